@@ -1,4 +1,6 @@
-"""Adapters by name: the catalog's names and the store's bytes together. A name that is found has its bytes.
+"""Versions whose bytes are held.
+
+Adapters by name: the catalog's names and the store's bytes together. A name that is found has its bytes.
 
 A name resolves in the catalog, its bytes lie in the store, and others may delete both in between. Names go before
 bytes do, and bytes that are pinned or named again stay. So whoever still finds the name after having pinned its
@@ -17,15 +19,55 @@ from adapters.base_match import Fits, ServedBase
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
 from adapters.catalog.tables import FAILURES
-from adapters.catalog.versions import gather
+from adapters.catalog.versions import Part, gather
 from adapters.errors import Conflict, InvalidInput
 from adapters.expression import Term
 from adapters.lora import BaseShape, LoraWeights, ModuleKey
-from adapters.names import BASE, alias_fault, name_fault
+from adapters.names import BASE, Viewpoint, alias_fault, name_fault, split_key
 from adapters.peft import files as peft_format
-from adapters.pinned import Pinned, hold
 from adapters.store.store import AdapterStore
-from adapters.viewpoint import Viewpoint, split_key
+
+Removal = Callable[[], None]
+
+
+class Pinned:
+    """Resolved parts whose bytes stay while it is held. It may be let go of more than once.
+
+    `warnings` are what whoever uses them should know, each with the version that it is about.
+    """
+
+    def __init__(
+        self,
+        parts: tuple[Part, ...],
+        let_go: Callable[[], Removal | None] = lambda: None,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        self.parts = parts
+        self.warnings = warnings
+        self._let_go: Callable[[], Removal | None] | None = let_go
+
+    def release(self) -> None:
+        """Let go of the bytes; those of a deleted version go when nobody holds them any more.
+
+        Raises OSError, or the database's error, where those can't go just now; nothing is held then either.
+        """
+        if (removal := self.let_go()) is not None:
+            removal()
+
+    def let_go(self) -> Removal | None:
+        """`release` without waiting, for event loops: where bytes go now, it returns what removes them, which is
+        to be called in a thread and raises likewise.
+        """
+        let_go, self._let_go = self._let_go, None
+        return None if let_go is None else let_go()
+
+
+def hold(store: AdapterStore, parts: tuple[Part, ...], warnings: tuple[str, ...] = ()) -> Pinned:
+    """Hold the parts' bytes, without waiting; they are there if the names that came to them are then found."""
+    digests = [part.digest for part in parts]
+    store.pin(digests)
+    return Pinned(parts, partial(store.let_go, digests), warnings)
+
 
 _MAX_VIEWS = 256
 

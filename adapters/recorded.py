@@ -14,8 +14,7 @@ from adapters.catalog.versions import NewVersion
 from adapters.lora import LoraConfig, LoraWeights
 from adapters.peft import config as peft_config
 from adapters.peft.config import PeftConfig
-from adapters.peft.describe import describe, explains
-from adapters.peft.files import CONFIG_NAME, PeftAdapter, config_json
+from adapters.peft.files import CONFIG_NAME, PeftAdapter, config_json, describe, explains
 from adapters.store.store import AdapterStore
 
 FILE_DIGEST = "adapter_config"

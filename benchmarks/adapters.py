@@ -21,15 +21,15 @@ from benchmarks.machine import Machine
 from benchmarks.training.adapters_report import BASE, BLEND, FULL, FULL_SET, RULES, Results, SetSize, markdown
 from benchmarks.training.ratings import RatingSet, read_sets, rule_classifier, source_directory
 from benchmarks.training.sentiment import Score, Trained, blend, classify, examples_of, score, train
-from server.allocator import keep_freed_memory
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.native.load import find_library
 from server.model.smollm import Adapters, NoAdapters, SmolLM
-from server.training.passes.trainables import TrainableRows
-from server.training.passes.trained_rows import TrainedRows
+from server.system.memory import keep_freed_memory
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.trainables import TrainableRows
+from server.training.trained_rows import TrainedRows
 
 RANK = 16
 EPOCHS = 2

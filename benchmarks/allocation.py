@@ -5,7 +5,7 @@ Asked of the C library itself, so that the report says what was, not what was me
 
 import ctypes
 
-from server.allocator import KEEP_BYTES
+from server.system.memory import KEEP_BYTES
 
 TUNABLES = f"glibc.malloc.mmap_threshold={KEEP_BYTES}:glibc.malloc.trim_threshold={2**64 - 1}"
 """What `keep_freed_memory` sets, as GLIBC_TUNABLES for a process that can't call it."""

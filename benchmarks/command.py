@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from server.cgroups import usable_processors
+from server.system.cgroups import usable_processors
 
 Say = Callable[[str], None]
 T = TypeVar("T")

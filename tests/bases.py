@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.model.base.embedded import EMBEDDED
 from server.model.base.export import export_hugging_face
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 from server.model.base.weights import BaseModel, load_base
 from tests.buckets import aws, bucket, bytes_url, object_store, proxied, proxy
 from tests.cache import CACHE

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 BUCKET = "smolora"
 SECRET = "the-secret-of-the-tests"
@@ -186,7 +186,7 @@ def bytes_url(aws: str) -> str:
 @pytest.fixture
 def bucket(bytes_url: str) -> "Bucket":
     """That place."""
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
     return Bucket.open(bytes_url, allow_http=True)
 
@@ -202,7 +202,7 @@ def proxy(object_store: tuple[str, int]) -> Iterator[Proxy]:
 @pytest.fixture
 def proxied(bytes_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> "Bucket":
     """The place as it is reached through the proxy, with a second's patience."""
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     return Bucket.open(bytes_url, allow_http=True, patience=1.0)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.store.store import AdapterStore
-from server.model.base.embedded import EMBEDDED
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 from tests.cache import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import CHILD, ENDED, code_rows, get, processes, submit, succeeded

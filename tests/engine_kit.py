@@ -13,11 +13,11 @@ import torch
 
 from adapters.errors import SmoloraError
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool.pool import AdapterPool
-from server.engine.adapter_pool.reads import Load
+from server.engine.adapter_pool import AdapterPool, Load
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
+from server.engine.guidance import Guidance
 from server.engine.request import (
     AdapterRef,
     FinishReason,
@@ -26,13 +26,11 @@ from server.engine.request import (
     SequenceOutput,
 )
 from server.engine.scheduler import SchedulerLimits
-from server.engine.structured.guidance import Guidance
 from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel
 from server.model.rank_rows import Placement, RankRows, Run
 from server.model.smollm import SmolLM
-from server.model.text.tokenizer import BaseTokenizer
-from server.model.text.vocabulary import vocabulary_of
+from server.model.text.tokenizer import BaseTokenizer, vocabulary_of
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=1)
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
-from server.doctor import examine
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
+from server.operations.doctor import examine
 from tests.end_to_end.training_client import ENDED, code_rows, wait_until
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 

@@ -25,7 +25,7 @@ import psutil
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, SCOPES
 from server.database import connect
-from server.home import Home
+from server.storage.home import Home
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import CHILD, WORKER, processes
 from tests.fault_load import (

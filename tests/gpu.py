@@ -18,8 +18,7 @@ from benchmarks import command
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results
 from server.errors import StartupError
-from server.model.device import choose_device
-from server.model.gpu import driver_version, gpu_of
+from server.model.device import choose_device, driver_version, gpu_of
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[[Sequence[str]], int]

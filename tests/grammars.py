@@ -3,10 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from server.engine.detokenizer import TokenBytes
+from server.engine.guidance import Guidance
 from server.engine.request import Grammar
-from server.engine.structured.guidance import Guidance
-from server.model.text.tokenizer import BaseTokenizer
-from server.model.text.vocabulary import tokenizer_json
+from server.model.text.tokenizer import BaseTokenizer, tokenizer_json
 
 Schema = Mapping[str, object]
 

@@ -14,15 +14,14 @@ from pathlib import Path
 
 from server.api.app import create_app
 from server.config import Settings
-from server.engine.async_engine import AsyncEngine
+from server.engine.async_engine import AsyncEngine, Watchdog
 from server.engine.runner import Drawn, Runner
 from server.engine.sequence import Chunk
-from server.engine.watching.watchdog import Watchdog
+from server.jobs.supervisor import Supervisor
+from server.jobs.yielding import BusyFlag
 from server.serve.address import bind
 from server.serve.process import run
 from server.serve.startup import build
-from server.training.worker.supervisor import Supervisor
-from server.training.worker.yielding import BusyFlag
 
 HANG, LONG, SLOW = 666, 667, 668
 AFTER = 30

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.training.queue.job_files import JobFiles
+from server.jobs.files import JobFiles
 from tests.drill import Base, Drill
 from tests.end_to_end.training_client import ENDED, WORKER, get, processes, wait_until
 

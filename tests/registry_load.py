@@ -24,10 +24,9 @@ import safetensors.torch as safetensors
 
 from adapters.expression import parse
 from adapters.lora import BaseShape
-from server.doctor import examine
-from server.model.base.embedded import EMBEDDED
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 from server.model.base.weights import load_base
+from server.operations.doctor import examine
 from tests.end_to_end.server_process import ServerProcess, events
 from tests.registry_changes import ALIAS, Changer, Files, Leaves, Timeline, digests_of
 from tests.server.api.adapters.peft_files import as_parts, peft_files

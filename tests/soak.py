@@ -25,10 +25,9 @@ import psutil
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, SCOPES
 from server.database import connect
-from server.home import Home
-from server.model.base.embedded import EMBEDDED
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 from server.model.base.weights import load_base
+from server.storage.home import Home
 from tests.cache import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows

@@ -22,8 +22,7 @@ from typing import Any
 
 import jsonschema
 
-from server.model.base.embedded import EMBEDDED
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 from tests.cache import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.grammars import BOUNDED, HOSTILE_REGEX, HOSTILE_SCHEMA, Schema

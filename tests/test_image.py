@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from server.config import Settings, WorkerSettings, load
-from server.home import Home
-from server.limits import Limits
+from server.config.fields import Limits
+from server.jobs.supervisor import GRACE_SECONDS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS, KEEP_ALIVE_SECONDS
-from server.training.worker.supervisor import GRACE_SECONDS
+from server.storage.home import Home
 
 ROOT = Path(__file__).parent.parent
 SBIN = f"{os.defpath}:/usr/sbin"

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from server.config import PREFIX, Settings, WorkerSettings
-from server.config.ray import DEFAULTS
+from server.config.environment import DEFAULTS
+from server.jobs.supervisor import GRACE_SECONDS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
-from server.training.worker.supervisor import GRACE_SECONDS
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docker" / "kubernetes"
@@ -101,7 +101,7 @@ def test_serves_config_is_valid() -> None:
 def test_serves_config_names_what_there_is() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy = import_module("server.cluster.deploy")
-    transport = import_module("server.cluster.serve_transport")
+    transport = import_module("server.cluster.transport")
     (application,) = serve_config()["applications"]
     module, _, function = application["import_path"].partition(":")
     assert callable(getattr(import_module(module), function))

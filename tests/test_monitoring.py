@@ -14,11 +14,10 @@ import yaml
 
 from server.database import connect
 from server.engine.request import EngineStats
-from server.metrics.gateway import GatewayCollector
+from server.jobs.jobs import Jobs
+from server.metrics.engine import GatewayCollector
 from server.metrics.home import HomeCollector
-from server.metrics.metrics import Metrics
-from server.metrics.process import ServerCollector
-from server.training.queue.jobs import Jobs
+from server.metrics.metrics import Metrics, ServerCollector
 from tests.monitoring import ALERTS, DASHBOARD, FOLDER, alerts, queries
 
 needs_promtool = pytest.mark.skipif(

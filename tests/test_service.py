@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from server.config import Settings
-from server.limits import Limits
+from server.config.fields import Limits
+from server.jobs.supervisor import GRACE_SECONDS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
-from server.training.worker.supervisor import GRACE_SECONDS
 
 UNIT = Path(__file__).parent.parent / "docker" / "systemd" / "smolora.service"
 MOST_EXPOSED = 15

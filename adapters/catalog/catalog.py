@@ -16,8 +16,11 @@ from adapters.catalog import reads, writes
 from adapters.catalog.reads import (
     LATEST,
     MAX_VERSION,
+    adapter_seen,
     adapters_of,
     in_sight,
+    part_seen,
+    seen,
     select_adapters,
     select_versions,
     select_visible,
@@ -25,15 +28,20 @@ from adapters.catalog.reads import (
 )
 from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered, recover
-from adapters.catalog.seen import adapter_seen, part_seen, seen
 from adapters.catalog.tables import FAILURES, aliases, metadata, names, transact, versions
 from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
-from adapters.catalog.visibility import set_visibility_in
-from adapters.catalog.writes import compose_in, drop_in, point_in, publish_in, recording, unpoint_in
+from adapters.catalog.writes import (
+    compose_in,
+    drop_in,
+    point_in,
+    publish_in,
+    recording,
+    set_visibility_in,
+    unpoint_in,
+)
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
-from adapters.names import name_fault
-from adapters.viewpoint import Viewpoint
+from adapters.names import Viewpoint, name_fault
 
 __all__ = [
     "LATEST",

@@ -1,9 +1,14 @@
-"""The catalog's reads: each one statement, and its rows as plain values.
+"""How what the tables know by keys looks to a project: its own names alone, others' with their project.
+
+From digests to what requests call them, for whoever watches the server as a whole.
+
+The catalog's reads: each one statement, and its rows as plain values.
 
 A name is a key here, in what goes in and in what comes out; what a person reads is as their project sees it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar
@@ -14,8 +19,86 @@ from adapters.catalog.tables import aliases, names, parts, versions
 from adapters.catalog.versions import Adapter, Part, Version, gather, times
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
-from adapters.names import near, slips
-from adapters.viewpoint import DEFAULT_PROJECT, Viewpoint, key_of, split_key
+from adapters.names import DEFAULT_PROJECT, NAME, Viewpoint, key_of, near, slips, split_key
+
+_OF_PARTS = re.compile(rf"(?:(?:{NAME.pattern}/)?{NAME.pattern}@[0-9]+: )+")
+"""With what a warning begins that was kept with a part, or a part's part: see `Origin.of`."""
+
+
+def seen(of: Viewpoint, version: Version) -> Version:
+    """A version. Of another project's, how it was made stays there, unless all is seen."""
+    name, parts = of.shown(version.name), tuple(part_seen(of, part) for part in version.parts)
+    if of.sees_all or of.owns(version.name):
+        is_same = name == version.name and parts == version.parts
+        return version if is_same else replace(version, name=name, parts=parts)
+    hidden = replace(version, parent=None, job_id=None, data_digest=None, config={}, key_id=None)
+    warnings = dict.fromkeys(_without_parts(text) for text in version.warnings)
+    return replace(hidden, name=name, parts=parts, warnings=tuple(warnings))
+
+
+def part_seen(of: Viewpoint, part: Part) -> Part:
+    """A part of a composition, or of an expression."""
+    name = of.shown(part.name)
+    return part if name == part.name else replace(part, name=name)
+
+
+def adapter_seen(of: Viewpoint, adapter: Adapter) -> Adapter:
+    """A name with its versions."""
+    versions = tuple(seen(of, version) for version in adapter.versions)
+    return replace(adapter, name=of.shown(adapter.name), versions=versions)
+
+
+def _without_parts(warning: str) -> str:
+    found = _OF_PARTS.match(warning)
+    return warning if found is None else warning[found.end() :]
+
+
+_MAX_DIGESTS = 500  # of one statement
+
+
+class NamesByDigest:
+    """The names of one database; `keys` where they aren't the default project's. Thread-safe."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def __call__(self, digests: Collection[str]) -> list[str]:
+        """Every expression of one term that means these bytes and no others: names, then versions, then aliases.
+
+        A composition is among them by its name, where all its parts are.
+        """
+        wanted = sorted(digests)[:_MAX_DIGESTS]
+        with self._reader.connect() as connection:
+            found = connection.execute(_versions_of_digests().where(versions.c.digest.in_(wanted))).all()
+            moved = connection.execute(_aliases().where(versions.c.digest.in_(wanted))).all()
+            composed = connection.execute(_compositions(wanted)).scalars().all()
+        latest = sorted({row.name for row in found if row.latest == row.version} | set(composed))
+        numbered = sorted(f"{row.name}@{row.version}" for row in found)
+        return latest + numbered + sorted(f"{row.name}@{row.alias}" for row in moved)
+
+
+def _versions_of_digests() -> "sa.Select[str, int, int]":
+    query = sa.select(versions.c.name, versions.c.version, names.c.latest)
+    return query.join(names, names.c.name == versions.c.name)
+
+
+def _aliases() -> "sa.Select[str, str]":
+    same = sa.and_(aliases.c.name == versions.c.name, aliases.c.version == versions.c.version)
+    return sa.select(aliases.c.name, aliases.c.alias).join(versions, same)
+
+
+def _compositions(digests: list[str]) -> "sa.Select[str]":
+    """Those whose latest version has no part but these; found from the parts on, by their index."""
+    uses = parts.alias()
+    is_part = sa.and_(uses.c.part_name == versions.c.name, uses.c.part_version == versions.c.version)
+    candidates = sa.select(uses.c.name).join(versions, is_part).where(versions.c.digest.in_(digests))
+    others = parts.alias()
+    lacks = sa.exists().where(
+        others.c.name == names.c.name, others.c.version == names.c.latest, others.c.part_digest.not_in(digests)
+    )
+    has = sa.exists().where(parts.c.name == names.c.name, parts.c.version == names.c.latest)
+    return sa.select(names.c.name).where(names.c.name.in_(candidates), has, sa.not_(lacks))
+
 
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1

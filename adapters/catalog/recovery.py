@@ -23,7 +23,7 @@ from adapters.catalog.records import Found, Records
 from adapters.catalog.tables import names, transact
 from adapters.catalog.versions import Version
 from adapters.catalog.writes import insert_in
-from adapters.viewpoint import split_key
+from adapters.names import split_key
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The catalog's tables, and what everything shares that writes them together with tables of its own.
 
-A `name` is a key here: with its project, as `adapters.viewpoint` says.
+A `name` is a key here: with its project, as `adapters.names` says.
 The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.migrations` make the tables.
 """
 
@@ -14,8 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from adapters.errors import Interrupted, Unavailable
-from adapters.names import MAX_KEY, MAX_NAME
-from adapters.viewpoint import DEFAULT_PROJECT
+from adapters.names import DEFAULT_PROJECT, MAX_KEY, MAX_NAME
 
 MAX_ATTEMPTS = 20
 PATIENCE = "patience"

@@ -1,27 +1,68 @@
-"""The catalog's writes, each within a transaction that `tables.transact` began.
+"""Which names other projects may use. A public composition shows its parts, so they must be public, too.
+
+The catalog's writes, each within a transaction that `tables.transact` began.
 
 For whoever writes tables of their own in the same transaction; `catalog.Catalog` is for all others. A name is a
-key here (`adapters.viewpoint`). Records are written before the commit; see `adapters.catalog.records`.
+key here (`adapters.names`). Records are written before the commit; see `adapters.catalog.records`.
+
+What a job publishes, at a moment when nobody looks: whether the name means it from then on.
+
+`latest` stays where somebody moved it back by hand: a job that ends later must not undo that. And it stays where
+the new version is worse than its untouched base, unless the one before is even worse.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import sqlalchemy as sa
 
-from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, select_versions, version_of, why_missing
+from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, seen, select_versions, version_of, why_missing
 from adapters.catalog.records import Recorder, Records
-from adapters.catalog.seen import seen
 from adapters.catalog.tables import FAILURES, aliases, lock, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
-from adapters.catalog.visibility import refuse_private_parts
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.errors import Conflict, InvalidInput, NotFound, TryAgain
 from adapters.expression import Term, render
-from adapters.names import name_fault
-from adapters.viewpoint import Viewpoint, split_key
+from adapters.names import Viewpoint, name_fault, split_key
+
+
+def set_visibility_in(connection: sa.Connection, name: str, is_public: bool, of: Viewpoint) -> None:
+    """As `Catalog.set_visibility`, of a key."""
+    lock(connection, name)
+    mine = names.c.name == name
+    if connection.execute(sa.select(names.c.name).where(mine, names.c.latest.is_not(None))).first() is None:
+        raise NotFound(*why_missing(connection, of, Term(name)))
+    if is_public:
+        used = sa.select(parts.c.part_name).where(parts.c.name == name).distinct()
+        _refuse_private(connection, name, connection.execute(used).scalars(), of)
+    else:
+        _refuse_parts_of_public(connection, name, of)
+    connection.execute(sa.update(names).where(mine).values(is_public=is_public))
+
+
+def refuse_private_parts(connection: sa.Connection, name: str, leaves: Iterable[Part], of: Viewpoint) -> None:
+    """Conflict where not all parts of the public composition `name` are public, too."""
+    _refuse_private(connection, name, (part.name for part in leaves), of)
+
+
+def _refuse_private(connection: sa.Connection, name: str, used: Iterable[str], of: Viewpoint) -> None:
+    keys = set(used)
+    public = sa.select(names.c.name).where(names.c.name.in_(keys), names.c.is_public)
+    if private := keys - set(connection.execute(public).scalars()):
+        told = ", ".join(sorted(map(of.shown, private)))
+        raise Conflict(f"{of.shown(name)} can be public only when its parts are: make {told} public first")
+
+
+def _refuse_parts_of_public(connection: sa.Connection, name: str, of: Viewpoint) -> None:
+    """Those of the same project; another's composition is refused from then on, as its parts are."""
+    query = sa.select(parts.c.name).distinct().join(names, names.c.name == parts.c.name)
+    query = query.where(parts.c.part_name == name, names.c.is_public, names.c.name != name)
+    if blends := [blend for blend in connection.execute(query).scalars() if of.owns(blend)]:
+        told = ", ".join(sorted(map(of.shown, blends)))
+        raise Conflict(f"{of.shown(name)} is a part of public compositions: make {told} private first")
 
 
 @contextmanager
@@ -282,3 +323,48 @@ def _point(connection: sa.Connection, name: str, alias: str, version: int) -> No
 def _bounded(version: int) -> int:
     """The number, or that of no version where a database could not hold it."""
     return version if version <= MAX_VERSION else 0
+
+
+class LatestMoved(TryAgain):
+    """`latest` is another version than the one that the new version was found better than."""
+
+    default_message = "the name's latest version is another one by now: compare the new one with that"
+
+
+def publish_unattended_in(
+    connection: sa.Connection,
+    new: NewVersion,
+    alias: str | None,
+    records: Recorder | None,
+    better_than: int | None = None,
+) -> tuple[Version, str | None]:
+    """Publish the version, and what a person should be told of it, if anything.
+
+    `alias` then means it; "latest" as an alias moves that in any case. Within a transaction, as `publish_in`.
+    Raises LatestMoved unless `latest` is the version `better_than` (0: there is none); None: whichever it is.
+    """
+    lock(connection, new.name)
+    has_latest = (names.c.name == new.name, names.c.latest.is_not(None))
+    row = connection.execute(sa.select(names).where(*has_latest)).first()
+    if better_than is not None and better_than != (0 if row is None else row.latest):
+        raise LatestMoved
+    stays = None if row is None or alias == LATEST else _why_latest_stays(connection, new, row)
+    version = publish_in(connection, new, alias, records, moves_latest=stays is None)
+    name = split_key(new.name)[1]
+    if stays is not None:
+        return version, f"{stays}; PUT /adapters/{name}/aliases/latest moves it"
+    if new.is_worse_than_base:
+        return version, f"{name}@{version.version} is worse than the untouched base on the held-out rows"
+    return version, None
+
+
+def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
+    """None where it doesn't. `row` is the name's."""
+    if row.rolled_back:
+        return f"latest stays at {row.latest}, where it was moved back to by hand"
+    if not new.is_worse_than_base:
+        return None
+    latest = one_version(connection, new.name, row.latest)
+    if latest.is_worse_than_base and new.metrics["eval_loss"] <= latest.metrics["eval_loss"]:
+        return None
+    return f"latest stays at {row.latest}: the new version is worse than the untouched base on the held-out rows"

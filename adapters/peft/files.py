@@ -2,6 +2,8 @@
 
 Anything that PEFT saved for a base of these sizes and that is plain LoRA on the layers' linear modules reads
 exactly. Whatever else is refused, each offending key by name. What is written, PEFT loads.
+
+The configuration that goes with given weights, from the little that they leave open.
 """
 
 import json
@@ -14,15 +16,21 @@ from typing import IO, TypeVar
 import torch
 
 from adapters.errors import FieldError, InvalidAdapter
-from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
+from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey, scaling
 from adapters.peft import config as peft_config
 from adapters.peft import tensor_file
 from adapters.peft.config import PeftConfig
-from adapters.peft.guess import guess
-from adapters.peft.patterns import Budget
-from adapters.peft.targets import BadTargetsError, pick, resolve
-from adapters.peft.tensor_file import TensorEntry, TensorFileError
-from adapters.peft.tensors import SIDES, FoundTensors, collect, tensor_error, tensor_name
+from adapters.peft.targets import BadTargetsError, Budget, pick, resolve
+from adapters.peft.tensor_file import (
+    SIDES,
+    FoundTensors,
+    TensorEntry,
+    TensorFileError,
+    collect,
+    guess,
+    tensor_error,
+    tensor_name,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -238,3 +246,32 @@ def _told(errors: Sequence[FieldError], guessed: str | None) -> InvalidAdapter:
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def describe(
+    weights: LoraWeights, rank: int, alpha: float, use_rslora: bool, num_layers: int | None
+) -> LoraConfig:
+    """That of this rank and alpha; modules of another rank or scaling are its exceptions.
+
+    `num_layers` is the base's; None: unknown, and each layer is named.
+    """
+    modules = weights.modules
+    names, layers = targets_of(sorted(modules, key=in_forward_order), num_layers)
+    ranks = exceptions_of({key: module.rank for key, module in modules.items()}, rank)
+    alphas = exceptions_of({key: _alpha(module, alpha, use_rslora) for key, module in modules.items()}, alpha)
+    return LoraConfig(rank, alpha, names, use_rslora, ranks, alphas, layers)
+
+
+def explains(alpha: float, use_rslora: bool, weights: LoraWeights) -> bool:
+    """Whether any module has the scaling to which this alpha comes."""
+    modules = weights.modules.values()
+    return any(scaling(alpha, module.rank, use_rslora) == module.scaling for module in modules)
+
+
+def _alpha(module: LoraModule, usual: float, use_rslora: bool) -> float:
+    """One that comes to exactly the module's scaling: the usual one if it does, else a short one if it does."""
+    # of a quotient: whatever the product's rounding, the same division comes to that quotient again
+    exact = module.scaling * (float(module.rank) ** 0.5 if use_rslora else float(module.rank))
+    likely = (usual, float(f"{exact:.15g}"))
+    fits = (alpha for alpha in likely if scaling(alpha, module.rank, use_rslora) == module.scaling)
+    return next(fits, exact)

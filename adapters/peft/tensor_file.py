@@ -2,17 +2,27 @@
 
 Reading copies nothing: tensors are views of the given buffer. It never trusts the file: whatever doesn't fit the
 format raises TensorFileError, before any tensor is made.
+
+What a file of tensors looks like, beside what adapter_config.json and the base say: one line, for people.
+
+Where hundreds of tensors are at fault, one thing is wrong: another rank, other modules, another base. It is
+guessed from names and shapes alone, which may be those of any model's adapter.
+
+The tensors of adapter_model.safetensors, each checked for itself: its name, dtype, shape and values.
 """
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import torch
 
+from adapters.errors import FieldError
+from adapters.lora import MODULES, BaseShape, ModuleKey
 from adapters.strict_json import BadJsonError, parse_object, printable
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -144,3 +154,193 @@ def _check_metadata(value: object) -> None:
 
 def _bytes(part: torch.Tensor) -> bytes:
     return part.numpy().tobytes()
+
+
+_LORA = re.compile(r"([AB])(?:\.\w+)?\.weight", re.ASCII)  # behind ".lora_"
+_LAYER = re.compile(r"\d{1,6}", re.ASCII)
+_MODULE = re.compile(r"\w{1,64}", re.ASCII)
+_SHOWN = 3
+
+
+def guess(
+    entries: Mapping[str, TensorEntry], base: BaseShape, ranks: Mapping[ModuleKey, int] | None
+) -> str | None:
+    """How the tensors differ from the configuration's `ranks` (None: it is at fault itself) and from the base.
+
+    None where nothing of use can be said.
+    """
+    found: dict[str, set[int]] = {}
+    layers: set[int] = set()
+    widths: set[int] = set()
+    for name, entry in entries.items():
+        place = place_of(name)
+        if place is None or len(entry.shape) != 2:
+            continue
+        layer, module, is_a = place
+        layers.add(layer)
+        found.setdefault(module, set()).add(entry.shape[0 if is_a else 1])
+        if is_a and module in base.features:
+            widths.add(entry.shape[1] - base.features[module][1])
+    if not found:
+        if not entries:
+            return "has no tensors: was the adapter saved before it was trained?"
+        example = printable(next(iter(entries)), 80)
+        return f"its tensors don't look like LoRA's: none has lora_A or lora_B in its name, such as {example}"
+    looks = f"the tensors look like {_modules(found)}"
+    if widths and 0 not in widths:
+        width = base.features["q_proj"][1]
+        return f"{looks}, for another base: this one's modules read {width} numbers, these {_wide(widths, width)}"
+    if max(layers) >= base.num_layers:
+        return (
+            f"{looks}, for another base: they go up to layer {max(layers)}, this one's up to {base.num_layers - 1}"
+        )
+    if ranks is None:
+        return looks
+    said: dict[str, set[int]] = {}
+    for key, rank in ranks.items():
+        said.setdefault(key.module, set()).add(rank)
+    advice = "use the adapter_config.json that was saved with them, or set r and target_modules to match"
+    if said != found:
+        return f"{looks}; adapter_config.json says {_modules(said)}: {advice}"
+    wanted = {key.layer for key in ranks}
+    if wanted != layers:
+        return f"{looks}, {_layers(layers)}; adapter_config.json says {_layers(wanted)}: set layers_to_transform"
+    return looks
+
+
+def place_of(name: str) -> tuple[int, str, bool] | None:
+    """(layer, module, whether it is A) of a tensor of LoRA's, in time that grows with the name and no faster: a
+    stranger's may have megabytes."""
+    path, _, end = name.rpartition(".lora_")
+    *above, module = path.split(".")
+    layer = next(filter(_LAYER.fullmatch, above[1:]), None)
+    lora = _LORA.fullmatch(end)
+    if lora is None or layer is None or not _MODULE.fullmatch(module):
+        return None
+    return int(layer), module, lora[1] == "A"
+
+
+def _wide(differences: Iterable[int], width: int) -> str:
+    return _list([str(width + difference) for difference in sorted(differences)])
+
+
+def _modules(ranks: Mapping[str, set[int]]) -> str:
+    """As in "rank 8 on q_proj and v_proj, ranks 4 and 16 on o_proj"."""
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for module in sorted(ranks, key=lambda name: (MODULES.index(name) if name in MODULES else len(MODULES), name)):
+        alike.setdefault(tuple(sorted(ranks[module])), []).append(module)
+    told = [
+        f"{'rank' if len(numbers) == 1 else 'ranks'} {_list(list(map(str, numbers)))} on {_list(modules, 7)}"
+        for numbers, modules in alike.items()
+    ]
+    return _list(told)
+
+
+def _layers(numbers: set[int]) -> str:
+    first, last = min(numbers), max(numbers)
+    if len(numbers) == 1:
+        return f"layer {first}"
+    return f"layers {first} to {last}" + ("" if len(numbers) == last - first + 1 else ", not all of them")
+
+
+def _list(words: Sequence[str], limit: int = _SHOWN) -> str:
+    """As in "a, b and c", or "a, b and 7 more"."""
+    if len(words) > limit:
+        words = [*words[: limit - 1], f"{len(words) - limit + 1} more"]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
+
+_PREFIX = "base_model.model."
+_NAME = re.compile(re.escape(_PREFIX) + r"(model\.layers\.(\d{1,6})\.\w+\.(\w+))\.lora_([AB])\.weight", re.ASCII)
+
+_COMPILED = "take '_orig_mod.' out of all names: the model was compiled before it got the adapter"
+_SAVE = "save the adapter with PEFT's model.save_pretrained(folder), not from its state_dict()"
+_UNTRAINED = (
+    "where they weren't trained (PEFT saves them, too, when tokens were added), save the adapter anew, with "
+    "save_pretrained(folder, save_embedding_layers=False)"
+)
+
+
+def tensor_name(key: ModuleKey, side: Side) -> str:
+    """PEFT's name of a module's A or B."""
+    return f"{_PREFIX}{key.path}.lora_{side}.weight"
+
+
+@dataclass
+class FoundTensors:
+    """What a file holds: the names of the tensors that belong to a module of the base, and the sound tensors."""
+
+    names: dict[tuple[ModuleKey, Side], str] = field(default_factory=dict)
+    tensors: dict[tuple[ModuleKey, Side], torch.Tensor] = field(default_factory=dict)  # A (r, in), B (out, r)
+
+
+def collect(
+    entries: Mapping[str, TensorEntry], buffer: torch.Tensor, base: BaseShape, errors: list[FieldError]
+) -> FoundTensors:
+    """Sorts the tensors by module; those at fault are appended to `errors`, by name."""
+    found = FoundTensors()
+    for name, entry in entries.items():
+        place = _place(name, base)
+        if isinstance(place, str):
+            errors.append(tensor_error(name, place))
+            continue
+        found.names[place] = name
+        fault = _wrong_form(place, entry, base)
+        if fault is None:
+            tensor = entry.view(buffer)
+            if bool(torch.isfinite(tensor).all()):
+                found.tensors[place] = tensor
+                continue
+            fault = "holds NaN or infinite values"
+        errors.append(tensor_error(name, fault))
+    return found
+
+
+def tensor_error(name: str, message: str) -> FieldError:
+    return FieldError(("adapter_model", printable(name)), message)
+
+
+def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
+    """Which module's A or B the tensor is, or why it is none."""
+    match = _NAME.fullmatch(name)
+    if match is not None and match[3] in MODULES:
+        key = ModuleKey(int(match[2]), match[3])
+        if key.path == match[1]:
+            if key.layer >= base.num_layers:
+                return f"is for layer {key.layer}, but the base has {base.num_layers} layers, counted from 0"
+            return key, "A" if match[4] == "A" else "B"
+    if "lora_magnitude_vector" in name:
+        return "belongs to DoRA, which plain LoRA can't honour"
+    if "lm_head" in name or "embed" in name:
+        advice = f"; {_UNTRAINED}" if name.endswith((".lm_head.weight", ".embed_tokens.weight")) else ""
+        return f"belongs to the embeddings, which can't be adapted{advice}"
+    if name.endswith("bias"):
+        return "is a bias, which plain LoRA doesn't have"
+    if (meant := _meant(name)) is not None:
+        why = _COMPILED if "_orig_mod." in name else _SAVE
+        return f"is no A or B of a file by its name: it must be {meant}; {why}"
+    return f"is no A or B of a layer's linear module, such as {tensor_name(ModuleKey(0, 'q_proj'), 'A')}"
+
+
+def _meant(name: str) -> str | None:
+    """PEFT's name of an A or B that is called otherwise here, as in a live or a compiled model; else None."""
+    place = place_of(name)
+    if place is None or place[1] not in MODULES:
+        return None
+    key = ModuleKey(place[0], place[1])
+    return tensor_name(key, "A" if place[2] else "B") if f".{key.path}." in f".{name}" else None
+
+
+def _wrong_form(place: tuple[ModuleKey, Side], entry: TensorEntry, base: BaseShape) -> str | None:
+    key, side = place
+    if entry.dtype not in DTYPES:
+        return f"has the dtype {printable(entry.dtype, 20)}; it must be one of {', '.join(DTYPES)}"
+    num_out, num_in = base.features[key.module]
+    wanted = f"(rank, {num_in})" if side == "A" else f"({num_out}, rank)"
+    fits = len(entry.shape) == 2 and entry.shape[1 if side == "A" else 0] == (num_in if side == "A" else num_out)
+    if not fits or 0 in entry.shape:
+        return f"has the shape {entry.shape}, this base needs {wanted}"
+    return None

@@ -1,4 +1,6 @@
-"""A second form of stored adapters, as an engine wants them in its memory: a file each, to load them quickly.
+"""Several files opened together: all of them, or none stays open.
+
+A second form of stored adapters, as an engine wants them in its memory: a file each, to load them quickly.
 
     <root>/packed/<digest>
 
@@ -9,16 +11,28 @@ whoever makes them to know.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from adapters.durable import UNFINISHED, new_file, remove_abandoned
 from adapters.lora import LoraWeights
 from adapters.peft.tensor_file import TensorFileError, map_file
+from adapters.storage.durable import UNFINISHED, new_file, remove_abandoned
+
+
+def open_all(paths: Mapping[str, Path]) -> dict[str, BinaryIO]:
+    """The files by the same names, to read and close. They outlive being removed. Raises OSError."""
+    files: dict[str, BinaryIO] = {}
+    with ExitStack() as opened:
+        for name, path in paths.items():
+            files[name] = opened.enter_context(path.open("rb"))
+        opened.pop_all()
+    return files
+
 
 Pieces = Sequence[memoryview]
 """A file's bytes, one piece after the other."""

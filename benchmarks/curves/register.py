@@ -18,8 +18,8 @@ from benchmarks.command import Say
 from benchmarks.curves.loads import Adapter
 from benchmarks.serving.adapter_files import Sizes, write_adapter
 from server.database import connect
-from server.home import Home
 from server.model.base.weights import BaseModel
+from server.storage.home import Home
 
 SAY_EVERY = 50
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.durable import new_file
+from adapters.storage.durable import new_file
 from benchmarks.measure import median_ratio
 from benchmarks.serving.results import Results
 from benchmarks.serving.systems.systems import BASE, OURS

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import openvino_genai
 
 from benchmarks.allocation import keeps_freed_memory
-from server.allocator import keep_freed_memory
+from server.system.memory import keep_freed_memory
 
 CACHE_GIGABYTES = 2
 

@@ -26,7 +26,7 @@ from benchmarks.machine import peak_rss
 from benchmarks.measure import Run, differences, join
 from benchmarks.serving.systems.systems import BLENDS, Facts, Load, Streams
 from benchmarks.serving.systems.wires import Request
-from server.allocator import keep_freed_memory
+from server.system.memory import keep_freed_memory
 
 NAME = "transformers + PEFT"
 

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from server.model.base.embedded import find_gguf
+from server.model.base.source import find_gguf
 
 SIGMA = 0.02
 HEAD_DIM = 64

@@ -18,17 +18,17 @@ from benchmarks import command
 from benchmarks.measure import Figure
 from benchmarks.training.ratings import Rated, read_sets
 from benchmarks.training.sentiment import Trained, classify, examples_of, score, train
-from server.allocator import keep_freed_memory
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.native.load import find_library
-from server.training.loop.evaluate import evaluate
-from server.training.loop.trainer import TrainingDiverged
-from server.training.passes.init import adapter_config
-from server.training.passes.trainables import TrainableRows
-from server.training.reports.report import peak_memory_bytes
+from server.system.memory import keep_freed_memory
+from server.training.evaluate import evaluate
+from server.training.report import peak_memory_bytes
 from server.training.spec import JobSpec, LoraSpec, Method, TrainingSpec
+from server.training.trainables import TrainableRows
+from server.training.trained_rows import adapter_config
+from server.training.trainer import TrainingDiverged
 
 
 @dataclass(frozen=True)

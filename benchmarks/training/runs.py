@@ -20,15 +20,15 @@ import torch
 from benchmarks.allocation import keeps_freed_memory
 from benchmarks.measure import Figure
 from benchmarks.training.peer import ALPHA, LEARNING_RATE, PEERS, RANK, Peer, PeerSide
-from server.allocator import keep_freed_memory
 from server.model.base.weights import load_base
 from server.model.native.load import find_library
-from server.training.data.examples import Example
-from server.training.loop.trainer import Trainer, shuffled
-from server.training.passes.init import initial_weights
-from server.training.passes.trainables import TrainableModel, TrainableRows, trainable_rows
-from server.training.reports.report import peak_memory_bytes
+from server.system.memory import keep_freed_memory
+from server.training.encoding import Example
+from server.training.report import peak_memory_bytes
 from server.training.spec import LoraSpec, Method, TrainingSpec
+from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
+from server.training.trained_rows import initial_weights
+from server.training.trainer import Trainer, shuffled
 
 WARM_UP = 3
 """Steps that aren't timed: a compiler is done after them."""

@@ -11,15 +11,13 @@ from benchmarks.training.ratings import Rated
 from server.model.base.weights import BaseModel
 from server.model.smollm import Adapters, SmolLM
 from server.model.text.chat import PromptEncoder
-from server.training.data.encoding import RowEncoder
-from server.training.data.examples import Examples
-from server.training.data.rows import CompletionRow
-from server.training.loop.packing import pack
-from server.training.loop.trainer import StepResult, Trainer
-from server.training.passes.init import initial_weights
-from server.training.passes.packed_attention import PackedAttention
-from server.training.passes.trainables import TrainableModel, TrainableRows, trainable_rows
+from server.training.encoding import Examples, RowEncoder
+from server.training.passes import PackedAttention
+from server.training.rows import CompletionRow
 from server.training.spec import JobSpec
+from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
+from server.training.trained_rows import initial_weights
+from server.training.trainer import StepResult, Trainer, pack
 
 LABELS = (" negative", " positive")
 MAX_LENGTH = 128

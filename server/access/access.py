@@ -9,8 +9,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from server.access.audit import Audit
-from server.access.key_ring import KeyRing
-from server.access.keys import Keys
+from server.access.keys import KeyRing, Keys
 from server.access.projects import Projects
 from server.access.rates import OwnRates, Rates
 from server.access.tables import changes

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from adapters.viewpoint import DEFAULT_PROJECT, Viewpoint
+from adapters.names import DEFAULT_PROJECT, Viewpoint
 
 Scope = Literal["generate", "train", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from adapters.catalog.tables import names, transact
 from adapters.errors import Conflict, InvalidInput, NotFound
-from adapters.viewpoint import DEFAULT_PROJECT, project_fault, split_key
+from adapters.names import DEFAULT_PROJECT, project_fault, split_key
 from server.access.audit import record
 from server.access.principal import LIMITS, Quota
 from server.access.tables import api_keys, changed, projects

@@ -11,24 +11,18 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import health, openapi, pages, web
-from server.api.accounts import keys, projects, usage
-from server.api.accounts.books import keep_books, keep_now
-from server.api.adapters import aliases, compositions, imports
-from server.api.adapters import route as adapters
-from server.api.closed_query import closed_query
-from server.api.compare import route as compare
+from server.api import accounts, adapters, compositions, datasets, faults, health, imports, openapi, web
+from server.api import compare as compare
+from server.api import generate as generate
+from server.api import train as train
+from server.api.accounts import keep_books, keep_now
 from server.api.deps import Services
 from server.api.edge import Edge
-from server.api.errors import faults
-from server.api.generate import route as generate
-from server.api.openai import chat, completions, models
-from server.api.openai.fine_tuning import files
-from server.api.openai.fine_tuning import route as fine_tuning
+from server.api.housekeeping import clean_uploads, keep_house
+from server.api.openai import completions, files, models
+from server.api.openai import fine_tuning as fine_tuning
 from server.api.routes import Routes
-from server.api.train import datasets
-from server.api.train import route as train
-from server.api.train.housekeeping import clean_uploads, keep_house
+from server.api.strict_route import closed_query
 
 _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
 
@@ -40,18 +34,16 @@ _ROUTERS = (
     compare.router,
     imports.router,  # before the adapters': "import" is no version
     adapters.router,
-    aliases.router,
+    adapters.aliases_router,
     compositions.router,
     train.router,
     datasets.router,
-    keys.router,
-    projects.router,
-    usage.router,
+    accounts.keys_router,
+    accounts.projects_router,
+    accounts.usage_router,
     health.router,
     web.router,
-    pages.router,
     models.router,
-    chat.router,
     completions.router,
     files.router,
     fine_tuning.router,
@@ -108,6 +100,6 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     for router in _ROUTERS:
         app.include_router(router)
-    app.mount(pages.ASSETS_PATH, pages.assets)
+    app.mount(web.ASSETS_PATH, web.assets)
     faults.install(app, ROUTES)
     return app

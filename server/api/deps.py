@@ -1,45 +1,96 @@
-"""What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`.
+"""What adapter expressions came to, for as long as nobody commits to the database.
+
+To resolve one is SQL in a thread, a millisecond or two of the first token, and the same answer for each request
+that names the adapter. It is the same until somebody commits, which takes microseconds to ask.
+
+What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`.
 
 A route gets them as the project sees them that asks: it can't name, list or change another's things by mistake.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 
+from anyio import CancelScope, to_thread
 from fastapi import Depends, Header, Request
 
+from adapters.catalog.versions import Part
 from adapters.errors import SmoloraError
-from adapters.library import Library
+from adapters.expression import Term
+from adapters.library import Library, Pinned, hold
+from adapters.names import Viewpoint
 from server.access.access import Access
 from server.access.principal import EVERYBODY, Principal
-from server.api.access.authentication import principal_of
-from server.api.access.bodies import BytesInFlight
-from server.api.access.lanes import Lane, Turns
-from server.api.access.places import Places
-from server.api.access.quotas import Incoming
-from server.api.access.space import Spooling
-from server.api.generate.recent_pins import RecentPins
-from server.api.train.estimate import Estimator
-from server.api.train.feeds import JobFeeds
-from server.api.train.submission import Submissions
+from server.api.authentication import principal_of
+from server.api.bodies import BytesInFlight
+from server.api.estimate import Estimator
+from server.api.job_feeds import JobFeeds
+from server.api.lanes import Lane, Places, Turns
+from server.api.quotas import Incoming, Spooling
+from server.api.submission import Submissions
 from server.config import Settings
+from server.engine.guidance import Guidance
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
-from server.engine.structured.guidance import Guidance
-from server.home import Home
-from server.metrics.lanes import LaneMetrics
-from server.metrics.metrics import Metrics
+from server.jobs.files import Retention
+from server.jobs.jobs import Jobs
+from server.metrics.metrics import LaneMetrics, Metrics
 from server.model.text.chat import PromptEncoder
-from server.storage import Storage
-from server.tracing.spans import Tracer
-from server.training.data.datasets import DatasetStore
-from server.training.data.files import FileStore, RowSources
-from server.training.queue.jobs import Jobs
-from server.training.queue.retention import Retention
+from server.storage.home import Home
+from server.storage.places import Storage
+from server.telemetry.spans import Tracer
+from server.training.datasets import DatasetStore
+from server.training.files import FileStore, RowSources
+
+_MOST = 4096  # expressions; with more, all are resolved anew
+
+log = logging.getLogger("smolora.api")
+
+
+class RecentPins:
+    """Pins what a library pins. For one event loop."""
+
+    def __init__(self, commits: Callable[[], int | None]) -> None:
+        """`commits` moves with any commit, at once; while it says None, nothing is remembered."""
+        self._commits = commits
+        self._seen: int | None = None
+        self._known: dict[tuple[Viewpoint, tuple[Term, ...]], tuple[tuple[Part, ...], tuple[str, ...]]] = {}
+
+    async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
+        """As `Library.pin`, which is asked where it isn't known."""
+        if (seen := self._commits()) is None:
+            return await to_thread.run_sync(library.pin, terms, field)
+        key = (library.catalog.viewpoint, tuple(terms))
+        if seen != self._seen or len(self._known) >= _MOST:
+            self._seen = seen
+            self._known.clear()
+        if (found := self._known.get(key)) is not None:
+            pinned = hold(library.store, *found)
+            if self._commits() == seen:  # names go before bytes do: whoever finds them now has what it holds
+                return pinned
+            await let_go(pinned)
+        pinned = await to_thread.run_sync(library.pin, terms, field)
+        if self._commits() == seen == self._seen:
+            self._known[key] = (pinned.parts, pinned.warnings)
+        return pinned
+
+
+async def let_go(pinned: Pinned) -> None:
+    """`Pinned.release` on the event loop, for an answer that is good whatever becomes of the bytes: those that go
+    do so in a thread, and those that can't just now with the next sweep.
+    """
+    if (removal := pinned.let_go()) is not None:
+        try:
+            with CancelScope(shield=True):  # it is doomed no more: nobody else would remove it
+                await to_thread.run_sync(removal)
+        except Exception:  # the disk, or the database
+            log.exception("can't remove the bytes of a deleted version just now")
+
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 _MAX_VIEWS = 1024
 

@@ -19,19 +19,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.errors import SmoloraError
 from server.access.principal import Principal
 from server.access.rates import KINDS
-from server.api.access.authentication import FREE_METHODS, Authentication, end_of_key, principal_of
-from server.api.access.bodies import Body, KeyEnded, TooSlow
-from server.api.access.lanes import receiving
-from server.api.access.sites import Sites
+from server.api.authentication import FREE_METHODS, Authentication, end_of_key, principal_of
+from server.api.bodies import Body, KeyEnded, TooSlow
 from server.api.deps import Services
-from server.api.errors.faults import form_of
-from server.api.generate.generation import ask_queue
+from server.api.faults import form_of
+from server.api.generation import ask_queue
+from server.api.lanes import receiving
 from server.api.routes import Resource, Routes
-from server.api.telemetry.facts import RequestFacts, facts
-from server.api.telemetry.spans import end_request
+from server.api.sites import Sites
+from server.api.tracing import RequestFacts, end_request, facts
 from server.errors import Draining, Unauthorized, Unavailable
-from server.logs import Fields, place_of, request_id
-from server.training.queue.reserve import Reserve, is_database_locked, is_disk_failing
+from server.storage.reserve import Reserve, is_database_locked, is_disk_failing
+from server.telemetry.logs import Fields, place_of, request_id
 
 _LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
 _EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from server.api.errors import problems
+from server.api import problems
 from server.api.schemas import Problem
 
 Responses = dict[int | str, dict[str, object]]

@@ -8,10 +8,10 @@ from anyio import CapacityLimiter, to_thread
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.access.authentication import end_of_key
-from server.api.access.bodies import LOST
-from server.api.access.lanes import client_left
-from server.api.errors.faults import form_of
+from server.api.authentication import end_of_key
+from server.api.bodies import LOST
+from server.api.faults import form_of
+from server.api.lanes import client_left
 from server.errors import Unauthorized
 
 T = TypeVar("T")

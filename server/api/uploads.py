@@ -1,8 +1,8 @@
 """An adapter's two files, or a file of rows, out of what a client sent, without trusting any of it.
 
 A body is spooled to disk while it comes in, and an adapter's tensors are copied into a file of their own, which
-whoever reads them can map. Archives are `server.api.adapters.archives`'s part, what the files mean is
-`adapters.peft.files`'s and `server.training.data.row_files`'s.
+whoever reads them can map. Archives are `server.api.zips`'s part, what the files mean is
+`adapters.peft.files`'s and `server.training.row_files`'s.
 """
 
 import shutil
@@ -23,16 +23,16 @@ from starlette.types import Message
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.peft.files import WEIGHTS_NAME
-from server.api.access.bodies import drain
-from server.api.access.quotas import owners_of, require_quota
-from server.api.adapters import archives
+from server.api import zips
+from server.api.bodies import drain
 from server.api.deps import Services
+from server.api.quotas import owners_of, require_quota
 from server.errors import Unavailable
-from server.training.data import row_files
+from server.training import row_files
 
 CONFIG_FIELD = "adapter_config"
 WEIGHTS_FIELD = "adapter_model"
-ARCHIVE_FIELD = archives.FIELD
+ARCHIVE_FIELD = zips.FIELD
 ROWS_FIELD = row_files.FILE
 MAX_CONFIG_BYTES = 1 << 20
 _CHUNK = 1 << 20
@@ -122,7 +122,7 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
     with TemporaryDirectory(prefix="upload-", ignore_cleanup_errors=True) as scratch:  # the next start clears it
         target = Path(scratch) / WEIGHTS_NAME
         if archive is not None and config is None and weights is None:
-            yield UploadedFiles(archives.read_archive(archive, target, MAX_CONFIG_BYTES), target)
+            yield UploadedFiles(zips.read_archive(archive, target, MAX_CONFIG_BYTES), target)
         elif config is not None and weights is not None and archive is None:
             with target.open("wb") as file:
                 shutil.copyfileobj(weights, file, _CHUNK)

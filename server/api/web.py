@@ -2,8 +2,14 @@
 
 What lies below a digest never changes, so browsers keep it for good; `/` names the digest, and is asked for each
 time. It takes nothing from elsewhere, and runs nothing but its own files: the policy that comes with it says so.
+
+The API's own pages, /docs and /redoc, which need no key.
+
+Their scripts and styles are those that the package fastapi-offline brings: nothing is fetched from elsewhere, and
+the policy that comes with each page allows nothing else. Styles may be inline, since both viewers write them.
 """
 
+import base64
 import gzip
 import hashlib
 import re
@@ -11,11 +17,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import fastapi_offline
 from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
+from starlette.staticfiles import StaticFiles
 
 import server
+from server.api.deps import ServicesDep
 from server.api.routes import OPEN, requires
 
 _FOLDER = Path(server.__file__).parent / "web"
@@ -128,3 +138,54 @@ async def file(digest: str, name: str, request: Request) -> Response:
     if digest != page.digest or name not in page.files:
         raise HTTPException(404, "the page has no such file: reload it, in case the server has a newer one")
     return page.files[name].answer(request, _FOR_GOOD, digest)
+
+
+ASSETS_PATH = "/docs/assets"
+_OPENAPI = "/openapi.json"
+_TITLE = "smolora"
+_INLINE = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'{hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; worker-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+assets = StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static")
+"""To be mounted at ASSETS_PATH."""
+
+
+@router.get("/docs")
+@requires(OPEN)
+async def docs(services: ServicesDep) -> HTMLResponse:
+    """Swagger UI."""
+    root = services.settings.root_path
+    page = get_swagger_ui_html(
+        openapi_url=f"{root}{_OPENAPI}",
+        title=_TITLE,
+        swagger_js_url=f"{root}{ASSETS_PATH}/swagger-ui-bundle.js",
+        swagger_css_url=f"{root}{ASSETS_PATH}/swagger-ui.css",
+        swagger_favicon_url=f"{root}{ASSETS_PATH}/favicon.png",
+    )
+    return _secured(page)
+
+
+@router.get("/redoc")
+@requires(OPEN)
+async def redoc(services: ServicesDep) -> HTMLResponse:
+    """ReDoc."""
+    root = services.settings.root_path
+    page = get_redoc_html(
+        openapi_url=f"{root}{_OPENAPI}",
+        title=_TITLE,
+        redoc_js_url=f"{root}{ASSETS_PATH}/redoc.standalone.js",
+        redoc_favicon_url=f"{root}{ASSETS_PATH}/favicon.png",
+        with_google_fonts=False,
+    )
+    return _secured(page)
+
+
+def _secured(page: HTMLResponse) -> HTMLResponse:
+    """Add our own page's headers, and a policy that runs the page's inline scripts by their digests."""
+    digests = (hashlib.sha256(script).digest() for script in _INLINE.findall(bytes(page.body)))
+    hashes = "".join(f" 'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    page.headers.update({**SECURITY, "Content-Security-Policy": _PAGE_POLICY.format(hashes=hashes)})
+    return page

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server import logs
-from server.cli.home.common import HomeOption, place_of, say
-from server.cli.options import with_flags
+from server.cli.common import with_flags
+from server.cli.home import HomeOption, place_of, say
 from server.cli.serve import serve_here
 from server.config import Settings
-from server.config.ray import set_up_ray
+from server.config.environment import set_up_ray
 from server.config.secrets import forget_keys
 from server.errors import StartupError
-from server.home import make
+from server.storage.home import make
+from server.telemetry import logs
 
 if TYPE_CHECKING:
     from server.cluster.deploy import Scale
@@ -95,7 +95,7 @@ def deploy(
     """
     _need_ray()
     from server.cluster.deploy import deploy as run
-    from server.cluster.serve_transport import join
+    from server.cluster.transport import join
 
     scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
     join(address)
@@ -113,8 +113,8 @@ def api(
     """Serve the API from this process, with the cluster's replicas as its engine."""
     has_clients_key = forget_keys()
     _need_ray()
-    from server.cluster.connect import connect_to
-    from server.training.worker.parent import end_with_parent
+    from server.cluster.client import connect_to
+    from server.jobs.pipe import end_with_parent
 
     if parent is not None:
         end_with_parent(parent)
@@ -126,9 +126,9 @@ def status(home: HomeOption = None) -> None:
     """Show what runs: replicas, API processes, workers, and what waits."""
     _need_ray()
     from server.cluster import node
+    from server.cluster.node import read_state
     from server.cluster.processes import is_ready, queue_of
-    from server.cluster.serve_transport import join, replicas_told
-    from server.cluster.state import read_state
+    from server.cluster.transport import join, replicas_told
 
     state = read_state(place_of(home))
     is_up = node.is_alive(state.pid, state.mark)
@@ -159,7 +159,7 @@ def restart(home: HomeOption = None) -> None:
 def down(home: HomeOption = None) -> None:
     """End what `up` started on this machine: requests end, jobs keep a checkpoint and go back to the queue."""
     from server.cluster import node
-    from server.cluster.state import read_state, remove_state
+    from server.cluster.node import read_state, remove_state
 
     place = place_of(home)
     state = read_state(place)

@@ -17,27 +17,22 @@ from typing import Annotated
 
 import typer
 
-from server import __version__, logs
+from server import __version__
+from server.cli.accounts import keys_group, projects_group
+from server.cli.adapters import compose
 from server.cli.adapters import group as adapters
-from server.cli.chat import chat
 from server.cli.cluster import group as cluster
-from server.cli.compare import compare
-from server.cli.compose import compose
-from server.cli.datasets import group as datasets
-from server.cli.generate import generate
-from server.cli.home.backup import backup, restore
-from server.cli.home.doctor import doctor
-from server.cli.home.keys import group as keys
-from server.cli.home.move import group as move
-from server.cli.home.projects import group as projects
-from server.cli.home.prune import prune
-from server.cli.jobs import jobs
-from server.cli.options import PeersOptions, with_flags
+from server.cli.common import PeersOptions, with_flags
+from server.cli.generate import chat, compare, generate
+from server.cli.maintenance import backup, doctor, prune, restore
+from server.cli.maintenance import group as move
 from server.cli.serve import serve_here
-from server.cli.train import train
+from server.cli.train import group as datasets
+from server.cli.train import jobs, train
 from server.config import Settings, WorkerSettings, unknown_variables
 from server.config.secrets import forget_keys, hide_keys
 from server.errors import StartupError
+from server.telemetry import logs
 
 app = typer.Typer(
     name="smolora",
@@ -72,7 +67,7 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
     _end_when_told()
     os.umask(0o077)
-    from server.training.worker.worker import run_worker
+    from server.jobs.worker import run_worker
 
     logs.set_up(settings.log_format)
     for line in unknown_variables() if parent is None else ():  # whose own lines say so
@@ -86,9 +81,9 @@ for _command in (generate, chat, compare, compose, jobs, doctor, prune, backup, 
 app.add_typer(adapters, name="adapters")
 app.add_typer(cluster, name="cluster")
 app.add_typer(datasets, name="datasets")
-app.add_typer(keys, name="keys")
+app.add_typer(keys_group, name="keys")
 app.add_typer(move, name="move")
-app.add_typer(projects, name="projects")
+app.add_typer(projects_group, name="projects")
 
 
 def _end_when_told() -> None:

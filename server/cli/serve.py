@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from server import logs
-from server.allocator import keep_freed_memory
 from server.config import Settings, is_loopback, unknown_variables
 from server.errors import StartupError
-from server.home import make, prepare, serving
-from server.loading import loading
 from server.serve.address import bind, refuse_strangers, url
-from server.serve.switching import switch_quickly
+from server.storage.home import make, prepare, serving
+from server.system.memory import keep_freed_memory, loading
+from server.system.threads import switch_quickly
+from server.telemetry import logs
 
 if TYPE_CHECKING:
     from server.serve.startup import Connect
@@ -63,12 +62,11 @@ def _serve_at(
     say("loading libraries")
     with loading():
         from server.api.app import create_app
-        from server.model.gpu import is_out_of_memory
-        from server.serve.first_prompts import first_prompts
+        from server.jobs.supervisor import Supervisor, worker_command
+        from server.jobs.yielding import BusyFlag
+        from server.model.device import is_out_of_memory
         from server.serve.process import run
-        from server.serve.startup import build
-        from server.training.worker.supervisor import Supervisor, worker_command
-        from server.training.worker.yielding import BusyFlag
+        from server.serve.startup import build, first_prompts
 
         try:
             services = build(settings, say, connect=connect)

@@ -1,7 +1,12 @@
-"""`smolora train`: upload rows, submit a job, and watch it to its end."""
+"""`smolora datasets`: list them, upload one, delete one.
+
+`smolora jobs`: list training jobs; show, watch and steer one.
+
+`smolora train`: upload rows, submit a job, and watch it to its end.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -9,10 +14,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
 from rich.text import Text
 
+from adapters.names import DEFAULT_PROJECT
 from server.cli.common import (
     INTERRUPTED,
+    Document,
     JsonOption,
     KeyOption,
     UrlOption,
@@ -20,11 +28,133 @@ from server.cli.common import (
     finite,
     given,
     number,
+    part_of,
     print_json,
     print_warnings,
+    refuse_options_before,
+    show,
     suggestion,
+    table_of,
 )
-from server.counted import counted
+from server.system.program import counted
+
+group = typer.Typer(invoke_without_command=True, help="List the data sets; upload or delete one.")
+
+
+@group.callback()
+def _list(
+    context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
+) -> None:
+    refuse_options_before(context)
+    if context.invoked_subcommand is not None:
+        return
+    with connected(url, api_key) as client:
+        found = client.datasets()
+    if as_json:
+        print_json({"datasets": found})
+        return
+    table = table_of("data set", "file", "rows", "size", "kinds", "created")
+    for dataset in found:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in part_of(dataset, "kinds").items() if count)
+        size = f"{cast('int', dataset['bytes']) / 1e3:,.1f} kB"
+        names = Text(str(dataset["id"])), Text(str(dataset["filename"] or ""))
+        table.add_row(*names, f"{dataset['rows']:,}", size, kinds, str(dataset["created_at"]))
+    show(table)
+
+
+@group.command()
+def upload(
+    path: Annotated[Path, typer.Argument(help="A .jsonl or .csv file.")],
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Upload rows, to train on them more than once. The same rows always get the same id."""
+    with connected(url, api_key) as client:
+        try:
+            dataset: Mapping[str, object] = client.upload(path)
+        except OSError as error:
+            typer.echo(f"smolora: {path}: {error.strerror}", err=True)
+            raise typer.Exit(1) from None
+    print_warnings(cast("list[str]", dataset["warnings"]))
+    print_json(dataset) if as_json else typer.echo(
+        f"{dataset['id']}: {counted(cast('int', dataset['rows']), 'row')}"
+    )
+
+
+@group.command()
+def delete(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="As listed.")],
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Delete data sets. Jobs that have ended don't need them any more."""
+    with connected(url, api_key) as client:
+        for dataset_id in cast("Sequence[str]", ids):
+            client.delete_dataset(dataset_id)
+            typer.echo(f"{dataset_id} is deleted")
+
+
+def jobs(
+    job_id: Annotated[str | None, typer.Argument(help="One job; all of them without it.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the job until it ends.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End the job.")] = False,
+    pause: Annotated[bool, typer.Option("--pause", help="Have it wait until it is resumed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Let it go on.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove the rows, checkpoints, model and log of one that has ended.")
+    ] = False,
+    status: Annotated[str | None, typer.Option(help="Only jobs that are queued, running, paused, …")] = None,
+    limit: Annotated[int, typer.Option(help="Show at most this many.")] = 20,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """List training jobs, the newest first; or show, watch and steer one."""
+    moves = [name for name, is_set in (("cancel", cancel), ("pause", pause), ("resume", resume)) if is_set]
+    if len(moves) + delete > 1 or ((moves or follow or delete) and job_id is None):
+        raise typer.BadParameter("give a job, and one thing to do with it")
+    with connected(url, api_key) as client:
+        if job_id is None:
+            found = client.jobs(status, limit)
+            print_json({"jobs": found}) if as_json else show(_jobs_table(found))
+            return
+        if delete:
+            client.remove_files(job_id)
+            typer.echo(f"{job_id}: its rows, checkpoints, model and log are removed; its record stays", err=True)
+        job = client.steer(job_id, moves[0]) if moves else client.job(job_id)
+        if follow:
+            raise typer.Exit(watch(client, job, as_json))
+        print_json(job) if as_json else show(_jobs_table([job]))
+        if not as_json and job["error"]:
+            Console().print(Text(str(job["error"]), style="red"))
+
+
+def _jobs_table(jobs: Sequence[Document]) -> Table:
+    """Whose each is, too, unless all are of the project that is always there."""
+    projects = [str(job.get("project", DEFAULT_PROJECT)) for job in jobs]  # an older server doesn't say
+    tells_project = any(project != DEFAULT_PROJECT for project in projects)
+    whose = ["project"] if tells_project else []
+    table = table_of("job", *whose, "name", "status", "steps", "loss", "held out", "base's", "adapter")
+    for project, job in zip(projects, jobs, strict=True):
+        progress, metrics = part_of(job, "progress"), part_of(job, "metrics")
+        status = str(job["status"])
+        if job["position"] is not None:
+            status += f" ({job['position']})"
+        adapter = "" if job["adapter"] is None else "{name}@{version}".format(**part_of(job, "adapter"))
+        table.add_row(
+            Text(str(job["id"])),
+            *([Text(project)] if tells_project else []),
+            Text(str(job["name"])),
+            Text("pausing" if job["pausing"] else status),
+            f"{progress['step']}/{progress['total_steps']}",
+            number(metrics["train_loss"]),
+            number(metrics["eval_loss"]),
+            number(metrics["base_eval_loss"]),
+            Text(adapter),
+        )
+    return table
+
 
 if TYPE_CHECKING:
     from server.client.client import Client
@@ -38,7 +168,7 @@ _RATHER_AN_ADAPTER = " Or train an adapter with --method lora."  # of full fine-
 _LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
 _TRAINED_STYLE = "bold green"
 
-Document = Mapping[str, object]
+Json = Mapping[str, object]
 
 
 def train(
@@ -138,7 +268,7 @@ def train(
             raise typer.Exit(watch(client, answer, as_json))
 
 
-def watch(client: "Client", job: Document, as_json: bool) -> int:
+def watch(client: "Client", job: Json, as_json: bool) -> int:
     """Follow the job to its end, on a bar or in silence; the exit code."""
     try:
         if as_json:
@@ -192,12 +322,12 @@ def _validation(upload: Callable[[Path], str], value: str) -> float | str:
         return _dataset(upload, value, "--validation")
 
 
-def _show_progress(client: "Client", job: Document) -> None:
+def _show_progress(client: "Client", job: Json) -> None:
     """A bar with the losses, and the job's messages above it."""
     console = Console(highlight=False)
     console.print(Text(f"{job['id']}: {job['name']}"))
     if job["data"] is not None:
-        console.print(Text(_counts(cast("Document", job["data"]))))
+        console.print(Text(_counts(cast("Json", job["data"]))))
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[news]}", markup=False))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None, news=str(job["status"]))
@@ -212,10 +342,10 @@ def _show_progress(client: "Client", job: Document) -> None:
                 _update(progress, task, client.job(str(job["id"])))
                 looked_at = time.monotonic()
             if is_metrics:
-                _update_losses(progress, task, cast("Document", event["data"]))
+                _update_losses(progress, task, cast("Json", event["data"]))
 
 
-def _counts(data: Document) -> str:
+def _counts(data: Json) -> str:
     """What is trained on and what is held out, in a line."""
     rows, held_out = cast("int", data["rows"]), cast("int", data["validation_rows"])
     truncated = cast("int", data["truncated"]) + cast("int", data["validation_truncated"])
@@ -225,16 +355,16 @@ def _counts(data: Document) -> str:
     return f"{counts}; {counted(truncated, 'row')} truncated" if truncated else counts
 
 
-def _update(progress: Progress, task: TaskID, job: Document) -> None:
-    at = cast("Document", job["progress"])
+def _update(progress: Progress, task: TaskID, job: Json) -> None:
+    at = cast("Json", job["progress"])
     parts = [f"{at['tokens_per_second']:,.0f} tokens/s"] if at["tokens_per_second"] else [str(job["status"])]
     if at["eta_seconds"]:
         parts.append(f"{at['eta_seconds']:,.0f} s left")
     progress.update(task, speed=", ".join(parts), total=cast("float", at["total_steps"]))
-    _update_losses(progress, task, {"step": at["step"], **cast("Document", job["metrics"])})
+    _update_losses(progress, task, {"step": at["step"], **cast("Json", job["metrics"])})
 
 
-def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
+def _update_losses(progress: Progress, task: TaskID, found: Json) -> None:
     fields = progress.tasks[task].fields
     for name in ("train_loss", "eval_loss", "base_eval_loss"):
         if found.get(name) is not None:
@@ -245,9 +375,9 @@ def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
     progress.update(task, completed=step, news="  ".join([*losses, str(fields.get("speed", ""))]))
 
 
-def _show_end(client: "Client", job: Document) -> None:
+def _show_end(client: "Client", job: Json) -> None:
     console = Console(highlight=False)
-    metrics, progress = cast("Document", job["metrics"]), cast("Document", job["progress"])
+    metrics, progress = cast("Json", job["metrics"]), cast("Json", job["progress"])
     if job["status"] == "succeeded" and job["kind"] == "train":
         told = _kept(progress, client.report(str(job["id"])))
         if told:
@@ -256,21 +386,21 @@ def _show_end(client: "Client", job: Document) -> None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
         if not cast("float", metrics["eval_loss"]) < cast("float", metrics["base_eval_loss"]):
-            config = cast("Document", job["config"])
+            config = cast("Json", job["config"])
             more = _RATHER_AN_ADAPTER if config.get("method") == "full" else _HOLD_BACK
             is_held_back = config.get("publish_if") != "always" and config.get("method") != "full"
             console.print(Text(_WORSE + ("" if is_held_back else more), style="bold red"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:
-        reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
+        reference = "{name}@{version}".format(**cast("Json", job["adapter"]))
         typer.echo(f"Try: {suggestion('generate', '…', '--adapter', reference, client=client)}")
     elif job["status"] == "succeeded":
-        gate = cast("Document", client.report(str(job["id"]))["gate"])
+        gate = cast("Json", client.report(str(job["id"]))["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))
 
 
-def _kept(progress: Document, report: Document) -> str:
+def _kept(progress: Json, report: Json) -> str:
     """That a job stopped early, and which step's weights it kept, where it isn't the last one's."""
     step, total = progress["step"], cast("int", progress["total_steps"])
     kept = report.get("kept_step", step)  # older reports don't have it
@@ -281,9 +411,9 @@ def _kept(progress: Document, report: Document) -> str:
     return f"{none} evaluation was better than step {kept}'s, whose weights are kept"
 
 
-def _show_dry_run(answer: Document) -> None:
+def _show_dry_run(answer: Json) -> None:
     console = Console(highlight=False)
-    data, estimate = cast("Document", answer["data"]), cast("Document", answer["estimate"])
+    data, estimate = cast("Json", answer["data"]), cast("Json", answer["estimate"])
     console.print(_counts(data))
     tokens, trained, steps = (
         cast("int", count) for count in (data["tokens"], data["trained_tokens"], answer["steps"])

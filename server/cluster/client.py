@@ -3,6 +3,8 @@
 Everything belongs to one event loop. A request goes to the best replica that takes it (`fleet.best`). One whose
 replica is lost before it told anything goes to another one, once: its seed goes too, so the answer is the same.
 Later it ends with EngineDead. Where there is no replica at the moment, what was taken waits a while for one.
+
+What an API process has in the place of an engine.
 """
 
 import asyncio
@@ -10,15 +12,19 @@ import logging
 import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
-from functools import partial
+from functools import lru_cache, partial
 
 from adapters.errors import SmoloraError
+from adapters.store.store import AdapterStore
 from server.cluster import fleet
 from server.cluster.fleet import Counts, Link, Sent, Transport
 from server.cluster.messages import Batch
+from server.cluster.transport import ServeTransport, join
+from server.engine.async_engine import OutputStream
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
-from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, TryAgain
+from server.model.base.weights import BaseModel
+from server.serve.startup import Connect
 
 log = logging.getLogger(__name__)
 
@@ -297,3 +303,20 @@ class ReplicatedEngine:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+_MAX_SIZES = 100_000
+
+
+def connect_to(address: str) -> Connect:
+    """For `startup.build`: joins the Ray cluster at `address`. Raises StartupError where there is none."""
+
+    def connect(base: BaseModel, store: AdapterStore) -> ReplicatedEngine:
+        @lru_cache(_MAX_SIZES)
+        def size_of(digest: str) -> int:
+            return store.num_bytes(digest) or 1  # of those that aren't here, each counts for as much
+
+        join(address)
+        return ReplicatedEngine(ServeTransport(), base.digest, size_of)
+
+    return connect

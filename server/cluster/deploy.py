@@ -15,20 +15,20 @@ from ray.serve.handle import DeploymentHandle
 import adapters
 import server
 from adapters.errors import SmoloraError
-from server import logs
-from server.allocator import keep_freed_memory
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.serve_transport import APP, DEPLOYMENT, fault_told, has_room, is_too_small, replicas_told
+from server.cluster.transport import APP, DEPLOYMENT, fault_told, has_room, is_too_small, replicas_told
 from server.config import Flag, Settings, load
-from server.counted import counted
 from server.engine.request import GenerationRequest
 from server.errors import StartupError
-from server.home import make
+from server.jobs.yielding import NUM_PLACES, BusyFlag
 from server.serve.engine import base_directory, guidance_of, load_for_engine, make_engine
-from server.serve.switching import switch_quickly
-from server.storage import Storage
-from server.training.worker.yielding import NUM_PLACES, BusyFlag
+from server.storage.home import make
+from server.storage.places import Storage
+from server.system.memory import keep_freed_memory
+from server.system.program import counted
+from server.system.threads import switch_quickly
+from server.telemetry import logs
 
 _DRAIN_SECONDS = 20.0
 """That a replica may take to end, after the time that its longest request may take."""
@@ -142,7 +142,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
         graceful_shutdown_timeout_s=settings.request_timeout + _DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         request_router_config=RequestRouterConfig(
-            request_router_class="server.cluster.router:AddressedRouter", initial_backoff_s=0.01
+            request_router_class="server.cluster.transport:AddressedRouter", initial_backoff_s=0.01
         ),
         **options,
     )(Engine)

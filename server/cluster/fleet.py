@@ -1,4 +1,9 @@
-"""The replicas as one API process knows them: which there are, what each has, and what was sent to it.
+"""Who wants to know which replicas there are, in this process.
+
+A module of its own: Serve makes a copy of the router's class, and with it of what the router's module has, but not
+of the modules that it imports.
+
+The replicas as one API process knows them: which there are, what each has, and what was sent to it.
 
 What is known may be half a second old. What this process sent since is added to it, as many times as there are API
 processes: the others know the same and choose alike, so they are likely to have sent as much. If each counted only
@@ -17,6 +22,22 @@ from server.cluster.rank import Part, Replica, rank
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.sequence import adapter_key, extend_block_keys, prefix_root
 from server.errors import NotReady
+
+Told = Callable[[frozenset[str]], None]
+
+_watchers: list[Told] = []
+
+
+def watch(told: Told) -> None:
+    """Have `told` called with the ids of the replicas whenever they change."""
+    _watchers.append(told)
+
+
+def tell(ids: frozenset[str]) -> None:
+    """These are the replicas from now on."""
+    for told in _watchers:
+        told(ids)
+
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from server.cluster import node
 from server.cluster.deploy import Scale, deploy
-from server.cluster.serve_transport import join, leave
-from server.cluster.state import ClusterState, alone, read_state, remove_state, write_state
+from server.cluster.node import ClusterState, alone, read_state, remove_state, write_state
+from server.cluster.transport import join, leave
 from server.config import Settings
-from server.counted import counted
 from server.errors import StartupError
+from server.jobs.supervisor import GRACE_SECONDS, Supervisor, worker_command
 from server.serve.address import bind, refuse_strangers, url_of
-from server.training.worker.supervisor import GRACE_SECONDS, Supervisor, worker_command
+from server.system.program import counted
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
 READY_SECONDS = 180.0  # after which an API process that was restarted is given up

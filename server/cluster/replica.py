@@ -19,8 +19,8 @@ from anyio import to_thread
 from adapters.errors import SmoloraError
 from server.cluster.messages import Batch, Outbox, ReplicaState, Welcome, block_hash
 from server.engine.async_engine import AsyncEngine
+from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, SequenceOutput
-from server.engine.structured.guidance import Guidance
 from server.errors import EngineDead, NotReady, TryAgain
 
 STATE_SECONDS = 0.05

@@ -16,12 +16,10 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.names import near
-from server import operator_keys
-from server.config.wording import in_words
+from server.config import operator_keys
+from server.config.fields import Limits, SharedSettings, in_words
 from server.errors import StartupError
-from server.limits import Limits
-from server.logs import LogFormat
-from server.shared import SharedSettings
+from server.telemetry.logs import LogFormat
 
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"

@@ -1,4 +1,9 @@
-"""The environment, where it isn't read for the settings."""
+"""The environment, where it isn't read for the settings.
+
+Which instructions native code is held to, for tests and measurements of lesser processors.
+
+What Ray reads from the environment, as smolora's processes have it; whoever set something else keeps it.
+"""
 
 import os
 
@@ -19,3 +24,27 @@ def without_secrets() -> dict[str, str]:
 def log_format() -> str | None:
     """What the log's form is to be, should the settings as a whole be wrong."""
     return os.environ.get(f"{PREFIX}LOG_FORMAT")
+
+
+def wanted_instructions() -> str | None:
+    """What NATIVE_INSTRUCTIONS names; None for the best that the processor has."""
+    return os.environ.get("NATIVE_INSTRUCTIONS")
+
+
+DEFAULTS = {
+    "RAY_AUTH_MODE": "token",  # else whoever reaches its ports could run anything
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else one that hangs is given as long as one that drains
+    # Replicas that began without autoscaling else don't tell what it goes by, once it is there.
+    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
+    # Ray asks a process to end, and kills it where it doesn't answer, but not if the question fails before (after
+    # some 4.7 s): with its own 5 s, one that hangs would stay, and hold its memory.
+    "RAY_kill_worker_timeout_milliseconds": "2000",
+}
+
+
+def set_up_ray() -> None:
+    """For this process and its children; before Ray is imported."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)

@@ -20,6 +20,8 @@ from server.database.file import (
 from server.database.migrating import knows_schema, migrate
 from server.database.opening import (
     WORKER_PATIENCE_SECONDS,
+    Place,
+    agree,
     commits_at_once,
     commits_of,
     connect,
@@ -29,7 +31,6 @@ from server.database.opening import (
     refuse_in_use,
     told_to_a_person,
 )
-from server.database.place import Place, agree
 
 __all__ = [
     "FILE_NAME",

@@ -1,4 +1,11 @@
-"""The engine behind an event loop: one thread steps it, others send it messages and await its news.
+"""A request's outputs on their way to whoever reads them, on one event loop.
+
+Tells a step that hangs from one that takes long, or whose process was stopped meanwhile. Plain arithmetic.
+
+A step's age is added up from regular looks, each of which counts for `_LONGEST_PAUSE` at most: while the whole
+process is stopped (SIGSTOP, a suspended machine, a debugger) nobody looks, and that time is nobody's.
+
+The engine behind an event loop: one thread steps it, others send it messages and await its news.
 
 The thread and the loop share an inbox, under a condition, and snapshots that are replaced whole; everything else
 of the engine is the thread's alone. Outputs go over to the loop a step at a time. The loop watches the thread:
@@ -17,13 +24,102 @@ from dataclasses import dataclass
 from functools import partial
 
 from adapters.errors import SmoloraError
+from server.engine.admission import InFlight, QueueRate
 from server.engine.engine import Engine, EngineConfig
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
-from server.engine.watching.in_flight import InFlight
-from server.engine.watching.output_stream import OutputStream
-from server.engine.watching.queue_rate import QueueRate
-from server.engine.watching.watchdog import Watchdog
-from server.errors import Draining, EngineDead, GenerationFailed, NotReady, QueueFull
+from server.errors import Draining, EngineDead, GenerationFailed, NotReady, QueueFull, ReadTooSlowly
+
+MAX_UNREAD = 1 << 18
+"""Tokens that may wait for a reader, and the likeliest ones beside them: some 30 MB."""
+
+
+class OutputStream:
+    """The outputs of one request, until all its choices have ended. `aclose` aborts what is left."""
+
+    def __init__(self, num_choices: int, abandon: Callable[[], None]) -> None:
+        """`abandon` tells whoever `put`s that nobody reads any more; it may be called after the end, and twice."""
+        self._num_unfinished = num_choices  # choices whose end the reader has not seen
+        self._abandon = abandon
+        self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
+        self._num_unread = 0
+        self._is_over = False  # nothing more is taken
+
+    def __aiter__(self) -> "OutputStream":
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        if not self._num_unfinished:
+            raise StopAsyncIteration
+        output = await self._queue.get()
+        if isinstance(output, SmoloraError):
+            self._num_unfinished = 0
+            raise output
+        self._num_unread -= _size(output)
+        if output.finish_reason is not None:
+            self._num_unfinished -= 1
+        return output
+
+    async def aclose(self) -> None:
+        """Free what the request holds at the engine's next step. Closing twice is closing once."""
+        self._num_unfinished = 0
+        self._abandon()
+
+    def put(self, output: SequenceOutput | SmoloraError) -> None:
+        """Hand on news of a choice, or what ends all of them, and with them what the request holds.
+
+        So does a reader who is too far behind.
+        """
+        if self._is_over:
+            return
+        if not isinstance(output, SmoloraError):
+            self._num_unread += _size(output)
+            if self._num_unread > MAX_UNREAD:
+                output = ReadTooSlowly()
+                while not self._queue.empty():  # who reads little at a time would keep it for as long
+                    self._queue.get_nowait()
+        self._queue.put_nowait(output)
+        if isinstance(output, SmoloraError):
+            self._is_over = True
+            asyncio.get_running_loop().call_soon(self._abandon)  # whoever puts is at work on the request just now
+
+
+def _size(output: SequenceOutput) -> int:
+    return output.num_new_tokens + sum(len(entry.top) for entry in output.logprobs)
+
+
+LEAST_SECONDS = 30.0
+"""A step is never given up before it is so old."""
+FACTOR = 20.0
+"""Nor before it has taken so many times as long as the longest one before it."""
+_LONGEST_PAUSE = 1.0  # seconds between two looks that may have been work
+
+
+class Watchdog:
+    """Watches over one thread's steps. Have it `look` every fraction of a second."""
+
+    def __init__(self, least_seconds: float = LEAST_SECONDS) -> None:
+        self._least_seconds = least_seconds
+        self._looked_at: float | None = None
+        self._step: int | None = None
+        self._age = 0.0
+        self._longest = 0.0  # of the steps that have ended
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a step counts as stalled."""
+        return max(self._least_seconds, FACTOR * self._longest)
+
+    def look(self, step: int | None, now: float) -> bool:
+        """Whether the step under way has stalled. `step`: its number, None between steps; `now`: seconds."""
+        pause = 0.0 if self._looked_at is None else min(now - self._looked_at, _LONGEST_PAUSE)
+        self._looked_at = now
+        if step is not None and step == self._step:
+            self._age += pause
+        else:
+            self._longest = max(self._longest, self._age)
+            self._step, self._age = step, 0.0
+        return self._age > self.limit
+
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from server.engine.forwards import Forward, NativeForward, TorchForward
 from server.engine.paged_attention import PagedCache
 from server.model.base.config import ModelConfig
 from server.model.native.model import ROW_FORMAT, NativeModel
-from server.model.rank_rows import RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
 
 

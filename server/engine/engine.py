@@ -13,19 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from adapters.errors import InvalidInput, SmoloraError
-from server.engine.adapter_pool.pool import AdapterPool
-from server.engine.adapter_pool.reads import NUM_READERS, Load, started
+from server.engine.adapter_pool import NUM_READERS, AdapterPool, Load, started
 from server.engine.backend import Backend
 from server.engine.detokenizer import TextStream, TokenBytes
+from server.engine.guidance import Guidance
 from server.engine.kv_cache import BlockManager
+from server.engine.masks import Masks
 from server.engine.request import EngineStats, FinishReason, GenerationRequest, SampledLogprob, SequenceOutput
 from server.engine.runner import Drawn, Runner
-from server.engine.sampling.sampler import Sampled
+from server.engine.sampling import Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence, Status
-from server.engine.speculation.speculator import Speculator
-from server.engine.structured.guidance import Guidance
-from server.engine.structured.masks import Masks
+from server.engine.speculation import Speculator
 from server.errors import EngineDead, GenerationFailed, NotReady
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,10 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from server.engine.adapter_pool.pool import AdapterHold
+from server.engine.adapter_pool import AdapterHold
+from server.engine.native_sampling import sample_natively, sampled, table_of
 from server.engine.paged_attention import PagedAttention, PagedCache
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.native import sample_natively, sampled, table_of
-from server.engine.sampling.sampler import Sampled, sample
+from server.engine.sampling import LogitsRow, Sampled, sample
 from server.engine.sequence import Chunk
 from server.model.device import ints_beside, to_device
 from server.model.lora_batch import LoraBatch, TokenRun

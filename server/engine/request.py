@@ -54,7 +54,7 @@ class SamplingParams:
 class Grammar:
     """What an answer must match: the text of a JSON schema, or a regular expression for the whole answer.
 
-    `server.engine.structured.guidance.Guidance.check` has passed it before it comes to the engine.
+    `server.engine.guidance.Guidance.check` has passed it before it comes to the engine.
     """
 
     kind: Literal["json_schema", "regex"]

@@ -14,13 +14,10 @@ from typing import NamedTuple
 import torch
 
 from server.engine.forwards import Forward
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import Sampled
-from server.engine.sampling.scoring import score
+from server.engine.sampling import LogitsRow, Sampled, score
 from server.engine.sequence import Chunk
 from server.errors import GenerationFailed
-from server.model.device import ints_beside
-from server.model.gpu import empty_cache, is_out_of_memory
+from server.model.device import empty_cache, ints_beside, is_out_of_memory
 
 log = logging.getLogger(__name__)
 

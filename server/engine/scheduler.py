@@ -32,12 +32,11 @@ from itertools import islice
 from typing import Self
 
 from adapters.errors import SmoloraError
+from server.engine.cost_model import PromptRoom
 from server.engine.kv_cache import BlockManager
 from server.engine.sequence import Chunk, Hold, Sequence, Status
 from server.engine.shares import ProjectShares
-from server.engine.waiting_queues import Turn, WaitingQueues
-from server.engine.waiting_set import Adapters, WaitingSet
-from server.engine.watching.prompt_room import PromptRoom
+from server.engine.waiting import Adapters, Turn, WaitingQueues, WaitingSet
 
 QUICK_STEP = 0.04
 """Seconds that a step with prompts may take while several projects send requests."""

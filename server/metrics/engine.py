@@ -1,6 +1,19 @@
-"""The engine's own snapshot under our names, read when /metrics is asked for."""
+"""The engine's own snapshot under our names, read when /metrics is asked for.
 
+What gateways read to choose a server: vLLM's names, as the Gateway API's inference extension scrapes them.
+
+`vllm:lora_requests_info` carries its news in labels, and the time as its value: which adapters a request can use
+at once, and which ones requests wait for. vLLM names there what runs just now; here it is what is in memory, by
+every name that a request may give it: `tweets` where that is its latest version, `tweets@3`, `tweets@prod`, and
+compositions whose parts are all there. Other projects' names come with the project.
+
+Gateways take each name for an adapter, and a server for full once it tells as many names as `max_lora`: so that
+counts names, too.
+"""
+
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -44,3 +57,71 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(name, text, value=value(stats))
         for name, text, value in _COUNTERS:
             yield CounterMetricFamily(name, text, value=value(stats))
+
+
+MAX_NAMES = 200
+"""Of one label. Names without versions come first."""
+TYPICAL_RANK = 16
+"""`max_lora` exceeds the names by as many adapters of this rank, on all linear modules, as there is room for."""
+
+Names = Callable[[frozenset[str]], list[str]]
+"""From digests to what requests may call them, by importance; `adapters.catalog.reads`."""
+Moves = Callable[[], object]
+"""Another value whenever names may mean other digests than before."""
+
+
+class GatewayCollector(Collector):
+    """`stats` gives the engine's snapshot. Names are looked up only when something has changed.
+
+    Where that fails, they are what they were.
+    """
+
+    def __init__(
+        self, stats: Callable[[], EngineStats], base_name: str, names: Names, moves: Moves, block_size: int
+    ) -> None:
+        self._stats = stats
+        self._base_name = base_name
+        self._names = names
+        self._moves = moves
+        self._block_size = block_size
+        self._seen: tuple[object, ...] = ()
+        self._told = ("", "")
+        self._num_more = 0  # names than adapters
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+        yield self._gauge("vllm:num_requests_running", "Sequences in the batch", stats.num_running)
+        yield self._gauge("vllm:num_requests_waiting", "Sequences that wait to run", stats.num_waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the blocks that are in use, from 0 to 1", usage)
+        yield self._loras(stats)
+        labels = {"block_size": str(self._block_size), "num_gpu_blocks": str(stats.kv_blocks_total)}
+        cache = GaugeMetricFamily("vllm:cache_config_info", "The cache of keys and values", labels=list(labels))
+        cache.add_metric(list(labels.values()), 1)
+        yield cache
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name", "engine"])
+        family.add_metric([self._base_name, "0"], value)
+        return family
+
+    def _loras(self, stats: EngineStats) -> Metric:
+        state = (stats.resident, stats.waiting, self._moves())
+        if state != self._seen:
+            with suppress(Exception):  # whatever the database has: `home` says so
+                resident, waiting = self._named(stats.resident), self._named(stats.waiting - stats.resident)
+                self._told = ",".join(resident), ",".join(waiting)
+                self._num_more = len(resident) + len(waiting) - len(stats.resident | stats.waiting)
+                self._seen = state
+        most = max(stats.max_adapter_rank // TYPICAL_RANK, stats.adapters_resident, 1)
+        labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in memory, and awaited", labels=labels)
+        running, awaited = self._told
+        family.add_metric([str(max(most + self._num_more, 1)), awaited, running], time.time())
+        return family
+
+    def _named(self, digests: frozenset[str]) -> list[str]:
+        return self._names(digests)[:MAX_NAMES] if digests else []

@@ -14,9 +14,9 @@ from pathlib import Path
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.training.queue.jobs import Jobs
-from server.training.queue.tables import Status
-from server.training.worker.presence import workers_of
+from server.jobs.jobs import Jobs
+from server.jobs.supervisor import workers_of
+from server.jobs.tables import Status
 
 _KEEP_SECONDS = 1.0
 _QUIET_SECONDS = 60.0  # between two lines about the same fault

@@ -1,4 +1,13 @@
-"""The counts of one server: what requests saw from outside, and whatever its collectors read when asked.
+"""Requests as HTTP sees them: how many by method, route and status, and how long by route.
+
+Routes are templates, "/train/{job_id}", and what is none shares one label, so that clients can't make any. Cached
+children make counting a dictionary's look-up.
+
+How long slow work waits for a thread, and what is refused because something is full.
+
+The server's process beyond what prometheus_client tells of it: its version, its threads, whether it serves.
+
+The counts of one server: what requests saw from outside, and whatever its collectors read when asked.
 
 Gateways ask many times a second and choose by what is current: collectors are asked each time. The counts may be a
 moment older (MAX_AGE at most), so that writing them out takes RENDER_SHARE of the time and no more.
@@ -7,9 +16,10 @@ One registry for each server. Names of adapters are labels, and there is no boun
 MAX_ADAPTER_LABELS distinct ones, the rest share the label "other".
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -21,14 +31,131 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from adapters.errors import InvalidInput, TryAgain
+from server import __version__
+from server.access.keys import KeyFault
 from server.engine.request import EngineStats
 from server.errors import QueueFull, ReadTooSlowly
 from server.metrics.engine import EngineCollector
-from server.metrics.http import OTHER, HttpMetrics
-from server.metrics.lanes import LaneMetrics
+
+OTHER = "other"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_HTTP_SECONDS = (
+    0.005,
+    0.025,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    10.0,
+    60.0,
+)  # of each route: few, since there are many routes
+
+
+class HttpMetrics:
+    """The counts of one server."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._responses = Counter(
+            "smolora_http_requests",
+            "Requests that were answered, by status; 499: the client left before",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "smolora_http_request_seconds",
+            "Request to the end of its answer, which for a stream is its last event",
+            ["route"],
+            buckets=_HTTP_SECONDS,
+            registry=registry,
+        )
+        self._auth_failures = Counter(
+            "smolora_auth_failures",
+            "Requests whose key opened nothing, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in get_args(KeyFault):  # so that the first one is a rise from 0, which rates see
+            self._auth_failures.labels(reason)
+        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def refused(self, reason: KeyFault) -> None:
+        """Count a request whose key opened nothing."""
+        self._auth_failures.labels(reason).inc()
+
+    def ended(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count an answer that has ended. `route` is a template, or empty if the path has no route."""
+        key = (method if method in METHODS else OTHER, route or OTHER, status)
+        if (children := self._children.get(key)) is None:
+            children = self._responses.labels(*map(str, key)), self._seconds.labels(key[1])
+            self._children[key] = children
+        counter, histogram = children
+        counter.inc()
+        histogram.observe(seconds)
+
+
+_WAIT_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class LaneMetrics:
+    """The counts of one server's lanes and bounds."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._waits = Histogram(
+            "smolora_lane_wait_seconds",
+            "Waits for a thread of a lane, also of work that was refused or whose client left",
+            ["lane"],
+            buckets=_WAIT_SECONDS,
+            registry=registry,
+        )
+        self._refusals = Counter(
+            "smolora_refused",
+            "Requests refused with 429 because a lane or another bound was full, by its name",
+            ["reason"],
+            registry=registry,
+        )
+
+    def declare(self, name: str, *, is_lane: bool) -> None:
+        """Show the series from the start, so that the first refusal is a rise from 0."""
+        self._refusals.labels(name)
+        if is_lane:
+            self._waits.labels(name)
+
+    def waited(self, lane: str, seconds: float) -> None:
+        """Count a wait that has ended."""
+        self._waits.labels(lane).observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        """Count a refusal."""
+        self._refusals.labels(reason).inc()
+
+
+_THREADS = "/proc/self/task"
+
+
+class ServerCollector(Collector):
+    """`is_ready` is what /ready says."""
+
+    def __init__(self, base_name: str, is_ready: Callable[[], bool]) -> None:
+        self._base_name = base_name
+        self._is_ready = is_ready
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("smolora_build_info", "What runs here", labels=["version", "base"])
+        info.add_metric([__version__, self._base_name], 1)
+        yield info
+        yield GaugeMetricFamily("smolora_ready", "1 while /ready says 200", value=int(self._is_ready()))
+        with suppress(OSError):  # of systems without /proc
+            threads = len(os.listdir(_THREADS))
+            yield GaugeMetricFamily("process_threads", "Threads, Python's and others", value=threads)
+
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100

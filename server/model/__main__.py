@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from server.errors import StartupError
-from server.model.base.embedded import EMBEDDED
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 
 
 def main() -> int:

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from server.model.device import to_device
-from server.model.ops.lora import Pairs, expand_sampled, shrink_block, shrink_sampled
-from server.model.rank_rows import Placement, RankRows, Run
-from server.model.row_layout import GroupLayout
+from server.model.ops.linear import Pairs, expand_sampled, shrink_block, shrink_sampled
+from server.model.rank_rows import GroupLayout, Placement, RankRows, Run
 
 MIN_BLOCK = 64
 """From this many tokens on, a run takes dense products for B, too."""

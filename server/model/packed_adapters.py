@@ -23,8 +23,7 @@ from adapters.errors import Unavailable
 from adapters.lora import LoraWeights
 from adapters.store.packed import Pieces
 from adapters.store.store import AdapterStore
-from server.model.rank_rows import Stored
-from server.model.row_layout import GROUPS, PackedFile, RowLayout
+from server.model.rank_rows import GROUPS, PackedFile, RowLayout, Stored
 
 FORMAT = 1
 """Grows with any change of what `RowLayout.pack` makes of the same weights."""

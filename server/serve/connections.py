@@ -2,7 +2,7 @@
 
 uvicorn's own protocol for HTTP has no such bounds. A connection that is closed here loses nothing that is being
 worked on: only those are, whose client has to act next. Bodies that stop are
-`server.api.access.bodies.Body`'s part, which can still answer.
+`server.api.bodies.Body`'s part, which can still answer.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from typing import ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.api.errors import problems
-from server.counted import counted
-from server.limits import Limits
+from server.api import problems
+from server.config.fields import Limits
+from server.system.program import counted
 
 _UNSENT_BYTES = 128 << 10
 """Of an answer, in the kernel: without a bound it takes megabytes for a reader that has stopped."""

@@ -22,12 +22,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.deps import EngineClient
-from server.counted import counted
-from server.limits import Limits
+from server.config.fields import Limits
+from server.jobs.supervisor import Supervisor
+from server.jobs.yielding import BusyFlag
 from server.serve.address import cannot_listen
 from server.serve.connections import Connections, allow_files
-from server.training.worker.supervisor import Supervisor
-from server.training.worker.yielding import BusyFlag
+from server.system.program import counted
 
 DRAIN_SECONDS = 30.0
 HURRY_SECONDS = 5.0

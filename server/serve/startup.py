@@ -1,32 +1,35 @@
-"""Builds everything that the app works with, from the settings; slow where a base is converted the first time.
+"""What whoever started the server may try at once: something that a base of any size answers right.
+
+Builds everything that the app works with, from the settings; slow where a base is converted the first time.
 
 Whatever is missing on this machine raises StartupError, in one line.
 """
 
+import json
+import shlex
 from collections.abc import Callable
 
 from adapters.catalog.catalog import Catalog
-from adapters.catalog.digests import NamesByDigest
+from adapters.catalog.reads import NamesByDigest
 from adapters.library import Library
 from adapters.store.store import AdapterStore
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
-from server.api.deps import EngineClient, Limiters, Services
-from server.api.generate.recent_pins import RecentPins
-from server.api.train.estimate import Estimator
-from server.api.train.feeds import JobFeeds
-from server.api.train.housekeeping import clean_uploads
-from server.api.train.submission import Submissions
+from server.api.deps import EngineClient, Limiters, RecentPins, Services
+from server.api.estimate import Estimator
+from server.api.housekeeping import clean_uploads
+from server.api.job_feeds import JobFeeds
+from server.api.submission import Submissions
 from server.config import Settings
 from server.database import agree, commits_at_once, commits_of, described, is_file, records_of
 from server.database import connect as connect_database
+from server.engine.async_engine import Watchdog
 from server.engine.engine import EngineConfig
-from server.engine.watching.watchdog import Watchdog
 from server.errors import StartupError
-from server.metrics.gateway import GatewayCollector
+from server.jobs.jobs import Jobs
+from server.metrics.engine import GatewayCollector
 from server.metrics.home import HomeCollector
-from server.metrics.metrics import Metrics
-from server.metrics.process import ServerCollector
+from server.metrics.metrics import Metrics, ServerCollector
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import training_dtype
 from server.model.text.chat import PromptEncoder
@@ -38,12 +41,35 @@ from server.serve.engine import (
     make_engine,
     max_model_len_of,
 )
-from server.storage import Storage
-from server.tracing.spans import open_tracer
-from server.training.data.datasets import DatasetStore
-from server.training.data.encoding import RowEncoder
-from server.training.data.files import FileStore, RowSources
-from server.training.queue.jobs import Jobs
+from server.storage.places import Storage
+from server.system.program import program
+from server.telemetry.spans import open_tracer
+from server.training.datasets import DatasetStore
+from server.training.encoding import RowEncoder
+from server.training.files import FileStore, RowSources
+
+_QUESTION = "What is the capital of France?"
+_START = "The capital of France is"
+_OPTIONS = ("--max-tokens", "16", "--temperature", "0")
+_KEY = "YOUR_KEY"
+_OWN_URL = "http://{host}:{port}".format(
+    **{name: Settings.model_fields[name].default for name in ("host", "port")}
+)
+"""Where commands look for a server that are told nothing."""
+
+
+def first_prompts(url: str, is_chat: bool, needs_key: bool) -> list[str]:
+    """The same in a command of ours and in one for curl. Where `is_chat` is False, a text to go on from."""
+    command = ["chat", _QUESTION] if is_chat else ["generate", _START]
+    place = [] if url == _OWN_URL else ["--url", url]
+    key = f"SMOLORA_API_KEY={_KEY} " if needs_key else ""
+    ours = f"{key}{program()} {shlex.join([*command, *_OPTIONS, *place])}"
+
+    start = {"messages": [{"role": "user", "content": _QUESTION}]} if is_chat else {"prompt": _START}
+    header = f" -H 'Authorization: Bearer {_KEY}'" if needs_key else ""
+    body = shlex.quote(json.dumps({**start, "max_tokens": 16, "temperature": 0}))
+    return [ours, f"curl -s {url}/generate{header} -H 'Content-Type: application/json' -d {body}"]
+
 
 Connect = Callable[[BaseModel, AdapterStore], EngineClient]
 """Makes a client of engines elsewhere."""

@@ -166,7 +166,7 @@ def test_a_peer_made_in_part_is_none(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_allocators_settings_reach_a_peer() -> None:
     """Of a process of its own: as it is, after our call, and under what is set for one that can't call it."""
     probe = "from benchmarks.allocation import keeps_freed_memory as kept; print(kept())"
-    call = "from server.allocator import keep_freed_memory; keep_freed_memory();"
+    call = "from server.system.memory import keep_freed_memory; keep_freed_memory();"
 
     def found(code: str, **environment: str) -> str:
         command = [sys.executable, "-c", code]

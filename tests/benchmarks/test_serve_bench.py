@@ -23,7 +23,7 @@ from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, OURS, WIDE
 from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RowFormat
 from tests.native_kit import native_library
 from tests.tiny_gguf import save_tiny_gguf
 

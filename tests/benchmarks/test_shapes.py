@@ -10,7 +10,7 @@ from benchmarks.shapes import random_base
 from benchmarks.shapes.__main__ import main
 from benchmarks.shapes.random_base import CONTEXT, SHAPES, SIGMA, Shape, write_random_base
 from benchmarks.shapes.report import markdown
-from server.model.base.gguf_file import open_gguf
+from server.model.base.gguf import open_gguf
 from tests.benchmarks.kit import shapes
 
 TINY = Shape(hidden=128, inner=256, layers=2, heads=2, kv_heads=1, rope_theta=10_000.0)

@@ -26,7 +26,7 @@ from server.errors import StartupError
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import NoAdapters, SmolLM
-from server.training.passes.trained_rows import TrainedRows
+from server.training.trained_rows import TrainedRows
 from tests.benchmarks.kit import MACHINE, figures, made
 from tests.engine_kit import random_adapter
 
@@ -121,7 +121,7 @@ def test_the_label_is_the_likelier_completion(real_base: BaseModel) -> None:
         for label in LABELS:
             ids = torch.tensor(real_base.tokenizer.encode(prompt_of(sentence) + label))
             prompt = len(real_base.tokenizer.encode(prompt_of(sentence)))
-            from server.training.passes.packed_attention import PackedAttention
+            from server.training.passes import PackedAttention
 
             attention = PackedAttention([len(ids)], CPU)
             with torch.no_grad():

@@ -12,7 +12,7 @@ import psutil
 
 from adapters.lora import BaseShape
 from server.cluster import node
-from server.config.ray import set_up_ray
+from server.config.environment import set_up_ray
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment, free_port
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 

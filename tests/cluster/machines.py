@@ -9,7 +9,7 @@ from typing import Self
 import httpx
 import psutil
 
-from server.cluster.state import read_state
+from server.cluster.node import read_state
 from tests.cluster.kit import CACHES, FLAGS, TITLE, wait_until
 from tests.end_to_end.server_process import PATIENCE, command, environment
 

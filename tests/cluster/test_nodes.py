@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.cluster.state import FILE_NAME
+from server.cluster.node import FILE_NAME
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.cluster.conftest import needs_ray

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.cluster.state import FILE_NAME
+from server.cluster.node import FILE_NAME
 from tests.cluster.conftest import needs_ray
 from tests.cluster.kit import CACHES, FLAGS, wait_until
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port

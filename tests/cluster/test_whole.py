@@ -27,7 +27,7 @@ pytestmark = [*CLUSTER, needs_ray]
 
 _numbers = count(1)
 SILENT_SECONDS = 3.0
-"""After which a process that hears nothing asks by itself: `server.database.notices` has it."""
+"""After which a process that hears nothing asks by itself: `server.database.postgres` has it."""
 
 
 class InTurn(httpx.BaseTransport):
@@ -117,8 +117,8 @@ def test_deleted_while_the_other_has_it_queued(
         assert asked.result() == expected
         assert {hog.result().status_code for hog in hogs} == {200}
 
-    from adapters.objects.bucket import Bucket
-    from adapters.store.shared import SharedAdapterStore
+    from adapters.storage.bucket import Bucket
+    from adapters.store.bucket_store import SharedAdapterStore
 
     for name, value in aws_variables(whole.proxy.url).items():
         monkeypatch.setenv(name, value)

@@ -14,11 +14,11 @@ import psutil
 from adapters.lora import BaseShape
 from server.access.keys import Keys
 from server.access.principal import DEFAULT_SCOPES, OPERATOR, SCOPES, Scope
-from server.config.ray import set_up_ray
+from server.config.environment import set_up_ray
 from server.database import connect
-from server.home import Home
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
+from server.storage.home import Home
 from tests.buckets import BUCKET, Proxy, aws_variables, running_store
 from tests.cluster.kit import TITLE
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port

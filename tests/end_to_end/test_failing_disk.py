@@ -27,17 +27,17 @@ import pytest
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
 from adapters.library import Library
+from adapters.names import Viewpoint
 from adapters.store.store import AdapterStore
-from adapters.viewpoint import Viewpoint
 from server.access.keys import Keys
 from server.access.projects import Projects
 from server.database import connect
-from server.doctor import examine
-from server.home import Home
+from server.jobs.jobs import Jobs
 from server.model.base.weights import BaseModel
-from server.training.data.datasets import DatasetStore
-from server.training.data.files import FileStore
-from server.training.queue.jobs import Jobs
+from server.operations.doctor import examine
+from server.storage.home import Home
+from server.training.datasets import DatasetStore
+from server.training.files import FileStore
 from server.training.spec import JobSpec
 from tests.end_to_end.server_process import PATIENCE, environment, free_port
 from tests.failing_disk.asks import ASKS, Ask, Asker

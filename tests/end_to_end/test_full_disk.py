@@ -10,9 +10,9 @@ import pytest
 
 from adapters.peft.files import write
 from server.database import FILE_NAME
+from server.database.file import driver
 from server.model.base.weights import BaseModel
-from server.sqlite import driver
-from server.training.queue.reserve import DISK_FULL
+from server.storage.reserve import DISK_FULL
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded, wait_for_end, wait_until

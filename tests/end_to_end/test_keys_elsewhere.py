@@ -9,7 +9,7 @@ import pytest
 from server.access.keys import Keys
 from server.access.principal import OPERATOR
 from server.database import connect
-from server.home import Home
+from server.storage.home import Home
 from tests.end_to_end.server_process import ServerProcess
 from tests.postgres import CLUSTER, Postgres
 

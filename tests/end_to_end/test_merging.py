@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from adapters.merging.merge import merge
-from adapters.merging.recipe import Recipe
+from adapters.merge import merge
+from adapters.merge_recipe import Recipe
 from adapters.peft.files import PeftAdapter, write
 from adapters.store.store import AdapterStore
 from server.model.base.weights import BaseModel

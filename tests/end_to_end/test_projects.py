@@ -16,8 +16,8 @@ import pytest
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, SCOPES
 from server.database import FILE_NAME, connect
-from server.home import Home
-from server.sqlite import driver
+from server.database.file import driver
+from server.storage.home import Home
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.end_to_end.training_client import wait_until
 

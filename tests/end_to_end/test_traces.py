@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.training.queue.job_files import LOG_NAME
+from server.jobs.files import LOG_NAME
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, submit, succeeded
 from tests.otlp_receiver import receiving

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.training.queue.job_files import CHECKPOINTS_NAME, LOG_NAME
+from server.jobs.files import CHECKPOINTS_NAME, LOG_NAME
 from tests.drill import Drill, start, tiny_base
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, get, submit, wait_for_end, wait_until

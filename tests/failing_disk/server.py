@@ -11,9 +11,9 @@ import uvicorn
 from server.api.app import create_app
 from server.config import Settings
 from server.database import connect
-from server.home import make, prepare, serving
+from server.database.file import JournalMode
 from server.serve.startup import build
-from server.sqlite import JournalMode
+from server.storage.home import make, prepare, serving
 
 OPERATORS = "operators-0123456789"
 

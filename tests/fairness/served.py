@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.model.base.embedded import EMBEDDED
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 from server.model.base.weights import load_base
 from tests.cache import CACHE
 from tests.end_to_end import server_process

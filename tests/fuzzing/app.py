@@ -21,11 +21,11 @@ from adapters.store.store import AdapterStore
 from server.api.app import create_app
 from server.api.openapi import App
 from server.database import FILE_NAME, connect
-from server.engine.structured.guidance import Guidance
+from server.engine.guidance import Guidance
+from server.jobs.jobs import Jobs
 from server.model.text.chat import PromptEncoder
-from server.training.data.datasets import DatasetStore
-from server.training.data.files import FileStore
-from server.training.queue.jobs import Jobs
+from server.training.datasets import DatasetStore
+from server.training.files import FileStore
 from tests.fuzzing.target import OPEN
 from tests.server.api.adapters.peft_files import peft_files
 from tests.server.api.fakes import FakeEngine, http_scope, scoring

@@ -19,23 +19,22 @@ from adapters.lora import BaseShape
 from adapters.store.store import AdapterStore
 from server.access.access import open_access
 from server.api.app import create_app
-from server.api.deps import Limiters, Services
-from server.api.generate.recent_pins import RecentPins
-from server.api.train.estimate import Estimator
-from server.api.train.feeds import JobFeeds
-from server.api.train.submission import Submissions
+from server.api.deps import Limiters, RecentPins, Services
+from server.api.estimate import Estimator
+from server.api.job_feeds import JobFeeds
+from server.api.submission import Submissions
 from server.config import PREFIX, Settings
 from server.database import FILE_NAME, commits_at_once, commits_of, connect
-from server.engine.structured.guidance import Guidance
-from server.home import Home
+from server.engine.guidance import Guidance
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
 from server.metrics.metrics import Metrics
 from server.model.text.chat import PromptEncoder
 from server.model.text.tokenizer import BaseTokenizer
-from server.training.data.datasets import DatasetStore
-from server.training.data.encoding import RowEncoder
-from server.training.data.files import FileStore, RowSources
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
+from server.storage.home import Home
+from server.training.datasets import DatasetStore
+from server.training.encoding import RowEncoder
+from server.training.files import FileStore, RowSources
 from tests.grammars import guidance_of
 from tests.server.api.fakes import FakeEngine
 from tests.tiny import own, tiny_tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.cgroups import cpu_quota, memory_left, usable_processors
+from server.system.cgroups import cpu_quota, memory_left, usable_processors
 
 GIB = 1 << 30
 

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from server.cli import main as cli
 from server.config import PREFIX, Settings, WorkerSettings, described, is_loopback, load, to_flags
+from server.config.operator_keys import OperatorKeys
 from server.config.secrets import forget_keys
 from server.errors import StartupError
-from server.operator_keys import OperatorKeys
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_a_key_file_that_others_may_open_is_refused(
         StartupError, match=rf"\(mode {mode:o}\): chmod 600 {file}, or mount it under /run/secrets"
     ):
         load(Settings, api_keys=f"@{file}")
-    monkeypatch.setattr("server.operator_keys._SECRETS", tmp_path)
+    monkeypatch.setattr("server.config.operator_keys._SECRETS", tmp_path)
     assert load(Settings, api_keys=f"@{file}").api_keys == (f"@{file}",)
 
 

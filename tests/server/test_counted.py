@@ -1,6 +1,6 @@
 """Counts in sentences."""
 
-from server.counted import counted
+from server.system.program import counted
 
 
 def test_one_and_many() -> None:

@@ -16,14 +16,14 @@ from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store.store import AdapterStore
 from server.cli.main import app
 from server.database import FILE_NAME
-from server.doctor import examine, rebuild
+from server.database.file import driver
 from server.errors import StartupError
-from server.home import Home, serving
 from server.model.packed_adapters import PackedAdapters
-from server.model.row_layout import RowFormat, RowLayout
-from server.sqlite import driver
-from server.training.data.datasets import FACTS, ROWS, DatasetStore
-from server.training.data.files import CONTENT, FileStore
+from server.model.rank_rows import RowFormat, RowLayout
+from server.operations.doctor import examine, rebuild
+from server.storage.home import Home, serving
+from server.training.datasets import FACTS, ROWS, DatasetStore
+from server.training.files import CONTENT, FileStore
 from tests.adapters.samples import SHAPE, sample_adapter
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
 from tests.small_disk import fill, make_room, mounted

@@ -13,7 +13,7 @@ import pytest
 
 from server.database import connect
 from server.errors import StartupError
-from server.home import LOCK_NAME, Home, make, prepare, serving
+from server.storage.home import LOCK_NAME, Home, make, prepare, serving
 
 
 def mode(path: Path) -> int:
@@ -64,7 +64,7 @@ def test_one_serves_at_a_time(tmp_path: Path) -> None:
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from server.home import serving
+from server.storage.home import serving
 with serving(Path(sys.argv[1])):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print(child.pid, flush=True)

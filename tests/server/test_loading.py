@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.loading import loading
+from server.system.memory import loading
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.logs import Fields, JsonFormatter, LineFormatter, request_id
+from server.telemetry.logs import Fields, JsonFormatter, LineFormatter, request_id
 from tests.adapter_hub import REPO, hub_of
 
 
@@ -106,7 +106,7 @@ def test_what_is_fetched_from_the_hub_is_in_no_line(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from server import logs
-from server.model.base.hub_adapter import fetch_adapter
+from server.model.base.hub import fetch_adapter
 logs.set_up()
 place, endpoint = sys.argv[1:]
 fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, timeout=99, endpoint=endpoint)

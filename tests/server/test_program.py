@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.program import program
+from server.system.program import program
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from server.sqlite import Build, choose_driver, driver, has_wal_reset_bug, safe_journal_mode
+from server.database.file import Build, choose_driver, driver, has_wal_reset_bug, safe_journal_mode
 
 OTHER = "a_driver_of_another_build"
 

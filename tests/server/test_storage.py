@@ -10,19 +10,19 @@ import pytest
 from adapters.catalog.records import Records
 from adapters.store.store import AdapterStore
 from server.config import Settings, load
+from server.config.fields import SharedSettings
 from server.errors import StartupError
-from server.shared import SharedSettings
-from server.storage import Storage
+from server.storage.places import Storage
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 STARTS = """
 import sys
-import server.api.app, server.cli.main, server.doctor, server.serve.startup, server.training.worker.run_job
+import server.api.app, server.cli.main, server.operations.doctor, server.serve.startup, server.jobs.run_job
 from pathlib import Path
-from server.shared import SharedSettings
-from server.storage import Storage
+from server.config.fields import SharedSettings
+from server.storage.places import Storage
 storage = Storage.open(Path(sys.argv[1]), SharedSettings())
 storage.adapters(), storage.records()
 ours = [name for name in sys.modules if name.startswith(("adapters.", "server.", "obstore"))]
@@ -50,14 +50,14 @@ def test_what_is_no_place(url: str) -> None:
 
 
 def test_it_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "adapters.objects.bucket", None)
+    monkeypatch.setitem(sys.modules, "adapters.storage.bucket", None)
     with pytest.raises(StartupError, match=r"pip install -e '\.\[cluster\]'"):
         Storage.open(tmp_path, SharedSettings(bytes_url="s3://some-bucket/x"))
 
 
 @pytest.mark.cluster
 def test_keys_are_paths_below_home(tmp_path: Path, bucket: "Bucket") -> None:
-    from server.home import Home
+    from server.storage.home import Home
 
     storage = Storage(Home(tmp_path), bucket)
     for path in (storage.home.datasets("acme"), storage.home.files("default"), storage.home.adapters):

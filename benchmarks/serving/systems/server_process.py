@@ -14,11 +14,11 @@ import torch
 from adapters.lora import BaseShape
 from benchmarks.serving.systems.http_server import READY_WITHIN, ServerProcess, threads_environment
 from server.model.native.model import ROW_FORMAT
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RowFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPORTS = (
-    "import server.cli.main, server.api.app, server.logs, server.serve.process, server.serve.startup; "
+    "import server.cli.main, server.api.app, server.telemetry.logs, server.serve.process, server.serve.startup; "
     "print(flush=True)"
 )
 """What `serve` imports before it does anything, and a sign that this is done."""

@@ -7,24 +7,22 @@ from functools import partial
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
-from server.api.generate.generation import (
+from server.api.generation import (
     Generation,
     ask_queue,
     charge_refused,
-    close_all,
-    encoded,
-    length_of,
-    start,
-)
-from server.api.generate.sampling import (
     check_logprobs,
     check_sequences,
+    close_all,
     context_faults,
+    encoded,
+    grammar_of,
+    length_of,
     most_tokens,
     sampling_params,
     seed_of,
+    start,
 )
-from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
 from server.api.openai.schemas import (
@@ -34,9 +32,9 @@ from server.api.openai.schemas import (
     CompletionBody,
     Prompt,
 )
-from server.api.telemetry.facts import is_chat
+from server.api.tracing import is_chat
 from server.engine.request import Grammar, SamplingParams
-from server.model.text.turns import ChatMessage, meant_role
+from server.model.text.chat import ChatMessage, meant_role
 
 DEFAULT_CHAT_TOKENS = 1024
 """An answer's longest where the client sets no bound: small models may not come to an end by themselves."""

@@ -1,6 +1,6 @@
 """Errors under /v1: every fault becomes one OpenAI error object, `{"error": {message, type, param, code}}`.
 
-The same functions as `server.api.errors.problems` has for all other paths; `server.api.errors.faults` chooses.
+The same functions as `server.api.problems` has for all other paths; `server.api.faults` chooses.
 A bad field is 400, which the official client knows as BadRequestError, where the native routes say 422.
 """
 
@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from starlette.responses import Response
 
 from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, NotFound, SmoloraError
-from server.api import wire
-from server.api.errors import problems
+from server.api import problems, wire
 from server.errors import PayloadTooLarge, TryAgain, Unauthorized, Unavailable
-from server.logs import place_of
+from server.telemetry.logs import place_of
 
 log = logging.getLogger("smolora.api")
 

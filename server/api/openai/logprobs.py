@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
-from server.api.generate.answers import LEAST_LOGPROB, in_turns
+from server.api.generate import LEAST_LOGPROB, in_turns
 from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
 
 

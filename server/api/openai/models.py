@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_LENGTH
-from adapters.viewpoint import split_key
+from adapters.names import split_key
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openai.calls import terms_of
-from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
+from server.api.openai.schemas import REFUSALS
 from server.api.routes import READ, TRAIN, requires
 
 router = APIRouter(prefix="/v1", tags=["openai"])

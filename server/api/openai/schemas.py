@@ -2,16 +2,27 @@
 
 A field of OpenAI's that can't be honoured is refused by its name, unless its value switches it off. `user`,
 `safety_identifier` and `prompt_cache_key` are taken: they are the caller's labels, and change no answer there.
+
+What /docs says of answers under /v1: an example of each, and the errors.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from adapters.expression import MAX_LENGTH
+from server.api.openapi import Responses
 from server.api.schemas import Body, ResponseFormatBody, SamplingFields
-from server.model.text.turns import joined_parts
+from server.model.text.chat import joined_parts
 
 MAX_PROMPTS = 128
 DEFAULT_COMPLETION_TOKENS = 16
@@ -179,3 +190,47 @@ class CompletionBody(CallBody):
     best_of: int | None = Field(None, description="n, or left out: nothing is drawn that is not answered")
     suffix: Unsupported = None
     echo: Unsupported = None
+
+
+WARNING = "X-Smolora-Warning"
+"""A header for each warning about an adapter: OpenAI's answers have no field for it."""
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorBody
+
+
+REFUSALS: Responses = {
+    "4XX": {
+        "model": ErrorAnswer,
+        "description": "400: a bad field, `param` is its name. 401: no valid key. 404: an unknown model. "
+        "413: too large. 429: the queue is full; see `Retry-After`",
+    },
+    503: {
+        "model": ErrorAnswer,
+        "description": "Not ready, draining, the engine is dead or the disk is full; see `Retry-After`",
+    },
+}
+
+
+def answers_with(example: object) -> dict[str, object]:
+    """The 200 of a route; with `stream`, the same in chunks."""
+    return {
+        "description": "The answer; with `stream`, its chunks as server-sent events",
+        "content": {"application/json": {"example": example}},
+        "headers": {
+            WARNING: {
+                "schema": {"type": "string"},
+                "description": "of an adapter, such as one made on another base",
+            }
+        },
+    }

@@ -1,25 +1,141 @@
-"""Turns a checkpoint into the directory that a base is loaded from.
+"""Which Hugging Face tensors are stacked into which tensor of a converted base.
+
+A safetensors file whose tensors all start on 64-byte borders, written in one pass.
+
+Any safetensors reader can map it; aligned tensors can then be used where they lie, by vector instructions too.
+The format allows no gaps between tensors, so one that does not end on a border is followed by a named filler.
+
+Turns a checkpoint into the directory that a base is loaded from.
 
 It holds config.json, generation_config.json and the tokenizer as they were, the weights with q·k·v and gate·up
 stacked, and a manifest. It appears by one rename and never changes after that.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from adapters.durable import new_directory, new_file, write_json
+from adapters.storage.durable import new_directory, new_file, write_json
 from server.errors import StartupError
-from server.model.base.aligned import PlannedTensor, write_aligned
 from server.model.base.checkpoint import Checkpoint, StoredTensor, read_json
 from server.model.base.config import ModelConfig
-from server.model.base.layout import layout
 from server.model.base.quantized import QUANTIZED, Quantized
 from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, BaseWeights, Manifest, digest_of, load_weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor under its Hugging Face name."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of the converted file: its parts one after the other along the first dimension."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def rows(self) -> list[int]:
+        return [part.shape[0] for part in self.parts]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(self.rows), *self.parts[0].shape[1:])
+
+
+def layout(config: ModelConfig) -> Iterator[Stack]:
+    """Every tensor of a base, in the order of the converted file. A tied head has no entry."""
+    embedding = (config.vocab_size, config.hidden_size)
+    norm = (config.hidden_size,)
+    yield _stack("embed", ("model.embed_tokens", embedding))
+    for index in range(config.num_layers):
+        modules = {
+            name: f"model.layers.{index}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
+        modules |= {name: f"model.layers.{index}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+        linear = {name: (path, config.shape.features[name]) for name, path in modules.items()}
+        yield _stack(f"layers.{index}.input_norm", (f"model.layers.{index}.input_layernorm", norm))
+        yield _stack(f"layers.{index}.qkv", linear["q_proj"], linear["k_proj"], linear["v_proj"])
+        yield _stack(f"layers.{index}.o", linear["o_proj"])
+        yield _stack(f"layers.{index}.post_norm", (f"model.layers.{index}.post_attention_layernorm", norm))
+        yield _stack(f"layers.{index}.gate_up", linear["gate_proj"], linear["up_proj"])
+        yield _stack(f"layers.{index}.down", linear["down_proj"])
+    yield _stack("final_norm", ("model.norm", norm))
+    if not config.tie_word_embeddings:
+        yield _stack("lm_head", ("lm_head", embedding))
+
+
+def _stack(name: str, *modules: tuple[str, tuple[int, ...]]) -> Stack:
+    return Stack(name, tuple(Part(f"{module}.weight", shape) for module, shape in modules))
+
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+FILLER = "_filler."
+"""The start of the names of tensors that are not part of the model."""
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: `make` builds it when its turn comes, so that only one is in memory at a time."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_aligned(path: Path, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> None:
+    """Write the tensors in the order given and wait until they are on the disk. Raises OSError."""
+    tensors = _with_fillers(tensors)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in tensors:
+        span = [offset, offset + tensor.num_bytes]
+        header[tensor.name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": span}
+        offset = span[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # the header's length is the file's first 8 bytes
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for tensor in tensors:
+            made = tensor.make()
+            assert made.dtype == tensor.dtype, tensor.name
+            assert tuple(made.shape) == tensor.shape, tensor.name
+            file.write(made.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _with_fillers(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+    filled: list[PlannedTensor] = []
+    for tensor in tensors:
+        filled.append(tensor)
+        if gap := -tensor.num_bytes % ALIGNMENT:
+            shape = (gap,)
+            filled.append(PlannedTensor(f"{FILLER}{len(filled)}", shape, torch.uint8, _zeros(gap)))
+    return filled
+
+
+def _zeros(size: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.zeros(size, dtype=torch.uint8)
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from adapters.durable import new_directory, write_json
+from adapters.storage.durable import new_directory, write_json
 from server.model.base.checkpoint import read_json
 from server.model.base.config import ModelConfig
-from server.model.base.layout import layout
+from server.model.base.convert import layout
 from server.model.base.quantized import QUANTIZED
 from server.model.base.weights import MANIFEST, WEIGHTS, BaseModel, BaseWeights
 

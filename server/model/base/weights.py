@@ -19,7 +19,7 @@ from server.errors import StartupError
 from server.model.base.checkpoint import read_json
 from server.model.base.config import ModelConfig
 from server.model.base.quantized import Quantized, load_quantized
-from server.model.gpu import room_for
+from server.model.device import room_for
 from server.model.text.tokenizer import BaseTokenizer, require_byte_level
 
 MANIFEST = "smolora.json"

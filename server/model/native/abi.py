@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from server.model.base.weights import LAYER_TENSORS
-from server.model.row_layout import GROUPS
+from server.model.rank_rows import GROUPS
 
 _HEADER = re.sub(r"//.*", "", (Path(__file__).parent / "seam" / "abi.h").read_text(encoding="utf-8"))
 _ENTRY = r"^SMOLORA_ENTRY ([\w *]+?)\s*(\w+)\((.*?)\);"

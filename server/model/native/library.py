@@ -22,8 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from server.config.environment import with_scratch
-from server.config.instructions import wanted_instructions
+from server.config.environment import wanted_instructions, with_scratch
 from server.model.native.abi import declare
 
 T = TypeVar("T")

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from server.model.base.weights import BaseModel
-from server.model.native.base import check_base
 from server.model.native.library import NativeUnavailable, load_library
-from server.model.native.model import NativeModel
+from server.model.native.model import NativeModel, check_base
 
 
 def find_library(base: BaseModel, directories: Sequence[Path], say: Callable[[str], None]) -> ctypes.CDLL | None:

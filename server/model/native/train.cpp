@@ -1,7 +1,7 @@
 // Training: a micro-batch's forward pass, its loss, and its backward pass to the gradients of the adapter's A and B, or
 // of all weights.
 //
-// The arithmetic is that of server/model/smollm.py with server/training/passes/trained_rows.py: what is multiplied is
+// The arithmetic is that of server/model/smollm.py with server/training/trained_rows.py: what is multiplied is
 // bf16; sums, the residual stream and its gradient are fp32. The base's weights are read where they are. Each number is
 // one sum in a fixed order, so results depend neither on the number of threads nor on chance.
 #include <algorithm>

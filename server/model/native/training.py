@@ -16,9 +16,9 @@ import torch
 from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights
 from server.model.native.abi import TRAIN_PHASES, TrainBatch, TrainGroup, TrainModule, call, take_phases
-from server.model.native.base import check_base, create, tensor_names
+from server.model.native.model import check_base, create, tensor_names
 from server.model.ops.norms import rotary_table
-from server.model.row_layout import GROUPS, GroupKey, GroupLayout
+from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,22 @@
-"""Norms, rotation and the gated activation as training runs them: their backward passes written out.
+"""torch's own autograd functions, typed.
+
+Norms, rotation and the gated activation as training runs them: their backward passes written out.
 
 Left to autograd, each keeps several copies of its input in fp32, a few times what all matrix products keep. These
 keep the input alone and compute the rest again. Forward they are `server.model.ops.norms`, to the bit.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from server.model.ops.autograd import apply
+
+def apply(function: type[torch.autograd.Function], *inputs: object) -> torch.Tensor:
+    """`function.apply(*inputs)` of a function with one tensor for its answer; torch leaves it untyped."""
+    return cast("Callable[..., torch.Tensor]", function.apply)(*inputs)
 
 
 class _RmsNorm(torch.autograd.Function):

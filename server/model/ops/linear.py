@@ -3,7 +3,22 @@
 On a CPU with 16-bit arithmetic, oneDNN spends much of a small product on re-ordering the weight. `Linear` does
 that once, which makes a decode step's products about 1.5 times as fast. The packed copy is for inference
 alone; training keeps to the plain weight, which autograd can differentiate through.
+
+The low-rank products beside a frozen matrix product.
+
+    y = W x  +  ((x · A_rowsᵀ) ∘ gates) · B_rows
+
+`add_dense` is that line, for every row of the pool: the oracle. What runs follows the ranks really used:
+`shrink_block` multiplies a run of tokens by one adapter's rows, and `shrink_sampled` walks (token, row) pairs, for
+tokens that share their adapters with few others. All are differentiable, and none knows what an adapter is.
+
+Measured on 2 cores (AVX-512) at 32 tokens of 32 adapters: pairs cost a quarter of the dense line and half of
+a batched product over gathered rows, because nothing is copied.
 """
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -39,3 +54,70 @@ def can_pack(weight: torch.Tensor) -> bool:
 def _pack(weight: torch.Tensor) -> torch.Tensor:
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_FOR_TOKENS)
     return packed
+
+
+def add_dense(
+    y: torch.Tensor, x: torch.Tensor, a_rows: torch.Tensor, b_rows: torch.Tensor, gates: torch.Tensor
+) -> torch.Tensor:
+    """y (tokens, out) + ((x · a_rowsᵀ) ∘ gates) · b_rows.
+
+    x (tokens, in), a_rows (rows, in), b_rows (rows, out), gates (tokens, rows).
+    """
+    hidden = F.linear(x.to(a_rows.dtype), a_rows) * gates  # (tokens, rows)
+    return y + hidden.to(b_rows.dtype) @ b_rows
+
+
+def shrink_block(x: torch.Tensor, a_rows: torch.Tensor, weight: float, dtype: torch.dtype) -> torch.Tensor:
+    """weight · (x · a_rowsᵀ) as (tokens, rows) in `dtype`; x (tokens, in), a_rows (rows, in)."""
+    hidden = F.linear(x.to(a_rows.dtype), a_rows)
+    return (hidden if weight == 1.0 else hidden * weight).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """(token, row) pairs: token t has the rows rows[offsets[t] : offsets[t + 1]], of a pool of `num_rows`."""
+
+    offsets: torch.Tensor  # (tokens + 1,)
+    rows: torch.Tensor  # (num_pairs,)
+    num_rows: int
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """Each pair's token (num_pairs,)."""
+        tokens = torch.arange(self.offsets.shape[0] - 1, device=self.offsets.device)
+        # Without the size, a GPU would have to say it first.
+        return torch.repeat_interleave(tokens, self.offsets.diff(), output_size=self.rows.shape[0])
+
+    @cached_property
+    def csr(self) -> torch.Tensor:
+        """As a sparse tensor (tokens, num_rows), whose values are nothing."""
+        values = torch.zeros(self.rows.shape[0], device=self.rows.device)
+        size = (self.offsets.shape[0] - 1, self.num_rows)
+        with warnings.catch_warnings():  # torch announces once that CSR is in beta
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+            return torch.sparse_csr_tensor(self.offsets, self.rows, values, size=size, check_invariants=False)
+
+
+def shrink_sampled(x: torch.Tensor, a_rows: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """x[token] · a_rows[row] for each of `pairs`, in their order: (num_pairs,) of a_rows' dtype.
+
+    x (tokens, in), a_rows (rows, in).
+    """
+    x = x.to(a_rows.dtype)
+    if x.device.type == "cpu" and x.dtype is torch.float32:
+        products: torch.Tensor = torch.sparse.sampled_addmm(pairs.csr, x, a_rows.t(), beta=0.0)
+        return products.values()
+    return (x[pairs.tokens] * a_rows[pairs.rows]).sum(-1)
+
+
+def expand_sampled(
+    hidden: torch.Tensor, b_units: torch.Tensor, unit_index: torch.Tensor, bags: torch.Tensor
+) -> torch.Tensor:
+    """Sums hidden[i] · b_units[unit_index[i]] over each bag i ∈ [bags[j], bags[j+1]): (num_bags, unit).
+
+    hidden (num_entries,) of b_units' dtype, b_units (num_units, unit), unit_index (num_entries,), bags
+    (num_bags + 1,), from 0 to num_entries. Accumulates in fp32.
+    """
+    return F.embedding_bag(
+        unit_index, b_units, bags, mode="sum", per_sample_weights=hidden, include_last_offset=True
+    )

@@ -4,6 +4,8 @@ Promises: the ids and texts that transformers has for the same directory. It is 
 things beside it that a tokenizer.json lacks, the names of special tokens and the chat template: importing
 transformers takes longer than all else that a start does with a tokenizer. Leaves to others: directories that
 nobody converted, in which older and newer forms mean the same thing (`server.model.base.checkpoint`).
+
+What a tokenizer's ids stand for, for those who have to do with tokens and shouldn't know tokenizers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,3 +66,18 @@ class BaseTokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of a sequence, in which no space is tidied away."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+def vocabulary_of(tokenizer: BaseTokenizer) -> tuple[Mapping[str, int], Mapping[int, str], Sequence[int]]:
+    """(each token as the tokenizer writes it, and its id; ids of tokens in plain text; ids of special tokens)."""
+    added = tokenizer.added_tokens.items()
+    return (
+        tokenizer.vocabulary,
+        {token_id: token.content for token_id, token in added},
+        [token_id for token_id, token in added if token.special],
+    )
+
+
+def tokenizer_json(tokenizer: BaseTokenizer) -> str:
+    """The text of its tokenizer.json, with all added tokens, and without padding and truncation."""
+    return tokenizer.backend.to_str()

@@ -19,11 +19,11 @@ from sqlalchemy.exc import IntegrityError
 from adapters.catalog import catalog as module
 from adapters.catalog.catalog import Catalog, Part, Version, combine
 from adapters.catalog.reads import lookup
-from adapters.catalog.unattended import LatestMoved, publish_unattended_in
 from adapters.catalog.versions import NewVersion
+from adapters.catalog.writes import LatestMoved, publish_unattended_in
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term, parse
-from adapters.viewpoint import Viewpoint
+from adapters.names import Viewpoint
 from server.database import connect
 
 D = [f"{i:064x}" for i in range(20)]

@@ -7,9 +7,9 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog
-from adapters.catalog.digests import NamesByDigest
+from adapters.catalog.reads import NamesByDigest
 from adapters.expression import parse
-from adapters.viewpoint import Viewpoint
+from adapters.names import Viewpoint
 from server.database import connect
 from tests.adapters.catalog.test_catalog import D, publish
 

@@ -12,8 +12,7 @@ from adapters.catalog.reads import why_missing
 from adapters.catalog.tables import names
 from adapters.errors import NotFound
 from adapters.expression import parse
-from adapters.names import near
-from adapters.viewpoint import Viewpoint
+from adapters.names import Viewpoint, near
 from server.database import connect
 from tests.postgres import DATABASES
 

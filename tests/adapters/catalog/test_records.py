@@ -19,12 +19,12 @@ from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in, recording
 from adapters.errors import BytesUnavailable, NotFound
 from adapters.expression import parse
-from adapters.viewpoint import Viewpoint
+from adapters.names import Viewpoint
 from server.database import FILE_NAME, connect
 from tests.buckets import EITHER, Failure, Proxy
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 D = [f"{i:064x}" for i in range(20)]
 
@@ -82,7 +82,7 @@ def records(request: pytest.FixtureRequest, tmp_path: Path) -> Records:
     if request.param == "directory":
         return Records(root)
     bucket = request.getfixturevalue("bucket")
-    from adapters.catalog.shared_records import SharedRecords
+    from adapters.catalog.records import SharedRecords
 
     return SharedRecords(root, bucket.under("adapters"))
 
@@ -371,7 +371,7 @@ def longest_wait(home: Home, asked: "Future[object]") -> float:
 def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
     tmp_path: Path, proxied: "Bucket", proxy: Proxy, failure: Failure
 ) -> None:
-    from adapters.catalog.shared_records import SharedRecords
+    from adapters.catalog.records import SharedRecords
 
     home = Home(tmp_path, SharedRecords(tmp_path / "adapters", proxied.under("adapters")))
     home.publish("a")
@@ -398,7 +398,7 @@ def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
 @pytest.mark.cluster
 def test_a_full_store_gives_records_up(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
     """Of a version that isn't its name's highest, and of one that wasn't committed: that writes nothing."""
-    from adapters.catalog.shared_records import SharedRecords
+    from adapters.catalog.records import SharedRecords
 
     home = Home(tmp_path, SharedRecords(tmp_path / "adapters", proxied.under("adapters")))
 

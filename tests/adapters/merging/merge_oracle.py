@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
-from adapters.merging.merge import Side, kept
-from adapters.merging.recipe import Recipe
+from adapters.merge import Side, kept
+from adapters.merge_recipe import Recipe
 from tests.adapters.oracle import lora_layers, matrices, tiny_llama
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]

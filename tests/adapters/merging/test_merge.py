@@ -11,9 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from adapters.errors import InvalidInput
 from adapters.lora import LoraModule, LoraWeights, ModuleKey
-from adapters.merging.distance import distance
-from adapters.merging.merge import check, merge
-from adapters.merging.recipe import Method, Recipe
+from adapters.merge import check, distance, merge
+from adapters.merge_recipe import MergeMethod, Recipe
 from tests.adapters.merging.merge_oracle import (
     delta,
     dense_sum,
@@ -27,7 +26,7 @@ from tests.adapters.merging.merge_oracle import (
 )
 
 PARTS = {"one": 0.7, "two": 0.4, "three": 1.3}
-PRUNING: tuple[Method, ...] = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+PRUNING: tuple[MergeMethod, ...] = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def ours(tuned: PeftModel, recipe: Recipe, parts: Mapping[str, float] = PARTS) -
 
 @pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
 @pytest.mark.parametrize("method", PRUNING)
-def test_factors_are_pefts(tuned: PeftModel, method: Method, density: float) -> None:
+def test_factors_are_pefts(tuned: PeftModel, method: MergeMethod, density: float) -> None:
     recipe = Recipe(method, density, seed=5)
     if method.startswith("dare") and density < 1:
         with our_draws(tuned, PARTS, recipe):
@@ -73,7 +72,7 @@ def test_factors_are_pefts(tuned: PeftModel, method: Method, density: float) -> 
 
 @pytest.mark.parametrize("rank", [2, 9])
 @pytest.mark.parametrize("method", PRUNING)
-def test_products_are_pefts(mixed: PeftModel, method: Method, rank: int) -> None:
+def test_products_are_pefts(mixed: PeftModel, method: MergeMethod, rank: int) -> None:
     recipe = Recipe(method, 0.4, seed=6, rank=rank)
     with our_draws(mixed, PARTS, recipe) if method.startswith("dare") else torch.no_grad():
         expected = peft_merge(mixed, PARTS, f"{method}_svd", density=0.4, svd_rank=rank)
@@ -179,7 +178,7 @@ def test_a_high_rank_in_one_module_is_not_everywhere() -> None:
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("method", ["svd", *PRUNING])
-def test_order_and_names_mean_nothing(tuned: PeftModel, method: Method, rank: int | None) -> None:
+def test_order_and_names_mean_nothing(tuned: PeftModel, method: MergeMethod, rank: int | None) -> None:
     recipe = Recipe(method, 1.0 if method == "svd" else 0.5, seed=1, rank=rank)
     backwards = {name: PARTS[name] for name in reversed(PARTS)}
     assert ours(tuned, recipe, backwards).digest == ours(tuned, recipe).digest

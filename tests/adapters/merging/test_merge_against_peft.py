@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from adapters.lora import LoraWeights
-from adapters.merging.merge import config_of, merge
-from adapters.merging.recipe import Recipe
+from adapters.merge import config_of, merge
+from adapters.merge_recipe import Recipe
 from adapters.peft.files import PeftAdapter, read, write
 from tests.adapters.merging.merge_oracle import (
     TARGETS,

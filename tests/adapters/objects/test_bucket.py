@@ -13,7 +13,7 @@ from adapters.errors import BytesUnavailable
 from tests.buckets import SECRET, Failure, Proxy
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 pytestmark = pytest.mark.cluster
 FAILURES = [failure for failure in get_args(Failure) if failure not in ("", "full")]
@@ -23,7 +23,7 @@ FAILURES = [failure for failure in get_args(Failure) if failure not in ("", "ful
 @pytest.fixture(params=["s3", "file"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> "Bucket":
     pytest.importorskip("obstore")
-    from adapters.objects.bucket import Bucket as Real
+    from adapters.storage.bucket import Bucket as Real
 
     if request.param == "s3":
         found = request.getfixturevalue("bucket")
@@ -40,7 +40,7 @@ def content(bucket: "Bucket", key: str) -> bytes:
 
 
 def test_what_is_put_is_there(place: "Bucket", tmp_path: Path) -> None:
-    from adapters.objects.bucket import Missing
+    from adapters.storage.bucket import Missing
 
     (tmp_path / "big").write_bytes(big := bytes(range(256)) * (70 << 10))  # more than a piece
     place.put("a/one", b"1")
@@ -69,7 +69,7 @@ def test_what_is_put_is_there(place: "Bucket", tmp_path: Path) -> None:
 
 def test_a_directory_keeps_no_folders_without_files(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
-    from adapters.objects.bucket import Bucket as Real
+    from adapters.storage.bucket import Bucket as Real
 
     root = tmp_path / "shared"
     place = Real.open(f"file://{root}")
@@ -151,7 +151,7 @@ def test_one_that_is_full_takes_nothing_and_is_read(proxied: "Bucket", proxy: Pr
 
 
 def test_a_bucket_that_is_not_there_has_not_lost_its_objects(aws: str, caplog: pytest.LogCaptureFixture) -> None:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
     bucket = Bucket.open("s3://no-such-bucket-here/x", allow_http=True)
     for ask in (lambda: bucket.put("a", b""), lambda: bucket.get("a"), lambda: bucket.listed()):

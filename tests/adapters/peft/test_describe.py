@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from adapters.lora import MODULES, LoraConfig, LoraModule, LoraWeights, ModuleKey, scaling
-from adapters.peft.describe import describe
-from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write
+from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, describe, read, write
 from tests.adapters.samples import SHAPE
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import save
 
 from adapters.errors import InvalidAdapter
-from adapters.peft import patterns
+from adapters.peft import targets
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, read
 from adapters.peft.targets import linear_modules
 from tests.adapters.oracle import saved, shape_of, tiny_llama
@@ -157,6 +157,6 @@ def test_a_busy_machine_takes_no_processor_time_away(files: tuple[dict[str, obje
 def test_the_process_for_expressions_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://user:password@host/base")
     program = "import json, os\nprint(json.dumps([*os.environ]))\nprint(0.0)"
-    monkeypatch.setattr(patterns, "_MATCH_THERE", program)
-    (names,) = patterns._match_there([patterns.Pattern("(a|b)", "match", "(a|b)")], ["a"], patterns.Budget())
+    monkeypatch.setattr(targets, "_MATCH_THERE", program)
+    (names,) = targets._match_there([targets.Pattern("(a|b)", "match", "(a|b)")], ["a"], targets.Budget())
     assert "DATABASE_URL" not in names

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from adapters.errors import InvalidAdapter
 from adapters.lora import ModuleKey
 from adapters.peft.files import CONFIG_NAME, MAX_CONFIG_ERRORS, MAX_TENSOR_ERRORS, WEIGHTS_NAME, read
-from adapters.peft.tensors import tensor_name
+from adapters.peft.tensor_file import tensor_name
 from tests.adapters.oracle import loaded, saved, shape_of, tiny_llama
 from tests.oracles.hugging_face import linear
 from tests.properties import num_examples

@@ -8,8 +8,18 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from adapters.lora import MODULES, ModuleKey
-from adapters.peft.patterns import BadPatternError, Budget, Pattern, find
-from adapters.peft.targets import BadTargetsError, Targeting, linear_modules, other_modules, pick, resolve
+from adapters.peft.targets import (
+    BadPatternError,
+    BadTargetsError,
+    Budget,
+    Pattern,
+    Targeting,
+    find,
+    linear_modules,
+    other_modules,
+    pick,
+    resolve,
+)
 from tests.adapters.oracle import NUM_LAYERS, shape_of, tiny_llama, tiny_smollm3
 from tests.properties import num_examples
 

@@ -21,7 +21,7 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
     if request.param == "directory":
         return lambda: AdapterStore(tmp_path / "adapters")
     bucket = request.getfixturevalue("bucket")
-    from adapters.store.shared import SharedAdapterStore
+    from adapters.store.bucket_store import SharedAdapterStore
 
     return lambda: SharedAdapterStore(tmp_path / "adapters", bucket.under("adapters"))
 

@@ -17,7 +17,7 @@ from tests.adapters.samples import sample_adapter
 from tests.adapters.store.conftest import ADAPTER, DIGEST
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 OTHER = sample_adapter(seed=1)
 SOON = 45.0
@@ -126,7 +126,7 @@ def test_pins_do_not_wait_while_another_process_publishes(
 def test_pins_do_not_wait_while_room_is_made(
     bucket: "Bucket", gate: Gate, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
-    from adapters.store.shared import SharedAdapterStore
+    from adapters.store.bucket_store import SharedAdapterStore
 
     class Slow(SharedAdapterStore):
         def _set_aside(self, place: Path) -> list[Path]:

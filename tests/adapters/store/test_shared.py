@@ -14,15 +14,14 @@ from adapters.catalog.versions import NewVersion
 from adapters.errors import BytesUnavailable, CorruptAdapter, InDoubt, Interrupted
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from adapters.recorded import own_files
-from adapters.store.sidecar import SIDECAR_NAME
-from adapters.store.store import AdapterStore
+from adapters.store.store import SIDECAR_NAME, AdapterStore
 from tests.adapters.samples import SHAPE, sample_adapter
 from tests.adapters.store.test_store import assert_equal, opened
 from tests.buckets import Failure, Proxy
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
-    from adapters.store.shared import SharedAdapterStore
+    from adapters.storage.bucket import Bucket
+    from adapters.store.bucket_store import SharedAdapterStore
 
 
 pytestmark = pytest.mark.cluster
@@ -47,7 +46,7 @@ def nobody(digest: str) -> bool:
 
 @pytest.fixture
 def machine(tmp_path: Path, bucket: "Bucket") -> Machine:
-    from adapters.store.shared import SharedAdapterStore
+    from adapters.store.bucket_store import SharedAdapterStore
 
     def on(
         name: str, *, grace: float = -1.0, through: "Bucket | None" = None, cache_bytes: int | None = None
@@ -114,7 +113,7 @@ def test_a_deleted_adapter_is_there_for_who_may_want_it_and_then_swept(machine: 
 @contextmanager
 def each_request(deed: Callable[[int], None]) -> Iterator[None]:
     """A block in which `deed` is called before each request to a bucket, with its number from 1, its own apart."""
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
     num_asked, is_busy = 0, False
 

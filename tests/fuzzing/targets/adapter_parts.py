@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from adapters.lora import ModuleKey
-from adapters.peft.tensors import tensor_name
+from adapters.peft.tensor_file import tensor_name
 from tests.adapters.samples import SHAPE
 from tests.fuzzing.choices import NUMBERS, Choices, encoded, nested
 from tests.fuzzing.target import Target

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from adapters.errors import InvalidInput
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
-from server.api.adapters.archives import FIELD, MAX_ENTRIES, read_archive
-from server.api.zips import StoredZip
+from server.api.zips import FIELD, MAX_ENTRIES, StoredZip, read_archive
 from tests.fuzzing.choices import Choices
 from tests.fuzzing.target import Target, check_told
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from adapters import strict_json
 from adapters.errors import InvalidInput
+from server.engine.grammar import MAX_SCHEMA_BYTES
+from server.engine.guidance import Guidance
 from server.engine.request import Grammar
-from server.engine.structured.grammar import MAX_SCHEMA_BYTES
-from server.engine.structured.guidance import Guidance
 from tests.fuzzing.choices import Choices
 from tests.fuzzing.target import OPEN, Target, check_told
 from tests.grammars import BOUNDED, CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing

@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapters.errors import FieldError, InvalidInput
-from server.training.data.datasets import DatasetStore
-from server.training.data.ignored import IgnoredFields
-from server.training.data.row_files import FILE, MAX_FAULTS, Format, read_rows
-from server.training.data.rows import Row, canonical_json, parse_row
+from server.training.datasets import DatasetStore
+from server.training.row_files import FILE, MAX_FAULTS, Format, read_rows
+from server.training.rows import IgnoredFields, Row, canonical_json, parse_row
 from tests.fuzzing.choices import Choices
 from tests.fuzzing.target import Target, check_told
 

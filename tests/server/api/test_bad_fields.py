@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from adapters.errors import InvalidInput
-from server.api.errors.problems import MAX_ERRORS
-from server.api.generate import sampling
+from server.api import generation
+from server.api.problems import MAX_ERRORS
 from server.model.text.chat import PromptEncoder
 from tests.server.api.fakes import FakeEngine, scoring
 from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
@@ -337,10 +337,10 @@ async def test_an_answer_has_so_many_logprobs_and_no_more(
     num_entries: int,
 ) -> None:
     engine.script = scoring
-    monkeypatch.setattr(sampling, "MAX_LOGPROBS", num_entries)
+    monkeypatch.setattr(generation, "MAX_LOGPROBS", num_entries)
     response = await client.post(path, json=body)
     assert response.status_code == 200, response.text
-    monkeypatch.setattr(sampling, "MAX_LOGPROBS", num_entries - 1)
+    monkeypatch.setattr(generation, "MAX_LOGPROBS", num_entries - 1)
     response = await client.post(path, json=body)
     assert response.status_code in (400, 422)
     assert "tokens with 2 beside each" in response.text
@@ -351,7 +351,7 @@ async def test_an_answer_has_so_many_logprobs_and_no_more(
 async def test_a_chat_without_a_bound_is_as_long_as_its_logprobs_allow(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "MAX_LOGPROBS", 2 * 3 * 4)
+    monkeypatch.setattr(generation, "MAX_LOGPROBS", 2 * 3 * 4)
     body = {
         "model": BASE_NAME,
         "messages": [{"role": "user", "content": "a"}],
@@ -364,6 +364,6 @@ async def test_a_chat_without_a_bound_is_as_long_as_its_logprobs_allow(
 
 
 def test_one_choice_of_the_longest_context_may_have_all_logprobs() -> None:
-    sampling.check_logprobs(8192, 20)
+    generation.check_logprobs(8192, 20)
     with pytest.raises(InvalidInput, match="ask for fewer"):
-        sampling.check_logprobs(2 * 8192, 20)
+        generation.check_logprobs(2 * 8192, 20)

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.openapi import App
-from server.training.queue.jobs import Jobs
+from server.jobs.jobs import Jobs
 from tests.server.api.train_kit import train_body
 
 pytestmark = pytest.mark.anyio

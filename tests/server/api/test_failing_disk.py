@@ -9,8 +9,8 @@ import pytest
 from fastapi import FastAPI
 
 from adapters.library import Library
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
 from tests.server.api.access.key_kit import OPERATORS, client_with
 from tests.server.api.test_full_disk import asks, changed, stored
 from tests.server.conftest import MakeServices, new_app

@@ -13,13 +13,13 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 
 from adapters.library import Library
-from server.api.adapters.imports import get_fetch
 from server.api.app import create_app
-from server.model.base.hub_adapter import HubAdapter
-from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
-from server.training.queue.reserve import Reserve
+from server.api.imports import get_fetch
+from server.jobs.files import JobFiles
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
+from server.model.base.hub import HubAdapter
+from server.storage.reserve import Reserve
 from tests.server.api.access.key_kit import OPERATORS, client_with
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body

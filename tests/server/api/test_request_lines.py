@@ -12,7 +12,7 @@ from starlette.types import Message
 from adapters.library import Library
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import GenerationFailed
-from server.logs import Fields, JsonFormatter, LineFormatter
+from server.telemetry.logs import Fields, JsonFormatter, LineFormatter
 from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.test_aliases import upload
 from tests.server.api.fakes import Caller, FakeEngine, failing, http_scope, scoring, until, words

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from server.engine.request import GenerationRequest, SequenceOutput, Timing
 from server.errors import GenerationFailed
-from server.tracing.otel import OtelTracer
+from server.telemetry.otel import OtelTracer
 from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.test_aliases import upload
 from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, until, words

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 from adapters.catalog.catalog import NewVersion, Version
-from server.training.queue.leases import Claim, Leases
+from server.jobs.leases import Claim, Leases
 
 ROWS: list[dict[str, object]] = [
     {"prompt": f"{status.value} ", "completion": status.phrase} for status in list(HTTPStatus)[:20]

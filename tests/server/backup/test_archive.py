@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server.backup.archive import is_place
-from server.backup.backup import back_up
-from server.backup.restore import restore
 from server.cli.main import app
 from server.database import FILE_NAME, connect
 from server.errors import StartupError
-from server.home import LOCK_NAME
+from server.operations.archive import is_place
+from server.operations.backup import back_up
+from server.operations.restore import restore
+from server.storage.home import LOCK_NAME
 
 Entry = tuple[tarfile.TarInfo, bytes]
 

@@ -18,18 +18,18 @@ from adapters.catalog.records import Records
 from adapters.peft.files import WEIGHTS_NAME
 from server import database
 from server.access.keys import Keys
-from server.backup import backup as backups
-from server.backup.backup import Made, back_up
-from server.backup.restore import restore
 from server.database import FILE_NAME, connect
-from server.doctor import examine
 from server.errors import StartupError
-from server.home import RESTORING, Home, make, serving
-from server.training.data.datasets import DatasetStore
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.leases import Claim, Leases
-from server.training.queue.retention import Retention
-from server.training.queue.tables import jobs as job_table
+from server.jobs.files import Retention
+from server.jobs.jobs import Jobs, Status
+from server.jobs.leases import Claim, Leases
+from server.jobs.tables import jobs as job_table
+from server.operations import backup as backups
+from server.operations.backup import Made, back_up
+from server.operations.doctor import examine
+from server.operations.restore import restore
+from server.storage.home import RESTORING, Home, make, serving
+from server.training.datasets import DatasetStore
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
 from tests.server.training.job_kit import submit
 
@@ -360,7 +360,7 @@ def test_only_an_empty_home_is_filled(registry: Registry, target: Path, tmp_path
 VICTIM = """
 import json, os, signal, sys
 from pathlib import Path
-from server.loading import loading
+from server.system.memory import loading
 with loading():  # else each child's collector walks through all of it
     import alembic.command  # which a restore asks whether it knows the schema
     from server.backup import backup, restore
@@ -542,7 +542,7 @@ def test_an_older_schema_is_brought_up_to_date(registry: Registry, target: Path,
 
 def test_two_at_once_do_not_take_each_others_folders(registry: Registry, target: Path) -> None:
     """The second begins while the first is at work, and ends before it."""
-    from server.backup.workspace import workspace
+    from server.operations.backup import workspace
 
     with workspace(target) as first:
         (first / "archive").write_text("first")

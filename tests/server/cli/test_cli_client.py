@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from server.cli.main import app
 from server.database import connect
-from server.training.queue.leases import Leases
+from server.jobs.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import StandIn
 from tests.server.running import Running, running

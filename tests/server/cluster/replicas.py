@@ -10,7 +10,7 @@ from adapters.lora import LoraWeights
 from server.cluster.client import ReplicatedEngine
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.engine.adapter_pool.reads import Load
+from server.engine.adapter_pool import Load
 from server.engine.request import GenerationRequest
 from server.model.base.weights import BaseModel
 from server.serve.engine import guidance_of

@@ -12,10 +12,10 @@ from server.cluster import replica as replica_module
 from server.cluster.fleet import Link, Sent
 from server.cluster.messages import Batch
 from server.cluster.replica import EngineReplica
+from server.engine import async_engine
+from server.engine.async_engine import OutputStream
 from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
-from server.engine.watching import output_stream
-from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 from server.model.base.weights import BaseModel
 from server.serve.engine import guidance_of
@@ -94,7 +94,7 @@ def test_a_stream_that_is_closed_is_aborted(tiny_base: BaseModel) -> None:
 
 def test_a_reader_is_not_too_slow_for_what_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a stall: it is read in between."""
-    monkeypatch.setattr(output_stream, "MAX_UNREAD", 200)
+    monkeypatch.setattr(async_engine, "MAX_UNREAD", 200)
     pieces = [SequenceOutput("r", 0, "a", 1, 1, 0) for _ in range(1000)]
     pieces[-1] = replace(pieces[-1], finish_reason="length")
 

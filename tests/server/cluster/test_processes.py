@@ -17,9 +17,9 @@ import typer
 from typer.testing import CliRunner
 
 from server.cli import cluster as commands
-from server.cli.options import with_flags
+from server.cli.common import with_flags
 from server.cluster import node
-from server.cluster.state import FILE_NAME, ClusterState, alone, read_state, write_state
+from server.cluster.node import FILE_NAME, ClusterState, alone, read_state, write_state
 from server.config import DEFAULT_MODEL, PREFIX, Settings, load
 from server.errors import StartupError
 from tests.end_to_end.server_process import free_port

@@ -20,22 +20,12 @@ from alembic.script import ScriptDirectory
 
 from adapters.catalog import catalog, tables
 from server.access import tables as access_tables
-from server.database import (
-    FILE_NAME,
-    build_of,
-    connect,
-    faults,
-    nobody_has_it_open,
-    place,
-    schema_of,
-    set_aside,
-)
-from server.database.file import USERS_NAME
+from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, opening, schema_of, set_aside
+from server.database.file import USERS_NAME, JournalMode, driver, has_wal_reset_bug
 from server.database.migrating import newest_schema
 from server.errors import StartupError
-from server.sqlite import JournalMode, driver, has_wal_reset_bug
-from server.training.queue import tables as job_tables
-from server.training.queue.leases import Leases
+from server.jobs import tables as job_tables
+from server.jobs.leases import Leases
 
 JOURNALS = pytest.mark.parametrize("journal", ["wal", "delete"])
 
@@ -180,7 +170,7 @@ def is_other_type(context: object, inspected: object, meta: object, found: objec
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": is_other_type})
-        expected = [catalog.metadata, job_tables.metadata, access_tables.metadata, place.metadata]
+        expected = [catalog.metadata, job_tables.metadata, access_tables.metadata, opening.metadata]
         assert compare_metadata(context, expected) == []  # type: ignore[arg-type]  # it takes several, too
 
 

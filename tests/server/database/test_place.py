@@ -9,11 +9,11 @@ import sqlalchemy as sa
 
 from server.database import agree, connect
 from server.errors import StartupError
-from server.home import Home
-from server.storage import Storage
+from server.storage.home import Home
+from server.storage.places import Storage
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ from adapters.expression import Term
 from server.access import tables as access_tables
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
-from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, place
+from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, opening
 from server.database.opening import PATIENCE_SECONDS
 from server.errors import StartupError
-from server.home import Home
-from server.training.queue import tables as job_tables
-from server.training.queue.jobs import Jobs
+from server.jobs import tables as job_tables
+from server.jobs.jobs import Jobs
+from server.storage.home import Home
 from tests.postgres import CLUSTER, Postgres
 
 pytestmark = CLUSTER
@@ -70,7 +70,7 @@ def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "include_name": lambda name, *_: name != "marks"}
         )
-        known: Any = [metadata, job_tables.metadata, access_tables.metadata, place.metadata, windows.metadata]
+        known: Any = [metadata, job_tables.metadata, access_tables.metadata, opening.metadata, windows.metadata]
         assert compare_metadata(context, known) == []
 
 

@@ -9,12 +9,11 @@ from typing import TypeVar
 
 from adapters.errors import SmoloraError
 from adapters.lora import LoraWeights
-from server.engine.adapter_pool.reads import Load
-from server.engine.async_engine import AsyncEngine
+from server.engine.adapter_pool import Load
+from server.engine.async_engine import AsyncEngine, OutputStream
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
-from server.engine.watching.output_stream import OutputStream
 from server.model.base.weights import BaseModel
 from tests.engine_kit import GREEDY, Result, build_engine, refs
 from tests.server.engine.faults import FailingRunner

@@ -13,8 +13,8 @@ from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits, Step
 from server.engine.sequence import Chunk, Sequence, Status
-from server.engine.speculation.speculator import Speculator
-from server.engine.waiting_set import Adapters
+from server.engine.speculation import Speculator
+from server.engine.waiting import Adapters
 from tests.server.engine.speculation.drafting import SetCosts
 
 Content = tuple[bytes, tuple[int, ...]]

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.async_engine import AsyncEngine
+from server.engine.async_engine import AsyncEngine, OutputStream
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
-from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, QueueFull
 from server.model.base.weights import BaseModel
 from tests.server.engine.async_bench import LONG, Bench, collect, on_loop, request

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from server.engine.engine import Engine
+from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
-from server.engine.structured.guidance import Guidance
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.smollm import SmolLM
-from server.serve.sizing import step_bytes
+from server.serve.engine import step_bytes
 from tests.engine_kit import GREEDY, build_engine, check_idle, random_adapter, refs, run
 from tests.gpu_kit import NEEDS_GPU, waits
 from tests.grammars import guidance_of

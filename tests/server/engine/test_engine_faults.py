@@ -19,8 +19,7 @@ from server.engine.scheduler import SchedulerLimits, Step
 from server.engine.sequence import Sequence
 from server.errors import EngineDead, GenerationFailed
 from server.model.base.weights import BaseModel
-from server.model.rank_rows import Stored
-from server.model.row_layout import Needs
+from server.model.rank_rows import Needs, Stored
 from tests.engine_kit import (
     GREEDY,
     Result,

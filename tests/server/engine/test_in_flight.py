@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from server.engine.admission import InFlight
 from server.engine.sequence import Sequence
-from server.engine.watching.in_flight import InFlight
 from tests.properties import num_examples
 from tests.server.engine.simulation import Simulation
 from tests.server.engine.small import simulation, unlike

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
+from server.engine import async_engine
+from server.engine.async_engine import OutputStream
 from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
-from server.engine.watching import output_stream
-from server.engine.watching.output_stream import OutputStream
 from server.errors import GenerationTimeout, ReadTooSlowly
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +22,7 @@ def piece(with_logprobs: bool) -> SequenceOutput:
 @pytest.mark.parametrize(("with_logprobs", "num_kept"), [(True, 20), (False, 100)])
 async def test_only_so_much_waits(with_logprobs: bool, num_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing at all, once that was too much."""
-    monkeypatch.setattr(output_stream, "MAX_UNREAD", 100)
+    monkeypatch.setattr(async_engine, "MAX_UNREAD", 100)
     abandoned: list[int] = []
     stream = OutputStream(1, lambda: abandoned.append(1))
     for _ in range(50):  # who reads in time has no bound
@@ -45,7 +45,7 @@ async def test_only_so_much_waits(with_logprobs: bool, num_kept: int, monkeypatc
 
 async def test_who_waits_as_it_becomes_too_much_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was woken for the first piece, which is gone by the time that it looks."""
-    monkeypatch.setattr(output_stream, "MAX_UNREAD", 100)
+    monkeypatch.setattr(async_engine, "MAX_UNREAD", 100)
     stream = OutputStream(1, lambda: None)
     reader = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from server.engine.engine import Engine
+from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.engine.runner import Runner
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import Sampled
+from server.engine.sampling import LogitsRow, Sampled
 from server.engine.sequence import Chunk
 from server.engine.sequence import Sequence as SequenceState
-from server.engine.structured.guidance import Guidance
 from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
 from tests.engine_kit import GREEDY, Results, build_engine, check_idle, refs, run

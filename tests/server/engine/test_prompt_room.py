@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from server.engine.cost_model import PromptRoom
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.sequence import Chunk, Sequence
-from server.engine.watching.prompt_room import PromptRoom
 
 
 def chunks(num_decoding: int, num_prompt_tokens: int) -> list[Chunk]:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from server.engine.watching.queue_rate import QueueRate
+from server.engine.admission import QueueRate
 
 
 def played(rate: QueueRate, seconds: list[float], places: int) -> float:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from server.engine.watching.row_costs import RowCosts
+from server.engine.cost_model import RowCosts
 
 
 def seconds(num_drafted: int, share: float, step: float = 0.01) -> float:

@@ -2,7 +2,7 @@
 
 import random
 
-from server.engine.adapter_pool.pool import AdapterHold, AdapterPool
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.kv_cache import BlockManager
 from server.engine.scheduler import SchedulerLimits
 from server.engine.sequence import Sequence

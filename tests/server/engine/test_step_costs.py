@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.structured.guidance import Guidance
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, refs
 from tests.grammars import guidance_of

@@ -2,7 +2,7 @@
 
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.sequence import Sequence
-from server.engine.waiting_queues import WaitingQueues
+from server.engine.waiting import WaitingQueues
 
 
 def waiting(project: str, *digests: str) -> Sequence:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.watching.watchdog import Watchdog
+from server.engine.async_engine import Watchdog
 
 TICK = 0.25
 

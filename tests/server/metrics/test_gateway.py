@@ -7,7 +7,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.request import EngineStats
-from server.metrics.gateway import MAX_NAMES, GatewayCollector
+from server.metrics.engine import MAX_NAMES, GatewayCollector
 from server.metrics.metrics import Metrics
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
+from server.jobs.supervisor import own_name, present
+from server.jobs.tables import Status
 from server.metrics.home import HomeCollector
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
-from server.training.queue.tables import Status
-from server.training.worker.presence import own_name, present
 from tests.server.training.job_kit import submit
 
 Samples = dict[tuple[str, str], float]

@@ -8,8 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server import __version__
 from server.engine.request import EngineStats
-from server.metrics.metrics import MAX_ADAPTER_LABELS, MAX_AGE, Metrics
-from server.metrics.process import ServerCollector
+from server.metrics.metrics import MAX_ADAPTER_LABELS, MAX_AGE, Metrics, ServerCollector
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -23,8 +23,7 @@ from adapters.lora import LoraWeights
 from server.database import connect
 from server.model.base.weights import BaseModel
 from server.model.lora_batch import Parts
-from server.model.rank_rows import Placement, RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import SmolLM
 from tests.engine_kit import place, random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged

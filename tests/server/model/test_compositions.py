@@ -8,8 +8,7 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel, load_base
-from server.model.rank_rows import RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
 from tests.engine_kit import place, random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged

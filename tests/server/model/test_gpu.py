@@ -8,8 +8,7 @@ import torch
 
 from server.errors import StartupError
 from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device
-from server.model.gpu import Cuda, Gpu, driver_version, is_out_of_memory, room_for
+from server.model.device import Cuda, Gpu, choose_device, driver_version, is_out_of_memory, room_for
 from tests.pretended.card import Card
 from tests.pretended.cuda import pretended_cuda
 

@@ -14,17 +14,16 @@ import pytest
 import torch
 from typing_extensions import Buffer
 
-from adapters.durable import UNFINISHED
 from adapters.errors import CorruptAdapter, Unavailable
 from adapters.lora import BaseShape, LoraConfig, LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
+from adapters.storage.durable import UNFINISHED
 from adapters.store import packed as packed_files
 from adapters.store.packed import PackedFiles, Pieces
 from adapters.store.store import AdapterStore
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import FORMAT, PackedAdapters, is_damaged
-from server.model.rank_rows import Placement, RankRows, Run, Stored
-from server.model.row_layout import PackedFile, PackedRows, RowFormat, RowLayout
+from server.model.rank_rows import PackedFile, PackedRows, Placement, RankRows, RowFormat, RowLayout, Run, Stored
 from tests.engine_kit import random_adapter
 
 CPU = torch.device("cpu")

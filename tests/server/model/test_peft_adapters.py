@@ -12,8 +12,7 @@ from adapters.lora import LoraWeights
 from adapters.peft import files as peft_format
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.rank_rows import RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
 from tests.adapters.oracle import adapted
 from tests.engine_kit import place

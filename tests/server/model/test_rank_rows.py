@@ -13,8 +13,7 @@ import torch
 from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
 from server.model.huge_pages import HUGE_PAGE, in_huge_pages, take_pages
 from server.model.native.model import ROW_FORMAT
-from server.model.rank_rows import RankRows, Run
-from server.model.row_layout import GROUPS, GroupLayout, GroupRows, RowFormat
+from server.model.rank_rows import GROUPS, GroupLayout, GroupRows, RankRows, RowFormat, Run
 from tests.engine_kit import place, random_adapter
 
 SHAPE = BaseShape(

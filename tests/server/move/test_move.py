@@ -12,17 +12,17 @@ import sqlalchemy as sa
 from server.access.keys import Keys
 from server.access.principal import OPERATOR
 from server.database import agree, connect
-from server.doctor import examine
 from server.errors import StartupError
-from server.home import RESTORING, Home
-from server.storage import Storage
-from server.training.data.datasets import ROWS, DatasetStore
+from server.operations.doctor import examine
+from server.storage.home import RESTORING, Home
+from server.storage.places import Storage
+from server.training.datasets import ROWS, DatasetStore
 from tests.postgres import CLUSTER, Postgres
 from tests.server.api.adapters.registry import Registry, write_files
 from tests.server.backup.test_backup import contents
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 pytestmark = CLUSTER
 
@@ -63,7 +63,7 @@ def url(postgres: Postgres) -> Iterator[str]:
 
 def cut_off_at(bucket: "Bucket", number: int) -> "Bucket":
     """The bucket, whose request of that number, from 0, ends the process."""
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
     left = [number]
 
@@ -81,8 +81,7 @@ def cut_off_at(bucket: "Bucket", number: int) -> "Bucket":
 
 
 def test_wherever_it_is_cut_off(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
-    from server.move.to_cluster import to_cluster
-    from server.move.to_home import to_home
+    from server.operations.move import to_cluster, to_home
 
     before, target = contents(home), Storage(Home(tmp_path / "api"), bucket, url="s3://b")
     is_done, told = False, list[str]()
@@ -128,8 +127,8 @@ def test_rows_that_take_long_to_read_again(
 ) -> None:
     """PostgreSQL ends a session that stands still within a transaction, as it would while millions are read."""
     from server.database import postgres, rows
-    from server.move import to_home as module
-    from server.move.to_cluster import to_cluster
+    from server.operations import move as module
+    from server.operations.move import to_cluster
 
     def slowly(connection: sa.Connection, tables: Sequence[sa.Table]) -> "dict[str, rows.Content]":
         if connection.dialect.name == "sqlite":
@@ -146,8 +145,7 @@ def test_rows_that_take_long_to_read_again(
 
 def test_a_damaged_upload_moves_as_it_is(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
     """And is told: it may be mended there as well as here."""
-    from server.move.to_cluster import to_cluster
-    from server.move.to_home import to_home
+    from server.operations.move import to_cluster, to_home
 
     target = Storage(Home(tmp_path / "api"), bucket, url="s3://b")
     to_cluster(home, url, target)
@@ -161,8 +159,7 @@ def test_a_damaged_upload_moves_as_it_is(home: Path, tmp_path: Path, url: str, b
 
 
 def test_what_is_refused(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
-    from server.move.to_cluster import to_cluster
-    from server.move.to_home import to_home
+    from server.operations.move import to_cluster, to_home
 
     target = Storage(Home(tmp_path / "api"), bucket, url="s3://b")
     bucket.put("something", b"")

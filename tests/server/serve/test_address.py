@@ -10,8 +10,8 @@ from server.access.principal import OPERATOR
 from server.config import Settings, load
 from server.database import connect
 from server.errors import StartupError
-from server.home import Home
 from server.serve.address import bind, refuse_strangers
+from server.storage.home import Home
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])

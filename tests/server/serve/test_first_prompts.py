@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 
-from server.program import program
-from server.serve.first_prompts import first_prompts
+from server.serve.startup import first_prompts
+from server.system.program import program
 
 
 def test_where_everything_is_a_default() -> None:

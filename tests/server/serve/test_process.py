@@ -16,10 +16,10 @@ import pytest
 from fastapi import FastAPI
 
 from server.errors import StartupError
+from server.jobs.supervisor import Supervisor
+from server.jobs.yielding import BusyFlag
 from server.serve.address import bind, url
 from server.serve.process import Process
-from server.training.worker.supervisor import Supervisor
-from server.training.worker.yielding import BusyFlag
 from tests.server.api.fakes import FakeEngine, until
 
 pytestmark = pytest.mark.anyio

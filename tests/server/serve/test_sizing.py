@@ -10,7 +10,7 @@ from server.config import Settings
 from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
 from server.model.base.config import ModelConfig
-from server.serve.sizing import (
+from server.serve.engine import (
     _PROCESS_BYTES,
     _meminfo,
     cpu_caches,

@@ -10,14 +10,14 @@ import pytest
 from server.api.app import create_app
 from server.api.deps import Services
 from server.config import Settings, WorkerSettings
+from server.database.file import driver
 from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
+from server.jobs.run_job import _is_served_natively, _load
 from server.model.base.weights import BaseModel
 from server.model.text.chat import ChatMessage
 from server.serve.startup import build
-from server.sqlite import driver
 from server.training.spec import JobSpec
-from server.training.worker.run_job import _is_served_natively, _load
 from tests.native_kit import lend_native, native_library, tiny_of
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.cluster.replicas import Local

@@ -10,7 +10,7 @@ from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.errors import StartupError
-from server.serve.sizing import gpu_share
+from server.serve.engine import gpu_share
 from server.serve.startup import build
 from tests.pretended.card import Card, is_on_card
 from tests.pretended.cuda import pretended_cuda

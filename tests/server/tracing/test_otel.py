@@ -10,8 +10,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from server.config import trace_exporters
-from server.tracing.otel import OtelTracer, exporter_of
-from server.tracing.spans import open_tracer
+from server.telemetry.otel import OtelTracer, exporter_of
+from server.telemetry.spans import open_tracer
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -78,7 +78,7 @@ def test_what_its_client_sends_is_in_no_line(headers: dict[str, str]) -> None:
     """Of whomever: spans begin before a key is asked for."""
     code = f"""
 from server import logs
-from server.tracing.otel import OtelTracer
+from server.telemetry.otel import OtelTracer
 logs.set_up()
 assert OtelTracer([]).request({{"traceparent": "00-{TRACE}-{PARENT}-01", **{headers!r}}}).trace_id == "{TRACE}"
 """
@@ -89,7 +89,7 @@ assert OtelTracer([]).request({{"traceparent": "00-{TRACE}-{PARENT}-01", **{head
 def test_a_collectors_key_is_in_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization: Bearer xyzzy")
-    code = "from server.tracing.spans import open_tracer; assert open_tracer()"  # before there is a log
+    code = "from server.telemetry.spans import open_tracer; assert open_tracer()"  # before there is a log
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert "OTEL_EXPORTER_OTLP_HEADERS: what isn't written name=value is left out" in done.stderr
     assert "xyzzy" not in done.stderr
@@ -179,7 +179,7 @@ def test_a_collector_that_does_not_answer_holds_no_exit_up(monkeypatch: pytest.M
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
     code = """
 import time
-from server.tracing.spans import open_tracer
+from server.telemetry.spans import open_tracer
 tracer = open_tracer()
 tracer.request({}).end()
 began = time.monotonic()
@@ -194,20 +194,18 @@ def in_new_process(code: str) -> str:
     return done.stdout
 
 
-MODULES = (
-    "server.cli.main, server.api.app, server.serve.startup, server.serve.process, server.training.worker.run_job"
-)
+MODULES = "server.cli.main, server.api.app, server.serve.startup, server.serve.process, server.jobs.run_job"
 LOADED = """
 import sys
 parts = "opentelemetry.sdk", "opentelemetry.exporter", "google."
 found = [name for name in sys.modules if name.startswith(parts)]
-print(found, "server.tracing.otel" in sys.modules, tracer)
+print(found, "server.telemetry.otel" in sys.modules, tracer)
 """
 
 
 def test_by_default_nothing_of_it_is_imported() -> None:
     """Of the SDK, the exporters and protobuf. FastAPI has the API by itself, which does nothing alone."""
-    code = f"import {MODULES}; from server.tracing.spans import open_tracer; tracer = open_tracer()\n{LOADED}"
+    code = f"import {MODULES}; from server.telemetry.spans import open_tracer; tracer = open_tracer()\n{LOADED}"
     assert in_new_process(code) == "[] False None\n"
 
 
@@ -217,7 +215,7 @@ def test_without_the_extra_the_server_says_so_and_serves(monkeypatch: pytest.Mon
 import logging, sys
 sys.modules["opentelemetry.sdk"] = None
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-from server.tracing.spans import open_tracer
+from server.telemetry.spans import open_tracer
 assert open_tracer() is None
 """
     assert "pip install -e '.[otel]'" in in_new_process(code)

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from server.database import connect
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
 from server.model.base.weights import BaseModel
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
 from tests.server.training.worker.attempt_kit import Shop
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from server.training.queue.jobs import Job, Jobs
-from server.training.queue.leases import Leases
+from server.jobs.jobs import Job, Jobs
+from server.jobs.leases import Leases
+from server.jobs.worker import Timing, Worker
 from server.training.spec import JobSpec
-from server.training.worker.worker import Timing, Worker
 from tests.server.training.worker.stub_worker import FAST
 
 HERE = Path(__file__).parent

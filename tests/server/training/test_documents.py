@@ -6,9 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from server.training.documents import read_document
-from server.training.loop.outcome import Counters
-from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.run import Counters
+from server.training.spec import JobSpec, LoraSpec, TrainingSpec, read_document
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// The next token of a row of logits, and log-probabilities: what server/engine/sampling computes in torch, without a
+// The next token of a row of logits, and log-probabilities: what server/engine/sampling.py computes in torch, without a
 // sort of more than what filters leave.
 //
 // A row's answer depends on the row alone: one thread computes it, and adds up in one order.

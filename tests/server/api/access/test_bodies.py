@@ -8,7 +8,7 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from server.api.access.bodies import _DRAIN_SECONDS
+from server.api.bodies import _DRAIN_SECONDS
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.api.access import bodies
-from server.api.access.bodies import SMALL_BODY_BYTES, BytesInFlight
+from server.api import bodies
+from server.api.bodies import SMALL_BODY_BYTES, BytesInFlight
 from server.errors import QueueFull
 from tests.server.api.fakes import until
 from tests.server.conftest import MakeServices, client_of, new_app

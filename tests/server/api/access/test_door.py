@@ -6,8 +6,7 @@ import pytest
 import sqlalchemy as sa
 from anyio import fail_after, to_thread
 
-from server.access.key_ring import KeyRing
-from server.access.keys import Keys
+from server.access.keys import KeyRing, Keys
 from server.access.principal import OPERATOR, Principal, Quota
 from server.access.projects import Projects
 from server.access.rates import OwnRates

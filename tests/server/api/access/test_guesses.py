@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from server.api.access import guesses
-from server.api.access.guesses import MAX_SECRETS, MAX_WRONG, Guesses, TooManyGuesses
+from server.api import authentication
+from server.api.authentication import MAX_SECRETS, MAX_WRONG, Guesses, TooManyGuesses
 from tests.server.api.access.key_kit import OPERATORS, access_of, client_with
 from tests.server.conftest import MakeServices, client_of, new_app
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 def replace_sleep(monkeypatch: pytest.MonkeyPatch, sleep: Callable[[float], Awaitable[None]]) -> None:
-    monkeypatch.setattr(guesses, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(authentication, "asyncio", SimpleNamespace(sleep=sleep))
 
 
 @pytest.fixture(autouse=True)

@@ -20,17 +20,16 @@ from sqlalchemy.exc import OperationalError
 from adapters.catalog.tables import transact
 from adapters.errors import InDoubt, Unavailable
 from server.access.access import open_access
-from server.access.key_ring import WATCH_SECONDS, KeyRing
-from server.access.keys import ApiKey, Keys
+from server.access.keys import WATCH_SECONDS, ApiKey, KeyRing, Keys
 from server.access.principal import OPERATOR, SCOPES, Principal, Quota
 from server.access.projects import Projects as ProjectTable
 from server.access.rates import OwnRates
 from server.access.tables import api_keys
-from server.api.accounts.books import keep_now
+from server.api.accounts import keep_now
 from server.api.app import create_app
 from server.database import commits_of, connect
 from server.errors import GenerationFailed, RateLimited
-from server.training.queue.leases import Leases
+from server.jobs.leases import Leases
 from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller, FakeEngine, failing, scoring, until

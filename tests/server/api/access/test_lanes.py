@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from server.api.access.lanes import Lane, Turns, receiving
+from server.api.lanes import Lane, Turns, receiving
 from server.errors import QueueFull
-from server.metrics.lanes import LaneMetrics
-from server.priority import NICE
+from server.metrics.metrics import LaneMetrics
+from server.system.threads import NICE
 from tests.server.api.fakes import until
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from server.access.principal import Quota
 from server.api.openapi import App
 from server.api.routes import ADMIN
-from server.training.queue.leases import Leases
+from server.jobs.leases import Leases
 from tests.server.api.access.key_kit import Projects, client_with, new_secret, two_projects
 from tests.server.api.access.test_scopes import operations, wanted
 from tests.server.api.adapters.peft_files import as_parts, peft_files

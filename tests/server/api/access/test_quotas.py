@@ -10,9 +10,9 @@ import pytest
 from fastapi import FastAPI
 
 from server.access.principal import OPERATOR, Quota
-from server.api.adapters.imports import get_fetch
 from server.api.app import create_app
-from server.model.base.hub_adapter import HubAdapter
+from server.api.imports import get_fetch
+from server.model.base.hub import HubAdapter
 from tests.server.api.access.key_kit import access_of, client_with, new_secret
 from tests.server.api.adapters.peft_files import as_parts, as_zip, peft_files
 from tests.server.conftest import MakeServices

@@ -14,10 +14,9 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from server.access.principal import Quota
-from server.api.access import space
-from server.api.access.lanes import Lane, Turns
-from server.api.access.places import Places
-from server.api.train.feeds import JobFeeds
+from server.api import quotas
+from server.api.job_feeds import JobFeeds
+from server.api.lanes import Lane, Places, Turns
 from server.engine.request import Grammar
 from server.errors import QueueFull
 from tests.server.api.access.key_kit import client_with, new_secret, two_projects
@@ -413,7 +412,7 @@ async def test_an_upload_ends_once_the_disk_is_nearly_full(
     usage = namedtuple("usage", ["free"])
     free = 100 * MIB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
-    monkeypatch.setattr(space, "LOOK_BYTES", 4 * 1000)
+    monkeypatch.setattr(quotas, "LOOK_BYTES", 4 * 1000)
     app = new_app(make_services(min_free_bytes="50MiB"))
     upload = await Upload.begin(app, None)
     await upload.send(b" " * 5000)

@@ -11,8 +11,8 @@ import pytest
 from fastapi import FastAPI
 
 from adapters.library import Library
+from adapters.names import Viewpoint
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, read
-from adapters.viewpoint import Viewpoint
 from server.training.spec import JobSpec, LoraSpec
 from tests.server.api.access.key_kit import Projects, two_projects
 from tests.server.api.adapters.peft_files import PATHS, as_parts, peft_files

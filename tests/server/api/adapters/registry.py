@@ -24,8 +24,8 @@ from adapters.library import Library
 from adapters.peft import files as peft_format
 from adapters.store.store import AdapterStore
 from server.database import FILE_NAME, connect
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
 from server.training.spec import JobSpec, TrainingSpec
 from tests.adapters.samples import SHAPE, sample_adapter
 

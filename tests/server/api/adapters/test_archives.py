@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import InvalidInput
-from server.api.adapters import archives
-from server.api.adapters.archives import read_archive
+from server.api import zips
+from server.api.zips import read_archive
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = {CONFIG: b"{}", WEIGHTS: b"w" * 5000}
@@ -55,7 +55,7 @@ def test_two_files_in_the_root_or_one_folder(tmp_path: Path, folder: str, method
         ({f"../{CONFIG}": b"", f"../{WEIGHTS}": b""}, "in its root"),
         ({f"/{CONFIG}": b"", f"/{WEIGHTS}": b""}, "in its root"),
         ({CONFIG: b"x" * 1001, WEIGHTS: b""}, "may have 1000 bytes"),
-        ({**FILES, **{f"f{n}": b"" for n in range(archives.MAX_ENTRIES)}}, "more than 1000 files"),
+        ({**FILES, **{f"f{n}": b"" for n in range(zips.MAX_ENTRIES)}}, "more than 1000 files"),
     ],
 )
 def test_refused(tmp_path: Path, files: Mapping[str, bytes], reason: str) -> None:

@@ -15,8 +15,8 @@ from starlette.types import Message
 
 from adapters.store.store import AdapterStore
 from server.api.zips import LARGEST, StoredZip
-from server.training.queue.job_files import JobFiles
-from server.training.queue.leases import Leases
+from server.jobs.files import JobFiles
+from server.jobs.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import http_scope, until
 from tests.server.api.train_kit import StandIn, submit

@@ -13,9 +13,9 @@ import pytest
 from fastapi import FastAPI
 from safetensors.torch import load
 
-from server.api.adapters.imports import get_fetch
 from server.api.app import create_app
-from server.model.base.hub_adapter import fetch_adapter
+from server.api.imports import get_fetch
+from server.model.base.hub import fetch_adapter
 from tests.adapter_hub import REPO, hub_of
 from tests.fake_hub import COMMIT
 from tests.server.api.adapters.peft_files import peft_files

@@ -12,14 +12,14 @@ from adapters.catalog.versions import Origin
 from adapters.errors import InvalidInput
 from adapters.expression import parse
 from adapters.library import Library
-from adapters.merging.merge import merge
-from adapters.merging.recipe import Recipe
+from adapters.merge import merge
+from adapters.merge_recipe import Recipe
 from adapters.store.store import AdapterStore
-from server.api.access.lanes import Lane, Turns
-from server.api.adapters import compositions
-from server.training.merge_spec import MergeSpec, read_origin
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
+from server.api import compositions
+from server.api.lanes import Lane, Turns
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
+from server.jobs.merge_spec import MergeSpec, read_origin
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import until
 from tests.server.api.train_kit import StandIn, submit

@@ -14,12 +14,12 @@ from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.lora import BaseShape
 from adapters.store.store import AdapterStore
-from server.api.train.submission import Submissions
+from server.api.submission import Submissions
+from server.jobs.jobs import Jobs
 from server.model.text.chat import PromptEncoder
-from server.training.data.datasets import DatasetStore
-from server.training.data.encoding import RowEncoder
-from server.training.data.files import FileStore, RowSources
-from server.training.queue.jobs import Jobs
+from server.training.datasets import DatasetStore
+from server.training.encoding import RowEncoder
+from server.training.files import FileStore, RowSources
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine
 from tests.server.api.train_kit import ROWS

@@ -12,11 +12,11 @@ from adapters.catalog.catalog import Catalog, Part
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.expression import Term, parse
 from adapters.library import Library
+from adapters.names import Viewpoint
 from adapters.store.store import AdapterStore
-from adapters.viewpoint import Viewpoint
-from server.api.generate.recent_pins import RecentPins
+from server.api.deps import RecentPins
 from server.database import FILE_NAME, Commits, connect
-from server.sqlite import driver
+from server.database.file import driver
 from tests.adapters.samples import SHAPE
 from tests.server.api.adapters.peft_files import peft_files
 

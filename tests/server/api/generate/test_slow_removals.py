@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from adapters.errors import CorruptAdapter
 from adapters.library import Library
 from adapters.store.store import AdapterStore
-from server.training.queue.jobs import Jobs
+from server.jobs.jobs import Jobs
 from tests.server.api.fakes import FakeEngine, until
 from tests.server.api.generate.test_generate import upload
 from tests.server.conftest import library_in

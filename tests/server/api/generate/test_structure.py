@@ -9,7 +9,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from server.api.access.lanes import Lane, Turns
+from server.api.lanes import Lane, Turns
 from server.engine.request import Grammar, SamplingParams
 from tests.server.api.fakes import FakeEngine
 from tests.server.conftest import MakeServices, client_of, new_app

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from server.api.generate import answers
+from server.api import generate
 from server.api.openai import logprobs
 from server.engine.request import TokenLogprob
 from tests.server.api.fakes import FakeEngine, scoring
@@ -46,9 +46,9 @@ async def test_many_log_probabilities_leave_others_their_turn(
 
         return noted
 
-    monkeypatch.setattr(answers, "_token", noting(answers._token))
+    monkeypatch.setattr(generate, "_token", noting(generate._token))
     monkeypatch.setattr(logprobs, "_token", noting(logprobs._token))
-    monkeypatch.setattr(answers, "_AT_ONCE", 8, raising=False)
+    monkeypatch.setattr(generate, "_AT_ONCE", 8, raising=False)
     engine.script = scoring
     counting = asyncio.create_task(count())
     response = await client.post(path, json=body)

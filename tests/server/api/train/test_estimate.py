@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.api.train.estimate import Estimator
+from server.api.estimate import Estimator
 from server.database import connect
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
 from server.training.spec import JobSpec
 from tests.pretended.card import Card
 from tests.pretended.cuda import pretended_cuda

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from server.api.train.housekeeping import keep_house
-from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import Jobs
-from server.training.queue.retention import Removal, Retention
+from server.api.housekeeping import keep_house
+from server.jobs.files import JobFiles, Removal, Retention
+from server.jobs.jobs import Jobs
 from server.training.spec import JobSpec
 
 pytestmark = pytest.mark.anyio

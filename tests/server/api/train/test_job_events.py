@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 
-from server.api.train.feeds import JobFeeds
-from server.training.queue import tables as job_tables
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
+from server.api.job_feeds import JobFeeds
+from server.jobs import tables as job_tables
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
 from tests.server.api.fakes import Caller, FakeEngine, until
 from tests.server.api.train_kit import StandIn, submit
 

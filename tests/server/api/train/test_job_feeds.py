@@ -13,9 +13,9 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 from adapters.errors import NotFound
-from server.api.train.feeds import PAGE, Follower, JobFeeds
-from server.training.queue.jobs import Event, Standing, Status
-from server.training.queue.leases import Leases
+from server.api.job_feeds import PAGE, Follower, JobFeeds
+from server.jobs.jobs import Event, Standing, Status
+from server.jobs.leases import Leases
 from tests.server.api.fakes import Caller, until
 from tests.server.api.train_kit import StandIn, submit
 

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from adapters.store.store import AdapterStore
-from server.training.queue.job_files import JobFiles
-from server.training.queue.leases import Leases
+from server.jobs.files import JobFiles
+from server.jobs.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
 

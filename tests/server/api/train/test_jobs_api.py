@@ -7,10 +7,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.jobs.leases import Leases
 from server.model.base.weights import BaseModel
-from server.training.queue.leases import Leases
-from server.training.reports.model_card import model_card
-from server.training.reports.report import build_report
+from server.training.model_card import model_card
+from server.training.report import build_report
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import StandIn, submit
 from tests.server.training.reports.report_kit import FOUND, SPEC

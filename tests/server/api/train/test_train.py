@@ -8,11 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.api.train import route
-from server.training.data.encoding import RowEncoder
-from server.training.data.job_data import JobData
-from server.training.data.rows import Row
-from server.training.queue.leases import Leases
+from server.api import train
+from server.jobs.leases import Leases
+from server.training.encoding import RowEncoder
+from server.training.job_data import JobData
+from server.training.rows import Row
 from server.training.spec import Overlong
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import CONFIG, ROWS, StandIn, submit, train_body
@@ -243,7 +243,7 @@ async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(
         return encode(self, row, max_length, overlong)
 
     monkeypatch.setattr(RowEncoder, "_encode", noting)
-    monkeypatch.setattr(route, "DRY_RUN_BYTES", 70)
+    monkeypatch.setattr(train, "DRY_RUN_BYTES", 70)
     sampled = (await client.post("/train?dry_run=true", json=body)).json()
     assert len(encoded) == 10 + 10  # 7 bytes each
     assert sampled["warnings"] == ["only 20 of 200 rows were tokenized: counts of tokens are estimates"]

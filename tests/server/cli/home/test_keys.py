@@ -19,7 +19,7 @@ from server.access.keys import PREFIX, Keys
 from server.cli.main import app as commands
 from server.database import connect
 from server.errors import StartupError
-from server.training.queue.reserve import Reserve
+from server.storage.reserve import Reserve
 from tests.server.cli.home.conftest import Run, bearer, refused
 from tests.small_disk import fill, mounted
 

@@ -8,10 +8,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from adapters.viewpoint import Viewpoint
+from adapters.names import Viewpoint
 from server.cli.main import app as commands
 from server.errors import StartupError
-from server.training.queue.jobs import Jobs
+from server.jobs.jobs import Jobs
 from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.cli.home.conftest import Run, bearer, refused

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from server.cli.main import app
 from server.database import agree, connect
 from server.errors import StartupError
-from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import Jobs
-from server.training.queue.reserve import Reserve
+from server.jobs.files import JobFiles
+from server.jobs.jobs import Jobs
+from server.storage.reserve import Reserve
 from server.training.spec import JobSpec
 from tests.small_disk import fill, mounted
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool.pool import AdapterHold, AdapterPool
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.request import AdapterRef
-from server.model.rank_rows import RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RankRows, RowFormat
 from tests.engine_kit import check_pool
 
 SHAPE = BaseShape(2, dict.fromkeys(MODULES, (4, 4)) | {"q_proj": (8, 4)})

@@ -9,7 +9,7 @@ import torch
 
 from adapters.errors import CorruptAdapter, InvalidInput, NotFound
 from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool.pool import AdapterPool
+from server.engine.adapter_pool import AdapterPool
 from server.engine.request import AdapterRef
 from tests.server.engine.adapter_pool.pool_bench import Bench, adapter
 

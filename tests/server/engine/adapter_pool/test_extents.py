@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.adapter_pool.extents import Extents
+from server.engine.adapter_pool import Extents
 
 
 def first_fit(free: set[int], capacity: int, length: int) -> int | None:

@@ -3,10 +3,9 @@
 import torch
 
 from adapters.lora import MODULES, BaseShape
-from server.engine.adapter_pool.pool import AdapterHold, AdapterPool
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.request import AdapterRef
-from server.model.rank_rows import RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RankRows, RowFormat
 from tests.engine_kit import random_adapter
 from tests.server.engine.adapter_pool.pool_bench import HandExecutor
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from server.engine.sampling import sampler
+from server.engine import sampling
 from tests.server.engine.sampling.samplers import Sample, native_sample
 
 
 @pytest.fixture(scope="session", params=["torch", "native"])
 def sample(request: pytest.FixtureRequest) -> Sample:
-    return native_sample(num_threads=2) if request.param == "native" else sampler.sample
+    return native_sample(num_threads=2) if request.param == "native" else sampling.sample

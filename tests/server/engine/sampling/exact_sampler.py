@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import MIN_TEMPERATURE, noise_key
+from server.engine.sampling import MIN_TEMPERATURE, LogitsRow, noise_key
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

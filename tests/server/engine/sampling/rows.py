@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from server.engine.request import SamplingParams
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.token_counts import TokenCounts
+from server.engine.sampling import LogitsRow
+from server.engine.sequence import TokenCounts
 
 VOCAB = 1000
 

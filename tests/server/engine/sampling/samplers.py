@@ -6,9 +6,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.native import sample_natively
-from server.engine.sampling.sampler import Sampled
+from server.engine.native_sampling import sample_natively
+from server.engine.sampling import LogitsRow, Sampled
 from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights, LayerWeights
 from server.model.native.abi import TILE

@@ -14,11 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.sampling import sampler
-from server.engine.sampling.logits import LogitsRow, constrain, penalize
-from server.engine.sampling.native import sample_natively
-from server.engine.sampling.sampler import Sampled
-from server.engine.sampling.token_counts import TokenCounts
+from server.engine import sampling
+from server.engine.native_sampling import sample_natively
+from server.engine.sampling import LogitsRow, Sampled, constrain, penalize
+from server.engine.sequence import TokenCounts
 from server.model.native.sampling import SampleTable
 from tests.properties import num_examples
 from tests.server.engine.sampling.exact_sampler import exact_noise, may_be_chosen
@@ -146,7 +145,7 @@ def check_logprobs(found: Sampled, logits: torch.Tensor, one: LogitsRow) -> None
 def test_the_token_is_torchs(native: Sample, batch: tuple[torch.Tensor, list[LogitsRow]]) -> None:
     logits, rows = batch
     ours, overwritten = logits.clone(), changed(logits, rows)
-    found, theirs = native(ours, rows), sampler.sample(logits.clone(), rows)
+    found, theirs = native(ours, rows), sampling.sample(logits.clone(), rows)
     torch.testing.assert_close(ours, overwritten, rtol=0, atol=0, equal_nan=True)
     for i, one in enumerate(rows):
         by_ids, in_any_order = may_be_chosen(overwritten[i], one)
@@ -173,7 +172,7 @@ def test_rounding_hardly_ever_decides(native: Sample, params: dict[str, Any], vo
     num = 60
     logits = torch.stack([logits_like("a model's", seed, vocab) for seed in range(num)])
     rows = [row(seed=seed, logprobs=3, **params) for seed in range(num)]
-    found, theirs = native(logits.clone(), rows), sampler.sample(logits.clone(), rows)
+    found, theirs = native(logits.clone(), rows), sampling.sample(logits.clone(), rows)
     open_ones = 0
     for i, one in enumerate(rows):
         by_ids, in_any_order = may_be_chosen(logits[i], one)
@@ -223,7 +222,7 @@ def test_hidden_states_and_their_logits_give_the_same() -> None:
 
 def test_the_exact_noise_is_torchs() -> None:
     rows = [row(seed=seed) for seed in range(20)]
-    noise = sampler.gumbel(rows, torch.arange(5000)[None])
+    noise = sampling.gumbel(rows, torch.arange(5000)[None])
     exact = torch.tensor(np.stack([exact_noise(one, 5000) for one in rows]))
     torch.testing.assert_close(noise.double(), exact, rtol=0, atol=1e-5)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from server.engine.request import SamplingParams
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.token_counts import TokenCounts
+from server.engine.sampling import LogitsRow
+from server.engine.sequence import TokenCounts
 from tests.server.engine.sampling.rows import logits_of
 from tests.server.engine.sampling.samplers import Sample
 

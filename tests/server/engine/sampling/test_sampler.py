@@ -12,8 +12,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import _candidates, _min_p
+from server.engine.sampling import LogitsRow, _candidates, _min_p
 from tests.properties import num_examples
 from tests.server.engine.sampling.rows import VOCAB, kept_by_transformers, logits_of, row
 from tests.server.engine.sampling.samplers import Sample

@@ -12,8 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import _candidates
+from server.engine.sampling import LogitsRow, _candidates
 from tests.properties import num_examples
 from tests.server.engine.sampling.rows import row
 from tests.server.engine.sampling.samplers import Sample

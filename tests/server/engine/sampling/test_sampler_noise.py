@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.sampling.sampler import gumbel
+from server.engine.sampling import gumbel
 from tests.server.engine.sampling.rows import kept_by_transformers, row
 from tests.server.engine.sampling.samplers import Sample
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from server.engine.cost_model import RowCosts
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.runner import Drawn, Runner
 from server.engine.sequence import Chunk
-from server.engine.watching.row_costs import RowCosts
 from tests.engine_kit import Results, run
 
 

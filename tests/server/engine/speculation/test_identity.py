@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
+from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.engine.scheduler import SchedulerLimits
-from server.engine.structured.guidance import Guidance
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from server.engine.speculation.lookup import MAX_MATCH, MIN_MATCH, PromptLookup
+from server.engine.speculation import MAX_MATCH, MIN_MATCH, PromptLookup
 
 
 def expected(token_ids: list[int], max_tokens: int) -> tuple[list[int], int] | None:

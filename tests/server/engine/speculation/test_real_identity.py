@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from server.engine.engine import Engine
+from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
-from server.engine.structured.guidance import Guidance
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel
 from server.model.text.chat import ChatMessage, PromptEncoder

@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from server.engine.speculation.acceptance import Acceptance
-from server.engine.speculation.speculator import draft_sizes
+from server.engine.speculation import Acceptance, draft_sizes
 
 
 def rate(num_decoding: int, chances: list[list[float]], cost: float, sizes: tuple[int, ...]) -> float:

@@ -7,10 +7,9 @@ import pytest
 from server.engine.kv_cache import BlockManager
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Drawn
-from server.engine.sampling.sampler import Sampled
+from server.engine.sampling import Sampled
 from server.engine.sequence import Chunk, Sequence
-from server.engine.speculation.acceptance import Acceptance
-from server.engine.speculation.speculator import MAX_DRAFT, Speculator
+from server.engine.speculation import MAX_DRAFT, Acceptance, Speculator
 from tests.server.engine.speculation.drafting import SetCosts
 
 EOS = 99

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from adapters.errors import InvalidInput
+from server.engine import grammar_check
+from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
+from server.engine.grammar_check import WALL_SECONDS, _answer_of
+from server.engine.guidance import Constraint, Guidance
 from server.engine.request import Grammar
-from server.engine.structured import grammar_check
-from server.engine.structured.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
-from server.engine.structured.grammar_check import WALL_SECONDS, _answer_of
-from server.engine.structured.guidance import Constraint, Guidance
 from server.errors import NotReady
 from tests.engine_kit import token_bytes
 from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of

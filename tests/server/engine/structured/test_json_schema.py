@@ -11,10 +11,9 @@ import pytest
 from pydantic import UUID4, BaseModel, Field, SecretStr
 
 from adapters.errors import InvalidInput
+from server.engine.grammar import MAX_SCHEMA_BYTES, nodes
+from server.engine.guidance import Guidance
 from server.engine.request import Grammar
-from server.engine.structured.grammar import MAX_SCHEMA_BYTES
-from server.engine.structured.guidance import Guidance
-from server.engine.structured.json_schema import nodes
 from tests.grammars import guidance_of
 from tests.tiny import own, tiny_tokenizer
 

@@ -9,12 +9,12 @@ import pytest
 from llguidance import LLExecutor, LLMatcher
 
 from adapters.errors import InvalidInput
+from server.engine import masks
 from server.engine.engine import Engine
+from server.engine.guidance import Constraint, Guidance, Mask, masks_of
+from server.engine.masks import Masks
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.engine.sequence import Sequence
-from server.engine.structured import masks
-from server.engine.structured.guidance import Constraint, Guidance, Mask, masks_of
-from server.engine.structured.masks import Masks
 from server.model.base.weights import BaseModel
 from tests.engine_kit import GREEDY, build_engine, check_idle, run
 from tests.grammars import CODES, guidance_of

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from adapters.errors import InvalidInput
 from server.engine.engine import Engine
+from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.engine.scheduler import SchedulerLimits
-from server.engine.structured.guidance import Guidance
 from server.errors import NotReady
 from server.model.base.weights import BaseModel
 from tests.engine_kit import GREEDY, build_engine, check_idle, refs, run, token_bytes

@@ -13,8 +13,8 @@ from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerBase
 
 from server.model.base.checkpoint import read_tokenizer
-from server.model.base.embedded import EMBEDDED, PACKAGE, find_gguf
 from server.model.base.export import split
+from server.model.base.source import EMBEDDED, PACKAGE, find_gguf
 from server.model.base.weights import BaseModel, load_base, read_manifest
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
 

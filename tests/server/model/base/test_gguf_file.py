@@ -12,12 +12,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.errors import StartupError
-from server.model.base import gguf_file, source
-from server.model.base.embedded import EMBEDDED
+from server.model.base import gguf, source
 from server.model.base.export import export_hugging_face, split
-from server.model.base.gguf_file import open_gguf
+from server.model.base.gguf import open_gguf
 from server.model.base.quantized import QUANTIZED
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, resolve_base
 from server.model.base.weights import BaseModel, load_base
 from tests.tiny import tiny_tokenizer
 from tests.tiny_gguf import HEADS, KV_HEADS, save_tiny_gguf
@@ -126,7 +125,7 @@ def test_too_little_memory_is_not_taken_for_a_fault_of_the_file(
         raise MemoryError("Unable to allocate 28.7 MiB for an array")
 
     save_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(gguf_file, "_checkpoint", no_room)
+    monkeypatch.setattr(gguf, "_checkpoint", no_room)
     with pytest.raises(MemoryError):
         open_gguf(tmp_path / "tiny.gguf")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.durable import UNFINISHED
+from adapters.storage.durable import UNFINISHED
 from server.errors import StartupError
 from server.model.base.checkpoint import open_directory
 from server.model.base.convert import convert

@@ -21,8 +21,7 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.library import NativeUnavailable
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
-from server.model.rank_rows import Placement, RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import NoAdapters, SmolLM
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library, widened

@@ -11,7 +11,7 @@ import torch
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
-from server.model.row_layout import GROUPS, GroupKey, GroupLayout
+from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
 

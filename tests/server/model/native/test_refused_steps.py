@@ -15,8 +15,7 @@ from server.model.lora_batch import TokenRun
 from server.model.native.abi import LoraModule, LoraPart, call, columns
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
-from server.model.rank_rows import RankRows
-from server.model.row_layout import RowFormat
+from server.model.rank_rows import RankRows, RowFormat
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base

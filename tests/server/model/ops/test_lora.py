@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from server.model.ops.lora import Pairs, add_dense, expand_sampled, shrink_block, shrink_sampled
+from server.model.ops.linear import Pairs, add_dense, expand_sampled, shrink_block, shrink_sampled
 from tests.rounding import sum_of_rounded_bound
 
 

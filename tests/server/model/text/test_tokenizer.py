@@ -16,8 +16,7 @@ from server.errors import StartupError
 from server.model.base.checkpoint import read_tokenizer
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base, load_tokenizer
-from server.model.text.tokenizer import BaseTokenizer
-from server.model.text.vocabulary import tokenizer_json, vocabulary_of
+from server.model.text.tokenizer import BaseTokenizer, tokenizer_json, vocabulary_of
 from tests.oracles.hugging_face import decoded
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, own, save_tiny_base, tiny_tokenizer
 

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
 from server.model.base.weights import BaseModel
 from server.model.smollm import Adapters, SmolLM
-from server.training.data.examples import Example
-from server.training.passes.packed_attention import PackedAttention
-from server.training.passes.torch_pass import TorchPass
-from server.training.passes.trained_rows import TrainedRows
+from server.training.encoding import Example
+from server.training.passes import PackedAttention, TorchPass
+from server.training.trained_rows import TrainedRows
 from tests.adapters.oracle import live
 from tests.oracles.hugging_face import linear, load_reference, logits
 

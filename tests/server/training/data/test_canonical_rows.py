@@ -7,13 +7,12 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.train.rows import choose_rows
-from server.api.train.schemas import TrainBody
+from server.api.submission import choose_rows
+from server.api.train_schemas import TrainBody
 from server.model.text.chat import ChatMessage
-from server.training.data.canonical_rows import CanonicalRows
-from server.training.data.datasets import DatasetStore
-from server.training.data.files import FileStore, RowSources
-from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
+from server.training.datasets import DatasetStore
+from server.training.files import FileStore, RowSources
+from server.training.rows import CanonicalRows, CompletionRow, MessagesRow, Row, TextRow
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5)
 TURN = st.builds(ChatMessage, st.sampled_from(["system", "user"]), TEXT)

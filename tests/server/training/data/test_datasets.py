@@ -12,12 +12,11 @@ from typing import BinaryIO, cast
 
 import pytest
 
-from adapters.durable import ABANDONED_AFTER, UNFINISHED
 from adapters.errors import InvalidInput, NotFound
+from adapters.storage.durable import ABANDONED_AFTER, UNFINISHED
 from server.errors import QueueFull
-from server.training.data.canonical_rows import CanonicalRows
-from server.training.data.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
-from server.training.data.rows import CompletionRow, Row, TextRow, canonical_json
+from server.training.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
+from server.training.rows import CanonicalRows, CompletionRow, Row, TextRow, canonical_json
 from tests.buckets import EITHER
 from tests.small_disk import refuse_folders
 
@@ -161,7 +160,7 @@ def test_rows_that_grow_too_much_leave_nothing(store: DatasetStore, tmp_path: Pa
 def test_growing_rows_are_told_of_while_they_are_written(
     store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.training.data.datasets._STEP_BYTES", 7000)
+    monkeypatch.setattr("server.training.datasets._STEP_BYTES", 7000)
     told: list[int] = []
 
     def grown(num_bytes: int) -> None:
@@ -249,7 +248,7 @@ def test_what_seems_damaged_for_a_moment_stays(
 
     with monkeypatch.context() as patched:
         patched.setattr(store._records, fails, refuse)
-        patched.setattr("server.training.data.datasets.write_json", full)
+        patched.setattr("server.training.datasets.write_json", full)
         with pytest.raises(OSError, match="No space"):
             put(store, JSONL)
     assert store.verify(dataset.id) == dataset

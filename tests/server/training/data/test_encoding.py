@@ -12,10 +12,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from adapters.errors import InvalidInput
 from server.model.base.checkpoint import read_tokenizer
 from server.model.text.chat import ChatMessage, PromptEncoder
-from server.training.data import encoding
-from server.training.data.encoding import Reference, RowEncoder, preview
-from server.training.data.examples import Example
-from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
+from server.training import encoding
+from server.training.encoding import Example, Reference, RowEncoder, preview
+from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from tests.oracles.hugging_face import decoded, templated
 from tests.server.training.data.test_rows import ROWS
 from tests.tiny import own, tiny_tokenizer

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from server.training.data.examples import Example, Examples, load_examples, save_examples
+from server.training.encoding import Example, Examples, load_examples, save_examples
 
 
 @st.composite

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import InvalidInput, NotFound
-from server.training.data.datasets import DatasetStore
-from server.training.data.files import CONTENT, FACTS, CorruptFile, FileStore, RowSources, results_id
-from server.training.data.rows import CompletionRow, TextRow
+from server.training.datasets import DatasetStore
+from server.training.files import CONTENT, FACTS, CorruptFile, FileStore, RowSources, results_id
+from server.training.rows import CompletionRow, TextRow
 from tests.buckets import EITHER
 
 CONTENTS = b'{"completion": "Not Found", "prompt":"404 "}\n\n{"text": "caf\xc3\xa9"}\n'

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from server.model.base.weights import BaseModel
-from server.training.data.encoding import Reference
-from server.training.data.examples import Example, Examples
-from server.training.data.job_data import AnotherBase, JobData
-from server.training.queue.job_files import DATA_NAME
+from server.training.encoding import Example, Examples, Reference
+from server.training.job_data import DATA_NAME, AnotherBase, JobData
 from tests.server.training.reports.report_kit import FOUND
 
 EXAMPLES = [Example((5, 6, 7), (False, True, True)), Example((8, 9), (False, True))]

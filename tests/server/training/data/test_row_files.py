@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
-from server.training.data.ignored import IgnoredFields
-from server.training.data.row_files import (
+from server.training.row_files import (
     MAX_FAULTS,
     MAX_LINE,
     MAX_LINES,
@@ -24,7 +23,7 @@ from server.training.data.row_files import (
     read_jsonl,
     read_rows,
 )
-from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow, canonical_json
+from server.training.rows import CompletionRow, IgnoredFields, MessagesRow, Row, TextRow, canonical_json
 from tests.server.training.data.test_rows import ROWS, TEXT
 
 Loc = tuple[str | int, ...]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage
-from server.training.data.canonical_rows import CanonicalRows
-from server.training.data.ignored import IgnoredFields
-from server.training.data.rows import (
+from server.training.rows import (
     MAX_FAULTS,
+    CanonicalRows,
     CompletionRow,
+    IgnoredFields,
     MessagesRow,
     Row,
     TextRow,

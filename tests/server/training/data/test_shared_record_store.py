@@ -5,19 +5,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from adapters.durable import write_json
 from adapters.errors import BytesUnavailable, NotFound
-from server.home import Home
-from server.storage import Storage
-from server.training.data.canonical_rows import CanonicalRows
-from server.training.data.datasets import FACTS, ROWS, CorruptDataset, DatasetStore
-from server.training.data.files import FileStore, results_id
-from server.training.data.uploads import checked_uploads
+from adapters.storage.durable import write_json
+from server.storage.home import Home
+from server.storage.places import Storage
+from server.training.datasets import FACTS, ROWS, CorruptDataset, DatasetStore
+from server.training.files import FileStore, checked_uploads, results_id
+from server.training.rows import CanonicalRows
 from tests.buckets import Proxy
 from tests.server.training.data.test_datasets import JSONL, ROWS_OF_BOTH, put
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 pytestmark = pytest.mark.cluster
 
@@ -61,7 +60,7 @@ def test_which_of_several_are_there_is_one_listing(tmp_path: Path, proxied: "Buc
 
 def test_a_late_delete_takes_nothing_from_a_later_upload(tmp_path: Path, bucket: "Bucket") -> None:
     """One that has looked at the copies, and is stopped before it removes them."""
-    from adapters.objects.copies import Copies
+    from adapters.storage.copies import Copies
 
     store = DatasetStore(tmp_path, bucket=bucket)
     dataset = put(store, JSONL)

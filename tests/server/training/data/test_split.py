@@ -13,9 +13,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
-from server.training.data.canonical_rows import CanonicalRows
-from server.training.data.rows import CompletionRow, TextRow
-from server.training.data.split import default_share, hold_out, nth_smallest, overlap
+from server.training.rows import (
+    CanonicalRows,
+    CompletionRow,
+    TextRow,
+    default_share,
+    hold_out,
+    nth_smallest,
+    overlap,
+)
 
 TEXTS = st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=40)
 SHARES = st.floats(0.001, 0.999)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 
+from server.jobs.exact_match import exact_match
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
-from server.training.data.encoding import RowEncoder
-from server.training.data.job_data import DataFacts, JobData
-from server.training.data.rows import CompletionRow
-from server.training.loop.checkpoint import Checkpoints
-from server.training.loop.outcome import Outcome
-from server.training.loop.run import Run
+from server.training.checkpoint import Checkpoints
+from server.training.encoding import RowEncoder
+from server.training.job_data import DataFacts, JobData
+from server.training.rows import CompletionRow
+from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
-from server.training.worker.exact_match import exact_match
 
 SPEC = JobSpec(
     "codes",

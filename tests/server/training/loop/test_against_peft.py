@@ -12,12 +12,11 @@ from peft import PeftModel
 from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
-from server.training.data.encoding import RowEncoder
-from server.training.data.examples import Example
-from server.training.data.rows import CompletionRow
-from server.training.loop.trainer import BETAS, EPSILON, Trainer
-from server.training.passes.trainables import TrainableRows
+from server.training.encoding import Example, RowEncoder
+from server.training.rows import CompletionRow
 from server.training.spec import TrainingSpec
+from server.training.trainables import TrainableRows
+from server.training.trainer import BETAS, EPSILON, Trainer
 from tests.server.training.data.rows_kit import (
     distance,
     flat,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from server.training.loop.checkpoint import Checkpoint, Checkpoints
+from server.training.checkpoint import Checkpoint, Checkpoints
 
 STEP = Checkpoint(7, {"masters": torch.zeros(3)}, {})
 

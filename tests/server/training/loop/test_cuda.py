@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device
-from server.model.gpu import is_out_of_memory, limit_memory
-from server.training.loop.trainer import Trainer
-from server.training.passes.init import initial_weights
-from server.training.passes.trainables import trainable_rows
-from server.training.reports.report import Environment, peak_memory_bytes
+from server.model.device import choose_device, is_out_of_memory, limit_memory
+from server.training.report import Environment, peak_memory_bytes
 from server.training.spec import LoraSpec, TrainingSpec
+from server.training.trainables import trainable_rows
+from server.training.trained_rows import initial_weights
+from server.training.trainer import Trainer
 from tests.gpu_kit import NEEDS_GPU, waits
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.codes_kit import KINDS, Left, longer, run, tensors

@@ -7,8 +7,8 @@ import pytest
 
 from server.model.base.weights import BaseModel
 from server.model.smollm import NoAdapters
-from server.training.data.examples import Example, Examples
-from server.training.loop.evaluate import Evaluation, evaluate
+from server.training.encoding import Example, Examples
+from server.training.evaluate import Evaluation, evaluate
 from tests.engine_kit import random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged
 from tests.server.training.data.rows_kit import make_examples, measured, model_of, pass_of, rows_of

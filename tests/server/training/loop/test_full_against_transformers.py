@@ -16,10 +16,10 @@ from transformers import Trainer as TheirTrainer
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.training.data.examples import Example
-from server.training.loop.trainer import Trainer
-from server.training.passes.trainables import TrainableModel
+from server.training.encoding import Example
 from server.training.spec import TrainingSpec
+from server.training.trainables import TrainableModel
+from server.training.trainer import Trainer
 from tests.oracles.hugging_face import load_reference
 from tests.server.training.data.rows_kit import make_examples, reference_loss
 from tests.tiny import save_tiny_base

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from server.model.base.weights import BaseModel
-from server.training.data.job_data import JobData
+from server.training.job_data import JobData
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from tests.server.training.worker.attempt_kit import Interruption, Shop, job_data
 from tests.server.training.worker.merge_kit import sample

@@ -8,10 +8,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.training.loop.packing import pack
-from server.training.loop.trainer import Trainer
-from server.training.passes.micro_batch import MicroBatch, max_tokens
+from server.training.passes import MicroBatch, max_tokens
 from server.training.spec import TrainingSpec
+from server.training.trainer import Trainer, pack
 from tests.server.training.data.rows_kit import make_examples
 
 

@@ -7,12 +7,12 @@ import torch
 
 from server.model.base.weights import BaseModel
 from server.model.smollm import NoAdapters
-from server.training.loop.checkpoint import Checkpoints
-from server.training.loop.evaluate import evaluate
-from server.training.loop.trainer import Trainer
-from server.training.passes.init import initial_weights
-from server.training.passes.trainables import TrainableModel, TrainableRows, trainable_rows
+from server.training.checkpoint import Checkpoints
+from server.training.evaluate import evaluate
 from server.training.spec import Init, LoraSpec, Method, TrainingSpec
+from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
+from server.training.trained_rows import initial_weights
+from server.training.trainer import Trainer
 from tests.pretended.card import Card
 from tests.pretended.cuda import on_card, pretended_cuda
 from tests.server.training.data.rows_kit import make_examples, model_of, pass_of

@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
+from server.jobs.exact_match import exact_match
 from server.model.base.weights import BaseModel, digest_of
 from server.model.text.chat import PromptEncoder
-from server.training.data.encoding import RowEncoder
-from server.training.data.job_data import DataFacts, JobData
-from server.training.data.rows import CompletionRow
-from server.training.loop.checkpoint import Checkpoints
-from server.training.loop.outcome import Outcome
-from server.training.loop.run import Run
-from server.training.loop.trainer import TrainingDiverged
+from server.training.checkpoint import Checkpoints
+from server.training.encoding import RowEncoder
+from server.training.job_data import DataFacts, JobData
+from server.training.rows import CompletionRow
+from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, LoraSpec, Method, TrainingSpec
-from server.training.worker.exact_match import exact_match
+from server.training.trainer import TrainingDiverged
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import measured
 from tests.server.training.worker.attempt_kit import job_data

@@ -11,8 +11,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from server.training.loop.schedule import learning_rate
 from server.training.spec import Schedule
+from server.training.trainer import learning_rate
 
 PEAK = 3e-4
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from server.training.passes.dropout import Dropout
-from server.training.passes.streams import stream
+from server.training.passes import Dropout, stream
 
 X = torch.zeros(9, 40)
 

@@ -14,12 +14,11 @@ from adapters.peft import files as peft_format
 from adapters.peft.files import PeftAdapter
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.row_layout import GROUPS
+from server.model.rank_rows import GROUPS
 from server.model.smollm import NoAdapters
-from server.training.passes.init import adapter_config, initial_weights
-from server.training.passes.packed_attention import PackedAttention
-from server.training.passes.trained_rows import TrainedRows
+from server.training.passes import PackedAttention
 from server.training.spec import Init, LoraSpec
+from server.training.trained_rows import TrainedRows, adapter_config, initial_weights
 from tests.adapters.oracle import loaded
 from tests.oracles.hugging_face import load_reference, logits
 from tests.server.training.data.rows_kit import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from server.training.passes.loss import CHUNK, cross_entropy_sum
+from server.training.passes import CHUNK, cross_entropy_sum
 
 VOCAB, HIDDEN = 83, 24
 

@@ -8,22 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.jobs.exact_match import exact_match
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import computed_by
 from server.model.native.training import NativeTraining
-from server.training.data.examples import Example, Examples
-from server.training.data.job_data import DataFacts, JobData
-from server.training.loop.checkpoint import Checkpoints
-from server.training.loop.evaluate import evaluate
-from server.training.loop.outcome import Outcome
-from server.training.loop.run import Run
-from server.training.loop.trainer import Trainer
-from server.training.passes.micro_batch import MicroBatch
-from server.training.passes.native_pass import NativePass
-from server.training.passes.torch_pass import TorchPass
-from server.training.passes.trainables import TrainableModel
+from server.training.checkpoint import Checkpoints
+from server.training.encoding import Example, Examples
+from server.training.evaluate import evaluate
+from server.training.job_data import DataFacts, JobData
+from server.training.native_pass import NativePass
+from server.training.passes import MicroBatch, TorchPass
+from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, TrainingSpec
-from server.training.worker.exact_match import exact_match
+from server.training.trainables import TrainableModel
+from server.training.trainer import Trainer
 from tests.bf16_products import multiplies_bf16, torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Disturbed, Listener

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
+from server.jobs.exact_match import exact_match
 from server.model.base.weights import BaseModel, load_base
-from server.training.data.examples import Example, Examples
-from server.training.data.job_data import DataFacts, JobData
-from server.training.loop.checkpoint import Checkpoints
-from server.training.loop.evaluate import Evaluation, evaluate
-from server.training.loop.run import Run
-from server.training.passes.init import initial_weights
-from server.training.passes.native_pass import NativePass
-from server.training.passes.torch_pass import Pass, TorchPass
-from server.training.passes.trainables import trainable_rows
+from server.training.checkpoint import Checkpoints
+from server.training.encoding import Example, Examples
+from server.training.evaluate import Evaluation, evaluate
+from server.training.job_data import DataFacts, JobData
+from server.training.native_pass import NativePass
+from server.training.passes import Pass, TorchPass
+from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
-from server.training.worker.exact_match import exact_match
+from server.training.trainables import trainable_rows
+from server.training.trained_rows import initial_weights
 from tests.bf16_products import torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Listener

@@ -11,23 +11,21 @@ import torch
 import torch.nn.functional as F
 
 from adapters.lora import LoraModule, LoraWeights
+from server.jobs.exact_match import exact_match
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import NativeUnavailable, computed_by
 from server.model.native.load import find_library
 from server.model.native.training import NativeTraining
-from server.training.data.examples import Example, Examples
-from server.training.data.job_data import DataFacts, JobData
-from server.training.loop.checkpoint import Checkpoints
-from server.training.loop.outcome import Outcome
-from server.training.loop.run import Run
-from server.training.loop.trainer import Trainer, TrainingDiverged
-from server.training.passes.init import initial_weights
-from server.training.passes.micro_batch import MicroBatch
-from server.training.passes.native_pass import NativePass
-from server.training.passes.torch_pass import TorchPass
-from server.training.passes.trainables import trainable_rows
+from server.training.checkpoint import Checkpoints
+from server.training.encoding import Example, Examples
+from server.training.job_data import DataFacts, JobData
+from server.training.native_pass import NativePass
+from server.training.passes import MicroBatch, TorchPass
+from server.training.run import Outcome, Run
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
-from server.training.worker.exact_match import exact_match
+from server.training.trainables import trainable_rows
+from server.training.trained_rows import initial_weights
+from server.training.trainer import Trainer, TrainingDiverged
 from tests.bf16_products import torch_bf16
 from tests.cache import CACHE
 from tests.engine_kit import random_adapter

@@ -8,11 +8,10 @@ import torch
 from adapters.lora import LoraModule, LoraWeights, ModuleKey
 from server.model.base.weights import BaseModel
 from server.model.lora_batch import LoraBatch, TokenRun
-from server.model.rank_rows import RankRows
-from server.model.row_layout import GROUPS, RowFormat
+from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from server.model.smollm import NoAdapters
-from server.training.passes.dropout import Dropout
-from server.training.passes.trained_rows import TrainedRows
+from server.training.passes import Dropout
+from server.training.trained_rows import TrainedRows
 from tests.engine_kit import place, random_adapter
 from tests.server.model.test_rank_rows import CPU, SHAPE
 from tests.server.training.data.rows_kit import (

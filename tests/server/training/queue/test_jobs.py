@@ -16,13 +16,13 @@ from adapters.catalog.catalog import Catalog, NewVersion, publish_in
 from adapters.catalog.records import Recorder, Records
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
-from adapters.viewpoint import Viewpoint
+from adapters.names import Viewpoint
 from server.database.clock import database_time
 from server.errors import QueueFull
-from server.training.queue import tables as job_tables
-from server.training.queue.jobs import Job, Jobs, Status
-from server.training.queue.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
-from server.training.queue.moving import held
+from server.jobs import tables as job_tables
+from server.jobs.files import held
+from server.jobs.jobs import Job, Jobs, Status
+from server.jobs.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
 from server.training.spec import JobSpec, LoraSpec
 from tests.server.training.job_kit import submit
 

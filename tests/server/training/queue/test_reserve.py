@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog
 from server.database import connect
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.leases import Leases
-from server.training.queue.reserve import DISK_FULL, FILE_NAME, RESERVE_BYTES, Reserve
+from server.jobs.jobs import Jobs, Status
+from server.jobs.leases import Leases
+from server.storage.reserve import DISK_FULL, FILE_NAME, RESERVE_BYTES, Reserve
 from tests.server.training.job_kit import submit
 from tests.small_disk import fill, make_room, mounted
 

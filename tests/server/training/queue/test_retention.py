@@ -12,10 +12,9 @@ import sqlalchemy as sa
 
 from adapters.errors import Conflict, NotFound
 from server.database import connect
-from server.training.queue.job_files import JobFiles, Statuses
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.leases import Leases
-from server.training.queue.retention import Retention
+from server.jobs.files import JobFiles, Retention, Statuses
+from server.jobs.jobs import Jobs, Status
+from server.jobs.leases import Leases
 from tests.server.training.job_kit import submit
 from tests.server.training.worker import stub_job
 
@@ -219,8 +218,8 @@ REMOVER = """
 import os, sys
 from pathlib import Path
 import sqlalchemy as sa
-from server.training.queue.jobs import Jobs
-from server.training.queue.retention import Retention
+from server.jobs.jobs import Jobs
+from server.jobs.files import Retention
 from tests.server.training.worker.stub_job import connect  # the quick one
 
 STEPS = {"open", "os.remove", "os.rmdir", "os.scandir", "statement"}

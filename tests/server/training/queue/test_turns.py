@@ -4,13 +4,13 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.catalog.versions import Part
-from adapters.merging.recipe import Recipe
-from adapters.viewpoint import Viewpoint
-from server.training.merge_spec import MergeSpec
-from server.training.queue.attempt import Attempt
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
-from server.training.queue.tables import MERGE, TRAIN
+from adapters.merge_recipe import Recipe
+from adapters.names import Viewpoint
+from server.jobs.attempt import Attempt
+from server.jobs.jobs import Jobs, Status
+from server.jobs.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
+from server.jobs.merge_spec import MergeSpec
+from server.jobs.tables import MERGE, TRAIN
 from tests.server.training.job_kit import submit
 
 SLICE = 600.0

@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 from adapters.lora import LoraConfig
-from server.training.data.job_data import DataFacts
-from server.training.loop.evaluate import Evaluation
-from server.training.reports.gate import decide
-from server.training.reports.report import AdapterFacts, Cost, Environment, Findings
+from server.training.evaluate import Evaluation
+from server.training.job_data import DataFacts
+from server.training.report import AdapterFacts, Cost, Environment, Findings, decide
 from server.training.spec import JobSpec, LoraSpec
 
 BASE = Evaluation(loss=2.5, accuracy=0.4, num_rows=6, num_tokens=120, exact_match=0.0)

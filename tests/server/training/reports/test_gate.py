@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.training.loop.evaluate import Evaluation
-from server.training.reports.gate import decide
+from server.training.evaluate import Evaluation
+from server.training.report import decide
 from server.training.spec import PublishIf
 from tests.server.training.reports.report_kit import BASE, LATEST, TUNED
 

@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from server.model.base.weights import BaseModel
-from server.training.reports.model_card import model_card
-from server.training.reports.report import build_report
+from server.training.model_card import model_card
+from server.training.report import build_report
 from server.training.spec import JobSpec
 from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
 

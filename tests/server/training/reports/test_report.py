@@ -14,9 +14,16 @@ import torch
 
 from adapters.lora import LoraConfig
 from server.model.base.weights import BaseModel
-from server.training.loop.evaluate import Evaluation
-from server.training.reports.gate import Gate, decide
-from server.training.reports.report import MAX_POINTS, AdapterFacts, Environment, build_report, peak_memory_bytes
+from server.training.evaluate import Evaluation
+from server.training.report import (
+    MAX_POINTS,
+    AdapterFacts,
+    Environment,
+    Gate,
+    build_report,
+    decide,
+    peak_memory_bytes,
+)
 from server.training.spec import JobSpec
 from tests.pretended.card import Card
 from tests.pretended.cuda import on_card, pretended_cuda
@@ -161,7 +168,7 @@ def test_peak_memory_is_this_programs() -> None:
     ballast = bytearray(os.urandom(1)) * (600 << 20)
     script = (
         "import torch\n"
-        "from server.training.reports.report import peak_memory_bytes\n"
+        "from server.training.report import peak_memory_bytes\n"
         "before = peak_memory_bytes(torch.device('cpu'))\n"
         "held = torch.ones(50 << 20)\n"
         "del held\n"

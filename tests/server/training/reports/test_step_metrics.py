@@ -3,8 +3,8 @@
 import csv
 import io
 
-from server.training.loop.evaluate import Evaluation
-from server.training.reports.step_metrics import step_metrics_csv
+from server.training.evaluate import Evaluation
+from server.training.report import step_metrics_csv
 
 
 def read(content: bytes) -> list[dict[str, str]]:

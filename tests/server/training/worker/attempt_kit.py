@@ -16,23 +16,23 @@ import sqlalchemy as sa
 from adapters.catalog.catalog import Catalog, Version
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
-from server.home import Home
+from server.jobs.files import JobFiles
+from server.jobs.jobs import Job, Jobs
+from server.jobs.leases import Claim, Leases
+from server.jobs.reporter import Leave
+from server.jobs.train_job import TrainingAttempt
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
-from server.storage import Storage
-from server.training.data.encoding import RowEncoder
-from server.training.data.job_data import DataFacts, JobData
-from server.training.data.rows import CompletionRow
-from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import Job, Jobs
-from server.training.queue.leases import Claim, Leases
+from server.storage.home import Home
+from server.storage.places import Storage
+from server.training.encoding import RowEncoder
+from server.training.job_data import DataFacts, JobData
+from server.training.rows import CompletionRow
 from server.training.spec import JobSpec
-from server.training.worker.job_reporter import Leave
-from server.training.worker.train_job import TrainingAttempt
 from tests.server.training.worker.merge_kit import library_of, publish
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
 TIMES = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
 """What a report says of time and memory: no two attempts agree on them."""

@@ -8,11 +8,11 @@ from adapters.catalog.catalog import Catalog, Part, Version
 from adapters.expression import parse
 from adapters.library import Library
 from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
-from adapters.merging.recipe import Recipe
+from adapters.merge_recipe import Recipe
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
+from server.jobs.merge_spec import MergeSpec
 from server.model.base.weights import BaseModel
-from server.training.merge_spec import MergeSpec
 
 
 def sample(

@@ -1,4 +1,4 @@
-"""Stands in for `server.training.worker.run_job`: counts steps, each of which decides the next one's state.
+"""Stands in for `server.jobs.run_job`: counts steps, each of which decides the next one's state.
 
 HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `every` so many; `hang_at` a step,
 `crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
@@ -20,10 +20,10 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import NewVersion
-from server.sqlite import driver
-from server.training.queue.leases import Claim, LeaseLost, Leases
-from server.training.queue.reserve import Reserve
-from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_ROOM, Assignment, WorkerLink
+from server.database.file import driver
+from server.jobs.leases import Claim, LeaseLost, Leases
+from server.jobs.pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_ROOM, Assignment, WorkerLink
+from server.storage.reserve import Reserve
 
 
 def connect(home: Path) -> sa.Engine:
@@ -81,7 +81,7 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
         if step == plan.get("hang_at"):
             time.sleep(1000)
         if step == 1 and "transfer" in plan:
-            from server.training.worker.job_reporter import beating
+            from server.jobs.reporter import beating
 
             with beating(link.beat, plan["transfer_at_most"], every=0.2):
                 time.sleep(plan["transfer"])

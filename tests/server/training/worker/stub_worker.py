@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from server.database import connect
-from server.training.queue.jobs import Jobs
-from server.training.queue.leases import Leases
-from server.training.worker.parent import end_with_parent
-from server.training.worker.worker import Timing, Worker
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
+from server.jobs.pipe import end_with_parent
+from server.jobs.worker import Timing, Worker
 
 FAST = Timing(
     lease=30.0,

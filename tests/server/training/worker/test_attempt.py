@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.catalog.unattended import LatestMoved
+from adapters.catalog.writes import LatestMoved
 from adapters.errors import Conflict, TryAgain
 from adapters.expression import Term
 from adapters.lora import LoraConfig, LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
-from server.home import Home
+from server.jobs import train_job
+from server.jobs.jobs import FINE_TUNING, Status
+from server.jobs.leases import Claim, LeaseLost
 from server.model.base.weights import BaseModel
-from server.training.data.files import FileStore, results_id
-from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
-from server.training.loop.trainer import TrainingDiverged, shuffled
-from server.training.queue.jobs import FINE_TUNING, Status
-from server.training.queue.leases import Claim, LeaseLost
+from server.storage.home import Home
+from server.training.evaluate import Evaluation, LossNotFinite, evaluate
+from server.training.files import FileStore, results_id
 from server.training.spec import JobSpec, LoraSpec, Method, PublishIf, TrainingSpec
-from server.training.worker import train_job
+from server.training.trainer import TrainingDiverged, shuffled
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import distance, reference_loss
 from tests.server.training.worker.attempt_kit import Interruption, Shop, job_data

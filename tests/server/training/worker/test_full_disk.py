@@ -10,15 +10,15 @@ import torch
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
-from adapters.merging.recipe import Recipe
+from adapters.merge_recipe import Recipe
 from adapters.store.store import AdapterStore
 from server.database import connect
+from server.jobs.jobs import Jobs, Status
+from server.jobs.leases import Leases
+from server.jobs.merge_job import run_merge
 from server.model.base.weights import BaseModel
-from server.training.loop.checkpoint import Checkpoint, Checkpoints
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.leases import Leases
-from server.training.queue.reserve import DISK_FULL, Reserve
-from server.training.worker.merge_job import run_merge
+from server.storage.reserve import DISK_FULL, Reserve
+from server.training.checkpoint import Checkpoint, Checkpoints
 from tests.server.training.worker.merge_kit import library_of, merge_spec, publish, sample
 from tests.server.training.worker.test_merge_job import Listener
 from tests.small_disk import fill, make_room, mounted

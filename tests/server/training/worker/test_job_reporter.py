@@ -6,11 +6,11 @@ from typing import cast
 
 import pytest
 
-from server.training.queue.leases import Claim, Leases
-from server.training.worker import job_reporter
-from server.training.worker.job_pipe import WorkerLink
-from server.training.worker.job_reporter import JobReporter, Leave, beating
-from server.training.worker.yielding import Yielding
+from server.jobs import reporter
+from server.jobs.leases import Claim, Leases
+from server.jobs.pipe import WorkerLink
+from server.jobs.reporter import JobReporter, Leave, beating
+from server.jobs.yielding import Yielding
 
 
 @dataclass
@@ -86,7 +86,7 @@ def test_a_pass_may_take_as_long_as_its_size(num_parameters: int, is_on_gpu: boo
 def test_a_pass_that_hangs_on_a_gpu_is_found_within_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """After it has had as long as the slowest would take: a hundredth of what a CPU may."""
     seconds: list[float] = []
-    monkeypatch.setattr(job_reporter, "beating", lambda _, given: seconds.append(given))
+    monkeypatch.setattr(reporter, "beating", lambda _, given: seconds.append(given))
     for is_on_gpu in (False, True):
         JobReporter(
             cast(WorkerLink, Link()),

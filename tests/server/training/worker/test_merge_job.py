@@ -14,18 +14,18 @@ from adapters.catalog.catalog import Catalog, combine
 from adapters.catalog.versions import Origin
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.lora import BaseShape
-from adapters.merging.merge import merge
-from adapters.merging.recipe import Recipe
+from adapters.merge import merge
+from adapters.merge_recipe import Recipe
+from adapters.names import Viewpoint
 from adapters.peft.files import WEIGHTS_NAME, PeftAdapter
 from adapters.store.store import AdapterStore
-from adapters.viewpoint import Viewpoint
+from server.jobs.jobs import Jobs, Status
+from server.jobs.leases import Claim, LeaseLost, Leases
+from server.jobs.merge_job import run_merge
+from server.jobs.merge_spec import ORIGIN, MergeSpec, read_origin, read_spec
 from server.model.base.weights import BaseModel
-from server.training.merge_spec import ORIGIN, MergeSpec, read_origin, read_spec
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.leases import Claim, LeaseLost, Leases
-from server.training.reports.model_card import model_card
+from server.training.model_card import model_card
 from server.training.spec import JobSpec
-from server.training.worker.merge_job import run_merge
 from tests.server.training.job_kit import submit
 from tests.server.training.worker.merge_kit import library_of, merge_spec, publish, sample, spec_of
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from server.training.worker.presence import own_name, present, workers_of
+from server.jobs.supervisor import own_name, present, workers_of
 from tests.server.training.job_kit import until
 
 HOLD = """
 import sys
 from pathlib import Path
-from server.training.worker.presence import own_name, present
+from server.jobs.supervisor import own_name, present
 with present(Path(sys.argv[1])):
     print(own_name(), flush=True)
     sys.stdin.read()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from adapters.viewpoint import Viewpoint
-from server.api.train.answers import job_document
-from server.training.queue.jobs import Status
+from adapters.names import Viewpoint
+from server.api.train_answers import job_document
+from server.jobs.jobs import Status
+from server.jobs.pipe import EXIT_NO_BASE
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
-from server.training.worker.job_pipe import EXIT_NO_BASE
 from tests.server.training.job_kit import until
 from tests.server.training.worker.attempt_kit import Shop, job_data
 

@@ -13,20 +13,20 @@ import sqlalchemy as sa
 import torch
 from sqlalchemy.exc import OperationalError
 
-from adapters.merging.recipe import Recipe
+from adapters.merge_recipe import Recipe
 from server.config import WorkerSettings
 from server.errors import StartupError
+from server.jobs import tables
+from server.jobs.jobs import Jobs, Status
+from server.jobs.leases import Leases
+from server.jobs.run_job import _load, _seconds_of_all
+from server.jobs.worker import Worker
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import PackedAdapters
-from server.model.row_layout import PackedFile, RowLayout
-from server.training.queue import tables
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.leases import Leases
-from server.training.queue.reserve import DISK_FULL
+from server.model.rank_rows import PackedFile, RowLayout
+from server.storage.reserve import DISK_FULL
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
-from server.training.worker.run_job import _load, _seconds_of_all
-from server.training.worker.worker import Worker
 from tests.native_kit import lend_native, native_library, tiny_of
 from tests.pretended.cuda import pretended_cuda
 from tests.server.training.job_kit import submit, until

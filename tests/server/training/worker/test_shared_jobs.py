@@ -13,18 +13,17 @@ import torch
 
 from adapters.errors import BytesUnavailable
 from server.database import connect
+from server.jobs.files import JobFiles, Retention
+from server.jobs.jobs import Jobs, Status
 from server.model.base.weights import BaseModel
-from server.training.loop.checkpoint import Checkpoint, Checkpoints
-from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import Jobs, Status
-from server.training.queue.retention import Retention
+from server.training.checkpoint import Checkpoint, Checkpoints
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from tests.buckets import Proxy
 from tests.server.training.job_kit import submit
 from tests.server.training.worker.attempt_kit import Interruption, Shop, job_data
 
 if TYPE_CHECKING:
-    from adapters.objects.bucket import Bucket
+    from adapters.storage.bucket import Bucket
 
     OpenCheckpoints = Callable[..., Checkpoints]
 
@@ -98,7 +97,7 @@ def test_a_cancelled_jobs_rows_go(machine: Machine, bucket: "Bucket") -> None:
 def test_removed_jobs_are_told_once(tmp_path: Path, engine: sa.Engine) -> None:
     """Also where machines share a directory, in which a folder would outlive its files."""
     pytest.importorskip("obstore")
-    from adapters.objects.bucket import Bucket as Real
+    from adapters.storage.bucket import Bucket as Real
 
     shared = Real.open(f"file://{tmp_path}/shared")
     jobs = Jobs(engine)
@@ -137,7 +136,7 @@ def test_a_model_outlives_the_database(tmp_path: Path, bucket: "Bucket", monkeyp
         "model-1/model.safetensors",
     ):
         bucket.put(f"jobs/job-1/{name}", b"{}")
-    monkeypatch.setattr("server.training.queue.job_files._ORPHAN_SECONDS", -60.0)
+    monkeypatch.setattr("server.jobs.files._ORPHAN_SECONDS", -60.0)
     JobFiles(tmp_path, bucket).sweep_shared(lambda ids: {})
     assert [stored.key for stored in bucket.listed("jobs/")] == [
         "jobs/job-1/model-1/config.json",
@@ -147,7 +146,7 @@ def test_a_model_outlives_the_database(tmp_path: Path, bucket: "Bucket", monkeyp
 
 @pytest.fixture
 def open_checkpoints(tmp_path: Path, bucket: "Bucket") -> "OpenCheckpoints":
-    from server.training.loop.shared_checkpoints import SharedCheckpoints
+    from server.training.checkpoint import SharedCheckpoints
 
     def on(name: str, token: int, through: "Bucket | None" = None) -> Checkpoints:
         return SharedCheckpoints(tmp_path / name, token, through or bucket, "job")
@@ -218,6 +217,6 @@ def test_what_was_never_submitted_goes_once_it_is_old(
     retention = Retention(tmp_path, jobs, bucket)
     retention.finish()
     assert len(bucket.listed("jobs/")) == 1
-    monkeypatch.setattr("server.training.queue.job_files._ORPHAN_SECONDS", -1.0)
+    monkeypatch.setattr("server.jobs.files._ORPHAN_SECONDS", -1.0)
     retention.finish()
     assert bucket.listed("jobs/") == []

@@ -14,10 +14,10 @@ import pytest
 
 from server.config import WorkerSettings, load
 from server.database import connect
-from server.training.queue.jobs import Jobs, Status
-from server.training.worker.job_pipe import EXIT_NO_BASE
-from server.training.worker.supervisor import MAX_DELAY, Supervisor, worker_command
-from server.training.worker.worker import NICENESS
+from server.jobs.jobs import Jobs, Status
+from server.jobs.pipe import EXIT_NO_BASE
+from server.jobs.supervisor import MAX_DELAY, Supervisor, worker_command
+from server.jobs.worker import NICENESS
 from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until
 
 ROOT = Path(__file__).parents[4]
@@ -26,7 +26,7 @@ SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
 
 SUPERVISING = """
 import os, sys, time
-from server.training.worker.supervisor import Supervisor
+from server.jobs.supervisor import Supervisor
 home, *command = sys.argv[1:]
 stub = ["-m", "tests.server.training.worker.stub_worker", home, str(os.getpid()), "1.5"]
 Supervisor(2, [sys.executable, *stub, *command]).start()

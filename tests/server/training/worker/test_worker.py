@@ -22,16 +22,16 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, Part
-from adapters.merging.recipe import Recipe
-from adapters.viewpoint import Viewpoint
+from adapters.merge_recipe import Recipe
+from adapters.names import Viewpoint
 from server.database import connect
-from server.sqlite import driver
-from server.training.merge_spec import MergeSpec
-from server.training.queue.jobs import Job, Jobs, Status
-from server.training.queue.leases import MAX_STALLED_ATTEMPTS, Leases
-from server.training.queue.reserve import DISK_FULL, FILE_NAME, Reserve
-from server.training.worker.job_pipe import EXIT_NO_BASE, EXIT_NO_DATABASE, EXIT_NO_ROOM, EXIT_NO_STORE
-from server.training.worker.worker import Timing, Worker
+from server.database.file import driver
+from server.jobs.jobs import Job, Jobs, Status
+from server.jobs.leases import MAX_STALLED_ATTEMPTS, Leases
+from server.jobs.merge_spec import MergeSpec
+from server.jobs.pipe import EXIT_NO_BASE, EXIT_NO_DATABASE, EXIT_NO_ROOM, EXIT_NO_STORE
+from server.jobs.worker import Timing, Worker
+from server.storage.reserve import DISK_FULL, FILE_NAME, Reserve
 from tests.server.training.job_kit import STUB, final_digest, stays, steps_done, submit_stub, until, working
 from tests.server.training.worker.stub_worker import FAST
 
@@ -552,7 +552,7 @@ def test_a_worker_that_cant_fill_its_reserve_says_what_may_be_wrong(
 ) -> None:
     """A file system that became read-only isn't full."""
     read_only = OSError(errno.EROFS, "Read-only file system")
-    monkeypatch.setattr("server.training.queue.reserve.new_file", Mock(side_effect=read_only))
+    monkeypatch.setattr("server.storage.reserve.new_file", Mock(side_effect=read_only))
     Worker(tmp_path, jobs, leases, {}, timing=FAST, has_peers=True)._work()
     assert caplog.messages == ["SMOLORA_HOME has no room, or can't be written: this worker takes no jobs"]
 
@@ -701,7 +701,7 @@ RUN_WORKER = """
 import sys
 from pathlib import Path
 from server.config import WorkerSettings
-from server.training.worker.worker import run_worker
+from server.jobs.worker import run_worker
 sys.exit(run_worker(WorkerSettings(home=Path(sys.argv[1])), command=sys.argv[2:]))
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.training.worker.yielding import BusyFlag, Yielding
+from server.jobs.yielding import BusyFlag, Yielding
 
 
 class Clock:
@@ -32,7 +32,7 @@ def test_others_read_what_was_set(tmp_path: Path) -> None:
     for number in (3, 32, 0, 70_000):
         serving.set(number)
         assert training.read() == min(number, 65_535)
-    code = "import sys; from pathlib import Path; from server.training.worker.yielding import BusyFlag; "
+    code = "import sys; from pathlib import Path; from server.jobs.yielding import BusyFlag; "
     code += "print(BusyFlag(Path(sys.argv[1])).read())"
     serving.set(7)
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True)

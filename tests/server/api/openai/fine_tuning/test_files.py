@@ -5,8 +5,8 @@ import pytest
 from openai.types import FileDeleted, FileObject
 from pydantic import TypeAdapter
 
-from server.training.data.files import FileStore
-from server.training.queue.leases import Leases
+from server.jobs.leases import Leases
+from server.training.files import FileStore
 from tests.server.api.train_kit import StandIn
 
 pytestmark = pytest.mark.anyio

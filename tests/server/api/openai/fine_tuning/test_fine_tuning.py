@@ -11,8 +11,8 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import TypeAdapter
 
 from adapters.errors import BytesUnavailable
-from server.training.data.files import FileStore, results_id
-from server.training.queue.leases import Leases
+from server.jobs.leases import Leases
+from server.training.files import FileStore, results_id
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.openai.fine_tuning.test_files import upload
 from tests.server.api.train_kit import ROWS, StandIn, submit

@@ -1,1 +1,0 @@
-"""Several adapters become one new adapter."""

@@ -1,1 +1,0 @@
-"""Bytes in an object store, which many machines share."""

@@ -1,0 +1,1 @@
+"""Where bytes are kept: files that are whole or absent, buckets, copies of folders in them."""

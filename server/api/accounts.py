@@ -1,0 +1,395 @@
+"""What /keys, /projects, /usage and /audit take and answer.
+
+Usage is stored by itself, twice a second.
+
+/keys: made, listed and revoked by the operator.
+
+/projects: the operator's; limits, and the end of one.
+
+/usage and /audit: what was used, and what was done.
+"""
+
+import asyncio
+import logging
+import re
+from datetime import date, datetime
+from functools import partial
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Path, Query
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
+from starlette.responses import Response
+
+from adapters.errors import InvalidInput
+from adapters.names import BASE, DEFAULT_PROJECT, MAX_NAME, NAME, NAME_RULE, is_name
+from server.access.access import Access
+from server.access.audit import Entry
+from server.access.keys import ApiKey
+from server.access.principal import DEFAULT_SCOPES, Quota, Scope
+from server.access.usage import FLUSH_SECONDS, By
+from server.api import wire
+from server.api.authentication import PROJECT_HEADER
+from server.api.deps import Services, ServicesDep
+from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, READS
+from server.api.routes import ADMIN, READ, requires
+from server.api.schemas import Body
+from server.api.strict_route import StrictRoute
+from server.jobs.jobs import refuse_with_uploads
+from server.storage.reserve import Reserve
+
+_NAME = rf"^{NAME.pattern}$"
+_MOST = (1 << 53) - 1  # what JavaScript's numbers hold
+
+Limit = Annotated[int, Field(ge=1, le=_MOST)]
+
+
+def _name(given: str) -> str:
+    if not is_name(given):
+        raise ValueError(NAME_RULE)
+    return given
+
+
+Name = Annotated[
+    str,
+    AfterValidator(_name),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": _NAME}),
+]
+
+
+class LimitFields(Body):
+    """What a key may, or a project's keys together. Null: no limit."""
+
+    requests_per_minute: Limit | None = Field(None, description="requests other than GET")
+    tokens_per_minute: Limit | None = Field(None, description="of prompts, and of answers as long as they may be")
+    max_jobs: Limit | None = Field(None, description="that haven't ended")
+    max_bytes: Limit | None = Field(None, description="stored: adapters, data sets and files")
+
+    @property
+    def quota(self) -> Quota:
+        return Quota(**{name: getattr(self, name) for name in LimitFields.model_fields})
+
+
+class KeyBody(LimitFields):
+    """POST /keys."""
+
+    name: Name = Field(description="for people")
+    project: Name | None = Field(
+        None, description=f"created if there is none; default: what OpenAI-Project names, else {DEFAULT_PROJECT}"
+    )
+    scopes: list[Scope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=4)
+    expires_at: Annotated[datetime, Field(strict=False)] | None = Field(
+        None, description="with an offset from UTC"
+    )
+
+
+class KeyAnswer(BaseModel):
+    id: str
+    name: str
+    project: str
+    scopes: list[Scope]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    max_jobs: int | None
+    max_bytes: int | None
+
+
+class NewKeyAnswer(KeyAnswer):
+    secret: str = Field(description="told once: what is stored is its digest")
+
+
+class KeyList(BaseModel):
+    keys: list[KeyAnswer]
+
+
+class ProjectBody(LimitFields):
+    """PUT /projects/{project}: its limits, in the place of all that it had."""
+
+
+class ProjectAnswer(BaseModel):
+    name: str
+    created_at: datetime
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    max_jobs: int | None
+    max_bytes: int | None
+
+
+class ProjectList(BaseModel):
+    projects: list[ProjectAnswer]
+
+
+class UsageRow(BaseModel):
+    """With the field that `by` names, if it does."""
+
+    project: str | None = None
+    key: str | None = None
+    adapter: str | None = None
+    day: date | None = None
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    trained_tokens: int
+    job_seconds: float
+
+
+class UsageAnswer(BaseModel):
+    rows: list[UsageRow]
+
+
+class AuditEntry(BaseModel):
+    number: int
+    at: datetime
+    who: str = Field(description="a key's id; or command-line, anonymous, or env-… for one of SMOLORA_API_KEYS")
+    action: str
+    project: str
+    target: str
+    detail: dict[str, object]
+
+
+class AuditList(BaseModel):
+    entries: list[AuditEntry]
+    next: int | None = Field(description="pass it as `before` for older ones")
+
+
+log = logging.getLogger("smolora.access")
+
+
+async def keep_books(access: Access, interval: float = FLUSH_SECONDS) -> None:
+    """Store what was counted, again each time so many seconds have passed; until cancelled."""
+    while True:
+        await asyncio.sleep(interval)
+        await keep_now(access)
+
+
+async def keep_now(access: Access) -> None:
+    """Store it once. What the disk or the database doesn't take now is kept for the next time."""
+    used = access.ring.take_used()
+    try:
+        await to_thread.run_sync(access.keep, used)
+    except Exception as error:
+        access.ring.give_back(used)
+        log.error("can't store usage just now: %s", type(error).__name__)
+
+
+keys_router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
+
+
+@keys_router.post(
+    "",
+    summary="Make a key",
+    status_code=201,
+    response_class=Response,
+    responses={201: {"model": NewKeyAnswer, "description": "The key, and its secret, once"}, **ADMIN_CHANGES},
+)
+@requires(ADMIN)
+async def create_key(
+    body: KeyBody,
+    services: ServicesDep,
+    at_work_in: Annotated[str | None, Header(alias=PROJECT_HEADER, description="the default of `project`")] = None,
+) -> Response:
+    """Make a key of a project. The answer has its secret, which can't be asked for again.
+
+    From the first key on clients need one; with SMOLORA_ALLOW_ANONYMOUS=1 only beyond generate and train.
+    """
+    key, secret = await to_thread.run_sync(_create, services, body, at_work_in)
+    return wire.answer({**key.to_document(), "secret": secret}, 201, {"Cache-Control": "no-store"})
+
+
+@keys_router.get(
+    "", summary="List keys", response_class=Response, responses={200: {"model": KeyList}, **ADMIN_READS}
+)
+@requires(ADMIN)
+async def list_keys(
+    services: ServicesDep,
+    project: Annotated[str | None, Query(max_length=4 * MAX_NAME, description="only its")] = None,
+) -> Response:
+    """List keys, the oldest first; those that were revoked or have expired, too. Secrets are not stored."""
+    found = await to_thread.run_sync(services.access.keys.list, project)
+    return wire.answer({"keys": [key.to_document() for key in found]})
+
+
+@keys_router.delete(
+    "/{key_id}",
+    summary="Revoke a key",
+    response_class=Response,
+    responses={200: {"model": KeyAnswer}, **ADMIN_LOOKUPS},
+)
+@requires(ADMIN)
+async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_length=256)]) -> Response:
+    """Revoke a key, at once: streams that it has open end, too. Repeating it gives the same answer."""
+    key = await to_thread.run_sync(_revoke, services, key_id)
+    await services.access.ring.refresh()
+    return wire.answer(key.to_document())
+
+
+def _revoke(services: Services, key_id: str) -> ApiKey:
+    """On a full disk, too, which whoever has the key may have filled."""
+    reserve = Reserve(services.settings.home)
+    key = reserve.spend_on(lambda: services.access.keys.revoke(key_id, who=services.principal.key_id))
+    reserve.fill()
+    return key
+
+
+def _create(services: Services, body: KeyBody, at_work_in: str | None) -> tuple[ApiKey, str]:
+    if None not in (body.project, at_work_in) and body.project != at_work_in:
+        raise InvalidInput.of("project", "contradicts the header OpenAI-Project: leave one of them out")
+    if body.expires_at is not None and body.expires_at.tzinfo is None:
+        raise InvalidInput.of("expires_at", "must have an offset from UTC, such as 2027-01-01T00:00:00Z")
+    return services.access.keys.create(
+        body.name,
+        who=services.principal.key_id,
+        project=body.project or at_work_in or DEFAULT_PROJECT,
+        scopes=body.scopes,
+        expires_at=body.expires_at,
+        quota=body.quota,
+    )
+
+
+projects_router = APIRouter(prefix="/projects", tags=["access"], route_class=StrictRoute)
+
+ProjectName = Annotated[str, Path(max_length=4 * MAX_NAME)]
+
+
+@projects_router.get(
+    "", summary="List projects", response_class=Response, responses={200: {"model": ProjectList}, **ADMIN_READS}
+)
+@requires(ADMIN)
+async def list_projects(services: ServicesDep) -> Response:
+    """List projects by name. One comes to be with its first key, or with its limits."""
+    found = await to_thread.run_sync(services.access.projects.list)
+    return wire.answer({"projects": [project.to_document() for project in found]})
+
+
+@projects_router.get(
+    "/{project}",
+    summary="One project",
+    response_class=Response,
+    responses={200: {"model": ProjectAnswer}, **ADMIN_LOOKUPS},
+)
+@requires(ADMIN)
+async def get_project(services: ServicesDep, project: ProjectName) -> Response:
+    """Get a project's limits."""
+    return wire.answer((await to_thread.run_sync(services.access.projects.get, project)).to_document())
+
+
+@projects_router.put(
+    "/{project}",
+    summary="Limit a project",
+    response_class=Response,
+    responses={200: {"model": ProjectAnswer}, **ADMIN_CHANGES},
+)
+@requires(ADMIN)
+async def put_project(services: ServicesDep, project: ProjectName, body: ProjectBody) -> Response:
+    """Set a project's limits, which hold for its keys together; the project is made if need be.
+
+    They take the place of all that it had: what is left out has no limit.
+    """
+    access, who = services.access, services.principal.key_id
+    found = await to_thread.run_sync(lambda: access.projects.put(project, body.quota, who=who))
+    return wire.answer(found.to_document())
+
+
+@projects_router.delete(
+    "/{project}",
+    summary="Delete a project",
+    status_code=204,
+    response_class=Response,
+    responses=ADMIN_REMOVALS,
+)
+@requires(ADMIN)
+async def delete_project(services: ServicesDep, project: ProjectName) -> Response:
+    """Delete a project that has nothing left: no adapter, data set or file, and no job that hasn't ended.
+
+    Its keys are revoked. Jobs that have ended, usage and audit entries stay.
+    """
+    access, who = services.access, services.principal.key_id
+    refuse = partial(refuse_with_uploads, services.storage, services.jobs, project)
+    await to_thread.run_sync(lambda: access.projects.delete(project, refuse, who=who))
+    await access.ring.refresh()
+    return Response(status_code=204)
+
+
+usage_router = APIRouter(tags=["access"])
+
+MAX_PAGE = 1000
+
+
+def _iso_day(given: object) -> object:
+    """Refuse what `date` also takes: seconds since 1970, and times of midnight."""
+    if isinstance(given, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", given) is None:
+        raise ValueError("must be a day, such as 2027-01-31")
+    return given
+
+
+Day = Annotated[date | None, BeforeValidator(_iso_day)]
+
+
+@usage_router.get(
+    "/usage", summary="Usage", response_class=Response, responses={200: {"model": UsageAnswer}, **READS}
+)
+@requires(READ)
+async def get_usage(
+    services: ServicesDep,
+    first: Annotated[Day, Query(alias="from", description="a day in UTC, included")] = None,
+    to: Annotated[Day, Query(description="a day in UTC, included")] = None,
+    by: Annotated[By | None, Query(description="a row for each; else one for all")] = None,
+) -> Response:
+    """Sums of what was used: answers as their `usage` had it, and what jobs came to that have ended.
+
+    A key sees its own project's; the operator's sees all. An answer is counted within a second of its end.
+    """
+    if first is not None and to is not None and to < first:
+        raise InvalidInput.of("to", "must not be before from")
+    return wire.answer({"rows": await to_thread.run_sync(_rows, services, first, to, by)})
+
+
+@usage_router.get(
+    "/audit", summary="Audit list", response_class=Response, responses={200: {"model": AuditList}, **ADMIN_READS}
+)
+@requires(ADMIN)
+async def get_audit(
+    services: ServicesDep,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,
+    before: Annotated[int | None, Query(ge=0, lt=1 << 53, description="the `next` of the page before")] = None,
+) -> Response:
+    """List who made and revoked keys, set limits, visibility and aliases, and deleted things; the newest first.
+
+    What a job publishes, and the alias that it sets with it, its own record has.
+    """
+    found = await to_thread.run_sync(services.access.audit.list, limit + 1, before)
+    page = [_entry(entry) for entry in found[:limit]]
+    return wire.answer({"entries": page, "next": found[limit - 1].number if len(found) > limit else None})
+
+
+def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[dict[str, object]]:
+    services.access.ledger.try_to_flush()  # on a full disk, say, what is stored is told all the same
+    principal = services.principal
+    whose = None if principal.sees_all else principal.project
+    rows = services.access.ledger.rows(first, to, () if by is None else (by,), whose)
+    return [{name: _shown(services, name, value) for name, value in row.items()} for row in rows]
+
+
+def _shown(services: Services, column: str, value: object) -> object:
+    """Days as text, adapters as the project calls them."""
+    if column == "adapter":
+        shown = services.principal.viewpoint.shown
+        return "+".join(name if name == BASE else shown(name) for name in str(value).split("+"))
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def _entry(entry: Entry) -> dict[str, object]:
+    return {
+        "number": entry.number,
+        "at": entry.at.isoformat(),
+        "who": entry.who,
+        "action": entry.action,
+        "project": entry.project,
+        "target": entry.target,
+        "detail": dict(entry.detail),
+    }

@@ -1,0 +1,353 @@
+"""What /adapters answers. The classes document what is built by hand.
+
+Adapters and versions as the API lists them, built by hand: a listing may have thousands.
+
+/adapters: list, upload, download, delete. Everything on disk happens in threads.
+
+/adapters/{name}/aliases: names for versions that move atomically; moving `latest` back is the rollback.
+
+And /adapters/{name}/visibility: who may use the name.
+"""
+
+import re
+from collections.abc import Callable, Set
+from functools import partial
+from io import BytesIO
+from typing import Annotated, BinaryIO, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Query, Request
+from pydantic import BaseModel, BeforeValidator, Field
+from starlette.datastructures import FormData
+from starlette.responses import Response
+
+from adapters.catalog.catalog import Adapter, Version
+from adapters.errors import NotFound
+from adapters.names import MAX_KEY, MAX_NAME, is_name
+from adapters.recorded import FILE_DIGEST
+from server.api import wire
+from server.api.deps import Services, ServicesDep
+from server.api.openapi import ALIASES, DELETES, DOWNLOADS, LOOKUPS, UNALIASES, UPLOAD_BODY, UPLOADS
+from server.api.quotas import reserved
+from server.api.routes import READ, TRAIN, requires
+from server.api.schemas import Body, UsedAdapter
+from server.api.strict_route import StrictRoute
+from server.api.uploads import form_bytes, received_form, uploaded_files
+from server.api.zips import StoredZip, zip_download
+from server.training.model_card import model_card
+
+
+class VersionAnswer(BaseModel):
+    name: str
+    version: int
+    kind: Literal["adapter", "composition"]
+    digest: str
+    parts: list[UsedAdapter] | None = Field(None, description="of a composition: flattened, pinned to versions")
+    rank: int = Field(description="of a composition: its parts' together")
+    alpha: float | None = Field(description="null for a composition")
+    target_modules: list[str]
+    parameters: int
+    bytes: int = Field(description="as stored; a composition takes none")
+    base_model: str | None = Field(description="as its configuration names it")
+    base_digest: str | None = Field(description="of the base that it was trained on, or uploaded for")
+    data_digest: str | None = Field(description="of the rows that it was trained on")
+    config: dict[str, object] = Field(description="its shape, and how it was made")
+    metrics: dict[str, float]
+    parent: str | None = Field(description="what it was made from, pinned to versions")
+    job_id: str | None
+    created_at: str
+    resident: bool = Field(description="in the engine's memory now")
+    warnings: list[str] = Field(description="such as that it was made on another base; most have none")
+
+
+class AdapterAnswer(BaseModel):
+    name: str
+    kind: Literal["adapter", "composition"]
+    latest: int
+    visibility: Literal["public", "private"] = Field(description="public: other projects may use it")
+    aliases: dict[str, int] = Field(description="all but latest")
+    parts: list[UsedAdapter] | None = Field(None, description="of a composition: its latest version's")
+    versions: list[VersionAnswer]
+    resident: bool
+
+
+class AdapterList(BaseModel):
+    adapters: list[AdapterAnswer]
+    next: str | None = Field(description="pass it as `after` for the next page")
+
+
+Document = dict[str, object]
+
+
+def adapter_answer(adapter: Adapter, resident: Set[str]) -> Document:
+    """One name. `resident` are the digests in the engine's memory. A composition's parts are its latest's."""
+    latest = next(version for version in adapter.versions if version.version == adapter.latest)
+    return {
+        "name": adapter.name,
+        "kind": adapter.kind,
+        "latest": adapter.latest,
+        "visibility": "public" if adapter.is_public else "private",
+        "aliases": dict(adapter.aliases),
+        **_parts(latest),
+        "versions": [version_answer(version, resident) for version in adapter.versions],
+        "resident": any(_is_resident(version, resident) for version in adapter.versions),
+    }
+
+
+def version_answer(version: Version, resident: Set[str]) -> Document:
+    """One version. A composition has no alpha: its parts have theirs."""
+    return {
+        "name": version.name,
+        "version": version.version,
+        "kind": version.kind,
+        "digest": version.digest,
+        **_parts(version),
+        "rank": version.rank,
+        "alpha": None if version.parts else version.alpha,
+        "target_modules": list(version.target_modules),
+        "parameters": version.parameters,
+        "bytes": version.bytes,
+        "base_model": version.base_model,
+        "base_digest": version.base_digest,
+        "data_digest": version.data_digest,
+        "config": {key: value for key, value in version.config.items() if key != FILE_DIGEST},
+        "metrics": dict(version.metrics),
+        "parent": version.parent,
+        "job_id": version.job_id,
+        "created_at": version.created_at.isoformat(),
+        "resident": _is_resident(version, resident),
+        "warnings": list(version.warnings),
+    }
+
+
+def _parts(version: Version) -> Document:
+    if not version.parts:
+        return {}
+    keys = ("name", "version", "digest", "weight")
+    return {"parts": [{key: getattr(part, key) for key in keys} for part in version.parts]}
+
+
+def _is_resident(version: Version, resident: Set[str]) -> bool:
+    """A composition is where all its parts are."""
+    if version.parts:
+        return all(part.digest in resident for part in version.parts)
+    return version.digest in resident
+
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+MAX_PAGE = 10_000
+_SHARED = "/adapters?public=true&name=PROJECT/NAME"
+
+Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
+
+
+def _decimal(given: object) -> object:
+    """Refuse what `int` also takes, such as 01, +1 and 1.0: each version has one URL."""
+    if isinstance(given, str) and re.fullmatch(r"0|[1-9][0-9]*", given) is None:
+        hint = f": another project's adapter is at {_SHARED}" if is_name(given) and not given[0].isdigit() else ""
+        raise ValueError(f"must be a whole number{hint}")
+    return given
+
+
+VersionNumber = Annotated[int, BeforeValidator(_decimal), Path(ge=1)]
+Force = Annotated[bool, Query(description="let aliases go, too; compositions hold in any case")]
+
+
+@router.get(
+    "", summary="List adapters", response_class=Response, responses={200: {"model": AdapterList}, **LOOKUPS}
+)
+@requires(READ)
+async def list_adapters(
+    services: ServicesDep,
+    name: Annotated[str | None, Query(max_length=MAX_KEY, description="only this one")] = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="of a page")] = None,
+    after: Annotated[str | None, Query(max_length=MAX_KEY, description="the last name of the page before")] = None,
+    contains: Annotated[
+        str | None, Query(max_length=MAX_KEY, description="only those with this in their names, in whichever case")
+    ] = None,
+    public: Annotated[bool, Query(description="those that other projects may use, of all projects")] = False,
+) -> Response:
+    """List the project's adapters by name, with all their versions; or what projects share with each other.
+
+    If `next` is not null, pass it as `after` for the next page.
+    """
+    resident = services.engine.stats.resident
+    page = partial(services.library.page, name, limit or MAX_PAGE, after, contains=contains, public=public)
+    return await to_thread.run_sync(_page, page, resident)
+
+
+@router.get(
+    "/{name}", summary="One adapter", response_class=Response, responses={200: {"model": AdapterAnswer}, **LOOKUPS}
+)
+@requires(READ)
+async def get_adapter(services: ServicesDep, name: Name) -> Response:
+    """Get an adapter with all its versions."""
+    found = await to_thread.run_sync(services.library.get, name)
+    return wire.answer(adapter_answer(found, services.engine.stats.resident))
+
+
+@router.get(
+    "/{name}/{version}",
+    summary="One version",
+    response_class=Response,
+    responses={200: {"model": VersionAnswer}, **LOOKUPS},
+)
+@requires(READ)
+async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+    """Get one version of an adapter."""
+    found = await to_thread.run_sync(services.library.version, name, version)
+    return wire.answer(version_answer(found, services.engine.stats.resident))
+
+
+@router.get(
+    "/{name}/{version}/download",
+    summary="Download",
+    response_class=Response,
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **DOWNLOADS},
+)
+@requires(TRAIN)
+async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+    """Download a version as a zip with `adapter_config.json` and `adapter_model.safetensors`, which PEFT can
+    load.
+
+    If a job trained it, the zip also has its card as `README.md`.
+    """
+    archive = await to_thread.run_sync(_archive, services, name, version)
+    return zip_download(archive, f"{name}-{version}")
+
+
+@router.post(
+    "/{name}",
+    summary="Upload",
+    status_code=201,
+    response_class=Response,
+    responses={201: {"model": VersionAnswer, "description": "Published"}, **UPLOADS},
+    openapi_extra={"requestBody": UPLOAD_BODY},
+)
+@requires(TRAIN, upload=True)
+async def upload(request: Request, services: ServicesDep, name: Name) -> Response:
+    """Upload a PEFT adapter as the next version of the name. It becomes the latest.
+
+    An adapter that can't be used exactly is refused, with the name of each key that is at fault.
+    """
+    await to_thread.run_sync(services.library.check_name, name)
+    async with received_form(request, services) as form:
+        version = await services.limiters.parsing.run(_publish, services, name, form)
+    headers = {"Location": f"/adapters/{version.name}/{version.version}"}
+    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+
+
+@router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
+@requires(TRAIN)
+async def delete_adapter(services: ServicesDep, name: Name, force: Force = False) -> Response:
+    """Delete an adapter with all its versions.
+
+    Requests that are running finish with the old weights. 409 says what still needs one of the versions.
+    """
+    deed = partial(services.library.delete, name, force)
+    await to_thread.run_sync(services.audited, "adapter.delete", name, deed)
+    return Response(status_code=204)
+
+
+@router.delete(
+    "/{name}/{version}", summary="Delete a version", status_code=204, response_class=Response, responses=DELETES
+)
+@requires(TRAIN)
+async def delete_version(
+    services: ServicesDep, name: Name, version: VersionNumber, force: Force = False
+) -> Response:
+    """Delete one version.
+
+    Its number is never used again; if it was the latest, the highest remaining one is now.
+    """
+    deed = partial(services.library.delete_version, name, version, force)
+    await to_thread.run_sync(services.audited, "adapter.delete", f"{name}@{version}", deed)
+    return Response(status_code=204)
+
+
+def _page(page: Callable[[], tuple[list[Adapter], str | None]], resident: frozenset[str]) -> Response:
+    found, following = page()
+    return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
+
+
+def _archive(services: Services, name: str, version: int) -> StoredZip:
+    job_id = services.library.version(name, version).job_id
+    try:
+        report = None if job_id is None else services.jobs.report(job_id)
+    except NotFound:  # its database was lost
+        report = None
+    card: dict[str, BinaryIO] = {} if report is None else {"README.md": BytesIO(model_card(report).encode())}
+    return StoredZip(services.library.open(name, version) | card)
+
+
+def _publish(services: Services, name: str, form: FormData) -> Version:
+    with uploaded_files(form) as files, reserved(services, max(0, files.num_bytes - form_bytes(form))):
+        return services.library.publish(name, files.config_json, files.weights)
+
+
+aliases_router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)
+
+
+class AliasBody(Body):
+    """PUT /adapters/{name}/aliases/{alias}."""
+
+    version: int = Field(ge=1, description="the one that the alias means from now on")
+
+
+@aliases_router.put(
+    "/{name}/aliases/{alias}",
+    summary="Set an alias",
+    response_class=Response,
+    responses={200: {"model": AdapterAnswer}, **ALIASES},
+)
+@requires(TRAIN)
+async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasBody) -> Response:
+    """Point an alias at a version, creating the alias if need be.
+
+    `latest` is an alias too: moving it back is a rollback.
+
+    Requests that were already accepted keep the version that the alias meant then.
+    """
+    deed = partial(services.library.point, name, alias, body.version)
+    target, detail = f"{name}@{alias}", {"version": body.version}
+    adapter = await to_thread.run_sync(services.audited, "alias.set", target, deed, detail)
+    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
+
+
+@aliases_router.delete(
+    "/{name}/aliases/{alias}",
+    summary="Remove an alias",
+    status_code=204,
+    response_class=Response,
+    responses=UNALIASES,
+)
+@requires(TRAIN)
+async def delete_alias(services: ServicesDep, name: Name, alias: Name) -> Response:
+    """Delete an alias; its version stays. `latest` can be moved but not deleted."""
+    deed = partial(services.library.unpoint, name, alias)
+    await to_thread.run_sync(services.audited, "alias.delete", f"{name}@{alias}", deed)
+    return Response(status_code=204)
+
+
+class VisibilityBody(Body):
+    """PUT /adapters/{name}/visibility."""
+
+    visibility: Literal["public", "private"] = Field(description="public: other projects may use it")
+
+
+@aliases_router.put(
+    "/{name}/visibility",
+    summary="Set the visibility",
+    response_class=Response,
+    responses={200: {"model": AdapterAnswer}, **DELETES},
+)
+@requires(TRAIN)
+async def put_visibility(services: ServicesDep, name: Name, body: VisibilityBody) -> Response:
+    """Let other projects use an adapter or composition, as `project/name`, or no longer.
+
+    All of its versions, now and later. A composition can be public only when its parts are.
+    """
+    deed = partial(services.library.set_visibility, name, body.visibility == "public")
+    adapter = await to_thread.run_sync(services.audited, f"adapter.{body.visibility}", name, deed)
+    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))

@@ -1,1 +1,0 @@
-"""/adapters and /compositions: the routes, and what they take and answer."""

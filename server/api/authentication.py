@@ -1,0 +1,176 @@
+"""Who guesses keys is slowed down, by address; a right key of the same address is never delayed.
+
+Who sends a request: its key, with a project and scopes.
+
+A key comes as `Authorization: Bearer`. An operator's key works in the project that `OpenAI-Project` names.
+"""
+
+import asyncio
+import ipaddress
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from adapters.errors import NotFound
+from server.access.access import Access
+from server.access.principal import ANONYMOUS, Principal
+from server.api.near_names import unknown_path
+from server.api.routes import NOWHERE, Resource, Routes
+from server.errors import Forbidden, TryAgain, Unauthorized
+from server.metrics.metrics import HttpMetrics
+
+MAX_SECRETS = 10
+"""Different wrong keys of an address in a minute that are answered at once."""
+MAX_WRONG = 600
+"""Wrong keys of an address in a minute that are answered at once, also if they are one and the same."""
+DELAY_SECONDS = 1.0
+_WINDOW_SECONDS = 60.0
+_MAX_ADDRESSES = 4096
+_MAX_DELAYED = 64  # at once: each holds a connection
+
+
+class TooManyGuesses(TryAgain):
+    """More wrong keys than are worth a delay."""
+
+
+@dataclass
+class _Wrong:
+    since: float
+    count: int = 0
+    secrets: set[int] = field(default_factory=set)
+
+
+class Guesses:
+    """The wrong keys of each address in its present minute; the addresses seen longest ago are forgotten first."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._wrong: OrderedDict[str, _Wrong] = OrderedDict()
+        self._num_delayed = 0
+
+    def __len__(self) -> int:
+        return len(self._wrong)
+
+    async def wrong(self, address: str, secret: str) -> None:
+        """Count a wrong key; wait if its address sent too many. Raise TooManyGuesses if too many wait already."""
+        now = self._clock()
+        key = _network(address)
+        found = self._wrong.get(key)
+        if found is None or now - found.since >= _WINDOW_SECONDS:
+            found = self._wrong[key] = _Wrong(now)
+        self._wrong.move_to_end(key)
+        if len(self._wrong) > _MAX_ADDRESSES:
+            self._wrong.popitem(last=False)
+        found.count += 1
+        if len(found.secrets) <= MAX_SECRETS:
+            found.secrets.add(hash(secret))
+        if len(found.secrets) <= MAX_SECRETS and found.count <= MAX_WRONG:
+            return
+        if self._num_delayed >= _MAX_DELAYED:
+            left = found.since + _WINDOW_SECONDS - now
+            raise TooManyGuesses("too many wrong keys from this address", retry_after=left)
+        self._num_delayed += 1
+        try:
+            await asyncio.sleep(DELAY_SECONDS)
+        finally:
+            self._num_delayed -= 1
+
+
+def _network(address: str) -> str:
+    """Return an IPv4 address as it is, and of an IPv6 address the first 64 bits, which belong to one client."""
+    try:
+        found = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    return address if found.ipv4_mapped or found.is_loopback else f"{int(found) >> 64:x}"
+
+
+PROJECT_HEADER = "OpenAI-Project"
+FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""They change nothing, and don't count towards a rate."""
+_PRINCIPAL, _END = "principal", "end_of_key"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def principal_of(scope: Scope) -> Principal | None:
+    """Return who sent the request, or None if it needed no key."""
+    return cast("Principal | None", scope.get("state", {}).get(_PRINCIPAL))
+
+
+def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
+    """Return a future that is done once the request's key is revoked or expires; None if it needed no key."""
+    end = scope.get("state", {}).get(_END)
+    return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
+
+
+class Authentication:
+    """Lets requests in if their keys may."""
+
+    def __init__(self, access: Access, metrics: HttpMetrics, routes: Routes) -> None:
+        self._access = access
+        self._metrics = metrics
+        self._routes = routes
+        self._guesses = Guesses()
+
+    async def admit(self, scope: Scope, resource: Resource) -> None:
+        """Leave in the scope who sent the request, and count it.
+
+        Raises Unauthorized, Forbidden, RateLimited, or NotFound if the key may not know whether the path exists.
+        """
+        principal = await self._principal(scope, resource)
+        end = partial(self._access.ring.end_of, principal)
+        scope.setdefault("state", {}).update({_PRINCIPAL: principal, _END: end})
+
+    async def _principal(self, scope: Scope, resource: Resource) -> Principal:
+        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
+        if _CONTROL.search(path):  # a route also matches a path that ends in a line feed, but its scopes don't
+            raise self._no_such_path(path)
+        secret = _secret(headers)
+        principal = await self._access.ring.principal(secret)
+        if principal is None:
+            self._metrics.refused(self._access.ring.fault_of(secret))
+            if secret is not None:
+                await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
+            raise Unauthorized("send a valid key: Authorization: Bearer <key>")
+        if resource is NOWHERE and not principal.is_operator:
+            raise self._no_such_path(path)
+        scopes = resource.methods.get(method, resource.all).scopes or ()
+        if not principal.may(scopes):
+            needed = " or ".join(sorted(scopes))
+            has = ", ".join(sorted(principal.scopes))
+            if principal.key_id == ANONYMOUS:
+                raise Forbidden(f"send a key with the scope {needed}: a client without one has {has}")
+            raise Forbidden(f"this key lacks the scope {needed}: it has {has}")
+        principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
+        if method not in FREE_METHODS:
+            await self._access.rates.take(principal, "requests")
+        return principal
+
+    def _no_such_path(self, path: str) -> NotFound:
+        return NotFound(unknown_path(path, self._routes.static_paths))
+
+    def _at_work_in(self, project: str | None, principal: Principal) -> Principal:
+        if project is None or (project == principal.project and not principal.sees_all):
+            return principal
+        if not principal.is_operator:
+            whose = "a client without a key works in" if principal.key_id == ANONYMOUS else "this key is one of"
+            raise Forbidden(f"{whose} the project {principal.project}: leave out OpenAI-Project")
+        found = self._access.ring.within(principal, project)
+        if found is None and principal.key_id != ANONYMOUS:
+            raise NotFound("there is no project of the name that OpenAI-Project gives")
+        return found or principal  # OpenAI's clients send the header if OPENAI_PROJECT_ID is set
+
+
+def _secret(headers: Headers) -> str | None:
+    """Return what the request has as its key; None if it has none, or an empty one."""
+    if (given := headers.get("authorization")) is None:
+        return None
+    scheme, _, secret = given.partition(" ")
+    return secret.strip() or None if scheme.lower() == "bearer" else ""

@@ -1,1 +1,0 @@
-"""POST /compare: one prompt under several adapter expressions."""

@@ -1,0 +1,202 @@
+"""What POST /compositions/{name} takes. Without a method it names a blend; with one it asks for a merge job.
+
+From a checked composition with a method to a merge job in the queue, its parts pinned to versions.
+
+Whatever can be refused is refused here. Until the job has ended, its parts' versions can't be deleted. Everything
+blocks, on disk: call it in a thread.
+
+/compositions: weighted sums of adapters under a name, and merges, which make new adapters out of several.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Path
+from pydantic import ConfigDict, Field
+from starlette.responses import Response
+
+from adapters.catalog.catalog import combine
+from adapters.catalog.versions import Origin
+from adapters.errors import FieldError, InvalidInput, NotFound
+from adapters.expression import MAX_LENGTH, parse
+from adapters.library import Library, Pinned
+from adapters.lora import ModuleKey
+from adapters.merge import check
+from adapters.merge_recipe import MergeMethod, Recipe
+from adapters.names import MAX_NAME
+from server.api import wire
+from server.api.adapters import VersionAnswer, version_answer
+from server.api.deps import IdempotencyKey, ServicesDep
+from server.api.openapi import COMPOSITIONS
+from server.api.quotas import require_room
+from server.api.routes import READ, TRAIN, requires
+from server.api.schemas import MAX_SEED, Body
+from server.api.strict_route import StrictRoute
+from server.api.train_answers import job_document
+from server.api.train_schemas import MAX_TRAINED_RANK, JobAnswer
+from server.jobs.jobs import Job, Jobs
+from server.jobs.merge_spec import ORIGIN, MergeSpec
+
+
+class CompositionBody(Body):
+    """POST /compositions/{name}."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"expression": "tweets*0.7+movies@2*0.3"},
+                {"expression": "tweets*0.7+movies@2*0.3", "method": "ties", "density": 0.5},
+                {"expression": "tweets+movies", "method": "svd", "rank": 16},
+            ]
+        }
+    )
+
+    expression: str = Field(max_length=MAX_LENGTH, description="an adapter expression, pinned to versions now")
+    method: MergeMethod | None = Field(
+        None,
+        description="merge the parts into one new adapter, by a job; null: the exact sum, which needs no merging",
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="of a merge: the share of entries that is kept; null: 0.5, and all with svd"
+    )
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="of dare_linear and dare_ties; null: 0")
+    rank: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TRAINED_RANK,
+        description="the new adapter's: with it, the products B·A are merged and factored again; null: A and B "
+        "are merged apart, which needs parts of equal ranks (svd: the largest rank of the parts)",
+    )
+
+
+FIELD = "expression"
+DEFAULT_DENSITY = 0.5
+SEEDED: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
+
+
+def recipe_of(body: CompositionBody) -> Recipe | None:
+    """How to merge; None for an exact sum. Raises InvalidInput on what the method, or its absence, rules out."""
+    if body.method is None:
+        given = [name for name in ("density", "seed", "rank") if getattr(body, name) is not None]
+        if given:
+            raise InvalidInput([FieldError((name,), "an exact sum has none: leave it out") for name in given])
+        return None
+    if body.seed is not None and body.method not in SEEDED:
+        raise InvalidInput.of("seed", f"{body.method} draws nothing at random: leave it out")
+    density = body.density
+    if body.method == "svd":
+        if density not in (None, 1):
+            raise InvalidInput.of("density", "svd prunes nothing: leave it out")
+        density = 1.0
+    return Recipe(body.method, DEFAULT_DENSITY if density is None else density, body.seed or 0, body.rank)
+
+
+def submit_merge(
+    jobs: Jobs,
+    library: Library,
+    name: str,
+    body: CompositionBody,
+    recipe: Recipe,
+    idempotency_key: str | None,
+    require_room: Callable[[], None],
+) -> Job:
+    """Queue the job that makes the name's next version, or return the one that the key belongs to. `require_room`
+    is called before a new one.
+
+    Raises InvalidInput, NotFound (a part), Conflict (a composition has the name, or a part is of another base's
+    shapes) or QueueFull.
+    """
+    library.check_name(name)
+    digest = _digest(name, body)
+    if (first := jobs.repeated(idempotency_key, digest)) is not None:
+        return first
+    require_room()
+    # the parts' bytes are held until the job itself holds them
+    pinned = library.pin(parse(body.expression, FIELD), FIELD)
+    try:
+        ranks = _ranks(library, pinned)
+        check(ranks, recipe)
+        num_modules = len({key for part in ranks for key in part})
+        origin = Origin.of(library.catalog.version(part.name, part.version) for part in pinned.parts)
+        return jobs.submit(
+            MergeSpec(name, pinned.parts, recipe),
+            job_id=f"job-{secrets.token_hex(8)}",
+            data={"total_steps": num_modules, ORIGIN: asdict(origin)},
+            idempotency_key=idempotency_key,
+            body_digest=digest,
+            warnings=pinned.warnings,
+        )
+    finally:
+        pinned.release()
+
+
+def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
+    """Return the rank of each module of each part that counts."""
+    weighted = combine(pinned.parts)
+    if not weighted:
+        message = "comes to nothing but the base: give adapters whose weights don't cancel out"
+        raise InvalidInput.of(FIELD, message)
+    return [library.ranks(digest) for digest, _ in weighted]
+
+
+def _digest(name: str, body: CompositionBody) -> str:
+    """Equal for requests that mean the same, and like no training's."""
+    document = json.dumps({"composition": name, **body.model_dump(mode="json")}, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
+router = APIRouter(prefix="/compositions", tags=["adapters"], route_class=StrictRoute)
+
+
+@router.get("", include_in_schema=False)
+@requires(READ)
+async def list_compositions() -> Response:
+    """Raises NotFound, which says where they are."""
+    raise NotFound("compositions are listed with the adapters: GET /adapters")
+
+
+@router.post(
+    "/{name}",
+    summary="Name a composition",
+    status_code=201,
+    response_class=Response,
+    responses={
+        200: {
+            "model": VersionAnswer,
+            "description": "The latest version, which is the same already",
+        },
+        201: {"model": VersionAnswer, "description": "The composition's next version"},
+        202: {"model": JobAnswer, "description": "With a `method`: the job that merges; `Location` has its path"},
+        **COMPOSITIONS,
+    },
+)
+@requires(TRAIN)
+async def compose(
+    services: ServicesDep,
+    name: Annotated[str, Path(max_length=4 * MAX_NAME)],
+    body: CompositionBody,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Store an adapter expression under a name, pinned to the versions that it means now.
+
+    The name then works wherever an adapter's does. Compositions within it are replaced by their parts, and
+    none of its parts can be deleted before it. If the latest version has the same parts and weights already, there
+    is no new one, and the status is 200. With a `method`, a job merges the parts instead, and publishes
+    the result as the next version of the adapter `name`.
+    """
+    if (recipe := recipe_of(body)) is not None:
+        room = partial(require_room, services)
+        given = (services.jobs, services.library, name, body, recipe, key, room)
+        job = await services.limiters.merging.run(submit_merge, *given)
+        return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+    terms = parse(body.expression, FIELD)
+    version, is_new = await to_thread.run_sync(services.library.compose, name, terms, FIELD)
+    headers = {"Location": f"/adapters/{version.name}/{version.version}"}
+    answer = version_answer(version, services.engine.stats.resident)
+    return wire.answer(answer, 201 if is_new else 200, headers)

@@ -1,0 +1,97 @@
+"""/datasets: upload rows once, train on them often. Everything on disk happens in threads."""
+
+from functools import partial
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Request
+from starlette.datastructures import FormData
+from starlette.responses import Response
+
+from adapters.errors import Conflict, NotFound
+from server.api import wire
+from server.api.deps import Services, ServicesDep
+from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
+from server.api.quotas import growing
+from server.api.routes import MAX_UPLOAD_BYTES, TRAIN, requires
+from server.api.train_answers import dataset_document
+from server.api.train_schemas import DatasetAnswer, DatasetList, DatasetUploaded
+from server.api.uploads import form_bytes, received_form, uploaded_rows
+from server.training.rows import IgnoredFields
+
+router = APIRouter(prefix="/datasets", tags=["train"])
+
+
+DatasetId = Annotated[str, Path(max_length=256)]
+
+
+@router.post(
+    "",
+    summary="Upload a data set",
+    status_code=201,
+    response_class=Response,
+    responses={201: {"model": DatasetUploaded, "description": "Stored, or stored before"}, **DATASET_UPLOADS},
+    openapi_extra={"requestBody": DATASET_BODY},
+)
+@requires(TRAIN, upload=True)
+async def upload(request: Request, services: ServicesDep) -> Response:
+    """Upload a JSONL or CSV file of rows. Every line is checked. The same rows always get the same id.
+
+    Fields that are not trained on are ignored; `warnings` counts them.
+    """
+    async with received_form(request, services) as form:
+        answer = await services.limiters.checking.run(_put, services, form)
+    return wire.answer(answer, 201, {"Location": f"/datasets/{answer['id']}"})
+
+
+@router.get(
+    "", summary="List data sets", response_class=Response, responses={200: {"model": DatasetList}, **DATASETS}
+)
+@requires(TRAIN)
+async def list_datasets(services: ServicesDep) -> Response:
+    """List data sets, newest first."""
+    found = await to_thread.run_sync(services.datasets.list)
+    return wire.answer({"datasets": [dataset_document(dataset) for dataset in found]})
+
+
+@router.get(
+    "/{dataset_id}",
+    summary="One data set",
+    response_class=Response,
+    responses={200: {"model": DatasetAnswer}, **DATASETS},
+)
+@requires(TRAIN)
+async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
+    """Get a data set's size, format and digest."""
+    return wire.answer(dataset_document(await to_thread.run_sync(services.datasets.get, dataset_id)))
+
+
+@router.delete(
+    "/{dataset_id}",
+    summary="Delete a data set",
+    status_code=204,
+    response_class=Response,
+    responses={**DATASETS, **FULL_DISK},
+)
+@requires(TRAIN)
+async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
+    """Delete a data set. Jobs that have ended don't need it any more."""
+    deed = partial(_delete, services, dataset_id)
+    await to_thread.run_sync(services.audited, "dataset.delete", dataset_id, deed)
+    return Response(status_code=204)
+
+
+def _put(services: Services, form: FormData) -> dict[str, object]:
+    file, filename = uploaded_rows(form)
+    ignored = IgnoredFields()
+    with growing(services, form_bytes(form)) as grown:
+        dataset = services.datasets.put(file, filename, ignored, max_bytes=MAX_UPLOAD_BYTES, grown=grown)
+    return {**dataset_document(dataset), "warnings": ignored.warnings()}
+
+
+def _delete(services: Services, dataset_id: str) -> None:
+    if not services.datasets.has(dataset_id):  # a damaged one can go, too
+        raise NotFound("no data set has this id: GET /datasets lists them")
+    if services.jobs.in_use(dataset_id, services.principal.project):
+        raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")
+    services.datasets.delete(dataset_id)

@@ -1,1 +1,0 @@
-"""What clients are told of faults: its form by path, its status, its fields."""

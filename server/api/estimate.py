@@ -1,0 +1,94 @@
+"""How long a training job may take: by the speed of the last one of its kind on this device and on a base of this
+size, else a product's.
+
+A first job's estimate is good to a factor of two or so. That the server's requests come first isn't counted.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, cast
+
+import torch
+from pydantic import Field
+
+from server.jobs.jobs import Job, Jobs, Status
+from server.model.device import gpu_of, multiplied_dtype
+from server.training.job_data import JobData
+from server.training.spec import JobSpec, Method
+
+_PASSES = {"lora": 2, "full": 3}
+"""Matrix products of a training step for each parameter and token, with the forward pass as 1."""
+_EFFICIENCY = 0.4
+"""Of the speed of large products, in a training step."""
+_ROWS, _IN, _OUT = 1024, 576, 1536
+_SEEN_JOBS = 50
+
+
+Basis = Literal["an earlier job", "a matrix product"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a job that has the machine for itself."""
+
+    seconds: float
+    tokens_per_second: float
+    basis: Annotated[Basis, Field(description="where the speed is known from")]
+
+
+class Estimator:
+    """Estimates for a base of so many parameters. Blocks: call it in a thread."""
+
+    def __init__(self, jobs: Jobs, num_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._jobs = jobs
+        self._num_parameters = num_parameters
+        self._dtype = multiplied_dtype(dtype, device)
+        self._device = device
+
+    def estimate(self, spec: JobSpec, data: JobData) -> Estimate:
+        """Estimate the steps, and measuring the held-out rows as often as the job will.
+
+        `data` may have a sample of the rows, of which `data.facts` has all.
+        """
+        rate, basis = self._speed(spec.method)
+        training, num_rows = spec.training, data.facts.num_rows
+        steps = training.total_steps(num_rows)
+        epochs = steps / -(-num_rows // training.batch_size)
+        seconds = epochs * data.facts.num_tokens / rate
+        if data.validation is not None:
+            num_evaluations = 2 + (steps // training.eval_steps if training.eval_steps else 0)
+            num_tokens = data.validation.num_tokens * data.facts.num_validation_rows / len(data.validation)
+            seconds += num_evaluations * num_tokens / (rate * _PASSES[spec.method])
+        return Estimate(seconds, rate, basis)
+
+    def _speed(self, method: Method) -> tuple[float, Basis]:
+        """(trained tokens per second, where that is known from)."""
+        for job in self._jobs.list(Status.SUCCEEDED, _SEEN_JOBS):
+            rate = job.progress.get("tokens_per_second")
+            if job.spec.method != method or not isinstance(rate, int | float) or rate <= 0:
+                continue
+            if self._was_here(job):
+                return float(rate), "an earlier job"
+        flops = 2.0 * self._num_parameters * _PASSES[method]
+        return _EFFICIENCY * self._flops_per_second() / flops, "a matrix product"
+
+    def _was_here(self, job: Job) -> bool:
+        """Whether it ran on a device like this one, and trained on a base of the same size, by its card."""
+        card = self._jobs.report(job.id) or {}
+        base = cast("Mapping[str, object]", card.get("base_model", {}))
+        if base.get("parameters", self._num_parameters) != self._num_parameters:
+            return False
+        environment = cast("Mapping[str, object]", card.get("environment", {}))
+        there = environment.get("gpu") or environment.get("device", "cpu")  # older cards name no GPU
+        return there == (str(gpu_of(self._device)) if self._device.type == "cuda" else "cpu")
+
+    def _flops_per_second(self) -> float:
+        a = torch.ones(_ROWS, _IN, dtype=self._dtype, device=self._device)
+        b = torch.ones(_IN, _OUT, dtype=self._dtype, device=self._device)
+        best = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            float((a @ b)[0, 0])  # waits for a card, too
+            best = min(best, time.perf_counter() - started)
+        return 2.0 * _ROWS * _IN * _OUT / best

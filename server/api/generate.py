@@ -1,0 +1,213 @@
+"""How an answer looks: one JSON document, or events while it comes.
+
+Runs for every piece of text of every stream, so it is plain dictionaries.
+
+POST /generate: text from the frozen base, under any adapters, at once or as it comes.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api import wire
+from server.api.deps import ServicesDep
+from server.api.generation import GenerateAnswer, GenerateBody, Generation, begin
+from server.api.openapi import REFUSALS
+from server.api.routes import GENERATE, requires
+from server.api.streams import ClientGoneError, EventStream, while_connected
+from server.api.strict_route import StrictRoute
+from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, Timing, TokenLogprob
+
+DONE = b"data: [DONE]\n\n"
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+_AT_ONCE = 64
+"""Tokens whose log-probabilities are put together before others get their turn: some milliseconds."""
+
+Item = TypeVar("Item")
+Told = TypeVar("Told")
+
+
+@dataclass
+class _Choice:
+    """What has been generated of one choice."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[SampledLogprob] = field(default_factory=list)
+    logprob: float = 0.0  # the sum of what is known of its tokens, in nats
+    finish_reason: FinishReason | None = None
+    num_tokens: int = 0
+    num_cached: int = 0
+    timing: Timing | None = None
+
+    def add(self, output: SequenceOutput, keeps_logprobs: bool) -> None:
+        if output.text:
+            self.pieces.append(output.text)
+        for entry in output.logprobs:
+            self.logprob += max(entry.chosen.logprob, LEAST_LOGPROB)
+        if keeps_logprobs:
+            self.logprobs += output.logprobs
+        self.finish_reason = output.finish_reason
+        self.num_tokens, self.num_cached = output.num_output_tokens, output.num_cached_tokens
+        self.timing = output.timing
+
+
+async def collect(
+    generation: Generation, model: str, *, sums: bool = False, num_top: int = 1
+) -> dict[str, object]:
+    """The whole answer, when every choice has ended.
+
+    `sums`: each choice has its log-probability, too; a request that asks for logprobs has them summed up. They are
+    left out themselves where `num_top` is 0.
+    """
+    choices = [_Choice() for _ in range(generation.request.n)]
+    with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
+    async for output in generation.outputs():
+        choices[output.index].add(output, with_logprobs)
+    timings = [choice.timing for choice in choices if choice.timing is not None]
+    logprobs = [await in_turns(sampled_logprob, choice.logprobs) if with_logprobs else None for choice in choices]
+    return {
+        **_head(generation, model),
+        "choices": [
+            {
+                "index": index,
+                "text": "".join(choice.pieces),
+                "finish_reason": choice.finish_reason,
+                "logprobs": logprobs[index],
+                **({"logprob": choice.logprob} if sums else {}),
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": _usage(
+            generation,
+            sum(choice.num_tokens for choice in choices),
+            # choices share their prompt: the later ones find what the first has just computed
+            min(choice.num_cached for choice in choices),
+        ),
+        "timing": _timing(timings),
+    }
+
+
+async def stream(generation: Generation, model: str) -> AsyncIterator[bytes]:
+    """Server-sent events: each piece of text, one last event for each choice, then `[DONE]`.
+
+    Logprobs come with the piece of text that their tokens completed, or with the last event.
+    """
+    with_logprobs = generation.request.sampling.logprobs > 0
+    pending: dict[int, list[dict[str, object]]] = {}
+    async for output in generation.outputs():
+        if with_logprobs:
+            pending.setdefault(output.index, []).extend(map(sampled_logprob, output.logprobs))
+        if output.text:
+            piece: dict[str, object] = {"index": output.index, "text": output.text}
+            if with_logprobs:
+                piece["logprobs"] = pending.pop(output.index)
+            yield wire.event(piece)
+        if output.finish_reason is not None:
+            last = {
+                "index": output.index,
+                "finish_reason": output.finish_reason,
+                "usage": _usage(generation, output.num_output_tokens, output.num_cached_tokens),
+                "timing": _timing([output.timing] if output.timing else []),
+                **_head(generation, model),
+            }
+            if rest := pending.pop(output.index, None):
+                last["logprobs"] = rest
+            yield wire.event(last)
+    yield DONE
+
+
+def _head(generation: Generation, model: str) -> dict[str, object]:
+    return {
+        "id": generation.id,
+        "model": model,
+        "adapters": [
+            {"name": part.name, "version": part.version, "digest": part.digest, "weight": part.weight}
+            for part in generation.parts
+        ],
+        "seed": generation.request.sampling.seed,
+        "warnings": list(generation.warnings),
+    }
+
+
+def _usage(generation: Generation, num_tokens: int, num_cached: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": generation.num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "cached_tokens": num_cached,
+    }
+
+
+def _timing(timings: Sequence[Timing]) -> dict[str, float]:
+    """Of all choices: when the first began, when the first token came, when the last one ended."""
+    return {
+        "queue_ms": _ms(min((timing.queue for timing in timings), default=0.0)),
+        "ttft_ms": _ms(min((timing.first_token for timing in timings), default=0.0)),
+        "total_ms": _ms(max((timing.total for timing in timings), default=0.0)),
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+async def in_turns(tell: Callable[[Item], Told], items: Sequence[Item]) -> list[Told]:
+    """What `tell` makes of each: of a long answer's it takes the best part of a second, in which others go on."""
+    told: list[Told] = []
+    for start in range(0, len(items), _AT_ONCE):
+        told += map(tell, items[start : start + _AT_ONCE])
+        await asyncio.sleep(0)
+    return told
+
+
+def sampled_logprob(entry: SampledLogprob) -> dict[str, object]:
+    """A token as answers have it: its log-probability (nats), and the likeliest ones in its place."""
+    return {**_token(entry.chosen), "top": [_token(token) for token in entry.top]}
+
+
+def _token(token: TokenLogprob) -> dict[str, object]:
+    return {"token": token.text, "bytes": list(token.bytes), "logprob": max(token.logprob, LEAST_LOGPROB)}
+
+
+router = APIRouter(route_class=StrictRoute, tags=["generate"])
+
+_EVENTS = (
+    'data: {"index":0,"text":"Once"}\n\n'
+    'data: {"index":0,"finish_reason":"length",'
+    '"usage":{"prompt_tokens":4,"completion_tokens":1,"cached_tokens":0}}\n\n'
+    "data: [DONE]\n\n"
+)
+
+
+@router.post(
+    "/generate",
+    summary="Generate text",
+    response_class=Response,
+    responses={
+        200: {
+            "model": GenerateAnswer,
+            "description": "The answer; with `stream`, its pieces as server-sent events",
+            "content": {"text/event-stream": {"example": _EVENTS}},
+        },
+        **REFUSALS,
+    },
+)
+@requires(GENERATE, queued=True)
+async def generate(body: GenerateBody, request: Request, services: ServicesDep) -> Response:
+    """Generate text from a prompt or a conversation: with an adapter, a weighted composition of several, or
+    none.
+    """
+    generation = await begin(services, body)
+    if body.stream:
+        return EventStream(stream(generation, services.base_name), generation.close)
+    try:
+        answer = await while_connected(request.scope, request.receive, collect(generation, services.base_name))
+    except ClientGoneError:
+        return Response(status_code=499)  # nobody reads it; the log does
+    finally:
+        await generation.close()
+    return wire.answer(answer)

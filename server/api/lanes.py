@@ -1,0 +1,255 @@
+"""Bounds on how much happens at once: requests beyond a bound get 429.
+
+One project may take three quarters of any of it, so that there is always something left for another.
+
+Lanes: threads for one kind of slow work, shared by turns of projects.
+
+Waiting projects take turns, and the work of one project is done in the order in which it came. The last free
+thread of a lane is for a project that has none, so long work of one project never has all threads. Work that has
+waited for the lane's `timeout` is refused, and work whose client leaves while it waits is dropped. What has begun
+can't be interrupted: its size must be bounded before. Threads have a low priority, so that the engine's steps come
+first.
+"""
+
+import asyncio
+import math
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from copy import copy
+from functools import partial
+from typing import Any, Self, TypeVar, TypeVarTuple
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from server.errors import QueueFull
+from server.metrics.metrics import LaneMetrics
+from server.system.threads import step_back
+
+RETRY_SECONDS = 5.0
+
+
+class Places:
+    """Room for a number of things at once, without a queue. `what` names them in the plural, `name` in metrics."""
+
+    def __init__(
+        self,
+        what: str,
+        num_places: int,
+        full: str = "at once",
+        *,
+        name: str = "",
+        metrics: LaneMetrics | None = None,
+    ) -> None:
+        self._message = f"too many {what} {full}"
+        self._num_places = num_places
+        self._share = num_places - num_places // 4
+        self._name = name
+        self._metrics = metrics
+        self._owner = ""
+        self._taken: Counter[str] = Counter()  # by owner, of all views
+        if metrics is not None:
+            metrics.declare(name, is_lane=False)
+
+    def of(self, owner: str) -> Self:
+        """Return a view of the same places for a project."""
+        view = copy(self)
+        view._owner = owner
+        return view
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold a place within the context. Raises QueueFull."""
+        self.take()
+        try:
+            yield
+        finally:
+            self.give_back()
+
+    def take(self) -> None:
+        """Take a place, to be given back. Raises QueueFull."""
+        if self._taken.total() >= self._num_places or self._taken[self._owner] >= self._share:
+            if self._metrics is not None:
+                self._metrics.refused(self._name)
+            raise QueueFull(self._message, RETRY_SECONDS)
+        self._taken[self._owner] += 1
+
+    def give_back(self) -> None:
+        """Release a place that was taken."""
+        self._taken[self._owner] -= 1
+        if not self._taken[self._owner]:
+            del self._taken[self._owner]
+
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+receiving: ContextVar[Receive | None] = ContextVar("receiving", default=None)
+"""The channel of the current request. Once the body is read, it reports only that the client left."""
+
+
+class Turns:
+    """Who may use one of a number of threads next. For one event loop."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._waiting: dict[str, OrderedDict[asyncio.Future[None], None]] = {}  # by owner
+        self._running: Counter[str] = Counter()
+        self._last_turn: dict[str, int] = {}
+        self._num_turns = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of turns that are waited for."""
+        return sum(map(len, self._waiting.values()))
+
+    def join(self, owner: str) -> asyncio.Future[None]:
+        """Queue for a thread. The future is done once the owner has it, and `leave` gives it back."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(owner, OrderedDict())[turn] = None
+        self._grant()
+        return turn
+
+    def leave(self, owner: str, turn: asyncio.Future[None]) -> None:
+        """Give the thread back, or leave the queue."""
+        if turn.done():
+            self._running[owner] -= 1
+            if not self._running[owner]:
+                del self._running[owner]
+        else:
+            self._remove(owner, turn)
+        self._grant()
+        if not (self._waiting or self._running):
+            self._last_turn.clear()
+
+    def _grant(self) -> None:
+        while (owner := self._next()) is not None:
+            turn = next(iter(self._waiting[owner]))
+            self._remove(owner, turn)
+            self._running[owner] += 1
+            self._num_turns += 1
+            self._last_turn[owner] = self._num_turns
+            turn.set_result(None)
+
+    def _next(self) -> str | None:
+        """The project with the fewest threads; of several, the one whose last turn is longest ago."""
+        num_idle = self.num_threads - self._running.total()
+        candidates = (owner for owner in self._waiting if num_idle > (1 if self._running[owner] else 0))
+        return min(
+            candidates, key=lambda owner: (self._running[owner], self._last_turn.get(owner, 0)), default=None
+        )
+
+    def _remove(self, owner: str, turn: asyncio.Future[None]) -> None:
+        del self._waiting[owner][turn]
+        if not self._waiting[owner]:
+            del self._waiting[owner]
+
+
+class Lane:
+    """Threads for one kind of work: `name` in metrics, `what` in messages, in the plural."""
+
+    def __init__(
+        self,
+        name: str,
+        what: str,
+        threads: Turns,
+        max_waiting: int,
+        *,
+        timeout: float = math.inf,
+        metrics: LaneMetrics | None = None,
+        steps_back: bool = True,
+    ) -> None:
+        """Lanes may share `threads`. `steps_back`: they have a low priority, and so has whatever they start."""
+        self._name = name
+        self._what = what
+        self._turns = threads
+        self._places = Places(what, threads.num_threads + max_waiting, "wait", name=name, metrics=metrics)
+        self._timeout = timeout
+        self._metrics = metrics
+        self._steps_back = steps_back
+        self._owner = ""
+        if metrics is not None:
+            metrics.declare(name, is_lane=True)
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of works that wait for a thread."""
+        return self._turns.num_waiting
+
+    def of(self, owner: str) -> Self:
+        """Return a view of the same threads for a project."""
+        view = copy(self)
+        view._owner = owner
+        view._places = self._places.of(owner)
+        return view
+
+    async def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Return the work's result, once there was a thread for it.
+
+        Work that has begun keeps its thread until its end, even if the caller is cancelled. Raises QueueFull, or
+        ClientDisconnect if the client left while the work waited.
+        """
+        with self._places.taken():
+            turn = self._turns.join(self._owner)
+            try:
+                if not turn.done():
+                    await self._wait(turn)
+                elif self._metrics is not None:
+                    self._metrics.waited(self._name, 0.0)
+            except BaseException:
+                self._turns.leave(self._owner, turn)
+                raise
+            working = asyncio.wrap_future(self._begin(partial(copy_context().run, work, *args)))
+            working.add_done_callback(lambda _: self._turns.leave(self._owner, turn))
+            return await asyncio.shield(working)
+
+    async def _wait(self, turn: asyncio.Future[None]) -> None:
+        """Wait for the turn. Raises QueueFull once it took too long, or ClientDisconnect."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        receive = receiving.get()
+        leaving = None if receive is None else asyncio.ensure_future(client_left(receive))
+        watched: set[asyncio.Future[Any]] = {turn} if leaving is None else {turn, leaving}
+        timeout = None if math.isinf(self._timeout) else self._timeout
+        try:
+            await asyncio.wait(watched, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if leaving is not None:
+                leaving.cancel()
+            if self._metrics is not None:
+                self._metrics.waited(self._name, loop.time() - began)
+        if turn.done():
+            return
+        if leaving is not None and leaving.done():
+            raise ClientDisconnect
+        if self._metrics is not None:
+            self._metrics.refused(self._name)
+        raise QueueFull(
+            f"too many {self._what} wait: none was begun for {self._timeout:g} s (SMOLORA_QUEUE_TIMEOUT)",
+            RETRY_SECONDS,
+        )
+
+    def _begin(self, work: Callable[[], T]) -> Future[T]:
+        """Start the work in a thread. The process doesn't wait for the thread when it exits."""
+        result: Future[T] = Future()
+
+        def run() -> None:
+            if self._steps_back:
+                step_back()
+            try:
+                result.set_result(work())
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name=f"lane-{self._name}", daemon=True).start()
+        return result
+
+
+async def client_left(receive: Receive) -> None:
+    """Return once the client has left. Its request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

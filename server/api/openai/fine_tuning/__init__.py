@@ -1,1 +1,0 @@
-"""/v1/fine_tuning/jobs and /v1/files: jobs of /train in OpenAI's form."""

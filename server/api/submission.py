@@ -1,0 +1,447 @@
+"""Which rows a job trains on and which it holds out: from the body, from data sets, or a share of either.
+
+From the body of POST /train to the job's specification: defaults filled in, names resolved to one version.
+
+What the rows decide is `server.api.submission`'s part.
+
+From a checked body to a job in the queue: its rows split, tokenized and stored beside its specification.
+
+Everything that POST /train can refuse is refused here, before anything is stored, and a job is in the queue only
+once its files are on the disk. Everything blocks, on disk or on the tokenizer: call it in a thread.
+"""
+
+import dataclasses
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapters import recorded
+from adapters.catalog.catalog import Part
+from adapters.errors import FieldError, InDoubt, InvalidInput, NotFound
+from adapters.expression import Term, parse
+from adapters.library import Library, Pinned
+from adapters.names import alias_fault
+from adapters.peft.files import PeftAdapter
+from adapters.storage.durable import new_directory
+from server.api.tracing import facts
+from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, TrainBody
+from server.errors import Unavailable
+from server.jobs.files import TRACEPARENT_NAME, JobFiles
+from server.jobs.jobs import FINE_TUNING, Job, Jobs
+from server.system.program import counted
+from server.training.encoding import RowEncoder, texts_of
+from server.training.files import RowSources
+from server.training.job_data import DataFacts, JobData
+from server.training.rows import CanonicalRows, IgnoredFields, Row, default_share, hold_out, overlap, parse_row
+from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
+
+MAX_FAULTS = 20
+"""Faults of rows that one answer names."""
+
+
+@dataclass(frozen=True)
+class JobRows:
+    """`name` is the field that `rows` came from, `validation_name` that of held-out rows that are no share."""
+
+    rows: CanonicalRows = field(repr=False)
+    train: CanonicalRows = field(repr=False)
+    validation: CanonicalRows = field(repr=False)
+    name: str
+    validation_name: str | None
+    source: Mapping[str, object]  # as the body has it
+    used: frozenset[str]  # ids of data sets and files
+    warnings: tuple[str, ...]  # of fields that are passed over
+
+
+def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
+    """The rows, of which at least one is to be trained on.
+
+    Raises InvalidInput naming rows and their fields, NotFound where there is no such data set.
+    """
+    ignored = IgnoredFields()
+    if body.dataset is not None:
+        name, rows = "dataset", _stored(sources, body.dataset, "dataset", ignored)
+    else:
+        assert body.data is not None, "one of the two, as was checked"
+        name, rows = "data", _sent(body.data, "data", ignored)
+    given = body.validation
+    used = {named for named in (body.dataset, given) if isinstance(named, str)}
+    train = rows
+    validation_name: str | None = "validation"
+    said: object = given
+    if isinstance(given, str):
+        validation = _stored(sources, given, "validation", ignored)
+    elif isinstance(given, list):
+        validation, said = _sent(given, "validation", ignored), "rows"
+    else:
+        said = share = default_share(len(rows)) if given is None else given
+        train, validation = hold_out(rows, share)
+        validation_name = None
+    source = {"dataset": body.dataset, "validation": said}
+    return JobRows(
+        rows, train, validation, name, validation_name, source, frozenset(used), tuple(ignored.warnings())
+    )
+
+
+def _stored(sources: RowSources, source_id: str, name: str, ignored: IgnoredFields) -> CanonicalRows:
+    try:
+        return sources.rows(source_id, ignored)
+    except NotFound as error:
+        raise NotFound(f"{name}: {error}") from None
+
+
+def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> CanonicalRows:
+    rows: list[Row] = []
+    faults: list[FieldError] = []
+    for number, value in enumerate(values):
+        try:
+            rows.append(parse_row(value, ignored))
+        except InvalidInput as error:
+            faults += _placed(error, name, number)
+            if len(faults) >= MAX_FAULTS:
+                more = FieldError((name,), "rows after these may be at fault, too")
+                raise InvalidInput([*faults[:MAX_FAULTS], more]) from None
+    if faults:
+        raise InvalidInput(faults)
+    return CanonicalRows.of(rows)
+
+
+def _placed(error: InvalidInput, name: str, number: int) -> Iterator[FieldError]:
+    """The row's faults as those of the body's field."""
+    for fault in error.errors:
+        if fault.loc == ("row",):  # what isn't even an object has no field at fault
+            yield FieldError((name,), f"row {number} {fault.message}")
+        else:
+            yield FieldError((name, number, *fault.loc), fault.message)
+
+
+MAX_PARENT_RANK = 2 * MAX_TRAINED_RANK
+"""pissa and olora publish twice the rank that they train, and what they publish can be trained on."""
+
+
+def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
+    """The one adapter to go on from, as it is named; none for the base. Raises InvalidInput."""
+    text = body.start_from
+    if text is None or text == base_name:
+        return ()
+    terms = parse(text, "start_from")
+    if len(terms) > 1 or any(term.weight != 1 for term in terms):
+        raise InvalidInput.of("start_from", "names one adapter, without a weight")
+    return terms
+
+
+def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: int) -> JobSpec:
+    """The specification; `pinned` is the parent, or nothing. `max_length` is what the base can read.
+
+    Raises InvalidInput naming every field at fault, or of the parent NotFound or CorruptAdapter.
+    """
+    faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
+    lora = LoraSpec(**body.lora.model_dump())
+    parent = pinned.parts[0] if pinned.parts else None
+    if any(part != parent or part.weight != 1 for part in pinned.parts):
+        message = "is a composition: merge it into an adapter first, by a method of POST /compositions"
+        faults.append(FieldError(("start_from",), message))
+    elif parent is not None:
+        adapter = library.read(parent.digest)
+        if (rank := adapter.weights.max_rank) > MAX_PARENT_RANK:
+            message = (
+                f"has a rank of {rank}, and training goes on from {MAX_PARENT_RANK} at most: merge it into one of "
+                "a smaller rank first, by POST /compositions with method svd and a rank"
+            )
+            faults.append(FieldError(("start_from",), message))
+        asked, lora = lora, _shaped(lora, library, parent, adapter)
+        faults += _contradictions(asked, lora, body.lora.model_fields_set)
+    if faults:
+        raise InvalidInput(faults)
+    rate = body.training.learning_rate
+    training = TrainingSpec(
+        **body.training.model_dump(exclude={"learning_rate"}),
+        learning_rate=LEARNING_RATES[body.method] if rate is None else rate,
+    )
+    return JobSpec(
+        name=body.name,
+        method=body.method,
+        lora=lora,
+        training=training,
+        start_from=None if parent is None else f"{parent.name}@{parent.version}",
+        start_from_digest=None if parent is None else parent.digest,
+        publish_if=body.publish_if,
+        alias=body.alias,
+        description=body.description,
+    )
+
+
+def _name_faults(name: str, library: Library) -> Sequence[FieldError]:
+    try:
+        library.check_name(name)
+    except InvalidInput as error:
+        return error.errors
+    return ()
+
+
+def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
+    training = body.training
+    if (body.data is None) == (body.dataset is None):
+        for name in ("data", "dataset"):
+            yield FieldError((name,), "give exactly one of data and dataset")
+    if training.max_length > max_length:
+        yield FieldError(("training", "max_length"), f"the base reads at most {max_length} tokens")
+    if training.early_stopping_patience is not None and training.eval_steps is None:
+        message = "counts evaluations: set training.eval_steps"
+        yield FieldError(("training", "early_stopping_patience"), message)
+    if body.alias is not None and (fault := alias_fault(body.alias)):
+        yield FieldError(("alias",), fault)
+    if "\0" in body.description:
+        yield FieldError(("description",), "must not have NUL characters")
+    if body.method == "full":
+        if body.lora.model_fields_set:
+            yield FieldError(("lora",), "full fine-tuning trains no adapter: leave it out, or set method to lora")
+        if body.publish_if != "always":
+            message = "full fine-tuning publishes no version that it could hold back: leave it out"
+            yield FieldError(("publish_if",), message)
+        if body.alias is not None:
+            yield FieldError(("alias",), "full fine-tuning publishes no version that it could point to")
+        if body.start_from is not None:
+            yield FieldError(("start_from",), "full fine-tuning goes on from no adapter")
+
+
+def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter) -> LoraSpec:
+    """With the parent's shape, which training leaves as it is. Raises NotFound."""
+    version = library.version(parent.name, parent.version)
+    config = recorded.config_of(version, stored, library.shape.num_layers)
+    return dataclasses.replace(
+        lora,
+        rank=config.rank,
+        alpha=float(config.alpha),
+        target_modules=stored.weights.target_modules,
+        use_rslora=config.use_rslora,
+    )
+
+
+def _contradictions(asked: LoraSpec, shaped: LoraSpec, given: Collection[str]) -> Iterator[FieldError]:
+    """What was given and can't be had: an adapter keeps its shape, and training goes on from where it ended."""
+    if "init" in given:
+        yield FieldError(("lora", "init"), "is for a new adapter, and start_from has begun: leave it out")
+    for name in given:
+        if (value := getattr(shaped, name)) != getattr(asked, name):
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            yield FieldError(("lora", name), f"is that of start_from, {shown}: leave it out")
+
+
+if TYPE_CHECKING:
+    from adapters.storage.bucket import Bucket
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that could be queued. `source` says where the rows came from, as the body did."""
+
+    spec: JobSpec
+    data: JobData
+    source: Mapping[str, object]
+    used: frozenset[str]  # ids of data sets and files
+    warnings: tuple[str, ...]  # of the adapter to go on from, and of the rows
+
+    @property
+    def total_steps(self) -> int:
+        return self.spec.training.total_steps(self.data.facts.num_rows)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What is stored of the data with the job's record."""
+        return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
+
+
+class Submissions:
+    """Takes jobs for one base. `max_length` is what the base can read, in tokens."""
+
+    def __init__(
+        self,
+        home: Path,
+        jobs: Jobs,
+        sources: RowSources,
+        library: Library,
+        encoder: RowEncoder,
+        max_length: int,
+        base_digest: str,
+        bucket: "Bucket | None" = None,
+    ) -> None:
+        self._files = JobFiles(home, bucket)
+        self._jobs = jobs
+        self._sources = sources
+        self._library = library
+        self._encoder = encoder
+        self._max_length = max_length
+        self._base_digest = base_digest
+
+    def of(self, jobs: Jobs, sources: RowSources, library: Library) -> "Submissions":
+        """The same for a project."""
+        other = copy(self)
+        other._jobs, other._sources, other._library = jobs, sources, library
+        return other
+
+    def submit(
+        self,
+        body: TrainBody,
+        idempotency_key: str | None,
+        fine_tuning: Mapping[str, object] | None = None,
+        require_room: Callable[[], None] = lambda: None,
+    ) -> Job:
+        """Queue the job, or return the one that the key belongs to. `require_room` is called before a new one.
+
+        `fine_tuning` is stored with it as `server.jobs.jobs.FINE_TUNING` has it.
+        Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent, or a latest version to be
+        improved on, is of another base's shapes), QueueFull; OSError where nothing can be stored.
+        """
+        digest = _digest(body, fine_tuning)
+        kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
+        if (first := self._jobs.repeated(idempotency_key, digest)) is not None:
+            return first
+        require_room()
+        job_id = f"job-{secrets.token_hex(8)}"
+        directory, told = self._files.directory(job_id), facts.get()
+        # the parent's bytes are held until the job itself holds them
+        with self.prepared(body) as prepared:
+            try:
+                with new_directory(directory) as unfinished:
+                    prepared.data.save(unfinished)
+                    if told is not None and told.span is not None:
+                        (unfinished / TRACEPARENT_NAME).write_text(told.span.traceparent, encoding="ascii")
+                self._files.keep(job_id)
+                job = self._jobs.submit(
+                    prepared.spec,
+                    job_id=job_id,
+                    data={**prepared.facts, **kept},
+                    used=prepared.used,
+                    idempotency_key=idempotency_key,
+                    body_digest=digest,
+                    warnings=prepared.warnings if fine_tuning is None else (*prepared.warnings, *_cut(prepared)),
+                )
+            except InDoubt:  # it may be queued: a sweep takes the files, should there be no such job
+                raise
+            except BaseException:
+                self._drop(job_id)
+                raise
+        if job.id != job_id:  # somebody was quicker with the same key
+            self._drop(job_id)
+        if told is not None:
+            told.job_id = job.id
+        return job
+
+    def _drop(self, job_id: str) -> None:
+        with suppress(Unavailable):  # a sweep takes what is old and no job's
+            self._files.remove(job_id)
+
+    @contextmanager
+    def prepared(self, body: TrainBody, max_bytes: int | None = None) -> Iterator[Prepared]:
+        """Do everything but queue the job; nothing is stored. Raises as `submit` does.
+
+        With `max_bytes`, only the first rows with about that much text are encoded, of those to train on and
+        of those held out. Their tokens are scaled to all rows, and a warning says so.
+        """
+        terms = parent_terms(body, self._library.base_name)
+        pinned = self._library.pin(terms) if terms else Pinned(())
+        try:
+            spec = build_spec(body, self._library, pinned, self._max_length)
+            rows = choose_rows(body, self._sources)
+            _check_rows(spec, rows)
+            if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
+                with suppress(NotFound):
+                    self._library.pin([Term(spec.name)], "name").release()
+            data, warnings = self._encode(spec.training, rows, max_bytes)
+            warnings = (*pinned.warnings, *rows.warnings, *warnings)
+            yield Prepared(spec, data, rows.source, rows.used, warnings)
+        finally:
+            pinned.release()
+
+    def _encode(
+        self, training: TrainingSpec, rows: JobRows, max_bytes: int | None
+    ) -> tuple[JobData, tuple[str, ...]]:
+        """Return what is stored, and warnings of the rows that are trained on."""
+        length, overlong = training.max_length, training.overlong
+        first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
+        try:
+            train = self._encoder.encode_all(first, length, overlong, (rows.name,))
+            loc = (rows.validation_name or rows.name,)
+            validation = self._encoder.encode_all(held_out, length, overlong, loc)
+        except InvalidInput:
+            if rows.validation_name is None:  # a share: the faults are to count rows as they were sent
+                self._encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
+            raise
+        scale = len(rows.train) / max(len(first), 1)
+        facts = DataFacts(
+            digest=rows.train.digest(),
+            num_rows=len(rows.train),
+            num_tokens=round(train.examples.num_tokens * scale),
+            num_targets=round(train.examples.num_targets * scale),
+            num_truncated=round(train.num_truncated * scale),
+            validation_digest=rows.validation.digest() if rows.validation else None,
+            num_validation_rows=len(rows.validation),
+            num_validation_truncated=round(
+                validation.num_truncated * len(rows.validation) / max(len(held_out), 1)
+            ),
+            num_overlapping=overlap(rows.train, rows.validation),
+        )
+        data = JobData(
+            train=train.examples,
+            validation=validation.examples if held_out else None,
+            references=self._encoder.references(held_out, max_prompt=self._max_length),
+            facts=facts,
+            base_digest=self._base_digest,
+        )
+        num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
+        if num_encoded == num_rows:
+            return data, train.warnings
+        sampled = f"only {num_encoded:,} of {num_rows:,} rows were tokenized: counts of tokens are estimates"
+        return data, (*train.warnings, sampled)
+
+
+def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
+    """Return the first rows that have up to `max_bytes` of text, and one at least if there is any; None: all."""
+    if max_bytes is not None:
+        num_bytes = 0
+        for number, row in enumerate(rows):
+            num_bytes += sum(len(text.encode()) for text in texts_of(row))
+            if num_bytes > max_bytes and number:
+                return rows[:number]
+    return rows
+
+
+def _cut(prepared: Prepared) -> Iterator[str]:
+    """What OpenAI's form of a job has no field for: how many rows are truncated."""
+    facts = prepared.data.facts
+    if number := facts.num_truncated + facts.num_validation_truncated:
+        most = prepared.spec.training.max_length
+        yield (
+            f"cut after {counted(most, 'token')}, the most of a row: {counted(number, 'row')}; "
+            "POST /train takes a file's id as dataset, and training.max_length"
+        )
+
+
+def _check_rows(spec: JobSpec, rows: JobRows) -> None:
+    """Raises InvalidInput on what can't be had from so many rows."""
+    faults = []
+    training = spec.training
+    if not rows.validation:
+        needs = "needs held-out rows: set validation"
+        if spec.publish_if != "always":
+            faults.append(FieldError(("publish_if",), needs))
+        if training.eval_steps is not None:
+            faults.append(FieldError(("training", "eval_steps"), needs))
+    if (steps := training.total_steps(len(rows.train))) > MAX_STEPS:
+        faults.append(FieldError(("training", "epochs"), f"come to {steps} steps; there may be {MAX_STEPS}"))
+    if faults:
+        raise InvalidInput(faults)
+
+
+def _digest(body: TrainBody, fine_tuning: Mapping[str, object] | None) -> str:
+    """Equal for bodies that mean the same."""
+    fields = body.model_dump(mode="json") | ({} if fine_tuning is None else {FINE_TUNING: fine_tuning})
+    document = json.dumps(fields, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()

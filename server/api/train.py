@@ -1,0 +1,287 @@
+"""Where a page of jobs goes on.
+
+/train: submit jobs, watch and steer them, and what came of them. Disk and tokenizer work in threads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Path, Query, Request
+from starlette.responses import Response
+
+from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.store.packed import open_all
+from server.api import wire
+from server.api.deps import IdempotencyKey, Services, ServicesDep
+from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
+from server.api.quotas import require_room
+from server.api.routes import TRAIN, requires
+from server.api.streams import EventStream
+from server.api.strict_route import StrictRoute
+from server.api.train_answers import dry_run_document, event_document, job_document
+from server.api.train_schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
+from server.api.zips import StoredZip, zip_download
+from server.jobs.files import JobFiles
+from server.jobs.jobs import Job, Jobs, Status
+
+
+def check_after(jobs: Jobs, after: str) -> None:
+    """Raise InvalidInput where there is no job `after` which a page could begin."""
+    try:
+        jobs.get(after)
+    except NotFound as error:
+        raise InvalidInput.of("after", f"{error}; if it was deleted, begin with the first page") from None
+
+
+router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
+
+MAX_PAGE = 1000
+MAX_EVENTS = 10_000
+DRY_RUN_BYTES = 1 << 20
+"""Text of rows that a dry run tokenizes, which takes about a second of a processor."""
+_SSE = "text/event-stream"
+
+JobId = Annotated[str, Path(max_length=256)]
+EventNumber = Annotated[int, Query(ge=0, lt=1 << 31, description="only those with a higher seq")]
+
+
+@router.post(
+    "",
+    summary="Train an adapter",
+    status_code=202,
+    response_class=Response,
+    responses={
+        200: {"model": DryRunAnswer, "description": "With `dry_run`: what the job would be"},
+        202: {"model": JobAnswer, "description": "Queued; `Location` has its path"},
+        **SUBMISSIONS,
+    },
+)
+@requires(TRAIN, hint="larger data goes through POST /datasets")
+async def submit(
+    body: TrainBody,
+    services: ServicesDep,
+    dry_run: Annotated[
+        bool, Query(description="check everything and say what it comes to; queue nothing")
+    ] = False,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Submit a training job.
+
+    Its rows are split and tokenized before it is queued, so errors in them are reported here. A dry run
+    tokenizes the first MiB of them; beyond it, counts of tokens are estimates, and a warning says so.
+    """
+    if dry_run:
+        document = await services.limiters.preparing.run(_dry_run, services, body)
+        return wire.answer(document)
+    room = partial(require_room, services)
+    job = await services.limiters.preparing.run(services.submissions.submit, body, key, None, room)
+    return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+
+
+@router.get("", summary="List jobs", response_class=Response, responses={200: {"model": JobList}, **JOB_LOOKUPS})
+@requires(TRAIN)
+async def list_jobs(
+    services: ServicesDep,
+    status: Annotated[Status | None, Query(description="only those")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,
+    after: Annotated[str | None, Query(max_length=256, description="the last id of the page before")] = None,
+) -> Response:
+    """List jobs, newest first. If `next` is not null, pass it as `after` for the next page."""
+    return await to_thread.run_sync(_page, services.jobs, status, limit, after)
+
+
+@router.get(
+    "/{job_id}", summary="One job", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_LOOKUPS}
+)
+@requires(TRAIN)
+async def get_job(services: ServicesDep, job_id: JobId) -> Response:
+    """Get a job."""
+    return wire.answer(job_document(await to_thread.run_sync(services.jobs.get, job_id)))
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="A job's events",
+    response_class=Response,
+    responses={
+        200: {
+            "model": list[EventAnswer],
+            "description": f"The events; with `Accept: {_SSE}`, each as it happens, until the job ends",
+            "headers": {
+                "Link": {"schema": {"type": "string"}, "description": 'rel="next", where the list is cut'}
+            },
+            "content": {_SSE: {"example": 'id: 2\ndata: {"seq":2,"type":"message","message":"started"}\n\n'}},
+        },
+        **JOB_LOOKUPS,
+    },
+)
+@requires(TRAIN)
+async def get_events(
+    request: Request,
+    services: ServicesDep,
+    job_id: JobId,
+    after: EventNumber = 0,
+    limit: Annotated[
+        int, Query(ge=1, le=MAX_EVENTS, description="at most so many; a stream has all")
+    ] = MAX_EVENTS,
+    last_id: Annotated[
+        int | None,
+        Header(alias="Last-Event-ID", ge=0, lt=1 << 31, description="a stream's `after`, where it was cut off"),
+    ] = None,
+) -> Response:
+    """List a job's events: messages, and metrics of steps.
+
+    A `Link` header leads to the rest of a list that is cut.
+    """
+    if _SSE not in request.headers.get("accept", "").lower():
+        return await to_thread.run_sync(_events, services.jobs, request.url.path, job_id, after, limit)
+    await to_thread.run_sync(services.jobs.get, job_id)  # or it is another project's
+    begin = after if last_id is None else last_id
+    follower = services.feeds.follow(job_id, begin, services.principal.project)
+    return EventStream(follower.stream(), follower.close)
+
+
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel",
+    response_class=Response,
+    responses={200: {"model": JobAnswer}, **JOB_MOVES},
+)
+@requires(TRAIN)
+async def cancel(services: ServicesDep, job_id: JobId) -> Response:
+    """Cancel a job. A running one stops within a micro-batch."""
+    return await _steer(services.retention.cancel, job_id)
+
+
+@router.post(
+    "/{job_id}/pause", summary="Pause", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_MOVES}
+)
+@requires(TRAIN)
+async def pause(services: ServicesDep, job_id: JobId) -> Response:
+    """Pause a job until it is resumed.
+
+    A running one drops its unfinished step, and is `paused` once it is stored.
+    """
+    return await _steer(services.jobs.pause, job_id)
+
+
+@router.post(
+    "/{job_id}/resume",
+    summary="Resume",
+    response_class=Response,
+    responses={200: {"model": JobAnswer}, **JOB_MOVES},
+)
+@requires(TRAIN)
+async def resume(services: ServicesDep, job_id: JobId) -> Response:
+    """Resume a paused job. It returns to its old place in the queue."""
+    return await _steer(services.jobs.resume, job_id)
+
+
+@router.get(
+    "/{job_id}/report",
+    summary="The adapter card",
+    response_class=Response,
+    responses={200: {"model": dict[str, object]}, **JOB_RESULTS},
+)
+@requires(TRAIN)
+async def get_report(services: ServicesDep, job_id: JobId) -> Response:
+    """Get a job's report: base against tuned, cost, data, configuration and loss curves.
+
+    409 until the job has ended; 404 if it failed.
+    """
+    return wire.answer(await to_thread.run_sync(_report, services.jobs, job_id))
+
+
+@router.get(
+    "/{job_id}/download",
+    summary="Download a full model",
+    response_class=Response,
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_RESULTS},
+)
+@requires(TRAIN)
+async def download(services: ServicesDep, job_id: JobId) -> Response:
+    """Download the Hugging Face directory that full fine-tuning made, as a zip. Adapters are under /adapters."""
+    job = await to_thread.run_sync(services.jobs.get, job_id)
+    if job.spec.method != "full":
+        where = (
+            "its adapter" if job.adapter is None else "/adapters/{name}/{version}/download".format(**job.adapter)
+        )
+        raise NotFound(f"only full fine-tuning leaves a model; see {where}")
+    _refuse_unfinished(job, "model")
+    if job.files_removed_at is not None:
+        raise NotFound("the job's files were removed, and its model with them")
+    archive = await to_thread.run_sync(_model, services, job_id)
+    return zip_download(archive, f"{job.name}-{job.id}")
+
+
+@router.delete(
+    "/{job_id}", summary="Remove a job's files", status_code=204, response_class=Response, responses=JOB_REMOVALS
+)
+@requires(TRAIN)
+async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
+    """Remove the rows, checkpoints, model and log of a job that has ended.
+
+    Its record, events and report stay, and so do the versions that it published and the data sets that it
+    used. Repeating the request gives the same answer.
+    """
+    await to_thread.run_sync(_remove_files, services, job_id)
+    return Response(status_code=204)
+
+
+def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
+    with services.submissions.prepared(body, DRY_RUN_BYTES) as prepared:
+        estimate = services.estimator.estimate(prepared.spec, prepared.data)
+        return dry_run_document(prepared, estimate, services.decode)
+
+
+def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:
+    if after is not None:
+        check_after(jobs, after)
+    found = jobs.list(status, size + 1, after)
+    page = [job_document(job) for job in found[:size]]
+    return wire.answer({"jobs": page, "next": found[size - 1].id if len(found) > size else None})
+
+
+def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Response:
+    found = jobs.events(job_id, after, limit + 1)
+    headers = {}
+    if len(found) > limit:
+        query = f"after={found[limit - 1].seq}" + ("" if limit == MAX_EVENTS else f"&limit={limit}")
+        headers["Link"] = f'<{path}?{query}>; rel="next"'
+    return wire.answer([event_document(event) for event in found[:limit]], headers=headers)
+
+
+async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
+    return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
+
+
+def _remove_files(services: Services, job_id: str) -> None:
+    project = services.jobs.get(job_id).project  # the operator's removals are another's, too
+    services.audited("job.delete", job_id, partial(services.retention.remove, job_id), project=project)
+
+
+def _model(services: Services, job_id: str) -> StoredZip:
+    directory = JobFiles(services.settings.home, services.bucket).fetch_model(job_id)
+    try:
+        return StoredZip(open_all({path.name: path for path in sorted(directory.iterdir()) if path.is_file()}))
+    except FileNotFoundError:
+        raise NotFound("the model is no longer stored") from None
+
+
+def _report(jobs: Jobs, job_id: str) -> object:
+    report = jobs.report(job_id)
+    if report is None:
+        job = jobs.get(job_id)
+        _refuse_unfinished(job, "report")
+        report = jobs.report(job_id)  # it has ended since
+    return report
+
+
+def _refuse_unfinished(job: Job, what: str) -> None:
+    """Raise where the job has left nothing: Conflict as long as it may, NotFound for good."""
+    if not job.status.has_ended:
+        raise Conflict(f"the job is {job.status}: its {what} is there once it has succeeded")
+    if job.status is not Status.SUCCEEDED:
+        raise NotFound(f"the job has no {what}: its status is {job.status}")

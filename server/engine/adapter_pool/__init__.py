@@ -1,1 +1,0 @@
-"""Adapters in the engine's memory: read, placed, held and evicted."""

@@ -1,0 +1,243 @@
+"""Compiles grammars of strangers where they can do no harm: in a process of their own, within limits.
+
+`python -m server.engine.grammar_check` reads a tokenizer and then grammars, and forks a child for each
+of them, which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child
+alone. What the machine's other work takes of that time is no fault of the grammar: a child that hardly got to run
+is waited for. Nobody waits for a child to die: on a busy machine one of low priority takes its time for that, too.
+A child is niced below serving once it took longer than real grammars do. The process ends when its standard input
+does. `GrammarChecker` is the other end. All speak lines of JSON.
+"""
+
+import json
+import math
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import BinaryIO, NoReturn
+
+from llguidance import LLTokenizer
+
+from server.engine.grammar import GrammarRefused, compiled, try_out
+from server.engine.request import Grammar
+from server.errors import NotReady
+
+CPU_SECONDS = 0.4
+"""Of one grammar. Real ones take 10 to 30 ms."""
+WALL_SECONDS = 0.9
+"""Likewise, on a machine that is busy: of one that has had `_REAL_SECONDS` of the processor."""
+
+_REAL_SECONDS = 0.06  # of the processor: real grammars are through by then, and others give way to everybody
+_STARVED_SECONDS = 5.0  # what one may take that had less
+_LOOK_SECONDS = 0.05  # between two looks at how much it had
+_MEMORY = 1 << 30  # bytes of address space
+_NICE = 15
+_NEWS_SECONDS = 0.7  # what the answer may take on a busy machine
+_START_SECONDS = 20.0
+_TOO_HARD = "takes too long to compile: make it simpler"
+_TOO_BUSY = "the machine is too busy to compile grammars now"
+
+
+class GrammarChecker:
+    """The process, started when asked to or when first needed, and again after it died. Safe in any thread."""
+
+    def __init__(
+        self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...], environment: Mapping[str, str]
+    ) -> None:
+        """`tokenizer`: the text of a Hugging Face tokenizer.json; `environment`: the process's."""
+        self._environment = environment
+        self._setup = _line([tokenizer, vocab_size, list(eos_token_ids)])
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers = bytearray()
+        self._closed = False
+
+    def start(self) -> None:
+        """Have the process ready before the first grammar comes. Returns when it is."""
+        with self._lock, suppress(NotReady):
+            self._running()
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._closed = True
+            self._kill()
+
+    def check(self, grammar: Grammar) -> None:
+        """Blocks for about WALL_SECONDS at most (`_STARVED_SECONDS` where others take the processor), and for
+        those before it. Raises GrammarRefused or NotReady.
+        """
+        with self._lock:
+            for _ in range(2):  # it may have been killed since
+                process = self._running()
+                assert process.stdin is not None
+                with suppress(OSError):
+                    process.stdin.write(_line([grammar.kind, grammar.source]))
+                    process.stdin.flush()
+                    answer = self._read(process, _STARVED_SECONDS + _NEWS_SECONDS)
+                    if answer is None and not _has_died(process):
+                        self._kill()
+                        threading.Thread(target=self.start, name="grammar-check", daemon=True).start()
+                        raise NotReady(_TOO_BUSY)
+                    if answer == _TOO_BUSY:
+                        raise NotReady(_TOO_BUSY)
+                    if answer:
+                        raise GrammarRefused(answer)
+                    if answer is not None:
+                        return
+                self._kill()
+            raise NotReady("grammars can't be compiled now")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise NotReady("grammars can't be compiled now")
+        if self._process is not None:
+            return self._process
+        self._answers.clear()
+        command = [sys.executable, "-P", "-m", "server.engine.grammar_check"]
+        try:
+            process = subprocess.Popen(  # noqa: S603  # nothing of it comes from outside
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=dict(self._environment),
+            )
+            self._process = process
+            assert process.stdin is not None
+            process.stdin.write(self._setup)
+            process.stdin.flush()
+            is_ready = self._read(process, _START_SECONDS) == ""
+        except OSError:
+            is_ready = False
+        if not is_ready:
+            self._kill()
+            raise NotReady("grammars can't be compiled now")
+        return process
+
+    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> str | None:
+        """The next answer; None where the process has died or takes too long."""
+        assert process.stdout is not None
+        deadline = time.monotonic() + seconds
+        poll = select.poll()  # select.select takes no descriptors from 1024 on
+        poll.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._answers:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1e3):
+                return None
+            read = os.read(process.stdout.fileno(), 1 << 16)
+            if not read:
+                return None
+            self._answers += read
+        line, _, rest = self._answers.partition(b"\n")
+        self._answers = rest
+        return str(json.loads(line))
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
+
+
+def _has_died(process: subprocess.Popen[bytes]) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(0.1)
+        return True
+    return False
+
+
+def serve() -> None:
+    """The process: a setup, then a grammar and its answer, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's to act on
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lines = sys.stdin.buffer
+    setup = lines.readline()
+    if not setup:
+        return
+    source, vocab_size, eos_token_ids = json.loads(setup)
+    tokenizer = LLTokenizer(source, n_vocab=vocab_size, eos_token=eos_token_ids)
+    os.write(1, _line(""))
+    for line in iter(lines.readline, b""):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            _compile(tokenizer, Grammar(*json.loads(line)), frozenset(eos_token_ids), writer)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answer:
+            os.write(1, _answer_of(child, answer))
+        os.kill(child, signal.SIGKILL)
+        _bury()
+
+
+def _answer_of(child: int, answer: BinaryIO) -> bytes:
+    """What the child says, or is to be said where it dies or time is up."""
+    poll = select.poll()
+    poll.register(answer, select.POLLIN)
+    begun = time.monotonic()
+    is_nice = False
+    while not poll.poll(_LOOK_SECONDS * 1e3):
+        seconds = time.monotonic() - begun
+        if _processor_seconds(child) < _REAL_SECONDS:
+            if seconds > _STARVED_SECONDS:
+                return _line(_TOO_BUSY)
+        elif seconds > WALL_SECONDS:
+            return _line(_TOO_HARD)
+        elif not is_nice:
+            is_nice = True
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, child, _NICE)
+    line = answer.readline()
+    return line if line.endswith(b"\n") else _line(_TOO_HARD)
+
+
+def _processor_seconds(child: int) -> float:
+    """What the child has had so far; infinite where nobody knows. A process's clock as clock_getcpuclockid(3) of
+    Linux names it."""
+    with suppress(OSError):
+        return time.clock_gettime(~child << 3 | 2)
+    return math.inf
+
+
+def _bury() -> None:
+    """Take leave of the children that have died so far."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int], writer: int) -> NoReturn:
+    """The child: writes its answer and ends, or is killed."""
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, _STARVED_SECONDS + _NEWS_SECONDS)  # should nobody be left to end it
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    try:
+        try_out(compiled(tokenizer, grammar), eos_token_ids)
+    except GrammarRefused as refusal:
+        answer = str(refusal)
+    except BaseException:  # whatever it makes of it: llguidance's panics are no Exceptions
+        answer = "can't be compiled"
+    else:
+        answer = ""
+    os.write(writer, _line(answer))
+    os._exit(0)
+
+
+def _line(document: object) -> bytes:
+    return json.dumps(document).encode() + b"\n"
+
+
+if __name__ == "__main__":
+    serve()

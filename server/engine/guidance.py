@@ -1,0 +1,366 @@
+"""Structured output: grammars checked and compiled off the engine's thread, and followed by each sequence on it.
+
+`Guidance.check` is for requests before they are taken: it has a grammar vetted in another process
+(`grammar_check`), compiles it on a thread of low priority, and keeps it. `Guidance.constraint` puts a sequence at
+its beginning. llguidance's mask says which tokens may come next; end tokens may if the answer could end there. If
+only one text can follow, its longest token comes: that depends on the answer so far alone, and costs the same
+however much there is to follow. `masks` decides when and on which thread a mask is computed; `grammar`, what
+answers look like.
+
+llguidance keeps what it has learnt of a grammar behind one mutex, which all copies of a matcher share, and calls
+some of its functions with the GIL held. So all matchers of a grammar belong to one thread at a time: the engine's,
+or that of `masks` while `Constraint.awaits_mask` is set.
+"""
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from adapters.errors import FieldError, InvalidInput
+from server.config.environment import without_secrets
+from server.engine.grammar import GrammarRefused, compiled
+from server.engine.grammar_check import GrammarChecker
+from server.engine.request import Grammar
+from server.errors import QueueFull
+from server.system.threads import step_back
+
+_NUM_KEPT = 64  # compiled grammars
+_TURN_SECONDS = 5.0  # what a grammar may wait for others
+_MAX_SPLITS = 64
+"""Tokens that the same text may begin with: more are a choice."""
+_QUICK = 0.02
+"""Seconds of the processor: what compiles faster may be compiled again while an answer is followed."""
+_RECENT = 0.1
+"""Weight of the latest mask in the running mean of a grammar's."""
+
+Mask = NDArray[np.bool_]
+"""(vocab,) True for tokens that may come next."""
+
+
+@dataclass(eq=False)
+class Compiled:
+    """A compiled grammar that was vetted. Copies of its matcher share what they have learnt of it so far, which is
+    limited: an answer that reaches the limit spoils it for all of them."""
+
+    matcher: LLMatcher
+    seconds: float  # of the processor, that compiling it took
+    first_mask: Mask | None
+    mask_seconds: float = 0.0  # of the processor, that a mask takes: a running mean
+    num_pending: int = 0  # masks that are being computed on another thread than the engine's
+    is_spoilt: bool = False
+
+    def observe(self, seconds: float) -> None:
+        """Count a mask that took this much processor time."""
+        self.mask_seconds += _RECENT * (seconds - self.mask_seconds)
+
+
+class Constraint:
+    """Where one sequence is in its grammar. One thread at a time owns it: see above."""
+
+    def __init__(
+        self,
+        grammar: Grammar,
+        compiled: Compiled,
+        compile_again: Callable[[], LLMatcher],
+        tokenizer: LLTokenizer,
+        matcher: LLMatcher | None = None,
+    ) -> None:
+        """Start at the answer's beginning, or where `matcher` is."""
+        self.compiled = compiled
+        self.spare_seconds = math.inf  # that masks of drafts may take in the next step
+        self._grammar = grammar
+        self._compile_again = compile_again
+        self._tokenizer = tokenizer
+        self._matcher = (matcher or compiled.matcher).deep_copy()
+        self._token_ids: list[int] = []
+        self._mask = None if matcher else compiled.first_mask
+        self._is_asked = self._mask is not None  # for the mask, which stays None if there is an error
+        self._forced: tuple[int, ...] | None = None  # None: not looked up yet
+        self._is_alone = False
+        self._has_failed = False
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether another thread computes masks of this grammar. Until it's done, call nothing else."""
+        return self.compiled.num_pending > 0
+
+    @property
+    def matcher(self) -> LLMatcher:
+        """The matcher that the next mask is of."""
+        return self._matcher
+
+    @property
+    def lacks_mask(self) -> bool:
+        """Whether the next token can't be drawn before a mask is computed."""
+        return not (self._is_asked or self._forced)
+
+    @property
+    def max_draft(self) -> int:
+        """How many drafted tokens, each of which needs a mask, this step has time for."""
+        return int(min(self.spare_seconds / max(self.compiled.mask_seconds, 1e-6), 1000))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow any more."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> InvalidInput | None:
+        """Why the grammar can't be followed any further."""
+        if not (self._has_failed or self._matcher.is_error()):
+            return None
+        return refusal(self._grammar, "became too complex to follow: make it simpler")
+
+    def forbidden(self) -> NDArray[np.bool_] | None:
+        """(vocab,) True for tokens that may not come next; None where there is an error."""
+        if forced := self.forced(1):
+            but_one = np.ones(self._tokenizer.vocab_size, np.bool_)
+            but_one[forced[0]] = False
+            return but_one
+        allowed = self._asked()
+        return None if allowed is None else ~allowed
+
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
+        """Return up to `max_tokens` of the next tokens, each the only one that may come; none if it isn't."""
+        if self._forced is None:
+            self._forced = tuple(self._foreseen(max_tokens))
+        return self._forced[:max_tokens]
+
+    def compute_mask(self) -> bool:
+        """Compute the next mask on this thread, and return whether it's there: compiling the grammar again, which
+        it may need, is left to `receive`."""
+        begun = time.thread_time()
+        mask = mask_of(self._matcher, self._tokenizer.vocab_size)
+        self.compiled.observe(time.thread_time() - begun)
+        if mask is None and self._may_restart:
+            return False
+        self._mask, self._is_asked = mask, True
+        return True
+
+    def receive(self, mask: Mask | None) -> None:
+        """Take the next mask, and look up whether it leaves a choice. None, which an error left, starts again with
+        a matcher of its own if that is quick."""
+        if mask is None:
+            self._restart()
+            mask = mask_of(self._matcher, self._tokenizer.vocab_size)
+        self._mask, self._is_asked = mask, True
+        self.forced(1)
+
+    def give_up(self) -> None:
+        """Take it that the grammar can't be followed any further."""
+        self._mask, self._is_asked, self._forced, self._has_failed = None, True, (), True
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token that isn't forbidden and doesn't end the answer."""
+        self._token_ids.append(token_id)
+        self._matcher.consume_token(token_id)
+        self._follow(token_id)
+        if self._matcher.is_error():
+            self._restart()
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may come next, one after the other."""
+        return self._matcher.deep_copy().validate_tokens(list(token_ids))  # which may fail, as the copy then has
+
+    def after(self, token_ids: Sequence[int]) -> "Constraint":
+        """A copy that has moved on by these tokens, all of which may come next."""
+        copy = Constraint(self._grammar, self.compiled, self._compile_again, self._tokenizer, self._matcher)
+        copy._is_alone = True  # if it can't be followed, the original decides
+        copy._mask, copy._is_asked, copy._forced = self._mask, self._is_asked, self._forced
+        copy._matcher.consume_tokens(list(token_ids))
+        for token_id in token_ids:
+            copy._follow(token_id)
+        return copy
+
+    def _follow(self, token_id: int) -> None:
+        """Forget what was known of the next token: the matcher has moved on by `token_id`."""
+        self._mask, self._is_asked = None, False
+        is_foreseen = self._forced is not None and self._forced[:1] == (token_id,)
+        self._forced = (self._forced[1:] or None) if self._forced and is_foreseen else None
+
+    def _foreseen(self, max_tokens: int) -> Iterator[int]:
+        """What is forced, looked up token by token."""
+        if self.is_complete or (token_id := self._only(self._matcher, self._asked())) is None:
+            return
+        yield token_id
+        ahead = self._matcher.deep_copy()
+        for _ in range(max_tokens - 1):
+            ahead.consume_token(token_id)
+            if ahead.is_stopped() or (token_id := self._only(ahead, self._mask_of(ahead))) is None:
+                return
+            yield token_id
+
+    def _only(self, matcher: LLMatcher, allowed: Mask | None) -> int | None:
+        """The longest of the tokens `allowed` where its text is all that may follow; None where there is a choice,
+        or nothing.
+
+        Tokens that are all splits of one text don't say so: it may end, or go on otherwise, behind a shorter one
+        ("low" and "lower"). What follows begins with the shortest of them in any case.
+        """
+        splits = self._splits(allowed)
+        if not splits:
+            return None
+        (rest, longest), ahead = splits[-1], matcher
+        while rest := rest[len(splits[0][0]) :]:
+            ahead = ahead.deep_copy() if ahead is matcher else ahead
+            ahead.consume_token(splits[0][1])
+            splits = [] if ahead.is_stopped() else self._splits(self._mask_of(ahead), rest)
+            if not splits:
+                return None
+        return longest
+
+    def _splits(self, allowed: Mask | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
+        """The tokens `allowed` with their texts, the shortest first, where all begin, or go on, the same `text`;
+        none otherwise, or where the answer may end."""
+        if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
+            return []
+        token_ids = allowed.nonzero()[0].tolist()
+        splits = sorted((self._tokenizer.decode_bytes([token_id]), token_id) for token_id in token_ids)
+        longest = max([text, *(split for split, _ in splits)], key=len)
+        are_one = all(split and longest.startswith(split) for split, _ in splits)
+        return splits if are_one and not set(token_ids) & set(self._tokenizer.eos_tokens) else []
+
+    def _asked(self) -> Mask | None:
+        """Return the next mask, computed first if need be; None if there is an error."""
+        if not (self._is_asked or self.compute_mask()):
+            self._restart()
+            self._mask, self._is_asked = self._mask_of(self._matcher), True
+        return self._mask
+
+    def _mask_of(self, matcher: LLMatcher) -> Mask | None:
+        return mask_of(matcher, self._tokenizer.vocab_size)
+
+    @property
+    def _may_restart(self) -> bool:
+        return not self._is_alone and self.compiled.seconds < _QUICK
+
+    def _restart(self) -> None:
+        """Follow the answer again with a matcher that shares nothing: others may have reached the limit."""
+        self.compiled.is_spoilt = True
+        if self._may_restart:
+            self._is_alone = True
+            self._matcher = self._compile_again()
+            self._matcher.consume_tokens(self._token_ids)
+
+
+def mask_of(matcher: LLMatcher, vocab_size: int) -> Mask | None:
+    """Return the matcher's next mask, or None if it's in error. Drops the GIL."""
+    bits = np.zeros(-(-vocab_size // 32), np.uint32)
+    matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+    return _unpacked(matcher, bits, vocab_size)
+
+
+def masks_of(executor: LLExecutor, matchers: Sequence[LLMatcher], vocab_size: int) -> list[Mask | None]:
+    """Return the matchers' next masks, computed on the executor's threads (a single one's on this thread)."""
+    bits = np.zeros((len(matchers), -(-vocab_size // 32)), np.uint32)
+    places = [(matcher, place) for place, matcher in enumerate(matchers)]
+    executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, bits[0].nbytes, len(matchers))
+    return [_unpacked(matcher, row, vocab_size) for matcher, row in zip(matchers, bits, strict=True)]
+
+
+def _unpacked(matcher: LLMatcher, bits: NDArray[np.uint32], vocab_size: int) -> Mask | None:
+    if matcher.is_error():
+        return None
+    return np.unpackbits(bits.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
+
+
+class Guidance:
+    """The grammars of one tokenizer."""
+
+    def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        """`tokenizer`: the text of a Hugging Face tokenizer.json; `vocab_size`: the width of the logits."""
+        self._source = tokenizer
+        self._vocab_size = vocab_size
+        self._eos = list(eos_token_ids)
+        self._checker = GrammarChecker(tokenizer, vocab_size, eos_token_ids, without_secrets())
+        self._compiler = ThreadPoolExecutor(1, "grammar-compiler", step_back)
+        self._turn = threading.Lock()  # of who is having a grammar checked
+        self._lock = threading.Lock()  # of what is kept
+        self._tokenizer: LLTokenizer | None = None
+        self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()  # the one used last comes last
+
+    def start(self) -> None:
+        """Prepare, in the background, what the first grammar would wait for."""
+        self._compiler.submit(self._ready_tokenizer)
+        # Not on the compiler's thread: what a thread starts inherits its priority.
+        threading.Thread(target=self._checker.start, name="grammar-check", daemon=True).start()
+
+    def close(self) -> None:
+        """End the other process and the thread."""
+        self._checker.close()
+        self._compiler.shutdown(wait=True, cancel_futures=True)
+
+    def check(self, grammar: Grammar) -> None:
+        """Vet and compile, which may block for a second or two (longer on a machine that is too busy for it), and
+        for those before it. Safe in any thread.
+
+        Raises InvalidInput on the grammar's field, or TryAgain.
+        """
+        if self.is_usable(grammar):
+            return
+        if not self._turn.acquire(timeout=_TURN_SECONDS):
+            raise QueueFull("too many grammars wait to be compiled")
+        try:
+            if not self.holds(grammar):
+                self._checker.check(grammar)
+            if not self.is_usable(grammar):
+                self._compiler.submit(self._keep, grammar).result()
+        except GrammarRefused as error:
+            raise refusal(grammar, str(error)) from None
+        finally:
+            self._turn.release()
+
+    def holds(self, grammar: Grammar) -> bool:
+        """Whether the grammar was checked lately."""
+        return self._find(grammar) is not None
+
+    def constraint(self, grammar: Grammar) -> Constraint:
+        """A new sequence's, of a grammar that `check` has passed."""
+        kept = self._find(grammar) or self._keep(grammar)  # it may have had to make room since
+        return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
+
+    def is_usable(self, grammar: Grammar) -> bool:
+        """Whether `check` has nothing to do for it. At once, in any thread."""
+        kept = self._find(grammar)
+        return kept is not None and not kept.is_spoilt
+
+    def _find(self, grammar: Grammar) -> Compiled | None:
+        with self._lock:
+            kept = self._kept.get(grammar)
+            if kept is not None:
+                self._kept.move_to_end(grammar)
+            return kept
+
+    def _keep(self, grammar: Grammar) -> Compiled:
+        begun = time.thread_time()
+        matcher = self._compile(grammar)
+        kept = Compiled(matcher, time.thread_time() - begun, mask_of(matcher, self._vocab_size))
+        with self._lock:
+            self._kept[grammar] = kept
+            self._kept.move_to_end(grammar)
+            if len(self._kept) > _NUM_KEPT:
+                self._kept.popitem(last=False)
+        return kept
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        return compiled(self._ready_tokenizer(), grammar)
+
+    def _ready_tokenizer(self) -> LLTokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(self._source, n_vocab=self._vocab_size, eos_token=self._eos)
+        return self._tokenizer
+
+
+def refusal(grammar: Grammar, message: str) -> InvalidInput:
+    """The grammar's fault, on the field that it came in."""
+    loc = ("regex",) if grammar.kind == "regex" else ("response_format", "json_schema", "schema")
+    return InvalidInput([FieldError(loc, message)])

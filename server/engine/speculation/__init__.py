@@ -1,1 +1,0 @@
-"""Tokens guessed ahead and computed together, which changes no answer."""

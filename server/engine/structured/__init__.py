@@ -1,1 +1,0 @@
-"""Answers that match a schema or a pattern: grammars, vetted and followed token by token."""

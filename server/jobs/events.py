@@ -1,0 +1,86 @@
+"""What happened to a job, in order: messages for people, and the metrics of steps."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import sqlalchemy as sa
+
+from adapters.errors import FieldError, InvalidInput
+from server.database.clock import database_now
+from server.jobs.tables import events, jobs
+
+Level = Literal["info", "warning", "error"]
+EventType = Literal["message", "metrics"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened. `seq` counts a job's events from 1, without gaps."""
+
+    seq: int
+    at: datetime  # in UTC
+    level: Level
+    type: EventType
+    message: str
+    data: Mapping[str, object]
+
+
+def append(
+    connection: sa.Connection,
+    job_id: str,
+    message: str,
+    *,
+    level: Level = "info",
+    type: EventType = "message",  # noqa: A002 as in Event and in the API
+    data: Mapping[str, object] | None = None,
+) -> None:
+    """Adds an event within the caller's transaction, in which the job's row must have been written."""
+    mine = jobs.c.id == job_id
+    connection.execute(sa.update(jobs).where(mine).values(num_events=jobs.c.num_events + 1))
+    seq = connection.execute(sa.select(jobs.c.num_events).where(mine)).scalar_one()
+    row = {"seq": seq, "at": database_now(), "level": level, "type": type, "message": without_nul(message)}
+    connection.execute(sa.insert(events).values(row | {"job_id": job_id, "data": plain(data or {})}))
+
+
+def without_nul(text: str) -> str:
+    """What somebody is told: PostgreSQL stores no NUL."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def read(connection: sa.Connection, job_id: str, after: int, limit: int) -> list[Event]:
+    """The job's events with a `seq` above `after`, at most `limit`, in order."""
+    columns = [column for column in events.columns if column is not events.c.job_id]
+    query = sa.select(*columns).where(events.c.job_id == job_id, events.c.seq > after)
+    rows = connection.execute(query.order_by(events.c.seq).limit(limit)).mappings()
+    return [Event(**row) for row in rows]
+
+
+def storable(document: Mapping[str, object], field: str) -> Mapping[str, object]:
+    """The document, where its text can be looked into by every database. InvalidInput, naming the field, else."""
+    if "\\u0000" in json.dumps(document) and (place := _place_of_nul(document)) is not None:
+        raise InvalidInput([FieldError((field, *place), "must not have NUL characters")])
+    return document
+
+
+def _place_of_nul(value: object) -> tuple[str, ...] | None:
+    """The names of the fields that lead to it."""
+    if isinstance(value, str):
+        return () if "\0" in value else None
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if "\0" in name:
+                return ()
+            if (place := _place_of_nul(inner)) is not None:
+                return (name, *place)
+    if isinstance(value, list | tuple):
+        return next((place for inner in value if (place := _place_of_nul(inner)) is not None), None)
+    return None
+
+
+def plain(document: Mapping[str, object]) -> dict[str, object]:
+    """A copy of what JSON can hold. ValueError for NaN and infinities, which JSON has no words for."""
+    copy: dict[str, object] = json.loads(json.dumps(document, allow_nan=False))
+    return copy

@@ -1,0 +1,154 @@
+"""The share of held-out rows that a model completes exactly, by the engine that serves: what users will get.
+
+It is given to `Run`, which knows no engine.
+"""
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from adapters.lora import LoraWeights
+from server.engine.backend import Backend, NativeBackend, TorchBackend
+from server.engine.detokenizer import TokenBytes
+from server.engine.engine import Engine, EngineConfig
+from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.scheduler import SchedulerLimits
+from server.model.base.weights import BaseModel
+from server.model.native.model import NativeModel
+from server.model.rank_rows import RowFormat
+from server.model.smollm import SmolLM
+from server.model.text.tokenizer import vocabulary_of
+from server.training.encoding import Reference
+
+MORE_TOKENS = 8
+"""How many tokens more than the reference has a completion may take."""
+MAX_CACHED_TOKENS = 8192
+"""Keys and values that completions keep at one time, unless a single one needs more: 190 MB on the 135M base."""
+MAX_ADAPTER_BYTES = 4 << 30
+"""Of the pools for one adapter, which have its largest rank on all linear modules: 3,500 on the 135M base."""
+
+log = logging.getLogger("smolora.training")
+
+
+def _go_on() -> None:
+    pass
+
+
+def exact_match(
+    base: BaseModel,
+    weights: LoraWeights | None,
+    references: Sequence[Reference],
+    yield_or_leave: Callable[[], None] = _go_on,
+    *,
+    library: ctypes.CDLL | None = None,
+) -> float | None:
+    """The share of references that greedy completions equal, both stripped of whitespace around them.
+
+    A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is given up at the first
+    token with which it can't become equal any more. A prompt that leaves no room for one in the base's context
+    counts as missed. None where there are no references, or the adapter's ranks would take more than
+    `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. With `library`, native code
+    computes the steps.
+    """
+    if weights is not None and _adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
+        log.warning("exact match isn't measured: an adapter of rank %s needs too much memory", weights.max_rank)
+        return None
+    limit = base.config.max_position_embeddings
+    requests: dict[str, GenerationRequest] = {}
+    wanted: dict[str, str] = {}
+    adapters = () if weights is None else (AdapterRef(weights.digest),)
+    for number, reference in enumerate(references):
+        room = limit - len(reference.prompt)
+        if room > 0 and reference.prompt:
+            sampling = SamplingParams(min(reference.num_tokens + MORE_TOKENS, room), temperature=0.0)
+            requests[str(number)] = GenerationRequest(str(number), reference.prompt, sampling, adapters)
+            wanted[str(number)] = reference.text.strip()
+    num_matched = _count_matches(base, weights, requests, wanted, yield_or_leave, library) if requests else 0
+    return num_matched / len(references) if references else None
+
+
+def _adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
+    """Of the pools that it needs where torch completes: native code's are smaller."""
+    return weights.max_rank * RowFormat.of_torch(base.dtype, base.device).bytes_per_rank(base.config.shape)
+
+
+def _count_matches(
+    base: BaseModel,
+    weights: LoraWeights | None,
+    requests: dict[str, GenerationRequest],
+    wanted: dict[str, str],
+    yield_or_leave: Callable[[], None],
+    library: ctypes.CDLL | None,
+) -> int:
+    lengths = [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests.values()]
+    engine = _engine(base, weights, lengths, library)
+    texts = dict.fromkeys(requests, "")
+    num_matched = 0
+    try:
+        for request in requests.values():
+            engine.add(request)
+        while engine.has_work:
+            yield_or_leave()
+            outputs = engine.step()
+            for output in outputs:
+                if output.error is not None:
+                    raise output.error
+                name = output.request_id
+                texts[name] += output.text
+                if output.finish_reason is not None:
+                    num_matched += texts[name].strip() == wanted[name]
+                elif not _may_become(texts[name], wanted[name]):
+                    engine.abort(name)
+            if not outputs:
+                time.sleep(0.001)  # the adapter is being read
+    finally:
+        engine.close()
+    return num_matched
+
+
+def _may_become(text: str, wanted: str) -> bool:
+    """Whether more text can make `text`, once stripped, the stripped text `wanted`."""
+    begun = text.lstrip()
+    return wanted.startswith(begun) or begun.rstrip() == wanted
+
+
+def _engine(
+    base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int], library: ctypes.CDLL | None
+) -> Engine:
+    """An engine for sequences of up to `lengths` tokens, over the base as it lies in memory."""
+    longest = max(lengths)
+    backend = _backend(base, longest, library)
+    cached = max(longest + EngineConfig.block_size, min(sum(lengths), MAX_CACHED_TOKENS))
+    config = EngineConfig(
+        max_model_len=longest,
+        kv_cache_bytes=cached * backend.bytes_per_block(1),
+        adapter_cache_bytes=(1 if weights is None else weights.max_rank) * backend.bytes_per_rank,
+        scheduler=SchedulerLimits.on(base.device.type),
+    )
+
+    def load(digest: str) -> LoraWeights:
+        assert weights is not None
+        return weights
+
+    return Engine(backend, TokenBytes(*vocabulary_of(base.tokenizer)), load, config)
+
+
+def _backend(base: BaseModel, max_positions: int, library: ctypes.CDLL | None) -> Backend:
+    """The library's; torch's without one, and where the library's copy of the weights doesn't fit into memory."""
+    if library is not None:
+        try:
+            return NativeBackend(
+                NativeModel(
+                    library,
+                    base.config,
+                    base.weights,
+                    max_positions=max_positions,
+                    num_threads=torch.get_num_threads(),
+                )
+            )
+        except MemoryError as reason:
+            log.info("%s: torch completes, more slowly", reason)
+    return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions))

@@ -1,0 +1,351 @@
+"""A worker's side of the queue: claim a job for a while, keep it by heartbeats, end it or let it go.
+
+Every write names the claim's fencing token and counts only while no later claim was made and the job wasn't
+cancelled; otherwise it changes nothing and raises LeaseLost. So a worker that was stopped for an hour can't
+publish, overwrite or double anything. The jobs themselves are in `jobs.py`; nothing here needs torch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import cast
+
+import sqlalchemy as sa
+
+from adapters.catalog.catalog import NewVersion, Version, recording
+from adapters.catalog.records import Records
+from adapters.catalog.tables import transact, transacted
+from adapters.catalog.writes import publish_unattended_in
+from adapters.names import key_of
+from server.database.clock import database_now, database_time
+from server.jobs import events as job_events
+from server.jobs.events import EventType, Level, plain
+from server.jobs.tables import JobKind, Status, Time, charge, count_time, jobs
+from server.jobs.turns import claimable, must_give_way, seconds_at_claim
+
+LEASE_SECONDS = 10.0
+MAX_STALLED_ATTEMPTS = 25
+MAX_CRASH_DELAY = 5.0
+BACK = "back in the queue"
+GAVE_WAY = "gave way to another project's job after {}; goes on at its turn"
+Clock = Callable[[], Time]
+
+
+class Directive(Enum):
+    """What the queue asks of the worker that holds a claim."""
+
+    GO_ON = auto()
+    PAUSE = auto()  # checkpoint and let go
+    GIVE_WAY = auto()  # checkpoint after the step in hand, for another project's job
+    ENDED = auto()  # this worker's own attempt has ended the job: tidy up
+    CANCEL = auto()  # the job was cancelled: drop everything
+    LOST = auto()  # another worker has the job: drop everything
+
+
+class LeaseLost(Exception):
+    """Another worker has the job by now, or it has ended. Nothing was written; the holder must stop."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One attempt at a job. `token` counts the job's claims from 1."""
+
+    job_id: str
+    token: int
+    owner: str
+
+
+class Leases:
+    """Thread-safe; any number of processes may work on the same tables. `records` are the catalog's.
+
+    `now` is the clock that all of them go by. `time_slice`: the seconds after which a job gives way to another
+    project's; 0: never.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        records: Records | None = None,
+        now: Clock = database_time,
+        time_slice: float = 0.0,
+    ) -> None:
+        self.time_slice = time_slice
+        self._engine = engine
+        self._records = records
+        self._now = now
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, kind: JobKind | None = None) -> Claim | None:
+        """The first job in the queue that is nobody's: it waits, or its worker stopped answering.
+
+        `kind` None takes jobs of every kind.
+        """
+
+        def work(connection: sa.Connection) -> Claim | None:
+            query = claimable(self._now(), kind).with_for_update(of=jobs, skip_locked=True)
+            while (row := connection.execute(query).first()) is not None:
+                if row.wants_pause:
+                    paused = {"status": Status.PAUSED, "wants_pause": False}
+                    connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(paused))
+                    job_events.append(connection, row.id, "paused")
+                elif row.stalled_attempts >= MAX_STALLED_ATTEMPTS:
+                    reason = f"{row.stalled_attempts} attempts in a row made no new checkpoint"
+                    reason += f"; the last one: {row.crash}" if row.crash else ""
+                    _end(connection, row.id, Status.FAILED, None, error=reason)
+                    job_events.append(connection, row.id, reason, level="error")
+                else:
+                    claim = Claim(row.id, row.token + 1, owner)
+                    is_orphan = row.status == Status.RUNNING
+                    used = seconds_at_claim(connection, claim.job_id, self.time_slice)
+                    _start(connection, claim, self._now(), lease_seconds, used, is_orphan=is_orphan)
+                    return claim
+            return None
+
+        with self._reader.connect() as connection:  # takes no lock, unlike the transaction
+            if connection.execute(claimable(self._now(), kind)).first() is None:
+                return None
+        return transact(self._engine, work)
+
+    def directive(self, claim: Claim) -> Directive:
+        """What is wanted of the claim's holder: one read, no lock."""
+        with self._reader.connect() as connection:
+            return _directive(connection, claim)
+
+    def is_awaited(self, claim: Claim) -> bool:
+        """Return whether another project's job should have the holder's worker; one read, no lock."""
+        with self._reader.connect() as connection:
+            return bool(connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none())
+
+    @transacted
+    def give_way(self, connection: sa.Connection, claim: Claim) -> None:
+        """Have the job give way, if another project's job still waits for its worker. Raises LeaseLost."""
+        _hold(connection, claim)
+        if connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none():
+            connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(gives_way=True))
+
+    def status(self, job_id: str) -> Status | None:
+        """Where the job stands; None: there is no such job."""
+        with self._reader.connect() as connection:
+            found = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == job_id)).scalar_one_or_none()
+        return None if found is None else Status(found)
+
+    @transacted
+    def heartbeat(
+        self,
+        connection: sa.Connection,
+        claim: Claim,
+        lease_seconds: float = LEASE_SECONDS,
+        progress: Mapping[str, object] | None = None,
+        metrics: Mapping[str, object] | None = None,
+    ) -> Directive:
+        """Keep the job for `lease_seconds` from now, and store how far it is; what is wanted of the holder."""
+        values: dict[str, object] = {"lease_until": self._now() + lease_seconds, **count_time(self._now())}
+        values |= {"progress": plain(progress)} if progress is not None else {}
+        values |= {"metrics": plain(metrics)} if metrics is not None else {}
+        connection.execute(sa.update(jobs).where(_held(claim)).values(values))
+        return _directive(connection, claim)
+
+    @transacted
+    def add_event(
+        self,
+        connection: sa.Connection,
+        claim: Claim,
+        message: str,
+        *,
+        level: Level = "info",
+        type: EventType = "message",  # noqa: A002 as in Event and in the API
+        data: Mapping[str, object] | None = None,
+    ) -> bool:
+        """Store an event; whether it was stored. Raises LeaseLost.
+
+        One of metrics has `data["step"]`, and there is at most one for a step: it is dropped where metrics of this
+        or a later step are stored, by an attempt that went further than its last checkpoint.
+        """
+        _hold(connection, claim)
+        if type == "metrics":
+            step = cast("Mapping[str, int]", data)["step"]
+            is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.metrics_step < step)
+            if connection.execute(sa.update(jobs).where(is_new).values(metrics_step=step)).rowcount == 0:
+                return False
+        job_events.append(connection, claim.job_id, message, level=level, type=type, data=data)
+        return True
+
+    @transacted
+    def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
+        """A checkpoint of that step is safely stored; a new one lets attempts count from 0. Raises LeaseLost."""
+        _hold(connection, claim)
+        is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
+        values = {"checkpoint_step": step, "stalled_attempts": 0}
+        connection.execute(sa.update(jobs).where(is_new).values(values))
+
+    def succeed(
+        self,
+        claim: Claim,
+        *,
+        progress: Mapping[str, object],
+        metrics: Mapping[str, object],
+        report: Mapping[str, object],
+        publish: NewVersion | None = None,
+        alias: str | None = None,
+        better_than: int | None = None,
+    ) -> Version | None:
+        """End the job well and publish its adapter, whose bytes are in the store: all of it, or LeaseLost.
+
+        `publish` None: no version, as the report says. `alias`, `latest` and `better_than`, which may raise
+        LatestMoved, are as in `publish_unattended_in`, whose word becomes an event.
+        """
+
+        def work(connection: sa.Connection) -> Version | None:
+            _hold(connection, claim)
+            told = {"progress": progress, "metrics": metrics, "report": report}
+            values: dict[str, object] = {key: plain(value) for key, value in told.items()}
+            version = warning = None
+            message = "succeeded; no version was published"
+            if publish is not None:
+                mine = sa.select(jobs.c.project, jobs.c.key_id).where(jobs.c.id == claim.job_id)
+                project, key_id = connection.execute(mine).one()
+                of_project = {"name": key_of(project, publish.name), "job_id": claim.job_id, "key_id": key_id}
+                new = dataclasses.replace(publish, **of_project)
+                version, warning = publish_unattended_in(connection, new, alias, records, better_than)
+                version = dataclasses.replace(version, name=publish.name)
+                values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
+                message = f"succeeded: {version.name}@{version.version}"
+            _end(connection, claim.job_id, Status.SUCCEEDED, self._now(), **values)
+            job_events.append(connection, claim.job_id, message)
+            if warning is not None:
+                job_events.append(connection, claim.job_id, warning, level="warning")
+            return version
+
+        with recording(self._engine, None if publish is None else self._records) as records:
+            return transact(self._engine, work)
+
+    @transacted
+    def fail(self, connection: sa.Connection, claim: Claim, error: str) -> None:
+        """End the job for good, with a reason that is safe to show. Raises LeaseLost."""
+        _hold(connection, claim)
+        _end(connection, claim.job_id, Status.FAILED, self._now(), error=job_events.without_nul(error))
+        job_events.append(connection, claim.job_id, error, level="error")
+
+    @transacted
+    def release(
+        self,
+        connection: sa.Connection,
+        claim: Claim,
+        reason: str = "",
+        delay: float = 0.0,
+        crash: str = "",
+        gave_way_after: float | None = None,
+    ) -> None:
+        """Requeue the job at its old place after `delay` seconds, or pause it if that was the directive.
+
+        `reason` becomes an event, and so do the seconds after which it gave way. Only with a `crash`, for the
+        job's error, the attempt counts. Raises LeaseLost.
+        """
+        _hold(connection, claim)
+        if reason:
+            job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
+        attempts = jobs.c.stalled_attempts
+        uncounted = {"stalled_attempts": sa.case((attempts > 0, attempts - 1), else_=attempts)}
+        message = BACK if gave_way_after is None else GAVE_WAY.format(in_words(gave_way_after))
+        _let_go(connection, claim.job_id, self._now(), {"crash": crash} if crash else uncounted, delay, message)
+
+    @transacted
+    def crashed(
+        self, connection: sa.Connection, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY
+    ) -> None:
+        """An attempt ended badly: the job is queued after a moment, which doubles each time. Raises LeaseLost."""
+        _hold(connection, claim)
+        query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
+        num_stalled = connection.execute(query).scalar_one()
+        job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
+        delay = min(0.1 * 2**num_stalled, max_delay)
+        _let_go(connection, claim.job_id, self._now(), {"crash": job_events.without_nul(reason)}, delay)
+
+
+def in_words(seconds: float) -> str:
+    """Return a time as an event has it: "45 s" or "10 min"."""
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
+
+
+def _start(
+    connection: sa.Connection, claim: Claim, now: Time, lease_seconds: float, used: float, is_orphan: bool
+) -> None:
+    """Give the job to the claim, for a while.
+
+    `used`: the seconds that its project is charged with. `is_orphan`: it was running, and its worker stopped
+    answering.
+    """
+    values = {
+        "status": Status.RUNNING,
+        "owner": claim.owner,
+        "token": claim.token,
+        "lease_until": now + lease_seconds,
+        "project_seconds": used,
+        "gives_way": False,
+        "timed_at": now,
+        "stalled_attempts": jobs.c.stalled_attempts + 1,
+        "started_at": sa.func.coalesce(jobs.c.started_at, database_now()),
+    }
+    connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(values))
+    message = "started" if claim.token == 1 else f"started again (attempt {claim.token})"
+    message = f"its worker stopped answering; {message}" if is_orphan else message
+    job_events.append(connection, claim.job_id, message, level="warning" if is_orphan else "info")
+
+
+def _hold(connection: sa.Connection, claim: Claim) -> None:
+    """Locks the job's row until the end of the transaction. Raises LeaseLost."""
+    held = sa.update(jobs).where(_held(claim)).values(owner=claim.owner)
+    if connection.execute(held).rowcount == 0:
+        raise LeaseLost(f"job {claim.job_id} is no longer this worker's")
+
+
+def _let_go(
+    connection: sa.Connection,
+    job_id: str,
+    now: Time,
+    values: Mapping[str, object],
+    delay: float = 0.0,
+    message: str = BACK,
+) -> None:
+    """Requeue a job that is held, for others to claim after `delay` seconds, with that event; or pause it."""
+    until = now + delay
+    mine = jobs.c.id == job_id
+    pauses = connection.execute(sa.select(jobs.c.wants_pause).where(mine)).scalar_one()
+    general: dict[str, object] = {
+        "status": Status.PAUSED if pauses else Status.QUEUED,
+        "wants_pause": False,
+        "lease_until": until,
+        "gives_way": False,
+        **count_time(now),
+    }
+    connection.execute(sa.update(jobs).where(mine).values(general | dict(values)))
+    job_events.append(connection, job_id, "paused" if pauses else message)
+
+
+def _held(claim: Claim) -> sa.ColumnElement[bool]:
+    return sa.and_(jobs.c.id == claim.job_id, jobs.c.token == claim.token, jobs.c.status == Status.RUNNING)
+
+
+def _directive(connection: sa.Connection, claim: Claim) -> Directive:
+    query = sa.select(jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.gives_way).where(
+        jobs.c.id == claim.job_id
+    )
+    row = connection.execute(query).first()
+    if row is None or row.token != claim.token:
+        return Directive.LOST
+    if row.status == Status.RUNNING:
+        if row.wants_pause:
+            return Directive.PAUSE
+        return Directive.GIVE_WAY if row.gives_way else Directive.GO_ON
+    if row.status == Status.CANCELLED:
+        return Directive.CANCEL
+    return Directive.ENDED if Status(row.status).has_ended else Directive.LOST
+
+
+def _end(connection: sa.Connection, job_id: str, status: Status, now: Time | None, **values: object) -> None:
+    """Ends the job. `now` where a worker has had it until this moment."""
+    general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": database_now()}
+    general |= {} if now is None else count_time(now)
+    connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))
+    charge(connection, job_id)

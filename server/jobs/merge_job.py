@@ -1,0 +1,129 @@
+"""The card of a merged adapter: what it was made of and how, and how far it is from the exact sum.
+
+It is the JSON of GET /train/{id}/report; `server.training.model_card` makes a README.md of it.
+
+One attempt at a merge job: load the pinned parts, merge them, publish the result.
+
+There are no checkpoints: a merge takes seconds to minutes, and the same parts make the same bytes again, so that
+an attempt that was cut off is simply done once more. `run_job.py` starts it, and knows how it ended.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+from adapters.catalog.catalog import NewVersion, combine
+from adapters.catalog.versions import Origin
+from adapters.library import Library
+from adapters.merge import config_of, distance, merge
+from adapters.peft.files import PeftAdapter
+from server.jobs.leases import Claim, Leases
+from server.jobs.merge_spec import MergeSpec
+from server.jobs.tables import MERGE
+from server.model.base.weights import BaseModel
+from server.training.report import AdapterFacts, Environment, adapter_document, peak_memory_bytes
+from server.training.run import Reporter
+
+
+@dataclass(frozen=True, eq=False)
+class MergeFindings:
+    """What a merge found out. `distance` is `adapters.merge`'s; None where the exact sum is 0.
+
+    `base_digest` is that of the parts' base, which needn't be the one that is served; None where they don't agree.
+    """
+
+    adapter: PeftAdapter
+    base_digest: str | None
+    distance: float | None
+    wall_seconds: float
+    peak_memory_bytes: int
+    bytes_stored: int
+
+
+def build_merge_report(spec: MergeSpec, base: BaseModel, found: MergeFindings) -> dict[str, object]:
+    """The card, JSON-ready."""
+    weights = found.adapter.weights
+    facts = AdapterFacts(weights.digest, found.adapter.config, weights.num_parameters)
+    name = found.adapter.base_model or base.name
+    return {
+        "format": 1,
+        "kind": MERGE,
+        "name": spec.name,
+        "method": spec.method,
+        "base_model": {"name": name, "digest": found.base_digest, "parameters": base.weights.num_parameters},
+        "adapter": adapter_document(facts),
+        "distance": found.distance,
+        "wall_seconds": found.wall_seconds,
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "bytes_stored": found.bytes_stored,
+        "lineage": {"expression": spec.expression, "parts": [asdict(part) for part in spec.parts]},
+        "config": spec.to_document(),
+        "environment": asdict(Environment.of(base)),
+    }
+
+
+def run_merge(
+    spec: MergeSpec,
+    claim: Claim,
+    leases: Leases,
+    library: Library,
+    base: BaseModel,
+    reporter: Reporter,
+    origin: Origin | None = None,
+) -> None:
+    """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter.
+
+    `origin` is that of the parts, which the job was submitted with. Without it the catalog is asked, and NotFound
+    raised where a part is no longer to be seen.
+    """
+    started = time.monotonic()
+    adapters = []
+    for digest, weight in combine(spec.parts):
+        reporter.yield_or_leave()
+        library.verify(digest)
+        adapters.append((library.load(digest), weight))
+
+    def yield_or_leave(done: int, total: int) -> None:
+        reporter.yield_or_leave()
+        reporter.progress({"step": done, "total_steps": total}, {})
+
+    weights = merge(adapters, spec.recipe, yield_or_leave)
+    if origin is None:
+        origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
+    # the base of the parts, which needn't be the one that happens to be served
+    is_served = origin.base_digest == base.digest
+    base_model = base.name if is_served else origin.base_model
+    config = config_of(weights, base.config.num_layers if is_served else None)
+    adapter = PeftAdapter(config, weights, base_model)
+    off = distance(adapters, weights, reporter.yield_or_leave)
+    metrics = {"distance": off} if math.isfinite(off) else {}
+    with reporter.transferring(4 * weights.num_parameters), library.publishing(adapter) as num_bytes:
+        findings = MergeFindings(
+            adapter=adapter,
+            base_digest=origin.base_digest,
+            distance=metrics.get("distance"),
+            wall_seconds=time.monotonic() - started,
+            peak_memory_bytes=peak_memory_bytes(base.device),
+            bytes_stored=num_bytes,
+        )
+        leases.succeed(
+            claim,
+            progress={"step": len(weights.modules), "total_steps": len(weights.modules), "eta_seconds": 0.0},
+            metrics=dict(metrics),
+            report=build_merge_report(spec, base, findings),
+            publish=NewVersion(
+                name=spec.name,
+                digest=weights.digest,
+                rank=adapter.config.rank,
+                alpha=adapter.config.alpha,
+                target_modules=weights.target_modules,
+                parameters=weights.num_parameters,
+                bytes=num_bytes,
+                base_model=base_model,
+                metrics=metrics,
+                parent=spec.expression,
+                base_digest=origin.base_digest,
+                warnings=origin.warnings,
+                config=spec.to_document(),
+            ),
+        )

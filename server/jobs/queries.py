@@ -1,0 +1,91 @@
+"""Jobs as values, and how they are read: each a statement, of a project's jobs alone where one asks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+import sqlalchemy as sa
+
+from adapters.errors import InvalidInput, NotFound
+from server.jobs.merge_spec import MergeSpec, Spec, read_spec
+from server.jobs.tables import JobKind, Status, jobs
+from server.jobs.turns import position
+
+NO_JOB = "there is no job {}: GET /train lists them"
+FINE_TUNING = "fine_tuning"
+"""The part of `Job.data` that jobs have which were made under /v1: what they have there and not under /train."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it stands. `position` is its place in the order of turns, from 1; None unless it is queued."""
+
+    id: str
+    project: str
+    key_id: str | None  # of the API key that submitted it
+    name: str
+    status: Status
+    spec: Spec
+    data: Mapping[str, object]
+    progress: Mapping[str, object]
+    metrics: Mapping[str, object]
+    adapter: Mapping[str, object] | None  # name, version and digest of what it published
+    error: str | None
+    created_at: datetime  # in UTC, as the others
+    started_at: datetime | None
+    finished_at: datetime | None
+    files_removed_at: datetime | None
+    attempt: int
+    position: int | None
+    is_pausing: bool  # runs until its worker lets go
+
+    @property
+    def kind(self) -> JobKind:
+        return "merge" if isinstance(self.spec, MergeSpec) else "train"
+
+
+class Standing(NamedTuple):
+    """What tells whether there is news of a job."""
+
+    status: Status
+    num_events: int  # the `seq` of the last one
+
+
+def select_jobs() -> "sa.Select[tuple[object, ...]]":
+    """Jobs as `job_of` reads them."""
+    columns = [column for column in jobs.columns if column is not jobs.c.report]
+    return sa.select(*columns, position().label("position"))
+
+
+def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]) -> Job:
+    """One of those that are `mine`. Raises NotFound."""
+    row = connection.execute(select_jobs().where(jobs.c.id == job_id, mine)).mappings().first()
+    if row is None:
+        raise NotFound(NO_JOB.format(job_id))
+    return job_of(row)
+
+
+def repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Job | None:
+    """The job that this idempotency key made, as it is stored. Raises InvalidInput where the body was another."""
+    if key is None:
+        return None
+    row = connection.execute(select_jobs().where(jobs.c.idempotency_key == key)).mappings().first()
+    if row is None:
+        return None
+    if row["body_digest"] != body_digest:
+        raise InvalidInput.of("Idempotency-Key", "this key was used with another body; take a new one")
+    return job_of(row)
+
+
+def job_of(row: sa.RowMapping) -> Job:
+    """A row of `select_jobs`."""
+    same = ("id", "project", "key_id", "name", "data", "progress", "metrics", "adapter", "error", "position")
+    times = ("created_at", "started_at", "finished_at", "files_removed_at")
+    return Job(
+        **{key: row[key] for key in same + times},
+        status=Status(row["status"]),
+        spec=read_spec(row["spec"]),
+        attempt=row["token"],
+        is_pausing=row["wants_pause"],
+    )

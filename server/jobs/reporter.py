@@ -1,0 +1,184 @@
+"""The spans of one attempt at a job: loading the base, its steps some seconds at a time, and what follows them.
+
+What a job's process tells the world while it works: the worker through a pipe, readers through the database.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+from server.jobs.files import TRACEPARENT_NAME
+from server.jobs.jobs import Job
+from server.jobs.leases import Claim, Leases
+from server.jobs.pipe import WorkerLink
+from server.jobs.yielding import Yielding
+from server.telemetry.spans import Span, Tracer, Value
+
+_STEPS_SECONDS = 10.0
+_MEASURES = ("train_loss", "eval_loss", "learning_rate", "gradient_norm")
+
+
+class JobTrace:
+    """Nothing where there is no tracer."""
+
+    def __init__(self, tracer: Tracer | None, job: Job, attempt: int, directory: Path) -> None:
+        """`directory` is the job's."""
+        self._span: Span | None = None
+        self._since = time.time_ns()  # the end of what has been told
+        self._first_step: int | None = None
+        if tracer is None:
+            return
+        because_of = None
+        with suppress(OSError):
+            because_of = (directory / TRACEPARENT_NAME).read_text(encoding="ascii")
+        attributes: dict[str, Value] = {
+            "smolora.job.id": job.id,
+            "smolora.job.kind": job.kind,
+            "smolora.job.attempt": attempt,
+            "smolora.adapter": job.name,
+            "smolora.project": job.project,
+        }
+        self._span = tracer.work(f"{job.kind} {job.name}", attributes, because_of)
+
+    @contextmanager
+    def attempt(self, unless: type[BaseException]) -> Iterator[None]:
+        """The block in which everything happens. It fails where it raises, `unless` that."""
+        error = None
+        try:
+            yield
+        except BaseException as raised:
+            error = None if isinstance(raised, unless) else type(raised).__name__
+            raise
+        finally:
+            if self._span is not None:
+                self._tell("finish", self._since, {})
+                self._span.end(error=error)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A block that is a span."""
+        start = time.time_ns()
+        try:
+            yield
+        finally:
+            self._tell(name, start, {})
+
+    def stepped(self, measured: Mapping[str, object]) -> None:
+        """A step has ended, with what was measured of it."""
+        if self._span is None:
+            return
+        step = measured["step"]
+        assert isinstance(step, int)
+        self._first_step = step if self._first_step is None else self._first_step
+        if "eval_loss" in measured or time.time_ns() - self._since > _STEPS_SECONDS * 1e9:
+            found = {name: value for name in _MEASURES if isinstance(value := measured.get(name), int | float)}
+            attributes: dict[str, Value] = {f"smolora.{name}": value for name, value in found.items()}
+            attributes |= {"smolora.step.first": self._first_step, "smolora.step.last": step}
+            self._tell("steps", self._since, attributes)
+            self._first_step = None
+
+    def _tell(self, name: str, start: int, attributes: Mapping[str, Value]) -> None:
+        self._since = time.time_ns()
+        if self._span is not None:
+            self._span.child(name, start, attributes).end(self._since)
+
+
+SLOWEST_BYTES_PER_SECOND = 1_000_000
+"""Of a disk or an object store. What moves its bytes more slowly counts as hung."""
+SLOWEST_PASS = 1e9
+"""Tokens times parameters a second, forward and backward: about a thirtieth of what two idle cores with AVX2 do
+(docs/performance.md). What computes more slowly counts as hung."""
+SLOWEST_PASS_ON_GPU = 100 * SLOWEST_PASS
+_BEAT_SECONDS = 1.0
+
+
+class Leave(Exception):
+    """The worker wants this process to checkpoint and end."""
+
+
+class JobReporter:
+    """`run.Reporter` over the worker's pipe and the database.
+
+    `yield_or_leave` raises Leave if the worker wants the process to leave, and `progress`, which is called after
+    each step, if the job gives way to another project's.
+    """
+
+    def __init__(
+        self,
+        link: WorkerLink,
+        leases: Leases,
+        claim: Claim,
+        yielding: Yielding,
+        num_parameters: int,
+        trace: JobTrace | None = None,
+        *,
+        is_on_gpu: bool,
+    ) -> None:
+        """`num_parameters` are the base's, by which a pass may take its time, and less of it `is_on_gpu`."""
+        self._link = link
+        self._num_parameters = num_parameters
+        self._slowest_pass = SLOWEST_PASS_ON_GPU if is_on_gpu else SLOWEST_PASS
+        self._leases = leases
+        self._claim = claim
+        self._yielding = yielding
+        self._trace = trace
+        self._progress: Mapping[str, object] | None = None
+        self._metrics: Mapping[str, object] | None = None
+
+    def yield_or_leave(self) -> None:
+        self._link.beat()
+        self._yielding.pause(self._goes_on)
+        if self._link.should_leave:
+            raise Leave
+
+    def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
+        return beating(self._link.beat, num_bytes / SLOWEST_BYTES_PER_SECOND)
+
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        return beating(self._link.beat, num_tokens * self._num_parameters / self._slowest_pass)
+
+    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+        self._progress, self._metrics = progress, metrics
+        self._link.beat(progress, metrics)
+        if self._link.should_give_way:
+            raise Leave
+
+    def keep_progress(self) -> None:
+        """Store how far the job is, which its worker does now and then: before it fails."""
+        self._leases.heartbeat(self._claim, progress=self._progress, metrics=self._metrics)
+
+    def metrics(self, message: str, data: Mapping[str, object]) -> None:
+        self._leases.add_event(self._claim, message, type="metrics", data=data)
+        if self._trace is not None:
+            self._trace.stepped(data)
+
+    def checkpointed(self, step: int) -> None:
+        self._leases.checkpointed(self._claim, step)
+
+    def _goes_on(self) -> bool:
+        self._link.beat()
+        return not self._link.should_leave
+
+
+@contextmanager
+def beating(beat: Callable[[], None], seconds: float, every: float = _BEAT_SECONDS) -> Iterator[None]:
+    """A block in which a thread calls `beat` every so many seconds, since calls in it take long.
+
+    It does so for `seconds` at most: a process that hangs in the block is found after that.
+    """
+    has_ended = threading.Event()
+
+    def run() -> None:
+        until = time.monotonic() + seconds
+        while not has_ended.wait(every) and time.monotonic() < until:
+            beat()
+
+    thread = threading.Thread(target=run, name="beating", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()

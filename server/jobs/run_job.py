@@ -1,0 +1,197 @@
+"""The process in which one attempt at a job runs: `python -m server.jobs ASSIGNMENT`.
+
+Started by `worker.py`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
+does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
+another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
+it tried again, or ends where the base can't be loaded, which is no job's fault. Nor is a database or an object
+store that can't be used; whether a full disk is, the worker knows: other machines may have room.
+"""
+
+import ctypes
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from adapters.catalog.catalog import Catalog
+from adapters.errors import BytesUnavailable, SmoloraError
+from adapters.library import Library
+from adapters.names import Viewpoint
+from server.config import WorkerSettings
+from server.database import WORKER_PATIENCE_SECONDS, connect, records_of
+from server.errors import StartupError, TryAgain
+from server.jobs.files import JobFiles
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Claim, LeaseLost, Leases
+from server.jobs.merge_job import run_merge
+from server.jobs.merge_spec import MergeSpec, Spec, read_origin
+from server.jobs.pipe import (
+    EXIT_DONE,
+    EXIT_LEFT,
+    EXIT_NO_BASE,
+    EXIT_NO_DATABASE,
+    EXIT_NO_ROOM,
+    EXIT_NO_STORE,
+    Assignment,
+    WorkerLink,
+)
+from server.jobs.reporter import JobReporter, JobTrace, Leave, beating
+from server.jobs.train_job import TrainingAttempt
+from server.jobs.yielding import BusyFlag, Yielding
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
+from server.model.device import choose_device, is_out_of_memory, limit_memory, training_dtype, use_threads
+from server.model.native.library import may_be_had
+from server.model.native.load import find_library
+from server.model.native.model import ROW_FORMAT
+from server.model.packed_adapters import PackedAdapters
+from server.model.rank_rows import RowLayout
+from server.storage.home import Home
+from server.storage.places import Storage
+from server.storage.reserve import Reserve, is_database_locked
+from server.system.memory import keep_freed_memory
+from server.telemetry import logs
+from server.telemetry.spans import open_tracer
+
+OUT_OF_MEMORY = (
+    "the job ran out of memory: set training.packing to false, so that it computes a row at a time, lower "
+    "training.max_length or lora.rank, take method lora in the place of full, or have the server leave more of "
+    "its GPU to training (SMOLORA_TRAIN_MEMORY)"
+)
+
+LONGEST_LOAD = 3600.0
+"""Seconds for a job's rows and for its base, which may have to be fetched: what hangs there ends after that."""
+
+log = logging.getLogger("smolora.job")
+
+
+def main(argument: str) -> int:
+    """Run the assignment; the exit code that the worker reads."""
+    assignment = Assignment.from_argument(argument)
+    settings = WorkerSettings.model_validate(dict(assignment.settings))
+    logs.set_up(settings.log_format, job=assignment.job_id)
+    link = WorkerLink(assignment)
+    keep_freed_memory()
+    try:
+        database = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
+    except StartupError as error:
+        return _cannot_work(link, "the database can't be opened", error, EXIT_NO_DATABASE)
+    storage = Storage.open(settings.home, settings, check=False)
+    shared = storage.records() if storage.bucket is not None else None
+    leases = Leases(database, shared or records_of(database, storage.home.adapters))
+    claim = Claim(assignment.job_id, assignment.token, assignment.owner)
+    reserve, tracer = Reserve(settings.home), open_tracer()
+    reporter: JobReporter | None = None
+    try:
+        jobs = Jobs(database)
+        job = jobs.get(claim.job_id)
+        files = JobFiles(settings.home, storage.bucket)
+        with beating(link.beat, LONGEST_LOAD):
+            files.fetch(job.id)
+        trace = JobTrace(tracer, job, claim.token, files.directory(job.id))
+        with trace.attempt(unless=Leave):
+            with trace.phase("load base"), beating(link.beat, LONGEST_LOAD):
+                base, native = _load(settings, job.spec)
+            viewpoint = Viewpoint(job.project, key_id=job.key_id)
+            catalog, store = Catalog(database, of=viewpoint), storage.adapters()
+            is_merge = isinstance(job.spec, MergeSpec)
+            is_native = _is_served_natively(settings, base.directory) if is_merge else native is not None
+            if is_native and storage.bucket is None:
+                # from here on the store keeps what is published as a server loads it, too
+                PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
+            library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
+            is_on_gpu = base.device.type != "cpu"
+            work = None if is_on_gpu else partial(_seconds_of_all, torch.get_num_threads())
+            yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
+            num_parameters = base.weights.num_parameters
+            reporter = JobReporter(link, leases, claim, yielding, num_parameters, trace, is_on_gpu=is_on_gpu)
+            if isinstance(job.spec, MergeSpec):
+                run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data))
+            else:
+                TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, storage, native).run()
+    except Leave:
+        return EXIT_LEFT
+    except LeaseLost:
+        log.warning("the job is no longer this worker's")
+        return EXIT_LEFT
+    except BytesUnavailable:
+        log.warning("the object store can't be used: the job goes back to the queue")
+        return EXIT_NO_STORE
+    except StartupError as error:
+        if reserve.is_disk_full(error):  # which has no room for the base, say
+            log.exception("the base can't be loaded")
+            return EXIT_NO_ROOM
+        return _cannot_work(link, "the base can't be loaded", error, EXIT_NO_BASE)
+    except Exception as error:
+        log.exception("the attempt failed")
+        if isinstance(error, TryAgain) or is_database_locked(error):  # the database, whose own disk may be full
+            return EXIT_NO_DATABASE
+        if reserve.is_disk_full(error):
+            return EXIT_NO_ROOM
+        if isinstance(error, SmoloraError):
+            if reporter is not None:
+                reporter.keep_progress()
+            leases.fail(claim, str(error))
+        elif is_out_of_memory(error):
+            leases.fail(claim, OUT_OF_MEMORY)
+        else:
+            return 1
+    finally:
+        if tracer is not None:
+            tracer.close()
+    return EXIT_DONE
+
+
+def _seconds_of_all(num_threads: int) -> float:
+    """How long this process would have computed so far, had its threads never waited for a core."""
+    return time.process_time() / num_threads
+
+
+def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: int) -> int:
+    """Tell the worker why, not the job: `error` may name paths. The exit code."""
+    log.error(what, exc_info=error)
+    link.cannot_work(str(error))
+    return exit_code
+
+
+def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
+    """What the job needs, or a StartupError, whatever was wrong."""
+    try:
+        return _base_for(settings, spec)
+    except StartupError:
+        raise
+    except Exception as error:
+        raise StartupError(repr(error)) from error
+
+
+def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
+    """The base that the server serves, in the dtype to train in, and the native code, if wanted and to be had.
+
+    A merge wants no more of it than its names and sizes: its weights stay in their file.
+    """
+    use_threads(settings.threads)
+    directory = resolve_base(settings.model, settings.home, settings.base_dir)
+    if isinstance(spec, MergeSpec):
+        return load_base(directory), None
+    places = Home(settings.home).native_places(directory, settings.base_dir)
+    has_native = settings.native and may_be_had(places)
+    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
+    if settings.train_memory is not None:
+        limit_memory(device, settings.train_memory)
+    base = load_base(directory, training_dtype(dtype), device)
+    if base.dtype is not dtype:
+        log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
+    return base, find_library(base, places, log.info) if settings.native else None
+
+
+def _is_served_natively(settings: WorkerSettings, directory: Path) -> bool:
+    """Whether a server of these settings and this base computes natively, as far as a merge knows, which loads no
+    base to compute with. Where it doesn't, a packed file that it finds is dropped.
+    """
+    if not settings.native or settings.device not in ("auto", "cpu"):
+        return False
+    has_native = may_be_had(Home(settings.home).native_places(directory, settings.base_dir))
+    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
+    return has_native and device.type == "cpu" and dtype is torch.bfloat16

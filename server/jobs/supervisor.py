@@ -1,0 +1,217 @@
+"""Which workers live: each keeps a lock on a file of its own under HOME, which the kernel lets go of with it.
+
+So it is known of workers of other containers too, of idle ones, and of killed ones at once.
+
+Keeps a number of worker processes alive for as long as this one lives.
+
+The workers are in this process's group, and end with it however it ends (`parent.py`). One that dies is started
+again, after a moment that doubles while they die young. One that ended because the base can't be loaded is too,
+after longer: the jobs' events tell of each try.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from server.config import WorkerSettings, to_flags
+from server.jobs.pipe import EXIT_NO_BASE
+
+_FOLDER = "workers"
+_PATIENCE_SECONDS = 2.0  # with whoever looks just now
+_RETRY_SECONDS = 0.005
+_NUMBERS = Path("/proc/self/ns/pid")
+_MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
+
+
+def own_name() -> str:
+    """What this process calls itself in its claims.
+
+    A container numbers its processes by itself, and may have the machine's name.
+    """
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    with suppress(OSError):  # it isn't Linux
+        if (numbering := _NUMBERS.stat().st_ino) != _MACHINES_OWN:
+            name += f":{numbering}"
+    return name
+
+
+@contextmanager
+def present(home: Path) -> Iterator[None]:
+    """A block in which `workers_of` has this process.
+
+    Where its file can't be made, or another worker has the name (on a machine that is called the same, say),
+    nobody sees it, and it works all the same.
+    """
+    handle = None
+    with suppress(OSError):
+        handle = _locked(home / _FOLDER / own_name())
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def workers_of(home: Path) -> list[str]:
+    """The names of those that live. Files of others are removed."""
+    try:
+        files = sorted((home / _FOLDER).iterdir())
+    except OSError:
+        return []
+    return [file.name for file in files if _is_held(file)]
+
+
+def _locked(path: Path) -> int:
+    """A handle with the lock on the file that is at `path`. Raises OSError, also where another keeps it."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # who looked just now took it for a dead worker's
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(handle)
+                raise
+            time.sleep(_RETRY_SECONDS)
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether somebody has the lock. Removes the file where nobody has."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+FIRST_DELAY = 0.25
+MAX_DELAY = 4.0  # so that a dead worker's job is claimed again in time
+FIRST_NO_BASE_DELAY = 30.0
+MAX_NO_BASE_DELAY = 600.0
+GRACE_SECONDS = 25.0  # for workers to let go of their jobs: more than they grant the processes of these
+
+_YOUNG_SECONDS = 10.0
+_YOUNG_NO_BASE_SECONDS = 60.0  # it takes a while to find out that there is none
+_TICK_SECONDS = 0.1
+
+log = logging.getLogger("smolora.supervisor")
+
+
+def worker_command(settings: WorkerSettings) -> list[str]:
+    """What runs one worker with these settings, supervised by this process."""
+    return [sys.executable, "-P", "-m", "server.cli", "worker", *to_flags(settings), f"--parent={os.getpid()}"]
+
+
+class Supervisor:
+    """`num_workers` processes that run `command`; none until `start`."""
+
+    def __init__(
+        self,
+        num_workers: int,
+        command: Sequence[str],
+        grace_seconds: float = GRACE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._slots = [_Slot(command) for _ in range(num_workers)]
+        self._grace_seconds = grace_seconds
+        self._clock = clock
+        self._is_stopping = threading.Event()
+        self._is_hurried = False
+        # It starts the processes, so it must live as long as they: see `end_with_parent`.
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run, as of a moment ago."""
+        return [slot.process.pid for slot in self._slots if slot.process is not None]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there may be workers."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the workers, on a thread. Once."""
+        if self._slots:
+            self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        """Have the workers let go of their jobs and end; those that don't in time are killed. Returns at once."""
+        self._is_stopping.set()
+
+    def hurry(self) -> None:
+        """As `ask_to_stop`, and their time is over now."""
+        self._is_hurried = True
+        self.ask_to_stop()
+
+    def _run(self) -> None:
+        while not self._is_stopping.wait(_TICK_SECONDS):
+            for slot in self._slots:
+                try:
+                    slot.tend(self._clock())
+                except OSError as error:
+                    log.warning("can't start a worker: %s", error.strerror)
+        running = [slot.process for slot in self._slots if slot.process is not None]
+        for process in running:
+            process.terminate()
+        deadline = self._clock() + self._grace_seconds
+        while any(process.poll() is None for process in running):
+            if self._is_hurried or self._clock() > deadline:
+                log.warning("workers didn't end in time: killed")
+                for process in running:
+                    process.kill()
+            time.sleep(_TICK_SECONDS)
+
+
+class _Slot:
+    """The place of one worker."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self._command = command
+        self._started_at = 0.0
+        self._next_start = 0.0
+        self._delay = FIRST_DELAY
+
+    def tend(self, now: float) -> None:
+        """Start a worker if there is none and it is time. Raises OSError."""
+        if self.process is not None and (code := self.process.poll()) is not None:
+            log.warning("worker %d ended with exit code %d", self.process.pid, code)
+            first, most, young = FIRST_DELAY, MAX_DELAY, _YOUNG_SECONDS
+            if code == EXIT_NO_BASE:
+                first, most, young = FIRST_NO_BASE_DELAY, MAX_NO_BASE_DELAY, _YOUNG_NO_BASE_SECONDS
+            is_young = now - self._started_at < young
+            self._delay = min(max(2 * self._delay, first), most) if is_young else first
+            if code == EXIT_NO_BASE:
+                log.error("training waits: a worker can't load the base; the next try is in %g s", self._delay)
+            self._next_start = now + self._delay
+            self.process = None
+        if self.process is None and now >= self._next_start:
+            self._started_at = now
+            self._next_start = now + MAX_DELAY  # where it can't be started
+            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)  # noqa: S603 it is ours

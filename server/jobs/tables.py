@@ -1,0 +1,140 @@
+"""The tables of training jobs, whose leases go by the database's clock.
+
+`number` is a job's place in the queue, for good: whatever goes back to the queue goes back to its old place.
+
+What a job comes to in the ledger: counted once, in the transaction that ends it.
+"""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Literal
+
+import sqlalchemy as sa
+
+from adapters.catalog.tables import UtcDateTime
+from adapters.names import DEFAULT_PROJECT, MAX_NAME, key_of
+from server.access.principal import ANONYMOUS
+from server.access.usage import Account, Usage, add_in
+
+JobKind = Literal["train", "merge"]
+TRAIN: JobKind = "train"
+MERGE: JobKind = "merge"
+"""`spec["kind"]`, which training jobs don't have."""
+
+
+Time = sa.ColumnElement[float]
+"""Seconds since 1970 by the clock that all workers go by."""
+
+
+class Status(StrEnum):
+    """Where a job stands. The last three are for good."""
+
+    QUEUED = "queued"  # waits for a worker, for the first time or again
+    RUNNING = "running"  # a worker has it, or had it when it died
+    PAUSED = "paused"  # waits for somebody to resume it
+    SUCCEEDED = "succeeded"  # trained, and published if its gate let it
+    FAILED = "failed"  # can't be done; `error` says why
+    CANCELLED = "cancelled"  # somebody ended it
+
+    @property
+    def has_ended(self) -> bool:
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(64), nullable=False, unique=True),
+    sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),
+    sa.Column("key_id", sa.String(64)),  # of the API key that submitted it
+    sa.Column("name", sa.String(MAX_NAME), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+    sa.Column("progress", sa.JSON, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("adapter", sa.JSON(none_as_null=True)),
+    sa.Column("report", sa.JSON(none_as_null=True)),
+    sa.Column("error", sa.Text),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Column("idempotency_key", sa.String(320), unique=True),  # project/key: each project has its own
+    sa.Column("body_digest", sa.String(64)),
+    sa.Column("owner", sa.String(255)),  # the worker that claimed it last
+    sa.Column("token", sa.Integer, nullable=False),  # how often it was claimed; an older one lost it
+    sa.Column("lease_until", sa.Float(53), nullable=False),  # by `database_time`: nobody claims it before
+    sa.Column("timed_at", sa.Float(53)),  # until when `run_seconds` count
+    sa.Column(
+        "run_seconds", sa.Float(53), nullable=False, server_default="0"
+    ),  # that workers had it, all together
+    sa.Column("project_seconds", sa.Float(53)),  # that its project had used by its last turn: see `turns.py`
+    sa.Column("wants_pause", sa.Boolean, nullable=False),  # of a running job: its worker should let go
+    sa.Column("gives_way", sa.Boolean, nullable=False, server_default=sa.false()),  # likewise: after its step
+    sa.Column("stalled_attempts", sa.Integer, nullable=False),  # claims since the last new checkpoint
+    sa.Column("crash", sa.Text),  # how the last attempt that ended badly did
+    sa.Column("checkpoint_step", sa.Integer, nullable=False),  # of the newest checkpoint; -1: none
+    sa.Column("metrics_step", sa.Integer, nullable=False),  # of the newest metrics event; -1: none
+    sa.Column("num_events", sa.Integer, nullable=False),
+    sa.Column("files_removed_at", UtcDateTime),  # whatever it left; null while its model and log are there
+    sa.Index("ix_jobs_status_number", "status", "number"),
+    sa.Index("ix_jobs_project_number", "project", "number"),
+    sa.Index("ix_jobs_project_seconds", "project", "project_seconds"),
+    sa.Index("ix_jobs_seconds", "project_seconds"),
+)
+
+uses = sa.Table(
+    "job_uses",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("used", sa.String(255), primary_key=True, index=True),  # a data set's id, or an adapter's digest
+)
+
+events = sa.Table(
+    "job_events",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),  # 1, 2, … within its job
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("level", sa.String(16), nullable=False),
+    sa.Column("type", sa.String(16), nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+)
+
+
+def kind_of(table: sa.FromClause) -> sa.ColumnElement[str]:
+    """The kind of a job of `jobs`, or of an alias of it."""
+    return sa.func.coalesce(table.c.spec["kind"].as_string(), TRAIN)
+
+
+def count_time(now: Time) -> dict[str, object]:
+    """Return the changes to a running job's row that count its time up to now.
+
+    Time is counted up to the lease's end, if that was before: from then on no worker is known to have had the job.
+    A project's seconds are the most that any row of it has, so a row counts the time of its project's other
+    running jobs, too.
+    """
+    since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
+    until = sa.case((now < lease_until, now), else_=lease_until)
+    seconds = sa.case((until > since, until - since), else_=0.0)
+    other = jobs.alias()
+    same = (other.c.status == Status.RUNNING, other.c.project == jobs.c.project, kind_of(other) == kind_of(jobs))
+    num_running = sa.select(sa.func.count()).where(*same).correlate(jobs).scalar_subquery()
+    used = sa.func.coalesce(jobs.c.project_seconds, 0.0) + seconds * num_running
+    return {"run_seconds": jobs.c.run_seconds + seconds, "project_seconds": used, "timed_at": now}
+
+
+def charge(connection: sa.Connection, job_id: str) -> None:
+    """Add the job's tokens and time, as its row has them, to the account of whoever submitted it."""
+    columns = (jobs.c.project, jobs.c.key_id, jobs.c.name, jobs.c.progress, jobs.c.run_seconds)
+    row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).one()
+    adapter = key_of(row.project, row.name)
+    tokens = row.progress.get("tokens", 0)
+    if not tokens and not row.run_seconds:  # it never ran
+        return
+    account = Account(datetime.now(UTC).date(), row.project, row.key_id or ANONYMOUS, adapter)
+    add_in(connection, account, Usage(trained_tokens=int(tokens), job_seconds=row.run_seconds))

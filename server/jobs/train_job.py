@@ -1,0 +1,297 @@
+"""One attempt at a training job: `Run` does the work, and what came of it is stored and published.
+
+The adapter's bytes go to the store first; its version, the card and the job's end are then one transaction.
+`server.jobs.run_job` starts it, and knows how it ended.
+"""
+
+import ctypes
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from functools import partial
+from typing import cast
+
+from adapters import recorded
+from adapters.catalog.catalog import NewVersion
+from adapters.catalog.writes import LatestMoved
+from adapters.errors import NotFound
+from adapters.expression import Term, parse
+from adapters.library import Library
+from adapters.lora import LoraConfig
+from adapters.peft.files import PeftAdapter
+from adapters.storage.durable import remove_unfinished
+from server.jobs.exact_match import exact_match
+from server.jobs.files import JobFiles
+from server.jobs.jobs import FINE_TUNING, Job, Status
+from server.jobs.leases import Claim, LeaseLost, Leases
+from server.jobs.reporter import Leave
+from server.model.base.export import export_hugging_face
+from server.model.base.weights import BaseModel
+from server.storage.places import Storage
+from server.training.checkpoint import Checkpoints
+from server.training.evaluate import Evaluation, LossNotFinite, evaluate
+from server.training.files import FileStore, results_id
+from server.training.job_data import JobData
+from server.training.report import (
+    AdapterFacts,
+    Cost,
+    Environment,
+    Findings,
+    Gate,
+    build_report,
+    decide,
+    peak_memory_bytes,
+    step_metrics_csv,
+)
+from server.training.run import Outcome, Reporter, Run
+from server.training.spec import JobSpec
+from server.training.trainables import trainable_rows
+from server.training.trained_rows import adapter_config
+
+MAX_DECISIONS = 5
+"""How often a name's latest version is measured, and is another one then. Then the job is queued again."""
+
+
+class TrainingAttempt:
+    """Trains and publishes, or raises Leave (having checkpointed), LeaseLost, or what went wrong.
+
+    A SmoloraError is what another attempt would run into as well, such as a Conflict about the name.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        spec: JobSpec,
+        claim: Claim,
+        leases: Leases,
+        library: Library,
+        base: BaseModel,
+        reporter: Reporter,
+        storage: Storage,
+        native: ctypes.CDLL | None = None,
+    ) -> None:
+        """`native` is the compiled code, where this machine has it."""
+        self._job = job
+        self._spec = spec
+        self._claim = claim
+        self._leases = leases
+        self._library = library
+        self._files = JobFiles(storage.home.path, storage.bucket)
+        results = storage.home.files(job.project)
+        self._results = FileStore(results, job.key_id, storage.at(results))
+        self._checkpoints = _checkpoints(storage, self._files, claim)
+        self._base = base
+        self._reporter = reporter
+        self._native = native
+
+    def run(self) -> None:
+        spec, directory = self._spec, self._files.directory(self._job.id)
+        data = JobData.load(directory)
+        data.check_base(self._base)
+        if spec.method == "lora":
+            self._library.check_name(spec.name)  # it was one's when the job was submitted
+        parent = None
+        if spec.start_from_digest is not None:
+            parent = self._library.read(spec.start_from_digest)
+        run = Run(
+            spec,
+            data,
+            self._base,
+            self._checkpoints,
+            self._reporter,
+            partial(exact_match, library=self._native),
+            start=None if parent is None else parent.weights,
+            library=self._native,
+            peak_memory=lambda: peak_memory_bytes(self._base.device),
+        )
+        try:
+            outcome = run.run()
+        except Leave:
+            run.checkpoint()
+            raise
+        adapter = None
+        if outcome.weights is not None:
+            config = adapter_config(spec.lora) if parent is None else self._config_of(parent)
+            adapter = PeftAdapter(config, outcome.weights, self._base.name)
+        for _ in range(MAX_DECISIONS - 1):
+            with suppress(LatestMoved):
+                return self._decide_and_end(data, run.progress, outcome, adapter)
+        return self._decide_and_end(data, run.progress, outcome, adapter)
+
+    def _decide_and_end(
+        self, data: JobData, progress: Mapping[str, object], outcome: Outcome, adapter: PeftAdapter | None
+    ) -> None:
+        """Hold what was trained to the gate, and end the job as that says.
+
+        Raises LatestMoved, with nothing published, where another version became the latest meanwhile.
+        """
+        spec = self._spec
+        latest, number = self._latest_evaluation(data)
+        gate = decide(spec.publish_if, outcome.tuned, outcome.base, latest, spec.method)
+        num_bytes = self._keep(adapter, outcome)
+        report = self._report(data, outcome, gate, adapter, latest, num_bytes)
+        metrics = outcome.counters.newest_losses | _final_metrics(outcome)
+        publish = None
+        if adapter is not None and gate.passes:
+            publish = self._new_version(adapter, num_bytes, metrics, data.facts.digest)
+        with nullcontext() if adapter is None else self._library.publishing(adapter):
+            if FINE_TUNING in self._job.data:
+                counters = outcome.counters
+                csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
+                self._results.put_results(self._job.id, csv)
+            try:
+                self._leases.succeed(
+                    self._claim,
+                    progress={**progress, "eta_seconds": 0.0},
+                    metrics=metrics,
+                    report=report,
+                    publish=publish,
+                    alias=spec.alias,
+                    better_than=number,
+                )
+            except LeaseLost:
+                self._drop_results()
+                raise
+        if adapter is not None and publish is None:
+            self._library.discard(adapter.weights.digest)
+
+    def _drop_results(self) -> None:
+        """Of a job that didn't end well; as long as it may, they are those of the attempt that has it now, too."""
+        if self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
+            with suppress(NotFound):
+                self._results.delete(results_id(self._job.id))
+
+    def _config_of(self, parent: PeftAdapter) -> LoraConfig:
+        """The parent's, by its version; where that is deleted by now, of the shape that was submitted."""
+        num_layers = self._base.config.shape.num_layers
+        assert self._spec.start_from is not None
+        try:
+            (version,) = self._library.named(parse(self._spec.start_from))
+        except NotFound:
+            lora = self._spec.lora
+            return recorded.shaped(parent, lora.rank, lora.alpha, lora.use_rslora, num_layers)
+        return recorded.config_of(version, parent, num_layers)
+
+    def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
+        """Store what was trained; its bytes."""
+        if adapter is not None:
+            with self._reporter.transferring(4 * adapter.weights.num_parameters):
+                return self._library.keep(adapter)
+        assert outcome.tuned_base is not None
+        place = self._files.model(self._job.id)
+        with self._reporter.transferring(sum(tensor.nbytes for _, tensor in outcome.tuned_base.weights.tensors())):
+            if place.exists():  # of an attempt that ended after this
+                shutil.rmtree(place)
+            remove_unfinished(place.parent, place.name)  # and of one that was killed in it
+            export_hugging_face(outcome.tuned_base, place)
+            num_bytes = sum(path.stat().st_size for path in place.iterdir())
+            self._files.keep_model(self._job.id, self._claim.token)
+        return num_bytes
+
+    def _latest_evaluation(self, data: JobData) -> tuple[Evaluation | None, int | None]:
+        """How the name's latest version does on held-out rows, and its number (0: none); where the gate asks."""
+        if self._spec.publish_if != "improves_latest" or data.validation is None:
+            return None, None
+        name = self._spec.name
+        try:
+            pinned = self._library.pin([Term(name)])
+        except NotFound:
+            return None, 0
+        try:
+            self._library.check_name(name)  # it may have become a composition's since
+            (part,) = pinned.parts
+            weights = self._library.load(part.digest)
+            longest = self._spec.training.max_length
+            measured = trainable_rows(
+                self._base, weights, None, max_length=longest, dropout=0.0, library=self._native
+            )
+            yield_or_leave, computing = self._reporter.yield_or_leave, self._reporter.computing
+            found = evaluate(measured.passes, data.validation, yield_or_leave=yield_or_leave, computing=computing)
+        finally:
+            pinned.release()
+        if not found.is_finite:
+            raise LossNotFinite(
+                f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "
+                "delete that version, or submit again with publish_if always or improves_base"
+            )
+        return found, part.version
+
+    def _report(
+        self,
+        data: JobData,
+        outcome: Outcome,
+        gate: Gate,
+        adapter: PeftAdapter | None,
+        latest: Evaluation | None,
+        num_bytes: int,
+    ) -> dict[str, object]:
+        counters = outcome.counters
+        facts = None
+        if adapter is not None:
+            facts = AdapterFacts(adapter.weights.digest, adapter.config, adapter.weights.num_parameters)
+        findings = Findings(
+            data=data.facts,
+            cost=Cost(
+                num_steps=outcome.num_steps,
+                kept_step=outcome.step,
+                epochs=outcome.epochs,
+                num_tokens=counters.num_tokens,
+                tokens_per_second=counters.tokens_per_second,
+                wall_seconds=counters.wall_seconds,
+                peak_memory_bytes=counters.peak_memory_bytes,
+                bytes_stored=num_bytes,
+            ),
+            environment=Environment.of(self._base, counters.computed_by),
+            num_trainable=outcome.num_trainable,
+            adapter=facts,
+            gate=gate,
+            curves={"train_loss": counters.train_curve, "eval_loss": counters.eval_curve},
+            base=outcome.base,
+            tuned=outcome.tuned,
+            latest=latest,
+        )
+        return build_report(self._spec, self._base, findings)
+
+    def _new_version(
+        self, adapter: PeftAdapter, num_bytes: int, metrics: Mapping[str, object], data_digest: str
+    ) -> NewVersion:
+        return NewVersion(
+            name=self._spec.name,
+            digest=adapter.weights.digest,
+            rank=adapter.config.rank,
+            alpha=adapter.config.alpha,
+            target_modules=adapter.weights.target_modules,
+            parameters=adapter.weights.num_parameters,
+            bytes=num_bytes,
+            base_model=self._base.name,
+            metrics=cast("Mapping[str, float]", {k: v for k, v in metrics.items() if isinstance(v, int | float)}),
+            parent=self._spec.start_from,
+            job_id=self._job.id,
+            base_digest=self._base.digest,
+            data_digest=data_digest,
+            config=self._spec.to_document(),
+        )
+
+
+def _checkpoints(storage: Storage, files: JobFiles, claim: Claim) -> Checkpoints:
+    directory = files.checkpoints(claim.job_id)
+    if storage.bucket is None:
+        return Checkpoints(directory, claim.token)
+    from server.training.checkpoint import SharedCheckpoints
+
+    return SharedCheckpoints(directory, claim.token, storage.bucket, claim.job_id)
+
+
+def _final_metrics(outcome: Outcome) -> dict[str, object]:
+    """The published weights' measures beside the base's, by the names that `GET /train/{id}` has."""
+    found: dict[str, object] = {}
+    for prefix, evaluation in (("", outcome.tuned), ("base_", outcome.base)):
+        if evaluation is not None:
+            measures = {
+                "eval_loss": evaluation.loss,
+                "eval_perplexity": evaluation.perplexity,
+                "eval_accuracy": evaluation.accuracy,
+                "eval_exact_match": evaluation.exact_match,
+            }
+            found |= {prefix + name: value for name, value in measures.items() if value is not None}
+    return found

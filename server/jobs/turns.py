@@ -1,0 +1,123 @@
+"""Which job a worker takes next, which running job gives way, and how many turns are before a waiting one.
+
+Projects share the workers by time. The next turn is that of the project with the fewest running jobs, and among
+those of the one that has used the fewest seconds; within a project the oldest job comes first. A project is
+charged for all attempts, however they end. It saves nothing up while it wants nothing: a claim raises its seconds
+to one time slice below those of the project that has used the most. So a project that uses less than its share
+waits for the running slice at most, and one that trained alone for days doesn't pay for it later.
+
+Trainings and merges have workers' lanes of their own, and are shared separately.
+
+A clock may be set back: a lease that is longer than any is over then.
+"""
+
+import sqlalchemy as sa
+
+from server.jobs.tables import TRAIN, JobKind, Status, Time, jobs, kind_of
+
+LONGEST_LEASE = 300.0
+"""Seconds: more than any lease, and than any job waits after a crash."""
+LEAST_SECONDS = 1.0
+"""What a turn costs at least, so that projects alternate even if their jobs take no time."""
+
+
+def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
+    """Select the first job in the order of turns that waits, or whose lease has run out."""
+    mine = _shares(now)
+    columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
+    query = sa.select(*columns).join(mine, _is_share_of(mine, jobs))
+    query = query.where(_is_open(jobs), is_over(jobs.c.lease_until, now))
+    if kind is not None:
+        query = query.where(mine.c.kind == kind)
+    return query.order_by(mine.c.running, mine.c.seconds, jobs.c.number).limit(1)
+
+
+def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) -> float:
+    """Return what the job's project is charged with as it claims the job; `time_slice` is in seconds."""
+    mine, other = jobs.alias(), jobs.alias()
+    same = (other.c.project == mine.c.project, kind_of(other) == kind_of(mine))
+    own = sa.select(sa.func.max(other.c.project_seconds)).where(*same).scalar_subquery()
+    most = sa.select(sa.func.max(jobs.c.project_seconds)).scalar_subquery()
+    found = connection.execute(sa.select(own, most).where(mine.c.id == job_id)).one()
+    return max(found[0] or 0.0, (found[1] or 0.0) - time_slice) + LEAST_SECONDS
+
+
+def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
+    """Select whether this running training should give way, so that another project's job takes the worker.
+
+    It should if another project would have the next turn, counting this job's project as having one fewer running,
+    and fewer jobs give way already than there are such projects. Merges never do: they have no checkpoints.
+    """
+    mine, own = jobs.alias(), _shares(now)
+    other, all_ = own.alias(), own.alias()
+    left = own.c.running - own.c.giving_way - 1
+    is_first = sa.or_(other.c.running < left, sa.and_(other.c.running == left, other.c.seconds < own.c.seconds))
+    waits = (other.c.kind == own.c.kind, other.c.project != own.c.project, other.c.waiting > 0, is_first)
+    num_first = sa.select(sa.func.count()).select_from(other).where(*waits).scalar_subquery()
+    giving_way = sa.select(sa.func.coalesce(sa.func.sum(all_.c.giving_way), 0)).where(all_.c.kind == TRAIN)
+    query = sa.select(num_first > giving_way.scalar_subquery()).join_from(mine, own, _is_share_of(own, mine))
+    return query.where(mine.c.id == job_id, own.c.kind == TRAIN)
+
+
+def position() -> sa.ColumnElement[int | None]:
+    """A queued job's place in the order of turns, from 1; null for other jobs.
+
+    Before it come its own project's older queued jobs, and other projects' jobs whose turn is earlier, the running
+    ones that have to end or give way first included. A job counts once, however many turns it takes.
+    """
+    place = sa.func.row_number().over(partition_by=(jobs.c.project, kind_of(jobs)), order_by=jobs.c.number)
+    queued = sa.select(jobs.c.id, place.label("place")).where(jobs.c.status == Status.QUEUED).subquery()
+    own = _shares(None)
+    other = own.alias()
+    turn = own.c.running + queued.c.place  # its project's, counted from 1
+    has_lead = sa.or_(
+        other.c.running >= turn,
+        other.c.seconds < own.c.seconds,
+        sa.and_(other.c.seconds == own.c.seconds, other.c.first < own.c.first),
+    )
+    most = turn - sa.case((has_lead, 0), else_=1)
+    unended = other.c.waiting + other.c.running
+    before = sa.func.sum(sa.case((unended < most, unended), (other.c.project.is_not(None), most), else_=0))
+    is_other = sa.and_(other.c.kind == own.c.kind, other.c.project != own.c.project)
+    counted = sa.select(sa.cast(sa.func.min(queued.c.place) + before, sa.Integer))
+    counted = counted.select_from(queued).join(own, _is_share_of(own, jobs)).outerjoin(other, is_other)
+    counted = counted.where(queued.c.id == jobs.c.id).correlate(jobs)
+    return sa.case((jobs.c.status == Status.QUEUED, counted.scalar_subquery()), else_=None)
+
+
+def is_over(lease_until: "sa.ColumnElement[float]", now: Time) -> sa.ColumnElement[bool]:
+    """Whether a lease that was given until then has run out."""
+    return sa.or_(lease_until <= now, lease_until > now + LONGEST_LEASE)
+
+
+def _shares(now: Time | None) -> "sa.CTE":
+    """Each project's jobs of each kind that are queued or running, counted, and the seconds that it has used.
+
+    A job whose lease has run out waits. If `now` is None, leases don't matter.
+    """
+    job = jobs.alias()
+    runs: sa.ColumnElement[bool] = job.c.status == Status.RUNNING
+    waits: sa.ColumnElement[bool] = job.c.status == Status.QUEUED
+    if now is not None:
+        waits = is_over(job.c.lease_until, now)
+        runs = sa.and_(runs, sa.not_(waits))
+    flags = [("waiting", waits), ("running", runs), ("giving_way", sa.and_(runs, job.c.gives_way))]
+    columns = [sa.case((flag, 1), else_=0).label(name) for name, flag in flags]
+    unended = sa.select(job.c.project, job.c.number, kind_of(job).label("kind"), *columns)
+    rows = unended.where(_is_open(job)).subquery()
+    sums = [sa.func.sum(rows.c[name]).label(name) for name, _ in flags]
+    first = sa.func.min(sa.case((rows.c.waiting == 1, rows.c.number))).label("first")
+    grouped = sa.select(rows.c.project, rows.c.kind, first, *sums).group_by(rows.c.project, rows.c.kind)
+    share, other = grouped.subquery(), jobs.alias()
+    used = sa.select(sa.func.max(other.c.project_seconds))
+    used = used.where(other.c.project == share.c.project, kind_of(other) == share.c.kind)
+    return sa.select(share, sa.func.coalesce(used.scalar_subquery(), 0.0).label("seconds")).cte("shares")
+
+
+def _is_share_of(shares: "sa.FromClause", table: "sa.FromClause") -> sa.ColumnElement[bool]:
+    return sa.and_(shares.c.project == table.c.project, shares.c.kind == kind_of(table))
+
+
+def _is_open(table: "sa.FromClause") -> sa.ColumnElement[bool]:
+    """Whether a job is queued or running."""
+    return table.c.status.in_([Status.QUEUED, Status.RUNNING])

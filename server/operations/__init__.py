@@ -1,0 +1,1 @@
+"""What the operator does with everything stored: back up, restore, move, check."""

@@ -1,0 +1,215 @@
+"""What is stored under a HOME, checked byte by byte, and the catalog rebuilt where the database is lost.
+
+`examine` changes nothing, and may run beside a server. `rebuild` runs while nobody else has the database open, and
+makes a new one only where there is none or it is damaged: the old files are set aside.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapters.catalog.catalog import Catalog, Version
+from adapters.catalog.records import Records
+from adapters.catalog.recovery import Recovered
+from adapters.errors import CorruptAdapter
+from adapters.names import Viewpoint
+from adapters.store.store import AdapterStore
+from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
+from server.errors import StartupError
+from server.jobs.files import JobFiles
+from server.jobs.jobs import Jobs
+from server.model.packed_adapters import is_damaged
+from server.storage.home import Home, serving
+from server.storage.places import Storage
+from server.system.program import counted
+from server.training.files import checked_uploads
+
+if TYPE_CHECKING:
+    from adapters.storage.bucket import Bucket
+
+_TAKES = "the server's next start removes it"
+_MENDS = "the server's next start mends it"
+_PACKED = (
+    "changed since it was written, and servers read it: delete it and restart the server, to have it made anew"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that isn't as it should be."""
+
+    about: str  # such as "tweets@3" or "database"
+    message: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was looked at, and what was found."""
+
+    findings: tuple[Finding, ...]
+    num_versions: int
+    num_adapters: int  # directories with bytes, whose digests were computed anew
+    num_uploads: int  # data sets and files, which were read whole
+    database: str | None  # the release of SQLite and its kind of journal; None where it couldn't be opened
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.findings
+
+    def line(self) -> str:
+        """What was looked at, for a person."""
+        verdict = "sound" if self.is_sound else counted(len(self.findings), "finding")
+        versions, adapters = counted(self.num_versions, "version"), counted(self.num_adapters, "stored adapter")
+        return f"{verdict}: {versions}, {adapters}, {counted(self.num_uploads, 'upload')} checked"
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild did. `set_aside` are the damaged database's files, `lost_jobs` ids that were seen, `models`
+    the folders, below HOME, of what full fine-tuning made in them.
+    """
+
+    is_new: bool  # the database was made anew; else it was sound and stayed
+    set_aside: tuple[str, ...]
+    recovered: Recovered
+    lost_jobs: tuple[str, ...]
+    models: tuple[str, ...]
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        if not self.is_new:
+            yield "the database is sound: it stayed, with all aliases and jobs"
+            yield from self.recovered.lines()
+            return
+        if self.set_aside:
+            yield f"the damaged database was renamed to {self.set_aside[0]}"
+        yield f"published again from the directories: {', '.join(self.recovered.adopted) or 'nothing'}"
+        if self.recovered.lost:
+            yield f"lost, as bytes or parts are missing or damaged: {', '.join(self.recovered.lost)}"
+        yield "lost: all aliases; latest is each name's highest version, also where it was moved back"
+        yield "lost: all API keys, limits and usage, and which adapters were public: make new keys"
+        yield f"lost: all jobs, their events and reports: {', '.join(self.lost_jobs) or 'none left a trace'}"
+        if self.models:
+            yield f"models of full fine-tuning stay until you remove them: {', '.join(self.models)}"
+
+
+def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = True) -> Diagnosis:
+    """Look at everything, or at all but data sets and files.
+
+    Raises StartupError where there is no such HOME, or its database is a newer one.
+    """
+    storage = Storage(Home(home), bucket)
+    _check_home(storage)
+    store, records = storage.adapters(), storage.records()
+    findings = [Finding("database", fault) for fault in faults(home)]
+    damaged = _damaged(store)
+    versions: list[Version] = []
+    database = None
+    if not findings:
+        engine = connect(home)
+        database = str(build_of(engine))
+        catalog, jobs = Catalog(engine, of=Viewpoint(sees_all=True)), Jobs(engine)
+        versions = [version for adapter in catalog.list() for version in adapter.versions]
+        stored = set(store.digests())
+        findings += _of_versions(versions, stored, damaged)
+        findings += _of_records(versions, records)
+        named = {version.digest for version in versions}
+        findings += [
+            Finding(f"adapters/{digest[:2]}/{digest}", f"nothing names these bytes; {_TAKES}")
+            for digest in sorted(stored - named)
+            if not (store.is_held(digest) or catalog.in_use(digest) or jobs.in_use(digest))
+        ]
+        engine.dispose()
+    else:
+        findings += [Finding(digest, message) for digest, message in damaged.items()]
+    findings += [
+        Finding(f"adapters/packed/{digest}", _PACKED)
+        for digest, file in store.packed.contents()
+        if is_damaged(file)
+    ]
+    findings += [
+        Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
+    ]
+    uploads = dict(checked_uploads(storage)) if with_uploads else {}
+    findings += [Finding(place, message) for place, message in uploads.items() if message is not None]
+    return Diagnosis(tuple(findings), len(versions), len(store.digests()), len(uploads), database)
+
+
+def rebuild(home: Path, bucket: "Bucket | None" = None) -> Rebuilt:
+    """Make the catalog anew from the directories, where that is needed. Raises StartupError."""
+    storage = Storage(Home(home), bucket)
+    _check_home(storage)
+    with serving(home):  # so that no server starts meanwhile
+        return _rebuild(storage)
+
+
+def _rebuild(storage: Storage) -> Rebuilt:
+    home = storage.home.path
+    with nobody_has_it_open(home):
+        is_new = bool(faults(home))
+        moved = set_aside(home) if is_new else []
+    store, records = storage.adapters(), storage.records()
+    damaged = _damaged(store)
+    whole = set(store.digests()) - damaged.keys()
+    engine = connect(home)
+    catalog = Catalog(engine, records)
+    found = catalog.recover(whole.__contains__, Jobs(engine).is_known)
+    store.doubt(digest for digest in whole if not catalog.in_use(digest))
+    lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
+    files = JobFiles(home, storage.bucket)
+    lost_jobs |= {name for name in files.stored() if name.startswith("job-")}
+    engine.dispose()
+    told = sorted(lost_jobs) if is_new else []
+    models = [files.model(job_id).relative_to(home).as_posix() for job_id in told if files.model(job_id).is_dir()]
+    return Rebuilt(is_new, tuple(moved), found, tuple(told), tuple(models))
+
+
+def _check_home(storage: Storage) -> None:
+    home = storage.home.path
+    if storage.bucket is not None:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    elif not storage.home.adapters.is_dir():
+        raise StartupError(f"{home} isn't a server's home: it has no folder adapters; give --home or SMOLORA_HOME")
+
+
+def _damaged(store: AdapterStore) -> dict[str, str]:
+    """By digest, what is wrong with the bytes that are there."""
+    found = {}
+    for digest in store.digests():
+        try:
+            if not store.is_whole(digest):
+                raise CorruptAdapter(f"the stored adapter {digest[:12]} is incomplete")
+            store.verify_stored(digest)
+        except CorruptAdapter as error:
+            found[digest] = str(error)
+    return found
+
+
+def _of_versions(versions: list[Version], stored: set[str], damaged: dict[str, str]) -> Iterator[Finding]:
+    listed = {(version.name, version.version): version for version in versions}
+    for version in versions:
+        name = f"{version.name}@{version.version}"
+        for part in version.parts:
+            if (of := listed.get((part.name, part.version))) is None or of.digest != part.digest:
+                yield Finding(name, f"its part {part.name}@{part.version} is another one, or missing")
+        if version.parts:
+            continue
+        if version.digest in damaged:
+            yield Finding(name, damaged[version.digest])
+        elif version.digest not in stored:
+            yield Finding(name, f"the stored adapter {version.digest[:12]} is missing")
+
+
+def _of_records(versions: list[Version], records: Records) -> Iterator[Finding]:
+    """A server that publishes at this moment may be seen with a record too many."""
+    found = records.read()
+    recorded = {(version.name, version.version): version for version in found.versions}
+    listed = {(version.name, version.version): version for version in versions}
+    for path in found.unreadable:
+        yield Finding(f"adapters/{path}", f"this record can't be read; {_MENDS}")
+    for (name, number), version in listed.items():
+        if recorded.get((name, number)) != version:
+            yield Finding(f"{name}@{number}", f"its record is missing or another's; {_MENDS}")
+    for name, number in sorted(recorded.keys() - listed.keys()):
+        yield Finding(f"{name}@{number}", f"has a record, and isn't in the database; {_MENDS}")

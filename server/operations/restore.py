@@ -1,0 +1,178 @@
+"""Fills an empty HOME: with all of it, or nothing.
+
+What it is to have is collected in a folder in HOME; then its parts are renamed into their places, the database
+last, and the folder goes. Until then no command works on that HOME, and the next one to fill it clears what one
+that was killed has left.
+
+Puts a backup into an empty HOME: all of it, or nothing.
+
+It is unpacked into a folder in HOME, compared with its manifest, brought up to date, and looked at as `doctor`
+does; then it is put in its place (`filling`).
+"""
+
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.catalog.catalog import Catalog
+from adapters.catalog.records import Records
+from adapters.storage.durable import sync
+from adapters.store.store import AdapterStore
+from server import __version__
+from server.database import FILE_NAME, connect, knows_schema
+from server.errors import StartupError
+from server.jobs.files import put_back
+from server.jobs.jobs import Jobs
+from server.operations.archive import FORMAT, Header, Reader, copy_hashed, reading
+from server.operations.doctor import Diagnosis, examine
+from server.storage.home import LOCK_NAME, RESTORING, Home, make, serving
+
+_PARTS = ("adapters", "datasets", "files", "jobs", "keyed", "projects")
+_OTHERS = frozenset({LOCK_NAME, "lost+found"})  # the latter is a new file system's
+
+
+@contextmanager
+def filled(home: Path) -> Iterator[Path]:
+    """A folder whose parts are those of `home` once the block has ended. Nothing stays of a block that fails.
+
+    Raises StartupError where `home` is there and not empty, or served; OSError.
+    """
+    is_new = not home.exists()
+    try:
+        make(home, to_restore=True)
+        with serving(home):
+            _clear(home)
+            staging = Path(tempfile.mkdtemp(prefix=RESTORING, dir=home))
+            try:
+                yield staging
+                _put_in_place(staging, home)
+            except BaseException:
+                _clear(home)
+                raise
+    finally:
+        if is_new and {path.name for path in home.glob("*")} <= {LOCK_NAME}:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def _clear(home: Path) -> None:
+    """Remove what was put there by one that was cut off. StartupError where there is anything else."""
+    if any(home.glob(f"{RESTORING}*")):
+        moved = [home / name for name in _PARTS] + list(home.glob(f"{FILE_NAME}*"))
+        for path in [*moved, *home.glob(f"{RESTORING}*")]:  # in this order: the mark goes last
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    if others := sorted(path.name for path in home.iterdir() if path.name not in _OTHERS):
+        named = ", ".join(others[:3])
+        raise StartupError(f"{home} isn't empty, it has {named}: give another --home or SMOLORA_HOME")
+
+
+def _put_in_place(staging: Path, home: Path) -> None:
+    names = sorted(path.name for path in staging.iterdir())
+    for name in [*(name for name in names if name != FILE_NAME), FILE_NAME]:
+        (staging / name).rename(home / name)
+    sync(home)
+    staging.rmdir()
+    sync(home)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was done. `going_on` are the jobs that a worker had when the backup was made."""
+
+    header: Header
+    diagnosis: Diagnosis
+    going_on: tuple[str, ...]
+
+
+def restore(file: Path, home: Path) -> Restored:
+    """Fill `home`, which must be empty or not there, from a backup. Raises StartupError, and nothing stays then.
+
+    What `doctor` finds in the result was so before: the backup's maker was told.
+    """
+    try:
+        with open(file, "rb") as backup:
+            return restore_from(backup, home, str(file))
+    except OSError as error:
+        raise StartupError(f"can't read {file}: {error.strerror or error}") from None
+
+
+def restore_from(backup: io.BufferedReader, home: Path, file: str) -> Restored:
+    """The same of an open file, which is called `file`; it may be a pipe."""
+    try:
+        with filled(home) as staging:
+            try:
+                return _restore(backup, staging)
+            except StartupError as error:
+                raise StartupError(f"{file}: {error}") from None
+    except OSError as error:
+        raise StartupError(f"can't restore {file} to {home}: {error.strerror or error}") from None
+
+
+def _restore(backup: io.BufferedReader, staging: Path) -> Restored:
+    if (size := os.fstat(backup.fileno()).st_size) > shutil.disk_usage(staging).free:
+        raise StartupError(f"it has {size} bytes, and the disk of {staging.parent} less than that free")
+    with reading(backup) as reader:
+        _check(reader.header)
+        _unpack(reader, staging)
+    going_on = _bring_up_to_date(staging)
+    diagnosis = examine(staging)
+    if any(finding.about == "database" for finding in diagnosis.findings):
+        raise StartupError(f"its database is damaged: {diagnosis.findings[0].message}")
+    return Restored(reader.header, diagnosis, tuple(going_on))
+
+
+def _check(header: Header) -> None:
+    if header.format > FORMAT or not knows_schema(header.schema):
+        raise StartupError(
+            f"it was written by smolora {header.smolora} (schema {header.schema}), which is newer than this one "
+            f"({__version__}): restore it with that one"
+        )
+
+
+def _unpack(reader: Reader, staging: Path) -> None:
+    """What the manifest names, compared with it, and nothing else."""
+    found = {}
+    for name, content in reader.members():
+        place = staging / name
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(place, "xb") as file:
+                found[name] = copy_hashed(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (FileExistsError, NotADirectoryError):
+            raise StartupError(f"{name!r} is a file and a folder in it") from None
+    for name, member in reader.manifest.items():
+        if name not in found:
+            raise StartupError(f"{name!r} is missing from it")
+        if found[name] != member:
+            raise StartupError(f"{name!r} isn't what its manifest says: it is damaged")
+    if FILE_NAME not in reader.manifest:
+        raise StartupError("it has no database")
+    for name in found.keys() - reader.manifest.keys():
+        (staging / name).unlink()
+    for folder, _, _ in os.walk(staging, topdown=False):
+        with suppress(OSError):  # it has something
+            os.rmdir(folder)
+            continue
+        sync(Path(folder))
+
+
+def _bring_up_to_date(staging: Path) -> list[str]:
+    """Run missing migrations, let go of jobs, and write the records of versions; the jobs that were let go of."""
+    home = Home(staging)
+    engine = connect(staging)
+    try:
+        going_on = put_back(engine, "restored from a backup, in which a worker had it")
+        store = AdapterStore(home.adapters)
+        Catalog(engine, Records(home.adapters)).recover(store.is_whole, Jobs(engine).is_known)
+    finally:
+        engine.dispose()
+    return going_on

@@ -1,0 +1,1 @@
+"""HOME and the bucket: where bytes are, and the room left for them."""

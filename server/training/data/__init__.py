@@ -1,1 +1,0 @@
-"""What is trained on: rows in files, checked, tokenized, split and stored."""

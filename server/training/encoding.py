@@ -1,0 +1,282 @@
+"""Tokenized rows: compact in memory, and in one file that a training job reads back.
+
+A file is safetensors of three flat tensors: `token_ids` int32 and `is_target` uint8, one entry for each token, and
+`offsets` int64, where each row starts and the last one ends.
+
+Rows → tokens, and which of them are trained on.
+
+    prompt, completion   encoded apart, the prompt as /generate encodes it; trained on: completion and end token
+    messages             through the base's chat template; trained on: each of the assistant's texts and its end
+                         token, but no header, nor turns of weight 0
+    text                 trained on: all of it, and the end token
+
+What is too long is cut from the right, and then loses its end token too. Nobody's text is a special token. The
+first token of a row is never trained on: nothing comes before it.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import compress, islice
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from adapters.errors import FieldError, InvalidInput
+from adapters.storage.durable import new_file
+from server.model.text.chat import PromptEncoder
+from server.system.program import counted
+from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
+from server.training.spec import Overlong
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row's tokens. Where is_target[i], token i is trained on, given those before it; never the first."""
+
+    token_ids: tuple[int, ...]
+    is_target: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.is_target), "a flag for each token"
+        assert not any(self.is_target[:1]), "nothing predicts the first token"
+
+
+class Examples(Sequence[Example]):
+    """Many examples in 5 bytes a token; each is made when it is asked for."""
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._token_ids = array("i")
+        self._is_target = array("B")
+        self._offsets = array("q", [0])
+        for example in examples:
+            self.append(example)
+
+    def append(self, example: Example) -> None:
+        """Add one at the end."""
+        self._token_ids.extend(example.token_ids)
+        self._is_target.extend(example.is_target)
+        self._offsets.append(len(self._token_ids))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return [end - start for start, end in zip(self._offsets, self._offsets[1:], strict=False)]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._token_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on."""
+        # array's own `count` makes an int of each, and holds the interpreter for as long as that takes
+        return int(np.count_nonzero(np.asarray(self._is_target).view(np.bool_)))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]  # IndexError where there is none
+        span = slice(self._offsets[place], self._offsets[place + 1])
+        return Example(tuple(self._token_ids[span]), tuple(map(bool, self._is_target[span])))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all. Raises OSError."""
+        tensors: dict[str, npt.NDArray[np.generic]] = {
+            "token_ids": np.array(self._token_ids, np.int32),
+            "is_target": np.array(self._is_target, np.uint8),
+            "offsets": np.array(self._offsets, np.int64),
+        }
+        with new_file(path) as unfinished:
+            save_file(tensors, unfinished)
+
+    @classmethod
+    def load(cls, path: Path) -> "Examples":
+        """What `save` wrote. Raises OSError, or SafetensorError where the file is damaged."""
+        tensors = load_file(path)
+        examples = cls()
+        examples._token_ids = array("i", tensors["token_ids"].tobytes())
+        examples._is_target = array("B", tensors["is_target"].tobytes())
+        examples._offsets = array("q", tensors["offsets"].tobytes())
+        return examples
+
+
+def save_examples(path: Path, examples: Iterable[Example]) -> None:
+    """As `Examples.save`."""
+    (examples if isinstance(examples, Examples) else Examples(examples)).save(path)
+
+
+def load_examples(path: Path) -> Examples:
+    """As `Examples.load`."""
+    return Examples.load(path)
+
+
+MAX_TOKENS = 1 << 26
+"""Of all rows of a job: 320 MiB of memory."""
+MAX_FAULTS = 20
+"""Rows at fault that are named."""
+MAX_REFERENCES = 200
+_SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a greedy completion of a row is compared with."""
+
+    prompt: tuple[int, ...]
+    text: str
+    num_tokens: int  # of `text`
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """All rows of a job, in their order. `warnings` are of what nobody wants who knows of it."""
+
+    examples: Examples
+    num_truncated: int
+    warnings: tuple[str, ...]
+
+
+class RowEncoder:
+    """Encodes rows for one base. Safe to call from several threads at once."""
+
+    def __init__(self, encoder: PromptEncoder, eos_token_id: int, end_token_ids: Collection[int] = ()) -> None:
+        """`eos_token_id` is appended to rows; any of `end_token_ids` may end an assistant's turn too."""
+        self._encoder = encoder
+        self._eos = eos_token_id
+        self._ends = frozenset({eos_token_id, *end_token_ids})
+
+    def encode(self, row: Row, max_length: int, overlong: Overlong = "truncate") -> Example:
+        """The row in at most `max_length` tokens.
+
+        Raises InvalidInput on the row's field where it is longer and `overlong` is refuse, where nothing is left
+        to train on, or where the base's chat template can't take the messages.
+        """
+        return self._encode(row, max_length, overlong)[0]
+
+    def encode_all(
+        self,
+        rows: Iterable[Row],
+        max_length: int,
+        overlong: Overlong = "truncate",
+        loc: tuple[str | int, ...] = ("data",),
+    ) -> EncodedRows:
+        """Every row. Raises InvalidInput that names the rows at fault, counted from 0: (*loc, row, field)."""
+        examples = Examples()
+        num_truncated = 0
+        spelled = Counter[str]()
+        faults: list[FieldError] = []
+        for number, row in enumerate(rows):
+            try:
+                example, is_truncated = self._encode(row, max_length, overlong)
+            except InvalidInput as error:
+                faults += [FieldError((*loc, number, *fault.loc), fault.message) for fault in error.errors]
+                if len(faults) >= MAX_FAULTS:
+                    break
+                continue
+            examples.append(example)
+            num_truncated += is_truncated
+            spelled.update({name for text in texts_of(row) if (name := self._encoder.spelled(text, self._ends))})
+            if examples.num_tokens > MAX_TOKENS:
+                raise InvalidInput([FieldError(loc, f"has more than {MAX_TOKENS} tokens")])
+        if faults:
+            raise InvalidInput(faults[:MAX_FAULTS])
+        warnings = [_SPELLED.format(name, counted(number, "row")) for name, number in spelled.items()]
+        return EncodedRows(examples, num_truncated, tuple(warnings))
+
+    def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
+        """The completion, or the last turn that is trained on, and what comes before it; None for a text.
+
+        Of the prompt the first `max_prompt` tokens are kept: a base that reads no more has no room for an answer.
+        """
+        if isinstance(row, CompletionRow):
+            prompt, text = self._encoder.prompt(row.prompt), row.completion
+        elif isinstance(row, MessagesRow) and (last := max(set(row.assistant) - row.untrained)):
+            prompt, text = self._encoder.messages(row.messages[:last]), row.messages[last].content
+        else:
+            return None
+        return Reference(tuple(prompt[:max_prompt]), text, len(self._encoder.continuation(text)))
+
+    def references(
+        self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_prompt: int | None = None
+    ) -> list[Reference]:
+        """Those of the first `limit` rows that have one; `max_prompt` as in `reference`."""
+        found = (self.reference(row, max_prompt) for row in rows)
+        return list(islice((reference for reference in found if reference is not None), limit))
+
+    def _encode(self, row: Row, max_length: int, overlong: Overlong) -> tuple[Example, bool]:
+        """(the example, whether it was truncated)."""
+        token_ids, targets, field = self._whole(row)
+        num_tokens = len(token_ids)
+        if num_tokens > max_length and overlong == "refuse":
+            raise InvalidInput.of(field, f"has {num_tokens} tokens, more than max_length {max_length}")
+        del token_ids[max_length:]
+        is_target = [False] * len(token_ids)
+        for span in targets:
+            kept = range(max(span.start, 1), min(span.stop, max_length))
+            is_target[kept.start : kept.stop] = [True] * len(kept)
+        if not any(is_target):
+            within = f"within max_length {max_length} of {num_tokens} tokens"
+            raise InvalidInput.of(
+                field, f"leaves nothing to train on {within}: raise max_length, or shorten the row"
+            )
+        return Example(tuple(token_ids), tuple(is_target)), num_tokens > max_length
+
+    def _whole(self, row: Row) -> tuple[list[int], Sequence[range], str]:
+        """(all tokens up to the last that is trained on, those that are, the field that they come from)."""
+        if isinstance(row, MessagesRow):
+            token_ids, turns = self._encoder.conversation(row.messages, self._ends)
+            trained = (place not in row.untrained for place in row.assistant)
+            turns = list(compress(turns, trained))
+            last = turns[-1]
+            del token_ids[last.stop :]
+            if not last or token_ids[-1] not in self._ends:  # the template ends no turn
+                token_ids.append(self._eos)
+                turns[-1] = range(last.start, len(token_ids))
+            return token_ids, turns, "messages"
+        if isinstance(row, TextRow):
+            token_ids = [*self._encoder.prompt(row.text), self._eos]
+            return token_ids, [range(len(token_ids))], "text"
+        prompt = self._encoder.prompt(row.prompt)
+        token_ids = [*prompt, *self._encoder.continuation(row.completion), self._eos]
+        return token_ids, [range(len(prompt), len(token_ids))], "completion"
+
+
+def texts_of(row: Row) -> Sequence[str]:
+    """Return the texts of the row, in their order."""
+    if isinstance(row, MessagesRow):
+        return [turn.content for turn in row.messages]
+    return [row.text] if isinstance(row, TextRow) else [row.prompt, row.completion]
+
+
+def preview(example: Example, decode: Callable[[list[int]], str]) -> list[tuple[str, bool]]:
+    """The tokens for a person, in order: (text, whether it is trained on). Special tokens are shown by name.
+
+    `decode` is the tokenizer's. Tokens that hold parts of one character are shown as one, as the last of them.
+    """
+    shown: list[tuple[str, bool]] = []
+    pending: list[int] = []
+    for place, (token, is_target) in enumerate(zip(example.token_ids, example.is_target, strict=True)):
+        pending.append(token)
+        text = decode(pending)
+        following = example.is_target[place + 1 : place + 2]
+        is_alike = following == (is_target,) or (place == 0 and len(following) == 1)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and is_alike and len(pending) < 4:  # a character's bytes
+            continue
+        shown.append((text, is_target))
+        pending = []
+    return shown

@@ -1,1 +1,0 @@
-"""One job from its data to its adapter: optimizer steps, evaluation, checkpoints."""

@@ -1,0 +1,198 @@
+"""The card of an adapter as a README.md, out of its report: what lies beside the files that people download.
+
+The front matter is what model hubs read. The description and names are the user's: they are shown as text,
+whatever is in them.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from server.system.program import counted
+
+Fields = Mapping[str, object]
+
+_MARKUP = re.compile(r"[\\`*_\[\]<>|#&!~]")
+_MARKUP_AT_START = re.compile(r"^(\d*)([-+=.)])")  # of a list, a rule, or a heading above it
+_MAX_CURVE_ROWS = 10
+_MEASURES = {"loss": "{:.4f}", "perplexity": "{:.3f}", "accuracy": "{:.2%}", "exact_match": "{:.2%}"}
+
+
+def model_card(report: Fields) -> str:
+    """Markdown from what `report` or `merge_report` built, also once it was stored as JSON."""
+    if report.get("kind") == "merge":
+        return _merge_card(report)
+    parts = [_front_matter(report), f"# {_text(report['name'])}"]
+    if report["description"]:
+        parts.append("\n".join(f"> {_text(line)}" for line in str(report["description"]).splitlines()))
+    parts += [_introduction(report), "## What it is worth", _comparison(report)]
+    parts += ["## What it took", _table(("", ""), _cost(report)), "## What it comes from"]
+    parts += [_table(("", ""), _origin(report)), "## Configuration", _configuration(report)]
+    curves = _curves(_fields(report, "curves"))
+    return "\n\n".join(part for part in [*parts, *curves] if part) + "\n"
+
+
+def _merge_card(report: Fields) -> str:
+    config, adapter = _fields(report, "config"), _fields(report, "adapter")
+    parts = cast("Sequence[Fields]", _fields(report, "lineage")["parts"])
+    made_of = [
+        (f"{_text(part['name'])}@{part['version']}", f"{part['weight']:g}", f"`{part['digest']}`")
+        for part in parts
+    ]
+    rank = "that of A and B" if config["rank"] is None and report["method"] != "svd" else adapter["rank"]
+    how = f"`{report['method']}`, density {config['density']:g}, seed {config['seed']}, rank {rank}"
+    distance = report["distance"]
+    off = "the exact sum is 0" if distance is None else f"{distance:.2%} of the exact sum's norm away from it"
+    facts = [
+        ("method", how),
+        ("distance", off),
+        ("adapter", f"`{adapter['digest']}`"),
+        ("stored", _bytes(report["bytes_stored"])),
+        ("wall time", f"{report['wall_seconds']:,.1f} s"),
+    ]
+    head = [_front_matter(report), f"# {_text(report['name'])}", _introduction(report)]
+    body = ["## What it is made of", _table(("adapter", "weight", "digest"), made_of), _table(("", ""), facts)]
+    return "\n\n".join([*head, *body]) + "\n"
+
+
+def _front_matter(report: Fields) -> str:
+    values = {
+        "base_model": _fields(report, "base_model")["name"],
+        "library_name": "peft" if report["adapter"] else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["smolora", str(report["method"])],
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]  # JSON is YAML, whatever the text
+    return "\n".join(["---", *lines, "---"])
+
+
+def _introduction(report: Fields) -> str:
+    base = _fields(report, "base_model")
+    if not report["adapter"]:
+        return f"All weights of {_text(base['name'])}, fine-tuned."
+    adapter = _fields(report, "adapter")
+    modules = ", ".join(f"`{name}`" for name in cast("Sequence[str]", adapter["target_modules"]))
+    return (
+        f"A LoRA adapter for {_text(base['name'])}: rank {adapter['rank']}, alpha {adapter['alpha']:g}"
+        f"{', rank-stabilized' if adapter['use_rslora'] else ''}, on {modules}. "
+        "PEFT's `PeftModel.from_pretrained` reads it over that base, whose weights stay as they are."
+    )
+
+
+def _comparison(report: Fields) -> str:
+    """The base against the adapter, a row for each measure."""
+    gate = _fields(report, "gate")
+    publication = f"Publication (`{gate['publish_if']}`): {_text(gate['reason'])}."
+    if not report["evaluation"]:
+        return f"Not measured: no rows were held out.\n\n{publication}"
+    evaluation = _fields(report, "evaluation")
+    columns = {name: _fields(evaluation, name) for name in ("base", "latest", "tuned") if evaluation[name]}
+    rows = [
+        (measure.replace("_", " "), *(_value(column[measure], form) for column in columns.values()))
+        for measure, form in _MEASURES.items()
+        if any(column[measure] is not None for column in columns.values())
+    ]
+    titles = {"base": "untouched base", "latest": "version before", "tuned": "this"}
+    size = (
+        f"{_count(evaluation, 'num_rows', 'held-out row')}, {_count(evaluation, 'num_tokens', 'counted token')} "
+        "(loss in nats a token)"
+    )
+    return f"On {size}:\n\n{_table(('', *(titles[name] for name in columns)), rows)}\n\n{publication}"
+
+
+def _cost(report: Fields) -> list[tuple[str, str]]:
+    return [
+        ("method", _text(report["method"])),
+        (
+            "trainable parameters",
+            f"{report['trainable_parameters']:,} ({report['trainable_share']:.2%} of the base)",
+        ),
+        ("optimizer steps", f"{report['steps']:,} ({report['epochs']:.3g} epochs){_kept(report)}"),
+        ("tokens", f"{report['tokens']:,}"),
+        ("tokens per second", f"{report['tokens_per_second']:,.1f}"),
+        ("wall time", f"{report['wall_seconds']:,.1f} s"),
+        ("peak memory", _bytes(report["peak_memory_bytes"])),
+        ("stored", _bytes(report["bytes_stored"])),
+    ]
+
+
+def _count(fields: Fields, name: str, noun: str) -> str:
+    return counted(cast("int", fields[name]), noun)
+
+
+def _kept(report: Fields) -> str:
+    """Which step's weights these are, where it isn't the last one."""
+    kept = report.get("kept_step", report["steps"])
+    return "" if kept == report["steps"] else f"; the weights are those of step {kept:,}, the best one"
+
+
+def _origin(report: Fields) -> list[tuple[str, str]]:
+    base, data, environment = (_fields(report, name) for name in ("base_model", "data", "environment"))
+    adapter, lineage = report["adapter"], report["lineage"]
+    rows = [("base", f"{_text(base['name'])}, `{base['digest']}`")]
+    if lineage:
+        parent = _fields(report, "lineage")
+        rows.append(("started from", f"{_text(parent['start_from'])}, `{parent['digest']}`"))
+    if adapter:
+        rows.append(("adapter", f"`{_fields(report, 'adapter')['digest']}`"))
+    rows.append(
+        ("data", f"{_count(data, 'rows', 'row')}, {data['truncated']:,} of them truncated, `{data['digest']}`")
+    )
+    if data["validation_digest"]:
+        shared = f", {data['overlap']:,} of them training rows too" if data["overlap"] else ""
+        rows.append(
+            ("held out", f"{_count(data, 'validation_rows', 'row')}{shared}, `{data['validation_digest']}`")
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in _fields(environment, "versions").items())
+    machine = (
+        f"{environment['device']} ({environment['instructions']}), {_count(environment, 'threads', 'thread')}"
+    )
+    if gpu := environment.get("gpu"):  # older cards know of none
+        machine = f"{_text(gpu)} ({environment['device']})"
+    computed_by = ", then ".join(map(_text, cast("Sequence[str]", environment["computed_by"])))
+    rows += [("device", f"{machine}, {environment['dtype']}"), ("computed by", computed_by)]
+    rows.append(("versions", _text(versions)))
+    return rows
+
+
+def _configuration(report: Fields) -> str:
+    config = {key: value for key, value in _fields(report, "config").items() if key not in ("name", "description")}
+    return f"```json\n{json.dumps(config, indent=2)}\n```"
+
+
+def _curves(curves: Mapping[str, object]) -> list[str]:
+    """A short table of each curve."""
+    parts = []
+    for name, curve in curves.items():
+        points = cast("Sequence[tuple[int, float]]", curve)
+        if points:
+            last, count = len(points) - 1, min(len(points), _MAX_CURVE_ROWS)
+            chosen = [points[i * last // max(1, count - 1)] for i in range(count)]
+            rows = [(f"{step:,}", f"{value:.4g}") for step, value in chosen]
+            parts += [f"## {_text(name.replace('_', ' '))}", _table(("step", ""), rows)]
+    return parts
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(value: object, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _bytes(value: object) -> str:
+    return f"{cast('int', value) / 1e6:,.1f} MB"
+
+
+def _text(value: object) -> str:
+    """As plain text: no markup, no table cell, no list and no line of its own."""
+    line = "".join(character for character in " ".join(str(value).split()) if character.isprintable())
+    line = _MARKUP.sub(r"\\\g<0>", line)
+    return _MARKUP_AT_START.sub(r"\1\\\2", line)
+
+
+def _fields(report: Fields, name: str) -> Fields:
+    return cast("Fields", report[name])

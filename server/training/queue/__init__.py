@@ -1,1 +1,0 @@
-"""Durable jobs in the database, and their files."""

@@ -1,0 +1,267 @@
+"""Whether a trained adapter is good enough to be published, and why not.
+
+A finished run step by step, as the CSV that OpenAI's clients read from a job's result file.
+
+What is not measured at a step is left empty; accuracy in training isn't measured at all.
+
+The adapter card: what was trained, on what, what it cost, and what it is worth beside the untouched base.
+
+`build_report` makes the JSON of GET /train/{id}/report out of what a job has found; `model_card` makes a README.md
+of that for people who get the adapter's files. Neither holds a row's text. Where they are kept is the caller's.
+"""
+
+import csv
+import io
+import platform
+import re
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import server
+from adapters.lora import LoraConfig
+from server.model.base.weights import BaseModel
+from server.model.device import driver_version, gpu_of
+from server.training.evaluate import Evaluation
+from server.training.job_data import DataFacts
+from server.training.spec import JobSpec, Method, PublishIf
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The decision on `publish_if`. `reason` is a sentence for whoever reads the report."""
+
+    publish_if: PublishIf
+    passes: bool
+    reason: str
+
+
+def decide(
+    publish_if: PublishIf,
+    tuned: Evaluation | None,
+    base: Evaluation | None,
+    latest: Evaluation | None = None,
+    method: Method = "lora",
+) -> Gate:
+    """Hold the tuned adapter to the base's loss, or to that of the name's latest version, if there is one.
+
+    All on the same held-out rows; a loss must be lower, not equal. Only "always" does without evaluations, for
+    which it raises ValueError. What is fully fine-tuned is never published.
+    """
+    if method == "full":
+        return Gate(publish_if, False, "a fully fine-tuned model is kept with its job, but it is no adapter")
+    if publish_if == "always":
+        return Gate(publish_if, True, "published whatever its loss is")
+    other, name = (base, "the base's") if publish_if == "improves_base" or latest is None else (latest, "latest's")
+    if tuned is None or other is None:
+        raise ValueError(f"{publish_if} needs held-out rows")
+    passes = tuned.loss < other.loss
+    verb = "is" if passes else "is not"
+    return Gate(publish_if, passes, f"its loss of {tuned.loss:.4f} {verb} below {name}, {other.loss:.4f}")
+
+
+COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+Curve = Sequence[tuple[int, float]]
+"""(optimizer steps done, nats per counted token), in order."""
+
+
+def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation | None) -> bytes:
+    """A line for each step of `train`; `tuned` is what the weights that were kept, those of `step`, are worth."""
+    losses = dict(held_out)
+    accuracies: dict[int, float] = {}
+    if tuned is not None:
+        losses[step] = tuned.loss
+        accuracies[step] = tuned.accuracy
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for number, loss in train:
+        writer.writerow((number, loss, "", losses.get(number, ""), accuracies.get(number, "")))
+    return text.getvalue().encode()
+
+
+MAX_POINTS = 500
+"""Of each curve; a longer one is thinned out evenly. The job's events hold every step."""
+
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_STATUS = Path("/proc/self/status")
+
+"""(optimizer steps done, value), in order."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the job took."""
+
+    num_steps: int  # optimizer steps taken, in so many epochs
+    kept_step: int  # whose weights were kept: the last one's, or the best evaluation's
+    epochs: float
+    num_tokens: int  # inputs of all steps, without padding
+    tokens_per_second: float
+    wall_seconds: float
+    peak_memory_bytes: int
+    bytes_stored: int
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the bytes of a result depend on, besides data, base, seed and configuration."""
+
+    device: str
+    dtype: str
+    threads: int
+    instructions: str  # what torch's CPU kernels use
+    versions: Mapping[str, str]
+    computed_by: Sequence[str] = ("torch",)  # or native source and its compiler; several where attempts differed
+    gpu: str | None = None  # what the device is, where it is none of a CPU's
+
+    @classmethod
+    def of(cls, base: BaseModel, computed_by: Sequence[str] = ("torch",)) -> "Environment":
+        """This process's, training on `base`."""
+        versions = {
+            "smolora": server.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        gpu = None
+        if base.device.type == "cuda":
+            gpu = str(gpu_of(base.device))
+            versions |= {"cuda": torch.version.cuda or "unknown", "driver": driver_version() or "unknown"}
+        return cls(
+            device=str(base.device),
+            gpu=gpu,
+            dtype=_DTYPES[base.dtype],
+            threads=torch.get_num_threads(),
+            instructions=torch.backends.cpu.get_cpu_capability(),
+            versions=versions,
+            computed_by=tuple(computed_by),
+        )
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """The adapter's files: `config` is what is published, of twice the rank for pissa and olora."""
+
+    digest: str
+    config: LoraConfig
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that a job found out. Evaluations are None without held-out rows, `latest` also where unasked."""
+
+    data: DataFacts
+    cost: Cost
+    environment: Environment
+    num_trainable: int
+    adapter: AdapterFacts | None  # None: full fine-tuning
+    gate: Gate
+    curves: Mapping[str, Curve]  # by metric, such as train_loss
+    base: Evaluation | None = None
+    tuned: Evaluation | None = None
+    latest: Evaluation | None = None
+
+
+def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, object]:
+    """The card, JSON-ready. Losses must be finite: a job whose loss is not has failed before."""
+    num_base = base.weights.num_parameters
+    lineage = {"start_from": spec.start_from, "digest": spec.start_from_digest} if spec.start_from else None
+    return {
+        "format": 1,
+        "name": spec.name,
+        "description": spec.description,
+        "method": spec.method,
+        "base_model": {"name": base.name, "digest": base.digest, "parameters": num_base},
+        "adapter": None if found.adapter is None else adapter_document(found.adapter),
+        "trainable_parameters": found.num_trainable,
+        "trainable_share": found.num_trainable / num_base,
+        "evaluation": _evaluation(found),
+        "gate": asdict(found.gate),
+        "steps": found.cost.num_steps,
+        "kept_step": found.cost.kept_step,
+        "epochs": found.cost.epochs,
+        "tokens": found.cost.num_tokens,
+        "tokens_per_second": found.cost.tokens_per_second,
+        "wall_seconds": found.cost.wall_seconds,
+        "peak_memory_bytes": found.cost.peak_memory_bytes,
+        "bytes_stored": found.cost.bytes_stored,
+        "data": _data(found.data),
+        "lineage": lineage,
+        "config": spec.to_document(),
+        "environment": asdict(found.environment),
+        "curves": {name: [list(point) for point in _thinned(curve)] for name, curve in found.curves.items()},
+    }
+
+
+def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
+    """The most memory that this process ever held: of a GPU, what was taken from it, also between tensors; else
+    resident memory, with mapped weights in it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        # Of this program alone; what getrusage tells begins with what the process was before its exec.
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def adapter_document(facts: AdapterFacts) -> dict[str, object]:
+    """The adapter's files in a card."""
+    config = facts.config
+    return {
+        "digest": facts.digest,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "use_rslora": config.use_rslora,
+        "target_modules": list(config.target_modules),
+        "parameters": facts.num_parameters,
+    }
+
+
+def _evaluation(found: Findings) -> dict[str, object] | None:
+    """The base against the tuned adapter, on the same rows."""
+    if found.tuned is None:
+        return None
+    measured = {"base": found.base, "tuned": found.tuned, "latest": found.latest}
+    return {
+        "num_rows": found.tuned.num_rows,
+        "num_tokens": found.tuned.num_tokens,
+        **{name: None if of is None else _measures(of) for name, of in measured.items()},
+    }
+
+
+def _measures(evaluation: Evaluation) -> dict[str, object]:
+    return {
+        "loss": evaluation.loss,
+        "perplexity": evaluation.perplexity,
+        "accuracy": evaluation.accuracy,
+        "exact_match": evaluation.exact_match,
+    }
+
+
+def _data(facts: DataFacts) -> dict[str, object]:
+    return {
+        "digest": facts.digest,
+        "rows": facts.num_rows,
+        "tokens": facts.num_tokens,
+        "trained_tokens": facts.num_targets,
+        "truncated": facts.num_truncated,
+        "validation_digest": facts.validation_digest,
+        "validation_rows": facts.num_validation_rows,
+        "validation_truncated": facts.num_validation_truncated,
+        "overlap": facts.num_overlapping,
+    }
+
+
+def _thinned(curve: Curve) -> Curve:
+    """At most `MAX_POINTS` of the points, evenly spread, with the first and the last."""
+    if len(curve) <= MAX_POINTS:
+        return curve
+    last = len(curve) - 1
+    return [curve[i * last // (MAX_POINTS - 1)] for i in range(MAX_POINTS)]

@@ -1,1 +1,0 @@
-"""What came of a job: gate, card and metrics."""

@@ -1,0 +1,265 @@
+"""Rows out of uploaded files, line by line: JSONL, or CSV whose first line names the columns.
+
+A file is never held whole: a line (a record, in CSV) has at most `MAX_LINE` bytes, a file `MAX_LINES` lines, blank
+ones too, and reading ends once `MAX_FAULTS` are found, or the lines at fault are as long as one may be. Each fault
+names the field, and the line on which its record begins. What a row may be is `server.training.rows`'s part.
+"""
+
+import codecs
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import BinaryIO, Literal, NoReturn, get_args
+
+from adapters import strict_json
+from adapters.errors import FieldError, InvalidInput
+from server.system.program import counted
+from server.training.rows import FIELDS, IgnoredFields, Row, misspelt, parse_row, shown
+
+Format = Literal["jsonl", "csv"]
+MAX_LINE = 1 << 20
+MAX_LINES = 200_000
+MAX_FAULTS = 20
+MAX_FILENAME = 255
+_CSV_FAULTS = {
+    "new-line character seen in unquoted field": "a carriage return outside quotes",
+    "unexpected end of data": "a quote that opens here isn't closed",
+}
+_ENDINGS = {
+    "json": "`jq -c '.[]'` makes the lines of a .jsonl file of an array",
+    "parquet": "pandas' `to_json(orient='records', lines=True)` makes a .jsonl file of it",
+    "tsv": "save the table with commas",
+    "xlsx": "save the sheet as CSV UTF-8",
+    "gz": "unpack it first",
+    "zip": "unpack it first",
+}
+_BEGINNINGS = {
+    codecs.BOM_UTF16_LE: "it is UTF-16: save it as UTF-8 (Excel's CSV UTF-8)",
+    codecs.BOM_UTF16_BE: "it is UTF-16: save it as UTF-8 (Excel's CSV UTF-8)",
+    b"\x1f\x8b": "it is compressed by gzip: unpack it first",
+    b"PK\x03\x04": "it is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV UTF-8",
+    b"PAR1\x15": f"it is a Parquet file: {_ENDINGS['parquet']}",
+}
+"""What files that aren't text begin with, and how rows come out of them."""
+_ARRAY = re.compile(r"\s*\[\s*(\{|$)")  # of objects
+_OF_ARRAY = f"begins an array, where each line is a row: {_ENDINGS['json']}"
+FILE = "file"
+"""Where a fault is that lies in no field; the upload's name in a form."""
+
+
+def format_of(filename: str) -> Format:
+    """By the name's ending. Raises InvalidInput on `file`."""
+    ending = PurePath(filename).suffix.lower().removeprefix(".")
+    for known in get_args(Format):
+        if ending == known:
+            found: Format = known
+            return found
+    remedy = f": {_ENDINGS[ending]}" if ending in _ENDINGS else ""
+    raise InvalidInput.of(FILE, f"its name must end in .jsonl or .csv{remedy}")
+
+
+def short_name(filename: str) -> str:
+    """What is kept of an upload's name: no folders, and not all of a long one."""
+    return PurePath(filename).name[:MAX_FILENAME]
+
+
+def read_rows(stream: BinaryIO, file_format: Format, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+    """The rows as they come; what else they have is counted in `ignored`.
+
+    Raises InvalidInput, after the good rows between the first fault and the last.
+
+    Use nothing of a file until this has ended.
+    """
+    return read_jsonl(stream, ignored) if file_format == "jsonl" else read_csv(stream, ignored)
+
+
+def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+    """One JSON object a line, in UTF-8; blank lines count for nothing. As `read_rows`."""
+    faults = _Faults()
+    lines = _Lines(stream, faults)
+    for line in lines:
+        if not line.strip():
+            continue
+        if lines.is_first and _begins_array_of_rows(line):
+            faults.stop(lines.number, _OF_ARRAY)
+        try:
+            row = parse_row(_json(line.rstrip(), FILE), ignored)
+        except InvalidInput as error:
+            faults.add(lines.number, error, len(line))
+            continue
+        yield row
+    faults.raise_if_any()
+
+
+def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+    """Comma-separated, quoted by `"`, in UTF-8; blank records count for nothing. As `read_rows`.
+
+    The columns may be in any order, and stand among others; `messages` are JSON. A field may be as long as the csv
+    module lets it be: 131,072 characters.
+    """
+    faults = _Faults()
+    lines = _Lines(stream, faults, stops=True)
+    records = _records(lines, faults)
+    columns = next(records, [])
+    names = tuple(name.strip() for name in columns)
+    if (fault := _header_fault(names)) is not None:
+        faults.stop(1, f"the first line {fault}")
+    for fields in records:
+        if not fields:
+            continue
+        try:
+            if len(fields) != len(names):
+                raise InvalidInput.of(
+                    FILE, f"has {counted(len(fields), 'column')}, where the first line names {len(names)}"
+                )
+            texts = dict(zip(names, fields, strict=True))
+            parsed = {"messages": _json(texts["messages"], "messages")} if "messages" in texts else {}
+            row = parse_row({**texts, **parsed}, ignored)
+        except InvalidInput as error:
+            faults.add(lines.first, error, sum(map(len, fields)))
+            continue
+        yield row
+    faults.raise_if_any()
+
+
+def _header_fault(names: Sequence[str]) -> str | None:
+    """What is wrong with the names of columns, if anything is. Those of one shape must be there, each once."""
+    needed = {name for shape in FIELDS for name in shape}
+    there = {name for name in names if name in needed}
+    if there in map(set, FIELDS):
+        twice = next((name for name in sorted(there) if names.count(name) > 1), None)
+        return None if twice is None else f"names the column {twice} twice"
+    choices = ", or ".join(" and ".join(shape) for shape in FIELDS)
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+        return f"must name the columns {choices}, separated by commas: save the table with commas"
+    strange = [name for name in names if name not in needed]
+    for name in sorted(needed - there):
+        if (meant := misspelt(strange, name)) is not None:
+            return f"names {shown(meant)}: did you mean {name}? The columns are {choices}"
+    return f"must name the columns {choices}"
+
+
+def _begins_array_of_rows(line: str) -> bool:
+    """Whether a file whose first line this is seems to be one array of rows. A list of turns is none."""
+    if not _ARRAY.match(line):
+        return False
+    try:
+        value = strict_json.parse(line)
+    except strict_json.BadJsonError:
+        return True  # the array goes on after the line
+    return isinstance(value, list) and "role" not in value[0]
+
+
+def _json(text: str, field: str) -> object:
+    """Raises InvalidInput on `field`."""
+    try:
+        return strict_json.parse(text)
+    except strict_json.BadJsonError as error:
+        raise InvalidInput.of(field, str(error)) from None
+
+
+class _Faults:
+    """What is wrong with a file so far."""
+
+    def __init__(self) -> None:
+        self._found: list[FieldError] = []
+        self._length = 0
+
+    def add(self, line: int, error: InvalidInput, length: int = 0) -> None:
+        """Keep the faults of a line of `length` characters; raises InvalidInput with all where that is enough."""
+        self._length += length
+        for fault in error.errors:
+            if fault.loc == (FILE,):
+                self._found.append(FieldError((FILE,), f"line {line}: {fault.message}"))
+            else:
+                field = ".".join(map(str, fault.loc))
+                self._found.append(FieldError((FILE, line, *fault.loc), f"line {line}: {field} {fault.message}"))
+        if len(self._found) >= MAX_FAULTS or self._length > MAX_LINE:
+            more = FieldError((FILE,), "reading ended here: lines after these may be at fault, too")
+            raise InvalidInput([*self._found[:MAX_FAULTS], more])
+
+    def stop(self, line: int, message: str) -> NoReturn:
+        """Raises InvalidInput with all faults and this one, after which nothing can be read."""
+        self.add(line, InvalidInput.of(FILE, message))
+        raise InvalidInput(self._found)
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise InvalidInput(self._found[:MAX_FAULTS])
+
+
+class _Lines:
+    """The lines of a file as text, each with its end. Faulty ones are left out, or stop the reading."""
+
+    def __init__(self, stream: BinaryIO, faults: _Faults, stops: bool = False) -> None:
+        self.number = 0
+        """Of the line that came last."""
+        self.first = 1
+        """Of the line that the record began with, after `begin_record`."""
+        self._num_blank = 0
+        self._record_bytes = 0
+        self._stream = stream
+        self._faults = faults
+        self._stops = stops
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            line = self._stream.readline(MAX_LINE + 1)
+            if not line:
+                raise StopIteration
+            self.number += 1
+            if self.number > MAX_LINES:
+                self._faults.stop(self.number, f"a file may have {MAX_LINES} lines, blank ones too")
+            is_long = len(line) > MAX_LINE
+            if self.number == 1:
+                remedies = [said for begins, said in _BEGINNINGS.items() if line.startswith(begins)]
+                if remedies:
+                    self._faults.stop(1, f"is no text: {remedies[0]}")
+                line = line.removeprefix(codecs.BOM_UTF8)
+            self._num_blank += not line.strip()
+            if is_long:
+                is_array = self.is_first and _begins_array_of_rows(line.decode(errors="replace"))
+                more = f" and {_OF_ARRAY}" if is_array else ""
+                self._faults.stop(self.number, f"is longer than {MAX_LINE} bytes{more}")
+            self._record_bytes += len(line)
+            if self._stops and self._record_bytes > MAX_LINE:
+                self._faults.stop(self.first, f"the record is longer than {MAX_LINE} bytes: is a quote left open?")
+            if b"\0" in line:
+                fault = f"has a NUL byte, at byte {line.index(0) + 1}"
+            else:
+                try:
+                    return line.decode()
+                except UnicodeDecodeError as error:
+                    fault = f"is not UTF-8, at byte {error.start + 1}"
+            if self._stops:
+                self._faults.stop(self.number, fault)
+            self._faults.add(self.number, InvalidInput.of(FILE, fault))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the line that came last is the first that isn't blank."""
+        return self.number == self._num_blank + 1
+
+    def begin_record(self) -> None:
+        """Count the bytes from here."""
+        self.first = self.number + 1
+        self._record_bytes = 0
+
+
+def _records(lines: _Lines, faults: _Faults) -> Iterator[list[str]]:
+    reader = csv.reader(lines, strict=True)
+    while True:
+        lines.begin_record()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # the module's own words are for programmers
+            reason = _CSV_FAULTS.get(str(error).partition(" - ")[0], str(error))
+            faults.stop(lines.first, f"is not CSV: {reason}")
+        yield fields

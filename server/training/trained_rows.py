@@ -1,0 +1,328 @@
+"""Where an adapter starts: A and B before the first step, from the seed and the base's weights alone.
+
+    gaussian  A ~ N(0, σ²) with σ = 1/r, B = 0
+    kaiming   A ~ U(-1/√in, 1/√in), B = 0: PEFT's default (He et al. 2015, arXiv:1502.01852, with a = √5)
+    pissa     scaling · B A is the best approximation of W of rank r (Meng et al. 2024, arXiv:2404.02948)
+    olora     B and A are the first r columns and rows of W = Q R (Büyükakyüz 2024, arXiv:2406.01775)
+
+The last two take that share off again by frozen rows, so that W stays as it is and the first step starts at the
+base: see `trained_rows`. Each module draws from a stream of its own, so that nothing depends on their order.
+
+An adapter while it is trained: its rows as parameters beside the frozen model (`smollm.Adapters`).
+
+`masters` is one flat fp32 vector of every module's A and B, which the optimizer moves in place. The forward pass
+reads copies in the compute dtype, the leaves: two for each layer's group, of its A and of its B.
+Their gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over micro-batches is
+rounded to 16 bits.
+
+An adapter that starts with a share B₀A₀ of W itself (PiSSA, OLoRA) gets it taken off again by frozen rows, so
+that W stays as it is. Taking it off as it stands would leave the difference of two large terms, of which 16 bits
+keep little. The leaves hold the same difference with the large terms gone, as an ordinary LoRA of twice the rank:
+
+    B A - B₀A₀  =  (B - B₀) A + B₀ (A - A₀)  =  [B - B₀, B₀] · [A; A - A₀]
+
+It is what is published, too, and exactly 0 before the first step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from adapters.lora import BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
+from server.model.base.weights import BaseModel
+from server.model.ops.gradients import apply
+from server.model.rank_rows import GROUPS, GroupKey
+from server.training.passes import Dropout, stream
+from server.training.spec import Init, LoraSpec
+
+TAKEN_OFF: frozenset[Init] = frozenset({"pissa", "olora"})
+"""What starts with a share of W, and is published with twice the rank."""
+
+
+def adapter_config(spec: LoraSpec) -> LoraConfig:
+    """What is published: ordinary LoRA, of twice the rank and the same scaling where a share of W is taken off."""
+    rank, alpha = spec.rank, float(spec.alpha)
+    if spec.init in TAKEN_OFF:
+        rank, alpha = 2 * rank, alpha * (math.sqrt(2) if spec.use_rslora else 2)
+    return LoraConfig(rank, alpha, spec.target_modules, spec.use_rslora)
+
+
+def initial_weights(
+    spec: LoraSpec, base: BaseModel, seed: int, yield_or_leave: Callable[[], None] = lambda: None
+) -> tuple[LoraWeights, LoraWeights | None]:
+    """A and B of every targeted module, in fp32 on the CPU, and those that `TrainedRows` takes off again, or None.
+
+    For pissa some 15 s on the 135M base and two cores, minutes on larger ones; the others take a second at most.
+    `yield_or_leave` is called before each module that is decomposed, and may raise.
+    """
+    config, shape = adapter_config(spec), base.config.shape
+    modules: dict[ModuleKey, LoraModule] = {}
+    for layer in range(shape.num_layers):
+        for name in spec.target_modules:
+            key = ModuleKey(layer, name)
+            if spec.init in TAKEN_OFF:
+                yield_or_leave()
+            a, b = _start(spec, base, key, config.scaling_of(key), seed)
+            modules[key] = LoraModule(a, b, config.scaling_of(key))
+    weights = LoraWeights(modules)
+    return weights, weights if spec.init in TAKEN_OFF else None
+
+
+def _start(
+    spec: LoraSpec, base: BaseModel, key: ModuleKey, scaling: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rank = spec.rank
+    if spec.init in TAKEN_OFF:
+        w = _weight(base, key)
+        a, b = _principal(w, rank, scaling) if spec.init == "pissa" else _triangular(w, rank)
+        missing = rank - a.shape[0]  # of a rank above W's own
+        return torch.cat((a, a.new_zeros(missing, a.shape[1]))), torch.cat((b, b.new_zeros(len(b), missing)), 1)
+    out_features, in_features = base.config.shape.features[key.module]
+    a, draw = torch.empty(rank, in_features), stream("init", seed, key.layer, key.module)
+    if spec.init == "gaussian":
+        a.normal_(std=1 / rank, generator=draw)
+    else:
+        bound = 1 / math.sqrt(in_features)
+        a.uniform_(-bound, bound, generator=draw)
+    return a, torch.zeros(out_features, rank)
+
+
+def _principal(w: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B, each with half of the singular values: scaling · B A = U S Vᵀ of the r largest.
+
+    By the eigenvectors of the smaller of WᵀW and WWᵀ, which takes a third of the time of a decomposition of W.
+    """
+    is_tall = w.shape[0] >= w.shape[1]
+    gram = w.t() @ w if is_tall else w @ w.t()
+    near = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # (smaller side, r), the largest first
+    far = (w if is_tall else w.t()) @ near  # (larger side, r): the other side's vectors, times S
+    s = far.norm(dim=0).clamp_min(torch.finfo(far.dtype).tiny)
+    near, far = near * (s / scaling).sqrt(), far / (s * scaling).sqrt()
+    a, b = (near, far) if is_tall else (far, near)
+    return a.t().contiguous(), b
+
+
+def _triangular(w: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of W = Q R: its first r columns alone decide those of Q."""
+    q = torch.linalg.qr(w[:, :rank]).Q  # (out, r)
+    return q.t() @ w, q
+
+
+def _weight(base: BaseModel, key: ModuleKey) -> torch.Tensor:
+    """The module's W (out, in), in fp32 on the CPU."""
+    for group, names in GROUPS.items():
+        if key.module in names:
+            fused: torch.Tensor = getattr(base.weights.layers[key.layer], group)
+            sizes = [base.config.shape.features[name][0] for name in names]
+            return torch.split(fused, sizes)[names.index(key.module)].to("cpu", torch.float32)
+    raise AssertionError(f"{key.module} is in no group")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModule:
+    """One module: where its share lies in the group's, and its part of `masters` and `gradients`, as views."""
+
+    key: ModuleKey
+    rows: slice  # of the group's A
+    features: slice  # of the group's fused output
+    scaling: float
+    a: torch.Tensor  # (r, in)
+    b: torch.Tensor  # (out, r)
+    d_a: torch.Tensor
+    d_b: torch.Tensor
+    start: LoraModule | None  # A₀ and B₀, in fp32
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedGroup:
+    """One layer's group with its leaves: of all its A (rows, in) and all its Bᵀ (rows, out).
+
+    The leaf of A includes the scalings, as served rows do. The leaf of B is block diagonal, with a block for each
+    module: one product for the whole group is cheaper than a narrow one for each module.
+    """
+
+    modules: tuple[TrainedModule, ...]
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class _AddLora(torch.autograd.Function):
+    """y + x Aᵀ B, in place on y, for the leaves A (rows, in) and B (rows, out).
+
+    Dropout: features of x that aren't kept are set to zero, and the others multiplied by `factor`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        y: torch.Tensor,
+        x: torch.Tensor,
+        kept: torch.Tensor | None,
+        factor: float,
+        a: torch.Tensor,
+        b: torch.Tensor,
+    ) -> torch.Tensor:
+        if kept is not None:
+            x = (x * kept).mul_(factor)
+        hidden = x @ a.t()  # (tokens, rows)
+        y.addmm_(hidden, b)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, kept, hidden, a, b)
+        ctx.factor = factor
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        x, kept, hidden, a, b = ctx.saved_tensors
+        d_hidden = dy @ b.t()  # (tokens, rows)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = d_hidden @ a
+            if kept is not None:
+                dx.mul_(kept).mul_(ctx.factor)
+        return dy, dx, None, None, d_hidden.t() @ x, hidden.t() @ dy
+
+
+class TrainedRows:
+    """The parameters of one adapter in training.
+
+    `dropout` is set for one micro-batch; whoever adds up its gradients ends it, so that it is off in evaluations.
+    """
+
+    def __init__(
+        self,
+        weights: LoraWeights,
+        shape: BaseShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        frozen: LoraWeights | None = None,
+        *,
+        row_unit: int = 1,
+    ) -> None:
+        """Start from `weights`, whose scalings stay as they are; the forward computes in `dtype`.
+
+        `frozen` is what is taken off again: A₀ and B₀ of the same modules, ranks and scalings. A module's rows
+        begin at a multiple of `row_unit` in their group's leaves; rows between are zero.
+        """
+        self._row_unit = row_unit
+        self.dropout: Dropout | None = None
+        self.masters = torch.zeros(weights.num_parameters, device=device)
+        self.gradients = torch.zeros_like(self.masters)
+        self.groups: dict[GroupKey, TrainedGroup] = {}
+        self._end = 0  # of what `masters` holds so far
+        for layer in range(shape.num_layers):
+            for name in GROUPS:
+                group = self._make_group(layer, name, weights, shape, dtype, frozen)
+                if group is not None:
+                    self.groups[layer, name] = group
+        assert self._end == weights.num_parameters, "an adapter of another base"
+        self.refresh()
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """What the forward reads and autograd fills."""
+        return [leaf for group in self.groups.values() for leaf in (group.a, group.b)]
+
+    def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y (tokens, out) plus the adapter's share for x (tokens, in)."""
+        found = self.groups.get((layer, group))
+        if found is None:
+            return y
+        kept, factor = None, 1.0
+        if self.dropout is not None:
+            kept, factor = self.dropout.kept(layer, group, x), self.dropout.factor
+        return apply(_AddLora, y, x, kept, factor, found.a, found.b)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the masters to what the forward reads."""
+        for group in self.groups.values():
+            for module in group.modules:
+                a, b = _published(module)
+                group.a[module.rows] = a * module.scaling
+                group.b[module.rows, module.features] = b.t()
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Add the leaves' gradients to `gradients`, and clear them and the dropout."""
+        self.dropout = None
+        for group in self.groups.values():
+            d_a, d_b = group.a.grad, group.b.grad
+            group.a.grad = group.b.grad = None
+            if d_a is None or d_b is None:
+                continue
+            for module in group.modules:
+                rank = module.a.shape[0]
+                d_rows = d_a[module.rows]
+                module.d_a.add_(d_rows[:rank], alpha=module.scaling)
+                if module.start is not None:
+                    module.d_a.add_(d_rows[rank:], alpha=module.scaling)  # A lies in A - A₀ as well
+                module.d_b.add_(d_b[module.rows, module.features][:rank].t())
+
+    @torch.no_grad()
+    def weights(self) -> LoraWeights:
+        """The adapter as it is now, in fp32: copies. Of twice the rank where something is taken off."""
+        modules: dict[ModuleKey, LoraModule] = {}
+        for group in self.groups.values():
+            for module in group.modules:
+                a, b = (tensor.to("cpu", copy=True) for tensor in _published(module))
+                modules[module.key] = LoraModule(a, b, module.scaling)
+        return LoraWeights(modules)
+
+    def _make_group(
+        self,
+        layer: int,
+        name: str,
+        weights: LoraWeights,
+        shape: BaseShape,
+        dtype: torch.dtype,
+        frozen: LoraWeights | None,
+    ) -> TrainedGroup | None:
+        modules, row, feature = [], 0, 0
+        device = self.masters.device
+        for module_name in GROUPS[name]:
+            key, out_features = ModuleKey(layer, module_name), shape.features[module_name][0]
+            features = slice(feature, feature + out_features)
+            feature = features.stop
+            given = weights.modules.get(key)
+            if given is None:
+                continue
+            start = None if frozen is None else _in_fp32(frozen.modules[key], device)
+            num_rows = given.rank if start is None else 2 * given.rank
+            rows = slice(row, row + num_rows)
+            row = -(-rows.stop // self._row_unit) * self._row_unit
+            a, d_a = self._take(given.a)
+            b, d_b = self._take(given.b)
+            modules.append(TrainedModule(key, rows, features, given.scaling, a, b, d_a, d_b, start))
+        if not modules:
+            return None
+
+        def leaf(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
+
+        return TrainedGroup(tuple(modules), leaf(row, modules[0].a.shape[1]), leaf(row, feature))
+
+    def _take(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next part of `masters`, filled with `tensor`, and the one of `gradients`."""
+        part = slice(self._end, self._end + tensor.numel())
+        self._end = part.stop
+        master = self.masters[part].view(tensor.shape)
+        master.copy_(tensor)
+        return master, self.gradients[part].view(tensor.shape)
+
+
+def _published(module: TrainedModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of an ordinary LoRA that does what the masters do; masters themselves where they are one."""
+    a, b, start = module.a, module.b, module.start
+    if start is None:
+        return a, b
+    return torch.cat((a, a - start.a)), torch.cat((b - start.b, start.b), 1)
+
+
+def _in_fp32(module: LoraModule, device: torch.device) -> LoraModule:
+    return LoraModule(module.a.to(device, torch.float32), module.b.to(device, torch.float32), module.scaling)

@@ -1,1 +1,0 @@
-"""Processes that take jobs from the queue and run them."""
