@@ -63,17 +63,17 @@ fuzz: $(READY_DEV)
 
 # ARGS='--seconds 60', ARGS='--inputs 5000 forms headers', ARGS='replay FILE'.
 attack: $(READY_DEV)
-	@exec nice -n 10 $(BIN)/python -m tests.fuzzing $(ARGS)
+	@exec nice -n 10 $(BIN)/python -m tests.stress.fuzzing $(ARGS)
 
 soak: $(READY_DEV)
-	@$(BIN)/python -m tests.soak $(ARGS)
+	@$(BIN)/python -m tests.stress.soak $(ARGS)
 
 faults: $(READY_DEV)
-	@$(BIN)/python -m tests.fault_rounds $(ARGS)
+	@$(BIN)/python -m tests.stress.fault_rounds $(ARGS)
 
 # ARGS='--minutes 1', ARGS='--only rows,prompts', ARGS='--each' (a table of single faults).
 fairness: $(READY_DEV)
-	@$(BIN)/python -m tests.fairness $(ARGS)
+	@$(BIN)/python -m tests.stress.fairness $(ARGS)
 
 cluster: $(READY_CLUSTER)
 	@exec $(BIN)/smolora cluster up $(ARGS)
@@ -82,7 +82,7 @@ cluster-tests: $(READY_CLUSTER_DEV)
 	@$(PYTEST) -m "cluster and not slow" $(ARGS)
 
 cluster-faults: $(READY_CLUSTER_DEV)
-	@$(BIN)/python -m tests.cluster_rounds $(ARGS)
+	@$(BIN)/python -m tests.stress.cluster_rounds $(ARGS)
 
 check: lint types
 

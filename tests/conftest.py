@@ -9,7 +9,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from tests.properties import set_default
+from tests.kits.properties import set_default
 
 SHARED = {
     "exact_server": ("test_adapter_life.py", "test_blends.py", "test_exact_answers.py", "test_trained_adapter.py"),
@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # this process hands tests out, and needs none of the libraries that they run on
     os.environ["OMP_NUM_THREADS"] = "1"  # so have servers and their jobs, but for `default_threads`
     keep_freed_memory()
-    config.pluginmanager.import_plugin("tests.bases")
+    config.pluginmanager.import_plugin("tests.kits.bases")
     set_default()
 
 

@@ -9,8 +9,8 @@ import torch
 from benchmarks import command
 from tests.benchmarks.kit import results, row
 from tests.gpu import main
-from tests.pretended.card import Card
-from tests.pretended.cuda import pretended_cuda
+from tests.kits.fake_gpu.card import Card
+from tests.kits.fake_gpu.cuda import pretended_cuda
 
 JUNIT = '<testsuites><testsuite tests="12" failures="1" errors="1" skipped="2"></testsuite></testsuites>'
 

@@ -23,7 +23,7 @@ KUBERNETES = "1.34"
 DOCUMENTS: list[Mapping[str, Any]] = [
     document for path in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
 ]
-RAY_SERVICE = json.loads((ROOT / "tests" / "ray_service.schema.json").read_text())
+RAY_SERVICE = json.loads((ROOT / "tests" / "kits" / "ray_service.schema.json").read_text())
 """Of KubeRay's RayService the fields that are used here, written by hand. The manifest was held to all of its v1
 schema (ray-project/kuberay at feeaf72f, unknown fields refused) when it was written."""
 

@@ -18,7 +18,7 @@ from server.jobs.jobs import Jobs
 from server.metrics.engine import GatewayCollector
 from server.metrics.home import HomeCollector
 from server.metrics.metrics import Metrics, ServerCollector
-from tests.monitoring import ALERTS, DASHBOARD, FOLDER, alerts, queries
+from tests.kits.monitoring import ALERTS, DASHBOARD, FOLDER, alerts, queries
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus"

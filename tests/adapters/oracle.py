@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, SmolLM3ForCausalLM
 from transformers import SmolLM3Config as HfSmolLM3Config
 
 from adapters.lora import MODULES, BaseShape, LoraWeights
-from tests.oracles.hugging_face import linear
+from tests.kits.oracles.hugging_face import linear
 
 NUM_LAYERS = 3
 SIZES: dict[str, Any] = {

@@ -12,7 +12,7 @@ from benchmarks.peers.venvs import HELD_FLAGS, MAKERS, held
 from benchmarks.serving.systems.server_process import ServerConfig
 from server.model.native.library import INSTRUCTIONS
 from tests.benchmarks.kit import held as results
-from tests.native_kit import native_library
+from tests.kits.native import native_library
 
 FOUND, QUICK = results().held["avx2"], results(quick=True).held["avx2"]
 

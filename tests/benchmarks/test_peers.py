@@ -32,9 +32,9 @@ from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Fact
 from benchmarks.serving.systems.wires import Part, Request
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
-from tests.cache import CACHE
-from tests.oracles.hugging_face import generate
-from tests.tiny import save_tiny_base
+from tests.kits.cache import CACHE
+from tests.kits.oracles.hugging_face import generate
+from tests.kits.tiny import save_tiny_base
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "404 Not Found. Nothing matches the given URI"

@@ -9,9 +9,9 @@ from benchmarks.serving.phases import Step, bytes_of, keeps_stored, limits, main
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from server.model.native.abi import PHASES
-from tests.native_kit import SHAPES, lend_native, native_library
-from tests.tiny import save_tiny_base
-from tests.tiny_gguf import save_tiny_gguf
+from tests.kits.native import SHAPES, lend_native, native_library
+from tests.kits.tiny import save_tiny_base
+from tests.kits.tiny_gguf import save_tiny_gguf
 
 
 def test_a_reduced_run(tmp_path: Path) -> None:

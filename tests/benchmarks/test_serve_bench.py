@@ -24,8 +24,8 @@ from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, U
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT
 from server.model.rank_rows import RowFormat
-from tests.native_kit import native_library
-from tests.tiny_gguf import save_tiny_gguf
+from tests.kits.native import native_library
+from tests.kits.tiny_gguf import save_tiny_gguf
 
 
 def event(data: Mapping[str, object]) -> bytes:

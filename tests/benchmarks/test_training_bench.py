@@ -28,7 +28,7 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import NoAdapters, SmolLM
 from server.training.trained_rows import TrainedRows
 from tests.benchmarks.kit import MACHINE, figures, made
-from tests.engine_kit import random_adapter
+from tests.kits.engines import random_adapter
 
 CPU = torch.device("cpu")
 

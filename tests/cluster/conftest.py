@@ -11,7 +11,7 @@ from server.model.base.weights import load_base
 from tests.cluster.kit import CACHES, FLAGS, SIZES, Cluster, publish
 from tests.cluster.whole import Whole
 from tests.end_to_end.server_process import ServerProcess
-from tests.tiny import save_tiny_base
+from tests.kits.tiny import save_tiny_base
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `cluster`: Ray isn't installed")
 NAMES = ("left", "right", "third")

@@ -1,4 +1,4 @@
-"""A whole cluster that is struck, and how: of `tests.cluster_rounds`."""
+"""A whole cluster that is struck, and how: of `tests.stress.cluster_rounds`."""
 
 import math
 import signal
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from tests.buckets import Failure
 from tests.cluster.whole import Part, Whole
 from tests.end_to_end.training_client import wait_until
-from tests.fault_load import COUNTED_AFTER, Load
+from tests.kits.buckets import Failure
+from tests.stress.fault_load import COUNTED_AFTER, Load
 
 PAST_THE_LEASE = 12.0
 

@@ -15,7 +15,7 @@ from tests.cluster.kit import wait_until
 from tests.cluster.load import load_on
 from tests.cluster.machines import UpProcess
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, free_port
-from tests.postgres import CLUSTER, Postgres
+from tests.kits.postgres import CLUSTER, Postgres
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 pytestmark = [*CLUSTER, needs_ray]

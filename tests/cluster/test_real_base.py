@@ -11,7 +11,7 @@ from tests.cluster.test_answers import BODIES, answer
 from tests.cluster.whole import Whole
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, submit, succeeded
-from tests.postgres import CLUSTER
+from tests.kits.postgres import CLUSTER
 
 pytestmark = [*CLUSTER, needs_ray, pytest.mark.real, pytest.mark.slow]
 FLAGS = {"device": "cpu", "max_model_len": 512, "max_num_seqs": 8, **CACHES, "adapter_cache_bytes": "64MiB"}

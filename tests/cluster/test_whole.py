@@ -14,14 +14,14 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.buckets import aws_variables
 from tests.cluster.conftest import needs_ray
 from tests.cluster.kit import publish, wait_until
 from tests.cluster.test_answers import BODIES
 from tests.cluster.whole import Whole
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.end_to_end.training_client import ENDED, code_rows
-from tests.postgres import CLUSTER
+from tests.kits.buckets import aws_variables
+from tests.kits.postgres import CLUSTER
 
 pytestmark = [*CLUSTER, needs_ray]
 

@@ -19,12 +19,12 @@ from server.database import connect
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from server.storage.home import Home
-from tests.buckets import BUCKET, Proxy, aws_variables, running_store
 from tests.cluster.kit import TITLE
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port
 from tests.end_to_end.training_client import CHILD, ENDED, wait_until
-from tests.native_kit import lend_native
-from tests.postgres import Postgres
+from tests.kits.buckets import BUCKET, Proxy, aws_variables, running_store
+from tests.kits.native import lend_native
+from tests.kits.postgres import Postgres
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 Part = Literal["replica", "api", "worker", "job", "controller"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from tests.oracles.hugging_face import linear, load_reference, logits
+from tests.kits.oracles.hugging_face import linear, load_reference, logits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -19,7 +19,7 @@ import pytest
 
 from server.metrics.metrics import MAX_AGE
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
-from tests.native_kit import lend_native
+from tests.kits.native import lend_native
 
 PATIENCE = 120.0
 """Seconds for anything that should take a few; machines that run tests are busy."""

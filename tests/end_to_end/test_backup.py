@@ -17,7 +17,7 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess, environment
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded, wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.thorough]
-"""tests/server/backup has each part of it on homes of its own, and docker/check the whole in containers."""
+"""tests/server/operations has each part of it on homes of its own, and docker/check the whole in containers."""
 
 PROMPT = "Once upon a time, in a village"
 """Shorter than a block, so that no answer depends on the ones before, to the last bit."""

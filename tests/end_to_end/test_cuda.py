@@ -11,7 +11,7 @@ import torch
 
 from tests.end_to_end.conftest import AdapterFiles
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
-from tests.gpu_kit import NEEDS_GPU
+from tests.kits.gpu import NEEDS_GPU
 
 pytestmark = [*NEEDS_GPU, pytest.mark.real]
 

@@ -40,9 +40,9 @@ from server.training.datasets import DatasetStore
 from server.training.files import FileStore
 from server.training.spec import JobSpec
 from tests.end_to_end.server_process import PATIENCE, environment, free_port
-from tests.failing_disk.asks import ASKS, Ask, Asker
-from tests.failing_disk.disk import FailingDisk
-from tests.failing_disk.server import OPERATORS
+from tests.stress.failing_disk.asks import ASKS, Ask, Asker
+from tests.stress.failing_disk.disk import FailingDisk
+from tests.stress.failing_disk.server import OPERATORS
 
 SHM = Path("/dev/shm")
 WAYS = ((errno.EIO, False), (errno.EIO, True), (errno.ENOSPC, False), (errno.ENOSPC, True))
@@ -60,7 +60,15 @@ class Server:
         self.journal = journal
         self.disk = FailingDisk(home, home.with_name("control"))
         port = free_port()
-        command = [sys.executable, "-m", "tests.failing_disk.server", str(home), str(model), journal, str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.stress.failing_disk.server",
+            str(home),
+            str(model),
+            journal,
+            str(port),
+        ]
         with home.with_name("log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, env=environment() | self.disk.environment, stdout=log, stderr=log

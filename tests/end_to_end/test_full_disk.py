@@ -16,8 +16,8 @@ from server.storage.reserve import DISK_FULL
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded, wait_for_end, wait_until
-from tests.server.training.worker.merge_kit import sample
-from tests.small_disk import fill, make_room, mounted
+from tests.kits.small_disk import fill, make_room, mounted
+from tests.server.jobs.merge_kit import sample
 
 TRAINING = {"max_steps": 4, "batch_size": 2, "max_length": 32}
 

@@ -11,7 +11,7 @@ from server.access.principal import OPERATOR
 from server.database import connect
 from server.storage.home import Home
 from tests.end_to_end.server_process import ServerProcess
-from tests.postgres import CLUSTER, Postgres
+from tests.kits.postgres import CLUSTER, Postgres
 
 pytestmark = CLUSTER
 

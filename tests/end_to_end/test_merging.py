@@ -11,7 +11,7 @@ from adapters.store.store import AdapterStore
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import CHILD, get, processes, succeeded, wait_until
-from tests.server.training.worker.merge_kit import sample
+from tests.server.jobs.merge_kit import sample
 
 PROMPTS = ["HTTP 404:", "The request", "a"]
 

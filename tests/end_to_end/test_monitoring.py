@@ -17,7 +17,7 @@ import yaml
 
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, free_port
 from tests.end_to_end.training_client import code_rows, submit, succeeded, wait_until
-from tests.monitoring import ALERTS, FOLDER, alerts, queries
+from tests.kits.monitoring import ALERTS, FOLDER, alerts, queries
 
 pytestmark = [
     pytest.mark.thorough,

@@ -13,9 +13,9 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, environment
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded, wait_until
-from tests.postgres import CLUSTER, Postgres
+from tests.kits.postgres import CLUSTER, Postgres
+from tests.kits.tiny import save_tiny_base
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.tiny import save_tiny_base
 
 pytestmark = [*CLUSTER, pytest.mark.slow]
 ROWS = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'

@@ -22,7 +22,7 @@ import torch
 from tests.end_to_end.conftest import AdapterFiles
 from tests.end_to_end.peft_reference import Reference
 from tests.end_to_end.server_process import ServerProcess, default_threads
-from tests.native_kit import native_library
+from tests.kits.native import native_library
 
 pytestmark = pytest.mark.real
 

@@ -10,7 +10,7 @@ import pytest
 from tests.end_to_end.conftest import AdapterFiles
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
-from tests.native_kit import native_library
+from tests.kits.native import native_library
 
 pytestmark = pytest.mark.real
 

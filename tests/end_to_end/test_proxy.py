@@ -19,7 +19,7 @@ from server.model.base.weights import load_base
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, environment, events, free_port
 from tests.end_to_end.training_client import wait_until
-from tests.server.training.worker.merge_kit import sample
+from tests.server.jobs.merge_kit import sample
 
 START = Path(__file__).parent.parent.parent / "docker" / "proxy" / "start"
 PREFIX = "/smolora"

@@ -15,9 +15,9 @@ from server.model.smollm import NoAdapters
 from server.training.passes import PackedAttention
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded
-from tests.oracles.hugging_face import load_reference, logits
-from tests.overfit import check, overfit
+from tests.kits.oracles.hugging_face import load_reference, logits
 from tests.server.training.data.rows_kit import model_of
+from tests.stress.overfit import check, overfit
 
 pytestmark = pytest.mark.real
 
@@ -27,7 +27,7 @@ Encoded = tuple[list[int], int]
 
 @pytest.mark.thorough  # in make test the README is followed, where the real base learns some of them
 def test_codes_by_heart_on_the_real_base(trainer: ServerProcess) -> None:
-    """A few of them, which takes more epochs; `python -m tests.overfit` has all."""
+    """A few of them, which takes more epochs; `python -m tests.stress.overfit` has all."""
     check(overfit(trainer, num_codes=12, epochs=24))
 
 

@@ -1,4 +1,4 @@
-"""A short run of `tests.registry_load`, which has the full count, on a tiny base."""
+"""A short run of `tests.stress.registry_load`, which has the full count, on a tiny base."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ import pytest
 
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
-from tests.registry_changes import Timeline
-from tests.registry_load import Plan, adapter_files, judge, load, unsound
 from tests.server.running import running
+from tests.stress.registry_changes import Timeline
+from tests.stress.registry_load import Plan, adapter_files, judge, load, unsound
 
 KINDS = (
     *("generate: 404", "upload: 201", "move prod: 200", "move latest: 200", "delete a version: 204"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.buckets import SECRET, Proxy
 from tests.end_to_end.server_process import ServerProcess, environment
 from tests.end_to_end.training_client import code_rows, get, submit, wait_for_end
+from tests.kits.buckets import SECRET, Proxy
 
 pytestmark = pytest.mark.cluster
 ROWS = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'

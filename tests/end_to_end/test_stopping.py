@@ -13,9 +13,9 @@ import pytest
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment
 from tests.end_to_end.training_client import CHILD, code_rows, get, processes, submit, succeeded, wait_until
-from tests.hanging_server import HANG, HANG_NOW
+from tests.kits.hanging_server import HANG, HANG_NOW
+from tests.server.jobs.test_worker import stop
 from tests.server.test_hanging_server import BODY, Process
-from tests.server.training.worker.test_worker import stop
 
 LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "speculation": "off"}
 NUM_CHOICES, NUM_TOKENS = 3, 200  # so that they end in time on a busy machine, too

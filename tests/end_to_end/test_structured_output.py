@@ -1,4 +1,4 @@
-"""A small share of `tests.structured_output`, and structured answers under an adapter, on the real base."""
+"""A small share of `tests.stress.structured_output`, and structured answers under an adapter, on the real base."""
 
 import json
 
@@ -6,8 +6,8 @@ import jsonschema
 import pytest
 
 from tests.end_to_end.server_process import ServerProcess
-from tests.grammars import BOUNDED
-from tests.structured_output import HOSTILE, REFUSED_WITHIN, ask, pace
+from tests.kits.grammars import BOUNDED
+from tests.stress.structured_output import HOSTILE, REFUSED_WITHIN, ask, pace
 
 pytestmark = pytest.mark.real
 

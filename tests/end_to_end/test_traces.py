@@ -8,7 +8,7 @@ import pytest
 from server.jobs.files import LOG_NAME
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, submit, succeeded
-from tests.otlp_receiver import receiving
+from tests.kits.otlp_receiver import receiving
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SECRET = "xyzzy"

@@ -1,6 +1,6 @@
 """Jobs on a real server with a real worker: disturbed by will and by force they end as if nothing had happened.
 
-On a tiny base, a few kills and pauses only: `python -m tests.kill_nine` and `python -m tests.pauses` have more.
+On a tiny base, with a few kills and pauses: `tests.stress.kill_nine` and `tests.stress.pauses` have more.
 """
 
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from server.jobs.files import CHECKPOINTS_NAME, LOG_NAME
-from tests.drill import Drill, start, tiny_base
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, get, submit, wait_for_end, wait_until
-from tests.kill_nine import kill
-from tests.pauses import pause_at_random
+from tests.stress.equal_jobs import Drill, start, tiny_base
+from tests.stress.kill_nine import kill
+from tests.stress.pauses import pause_at_random
 
 
 @pytest.fixture(scope="module")

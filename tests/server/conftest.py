@@ -35,9 +35,9 @@ from server.storage.home import Home
 from server.training.datasets import DatasetStore
 from server.training.encoding import RowEncoder
 from server.training.files import FileStore, RowSources
-from tests.grammars import guidance_of
+from tests.kits.grammars import guidance_of
+from tests.kits.tiny import own, tiny_tokenizer
 from tests.server.api.fakes import FakeEngine
-from tests.tiny import own, tiny_tokenizer
 
 BASE_NAME = "tiny-llama"
 BASE_DIGEST = "ba" * 32

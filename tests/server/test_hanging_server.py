@@ -1,5 +1,5 @@
 """A process whose engine hangs in native code, or that was stopped for a while: what those in flight are told, and
-how it ends. `tests.hanging_server` is the process.
+how it ends. `tests.kits.hanging_server` is the process.
 """
 
 import json
@@ -19,7 +19,7 @@ import pytest
 
 from server.serve.process import DRAIN_SECONDS
 from tests.end_to_end.server_process import free_port
-from tests.hanging_server import HANG, HANG_NOW, IN_THE_MIDDLE, LET_GO, LONG, SLOW
+from tests.kits.hanging_server import HANG, HANG_NOW, IN_THE_MIDDLE, LET_GO, LONG, SLOW
 
 LEAST_SECONDS = 3.0
 PATIENCE = 120.0
@@ -41,7 +41,7 @@ class Process:
             [
                 sys.executable,
                 "-m",
-                "tests.hanging_server",
+                "tests.kits.hanging_server",
                 *(f"--{name}={value}" for name, value in flags.items()),
             ],
             stderr=subprocess.DEVNULL,

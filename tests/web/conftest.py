@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, sync_playwright
 from adapters.peft.files import write
 from server.model.base.weights import load_base
 from tests.end_to_end.server_process import ServerProcess
-from tests.server.training.worker.merge_kit import sample
+from tests.server.jobs.merge_kit import sample
 from tests.web.browser import CHROMIUM, MISSING, launch
 
 

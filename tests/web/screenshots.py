@@ -7,9 +7,9 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 from server.model.base.source import EMBEDDED, resolve_base
-from tests.cache import CACHE, ROOT
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
+from tests.kits.cache import CACHE, ROOT
 from tests.web.browser import DESKTOP, PHONE, launch, page_of, save
 
 DOCS = ROOT / "docs" / "page"

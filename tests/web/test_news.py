@@ -12,7 +12,7 @@ from adapters.peft.files import write
 from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
-from tests.server.training.worker.merge_kit import sample
+from tests.server.jobs.merge_kit import sample
 from tests.web.browser import drop, page_of
 from tests.web.test_sign_in import make_key, sign_in
 

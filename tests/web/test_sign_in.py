@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 from adapters.peft.files import write
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
-from tests.server.training.worker.merge_kit import sample
+from tests.server.jobs.merge_kit import sample
 from tests.web.browser import page_of, violations
 
 

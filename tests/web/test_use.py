@@ -14,7 +14,7 @@ from adapters.peft.files import write
 from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
-from tests.server.training.worker.merge_kit import sample
+from tests.server.jobs.merge_kit import sample
 from tests.web.browser import DESKTOP, PATIENCE, PHONE, drop, is_wider_than_the_screen, page_of, violations
 
 pytestmark = pytest.mark.thorough  # what everybody does with it: test_page.py

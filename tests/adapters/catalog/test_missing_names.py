@@ -14,7 +14,7 @@ from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.names import Viewpoint, near
 from server.database import connect
-from tests.postgres import DATABASES
+from tests.kits.postgres import DATABASES
 
 NUM_ADAPTERS = 10_000
 

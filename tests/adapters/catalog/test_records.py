@@ -21,7 +21,7 @@ from adapters.errors import BytesUnavailable, NotFound
 from adapters.expression import parse
 from adapters.names import Viewpoint
 from server.database import FILE_NAME, connect
-from tests.buckets import EITHER, Failure, Proxy
+from tests.kits.buckets import EITHER, Failure, Proxy
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket

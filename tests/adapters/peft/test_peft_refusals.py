@@ -17,8 +17,8 @@ from adapters.lora import ModuleKey
 from adapters.peft.files import CONFIG_NAME, MAX_CONFIG_ERRORS, MAX_TENSOR_ERRORS, WEIGHTS_NAME, read
 from adapters.peft.tensor_file import tensor_name
 from tests.adapters.oracle import loaded, saved, shape_of, tiny_llama
-from tests.oracles.hugging_face import linear
-from tests.properties import num_examples
+from tests.kits.oracles.hugging_face import linear
+from tests.kits.properties import num_examples
 
 BASE = shape_of(tiny_llama())
 A = tensor_name(ModuleKey(1, "q_proj"), "A")

@@ -21,7 +21,7 @@ from adapters.peft.targets import (
     resolve,
 )
 from tests.adapters.oracle import NUM_LAYERS, shape_of, tiny_llama, tiny_smollm3
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 
 BASE = shape_of(tiny_llama())
 LINEAR = linear_modules(BASE)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from adapters.peft.tensor_file import DTYPES, TensorFileError, copy_bytes, map_file, read_header, write
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 
 HEADER = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 

@@ -7,7 +7,7 @@ import pytest
 
 from adapters.store.store import AdapterStore
 from tests.adapters.samples import sample_adapter
-from tests.buckets import EITHER
+from tests.kits.buckets import EITHER
 
 ADAPTER = sample_adapter()
 DIGEST = ADAPTER.weights.digest

@@ -17,7 +17,7 @@ from adapters.recorded import own_files
 from adapters.store.store import SIDECAR_NAME, AdapterStore
 from tests.adapters.samples import SHAPE, sample_adapter
 from tests.adapters.store.test_store import assert_equal, opened
-from tests.buckets import Failure, Proxy
+from tests.kits.buckets import Failure, Proxy
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket

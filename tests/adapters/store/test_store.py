@@ -21,7 +21,7 @@ from adapters.store.store import AdapterStore
 from tests.adapters.oracle import assert_same, live, loaded
 from tests.adapters.samples import SHAPE, sample_adapter
 from tests.adapters.store.conftest import ADAPTER, DIGEST, OpenStore
-from tests.small_disk import refuse_folders
+from tests.kits.small_disk import refuse_folders
 
 
 def leftovers(tmp_path: Path) -> list[Path]:

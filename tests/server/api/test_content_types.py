@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.api.adapters.peft_files import peft_files
 from tests.server.api.fakes import http_scope
 

@@ -20,11 +20,11 @@ from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
 from server.model.base.hub import HubAdapter
 from server.storage.reserve import Reserve
+from tests.kits.small_disk import fill, make_room, mounted
 from tests.server.api.access.key_kit import OPERATORS, client_with
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
 from tests.server.conftest import MakeServices
-from tests.small_disk import fill, make_room, mounted
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from server.cli.main import app
-from tests.oracles.hugging_face import load_reference, logits
+from tests.kits.oracles.hugging_face import load_reference, logits
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.running import Running, running
 

@@ -19,7 +19,7 @@ from server.engine.scheduler import SchedulerLimits
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 from server.model.base.weights import BaseModel
 from server.serve.engine import guidance_of
-from tests.engine_kit import build_engine, run
+from tests.kits.engines import build_engine, run
 from tests.server.cluster.replicas import Local, LocalTransport, sent
 from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, outcome, request
 from tests.server.engine.faults import SlowLoad

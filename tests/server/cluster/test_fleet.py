@@ -11,7 +11,7 @@ from server.cluster.fleet import COUNTERS, Counts, Link, Sent, best, total
 from server.cluster.messages import ReplicaState, Welcome
 from server.engine.request import EngineStats
 from server.model.base.weights import BaseModel
-from tests.engine_kit import build_engine
+from tests.kits.engines import build_engine
 from tests.server.cluster.replicas import Local
 from tests.server.engine.async_bench import collect, eventually, on_loop, request
 

@@ -30,7 +30,7 @@ from server.errors import StartupError
 from server.jobs import tables as job_tables
 from server.jobs.jobs import Jobs
 from server.storage.home import Home
-from tests.postgres import CLUSTER, Postgres
+from tests.kits.postgres import CLUSTER, Postgres
 
 pytestmark = CLUSTER
 

@@ -14,7 +14,7 @@ from adapters.errors import Unavailable
 from server.access.principal import EVERYBODY, Principal, Quota
 from server.database import connect
 from server.errors import RateLimited
-from tests.postgres import CLUSTER, Postgres
+from tests.kits.postgres import CLUSTER, Postgres
 
 if TYPE_CHECKING:
     from server.access.shared_rates import SharedRates

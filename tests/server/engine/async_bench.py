@@ -15,7 +15,7 @@ from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
-from tests.engine_kit import GREEDY, Result, build_engine, refs
+from tests.kits.engines import GREEDY, Result, build_engine, refs
 from tests.server.engine.faults import FailingRunner
 from tests.server.engine.traffic import prompt
 

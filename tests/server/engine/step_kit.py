@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
-from tests.engine_kit import refs
+from tests.kits.engines import refs
 from tests.server.engine.traffic import prompt
 
 NUM_ROWS = 8

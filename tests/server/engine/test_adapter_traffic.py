@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from adapters.lora import MODULES, LoraWeights
 from server.engine.kv_cache import BlockManager
 from server.engine.scheduler import SchedulerLimits
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.adapter_pool.pool_bench import Bench, adapter
 from tests.server.engine.simulation import Simulation
 

@@ -13,7 +13,7 @@ from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.errors import Draining, NotReady
 from server.model.base.weights import BaseModel
-from tests.engine_kit import build_engine, check_idle, run
+from tests.kits.engines import build_engine, check_idle, run
 from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, request
 from tests.server.engine.traffic import assert_same, library, requests_of_all_kinds
 

@@ -16,7 +16,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits, Step
 from server.engine.sequence import Chunk, Sequence
 from server.errors import Draining, EngineDead, GenerationFailed, NotReady, QueueFull
 from server.model.base.weights import BaseModel
-from tests.engine_kit import build_engine, check_idle, random_adapter, run
+from tests.kits.engines import build_engine, check_idle, random_adapter, run
 from tests.server.engine.async_bench import LONG, Bench, collect, errors_of, eventually, on_loop, outcome, request
 from tests.server.engine.faults import BrokenScheduler, FailingRunner, SlowLoad
 from tests.server.engine.traffic import assert_same

@@ -16,9 +16,9 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.smollm import SmolLM
 from server.serve.engine import step_bytes
-from tests.engine_kit import GREEDY, build_engine, check_idle, random_adapter, refs, run
-from tests.gpu_kit import NEEDS_GPU, waits
-from tests.grammars import guidance_of
+from tests.kits.engines import GREEDY, build_engine, check_idle, random_adapter, refs, run
+from tests.kits.gpu import NEEDS_GPU, waits
+from tests.kits.grammars import guidance_of
 from tests.server.engine.step_kit import EVERYTHING, LETTERS, PENALIZED, PLAIN, SAMPLED, decoding, rows
 from tests.server.engine.test_engine import assert_follows_the_merged_model
 from tests.server.engine.traffic import TIGHT, library, prompt, requests_of_all_kinds

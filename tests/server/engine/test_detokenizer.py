@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from server.engine.detokenizer import TextStream, TokenBytes, _byte_characters
 from server.model.base.checkpoint import read_tokenizer
-from tests.engine_kit import token_bytes
-from tests.oracles.hugging_face import decoded
-from tests.properties import num_examples
-from tests.tiny import own, tiny_tokenizer
+from tests.kits.engines import token_bytes
+from tests.kits.oracles.hugging_face import decoded
+from tests.kits.properties import num_examples
+from tests.kits.tiny import own, tiny_tokenizer
 
 TEXTS = [
     "Grüße aus Köln – für 5 € 🙂👩‍👩‍👧 und 日本語のテキスト, naïve café, \u200b\ufeff zero width",

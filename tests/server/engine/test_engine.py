@@ -16,7 +16,7 @@ from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
-from tests.engine_kit import (
+from tests.kits.engines import (
     GREEDY,
     Result,
     build_engine,
@@ -24,7 +24,7 @@ from tests.engine_kit import (
     refs,
     run,
 )
-from tests.oracles.hugging_face import assert_greedy, load_reference, logits, merged
+from tests.kits.oracles.hugging_face import assert_greedy, load_reference, logits, merged
 from tests.server.engine.traffic import SAMPLED, TIGHT, assert_same, library, requests_of_all_kinds
 
 

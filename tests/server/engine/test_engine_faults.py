@@ -20,7 +20,7 @@ from server.engine.sequence import Sequence
 from server.errors import EngineDead, GenerationFailed
 from server.model.base.weights import BaseModel
 from server.model.rank_rows import Needs, Stored
-from tests.engine_kit import (
+from tests.kits.engines import (
     GREEDY,
     Result,
     build_engine,

@@ -13,7 +13,7 @@ from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
-from tests.engine_kit import (
+from tests.kits.engines import (
     GREEDY,
     build_engine,
     check_idle,
@@ -21,7 +21,7 @@ from tests.engine_kit import (
     run,
     token_bytes,
 )
-from tests.oracles.hugging_face import load_reference, logits
+from tests.kits.oracles.hugging_face import load_reference, logits
 from tests.server.engine.traffic import SAMPLED, assert_same, library, prompt
 
 

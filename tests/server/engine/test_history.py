@@ -15,9 +15,9 @@ from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel
-from tests.engine_kit import GREEDY, Result, build_engine, random_adapter, refs, run
-from tests.native_kit import native_model
-from tests.tiny import save_tiny_base
+from tests.kits.engines import GREEDY, Result, build_engine, random_adapter, refs, run
+from tests.kits.native import native_model
+from tests.kits.tiny import save_tiny_base
 
 LENGTHS = (5, 33, 70, 130)
 BLENDS: tuple[dict[str, float], ...] = ({}, {"a": 1.0}, {"a": 0.7, "b": -0.3})

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from server.engine.admission import InFlight
 from server.engine.sequence import Sequence
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.simulation import Simulation
 from tests.server.engine.small import simulation, unlike
 

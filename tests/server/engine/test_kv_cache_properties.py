@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef
 from server.engine.sequence import Sequence
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.test_kv_cache import SIZE, sequence
 
 

@@ -1,10 +1,10 @@
-"""Sixty adapters and room for a few; `python -m tests.many_adapters` runs the same with a thousand."""
+"""Sixty adapters and room for a few; `python -m tests.stress.many_adapters` runs the same with a thousand."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.many_adapters import measure
+from tests.stress.many_adapters import measure
 
 
 @pytest.mark.parametrize("pool", [4, 12])

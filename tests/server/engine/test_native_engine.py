@@ -20,9 +20,9 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.huge_pages import HUGE_PAGE
 from server.model.native.abi import call
 from server.model.native.model import NativeModel
-from tests.engine_kit import GREEDY, build_engine, random_adapter, refs, run
-from tests.native_kit import native_model
-from tests.tiny import save_tiny_base
+from tests.kits.engines import GREEDY, build_engine, random_adapter, refs, run
+from tests.kits.native import native_model
+from tests.kits.tiny import save_tiny_base
 
 LENGTHS = (5, 70, 1, 64, 66, 130, 17, 33, 9, 100, 65, 3)
 LONG = 2048  # positions from which on threads share one sequence (kernels/step_attention.h)

@@ -11,8 +11,8 @@ from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
-from tests.engine_kit import GREEDY, build_engine, check_idle, refs, run
-from tests.native_kit import native_model, tiny_of
+from tests.kits.engines import GREEDY, build_engine, check_idle, refs, run
+from tests.kits.native import native_model, tiny_of
 from tests.server.engine.traffic import assert_same
 
 HUGE = 400

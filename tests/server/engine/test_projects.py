@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.sequence import Sequence, Status
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.simulation import Simulation
 from tests.server.engine.small import prompt, simulation, unlike
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from server.engine.sequence import Sequence
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.small import prompt, simulation, unlike
 
 

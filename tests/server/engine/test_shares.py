@@ -13,7 +13,7 @@ from server.engine.scheduler import QUICK_STEP
 from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.shares import SLACK, ProjectShares
 from server.model.base.weights import BaseModel
-from tests.engine_kit import build_engine
+from tests.kits.engines import build_engine
 from tests.server.engine.simulation import Simulation
 from tests.server.engine.small import simulation, unlike
 

@@ -8,9 +8,9 @@ import pytest
 from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, SamplingParams
 from server.model.base.weights import BaseModel
-from tests.engine_kit import build_engine, refs
-from tests.grammars import guidance_of
-from tests.pretended.cuda import on_card, pretended_cuda
+from tests.kits.engines import build_engine, refs
+from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
+from tests.kits.grammars import guidance_of
 from tests.server.engine.step_kit import (
     EVERYTHING,
     LETTERS,

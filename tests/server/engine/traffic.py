@@ -9,7 +9,7 @@ from adapters.lora import MODULES, LoraWeights
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
-from tests.engine_kit import (
+from tests.kits.engines import (
     GREEDY,
     Result,
     random_adapter,

@@ -12,7 +12,7 @@ from server.jobs.leases import Leases
 from server.jobs.supervisor import own_name, present
 from server.jobs.tables import Status
 from server.metrics.home import HomeCollector
-from tests.server.training.job_kit import submit
+from tests.server.jobs.job_kit import submit
 
 Samples = dict[tuple[str, str], float]
 

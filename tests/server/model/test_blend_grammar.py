@@ -25,10 +25,10 @@ from server.model.base.weights import BaseModel
 from server.model.lora_batch import Parts
 from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import SmolLM
-from tests.engine_kit import place, random_adapter
-from tests.oracles.hugging_face import load_reference, logits, merged
-from tests.paged import paged_logits
-from tests.properties import num_examples
+from tests.kits.engines import place, random_adapter
+from tests.kits.oracles.hugging_face import load_reference, logits, merged
+from tests.kits.paged import paged_logits
+from tests.kits.properties import num_examples
 
 NUM_TOKENS = 12
 REFERENCES: dict[str, int] = {

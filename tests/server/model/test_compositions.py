@@ -10,9 +10,9 @@ from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel, load_base
 from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
-from tests.engine_kit import place, random_adapter
-from tests.oracles.hugging_face import load_reference, logits, merged
-from tests.paged import paged_logits
+from tests.kits.engines import place, random_adapter
+from tests.kits.oracles.hugging_face import load_reference, logits, merged
+from tests.kits.paged import paged_logits
 
 BLENDS: list[tuple[tuple[int, float], ...]] = [
     ((0, 1.0),),

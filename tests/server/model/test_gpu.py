@@ -9,8 +9,8 @@ import torch
 from server.errors import StartupError
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import Cuda, Gpu, choose_device, driver_version, is_out_of_memory, room_for
-from tests.pretended.card import Card
-from tests.pretended.cuda import pretended_cuda
+from tests.kits.fake_gpu.card import Card
+from tests.kits.fake_gpu.cuda import pretended_cuda
 
 CUDA = torch.device("cuda")
 H100, A10, T4, P100 = (

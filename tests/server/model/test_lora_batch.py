@@ -11,8 +11,8 @@ from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
 from server.model.lora_batch import MIN_BLOCK, MIN_DENSE, LoraBatch, Parts, TokenRun
 from server.model.ops.linear import add_dense
 from server.model.rank_rows import GROUPS, RankRows, RowFormat
-from tests.engine_kit import place, random_adapter
-from tests.properties import num_examples
+from tests.kits.engines import place, random_adapter
+from tests.kits.properties import num_examples
 from tests.server.model.test_rank_rows import CPU, SHAPE
 
 ADAPTERS: list[LoraWeights] = [

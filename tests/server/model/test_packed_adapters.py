@@ -24,7 +24,7 @@ from adapters.store.store import AdapterStore
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import FORMAT, PackedAdapters, is_damaged
 from server.model.rank_rows import PackedFile, PackedRows, Placement, RankRows, RowFormat, RowLayout, Run, Stored
-from tests.engine_kit import random_adapter
+from tests.kits.engines import random_adapter
 
 CPU = torch.device("cpu")
 TINY = BaseShape(

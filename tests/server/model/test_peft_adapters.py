@@ -15,10 +15,10 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
 from tests.adapters.oracle import adapted
-from tests.engine_kit import place
-from tests.oracles.hugging_face import load_reference, logits
-from tests.paged import paged_logits
-from tests.tiny import save_tiny_base
+from tests.kits.engines import place
+from tests.kits.oracles.hugging_face import load_reference, logits
+from tests.kits.paged import paged_logits
+from tests.kits.tiny import save_tiny_base
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -14,7 +14,7 @@ from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
 from server.model.huge_pages import HUGE_PAGE, in_huge_pages, take_pages
 from server.model.native.model import ROW_FORMAT
 from server.model.rank_rows import GROUPS, GroupLayout, GroupRows, RankRows, RowFormat, Run
-from tests.engine_kit import place, random_adapter
+from tests.kits.engines import place, random_adapter
 
 SHAPE = BaseShape(
     3,

@@ -11,10 +11,10 @@ from server.engine.request import GenerationRequest
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import SmolLM
-from tests.engine_kit import GREEDY, build_engine, check_idle, run
-from tests.oracles.hugging_face import assert_greedy, load_reference, logits
-from tests.paged import paged_logits
-from tests.tiny import save_tiny_base
+from tests.kits.engines import GREEDY, build_engine, check_idle, run
+from tests.kits.oracles.hugging_face import assert_greedy, load_reference, logits
+from tests.kits.paged import paged_logits
+from tests.kits.tiny import save_tiny_base
 
 ODD_BASES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {}),

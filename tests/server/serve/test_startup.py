@@ -18,11 +18,11 @@ from server.model.base.weights import BaseModel
 from server.model.text.chat import ChatMessage
 from server.serve.startup import build
 from server.training.spec import JobSpec
-from tests.native_kit import lend_native, native_library, tiny_of
+from tests.kits.native import lend_native, native_library, tiny_of
+from tests.kits.tiny import save_tiny_base
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.cluster.replicas import Local
 from tests.server.conftest import client_of
-from tests.tiny import save_tiny_base
 
 pytestmark = pytest.mark.anyio
 

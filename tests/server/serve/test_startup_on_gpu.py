@@ -12,8 +12,8 @@ from server.engine.engine import Engine
 from server.errors import StartupError
 from server.serve.engine import gpu_share
 from server.serve.startup import build
-from tests.pretended.card import Card, is_on_card
-from tests.pretended.cuda import pretended_cuda
+from tests.kits.fake_gpu.card import Card, is_on_card
+from tests.kits.fake_gpu.cuda import pretended_cuda
 
 pytestmark = pytest.mark.anyio
 

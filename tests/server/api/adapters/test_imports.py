@@ -16,8 +16,8 @@ from safetensors.torch import load
 from server.api.app import create_app
 from server.api.imports import get_fetch
 from server.model.base.hub import fetch_adapter
-from tests.adapter_hub import REPO, hub_of
-from tests.fake_hub import COMMIT
+from tests.kits.adapter_hub import REPO, hub_of
+from tests.kits.fake_hub import COMMIT
 from tests.server.api.adapters.peft_files import peft_files
 from tests.server.conftest import MakeServices, client_of
 

@@ -20,12 +20,12 @@ from server.model.text.chat import PromptEncoder
 from server.training.datasets import DatasetStore
 from server.training.encoding import RowEncoder
 from server.training.files import FileStore, RowSources
+from tests.kits.tiny import save_tiny_base, tiny_tokenizer
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine
 from tests.server.api.train_kit import ROWS
 from tests.server.conftest import BASE_DIGEST, BASE_NAME, MAX_POSITIONS, SHAPE, MakeServices, client_of, new_app
 from tests.server.running import running
-from tests.tiny import save_tiny_base, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from adapters.catalog.catalog import Part
 from adapters.errors import Conflict, InvalidInput, NotFound, SmoloraError
 from adapters.expression import MAX_PARTS, Term, parse
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.api.adapters.registry import NUM_SEEDS, Nursery, Op, Registry, digest_of, write_files
 
 DIGESTS = [digest_of(seed) for seed in range(NUM_SEEDS)]

@@ -12,9 +12,9 @@ import httpx
 import openai
 import pytest
 
-from tests.grammars import growing
+from tests.kits.grammars import growing
+from tests.kits.tiny import tiny_tokenizer
 from tests.server.running import running
-from tests.tiny import tiny_tokenizer
 
 MESSAGE = "became too complex to follow: make it simpler"
 REGEX = growing().source

@@ -11,8 +11,8 @@ from server.database import connect
 from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
 from server.training.spec import JobSpec
-from tests.pretended.card import Card
-from tests.pretended.cuda import pretended_cuda
+from tests.kits.fake_gpu.card import Card
+from tests.kits.fake_gpu.cuda import pretended_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 L4 = {"device": "cuda:0", "gpu": "NVIDIA L4, compute capability 8.9"}

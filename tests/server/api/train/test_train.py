@@ -14,9 +14,9 @@ from server.training.encoding import RowEncoder
 from server.training.job_data import JobData
 from server.training.rows import Row
 from server.training.spec import Overlong
+from tests.kits.tiny import tiny_tokenizer
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import CONFIG, ROWS, StandIn, submit, train_body
-from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 

@@ -20,8 +20,8 @@ from server.cli.main import app as commands
 from server.database import connect
 from server.errors import StartupError
 from server.storage.reserve import Reserve
+from tests.kits.small_disk import fill, mounted
 from tests.server.cli.home.conftest import Run, bearer, refused
-from tests.small_disk import fill, mounted
 
 PROMPT = {"prompt": "a", "max_tokens": 1}
 

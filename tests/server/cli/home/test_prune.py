@@ -17,7 +17,7 @@ from server.jobs.files import JobFiles
 from server.jobs.jobs import Jobs
 from server.storage.reserve import Reserve
 from server.training.spec import JobSpec
-from tests.small_disk import fill, mounted
+from tests.kits.small_disk import fill, mounted
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.request import AdapterRef
 from server.model.rank_rows import RankRows, RowFormat
-from tests.engine_kit import check_pool
+from tests.kits.engines import check_pool
 
 SHAPE = BaseShape(2, dict.fromkeys(MODULES, (4, 4)) | {"q_proj": (8, 4)})
 

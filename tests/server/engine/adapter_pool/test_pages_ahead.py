@@ -6,7 +6,7 @@ from adapters.lora import MODULES, BaseShape
 from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.request import AdapterRef
 from server.model.rank_rows import RankRows, RowFormat
-from tests.engine_kit import random_adapter
+from tests.kits.engines import random_adapter
 from tests.server.engine.adapter_pool.pool_bench import HandExecutor
 
 SHAPE = BaseShape(2, dict.fromkeys(MODULES, (64, 32)))

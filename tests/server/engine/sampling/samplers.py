@@ -12,7 +12,7 @@ from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights, LayerWeights
 from server.model.native.abi import TILE
 from server.model.native.model import NativeModel
-from tests.native_kit import native_library
+from tests.kits.native import native_library
 
 Sample = Callable[[torch.Tensor, Sequence[LogitsRow]], list[Sampled]]
 

@@ -19,7 +19,7 @@ from server.engine.native_sampling import sample_natively
 from server.engine.sampling import LogitsRow, Sampled, constrain, penalize
 from server.engine.sequence import TokenCounts
 from server.model.native.sampling import SampleTable
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.sampling.exact_sampler import exact_noise, may_be_chosen
 from tests.server.engine.sampling.rows import row
 from tests.server.engine.sampling.samplers import Sample, any_model, native_sample

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from server.engine.sampling import LogitsRow, _candidates, _min_p
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.sampling.rows import VOCAB, kept_by_transformers, logits_of, row
 from tests.server.engine.sampling.samplers import Sample
 

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server.engine.sampling import LogitsRow, _candidates
-from tests.properties import num_examples
+from tests.kits.properties import num_examples
 from tests.server.engine.sampling.rows import row
 from tests.server.engine.sampling.samplers import Sample
 

@@ -14,8 +14,8 @@ from server.engine.request import AdapterRef, GenerationRequest, SamplingParams,
 from server.engine.scheduler import SchedulerLimits
 from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
-from tests.engine_kit import GREEDY, build_engine, check_idle, refs, run
-from tests.oracles.hugging_face import load_reference, logits, merged
+from tests.kits.engines import GREEDY, build_engine, check_idle, refs, run
+from tests.kits.oracles.hugging_face import load_reference, logits, merged
 from tests.server.engine.faults import overflowing
 from tests.server.engine.traffic import assert_same, library, prompt
 

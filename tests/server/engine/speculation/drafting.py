@@ -8,7 +8,7 @@ from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.runner import Drawn, Runner
 from server.engine.sequence import Chunk
-from tests.engine_kit import Results, run
+from tests.kits.engines import Results, run
 
 
 class SetCosts(RowCosts):

@@ -19,12 +19,12 @@ from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel
-from tests.engine_kit import GREEDY, Results, build_engine, check_idle, random_adapter, refs, run
-from tests.grammars import guidance_of
-from tests.native_kit import native_model
-from tests.properties import num_examples
+from tests.kits.engines import GREEDY, Results, build_engine, check_idle, random_adapter, refs, run
+from tests.kits.grammars import guidance_of
+from tests.kits.native import native_model
+from tests.kits.properties import num_examples
+from tests.kits.tiny import save_tiny_base
 from tests.server.engine.speculation.drafting import TimedRunner, check_identity, drafting, without
-from tests.tiny import save_tiny_base
 
 EOS = 2
 BLENDS: tuple[dict[str, float], ...] = ({}, {"a": 1.0}, {"a": 0.7, "b": -0.3})

@@ -13,9 +13,9 @@ from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel
 from server.model.text.chat import ChatMessage, PromptEncoder
-from tests.engine_kit import build_engine, check_idle, random_adapter, refs
-from tests.grammars import guidance_of
-from tests.native_kit import native_model
+from tests.kits.engines import build_engine, check_idle, random_adapter, refs
+from tests.kits.grammars import guidance_of
+from tests.kits.native import native_model
 from tests.server.engine.speculation.drafting import check_identity, drafting
 
 pytestmark = pytest.mark.real

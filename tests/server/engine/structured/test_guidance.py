@@ -25,9 +25,9 @@ from server.engine.grammar_check import WALL_SECONDS, _answer_of
 from server.engine.guidance import Constraint, Guidance
 from server.engine.request import Grammar
 from server.errors import NotReady
-from tests.engine_kit import token_bytes
-from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
-from tests.tiny import own, tiny_tokenizer
+from tests.kits.engines import token_bytes
+from tests.kits.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
+from tests.kits.tiny import own, tiny_tokenizer
 
 VOCAB = 520  # wider than the tokenizer, as logits may be
 EOS = (0, 2)

@@ -14,8 +14,8 @@ from adapters.errors import InvalidInput
 from server.engine.grammar import MAX_SCHEMA_BYTES, nodes
 from server.engine.guidance import Guidance
 from server.engine.request import Grammar
-from tests.grammars import guidance_of
-from tests.tiny import own, tiny_tokenizer
+from tests.kits.grammars import guidance_of
+from tests.kits.tiny import own, tiny_tokenizer
 
 VOCAB = 520
 EOS = (0, 2)

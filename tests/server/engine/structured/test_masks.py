@@ -16,8 +16,8 @@ from server.engine.masks import Masks
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.engine.sequence import Sequence
 from server.model.base.weights import BaseModel
-from tests.engine_kit import GREEDY, build_engine, check_idle, run
-from tests.grammars import CODES, guidance_of
+from tests.kits.engines import GREEDY, build_engine, check_idle, run
+from tests.kits.grammars import CODES, guidance_of
 from tests.server.engine.traffic import prompt
 
 EOS = 2

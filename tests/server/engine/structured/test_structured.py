@@ -18,9 +18,9 @@ from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.errors import NotReady
 from server.model.base.weights import BaseModel
-from tests.engine_kit import GREEDY, build_engine, check_idle, refs, run, token_bytes
-from tests.grammars import BOUNDED, CODES, guidance_of
-from tests.oracles.hugging_face import load_reference, logits, merged
+from tests.kits.engines import GREEDY, build_engine, check_idle, refs, run, token_bytes
+from tests.kits.grammars import BOUNDED, CODES, guidance_of
+from tests.kits.oracles.hugging_face import load_reference, logits, merged
 from tests.server.engine.traffic import assert_same, library, prompt
 
 EOS = 2

@@ -16,7 +16,7 @@ from server.model.base.checkpoint import read_tokenizer
 from server.model.base.export import split
 from server.model.base.source import EMBEDDED, PACKAGE, find_gguf
 from server.model.base.weights import BaseModel, load_base, read_manifest
-from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tests.kits.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 pytestmark = pytest.mark.real
 

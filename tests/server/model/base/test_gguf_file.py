@@ -18,8 +18,8 @@ from server.model.base.gguf import open_gguf
 from server.model.base.quantized import QUANTIZED
 from server.model.base.source import EMBEDDED, resolve_base
 from server.model.base.weights import BaseModel, load_base
-from tests.tiny import tiny_tokenizer
-from tests.tiny_gguf import HEADS, KV_HEADS, save_tiny_gguf
+from tests.kits.tiny import tiny_tokenizer
+from tests.kits.tiny_gguf import HEADS, KV_HEADS, save_tiny_gguf
 
 TEXT = "404 Not Found.  <|im_start|>x 12"
 

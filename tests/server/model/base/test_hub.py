@@ -11,7 +11,7 @@ from server.errors import StartupError
 from server.model.base.hub import download
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base, read_manifest
-from tests.fake_hub import COMMIT, HubHandler, serving
+from tests.kits.fake_hub import COMMIT, HubHandler, serving
 
 UNWANTED = {
     "pytorch_model.bin": b"pickle",

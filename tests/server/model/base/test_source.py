@@ -21,7 +21,7 @@ from server.model.base.convert import convert
 from server.model.base.hub import Snapshot
 from server.model.base.source import resolve_base
 from server.model.base.weights import MANIFEST, WEIGHTS, load_base, read_manifest
-from tests.tiny import save_tiny_base
+from tests.kits.tiny import save_tiny_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -16,7 +16,7 @@ from server.errors import StartupError
 from server.model.base.export import export_hugging_face, split
 from server.model.base.source import resolve_base
 from server.model.base.weights import WEIGHTS, BaseModel, BaseWeights, digest_of, load_base
-from tests.tiny import save_tiny_base, tiny_tokenizer
+from tests.kits.tiny import save_tiny_base, tiny_tokenizer
 
 ODD = {
     "hidden_size": 40,

@@ -28,7 +28,7 @@ from server.model.native.library import (
     load_library,
     unit_flags,
 )
-from tests.cache import CACHE
+from tests.kits.cache import CACHE
 
 KERNELS = Path(__file__).parent / "kernels"
 CROSS_COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}

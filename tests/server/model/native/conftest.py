@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from server.model.native.library import instructions, library_name
-from tests.cache import CACHE
-from tests.native_kit import native_library
+from tests.kits.cache import CACHE
+from tests.kits.native import native_library
 
 
 @pytest.fixture

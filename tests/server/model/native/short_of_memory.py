@@ -22,7 +22,7 @@ from server.model.native.load import load_native
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
-from tests.engine_kit import GREEDY, build_engine, run
+from tests.kits.engines import GREEDY, build_engine, run
 
 LONG = 16000  # tokens, whose numbers take some 25 MB
 MB = 1 << 20

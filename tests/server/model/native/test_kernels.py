@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native_kit import native_library
+from tests.kits.native import native_library
 from tests.server.model.native.build import KERNELS, build
 
 NAMES = [

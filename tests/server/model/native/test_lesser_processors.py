@@ -15,7 +15,7 @@ from server.model.native.library import (
     instructions,
     may_be_had,
 )
-from tests.native_kit import hold_to
+from tests.kits.native import hold_to
 from tests.server.model.native.build import build
 
 X86 = MACHINES["x86_64"]

@@ -28,8 +28,8 @@ from server.model.native.library import (
     source_digest,
 )
 from server.model.native.load import load_native
-from tests.cache import CACHE
-from tests.native_kit import native_library
+from tests.kits.cache import CACHE
+from tests.kits.native import native_library
 from tests.server.model.native.build import is_own
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from server.model.base.source import resolve_base
-from tests.cache import CACHE
-from tests.native_kit import SHAPES, native_library
-from tests.tiny import save_tiny_base
+from tests.kits.cache import CACHE
+from tests.kits.native import SHAPES, native_library
+from tests.kits.tiny import save_tiny_base
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from server.model.native.library import NativeUnavailable
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import NoAdapters, SmolLM
-from tests.engine_kit import place, random_adapter
-from tests.native_kit import SHAPES, native_library, widened
-from tests.tiny import save_tiny_base
+from tests.kits.engines import place, random_adapter
+from tests.kits.native import SHAPES, native_library, widened
+from tests.kits.tiny import save_tiny_base
 
 CPU = torch.device("cpu")
 MAX_POSITIONS = 512

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.model.native.library import NativeUnavailable
-from tests import native_kit
+from tests.kits import native
 
 ROOT = Path(__file__).parents[4]
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[4]
 @pytest.fixture
 def nothing_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No library has been compiled, and there is no compiler."""
-    monkeypatch.setattr(native_kit, "CACHE", tmp_path)
+    monkeypatch.setattr(native, "CACHE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
@@ -23,8 +23,8 @@ def nothing_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_elsewhere_they_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("REQUIRE_NATIVE", raising=False)
     with pytest.raises(pytest.skip.Exception, match="nothing native here"):
-        native_kit.native_library()
-    native_kit.lend_native(tmp_path)
+        native.native_library()
+    native.lend_native(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["native.lock"]
 
 
@@ -32,18 +32,18 @@ def test_elsewhere_they_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_where_they_are_required_they_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REQUIRE_NATIVE", "1")
     with pytest.raises(pytest.fail.Exception, match="REQUIRE_NATIVE=1, but "):
-        native_kit.native_library()
+        native.native_library()
     with pytest.raises(NativeUnavailable):
-        native_kit.lend_native(tmp_path)
+        native.lend_native(tmp_path)
 
 
 def test_no_other_test_decides_for_itself() -> None:
-    """To skip for want of an instruction or a compiler is `native_kit`'s alone."""
+    """To skip for want of an instruction or a compiler is `kits.native`'s alone."""
     words = re.compile(r"skip.*(native|avx512|can_pack|bf16|compiler)|(native|avx512|can_pack|bf16).*skip", re.I)
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in (ROOT / "tests").rglob("*.py")
-        if path.name not in ("native_kit.py", Path(__file__).name)
+        if path.name not in ("native.py", Path(__file__).name)
         for line in path.read_text(encoding="utf-8").splitlines()
         if words.search(line)
     ]

@@ -14,9 +14,9 @@ from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepT
 from server.model.native.sampling import SampleTable
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
-from tests.native_kit import SHAPES, native_library, native_model
+from tests.kits.native import SHAPES, native_library, native_model
+from tests.kits.tiny import save_tiny_base
 from tests.server.model.native.test_refused_batches import training_of
-from tests.tiny import save_tiny_base
 
 LENGTH, COPIES = 400, 12
 

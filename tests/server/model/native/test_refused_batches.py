@@ -12,8 +12,8 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
 from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
-from tests.native_kit import SHAPES, native_library
-from tests.tiny import save_tiny_base
+from tests.kits.native import SHAPES, native_library
+from tests.kits.tiny import save_tiny_base
 
 NUM_GRADIENTS = 1_000_000  # more than all modules of `base` need
 

@@ -16,9 +16,9 @@ from server.model.native.abi import LoraModule, LoraPart, call, columns
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
 from server.model.rank_rows import RankRows, RowFormat
-from tests.engine_kit import place, random_adapter
-from tests.native_kit import SHAPES, native_library
-from tests.tiny import save_tiny_base
+from tests.kits.engines import place, random_adapter
+from tests.kits.native import SHAPES, native_library
+from tests.kits.tiny import save_tiny_base
 
 MAX_POSITIONS = 64
 NUM_BLOCKS, BLOCK_SIZE = 6, 16

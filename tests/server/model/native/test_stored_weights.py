@@ -11,9 +11,9 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import NativeUnavailable
 from server.model.native.model import NativeModel
-from tests.native_kit import native_library
+from tests.kits.native import native_library
+from tests.kits.tiny_gguf import save_tiny_gguf
 from tests.server.model.native.test_native_forward import LENGTHS, MAX_POSITIONS, Pair, native_logits, sequences_of
-from tests.tiny_gguf import save_tiny_gguf
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from server.model.ops.attention import attend_decode, attend_sequence, causal_bias, plan_decode
-from tests.rounding import attention_bound, is_exact
+from tests.kits.rounding import attention_bound, is_exact
 
 BLOCK = 4
 

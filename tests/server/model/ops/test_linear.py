@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from server.model.ops.linear import Linear, can_pack
-from tests.native_kit import needs_packed_products
-from tests.rounding import sum_bound
+from tests.kits.native import needs_packed_products
+from tests.kits.rounding import sum_bound
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.model.ops.linear import Pairs, add_dense, expand_sampled, shrink_block, shrink_sampled
-from tests.rounding import sum_of_rounded_bound
+from tests.kits.rounding import sum_of_rounded_bound
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

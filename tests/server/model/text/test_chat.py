@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage, PromptEncoder
-from tests.oracles.hugging_face import decoded, templated
-from tests.tiny import own, tiny_tokenizer
+from tests.kits.oracles.hugging_face import decoded, templated
+from tests.kits.tiny import own, tiny_tokenizer
 
 IM_START, IM_END = 1, 2
 TEXTS = [

@@ -11,7 +11,7 @@ from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerFast
 
 from server.model.text.template import ChatTemplate, TemplateError
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.kits.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 NAMED = tiny_tokenizer().special_tokens_map
 OF_A_HUB = """\

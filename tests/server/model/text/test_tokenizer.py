@@ -17,8 +17,8 @@ from server.model.base.checkpoint import read_tokenizer
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base, load_tokenizer
 from server.model.text.tokenizer import BaseTokenizer, tokenizer_json, vocabulary_of
-from tests.oracles.hugging_face import decoded
-from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, own, save_tiny_base, tiny_tokenizer
+from tests.kits.oracles.hugging_face import decoded
+from tests.kits.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, own, save_tiny_base, tiny_tokenizer
 
 TEXTS = [
     *("", " ", "\n\n  x", "Café déjà vu. 12 345,67", "naïve\u0301 e\u0301 \ufeff x\u200b", "\x00\x7f\ud7ff"),

@@ -19,7 +19,7 @@ from server.training.encoding import Example
 from server.training.passes import PackedAttention, TorchPass
 from server.training.trained_rows import TrainedRows
 from tests.adapters.oracle import live
-from tests.oracles.hugging_face import linear, load_reference, logits
+from tests.kits.oracles.hugging_face import linear, load_reference, logits
 
 LENGTHS = (1, 7, 2, 16, 1, 33, 17, 5, 16)
 """Below, at and above powers of two, where the groups of packed attention end."""

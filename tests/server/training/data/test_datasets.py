@@ -17,8 +17,8 @@ from adapters.storage.durable import ABANDONED_AFTER, UNFINISHED
 from server.errors import QueueFull
 from server.training.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
 from server.training.rows import CanonicalRows, CompletionRow, Row, TextRow, canonical_json
-from tests.buckets import EITHER
-from tests.small_disk import refuse_folders
+from tests.kits.buckets import EITHER
+from tests.kits.small_disk import refuse_folders
 
 JSONL = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'
 CSV = b"\xef\xbb\xbfcompletion,prompt\r\nOK,200\r\nNot Found,404\r\n"

@@ -15,9 +15,9 @@ from server.model.text.chat import ChatMessage, PromptEncoder
 from server.training import encoding
 from server.training.encoding import Example, Reference, RowEncoder, preview
 from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
-from tests.oracles.hugging_face import decoded, templated
+from tests.kits.oracles.hugging_face import decoded, templated
+from tests.kits.tiny import own, tiny_tokenizer
 from tests.server.training.data.test_rows import ROWS
-from tests.tiny import own, tiny_tokenizer
 
 BOS, EOS = 1, 2  # the tiny and the real tokenizer's <|im_start|> and <|im_end|>
 LONG = 1 << 20

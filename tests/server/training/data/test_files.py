@@ -12,7 +12,7 @@ from adapters.errors import InvalidInput, NotFound
 from server.training.datasets import DatasetStore
 from server.training.files import CONTENT, FACTS, CorruptFile, FileStore, RowSources, results_id
 from server.training.rows import CompletionRow, TextRow
-from tests.buckets import EITHER
+from tests.kits.buckets import EITHER
 
 CONTENTS = b'{"completion": "Not Found", "prompt":"404 "}\n\n{"text": "caf\xc3\xa9"}\n'
 ROWS = [CompletionRow("404 ", "Not Found"), TextRow("café")]

@@ -12,7 +12,7 @@ from server.storage.places import Storage
 from server.training.datasets import FACTS, ROWS, CorruptDataset, DatasetStore
 from server.training.files import FileStore, checked_uploads, results_id
 from server.training.rows import CanonicalRows
-from tests.buckets import Proxy
+from tests.kits.buckets import Proxy
 from tests.server.training.data.test_datasets import JSONL, ROWS_OF_BOTH, put
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from server.training.spec import LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
 from server.training.trained_rows import initial_weights
 from server.training.trainer import Trainer
-from tests.gpu_kit import NEEDS_GPU, waits
+from tests.kits.gpu import NEEDS_GPU, waits
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.codes_kit import KINDS, Left, longer, run, tensors
 

@@ -9,8 +9,8 @@ from server.model.base.weights import BaseModel
 from server.model.smollm import NoAdapters
 from server.training.encoding import Example, Examples
 from server.training.evaluate import Evaluation, evaluate
-from tests.engine_kit import random_adapter
-from tests.oracles.hugging_face import load_reference, logits, merged
+from tests.kits.engines import random_adapter
+from tests.kits.oracles.hugging_face import load_reference, logits, merged
 from tests.server.training.data.rows_kit import make_examples, measured, model_of, pass_of, rows_of
 
 

@@ -20,9 +20,9 @@ from server.training.encoding import Example
 from server.training.spec import TrainingSpec
 from server.training.trainables import TrainableModel
 from server.training.trainer import Trainer
-from tests.oracles.hugging_face import load_reference
+from tests.kits.oracles.hugging_face import load_reference
+from tests.kits.tiny import save_tiny_base
 from tests.server.training.data.rows_kit import make_examples, reference_loss
-from tests.tiny import save_tiny_base
 
 NUM_STEPS, NUM_WARMUP, RATE, DECAY, MAX_NORM = 6, 2, 3e-4, 0.5, 1.0
 SPEC = TrainingSpec(

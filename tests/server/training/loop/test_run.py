@@ -20,9 +20,9 @@ from server.training.rows import CompletionRow
 from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, LoraSpec, Method, TrainingSpec
 from server.training.trainer import TrainingDiverged
-from tests.oracles.hugging_face import load_reference, merged
+from tests.kits.oracles.hugging_face import load_reference, merged
+from tests.server.jobs.attempt_kit import job_data
 from tests.server.training.data.rows_kit import measured
-from tests.server.training.worker.attempt_kit import job_data
 
 SPEC = JobSpec(
     "codes",

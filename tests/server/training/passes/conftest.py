@@ -5,7 +5,7 @@ import ctypes
 import pytest
 
 from server.model.base.weights import BaseModel
-from tests.native_kit import SHAPES, native_library, tiny_of
+from tests.kits.native import SHAPES, native_library, tiny_of
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from server.training.passes import PackedAttention
 from server.training.spec import Init, LoraSpec
 from server.training.trained_rows import TrainedRows, adapter_config, initial_weights
 from tests.adapters.oracle import loaded
-from tests.oracles.hugging_face import load_reference, logits
+from tests.kits.oracles.hugging_face import load_reference, logits
 from tests.server.training.data.rows_kit import (
     deltas,
     distance,

@@ -22,7 +22,7 @@ from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, TrainingSpec
 from server.training.trainables import TrainableModel
 from server.training.trainer import Trainer
-from tests.bf16_products import multiplies_bf16, torch_bf16
+from tests.kits.bf16_products import multiplies_bf16, torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Disturbed, Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, off, tokens

@@ -22,7 +22,7 @@ from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
 from server.training.trained_rows import initial_weights
-from tests.bf16_products import torch_bf16
+from tests.kits.bf16_products import torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, tokens, uneven

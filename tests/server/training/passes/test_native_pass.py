@@ -26,10 +26,10 @@ from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
 from server.training.trained_rows import initial_weights
 from server.training.trainer import Trainer, TrainingDiverged
-from tests.bf16_products import torch_bf16
-from tests.cache import CACHE
-from tests.engine_kit import random_adapter
-from tests.native_kit import tiny_of, widened
+from tests.kits.bf16_products import torch_bf16
+from tests.kits.cache import CACHE
+from tests.kits.engines import random_adapter
+from tests.kits.native import tiny_of, widened
 from tests.server.training.loop.test_run import Disturbed, Listener, tensors
 
 MAX_LENGTH = 160

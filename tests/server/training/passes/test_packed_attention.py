@@ -9,8 +9,8 @@ import torch
 from server.model.base.weights import BaseModel
 from server.model.smollm import NoAdapters
 from server.training.passes import TILE, PackedAttention
-from tests.engine_kit import random_adapter
-from tests.oracles.hugging_face import load_reference
+from tests.kits.engines import random_adapter
+from tests.kits.oracles.hugging_face import load_reference
 from tests.server.training.data.rows_kit import (
     LENGTHS,
     make_examples,

@@ -12,7 +12,7 @@ from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from server.model.smollm import NoAdapters
 from server.training.passes import Dropout
 from server.training.trained_rows import TrainedRows
-from tests.engine_kit import place, random_adapter
+from tests.kits.engines import place, random_adapter
 from tests.server.model.test_rank_rows import CPU, SHAPE
 from tests.server.training.data.rows_kit import (
     deltas,

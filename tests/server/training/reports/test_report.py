@@ -25,8 +25,8 @@ from server.training.report import (
     peak_memory_bytes,
 )
 from server.training.spec import JobSpec
-from tests.pretended.card import Card
-from tests.pretended.cuda import on_card, pretended_cuda
+from tests.kits.fake_gpu.card import Card
+from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
 from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
 
 CPU = torch.device("cpu")

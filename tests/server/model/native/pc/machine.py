@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cache import CACHE
+from tests.kits.cache import CACHE
 from tests.server.model.native.build import WARNINGS, run
 
 KERNELS = CACHE / "kernel"

@@ -1,1 +1,0 @@
-"""What takes strangers' bytes: one module for each, with its `TARGET`."""

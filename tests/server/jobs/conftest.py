@@ -1,0 +1,50 @@
+"""Databases for the queue, and a HOME to train in."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from server.database import connect
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
+from server.model.base.weights import BaseModel
+from tests.server.jobs.attempt_kit import Shop
+
+
+@pytest.fixture
+def engine(database_url: str | None, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
+    """A database with all tables. Whatever is run on it compiles for PostgreSQL, too, or the test fails."""
+    if database_url is None:
+        shutil.copy(new_database, tmp_path)
+    engine = connect(tmp_path, url=database_url)
+    sa.event.listen(engine, "before_execute", _compile_for_postgresql)
+    yield engine
+    engine.dispose()
+
+
+def _compile_for_postgresql(connection: sa.Connection, statement: Any, *_: object) -> None:
+    if isinstance(statement, sa.ClauseElement):
+        statement.compile(dialect=postgresql.dialect())
+
+
+@pytest.fixture
+def jobs(engine: sa.Engine) -> Jobs:
+    return Jobs(engine)
+
+
+@pytest.fixture
+def leases(engine: sa.Engine) -> Leases:
+    return Leases(engine)
+
+
+@pytest.fixture
+def shop(new_database: Path, tmp_path: Path, tiny_base: BaseModel) -> Iterator[Shop]:
+    shutil.copy(new_database, tmp_path)
+    engine = connect(tmp_path)
+    yield Shop(tmp_path, engine, tiny_base)
+    engine.dispose()

@@ -1,0 +1,58 @@
+"""Ended at any moment, by will or by force, a job goes on to every number that an undisturbed one leaves."""
+
+from dataclasses import replace
+from itertools import count
+
+import pytest
+
+from server.model.base.weights import BaseModel
+from server.training.job_data import JobData
+from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from tests.server.jobs.attempt_kit import Interruption, Shop, job_data
+from tests.server.jobs.merge_kit import sample
+
+TRAINING = TrainingSpec(max_steps=5, learning_rate=1e-2, batch_size=4, max_length=48, eval_steps=2)
+JOBS = {
+    "stops early, and a gate": JobSpec(
+        "codes",
+        lora=LoraSpec(rank=2),
+        training=replace(TRAINING, max_steps=9, learning_rate=0.3, early_stopping_patience=2, checkpoint_steps=3),
+        publish_if="improves_latest",
+        alias="best",
+    ),
+    "measures the last step, and has no checkpoints": JobSpec(
+        "codes", lora=LoraSpec(rank=2, dropout=0.1), training=TRAINING
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tiny_base: BaseModel) -> JobData:
+    return job_data(tiny_base)
+
+
+def submit(shop: Shop, spec: JobSpec, data: JobData, name: str) -> None:
+    """The job of that id, for a name whose latest version is the same each time."""
+    shop.publish(name, sample(shop.base.config.shape, 1))
+    shop.submit(replace(spec, name=name), data, name)
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param("leave", marks=pytest.mark.thorough), pytest.param("kill", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("spec", JOBS.values(), ids=JOBS)
+def test_ended_at_each_moment_in_turn(shop: Shop, data: JobData, spec: JobSpec, how: Interruption) -> None:
+    """How many there are differs by a few: the adapter is read meanwhile that completes the held-out prompts."""
+    submit(shop, spec, data, "whole")
+    least = shop.attempt().num_moments // 2
+    expected = shop.result("whole")
+    for moment in count():
+        submit(shop, spec, data, name := f"at-{moment}")
+        shop.attempt(moment, how)
+        if has_ended := shop.jobs.get(name).status.has_ended:
+            assert moment > least
+        else:
+            shop.attempt()
+        assert shop.result(name) == expected, f"moment {moment}"
+        if has_ended:
+            break

@@ -1,0 +1,120 @@
+"""Living workers are seen, of whatever process; dead ones aren't, however they died."""
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from server.jobs.supervisor import own_name, present, workers_of
+from tests.server.jobs.job_kit import until
+
+HOLD = """
+import sys
+from pathlib import Path
+from server.jobs.supervisor import own_name, present
+with present(Path(sys.argv[1])):
+    print(own_name(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_nobody_is_there_before_the_first(tmp_path: Path) -> None:
+    assert workers_of(tmp_path) == []
+
+
+def test_one_is_there_for_as_long_as_it_lives(tmp_path: Path) -> None:
+    with present(tmp_path):
+        assert workers_of(tmp_path) == [own_name()]
+        assert workers_of(tmp_path) == [own_name()], "looking changes nothing"
+    assert workers_of(tmp_path) == []
+    assert list((tmp_path / "workers").iterdir()) == []
+
+
+def test_a_killed_one_is_gone_at_once(tmp_path: Path) -> None:
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        names = []
+        for other in others:
+            assert other.stdout is not None
+            names.append(other.stdout.readline().strip())
+        assert workers_of(tmp_path) == sorted(names)
+        others[0].kill()
+        others[0].wait()
+        until(lambda: workers_of(tmp_path) == [names[1]])
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def may_number_apart() -> bool:
+    """Whether this machine lets processes have a numbering of their own."""
+    program = shutil.which("unshare")
+    return (
+        program is not None
+        and subprocess.run([program, "--pid", "--fork", "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not may_number_apart(), reason="needs unshare, and leave to use it")
+def test_two_containers_with_the_machines_name(tmp_path: Path) -> None:
+    """As with Docker's `network_mode: host`: each is the first process of its own numbering."""
+    apart = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", HOLD, str(tmp_path)]
+    others = [subprocess.Popen(apart, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    watch = threading.Timer(100, others[1].kill)
+    watch.start()
+    try:
+        names = {other.stdout.readline().strip() for other in others if other.stdout is not None}
+        assert len(names - {""}) == 2, "the second one waits for the first"
+        assert workers_of(tmp_path) == sorted(names)
+    finally:
+        watch.cancel()
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def test_one_that_comes_while_somebody_looks_is_not_taken_for_dead(tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            workers_of(tmp_path)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(300):
+            with present(tmp_path):
+                assert workers_of(tmp_path) == [own_name()]
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def test_another_of_the_same_name_is_not_waited_for(tmp_path: Path) -> None:
+    """Of a container that has this one's host name (`network_mode: host`), and counts processes from 1, too."""
+    has_begun = threading.Event()
+
+    def work() -> None:
+        with present(tmp_path):
+            has_begun.set()
+
+    with present(tmp_path):
+        threading.Thread(target=work, daemon=True).start()
+        assert has_begun.wait(60), "its worker takes no job for as long as this one lives"
+        assert workers_of(tmp_path) == [own_name()]
+
+
+def test_a_home_that_takes_no_file_stops_no_worker(tmp_path: Path) -> None:
+    (tmp_path / "workers").write_text("in the way")
+    with present(tmp_path):
+        assert workers_of(tmp_path) == []

@@ -1,0 +1,145 @@
+"""A real server on which equal jobs train, and what each must leave however it was disturbed.
+
+`tests.stress.kill_nine` and `tests.stress.pauses` disturb them. A job that nobody disturbs comes first; all others
+must end in its bytes, with its events and its numbers. Both bases take the default path: native where it can be.
+"""
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from adapters.store.store import AdapterStore
+from server.model.base.source import EMBEDDED, resolve_base
+from tests.end_to_end.server_process import ServerProcess
+from tests.end_to_end.training_client import CHILD, ENDED, code_rows, get, processes, submit, succeeded
+from tests.kits.cache import CACHE
+from tests.kits.native import has_native
+from tests.kits.tiny import NATIVE_SIZES, save_tiny_base
+
+Base = Literal["tiny", "real"]
+NAME = "codes"
+NUM_ROWS = 48
+TRAINING: Mapping[Base, Mapping[str, object]] = {
+    "tiny": {"epochs": 10, "batch_size": 4, "eval_steps": 3, "checkpoint_steps": 10, "learning_rate": 1e-2},
+    "real": {"epochs": 4, "batch_size": 8, "eval_steps": 3, "checkpoint_steps": 2, "learning_rate": 3e-3},
+}
+TIMES = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
+"""What a report says of time and memory: no two jobs agree on them."""
+PATIENCE = 600.0
+"""Seconds for a job to end, once nobody disturbs it."""
+
+
+@dataclass
+class Drill:
+    """A server that may be killed, and the jobs that were given to it."""
+
+    base: Base
+    home: Path
+    model: Path
+    rng: random.Random
+    server: ServerProcess
+    expected: Mapping[str, Any] = field(default_factory=dict)  # what the undisturbed job left
+    num_steps: int = 0  # that it took
+    seconds: float = 0.0
+    jobs: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, base: Base, home: Path, seed: int = 0) -> "Drill":
+        """A server, and on it one job that nothing disturbs."""
+        model = resolve_base(EMBEDDED, CACHE) if base == "real" else tiny_base(home)
+        drill = cls(base, home, model, random.Random(seed), start(home, model))
+        try:
+            job = succeeded(drill.server, drill.submit(), PATIENCE)
+            drill.expected = drill.left_by(job["id"])
+        except BaseException:
+            drill.server.close()
+            raise
+        computed_by = drill.expected["report"]["environment"]["computed_by"]
+        assert (computed_by == ["torch"]) is not has_native(), f"computed by {computed_by}"
+        started, finished = (datetime.fromisoformat(job[key]) for key in ("started_at", "finished_at"))
+        drill.num_steps, drill.seconds = job["progress"]["total_steps"], (finished - started).total_seconds()
+        return drill
+
+    @property
+    def digest(self) -> str:
+        """Of what each job publishes."""
+        return str(self.expected["adapter"]["digest"])
+
+    def submit(self) -> str:
+        """Another job, the same as all others."""
+        body = {"name": NAME, "data": code_rows(NUM_ROWS), "lora": {"rank": 4}, "validation": 0.2}
+        body["publish_if"] = "improves_base"
+        self.jobs.append(submit(self.server, **body, training=TRAINING[self.base]))
+        return self.jobs[-1]
+
+    def running(self, after_attempt: int = 0) -> int:
+        """Wait until a process works on the last job in a later attempt, or on another one; which one."""
+        while True:
+            job = get(self.server, f"/train/{self.jobs[-1]}")
+            if job["status"] in ENDED:
+                self.submit()
+                after_attempt = 0
+            elif job["status"] == "running" and job["attempt"] > after_attempt and processes(self.server, CHILD):
+                return int(job["attempt"])
+            time.sleep(0.05)
+
+    def restart(self) -> None:
+        """Once the server is dead."""
+        self.server.close()
+        self.server = start(self.home, self.model)
+
+    def left_by(self, job_id: str) -> dict[str, Any]:
+        """Bytes, events and numbers of a job that has succeeded, but for times and what tells jobs apart."""
+        job, report = get(self.server, f"/train/{job_id}"), get(self.server, f"/train/{job_id}/report")
+        events = get(self.server, f"/train/{job_id}/events")
+        progress = {key: value for key, value in job["progress"].items() if key not in TIMES}
+        return {
+            "adapter": job["adapter"] and {key: job["adapter"][key] for key in ("name", "digest")},
+            "progress": progress,
+            "metrics": job["metrics"],
+            "report": {key: value for key, value in report.items() if key not in TIMES},
+            "events": [(event["message"], event["data"]) for event in events if event["type"] == "metrics"],
+        }
+
+    def check(self) -> None:
+        """AssertionError where a job isn't as the undisturbed one, or was published more than once."""
+        for job_id in self.jobs:
+            succeeded(self.server, job_id, PATIENCE)
+            found = self.left_by(job_id)
+            for key, value in self.expected.items():
+                assert found[key] == value, (
+                    f"{job_id} ended with other {key}: {_first_difference(found[key], value)}"
+                )
+        steps = [data["step"] for _, data in self.expected["events"]]
+        assert steps == list(range(1, self.num_steps + 1))
+        versions = get(self.server, f"/adapters/{NAME}")["versions"]
+        assert sorted(version["job_id"] for version in versions) == sorted(self.jobs)
+        AdapterStore(self.home / "adapters").verify(self.digest)
+
+
+def tiny_base(directory: Path) -> Path:
+    """Of sizes that native code covers, saved there."""
+    return save_tiny_base(directory / "tiny", "llama", NATIVE_SIZES)
+
+
+def start(home: Path, model: Path) -> ServerProcess:
+    return ServerProcess(home, model=model, workers=1, max_model_len=256, kv_cache_bytes=1 << 26)
+
+
+def _first_difference(found: Any, expected: Any) -> str:
+    """Where two lists or objects part."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in expected:
+            if found.get(key) != expected[key]:
+                return f"{key}: {_first_difference(found.get(key), expected[key])}"
+    if isinstance(expected, list) and isinstance(found, list):
+        if len(found) != len(expected):
+            return f"{len(found)} in the place of {len(expected)}"
+        for ours, theirs in zip(found, expected, strict=True):
+            if ours != theirs:
+                return _first_difference(ours, theirs)
+    return f"{found} in the place of {expected}"

@@ -1,0 +1,1 @@
+"""Kinds of bytes from strangers: a module for each, with its `TARGET`."""
