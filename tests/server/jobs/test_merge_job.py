@@ -26,8 +26,8 @@ from server.jobs.merge_spec import ORIGIN, MergeSpec, read_origin, read_spec
 from server.model.base.weights import BaseModel
 from server.training.model_card import model_card
 from server.training.spec import JobSpec
-from tests.server.jobs.merge_kit import library_of, merge_spec, publish, sample, spec_of
 from tests.server.jobs.job_kit import submit
+from tests.server.jobs.merge_kit import library_of, merge_spec, publish, sample, spec_of
 
 TIES = Recipe("ties", 0.5, seed=3)
 EXPRESSION = "left*0.7+right@1*-0.25"

@@ -30,9 +30,9 @@ from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from tests.kits.fake_gpu.cuda import pretended_cuda
 from tests.kits.native import lend_native, native_library, tiny_of
 from tests.server.jobs.attempt_kit import Shop, job_data
+from tests.server.jobs.job_kit import submit, until
 from tests.server.jobs.merge_kit import merge_spec, spec_of
 from tests.server.jobs.stub_worker import FAST
-from tests.server.jobs.job_kit import submit, until
 
 STARVED = (
     "import sys, torch\n"

@@ -32,8 +32,8 @@ from server.jobs.merge_spec import MergeSpec
 from server.jobs.pipe import EXIT_NO_BASE, EXIT_NO_DATABASE, EXIT_NO_ROOM, EXIT_NO_STORE
 from server.jobs.worker import Timing, Worker
 from server.storage.reserve import DISK_FULL, FILE_NAME, Reserve
-from tests.server.jobs.stub_worker import FAST
 from tests.server.jobs.job_kit import STUB, final_digest, stays, steps_done, submit_stub, until, working
+from tests.server.jobs.stub_worker import FAST
 
 WORKER = ("-m", "tests.server.jobs.stub_worker")
 ROOT = Path(__file__).parents[3]

@@ -1,6 +1,6 @@
 """`make fairness`: one project asks for everything at once, and another must hardly notice.
 
-    python -m tests.stress.fairness --minutes 10  the verdict: the exit code is 1 if the modest project had to suffer
+    python -m tests.stress.fairness --minutes 10   the verdict; exits with 1 if the modest project had to suffer
     python -m tests.stress.fairness --each            a table of single faults, without a verdict
 
 A real server serves two projects on the real base. `modest` asks a short question and an adapter's answer each
