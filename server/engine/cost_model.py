@@ -35,6 +35,11 @@ class RowCosts:
         """Of one more token, in a step of so many decoding sequences."""
         return self._lines[_band(num_sequences)].fit()[1]
 
+    def step(self, num_sequences: int) -> float:
+        """Return the seconds of a step of so many decoding sequences and nothing else; 0 if none was seen."""
+        band = _band(num_sequences)
+        return self._lines[band].fit()[0] * num_sequences / band
+
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
         """A step of so many decoding sequences with so many other tokens took so long."""
         line = self._lines[_band(num_sequences)]
@@ -79,6 +84,7 @@ class _Line:
 
 
 _LEAST_TOKENS = 16  # tokens: fewer take hardly less
+_LEAST_SEQUENCES = 8  # fewer take hardly less
 _ASSUMED_TOKEN = 0.001  # seconds, before a step of prompts alone was seen
 _RATIO_MEMORY = 0.8  # of the time of a prompt's token, which grows with what comes before it
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
@@ -97,8 +103,15 @@ class PromptRoom:
         return max(_LEAST_TOKENS, int(self._slower / self._costs.of(num_decoding)))
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:
-        """Return how many tokens of prompts make a step of about this time, with `num_decoding` others."""
-        return max(_LEAST_TOKENS, int(seconds / self._token_seconds) - num_decoding)
+        """Return how many tokens of prompts make a step of about this time, with `num_decoding` sequences."""
+        if num_decoding:
+            seconds -= self._costs.step(num_decoding)
+        return max(_LEAST_TOKENS, int(seconds / self._token_seconds))
+
+    def decodes_within(self, seconds: float, num_decoding: int) -> int:
+        """Return how many of `num_decoding` sequences a step of about this time may compute."""
+        step = self._costs.step(num_decoding)
+        return num_decoding if step <= seconds else max(_LEAST_SEQUENCES, int(num_decoding * seconds / step))
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Note that a step of these chunks took so long. Drafts belong to the decodes."""

@@ -5,8 +5,10 @@ budget between the prompts. Chunk borders are multiples of `chunk_size`, whateve
 borders anywhere, they are where the budget ends, and the budget follows the measured cost of prompts
 (`prompt_room`).
 
-Prompts: while several projects send requests, steps with prompts take about `QUICK_STEP` at most, since a project
-that begins has to wait for the step that is under way. The oldest prompt gets at least half of the budget, so it
+Quick steps: while several projects send requests, a step takes about `QUICK_STEP` at most, since a project that
+begins has to wait for the step that is under way. Sequences that decode take turns, and prompts have the rest.
+
+Prompts: the oldest prompt gets at least half of the budget, so it
 can't starve. The rest goes to the project that has had the least engine time first, and of its prompts to the
 shortest remainders, so a short prompt doesn't wait behind a long one.
 
@@ -39,7 +41,7 @@ from server.engine.shares import ProjectShares
 from server.engine.waiting import Adapters, Turn, WaitingQueues, WaitingSet
 
 QUICK_STEP = 0.04
-"""Seconds that a step with prompts may take while several projects send requests."""
+"""Seconds that a step may take while several projects send requests."""
 _COMPANY_SECONDS = 60.0  # a project counts as one that sends requests for so long after its last one
 _MAX_ROW_SHARE = 0.75
 """Of the rank rows: a project that holds more gives way to another that needs some, however many those are."""
@@ -113,6 +115,7 @@ class Scheduler:
         self.blocks = blocks
         self.num_preemptions = 0
         self.running: list[Sequence] = []  # in order of admission
+        self._num_steps = 0
         self.at_work: Sequence | None = None  # whose turn it was, if `schedule` raised
         self._adapters = adapters
         self._clock = clock
@@ -169,12 +172,13 @@ class Scheduler:
         self.at_work = None
         num_preemptions = self.num_preemptions
         due = self._due()
-        chunks = self._chunks({s: s.num_tokens for s in self._able(due) if s.is_decoding})
+        decodes, waiting = self._decodes(due)
+        chunks = self._chunks({sequence: sequence.num_tokens for sequence in decodes})
         if self._waiting and self.num_preemptions == num_preemptions:
             self._admit(chunks, failed, due)
             due = self._due()  # projects that have begun come first
         chunks = [chunk for chunk in chunks if chunk.sequence.request.project in due]
-        begun = {chunk.sequence for chunk in chunks}
+        begun = {*waiting, *(chunk.sequence for chunk in chunks)}
         prompts = [sequence for sequence in self._able(due) if sequence not in begun]
         chunks += self._chunks(self._prefill_stops(prompts, len(chunks)))
         chunks = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
@@ -193,6 +197,22 @@ class Scheduler:
     def _able(self, projects: Collection[str]) -> list[Sequence]:
         """Return the running sequences of these projects that don't wait for a mask."""
         return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
+
+    def _decodes(self, due: Collection[str]) -> tuple[list[Sequence], list[Sequence]]:
+        """Return the sequences that decode in this step, and those that wait for the next one.
+
+        While several projects send requests, a step has as many as fit in a quick step, in turn.
+        """
+        decoding = [sequence for sequence in self._able(due) if sequence.is_decoding]
+        num = len(decoding)
+        if len(self._seen) > 1 and self._prompt_room is not None and decoding:
+            num = self._prompt_room.decodes_within(QUICK_STEP, num)
+            if num < len(decoding):
+                decoding.sort(key=lambda sequence: sequence.last_step)
+        self._num_steps += 1
+        for sequence in decoding[:num]:
+            sequence.last_step = self._num_steps
+        return decoding[:num], decoding[num:]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
         """Make a chunk for each sequence up to its stop, unless it is preempted for an older one."""

@@ -67,6 +67,19 @@ def test_a_step_that_is_held_up_counts_little() -> None:
     for _ in range(100):
         room.observe(chunks(0, 100), 0.1)
     assert room.within(0.04) == pytest.approx(40, abs=1)
-    assert room.within(0.04, num_decoding=10) == pytest.approx(30, abs=1)
     room.observe(chunks(0, 20), 0.9)
     assert room.within(0.04) >= 30
+
+
+def test_a_quick_step_has_room_for_fewer_sequences() -> None:
+    room = PromptRoom(32, 0.71)
+    assert room.decodes_within(0.04, 32) == 32  # nothing was seen yet
+    for _ in range(100):
+        room.observe(chunks(0, 100), 0.1)
+        room.observe(chunks(32, 0), 0.08)
+        room.observe(chunks(8, 0), 0.02)
+    assert room.decodes_within(0.04, 32) == pytest.approx(16, abs=1)
+    assert room.decodes_within(0.04, 8) == 8
+    assert room.decodes_within(0.001, 8) == 8
+    assert room.within(0.04, num_decoding=8) == pytest.approx(20, abs=1)
+    assert room.within(0.04, num_decoding=32) == 16
