@@ -35,17 +35,9 @@ class RowCosts:
         """Of one more token, in a step of so many decoding sequences."""
         return self._lines[_band(num_sequences)].fit()[1]
 
-    def step(self, num_sequences: int) -> float:
-        """Return the seconds of a step of so many decoding sequences and nothing else; 0 if none was seen."""
-        band = _band(num_sequences)
-        return self._lines[band].fit()[0] * num_sequences / band
-
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
         """A step of so many decoding sequences with so many other tokens took so long."""
-        line = self._lines[_band(num_sequences)]
-        start, share = line.fit()
-        usual = start * (1 + share * num_tokens)
-        line.add(num_tokens, min(seconds, _OUTLIER * usual) if usual else seconds)
+        self._lines[_band(num_sequences)].add(num_tokens, seconds)
 
 
 def _band(num_sequences: int) -> int:
@@ -64,7 +56,15 @@ class _Line:
     xx: float = 0.0
     xy: float = 0.0
 
+    def at(self, x: float) -> float:
+        """Return the seconds at x by the line, 0 if nothing was added."""
+        start, share = self.fit()
+        return start * (1 + share * x)
+
     def add(self, x: float, y: float) -> None:
+        """Add a step. One that something else held up counts as a little slower than the line says."""
+        if usual := self.at(x):
+            y = min(y, _OUTLIER * usual)
         self.n = _MEMORY * self.n + 1
         self.x = _MEMORY * self.x + x
         self.y = _MEMORY * self.y + y
@@ -95,6 +95,7 @@ class PromptRoom:
 
     def __init__(self, max_num_seqs: int, share: float) -> None:
         self._costs = RowCosts(max_num_seqs, _ASSUMED_STEP)
+        self._decodes = _Line(1 / _ASSUMED_STEP)  # steps of decoding sequences alone, by their tokens
         self._slower = share / (1 - share)  # by how many steps without prompts a step with them may be longer
         self._token_seconds = _ASSUMED_TOKEN
 
@@ -105,13 +106,15 @@ class PromptRoom:
     def within(self, seconds: float, num_decoding: int = 0) -> int:
         """Return how many tokens of prompts make a step of about this time, with `num_decoding` sequences."""
         if num_decoding:
-            seconds -= self._costs.step(num_decoding)
+            seconds -= self._decodes.at(num_decoding)
         return max(_LEAST_TOKENS, int(seconds / self._token_seconds))
 
     def decodes_within(self, seconds: float, num_decoding: int) -> int:
         """Return how many of `num_decoding` sequences a step of about this time may compute."""
-        step = self._costs.step(num_decoding)
-        return num_decoding if step <= seconds else max(_LEAST_SEQUENCES, int(num_decoding * seconds / step))
+        start, share = self._decodes.fit()
+        if not start:
+            return num_decoding
+        return min(num_decoding, max(_LEAST_SEQUENCES, int((seconds / start - 1) / share)))
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Note that a step of these chunks took so long. Drafts belong to the decodes."""
@@ -119,6 +122,8 @@ class PromptRoom:
         num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         if num_decoding:
             self._costs.observe(num_decoding, num_tokens, seconds)
+            if not num_tokens:
+                self._decodes.add(sum(chunk.num_tokens for chunk in chunks), seconds)
         elif num_tokens >= _LEAST_TOKENS:
             token_seconds = min(seconds / num_tokens, _OUTLIER * self._token_seconds)
             self._token_seconds += (1 - _RATIO_MEMORY) * (token_seconds - self._token_seconds)
