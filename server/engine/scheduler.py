@@ -6,11 +6,12 @@ borders anywhere, they are where the budget ends, and the budget follows the mea
 (`prompt_room`).
 
 Quick steps: while several projects send requests, a step takes about `QUICK_STEP` at most, since a project that
-begins has to wait for the step that is under way. Sequences that decode take turns, and prompts have the rest.
+begins has to wait for the step that is under way. Prompts have what decoding sequences leave of it. If one of the
+projects has nothing running, sequences that decode take turns; otherwise all of them take part in each step.
 
-Prompts: the oldest prompt gets at least half of the budget, so it
-can't starve. The rest goes to the project that has had the least engine time first, and of its prompts to the
-shortest remainders, so a short prompt doesn't wait behind a long one.
+Prompts: the oldest prompt gets at least half of the budget, so it can't starve. The rest goes to the project that
+has had the least engine time first, and of its prompts to the shortest remainders, so a short prompt doesn't wait
+behind a long one.
 
 Projects: engine time is shared equally (`shares`); a project that has had more than its share sits out. Waiting
 projects take turns, those with the fewest sequences running first, and so do the adapter sets of each
@@ -40,7 +41,7 @@ from server.engine.sequence import Chunk, Hold, Sequence, Status
 from server.engine.shares import ProjectShares
 from server.engine.waiting import Adapters, Turn, WaitingQueues, WaitingSet
 
-QUICK_STEP = 0.04
+QUICK_STEP = 0.025
 """Seconds that a step may take while several projects send requests."""
 _COMPANY_SECONDS = 60.0  # a project counts as one that sends requests for so long after its last one
 _MAX_ROW_SHARE = 0.75
@@ -190,6 +191,12 @@ class Scheduler:
         chunks.sort(key=lambda chunk: order[chunk.sequence])  # a request's first choice comes first
         return Step(tuple(chunks), tuple(failed))
 
+    @property
+    def _another_may_begin(self) -> bool:
+        """Whether another project that sent requests lately has nothing running: its next one should begin soon."""
+        running = {sequence.request.project for sequence in self.running}
+        return len(self._seen) > 1 and any(project not in running for project in self._seen)
+
     def _due(self) -> frozenset[str]:
         """Return the projects whose turn it is, of those with anything to compute."""
         return self._shares.due({s.request.project for s in self.running if not s.awaits_mask})
@@ -201,11 +208,11 @@ class Scheduler:
     def _decodes(self, due: Collection[str]) -> tuple[list[Sequence], list[Sequence]]:
         """Return the sequences that decode in this step, and those that wait for the next one.
 
-        While several projects send requests, a step has as many as fit in a quick step, in turn.
+        While another project may begin, a step has as many as fit in a quick step, in turn.
         """
         decoding = [sequence for sequence in self._able(due) if sequence.is_decoding]
         num = len(decoding)
-        if len(self._seen) > 1 and self._prompt_room is not None and decoding:
+        if decoding and self._prompt_room is not None and self._another_may_begin:
             num = self._prompt_room.decodes_within(QUICK_STEP, num)
             if num < len(decoding):
                 decoding.sort(key=lambda sequence: sequence.last_step)
