@@ -15,8 +15,9 @@ from collections import deque
 SHARE = 0.01
 """Share of all steps' time that trials may cost in the long run."""
 
-_RESERVE = 8.0  # in steps: what trials may cost at once in a new band, and when steps become slow
-_LONG_BAND, _RESERVE_OF_LONG = 4, 1.0  # a new band of steps of 128 tokens or more: prompts that somebody waits for
+_RESERVE = 8.0  # in steps: what trials may cost at once when steps become slow
+_FIRST_RESERVE = 2.0  # in a new band
+_LONG_BAND, _FIRST_RESERVE_OF_LONG = 4, 1.0  # steps of 128 tokens or more: prompts that somebody waits for
 _FEE = 0.05  # in steps: the least that a trial is charged, so that equal sizes aren't tried all the time
 _SLOW = 1.25  # a band is slow if its recent steps took this many times as long as its usual ones
 _RECENT_MEMORY, _USUAL_MEMORY = 0.8, 0.99  # weight of a mean after the next step
@@ -55,7 +56,8 @@ class TeamSize:
     def _band(self, num_tokens: int) -> "_Band":
         band = num_tokens.bit_length() // 2  # 1, 2 to 7, 8 to 31 and so on
         if band not in self._bands:
-            self._bands[band] = _Band(self._sizes, _RESERVE if band < _LONG_BAND else _RESERVE_OF_LONG)
+            reserve = _FIRST_RESERVE if band < _LONG_BAND else _FIRST_RESERVE_OF_LONG
+            self._bands[band] = _Band(self._sizes, reserve)
         return self._bands[band]
 
 
