@@ -193,7 +193,7 @@ class Scheduler:
 
     @property
     def _another_may_begin(self) -> bool:
-        """Whether another project that sent requests lately has nothing running: its next one should begin soon."""
+        """Whether a project that sent requests lately has nothing running: its next one should begin soon."""
         running = {sequence.request.project for sequence in self.running}
         return len(self._seen) > 1 and any(project not in running for project in self._seen)
 
