@@ -56,15 +56,11 @@ class _Line:
     xx: float = 0.0
     xy: float = 0.0
 
-    def at(self, x: float) -> float:
-        """Return the seconds at x by the line, 0 if nothing was added."""
-        start, share = self.fit()
-        return start * (1 + share * x)
-
     def add(self, x: float, y: float) -> None:
         """Add a step. One that something else held up counts as a little slower than the line says."""
-        if usual := self.at(x):
-            y = min(y, _OUTLIER * usual)
+        start, share = self.fit()
+        if start:
+            y = min(y, _OUTLIER * start * (1 + share * x))
         self.n = _MEMORY * self.n + 1
         self.x = _MEMORY * self.x + x
         self.y = _MEMORY * self.y + y
@@ -85,8 +81,9 @@ class _Line:
 
 _LEAST_TOKENS = 16  # tokens: fewer take hardly less
 _LEAST_SEQUENCES = 8  # fewer take hardly less
-_ASSUMED_TOKEN = 0.001  # seconds, before a step of prompts alone was seen
-_RATIO_MEMORY = 0.8  # of the time of a prompt's token, which grows with what comes before it
+_FIRST_TOKENS = 9  # reading the weights takes as long as computing this number of tokens
+_ASSUMED_TOKEN = 0.001  # seconds, before a step of several tokens was seen
+_RATIO_MEMORY = 0.8  # of the time of a token, which grows with what comes before it
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 
 
@@ -95,7 +92,6 @@ class PromptRoom:
 
     def __init__(self, max_num_seqs: int, share: float) -> None:
         self._costs = RowCosts(max_num_seqs, _ASSUMED_STEP)
-        self._decodes = _Line(1 / _ASSUMED_STEP)  # steps of decoding sequences alone, by their tokens
         self._slower = share / (1 - share)  # by how many steps without prompts a step with them may be longer
         self._token_seconds = _ASSUMED_TOKEN
 
@@ -105,16 +101,15 @@ class PromptRoom:
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:
         """Return how many tokens of prompts make a step of about this time, with `num_decoding` sequences."""
-        if num_decoding:
-            seconds -= self._decodes.at(num_decoding)
-        return max(_LEAST_TOKENS, int(seconds / self._token_seconds))
+        return max(_LEAST_TOKENS, self._tokens_within(seconds) - num_decoding)
 
-    def decodes_within(self, seconds: float, num_decoding: int) -> int:
+    def decodes_within(self, seconds: float, num_decoding: int, *, beside_prompts: bool) -> int:
         """Return how many of `num_decoding` sequences a step of about this time may compute."""
-        start, share = self._decodes.fit()
-        if not start:
-            return num_decoding
-        return min(num_decoding, max(_LEAST_SEQUENCES, int((seconds / start - 1) / share)))
+        num = self._tokens_within(seconds) - (_LEAST_TOKENS if beside_prompts else 0)
+        return min(num_decoding, max(_LEAST_SEQUENCES, num))
+
+    def _tokens_within(self, seconds: float) -> int:
+        return int(seconds / self._token_seconds) - _FIRST_TOKENS
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Note that a step of these chunks took so long. Drafts belong to the decodes."""
@@ -122,8 +117,7 @@ class PromptRoom:
         num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         if num_decoding:
             self._costs.observe(num_decoding, num_tokens, seconds)
-            if not num_tokens:
-                self._decodes.add(sum(chunk.num_tokens for chunk in chunks), seconds)
-        elif num_tokens >= _LEAST_TOKENS:
-            token_seconds = min(seconds / num_tokens, _OUTLIER * self._token_seconds)
+        num_rows = sum(chunk.num_tokens for chunk in chunks)
+        if num_rows >= _LEAST_TOKENS:
+            token_seconds = min(seconds / (_FIRST_TOKENS + num_rows), _OUTLIER * self._token_seconds)
             self._token_seconds += (1 - _RATIO_MEMORY) * (token_seconds - self._token_seconds)

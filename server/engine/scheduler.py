@@ -210,10 +210,11 @@ class Scheduler:
 
         While another project may begin, a step has as many as fit in a quick step, in turn.
         """
-        decoding = [sequence for sequence in self._able(due) if sequence.is_decoding]
+        able = self._able(due)
+        decoding = [sequence for sequence in able if sequence.is_decoding]
         num = len(decoding)
         if decoding and self._prompt_room is not None and self._another_may_begin:
-            num = self._prompt_room.decodes_within(QUICK_STEP, num)
+            num = self._prompt_room.decodes_within(QUICK_STEP, num, beside_prompts=num < len(able))
             if num < len(decoding):
                 decoding.sort(key=lambda sequence: sequence.last_step)
         self._num_steps += 1

@@ -317,7 +317,7 @@ def test_streams_take_turns_while_several_projects_send_requests() -> None:
     seconds_to_finish(sim, short)
     for _ in range(10):
         before = [stream.num_tokens for stream in streams]
-        steps = [sim.step() for _ in range(5)]
+        steps = [sim.step() for _ in range(8)]
         assert all(seconds_of(len(step.chunks)) < 1.2 * QUICK_STEP for step in steps)
         assert all(stream.num_tokens > num for stream, num in zip(streams, before, strict=True))
 
