@@ -37,7 +37,10 @@ class RowCosts:
 
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
         """A step of so many decoding sequences with so many other tokens took so long."""
-        self._lines[_band(num_sequences)].add(num_tokens, seconds)
+        line = self._lines[_band(num_sequences)]
+        start, share = line.fit()
+        usual = start * (1 + share * num_tokens)
+        line.add(num_tokens, min(seconds, _OUTLIER * usual) if usual else seconds)
 
 
 def _band(num_sequences: int) -> int:
@@ -57,10 +60,6 @@ class _Line:
     xy: float = 0.0
 
     def add(self, x: float, y: float) -> None:
-        """Add a step. One that something else held up counts as a little slower than the line says."""
-        start, share = self.fit()
-        if start:
-            y = min(y, _OUTLIER * start * (1 + share * x))
         self.n = _MEMORY * self.n + 1
         self.x = _MEMORY * self.x + x
         self.y = _MEMORY * self.y + y
@@ -80,10 +79,8 @@ class _Line:
 
 
 _LEAST_TOKENS = 16  # tokens: fewer take hardly less
-_LEAST_SEQUENCES = 8  # fewer take hardly less
-_FIRST_TOKENS = 9  # reading the weights takes as long as computing this number of tokens
-_ASSUMED_TOKEN = 0.001  # seconds, before a step of several tokens was seen
-_RATIO_MEMORY = 0.8  # of the time of a token, which grows with what comes before it
+_ASSUMED_TOKEN = 0.001  # seconds, before a step of prompts alone was seen
+_RATIO_MEMORY = 0.8  # of the time of a prompt's token, which grows with what comes before it
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 
 
@@ -100,16 +97,8 @@ class PromptRoom:
         return max(_LEAST_TOKENS, int(self._slower / self._costs.of(num_decoding)))
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:
-        """Return how many tokens of prompts make a step of about this time, with `num_decoding` sequences."""
-        return max(_LEAST_TOKENS, self._tokens_within(seconds) - num_decoding)
-
-    def decodes_within(self, seconds: float, num_decoding: int, *, beside_prompts: bool) -> int:
-        """Return how many of `num_decoding` sequences a step of about this time may compute."""
-        num = self._tokens_within(seconds) - (_LEAST_TOKENS if beside_prompts else 0)
-        return min(num_decoding, max(_LEAST_SEQUENCES, num))
-
-    def _tokens_within(self, seconds: float) -> int:
-        return int(seconds / self._token_seconds) - _FIRST_TOKENS
+        """Return how many tokens of prompts make a step of about this time, with `num_decoding` others."""
+        return max(_LEAST_TOKENS, int(seconds / self._token_seconds) - num_decoding)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Note that a step of these chunks took so long. Drafts belong to the decodes."""
@@ -117,7 +106,6 @@ class PromptRoom:
         num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         if num_decoding:
             self._costs.observe(num_decoding, num_tokens, seconds)
-        num_rows = sum(chunk.num_tokens for chunk in chunks)
-        if num_rows >= _LEAST_TOKENS:
-            token_seconds = min(seconds / (_FIRST_TOKENS + num_rows), _OUTLIER * self._token_seconds)
+        elif num_tokens >= _LEAST_TOKENS:
+            token_seconds = min(seconds / num_tokens, _OUTLIER * self._token_seconds)
             self._token_seconds += (1 - _RATIO_MEMORY) * (token_seconds - self._token_seconds)

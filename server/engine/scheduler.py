@@ -5,13 +5,10 @@ budget between the prompts. Chunk borders are multiples of `chunk_size`, whateve
 borders anywhere, they are where the budget ends, and the budget follows the measured cost of prompts
 (`prompt_room`).
 
-Quick steps: while several projects send requests, a step takes about `QUICK_STEP` at most, since a project that
-begins has to wait for the step that is under way. Prompts have what decoding sequences leave of it. If one of the
-projects has nothing running, sequences that decode take turns; otherwise all of them take part in each step.
-
-Prompts: the oldest prompt gets at least half of the budget, so it can't starve. The rest goes to the project that
-has had the least engine time first, and of its prompts to the shortest remainders, so a short prompt doesn't wait
-behind a long one.
+Prompts: while several projects send requests, steps with prompts take about `QUICK_STEP` at most, since a project
+that begins has to wait for the step that is under way. The oldest prompt gets at least half of the budget, so it
+can't starve. The rest goes to the project that has had the least engine time first, and of its prompts to the
+shortest remainders, so a short prompt doesn't wait behind a long one.
 
 Projects: engine time is shared equally (`shares`); a project that has had more than its share sits out. Waiting
 projects take turns, those with the fewest sequences running first, and so do the adapter sets of each
@@ -41,8 +38,8 @@ from server.engine.sequence import Chunk, Hold, Sequence, Status
 from server.engine.shares import ProjectShares
 from server.engine.waiting import Adapters, Turn, WaitingQueues, WaitingSet
 
-QUICK_STEP = 0.025
-"""Seconds that a step may take while several projects send requests."""
+QUICK_STEP = 0.04
+"""Seconds that a step with prompts may take while several projects send requests."""
 _COMPANY_SECONDS = 60.0  # a project counts as one that sends requests for so long after its last one
 _MAX_ROW_SHARE = 0.75
 """Of the rank rows: a project that holds more gives way to another that needs some, however many those are."""
@@ -116,7 +113,6 @@ class Scheduler:
         self.blocks = blocks
         self.num_preemptions = 0
         self.running: list[Sequence] = []  # in order of admission
-        self._num_steps = 0
         self.at_work: Sequence | None = None  # whose turn it was, if `schedule` raised
         self._adapters = adapters
         self._clock = clock
@@ -173,13 +169,12 @@ class Scheduler:
         self.at_work = None
         num_preemptions = self.num_preemptions
         due = self._due()
-        decodes, waiting = self._decodes(due)
-        chunks = self._chunks({sequence: sequence.num_tokens for sequence in decodes})
+        chunks = self._chunks({s: s.num_tokens for s in self._able(due) if s.is_decoding})
         if self._waiting and self.num_preemptions == num_preemptions:
             self._admit(chunks, failed, due)
             due = self._due()  # projects that have begun come first
         chunks = [chunk for chunk in chunks if chunk.sequence.request.project in due]
-        begun = {*waiting, *(chunk.sequence for chunk in chunks)}
+        begun = {chunk.sequence for chunk in chunks}
         prompts = [sequence for sequence in self._able(due) if sequence not in begun]
         chunks += self._chunks(self._prefill_stops(prompts, len(chunks)))
         chunks = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
@@ -191,12 +186,6 @@ class Scheduler:
         chunks.sort(key=lambda chunk: order[chunk.sequence])  # a request's first choice comes first
         return Step(tuple(chunks), tuple(failed))
 
-    @property
-    def _another_may_begin(self) -> bool:
-        """Whether a project that sent requests lately has nothing running: its next one should begin soon."""
-        running = {sequence.request.project for sequence in self.running}
-        return len(self._seen) > 1 and any(project not in running for project in self._seen)
-
     def _due(self) -> frozenset[str]:
         """Return the projects whose turn it is, of those with anything to compute."""
         return self._shares.due({s.request.project for s in self.running if not s.awaits_mask})
@@ -204,23 +193,6 @@ class Scheduler:
     def _able(self, projects: Collection[str]) -> list[Sequence]:
         """Return the running sequences of these projects that don't wait for a mask."""
         return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
-
-    def _decodes(self, due: Collection[str]) -> tuple[list[Sequence], list[Sequence]]:
-        """Return the sequences that decode in this step, and those that wait for the next one.
-
-        While another project may begin, a step has as many as fit in a quick step, in turn.
-        """
-        able = self._able(due)
-        decoding = [sequence for sequence in able if sequence.is_decoding]
-        num = len(decoding)
-        if decoding and self._prompt_room is not None and self._another_may_begin:
-            num = self._prompt_room.decodes_within(QUICK_STEP, num, beside_prompts=num < len(able))
-            if num < len(decoding):
-                decoding.sort(key=lambda sequence: sequence.last_step)
-        self._num_steps += 1
-        for sequence in decoding[:num]:
-            sequence.last_step = self._num_steps
-        return decoding[:num], decoding[num:]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
         """Make a chunk for each sequence up to its stop, unless it is preempted for an older one."""

@@ -176,7 +176,6 @@ class Sequence:
     scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING
     num_lost_tokens: int = 0  # computed when it was last preempted; it isn't again before it has more
-    last_step: int = 0  # number of the last step in which it decoded
     admitted_at: float | None = None
     first_token_at: float | None = None
     _block_keys: list[bytes] = field(default_factory=list)

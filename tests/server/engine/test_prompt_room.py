@@ -66,28 +66,7 @@ def test_a_step_that_is_held_up_counts_little() -> None:
     room = PromptRoom(8, 0.71)
     for _ in range(100):
         room.observe(chunks(0, 100), 0.1)
-    assert room.within(0.04) == pytest.approx(34, abs=1)
+    assert room.within(0.04) == pytest.approx(40, abs=1)
+    assert room.within(0.04, num_decoding=10) == pytest.approx(30, abs=1)
     room.observe(chunks(0, 20), 0.9)
-    assert room.within(0.04) >= 25
-
-
-def test_a_quick_step_has_room_for_fewer_sequences() -> None:
-    room = PromptRoom(32, 0.71)
-    for _ in range(100):
-        room.observe(chunks(32, 0), 0.041)
-    assert room.decodes_within(0.08, 32, beside_prompts=True) == 32
-    assert room.decodes_within(0.04, 32, beside_prompts=True) == 15  # and 16 tokens of prompts
-    assert room.decodes_within(0.04, 32, beside_prompts=False) == 31
-    assert room.within(0.04, num_decoding=8) == 23
-    assert room.within(0.04, num_decoding=32) == 16
-    assert room.decodes_within(0.001, 32, beside_prompts=True) == 8
-    assert room.decodes_within(0.001, 4, beside_prompts=True) == 4
-
-
-def test_steps_of_streams_and_prompts_say_how_many_fit() -> None:
-    """A project with a long prompt has no other steps for seconds."""
-    room = PromptRoom(32, 0.71)
-    for _ in range(100):
-        room.observe(chunks(32, 16), 0.114)
-    assert room.decodes_within(0.04, 32, beside_prompts=True) == 8
-    assert room.decodes_within(0.08, 32, beside_prompts=True) == 15
+    assert room.within(0.04) >= 30

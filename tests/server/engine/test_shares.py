@@ -306,22 +306,6 @@ def test_steps_are_short_while_several_projects_send_requests() -> None:
     assert num_tokens() == 512
 
 
-def test_streams_take_turns_while_several_projects_send_requests() -> None:
-    """A project that begins waits for a quick step, whatever the number of streams of another."""
-    sim = timed(num_blocks=4000, max_num_seqs=64, drafts=True)
-    streams = add(sim, "a", 64, 1000)
-    for _ in range(30):
-        sim.step()
-    assert len(sim.step().chunks) == 64
-    (short,) = add(sim, "b", 1, 2)
-    seconds_to_finish(sim, short)
-    for _ in range(10):
-        before = [stream.num_tokens for stream in streams]
-        steps = [sim.step() for _ in range(8)]
-        assert all(seconds_of(len(step.chunks)) < 1.2 * QUICK_STEP for step in steps)
-        assert all(stream.num_tokens > num for stream, num in zip(streams, before, strict=True))
-
-
 def test_equal_projects_run_in_the_same_steps() -> None:
     """Shares cost no throughput among projects that use the same."""
     sim = timed(num_blocks=4000, max_num_seqs=32)
