@@ -26,22 +26,19 @@ from adapters.names import BASE, DEFAULT_PROJECT, MAX_NAME, NAME, NAME_RULE, is_
 from server.access.access import Access
 from server.access.audit import Entry
 from server.access.keys import ApiKey
-from server.access.principal import DEFAULT_SCOPES, Quota, Scope
+from server.access.principal import DEFAULT_SCOPES, Scope
 from server.access.usage import FLUSH_SECONDS, By
 from server.api import wire
 from server.api.authentication import PROJECT_HEADER
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, READS
 from server.api.routes import ADMIN, READ, requires
-from server.api.schemas import Body
+from server.api.schemas import LimitFields
 from server.api.strict_route import StrictRoute
 from server.jobs.jobs import refuse_with_uploads
 from server.storage.reserve import Reserve
 
 _NAME = rf"^{NAME.pattern}$"
-_MOST = (1 << 53) - 1  # what JavaScript's numbers hold
-
-Limit = Annotated[int, Field(ge=1, le=_MOST)]
 
 
 def _name(given: str) -> str:
@@ -55,19 +52,6 @@ Name = Annotated[
     AfterValidator(_name),
     WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": _NAME}),
 ]
-
-
-class LimitFields(Body):
-    """What a key may, or a project's keys together. Null: no limit."""
-
-    requests_per_minute: Limit | None = Field(None, description="requests other than GET")
-    tokens_per_minute: Limit | None = Field(None, description="of prompts, and of answers as long as they may be")
-    max_jobs: Limit | None = Field(None, description="that haven't ended")
-    max_bytes: Limit | None = Field(None, description="stored: adapters, data sets and files")
-
-    @property
-    def quota(self) -> Quota:
-        return Quota(**{name: getattr(self, name) for name in LimitFields.model_fields})
 
 
 class KeyBody(LimitFields):

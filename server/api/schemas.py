@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from server.access.principal import Quota
+
 MAX_SEED = (1 << 63) - 1
 MAX_STOPS = 16
 MAX_BIASES = 1024
@@ -95,6 +97,22 @@ class ResponseFormatBody(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaBody | None = Field(None, description="with the type json_schema alone")
+
+
+Limit = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # the largest integer that JavaScript keeps exact
+
+
+class LimitFields(Body):
+    """The limits of a key, or of all keys of a project together. Null: no limit."""
+
+    requests_per_minute: Limit | None = Field(None, description="requests other than GET")
+    tokens_per_minute: Limit | None = Field(None, description="of prompts, and of answers as long as they may be")
+    max_jobs: Limit | None = Field(None, description="that haven't ended")
+    max_bytes: Limit | None = Field(None, description="stored: adapters, data sets and files")
+
+    @property
+    def quota(self) -> Quota:
+        return Quota(**{name: getattr(self, name) for name in LimitFields.model_fields})
 
 
 class FieldProblem(BaseModel):

@@ -48,7 +48,7 @@ def quota_of(
     requests_per_minute: int | None, tokens_per_minute: int | None, max_jobs: int | None, max_bytes: str | None
 ) -> Quota:
     """What the options say, within the bounds of POST /keys. Raises InvalidInput with the fields at fault."""
-    from server.api.accounts import LimitFields
+    from server.api.schemas import LimitFields
 
     num_bytes = None if max_bytes is None else _num_bytes(max_bytes)
     values = (requests_per_minute, tokens_per_minute, max_jobs, num_bytes)

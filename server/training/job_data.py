@@ -10,12 +10,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters.errors import SmoloraError
 from adapters.storage.durable import new_file
-from server.model.base.weights import BaseModel
 from server.training.encoding import Examples, Reference, load_examples, save_examples
 from server.training.spec import read_document
+
+if TYPE_CHECKING:
+    from server.model.base.weights import BaseModel
 
 DATA_NAME = "data.json"
 """Is written last of a job's rows."""
@@ -51,7 +54,7 @@ class JobData:
     facts: DataFacts
     base_digest: str | None  # of the base that they were tokenized for; None: of before that was kept
 
-    def check_base(self, base: BaseModel) -> None:
+    def check_base(self, base: "BaseModel") -> None:
         """Raises AnotherBase where `base` isn't the one that they were tokenized for, as far as that is known."""
         if self.base_digest is not None and base.digest != self.base_digest:
             raise AnotherBase(
