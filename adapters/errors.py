@@ -21,8 +21,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True)
+class Hint:
+    """Advice that is part of an error's message. Clients replace `text` by their own advice for `code`."""
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class SmoloraError(Exception):
-    """Whatever smolora raises on purpose. `str(error)` is safe to show: no paths, no prompt text."""
+    """Base class of all errors that smolora raises. `str(error)` is safe to show: no paths, no prompt text."""
+
+    def __init__(self, message: str = "", *, hint: Hint | None = None) -> None:
+        """`message` includes the text of `hint`."""
+        super().__init__(message)
+        self.hint = hint
 
     def __reduce__(self) -> tuple[object, ...]:
         # An exception's own would call the constructor with the finished message, and drop the cause.

@@ -24,7 +24,7 @@ from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, seen, select_ve
 from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import FAILURES, aliases, lock, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
-from adapters.errors import Conflict, InvalidInput, NotFound, TryAgain
+from adapters.errors import Conflict, Hint, InvalidInput, NotFound, TryAgain
 from adapters.expression import Term, render
 from adapters.names import Viewpoint, name_fault, split_key
 
@@ -213,6 +213,9 @@ def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
             recorder.forget(version)
 
 
+_FORCE = Hint("force_delete", "?force=true deletes aliases with it")
+
+
 def _refuse_held(connection: sa.Connection, name: str, number: int | None, force: bool, of: Viewpoint) -> None:
     """Conflict, naming whatever holds the version, or one of all; `force` lets aliases go. Other projects'
     compositions are counted, but for the operator.
@@ -236,11 +239,12 @@ def _refuse_held(connection: sa.Connection, name: str, number: int | None, force
     holders += blended
     if not holders:
         return
-    helps = ["?force=true deletes aliases with it"] if has_aliases else []
+    hint = _FORCE if has_aliases else None
+    helps = [_FORCE.text] if has_aliases else []
     helps += ["delete the compositions first"] if len(rows) > num_others else []
     helps += ["make it private, which ends their use, and ask the operator to delete theirs"] if num_others else []
     shown = f"{', '.join(holders[:20])}{', …' if len(holders) > 20 else ''}"
-    raise Conflict(f"held by {shown}: {'; '.join(helps)}")
+    raise Conflict(f"held by {shown}: {'; '.join(helps)}", hint=hint)
 
 
 def _mend_latest(connection: sa.Connection, name: str) -> None:

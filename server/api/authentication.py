@@ -18,7 +18,7 @@ from typing import cast
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from adapters.errors import NotFound
+from adapters.errors import Hint, NotFound
 from server.access.access import Access
 from server.access.principal import ANONYMOUS, Principal
 from server.api.near_names import unknown_path
@@ -96,6 +96,8 @@ PROJECT_HEADER = "OpenAI-Project"
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """They change nothing, and don't count towards a rate."""
 _PRINCIPAL, _END = "principal", "end_of_key"
+_SEND_KEY = Hint("send_key", "Authorization: Bearer <key>")
+_OMIT_PROJECT = Hint("omit_project", "leave out OpenAI-Project")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -138,7 +140,7 @@ class Authentication:
             self._metrics.refused(self._access.ring.fault_of(secret))
             if secret is not None:
                 await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
-            raise Unauthorized("send a valid key: Authorization: Bearer <key>")
+            raise Unauthorized(f"send a valid key: {_SEND_KEY}", hint=_SEND_KEY)
         if resource is NOWHERE and not principal.is_operator:
             raise self._no_such_path(path)
         scopes = resource.methods.get(method, resource.all).scopes or ()
@@ -161,7 +163,7 @@ class Authentication:
             return principal
         if not principal.is_operator:
             whose = "a client without a key works in" if principal.key_id == ANONYMOUS else "this key is one of"
-            raise Forbidden(f"{whose} the project {principal.project}: leave out OpenAI-Project")
+            raise Forbidden(f"{whose} the project {principal.project}: {_OMIT_PROJECT}", hint=_OMIT_PROJECT)
         found = self._access.ring.within(principal, project)
         if found is None and principal.key_id != ANONYMOUS:
             raise NotFound("there is no project of the name that OpenAI-Project gives")

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
-from adapters.errors import Conflict, NotFound
+from adapters.errors import Conflict
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
@@ -17,6 +17,7 @@ from server.api.routes import MAX_UPLOAD_BYTES, TRAIN, requires
 from server.api.train_answers import dataset_document
 from server.api.train_schemas import DatasetAnswer, DatasetList, DatasetUploaded
 from server.api.uploads import form_bytes, received_form, uploaded_rows
+from server.training.datasets import no_dataset
 from server.training.rows import IgnoredFields
 
 router = APIRouter(prefix="/datasets", tags=["train"])
@@ -91,7 +92,7 @@ def _put(services: Services, form: FormData) -> dict[str, object]:
 
 def _delete(services: Services, dataset_id: str) -> None:
     if not services.datasets.has(dataset_id):  # a damaged one can go, too
-        raise NotFound("no data set has this id: GET /datasets lists them")
+        raise no_dataset()
     if services.jobs.in_use(dataset_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")
     services.datasets.delete(dataset_id)

@@ -18,7 +18,7 @@ from adapters.errors import NotFound
 from server.api import wire
 from server.api.lanes import Places
 from server.api.train_answers import event_document
-from server.jobs.jobs import NO_JOB, Event, Standing
+from server.jobs.jobs import Event, Standing, no_job
 
 POLL_SECONDS = 0.3
 KEEP_ALIVE_SECONDS = 15.0
@@ -180,7 +180,7 @@ class JobFeeds:
         has_more = False
         for job_id, feed in feeds.items():
             if job_id not in found:
-                self._fail(feed, NotFound(NO_JOB.format(job_id)))
+                self._fail(feed, no_job(job_id))
                 continue
             standing, events = found[job_id]
             before = feed.last

@@ -16,7 +16,7 @@ from string import Formatter
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
+from adapters.errors import Conflict, FieldError, Hint, InvalidInput, NotFound, SmoloraError
 from server.api import wire
 from server.api.near_names import unknown_field
 from server.errors import Forbidden, PayloadTooLarge, RateLimited, TryAgain, Unauthorized, Unavailable
@@ -97,14 +97,17 @@ def status_of(error: SmoloraError) -> int:
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
-def document(status: int, detail: str, errors: Sequence[FieldError] = ()) -> dict[str, object]:
-    """The problem as JSON: `errors[].loc` ends in the field's name."""
+def document(
+    status: int, detail: str, errors: Sequence[FieldError] = (), hint: Hint | None = None
+) -> dict[str, object]:
+    """Return the problem as JSON: `errors[].loc` ends in the field's name."""
     return {
         "type": "about:blank",
         "title": http.HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
         "errors": [{"loc": list(error.loc), "message": error.message} for error in errors],
+        **({} if hint is None else {"hint": {"code": hint.code, "text": hint.text}}),
     }
 
 
@@ -150,7 +153,7 @@ def _document_of(error: Exception) -> dict[str, object]:
     if isinstance(error, InvalidInput):
         rest = [FieldError(error.errors[-1].loc[:1], f"and {error.num_more} more")] if error.num_more else []
         return document(status, summary(error.errors, error.num_more), [*error.errors, *rest])
-    return document(status, str(error))
+    return document(status, str(error), hint=error.hint)
 
 
 def summary(errors: Sequence[FieldError], num_more: int = 0) -> str:

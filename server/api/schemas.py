@@ -120,6 +120,11 @@ class FieldProblem(BaseModel):
     message: str
 
 
+class ProblemHint(BaseModel):
+    code: str = Field(description="never changes")
+    text: str = Field(description="the part of `detail` that a client may replace by its own advice")
+
+
 class Problem(BaseModel):
     """RFC 9457."""
 
@@ -128,6 +133,7 @@ class Problem(BaseModel):
     status: int
     detail: str
     errors: list[FieldProblem]
+    hint: ProblemHint | None = Field(None, description="what to do about it; absent if there is no code for that")
 
 
 class UsedAdapter(BaseModel):

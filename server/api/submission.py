@@ -93,7 +93,7 @@ def _stored(sources: RowSources, source_id: str, name: str, ignored: IgnoredFiel
     try:
         return sources.rows(source_id, ignored)
     except NotFound as error:
-        raise NotFound(f"{name}: {error}") from None
+        raise NotFound(f"{name}: {error}", hint=error.hint) from None
 
 
 def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> CanonicalRows:

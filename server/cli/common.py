@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
+from adapters.errors import SmoloraError
 from server.config import Flag, SettingsT, WorkerSettings, described, load, server_url
 from server.config.environment import log_format
 from server.errors import StartupError
@@ -99,16 +100,16 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 SCRIPTS_WIDTH = 1000
 """Of tables that no terminal shows: a script that reads one gets each row on one line."""
-_OWN_TERMS = {
-    "GET /train lists": "`smolora jobs` lists",
-    "GET /datasets lists": "`smolora datasets` lists",
-    "GET /keys lists": "`smolora keys list` lists",
-    "GET /projects lists": "`smolora projects list` lists",
-    "send a valid key: Authorization: Bearer <key>": "it wants a valid key: set SMOLORA_API_KEY, or --api-key",
-    "?force=true": "--force",
-    ": leave out OpenAI-Project": ", and that is another's",
-    "of the name that OpenAI-Project gives": "of that name",
+_ADVICE = {
+    "force_delete": "--force deletes aliases with it",
+    "list_datasets": "`smolora datasets` lists them",
+    "list_jobs": "`smolora jobs` lists them",
+    "list_keys": "`smolora keys list` lists them",
+    "list_projects": "`smolora projects list` lists them",
+    "omit_project": "the adapter is another project's",
+    "send_key": "set SMOLORA_API_KEY, or give --api-key",
 }
+"""What the command line advises for the server's hints, by their codes."""
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
 _NAMES = ("adapter", "data set", "job", "key", "name", "project", "state", "status")
 _WHOLE = (*_NAMES, *_NUMBERS)  # columns that stay on one line
@@ -149,7 +150,7 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
 
 def say_refused(error: "ClientError") -> None:
     """Tell what a server refused, or why there is none."""
-    for line in in_own_terms(str(error)).splitlines():
+    for line in advised(error).splitlines():
         typer.echo(f"smolora: {line}", err=True)
 
 
@@ -163,11 +164,10 @@ def refuse_options_before(context: typer.Context) -> None:
             raise typer.BadParameter(f"give it behind the command: {command} … {flag}", param_hint=flag)
 
 
-def in_own_terms(message: str) -> str:
-    """What the server says of its routes, as commands."""
-    for route, own in _OWN_TERMS.items():
-        message = message.replace(route, own)
-    return message
+def advised(error: "ClientError | SmoloraError") -> str:
+    """Return the error's message, with the command line's advice instead of HTTP's."""
+    message, hint = str(error), error.hint
+    return message if hint is None else message.replace(hint.text, _ADVICE.get(hint.code, hint.text))
 
 
 def suggestion(*arguments: str, client: "Client | None" = None) -> str:

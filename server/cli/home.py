@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from adapters.errors import Conflict, InvalidInput, NotFound
-from server.cli.common import in_own_terms
+from server.cli.common import advised
 from server.config import WorkerSettings, load
 from server.errors import StartupError
 
@@ -101,7 +101,7 @@ def refusals(**options: str) -> Iterator[None]:
         say("; ".join(told))
         raise typer.Exit(1) from None
     except (NotFound, Conflict) as error:
-        say(in_own_terms(str(error)))
+        say(advised(error))
         raise typer.Exit(1) from None
 
 

@@ -9,7 +9,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from adapters.errors import sentence
+from adapters.errors import Hint, sentence
 from server.config import is_loopback
 from server.system.program import program
 
@@ -38,11 +38,12 @@ class Options(TypedDict, total=False):
 
 
 class ClientError(Exception):
-    """The server said no, or nothing. `status` is HTTP's, None where there was no answer."""
+    """The server refused a request or didn't answer. `status` is None if it didn't answer."""
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, hint: Hint | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.hint = hint
 
     @property
     def may_pass(self) -> bool:
@@ -120,7 +121,7 @@ class Connection:
             with self._http.stream(method, path, **options) as response:
                 if response.is_error:
                     response.read()
-                    raise ClientError(_reason(response), response.status_code)
+                    raise _refused(response)
                 if response.has_redirect_location:  # not followed: the key is for who was named
                     place = response.headers["Location"]
                     raise ClientError(
@@ -171,11 +172,13 @@ def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
             name, data = "message", ""
 
 
-def _reason(response: httpx.Response) -> str:
-    """A problem in a line or several: each error with its place."""
+def _refused(response: httpx.Response) -> ClientError:
+    """Return a problem as an error: a line for each field at fault, or its detail."""
+    status = response.status_code
     try:
         problem = response.json()
         lines = [sentence(error["loc"], error["message"]) for error in problem["errors"]]
-        return "\n".join(lines) or str(problem["detail"])
+        hint = problem.get("hint") and Hint(problem["hint"]["code"], problem["hint"]["text"])
+        return ClientError("\n".join(lines) or str(problem["detail"]), status, hint)
     except (ValueError, LookupError, TypeError):
-        return f"{response.url.host} answered {response.status_code} {response.reason_phrase}"
+        return ClientError(f"{response.url.host} answered {status} {response.reason_phrase}", status)

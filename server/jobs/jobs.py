@@ -15,7 +15,7 @@ from typing import cast
 import sqlalchemy as sa
 
 from adapters.catalog.tables import transact, transacted
-from adapters.errors import Conflict, NotFound
+from adapters.errors import Conflict
 from adapters.names import Viewpoint
 from server.database.clock import database_now, database_time
 from server.errors import QueueFull
@@ -24,11 +24,11 @@ from server.jobs.events import Event, plain
 from server.jobs.merge_spec import Spec
 from server.jobs.queries import (
     FINE_TUNING,
-    NO_JOB,
     Job,
     Standing,
     get_job,
     job_of,
+    no_job,
     repeated,
     select_jobs,
 )
@@ -39,7 +39,7 @@ from server.system.program import counted
 from server.training.datasets import DatasetStore
 from server.training.files import FileStore
 
-__all__ = ["FINE_TUNING", "NO_JOB", "Event", "Job", "Jobs", "Standing", "Status"]
+__all__ = ["FINE_TUNING", "Event", "Job", "Jobs", "Standing", "Status", "no_job"]
 
 MAX_UNFINISHED = 1000
 _RETRY_SECONDS = 30.0
@@ -156,7 +156,7 @@ class Jobs:
         """What happened to the job after the event numbered `after`, at most `limit` of it. Raises NotFound."""
         with self._reader.connect() as connection:
             if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id, self._mine)).first() is None:
-                raise NotFound(NO_JOB.format(job_id))
+                raise no_job(job_id)
             return job_events.read(connection, job_id, after, limit)
 
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
@@ -172,7 +172,7 @@ class Jobs:
         with self._reader.connect() as connection:
             row = connection.execute(sa.select(jobs.c.report).where(jobs.c.id == job_id, self._mine)).first()
         if row is None:
-            raise NotFound(NO_JOB.format(job_id))
+            raise no_job(job_id)
         return cast("Mapping[str, object] | None", row.report)
 
     def cancel(self, job_id: str) -> Job:
@@ -249,7 +249,7 @@ class Jobs:
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
         if status is None:
-            raise NotFound(NO_JOB.format(job_id))
+            raise no_job(job_id)
         if not Status(status).has_ended:
             raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
         at = sa.func.coalesce(jobs.c.files_removed_at, database_now())
@@ -275,7 +275,7 @@ class Jobs:
         query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
         row = connection.execute(query).first()
         if row is None:
-            raise NotFound(NO_JOB.format(job_id))
+            raise no_job(job_id)
         if (status := Status(row.status)) not in moves:
             raise Conflict(f"the job has ended already: {status}")
         move = moves[status]

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
-from adapters.errors import InvalidInput, NotFound, SmoloraError
+from adapters.errors import Hint, InvalidInput, NotFound, SmoloraError
 from adapters.storage.durable import UNFINISHED, write_json
 from server.training.record_store import record_store
 from server.training.row_files import FILE, Format, format_of, read_rows, short_name
@@ -78,6 +78,12 @@ class Dataset:
         return read_document(cls, document)
 
 
+def no_dataset() -> NotFound:
+    """Return the error for an id that no data set of the project has."""
+    hint = Hint("list_datasets", "GET /datasets lists them")
+    return NotFound(f"no data set has this id: {hint}", hint=hint)
+
+
 class DatasetStore:
     """The data sets under one root, or in a bucket. Thread-safe. `key_id` is kept with what is put into it."""
 
@@ -89,7 +95,7 @@ class DatasetStore:
             _ID,
             FACTS,
             Dataset.from_document,
-            "no data set has this id: GET /datasets lists them",
+            no_dataset,
             CorruptDataset,
             bucket,
         )

@@ -67,12 +67,16 @@ class StoredFile:
         return read_document(cls, document)
 
 
+def _no_file() -> NotFound:
+    return NotFound("no file has this id")
+
+
 class FileStore:
     """The files under one root, or in a bucket. Thread-safe. `key_id` is kept with what is put into it."""
 
     def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
         self._key_id = key_id
-        decode, missing = StoredFile.from_document, "no file has this id"
+        decode, missing = StoredFile.from_document, _no_file
         self._records = record_store(root, _ID, FACTS, decode, missing, CorruptFile, bucket)
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
@@ -136,7 +140,7 @@ class FileStore:
         try:
             return self._records.open(file_id, CONTENT)
         except FileNotFoundError:
-            raise NotFound("no file has this id") from None
+            raise _no_file() from None
 
     def rows(self, file_id: str, ignored: IgnoredFields | None = None) -> Iterator[Row]:
         """The rows in their order; what else they have is counted.

@@ -65,7 +65,7 @@ class RecordStore(Generic[R]):
         ids: re.Pattern[str],
         file_name: str,
         decode: Callable[[Mapping[str, object]], R],
-        missing: str,
+        missing: Callable[[], NotFound],
         corrupt: type[SmoloraError],
     ) -> None:
         """`decode` raises ValueError on what is no record; `missing` says what no id names."""
@@ -80,7 +80,7 @@ class RecordStore(Generic[R]):
     def place(self, record_id: str) -> Path:
         """Its directory, whether or not it is there. Raises NotFound for what can't be an id."""
         if not self._ids.fullmatch(record_id):
-            raise NotFound(self._missing)
+            raise self._missing()
         return self._root / record_id
 
     def new(self, record_id: str) -> AbstractContextManager[Path]:
@@ -124,7 +124,7 @@ class RecordStore(Generic[R]):
         """Raises NotFound."""
         record = self.find(record_id)
         if record is None:
-            raise NotFound(self._missing)
+            raise self._missing()
         return record
 
     def has(self, record_id: str) -> bool:
@@ -155,7 +155,7 @@ class RecordStore(Generic[R]):
         try:
             remove_directory(self.place(record_id))
         except FileNotFoundError:
-            raise NotFound(self._missing) from None
+            raise self._missing() from None
 
     def clean(self) -> None:
         """Drop what killed processes left, once it is old enough."""
@@ -194,7 +194,7 @@ def record_store(
     ids: re.Pattern[str],
     file_name: str,
     decode: Callable[[Mapping[str, object]], R],
-    missing: str,
+    missing: Callable[[], NotFound],
     corrupt: type[SmoloraError],
     bucket: "Bucket | None",
 ) -> RecordStore[R]:
@@ -217,7 +217,7 @@ class SharedRecordStore(RecordStore[R]):
         ids: re.Pattern[str],
         file_name: str,
         decode: Callable[[Mapping[str, object]], R],
-        missing: str,
+        missing: Callable[[], NotFound],
         corrupt: type[SmoloraError],
         bucket: Bucket,
     ) -> None:
@@ -289,7 +289,7 @@ class SharedRecordStore(RecordStore[R]):
         self.place(record_id)
         copies = self._copies.of(record_id)
         if not any(copy.is_whole for copy in copies):
-            raise NotFound(self._missing)
+            raise self._missing()
         self._copies.remove(copies)
 
     def clean(self) -> None:

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from adapters.errors import Hint
 from server.client.client import Client
 from server.client.connection import ClientError
 
@@ -76,6 +77,15 @@ def test_a_refusal_is_final() -> None:
     with scripted(script) as client, pytest.raises(ClientError, match=r"^training\.epochs: too many$") as raised:
         client.train({"name": "a"})
     assert raised.value.status == 422
+
+
+def test_errors_keep_the_hint_of_a_problem() -> None:
+    hint = {"code": "list_jobs", "text": "GET /train lists them"}
+    problem = {"detail": "there is no job x: GET /train lists them", "errors": [], "hint": hint}
+    script = Script(document(problem, 404))
+    with scripted(script) as client, pytest.raises(ClientError, match="GET /train lists them") as raised:
+        client.job("x")
+    assert raised.value.hint == Hint("list_jobs", "GET /train lists them")
 
 
 def test_nobody_there() -> None:

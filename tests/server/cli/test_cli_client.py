@@ -419,7 +419,7 @@ def test_what_the_command_refuses(smolora: Run, rows: str, tmp_path: Path) -> No
 def test_without_a_key(smolora: Run) -> None:
     result = smolora("jobs", environment={"SMOLORA_API_KEY": ""})
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "smolora: it wants a valid key: set SMOLORA_API_KEY, or --api-key\n"
+    assert result.stderr == "smolora: send a valid key: set SMOLORA_API_KEY, or give --api-key\n"
     assert smolora("jobs", "--api-key", "secret-0123456789", environment={"SMOLORA_API_KEY": ""}).exit_code == 0
 
 
