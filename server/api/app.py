@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import accounts, adapters, compositions, datasets, faults, health, imports, openapi, web
+from server.api import accounts, adapters, compositions, datasets, health, imports, openapi, problems, web
 from server.api import compare as compare
 from server.api import generate as generate
 from server.api import train as train
@@ -101,5 +101,5 @@ def create_app(services: Services) -> FastAPI:
     for router in _ROUTERS:
         app.include_router(router)
     app.mount(web.ASSETS_PATH, web.assets)
-    faults.install(app, ROUTES)
+    problems.install(app, ROUTES)
     return app

@@ -22,9 +22,9 @@ from server.access.rates import KINDS
 from server.api.authentication import FREE_METHODS, Authentication, end_of_key, principal_of
 from server.api.bodies import Body, KeyEnded, TooSlow
 from server.api.deps import Services
-from server.api.faults import form_of
 from server.api.generation import ask_queue
 from server.api.lanes import receiving
+from server.api.problems import form_of
 from server.api.routes import Resource, Routes
 from server.api.sites import Sites
 from server.api.tracing import RequestFacts, end_request, facts

@@ -10,8 +10,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.api.authentication import end_of_key
 from server.api.bodies import LOST
-from server.api.faults import form_of
 from server.api.lanes import client_left
+from server.api.problems import form_of
 from server.errors import Unauthorized
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from typing import ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.api import problems
+from server.api.problems import PROBLEMS
 from server.config.fields import Limits
 from server.system.program import counted
 
@@ -130,7 +130,7 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             own_id = uuid.uuid4().hex
             log.warning("not HTTP: request=%s client=%s", own_id, self.client[0] if self.client else "-")
-            problem = problems.problem(400, msg, headers={"X-Request-Id": own_id, "Connection": "close"})
+            problem = PROBLEMS.problem(400, msg, headers={"X-Request-Id": own_id, "Connection": "close"})
             for event in (
                 h11.Response(status_code=400, headers=problem.raw_headers, reason=b"Bad Request"),
                 h11.Data(data=bytes(problem.body)),

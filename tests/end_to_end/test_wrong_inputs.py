@@ -295,7 +295,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /v1/files",
         {"files": {"file": ("a.jsonl", b"{}")}, "data": {"purpose": "assistants"}},
         400,
-        'purpose: must be "fine-tune", once: files have no other use here',
+        'purpose: must be "fine-tune", once: other purposes are not supported',
     ),
     (
         "POST /v1/responses",
