@@ -1,7 +1,7 @@
-"""The command line: `smolora serve` and `smolora worker`; the other commands have a file each.
+"""The `smolora` script: `serve`, `worker`, and the commands of the other modules.
 
-`--help` is instant, so what is slow to import is imported when needed.
-Whatever keeps the server from starting is one line on stderr, of the log where that is JSON, and exit code 1.
+Slow modules are imported when needed, so that `--help` is instant. If the server can't start, the reason is one
+line on stderr, in JSON if the log is, and the exit code is 1.
 """
 
 import sys
@@ -57,20 +57,20 @@ def serve(settings: Settings) -> None:
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
     has_clients_key = forget_keys()
-    _end_when_told()
+    _exit_on_sigterm()
     raise typer.Exit(serve_here(settings, has_clients_key=has_clients_key))
 
 
 @app.command()
 @with_flags(WorkerSettings)
 def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
-    """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
-    _end_when_told()
+    """Train queued jobs, one at a time, until stopped. `serve` starts SMOLORA_WORKERS workers itself."""
+    _exit_on_sigterm()
     os.umask(0o077)
     from server.jobs.worker import run_worker
 
     logs.set_up(settings.log_format)
-    for line in unknown_variables() if parent is None else ():  # whose own lines say so
+    for line in unknown_variables() if parent is None else ():  # a server's workers don't repeat its lines
         logging.getLogger("smolora.worker").warning(line)
     raise typer.Exit(run_worker(settings, parent))
 
@@ -86,15 +86,15 @@ app.add_typer(move, name="move")
 app.add_typer(projects_group, name="projects")
 
 
-def _end_when_told() -> None:
-    """By SIGTERM, until what is begun has its own way to end: a container's first process would ignore it."""
+def _exit_on_sigterm() -> None:
+    """Exit on SIGTERM, which a container's first process would ignore, until the server or worker handles it."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def main() -> None:
-    """The entry point of the `smolora` script."""
+    """Run the `smolora` script."""
     hide_keys()
-    if isinstance(sys.stdout, TextIOWrapper):  # of another encoding than UTF-8: as standard error does by itself
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr does by itself
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()

@@ -328,7 +328,7 @@ ON_THE_COMMAND_LINE: list[tuple[str, str]] = [
     ("adapters show lefft", "smolora: no such adapter: lefft (did you mean left?)"),
     (
         "adapters import missing --name mine",
-        "Invalid value for PATH: missing is not here; add --hub where the hub has it",
+        "Invalid value for PATH: missing doesn't exist; add --hub if it is on the hub",
     ),
     ("adapters delete left@7", "smolora: no such version: left@7 (left has version 1)"),
     ("adapters alias left prod 7", "smolora: no such version: left@7 (left has version 1)"),
@@ -337,7 +337,7 @@ ON_THE_COMMAND_LINE: list[tuple[str, str]] = [
     (
         "adapters --url http://127.0.0.1:9",
         "smolora: can't reach http://127.0.0.1:9: Connection refused; is it running? "
-        "`smolora serve` starts it; where it listens elsewhere, set SMOLORA_URL or SMOLORA_PORT, or give --url",
+        "`smolora serve` starts it; if it listens elsewhere, set SMOLORA_URL or SMOLORA_PORT, or give --url",
     ),
     ("adapters --url server", "smolora: server is not a server's address, such as http://127.0.0.1:8000"),
 ]

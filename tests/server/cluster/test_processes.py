@@ -252,7 +252,7 @@ def test_a_largest_number_that_would_be_forgotten(tmp_path: Path) -> None:
     told = ["up", "--home", str(tmp_path), "--address", "10.0.0.1:6379", "--max-replicas", "2"]
     done = CliRunner().invoke(commands.group, told)
     assert isinstance(done.exception, StartupError)
-    assert str(done.exception).startswith("--max-replicas goes with --replicas")
+    assert str(done.exception).startswith("with --address, --max-replicas needs --replicas")
 
 
 @pytest.mark.parametrize("port", ["0", "65536"])
