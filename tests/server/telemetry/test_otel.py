@@ -77,7 +77,7 @@ def test_any_other_header_begins_a_new_one(given: str) -> None:
 def test_what_its_client_sends_is_in_no_line(headers: dict[str, str]) -> None:
     """Of whomever: spans begin before a key is asked for."""
     code = f"""
-from server import logs
+from server.telemetry import logs
 from server.telemetry.otel import OtelTracer
 logs.set_up()
 assert OtelTracer([]).request({{"traceparent": "00-{TRACE}-{PARENT}-01", **{headers!r}}}).trace_id == "{TRACE}"
