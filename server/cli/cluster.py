@@ -10,8 +10,7 @@ from server.cli.common import say, with_flags
 from server.cli.home import HomeOption, place_of
 from server.cli.serve import serve_here
 from server.config import Settings
-from server.config.environment import set_up_ray
-from server.config.secrets import forget_keys
+from server.config.environment import forget_keys, set_up_ray
 from server.errors import StartupError
 from server.storage.home import make
 from server.telemetry import logs

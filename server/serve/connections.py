@@ -19,7 +19,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.problems import PROBLEMS
-from server.config.fields import Limits
+from server.config import Limits
 from server.system.program import counted
 
 _UNSENT_BYTES = 128 << 10

@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.deps import EngineClient
-from server.config.fields import Limits
+from server.config import Limits
 from server.jobs.supervisor import Supervisor
 from server.jobs.yielding import BusyFlag
 from server.serve.address import cannot_listen

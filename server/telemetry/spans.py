@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from server.config import trace_exporters
+from server.config.environment import trace_exporters
 
 Value = str | int | float | bool | Sequence[str]
 Attributes = Mapping[str, Value]

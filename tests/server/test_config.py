@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from server.cli import main as cli
 from server.config import PREFIX, Settings, WorkerSettings, described, is_loopback, load, to_flags
+from server.config.environment import forget_keys
 from server.config.operator_keys import OperatorKeys
-from server.config.secrets import forget_keys
 from server.errors import StartupError
 
 
@@ -109,7 +109,7 @@ def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file.touch(mode=0o600)
     monkeypatch.setenv("SMOLORA_API_KEYS", f"@{file}")
     for content, reason in (
-        *((b"", "has no keys"), (b"a b-0123456789012345\n", "without blanks"), (b"\xff\xfe", "no text")),
+        *((b"", "has no keys"), (b"a b-0123456789012345\n", "without blanks"), (b"\xff\xfe", "not text")),
         (b"first-0123456789\nshort-789012345", "needs 16 characters or more"),
     ):
         file.write_bytes(content)

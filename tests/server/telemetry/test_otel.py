@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from server.config import trace_exporters
+from server.config.environment import trace_exporters
 from server.telemetry.otel import OtelTracer, exporter_of
 from server.telemetry.spans import open_tracer
 
