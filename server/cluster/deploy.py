@@ -26,7 +26,7 @@ from server.serve.engine import base_directory, guidance_of, load_for_engine, ma
 from server.storage.home import make
 from server.storage.places import Storage
 from server.system.memory import keep_freed_memory
-from server.system.program import counted
+from server.system.messages import plural
 from server.system.threads import switch_quickly
 from server.telemetry import logs
 
@@ -176,7 +176,7 @@ def deploy(settings: Settings, scale: Scale, say: Callable[[str], None]) -> Depl
     """
     if is_too_small(scale.replicas * scale.num_cpus, scale.replicas * scale.num_gpus):
         say(
-            f"waiting for machines to join: {counted(scale.replicas, 'replica')} with {scale.num_cpus:g} cores "
+            f"waiting for machines to join: {plural(scale.replicas, 'replica')} with {scale.num_cpus:g} cores "
             f"and {scale.num_gpus:g} GPUs each are more than Ray has (--replica-cpus, --replica-gpus, --replicas)"
         )
     serve.start(proxy_location="Disabled")

@@ -18,7 +18,7 @@ from server.config import Settings
 from server.errors import StartupError
 from server.jobs.supervisor import GRACE_SECONDS, Supervisor, worker_command
 from server.serve.address import bind, refuse_strangers, url_of
-from server.system.program import counted
+from server.system.messages import plural
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
 READY_SECONDS = 180.0  # after which an API process that was restarted is given up
@@ -67,7 +67,7 @@ def up(
             )
             write_state(home, state)
             if scale is not None:
-                say(f"starting {counted(scale.replicas, 'engine replica')}")
+                say(f"starting {plural(scale.replicas, 'engine replica')}")
                 join(address)
                 try:
                     deploy(settings, scale, say)

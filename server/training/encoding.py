@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from adapters.errors import FieldError, InvalidInput
 from adapters.storage.durable import new_file
 from server.model.text.chat import PromptEncoder
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from server.training.spec import Overlong
 
@@ -195,7 +195,7 @@ class RowEncoder:
                 raise InvalidInput([FieldError(loc, f"has more than {MAX_TOKENS} tokens")])
         if faults:
             raise InvalidInput(faults[:MAX_FAULTS])
-        warnings = [_SPELLED.format(name, counted(number, "row")) for name, number in spelled.items()]
+        warnings = [_SPELLED.format(name, plural(number, "row")) for name, number in spelled.items()]
         return EncodedRows(examples, num_truncated, tuple(warnings))
 
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from server.system.program import counted
+from server.system.messages import plural
 
 Fields = Mapping[str, object]
 
@@ -118,7 +118,7 @@ def _cost(report: Fields) -> list[tuple[str, str]]:
 
 
 def _count(fields: Fields, name: str, noun: str) -> str:
-    return counted(cast("int", fields[name]), noun)
+    return plural(cast("int", fields[name]), noun)
 
 
 def _kept(report: Fields) -> str:

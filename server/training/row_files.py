@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, NoReturn, get_args
 
 from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.rows import FIELDS, IgnoredFields, Row, misspelt, parse_row, shown
 
 Format = Literal["jsonl", "csv"]
@@ -111,7 +111,7 @@ def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator
         try:
             if len(fields) != len(names):
                 raise InvalidInput.of(
-                    FILE, f"has {counted(len(fields), 'column')}, where the first line names {len(names)}"
+                    FILE, f"has {plural(len(fields), 'column')}, where the first line names {len(names)}"
                 )
             texts = dict(zip(names, fields, strict=True))
             parsed = {"messages": _json(texts["messages"], "messages")} if "messages" in texts else {}

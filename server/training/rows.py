@@ -32,7 +32,7 @@ from typing import Literal, Self, overload
 from adapters.errors import FieldError, InvalidInput
 from adapters.names import near
 from server.model.text.chat import DEVELOPER, ChatMessage, joined_parts, meant_role
-from server.system.program import counted
+from server.system.messages import plural
 
 ROLES = ("system", "user", "assistant")
 MAX_TURNS = 1024
@@ -97,7 +97,7 @@ class IgnoredFields:
 
     def warnings(self) -> list[str]:
         """One line, or none."""
-        told = [f"{shown(name)} in {counted(number, 'row')}" for name, number in self._rows.items()]
+        told = [f"{shown(name)} in {plural(number, 'row')}" for name, number in self._rows.items()]
         if self._num_others:
             told.append(f"{self._num_others} times others")
         return [f"fields that are not trained on were ignored: {', '.join(told)}"] if told else []

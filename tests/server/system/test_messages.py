@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.system.program import program
+from server.system.messages import plural, program
 
 
 @pytest.fixture
@@ -77,3 +77,8 @@ def test_what_the_command_line_suggests_runs() -> None:
     assert failed.returncode == 1
     _, suggested, _ = failed.stderr.split("`")
     subprocess.run(["bash", "-c", f"{suggested} --help"], capture_output=True, timeout=60, check=True)
+
+
+def test_plurals() -> None:
+    found = [plural(number, "stored adapter") for number in (0, 1, 2, 1000)]
+    assert found == ["0 stored adapters", "1 stored adapter", "2 stored adapters", "1,000 stored adapters"]
