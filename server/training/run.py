@@ -232,13 +232,13 @@ class Run:
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
         if self._spec.method == "full":
             return TrainableModel(self._base, max_length=self._longest, library=self._library)
-        taken_off = None
+        subtracted = None
         if start is None:
             seed, yield_or_leave = self._spec.training.seed, self._reporter.yield_or_leave
-            start, taken_off = initial_weights(self._spec.lora, self._base, seed, yield_or_leave)
+            start, subtracted = initial_weights(self._spec.lora, self._base, seed, yield_or_leave)
         dropout = self._spec.lora.dropout
         return trainable_rows(
-            self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=self._library
+            self._base, start, subtracted, max_length=self._longest, dropout=dropout, library=self._library
         )
 
     def _untouched(self) -> Pass:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from server.training.passes import Dropout, stream
+from server.training.trained_rows import Dropout, stream
 
 X = torch.zeros(9, 40)
 

@@ -16,8 +16,7 @@ from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples
 from server.training.evaluate import evaluate
 from server.training.job_data import DataFacts, JobData
-from server.training.native_pass import NativePass
-from server.training.passes import MicroBatch, TorchPass
+from server.training.passes import MicroBatch, NativePass, TorchPass
 from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, TrainingSpec
 from server.training.trainables import TrainableModel

@@ -16,8 +16,7 @@ from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples
 from server.training.evaluate import Evaluation, evaluate
 from server.training.job_data import DataFacts, JobData
-from server.training.native_pass import NativePass
-from server.training.passes import Pass, TorchPass
+from server.training.passes import NativePass, Pass, TorchPass
 from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows

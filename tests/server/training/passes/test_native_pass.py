@@ -19,8 +19,7 @@ from server.model.native.training import NativeTraining
 from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples
 from server.training.job_data import DataFacts, JobData
-from server.training.native_pass import NativePass
-from server.training.passes import MicroBatch, TorchPass
+from server.training.passes import MicroBatch, NativePass, TorchPass
 from server.training.run import Outcome, Run
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows

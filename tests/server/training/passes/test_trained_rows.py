@@ -10,8 +10,7 @@ from server.model.base.weights import BaseModel
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from server.model.smollm import NoAdapters
-from server.training.passes import Dropout
-from server.training.trained_rows import TrainedRows
+from server.training.trained_rows import Dropout, TrainedRows
 from tests.kits.engines import place, random_adapter
 from tests.server.model.test_rank_rows import CPU, SHAPE
 from tests.server.training.data.rows_kit import (
