@@ -83,7 +83,7 @@ class Pass(Protocol):
         ...
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to the trainable's; return the loss in nats."""
+        """Add `factor` times the gradients of the batch's summed loss to the trainable's; return it (nats)."""
         ...
 
     def measure(self, batch: MicroBatch) -> Measured:

@@ -52,7 +52,6 @@ class TrainableRows:
         return self.passes.accumulate(batch, factor)
 
     def collect_gradients(self) -> None:
-        """Add what torch's backward pass left to `gradients`."""
         self.rows.collect_gradients()
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:

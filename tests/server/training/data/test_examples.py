@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from server.training.encoding import Example, Examples, load_examples, save_examples
+from server.training.encoding import Example, Examples
 
 
 @st.composite
@@ -22,8 +22,8 @@ def examples(draw: st.DrawFn) -> Example:
 @given(st.lists(examples(), max_size=6))
 def test_comes_back(tmp_path_factory: pytest.TempPathFactory, given_examples: list[Example]) -> None:
     path = tmp_path_factory.mktemp("examples") / "train.safetensors"
-    save_examples(path, given_examples)
-    for held in (Examples(given_examples), load_examples(path)):
+    Examples(given_examples).save(path)
+    for held in (Examples(given_examples), Examples.load(path)):
         assert list(held) == given_examples
         assert held[:] == given_examples
         assert [held[i] for i in range(-len(held), 0)] == given_examples
@@ -31,13 +31,13 @@ def test_comes_back(tmp_path_factory: pytest.TempPathFactory, given_examples: li
         assert held.num_tokens == sum(held.lengths)
         assert held.num_targets == sum(sum(example.is_target) for example in given_examples)
     again = path.with_name("again")
-    load_examples(path).save(again)
+    Examples.load(path).save(again)
     assert again.read_bytes() == path.read_bytes()
     assert sorted(path.parent.iterdir()) == [again, path]
 
 
 def test_the_file_is_as_it_is_said(tmp_path: Path) -> None:
-    save_examples(tmp_path / "a", [Example((7, 8, 9), (False, True, True)), Example((5,), (False,))])
+    Examples([Example((7, 8, 9), (False, True, True)), Example((5,), (False,))]).save(tmp_path / "a")
     tensors = load_file(tmp_path / "a")
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
         "token_ids": (np.dtype("int32"), [7, 8, 9, 5]),
@@ -69,8 +69,8 @@ def test_a_first_token_is_no_target() -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    save_examples(path, [Example((1,), (False,))])
+    Examples([Example((1,), (False,))]).save(path)
     with pytest.raises(OverflowError):
-        save_examples(path, [Example((1 << 40,), (False,))])
-    assert load_examples(path)[0].token_ids == (1,)
+        Examples([Example((1 << 40,), (False,))]).save(path)
+    assert Examples.load(path)[0].token_ids == (1,)
     assert list(tmp_path.iterdir()) == [path]

@@ -148,8 +148,8 @@ def test_a_bad_line_is_named(line: bytes, loc: Loc, message: str) -> None:
             "line 1: the first line names promt: did you mean prompt? The columns are prompt and completion",
         ),
         (b"prompt\na\n", ("file",), "line 1: the first line must name the columns"),
-        (b"prompt,completion\na,b\na\n", ("file",), "line 3: has 1 column, where the first line names 2"),
-        (b"prompt,completion\na,b,c\n", ("file",), "line 2: has 3 columns, where the first line names 2"),
+        (b"prompt,completion\na,b\na\n", ("file",), "line 3: has 1 column, but the first line names 2"),
+        (b"prompt,completion\na,b,c\n", ("file",), "line 2: has 3 columns, but the first line names 2"),
         (b"prompt,completion\na,\n", ("file", 2, "completion"), "line 2: completion must not be empty"),
         (b'text\n"a\n\nb"\n""\n', ("file", 5, "text"), "line 5: text must not be empty"),
         (b'text\n"a"b\n', ("file",), "line 2: is not CSV: ',' expected after '\"'"),
@@ -160,7 +160,7 @@ def test_a_bad_line_is_named(line: bytes, loc: Loc, message: str) -> None:
         (b"text\n" + b"a" * 131_073, ("file",), "line 2: is not CSV: field larger than field limit"),
         (b"messages\n[]\n", ("file", 2, "messages"), "line 2: messages must be a list of turns"),
         (b"messages\nhello\n", ("file", 2, "messages"), "line 2: messages is not JSON: Expecting value"),
-        (b"\xff\xfet\0e\0x\0t\0\n\0", ("file",), "line 1: is no text: it is UTF-16: save it as UTF-8"),
+        (b"\xff\xfet\0e\0x\0t\0\n\0", ("file",), "line 1: is not text: it is UTF-16: save it as UTF-8"),
     ],
 )
 def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
@@ -190,7 +190,7 @@ def test_a_file_that_is_no_text_is_called_what_it_is(data: bytes, remedy: str | 
         assert said.startswith(("line 1: has a NUL byte, at byte ", "line 1: is not UTF-8, at byte "))
         assert ": it is " not in said
     else:
-        assert said.startswith("line 1: is no text: it is ")
+        assert said.startswith("line 1: is not text: it is ")
         assert remedy in said
         assert not others
 
@@ -200,7 +200,7 @@ def test_a_column_may_have_the_name_that_parquet_begins_with() -> None:
 
 
 ARRAY_REMEDY = (
-    "begins an array, where each line is a row: `jq -c '.[]'` makes the lines of a .jsonl file of an array"
+    "begins an array, but each line must be a row: `jq -c '.[]'` makes the lines of a .jsonl file of an array"
 )
 
 

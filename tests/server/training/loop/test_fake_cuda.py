@@ -60,7 +60,7 @@ def test_going_on_elsewhere_is_flagged(
     with pretended_cuda(Card(name="NVIDIA H100")):
         outcome = run(on_card(tiny_base), spec, tmp_path)
     assert outcome.counters.computed_by == ["torch", "torch on NVIDIA L4", "torch on NVIDIA H100"]
-    assert "continues with torch on NVIDIA H100 what torch on NVIDIA L4 began" in caplog.text
+    assert "continuing with torch on NVIDIA H100 after torch on NVIDIA L4" in caplog.text
 
 
 def trainable_of(base: BaseModel, method: Method, init: Init, dropout: float) -> TrainableRows | TrainableModel:
