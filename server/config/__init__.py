@@ -100,7 +100,7 @@ class Limits(BaseModel):
 
 
 class StorageSettings(BaseModel):
-    """Where machines share their bytes.
+    """The object store or file system in which machines share their bytes.
 
     obstore itself reads an object store's credentials, region and endpoint from the usual AWS_ variables.
     """
@@ -260,6 +260,7 @@ class Settings(Limits, WorkerSettings):
     )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
+        exclude=True,
         description="The operator's keys, comma-separated, each of 16 characters or more. @FILE is a file of "
         "mode 600 with a key on each line; it is read again when it changes. Prefer the file or the variable: "
         "other users may see a flag for a moment. Default: none.",
@@ -419,13 +420,19 @@ def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
     return f"{meaning}.", default
 
 
-def to_flags(settings: WorkerSettings) -> list[str]:
-    """Return the flags of `smolora worker` for these settings, except for secrets. `load` is the inverse."""
-    names = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
-    values = {name.replace("_", "-"): getattr(settings, name) for name in names}
-    switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
-    others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
-    return switches + [f"--{name}={value}" for name, value in others.items()]
+def to_flags(settings: WorkerSettings, kind: type[WorkerSettings] = WorkerSettings) -> list[str]:
+    """Return the flags of `settings` that belong to `kind`, except for secrets. `load` is the inverse.
+
+    Defaults are included, since the environment may set something else.
+    """
+    found = []
+    for name, field in kind.model_fields.items():
+        value, flag = getattr(settings, name), name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{'' if value else 'no-'}{flag}")
+        elif not (value is None or field.exclude):
+            found.append(f"--{flag}={','.join(value) if isinstance(value, tuple) else value}")
+    return found
 
 
 def _explain(loc: tuple[int | str, ...], message: str) -> str:

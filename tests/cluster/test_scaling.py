@@ -76,9 +76,9 @@ def test_a_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: C
 
 
 TELL = (
-    "import pathlib, sys, time; from server.cluster.transport import join, replicas_told\n"
+    "import pathlib, sys, time; from server.cluster.transport import join, replica_counts\n"
     "join(sys.argv[1])\n"
-    "while 'stopping' not in replicas_told(): time.sleep(0.1)\n"
+    "while 'stopping' not in replica_counts(): time.sleep(0.1)\n"
     "pathlib.Path(sys.argv[2]).touch()"
 )
 """Touches a file as soon as Serve says that a replica is stopping."""

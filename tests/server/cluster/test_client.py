@@ -325,7 +325,7 @@ def test_one_that_is_away_counts_in_what_replicas_take(tiny_base: BaseModel) -> 
     async def main() -> None:
         local.client.start()
         local.bring("replica-0")
-        local.client._told(frozenset(local.benches))  # the other is said to be there, and hasn't told of itself
+        local.client._update_replicas(frozenset(local.benches))  # the other is listed but hasn't reported
         await eventually(lambda: local.client.ready)
         assert most() is None
         local.bring("replica-1")

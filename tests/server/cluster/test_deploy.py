@@ -85,7 +85,7 @@ def test_room_for_a_spare_is_what_those_to_come_leave(
     monkeypatch.setattr(serve, "start", lambda **_: None)
     monkeypatch.setattr(serve, "run", lambda scale, **_: deployed.append(scale))
     monkeypatch.setattr(import_module("ray"), "available_resources", lambda: {"CPU": float(free)})
-    monkeypatch.setattr(deploy, "replicas_told", lambda: {"running": running})
+    monkeypatch.setattr(deploy, "replica_counts", lambda: {"running": running})
     monkeypatch.setattr(deploy, "is_too_small", lambda *_: False)
     monkeypatch.setattr(deploy, "engine_app", lambda _, scale: scale)
     deploy.deploy(load(Settings), deploy.Scale(2), print)
