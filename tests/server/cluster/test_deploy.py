@@ -12,7 +12,7 @@ from server.errors import StartupError
 pytestmark = pytest.mark.cluster
 
 
-def test_a_version_is_of_what_replicas_use() -> None:
+def test_a_version_depends_on_what_replicas_use() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
     version_of = import_module("server.cluster.deploy").version_of
     settings = load(Settings)
@@ -40,7 +40,9 @@ def test_settings_that_replicas_do_not_use_are_settings() -> None:
     ],
     ids=["ours", "another", "untold"],
 )
-def test_why_replicas_do_not_start(message: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_says_why_replicas_do_not_start(
+    message: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy = import_module("server.cluster.deploy")
 
@@ -59,7 +61,7 @@ def test_why_replicas_do_not_start(message: str, told: str, monkeypatch: pytest.
         deploy.deploy(load(Settings), deploy.Scale(spare=False), print)
 
 
-def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_without_room_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy, said = import_module("server.cluster.deploy"), list[str]()
     monkeypatch.setattr(serve, "start", lambda **_: None)
@@ -76,7 +78,7 @@ def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("running", "free", "has_spare"), [(1, 1, False), (1, 2, True), (2, 1, True), (3, 0, False)]
 )
-def test_room_for_a_spare_is_what_those_to_come_leave(
+def test_room_for_a_spare_excludes_coming_replicas(
     running: int, free: int, has_spare: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else two new ones want the last place, of which neither is given up: Serve waits for good."""

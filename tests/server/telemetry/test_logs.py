@@ -77,7 +77,7 @@ def test_json_has_named_values_as_members() -> None:
     }
 
 
-def test_json_has_other_messages_whole() -> None:
+def test_json_has_other_messages_as_message() -> None:
     try:
         raise ValueError("several\nlines")
     except ValueError:
@@ -86,7 +86,7 @@ def test_json_has_other_messages_whole() -> None:
     assert str(found["exception"]).endswith("ValueError: several\nlines")
 
 
-def test_all_libraries_lines_are_json_then() -> None:
+def test_libraries_lines_are_json_too() -> None:
     code = (
         "import logging; from server.telemetry import logs; logs.set_up('json', job='job-1');"
         "logging.getLogger('uvicorn.error').error('bad %s', 'thing')"
@@ -101,7 +101,7 @@ def test_a_line_of_a_job_names_it() -> None:
     assert LineFormatter(job="job-1").format(record).endswith(" request=- job=job-1 begun")
 
 
-def test_what_is_fetched_from_the_hub_is_in_no_line(tmp_path: Path) -> None:
+def test_hub_urls_are_not_logged(tmp_path: Path) -> None:
     """Its client would tell the URLs, of which those of large files are signed."""
     code = f"""
 import sys
@@ -120,7 +120,7 @@ fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, timeou
     assert endpoint not in said.stderr
 
 
-def test_nor_is_what_broke_off() -> None:
+def test_failed_hub_urls_are_not_logged() -> None:
     code = """
 from server.telemetry import logs
 from huggingface_hub import file_download

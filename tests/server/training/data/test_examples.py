@@ -20,7 +20,7 @@ def examples(draw: st.DrawFn) -> Example:
 
 
 @given(st.lists(examples(), max_size=6))
-def test_comes_back(tmp_path_factory: pytest.TempPathFactory, given_examples: list[Example]) -> None:
+def test_examples_round_trip(tmp_path_factory: pytest.TempPathFactory, given_examples: list[Example]) -> None:
     path = tmp_path_factory.mktemp("examples") / "train.safetensors"
     Examples(given_examples).save(path)
     for held in (Examples(given_examples), Examples.load(path)):
@@ -36,7 +36,7 @@ def test_comes_back(tmp_path_factory: pytest.TempPathFactory, given_examples: li
     assert sorted(path.parent.iterdir()) == [again, path]
 
 
-def test_the_file_is_as_it_is_said(tmp_path: Path) -> None:
+def test_the_files_format(tmp_path: Path) -> None:
     Examples([Example((7, 8, 9), (False, True, True)), Example((5,), (False,))]).save(tmp_path / "a")
     tensors = load_file(tmp_path / "a")
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
@@ -46,7 +46,7 @@ def test_the_file_is_as_it_is_said(tmp_path: Path) -> None:
     }
 
 
-def test_counting_holds_no_answer_up() -> None:
+def test_counting_does_not_hold_the_gil() -> None:
     """As many as a job may have would take 1.5 s one by one, in which no other thread gets a turn."""
     example = Example((7,) * 4096, (False, *(True,) * 4095))
     held = Examples([example] * 2048)
@@ -55,7 +55,7 @@ def test_counting_holds_no_answer_up() -> None:
     assert time.thread_time() - started < held.num_tokens * 8e-9
 
 
-def test_there_is_nothing_beyond_the_end() -> None:
+def test_an_index_beyond_the_end_raises() -> None:
     held = Examples([Example((1,), (False,))])
     for index in (1, -2):
         with pytest.raises(IndexError):

@@ -36,7 +36,7 @@ def test_a_run_ends_in_the_cpus_bytes(kind: str, tiny_base: BaseModel, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["dropout", "full"])
-def test_it_goes_on_from_a_checkpoint(kind: str, tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint(kind: str, tiny_base: BaseModel, tmp_path: Path) -> None:
     spec = longer(KINDS[kind], 6)
     with pretended_cuda():
         base = on_card(tiny_base)
@@ -48,7 +48,7 @@ def test_it_goes_on_from_a_checkpoint(kind: str, tiny_base: BaseModel, tmp_path:
     assert all(map(torch.equal, whole, parts))
 
 
-def test_going_on_elsewhere_is_flagged(
+def test_resuming_on_another_device_is_logged(
     tiny_base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the CPU to a card, and from there to another kind of card."""
@@ -79,7 +79,7 @@ def trainable_of(base: BaseModel, method: Method, init: Init, dropout: float) ->
         ("full", "gaussian", 0.0, 716),
     ],
 )
-def test_what_a_step_of_a_micro_batch_costs(
+def test_the_cost_of_a_step_of_a_micro_batch(
     tiny_base: BaseModel, method: Method, init: Init, dropout: float, num_kernels: int
 ) -> None:
     """Eight rows of 500 tokens: one micro-batch, which waits for its loss, and one norm of gradients."""

@@ -48,14 +48,14 @@ def assert_near(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL, exa
     assert (native.num_rows, native.num_tokens) == (exact.num_rows, exact.num_tokens)
 
 
-def test_they_are_torchs(base: BaseModel, library: ctypes.CDLL) -> None:
+def test_native_losses_are_torchs(base: BaseModel, library: ctypes.CDLL) -> None:
     """Of the base alone and under an adapter, rows without a counted token among them."""
     examples = make_examples(LENGTHS, seed=2)
     for weights in (LoraWeights({}), uneven(base)):
         assert_near(base, weights, library, examples)
 
 
-def test_neither_threads_nor_company_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
+def test_threads_and_batches_do_not_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
     examples, weights = make_examples(LENGTHS, seed=2), uneven(grouped)
     threads = torch.get_num_threads()
     found: set[Evaluation] = set()
