@@ -2,7 +2,7 @@
 
 HOME/jobs/<id>/train.safetensors        rows to train on
                validation.safetensors   held-out rows, if there are any
-               data.json                facts on the data for the report, references of exact match, and the
+               data.json                facts about the data for the report, references of exact match, and the
                                         digest of the base that the rows were tokenized for
 """
 
@@ -31,7 +31,7 @@ class AnotherBase(SmoloraError):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Facts on the rows for training and the held-out rows. Digests are those of `CanonicalRows.digest`."""
+    """Facts about the training rows and the held-out rows. Digests are those of `CanonicalRows.digest`."""
 
     digest: str
     num_rows: int

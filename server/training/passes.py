@@ -31,7 +31,7 @@ cheaper than starting another tile."""
 
 
 def max_tokens(device: torch.device) -> int:
-    """Return a micro-batch's most tokens, except for a longer example. More would cost memory and save no time."""
+    """Return the most tokens that a micro-batch has, unless one example is longer. More would save no time."""
     return 512 if device.type == "cpu" else 4096
 
 
@@ -83,7 +83,10 @@ class Pass(Protocol):
         ...
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to the trainable's; return it (nats)."""
+        """Add `factor` times the gradients of the batch's summed loss to the trainable's.
+
+        Return the loss in nats.
+        """
         ...
 
     def measure(self, batch: MicroBatch) -> Measured:

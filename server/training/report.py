@@ -247,7 +247,7 @@ def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation
 
 
 def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
-    """Return the most memory that this process ever had: reserved on the GPU, or resident, mapped weights too."""
+    """Return this process's peak memory: reserved on the GPU, or resident, including mapped weights."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     try:

@@ -116,10 +116,10 @@ class TrainableModel:
         self._copies.copy_(self.masters)
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Nothing is random here."""
+        """Do nothing: full fine-tuning has no dropout."""
 
     def end_step(self) -> None:
-        """Nothing to put back."""
+        """Do nothing."""
 
     def tuned(self, base: BaseModel) -> BaseModel:
         """Return the base with the current weights (not copies)."""

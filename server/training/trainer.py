@@ -230,7 +230,7 @@ def _by_decay(trainable: Trainable, decay: float) -> list[tuple[float, list[slic
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Limit torch to one thread during a block: idle ones spin after each operation, on cores that others need."""
+    """Limit torch to one thread during a block: idle threads would spin on cores that others need."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
