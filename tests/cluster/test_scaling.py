@@ -94,11 +94,11 @@ def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster
         stack.enter_context(api.client.stream("POST", "/generate", json=body)).raise_for_status()
         return stack
 
-    told = tmp_path / "told"
+    stopping = tmp_path / "told"
     with ThreadPoolExecutor(1) as pool:
-        watching = subprocess.Popen([sys.executable, "-c", TELL, cluster.address, told], env=environment())
+        watching = subprocess.Popen([sys.executable, "-c", TELL, cluster.address, stopping], env=environment())
         scaling = pool.submit(cluster.scale, 1)
-        while not told.exists():  # both always have some that have just begun
+        while not stopping.exists():  # both always have some that have just begun
             streams.append((opened(1), opened(3)))
             for stack in streams.pop(0) if len(streams) > 4 else ():
                 stack.close()

@@ -54,9 +54,9 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("given", "share"), [({}, 0.5), ({"workers": 2}, 0.25), ({"train_memory": 0.3}, 0.3)])
 def test_workers_share_the_memory_for_training(given: dict[str, float], share: float) -> None:
-    told = load(Settings, **given).of_a_worker
-    assert told.train_memory == pytest.approx(share)
-    assert f"--train-memory={share}" in to_flags(told)
+    found = load(Settings, **given).of_a_worker
+    assert found.train_memory == pytest.approx(share)
+    assert f"--train-memory={share}" in to_flags(found)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_bad_value_has_a_plain_message(name: str, monkeypatch: pytest.MonkeyPa
         try:
             load(Settings)
         except StartupError as error:
-            told = str(error)
-            assert not any(word in told for word in ("pattern", "parse", "byte string", "[\\")), told
+            found = str(error)
+            assert not any(word in found for word in ("pattern", "parse", "byte string", "[\\")), found
 
 
 def test_a_port_set_by_kubernetes_gets_advice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +168,9 @@ def test_the_databases_password_is_passed_by_the_environment_alone(monkeypatch: 
     monkeypatch.setenv("SMOLORA_DATABASE_URL", url)
     settings = load(Settings)
     assert settings.database == url
-    for told in (to_flags(settings.of_a_worker), settings.model_dump(mode="json"), settings, repr(settings)):
-        assert "hunter2" not in str(told)
-        assert "database-url" not in str(told)
+    for found in (to_flags(settings.of_a_worker), settings.model_dump(mode="json"), settings, repr(settings)):
+        assert "hunter2" not in str(found)
+        assert "database-url" not in str(found)
     with pytest.raises(StartupError, match=r"SMOLORA_DATABASE_URL \(--database-url\): must be like") as caught:
         load(Settings, database_url="mysql://me:hunter2@host/db")
     assert "hunter2" not in str(caught.value)

@@ -353,8 +353,8 @@ def test_replicas_of_another_base_are_not_used(tiny_base: BaseModel, caplog: pyt
         await local.__aexit__()
 
     on_loop(main())
-    (told,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert "replica replica-0 has another base than this process" in told
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "replica replica-0 has another base than this process" in message
 
 
 def test_a_dead_engine_fails_its_health_check(tiny_base: BaseModel) -> None:

@@ -29,7 +29,7 @@ def test_settings_that_replicas_do_not_use_are_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "expected"),
     [
         (
             "It failed 3 times. Error:\n  File x\nserver.errors.StartupError: SMOLORA_MODEL=x: no hub id",
@@ -41,7 +41,7 @@ def test_settings_that_replicas_do_not_use_are_settings() -> None:
     ids=["ours", "another", "untold"],
 )
 def test_the_error_says_why_replicas_do_not_start(
-    message: str, told: str, monkeypatch: pytest.MonkeyPatch
+    message: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy = import_module("server.cluster.deploy")
@@ -57,7 +57,7 @@ def test_the_error_says_why_replicas_do_not_start(
     monkeypatch.setattr(serve, "run", fail)
     monkeypatch.setattr(serve, "status", lambda: status)
     monkeypatch.setattr(deploy, "is_too_small", lambda *_: False)
-    with pytest.raises(StartupError, match=f"^the engine replicas don't start: {told}"):
+    with pytest.raises(StartupError, match=f"^the engine replicas don't start: {expected}"):
         deploy.deploy(load(Settings), deploy.Scale(spare=False), print)
 
 
@@ -69,8 +69,8 @@ def test_a_cluster_without_room_says_what_it_waits_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(import_module("ray"), "cluster_resources", lambda: {"CPU": 2.0})
     for replicas, cpus in ((2, 1), (4, 0.5), (4, 1)):
         deploy.deploy(load(Settings), deploy.Scale(replicas, num_cpus=cpus, spare=False), said.append)
-    (told,) = said
-    assert told.startswith(
+    (expected,) = said
+    assert expected.startswith(
         "waiting for machines to join: 4 replicas with 1 cores and 0 GPUs each are more than Ray"
     )
 

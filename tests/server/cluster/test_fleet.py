@@ -70,7 +70,7 @@ def test_counters_only_grow_as_replicas_come_and_go() -> None:
     counts = Counts()
     one, other = Link("one", WELCOME, counts), Link("other", WELCOME, counts)
 
-    def told(link: Link, number: int) -> None:
+    def report(link: Link, number: int) -> None:
         every: dict[str, Any] = dict.fromkeys(COUNTERS, number)
         link.take(ReplicaState(EngineStats(num_running=1, **every), num_in_flight=1, num_own=1))
 
@@ -80,15 +80,15 @@ def test_counters_only_grow_as_replicas_come_and_go() -> None:
         return {getattr(stats, name) for name in COUNTERS}
 
     assert sums() == {0}
-    told(one, 1_000_000)  # of before this process began
-    told(other, 0)
+    report(one, 1_000_000)  # of before this process began
+    report(other, 0)
     assert sums(one, other) == {0}
-    told(one, 1_000_010)
-    told(other, 5)
+    report(one, 1_000_010)
+    report(other, 5)
     assert sums(one, other) == {15}
     one.state = None  # lost, for a moment
     assert sums(one, other) == {15}
-    told(one, 1_000_030)
+    report(one, 1_000_030)
     assert sums(one, other) == {35}
     assert sums(other) == {35}, "what has gone has counted"
 

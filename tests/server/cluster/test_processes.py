@@ -55,8 +55,8 @@ def test_flags_of_up_win_over_the_environment(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv(f"{PREFIX}{name}", value)
     given = load(Settings, home=tmp_path, model=DEFAULT_MODEL, allowed_hosts="", native=True)
     for index, home in enumerate((tmp_path / "api-0", tmp_path / "api-1")):
-        told = settings_of(processes.api_command(given, index, 2, "127.0.0.1:6379"))
-        assert told == given.model_copy(update={"home": home, "port": 7999 + index, "workers": 0})
+        own = settings_of(processes.api_command(given, index, 2, "127.0.0.1:6379"))
+        assert own == given.model_copy(update={"home": home, "port": 7999 + index, "workers": 0})
 
 
 class Ready(BaseHTTPRequestHandler):
@@ -96,8 +96,8 @@ def test_api_processes_are_checked_without_a_proxy() -> None:
     code = "import sys; from server.cluster.processes import is_ready; sys.exit(not is_ready(sys.argv[1]))"
     kept = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     with ready_at("127.0.0.1") as port:
-        told = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
-        assert subprocess.run(told, env={**kept, "http_proxy": "http://127.0.0.1:1"}).returncode == 0
+        arguments = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
+        assert subprocess.run(arguments, env={**kept, "http_proxy": "http://127.0.0.1:1"}).returncode == 0
 
 
 @pytest.fixture
@@ -198,10 +198,13 @@ def test_a_second_up_is_refused(tmp_path: Path, stranger: "subprocess.Popen[byte
     shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     settings = load(Settings, home=tmp_path, port=free_port(), **shared)
     lives, gone = node.mark_of(stranger.pid), f"{node.mark_of(stranger.pid)}0"
-    for marks, told in (((lives, lives), f"runs already.* process {stranger.pid}"), ((gone, lives), "was killed")):
+    for marks, fault in (
+        ((lives, lives), f"runs already.* process {stranger.pid}"),
+        ((gone, lives), "was killed"),
+    ):
         state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=marks[0], ray_mark=marks[1])
         write_state(tmp_path, state)
-        with pytest.raises(StartupError, match=told):
+        with pytest.raises(StartupError, match=fault):
             processes.up(settings, None, 1, address, 6379, None, print)
         assert read_state(tmp_path) == state
 
@@ -249,8 +252,8 @@ def test_numbers_of_replicas_that_contradict_each_other(tmp_path: Path) -> None:
 
 def test_max_replicas_without_replicas_is_refused(tmp_path: Path) -> None:
     """A machine that joins leaves the replicas as they are, unless it says how many there are to be."""
-    told = ["up", "--home", str(tmp_path), "--address", "10.0.0.1:6379", "--max-replicas", "2"]
-    done = CliRunner().invoke(commands.group, told)
+    arguments = ["up", "--home", str(tmp_path), "--address", "10.0.0.1:6379", "--max-replicas", "2"]
+    done = CliRunner().invoke(commands.group, arguments)
     assert isinstance(done.exception, StartupError)
     assert str(done.exception).startswith("with --address, --max-replicas needs --replicas")
 

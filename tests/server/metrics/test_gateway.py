@@ -80,8 +80,8 @@ def test_max_lora_leaves_room_whatever_the_number_of_names() -> None:
         collector = GatewayCollector(lambda: stats, "tiny", two_names, lambda: 0, 16)
         found = {family.name: family for family in collector.collect()}
         (sample,) = found["vllm:lora_requests_info"].samples
-        told = [sample.labels[f"{kind}_lora_adapters"] for kind in ("running", "waiting")]
-        return sum(len(set(names.split(","))) for names in told if names) >= int(sample.labels["max_lora"])
+        listed = [sample.labels[f"{kind}_lora_adapters"] for kind in ("running", "waiting")]
+        return sum(len(set(names.split(","))) for names in listed if names) >= int(sample.labels["max_lora"])
 
     assert [number for number in range(13) if is_full(number)] == [10, 11, 12]
     assert not is_full(6, 3)

@@ -100,8 +100,8 @@ def test_unreadable_metrics_are_left_out_and_logged_once_a_minute(
             "smolora_disk_free_bytes",
             "smolora_disk_min_free_bytes",
         }
-    told = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 1
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
 
 
 def _collector(home: Path, jobs: Jobs) -> tuple[HomeCollector, Clock]:

@@ -157,14 +157,15 @@ def test_all_rows_in_their_order(rows: RowEncoder) -> None:
 
 
 def test_a_spelled_end_token_raises_a_warning(rows: RowEncoder) -> None:
-    """As those do who come from trainers that read it as the token."""
+    """Users of trainers that parse it as the token write it in their rows."""
     spelling: list[Row] = [
         CompletionRow("404: ", "Not Found<|im_end|>"),
         TextRow("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"),
         chat("hi", "yes<|im_end|>"),
     ]
-    (told,) = rows.encode_all([*spelling, TextRow("cat <filename>"), chat("<| im_end |>", "yes")], LONG).warnings
-    assert told.startswith("<|im_end|> in 3 rows is encoded as plain text")
+    given = [*spelling, TextRow("cat <filename>"), chat("<| im_end |>", "yes")]
+    (warning,) = rows.encode_all(given, LONG).warnings
+    assert warning.startswith("<|im_end|> in 3 rows is encoded as plain text")
     assert rows.encode_all([TextRow("cat <filename>")], LONG).warnings == ()
 
 

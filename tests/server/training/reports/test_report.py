@@ -26,7 +26,7 @@ from server.training.report import (
 )
 from server.training.spec import JobSpec
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
 
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ def test_the_environment(tiny_base: BaseModel) -> None:
 
 
 def test_the_environment_of_a_gpu(tiny_base: BaseModel) -> None:
-    with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),), reserved_bytes=123)):
+    with fake_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),), reserved_bytes=123)):
         found = Environment.of(on_card(tiny_base), ("torch on NVIDIA L4",))
         peak = peak_memory_bytes(torch.device("cuda"))
     assert (found.device, found.gpu) == ("cuda", "NVIDIA L4, compute capability 8.9")
