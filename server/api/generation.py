@@ -34,7 +34,7 @@ from server.engine.request import AdapterRef, GenerationRequest, Grammar, Sampli
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
 from server.metrics.metrics import Metrics, Outcome, outcome_of
 from server.model.text.chat import ChatMessage
-from server.system.program import counted
+from server.system.messages import plural
 
 MAX_LOGPROBS = 1 << 18
 """Log-probabilities in one answer that isn't streamed. Each takes about 600 bytes while the answer is built, so 16
@@ -275,7 +275,7 @@ async def check_length(
     if num_prompt + num_more <= limit:
         return
     await charge_refused(services, num_prompt)
-    beyond = f"the prompt's {counted(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
+    beyond = f"the prompt's {plural(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
     if num_prompt < limit:
         raise refusal((FieldError((field,), f"{beyond}: {limit - num_prompt} are left"),))
     no_room = f"{num_prompt:,} tokens leave no room for an answer within the model's {limit:,}"

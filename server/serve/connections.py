@@ -19,8 +19,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.problems import PROBLEMS
-from server.config.fields import Limits
-from server.system.program import counted
+from server.config import Limits
+from server.system.messages import plural
 
 _UNSENT_BYTES = 128 << 10
 """Of an answer, in the kernel: without a bound it takes megabytes for a reader that has stopped."""
@@ -79,7 +79,7 @@ class Connections:
                 self._close(connection)
         for name, number in closed.items():
             if number:
-                log.info("closed %s: SMOLORA_%s", counted(number, "connection"), name)
+                log.info("closed %s: SMOLORA_%s", plural(number, "connection"), name)
 
     async def watch(self) -> None:
         """Look, again and again."""
@@ -194,6 +194,6 @@ def allow_files(limits: Limits) -> Limits:
     log.warning(
         "this process may open %d files: at most %s, whatever SMOLORA_MAX_CONNECTIONS says",
         most,
-        counted(num_connections, "connection"),
+        plural(num_connections, "connection"),
     )
     return limits.model_copy(update={"max_connections": num_connections})
