@@ -139,6 +139,13 @@ class LoraWeights:
         return sha.hexdigest()
 
 
+class AdapterRef(NamedTuple):
+    """A stored adapter by the digest of its weights, and the weight at which its update is added."""
+
+    digest: str
+    weight: float = 1.0
+
+
 def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
     """The factor on B(A x): alpha/r, or alpha/sqrt(r) for rank-stabilized LoRA."""
     return float(alpha) / (float(rank) ** 0.5 if use_rslora else float(rank))

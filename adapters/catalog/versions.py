@@ -7,6 +7,8 @@ from datetime import datetime
 from fractions import Fraction
 from typing import Literal
 
+from adapters.lora import AdapterRef
+
 Kind = Literal["adapter", "composition"]
 
 
@@ -106,15 +108,15 @@ class Origin:
         )
 
 
-def combine(parts: Iterable[Part]) -> tuple[tuple[str, float], ...]:
-    """Digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
+def combine(parts: Iterable[Part]) -> tuple[AdapterRef, ...]:
+    """Return digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
 
     Sums are exact in the decimals that were written, so that 0.1 + 0.2 - 0.3 drops out and order doesn't matter.
     """
     sums: dict[str, Fraction] = {}
     for part in parts:
         sums[part.digest] = sums.get(part.digest, Fraction(0)) + Fraction(repr(part.weight))
-    return tuple((digest, float(weight)) for digest, weight in sorted(sums.items()) if weight)
+    return tuple(AdapterRef(digest, float(weight)) for digest, weight in sorted(sums.items()) if weight)
 
 
 def gather(parts: Iterable[Part]) -> tuple[Part, ...]:

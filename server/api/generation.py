@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters.catalog.catalog import Part, combine
+from adapters.catalog.catalog import combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import MAX_LENGTH, MAX_PARTS, MAX_WEIGHT, Term, parse
 from adapters.library import Pinned
@@ -30,7 +30,7 @@ from server.api.deps import OutputStream, Services, let_go
 from server.api.schemas import MAX_SEED, Body, MessageBody, ResponseFormatBody, SamplingFields, UsedAdapter
 from server.api.tracing import GenerationTrace, facts, is_chat
 from server.engine.grammar import MAX_SCHEMA_BYTES
-from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
+from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
 from server.metrics.metrics import Metrics, Outcome, outcome_of
 from server.model.text.chat import ChatMessage
@@ -476,7 +476,7 @@ async def start(
             request_id=f"gen-{uuid.uuid4().hex}",
             prompt_token_ids=token_ids,
             sampling=sampling,
-            adapters=canonical(pinned.parts),
+            adapters=combine(pinned.parts),
             n=n,
             grammar=grammar,
             scored_from=scored_from,
@@ -589,8 +589,3 @@ async def encoded(
 async def charge_refused(services: Services, num_tokens: int) -> None:
     """Count the tokens of a prompt that is refused for its length, because encoding it has cost the server."""
     await services.access.rates.charge(services.principal, "tokens", num_tokens)
-
-
-def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:
-    """Return the parts in the form that the engine's cache and batch compare."""
-    return tuple(AdapterRef(digest, weight) for digest, weight in combine(parts))
