@@ -8,6 +8,7 @@ what SQLite and PostgreSQL have in common. The bytes are the store's: here they 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -73,8 +74,10 @@ class Catalog:
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def of(self, viewpoint: Viewpoint) -> "Catalog":
-        """The same as another project sees it."""
-        return Catalog(self._engine, self._records, viewpoint)
+        """Return the catalog as another project sees it."""
+        view = copy(self)
+        view.viewpoint = viewpoint
+        return view
 
     def publish(
         self,

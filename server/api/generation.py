@@ -26,7 +26,7 @@ from adapters.names import BASE, MAX_KEY, MAX_NAME, reference_fault
 from server.access.principal import Principal
 from server.access.usage import Ledger
 from server.access.usage import Usage as UsedTokens
-from server.api.deps import OutputStream, Services, let_go
+from server.api.deps import OutputStream, Services, release
 from server.api.schemas import MAX_SEED, Body, MessageBody, ResponseFormatBody, SamplingFields, UsedAdapter
 from server.api.tracing import GenerationTrace, facts, is_chat
 from server.engine.grammar import MAX_SCHEMA_BYTES
@@ -401,7 +401,7 @@ class Generation:
             if self._facts is not None:
                 used = [f"{part.name}@{part.version}" for part in self.parts]
                 self._facts.generated(self.id, used, self.num_prompt_tokens, self._num_tokens, self._cached)
-            await let_go(self._pinned)  # last, because it may take long
+            await release(self._pinned)  # last, because it may take long
 
     def _book(self) -> None:
         """Add the usage so far to the ledger. Idempotent.
@@ -470,7 +470,7 @@ async def start(
     num_taken = len(token_ids) + n * sampling.max_tokens if num_taken is None else num_taken
     if num_taken:
         await services.access.rates.take(principal, "tokens", num_taken)
-    pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned(())
+    pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned()
     try:
         request = GenerationRequest(
             request_id=f"gen-{uuid.uuid4().hex}",
@@ -488,7 +488,7 @@ async def start(
             trace = GenerationTrace(found.span, found.operation, request, services.base_name, pinned.parts)
         stream = services.engine.submit(request)
     except BaseException as error:
-        await let_go(pinned)
+        await release(pinned)
         if isinstance(error, TryAgain):
             services.metrics.refused()
         raise
