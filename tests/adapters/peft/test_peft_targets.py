@@ -125,7 +125,7 @@ def test_other_modules_are_refused(targets: str | tuple[str, ...]) -> None:
 
 
 def test_what_peft_leaves_to_chance_is_refused() -> None:
-    with pytest.raises(BadTargetsError, match="means nothing sure") as caught:
+    with pytest.raises(BadTargetsError, match="is ambiguous in PEFT") as caught:
         resolve(Targeting(tuple(LINEAR), layers_to_transform=(0,)), BASE, Budget())
     assert caught.value.field == "layers_to_transform"
 
