@@ -50,9 +50,9 @@ class Pinned:
             store.pin(self._digests)
 
     def release(self) -> None:
-        """Unpin the bytes, and remove those of deleted versions with their last pin. Twice is once.
+        """Unpin the bytes, and remove those of deleted versions with their last pin. A second call is a no-op.
 
-        Raise OSError or the database's error if the removal fails; the bytes are unpinned all the same.
+        Raise OSError or the database's error if the removal fails; the bytes are unpinned nevertheless.
         """
         if (removal := self.unpin()) is not None:
             removal()
@@ -276,7 +276,7 @@ class Library:
         self.store.verify(digest)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
-        """Return the adapter of a pinned part, with the configuration of whoever published its bytes first.
+        """Return the adapter of a pinned part, with the configuration that was published first with its bytes.
 
         Raise CorruptAdapter.
         """

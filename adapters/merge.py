@@ -74,7 +74,7 @@ def merge(
         ]
         a, b = _merged_products(here, recipe, rank) if recipe.merges_products else _merged_factors(here, recipe)
         if not (a.isfinite().all() and b.isfinite().all()):
-            raise InvalidInput.of("expression", f"comes to more than fp32 can hold in {key.path}")
+            raise InvalidInput.of("expression", f"has larger values than fp32 can hold in {key.path}")
         modules[key] = LoraModule(a.contiguous(), b.contiguous(), 1.0)
         between(len(modules), len(keys))
     return LoraWeights(modules)

@@ -116,7 +116,7 @@ def compose_in(
     number = _next_number(connection, name, "composition")  # first: it locks, so that the parts can't be deleted
     leaves = gather(resolve(connection, terms, field, viewpoint))
     if not combine(leaves):
-        raise InvalidInput.of(field, "comes to nothing but the base: give adapters whose weights don't cancel out")
+        raise InvalidInput.of(field, "is equal to the base: give adapters whose weights don't cancel out")
     row = connection.execute(sa.select(names).where(names.c.name == name)).one()
     if row.latest is not None and set((same := one_version(connection, name, row.latest)).parts) == set(leaves):
         connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
