@@ -346,7 +346,7 @@ class Submissions:
         of those held out. Their tokens are scaled to all rows, and a warning says so.
         """
         terms = parent_terms(body, self._library.base_name)
-        pinned = self._library.pin(terms) if terms else Pinned(())
+        pinned = self._library.pin(terms) if terms else Pinned()
         try:
             spec = build_spec(body, self._library, pinned, self._max_length)
             rows = choose_rows(body, self._sources)

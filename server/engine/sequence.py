@@ -19,7 +19,8 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 
 from adapters.errors import SmoloraError
-from server.engine.request import AdapterRef, GenerationRequest, Logprobs, Timing
+from adapters.lora import AdapterRef
+from server.engine.request import GenerationRequest, Logprobs, Timing
 
 Ints = npt.NDArray[np.int64]
 
