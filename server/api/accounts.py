@@ -14,31 +14,32 @@ import logging
 import re
 from datetime import date, datetime
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Self
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput
 from adapters.names import BASE, DEFAULT_PROJECT, MAX_NAME, NAME, NAME_RULE, is_name
 from server.access.access import Access
-from server.access.audit import Entry
 from server.access.keys import ApiKey
 from server.access.principal import DEFAULT_SCOPES, Scope
+from server.access.projects import Project
 from server.access.usage import FLUSH_SECONDS, By
 from server.api import wire
 from server.api.authentication import PROJECT_HEADER
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, READS
 from server.api.routes import ADMIN, READ, requires
-from server.api.schemas import LimitFields
+from server.api.schemas import Answer, LimitFields, Timestamp
 from server.api.strict_route import StrictRoute
 from server.jobs.jobs import refuse_with_uploads
 from server.storage.reserve import Reserve
 
 _NAME = rf"^{NAME.pattern}$"
+DateTime = Annotated[Timestamp, WithJsonSchema({"type": "string", "format": "date-time"})]
 
 
 def _name(given: str) -> str:
@@ -67,26 +68,31 @@ class KeyBody(LimitFields):
     )
 
 
-class KeyAnswer(BaseModel):
+class KeyAnswer(Answer):
     id: str
     name: str
     project: str
     scopes: list[Scope]
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None
+    created_at: DateTime
+    expires_at: DateTime | None
+    revoked_at: DateTime | None
+    last_used_at: DateTime | None
     requests_per_minute: int | None
     tokens_per_minute: int | None
     max_jobs: int | None
     max_bytes: int | None
+
+    @classmethod
+    def of(cls, key: ApiKey, **more: object) -> Self:
+        """Return a key's answer. `more` is what a subclass adds."""
+        return cls.model_validate({**vars(key), **vars(key.quota), **more})
 
 
 class NewKeyAnswer(KeyAnswer):
     secret: str = Field(description="told once: what is stored is its digest")
 
 
-class KeyList(BaseModel):
+class KeyList(Answer):
     keys: list[KeyAnswer]
 
 
@@ -94,20 +100,25 @@ class ProjectBody(LimitFields):
     """PUT /projects/{project}: its limits, in the place of all that it had."""
 
 
-class ProjectAnswer(BaseModel):
+class ProjectAnswer(Answer):
     name: str
-    created_at: datetime
+    created_at: DateTime
     requests_per_minute: int | None
     tokens_per_minute: int | None
     max_jobs: int | None
     max_bytes: int | None
 
+    @classmethod
+    def of(cls, project: Project) -> Self:
+        """Return a project's answer."""
+        return cls(**vars(project), **vars(project.quota))
 
-class ProjectList(BaseModel):
+
+class ProjectList(Answer):
     projects: list[ProjectAnswer]
 
 
-class UsageRow(BaseModel):
+class UsageRow(Answer):
     """With the field that `by` names, if it does."""
 
     project: str | None = None
@@ -122,13 +133,13 @@ class UsageRow(BaseModel):
     job_seconds: float
 
 
-class UsageAnswer(BaseModel):
+class UsageAnswer(Answer):
     rows: list[UsageRow]
 
 
-class AuditEntry(BaseModel):
+class AuditEntry(Answer):
     number: int
-    at: datetime
+    at: DateTime
     who: str = Field(description="a key's id; or command-line, anonymous, or env-… for one of SMOLORA_API_KEYS")
     action: str
     project: str
@@ -136,7 +147,7 @@ class AuditEntry(BaseModel):
     detail: dict[str, object]
 
 
-class AuditList(BaseModel):
+class AuditList(Answer):
     entries: list[AuditEntry]
     next: int | None = Field(description="pass it as `before` for older ones")
 
@@ -182,7 +193,7 @@ async def create_key(
     From the first key on clients need one; with SMOLORA_ALLOW_ANONYMOUS=1 only beyond generate and train.
     """
     key, secret = await to_thread.run_sync(_create, services, body, at_work_in)
-    return wire.answer({**key.to_document(), "secret": secret}, 201, {"Cache-Control": "no-store"})
+    return wire.answer(NewKeyAnswer.of(key, secret=secret), 201, {"Cache-Control": "no-store"})
 
 
 @keys_router.get(
@@ -195,7 +206,7 @@ async def list_keys(
 ) -> Response:
     """List keys, the oldest first; those that were revoked or have expired, too. Secrets are not stored."""
     found = await to_thread.run_sync(services.access.keys.list, project)
-    return wire.answer({"keys": [key.to_document() for key in found]})
+    return wire.answer(KeyList(keys=[KeyAnswer.of(key) for key in found]))
 
 
 @keys_router.delete(
@@ -209,7 +220,7 @@ async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_leng
     """Revoke a key, at once: streams that it has open end, too. Repeating it gives the same answer."""
     key = await to_thread.run_sync(_revoke, services, key_id)
     await services.access.ring.refresh()
-    return wire.answer(key.to_document())
+    return wire.answer(KeyAnswer.of(key))
 
 
 def _revoke(services: Services, key_id: str) -> ApiKey:
@@ -247,7 +258,7 @@ ProjectName = Annotated[str, Path(max_length=4 * MAX_NAME)]
 async def list_projects(services: ServicesDep) -> Response:
     """List projects by name. One comes to be with its first key, or with its limits."""
     found = await to_thread.run_sync(services.access.projects.list)
-    return wire.answer({"projects": [project.to_document() for project in found]})
+    return wire.answer(ProjectList(projects=[ProjectAnswer.of(project) for project in found]))
 
 
 @projects_router.get(
@@ -259,7 +270,7 @@ async def list_projects(services: ServicesDep) -> Response:
 @requires(ADMIN)
 async def get_project(services: ServicesDep, project: ProjectName) -> Response:
     """Get a project's limits."""
-    return wire.answer((await to_thread.run_sync(services.access.projects.get, project)).to_document())
+    return wire.answer(ProjectAnswer.of(await to_thread.run_sync(services.access.projects.get, project)))
 
 
 @projects_router.put(
@@ -276,7 +287,7 @@ async def put_project(services: ServicesDep, project: ProjectName, body: Project
     """
     access, who = services.access, services.principal.key_id
     found = await to_thread.run_sync(lambda: access.projects.put(project, body.quota, who=who))
-    return wire.answer(found.to_document())
+    return wire.answer(ProjectAnswer.of(found))
 
 
 @projects_router.delete(
@@ -330,7 +341,7 @@ async def get_usage(
     """
     if first is not None and to is not None and to < first:
         raise InvalidInput.of("to", "must not be before from")
-    return wire.answer({"rows": await to_thread.run_sync(_rows, services, first, to, by)})
+    return wire.answer(UsageAnswer(rows=await to_thread.run_sync(_rows, services, first, to, by)))
 
 
 @usage_router.get(
@@ -347,33 +358,21 @@ async def get_audit(
     What a job publishes, and the alias that it sets with it, its own record has.
     """
     found = await to_thread.run_sync(services.access.audit.list, limit + 1, before)
-    page = [_entry(entry) for entry in found[:limit]]
-    return wire.answer({"entries": page, "next": found[limit - 1].number if len(found) > limit else None})
+    page = [AuditEntry.model_validate(entry) for entry in found[:limit]]
+    return wire.answer(AuditList(entries=page, next=found[limit - 1].number if len(found) > limit else None))
 
 
-def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[dict[str, object]]:
+def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[UsageRow]:
     services.access.ledger.try_to_flush()  # on a full disk, say, what is stored is told all the same
     principal = services.principal
     whose = None if principal.sees_all else principal.project
     rows = services.access.ledger.rows(first, to, () if by is None else (by,), whose)
-    return [{name: _shown(services, name, value) for name, value in row.items()} for row in rows]
+    if by == "adapter":
+        rows = [{**row, "adapter": _shown(services, row["adapter"])} for row in rows]
+    return [UsageRow.model_validate(row) for row in rows]
 
 
-def _shown(services: Services, column: str, value: object) -> object:
-    """Days as text, adapters as the project calls them."""
-    if column == "adapter":
-        shown = services.principal.viewpoint.shown
-        return "+".join(name if name == BASE else shown(name) for name in str(value).split("+"))
-    return value.isoformat() if isinstance(value, date) else value
-
-
-def _entry(entry: Entry) -> dict[str, object]:
-    return {
-        "number": entry.number,
-        "at": entry.at.isoformat(),
-        "who": entry.who,
-        "action": entry.action,
-        "project": entry.project,
-        "target": entry.target,
-        "detail": dict(entry.detail),
-    }
+def _shown(services: Services, adapter: object) -> str:
+    """Return an adapter's names as the project calls them."""
+    shown = services.principal.viewpoint.shown
+    return "+".join(name if name == BASE else shown(name) for name in str(adapter).split("+"))

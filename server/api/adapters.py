@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable, Set
 from functools import partial
 from io import BytesIO
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
@@ -30,14 +30,14 @@ from server.api.deps import Services, ServicesDep
 from server.api.openapi import ALIASES, DELETES, DOWNLOADS, LOOKUPS, UNALIASES, UPLOAD_BODY, UPLOADS
 from server.api.quotas import reserved
 from server.api.routes import READ, TRAIN, requires
-from server.api.schemas import Body, UsedAdapter
+from server.api.schemas import Answer, Body, Timestamp, UsedAdapter
 from server.api.strict_route import StrictRoute
 from server.api.uploads import form_bytes, received_form, uploaded_files
 from server.api.zips import StoredZip, zip_download
 from server.training.model_card import model_card
 
 
-class VersionAnswer(BaseModel):
+class VersionAnswer(Answer):
     name: str
     version: int
     kind: Literal["adapter", "composition"]
@@ -55,76 +55,57 @@ class VersionAnswer(BaseModel):
     metrics: dict[str, float]
     parent: str | None = Field(description="what it was made from, pinned to versions")
     job_id: str | None
-    created_at: str
+    created_at: Timestamp
     resident: bool = Field(description="in the engine's memory now")
     warnings: list[str] = Field(description="such as that it was made on another base; most have none")
 
+    @classmethod
+    def of(cls, version: Version, resident: Set[str]) -> Self:
+        """Return a version's answer. `resident` are the digests in the engine's memory."""
+        fields = {
+            **vars(version),
+            "kind": version.kind,
+            "alpha": None if version.parts else version.alpha,
+            "config": {key: value for key, value in version.config.items() if key != FILE_DIGEST},
+            "resident": _is_resident(version, resident),
+        }
+        if not version.parts:
+            del fields["parts"]
+        return cls(**fields)
 
-class AdapterAnswer(BaseModel):
+
+class AdapterAnswer(Answer):
     name: str
     kind: Literal["adapter", "composition"]
     latest: int
     visibility: Literal["public", "private"] = Field(description="public: other projects may use it")
     aliases: dict[str, int] = Field(description="all but latest")
-    parts: list[UsedAdapter] | None = Field(None, description="of a composition: its latest version's")
+    parts: list[UsedAdapter] | None = Field(default=None, description="of a composition: its latest version's")
     versions: list[VersionAnswer]
     resident: bool
 
+    @classmethod
+    def of(cls, adapter: Adapter, resident: Set[str]) -> Self:
+        """Return a name's answer. `resident` are the digests in the engine's memory."""
+        versions = [VersionAnswer.of(version, resident) for version in adapter.versions]
+        latest = next(version for version in versions if version.version == adapter.latest)
+        answer = cls(
+            name=adapter.name,
+            kind=adapter.kind,
+            latest=adapter.latest,
+            visibility="public" if adapter.is_public else "private",
+            aliases=dict(adapter.aliases),
+            versions=versions,
+            resident=any(version.resident for version in versions),
+        )
+        if latest.parts is not None:
+            answer.parts = latest.parts
+        return answer
 
-class AdapterList(BaseModel):
+
+class AdapterList(Answer):
     adapters: list[AdapterAnswer]
     next: str | None = Field(description="pass it as `after` for the next page")
-
-
-Document = dict[str, object]
-
-
-def adapter_answer(adapter: Adapter, resident: Set[str]) -> Document:
-    """One name. `resident` are the digests in the engine's memory. A composition's parts are its latest's."""
-    latest = next(version for version in adapter.versions if version.version == adapter.latest)
-    return {
-        "name": adapter.name,
-        "kind": adapter.kind,
-        "latest": adapter.latest,
-        "visibility": "public" if adapter.is_public else "private",
-        "aliases": dict(adapter.aliases),
-        **_parts(latest),
-        "versions": [version_answer(version, resident) for version in adapter.versions],
-        "resident": any(_is_resident(version, resident) for version in adapter.versions),
-    }
-
-
-def version_answer(version: Version, resident: Set[str]) -> Document:
-    """One version. A composition has no alpha: its parts have theirs."""
-    return {
-        "name": version.name,
-        "version": version.version,
-        "kind": version.kind,
-        "digest": version.digest,
-        **_parts(version),
-        "rank": version.rank,
-        "alpha": None if version.parts else version.alpha,
-        "target_modules": list(version.target_modules),
-        "parameters": version.parameters,
-        "bytes": version.bytes,
-        "base_model": version.base_model,
-        "base_digest": version.base_digest,
-        "data_digest": version.data_digest,
-        "config": {key: value for key, value in version.config.items() if key != FILE_DIGEST},
-        "metrics": dict(version.metrics),
-        "parent": version.parent,
-        "job_id": version.job_id,
-        "created_at": version.created_at.isoformat(),
-        "resident": _is_resident(version, resident),
-        "warnings": list(version.warnings),
-    }
-
-
-def _parts(version: Version) -> Document:
-    if not version.parts:
-        return {}
-    keys = ("name", "version", "digest", "weight")
-    return {"parts": [{key: getattr(part, key) for key in keys} for part in version.parts]}
 
 
 def _is_resident(version: Version, resident: Set[str]) -> bool:
@@ -184,7 +165,7 @@ async def list_adapters(
 async def get_adapter(services: ServicesDep, name: Name) -> Response:
     """Get an adapter with all its versions."""
     found = await to_thread.run_sync(services.library.get, name)
-    return wire.answer(adapter_answer(found, services.engine.stats.resident))
+    return wire.answer(AdapterAnswer.of(found, services.engine.stats.resident))
 
 
 @router.get(
@@ -197,7 +178,7 @@ async def get_adapter(services: ServicesDep, name: Name) -> Response:
 async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """Get one version of an adapter."""
     found = await to_thread.run_sync(services.library.version, name, version)
-    return wire.answer(version_answer(found, services.engine.stats.resident))
+    return wire.answer(VersionAnswer.of(found, services.engine.stats.resident))
 
 
 @router.get(
@@ -235,7 +216,7 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
     async with received_form(request, services) as form:
         version = await services.limiters.parsing.run(_publish, services, name, form)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+    return wire.answer(VersionAnswer.of(version, services.engine.stats.resident), 201, headers)
 
 
 @router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
@@ -268,7 +249,8 @@ async def delete_version(
 
 def _page(page: Callable[[], tuple[list[Adapter], str | None]], resident: frozenset[str]) -> Response:
     found, following = page()
-    return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
+    adapters = [AdapterAnswer.of(adapter, resident) for adapter in found]
+    return wire.answer(AdapterList(adapters=adapters, next=following))
 
 
 def _archive(services: Services, name: str, version: int) -> StoredZip:
@@ -312,7 +294,7 @@ async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasB
     deed = partial(services.library.point, name, alias, body.version)
     target, detail = f"{name}@{alias}", {"version": body.version}
     adapter = await to_thread.run_sync(services.audited, "alias.set", target, deed, detail)
-    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
+    return wire.answer(AdapterAnswer.of(adapter, services.engine.stats.resident))
 
 
 @aliases_router.delete(
@@ -350,4 +332,4 @@ async def put_visibility(services: ServicesDep, name: Name, body: VisibilityBody
     """
     deed = partial(services.library.set_visibility, name, body.visibility == "public")
     adapter = await to_thread.run_sync(services.audited, f"adapter.{body.visibility}", name, deed)
-    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
+    return wire.answer(AdapterAnswer.of(adapter, services.engine.stats.resident))

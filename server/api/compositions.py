@@ -31,15 +31,15 @@ from adapters.merge import check
 from adapters.merge_recipe import MergeMethod, Recipe
 from adapters.names import MAX_NAME
 from server.api import wire
-from server.api.adapters import VersionAnswer, version_answer
+from server.api.adapters import VersionAnswer
 from server.api.deps import IdempotencyKey, ServicesDep
 from server.api.openapi import COMPOSITIONS
 from server.api.quotas import require_room
 from server.api.routes import READ, TRAIN, requires
 from server.api.schemas import MAX_SEED, Body
 from server.api.strict_route import StrictRoute
-from server.api.train_answers import job_document
-from server.api.train_schemas import MAX_TRAINED_RANK, JobAnswer
+from server.api.train_answers import JobAnswer
+from server.api.train_schemas import MAX_TRAINED_RANK
 from server.jobs.jobs import Job, Jobs
 from server.jobs.merge_spec import ORIGIN, MergeSpec
 
@@ -194,9 +194,9 @@ async def compose(
         room = partial(require_room, services)
         given = (services.jobs, services.library, name, body, recipe, key, room)
         job = await services.limiters.merging.run(submit_merge, *given)
-        return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+        return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
     terms = parse(body.expression, FIELD)
     version, is_new = await to_thread.run_sync(services.library.compose, name, terms, FIELD)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    answer = version_answer(version, services.engine.stats.resident)
+    answer = VersionAnswer.of(version, services.engine.stats.resident)
     return wire.answer(answer, 201 if is_new else 200, headers)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from adapters.catalog.catalog import Version
 from adapters.names import MAX_NAME
 from server.api import wire
-from server.api.adapters import VersionAnswer, version_answer
+from server.api.adapters import VersionAnswer
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import IMPORTS
 from server.api.quotas import require_quota, require_space, reserved
@@ -86,7 +86,7 @@ async def import_adapter(
     await to_thread.run_sync(require_quota, services)
     version = await services.limiters.fetching.run(_import, services, fetch, name, body)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+    return wire.answer(VersionAnswer.of(version, services.engine.stats.resident), 201, headers)
 
 
 @router.api_route("/{name}/import", methods=["GET", "DELETE"], include_in_schema=False)

@@ -17,7 +17,7 @@ from anyio import CapacityLimiter, to_thread
 from adapters.errors import NotFound
 from server.api import wire
 from server.api.lanes import Places
-from server.api.train_answers import event_document
+from server.api.train_answers import EventAnswer
 from server.jobs.jobs import Event, Standing, no_job
 
 POLL_SECONDS = 0.3
@@ -214,4 +214,4 @@ class JobFeeds:
 
 
 def _encoded(event: Event) -> bytes:
-    return b"id: %d\n" % event.seq + wire.event(event_document(event))
+    return b"id: %d\n" % event.seq + wire.event(EventAnswer.model_validate(event))

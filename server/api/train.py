@@ -20,8 +20,8 @@ from server.api.quotas import require_room
 from server.api.routes import TRAIN, requires
 from server.api.streams import EventStream
 from server.api.strict_route import StrictRoute
-from server.api.train_answers import dry_run_document, event_document, job_document
-from server.api.train_schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
+from server.api.train_answers import DryRunAnswer, EventAnswer, JobAnswer, JobList
+from server.api.train_schemas import TrainBody
 from server.api.zips import StoredZip, zip_download
 from server.jobs.files import JobFiles
 from server.jobs.jobs import Job, Jobs, Status
@@ -73,11 +73,10 @@ async def submit(
     tokenizes the first MiB of them; beyond it, counts of tokens are estimates, and a warning says so.
     """
     if dry_run:
-        document = await services.limiters.preparing.run(_dry_run, services, body)
-        return wire.answer(document)
+        return wire.answer(await services.limiters.preparing.run(_dry_run, services, body))
     room = partial(require_room, services)
     job = await services.limiters.preparing.run(services.submissions.submit, body, key, None, room)
-    return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+    return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
 
 
 @router.get("", summary="List jobs", response_class=Response, responses={200: {"model": JobList}, **JOB_LOOKUPS})
@@ -98,7 +97,7 @@ async def list_jobs(
 @requires(TRAIN)
 async def get_job(services: ServicesDep, job_id: JobId) -> Response:
     """Get a job."""
-    return wire.answer(job_document(await to_thread.run_sync(services.jobs.get, job_id)))
+    return wire.answer(JobAnswer.of(await to_thread.run_sync(services.jobs.get, job_id)))
 
 
 @router.get(
@@ -230,18 +229,18 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     return Response(status_code=204)
 
 
-def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
+def _dry_run(services: Services, body: TrainBody) -> DryRunAnswer:
     with services.submissions.prepared(body, DRY_RUN_BYTES) as prepared:
         estimate = services.estimator.estimate(prepared.spec, prepared.data)
-        return dry_run_document(prepared, estimate, services.decode)
+        return DryRunAnswer.of(prepared, estimate, services.decode)
 
 
 def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:
     if after is not None:
         check_after(jobs, after)
     found = jobs.list(status, size + 1, after)
-    page = [job_document(job) for job in found[:size]]
-    return wire.answer({"jobs": page, "next": found[size - 1].id if len(found) > size else None})
+    page = [JobAnswer.of(job) for job in found[:size]]
+    return wire.answer(JobList(jobs=page, next=found[size - 1].id if len(found) > size else None))
 
 
 def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Response:
@@ -250,11 +249,11 @@ def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Respo
     if len(found) > limit:
         query = f"after={found[limit - 1].seq}" + ("" if limit == MAX_EVENTS else f"&limit={limit}")
         headers["Link"] = f'<{path}?{query}>; rel="next"'
-    return wire.answer([event_document(event) for event in found[:limit]], headers=headers)
+    return wire.answer([EventAnswer.model_validate(event) for event in found[:limit]], headers=headers)
 
 
 async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
-    return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
+    return wire.answer(JobAnswer.of(await to_thread.run_sync(move, job_id)))
 
 
 def _remove_files(services: Services, job_id: str) -> None:

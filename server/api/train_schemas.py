@@ -1,16 +1,14 @@
-"""What POST /train takes and what the paths under /train and /datasets answer, as pydantic sees it.
+"""The body of POST /train.
 
-Bounds that the base or the data decide, and what rows look like, are `server.api.submission`'s part. As in
-`server.api.schemas`, the answers' classes document what is built by hand.
+`server.api.submission` checks what depends on the base or on the rows, such as the form of a row.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from adapters.lora import MODULES
 from adapters.names import MAX_NAME, near
-from server.api.estimate import Estimate
 from server.api.schemas import MAX_SEED, Body
 from server.training.spec import (
     LEARNING_RATES,
@@ -184,118 +182,3 @@ class TrainBody(Body):
         description="points to the new version; latest as well, where a job would not move that by itself",
     )
     description: str = Field(JobSpec.description, max_length=MAX_DESCRIPTION)
-
-
-class Progress(BaseModel):
-    step: int
-    total_steps: int
-    epoch: float
-    tokens: int = Field(description="non-padding inputs of training steps so far")
-    tokens_per_second: float | None
-    eta_seconds: float | None
-
-
-class JobMetrics(BaseModel):
-    train_loss: float | None = Field(description="nats per counted token, of the last step")
-    eval_loss: float | None = Field(description="the held-out rows'")
-    base_eval_loss: float | None = Field(description="the untouched base's, on the same rows")
-
-
-class PublishedAdapter(BaseModel):
-    name: str
-    version: int
-    digest: str
-
-
-class RowCounts(BaseModel):
-    """The rows as the job has them, tokenized."""
-
-    digest: str
-    rows: int
-    tokens: int
-    trained_tokens: int
-    truncated: int
-    validation_digest: str | None
-    validation_rows: int
-    validation_truncated: int
-    overlap: int = Field(description="held-out rows that are training rows too")
-
-
-class JobAnswer(BaseModel):
-    id: str
-    project: str = Field(description="whose it is: names in it are that project's own")
-    key: str | None = Field(description="the id of the key that submitted it; null: none")
-    kind: Literal["train", "merge"]
-    name: str
-    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    position: int | None = Field(
-        description="place of a queued job in the order of turns, from 1: it counts its project's older queued "
-        "jobs, and other projects' jobs that come first, running ones included; null unless it is queued"
-    )
-    pausing: bool = Field(description="it was told to pause, and its worker hasn't let go yet")
-    progress: Progress
-    metrics: JobMetrics
-    adapter: PublishedAdapter | None
-    error: str | None
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    files_removed_at: str | None = Field(description="null until what it left was removed; its rows go as it ends")
-    config: dict[str, object] = Field(description="the body with every default filled in")
-    data: RowCounts | None = Field(description="null for a merge")
-    attempt: int = Field(description="how often a worker took it up")
-
-
-class JobList(BaseModel):
-    jobs: list[JobAnswer]
-    next: str | None = Field(description="pass it as `after` for the next page")
-
-
-class EventAnswer(BaseModel):
-    seq: int
-    at: str
-    level: Literal["info", "warning", "error"]
-    type: Literal["message", "metrics"]
-    message: str
-    data: dict[str, object]
-
-
-class PreviewToken(BaseModel):
-    text: str
-    trained: bool
-
-
-class PreviewRow(BaseModel):
-    row: int = Field(description="counted from 0 among those that are trained on")
-    tokens: list[PreviewToken]
-    more: int = Field(description="tokens that aren't shown")
-
-
-class DryRunAnswer(BaseModel):
-    dry_run: Literal[True]
-    name: str
-    data: RowCounts
-    steps: int = Field(description="of the optimizer, in all")
-    estimate: Estimate
-    preview: list[PreviewRow]
-    config: dict[str, object]
-    warnings: list[str] = Field(description="of start_from and of the rows; a job has them as events")
-
-
-class DatasetAnswer(BaseModel):
-    id: str
-    filename: str | None = Field(description="as it was first uploaded; null where that was not kept yet")
-    format: Literal["jsonl", "csv"]
-    rows: int
-    bytes: int = Field(description="of the first upload; quotas count what its rows take as JSON")
-    kinds: dict[str, int] = Field(description="rows of each shape: completion, messages, text")
-    digest: str
-    created_at: str
-
-
-class DatasetUploaded(DatasetAnswer):
-    warnings: list[str] = Field(description="such as that rows have fields which are not trained on")
-
-
-class DatasetList(BaseModel):
-    datasets: list[DatasetAnswer]
