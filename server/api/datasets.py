@@ -1,4 +1,4 @@
-"""/datasets: upload rows once, train on them often. Everything on disk happens in threads."""
+"""/datasets: uploaded rows that jobs can train on."""
 
 from functools import partial
 from typing import Annotated
@@ -90,7 +90,7 @@ def _put(services: Services, form: FormData) -> DatasetUploaded:
 
 
 def _delete(services: Services, dataset_id: str) -> None:
-    if not services.datasets.has(dataset_id):  # a damaged one can go, too
+    if not services.datasets.has(dataset_id):  # `get` would refuse a damaged data set
         raise no_dataset()
     if services.jobs.in_use(dataset_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")

@@ -1,4 +1,4 @@
-"""/adapters/{name}/import: an adapter from the Hugging Face hub, off unless a setting allows it."""
+"""POST /adapters/{name}/import: publish an adapter from the Hugging Face hub, if a setting allows it."""
 
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ class ImportBody(Body):
 
 
 class Fetch(Protocol):
-    """`server.model.base.hub.fetch_adapter`, or a test's."""
+    """The signature of `server.model.base.hub.fetch_adapter`, which tests replace."""
 
     def __call__(
         self,
@@ -56,7 +56,7 @@ class Fetch(Protocol):
 
 
 async def get_fetch() -> Fetch:
-    """What fetches; tests put another in its place."""
+    """Return the function that fetches adapters. Tests override this dependency."""
     return fetch_adapter
 
 
@@ -92,7 +92,7 @@ async def import_adapter(
 @router.api_route("/{name}/import", methods=["GET", "DELETE"], include_in_schema=False)
 @requires(TRAIN)
 async def not_a_version(name: str) -> Response:
-    """What a version can be asked, this can't. Raises HTTPException."""
+    """Answer 405: `import` is not a version, though /adapters/{name}/{version} would match it."""
     raise HTTPException(405)
 
 

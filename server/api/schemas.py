@@ -54,7 +54,7 @@ def _iso(value: object) -> object:
 
 
 Timestamp = Annotated[str, BeforeValidator(_iso)]
-"""A time in ISO 8601, made from a datetime."""
+"""A time in ISO 8601. It accepts a datetime."""
 
 
 def _as_list(value: object) -> object:

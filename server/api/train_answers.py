@@ -1,4 +1,4 @@
-"""Answers of /train and /datasets: jobs, their events, dry runs and data sets."""
+"""Answers under /train and /datasets: jobs, events, dry runs and data sets."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, Self
@@ -30,11 +30,11 @@ class Progress(Answer):
 
 
 class JobMetrics(Answer):
-    model_config = ConfigDict(extra="allow")  # a job that succeeded has more
+    model_config = ConfigDict(extra="allow")  # a job that succeeded has more metrics
 
-    train_loss: float | None = Field(description="nats per counted token, of the last step")
-    eval_loss: float | None = Field(description="the held-out rows'")
-    base_eval_loss: float | None = Field(description="the untouched base's, on the same rows")
+    train_loss: float | None = Field(description="of the last step, in nats per trained token")
+    eval_loss: float | None = Field(description="on the held-out rows")
+    base_eval_loss: float | None = Field(description="of the unchanged base, on the same rows")
 
 
 class PublishedAdapter(Answer):
@@ -44,9 +44,9 @@ class PublishedAdapter(Answer):
 
 
 class RowCounts(Answer):
-    """The rows as the job has them, tokenized."""
+    """Counts of a job's tokenized rows."""
 
-    # read by the names of `server.training.job_data.DataFacts`
+    # made from `server.training.job_data.DataFacts`, which has other names
 
     digest: str
     rows: int = Field(validation_alias="num_rows")
@@ -57,14 +57,14 @@ class RowCounts(Answer):
     validation_rows: int = Field(validation_alias="num_validation_rows")
     validation_truncated: int = Field(validation_alias="num_validation_truncated")
     overlap: int = Field(
-        validation_alias="num_overlapping", description="held-out rows that are training rows too"
+        validation_alias="num_overlapping", description="held-out rows that are also training rows"
     )
 
 
 class JobAnswer(Answer):
     id: str
-    project: str = Field(description="whose it is: names in it are that project's own")
-    key: str | None = Field(description="the id of the key that submitted it; null: none")
+    project: str = Field(description="the owner; names in the answer are this project's")
+    key: str | None = Field(description="id of the key that submitted the job; null if it needed none")
     kind: Literal["train", "merge"]
     name: str
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -72,7 +72,7 @@ class JobAnswer(Answer):
         description="place of a queued job in the order of turns, from 1: it counts its project's older queued "
         "jobs, and other projects' jobs that come first, running ones included; null unless it is queued"
     )
-    pausing: bool = Field(description="it was told to pause, and its worker hasn't let go yet")
+    pausing: bool = Field(description="a pause was requested, and the job is still running")
     progress: Progress
     metrics: JobMetrics
     adapter: PublishedAdapter | None
@@ -81,15 +81,15 @@ class JobAnswer(Answer):
     started_at: Timestamp | None
     finished_at: Timestamp | None
     files_removed_at: Timestamp | None = Field(
-        description="null until what it left was removed; its rows go as it ends"
+        description="when the job's files were removed, or null; its rows are removed as soon as it ends"
     )
     config: dict[str, object] = Field(description="the body with every default filled in")
     data: RowCounts | None = Field(description="null for a merge")
-    attempt: int = Field(description="how often a worker took it up")
+    attempt: int = Field(description="how many times a worker has started the job")
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """Return the answer of GET /train/{id}."""
+        """Describe a job."""
         progress = {**_NO_PROGRESS, "total_steps": job.data.get("total_steps"), **job.progress}
         fields = {
             **vars(job),
@@ -124,24 +124,24 @@ class PreviewToken(Answer):
 
 
 class PreviewRow(Answer):
-    row: int = Field(description="counted from 0 among those that are trained on")
+    row: int = Field(description="number among the training rows, from 0")
     tokens: list[PreviewToken]
-    more: int = Field(description="tokens that aren't shown")
+    more: int = Field(description="number of further tokens, which aren't shown")
 
 
 class DryRunAnswer(Answer):
     dry_run: Literal[True]
     name: str
     data: RowCounts
-    steps: int = Field(description="of the optimizer, in all")
+    steps: int = Field(description="optimizer steps in total")
     estimate: Estimate
     preview: list[PreviewRow]
     config: dict[str, object]
-    warnings: list[str] = Field(description="of start_from and of the rows; a job has them as events")
+    warnings: list[str] = Field(description="about start_from and the rows; a job has them as events")
 
     @classmethod
     def of(cls, prepared: Prepared, estimate: Estimate, decode: Callable[[list[int]], str]) -> Self:
-        """Describe the job that would be queued. `decode` is the tokenizer's. Blocks for a moment."""
+        """Describe a job that could be queued. `decode` turns token ids into text."""
         return cls(
             dry_run=True,
             name=prepared.spec.name,
@@ -156,17 +156,17 @@ class DryRunAnswer(Answer):
 
 class DatasetAnswer(Answer):
     id: str
-    filename: str | None = Field(description="as it was first uploaded; null where that was not kept yet")
+    filename: str | None = Field(description="the first upload's name, or null if it isn't known")
     format: Literal["jsonl", "csv"]
     rows: int = Field(validation_alias="num_rows")
-    bytes: int = Field(description="of the first upload; quotas count what its rows take as JSON")
-    kinds: dict[str, int] = Field(description="rows of each shape: completion, messages, text")
+    bytes: int = Field(description="size of the first upload; quotas count the size of its rows as JSON")
+    kinds: dict[str, int] = Field(description="number of rows by kind: completion, messages, text")
     digest: str
     created_at: Timestamp
 
 
 class DatasetUploaded(DatasetAnswer):
-    warnings: list[str] = Field(description="such as that rows have fields which are not trained on")
+    warnings: list[str] = Field(description="for example about fields that are not trained on")
 
 
 class DatasetList(Answer):
@@ -174,7 +174,7 @@ class DatasetList(Answer):
 
 
 def _config(spec: Spec, source: object) -> dict[str, object]:
-    """Return the body with its defaults, without rows that were sent in it."""
+    """Return the job's body with all defaults, but without rows that were sent in it."""
     where = source if isinstance(source, Mapping) else {}
     return {**spec.to_document(), **where}
 

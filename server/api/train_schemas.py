@@ -1,6 +1,6 @@
 """The body of POST /train.
 
-`server.api.submission` checks what depends on the base or on the rows, such as the form of a row.
+`server.api.submission` checks what depends on the base or on the rows.
 """
 
 from typing import Annotated
@@ -31,7 +31,7 @@ Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 def _target_modules(value: object) -> tuple[str, ...]:
-    """The names, each once, in the order in which the forward pass meets them."""
+    """Return module names in the order of the forward pass. Raise ValueError if one is unknown or given twice."""
     if value == ALL_LINEAR:
         return MODULES
     if not isinstance(value, list) or not value:
@@ -101,7 +101,7 @@ Rows = Annotated[list[object], Field(min_length=1), WithJsonSchema(_ROWS)]
 
 
 class LoraBody(Body):
-    """The adapter's shape. With `start_from` it is the parent's; full fine-tuning has none."""
+    """The adapter's shape. With `start_from`, the parent's shape is kept. Full fine-tuning has none."""
 
     rank: int = Field(LoraSpec.rank, ge=1, le=MAX_TRAINED_RANK)
     alpha: float = Field(LoraSpec.alpha, gt=0, le=65536)
@@ -110,25 +110,25 @@ class LoraBody(Body):
         LoraSpec.target_modules, description=f'"{ALL_LINEAR}", or names of linear modules'
     )
     init: Init = Field(
-        LoraSpec.init, description="of a new adapter; pissa and olora are published with twice the rank"
+        LoraSpec.init, description="how a new adapter starts; pissa and olora are published with twice the rank"
     )
     use_rslora: bool = Field(LoraSpec.use_rslora, description="scale by alpha/√rank instead of alpha/rank")
 
 
 class TrainingBody(Body):
-    """How it is trained."""
+    """Hyperparameters of training."""
 
     epochs: int = Field(TrainingSpec.epochs, ge=1, le=10_000)
     max_steps: Steps | None = Field(TrainingSpec.max_steps, description="optimizer steps, instead of epochs")
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="the highest of the schedule; null: "
+        description="peak of the schedule; null: "
         + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items()),
     )
-    batch_size: int = Field(TrainingSpec.batch_size, ge=1, le=4096, description="rows of an optimizer step")
+    batch_size: int = Field(TrainingSpec.batch_size, ge=1, le=4096, description="rows in each optimizer step")
     max_length: int = Field(
-        TrainingSpec.max_length, ge=2, le=1 << 20, description="tokens of a row; the base may allow fewer"
+        TrainingSpec.max_length, ge=2, le=1 << 20, description="most tokens of a row; the base may allow fewer"
     )
     schedule: Schedule = TrainingSpec.schedule
     warmup_ratio: float = Field(TrainingSpec.warmup_ratio, ge=0, le=1)
@@ -137,7 +137,7 @@ class TrainingBody(Body):
     seed: int = Field(TrainingSpec.seed, ge=0, le=MAX_SEED)
     eval_steps: Steps | None = Field(
         TrainingSpec.eval_steps,
-        description="measure the held-out loss this often, and keep the best weights; null: at the end only",
+        description="steps between evaluations; the best weights are kept; null: evaluate at the end only",
     )
     checkpoint_steps: Steps | None = Field(
         TrainingSpec.checkpoint_steps, description="null: about every 30 seconds"
@@ -146,8 +146,8 @@ class TrainingBody(Body):
         TrainingSpec.early_stopping_patience,
         description="end after this many evaluations without a lower loss; needs eval_steps",
     )
-    packing: bool = Field(TrainingSpec.packing, description="lay several short rows out as one")
-    overlong: Overlong = Field(TrainingSpec.overlong, description="what becomes of rows beyond max_length")
+    packing: bool = Field(TrainingSpec.packing, description="pack several short rows into one sequence")
+    overlong: Overlong = Field(TrainingSpec.overlong, description="what to do with rows longer than max_length")
 
 
 class TrainBody(Body):
@@ -162,7 +162,7 @@ class TrainBody(Body):
         }
     )
 
-    name: str = Field(min_length=1, max_length=MAX_NAME, description="the adapter that becomes a version of it")
+    name: str = Field(min_length=1, max_length=MAX_NAME, description="the adapter to publish a version of")
     data: Rows | None = Field(None, description="the rows; or give a dataset")
     dataset: str | None = Field(None, max_length=64, description="an id from POST /datasets, instead of data")
     validation: Validation = Field(
@@ -172,13 +172,16 @@ class TrainBody(Body):
     lora: LoraBody = LoraBody.model_validate({})
     training: TrainingBody = TrainingBody.model_validate({})
     start_from: str | None = Field(
-        None, max_length=2 * MAX_NAME + 1, description="an adapter to go on from: name, name@3 or name@alias"
+        None, max_length=2 * MAX_NAME + 1, description="an adapter to continue from: name, name@3 or name@alias"
     )
-    publish_if: PublishIf = Field(JobSpec.publish_if, description="what the held-out loss must be below")
+    publish_if: PublishIf = Field(
+        JobSpec.publish_if,
+        description="publish only if the held-out loss is below the base's, or the latest version's",
+    )
     alias: str | None = Field(
         None,
         min_length=1,
         max_length=MAX_NAME,
-        description="points to the new version; latest as well, where a job would not move that by itself",
+        description="an alias for the new version; `latest` is allowed, and moves it even if the job would not",
     )
     description: str = Field(JobSpec.description, max_length=MAX_DESCRIPTION)

@@ -412,7 +412,7 @@ async def test_an_upload_ends_once_the_disk_is_nearly_full(
     usage = namedtuple("usage", ["free"])
     free = 100 * MIB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
-    monkeypatch.setattr(quotas, "LOOK_BYTES", 4 * 1000)
+    monkeypatch.setattr(quotas, "CHECK_BYTES", 4 * 1000)
     app = new_app(make_services(min_free_bytes="50MiB"))
     upload = await Upload.begin(app, None)
     await upload.send(b" " * 5000)
