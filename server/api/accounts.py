@@ -251,7 +251,7 @@ ProjectName = Annotated[str, Path(max_length=4 * MAX_NAME)]
 )
 @requires(ADMIN)
 async def list_projects(services: ServicesDep) -> Response:
-    """List projects by name. One comes to be with its first key, or with its limits."""
+    """List projects by name. A project is created with its first key, or by setting its limits."""
     found = await to_thread.run_sync(services.access.projects.list)
     return wire.answer(ProjectList(projects=[ProjectAnswer.of(project) for project in found]))
 

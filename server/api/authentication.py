@@ -36,7 +36,7 @@ _MAX_DELAYED = 64  # at a time, since each keeps a connection open
 
 
 class TooManyGuesses(TryAgain):
-    """Too many wrong keys wait already, so this one is refused at once."""
+    """The error for a wrong key while too many others are being delayed."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _Wrong:
 
 
 class Guesses:
-    """Counts wrong keys by address and minute. The addresses seen longest ago are forgotten first."""
+    """The number of wrong keys by address and minute. The addresses seen longest ago are forgotten first."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -112,7 +112,7 @@ def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
 
 
 class Authentication:
-    """Admits requests by their keys."""
+    """The check of a request's key."""
 
     def __init__(self, access: Access, metrics: HttpMetrics, routes: Routes) -> None:
         self._access = access

@@ -29,11 +29,11 @@ _DRAIN_SECONDS = 10.0
 
 
 class TooSlow(HTTPException):
-    """The body made no progress in time. FastAPI lets only HTTPException pass while it reads a body."""
+    """The error for a body that makes no progress. FastAPI lets only HTTPException pass while it reads one."""
 
 
 class KeyEnded(HTTPException):
-    """The key was revoked, or has expired, while the body came in."""
+    """The error for a key that is revoked or expires while the body comes in."""
 
 
 class Body:
@@ -114,7 +114,7 @@ class Body:
 
 
 class BytesInFlight:
-    """Limits the memory of all bodies. One project may use three quarters of it.
+    """A limit on the memory of all bodies together. One project may use three quarters of it.
 
     A body of up to SMALL_BODY_BYTES counts, but is never refused. After a burst, memory is returned to the system.
     For one event loop.

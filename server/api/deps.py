@@ -52,7 +52,7 @@ log = logging.getLogger("smolora.api")
 
 
 class RecentPins:
-    """Remembers how adapter expressions resolved until the next commit to the database. For one event loop.
+    """A cache of resolved adapter expressions, valid until the next commit to the database. For one event loop.
 
     Resolving is SQL in a thread, and delays the first token by a millisecond or two. Checking for commits takes
     microseconds.
@@ -230,7 +230,7 @@ class Services:
 
     @property
     def retention(self) -> Retention:
-        """Removes files of jobs."""
+        """The removal of jobs' files."""
         return Retention(self.settings.home, self.jobs, self.bucket)
 
     def audited(

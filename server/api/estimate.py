@@ -39,7 +39,7 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates training times on one base. It blocks: call it in a thread."""
+    """An estimator of training times on one base. It blocks: call it in a thread."""
 
     def __init__(self, jobs: Jobs, num_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
         self._jobs = jobs

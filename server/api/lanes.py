@@ -91,7 +91,7 @@ receiving: ContextVar[Receive | None] = ContextVar("receiving", default=None)
 
 
 class Turns:
-    """Assigns a number of threads to waiting owners in turn. For one event loop."""
+    """A number of threads that owners use in turn. For one event loop."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads

@@ -135,7 +135,7 @@ _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `
 
 
 class App(FastAPI):
-    """Serves a document with our own errors instead of FastAPI's, and the media type of problems."""
+    """An application whose OpenAPI document has our errors instead of FastAPI's."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

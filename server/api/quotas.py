@@ -21,7 +21,7 @@ _RETRY_SECONDS = 60.0
 
 
 def require_space(settings: Settings, num_bytes: int = 0) -> None:
-    """Raise Unavailable if HOME's disk, with `num_bytes` more, has less free than uploads and jobs must leave."""
+    """Raise Unavailable if `num_bytes` more would leave less than SMOLORA_MIN_FREE_BYTES on HOME's disk."""
     if shutil.disk_usage(settings.home).free - num_bytes < settings.min_free_bytes:
         message = "the server's disk is full"
         if settings.min_free_bytes:
@@ -68,7 +68,7 @@ if TYPE_CHECKING:  # `deps` imports this module
 
 
 class Incoming:
-    """Counts the bytes that are being received, by owner. Thread-safe."""
+    """The bytes that are being received, by owner. Thread-safe."""
 
     def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()

@@ -20,7 +20,7 @@ _SHOWN = 100  # characters of a header
 
 
 class Sites:
-    """Refuses requests to foreign host names, and from pages of other sites.
+    """A filter against requests to foreign host names, and from pages of other sites.
 
     A probe may use any host name, since it reaches a container in its own way. A scraper may use any IP address,
     because a page can't rebind an address.

@@ -251,12 +251,12 @@ class Prepared:
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """What the job's record keeps about the data."""
+        """The facts about the data that the job's record keeps."""
         return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
 
 
 class Submissions:
-    """Takes jobs for one base, on behalf of one project. `max_length` is the base's, in tokens."""
+    """The intake of training jobs for one base and one project. `max_length` is the base's, in tokens."""
 
     def __init__(
         self,
@@ -370,9 +370,7 @@ class Submissions:
             loc = (rows.validation_name or rows.name,)
             validation = self._encoder.encode_all(held_out, length, overlong, loc)
         except InvalidInput:
-            if (
-                rows.validation_name is None
-            ):  # held-out rows are a share: raise faults with the numbers of the rows as sent
+            if rows.validation_name is None:  # a share: raise faults with the numbers of the rows as sent
                 self._encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
         scale = len(rows.train) / max(len(first), 1)

@@ -127,7 +127,7 @@ def end_request(
 
 
 class GenerationTrace:
-    """Collects a generation's timings and makes its spans. Call `note` for each output, and `end` once."""
+    """The timings of a generation, from which `end` makes its spans. Call `note` for each output."""
 
     def __init__(
         self, span: Span, operation: str, request: GenerationRequest, base: str, parts: Sequence[Part]

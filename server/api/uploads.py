@@ -119,9 +119,8 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
         None if part is None else part.file
         for part in (_part(form, name) for name in (CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD))
     )
-    with TemporaryDirectory(
-        prefix="upload-", ignore_cleanup_errors=True
-    ) as scratch:  # the next start removes leftovers
+    # the next start removes directories with this prefix
+    with TemporaryDirectory(prefix="upload-", ignore_cleanup_errors=True) as scratch:
         target = Path(scratch) / WEIGHTS_NAME
         if archive is not None and config is None and weights is None:
             yield UploadedFiles(zips.read_archive(archive, target, MAX_CONFIG_BYTES), target)
