@@ -250,22 +250,18 @@ class Services:
         return result
 
     def _seen_by(self, principal: Principal) -> "Services":
-        storage, viewpoint = self.storage, principal.viewpoint
-        home = storage.home
+        viewpoint = principal.viewpoint
         library = self.library.of(viewpoint)
         jobs = self.jobs.of(viewpoint, principal.project_quota.max_jobs, principal.quota.max_jobs)
-        own_datasets, own_files = home.datasets(viewpoint.project), home.files(viewpoint.project)
-        datasets = DatasetStore(own_datasets, viewpoint.key_id, storage.at(own_datasets))
-        files = FileStore(own_files, viewpoint.key_id, storage.at(own_files))
-        submissions = self.submissions.of(jobs, RowSources(datasets, files), library)
+        sources = RowSources.of(self.storage, viewpoint.project, viewpoint.key_id)
         return replace(
             self,
             principal=principal,
             library=library,
             jobs=jobs,
-            datasets=datasets,
-            files=files,
-            submissions=submissions,
+            datasets=sources.datasets,
+            files=sources.files,
+            submissions=replace(self.submissions, jobs=jobs, sources=sources, library=library),
             limiters=self.limiters.of(viewpoint.project),
         )
 

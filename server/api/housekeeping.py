@@ -12,8 +12,7 @@ from anyio import to_thread
 
 from server.jobs.files import Retention
 from server.storage.places import Storage
-from server.training.datasets import DatasetStore
-from server.training.files import FileStore
+from server.training.files import RowSources
 
 INTERVAL_SECONDS = 3600.0
 
@@ -43,9 +42,9 @@ async def keep_house(
 def clean_uploads(storage: Storage) -> None:
     """Remove old leftovers of killed processes from all projects' data sets and files."""
     for project in storage.projects():
-        datasets, files = storage.home.datasets(project), storage.home.files(project)
-        DatasetStore(datasets, bucket=storage.at(datasets)).clean()
-        FileStore(files, bucket=storage.at(files)).clean()
+        sources = RowSources.of(storage, project)
+        sources.datasets.clean()
+        sources.files.clean()
 
 
 def _clean_jobs(retention: Retention, retain_days: float) -> None:

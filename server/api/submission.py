@@ -12,7 +12,6 @@ import json
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -255,33 +254,22 @@ class Prepared:
         return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
 
 
+@dataclass(frozen=True)
 class Submissions:
     """The intake of training jobs for one base and one project. `max_length` is the base's, in tokens."""
 
-    def __init__(
-        self,
-        home: Path,
-        jobs: Jobs,
-        sources: RowSources,
-        library: Library,
-        encoder: RowEncoder,
-        max_length: int,
-        base_digest: str,
-        bucket: "Bucket | None" = None,
-    ) -> None:
-        self._files = JobFiles(home, bucket)
-        self._jobs = jobs
-        self._sources = sources
-        self._library = library
-        self._encoder = encoder
-        self._max_length = max_length
-        self._base_digest = base_digest
+    home: Path
+    jobs: Jobs
+    sources: RowSources
+    library: Library
+    encoder: RowEncoder
+    max_length: int
+    base_digest: str
+    bucket: "Bucket | None" = None
 
-    def of(self, jobs: Jobs, sources: RowSources, library: Library) -> "Submissions":
-        """Return the same for another project."""
-        other = copy(self)
-        other._jobs, other._sources, other._library = jobs, sources, library
-        return other
+    @property
+    def _files(self) -> JobFiles:
+        return JobFiles(self.home, self.bucket)
 
     def submit(
         self,
@@ -298,7 +286,7 @@ class Submissions:
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
-        if (first := self._jobs.repeated(idempotency_key, digest)) is not None:
+        if (first := self.jobs.repeated(idempotency_key, digest)) is not None:
             return first
         require_room()
         job_id = f"job-{secrets.token_hex(8)}"
@@ -311,7 +299,7 @@ class Submissions:
                     if request is not None and request.span is not None:
                         (unfinished / TRACEPARENT_NAME).write_text(request.span.traceparent, encoding="ascii")
                 self._files.keep(job_id)
-                job = self._jobs.submit(
+                job = self.jobs.submit(
                     prepared.spec,
                     job_id=job_id,
                     data={**prepared.facts, **kept},
@@ -344,15 +332,15 @@ class Submissions:
         With `max_bytes`, only the first rows, up to about that much text, are encoded: as many to train on, and as
         many held out. Token counts are then scaled to all rows, and a warning says so.
         """
-        terms = parent_terms(body, self._library.base_name)
-        pinned = self._library.pin(terms) if terms else Pinned(())
+        terms = parent_terms(body, self.library.base_name)
+        pinned = self.library.pin(terms) if terms else Pinned(())
         try:
-            spec = build_spec(body, self._library, pinned, self._max_length)
-            rows = choose_rows(body, self._sources)
+            spec = build_spec(body, self.library, pinned, self.max_length)
+            rows = choose_rows(body, self.sources)
             _check_rows(spec, rows)
             if spec.publish_if == "improves_latest":  # it is evaluated, too, so it must fit the base
                 with suppress(NotFound):
-                    self._library.pin([Term(spec.name)], "name").release()
+                    self.library.pin([Term(spec.name)], "name").release()
             data, warnings = self._encode(spec.training, rows, max_bytes)
             warnings = (*pinned.warnings, *rows.warnings, *warnings)
             yield Prepared(spec, data, rows.source, rows.used, warnings)
@@ -366,12 +354,12 @@ class Submissions:
         length, overlong = training.max_length, training.overlong
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
         try:
-            train = self._encoder.encode_all(first, length, overlong, (rows.name,))
+            train = self.encoder.encode_all(first, length, overlong, (rows.name,))
             loc = (rows.validation_name or rows.name,)
-            validation = self._encoder.encode_all(held_out, length, overlong, loc)
+            validation = self.encoder.encode_all(held_out, length, overlong, loc)
         except InvalidInput:
             if rows.validation_name is None:  # a share: raise faults with the numbers of the rows as sent
-                self._encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
+                self.encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
         scale = len(rows.train) / max(len(first), 1)
         facts = DataFacts(
@@ -390,9 +378,9 @@ class Submissions:
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
-            references=self._encoder.references(held_out, max_prompt=self._max_length),
+            references=self.encoder.references(held_out, max_prompt=self.max_length),
             facts=facts,
-            base_digest=self._base_digest,
+            base_digest=self.base_digest,
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:
