@@ -210,7 +210,7 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
     """
     await to_thread.run_sync(services.library.check_name, name)
     async with received_form(request, services) as form:
-        version = await services.limiters.parsing.run(_publish, services, name, form)
+        version = await services.limiters.parsing.run(services.principal.project, _publish, services, name, form)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(VersionAnswer.of(version, services.engine.stats.resident), 201, headers)
 

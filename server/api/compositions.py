@@ -192,7 +192,7 @@ async def compose(
     if (recipe := recipe_of(body)) is not None:
         room = partial(require_room, services)
         given = (services.jobs, services.library, name, body, recipe, key, room)
-        job = await services.limiters.merging.run(submit_merge, *given)
+        job = await services.limiters.merging.run(services.principal.project, submit_merge, *given)
         return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
     terms = parse(body.expression, FIELD)
     version, is_new = await to_thread.run_sync(services.library.compose, name, terms, FIELD)

@@ -40,7 +40,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
     Fields that are not trained on are ignored; `warnings` counts them.
     """
     async with received_form(request, services) as form:
-        answer = await services.limiters.checking.run(_put, services, form)
+        answer = await services.limiters.checking.run(services.principal.project, _put, services, form)
     return wire.answer(answer, 201, {"Location": f"/datasets/{answer.id}"})
 
 

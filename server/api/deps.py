@@ -168,15 +168,6 @@ class Limiters:
             bodies=BytesInFlight(metrics=metrics),
         )
 
-    def of(self, project: str) -> "Limiters":
-        """Return a project's view of the same limiters."""
-        views = {
-            name: value.of(project)
-            for name, value in vars(self).items()
-            if not isinstance(value, BytesInFlight | Incoming | Spooling)
-        }
-        return replace(self, **views)
-
 
 @dataclass(frozen=True)
 class Services:
@@ -262,7 +253,6 @@ class Services:
             datasets=sources.datasets,
             files=sources.files,
             submissions=replace(self.submissions, jobs=jobs, sources=sources, library=library),
-            limiters=self.limiters.of(viewpoint.project),
         )
 
 

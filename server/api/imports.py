@@ -84,7 +84,9 @@ async def import_adapter(
     await to_thread.run_sync(services.library.check_name, name)
     require_space(services.settings)
     await to_thread.run_sync(require_quota, services)
-    version = await services.limiters.fetching.run(_import, services, fetch, name, body)
+    version = await services.limiters.fetching.run(
+        services.principal.project, _import, services, fetch, name, body
+    )
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(VersionAnswer.of(version, services.engine.stats.resident), 201, headers)
 

@@ -67,9 +67,9 @@ class _Feed:
 class Follower:
     """A client's view of one feed. Iterate `stream` once, and `close` at the end."""
 
-    def __init__(self, feeds: "JobFeeds", feed: _Feed, after: int, place: Places) -> None:
+    def __init__(self, feeds: "JobFeeds", feed: _Feed, after: int, project: str) -> None:
         self._feeds = feeds
-        self._place = place
+        self._project = project
         self._feed = feed
         self._after = after
         self._closed = False
@@ -103,8 +103,7 @@ class Follower:
         """Stop following. It is idempotent."""
         if not self._closed:
             self._closed = True
-            self._place.give_back()
-            self._feeds.leave(self._feed)
+            self._feeds.leave(self._feed, self._project)
 
 
 class JobFeeds:
@@ -137,18 +136,18 @@ class JobFeeds:
 
         The caller has checked that the project may see the job.
         """
-        place = self._places.of(project)
-        place.take()
+        self._places.take(project)
         if (feed := self._feeds.get(job_id)) is None:
             feed = self._feeds[job_id] = _Feed(job_id)
             self._wake.set()
         feed.num_followers += 1
         if not self.is_polling:
             self._task = asyncio.create_task(self._run())
-        return Follower(self, feed, after, place)
+        return Follower(self, feed, after, project)
 
-    def leave(self, feed: _Feed) -> None:
-        """Count a follower out, and drop the feed if it was the last."""
+    def leave(self, feed: _Feed, project: str) -> None:
+        """Count a project's follower out, and drop the feed if it was the last."""
+        self._places.give_back(project)
         feed.num_followers -= 1
         if not feed.num_followers and self._feeds.get(feed.job_id) is feed:
             del self._feeds[feed.job_id]

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from copy import copy
 from functools import partial
-from typing import Any, Self, TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -48,39 +47,32 @@ class Places:
         self._share = num_places - num_places // 4
         self._name = name
         self._metrics = metrics
-        self._owner = ""
-        self._taken: Counter[str] = Counter()  # by owner, shared by all views
+        self._taken: Counter[str] = Counter()  # by owner
         if metrics is not None:
             metrics.declare(name, is_lane=False)
 
-    def of(self, owner: str) -> Self:
-        """Return a view of the same places for a project."""
-        view = copy(self)
-        view._owner = owner
-        return view
-
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Take a place within the context. Raise QueueFull."""
-        self.take()
+    def taken(self, owner: str) -> Iterator[None]:
+        """Take a place for a project within the context. Raise QueueFull."""
+        self.take(owner)
         try:
             yield
         finally:
-            self.give_back()
+            self.give_back(owner)
 
-    def take(self) -> None:
-        """Take a place, which the caller must give back. Raise QueueFull."""
-        if self._taken.total() >= self._num_places or self._taken[self._owner] >= self._share:
+    def take(self, owner: str) -> None:
+        """Take a place for a project, which the caller must give back. Raise QueueFull."""
+        if self._taken.total() >= self._num_places or self._taken[owner] >= self._share:
             if self._metrics is not None:
                 self._metrics.refused(self._name)
             raise QueueFull(self._message, RETRY_SECONDS)
-        self._taken[self._owner] += 1
+        self._taken[owner] += 1
 
-    def give_back(self) -> None:
-        """Release a place."""
-        self._taken[self._owner] -= 1
-        if not self._taken[self._owner]:
-            del self._taken[self._owner]
+    def give_back(self, owner: str) -> None:
+        """Release a place of a project."""
+        self._taken[owner] -= 1
+        if not self._taken[owner]:
+            del self._taken[owner]
 
 
 T = TypeVar("T")
@@ -169,7 +161,6 @@ class Lane:
         self._timeout = timeout
         self._metrics = metrics
         self._steps_back = steps_back
-        self._owner = ""
         if metrics is not None:
             metrics.declare(name, is_lane=True)
 
@@ -178,31 +169,24 @@ class Lane:
         """Number of calls that wait for a thread."""
         return self._turns.num_waiting
 
-    def of(self, owner: str) -> Self:
-        """Return a view of the same threads for a project."""
-        view = copy(self)
-        view._owner = owner
-        view._places = self._places.of(owner)
-        return view
-
-    async def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Run `work` in a thread as soon as one is free, and return its result.
+    async def run(self, owner: str, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a project's work in a thread as soon as one is free, and return its result.
 
         Work that has begun keeps its thread until its end, even if the caller is cancelled. Raise QueueFull, or
         ClientDisconnect if the client left while the work waited.
         """
-        with self._places.taken():
-            turn = self._turns.join(self._owner)
+        with self._places.taken(owner):
+            turn = self._turns.join(owner)
             try:
                 if not turn.done():
                     await self._wait(turn)
                 elif self._metrics is not None:
                     self._metrics.waited(self._name, 0.0)
             except BaseException:
-                self._turns.leave(self._owner, turn)
+                self._turns.leave(owner, turn)
                 raise
             working = asyncio.wrap_future(self._begin(partial(copy_context().run, work, *args)))
-            working.add_done_callback(lambda _: self._turns.leave(self._owner, turn))
+            working.add_done_callback(lambda _: self._turns.leave(owner, turn))
             return await asyncio.shield(working)
 
     async def _wait(self, turn: asyncio.Future[None]) -> None:

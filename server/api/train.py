@@ -61,9 +61,13 @@ async def submit(
     tokenizes the first MiB of the rows. If there are more, token counts are estimates, and a warning says so.
     """
     if dry_run:
-        return wire.answer(await services.limiters.preparing.run(_dry_run, services, body))
+        return wire.answer(
+            await services.limiters.preparing.run(services.principal.project, _dry_run, services, body)
+        )
     room = partial(require_room, services)
-    job = await services.limiters.preparing.run(services.submissions.submit, body, key, None, room)
+    job = await services.limiters.preparing.run(
+        services.principal.project, services.submissions.submit, body, key, None, room
+    )
     return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
 
 

@@ -61,7 +61,7 @@ async def received_form(request: Request, services: Services) -> AsyncIterator[F
     fills up; Forbidden after it, if more came than was announced and a quota is exceeded.
     """
     incoming, owners = services.limiters.incoming, owners_of(services)
-    with services.limiters.uploads.taken():
+    with services.limiters.uploads.taken(services.principal.project):
         announced = request.headers.get("content-length", "")
         num_bytes = int(announced) if announced.isascii() and announced.isdigit() else 0
         with incoming.adding(owners, num_bytes) as before:

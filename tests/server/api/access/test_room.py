@@ -52,27 +52,26 @@ class Blocked:
 def test_places_are_given_back() -> None:
     places = Places("things", 1)
     for _ in range(2):
-        with suppress(KeyError), places.taken():
+        with suppress(KeyError), places.taken(""):
             with pytest.raises(QueueFull, match="too many things at once"):
-                places.taken().__enter__()
+                places.taken("").__enter__()
             raise KeyError
-    with places.taken():
+    with places.taken(""):
         pass
 
 
 def test_a_project_leaves_some_to_others() -> None:
     places = Places("things", 8)
-    greedy, other = places.of("greedy"), places.of("other")
     for _ in range(6):
-        greedy.take()
+        places.take("greedy")
     with pytest.raises(QueueFull):
-        greedy.take()
-    other.take()
-    other.take()
+        places.take("greedy")
+    places.take("other")
+    places.take("other")
     with pytest.raises(QueueFull):
-        other.take()
-    greedy.give_back()
-    other.take()
+        places.take("other")
+    places.give_back("greedy")
+    places.take("other")
 
 
 @pytest.mark.parametrize("path", GENERATIONS)
