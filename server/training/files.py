@@ -175,8 +175,16 @@ class RowSources:
     """Rows by the id of an uploaded file or of a data set, whichever it is."""
 
     def __init__(self, datasets: DatasetStore, files: FileStore) -> None:
-        self._datasets = datasets
-        self._files = files
+        self.datasets = datasets
+        self.files = files
+
+    @classmethod
+    def of(cls, storage: Storage, project: str, key_id: str | None = None) -> Self:
+        """Return a project's data sets and files. `key_id` is kept with what is put into them."""
+        datasets, files = storage.home.datasets(project), storage.home.files(project)
+        return cls(
+            DatasetStore(datasets, key_id, storage.at(datasets)), FileStore(files, key_id, storage.at(files))
+        )
 
     def rows(self, source_id: str, ignored: IgnoredFields | None = None) -> CanonicalRows:
         """The rows in their order; what else a file's have is counted.
@@ -184,8 +192,8 @@ class RowSources:
         Raises NotFound, CorruptDataset, CorruptFile.
         """
         if source_id.startswith(PREFIX):
-            return CanonicalRows.of(self._files.rows(source_id, ignored))
-        return self._datasets.rows(source_id)
+            return CanonicalRows.of(self.files.rows(source_id, ignored))
+        return self.datasets.rows(source_id)
 
 
 def results_id(job_id: str) -> str:

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from adapters.errors import SmoloraError
-from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
+from adapters.lora import MODULES, AdapterRef, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import AdapterPool, Load
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
 from server.engine.request import (
-    AdapterRef,
     FinishReason,
     GenerationRequest,
     SamplingParams,
