@@ -303,7 +303,7 @@ class Library:
         """Put right what killed processes left, on the disk and in the catalog; what that came to. A catalog that
         other machines may be writing stays (`doctor --rebuild`). `is_known`: does the database know this job?
         """
-        found = Recovered() if self.store.is_shared else self.catalog.recover(self.store.is_whole, is_known)
+        found = Recovered() if self.store.is_in_bucket else self.catalog.recover(self.store.is_whole, is_known)
         self.sweep()
         return found
 
