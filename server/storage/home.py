@@ -75,15 +75,8 @@ class Home:
 
     @property
     def native(self) -> Path:
-        """Compiled native code."""
+        """Native code that was compiled at a first start."""
         return self.path / "native"
-
-    def native_places(self, base_directory: Path, base_dir: Path | None) -> list[Path]:
-        """Where native code for a converted base may be: beside it, in an image's `base_dir`, where it is for any
-        base, and last here, where it is made.
-        """
-        carried = [] if base_dir is None else [base_dir / "native"]
-        return [base_directory / "native", *carried, self.native]
 
 
 def make(home: Path, *, to_restore: bool = False) -> bool:

@@ -38,7 +38,7 @@ from server.model.native.abi import (
     columns,
     take_phases,
 )
-from server.model.native.library import NativeUnavailable
+from server.model.native.build import NativeUnavailable
 from server.model.native.sampling import Choices, SampleTable
 from server.model.native.team_size import TeamSize
 from server.model.ops.norms import rotary_table
