@@ -143,7 +143,7 @@ def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
     reason = why_unavailable(Home(settings.home).native) if settings.native else ""
     device, dtype = choose_device(settings.device, settings.dtype, has_native=reason is None)
     if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:
-        say(f"nothing native: {reason}; torch does it, more slowly")  # in bf16 whoever looks for it says so
+        say(f"no native code: {reason}; torch computes instead, more slowly")  # load_native says so in bf16
     if device.type == "cuda":
         with room_for("another process", device):
             limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))

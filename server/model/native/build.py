@@ -41,8 +41,7 @@ INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "neon": ("fp", "asimd"),
 }
-"""What the code can be compiled for, best first, and the processor features that this needs, as
-Linux names them."""
+"""The instruction sets, best first, and the processor features that each needs, by Linux's names."""
 _X86 = ("avx512_bf16", "avx512", "avx2")
 MACHINES: Mapping[str, tuple[str, ...]] = {"x86_64": _X86, "AMD64": _X86, "aarch64": ("neon",), "arm64": ("neon",)}
 """The INSTRUCTIONS that a kind of machine may have, by `platform.machine`'s name."""

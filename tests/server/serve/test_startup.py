@@ -114,7 +114,7 @@ async def test_a_machine_without_a_compiler(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("server.model.device.cpu_flags", lambda: frozenset({"avx2"}))
     auto = build(settings(tmp_path / "first", tiny_base_dir, dtype="auto"), said.append)
-    assert "nothing native: no C++ compiler (g++, clang++, c++); torch does it, more slowly" in said
+    assert "no native code: no C++ compiler (g++, clang++, c++); torch computes instead, more slowly" in said
     await auto.engine.stop()
     del said[:]
     for dtype, native in (("fp32", True), ("auto", False)):

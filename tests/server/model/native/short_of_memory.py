@@ -58,7 +58,7 @@ def main(base_dir: str, library_dir: str) -> None:
     reasons: list[str] = []
     with no_more_than(15 * MB):  # each packed matrix takes 2
         assert load_native(base, Path(library_dir), LONG, reasons.append) is None
-    assert reasons == ["nothing native: no memory for it in native code; torch does it, more slowly"]
+    assert reasons == ["no native code: no memory for it in native code; torch computes instead, more slowly"]
     said("threads")
 
     rows = RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu"))

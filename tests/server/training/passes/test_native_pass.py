@@ -217,7 +217,7 @@ def test_a_base_that_native_code_does_not_cover_is_torchs(tmp_path: Path, librar
     base = tiny_of(tmp_path, "one group", intermediate_size=72)
     said: list[str] = []
     assert find_library(base, CACHE / "native", said.append) is None
-    assert said == ["nothing native: intermediate_size is no multiple of 32; torch does it, more slowly"]
+    assert said == ["no native code: intermediate_size is no multiple of 32; torch computes instead, more slowly"]
     with pytest.raises(NativeUnavailable, match="intermediate_size"):
         NativeTraining(library, base.config, base.weights, {}, max_positions=64, num_threads=1)
 
