@@ -1,18 +1,8 @@
-"""The environment, where it isn't read for the settings.
-
-Which instructions native code is held to, for tests and measurements of lesser processors.
-
-What Ray reads from the environment, as smolora's processes have it; whoever set something else keeps it.
-"""
+"""Environment variables other than the settings: NATIVE_INSTRUCTIONS for tests, and Ray's variables."""
 
 import os
 
 from server.config import PREFIX
-
-
-def with_scratch(place: str) -> dict[str, str]:
-    """For a process that this one starts: what this one has, and that folder in the place of /tmp."""
-    return {**os.environ, "TMPDIR": place}
 
 
 def without_secrets() -> dict[str, str]:
@@ -22,12 +12,12 @@ def without_secrets() -> dict[str, str]:
 
 
 def log_format() -> str | None:
-    """What the log's form is to be, should the settings as a whole be wrong."""
+    """Return the log format, which is needed even if the settings are invalid."""
     return os.environ.get(f"{PREFIX}LOG_FORMAT")
 
 
 def wanted_instructions() -> str | None:
-    """What NATIVE_INSTRUCTIONS names; None for the best that the processor has."""
+    """Return NATIVE_INSTRUCTIONS, or None for the processor's best instructions."""
     return os.environ.get("NATIVE_INSTRUCTIONS")
 
 
