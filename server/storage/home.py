@@ -74,16 +74,8 @@ class Home:
 
     @property
     def native(self) -> Path:
-        """The compiled native code."""
+        """Native code that was compiled at a first start."""
         return self.path / "native"
-
-    def native_places(self, base_directory: Path, base_dir: Path | None) -> list[Path]:
-        """Return where to look for a converted base's native code, in order.
-
-        It may be next to the base, in an image's `base_dir`, or in HOME, where it is compiled.
-        """
-        carried = [] if base_dir is None else [base_dir / "native"]
-        return [base_directory / "native", *carried, self.native]
 
 
 def make(home: Path, *, to_restore: bool = False) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from server.database import connect
 from server.errors import StartupError
-from server.storage.home import LOCK_NAME, Home, make, prepare, serving
+from server.storage.home import LOCK_NAME, make, prepare, serving
 
 
 def mode(path: Path) -> int:
@@ -117,10 +117,3 @@ def test_uploads_that_killed_servers_left_are_removed(tmp_path: Path) -> None:
         prepare(tmp_path)
     assert not left.exists()
     assert tempfile.gettempdir() == str(tmp_path / "tmp")
-
-
-def test_native_code_of_an_image_is_for_every_base(tmp_path: Path) -> None:
-    """And made in HOME, the last place, where the image has none to use."""
-    home, base, carried = Home(tmp_path / "home"), tmp_path / "home" / "models" / "mine", tmp_path / "image"
-    assert home.native_places(base, carried) == [base / "native", carried / "native", home.native]
-    assert home.native_places(base, None) == [base / "native", home.native]
