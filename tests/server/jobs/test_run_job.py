@@ -36,7 +36,7 @@ from tests.server.jobs.stub_worker import FAST
 
 STARVED = (
     "import sys, torch\n"
-    "from server.training.worker import run_job, train_job\n"
+    "from server.jobs import run_job, train_job\n"
     "def run(self):\n"
     "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
     "train_job.TrainingAttempt.run = run\n"
@@ -47,7 +47,7 @@ STARVED = (
 LOADS_SLOWLY = (
     "import sys, threading\n"
     "from adapters.errors import SmoloraError\n"
-    "from server.training.worker import run_job\n"
+    "from server.jobs import run_job\n"
     "beats = threading.Event()\n"
     "run_job.WorkerLink.beat = lambda self: beats.set()\n"
     "def load(settings, spec):\n"
@@ -71,7 +71,7 @@ def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
         "-c",
         "import errno, sqlite3, sys\n"
         "from adapters.errors import BytesUnavailable, Interrupted\n"
-        "from server.training.worker import run_job\n"
+        "from server.jobs import run_job\n"
         "def fetch(*_):\n"
         f"    raise {error}\n"
         f"run_job.{what} = fetch\n"
