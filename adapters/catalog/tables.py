@@ -1,7 +1,7 @@
 """The catalog's tables, and what everything shares that writes them together with tables of its own.
 
 A `name` is a key here: with its project, as `adapters.names` says.
-The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.migrations` make the tables.
+The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.database.migrations` make the tables.
 """
 
 import random

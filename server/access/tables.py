@@ -1,4 +1,4 @@
-"""The tables of keys and projects. The migrations in `server.migrations` make them.
+"""The tables of keys and projects. The migrations in `server.database.migrations` make them.
 
 Every change of a key or a project counts `changes` up in its transaction, so that a server that remembers them
 asks for one number to know whether it still may.

@@ -13,7 +13,7 @@ Every committed write survives a power cut (synchronous=FULL), and a writer wait
 `BUSY_SECONDS`. A transaction takes the write lock as it begins, so that it can't fail halfway because another
 process wrote meanwhile. Single reads run without a transaction (isolation level AUTOCOMMIT): with a write-ahead
 log they wait for nobody, with a rollback journal for the moment in which somebody commits. Which of the two it is,
-`server.database.file` says; which tables there are, `server.migrations`.
+`server.database.file` says; which tables there are, `server.database.migrations`.
 """
 
 import fcntl
@@ -38,7 +38,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from server.database.migrating import migrate, not_migrated
+from server.database.migrating import migrate
 from server.errors import StartupError
 from server.storage.home import make
 
@@ -158,8 +158,6 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
             log.warning("%s", build)
     except Exception as error:
         engine.dispose()
-        if isinstance(error, not_migrated()):
-            raise StartupError(f"{path} was written by a newer version of smolora ({error})") from error
         if not isinstance(error, OSError | DBAPIError):
             raise
         reason = error.orig if isinstance(error, DBAPIError) else error.strerror

@@ -35,7 +35,7 @@ places = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),  # of its one row: 1
     sa.Column("place", sa.String(64), nullable=False),
-    sa.Column("told", sa.Text, nullable=False),  # for a person; no credentials
+    sa.Column("description", sa.Text, nullable=False),  # for a person; no credentials
 )
 
 
@@ -45,7 +45,7 @@ class Place(Protocol):
     @property
     def is_home(self) -> bool: ...
     @property
-    def told(self) -> str: ...
+    def description(self) -> str: ...
     def has_mark(self, place: str) -> bool: ...
     def mark(self, place: str) -> None: ...
 
@@ -62,7 +62,7 @@ def agree(engine: sa.Engine, place: Place) -> None:
         elif row is not None and ((place.is_home and is_file(engine)) or not place.has_mark(row.place)):
             raise StartupError(
                 f"{'SMOLORA_HOME' if place.is_home else 'SMOLORA_BYTES_URL'}: this database's adapters and data "
-                f"are in {row.told}, and not in {place.told}: give all servers and workers on it the same place"
+                f"are in {row.description}, and not in {place.description}: give all servers and workers on it the same place"
             )
 
     transact(engine, work)
@@ -71,8 +71,8 @@ def agree(engine: sa.Engine, place: Place) -> None:
 def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
     """Raises StartupError where the bytes of a file under HOME are in an object store, and says `why`."""
     with engine.connect() as connection:
-        if (told := connection.execute(sa.select(places.c.told)).scalar_one_or_none()) is not None:
-            raise StartupError(f"this HOME's adapters and data are in {told}: {why}")
+        if (where := connection.execute(sa.select(places.c.description)).scalar_one_or_none()) is not None:
+            raise StartupError(f"this HOME's adapters and data are in {where}: {why}")
 
 
 def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
@@ -80,7 +80,7 @@ def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
     made = prefix + secrets.token_hex(16)
     place.mark(made)  # first: where the commit fails, a mark too many does no harm
     connection.execute(sa.delete(places))
-    connection.execute(sa.insert(places).values(id=1, place=made, told=place.told))
+    connection.execute(sa.insert(places).values(id=1, place=made, description=place.description))
     return made
 
 

@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import psycopg
 import sqlalchemy as sa
-from alembic.util import CommandError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
@@ -179,9 +178,9 @@ def connect_server(url: str, patience: float) -> sa.Engine:
     try:
         _prepare(open_one)
         migrate(engine.execution_options(waits=True), is_alone=lambda: True)  # or an older one goes on with it
-    except CommandError as error:
+    except StartupError:
         engine.dispose()
-        raise StartupError(f"the database was written by a newer version of smolora ({error})") from error
+        raise
     except (psycopg.Error, DBAPIError, Interrupted) as error:
         engine.dispose()
         raise StartupError(f"SMOLORA_DATABASE_URL: {_without_password(str(_first(error)), url)}") from None

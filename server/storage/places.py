@@ -98,7 +98,7 @@ class Place:
         return self.bucket is None
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return str(self.home.path.absolute()) if self.bucket is None else self.url
 
     def has_mark(self, place: str) -> bool:

@@ -153,7 +153,7 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
     assert (jobs.get("a").status, jobs.get("a").attempt, num_stalled(engine)) == (Status.QUEUED, 1, 0)
     messages = [event.message for event in jobs.events("a")]
     assert messages[-2:] == ["attempt 1: its process can't use the database", "back in the queue"]
-    assert "was written by a newer version of smolora" in caplog.messages[-1], "for the operator"
+    assert "use the version of smolora that wrote it" in caplog.messages[-1], "for the operator"
 
 
 def test_a_database_that_stays_locked_costs_a_job_no_attempt(
