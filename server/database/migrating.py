@@ -42,8 +42,8 @@ def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
         while not is_alone():
             if time.monotonic() > until:
                 raise StartupError(
-                    f"{where} has an older schema, and a server, worker, command or backup of an older smolora has "
-                    "it open: stop all of them first"
+                    f"{where} has an older schema, and a server, worker, command or backup of an older smolora "
+                    "has it open: stop all of them first"
                 )
             time.sleep(0.1)
     from alembic import command

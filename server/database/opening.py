@@ -60,9 +60,10 @@ def agree(engine: sa.Engine, place: Place) -> None:
         elif row is not None and row.place.startswith(MOVING):
             raise StartupError("smolora move is at work on this database, or was cut off: run it again")
         elif row is not None and ((place.is_home and is_file(engine)) or not place.has_mark(row.place)):
+            setting = "SMOLORA_HOME" if place.is_home else "SMOLORA_BYTES_URL"
             raise StartupError(
-                f"{'SMOLORA_HOME' if place.is_home else 'SMOLORA_BYTES_URL'}: this database's adapters and data "
-                f"are in {row.description}, and not in {place.description}: give all servers and workers on it the same place"
+                f"{setting}: this database's adapters and data are in {row.description}, and not in "
+                f"{place.description}: give all servers and workers on it the same place"
             )
 
     transact(engine, work)

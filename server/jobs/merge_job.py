@@ -69,12 +69,11 @@ def run_merge(
     library: Library,
     base: BaseModel,
     reporter: Reporter,
-    origin: Origin | None = None,
+    origin: Origin,
 ) -> None:
     """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter.
 
-    `origin` is that of the parts, which the job was submitted with. Without it the catalog is asked, and NotFound
-    raised where a part is no longer to be seen.
+    `origin` is the parts' origin when the job was submitted: they may have been deleted or withdrawn since.
     """
     started = time.monotonic()
     adapters = []
@@ -88,8 +87,6 @@ def run_merge(
         reporter.progress({"step": done, "total_steps": total}, {})
 
     weights = merge(adapters, spec.recipe, yield_or_leave)
-    if origin is None:
-        origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
     # the base of the parts, which needn't be the one that happens to be served
     is_served = origin.base_digest == base.digest
     base_model = base.name if is_served else origin.base_model

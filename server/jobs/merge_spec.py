@@ -64,6 +64,6 @@ def read_spec(document: Mapping[str, object]) -> Spec:
     return MergeSpec.from_document(document) if document.get("kind") == MERGE else JobSpec.from_document(document)
 
 
-def read_origin(data: Mapping[str, object]) -> Origin | None:
-    """What a merge's `Job.data` has as ORIGIN; None for a job that was queued when none was kept."""
-    return None if ORIGIN not in data else read_document(Origin, data[ORIGIN])
+def read_origin(data: Mapping[str, object]) -> Origin:
+    """Return the origin in a merge's `Job.data`."""
+    return read_document(Origin, data[ORIGIN])

@@ -49,11 +49,11 @@ class JobData:
     validation: Examples | None
     references: Sequence[Reference]
     facts: DataFacts
-    base_digest: str | None  # of the base that they were tokenized for; None: of before that was kept
+    base_digest: str  # of the base that they were tokenized for
 
     def check_base(self, base: BaseModel) -> None:
-        """Raises AnotherBase where `base` isn't the one that they were tokenized for, as far as that is known."""
-        if self.base_digest is not None and base.digest != self.base_digest:
+        """Raise AnotherBase if the rows were tokenized for another base than `base`."""
+        if base.digest != self.base_digest:
             raise AnotherBase(
                 f"the rows were tokenized for another base ({self.base_digest[:12]}) than the worker's, "
                 f"{base.name} ({base.digest[:12]}): give server and worker the same SMOLORA_MODEL, submit again"
@@ -83,5 +83,5 @@ class JobData:
             validation=load_examples(validation) if validation.is_file() else None,
             references=read_document(list[Reference], rest["references"]),
             facts=read_document(DataFacts, rest["facts"]),
-            base_digest=rest.get("base_digest"),
+            base_digest=rest["base_digest"],
         )

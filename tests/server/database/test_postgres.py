@@ -102,7 +102,7 @@ def test_processes_may_migrate_an_empty_database_at_once(postgres: Postgres, tmp
 def test_a_database_of_an_unknown_schema_is_refused(engine: sa.Engine, url: str, tmp_path: Path) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StartupError, match="schema 9999, .* or give an empty SMOLORA_DATABASE_URL"):
+    with pytest.raises(StartupError, match=r"schema 9999, .* or give an empty SMOLORA_DATABASE_URL"):
         connect(tmp_path, url=url)
 
 

@@ -4,7 +4,7 @@ import logging
 import sqlite3
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from server.errors import StartupError
 from server.jobs import tables
 from server.jobs.jobs import Jobs, Status
 from server.jobs.leases import Leases
+from server.jobs.merge_spec import ORIGIN
 from server.jobs.run_job import _load, _seconds_of_all
 from server.jobs.worker import Worker
 from server.model.base.weights import BaseModel
@@ -31,12 +32,12 @@ from tests.kits.fake_gpu.cuda import pretended_cuda
 from tests.kits.native import lend_native, native_library, tiny_of
 from tests.server.jobs.attempt_kit import Shop, job_data
 from tests.server.jobs.job_kit import submit, until
-from tests.server.jobs.merge_kit import merge_spec, spec_of
+from tests.server.jobs.merge_kit import merge_spec, origin_of, spec_of
 from tests.server.jobs.stub_worker import FAST
 
 STARVED = (
     "import sys, torch\n"
-    "from server.training.worker import run_job, train_job\n"
+    "from server.jobs import run_job, train_job\n"
     "def run(self):\n"
     "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
     "train_job.TrainingAttempt.run = run\n"
@@ -47,7 +48,7 @@ STARVED = (
 LOADS_SLOWLY = (
     "import sys, threading\n"
     "from adapters.errors import SmoloraError\n"
-    "from server.training.worker import run_job\n"
+    "from server.jobs import run_job\n"
     "beats = threading.Event()\n"
     "run_job.WorkerLink.beat = lambda self: beats.set()\n"
     "def load(settings, spec):\n"
@@ -71,7 +72,7 @@ def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
         "-c",
         "import errno, sqlite3, sys\n"
         "from adapters.errors import BytesUnavailable, Interrupted\n"
-        "from server.training.worker import run_job\n"
+        "from server.jobs import run_job\n"
         "def fetch(*_):\n"
         f"    raise {error}\n"
         f"run_job.{what} = fetch\n"
@@ -280,7 +281,8 @@ def test_what_is_published_is_packed_for_the_server(shop: Shop, tmp_path: Path) 
     trained = shop.jobs.get("job")
     assert trained.status is Status.SUCCEEDED, (shop.home / "jobs" / "job" / "log.txt").read_text()
     assert trained.adapter is not None
-    shop.jobs.submit(merge_spec(shop.catalog, "codes*0.5", Recipe("svd", rank=1)), job_id="merge", data={})
+    spec = merge_spec(shop.catalog, "codes*0.5", Recipe("svd", rank=1))
+    shop.jobs.submit(spec, job_id="merge", data={ORIGIN: asdict(origin_of(shop.catalog, spec))})
     worker._work()
     merged = shop.jobs.get("merge")
     assert merged.status is Status.SUCCEEDED, (shop.home / "jobs" / "merge" / "log.txt").read_text()

@@ -197,7 +197,7 @@ def test_a_converted_base_is_served_and_trained_without_transformers(tiny_base_d
         "transformers",
     ]
     code = (
-        "import sys; from pathlib import Path; from server.training.worker import run_job;"
+        "import sys; from pathlib import Path; from server.jobs import run_job;"
         "from server.api import app; from server.serve import process, startup;"
         "from server.model.text.chat import ChatMessage, PromptEncoder;"
         f"base = run_job.load_base(run_job.resolve_base({str(tiny_base_dir)!r}, Path({str(tmp_path)!r})));"
