@@ -43,6 +43,7 @@ ONLY_IN = {
     "opentelemetry": ("server.telemetry.otel",),
     "sqlalchemy": (
         "adapters.catalog",
+        "adapters.sql",
         "server.access",
         "server.database",
         "server.jobs",

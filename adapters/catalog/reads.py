@@ -20,6 +20,7 @@ from adapters.catalog.versions import Adapter, Part, Version, gather, times
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
 from adapters.names import DEFAULT_PROJECT, NAME, Viewpoint, key_of, near, slips, split_key
+from adapters.sql import reader_of
 
 _OF_PARTS = re.compile(rf"(?:(?:{NAME.pattern}/)?{NAME.pattern}@[0-9]+: )+")
 """With what a warning begins that was kept with a part, or a part's part: see `Origin.of`."""
@@ -60,7 +61,7 @@ class NamesByDigest:
     """The names of one database; `keys` where they aren't the default project's. Thread-safe."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def __call__(self, digests: Collection[str]) -> list[str]:
         """Every expression of one term that means these bytes and no others: names, then versions, then aliases.

@@ -1,83 +1,12 @@
-"""The catalog's tables, and what everything shares that writes them together with tables of its own.
+"""The catalog's tables. The migrations in `server.database.migrations` create them.
 
 A `name` is a key here: with its project, as `adapters.names` says.
-The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.database.migrations` make the tables.
 """
 
-import random
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
-
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from adapters.errors import Interrupted, Unavailable
 from adapters.names import DEFAULT_PROJECT, MAX_KEY, MAX_NAME
-
-MAX_ATTEMPTS = 20
-PATIENCE = "patience"
-FAILURES = (OSError, DBAPIError, Unavailable)
-"""Of a disk or a database. What tidies up after something was done leaves the rest to the next who does."""
-
-
-class _HasEngine(Protocol):
-    _engine: sa.Engine
-
-
-_Result = TypeVar("_Result")
-_Given = ParamSpec("_Given")
-_Writer = TypeVar("_Writer", bound=_HasEngine)
-
-
-def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
-    """`work` in one transaction, done again where another one took the same name or number first.
-
-    And where it was interrupted, for as many seconds as the engine's execution option PATIENCE says; else not.
-    """
-    until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
-    num_left = MAX_ATTEMPTS
-    while True:
-        try:
-            with engine.begin() as connection:
-                return work(connection)
-        except IntegrityError:
-            num_left -= 1
-            if not num_left:
-                raise
-        except Interrupted:
-            if time.monotonic() > until:
-                raise
-            time.sleep(random.uniform(0.05, 0.2))
-
-
-def transacted(
-    method: Callable[Concatenate[_Writer, sa.Connection, _Given], _Result],
-) -> Callable[Concatenate[_Writer, _Given], _Result]:
-    """A method that is handed a connection, in a transaction of its object's engine, as `transact` runs it."""
-
-    def run(self: _Writer, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
-        return transact(self._engine, lambda connection: method(self, connection, *given, **named))
-
-    run.__name__, run.__doc__ = method.__name__, method.__doc__
-    return run
-
-
-class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A moment in UTC, also where the database forgets time zones, as SQLite does."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
+from adapters.sql import UtcDateTime
 
 metadata = sa.MetaData()
 
@@ -144,5 +73,5 @@ aliases = sa.Table(
 
 
 def lock(connection: sa.Connection, name: str) -> None:
-    """Keeps others from writing versions of `name` until the end of the transaction."""
+    """Block other writers of versions of `name` until the end of the transaction."""
     connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

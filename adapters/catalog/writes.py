@@ -1,6 +1,6 @@
 """Which names other projects may use. A public composition shows its parts, so they must be public, too.
 
-The catalog's writes, each within a transaction that `tables.transact` began.
+The catalog's writes, each within a transaction that `adapters.sql.transact` began.
 
 For whoever writes tables of their own in the same transaction; `catalog.Catalog` is for all others. A name is a
 key here (`adapters.names`). Records are written before the commit; see `adapters.catalog.records`.
@@ -22,11 +22,12 @@ import sqlalchemy as sa
 
 from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, seen, select_versions, version_of, why_missing
 from adapters.catalog.records import Recorder, Records
-from adapters.catalog.tables import FAILURES, aliases, lock, names, parts, transact, versions
+from adapters.catalog.tables import aliases, lock, names, parts, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 from adapters.errors import Conflict, InvalidInput, NotFound, TryAgain
 from adapters.expression import Term, render
 from adapters.names import Viewpoint, name_fault, split_key
+from adapters.sql import FAILURES, transact
 
 
 def set_visibility_in(connection: sa.Connection, name: str, is_public: bool, of: Viewpoint) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from adapters.sql import reader_of
 from server.access.audit import Audit
 from server.access.keys import KeyRing, Keys
 from server.access.projects import Projects
@@ -54,7 +55,7 @@ def open_access(
         commits,
         fixed_keys,
         allow_guests,
-        changes=partial(_num_changes, engine.execution_options(isolation_level="AUTOCOMMIT")),
+        changes=partial(_num_changes, reader_of(engine)),
         is_remote=not is_file(engine),
     )
     ring.refresh_now()

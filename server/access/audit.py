@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from adapters.catalog.tables import transact
 from adapters.errors import Unavailable
+from adapters.sql import reader_of, transact
 from server.access.tables import audit
 
 log = logging.getLogger("smolora.access")
@@ -46,7 +46,7 @@ class Audit:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def add(
         self, who: str, action: str, project: str, target: str, detail: Mapping[str, object] | None = None

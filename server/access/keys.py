@@ -27,9 +27,9 @@ import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapters.catalog.tables import transact, transacted
 from adapters.errors import FieldError, InvalidInput, NotFound, Unavailable
 from adapters.names import DEFAULT_PROJECT, NAME_RULE, is_name, project_fault
+from adapters.sql import reader_of, transact, transacted
 from adapters.storage.durable import new_file
 from server.access.audit import record
 from server.access.principal import DEFAULT_SCOPES, EVERYBODY, GUEST, SCOPES, Principal, Quota, Scope
@@ -80,7 +80,7 @@ class Keys:
     def __init__(self, engine: sa.Engine, keyed: Path) -> None:
         self._engine = engine
         self._keyed = keyed
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def create(
         self,

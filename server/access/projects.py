@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import names, transact
+from adapters.catalog.tables import names
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.names import DEFAULT_PROJECT, project_fault, split_key
+from adapters.sql import reader_of, transact
 from server.access.audit import record
 from server.access.principal import LIMITS, Quota
 from server.access.tables import api_keys, changed, projects
@@ -32,7 +33,7 @@ class Projects:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def list(self) -> list[Project]:
         """By name."""

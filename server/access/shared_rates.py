@@ -11,7 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.dml import ReturningInsert
 
-from adapters.catalog.tables import transact
+from adapters.sql import reader_of, transact
 from server.access.principal import Principal
 from server.access.rates import KINDS, SMALL_STEP, Kind, Limit, Window, headers_of, limits_of, refusal
 from server.database.clock import database_time
@@ -36,7 +36,7 @@ class SharedRates:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = beside_writers(engine)
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
         self._threads: CapacityLimiter | None = None
         self._seen: dict[str, Window] = {}
 

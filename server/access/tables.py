@@ -6,8 +6,8 @@ asks for one number to know whether it still may.
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import UtcDateTime
 from adapters.names import MAX_NAME
+from adapters.sql import UtcDateTime
 
 metadata = sa.MetaData()
 

@@ -16,8 +16,8 @@ from typing import Literal, get_args
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from adapters.catalog.tables import transact
 from adapters.errors import InDoubt, Unavailable
+from adapters.sql import reader_of, transact
 from server.access.tables import usage
 
 FLUSH_SECONDS = 0.5
@@ -78,7 +78,7 @@ class Ledger:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
         self._pending: dict[Account, Usage] = {}
         self._lock = threading.Lock()
 

@@ -8,7 +8,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from adapters.catalog.tables import UtcDateTime
+from adapters.sql import UtcDateTime
 
 
 class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are

@@ -20,24 +20,23 @@ import fcntl
 import importlib
 import logging
 import os
-import random
 import shutil
 import sqlite3
 import tempfile
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from adapters.sql import reader_of
 from server.database.migrating import migrate
 from server.errors import StartupError
 from server.storage.home import make
@@ -95,28 +94,6 @@ class Build:
             return text
         return f"{text}, which this release may damage: stop all that use this home, then start again"
 
-
-T = TypeVar("T")
-
-
-def patient(question: Callable[[], T], error: type[Exception], seconds: float) -> Callable[[], T]:
-    """The same, asked again for so many seconds while it raises such an error; then that is raised."""
-
-    def ask() -> T:
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                return question()
-            except error:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(random.uniform(0.05, 0.2))
-
-    return ask
-
-
-if TYPE_CHECKING:
-    import sqlite3
 
 FILE_NAME = "smolora.db"
 LOCK_NAME = "smolora.db.lock"
@@ -224,7 +201,7 @@ class Commits:
 
 def build_of(engine: sa.Engine) -> Build:
     """What drives the database."""
-    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+    with reader_of(engine).connect() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
     return Build(driver.sqlite_version, str(mode))
 
@@ -365,7 +342,7 @@ def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
         fcntl.flock(users, fcntl.LOCK_SH)
     with (
         suppress(OperationalError),
-        engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection,
+        reader_of(engine).connect() as connection,
     ):
         connection.exec_driver_sql(f"PRAGMA journal_mode={mode}")
     return True

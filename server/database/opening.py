@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.records import Records
-from adapters.catalog.tables import transact
 from adapters.errors import Unavailable
+from adapters.sql import transact
 from server.database import file
 from server.database.file import JournalMode
 from server.errors import StartupError

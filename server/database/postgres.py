@@ -29,9 +29,8 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
-from adapters.catalog.tables import PATIENCE
 from adapters.errors import InDoubt, Interrupted, InvalidInput, Unavailable
-from server.database.file import patient
+from adapters.sql import PATIENCE, back_off, reader_of
 from server.database.migrating import migrate
 from server.database.opening import PATIENCE_SECONDS
 from server.errors import StartupError
@@ -161,7 +160,7 @@ def connect_server(url: str, patience: float) -> sa.Engine:
     open_one = _opener(url)
     engine = sa.create_engine(
         "postgresql+smolora://",
-        creator=patient(open_one, psycopg.OperationalError, min(patience, PATIENCE_SECONDS)),
+        creator=_retried(open_one, min(patience, PATIENCE_SECONDS)),
         poolclass=_Pool,
         pool_size=8,
         max_overflow=24,
@@ -196,7 +195,7 @@ def notices_of(engine: sa.Engine) -> Notices:
 
 def release_of(engine: sa.Engine) -> str:
     """For a person."""
-    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+    with reader_of(engine).connect() as connection:
         return f"PostgreSQL {connection.exec_driver_sql('SHOW server_version').scalar_one()}"
 
 
@@ -315,6 +314,22 @@ def _opener(url: str) -> Open:
         return connection
 
     return open_one
+
+
+def _retried(open_one: Open, seconds: float) -> Open:
+    """Return `open_one` with retries: if the server can't be reached, it tries again for up to `seconds`."""
+
+    def open_patiently() -> "psycopg.Connection[Any]":
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return open_one()
+            except psycopg.OperationalError:
+                if time.monotonic() > until:
+                    raise
+            back_off()
+
+    return open_patiently
 
 
 def _prepare(open_one: Open) -> None:

@@ -14,9 +14,9 @@ from typing import cast
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import transact, transacted
 from adapters.errors import Conflict, NotFound
 from adapters.names import Viewpoint
+from adapters.sql import reader_of, transact, transacted
 from server.database.clock import database_now, database_time
 from server.errors import QueueFull
 from server.jobs import events as job_events
@@ -60,7 +60,7 @@ class Jobs:
     ) -> None:
         """`max_unfinished` jobs of a project may be unended at once, and `max_of_key` of the viewpoint's key."""
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
         self._max_unfinished = max_unfinished
         self._max_of_key = max_of_key
         self._of = of

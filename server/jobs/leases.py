@@ -15,9 +15,9 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import NewVersion, Version, recording
 from adapters.catalog.records import Records
-from adapters.catalog.tables import transact, transacted
 from adapters.catalog.writes import publish_unattended_in
 from adapters.names import key_of
+from adapters.sql import reader_of, transact, transacted
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
@@ -74,7 +74,7 @@ class Leases:
         self._engine = engine
         self._records = records
         self._now = now
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, kind: JobKind | None = None) -> Claim | None:
         """The first job in the queue that is nobody's: it waits, or its worker stopped answering.

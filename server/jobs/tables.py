@@ -11,8 +11,8 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import UtcDateTime
 from adapters.names import DEFAULT_PROJECT, MAX_NAME, key_of
+from adapters.sql import UtcDateTime
 from server.access.principal import ANONYMOUS
 from server.access.usage import Account, Usage, add_in
 

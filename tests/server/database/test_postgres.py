@@ -17,10 +17,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from adapters.catalog.catalog import Catalog, metadata
-from adapters.catalog.tables import transact
 from adapters.catalog.versions import Part
 from adapters.errors import Interrupted, InvalidInput, NotFound, Unavailable
 from adapters.expression import Term
+from adapters.sql import transact
 from server.access import tables as access_tables
 from server.access.access import open_access
 from server.access.principal import EVERYBODY

@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError
 
-from adapters.catalog.tables import transact
 from adapters.errors import InDoubt, Unavailable
+from adapters.sql import transact
 from server.access.access import open_access
 from server.access.keys import WATCH_SECONDS, ApiKey, KeyRing, Keys
 from server.access.principal import OPERATOR, SCOPES, Principal, Quota
