@@ -38,9 +38,8 @@ from server.jobs import events as job_events
 from server.jobs.jobs import Job, Jobs
 from server.jobs.tables import Status, jobs, uses
 from server.jobs.turns import is_over
-from server.storage.home import Home
+from server.storage.home import DATA_NAME, TRAIN_NAME, VALIDATION_NAME, Home
 from server.storage.reserve import Reserve
-from server.training.job_data import DATA_NAME, TRAIN_NAME, VALIDATION_NAME
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket

@@ -37,11 +37,10 @@ from server.errors import StartupError
 from server.jobs.files import CHECKPOINTS_NAME, JobFiles, used_by_unended, with_folders
 from server.jobs.tables import Status
 from server.operations.archive import Header, Writer, is_place, writing
-from server.storage.home import Home
+from server.storage.home import DATA_NAME, Home
 from server.storage.places import Storage
 from server.training.checkpoint import FILE_NAMES, Checkpoints
 from server.training.files import checked_uploads
-from server.training.job_data import DATA_NAME
 
 
 @contextmanager

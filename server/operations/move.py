@@ -71,13 +71,12 @@ from server.jobs.tables import Status
 from server.operations.backup import workspace
 from server.operations.doctor import examine
 from server.operations.restore import filled
-from server.storage.home import PLACES, PROJECTS, Home, make, serving
+from server.storage.home import DATA_NAME, PLACES, PROJECTS, Home, make, serving
 from server.storage.places import Storage
 from server.training.checkpoint import STATE_NAME, Checkpoints
 from server.training.datasets import FACTS as DATASET_FACTS
 from server.training.files import FACTS as FILE_FACTS
 from server.training.files import checked_uploads
-from server.training.job_data import DATA_NAME
 
 TABLES = [
     table

@@ -20,6 +20,9 @@ RESTORING = f"{UNFINISHED}restore-"
 """How the folder begins in which a restore or a move collects what HOME is to have, until all is in its place."""
 PLACES = "places"
 PROJECTS = "projects"
+TRAIN_NAME, VALIDATION_NAME = "train.safetensors", "validation.safetensors"
+DATA_NAME = "data.json"
+"""A job's rows. DATA_NAME is written last."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,9 @@ from pathlib import Path
 from adapters.errors import SmoloraError
 from adapters.storage.durable import new_file
 from server.model.base.weights import BaseModel
+from server.storage.home import DATA_NAME, TRAIN_NAME, VALIDATION_NAME
 from server.training.encoding import Examples, Reference, load_examples, save_examples
 from server.training.spec import read_document
-
-DATA_NAME = "data.json"
-"""Is written last of a job's rows."""
-TRAIN_NAME, VALIDATION_NAME = "train.safetensors", "validation.safetensors"
 
 
 class AnotherBase(SmoloraError):
