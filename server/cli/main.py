@@ -63,16 +63,16 @@ def serve(settings: Settings) -> None:
 
 @app.command()
 @with_flags(WorkerSettings)
-def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
+def worker(settings: WorkerSettings) -> None:
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
     _end_when_told()
     os.umask(0o077)
     from server.jobs.worker import run_worker
 
     logs.set_up(settings.log_format)
-    for line in unknown_variables() if parent is None else ():  # whose own lines say so
+    for line in unknown_variables():
         logging.getLogger("smolora.worker").warning(line)
-    raise typer.Exit(run_worker(settings, parent))
+    raise typer.Exit(run_worker(settings))
 
 
 app.command(cls=PeersOptions)(train)

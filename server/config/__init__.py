@@ -40,7 +40,8 @@ Flag = str | int | float | bool | Path | None
 class WorkerSettings(SharedSettings, BaseSettings):
     """Settings of a training worker, which `serve` has, too.
 
-    Secrets are in no dump and in no flag of a child process: children find them in their environment.
+    `to_json` writes the document that a worker and its jobs' processes read. It has no secrets: these processes
+    find them in their environment.
     """
 
     model_config = SettingsConfigDict(
@@ -117,6 +118,10 @@ class WorkerSettings(SharedSettings, BaseSettings):
     def database(self) -> str | None:
         """Return the database's URL with its password, or None if it is the file in HOME."""
         return None if self.database_url is None else self.database_url.get_secret_value()
+
+    def to_json(self) -> str:
+        """Return a worker's settings as JSON, which `model_validate_json` reads."""
+        return self.model_dump_json(include=set(WorkerSettings.model_fields))
 
     @field_validator("database_url", mode="after")
     @classmethod
@@ -360,15 +365,6 @@ def trace_exporters() -> tuple[str, ...]:
     protocol = os.environ.get(f"{signal}PROTOCOL") or os.environ.get(f"{general}PROTOCOL") or "http/protobuf"
     otlp = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}.get(protocol, protocol)
     return tuple(otlp if name == "otlp" else name for name in map(str.strip, (named or "otlp").split(",")) if name)
-
-
-def to_flags(settings: WorkerSettings) -> list[str]:
-    """Return the flags of `smolora worker` that `load` turns into the same settings, except for secrets."""
-    names = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
-    values = {name.replace("_", "-"): getattr(settings, name) for name in names}
-    switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
-    others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
-    return switches + [f"--{name}={value}" for name, value in others.items()]
 
 
 def _explain(loc: tuple[int | str, ...], message: str) -> str:

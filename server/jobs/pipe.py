@@ -63,12 +63,12 @@ MAX_REASON = 600  # characters, of which JSON makes up to six bytes each
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a process is to work on, and for whom. `settings` are those of `server.config.WorkerSettings`."""
+    """An attempt for a process to run. `settings` is the JSON of `server.config.WorkerSettings`."""
 
     job_id: str
     token: int
     owner: str
-    settings: Mapping[str, object]
+    settings: str
     parent: int  # the worker's process id
     pipe: int  # the file descriptor that its lines go to
 
@@ -133,7 +133,7 @@ class Child:
         job_id: str,
         token: int,
         owner: str,
-        settings: Mapping[str, object],
+        settings: str,
     ) -> None:
         """Raises OSError where it can't be started."""
         self.progress: Mapping[str, object] | None = None

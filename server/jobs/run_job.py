@@ -70,7 +70,7 @@ log = logging.getLogger("smolora.job")
 def main(argument: str) -> int:
     """Run the assignment; the exit code that the worker reads."""
     assignment = Assignment.from_argument(argument)
-    settings = WorkerSettings.model_validate(dict(assignment.settings))
+    settings = WorkerSettings.model_validate_json(assignment.settings)
     logs.set_up(settings.log_format, job=assignment.job_id)
     link = WorkerLink(assignment)
     keep_freed_memory()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from server.config import WorkerSettings, to_flags
+from server.config import WorkerSettings
 from server.jobs.pipe import EXIT_NO_BASE
 
 _FOLDER = "workers"
@@ -123,8 +123,8 @@ log = logging.getLogger("smolora.supervisor")
 
 
 def worker_command(settings: WorkerSettings) -> list[str]:
-    """What runs one worker with these settings, supervised by this process."""
-    return [sys.executable, "-P", "-m", "server.cli", "worker", *to_flags(settings), f"--parent={os.getpid()}"]
+    """Return the command of one worker with these settings that this process supervises."""
+    return [sys.executable, "-P", "-m", "server.jobs.worker", settings.to_json(), str(os.getpid())]
 
 
 class Supervisor:

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from server.config import WorkerSettings
 from server.database import WORKER_PATIENCE_SECONDS, agree, connect, is_file
+from server.errors import StartupError
 from server.jobs.attempt import Attempt
 from server.jobs.files import JobFiles, Retention
 from server.jobs.jobs import Jobs
@@ -43,6 +44,7 @@ from server.jobs.supervisor import own_name, present
 from server.jobs.tables import MERGE, TRAIN, JobKind
 from server.storage.places import Storage
 from server.storage.reserve import DISK_FULL, Reserve, once_unlocked
+from server.telemetry import logs
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
@@ -82,7 +84,7 @@ class Worker:
         home: Path,
         jobs: Jobs,
         leases: Leases,
-        settings: Mapping[str, object],
+        settings: str,
         *,
         command: Sequence[str] = COMMAND,
         timing: Timing | None = None,
@@ -91,8 +93,10 @@ class Worker:
         bucket: "Bucket | None" = None,
         has_peers: bool = False,
     ) -> None:
-        """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends;
-        `kind` None takes jobs of every kind; `has_peers`: workers with HOMEs of their own may have room for a job.
+        """`command` runs a job, and gets `settings`, the JSON of WorkerSettings.
+
+        The worker ends with the process `parent`. If `kind` is None, it takes jobs of every kind. `has_peers`:
+        workers with HOMEs of their own may have room for a job.
         """
         self._leases = leases
         self._settings = settings
@@ -286,7 +290,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
         settings.home,
         jobs,
         leases,
-        settings.model_dump(mode="json"),
+        settings.to_json(),
         command=command,
         parent=parent,
         bucket=storage.bucket,
@@ -313,3 +317,19 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
         beside.join()
     engine.dispose()
     return max(codes)
+
+
+def main(settings: str, parent: str) -> int:
+    """Run a worker that the process `parent` supervises, with the JSON of its settings; return the exit code."""
+    os.umask(0o077)
+    read = WorkerSettings.model_validate_json(settings)
+    logs.set_up(read.log_format)
+    try:
+        return run_worker(read, int(parent))
+    except StartupError as error:
+        log.critical("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -114,11 +114,9 @@ def test_a_wrong_setting_is_told_in_json_too(command: str, told: str, monkeypatc
 
 
 def test_a_worker_names_what_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `serve` does, unless it is a server's own worker, which has told."""
     monkeypatch.setenv("SMOLORA_TRAIN_SHARES", "0.5")
     told = "SMOLORA_TRAIN_SHARES is not a setting: did you mean SMOLORA_TRAIN_SHARE?"
     assert told in smolora("worker", "--home", "/dev/null/x").stderr
-    assert told not in smolora("worker", "--home", "/dev/null/x", f"--parent={os.getpid()}").stderr
 
 
 @pytest.mark.parametrize(
