@@ -63,7 +63,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
-    from server.access.shared_rates import windows
+    from server.access.database_rates import windows
 
     assert described(engine).startswith("PostgreSQL 1")
     with engine.connect() as connection:

@@ -528,7 +528,7 @@ def test_a_full_disk_fails_no_job_that_another_machine_may_have(
     for job_id in ("j1", "j2"):
         submit_stub(tmp_path, jobs, job_id, steps=30, every=10)
     worker = Worker(
-        *(tmp_path, jobs, leases, {"home": str(tmp_path)}),
+        *(tmp_path, jobs, leases, json.dumps({"home": str(tmp_path)})),
         command=STUB,
         timing=replace(FAST, hindered=5.0),
         has_peers=True,
@@ -746,7 +746,7 @@ def test_the_worker_outlives_trouble_with_the_database(
         leases.claim("w")
 
     with working(tmp_path, jobs, leases):
-        until(lambda: caplog.messages.count("can't work just now") > 2)  # the first is the sweep's
+        until(lambda: caplog.messages.count("the worker failed; it tries again") > 2)  # the first is the sweep's
         with engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
         until(lambda: jobs.get("j1").status.has_ended)
