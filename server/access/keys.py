@@ -320,7 +320,7 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     async def principal(self, secret: str | None) -> Principal | None:
-        """Return the principal of a secret, or of a client without one; None if it is refused. Raise Unavailable."""
+        """Return the principal of a secret, or of a client without one; None if refused. Raise Unavailable."""
         await self.refresh()
         if secret is None:
             return self.anonymous
@@ -352,7 +352,7 @@ class KeyRing:
         return "expired" if key.revoked_at is None else "revoked"
 
     def within(self, principal: Principal, project: str) -> Principal | None:
-        """Return the operator as it works in one project, seeing what that project sees; None if it doesn't exist."""
+        """Return the operator as it works in one project, seeing what that project sees; None if there is none."""
         if project not in self._known.quotas and project != DEFAULT_PROJECT:
             return None
         return replace(

@@ -274,7 +274,7 @@ class _Dialect(PGDialect_psycopg):
             driven.close()
 
     def _was_committed(self, own: str, number: int) -> bool:
-        """Return whether the transaction of that number was committed. Raise InDoubt if this can't be found out."""
+        """Return whether the transaction of that number was committed. Raise InDoubt if that stays unknown."""
         until = time.monotonic() + _DOUBT_SECONDS
         while time.monotonic() < until:
             try:
