@@ -11,7 +11,6 @@ import ctypes
 import logging
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -42,13 +41,12 @@ from server.jobs.train_job import TrainingAttempt
 from server.jobs.yielding import BusyFlag, Yielding
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device, is_out_of_memory, limit_memory, training_dtype, use_threads
-from server.model.native.library import may_be_had
+from server.model.device import is_out_of_memory, use_threads
+from server.model.load import load_on_device, native_directories, serves_natively
 from server.model.native.load import find_library
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import RowLayout
-from server.storage.home import Home
 from server.storage.places import Storage
 from server.storage.reserve import Reserve, is_database_locked
 from server.system.memory import keep_freed_memory
@@ -97,7 +95,7 @@ def main(argument: str) -> int:
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()
             is_merge = isinstance(job.spec, MergeSpec)
-            is_native = _is_served_natively(settings, base.directory) if is_merge else native is not None
+            is_native = serves_natively(settings, base.directory) if is_merge else native is not None
             if is_native and storage.bucket is None:
                 # from here on the store also keeps published adapters in the form that a server loads
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
@@ -157,42 +155,20 @@ def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: in
 
 
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """Load what the job needs. Raise StartupError, whatever goes wrong."""
+    """Load the served base, and the native code if settings and machine allow it. Raise StartupError.
+
+    A merge needs only the base's names and sizes, so its weights stay in their file.
+    """
     try:
-        return _base_for(settings, spec)
+        directory = resolve_base(settings.model, settings.home, settings.base_dir)
+        if isinstance(spec, MergeSpec):
+            use_threads(settings.threads)
+            return load_base(directory), None
+        base = load_on_device(settings, directory, log.info, lambda total: settings.train_memory, trains=True)
+        if not settings.native:
+            return base, None
+        return base, find_library(base, native_directories(settings, directory), log.info)
     except StartupError:
         raise
     except Exception as error:
         raise StartupError(repr(error)) from error
-
-
-def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """Load the served base in the dtype for training, and the native code if settings and machine allow it.
-
-    A merge needs only the base's names and sizes, so its weights stay in their file.
-    """
-    use_threads(settings.threads)
-    directory = resolve_base(settings.model, settings.home, settings.base_dir)
-    if isinstance(spec, MergeSpec):
-        return load_base(directory), None
-    places = Home(settings.home).native_places(directory, settings.base_dir)
-    has_native = settings.native and may_be_had(places)
-    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
-    if settings.train_memory is not None:
-        limit_memory(device, settings.train_memory)
-    base = load_base(directory, training_dtype(dtype), device)
-    if base.dtype is not dtype:
-        log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
-    return base, find_library(base, places, log.info) if settings.native else None
-
-
-def _is_served_natively(settings: WorkerSettings, directory: Path) -> bool:
-    """Return whether a server with these settings would compute this base natively.
-
-    A merge has to ask, since it loads no base to compute with. If the server doesn't, it drops the packed file.
-    """
-    if not settings.native or settings.device not in ("auto", "cpu"):
-        return False
-    has_native = may_be_had(Home(settings.home).native_places(directory, settings.base_dir))
-    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
-    return has_native and device.type == "cpu" and dtype is torch.bfloat16

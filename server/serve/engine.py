@@ -27,15 +27,14 @@ from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
 from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
-from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device, is_out_of_memory, limit_memory, room_for, use_threads
-from server.model.native.library import why_not
+from server.model.base.weights import BaseModel
+from server.model.device import is_out_of_memory
+from server.model.load import native_directories
 from server.model.native.load import load_native
 from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import RowLayout
 from server.model.smollm import SmolLM
 from server.model.text.tokenizer import tokenizer_json, vocabulary_of
-from server.storage.home import Home
 from server.system.cgroups import memory_left
 
 _SHARE = 8
@@ -137,20 +136,6 @@ def base_directory(settings: Settings, say: Say) -> Path:
     return resolve_base(settings.model, settings.home, settings.base_dir, say)
 
 
-def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
-    """Load the base to the device of the settings, which also say how many threads compute with it."""
-    use_threads(settings.threads)
-    reason = why_not(Home(settings.home).native_places(directory, settings.base_dir)) if settings.native else ""
-    device, dtype = choose_device(settings.device, settings.dtype, has_native=reason is None)
-    if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:
-        say(f"nothing native: {reason}; torch does it, more slowly")  # in bf16 whoever looks for it says so
-    if device.type == "cuda":
-        with room_for("another process", device):
-            limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
-    say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
-    return load_base(directory, dtype, device)
-
-
 def guidance_of(base: BaseModel) -> Guidance:
     """Grammars over the base's tokens."""
     return Guidance(tokenizer_json(base.tokenizer), base.config.vocab_size, tuple(base.config.eos_token_ids))
@@ -167,7 +152,7 @@ def make_engine(
     """An engine that isn't started, which gets its adapters from the store."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    libraries = Home(settings.home).native_places(base.directory, settings.base_dir)
+    libraries = native_directories(settings, base.directory)
     backend = _backend(settings, base, libraries, max_model_len, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
     load: Load = store.load

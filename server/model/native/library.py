@@ -81,11 +81,6 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     return _compile(directories[-1], instructions(), _load)
 
 
-def may_be_had(directories: Sequence[Path]) -> bool:
-    """Return whether a directory has the library for this processor, or a compiler can make it."""
-    return why_not(directories) is None
-
-
 def why_not(directories: Sequence[Path]) -> str | None:
     """Return why the library is unavailable, or None if a directory has it or a compiler can make it."""
     try:
