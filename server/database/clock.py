@@ -19,7 +19,7 @@ class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
 
 
 class database_now(FunctionElement[datetime]):  # noqa: N801 as SQL functions are
-    """The same time as a date and time in UTC. SQLite's resolution is a millisecond."""
+    """The current date and time in UTC, by the database's clock. SQLite's resolution is a millisecond."""
 
     type = UtcDateTime()
     inherit_cache = True

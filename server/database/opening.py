@@ -40,7 +40,7 @@ places = sa.Table(
 
 
 class Place(Protocol):
-    """Where bytes are stored. `is_home`: in HOME, with no bucket."""
+    """A place of stored bytes. `is_home`: it is HOME, with no bucket."""
 
     @property
     def is_home(self) -> bool: ...
@@ -91,9 +91,9 @@ def place_in(connection: sa.Connection) -> str | None:
 
 
 PATIENCE_SECONDS = 3.0
-"""How long a server, whose clients wait, retries PostgreSQL."""
+"""Seconds for which a server retries PostgreSQL while its clients wait."""
 WORKER_PATIENCE_SECONDS = 30.0
-"""How long a worker retries writes. Its reads use PATIENCE_SECONDS, so that it can be stopped."""
+"""Seconds for which a worker retries writes. Its reads use PATIENCE_SECONDS, so that it can be stopped."""
 _LEAVING_SECONDS = 2.0  # until PostgreSQL notices that a process has ended
 
 

@@ -33,7 +33,7 @@ Clock = Callable[[], Time]
 
 
 class Directive(Enum):
-    """What the queue asks of the worker that holds a claim."""
+    """An instruction of the queue to the worker that holds a claim."""
 
     GO_ON = auto()
     PAUSE = auto()  # checkpoint and release the job

@@ -1,4 +1,4 @@
-"""What a job's process reports while it works: to the worker through a pipe, to clients through the database.
+"""Report a job's progress while its process works: to the worker by a pipe, to clients by the database.
 
 It also records the attempt's trace spans: loading the base, groups of steps, and what follows them.
 """
@@ -86,7 +86,7 @@ class JobTrace:
 
 
 SLOWEST_BYTES_PER_SECOND = 1_000_000
-"""Of a disk or an object store. A slower transfer counts as hung."""
+"""Speed of a disk or an object store. A slower transfer counts as hung."""
 SLOWEST_PASS = 1e9
 """Tokens times parameters a second, forward and backward: about a thirtieth of the speed of two idle cores with
 AVX2 (docs/performance.md). A slower pass counts as hung.

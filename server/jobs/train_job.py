@@ -49,7 +49,7 @@ from server.training.trainables import trainable_rows
 from server.training.trained_rows import adapter_config
 
 MAX_DECISIONS = 5
-"""How often a name's latest version is evaluated again because a newer one appeared. Then the job is requeued."""
+"""Max evaluations of a name's latest version, each because a newer one appeared. Then the job is requeued."""
 
 
 class TrainingAttempt:
