@@ -1,24 +1,24 @@
-"""Faults of a running server, as branches of the tree in `adapters.errors`.
+"""Errors of a running server, as branches of the tree in `adapters.errors`.
 
     SmoloraError
-    ├── TryAgain                   of `adapters.errors`, as Unavailable
-    │   ├── QueueFull              as many requests wait as may (HTTP 429)
-    │   ├── RateLimited            a key's or a project's minute is used up (HTTP 429)
+    ├── TryAgain                   from `adapters.errors`, like Unavailable
+    │   ├── QueueFull              the queue is full (HTTP 429)
+    │   ├── RateLimited            a key or a project has used up its rate (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
-    │       ├── Interrupted        of `adapters.errors`, as BytesUnavailable and InDoubt
-    │       ├── GenerationTimeout  it took too long, and was ended
-    │       │   └── ReadTooSlowly  too much of it waited for its reader
+    │       ├── Interrupted        from `adapters.errors`, like BytesUnavailable and InDoubt
+    │       ├── GenerationTimeout  a generation took too long
+    │       │   └── ReadTooSlowly  the client read its answer too slowly
     │       ├── NotReady           the model isn't loaded yet
-    │       ├── Draining           the process is about to end
-    │       └── EngineDead         the engine has failed, or hangs; the process will exit
-    ├── GenerationFailed           a step failed under this request; others go on (HTTP 500)
-    ├── PayloadTooLarge            the body is bigger than it may be (HTTP 413)
+    │       ├── Draining           the process is shutting down
+    │       └── EngineDead         the engine has failed or hangs; the process will exit
+    ├── GenerationFailed           a step failed for this request alone (HTTP 500)
+    ├── PayloadTooLarge            the body is too large (HTTP 413)
     ├── Unauthorized               no valid API key (HTTP 401)
-    ├── Forbidden                  a setting, a scope or a quota rules it out (HTTP 403)
+    ├── Forbidden                  a setting, a scope or a quota forbids it (HTTP 403)
     └── StartupError               `smolora serve` can't start (exit code 1)
 
-Like all of the tree, `str(error)` is safe to show: no paths, no prompt text. `StartupError` is the
-exception: only the person at the terminal reads it, so it names paths.
+`str(error)` is safe to show to clients: no paths, no prompt text. The exception is `StartupError`, which names
+paths, because only the person at the terminal reads it.
 """
 
 from collections.abc import Mapping
@@ -45,13 +45,13 @@ __all__ = [
 
 
 class QueueFull(TryAgain):
-    """As many requests wait as may."""
+    """The queue is full."""
 
     default_message = "the queue is full"
 
 
 class RateLimited(TryAgain):
-    """A key, or its project, has had as much as it may have in a minute. `headers` tell how much that is."""
+    """A key or its project has used up its rate. `headers` have the limits and what remains."""
 
     def __init__(self, message: str, retry_after: float, headers: Mapping[str, str]) -> None:
         super().__init__(message, retry_after)
@@ -59,13 +59,13 @@ class RateLimited(TryAgain):
 
 
 class GenerationTimeout(Unavailable):
-    """A generation took longer than it may, and was ended."""
+    """A generation took longer than allowed, and was ended."""
 
     default_message = "this took longer than SMOLORA_REQUEST_TIMEOUT"
 
 
 class ReadTooSlowly(GenerationTimeout):
-    """More of an answer waited for its reader than may, and it was ended."""
+    """The client read too slowly: its output buffer overflowed."""
 
     default_message = "the answer was read too slowly: ask for fewer logprobs, or read faster"
 
@@ -77,32 +77,32 @@ class NotReady(Unavailable):
 
 
 class Draining(Unavailable):
-    """The process ends what runs and takes nothing new."""
+    """The server finishes running requests and takes no new ones."""
 
     default_message = "the server is shutting down"
 
 
 class EngineDead(Unavailable):
-    """The engine can't go on; the process will exit."""
+    """The engine has failed; the process will exit."""
 
     default_message = "the engine has stopped"
 
 
 class GenerationFailed(SmoloraError):
-    """A step failed under this request; the engine and other requests go on."""
+    """A step failed for this request; the engine and other requests continue."""
 
 
 class PayloadTooLarge(SmoloraError):
-    """The body is bigger than it may be."""
+    """The body is too large."""
 
 
 class Unauthorized(SmoloraError):
-    """No valid API key came with the request."""
+    """The request has no valid API key."""
 
 
 class Forbidden(SmoloraError):
-    """A setting of this server, the key's scopes or a quota rule it out."""
+    """A setting, the key's scopes or a quota forbid the request."""
 
 
 class StartupError(SmoloraError):
-    """The server can't start: one line that says why and what would mend it."""
+    """The server can't start: a line that says why, and how to fix it."""

@@ -1,6 +1,6 @@
 """The catalog's tables. The migrations in `server.database.migrations` create them.
 
-A `name` is a key here: with its project, as `adapters.names` says.
+A `name` in a table is a key, which includes the project (see `adapters.names`).
 """
 
 import sqlalchemy as sa
@@ -14,11 +14,11 @@ names = sa.Table(
     "adapters",
     metadata,
     sa.Column("name", sa.String(MAX_KEY), primary_key=True),
-    sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),  # as in the name
-    sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),  # for other projects to use
+    sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),  # as in the key
+    sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),  # usable by other projects
     sa.Column("kind", sa.String(16), nullable=False),  # "adapter" or "composition", of its versions
     sa.Column("latest", sa.Integer),  # null: all versions were deleted
-    # `latest` was moved back by hand: what a job publishes doesn't move it
+    # `latest` was moved back manually, so that publishing by a job doesn't move it
     sa.Column("rolled_back", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
     sa.Index("ix_adapters_project_name", "project", "name"),
@@ -44,7 +44,9 @@ versions = sa.Table(
     sa.Column("base_digest", sa.String(64)),
     sa.Column("data_digest", sa.String(64)),
     sa.Column("config", sa.JSON, nullable=False, server_default="{}"),
-    sa.Column("key_id", sa.String(64)),  # of the API key that published it; null: none was needed, or it was lost
+    sa.Column(
+        "key_id", sa.String(64)
+    ),  # of the API key that published it; null: no key was needed, or it is unknown
 )
 
 parts = sa.Table(
@@ -52,7 +54,7 @@ parts = sa.Table(
     metadata,
     sa.Column("name", sa.String(MAX_KEY), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("place", sa.Integer, primary_key=True),  # 0, 1, … in the order in which they were written
+    sa.Column("place", sa.Integer, primary_key=True),  # 0, 1, … in the order of the expression
     sa.Column("part_name", sa.String(MAX_KEY), nullable=False),
     sa.Column("part_version", sa.Integer, nullable=False),
     sa.Column("part_digest", sa.String(64), nullable=False),  # the version's, which never changes
@@ -73,5 +75,5 @@ aliases = sa.Table(
 
 
 def lock(connection: sa.Connection, name: str) -> None:
-    """Block other writers of versions of `name` until the end of the transaction."""
+    """Keep other transactions from writing versions of `name` until the end of this one."""
     connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

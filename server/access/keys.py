@@ -27,7 +27,7 @@ import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapters.errors import FieldError, InvalidInput, NotFound, Unavailable
+from adapters.errors import FieldError, Hint, InvalidInput, NotFound, Unavailable
 from adapters.names import DEFAULT_PROJECT, NAME_RULE, is_name, project_fault
 from adapters.sql import reader_of, transact, transacted
 from adapters.storage.durable import new_file
@@ -142,7 +142,8 @@ class Keys:
             mine = api_keys.c.id == key_id
             row = connection.execute(sa.select(api_keys).where(mine)).mappings().first()
             if row is None:
-                raise NotFound(f"there is no key {key_id}: GET /keys lists them")
+                hint = Hint("list_keys", "GET /keys lists them")
+                raise NotFound(f"there is no key {key_id}: {hint}", hint=hint)
             if row["revoked_at"] is None:
                 connection.execute(sa.update(api_keys).where(mine).values(revoked_at=datetime.now(UTC)))
                 changed(connection)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from adapters.catalog.tables import names
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.errors import Conflict, Hint, InvalidInput, NotFound
 from adapters.names import DEFAULT_PROJECT, project_fault, split_key
 from adapters.sql import reader_of, transact
 from server.access.audit import record
@@ -97,7 +97,8 @@ def quota_of(row: sa.RowMapping) -> Quota:
 def _get(connection: sa.Connection, name: str) -> Project:
     row = connection.execute(sa.select(projects).where(projects.c.name == name)).mappings().first()
     if row is None:
-        raise NotFound(f"there is no project {name}: GET /projects lists them")
+        hint = Hint("list_projects", "GET /projects lists them")
+        raise NotFound(f"there is no project {name}: {hint}", hint=hint)
     return _project(row)
 
 

@@ -1,4 +1,4 @@
-"""The ASGI application, from services that exist already; importing or building it touches nothing outside."""
+"""Build the ASGI application from existing services. Importing this module has no side effects."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import accounts, adapters, compositions, datasets, faults, health, imports, openapi, web
+from server.api import accounts, adapters, compositions, datasets, health, imports, openapi, problems, web
 from server.api import compare as compare
 from server.api import generate as generate
 from server.api import train as train
@@ -32,7 +32,7 @@ Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response
 _ROUTERS = (
     generate.router,
     compare.router,
-    imports.router,  # before the adapters': "import" is no version
+    imports.router,  # before adapters.router, which would take "import" for a version
     adapters.router,
     adapters.aliases_router,
     compositions.router,
@@ -51,11 +51,11 @@ _ROUTERS = (
 ROUTES = Routes(_ROUTERS, folders=("/docs", "/web"), files=("/openapi.json",))
 
 _UNTRACED: dict[str, Any] = {"telemetry": dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False)}
-"""Spans are our own: FastAPI's come with what an exception says, which may quote a prompt."""
+"""Turns off FastAPI's spans: they include exception texts, which may quote a prompt."""
 
 
 def create_app(services: Services) -> FastAPI:
-    """The application. Its lifespan starts the engine, and stops it at the end."""
+    """Return the application. Its lifespan starts and stops the engine and background tasks."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -101,5 +101,5 @@ def create_app(services: Services) -> FastAPI:
     for router in _ROUTERS:
         app.include_router(router)
     app.mount(web.ASSETS_PATH, web.assets)
-    faults.install(app, ROUTES)
+    problems.install(app, ROUTES)
     return app

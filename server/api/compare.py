@@ -1,12 +1,8 @@
-"""What clients send to POST /compare, and are sent; `server.api.schemas` has the parts and the rules.
+"""POST /compare: one prompt under several adapter expressions, side by side, with scores for given texts.
 
-One prompt under several adapter expressions at once: their answers, and how likely each finds given texts.
-
-Every answer and every text to be scored is a request of its own, handed to the engine together with all others, so
-that they share steps, and of each expression's prompt the keys and values. The answers draw from the same random
-stream. A comparison is whole or refused.
-
-POST /compare: one prompt under several adapter expressions, side by side.
+Every answer and every score is a request to the engine. All are submitted together, so that they share steps, and
+those of one expression share the prompt's keys and values. All answers use the same random stream. A comparison is
+accepted as a whole or refused.
 """
 
 import asyncio
@@ -32,7 +28,7 @@ from server.api.generation import (
     SamplingBody,
     StructureBody,
     adapter_terms,
-    ask_queue,
+    ask_queue_for,
     charge_refused,
     check_logprobs,
     check_sequences,
@@ -52,9 +48,11 @@ from server.engine.request import SamplingParams
 MAX_COMPARED = 16
 MAX_SCORED = 16
 
+router = APIRouter(route_class=StrictRoute, tags=["generate"])
+
 
 class CompareBody(PromptBody, SamplingBody, StructureBody):
-    """POST /compare."""
+    """The body of POST /compare."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -68,37 +66,37 @@ class CompareBody(PromptBody, SamplingBody, StructureBody):
         min_length=1, max_length=MAX_COMPARED, description='adapter expressions; "base": the frozen base'
     )
     score: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        None, min_length=1, max_length=MAX_SCORED, description="continuations whose log-probability is wanted, too"
+        None, min_length=1, max_length=MAX_SCORED, description="continuations to score by their log-probability"
     )
 
 
 class ComparedChoice(Choice):
-    logprob: float = Field(description="of the answer, its end token included: the sum over its tokens, in nats")
+    logprob: float = Field(description="of the answer with its end token: the sum over its tokens, in nats")
 
 
 class ScoreAnswer(BaseModel):
     text: str
     logprob: float = Field(description="the sum over its tokens, in nats")
     num_tokens: int
-    logprobs: list[SampledLogprobAnswer] | None = Field(description="of each token, where `logprobs` isn't 0")
+    logprobs: list[SampledLogprobAnswer] | None = Field(description="of each token; null if `logprobs` is 0")
 
 
 class CompareResult(GenerateAnswer):
-    adapter: str = Field(description="the expression, as it was sent")
+    adapter: str = Field(description="the expression, as sent")
     choices: Sequence[ComparedChoice]
     logprob: float = Field(description="the first choice's")
     scores: list[ScoreAnswer] | None
 
 
 class CompareAnswer(BaseModel):
-    """What POST /compare answers, in the order of `adapters`."""
+    """The answer of POST /compare, in the order of `adapters`."""
 
     results: list[CompareResult]
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """What runs for one expression."""
+    """The generations of one expression."""
 
     expression: str
     answer: Generation
@@ -106,7 +104,7 @@ class _Compared:
 
 
 class Comparison:
-    """One accepted comparison. Await `collect` once; `close` at the end, which aborts what still runs."""
+    """An accepted comparison. Await `collect` once. `close` aborts what still runs."""
 
     def __init__(
         self, compared: Sequence[_Compared], texts: Sequence[str] | None, num_top: int, model: str
@@ -117,7 +115,7 @@ class Comparison:
         self._model = model
 
     async def collect(self) -> dict[str, object]:
-        """The whole answer. Raises what the engine ends any of the requests with."""
+        """Return the whole answer. Raise the error that the engine ends one of the requests with."""
         tasks = [asyncio.ensure_future(self._result(place, one)) for place, one in enumerate(self._compared)]
         try:
             return {"results": await asyncio.gather(*tasks)}
@@ -126,7 +124,7 @@ class Comparison:
                 task.cancel()
 
     async def close(self) -> None:
-        """Let go of everything. More than once is once."""
+        """Abort what still runs, and release the adapters. Idempotent."""
         await close_all([generation for one in self._compared for generation in (one.answer, *one.scores)])
 
     async def _result(self, place: int, compared: _Compared) -> dict[str, object]:
@@ -142,12 +140,12 @@ class Comparison:
 
 
 async def compare(services: Services, body: CompareBody) -> Comparison:
-    """Hand everything to the engine. Raises whatever it can be refused for; nothing is held then."""
+    """Submit everything to the engine. If it is refused, raise the reason and hold nothing."""
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
     num_sequences = len(terms) * (body.n + len(body.score or ()))
     if num_sequences > body.n:
         check_sequences(num_sequences, services.engine.max_in_flight, "adapters")
-    ask_queue(services, num_sequences)
+    ask_queue_for(services, num_sequences)
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = await _continuations(services, len(prompt), body.score or ())
     check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)
@@ -161,12 +159,12 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     compared: list[_Compared] = []
     try:
         for expression, named in zip(body.adapters, terms, strict=True):
-            num_taken = 0 if started else num_tokens  # of all together
+            num_taken = 0 if started else num_tokens  # the first takes the tokens of all
             answer = await start(
                 services, named, prompt, sampling, body.n, "adapters", grammar, num_taken=num_taken
             )
             started.append(answer)
-            # a name that moves meanwhile moves for none of them
+            # the scores use the same versions, even if an alias moves meanwhile
             pinned = [Term(part.name, part.version, weight=part.weight) for part in answer.parts]
             scores = []
             for continuation in continuations:
@@ -184,14 +182,14 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
 
 
 def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
-    """`place` counts from 0."""
+    """Return the terms of the expression at index `place`."""
     with _faults_of_item(place):
         return adapter_terms(expression, None, services.base_name)
 
 
 @contextmanager
 def _faults_of_item(place: int) -> Iterator[None]:
-    """A block in which a fault of the field `adapter` becomes one of item `place` of `adapters`."""
+    """Turn errors of the field `adapter` into errors of item `place` of `adapters`."""
     try:
         yield
     except InvalidInput as error:
@@ -225,9 +223,6 @@ async def _score(text: str, generation: Generation, num_top: int) -> dict[str, o
     return {"text": text, "logprob": sum(output.scores), "num_tokens": len(output.scores), "logprobs": logprobs}
 
 
-router = APIRouter(route_class=StrictRoute, tags=["generate"])
-
-
 @router.post(
     "/compare",
     summary="Compare adapters",
@@ -243,7 +238,7 @@ async def compare_adapters(body: CompareBody, request: Request, services: Servic
     try:
         answer = await while_connected(request.scope, request.receive, comparison.collect())
     except ClientGoneError:
-        return Response(status_code=499)  # nobody reads it; the log does
+        return Response(status_code=499)  # only the log shows it
     finally:
         await comparison.close()
     return wire.answer(answer)

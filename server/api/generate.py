@@ -1,8 +1,6 @@
-"""How an answer looks: one JSON document, or events while it comes.
+"""POST /generate, and its answers: one JSON document, or events while the text is generated.
 
-Runs for every piece of text of every stream, so it is plain dictionaries.
-
-POST /generate: text from the frozen base, under any adapters, at once or as it comes.
+The answers are plain dictionaries, because they are built for every piece of text of every stream.
 """
 
 import asyncio
@@ -23,22 +21,61 @@ from server.api.strict_route import StrictRoute
 from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, Timing, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+MIN_LOGPROB = -9999.0
+"""Replaces minus infinity, which JSON doesn't have."""
 _AT_ONCE = 64
-"""Tokens whose log-probabilities are put together before others get their turn: some milliseconds."""
+"""Tokens whose log-probabilities are formatted before other requests get a turn: some milliseconds."""
 
 Item = TypeVar("Item")
-Told = TypeVar("Told")
+Made = TypeVar("Made")
+
+router = APIRouter(route_class=StrictRoute, tags=["generate"])
+
+_EVENTS = (
+    'data: {"index":0,"text":"Once"}\n\n'
+    'data: {"index":0,"finish_reason":"length",'
+    '"usage":{"prompt_tokens":4,"completion_tokens":1,"cached_tokens":0}}\n\n'
+    "data: [DONE]\n\n"
+)
+
+
+@router.post(
+    "/generate",
+    summary="Generate text",
+    response_class=Response,
+    responses={
+        200: {
+            "model": GenerateAnswer,
+            "description": "The answer; with `stream`, server-sent events",
+            "content": {"text/event-stream": {"example": _EVENTS}},
+        },
+        **REFUSALS,
+    },
+)
+@requires(GENERATE, queued=True)
+async def generate(body: GenerateBody, request: Request, services: ServicesDep) -> Response:
+    """Generate text from a prompt or a conversation: with an adapter, a weighted composition of several, or
+    none.
+    """
+    generation = await begin(services, body)
+    if body.stream:
+        return EventStream(stream(generation, services.base_name), generation.close)
+    try:
+        answer = await while_connected(request.scope, request.receive, collect(generation, services.base_name))
+    except ClientGoneError:
+        return Response(status_code=499)  # only the log shows it
+    finally:
+        await generation.close()
+    return wire.answer(answer)
 
 
 @dataclass
 class _Choice:
-    """What has been generated of one choice."""
+    """The outputs of a choice so far."""
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[SampledLogprob] = field(default_factory=list)
-    logprob: float = 0.0  # the sum of what is known of its tokens, in nats
+    logprob: float = 0.0  # sum over the tokens, in nats
     finish_reason: FinishReason | None = None
     num_tokens: int = 0
     num_cached: int = 0
@@ -48,7 +85,7 @@ class _Choice:
         if output.text:
             self.pieces.append(output.text)
         for entry in output.logprobs:
-            self.logprob += max(entry.chosen.logprob, LEAST_LOGPROB)
+            self.logprob += max(entry.chosen.logprob, MIN_LOGPROB)
         if keeps_logprobs:
             self.logprobs += output.logprobs
         self.finish_reason = output.finish_reason
@@ -59,10 +96,10 @@ class _Choice:
 async def collect(
     generation: Generation, model: str, *, sums: bool = False, num_top: int = 1
 ) -> dict[str, object]:
-    """The whole answer, when every choice has ended.
+    """Return the whole answer once every choice has ended.
 
-    `sums`: each choice has its log-probability, too; a request that asks for logprobs has them summed up. They are
-    left out themselves where `num_top` is 0.
+    `sums`: each choice also has its log-probability, the sum over its tokens. The request must ask for logprobs
+    then. Those of single tokens are left out if `num_top` is 0.
     """
     choices = [_Choice() for _ in range(generation.request.n)]
     with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
@@ -85,7 +122,7 @@ async def collect(
         "usage": _usage(
             generation,
             sum(choice.num_tokens for choice in choices),
-            # choices share their prompt: the later ones find what the first has just computed
+            # choices share their prompt, so the later ones find in the cache what the first has computed
             min(choice.num_cached for choice in choices),
         ),
         "timing": _timing(timings),
@@ -93,9 +130,9 @@ async def collect(
 
 
 async def stream(generation: Generation, model: str) -> AsyncIterator[bytes]:
-    """Server-sent events: each piece of text, one last event for each choice, then `[DONE]`.
+    """Yield server-sent events: each piece of text, a last event for each choice, then `[DONE]`.
 
-    Logprobs come with the piece of text that their tokens completed, or with the last event.
+    Log-probabilities are in the event of the text that their tokens completed, or in the last event.
     """
     with_logprobs = generation.request.sampling.logprobs > 0
     pending: dict[int, list[dict[str, object]]] = {}
@@ -143,7 +180,7 @@ def _usage(generation: Generation, num_tokens: int, num_cached: int) -> dict[str
 
 
 def _timing(timings: Sequence[Timing]) -> dict[str, float]:
-    """Of all choices: when the first began, when the first token came, when the last one ended."""
+    """Return the times when the first choice began, when the first token came and when the last choice ended."""
     return {
         "queue_ms": _ms(min((timing.queue for timing in timings), default=0.0)),
         "ttft_ms": _ms(min((timing.first_token for timing in timings), default=0.0)),
@@ -155,59 +192,19 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-async def in_turns(tell: Callable[[Item], Told], items: Sequence[Item]) -> list[Told]:
-    """What `tell` makes of each: of a long answer's it takes the best part of a second, in which others go on."""
-    told: list[Told] = []
+async def in_turns(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
+    """Map `make` over the items, and let other requests run in between: a long answer may take a second."""
+    made: list[Made] = []
     for start in range(0, len(items), _AT_ONCE):
-        told += map(tell, items[start : start + _AT_ONCE])
+        made += map(make, items[start : start + _AT_ONCE])
         await asyncio.sleep(0)
-    return told
+    return made
 
 
 def sampled_logprob(entry: SampledLogprob) -> dict[str, object]:
-    """A token as answers have it: its log-probability (nats), and the likeliest ones in its place."""
+    """Return a token with its log-probability in nats, and the likeliest alternatives."""
     return {**_token(entry.chosen), "top": [_token(token) for token in entry.top]}
 
 
 def _token(token: TokenLogprob) -> dict[str, object]:
-    return {"token": token.text, "bytes": list(token.bytes), "logprob": max(token.logprob, LEAST_LOGPROB)}
-
-
-router = APIRouter(route_class=StrictRoute, tags=["generate"])
-
-_EVENTS = (
-    'data: {"index":0,"text":"Once"}\n\n'
-    'data: {"index":0,"finish_reason":"length",'
-    '"usage":{"prompt_tokens":4,"completion_tokens":1,"cached_tokens":0}}\n\n'
-    "data: [DONE]\n\n"
-)
-
-
-@router.post(
-    "/generate",
-    summary="Generate text",
-    response_class=Response,
-    responses={
-        200: {
-            "model": GenerateAnswer,
-            "description": "The answer; with `stream`, its pieces as server-sent events",
-            "content": {"text/event-stream": {"example": _EVENTS}},
-        },
-        **REFUSALS,
-    },
-)
-@requires(GENERATE, queued=True)
-async def generate(body: GenerateBody, request: Request, services: ServicesDep) -> Response:
-    """Generate text from a prompt or a conversation: with an adapter, a weighted composition of several, or
-    none.
-    """
-    generation = await begin(services, body)
-    if body.stream:
-        return EventStream(stream(generation, services.base_name), generation.close)
-    try:
-        answer = await while_connected(request.scope, request.receive, collect(generation, services.base_name))
-    except ClientGoneError:
-        return Response(status_code=499)  # nobody reads it; the log does
-    finally:
-        await generation.close()
-    return wire.answer(answer)
+    return {"token": token.text, "bytes": list(token.bytes), "logprob": max(token.logprob, MIN_LOGPROB)}

@@ -1,16 +1,9 @@
-"""What POST /generate takes and answers.
+"""From the body of POST /generate to a running request, and its outputs until they end.
 
-Answers are built by hand (a model for each token would cost more than the token); their classes document them.
-
-What an answer must match: from a body's fields to a grammar that has been vetted.
-
-From a body's fields to the engine's: how tokens are chosen, and how many there may be.
-
-From a checked body to a running request, and its outputs until its end.
-
-`begin` does all that can be refused: the prompt is encoded, names are resolved to bytes that then stay, and the
-engine takes the request or says why not. From there on `Generation` watches over it, and whoever began it closes
-it. How answers look is `server.api.generate`'s part.
+`begin` does everything that can be refused: it encodes the prompt, resolves and pins the adapters, and submits
+the request to the engine. `Generation` then times and counts the outputs; its owner closes it. The answers are
+built by `server.api.generate`. Their classes here only document them: a pydantic model for each token would cost
+more than the token.
 """
 
 import asyncio
@@ -25,7 +18,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters.catalog.catalog import Part, combine
+from adapters.catalog.catalog import combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import MAX_LENGTH, MAX_PARTS, MAX_WEIGHT, Term, parse
 from adapters.library import Pinned
@@ -33,67 +26,87 @@ from adapters.names import BASE, MAX_KEY, MAX_NAME, reference_fault
 from server.access.principal import Principal
 from server.access.usage import Ledger
 from server.access.usage import Usage as UsedTokens
-from server.api.deps import OutputStream, Services, let_go
+from server.api.deps import OutputStream, Services, release
 from server.api.schemas import MAX_SEED, Body, MessageBody, ResponseFormatBody, SamplingFields, UsedAdapter
 from server.api.tracing import GenerationTrace, facts, is_chat
 from server.engine.grammar import MAX_SCHEMA_BYTES
-from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
+from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
 from server.metrics.metrics import Metrics, Outcome, outcome_of
 from server.model.text.chat import ChatMessage
-from server.system.program import counted
+from server.system.messages import plural
+
+MAX_LOGPROBS = 1 << 18
+"""Log-probabilities in one answer that isn't streamed. Each takes about 600 bytes while the answer is built, so 16
+choices of 8,000 tokens with their 20 likeliest alternatives would take 1.6 GB."""
+_SHORT_TEXT = 2048
+"""Characters that are encoded on the event loop, in about a millisecond. Longer texts go to a thread."""
+_BYTES_A_TOKEN = 4  # an estimate for ordinary text
+_ANY_OBJECT = '{"type":"object"}'
+
+T = TypeVar("T")
+
+Refusal = Callable[[tuple[FieldError, ...]], InvalidInput]
+"""Makes the error of an invalid prompt from the fields at fault."""
 
 
 class AdapterBody(Body):
-    """One part of a composition, spelt out; the latest version where neither version nor alias is given."""
+    """A part of a composition. Without a version or an alias it is the latest version."""
 
-    name: str = Field(min_length=1, max_length=MAX_KEY, description="another project's: project/name")
+    name: str = Field(
+        min_length=1, max_length=MAX_KEY, description="project/name for an adapter of another project"
+    )
     version: int | None = Field(None, ge=1)
     alias: str | None = Field(None, min_length=1, max_length=MAX_NAME)
     weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
 
 
 class SamplingBody(SamplingFields):
-    """How tokens are chosen by our own routes."""
+    """The sampling fields of /generate and /compare."""
 
     max_tokens: int = Field(64, ge=1, description="prompt + max_tokens may not exceed MAX_MODEL_LEN")
     temperature: float = Field(0.7, ge=0, le=5, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="off a token's logit once the answer has it")
-    frequency_penalty: float = Field(
-        0.0, ge=-2, le=2, description="off a token's logit for each time that the answer has it"
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="subtracted from the logit of a token that the answer contains"
     )
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null: a random one, which the answer carries")
-    n: int = Field(1, ge=1, le=16, description="choices; each is a sequence of its own")
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="subtracted from a token's logit for each of its occurrences in the answer"
+    )
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null: random; the answer has the seed used")
+    n: int = Field(1, ge=1, le=16, description="choices; each is a separate sequence")
     logprobs: int = Field(
         0,
         ge=0,
         le=20,
-        description="this many likeliest tokens beside each chosen one; 0: none. At most 262,144 in all where the "
-        "answer isn't streamed; a stream ends with an error once that many, tokens among them, wait to be read",
+        description="likeliest alternatives listed for each token; 0: no log-probabilities. An answer that isn't "
+        "streamed has at most 262,144 in all; a stream ends with an error if as many wait to be read",
     )
 
 
 class PromptBody(Body):
-    """What to go on from: exactly one of the two."""
+    """The prompt: exactly one of the two fields."""
 
     prompt: str | None = Field(None, min_length=1, description="text, used as it is")
     messages: list[MessageBody] | None = Field(
-        None, min_length=1, max_length=1024, description="turns, put through the base's chat template"
+        None, min_length=1, max_length=1024, description="turns, rendered by the base's chat template"
     )
 
 
 class StructureBody(Body):
-    """What the answer must match: at most one of the two. It ends by itself, so `stop` does not go with them."""
+    """A grammar for the answer: at most one of the two fields, and no `stop`, as the grammar ends the answer."""
 
     response_format: ResponseFormatBody | None = None
     regex: str | None = Field(
-        None, min_length=1, max_length=8192, description="of the whole answer; Rust's syntax, without look-around"
+        None,
+        min_length=1,
+        max_length=8192,
+        description="matches the whole answer; Rust's syntax, without look-around",
     )
 
 
 class GenerateBody(PromptBody, SamplingBody, StructureBody):
-    """POST /generate."""
+    """The body of POST /generate."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -133,7 +146,7 @@ class Choice(BaseModel):
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = Field(description="of the prompt, those whose keys and values were there already")
+    cached_tokens: int = Field(description="tokens of the prompt whose keys and values were cached")
 
 
 class TimingAnswer(BaseModel):
@@ -143,23 +156,20 @@ class TimingAnswer(BaseModel):
 
 
 class GenerateAnswer(BaseModel):
-    """What POST /generate answers where nothing is streamed."""
+    """The answer of POST /generate without `stream`."""
 
     id: str
     model: str
     adapters: list[UsedAdapter]
     seed: int
-    warnings: list[str] = Field(description="of the adapters, such as one that was made on another base")
+    warnings: list[str] = Field(description="about the adapters, such as one made on another base")
     choices: Sequence[Choice]
     usage: Usage
     timing: TimingAnswer
 
 
-_ANY_OBJECT = '{"type":"object"}'
-
-
 def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Grammar | None:
-    """The grammar that the fields ask for; None for any text. Raises InvalidInput."""
+    """Return the grammar that the fields ask for, or None for any text. Raise InvalidInput."""
     if regex is not None:
         if form is not None and form.type != "text":
             message = "give regex or response_format, not both"
@@ -168,7 +178,7 @@ def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Gra
     if form is None:
         return None
     if (form.type == "json_schema") != (form.json_schema is not None):
-        message = "goes with the type json_schema, and that with it"
+        message = "is required with the type json_schema, and allowed with no other"
         raise InvalidInput([FieldError(("response_format", "json_schema"), message)])
     if form.json_schema is None:
         return Grammar("json_schema", _ANY_OBJECT) if form.type == "json_object" else None
@@ -185,27 +195,24 @@ def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Gra
 
 
 async def check_grammar(services: Services, grammar: Grammar, sampling: SamplingParams) -> None:
-    """Have a request's grammar vetted and compiled. Raises InvalidInput, or TryAgain where too many are being."""
+    """Check and compile a request's grammar. Raise InvalidInput, or TryAgain if too many others wait for that."""
     for name, is_given in (("stop", sampling.stop), ("ignore_eos", sampling.ignore_eos)):
         if is_given:
-            raise InvalidInput.of(name, "does not go with a regex or a response_format: the answer ends by itself")
+            raise InvalidInput.of(
+                name, "can't be combined with a regex or a response_format: the grammar ends the answer"
+            )
     if not services.guidance.is_usable(grammar):
         with services.metrics.refusals():
-            await services.limiters.grammars.run(services.guidance.check, grammar)
-
-
-MAX_LOGPROBS = 1 << 18
-"""Of an answer that isn't streamed. Each takes some 600 bytes while the answer is put together: 16 choices of
-8,000 tokens with the 20 likeliest ones would take 1.6 GB."""
+            await services.limiters.grammars.run(services.principal.project, services.guidance.check, grammar)
 
 
 def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> SamplingParams:
-    """The body's fields as the engine takes them, with a seed in any case. Raises InvalidInput."""
+    """Return the body's fields as the engine takes them, always with a seed. Raise InvalidInput."""
     top_p = 1.0 if body.top_p is None else body.top_p
     temperature = 1.0 if body.temperature is None else body.temperature
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=temperature if top_p else 0.0,  # the smallest set of tokens there can be: the likeliest
+        temperature=temperature if top_p else 0.0,  # with top_p 0 the likeliest token alone is left
         top_p=top_p or 1.0,
         top_k=body.top_k,
         min_p=body.min_p,
@@ -222,12 +229,12 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
 
 
 def seed_of(body: SamplingFields) -> int:
-    """The body's seed as the engine takes it; another one each time where it has none."""
+    """Return the body's seed as the engine takes it, or a random one if it has none."""
     return secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1)
 
 
 def check_sequences(num: int, most: int | None, field: str) -> None:
-    """Raise InvalidInput where so many of several requests never fit the queue together, however empty it is."""
+    """Raise InvalidInput if `num` sequences of one request can't fit even an empty queue, which takes `most`."""
     if most is not None and num > most:
         raise InvalidInput.of(
             field,
@@ -237,43 +244,46 @@ def check_sequences(num: int, most: int | None, field: str) -> None:
 
 
 def most_tokens(num_top: int) -> int:
-    """That an answer may have which isn't streamed and has `num_top` log-probabilities beside each."""
+    """Return how many tokens an answer may have if each has `num_top` alternatives and nothing is streamed."""
     return MAX_LOGPROBS // (num_top + 1)
 
 
 def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> None:
-    """Raise InvalidInput where an answer of up to so many tokens has too many log-probabilities."""
+    """Raise InvalidInput if an answer of `num_tokens` would have too many log-probabilities."""
     if num_top and num_tokens > most_tokens(num_top):
         raise InvalidInput.of(
             field,
-            f"{num_tokens:,} tokens with {num_top} beside each are {num_tokens * (num_top + 1):,} of them, and "
-            f"an answer has at most {MAX_LOGPROBS:,}: ask for fewer, or for a stream, and read it as it comes",
+            f"{num_tokens:,} tokens with {num_top} alternatives each make {num_tokens * (num_top + 1):,} "
+            f"log-probabilities, more than {MAX_LOGPROBS:,}: ask for fewer, or use stream",
         )
 
 
-def context_faults(
-    num_prompt: int, num_more: int, limit: int, field: str, prompt_field: str
-) -> tuple[FieldError, ...]:
-    """What is wrong where a prompt of so many tokens and `num_more` exceed the model's `limit`; else nothing.
+async def check_length(
+    services: Services,
+    num_prompt: int,
+    num_more: int,
+    field: str,
+    prompt_field: str,
+    refusal: Refusal = InvalidInput,
+) -> None:
+    """Raise `refusal` if a prompt of `num_prompt` tokens and `num_more` for the answer exceed the model's limit.
 
-    The first is on the prompt's field where no answer fits behind it, else on the one that bounds the answer.
+    The first fault is on the prompt's field if the prompt leaves no room at all, else on the one that bounds the
+    answer.
     """
+    limit = services.max_num_tokens
     if num_prompt + num_more <= limit:
-        return ()
-    beyond = f"the prompt's {counted(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
+        return
+    await charge_refused(services, num_prompt)
+    beyond = f"the prompt's {plural(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
     if num_prompt < limit:
-        return (FieldError((field,), f"{beyond}: {limit - num_prompt} are left"),)
-    told = FieldError((field,), beyond)
-    return (
-        FieldError(
-            (prompt_field,), f"{num_prompt:,} tokens leave no room for an answer within the model's {limit:,}"
-        ),
-        told,
-    )
+        raise refusal((FieldError((field,), f"{beyond}: {limit - num_prompt} are left"),))
+    no_room = f"{num_prompt:,} tokens leave no room for an answer within the model's {limit:,}"
+    raise refusal((FieldError((prompt_field,), no_room), FieldError((field,), beyond)))
 
 
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    """Token ids, written as JSON's keys are, and what is added to their logits."""
+    """Return (token id, bias) pairs. JSON writes the ids as strings."""
     found: dict[int, float] = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 9):
@@ -282,34 +292,25 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(found.items())
 
 
-_SHORT_TEXT = 2048
-"""Characters that are encoded on the spot (about a millisecond); longer texts go to a thread."""
-
-_BYTES_A_TOKEN = 4
-"""Of ordinary text."""
-
-T = TypeVar("T")
-
-
 @dataclass(frozen=True)
 class LedgerAccount:
-    """Where a generation is counted. Of several that are one answer the first alone `is_request`."""
+    """The key and project whose usage a generation adds to. `is_request`: it is the first of its answer."""
 
     ledger: Ledger
     principal: Principal
     is_request: bool = True
 
     def keys(self, names: Iterable[str]) -> frozenset[str]:
-        """What the server as a whole calls the project's adapters of these names."""
+        """Return the catalog keys of the project's adapters with these names."""
         return frozenset(map(self.principal.viewpoint.key, names)) or frozenset({BASE})
 
     def add(self, keys: Iterable[str], usage: UsedTokens) -> None:
-        """Count what was used under these adapters."""
+        """Add what was used under these adapters."""
         self.ledger.add(self.principal.project, self.principal.key_id, "+".join(sorted(keys)), usage)
 
 
 class Generation:
-    """One accepted request. Iterate `outputs` once; `close` at the end, which aborts what still runs."""
+    """An accepted request. Iterate `outputs` once. `close` aborts it if it still runs."""
 
     def __init__(
         self,
@@ -321,7 +322,7 @@ class Generation:
         account: "LedgerAccount",
         trace: GenerationTrace | None = None,
     ) -> None:
-        """Its outputs come to an end within `timeout` seconds from now."""
+        """The outputs end within `timeout` seconds from now."""
         self.request = request
         self.parts = pinned.parts
         self.warnings = pinned.warnings
@@ -333,11 +334,11 @@ class Generation:
         self._facts = facts.get()
         self._trace = trace
         self._started = time.perf_counter()
-        # one timer for all of it: setting one for each token, and clearing it, was a tenth of what a token costs
+        # one timer for the whole answer: setting and clearing one for each token took a tenth of a token's time
         self._timer = asyncio.get_running_loop().call_later(timeout, lambda: stream.put(GenerationTimeout()))
         self._num_tokens = 0
         self._num_cached: dict[int, int] = {}  # by choice
-        self._cached = 0  # tokens of the prompt that were found, as the answer's usage has them
+        self._cached = 0  # cached tokens of the prompt, as in the answer's usage
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
         self._is_read = False
@@ -354,8 +355,9 @@ class Generation:
         return len(self.request.prompt_token_ids)
 
     async def outputs(self) -> AsyncIterator[SequenceOutput]:
-        """News of every choice until all have ended. Raises what the engine ends one with, GenerationFailed or
-        GenerationTimeout.
+        """Yield the outputs of every choice until all have ended.
+
+        Raise the error that the engine ends a choice with, GenerationFailed or GenerationTimeout.
         """
         last: dict[int, float] = {}
         self._is_read = True
@@ -383,7 +385,7 @@ class Generation:
         self._book()
 
     async def close(self) -> None:
-        """Abort what still runs and let go of the adapters. More than once is once."""
+        """Abort it if it still runs, and release the adapters. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -399,13 +401,13 @@ class Generation:
             if self._facts is not None:
                 used = [f"{part.name}@{part.version}" for part in self.parts]
                 self._facts.generated(self.id, used, self.num_prompt_tokens, self._num_tokens, self._cached)
-            await let_go(self._pinned)  # last, as it may take a while
+            await release(self._pinned)  # last, because it may take long
 
     def _book(self) -> None:
-        """Count what came, as the answer's usage has it: where it was cut off, that much. Twice is once.
+        """Add the usage so far to the ledger. Idempotent.
 
-        Before the first token, the prompt counts if the client has left: the engine has read it, or was about to.
-        It doesn't if the server ended the request.
+        If there was no token yet, the prompt counts only if the client left: the engine has computed it, or was
+        about to. It doesn't count if the server ended the request.
         """
         has_left = self._is_read and self._outcome == "cancelled"
         if not self._is_booked and (self._num_cached or has_left):
@@ -425,7 +427,7 @@ class Generation:
 
 
 async def close_all(generations: Sequence[Generation]) -> None:
-    """Close each, whatever becomes of the others."""
+    """Close all of them, and then raise the first error, if any."""
     results = await asyncio.gather(*(generation.close() for generation in generations), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -433,9 +435,9 @@ async def close_all(generations: Sequence[Generation]) -> None:
 
 
 async def begin(services: Services, body: GenerateBody) -> Generation:
-    """Hand the request to the engine. Raises whatever it can be refused for; nothing is held then."""
+    """Submit the request to the engine. If it is refused, raise the reason and hold nothing."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
-    ask_queue(services, body.n)
+    ask_queue_for(services, body.n)
     token_ids = await encode_prompt(services, body, body.max_tokens)
     if not body.stream:
         check_logprobs(body.n * body.max_tokens, body.logprobs)
@@ -456,10 +458,11 @@ async def start(
     is_request: bool = True,
     num_taken: int | None = None,
 ) -> Generation:
-    """Likewise, from what the body came to. Names of adapters that don't go are refused on `field`.
+    """Submit a request to the engine. `field` is the one to blame for unknown or unfit adapters.
 
     With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated. `is_request` is as
-    in `LedgerAccount`. `num_taken` tokens are taken of the key's minute; None: as many as this may come to.
+    in `LedgerAccount`. `num_taken` tokens count towards the key's rate; None: the prompt's and the most that the
+    answers may have.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
@@ -467,24 +470,25 @@ async def start(
     num_taken = len(token_ids) + n * sampling.max_tokens if num_taken is None else num_taken
     if num_taken:
         await services.access.rates.take(principal, "tokens", num_taken)
-    pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned(())
+    pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned()
     try:
         request = GenerationRequest(
             request_id=f"gen-{uuid.uuid4().hex}",
             prompt_token_ids=token_ids,
             sampling=sampling,
-            adapters=canonical(pinned.parts),
+            adapters=combine(pinned.parts),
             n=n,
             grammar=grammar,
             scored_from=scored_from,
             project=principal.project,
         )
         trace = None
-        if (told := facts.get()) is not None and told.span is not None:  # the engine's times count from then on
-            trace = GenerationTrace(told.span, told.operation, request, services.base_name, pinned.parts)
+        found = facts.get()
+        if found is not None and found.span is not None:  # before submit, from which the engine counts its times
+            trace = GenerationTrace(found.span, found.operation, request, services.base_name, pinned.parts)
         stream = services.engine.submit(request)
     except BaseException as error:
-        await let_go(pinned)
+        await release(pinned)
         if isinstance(error, TryAgain):
             services.metrics.refused()
         raise
@@ -492,14 +496,20 @@ async def start(
     return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout, account, trace)
 
 
+def ask_queue_for(services: Services, num_sequences: int) -> None:
+    """Raise like `ask_queue` if a request needs more places than the one that the edge has asked for."""
+    if num_sequences > 1:
+        ask_queue(services, num_sequences)
+
+
 def ask_queue(services: Services, num_sequences: int) -> None:
-    """Raise what so many sequences would be refused for now, before anything is done for them."""
+    """Raise the error that the queue would refuse so many sequences with, before any work is done for them."""
     with services.metrics.refusals():
         services.engine.check_queue(num_sequences, services.principal.project)
 
 
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
-    """The adapters asked for, as they are named; none for the base. Raises InvalidInput."""
+    """Return the terms that a request names, none for the base. Raise InvalidInput."""
     if expression is not None and parts is not None:
         raise InvalidInput(
             [FieldError((name,), "give adapter or adapters, not both") for name in ("adapter", "adapters")]
@@ -516,7 +526,7 @@ def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, b
 def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
     faults = []
     if fault := reference_fault(part.name):
-        message = "the base is always in the sum: leave it out" if part.name == BASE else fault
+        message = "the base is always part of the sum: leave it out" if part.name == BASE else fault
         faults.append(FieldError(("adapters", index, "name"), message))
     if part.version is not None and part.alias is not None:
         faults.append(FieldError(("adapters", index, "alias"), "give version or alias, not both"))
@@ -524,7 +534,7 @@ def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
 
 
 async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -> tuple[int, ...]:
-    """The prompt's tokens. Raises InvalidInput where there isn't exactly one prompt, or it leaves no room."""
+    """Return the prompt's tokens. Raise InvalidInput if there isn't exactly one prompt, or it leaves no room."""
     encode: Callable[[], Sequence[int]]
     if body.messages is not None and body.prompt is None:
         turns = [ChatMessage(message.role, message.content) for message in body.messages]
@@ -538,14 +548,12 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
         needs = "give exactly one of prompt and messages"
         raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
     ids = await encoded(services, encode, length, texts, name)
-    if faults := context_faults(len(ids), max_tokens, services.max_num_tokens, "max_tokens", name):
-        await charge_refused(services, len(ids))
-        raise InvalidInput(faults)
+    await check_length(services, len(ids), max_tokens, "max_tokens", name)
     return tuple(ids)
 
 
 def length_of(turns: Sequence[ChatMessage]) -> int:
-    """The characters that a template makes of them, with some 32 around each turn."""
+    """Estimate the characters that a chat template makes of the turns, with 32 around each."""
     return sum(len(turn.content) + 32 for turn in turns)
 
 
@@ -555,12 +563,12 @@ async def encoded(
     length: int,
     texts: Sequence[str],
     field: str,
-    refusal: Callable[[tuple[FieldError, ...]], InvalidInput] = InvalidInput,
+    refusal: Refusal = InvalidInput,
 ) -> T:
-    """Return what `encode` makes of prompts with `length` characters together, each of which has one of `texts`.
+    """Return what `encode` makes of `texts`, which have `length` characters together.
 
-    Raises `refusal` on `field` if one can't fit by its bytes alone, which are then charged as an estimate of its
-    tokens; RateLimited if no tokens are left of the minute; QueueFull if many long prompts wait.
+    Raise `refusal` on `field` if a text has too many bytes to fit as tokens, and charge an estimate of its tokens.
+    Raise RateLimited if the key has no tokens left this minute, QueueFull if many long prompts wait.
     """
     if length <= _SHORT_TEXT:
         return encode()
@@ -575,14 +583,9 @@ async def encoded(
                     (FieldError((field,), message), FieldError(("max_tokens",), f"the prompt {message}"))
                 )
     with services.metrics.refusals():
-        return await services.limiters.encoding.run(encode)
+        return await services.limiters.encoding.run(services.principal.project, encode)
 
 
 async def charge_refused(services: Services, num_tokens: int) -> None:
-    """Count the tokens of a prompt that is refused for its length: encoding it has cost the server."""
+    """Count the tokens of a prompt that is refused for its length, because encoding it has cost the server."""
     await services.access.rates.charge(services.principal, "tokens", num_tokens)
-
-
-def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:
-    """The parts as the engine's cache and batch tell them apart."""
-    return tuple(AdapterRef(digest, weight) for digest, weight in combine(parts))

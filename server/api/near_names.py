@@ -1,4 +1,4 @@
-"""What an unknown name or path was meant to be: `promt` is near `prompt`, `epochs` belongs under `training`."""
+"""Suggestions for unknown names and paths: `promt` is close to `prompt`, `epochs` belongs under `training`."""
 
 from collections.abc import Iterable, Iterator
 from typing import get_args
@@ -25,17 +25,17 @@ _PEERS = {
     "eval_dataset": "validation",
     "save_steps": "checkpoint_steps",
 }
-"""What PEFT and TRL call a field of ours; None: what isn't here, though a name of ours looks like it."""
+"""Names of PEFT and TRL, and our fields; None if we have no such field, only one with a similar name."""
 
 _PEERS_OPTIONS = {"early_stopping_patience": "patience", "use_rslora": "rslora"}
-"""Likewise of `smolora train`, where the command has another name than the field."""
+"""Names of PEFT and TRL for options of `smolora train` that differ from our fields."""
 
 _PEER_UNITS = {
     "per_device_train_batch_size": "all rows of an optimizer step, accumulated ones too",
     "gradient_accumulation_steps": "all rows of an optimizer step, accumulated ones too",
     "warmup_steps": "a share of all steps",
 }
-"""What a field of ours counts that a peer's of that name doesn't."""
+"""Explains our field if it counts something else than the field of PEFT or TRL."""
 
 _PEER_PATHS = {
     "/v1/responses": "/v1/chat/completions",
@@ -44,17 +44,17 @@ _PEER_PATHS = {
     "/v1/moderations": None,
     "/v1/evals": None,
 }
-"""What isn't here, and what does its work; None: nothing does, though a path of ours looks like it."""
+"""OpenAI's and Anthropic's paths, and the ones to use; None if there is none, only a similar path."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:
-    """What to tell of a path that no route has; `known` are those that one has."""
+    """Return the error message for an unknown path. `known` are the paths of all routes."""
     meant = _PEER_PATHS[path] if path in _PEER_PATHS else near(path, known)
     return f"no such path{f' (did you mean {meant}?)' if meant else ''}: /docs lists them"
 
 
 def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> str:
-    """What to tell of a field that `body` doesn't have where it stood; `loc` is its place within the body."""
+    """Return the error message for an unknown field of `body` at the location `loc`."""
     name = str(loc[-1])
     here = None if body is None else _model_at(body, loc[:-1])
     if body is None or here is None:
@@ -69,7 +69,7 @@ def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> s
 
 
 def peers_option(flag: str) -> str | None:
-    """What to tell of an option of `smolora train` that PEFT or TRL has, such as --lora_r; None of any other."""
+    """Return the error message for an option of PEFT or TRL such as --lora_r, or None for any other option."""
     name = flag.removeprefix("--").replace("-", "_")
     options = _PEERS | _PEERS_OPTIONS
     if name not in options:
@@ -88,7 +88,7 @@ def _names(model: type[BaseModel]) -> set[str]:
 
 
 def _model_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The model of the object at the path; None where a path isn't one of fields with models."""
+    """Return the model of the object at the path, or None if the path leads to no object."""
     for part in path:
         if isinstance(part, int):
             continue
@@ -100,14 +100,14 @@ def _model_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseM
 
 
 def _models(body: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """`body` and all within it, each with its path."""
+    """Yield `body` and all models within it, each with its path."""
     yield prefix, body
     for name, model in _inner(body):
         yield from _models(model, f"{prefix}.{name}" if prefix else name)
 
 
 def _inner(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """The fields that are objects, or lists of them, with their models."""
+    """Yield the fields that are objects or lists of objects, with their models."""
     for name, field in model.model_fields.items():
         if (found := _model_in(field.annotation)) is not None:
             yield field.alias or name, found

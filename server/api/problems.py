@@ -1,27 +1,60 @@
-"""What is wrong with a field, in our words: pydantic's are for programmers ("Input should be a valid boolean").
+"""Errors on the wire: RFC 9457 problems on native routes, and OpenAI's error object under /v1.
 
-Errors on native routes: every fault becomes one RFC 9457 `application/problem+json` document.
-
-The exception trees of `adapters.errors` and `server.errors`, pydantic's validation errors and the
-framework's own (404, 405) meet here, and in `server.api.openai.errors` for /v1. What a client sent is never
-echoed, except the names of fields; what went wrong inside is logged, not told.
+Errors of the trees in `adapters.errors` and `server.errors`, pydantic's validation errors and the framework's own
+(404, 405) become responses here. They repeat nothing that a client sent except the names of fields; the details of
+internal errors are only logged.
 """
 
 import http
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
+from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, NotFound, SmoloraError
 from server.api import wire
-from server.api.near_names import unknown_field
+from server.api.near_names import unknown_field, unknown_path
+from server.api.routes import Routes
 from server.errors import Forbidden, PayloadTooLarge, RateLimited, TryAgain, Unauthorized, Unavailable
 from server.telemetry.logs import place_of
 
+MEDIA_TYPE = "application/problem+json"
+MAX_ERRORS = 32
+"""Fields that an answer names. A body can have any number of invalid ones."""
+_MAX_COMPARED = 4 * MAX_ERRORS
+"""Unknown fields that get a suggestion, each of which takes 0.1 ms; several may have the same one."""
+MAX_NAME = 64
+"""Characters of a field's name in an answer. The client chooses unknown names."""
+_INTERNAL = "something went wrong here; the log has it under this request's id"
+_STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
+    (InvalidInput, 422),
+    (NotFound, 404),
+    (Conflict, 409),
+    (Unauthorized, 401),
+    (Forbidden, 403),
+    (PayloadTooLarge, 413),
+    (Unavailable, 503),
+    (TryAgain, 429),
+)
+_OPENAI_CODES: tuple[tuple[type[SmoloraError], str], ...] = (
+    (Unauthorized, "invalid_api_key"),
+    (NotFound, "not_found"),
+    (Conflict, "conflict"),
+    (PayloadTooLarge, "payload_too_large"),
+    (Unavailable, "service_unavailable"),
+    (TryAgain, "rate_limit_exceeded"),
+)
+_OPENAI_FIELDS: dict[tuple[str | int, ...], tuple[str | int, ...]] = {("adapter",): ("model",)}
+"""Our names of fields, and OpenAI's."""
 _WORDS = {
     "missing": "is missing",
     "string_type": "must be a text",
@@ -49,127 +82,203 @@ _WORDS = {
     "literal_error": "must be {expected}",
     "enum": "must be {expected}",
 }
-"""By pydantic's kinds of errors, of which each has these values. What isn't here keeps its words."""
-
-
-def explain(fault: Mapping[str, object]) -> str:
-    """The message of one of pydantic's errors."""
-    kind, context = str(fault["type"]), fault.get("ctx")
-    given = context if isinstance(context, Mapping) else {}
-    if kind in ("string_too_short", "too_short") and (least := given.get("min_length")) != 1:
-        return f"must have at least {least} {'characters' if kind == 'string_too_short' else 'items'}"
-    words = _WORDS.get(kind)
-    if words is None or not {name for _, name, _, _ in Formatter().parse(words) if name} <= given.keys():
-        return str(fault["msg"]).removeprefix("Value error, ")
-    return words.format_map({name: _plain(value) for name, value in given.items()})
-
-
-def _plain(value: object) -> object:
-    """A bound as a person writes it: 2, not 2.0."""
-    return f"{value:g}" if isinstance(value, float) else value
-
-
-MEDIA_TYPE = "application/problem+json"
-MAX_ERRORS = 32
-"""Fields of a JSON body that one answer names; there can be any number of bad ones."""
-_MAX_COMPARED = 4 * MAX_ERRORS
-"""Unknown names, of which some may come to the same: what one was meant to be takes a tenth of a millisecond."""
-MAX_NAME = 64
-"""Characters of a field's name that are given back: unknown ones are the client's own."""
+"""Messages for pydantic's types of errors. Types that aren't here keep pydantic's message."""
 
 log = logging.getLogger("smolora.api")
 
-_STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
-    (InvalidInput, 422),
-    (NotFound, 404),
-    (Conflict, 409),
-    (Unauthorized, 401),
-    (Forbidden, 403),
-    (PayloadTooLarge, 413),
-    (Unavailable, 503),
-    (TryAgain, 429),
-)
-INTERNAL = "something went wrong here; the log has it under this request's id"
+
+class ModelNotFound(NotFound):
+    """`model` names an unknown adapter, version or alias."""
 
 
-def status_of(error: SmoloraError) -> int:
-    """The HTTP status of an error of the tree; 500 where the fault is ours."""
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+class ContextTooLong(InvalidInput):
+    """The prompt, or the prompt and the answer's limit together, exceed the model's context."""
 
 
-def document(status: int, detail: str, errors: Sequence[FieldError] = ()) -> dict[str, object]:
-    """The problem as JSON: `errors[].loc` ends in the field's name."""
-    return {
-        "type": "about:blank",
-        "title": http.HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "errors": [{"loc": list(error.loc), "message": error.message} for error in errors],
-    }
+class Form(ABC):
+    """Turns errors into responses."""
+
+    media_type: str
+    event_name: str | None
+
+    def of_error(self, error: SmoloraError) -> Response:
+        """Return the response for an error, with the headers that its status needs."""
+        status, document = self._described(error)
+        return Response(wire.encode(document), status, headers=self._headers(error), media_type=self.media_type)
+
+    def problem(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the response for an error of the framework, such as an unknown path or a wrong method."""
+        body = wire.encode(self._document(status, detail))
+        return Response(body, status, headers=dict(headers or {}), media_type=self.media_type)
+
+    def internal(self) -> Response:
+        """Return the response for an unforeseen error."""
+        return self.problem(500, _INTERNAL)
+
+    def event(self, error: Exception) -> bytes:
+        """Return the error as the last event of a stream."""
+        return wire.event(self._described(error)[1], self.event_name)
+
+    @abstractmethod
+    def _document(self, status: int, detail: str) -> dict[str, object]:
+        """Return an error that isn't of our trees as JSON."""
+
+    @abstractmethod
+    def _of(self, status: int, error: SmoloraError) -> tuple[int, dict[str, object]]:
+        """Return the status and the JSON of an error whose native status is `status`."""
+
+    def _described(self, error: Exception) -> tuple[int, dict[str, object]]:
+        """Return the status and the JSON of an error. Log internal ones."""
+        if not isinstance(error, SmoloraError):
+            log.error("%s at %s", type(error).__name__, place_of(error))
+            return 500, self._document(500, _INTERNAL)
+        status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+        if status == 500:
+            log.error("%s: %s", type(error).__name__, error)
+        return self._of(status, error)
+
+    def _headers(self, error: SmoloraError) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        if isinstance(error, TryAgain):
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        if isinstance(error, RateLimited):
+            headers |= error.headers
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = 'Bearer realm="smolora"'
+        return headers
 
 
-def problem(
-    status: int, detail: str, errors: Sequence[FieldError] = (), headers: Mapping[str, str] | None = None
-) -> Response:
-    """The problem as a response."""
-    body = wire.encode(document(status, detail, errors))
-    return Response(body, status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+class _Problems(Form):
+    """RFC 9457 problems: `errors[].loc` ends in the field's name."""
+
+    media_type = MEDIA_TYPE
+    event_name = "error"
+
+    def _document(self, status: int, detail: str, errors: Sequence[FieldError] = ()) -> dict[str, object]:
+        return {
+            "type": "about:blank",
+            "title": http.HTTPStatus(status).phrase,
+            "status": status,
+            "detail": detail,
+            "errors": [{"loc": list(error.loc), "message": error.message} for error in errors],
+        }
+
+    def _of(self, status: int, error: SmoloraError) -> tuple[int, dict[str, object]]:
+        if isinstance(error, InvalidInput):
+            rest = [FieldError(error.errors[-1].loc[:1], f"and {error.num_more} more")] if error.num_more else []
+            detail = _summary(error.errors, error.num_more)
+            return status, self._document(status, detail, [*error.errors, *rest])
+        document = self._document(status, str(error))
+        if error.hint is not None:
+            document["hint"] = {"code": error.hint.code, "text": error.hint.text}
+        return status, document
 
 
-def of_error(error: SmoloraError) -> Response:
-    """The response that an error of the tree becomes, with the headers its status calls for."""
-    told = _document_of(error)
-    return Response(wire.encode(told), status_of(error), headers=headers_of(error), media_type=MEDIA_TYPE)
+class _OpenAI(Form):
+    """OpenAI's error object, `{"error": {message, type, param, code}}`.
+
+    An invalid field is a 400, which the official client raises as BadRequestError, instead of the native 422.
+    """
+
+    media_type = "application/json"
+    event_name = None  # the client raises an event with `error` as an APIError
+
+    def _document(
+        self, status: int, detail: str, param: str | None = None, code: str | None = None
+    ) -> dict[str, object]:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        if status == http.HTTPStatus.TOO_MANY_REQUESTS:
+            kind = "rate_limit_error"
+        elif status == http.HTTPStatus.UNAUTHORIZED:  # LiteLLM treats any invalid_request_error as a 400
+            kind = "authentication_error"
+        elif status == http.HTTPStatus.FORBIDDEN:
+            kind = "permission_error"
+        code = "not_found" if code is None and status == 404 else code
+        return {"error": {"message": detail, "type": kind, "param": param, "code": code}}
+
+    def _of(self, status: int, error: SmoloraError) -> tuple[int, dict[str, object]]:
+        if isinstance(error, InvalidInput):
+            code = "context_length_exceeded" if isinstance(error, ContextTooLong) else None
+            errors = [FieldError(_OPENAI_FIELDS.get(one.loc, one.loc), one.message) for one in error.errors]
+            path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in errors[0].loc)
+            detail = _summary(errors, error.num_more)
+            return 400, self._document(400, detail, path.removeprefix("."), code)
+        if isinstance(error, ModelNotFound):
+            return status, self._document(status, str(error), "model", "model_not_found")
+        code = next((code for kind, code in _OPENAI_CODES if isinstance(error, kind)), None)
+        return status, self._document(status, str(error), code=code)
+
+    def _headers(self, error: SmoloraError) -> dict[str, str]:
+        headers = super()._headers(error)
+        if isinstance(error, Conflict | InDoubt):
+            # the client would retry by itself: in vain after a conflict, and twice if a job was queued after all
+            headers["x-should-retry"] = "false"
+        return headers
 
 
-def headers_of(error: SmoloraError) -> dict[str, str]:
-    """The headers that the error's status calls for."""
-    headers: dict[str, str] = {}
-    if isinstance(error, TryAgain):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, RateLimited):
-        headers |= error.headers
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = 'Bearer realm="smolora"'
-    return headers
+PROBLEMS: Form = _Problems()
+OPENAI: Form = _OpenAI()
 
 
-def event(error: Exception) -> bytes:
-    """The error as the last event of a stream that has begun."""
-    return wire.event(_document_of(error), "error")
+def form_of(path: str) -> Form:
+    """Return the form of errors on a request's path."""
+    return OPENAI if path == "/v1" or path.startswith("/v1/") else PROBLEMS
 
 
-def _document_of(error: Exception) -> dict[str, object]:
-    """What is told of the error; the log gets what isn't."""
-    if not isinstance(error, SmoloraError):
-        log.error("%s at %s", type(error).__name__, place_of(error))
-        return document(500, INTERNAL)
-    status = status_of(error)
-    if status == 500:
-        log.error("%s: %s", type(error).__name__, error)
-    if isinstance(error, InvalidInput):
-        rest = [FieldError(error.errors[-1].loc[:1], f"and {error.num_more} more")] if error.num_more else []
-        return document(status, summary(error.errors, error.num_more), [*error.errors, *rest])
-    return document(status, str(error))
+def install(app: FastAPI, routes: Routes) -> None:
+    """Make every exception that a route raises a response in its path's form."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, SmoloraError)
+        return form_of(request.url.path).of_error(error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return form_of(request.url.path).of_error(_invalid(error.errors(), _body_of(request)))
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        form = form_of(request.url.path)
+        if isinstance(error.__cause__, ClientDisconnect):
+            return Response(status_code=499)  # only the log shows it
+        if error.status_code == 400:  # the body couldn't be read at all
+            return form.of_error(InvalidInput.of("body", "could not be read"))
+        if error.status_code == 401:  # the key ended while the body arrived
+            return form.of_error(Unauthorized(error.detail))
+        detail, headers = error.detail, dict(error.headers or {})
+        if error.status_code == 404 and detail == http.HTTPStatus.NOT_FOUND.phrase:  # the framework's own
+            detail = unknown_path(request.url.path, routes.static_paths)
+        elif error.status_code == 405:
+            # the framework knows the methods of one route only, even if several routes have the path
+            headers["Allow"] = ", ".join(sorted(routes.methods(request.url.path))) or headers.get("Allow", "GET")
+            detail = f"{request.method} is not possible here: use {headers['Allow'].replace(', ', ' or ')}"
+        return form.problem(error.status_code, detail, headers=headers)
+
+    app.add_exception_handler(SmoloraError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, framework)
 
 
-def summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
-    """The first three fields at fault and what is wrong with them, in one line; `num_more` aren't in the list."""
+def _body_of(request: Request) -> type[BaseModel] | None:
+    """Return the model of the route's JSON body, or None if it has none."""
+    route = request.scope.get("route")
+    field = route.body_field if isinstance(route, APIRoute) else None
+    annotation = None if field is None else field.field_info.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
+    """Describe the first three errors in a line, and count the others; `num_more` aren't in `errors`."""
     first = "; ".join(map(str, errors[:3]))
     more = len(errors[3:]) + num_more
     return f"{first}; and {more} more" if more else first
 
 
-def internal() -> Response:
-    """What a client is told of a fault that nobody foresaw."""
-    return problem(500, INTERNAL)
+def _invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None = None) -> InvalidInput:
+    """Return pydantic's errors as ours: without inputs, and with list indices only before a field's name.
 
-
-def invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None = None) -> InvalidInput:
-    """pydantic's errors as ours: no inputs, no "body" in front, list indices only before a field's name.
-
-    The first `MAX_ERRORS` are named, the others counted. `body` is the model of the request's JSON, whose fields
-    unknown ones are compared with.
+    The first `MAX_ERRORS` are named and the others counted. `body` is the model of the request's JSON, for
+    suggestions about unknown fields.
     """
     found: dict[FieldError, None] = {}
     num_unknown = 0
@@ -186,7 +295,6 @@ def invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None
 def _field_error(
     loc: tuple[str | int, ...], fault: Mapping[str, object], body: type[BaseModel] | None
 ) -> FieldError:
-    message = explain(fault)
     if fault["type"] == "json_invalid":
         context = fault["ctx"]
         assert isinstance(context, dict)
@@ -196,11 +304,23 @@ def _field_error(
         return FieldError(("body",), f"is not JSON: {reason}")
     if loc == ("body",) and fault["type"] != "too_many_faults":
         return FieldError(("body",), "must be a JSON object, sent with Content-Type: application/json")
-    if fault["type"] == "extra_forbidden":
-        message = unknown_field(loc[1:], body)
+    message = unknown_field(loc[1:], body) if fault["type"] == "extra_forbidden" else _message(fault)
     parts = [part if isinstance(part, int) else part[:MAX_NAME] for part in loc[1:]] or list(loc)
     if isinstance(parts[-1], int) and any(isinstance(part, str) for part in parts):
         message = f"item {parts[-1]}: {message}"
         while isinstance(parts[-1], int):
             parts.pop()
     return FieldError(tuple(parts), message)
+
+
+def _message(fault: Mapping[str, object]) -> str:
+    """Return a message for one of pydantic's errors, whose own messages are for programmers."""
+    kind, context = str(fault["type"]), fault.get("ctx")
+    values = context if isinstance(context, Mapping) else {}
+    if kind in ("string_too_short", "too_short") and (least := values.get("min_length")) != 1:
+        return f"must have at least {least} {'characters' if kind == 'string_too_short' else 'items'}"
+    words = _WORDS.get(kind)
+    if words is None or not {name for _, name, _, _ in Formatter().parse(words) if name} <= values.keys():
+        return str(fault["msg"]).removeprefix("Value error, ")
+    plain = {name: f"{value:g}" if isinstance(value, float) else value for name, value in values.items()}
+    return words.format_map(plain)  # a bound as a person writes it: 2, not 2.0

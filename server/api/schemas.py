@@ -1,8 +1,6 @@
-"""What several resources take or answer: bounds on every field, nothing coerced, nothing ignored.
+"""Schemas that several resources use. Bodies are strict: fields have bounds, and unknown ones are refused."""
 
-Each resource has its own `schemas.py` beside its route.
-"""
-
+from datetime import datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -16,6 +14,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from server.access.principal import Quota
+
 MAX_SEED = (1 << 63) - 1
 MAX_STOPS = 16
 MAX_BIASES = 1024
@@ -23,7 +23,7 @@ MAX_FAULTS = 10_000
 
 
 class Body(BaseModel):
-    """A request body: strict, closed, finite."""
+    """Base class of request bodies: no coercion, no unknown fields, no NaN."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
@@ -32,14 +32,29 @@ class Body(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _bound_faults(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """A megabyte of faults takes a gigabyte, and seconds, to tell one by one."""
+        """Report only the number of errors if there are many: a list of a megabyte's errors takes a gigabyte."""
         try:
             return handler(value)
         except ValidationError as error:
             if error.error_count() <= MAX_FAULTS:
                 raise
-            message = "has {count} faults, which are too many to tell"
+            message = "has {count} validation errors, too many to list"
             raise PydanticCustomError("too_many_faults", message, {"count": error.error_count()}) from None
+
+
+class Answer(BaseModel):
+    """A JSON answer, also made from an object with the same attributes. A field that isn't set is left out."""
+
+    # `server.api.wire` refuses NaN and infinities
+    model_config = ConfigDict(from_attributes=True, ser_json_inf_nan="constants")
+
+
+def _iso(value: object) -> object:
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+Timestamp = Annotated[str, BeforeValidator(_iso)]
+"""A time in ISO 8601. It accepts a datetime."""
 
 
 def _as_list(value: object) -> object:
@@ -56,63 +71,87 @@ Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(ma
 
 
 class MessageBody(Body):
-    """One turn of a conversation."""
+    """A turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 class SamplingFields(Body):
-    """How tokens are chosen, as our routes and OpenAI's have it in common. A null is the field's default."""
+    """The sampling fields that our routes and OpenAI's share. Null means the default."""
 
     temperature: float | None
     top_p: float | None
     top_k: int = Field(0, ge=0, le=1 << 31, description="0: off")
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="below 1, what was said is likelier")
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="below 1, repetitions become likelier")
     presence_penalty: float | None
     frequency_penalty: float | None
-    logit_bias: Biases | None = Field(None, description="token id, as a string: what is added to its logit")
+    logit_bias: Biases | None = Field(None, description="token ids, as strings, and what is added to their logits")
     seed: int | None
     stop: StopStrings | None = Field(None, description="a string or a list; not part of the text")
     ignore_eos: bool = False
     speculation: Literal["auto", "off"] = Field(
-        "auto", description="auto: tokens that may come are computed ahead where that is faster; the same answer"
+        "auto", description="auto: drafted tokens are verified together if that is faster; the answer is the same"
     )
 
 
 class JsonSchemaBody(Body):
-    """A schema, and what OpenAI's clients send with it."""
+    """A JSON schema, with the fields that OpenAI's clients send."""
 
     name: str = Field("answer", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="a label")
     description: str | None = None
     schema_: dict[str, object] = Field(alias="schema")
-    strict: bool | None = Field(None, description="the answer always follows the schema, with either value")
+    strict: bool | None = Field(None, description="ignored: the answer always follows the schema")
 
 
 class ResponseFormatBody(Body):
-    """OpenAI's field of that name."""
+    """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaBody | None = Field(None, description="with the type json_schema alone")
+    json_schema: JsonSchemaBody | None = Field(None, description="only with the type json_schema")
 
 
-class FieldProblem(BaseModel):
+Limit = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # the largest integer that JavaScript keeps exact
+
+
+class LimitFields(Body):
+    """The limits of a key, or of all keys of a project together. Null: no limit."""
+
+    requests_per_minute: Limit | None = Field(None, description="requests other than GET")
+    tokens_per_minute: Limit | None = Field(
+        None, description="tokens of prompts and of the longest possible answers"
+    )
+    max_jobs: Limit | None = Field(None, description="unfinished jobs")
+    max_bytes: Limit | None = Field(None, description="stored bytes of adapters, data sets and files")
+
+    @property
+    def quota(self) -> Quota:
+        return Quota(**{name: getattr(self, name) for name in LimitFields.model_fields})
+
+
+class FieldProblem(Answer):
     loc: list[str | int] = Field(description="its last part is the field's name")
     message: str
 
 
-class Problem(BaseModel):
-    """RFC 9457."""
+class ProblemHint(Answer):
+    code: str = Field(description="never changes")
+    text: str = Field(description="the part of `detail` that a client may replace by its own advice")
+
+
+class Problem(Answer):
+    """A problem document (RFC 9457)."""
 
     type: str
     title: str
     status: int
     detail: str
     errors: list[FieldProblem]
+    hint: ProblemHint | None = Field(None, description="what to do about it; absent if there is no code for that")
 
 
-class UsedAdapter(BaseModel):
+class UsedAdapter(Answer):
     name: str
     version: int
     digest: str

@@ -1,28 +1,37 @@
-"""JSON as it goes over the wire: compact, UTF-8, and only what JSON has."""
+"""JSON on the wire: compact, in UTF-8, without NaN and infinities."""
 
 import json
 from collections.abc import Mapping
 
-from pydantic_core import to_json
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from starlette.responses import Response
 
-_strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_serializer = TypeAdapter[object](object, config=ConfigDict(ser_json_inf_nan="constants")).serializer
 
+
+def _fields(answer: BaseModel) -> dict[str, object]:
+    return answer.model_dump(mode="json", exclude_unset=True)
+
+
+_strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_fields)
 
 _LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
-"""Of Unicode, which JSON doesn't escape, and its escapes of them."""
+"""Unicode's line ends, which JSON needn't escape, and their escapes."""
 
 
 def encode(document: object) -> bytes:
-    """The document's bytes. Raises ValueError on NaN and infinities, which JSON does not have."""
-    encoded = to_json(document, inf_nan_mode="constants")
-    if b"NaN" in encoded or b"Infinity" in encoded:  # as a number, or only in a text
+    """Return the document, which may contain models, as JSON. Fields that a model doesn't set are left out.
+
+    Raise ValueError for NaN and infinities.
+    """
+    encoded = _serializer.to_json(document, exclude_unset=True)
+    if b"NaN" in encoded or b"Infinity" in encoded:  # as a number, or in a text
         return _strict.encode(document).encode()
     return encoded
 
 
 def event(document: object, name: str | None = None) -> bytes:
-    """One server-sent event, whose data is one line, also to readers that know Unicode's line ends (httpx's)."""
+    """Return a server-sent event. Unicode's line ends are escaped, because httpx splits lines at them."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     data = encode(document)
     for end, escape in _LINE_ENDS:
@@ -31,5 +40,5 @@ def event(document: object, name: str | None = None) -> bytes:
 
 
 def answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """The document as a response."""
+    """Return the document as a response."""
     return Response(encode(document), status, headers=dict(headers or {}), media_type="application/json")

@@ -1,7 +1,4 @@
-"""`smolora adapters`: list, show, import, download, delete, and point aliases.
-
-`smolora compose`: name a blend, or merge its parts into one new adapter.
-"""
+"""`smolora adapters` and `compose`: list, show, import, download, delete and name adapters, and name blends."""
 
 import json
 import os
@@ -16,11 +13,13 @@ from rich.text import Text
 
 from adapters.names import alias_fault
 from server.cli.common import (
+    DetachOption,
     Document,
     JsonOption,
     KeyOption,
     UrlOption,
     connected,
+    fail,
     given,
     number,
     part_of,
@@ -35,10 +34,10 @@ from server.cli.train import watch
 if TYPE_CHECKING:
     from server.client.client import Client
 
-_ALL = 7  # linear modules of a layer
+_NUM_MODULES = 7  # linear modules of a layer
 _VERSION = re.compile(r"[0-9]{1,18}")
 
-group = typer.Typer(invoke_without_command=True, help="List the adapters with their versions; or work on one.")
+group = typer.Typer(invoke_without_command=True, help="List adapters with their versions; or work on one.")
 
 ReferenceArgument = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Such as tweets or tweets@2.")]
 MeantArgument = Annotated[
@@ -70,7 +69,7 @@ def _table(adapters: Sequence[Document]) -> Table:
         for version in cast("Sequence[Document]", adapter["versions"]):
             metrics, modules = part_of(version, "metrics"), cast("Sequence[str]", version["target_modules"])
             names_of = ", ".join(name.removesuffix("_proj") for name in modules)
-            shown = names_of if len(modules) < _ALL else "all-linear"
+            shown = names_of if len(modules) < _NUM_MODULES else "all-linear"
             table.add_row(
                 Text(f"{version['name']}@{version['version']}"),
                 Text(", ".join(names.get(version["version"], []))),
@@ -84,7 +83,7 @@ def _table(adapters: Sequence[Document]) -> Table:
 
 
 def _parsed(reference: str) -> tuple[str, int | None]:
-    """(name, version)."""
+    """Split a reference into a name and a version, if it has one. Raise BadParameter if that is no number."""
     name, _, version = reference.partition("@")
     if "@" in reference and not _VERSION.fullmatch(version):
         raise typer.BadParameter(f"{reference}: give a version's number behind the @, such as {name}@1")
@@ -92,15 +91,14 @@ def _parsed(reference: str) -> tuple[str, int | None]:
 
 
 def _meant(client: "Client", reference: str) -> tuple[str, int | None]:
-    """(name, version), where an alias stands for the version that it means now."""
+    """Split a reference into a name and a version, if it has one; an alias becomes the version it points to."""
     name, _, alias = reference.partition("@")
     if alias_fault(alias):
         return _parsed(reference)
     found = client.adapter(name)
     aliases = cast("dict[str, int]", found["aliases"]) | {"latest": cast("int", found["latest"])}
     if alias not in aliases:
-        typer.echo(f"smolora: no such alias: {reference} (there are {', '.join(sorted(aliases))})", err=True)
-        raise typer.Exit(1)
+        fail(f"no such alias: {reference} (there are {', '.join(sorted(aliases))})")
     return name, aliases[alias]
 
 
@@ -108,7 +106,7 @@ def _meant(client: "Client", reference: str) -> tuple[str, int | None]:
 def show_adapter(
     reference: MeantArgument, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
 ) -> None:
-    """Show an adapter's versions, or what one version was made from and how."""
+    """Show an adapter's versions, or all that is stored about one version."""
     with connected(url, api_key) as client:
         name, number_of = _meant(client, reference)
         found = client.adapter(name) if number_of is None else client.version(name, number_of)
@@ -127,11 +125,11 @@ def show_adapter(
 @group.command()
 def delete(
     reference: ReferenceArgument,
-    force: Annotated[bool, typer.Option("--force", help="Delete the aliases that hold it, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also delete the aliases that point to it.")] = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Delete one version, or an adapter with all its versions. Requests that use it end as they began."""
+    """Delete one version, or an adapter with all its versions. Running requests keep using it until they end."""
     name, number_of = _parsed(reference)
     with connected(url, api_key) as client:
         client.delete_adapter(name, number_of, force)
@@ -148,24 +146,23 @@ def download(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Download a version as a zip; PEFT reads the folder that it unpacks to."""
+    """Download a version as a zip. PEFT reads the unpacked folder."""
     with connected(url, api_key) as client:
         name, number_of = _meant(client, reference)
         version = cast("int", client.adapter(name)["latest"]) if number_of is None else number_of
-        default = f"{name.replace('/', '-')}-{version}.zip"  # another project's has a slash
+        default = f"{name.replace('/', '-')}-{version}.zip"  # another project's adapter has a slash in its name
         target = output or Path(default)
         if target.is_dir():
             target /= default
         try:
             client.download(name, version, target)
         except OSError as error:
-            typer.echo(f"smolora: {error.filename}: {error.strerror}", err=True)
-            raise typer.Exit(1) from None
+            fail(f"{error.filename}: {error.strerror}")
     typer.echo(str(target), err=_is_output(target))
 
 
 def _is_output(path: Path) -> bool:
-    """Whether what is printed may come to lie among what was written there."""
+    """Return whether the target is stdout, whose output must not mix with the archive."""
     if not path.is_file():
         return True
     try:
@@ -177,8 +174,8 @@ def _is_output(path: Path) -> bool:
 @group.command()
 def alias(
     name: Annotated[str, typer.Argument(help="The adapter.")],
-    alias: Annotated[str, typer.Argument(help="Such as prod; latest is one, too.")],
-    version: Annotated[int | None, typer.Argument(help="The version that it means from now on.")] = None,
+    alias: Annotated[str, typer.Argument(help="Such as prod, or latest.")],
+    version: Annotated[int | None, typer.Argument(help="The version to point it at.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
@@ -198,31 +195,32 @@ def alias(
 def import_adapter(
     source: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="A folder that PEFT saved, or a zip of it; with --hub an id there."),
+        typer.Argument(
+            metavar="PATH", help="A folder that PEFT saved, or a zip of it; with --hub a repository's id."
+        ),
     ],
-    name: Annotated[str, typer.Option(help="The adapter to publish it as: each import adds a version.")],
+    name: Annotated[str, typer.Option(help="The adapter's name: each import adds a version.")],
     hub: Annotated[
         bool,
-        typer.Option("--hub", help="Have the server fetch it from the Hugging Face hub, where that is allowed."),
+        typer.Option("--hub", help="Let the server fetch it from the Hugging Face hub, if that is allowed."),
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Of the hub's: a commit, tag or branch. Default: the newest commit.")
+        str | None, typer.Option(help="A commit, tag or branch on the hub. Default: the newest commit.")
     ] = None,
     as_json: JsonOption = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Publish an adapter as the name's next version. What can't be honoured is refused, naming each key."""
+    """Publish an adapter as the next version of a name. Unsupported options are refused, naming each key."""
     if revision is not None and not hub:
-        raise typer.BadParameter("is for adapters of the hub: add --hub", param_hint="--revision")
+        raise typer.BadParameter("is only for adapters of the hub: add --hub", param_hint="--revision")
     if not hub and not Path(source).exists():
-        raise typer.BadParameter(f"{source} is not here; add --hub where the hub has it", param_hint="PATH")
+        raise typer.BadParameter(f"{source} doesn't exist; add --hub if it is on the hub", param_hint="PATH")
     with connected(url, api_key) as client:
         try:
             version = client.import_adapter(name, source, revision) if hub else client.publish(name, Path(source))
         except OSError as error:
-            typer.echo(f"smolora: {error.filename}: {error.strerror}", err=True)
-            raise typer.Exit(1) from None
+            fail(f"{error.filename}: {error.strerror}")
     if as_json:
         print_json(version)
         return
@@ -231,24 +229,24 @@ def import_adapter(
 
 
 def compose(
-    name: Annotated[str, typer.Argument(help="What the blend is called from now on.")],
+    name: Annotated[str, typer.Argument(help="The name of the blend.")],
     expression: Annotated[str, typer.Argument(help="Such as tweets*0.7+movies@2*0.3.")],
     method: Annotated[
         str | None,
         typer.Option(
-            help="Merge the parts into one adapter, by a job: ties, dare_linear, dare_ties, magnitude_prune or "
-            "svd. Default: none; the sum is computed exactly at each request."
+            help="Merge the parts into one adapter, in a job: ties, dare_linear, dare_ties, magnitude_prune or "
+            "svd. Default: no merge; each request computes the exact sum."
         ),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Of a merge: the share of entries that is kept.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the merged adapter.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of dare_linear and dare_ties.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Don't wait for a merge's end.")] = False,
+    density: Annotated[float | None, typer.Option(help="For a merge: the share of entries to keep.")] = None,
+    rank: Annotated[int | None, typer.Option(help="For a merge: the rank of the result.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For dare_linear and dare_ties.")] = None,
+    detach: DetachOption = False,
     as_json: JsonOption = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Name a weighted blend of adapters, pinned to the versions of now; or merge it into a new adapter."""
+    """Name a weighted blend of adapters, pinned to their present versions; or merge it into a new adapter."""
     body = given(expression=expression, method=method, density=density, rank=rank, seed=seed)
     with connected(url, api_key) as client:
         made = client.compose(name, body)

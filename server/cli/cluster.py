@@ -1,4 +1,4 @@
-"""`smolora cluster`: engine replicas on Ray Serve, API processes and workers, on one machine or several."""
+"""`smolora cluster`: engine replicas on Ray Serve, API processes and workers, on one or several machines."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.common import with_flags
-from server.cli.home import HomeOption, place_of, say
+from server.cli.common import say, with_flags
+from server.cli.home import HomeOption, place_of
 from server.cli.serve import serve_here
 from server.config import Settings
-from server.config.environment import set_up_ray
-from server.config.secrets import forget_keys
+from server.config.environment import forget_keys, set_up_ray
 from server.errors import StartupError
 from server.storage.home import make
 from server.telemetry import logs
@@ -22,25 +21,23 @@ if TYPE_CHECKING:
 group = typer.Typer(help="Engine replicas on Ray Serve, API processes and workers.", no_args_is_help=True)
 
 AddressOption = Annotated[
-    str, typer.Option(help="Of a Ray cluster, such as 10.0.0.1:6379. Default: this machine's.")
+    str, typer.Option(help="A Ray cluster's address, such as 10.0.0.1:6379. Default: this machine's.")
 ]
 JoinOption = Annotated[
-    str | None, typer.Option(help="Of a Ray cluster to join. Default: a new one, on this machine.")
+    str | None, typer.Option(help="The Ray cluster to join. Default: start a new one on this machine.")
 ]
-ReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas. Default: 1, or as they are.")]
+ReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas. Default: 1, or as before.")]
 AllReplicasOption = Annotated[
-    int | None, typer.Option(min=1, help="Engine replicas, however many run. Default: 1.")
+    int | None, typer.Option(min=1, help="Engine replicas. Default: 1, whatever runs at present.")
 ]
-MaxReplicasOption = Annotated[int | None, typer.Option(min=1, help="As many when there is much to do.")]
-ReplicaCpusOption = Annotated[float, typer.Option(min=0, help="Cores that a replica takes.")]
-ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs that a replica takes.")]
-UpscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of much to do before there are more.")]
-DownscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of little to do before there are fewer.")]
+MaxReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas under load.")]
+ReplicaCpusOption = Annotated[float, typer.Option(min=0, help="Cores for each replica.")]
+ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each replica.")]
+UpscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of sustained load before scaling up.")]
+DownscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of low load before scaling down.")]
 SpareOption = Annotated[
     bool | None,
-    typer.Option(
-        help="Start a new replica before an old one ends, or after. Default: before, where there is room."
-    ),
+    typer.Option(help="Start a new replica before the old one ends, or after. Default: before, if there is room."),
 ]
 
 
@@ -52,16 +49,16 @@ def up(
     max_replicas: MaxReplicasOption = None,
     replica_cpus: ReplicaCpusOption = 1,
     replica_gpus: ReplicaGpusOption = 0,
-    api: Annotated[int, typer.Option(min=0, help="API processes, on ports from SMOLORA_PORT on.")] = 1,
+    api: Annotated[int, typer.Option(min=0, help="API processes, on ports from SMOLORA_PORT up.")] = 1,
     address: JoinOption = None,
     ray_port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Of a new Ray cluster; 10001 to 19999 are Ray's own.")
+        int, typer.Option(min=1, max=65535, help="The port of a new Ray cluster; Ray itself uses 10001 to 19999.")
     ] = 6379,
     cpus: Annotated[float | None, typer.Option(min=1, help="Cores to give to Ray. Default: all.")] = None,
 ) -> None:
-    """Start Ray, engine replicas, API processes and workers, and look after them until told to stop.
+    """Start Ray, engine replicas, API processes and workers, and supervise them until stopped.
 
-    On another machine, with --address: have it join.
+    With --address, join the cluster of another machine.
     """
     _need_ray()
     from server.cluster.processes import up as run
@@ -70,7 +67,7 @@ def up(
     if address is None or replicas is not None:
         scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
     elif max_replicas is not None:
-        raise StartupError("--max-replicas goes with --replicas where a machine joins: without, none are changed")
+        raise StartupError("with --address, --max-replicas needs --replicas: without it no replica is changed")
     make(settings.home)
     logs.set_up(settings.log_format)
     raise typer.Exit(run(settings, scale, api, address, ray_port, cpus, say))
@@ -89,9 +86,9 @@ def deploy(
     downscale_seconds: DownscaleOption = 300,
     spare: SpareOption = None,
 ) -> None:
-    """Bring the engine replicas of a running cluster to this code, these settings and numbers.
+    """Update the engine replicas of a running cluster to this code, these settings and this number.
 
-    No request fails. Where the number alone differs, those that run stay.
+    No request fails. If only the number differs, running replicas stay.
     """
     _need_ray()
     from server.cluster.deploy import deploy as run
@@ -113,7 +110,7 @@ def api(
     """Serve the API from this process, with the cluster's replicas as its engine."""
     has_clients_key = forget_keys()
     _need_ray()
-    from server.cluster.client import connect_to
+    from server.cluster.transport import connect_to
     from server.jobs.pipe import end_with_parent
 
     if parent is not None:
@@ -123,12 +120,12 @@ def api(
 
 @group.command()
 def status(home: HomeOption = None) -> None:
-    """Show what runs: replicas, API processes, workers, and what waits."""
+    """Show replicas, API processes, workers, and the queue."""
     _need_ray()
     from server.cluster import node
     from server.cluster.node import read_state
     from server.cluster.processes import is_ready, queue_of
-    from server.cluster.transport import join, replicas_told
+    from server.cluster.transport import join, replica_counts
 
     state = read_state(place_of(home))
     is_up = node.is_alive(state.pid, state.mark)
@@ -139,15 +136,15 @@ def status(home: HomeOption = None) -> None:
     for what, number in (queue_of(state.urls[0]) if state.urls else {}).items():
         typer.echo(f"sequences {what}: {number}")
     join(state.address)
-    told = ", ".join(f"{number} {what}" for what, number in replicas_told().items()) or "none"
-    typer.echo(f"replicas: {told}")
+    counts = ", ".join(f"{number} {what}" for what, number in replica_counts().items()) or "none"
+    typer.echo(f"replicas: {counts}")
 
 
 @group.command()
 def restart(home: HomeOption = None) -> None:
-    """Restart the API processes and workers of this machine one after the other, as for new code.
+    """Restart the API processes and workers of this machine one after the other, for example for new code.
 
-    Replicas are `deploy`'s.
+    `deploy` does that for replicas.
     """
     _need_ray()
     from server.cluster.processes import restart as run
@@ -157,16 +154,16 @@ def restart(home: HomeOption = None) -> None:
 
 @group.command()
 def down(home: HomeOption = None) -> None:
-    """End what `up` started on this machine: requests end, jobs keep a checkpoint and go back to the queue."""
+    """Stop what `up` started on this machine. Requests finish; jobs keep a checkpoint and return to the queue."""
     from server.cluster import node
     from server.cluster.node import read_state, remove_state
 
     place = place_of(home)
     state = read_state(place)
     ended = node.end(state.pid, _DOWN_SECONDS, state.mark)
-    ended = node.end(state.ray_pid, mark=state.ray_mark) and ended  # it is still there where `up` was killed
+    ended = node.end(state.ray_pid, mark=state.ray_mark) and ended  # Ray still runs if `up` was killed
     if not ended:
-        raise StartupError("it doesn't end: look at the processes of this user")
+        raise StartupError("some processes don't end: look at the processes of this user")
     remove_state(place)
 
 
@@ -174,7 +171,7 @@ _DOWN_SECONDS = 120.0
 
 
 def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> "Scale":
-    """Raises StartupError where the two numbers contradict each other."""
+    """Return the numbers of replicas. Raise StartupError if they contradict each other."""
     from server.cluster.deploy import Scale
 
     if most is not None and most < (replicas or 1):
@@ -183,7 +180,7 @@ def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> 
 
 
 def _need_ray() -> None:
-    """Raise StartupError where it isn't installed. Importing it is left to those who need it."""
+    """Raise StartupError if Ray isn't installed. It isn't imported here."""
     if find_spec("ray") is None:
         raise StartupError("a cluster needs Ray: pip install -e '.[cluster]' in smolora's folder")
     set_up_ray()

@@ -1,9 +1,4 @@
-"""`smolora generate`: text under an adapter, a blend, or none.
-
-`smolora chat`: a conversation with the base, under an adapter, a blend, or none.
-
-`smolora compare`: one prompt under several adapter expressions, side by side.
-"""
+"""`smolora generate`, `chat` and `compare`: text from the base, or under adapters and blends of them."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,10 +11,12 @@ from rich.text import Text
 
 from server.cli.common import (
     SCRIPTS_WIDTH,
+    AdapterOption,
     ChatOption,
     JsonOption,
     KeyOption,
     MaxTokensOption,
+    SeedOption,
     StopOption,
     TemperatureOption,
     TopPOption,
@@ -28,24 +25,29 @@ from server.cli.common import (
     given,
     print_json,
     print_warnings,
+    say,
     say_refused,
     start_of,
     suggestion,
 )
-from server.system.program import counted
+from server.system.messages import plural
+
+if TYPE_CHECKING:
+    from server.client.client import Client
+
+_MAX_COLUMNS = 3
+"""Answers that `compare` shows side by side; more are shown below each other."""
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", help="Such as tweets, tweets@3 or tweets*0.7+movies*0.3.")
-    ] = None,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    adapter: AdapterOption = None,
     chat: ChatOption = False,
-    system: Annotated[str | None, typer.Option(help="What the answer should be like; means --chat.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message; implies --chat.")] = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
-    seed: Annotated[int | None, typer.Option(help="Default: a random one.")] = None,
+    seed: SeedOption = None,
     stop: StopOption = None,
     as_json: JsonOption = False,
     url: UrlOption = None,
@@ -53,8 +55,8 @@ def generate(
 ) -> None:
     """Continue a text, under an adapter, a weighted blend of several, or none. With --chat: answer a message.
 
-    Text is continued just as it stands, which is what rows of prompt and completion were trained for. To have a
-    question answered, use --chat or `smolora chat`.
+    The text is continued as it is, which suits adapters trained on rows of prompt and completion. To get an answer
+    to a question, use --chat or `smolora chat`.
     """
     sampling = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
     body = {**start_of(prompt, chat, system), **given(adapter=adapter), **sampling}
@@ -62,64 +64,92 @@ def generate(
         if as_json:
             print_json(client.generate(body))
             return
-        warnings: Sequence[str] = ()
-        for event in client.stream(body):
-            typer.echo(event.get("text", ""), nl=False)
-            sys.stdout.flush()
-            warnings = cast("Sequence[str]", event.get("warnings", warnings))
-        typer.echo()
-        print_warnings(warnings)
+        _print_answer(client, body)
         if "prompt" in body and adapter is None and _is_question(prompt) and client.about().get("chat_template"):
             command = suggestion("chat", prompt, client=client)
-            typer.echo(f"smolora: generate only continues a text; to have it answered: {command}", err=True)
-
-
-def _is_question(prompt: str) -> bool:
-    """Whether it looks like one to a model, rather than a text to go on from."""
-    return prompt.rstrip().endswith("?") and "\n" not in prompt
-
-
-if TYPE_CHECKING:
-    from server.client.client import Client
+            say(f"generate only continues a text; to have it answered: {command}")
 
 
 def chat(
     message: Annotated[
-        str | None, typer.Argument(help="One message, and its answer. Without it: a conversation, until Ctrl-D.")
+        str | None, typer.Argument(help="A message to answer. Without it: a conversation, until Ctrl-D.")
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", help="Such as tweets, tweets@3 or tweets*0.7+movies*0.3.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="What the answers should be like.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 512,
+    adapter: AdapterOption = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
-    seed: Annotated[int | None, typer.Option(help="Default: a random one.")] = None,
+    seed: SeedOption = None,
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Chat with the base, through its chat template."""
+    """Chat with the base, under an adapter, a blend of several, or none."""
     from server.client.connection import ClientError
 
     options = given(adapter=adapter, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     turns = [] if system is None else [{"role": "system", "content": system}]
     with connected(url, api_key) as client:
-        while (said := message if message is not None else _said()) is not None:
-            own = {"role": "user", "content": said}
+        while (text := message if message is not None else _next_message()) is not None:
+            turn = {"role": "user", "content": text}
             try:
-                answer = _answer(client, {"messages": [*turns, own], **options})
+                answer = _print_answer(client, {"messages": [*turns, turn], **options})
             except ClientError as error:
                 if message is not None or not sys.stdin.isatty():
                     raise
-                say_refused(error)  # the conversation stands, and what was said may be said again
+                say_refused(error)  # the conversation is unchanged: the user may try again
                 continue
             if message is not None:
                 return
-            turns += [own, {"role": "assistant", "content": answer}]
+            turns += [turn, {"role": "assistant", "content": answer}]
 
 
-def _said() -> str | None:
-    """The next message; None at the end."""
+def compare(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    adapter: Annotated[
+        list[str],
+        typer.Option("--adapter", "-a", help="Such as base, tweets@3 or a*0.7+b*0.3. Give several."),
+    ],
+    score: Annotated[
+        list[str] | None,
+        typer.Option("--score", "-s", help="A continuation to score. May be given more than once."),
+    ] = None,
+    chat: ChatOption = False,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: Annotated[int | None, typer.Option(help="Default: random, and the same for all.")] = None,
+    stop: StopOption = None,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Answer a prompt under several adapters at once, with each answer's log-probability."""
+    sampling = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
+    body = {**start_of(prompt, chat), **given(adapters=adapter, score=score or None), **sampling}
+    with connected(url, api_key) as client:
+        answer = client.compare(body)
+    if as_json:
+        print_json(answer)
+        return
+    results = cast("Sequence[Mapping[str, object]]", answer["results"])
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = SCRIPTS_WIDTH
+    has_columns = console.is_terminal and len(results) <= _MAX_COLUMNS
+    console.print(_columns(results) if has_columns else _lines(results), crop=False)
+    if score:
+        console.print()
+        console.print(_scores(results, score), crop=False)
+    print_warnings([text for result in results for text in cast("Sequence[str]", result["warnings"])])
+
+
+def _is_question(prompt: str) -> bool:
+    """Return whether the prompt looks like a question rather than a text to continue."""
+    return prompt.rstrip().endswith("?") and "\n" not in prompt
+
+
+def _next_message() -> str | None:
+    """Read a message from stdin; return None at the end."""
     while True:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)
@@ -133,12 +163,12 @@ def _said() -> str | None:
             return line.rstrip("\n")
 
 
-def _answer(client: "Client", body: dict[str, object]) -> str:
-    """Print the answer as it comes; the whole of it."""
+def _print_answer(client: "Client", body: Mapping[str, object]) -> str:
+    """Print the answer as it arrives, then its warnings on stderr. Return its text."""
     text = ""
-    warnings: list[str] = []
+    warnings: Sequence[str] = ()
     for event in client.stream(body):
-        warnings = cast("list[str]", event.get("warnings", warnings))
+        warnings = cast("Sequence[str]", event.get("warnings", warnings))
         piece = str(event.get("text", ""))
         text += piece
         typer.echo(piece, nl=False)
@@ -148,51 +178,8 @@ def _answer(client: "Client", body: dict[str, object]) -> str:
     return text
 
 
-_WIDE = 3
-"""Up to so many answers stand beside each other; more stand below each other."""
-
-
-def compare(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    adapter: Annotated[
-        list[str],
-        typer.Option("--adapter", "-a", help="Such as base, tweets@3 or a*0.7+b*0.3; give several."),
-    ],
-    score: Annotated[
-        list[str] | None,
-        typer.Option("--score", "-s", help="How likely is this continuation? May be given more than once."),
-    ] = None,
-    chat: ChatOption = False,
-    max_tokens: MaxTokensOption = None,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    seed: Annotated[int | None, typer.Option(help="Default: a random one, the same for all.")] = None,
-    stop: StopOption = None,
-    as_json: JsonOption = False,
-    url: UrlOption = None,
-    api_key: KeyOption = None,
-) -> None:
-    """Answer one prompt under several adapters at once, and show how likely each finds its answer."""
-    sampling = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
-    body = {**start_of(prompt, chat), **given(adapters=adapter, score=score or None), **sampling}
-    with connected(url, api_key) as client:
-        answer = client.compare(body)
-    if as_json:
-        print_json(answer)
-        return
-    results = cast("Sequence[Mapping[str, object]]", answer["results"])
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = SCRIPTS_WIDTH
-    is_narrow = console.is_terminal and len(results) <= _WIDE
-    console.print(_beside(results) if is_narrow else _below(results), crop=False)
-    if score:
-        console.print()
-        console.print(_scores(results, score), crop=False)
-    print_warnings([text for result in results for text in cast("Sequence[str]", result["warnings"])])
-
-
-def _beside(results: Sequence[Mapping[str, object]]) -> Table:
+def _columns(results: Sequence[Mapping[str, object]]) -> Table:
+    """Return a table with a column for each answer."""
     table = Table(pad_edge=False, header_style="bold")
     for result in results:
         table.add_column(Text(str(result["adapter"])), ratio=1, overflow="fold")
@@ -201,7 +188,8 @@ def _beside(results: Sequence[Mapping[str, object]]) -> Table:
     return table
 
 
-def _below(results: Sequence[Mapping[str, object]]) -> Table:
+def _lines(results: Sequence[Mapping[str, object]]) -> Table:
+    """Return a table with a line for each answer."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_lines=True)
     for title in ("adapter", "log-probability", "answer"):
         table.add_column(title, overflow="fold", no_wrap=title == "log-probability")
@@ -211,7 +199,7 @@ def _below(results: Sequence[Mapping[str, object]]) -> Table:
 
 
 def _scores(results: Sequence[Mapping[str, object]], texts: Sequence[str]) -> Table:
-    """The log-probability of each text under each adapter; the highest of a row stands out."""
+    """Return the log-probability of each text under each adapter, with the highest of each text in bold."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("text")
     for result in results:
@@ -225,16 +213,13 @@ def _scores(results: Sequence[Mapping[str, object]], texts: Sequence[str]) -> Ta
     return table
 
 
-def _choice(result: Mapping[str, object]) -> Mapping[str, object]:
-    return cast("Sequence[Mapping[str, object]]", result["choices"])[0]
-
-
 def _text(result: Mapping[str, object]) -> Text:
-    return Text(str(_choice(result)["text"]).strip())
+    choice = cast("Sequence[Mapping[str, object]]", result["choices"])[0]
+    return Text(str(choice["text"]).strip())
 
 
 def _summary(result: Mapping[str, object]) -> Text:
     usage = cast("Mapping[str, int]", result["usage"])
     return Text(
-        f"{cast('float', result['logprob']):.2f} over {counted(usage['completion_tokens'], 'token')}", "dim"
+        f"{cast('float', result['logprob']):.2f} over {plural(usage['completion_tokens'], 'token')}", "dim"
     )

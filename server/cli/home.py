@@ -1,6 +1,6 @@
-"""What the commands on HOME have in common: where it is, its database, and how they say what they refuse.
+"""What the commands on a HOME share: where it is, its database, and how they report what is refused.
 
-What is slow to import is imported when needed.
+Slow modules are imported when they are needed.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,33 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from adapters.errors import Conflict, InvalidInput, NotFound
-from server.cli.common import in_own_terms
+from server.cli.common import advised, fail, say
 from server.config import WorkerSettings, load
 from server.errors import StartupError
 
 if TYPE_CHECKING:
     from server.storage.places import Storage
 
-HomeOption = Annotated[Path | None, typer.Option(help="The server's. Default: SMOLORA_HOME, else ./data.")]
+HomeOption = Annotated[Path | None, typer.Option(help="The server's HOME. Default: SMOLORA_HOME, else ./data.")]
 
 Built = TypeVar("Built")
 
 
 def place_of(home: Path | None) -> Path:
-    """HOME, as the settings have it. Raises StartupError on what is no setting."""
+    """Return HOME, as the settings have it. Raise StartupError if a setting is invalid."""
     return load(WorkerSettings, home=home).home
 
 
 def storage_of(home: Path | None) -> "Storage":
-    """HOME and the bucket, if the settings have one. Raises StartupError, also where that can't be reached."""
+    """Return HOME and the bucket, if there is one. Raise StartupError if the bucket can't be reached."""
     from server.storage.places import Storage
 
     settings = load(WorkerSettings, home=home)
     return Storage.open(settings.home, settings)
 
 
-def storage_beside(engine: Any, home: Path | None) -> "Storage":  # noqa: ANN401 SQLAlchemy's, as in `projects.py`
-    """The same of an open database; StartupError where its rows name bytes that are elsewhere."""
+def storage_for(engine: Any, home: Path | None) -> "Storage":  # noqa: ANN401  # SQLAlchemy's
+    """Return the storage of an open database. Raise StartupError if its rows belong to another storage."""
     from server.database import agree
 
     storage = storage_of(home)
@@ -46,22 +46,22 @@ def storage_beside(engine: Any, home: Path | None) -> "Storage":  # noqa: ANN401
 
 
 def refuse_shared(why: str) -> None:
-    """Raises StartupError where the bytes are in an object store."""
+    """Raise StartupError if the bytes are in an object store."""
     if load(WorkerSettings).bytes_url is not None:
         raise StartupError(f"SMOLORA_BYTES_URL: {why}")
 
 
 def refuse_server(command: str, instead: str) -> None:
-    """Raise StartupError where the database is a PostgreSQL server's, and the command is for the file in HOME."""
+    """Raise StartupError if the database is a PostgreSQL server's, as the command is for a file in HOME."""
     if load(WorkerSettings).database is not None:
         raise StartupError(f"{command} is for a database in HOME, and SMOLORA_DATABASE_URL is set: {instead}")
 
 
 @contextmanager
 def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
-    """What `build` makes of the database and the folders of a HOME that is there already.
+    """Open the database of an existing HOME, and yield what `build` makes of both.
 
-    Raises StartupError where none is.
+    Raise StartupError if there is no such HOME.
     """
     from server.database import existing
 
@@ -74,7 +74,7 @@ def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
 
 @contextmanager
 def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
-    """The same of a HOME that is made if need be, as `serve` does; which it is, is said on stderr."""
+    """Work like `opened`, but create HOME if it is missing. Say on stderr which HOME it is."""
     from server.database import FILE_NAME
 
     settings = load(WorkerSettings, home=home)
@@ -89,25 +89,18 @@ def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Bu
 
 @contextmanager
 def refusals(**options: str) -> Iterator[None]:
-    """A block in which whatever is refused ends the command with a line on stderr, and exit code 1.
+    """End the command with a line on stderr if the block raises InvalidInput, NotFound or Conflict.
 
-    A field at fault is called as its option, which `options` gives where its name alone doesn't.
+    Fields at fault are named by their options. `options` has those that aren't spelled like the field.
     """
     try:
         yield
     except InvalidInput as error:
         faults = ((str(fault.loc[-1]), fault.message) for fault in error.errors)
-        told = (f"{options.get(name, '--' + name.replace('_', '-'))}: {message}" for name, message in faults)
-        say("; ".join(told))
-        raise typer.Exit(1) from None
+        lines = (f"{options.get(name, '--' + name.replace('_', '-'))}: {message}" for name, message in faults)
+        fail("; ".join(lines))
     except (NotFound, Conflict) as error:
-        say(in_own_terms(str(error)))
-        raise typer.Exit(1) from None
-
-
-def say(line: str) -> None:
-    """On standard error, where no script takes it for what it asked for."""
-    typer.echo(f"smolora: {line}", err=True)
+        fail(advised(error))
 
 
 @contextmanager
@@ -124,7 +117,7 @@ def _database(settings: WorkerSettings, build: Callable[..., Built]) -> Iterator
 
 
 def _connected(settings: WorkerSettings) -> Any:  # noqa: ANN401 SQLAlchemy's
-    """On a full disk by what the reserve has: SQLite needs some room to open the file, if nobody has it open."""
+    """Connect to the database. On a full disk, release the reserve first: SQLite needs room to open its file."""
     from server.database import connect
     from server.storage.reserve import Reserve
 

@@ -1,7 +1,7 @@
-"""The command line: `smolora serve` and `smolora worker`; the other commands have a file each.
+"""The `smolora` script: `serve`, `worker`, and the commands of the other modules.
 
-`--help` is instant, so what is slow to import is imported when needed.
-Whatever keeps the server from starting is one line on stderr, of the log where that is JSON, and exit code 1.
+Slow modules are imported when needed, so that `--help` is instant. If the server can't start, the reason is one
+line on stderr, in JSON if the log is, and the exit code is 1.
 """
 
 import sys
@@ -29,8 +29,8 @@ from server.cli.maintenance import group as move
 from server.cli.serve import serve_here
 from server.cli.train import group as datasets
 from server.cli.train import jobs, train
-from server.config import Settings, WorkerSettings, unknown_variables
-from server.config.secrets import forget_keys, hide_keys
+from server.config import Settings, WorkerSettings
+from server.config.environment import forget_keys, hide_keys, unknown_variables
 from server.errors import StartupError
 from server.telemetry import logs
 
@@ -57,15 +57,15 @@ def serve(settings: Settings) -> None:
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
     has_clients_key = forget_keys()
-    _end_when_told()
+    _exit_on_sigterm()
     raise typer.Exit(serve_here(settings, has_clients_key=has_clients_key))
 
 
 @app.command()
 @with_flags(WorkerSettings)
 def worker(settings: WorkerSettings) -> None:
-    """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
-    _end_when_told()
+    """Train queued jobs, one at a time, until stopped. `serve` starts SMOLORA_WORKERS workers itself."""
+    _exit_on_sigterm()
     os.umask(0o077)
     from server.jobs.worker import run_worker
 
@@ -86,15 +86,15 @@ app.add_typer(move, name="move")
 app.add_typer(projects_group, name="projects")
 
 
-def _end_when_told() -> None:
-    """By SIGTERM, until what is begun has its own way to end: a container's first process would ignore it."""
+def _exit_on_sigterm() -> None:
+    """Exit on SIGTERM, which a container's first process would ignore, until the server or worker handles it."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def main() -> None:
-    """The entry point of the `smolora` script."""
+    """Run the `smolora` script."""
     hide_keys()
-    if isinstance(sys.stdout, TextIOWrapper):  # of another encoding than UTF-8: as standard error does by itself
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr does by itself
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()

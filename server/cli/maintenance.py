@@ -1,22 +1,8 @@
-"""`smolora backup` and `smolora restore`: everything of a HOME in one file, and back.
+"""`smolora doctor`, `prune`, `backup`, `restore` and `move`: maintenance of a HOME.
 
-What is slow to import is imported when needed.
-
-`smolora doctor`: is everything under HOME as it should be, and what to do where it isn't.
-
-Exit code 0: sound; 1: something was found, or couldn't be looked at. What is slow to import is imported when
-needed.
-
-`smolora move`: a HOME into a cluster, and back.
-
-What is slow to import is imported when needed.
-
-`smolora prune`: make room by removing what ended jobs left, on HOME itself, whether or not a server is running.
-
-What is slow to import is imported when needed.
+`doctor`, `backup` and `restore` exit with code 1 if they find damage. Slow modules are imported when needed.
 """
 
-import json
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -25,74 +11,77 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.common import JsonOption, suggestion
+from server.cli.common import JsonOption, print_json, say, suggestion
 from server.cli.home import (
     HomeOption,
     opened,
     place_of,
     refuse_server,
     refuse_shared,
-    say,
-    storage_beside,
+    storage_for,
     storage_of,
 )
 from server.config import WorkerSettings, load
 from server.errors import StartupError
 from server.system.memory import loading
-from server.system.program import counted
+from server.system.messages import plural
 
+if TYPE_CHECKING:
+    from server.operations.move import Moved
+    from server.storage.places import Storage
+
+NewHomeOption = Annotated[
+    Path | None, typer.Option(help="An empty or new folder. Default: SMOLORA_HOME, else ./data.")
+]
 FileArgument = Annotated[
     Path,
     typer.Argument(
         metavar="FILE",
-        help="A tar; .gz and .tgz are compressed. -: standard output, or input.",
+        help="A tar file, compressed if it ends in .gz or .tgz. -: stdout or stdin.",
         allow_dash=True,
     ),
 ]
 _DASH = Path("-")
-_INSTEAD = (
-    "pg_dump and pg_restore, or snapshots, are for that one, and HOME or the object store is copied after it"
-)
-BackupJsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+_INSTEAD = "use pg_dump and pg_restore, or snapshots, and copy HOME or the object store after the database"
 
 
-def backup(file: FileArgument, home: HomeOption = None, as_json: BackupJsonOption = False) -> None:
-    """Write everything of a HOME that can't be made again to one file, whether or not a server is running.
+def backup(file: FileArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Write everything of a HOME that can't be recreated to one file, whether or not a server is running.
 
-    It has the hashes of all keys, so nobody else can read it. Exit code 1 where stored bytes are damaged: they
-    are in it as they are.
+    Only you can read the file, because it has the hashes of all keys. The exit code is 1 if stored bytes are
+    damaged; the backup has them as they are.
     """
     with loading():
         from server.operations.backup import back_up, stream
 
     refuse_server("backup", _INSTEAD)
-    refuse_shared("a backup of HOME has none of it: keep versions in the object store, and back the database up")
+    refuse_shared("a backup of HOME has none of these bytes: back up the object store and the database")
     is_streamed, place = file == _DASH, place_of(home)
     made = stream(place, sys.stdout.buffer) if is_streamed else back_up(place, file.absolute())
     if as_json:
-        typer.echo(json.dumps(asdict(made)), err=is_streamed)
+        print_json(asdict(made), err=is_streamed)
     else:
-        jobs = f"{counted(made.num_jobs, 'job')} ({made.num_unended_jobs} not ended)"
-        adapters = f"{counted(made.num_versions, 'version')}, {counted(made.num_adapters, 'stored adapter')}"
-        uploads = counted(made.num_uploads, "upload")
-        typer.echo(f"{file}: {adapters}, {jobs}, {uploads}; {counted(made.num_bytes, 'byte')}", err=is_streamed)
+        jobs = f"{plural(made.num_jobs, 'job')} ({made.num_unended_jobs} not ended)"
+        adapters = f"{plural(made.num_versions, 'version')}, {plural(made.num_adapters, 'stored adapter')}"
+        uploads = plural(made.num_uploads, "upload")
+        typer.echo(f"{file}: {adapters}, {jobs}, {uploads}; {plural(made.num_bytes, 'byte')}", err=is_streamed)
     for line in made.damaged:
         say(f"damaged before: {line}")
     if made.damaged:
         raise typer.Exit(1)
 
 
-def restore(file: FileArgument, home: HomeOption = None, as_json: BackupJsonOption = False) -> None:
-    """Fill an empty HOME from a backup, compared with its digests and checked as `doctor` does.
+def restore(file: FileArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Fill an empty HOME from a backup, and check it against its digests and as `doctor` does.
 
-    Jobs that a worker had then go on from their checkpoints. Keys that were revoked since are valid again. Exit
-    code 1 where stored bytes were damaged before the backup: they are restored as they were.
+    Running jobs continue from their checkpoints. Keys that were revoked after the backup are valid again. The exit
+    code is 1 if stored bytes were damaged before the backup; they are restored as they were.
     """
     with loading():
         from server.operations import restore as restoring
 
     refuse_server("restore", _INSTEAD)
-    refuse_shared("a backup is restored into a HOME that has everything: unset it")
+    refuse_shared("a backup is restored into a HOME: unset it")
     place = place_of(home)
     if file == _DASH:
         with open(sys.stdin.fileno(), "rb", closefd=False) as piped:
@@ -101,7 +90,7 @@ def restore(file: FileArgument, home: HomeOption = None, as_json: BackupJsonOpti
         done = restoring.restore(file, place)
     found = done.diagnosis
     if as_json:
-        typer.echo(json.dumps(asdict(done) | {"is_sound": found.is_sound}))
+        print_json(asdict(done) | {"is_sound": found.is_sound})
     else:
         for finding in found.findings:
             typer.echo(f"{finding.about}: {finding.message}")
@@ -118,28 +107,26 @@ def doctor(
         bool,
         typer.Option(
             "--rebuild",
-            help="Where the database is missing or damaged, make it anew from the adapters' directories. "
-            "Aliases, jobs, keys and limits are lost then. Stop the server first.",
+            help="If the database is missing or damaged, rebuild it from the adapters' directories. "
+            "Aliases, jobs, keys and limits are lost. Stop the server first.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Check the digests of all stored adapters, data sets and files, the database, and that neither it nor the
-    adapters' directories have what the other lacks.
+    """Check the database, the digests of all stored adapters, data sets and files, and that both agree.
 
-    Of what is in an object store (SMOLORA_BYTES_URL), every byte is fetched.
+    Every byte in an object store (SMOLORA_BYTES_URL) is fetched.
     """
     with loading():
-        from server.operations import doctor as practice
+        from server.operations import doctor as checks
 
-    refuse_server("doctor", "pg_amcheck looks at that one")
+    refuse_server("doctor", "use pg_amcheck")
     storage = storage_of(home)
     place, bucket = storage.home.path, storage.bucket
-    rebuilt = practice.rebuild(place, bucket) if rebuild else None
-    found = practice.examine(place, bucket)
+    rebuilt = checks.rebuild(place, bucket) if rebuild else None
+    found = checks.examine(place, bucket)
     if as_json:
-        document = asdict(found) | {"is_sound": found.is_sound, "rebuilt": asdict(rebuilt) if rebuilt else None}
-        typer.echo(json.dumps(document))
+        print_json(asdict(found) | {"is_sound": found.is_sound, "rebuilt": asdict(rebuilt) if rebuilt else None})
     else:
         for line in rebuilt.lines() if rebuilt else ():
             typer.echo(line)
@@ -149,24 +136,18 @@ def doctor(
             typer.echo(f"{finding.about}: {finding.message}")
         typer.echo(found.line())
         if any(finding.about == "database" for finding in found.findings):
-            given = [] if home is None else ["--home", str(home)]
-            typer.echo(f"{suggestion('doctor', '--rebuild', *given)} makes a new database from the directories")
+            place_option = [] if home is None else ["--home", str(home)]
+            typer.echo(
+                f"{suggestion('doctor', '--rebuild', *place_option)} makes a new database from the directories"
+            )
     if not found.is_sound:
         raise typer.Exit(1)
 
 
-if TYPE_CHECKING:
-    from server.operations.move import Moved
-    from server.storage.places import Storage
-
-NewHomeOption = Annotated[
-    Path | None, typer.Option(help="Empty, or not there yet. Default: SMOLORA_HOME, else ./data.")
-]
-
 group = typer.Typer(
     no_args_is_help=True,
-    help="Everything of a HOME into a cluster's database and object store, and back. Nobody may be using either: "
-    "stop servers and workers first. What it is moved from stays as it was.",
+    help="Copy everything of a HOME to a cluster's database and object store, or back. Stop all servers and "
+    "workers first. The source stays as it was.",
 )
 
 
@@ -174,28 +155,28 @@ group = typer.Typer(
 def move_to_cluster(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Fill the empty database of SMOLORA_DATABASE_URL and the empty place of SMOLORA_BYTES_URL from a HOME.
 
-    If it is cut off, run it again: until it has ended no server starts there. Jobs that wait or are paused go on.
+    If it is interrupted, run it again: no server starts there until it is done. Queued and paused jobs continue.
     """
     settings, url, storage = _cluster(home)
     from server.operations.move import to_cluster
 
-    _tell(to_cluster(settings.home.absolute(), url, storage), f"{settings.home} -> {storage.url}", as_json)
+    _report(to_cluster(settings.home.absolute(), url, storage), f"{settings.home} -> {storage.url}", as_json)
 
 
 @group.command("to-home")
 def move_to_home(home: NewHomeOption = None, as_json: JsonOption = False) -> None:
     """Fill an empty HOME from the database of SMOLORA_DATABASE_URL and the place of SMOLORA_BYTES_URL.
 
-    If it is cut off nothing stays: run it again. Jobs that wait or are paused go on.
+    If it is interrupted, nothing stays: run it again. Queued and paused jobs continue.
     """
     settings, url, storage = _cluster(home)
     from server.operations.move import to_home
 
-    _tell(to_home(settings.home.absolute(), url, storage), f"{storage.url} -> {settings.home}", as_json)
+    _report(to_home(settings.home.absolute(), url, storage), f"{storage.url} -> {settings.home}", as_json)
 
 
 def _cluster(home: Path | None) -> tuple[WorkerSettings, str, "Storage"]:
-    """The settings, the database's URL, and the bucket. Raises StartupError."""
+    """Return the settings, the database's URL and the bucket. Raise StartupError if one is missing."""
     from server.storage.places import Storage
 
     settings = load(WorkerSettings, home=home)
@@ -204,19 +185,21 @@ def _cluster(home: Path | None) -> tuple[WorkerSettings, str, "Storage"]:
     return settings, settings.database, Storage.open(settings.home, settings)
 
 
-def _tell(moved: "Moved", way: str, as_json: bool) -> None:
+def _report(moved: "Moved", way: str, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(asdict(moved)))
+        print_json(asdict(moved))
         return
     for line in moved.damaged:
         typer.echo(f"damaged before: {line}")
     for job_id in moved.going_on:
         typer.echo(f"{job_id} goes on once there is a worker")
-    adapters = f"{counted(moved.num_versions, 'version')}, {counted(moved.num_adapters, 'stored adapter')}"
-    jobs = f"{counted(moved.num_jobs, 'job')} with files ({moved.num_unended_jobs} not ended)"
-    more = f"{counted(moved.num_uploads, 'upload')}, {counted(moved.num_rows, 'row')} in all"
+    adapters = f"{plural(moved.num_versions, 'version')}, {plural(moved.num_adapters, 'stored adapter')}"
+    jobs = f"{plural(moved.num_jobs, 'job')} with files ({moved.num_unended_jobs} not ended)"
+    more = f"{plural(moved.num_uploads, 'upload')}, {plural(moved.num_rows, 'row')} in all"
     typer.echo(f"{way}: {adapters}, {jobs}, {more}; compared, and the same on both sides")
-    typer.echo("what they were moved from is as it was: remove it, or never serve it again, once you have looked")
+    typer.echo(
+        "the source is unchanged: once you have checked the copy, remove the source, or never serve it again"
+    )
 
 
 def prune(
@@ -228,30 +211,31 @@ def prune(
             min=0,
             max=36_500,
             metavar="DAYS",
-            help="Only of jobs that ended so long ago. Default: SMOLORA_RETAIN_JOBS, else 0: of all.",
+            help="Only for jobs that ended this long ago. Default: SMOLORA_RETAIN_JOBS, else 0: all.",
         ),
     ] = 0.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove the rows, checkpoints, models and logs of jobs that have ended.
 
-    Their records, events and cards stay, as do all versions of adapters, and data sets. Models of full fine-tuning
-    go: download them first.
+    Records, events, cards, adapters and data sets stay. Download models of full fine-tuning first.
     """
     with loading():
         from server.jobs.files import Retention
         from server.jobs.jobs import Jobs
 
     before = datetime.now(UTC) - timedelta(days=older_than)
-    with opened(home, lambda engine, _: (Jobs(engine), storage_beside(engine, home))) as (jobs_there, storage):
+    with opened(home, lambda engine, _: (Jobs(engine), storage_for(engine, home))) as (jobs_there, storage):
         removals = Retention(storage.home.path, jobs_there, storage.bucket).prune(before, dry_run)
     num_bytes = sum(removal.num_bytes for removal in removals)
     if as_json:
         jobs = [asdict(removal) for removal in removals]
-        typer.echo(json.dumps({"dry_run": dry_run, "jobs": jobs, "num_bytes": num_bytes}))
+        print_json({"dry_run": dry_run, "jobs": jobs, "num_bytes": num_bytes})
         return
     for removal in removals:
-        typer.echo(f"{removal.job_id}: {counted(removal.num_bytes, 'byte')}")
+        typer.echo(f"{removal.job_id}: {plural(removal.num_bytes, 'byte')}")
     outcome = "would be removed" if dry_run else "removed"
-    typer.echo(f"{counted(num_bytes, 'byte')} of {counted(len(removals), 'job')} {outcome}")
+    typer.echo(f"{plural(num_bytes, 'byte')} of {plural(len(removals), 'job')} {outcome}")

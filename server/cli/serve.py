@@ -1,6 +1,6 @@
-"""A server from its settings to its exit code, with an engine of its own or as a part of a cluster.
+"""A server process, with its own engine or as part of a cluster.
 
-What is slow to import is imported once what is quick to check has been checked.
+Slow modules are imported after the quick checks.
 """
 
 import errno
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from server.config import Settings, is_loopback, unknown_variables
+from server.config import Settings, is_loopback
+from server.config.environment import unknown_variables
 from server.errors import StartupError
 from server.serve.address import bind, refuse_strangers, url
 from server.storage.home import make, prepare, serving
@@ -27,21 +28,21 @@ log = logging.getLogger("smolora.run")
 
 
 def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clients_key: bool = False) -> int:
-    """Everything from the settings to the exit code; `connect` is `server.serve.startup.build`'s.
+    """Run a server and return its exit code. `connect` is as in `server.serve.startup.build`.
 
-    `has_clients_key`: whoever starts it has one in the environment, perhaps in the place of the server's.
+    `has_clients_key`: SMOLORA_API_KEY is set, perhaps by mistake for SMOLORA_API_KEYS.
     """
     os.umask(0o077)
     switch_quickly()
     keep_freed_memory()
-    if is_json := settings.log_format == "json":  # whoever reads the lines reads nothing else
+    if is_json := settings.log_format == "json":  # for readers that parse every line
         logs.set_up("json")
 
     def say(line: str) -> None:
         if is_json:
             log.info(line)
         else:
-            with suppress(OSError):  # its disk may be full, or whoever started it have stopped reading
+            with suppress(OSError):  # the disk may be full, or the reader gone
                 typer.echo(f"smolora: {line}", err=True)
 
     for line in unknown_variables():
@@ -56,7 +57,7 @@ def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clie
 def _serve_at(
     settings: Settings, say: Callable[[str], None], connect: "Connect | None", has_clients_key: bool
 ) -> int:
-    """The same, in a home that is ready and nobody else's."""
+    """Serve in a home that is prepared and locked."""
     refuse_strangers(settings)
     bound = bind(settings.host, settings.port)
     say("loading libraries")
@@ -95,7 +96,7 @@ def _serve_at(
         if settings.log_format == "json":
             say(ready)
         else:
-            with suppress(OSError):  # whoever started it may have stopped reading
+            with suppress(OSError):  # the reader may be gone
                 typer.echo(f"smolora: {ready}")
                 typer.echo("Try, in another terminal:")
                 for line in prompts:

@@ -1,12 +1,7 @@
-"""`smolora datasets`: list them, upload one, delete one.
-
-`smolora jobs`: list training jobs; show, watch and steer one.
-
-`smolora train`: upload rows, submit a job, and watch it to its end.
-"""
+"""`smolora train`, `jobs` and `datasets`: rows to train on, and the jobs that train on them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -20,11 +15,13 @@ from rich.text import Text
 from adapters.names import DEFAULT_PROJECT
 from server.cli.common import (
     INTERRUPTED,
+    DetachOption,
     Document,
     JsonOption,
     KeyOption,
     UrlOption,
     connected,
+    fail,
     finite,
     given,
     number,
@@ -32,13 +29,26 @@ from server.cli.common import (
     print_json,
     print_warnings,
     refuse_options_before,
+    say,
     show,
     suggestion,
     table_of,
 )
-from server.system.program import counted
+from server.system.messages import plural
 
-group = typer.Typer(invoke_without_command=True, help="List the data sets; upload or delete one.")
+if TYPE_CHECKING:
+    from server.client.client import Client
+
+_WORSE = (
+    "On the held-out rows it is no better than the untouched base. If they can be learnt from the others, try a "
+    "lower --learning-rate or fewer --epochs; if each row is an independent fact, hold none out (--validation 0)."
+)
+_USE_GATE = " --publish-if improves_base publishes no such version."
+_USE_LORA = " Or train an adapter with --method lora."  # full fine-tuning publishes nothing
+_POLL_SECONDS = 1.0  # between polls of the job, whose events arrive at every step
+_TRAINED_STYLE = "bold green"
+
+group = typer.Typer(invoke_without_command=True, help="List data sets; upload or delete one.")
 
 
 @group.callback()
@@ -69,26 +79,25 @@ def upload(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Upload rows, to train on them more than once. The same rows always get the same id."""
+    """Upload rows, to train on them more than once. The same rows always have the same id."""
     with connected(url, api_key) as client:
         try:
-            dataset: Mapping[str, object] = client.upload(path)
+            dataset = client.upload(path)
         except OSError as error:
-            typer.echo(f"smolora: {path}: {error.strerror}", err=True)
-            raise typer.Exit(1) from None
+            fail(f"{path}: {error.strerror}")
     print_warnings(cast("list[str]", dataset["warnings"]))
     print_json(dataset) if as_json else typer.echo(
-        f"{dataset['id']}: {counted(cast('int', dataset['rows']), 'row')}"
+        f"{dataset['id']}: {plural(cast('int', dataset['rows']), 'row')}"
     )
 
 
 @group.command()
 def delete(
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="As listed.")],
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="As `smolora datasets` lists them.")],
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Delete data sets. Jobs that have ended don't need them any more."""
+    """Delete data sets. Jobs that have ended don't need them."""
     with connected(url, api_key) as client:
         for dataset_id in cast("Sequence[str]", ids):
             client.delete_dataset(dataset_id)
@@ -96,21 +105,23 @@ def delete(
 
 
 def jobs(
-    job_id: Annotated[str | None, typer.Argument(help="One job; all of them without it.")] = None,
+    job_id: Annotated[str | None, typer.Argument(help="A job. Without it: list jobs.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the job until it ends.")] = False,
     cancel: Annotated[bool, typer.Option("--cancel", help="End the job.")] = False,
-    pause: Annotated[bool, typer.Option("--pause", help="Have it wait until it is resumed.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Let it go on.")] = False,
+    pause: Annotated[bool, typer.Option("--pause", help="Pause the job until it is resumed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the job.")] = False,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Remove the rows, checkpoints, model and log of one that has ended.")
+        bool, typer.Option("--delete", help="Remove the rows, checkpoints, model and log of a job that has ended.")
     ] = False,
-    status: Annotated[str | None, typer.Option(help="Only jobs that are queued, running, paused, …")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only jobs with this status: queued, running, paused, …")
+    ] = None,
     limit: Annotated[int, typer.Option(help="Show at most this many.")] = 20,
     as_json: JsonOption = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """List training jobs, the newest first; or show, watch and steer one."""
+    """List training jobs, newest first; or show, watch, pause, resume or cancel one."""
     moves = [name for name, is_set in (("cancel", cancel), ("pause", pause), ("resume", resume)) if is_set]
     if len(moves) + delete > 1 or ((moves or follow or delete) and job_id is None):
         raise typer.BadParameter("give a job, and one thing to do with it")
@@ -131,11 +142,11 @@ def jobs(
 
 
 def _jobs_table(jobs: Sequence[Document]) -> Table:
-    """Whose each is, too, unless all are of the project that is always there."""
-    projects = [str(job.get("project", DEFAULT_PROJECT)) for job in jobs]  # an older server doesn't say
-    tells_project = any(project != DEFAULT_PROJECT for project in projects)
-    whose = ["project"] if tells_project else []
-    table = table_of("job", *whose, "name", "status", "steps", "loss", "held out", "base's", "adapter")
+    """Return a table of jobs, with their projects unless all are of the default project."""
+    projects = [str(job["project"]) for job in jobs]
+    shows_project = any(project != DEFAULT_PROJECT for project in projects)
+    project_title = ["project"] if shows_project else []
+    table = table_of("job", *project_title, "name", "status", "steps", "loss", "held out", "base's", "adapter")
     for project, job in zip(projects, jobs, strict=True):
         progress, metrics = part_of(job, "progress"), part_of(job, "metrics")
         status = str(job["status"])
@@ -144,7 +155,7 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
         adapter = "" if job["adapter"] is None else "{name}@{version}".format(**part_of(job, "adapter"))
         table.add_row(
             Text(str(job["id"])),
-            *([Text(project)] if tells_project else []),
+            *([Text(project)] if shows_project else []),
             Text(str(job["name"])),
             Text("pausing" if job["pausing"] else status),
             f"{progress['step']}/{progress['total_steps']}",
@@ -156,34 +167,21 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
     return table
 
 
-if TYPE_CHECKING:
-    from server.client.client import Client
-
-_WORSE = (
-    "On the held-out rows it is no better than the untouched base. If they can be learnt from the others, try a "
-    "lower --learning-rate or fewer --epochs; if each row is a fact of its own, hold none out (--validation 0)."
-)
-_HOLD_BACK = " --publish-if improves_base publishes no such version."
-_RATHER_AN_ADAPTER = " Or train an adapter with --method lora."  # of full fine-tuning, nothing is published
-_LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
-_TRAINED_STYLE = "bold green"
-
-Json = Mapping[str, object]
-
-
 def train(
     data: Annotated[str, typer.Argument(help="A .jsonl or .csv file, or a data set's id.")],
-    name: Annotated[str, typer.Option(help="The adapter to publish it as: each job adds a version.")],
+    name: Annotated[str, typer.Option(help="The adapter to train: each job adds a version.")],
     validation: Annotated[
         str | None,
-        typer.Option(help="A share to hold out, a file, or a data set's id. Default: 0.1 from 20 rows up."),
+        typer.Option(
+            help="A share to hold out, a file, or a data set's id. Default: 0.1 from 20 rows up, else 0."
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="lora or full. Default: lora.")] = None,
     rank: Annotated[int | None, typer.Option(help="Default: 16.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Default: 32.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help="all-linear, or names with commas between. Default: all-linear.")
+        str | None, typer.Option(help="all-linear, or comma-separated names. Default: all-linear.")
     ] = None,
     init: Annotated[str | None, typer.Option(help="gaussian, kaiming, pissa or olora. Default: gaussian.")] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/√rank.")] = False,
@@ -191,35 +189,39 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-3; full: 3e-5.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step. Default: 8.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a row. Default: 512.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens of a row. Default: 512.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant. Default: cosine.")] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="Default: 0.05.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Default: 1.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0.")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="Measure this often and keep the best weights.")] = None,
-    checkpoint_steps: Annotated[int | None, typer.Option(help="Default: about every 30 s.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Evaluations without a gain, until it ends early.")] = None,
-    packing: Annotated[bool, typer.Option(help="Lay short rows out together.")] = True,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between evaluations; the best weights are kept.")
+    ] = None,
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. Default: about 30 s.")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after this many evaluations without a gain.")] = None,
+    packing: Annotated[bool, typer.Option(help="Compute several short rows together.")] = True,
     overlong: Annotated[str | None, typer.Option(help="truncate or refuse. Default: truncate.")] = None,
-    start_from: Annotated[str | None, typer.Option(help="An adapter to go on from, such as tweets@2.")] = None,
+    start_from: Annotated[str | None, typer.Option(help="An adapter to continue, such as tweets@2.")] = None,
     publish_if: Annotated[
         str | None, typer.Option(help="always, improves_base or improves_latest. Default: always.")
     ] = None,
-    alias: Annotated[str | None, typer.Option(help="Points to the new version.")] = None,
+    alias: Annotated[str | None, typer.Option(help="An alias for the new version.")] = None,
     description: Annotated[str | None, typer.Option(help="For the adapter's card.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; train nothing.")] = False,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Don't wait for the job's end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and train nothing.")] = False,
+    detach: DetachOption = False,
     as_json: JsonOption = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
     """Train an adapter on rows of prompt and completion, messages, or text.
 
-    Exit code 0 once it has succeeded, 1 where it hasn't. Interrupting only stops watching: the job goes on.
+    The exit code is 0 if the job succeeds, else 1. Interrupting the command leaves the job running.
     """
     modules: str | list[str] | None = target_modules
-    if target_modules not in (None, "all-linear"):  # blanks are where somebody likes them
+    if target_modules not in (None, "all-linear"):
         modules = [name.strip() for name in str(target_modules).split(",")]
     lora = given(
         rank=rank,
@@ -268,8 +270,8 @@ def train(
             raise typer.Exit(watch(client, answer, as_json))
 
 
-def watch(client: "Client", job: Json, as_json: bool) -> int:
-    """Follow the job to its end, on a bar or in silence; the exit code."""
+def watch(client: "Client", job: Document, as_json: bool) -> int:
+    """Follow a job until it ends, with a progress bar unless `as_json`. Return the exit code."""
     try:
         if as_json:
             for _ in client.events(str(job["id"])):
@@ -278,7 +280,7 @@ def watch(client: "Client", job: Json, as_json: bool) -> int:
             _show_progress(client, job)
     except KeyboardInterrupt:
         follow = suggestion("jobs", str(job["id"]), "--follow", client=client)
-        typer.echo(f"smolora: the job goes on; to watch it again: {follow}", err=True)
+        say(f"the job goes on; to watch it again: {follow}")
         return INTERRUPTED
     job = client.job(str(job["id"]))
     print_json(job) if as_json else _show_end(client, job)
@@ -287,7 +289,7 @@ def watch(client: "Client", job: Json, as_json: bool) -> int:
 
 @contextmanager
 def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
-    """A block with what uploads a file and gives its id. Without `keep`, new data sets go again at its end."""
+    """Yield a function that uploads a file and returns its id. Without `keep`, delete new data sets at the end."""
     before = set[object]() if keep else {dataset["id"] for dataset in client.datasets()}
     uploaded = set[str]()
 
@@ -305,7 +307,7 @@ def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
 
 
 def _dataset(upload: Callable[[Path], str], data: str, parameter: str = "DATA") -> str:
-    """The id of the data set that `data` is or becomes."""
+    """Return the id of a data set: `data` itself, or the one made by uploading that file."""
     path = Path(data)
     if data.startswith("ds-") and not path.exists():
         return data
@@ -322,49 +324,49 @@ def _validation(upload: Callable[[Path], str], value: str) -> float | str:
         return _dataset(upload, value, "--validation")
 
 
-def _show_progress(client: "Client", job: Json) -> None:
-    """A bar with the losses, and the job's messages above it."""
+def _show_progress(client: "Client", job: Document) -> None:
+    """Show a progress bar with the losses, and the job's messages above it."""
     console = Console(highlight=False)
     console.print(Text(f"{job['id']}: {job['name']}"))
     if job["data"] is not None:
-        console.print(Text(_counts(cast("Json", job["data"]))))
+        console.print(Text(_counts(cast("Document", job["data"]))))
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[news]}", markup=False))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None, news=str(job["status"]))
         _update(progress, task, job)
-        looked_at = time.monotonic()
+        polled_at = time.monotonic()
         for event in client.events(str(job["id"])):
             is_metrics = event["type"] == "metrics"
             if not is_metrics:
                 style = {"error": "red", "warning": "yellow"}.get(str(event["level"]), "")
                 progress.console.print(Text(str(event["message"]), style=style))
-            if not is_metrics or time.monotonic() - looked_at > _LOOK_SECONDS:
+            if not is_metrics or time.monotonic() - polled_at > _POLL_SECONDS:
                 _update(progress, task, client.job(str(job["id"])))
-                looked_at = time.monotonic()
+                polled_at = time.monotonic()
             if is_metrics:
-                _update_losses(progress, task, cast("Json", event["data"]))
+                _update_losses(progress, task, cast("Document", event["data"]))
 
 
-def _counts(data: Json) -> str:
-    """What is trained on and what is held out, in a line."""
+def _counts(data: Document) -> str:
+    """Describe in a line how many rows are trained on and held out."""
     rows, held_out = cast("int", data["rows"]), cast("int", data["validation_rows"])
     truncated = cast("int", data["truncated"]) + cast("int", data["validation_truncated"])
-    counts = f"{counted(rows, 'row')} to train on, " + (
+    counts = f"{plural(rows, 'row')} to train on, " + (
         f"{held_out:,} held out" if held_out else "none held out: nothing will say how good the adapter is"
     )
-    return f"{counts}; {counted(truncated, 'row')} truncated" if truncated else counts
+    return f"{counts}; {plural(truncated, 'row')} truncated" if truncated else counts
 
 
-def _update(progress: Progress, task: TaskID, job: Json) -> None:
-    at = cast("Json", job["progress"])
+def _update(progress: Progress, task: TaskID, job: Document) -> None:
+    at = cast("Document", job["progress"])
     parts = [f"{at['tokens_per_second']:,.0f} tokens/s"] if at["tokens_per_second"] else [str(job["status"])]
     if at["eta_seconds"]:
         parts.append(f"{at['eta_seconds']:,.0f} s left")
     progress.update(task, speed=", ".join(parts), total=cast("float", at["total_steps"]))
-    _update_losses(progress, task, {"step": at["step"], **cast("Json", job["metrics"])})
+    _update_losses(progress, task, {"step": at["step"], **cast("Document", job["metrics"])})
 
 
-def _update_losses(progress: Progress, task: TaskID, found: Json) -> None:
+def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
     fields = progress.tasks[task].fields
     for name in ("train_loss", "eval_loss", "base_eval_loss"):
         if found.get(name) is not None:
@@ -375,52 +377,53 @@ def _update_losses(progress: Progress, task: TaskID, found: Json) -> None:
     progress.update(task, completed=step, news="  ".join([*losses, str(fields.get("speed", ""))]))
 
 
-def _show_end(client: "Client", job: Json) -> None:
+def _show_end(client: "Client", job: Document) -> None:
     console = Console(highlight=False)
-    metrics, progress = cast("Json", job["metrics"]), cast("Json", job["progress"])
+    metrics, progress = cast("Document", job["metrics"]), cast("Document", job["progress"])
     if job["status"] == "succeeded" and job["kind"] == "train":
-        told = _kept(progress, client.report(str(job["id"])))
-        if told:
-            console.print(told)
+        kept = _kept(progress, client.report(str(job["id"])))
+        if kept:
+            console.print(kept)
     if metrics["eval_loss"] is not None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
         if not cast("float", metrics["eval_loss"]) < cast("float", metrics["base_eval_loss"]):
-            config = cast("Json", job["config"])
-            more = _RATHER_AN_ADAPTER if config.get("method") == "full" else _HOLD_BACK
-            is_held_back = config.get("publish_if") != "always" and config.get("method") != "full"
-            console.print(Text(_WORSE + ("" if is_held_back else more), style="bold red"))
+            config = cast("Document", job["config"])
+            is_full = config.get("method") == "full"
+            has_gate = config.get("publish_if") != "always"
+            advice = _USE_LORA if is_full else "" if has_gate else _USE_GATE
+            console.print(Text(_WORSE + advice, style="bold red"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:
-        reference = "{name}@{version}".format(**cast("Json", job["adapter"]))
+        reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
         typer.echo(f"Try: {suggestion('generate', '…', '--adapter', reference, client=client)}")
     elif job["status"] == "succeeded":
-        gate = cast("Json", client.report(str(job["id"]))["gate"])
+        gate = cast("Document", client.report(str(job["id"]))["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))
 
 
-def _kept(progress: Json, report: Json) -> str:
-    """That a job stopped early, and which step's weights it kept, where it isn't the last one's."""
+def _kept(progress: Document, report: Document) -> str:
+    """Say that a job stopped early, or kept the weights of a step before its last; else return an empty text."""
     step, total = progress["step"], cast("int", progress["total_steps"])
-    kept = report.get("kept_step", step)  # older reports don't have it
-    stopped = "" if step == total else f"Stopped early after {step} of {counted(total, 'step')}"
+    kept = report.get("kept_step", step)
+    stopped = "" if step == total else f"Stopped early after {step} of {plural(total, 'step')}"
     if kept == step:
         return stopped
     none = f"{stopped}: no" if stopped else "No"
     return f"{none} evaluation was better than step {kept}'s, whose weights are kept"
 
 
-def _show_dry_run(answer: Json) -> None:
+def _show_dry_run(answer: Document) -> None:
     console = Console(highlight=False)
-    data, estimate = cast("Json", answer["data"]), cast("Json", answer["estimate"])
+    data, estimate = cast("Document", answer["data"]), cast("Document", answer["estimate"])
     console.print(_counts(data))
     tokens, trained, steps = (
         cast("int", count) for count in (data["tokens"], data["trained_tokens"], answer["steps"])
     )
-    console.print(f"{counted(tokens, 'token')}, of which {trained:,} are trained on")
+    console.print(f"{plural(tokens, 'token')}, of which {trained:,} are trained on")
     seconds, rate = cast("float", estimate["seconds"]), cast("float", estimate["tokens_per_second"])
-    console.print(f"{counted(steps, 'step')}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
+    console.print(f"{plural(steps, 'step')}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
     for row in cast("list[Document]", answer["preview"]):
         text = Text(f"row {row['row']}: ", style="dim")
         for token in cast("list[Document]", row["tokens"]):

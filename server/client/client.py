@@ -1,7 +1,7 @@
-"""A client of a running server, over HTTP: what the command line is made of, and scripts may use.
+"""An HTTP client of a running server, for the command line and for scripts.
 
-Blocking and small: one method for each thing to do, plain JSON in and out. What the server refuses, and a server
-that can't be reached, raise ClientError with a line for people.
+It is blocking, with one method for each operation, and plain JSON in and out. If the server refuses a request or
+can't be reached, a method raises ClientError with a message for people.
 """
 
 import json
@@ -19,26 +19,26 @@ from server.client.connection import CONNECT_SECONDS, ClientError, Connection, D
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
-_SILENCE_SECONDS = 60.0  # of a stream of events, which sends keep-alives
+_SILENCE_SECONDS = 60.0  # the read timeout of event streams, which send keep-alives
 _LASTING_SECONDS = 5.0
-"""A stream that was open for so long can be had, though it is cut off: some proxies end every long answer."""
+"""A stream that breaks after this long is resumed without counting as a failure: some proxies end long answers."""
 _PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
 
 
 class Client(Connection):
-    """A method for each thing to do."""
+    """A client with a method for each operation."""
 
     def about(self) -> Document:
-        """What runs there: the base's name, whether it has a chat template."""
+        """Return the base's name, and whether it has a chat template."""
         return self.json("GET", "/ready")
 
     def upload(self, path: Path) -> Document:
-        """Store the rows of a JSONL or CSV file; the data set. Raises OSError where it can't be read."""
+        """Upload the rows of a JSONL or CSV file and return the data set. Raise OSError if it can't be read."""
         with path.open("rb") as file:
             return self.json("POST", "/datasets", files={"file": (path.name, file)})
 
     def train(self, body: Mapping[str, object], dry_run: bool = False) -> Document:
-        """Submit a job; how it stands. Where the answer gets lost it is asked for again: there is one job only."""
+        """Submit a job and return it. If the answer is lost, ask again with the same idempotency key."""
         headers = {"Idempotency-Key": uuid.uuid4().hex}
         params = {"dry_run": "true"} if dry_run else {}
 
@@ -53,28 +53,28 @@ class Client(Connection):
         return self.again(post)
 
     def job(self, job_id: str) -> Document:
-        """How the job stands."""
+        """Return a job."""
         return self.json("GET", path_of("train", job_id))
 
     def report(self, job_id: str) -> Document:
-        """The card of a job that has succeeded."""
+        """Return the report of a job that has succeeded."""
         return self.json("GET", path_of("train", job_id, "report"))
 
     def jobs(self, status: str | None = None, limit: int = 100) -> list[Document]:
-        """The newest jobs first."""
+        """Return jobs, newest first."""
         params = {"limit": str(limit)} | ({"status": status} if status else {})
         return self._documents(self.json("GET", "/train", params=params), "jobs")
 
     def steer(self, job_id: str, move: str) -> Document:
-        """`cancel`, `pause` or `resume` the job; how it stands then."""
+        """`cancel`, `pause` or `resume` a job, and return it."""
         return self.json("POST", path_of("train", job_id, move))
 
     def remove_files(self, job_id: str) -> None:
-        """Remove an ended job's rows, checkpoints, model and log."""
+        """Remove the rows, checkpoints, model and log of a job that has ended."""
         self.nothing("DELETE", path_of("train", job_id))
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Document]:
-        """The job's events as they happen, until it has ended. A connection that breaks is made again."""
+        """Yield a job's events as they happen, until it ends. Broken connections are resumed."""
         last, num_failures = after, 0
         while True:
             try:
@@ -91,7 +91,7 @@ class Client(Connection):
             time.sleep(self.retries[max(0, num_failures - 1)])
 
     def adapters(self) -> Iterator[Document]:
-        """All adapters by name, with their versions."""
+        """Yield all adapters by name, with their versions."""
         after: str | None = ""
         while after is not None:
             page = self.json("GET", "/adapters", params={"limit": "500", "after": after})
@@ -99,7 +99,7 @@ class Client(Connection):
             after = cast("str | None", page["next"])
 
     def adapter(self, name: str) -> Document:
-        """One adapter with its versions. Another project's, `acme/tweets`, is in lists alone."""
+        """Return an adapter with its versions. Adapters of other projects, `acme/tweets`, are only in lists."""
         if "/" not in name:
             return self.json("GET", path_of("adapters", name))
         for more in ({}, {"public": "true"}):
@@ -108,7 +108,7 @@ class Client(Connection):
         raise ClientError(f"no such adapter: {name}", 404)
 
     def version(self, name: str, version: int) -> Document:
-        """One version of it."""
+        """Return a version of an adapter."""
         if "/" not in name:
             return self.json("GET", path_of("adapters", name, str(version)))
         for found in self._documents(self.adapter(name), "versions"):
@@ -117,14 +117,15 @@ class Client(Connection):
         raise ClientError(f"no such version: {name}@{version}", 404)
 
     def delete_adapter(self, name: str, version: int | None = None, force: bool = False) -> None:
-        """Delete one version, or all; with `force`, the aliases that hold them too."""
+        """Delete a version, or an adapter with all its versions; with `force`, also the aliases that hold them."""
         path, headers = self._place(name, *(() if version is None else (str(version),)))
         self.nothing("DELETE", path, params={"force": "true"} if force else {}, headers=headers)
 
     def download(self, name: str, version: int, target: Path) -> None:
-        """Write a zip that PEFT reads, once unpacked: beside the target first, and renamed. OSError likewise.
+        """Download a version as a zip. PEFT reads the unpacked folder. Raise OSError if it can't be written.
 
-        A device or a pipe is written to itself, and so is what a link leads to, where the kernel follows it.
+        A file is written next to the target and renamed. Devices, pipes and the targets of links are written to
+        directly.
         """
         path, headers = self._place(name, str(version), "download")
         if target.is_symlink() or (target.exists() and not target.is_file()):
@@ -138,31 +139,31 @@ class Client(Connection):
             part.unlink(missing_ok=True)
 
     def point(self, name: str, alias: str, version: int) -> Document:
-        """Have the alias, or `latest`, mean that version; the adapter."""
+        """Point an alias, or `latest`, at a version, and return the adapter."""
         path, headers = self._place(name, "aliases", alias)
         return self.json("PUT", path, json={"version": version}, headers=headers)
 
     def unpoint(self, name: str, alias: str) -> None:
-        """Remove the alias."""
+        """Remove an alias."""
         path, headers = self._place(name, "aliases", alias)
         self.nothing("DELETE", path, headers=headers)
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
-        """Name a blend, or, where the body has a `method`, queue a merge: the version, or the job."""
+        """Name a blend and return its version; with a `method`, queue a merge and return its job."""
         return self.json("POST", path_of("compositions", _new(name)), json=dict(body))
 
     def datasets(self) -> list[Document]:
-        """The newest data sets first."""
+        """Return the data sets, newest first."""
         return self._documents(self.json("GET", "/datasets"), "datasets")
 
     def delete_dataset(self, dataset_id: str) -> None:
-        """Remove a data set that no job needs."""
+        """Delete a data set that no unfinished job needs."""
         self.nothing("DELETE", path_of("datasets", dataset_id))
 
     def publish(self, name: str, path: Path) -> Document:
-        """Publish the adapter in a folder that PEFT saved, or in a zip of it; the version. OSError likewise.
+        """Publish the adapter in a folder that PEFT saved, or in a zip of it, and return the version.
 
-        Raises ClientError also where only folders within the folder have an adapter.
+        Raise OSError if it can't be read, and ClientError if only folders within the folder have an adapter.
         """
         path_to = path_of("adapters", _new(name))
         with ExitStack() as opened:
@@ -171,20 +172,20 @@ class Client(Connection):
             return self.json("POST", path_to, files=files)
 
     def import_adapter(self, name: str, repo_id: str, revision: str | None = None) -> Document:
-        """Have the server publish an adapter of the hub; the version."""
+        """Let the server publish an adapter from the hub, and return the version."""
         body = {"repo_id": repo_id, "revision": revision}
         return self.json("POST", path_of("adapters", _new(name), "import"), json=body)
 
     def generate(self, body: Mapping[str, object]) -> Document:
-        """The whole answer."""
+        """Return the whole answer."""
         return self.json("POST", "/generate", json=dict(body))
 
     def compare(self, body: Mapping[str, object]) -> Document:
-        """The answers under each of several adapter expressions."""
+        """Return the answers under several adapter expressions."""
         return self.json("POST", "/compare", json=dict(body))
 
     def stream(self, body: Mapping[str, object]) -> Iterator[Document]:
-        """The answer's events as they come; a failure midway raises ClientError."""
+        """Yield the answer's events as they arrive. Raise ClientError if it fails midway."""
         with self.open("POST", "/generate", json={**body, "stream": True}) as response:
             if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
                 raise self.another_server()
@@ -203,10 +204,10 @@ class Client(Connection):
                 file.write(piece)
 
     def _place(self, name: str, *parts: str) -> tuple[str, Mapping[str, str]]:
-        """(path, headers) of what an adapter has: of another project's, `acme/tweets`, at work in that project."""
+        """Return the path of an adapter's resource, and a header that selects its project if the name has one."""
         project, _, own = name.rpartition("/")
         if project:
-            self.adapter(name)  # or there is none: an open server takes a project that isn't there for its own
+            self.adapter(name)  # raises if there is none: a server without keys ignores an unknown project
         return path_of("adapters", own, *parts), {"OpenAI-Project": project} if project else {}
 
     def _documents(self, page: Document, name: str) -> list[Document]:
@@ -222,7 +223,7 @@ class Client(Connection):
             opened_at = time.monotonic()
             try:
                 for name, data in server_sent(response.iter_lines()):
-                    if name != "error":  # then the stream ends, and is opened again
+                    if name != "error":  # after an error the stream ends, and is resumed
                         yield json.loads(data)
             except httpx.TransportError:
                 if time.monotonic() - opened_at < _LASTING_SECONDS:
@@ -230,9 +231,9 @@ class Client(Connection):
 
 
 def _peft_files(folder: Path) -> dict[str, Path]:
-    """The two files of an adapter's folder by their fields.
+    """Return the two files of an adapter's folder by the names of their form fields.
 
-    Raises ClientError where it has neither, but folders of it have a config: a trainer's checkpoints, say.
+    Raise ClientError if only folders within it have a config, such as a trainer's checkpoints.
     """
     files = {field: folder / name for field, name in _PEFT_FILES.items()}
     config, weights = files["adapter_config"], files["adapter_model"]
@@ -244,12 +245,12 @@ def _peft_files(folder: Path) -> dict[str, Path]:
                 f"{folder} has no {config.name}, but folders of it have: give one of {', '.join(within)}"
             )
     if not weights.exists() and pickled.exists():
-        files["adapter_model"] = pickled  # refused: the server says how to come by the other
+        files["adapter_model"] = pickled  # the server refuses it, and says how to convert it
     return files
 
 
 def _new(name: str) -> str:
-    """What may be published as that. Raises ClientError: with a slash it would be another path."""
+    """Return the name if it is valid for a new adapter, else raise ClientError: a slash would change the path."""
     if not is_name(name):
         raise ClientError(f"name: {NAME_RULE}")
     return name

@@ -1,4 +1,4 @@
-"""A connection to a server: requests, their errors in words, what is tried again, server-sent events."""
+"""A connection to a server: requests, retries, error messages and server-sent events."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,18 +9,18 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from adapters.errors import sentence
+from adapters.errors import Hint, sentence
 from server.config import is_loopback
-from server.system.program import program
+from server.system.messages import program
 
 _URL_VARIABLE = "SMOLORA_URL"
 CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 600.0
-_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server that is started again is back by then
+_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server restarts within that time
 
 _NO_KEY = (
-    "the API key (SMOLORA_API_KEY, --api-key) has characters that no key has, such as blanks or a line's end: "
-    "give it as it was shown when it was made"
+    "the API key (SMOLORA_API_KEY, --api-key) has characters that no key has, such as blanks or line ends: "
+    "give it as it was shown when it was created"
 )
 _PROXY_VARIABLES = "the proxy variables (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
 
@@ -28,7 +28,7 @@ Document = dict[str, object]
 
 
 class Options(TypedDict, total=False):
-    """What a request may have, as httpx takes it."""
+    """Arguments of a request, as httpx takes them."""
 
     json: Mapping[str, object]
     params: Mapping[str, str]
@@ -38,23 +38,24 @@ class Options(TypedDict, total=False):
 
 
 class ClientError(Exception):
-    """The server said no, or nothing. `status` is HTTP's, None where there was no answer."""
+    """The server refused a request or didn't answer. `status` is None if it didn't answer."""
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, hint: Hint | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.hint = hint
 
     @property
     def may_pass(self) -> bool:
-        """Whether the server may be back in a moment."""
+        """Return whether a retry may succeed."""
         return self.status in (None, 502, 503, 504)
 
 
 class Connection:
-    """To the server at `url`; close it, or use it in a `with`."""
+    """A connection to the server at `url`. Close it, or use it in a `with` statement."""
 
     def __init__(self, url: str, api_key: str | None = None, retries: tuple[float, ...] = _RETRIES) -> None:
-        """`retries` are the seconds to wait before each new attempt, where one helps. Raises ClientError."""
+        """`retries`: seconds to wait before each retry. Raise ClientError if the URL or the key is invalid."""
         self.url = url.rstrip("/")
         self.retries = retries
         try:
@@ -64,9 +65,9 @@ class Connection:
         except (httpx.InvalidURL, UnicodeError):
             raise ClientError(f"{url} is not a server's address, such as http://127.0.0.1:8000") from None
         if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-            raise ClientError(_NO_KEY)  # without the key itself: this is shown, and may be logged
-        uses_proxies = not is_loopback(parts.host)  # no proxy leads back here
-        self._is_by_proxy = uses_proxies and _has_proxy(parts)
+            raise ClientError(_NO_KEY)  # the message may be logged, so it omits the key
+        uses_proxies = not is_loopback(parts.host)  # a proxy can't reach this machine's loopback
+        self._uses_proxy = uses_proxies and _has_proxy(parts)
         try:
             self._http = httpx.Client(
                 base_url=self.url,
@@ -74,7 +75,7 @@ class Connection:
                 timeout=httpx.Timeout(_ANSWER_SECONDS, connect=CONNECT_SECONDS),
                 trust_env=uses_proxies,
             )
-        except (httpx.InvalidURL, ValueError, ImportError) as error:  # ImportError: of SOCKS
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # ImportError: SOCKS needs a package
             raise ClientError(f"{_PROXY_VARIABLES} of the environment can't be used: {error}") from None
 
     def __enter__(self) -> Self:
@@ -87,7 +88,7 @@ class Connection:
         self._http.close()
 
     def again(self, work: Callable[[], Document]) -> Document:
-        """The work's result, as soon as the server is back."""
+        """Retry `work` until the server is back, and return its result."""
         for wait in self.retries:
             time.sleep(wait)
             try:
@@ -106,7 +107,7 @@ class Connection:
                 raise self.another_server() from None
 
     def another_server(self) -> ClientError:
-        """What to raise where the answer is none of smolora's."""
+        """Return the error for an answer that isn't smolora's."""
         return ClientError(f"{self.url} doesn't speak smolora's API")
 
     def nothing(self, method: str, path: str, **options: Unpack[Options]) -> None:
@@ -115,16 +116,16 @@ class Connection:
 
     @contextmanager
     def open(self, method: str, path: str, **options: Unpack[Options]) -> Iterator[httpx.Response]:
-        """The response once its headers are there. Raises ClientError, also for what fails while it is read."""
+        """Send a request and yield the response before its body is read. Raise ClientError if either fails."""
         try:
             with self._http.stream(method, path, **options) as response:
                 if response.is_error:
                     response.read()
-                    raise ClientError(_reason(response), response.status_code)
-                if response.has_redirect_location:  # not followed: the key is for who was named
+                    raise _refused(response)
+                if response.has_redirect_location:  # not followed: the key is for this server alone
                     place = response.headers["Location"]
                     raise ClientError(
-                        f"{self.url} sends to {place}: set {_URL_VARIABLE}, or give --url, to that address"
+                        f"{self.url} redirects to {place}: set {_URL_VARIABLE}, or --url, to that address"
                     )
                 yield response
         except httpx.TimeoutException as error:
@@ -134,22 +135,22 @@ class Connection:
             reason = f"can't reach {self.url}: {cause}"
             if isinstance(error, httpx.ConnectError):
                 reason += f"; is it running? `{program()} serve` starts it"
-                reason += f"; where it listens elsewhere, set {_URL_VARIABLE} or SMOLORA_PORT, or give --url"
-                if self._is_by_proxy:
-                    reason += f"; it was asked by way of a proxy, as {_PROXY_VARIABLES} of the environment say"
+                reason += f"; if it listens elsewhere, set {_URL_VARIABLE} or SMOLORA_PORT, or give --url"
+                if self._uses_proxy:
+                    reason += f"; the request went through a proxy, because {_PROXY_VARIABLES} are set"
             raise ClientError(reason) from error
-        except ValueError as error:  # NaN, or half a character, among them
-            raise ClientError(f"it can't be said in JSON: {error}") from error
+        except ValueError as error:  # the body has NaN or a lone surrogate
+            raise ClientError(f"the request can't be written as JSON: {error}") from error
 
 
 def _has_proxy(url: httpx.URL) -> bool:
-    """Whether the environment has a proxy for it."""
+    """Return whether the environment has a proxy for this URL."""
     proxies = getproxies()
     return bool(proxies.get(url.scheme) or proxies.get("all")) and not proxy_bypass(url.host)
 
 
 def path_of(*parts: str) -> str:
-    """With each part escaped. Raises ClientError where one would lead to another path."""
+    """Join the escaped parts to a path. Raise ClientError if a part would change the path, such as `..`."""
     for part in parts:
         if part in ("", ".", ".."):
             raise ClientError(f'"{part}" names nothing')
@@ -157,7 +158,7 @@ def path_of(*parts: str) -> str:
 
 
 def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
-    """(name, data) of each server-sent event; comments are left out."""
+    """Yield the name and data of each server-sent event, without comments."""
     name, data = "message", ""
     for line in lines:
         field, _, value = line.partition(":")
@@ -171,11 +172,13 @@ def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
             name, data = "message", ""
 
 
-def _reason(response: httpx.Response) -> str:
-    """A problem in a line or several: each error with its place."""
+def _refused(response: httpx.Response) -> ClientError:
+    """Return a problem as an error: a line for each field at fault, or its detail."""
+    status = response.status_code
     try:
         problem = response.json()
         lines = [sentence(error["loc"], error["message"]) for error in problem["errors"]]
-        return "\n".join(lines) or str(problem["detail"])
+        hint = problem.get("hint") and Hint(problem["hint"]["code"], problem["hint"]["text"])
+        return ClientError("\n".join(lines) or str(problem["detail"]), status, hint)
     except (ValueError, LookupError, TypeError):
-        return f"{response.url.host} answered {response.status_code} {response.reason_phrase}"
+        return ClientError(f"{response.url.host} answered {status} {response.reason_phrase}", status)

@@ -23,7 +23,7 @@ from server.database import file
 from server.database.file import JournalMode
 from server.errors import StartupError
 from server.storage.home import make
-from server.system.program import counted
+from server.system.messages import plural
 
 MOVING = "moving-"
 """Prefix of the id of a place that `smolora move` is filling, for a database without rows."""
@@ -35,7 +35,7 @@ places = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),  # always 1
     sa.Column("place", sa.String(64), nullable=False),
-    sa.Column("description", sa.Text, nullable=False),  # for a person; no credentials
+    sa.Column("url", sa.Text, nullable=False),  # for a person; no credentials
 )
 
 
@@ -45,7 +45,7 @@ class Place(Protocol):
     @property
     def is_home(self) -> bool: ...
     @property
-    def description(self) -> str: ...
+    def url(self) -> str: ...
     def has_mark(self, place: str) -> bool: ...
     def mark(self, place: str) -> None: ...
 
@@ -62,8 +62,8 @@ def agree(engine: sa.Engine, place: Place) -> None:
         elif row is not None and ((place.is_home and is_file(engine)) or not place.has_mark(row.place)):
             setting = "SMOLORA_HOME" if place.is_home else "SMOLORA_BYTES_URL"
             raise StartupError(
-                f"{setting}: this database's adapters and data are in {row.description}, and not in "
-                f"{place.description}: give all servers and workers on it the same place"
+                f"{setting}: this database's adapters and data are in {row.url}, and not in {place.url}: give all "
+                "servers and workers on it the same place"
             )
 
     transact(engine, work)
@@ -72,7 +72,7 @@ def agree(engine: sa.Engine, place: Place) -> None:
 def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
     """Raise StartupError, which says `why`, if a HOME's bytes are in an object store."""
     with engine.connect() as connection:
-        if (where := connection.execute(sa.select(places.c.description)).scalar_one_or_none()) is not None:
+        if (where := connection.execute(sa.select(places.c.url)).scalar_one_or_none()) is not None:
             raise StartupError(f"this HOME's adapters and data are in {where}: {why}")
 
 
@@ -81,7 +81,7 @@ def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
     made = prefix + secrets.token_hex(16)
     place.mark(made)  # first: if the commit fails, a spare mark does no harm
     connection.execute(sa.delete(places))
-    connection.execute(sa.insert(places).values(id=1, place=made, description=place.description))
+    connection.execute(sa.insert(places).values(id=1, place=made, url=place.url))
     return made
 
 
@@ -130,7 +130,7 @@ def refuse_in_use(url: str) -> None:
     while num := num_sessions(url):
         if time.monotonic() > until:
             raise StartupError(
-                f"SMOLORA_DATABASE_URL: {counted(num, 'connection')} of servers, workers or commands: stop all of "
+                f"SMOLORA_DATABASE_URL: {plural(num, 'connection')} of servers, workers or commands: stop all of "
                 "them first"
             )
         time.sleep(0.1)

@@ -8,16 +8,9 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from adapters.errors import SmoloraError
+from adapters.lora import AdapterRef
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True, order=True)
-class AdapterRef:
-    """One part of an adapter expression, resolved: which bytes, and how much of them."""
-
-    digest: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 
 from adapters.errors import SmoloraError
-from server.engine.request import AdapterRef, GenerationRequest, Logprobs, Timing
+from adapters.lora import AdapterRef
+from server.engine.request import GenerationRequest, Logprobs, Timing
 
 Ints = npt.NDArray[np.int64]
 
@@ -175,9 +176,7 @@ class Sequence:
     constraint: Constraint | None = None  # where it is in its grammar
     scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING
-    num_lost_tokens: int = (
-        0  # computed when it was last preempted; it isn't again for a project before it has more
-    )
+    num_lost_tokens: int = 0  # computed when it was last preempted; it isn't again before it has more
     admitted_at: float | None = None
     first_token_at: float | None = None
     _block_keys: list[bytes] = field(default_factory=list)

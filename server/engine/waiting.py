@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
-from server.engine.request import AdapterRef
+from adapters.lora import AdapterRef
 from server.engine.sequence import Hold, Sequence
 
 

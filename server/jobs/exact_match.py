@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from adapters.lora import LoraWeights
+from adapters.lora import AdapterRef, LoraWeights
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
-from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel

@@ -11,7 +11,7 @@ from typing import cast
 
 import sqlalchemy as sa
 
-from adapters.errors import Conflict, NotFound
+from adapters.errors import Conflict
 from adapters.names import Viewpoint
 from adapters.sql import reader_of, transact, transacted
 from server.database.clock import database_now, database_time
@@ -21,22 +21,22 @@ from server.jobs.events import Event, plain
 from server.jobs.merge_spec import Spec
 from server.jobs.queries import (
     FINE_TUNING,
-    NO_JOB,
     Job,
     Standing,
     get_job,
     job_of,
+    no_job,
     repeated,
     select_jobs,
 )
 from server.jobs.tables import Status, charge, count_time, jobs, uses
 from server.jobs.turns import is_over
 from server.storage.places import Storage
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.datasets import DatasetStore
 from server.training.files import FileStore
 
-__all__ = ["FINE_TUNING", "NO_JOB", "Event", "Job", "Jobs", "Standing", "Status"]
+__all__ = ["FINE_TUNING", "Event", "Job", "Jobs", "Standing", "Status", "no_job"]
 
 MAX_UNFINISHED = 1000
 _RETRY_SECONDS = 30.0
@@ -152,7 +152,7 @@ class Jobs:
         """Return at most `limit` of the job's events with a number above `after`. Raise NotFound."""
         with self._reader.connect() as connection:
             if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id, self._mine)).first() is None:
-                raise NotFound(NO_JOB.format(job_id))
+                raise no_job(job_id)
             return job_events.read(connection, job_id, after, limit)
 
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
@@ -168,7 +168,7 @@ class Jobs:
         with self._reader.connect() as connection:
             row = connection.execute(sa.select(jobs.c.report).where(jobs.c.id == job_id, self._mine)).first()
         if row is None:
-            raise NotFound(NO_JOB.format(job_id))
+            raise no_job(job_id)
         return cast("Mapping[str, object] | None", row.report)
 
     def cancel(self, job_id: str) -> Job:
@@ -246,7 +246,7 @@ class Jobs:
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
         if status is None:
-            raise NotFound(NO_JOB.format(job_id))
+            raise no_job(job_id)
         if not Status(status).has_ended:
             raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
         at = sa.func.coalesce(jobs.c.files_removed_at, database_now())
@@ -272,7 +272,7 @@ class Jobs:
         query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
         row = connection.execute(query).first()
         if row is None:
-            raise NotFound(NO_JOB.format(job_id))
+            raise no_job(job_id)
         if (status := Status(row.status)) not in moves:
             raise Conflict(f"the job has ended already: {status}")
         move = moves[status]
@@ -296,7 +296,7 @@ class Jobs:
             bounds.append((self._max_of_key, "key", unfinished.where(jobs.c.key_id == of.key_id)))
         for most, whose, query in bounds:
             if (number := connection.execute(query).scalar_one()) >= most:
-                message = f"this {whose} has {counted(number, 'unfinished job')}, and may have {most:,} at once"
+                message = f"this {whose} has {plural(number, 'unfinished job')}, and may have {most:,} at once"
                 raise QueueFull(message, _RETRY_SECONDS)
 
 
@@ -308,5 +308,5 @@ def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:
         "file": len(FileStore(files, bucket=storage.at(files)).ids()),
         "unfinished job": jobs.of(Viewpoint(project)).num_unfinished(),
     }
-    if found := [counted(number, what) for what, number in has.items() if number]:
+    if found := [plural(number, what) for what, number in has.items() if number]:
         raise Conflict(f"{project} has {', '.join(found)}: delete or cancel them first")

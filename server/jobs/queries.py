@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from adapters.errors import InvalidInput, NotFound
+from adapters.errors import Hint, InvalidInput, NotFound
 from server.jobs.merge_spec import MergeSpec, Spec, read_spec
 from server.jobs.tables import JobKind, Status, jobs
 from server.jobs.turns import position
 
-NO_JOB = "there is no job {}: GET /train lists them"
 FINE_TUNING = "fine_tuning"
 """The key in `Job.data` of what a job has under /v1 alone. Jobs that weren't made under /v1 don't have it."""
 
@@ -58,11 +57,17 @@ def select_jobs() -> "sa.Select[tuple[object, ...]]":
     return sa.select(*columns, position().label("position"))
 
 
+def no_job(job_id: str) -> NotFound:
+    """Return the error for an id that no job of the project has."""
+    hint = Hint("list_jobs", "GET /train lists them")
+    return NotFound(f"there is no job {job_id}: {hint}", hint=hint)
+
+
 def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]) -> Job:
     """Return the job if the condition `mine` holds for it. Raise NotFound."""
     row = connection.execute(select_jobs().where(jobs.c.id == job_id, mine)).mappings().first()
     if row is None:
-        raise NotFound(NO_JOB.format(job_id))
+        raise no_job(job_id)
     return job_of(row)
 
 

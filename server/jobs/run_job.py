@@ -42,11 +42,12 @@ from server.jobs.yielding import BusyFlag, Yielding
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import is_out_of_memory, use_threads
-from server.model.load import load_on_device, native_directories, serves_natively
+from server.model.load import load_on_device, serves_natively
 from server.model.native.load import find_library
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import RowLayout
+from server.storage.home import Home
 from server.storage.places import Storage
 from server.storage.reserve import Reserve, is_database_locked
 from server.system.memory import keep_freed_memory
@@ -95,7 +96,7 @@ def main(argument: str) -> int:
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()
             is_merge = isinstance(job.spec, MergeSpec)
-            is_native = serves_natively(settings, base.directory) if is_merge else native is not None
+            is_native = serves_natively(settings) if is_merge else native is not None
             if is_native and storage.bucket is None:
                 # from here on the store also keeps published adapters in the form that a server loads
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
@@ -167,7 +168,7 @@ def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL 
         base = load_on_device(settings, directory, log.info, lambda total: settings.train_memory, trains=True)
         if not settings.native:
             return base, None
-        return base, find_library(base, native_directories(settings, directory), log.info)
+        return base, find_library(base, Home(settings.home).native, log.info)
     except StartupError:
         raise
     except Exception as error:

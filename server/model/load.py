@@ -8,13 +8,8 @@ import torch
 from server.config import WorkerSettings
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, limit_memory, room_for, training_dtype, use_threads
-from server.model.native.library import why_not
+from server.model.native.library import why_unavailable
 from server.storage.home import Home
-
-
-def native_directories(settings: WorkerSettings, base_directory: Path) -> list[Path]:
-    """Return the directories that may have native code for a converted base."""
-    return Home(settings.home).native_places(base_directory, settings.base_dir)
 
 
 def load_on_device(
@@ -31,9 +26,9 @@ def load_on_device(
     StartupError if the machine lacks what the settings ask for.
     """
     use_threads(settings.threads)
-    device, dtype, reason = _choose(settings, directory)
+    device, dtype, reason = _choose(settings)
     if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:
-        say(f"nothing native: {reason}; torch does it, more slowly")  # in bf16 the search for native code says so
+        say(f"no native code: {reason}; torch computes instead, more slowly")  # load_native says so in bf16
     if trains and training_dtype(dtype) is not dtype:
         dtype = training_dtype(dtype)
         say("computes in fp32 instead of SMOLORA_DTYPE=fp16, in which gradients would vanish")
@@ -46,18 +41,18 @@ def load_on_device(
     return load_base(directory, dtype, device)
 
 
-def serves_natively(settings: WorkerSettings, directory: Path) -> bool:
-    """Return whether a server with these settings computes a base with native code, without loading the base."""
+def serves_natively(settings: WorkerSettings) -> bool:
+    """Return whether a server with these settings computes with native code."""
     if settings.device not in ("auto", "cpu"):
         return False
-    device, dtype, reason = _choose(settings, directory)
+    device, dtype, reason = _choose(settings)
     return reason is None and device.type == "cpu" and dtype is torch.bfloat16
 
 
-def _choose(settings: WorkerSettings, directory: Path) -> tuple[torch.device, torch.dtype, str | None]:
+def _choose(settings: WorkerSettings) -> tuple[torch.device, torch.dtype, str | None]:
     """Return the device and the dtype for serving, and why there is no native code.
 
     The reason is None if there is native code, and empty if the settings don't want it.
     """
-    reason = why_not(native_directories(settings, directory)) if settings.native else ""
+    reason = why_unavailable(Home(settings.home).native) if settings.native else ""
     return *choose_device(settings.device, settings.dtype, has_native=reason is None), reason

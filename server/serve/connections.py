@@ -18,9 +18,9 @@ from typing import ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.api import problems
-from server.config.fields import Limits
-from server.system.program import counted
+from server.api.problems import PROBLEMS
+from server.config import Limits
+from server.system.messages import plural
 
 _UNSENT_BYTES = 128 << 10
 """Of an answer, in the kernel: without a bound it takes megabytes for a reader that has stopped."""
@@ -79,7 +79,7 @@ class Connections:
                 self._close(connection)
         for name, number in closed.items():
             if number:
-                log.info("closed %s: SMOLORA_%s", counted(number, "connection"), name)
+                log.info("closed %s: SMOLORA_%s", plural(number, "connection"), name)
 
     async def watch(self) -> None:
         """Look, again and again."""
@@ -130,7 +130,7 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             own_id = uuid.uuid4().hex
             log.warning("not HTTP: request=%s client=%s", own_id, self.client[0] if self.client else "-")
-            problem = problems.problem(400, msg, headers={"X-Request-Id": own_id, "Connection": "close"})
+            problem = PROBLEMS.problem(400, msg, headers={"X-Request-Id": own_id, "Connection": "close"})
             for event in (
                 h11.Response(status_code=400, headers=problem.raw_headers, reason=b"Bad Request"),
                 h11.Data(data=bytes(problem.body)),
@@ -194,6 +194,6 @@ def allow_files(limits: Limits) -> Limits:
     log.warning(
         "this process may open %d files: at most %s, whatever SMOLORA_MAX_CONNECTIONS says",
         most,
-        counted(num_connections, "connection"),
+        plural(num_connections, "connection"),
     )
     return limits.model_copy(update={"max_connections": num_connections})

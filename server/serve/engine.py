@@ -8,7 +8,7 @@ Whatever is missing on this machine raises StartupError, in one line.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,12 @@ from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel
 from server.model.device import is_out_of_memory
-from server.model.load import native_directories
 from server.model.native.load import load_native
 from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import RowLayout
 from server.model.smollm import SmolLM
 from server.model.text.tokenizer import tokenizer_json, vocabulary_of
+from server.storage.home import Home
 from server.system.cgroups import memory_left
 
 _SHARE = 8
@@ -152,8 +152,7 @@ def make_engine(
     """An engine that isn't started, which gets its adapters from the store."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    libraries = native_directories(settings, base.directory)
-    backend = _backend(settings, base, libraries, max_model_len, say)
+    backend = _backend(settings, base, max_model_len, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
     load: Load = store.load
     if backend.row_format.tile is not None:
@@ -174,11 +173,9 @@ def make_engine(
     )
 
 
-def _backend(
-    settings: Settings, base: BaseModel, libraries: Sequence[Path], max_positions: int, say: Say
-) -> Backend:
+def _backend(settings: Settings, base: BaseModel, max_positions: int, say: Say) -> Backend:
     """Native where settings, machine and base allow it, else torch's."""
-    native = load_native(base, libraries, max_positions, say) if settings.native else None
+    native = load_native(base, Home(settings.home).native, max_positions, say) if settings.native else None
     if native is None:
         return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions, pack=True))
     torch.set_num_threads(1)  # for what is left to torch: its threads would spin on cores that are taken

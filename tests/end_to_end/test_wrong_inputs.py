@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli.main import app
-from server.system.program import program
+from server.system.messages import program
 from tests.end_to_end.server_process import ServerProcess
 
 pytestmark = pytest.mark.real
@@ -86,7 +86,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /generate",
         {"content": b" " * (3 << 20), "headers": JSON},
         413,
-        "the body is larger than 2097152 bytes, the most that is taken here",
+        "the body is larger than 2097152 bytes, the most that is accepted here",
     ),
     ("GET /generate", {}, 405, "GET is not possible here: use POST"),
     ("GET /generat", {}, 404, "no such path (did you mean /generate?): /docs lists them"),
@@ -270,7 +270,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /compositions/mix",
         {"json": {"expression": "left+right", "density": 0.5}},
         422,
-        "density: an exact sum has none: leave it out",
+        "density: is only for merges: leave it out, or set method",
     ),
     # /v1
     (
@@ -295,7 +295,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /v1/files",
         {"files": {"file": ("a.jsonl", b"{}")}, "data": {"purpose": "assistants"}},
         400,
-        'purpose: must be "fine-tune", once: files have no other use here',
+        'purpose: must be "fine-tune", once: other purposes are not supported',
     ),
     (
         "POST /v1/responses",
@@ -328,7 +328,7 @@ ON_THE_COMMAND_LINE: list[tuple[str, str]] = [
     ("adapters show lefft", "smolora: no such adapter: lefft (did you mean left?)"),
     (
         "adapters import missing --name mine",
-        "Invalid value for PATH: missing is not here; add --hub where the hub has it",
+        "Invalid value for PATH: missing doesn't exist; add --hub if it is on the hub",
     ),
     ("adapters delete left@7", "smolora: no such version: left@7 (left has version 1)"),
     ("adapters alias left prod 7", "smolora: no such version: left@7 (left has version 1)"),
@@ -337,7 +337,7 @@ ON_THE_COMMAND_LINE: list[tuple[str, str]] = [
     (
         "adapters --url http://127.0.0.1:9",
         "smolora: can't reach http://127.0.0.1:9: Connection refused; is it running? "
-        "`smolora serve` starts it; where it listens elsewhere, set SMOLORA_URL or SMOLORA_PORT, or give --url",
+        "`smolora serve` starts it; if it listens elsewhere, set SMOLORA_URL or SMOLORA_PORT, or give --url",
     ),
     ("adapters --url server", "smolora: server is not a server's address, such as http://127.0.0.1:8000"),
 ]

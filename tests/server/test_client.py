@@ -1,4 +1,4 @@
-"""The client against servers that are slow, gone, back again, or no smolora at all."""
+"""The client against servers that are slow, gone, restarted, or not smolora's."""
 
 import json
 import threading
@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from adapters.errors import Hint
 from server.client.client import Client
 from server.client.connection import ClientError
 
@@ -60,7 +61,7 @@ def stream(*events: Mapping[str, object], rest: bytes = b"") -> tuple[int, str, 
     return 200, "text/event-stream", b": hello\n\n" + "".join(lines).encode() + rest
 
 
-def test_a_lost_answer_is_asked_for_again() -> None:
+def test_lost_answer_is_requested_again() -> None:
     script = Script(
         None, None, document({"detail": "draining", "errors": []}, 503), document({"id": "job-1"}, 202)
     )
@@ -70,7 +71,7 @@ def test_a_lost_answer_is_asked_for_again() -> None:
     assert (len(script.requests), len(keys)) == (4, 1)
 
 
-def test_a_refusal_is_final() -> None:
+def test_refusal_is_not_retried() -> None:
     problem = {"detail": "no", "errors": [{"loc": ["training", "epochs"], "message": "too many"}]}
     script = Script(None, document(problem, 422))
     with scripted(script) as client, pytest.raises(ClientError, match=r"^training\.epochs: too many$") as raised:
@@ -78,14 +79,23 @@ def test_a_refusal_is_final() -> None:
     assert raised.value.status == 422
 
 
-def test_nobody_there() -> None:
+def test_errors_keep_the_hint_of_a_problem() -> None:
+    hint = {"code": "list_jobs", "text": "GET /train lists them"}
+    problem = {"detail": "there is no job x: GET /train lists them", "errors": [], "hint": hint}
+    script = Script(document(problem, 404))
+    with scripted(script) as client, pytest.raises(ClientError, match="GET /train lists them") as raised:
+        client.job("x")
+    assert raised.value.hint == Hint("list_jobs", "GET /train lists them")
+
+
+def test_unreachable_server() -> None:
     with scripted(Script()) as client:
         url = client.url
     with Client(url) as client, pytest.raises(ClientError, match=f"can't reach {url}"):
         client.train({"name": "a"})
 
 
-def test_events_go_on_where_they_broke_off() -> None:
+def test_broken_event_streams_are_resumed() -> None:
     events = [{"seq": seq, "type": "message"} for seq in range(1, 5)]
     script = Script(
         stream(events[0], rest=b'id: 2\ndata: {"seq"'),  # cut off within an event
@@ -94,7 +104,7 @@ def test_events_go_on_where_they_broke_off() -> None:
         document({"detail": "not yet", "errors": []}, 503),
         stream(*events[1:3]),
         document({"status": "running"}),
-        *[stream(), document({"status": "running"})] * 9,  # a server that ends streams, and lives
+        *[stream(), document({"status": "running"})] * 9,  # a server that ends streams, but runs
         stream(events[3]),
         document({"status": "succeeded"}),
     )
@@ -104,12 +114,12 @@ def test_events_go_on_where_they_broke_off() -> None:
     assert asked == ["0", "1", "1", "1", *["3"] * 10]
 
 
-def test_events_of_a_server_that_stays_away() -> None:
+def test_events_give_up_if_the_server_stays_away() -> None:
     with scripted(Script(*[None] * 4)) as client, pytest.raises(ClientError):
         list(client.events("job-1"))
 
 
-def test_events_of_no_job() -> None:
+def test_events_of_an_unknown_job() -> None:
     script = Script(document({"detail": "there is no job x", "errors": []}, 404))
     with scripted(script) as client, pytest.raises(ClientError, match="there is no job x"):
         list(client.events("x/../y"))
@@ -125,18 +135,18 @@ def test_events_of_no_job() -> None:
         (500, "application/json", b'{"errors": [1]}'),
     ],
 )
-def test_something_else_listens_there(answer: tuple[int, str, bytes]) -> None:
+def test_answers_of_another_server_are_recognized(answer: tuple[int, str, bytes]) -> None:
     with scripted(Script(answer)) as client, pytest.raises(ClientError, match=r"doesn't speak|answered"):
         client.job("a")
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://a", "http://", "http://a:b", "http://[::1"])
-def test_what_is_no_address(url: str) -> None:
+def test_invalid_addresses_are_refused(url: str) -> None:
     with pytest.raises(ClientError, match="not a server's address"):
         Client(url)
 
 
-def test_a_key_is_sent() -> None:
+def test_key_is_sent() -> None:
     script = Script(document({"jobs": []}))
     with scripted(script) as client:
         url = client.url
@@ -147,7 +157,7 @@ def test_a_key_is_sent() -> None:
     assert path == "/train?limit=3&status=queued"
 
 
-def test_an_answer_that_fails_midway() -> None:
+def test_answer_that_fails_midway() -> None:
     error = b'event: error\ndata: {"detail": "the engine has stopped", "status": 503}\n\n'
     script = Script((200, "text/event-stream", b'data: {"index":0,"text":"a"}\n\n' + error))
     with scripted(script) as client, pytest.raises(ClientError, match="the engine has stopped"):
@@ -160,6 +170,6 @@ def test_an_answer_that_fails_midway() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), "\udcff"])
-def test_what_json_has_no_words_for(value: object) -> None:
+def test_values_that_json_lacks_are_refused(value: object) -> None:
     with scripted(Script()) as client, pytest.raises(ClientError, match="JSON"):
         client.generate({"prompt": value})

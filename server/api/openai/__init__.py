@@ -1,1 +1,1 @@
-"""/v1 as the official `openai` client speaks it. Its faults look as that client expects: see `errors`."""
+"""The routes under /v1, in the form that the official `openai` client expects."""

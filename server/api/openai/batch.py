@@ -1,7 +1,4 @@
-"""The generations of one call to /v1, one for each prompt, as one: their pieces as they come, and one usage.
-
-How an answer leaves: at once or as events, and what becomes of it where the client goes or the engine fails.
-"""
+"""The generations of one call to /v1, one for each prompt, and how their answer is sent: at once or as events."""
 
 import asyncio
 import time
@@ -13,17 +10,19 @@ from starlette.responses import Response
 
 from adapters.expression import Term, render
 from server.api import wire
+from server.api.generate import DONE
 from server.api.generation import Generation, close_all
-from server.api.openai import errors
 from server.api.openai.logprobs import TextLogprobs
 from server.api.openai.schemas import WARNING
 from server.api.streams import ClientGoneError, EventStream, while_connected
 from server.engine.request import FinishReason, SampledLogprob, SequenceOutput
 
+_MAX_WARNINGS, _MAX_WARNING = 8, 400  # headers, and characters in each
+
 
 @dataclass(frozen=True)
 class Piece:
-    """News of one choice: text, the log-probabilities of the tokens that begin in it, and perhaps the end."""
+    """New text of a choice, the log-probabilities of the tokens that begin in it, and perhaps its end."""
 
     index: int
     text: str
@@ -33,7 +32,7 @@ class Piece:
 
 @dataclass
 class Choice:
-    """All pieces of one choice."""
+    """The whole of a choice."""
 
     index: int
     text: str = ""
@@ -42,9 +41,9 @@ class Choice:
 
 
 class Batch:
-    """Choices count through all prompts: those of the second follow on the `n` of the first.
+    """The generations of a call. Choices are numbered through all prompts: the second prompt's follow the first's.
 
-    Iterate `pieces` once, or await `collect`; `close` at the end, which aborts what still runs.
+    Iterate `pieces` once, or await `collect`. `close` aborts what still runs.
     """
 
     def __init__(self, generations: Sequence[Generation], base_name: str) -> None:
@@ -61,7 +60,7 @@ class Batch:
 
     @property
     def id(self) -> str:
-        """Unique, without a prefix."""
+        """Return a unique id, without a prefix."""
         return self._generations[0].id.removeprefix("gen-")
 
     @property
@@ -70,10 +69,10 @@ class Batch:
 
     @property
     def usage(self) -> dict[str, object]:
-        """OpenAI's usage, of everything that has come so far."""
+        """Return the usage so far, in OpenAI's form."""
         num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
         num_tokens = sum(self._num_tokens)
-        # choices share their prompt: the later ones find what the first has just computed
+        # choices share their prompt, so the later ones find in the cache what the first has computed
         starts = range(0, self.num_choices, self._n)
         num_cached = sum(min(self._num_cached[start : start + self._n]) for start in starts)
         return {
@@ -84,7 +83,7 @@ class Batch:
         }
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """News of every choice until all have ended. Raises what the engine ends any of them with."""
+        """Yield the pieces of every choice until all have ended. Raise the error that the engine ends one with."""
         logprobs = [TextLogprobs() for _ in range(self.num_choices)]
         async for number, output in _merged([generation.outputs() for generation in self._generations]):
             index = number * self._n + output.index
@@ -93,7 +92,7 @@ class Batch:
             yield Piece(index, output.text, logprobs[index].push(output), output.finish_reason)
 
     async def collect(self) -> list[Choice]:
-        """Every choice, when all have ended. Raises likewise."""
+        """Return every choice once all have ended. Raise as `pieces` does."""
         texts: list[list[str]] = [[] for _ in range(self.num_choices)]
         choices = [Choice(index) for index in range(self.num_choices)]
         async for piece in self.pieces():
@@ -105,17 +104,17 @@ class Batch:
         return choices
 
     async def close(self) -> None:
-        """Abort what still runs and let go of the adapters. More than once is once."""
+        """Abort what still runs, and release the adapters. Idempotent."""
         await close_all(self._generations)
 
 
 async def _merged(streams: Sequence[AsyncIterator[SequenceOutput]]) -> AsyncIterator[tuple[int, SequenceOutput]]:
-    """(which stream, its output), in the order they come; what one of them raises, as soon as it does."""
+    """Yield (index of the stream, output) as they arrive. Raise at once what one of the streams raises."""
     if len(streams) == 1:
         async for output in streams[0]:
             yield 0, output
         return
-    # no longer than need be: what nobody reads waits, and is counted, in the streams
+    # a short queue: unread outputs wait in the streams, which bound them
     news: asyncio.Queue[tuple[int, SequenceOutput | BaseException | None]] = asyncio.Queue(len(streams))
 
     async def feed(number: int) -> None:
@@ -144,46 +143,34 @@ async def _merged(streams: Sequence[AsyncIterator[SequenceOutput]]) -> AsyncIter
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-DONE = b"data: [DONE]\n\n"
-_MAX_WARNINGS, _MAX_WARNING = 8, 400  # headers, and characters of one
-
-
 async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, dict[str, object]]) -> Response:
-    """The answer as one document. A client that goes away ends what runs."""
+    """Send the answer as one document. Abort the generations if the client leaves."""
     try:
         response = wire.answer(await while_connected(request.scope, request.receive, answer))
         for name, value in _warnings(batch):
             response.headers.append(name, value)
         return response
     except ClientGoneError:
-        return Response(status_code=499)  # nobody reads it; the log does
+        return Response(status_code=499)  # only the log shows it
     finally:
         await batch.close()
 
 
 def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
-    """The events, then `[DONE]`. What fails before the first is an error response; later, the last event."""
-    return EventStream(_ended(events), batch.close, _warnings(batch))
+    """Send the events, then `[DONE]`. A failure before the first event is an error response, else an event."""
+    return EventStream(_with_done(events), batch.close, _warnings(batch))
 
 
 def _warnings(batch: Batch) -> Iterator[tuple[str, str]]:
-    """As headers, which are ASCII (names of bases may not be) and not too long for anybody's buffer."""
+    """Return the warnings as headers: in ASCII, and short enough for proxies."""
     texts = batch.warnings[:_MAX_WARNINGS]
     if len(batch.warnings) > len(texts):
         texts = (*texts[:-1], f"and {len(batch.warnings) - len(texts) + 1} more: see GET /adapters")
     for text in texts:
-        yield WARNING, text.encode("ascii", "backslashreplace").decode()[:_MAX_WARNING].rstrip()  # none ends so
+        yield WARNING, text.encode("ascii", "backslashreplace").decode()[:_MAX_WARNING].rstrip()
 
 
-async def _ended(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    is_begun = False
-    try:
-        async for event in events:
-            yield event
-            is_begun = True
-    except Exception as error:
-        if not is_begun:
-            raise
-        yield errors.event(error)
-    else:
-        yield DONE
+async def _with_done(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for event in events:
+        yield event
+    yield DONE

@@ -1,4 +1,4 @@
-"""From a checked body of /v1 to running generations: names, prompts and sampling as the engine takes them."""
+"""From the body of a call to /v1 to running generations."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +9,11 @@ from adapters.expression import Term, parse
 from server.api.deps import Services
 from server.api.generation import (
     Generation,
-    ask_queue,
-    charge_refused,
+    ask_queue_for,
+    check_length,
     check_logprobs,
     check_sequences,
     close_all,
-    context_faults,
     encoded,
     grammar_of,
     length_of,
@@ -24,7 +23,6 @@ from server.api.generation import (
     start,
 )
 from server.api.openai.batch import Batch
-from server.api.openai.errors import ContextTooLong, ModelNotFound
 from server.api.openai.schemas import (
     DEFAULT_COMPLETION_TOKENS,
     CallBody,
@@ -32,16 +30,17 @@ from server.api.openai.schemas import (
     CompletionBody,
     Prompt,
 )
+from server.api.problems import ContextTooLong, ModelNotFound
 from server.api.tracing import is_chat
 from server.engine.request import Grammar, SamplingParams
 from server.model.text.chat import ChatMessage, meant_role
 
 DEFAULT_CHAT_TOKENS = 1024
-"""An answer's longest where the client sets no bound: small models may not come to an end by themselves."""
+"""The most tokens of an answer if the client sets no limit. Small models may not end by themselves."""
 
 
 async def begin_chat(services: Services, body: ChatBody) -> Batch:
-    """Hand the conversation to the engine. Raises whatever it can be refused for; nothing is held then."""
+    """Submit the conversation to the engine. If it is refused, raise the reason and hold nothing."""
     terms = terms_of(services, body.model)
     limit, field = _token_limit(body)
     num_top = _num_top(body)
@@ -49,7 +48,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     turns = [ChatMessage(meant_role(message.role), message.content) for message in body.messages]
     encode = partial(services.encoder.messages, turns)
     is_chat()
-    ask_queue(services, body.n or 1)
+    ask_queue_for(services, body.n or 1)
     text = "".join(turn.content for turn in turns)
     refusal = partial(_too_long, services)
     ids = tuple(await encoded(services, encode, length_of(turns), [text], "messages", refusal))
@@ -57,35 +56,35 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
         limit = min(DEFAULT_CHAT_TOKENS, max(services.max_num_tokens - len(ids), 1))
         if num_top and not body.stream:
             limit = min(limit, most_tokens(num_top) // (body.n or 1))
-    await _check_room(services, len(ids), limit, field, "messages")
+    await check_length(services, len(ids), limit, field, "messages", refusal)
     sampling = sampling_params(body, limit, num_top)
     return await _start(services, body, terms, [ids], sampling, grammar)
 
 
 async def begin_completions(services: Services, body: CompletionBody) -> Batch:
-    """Hand every prompt to the engine: all of them run, or none. Raises whatever they can be refused for."""
+    """Submit every prompt to the engine: all of them, or none. If one is refused, raise the reason."""
     terms = terms_of(services, body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidInput.of("best_of", "is not supported: leave it out, or give what n is")
+        raise InvalidInput.of("best_of", "is not supported: leave it out, or set it to n")
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     num_sequences = len(body.prompt) * (body.n or 1)
     if len(body.prompt) > 1:
         check_sequences(num_sequences, services.engine.max_in_flight, "prompt")
-    ask_queue(services, num_sequences)
+    ask_queue_for(services, num_sequences)
     prompts = await _encoded_prompts(services, body.prompt)
     for ids in prompts:
-        await _check_room(services, len(ids), limit, "max_tokens", "prompt")
+        await check_length(services, len(ids), limit, "max_tokens", "prompt", partial(_too_long, services))
     num_top = 0 if body.logprobs is None else max(body.logprobs, 1)
     return await _start(services, body, terms, prompts, sampling_params(body, limit, num_top), None)
 
 
 def terms_of(services: Services, model: str) -> tuple[Term, ...]:
-    """The adapters that `model` names; none for the base. Raises InvalidExpression on `model`."""
+    """Return the terms that `model` names, none for the base. Raise InvalidExpression on `model`."""
     return () if model == services.base_name else parse(model, "model")
 
 
 def _token_limit(body: ChatBody) -> tuple[int | None, str]:
-    """The most tokens of the answer, and the field that says so."""
+    """Return the limit of the answer's tokens, and the field that sets it."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise InvalidInput.of("max_tokens", "is the older name of max_completion_tokens: give one of them")
@@ -93,9 +92,9 @@ def _token_limit(body: ChatBody) -> tuple[int | None, str]:
 
 
 def _num_top(body: ChatBody) -> int:
-    """How many of the likeliest tokens the engine tells: at least one where any logprobs are wanted."""
+    """Return how many likeliest tokens the engine must return: at least one if any logprobs are wanted."""
     if body.top_logprobs is not None and not body.logprobs:
-        raise InvalidInput.of("top_logprobs", "goes with logprobs: true only")
+        raise InvalidInput.of("top_logprobs", "is only allowed with logprobs: true")
     return max(body.top_logprobs or 0, 1) if body.logprobs else 0
 
 
@@ -111,14 +110,8 @@ async def _encoded_prompts(services: Services, prompts: Sequence[Prompt]) -> lis
     return await encoded(services, encode, sum(map(len, texts)), texts, "prompt", partial(_too_long, services))
 
 
-async def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
-    if faults := context_faults(num_prompt, num_more, services.max_num_tokens, field, prompt_field):
-        await charge_refused(services, num_prompt)
-        raise _too_long(services, faults)
-
-
 def _too_long(services: Services, faults: tuple[FieldError, ...]) -> ContextTooLong:
-    # some clients, LiteLLM for one, recognize it by OpenAI's words alone
+    # some clients, such as LiteLLM, recognize this error by OpenAI's words
     words = f"{faults[0].message} (this model's maximum context length is {services.max_num_tokens} tokens)"
     return ContextTooLong([FieldError(faults[0].loc, words), *faults[1:]])
 
@@ -141,15 +134,15 @@ async def _start(
         for ids in prompts:
             # without a seed, the same prompt twice is two answers
             own = replace(sampling, seed=seed_of(body)) if started else sampling
-            is_first = not started  # which takes what all of them may come to
-            begun = await start(
+            is_first = not started  # its tokens towards the rate are those of all of them
+            generation = await start(
                 *(services, terms, ids, own, n, "model", grammar),
                 is_request=is_first,
                 num_taken=num_tokens if is_first else 0,
             )
-            started.append(begun)
-            # a name that moves meanwhile moves for none of them
-            terms = [Term(part.name, part.version, weight=part.weight) for part in begun.parts]
+            started.append(generation)
+            # all prompts use the same versions, even if an alias moves meanwhile
+            terms = [Term(part.name, part.version, weight=part.weight) for part in generation.parts]
     except NotFound as error:
         await close_all(started)
         raise ModelNotFound(str(error)) from None

@@ -1,7 +1,4 @@
-"""POST /v1/chat/completions: a conversation's next turn, at once or as it comes.
-
-POST /v1/completions: what follows on each of one or several prompts, at once or as it comes.
-"""
+"""POST /v1/chat/completions and POST /v1/completions, at once or streamed."""
 
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -39,7 +36,7 @@ _CHAT_EXAMPLE = {
 
 @router.post(
     "/chat/completions",
-    summary="Chat, as OpenAI has it",
+    summary="Chat, in OpenAI's form",
     response_class=Response,
     responses={200: answers_with(_CHAT_EXAMPLE), **REFUSALS},
 )
@@ -69,7 +66,7 @@ async def _whole_chat(batch: Batch, body: ChatBody) -> dict[str, object]:
 
 
 async def _chat_chunks(batch: Batch, body: ChatBody) -> AsyncIterator[bytes]:
-    """Of each choice its role, its pieces, its end; then the usage, if it was asked for."""
+    """Yield each choice's role, pieces and end; then the usage, if it was asked for."""
     head = _chat_head(batch, "chat.completion.chunk")
     tail: dict[str, object] = {"usage": None} if body.includes_usage else {}
 
@@ -107,7 +104,7 @@ _EXAMPLE = {
 
 @router.post(
     "/completions",
-    summary="Complete prompts, as OpenAI has it",
+    summary="Complete prompts, in OpenAI's form",
     response_class=Response,
     responses={200: answers_with(_EXAMPLE), **REFUSALS},
 )
@@ -127,7 +124,7 @@ async def _whole(batch: Batch, body: CompletionBody) -> dict[str, object]:
 
 
 async def _chunks(batch: Batch, body: CompletionBody) -> AsyncIterator[bytes]:
-    """Of each choice its pieces, the last with its end; then the usage, if it was asked for."""
+    """Yield each choice's pieces, the last with its end; then the usage, if it was asked for."""
     head, forms = _head(batch), _logprob_forms(body)
     tail: dict[str, object] = {"usage": None} if body.includes_usage else {}
     async for piece in batch.pieces():
@@ -147,7 +144,7 @@ def _choice(piece: Piece | Choice, forms: dict[int, LegacyLogprobs] | None) -> d
 
 
 def _logprob_forms(body: CompletionBody) -> dict[int, LegacyLogprobs] | None:
-    """One for each choice, which counts its text; none where no logprobs were asked for."""
+    """Return the logprobs of each choice, which count its text, or None if no logprobs were asked for."""
     num_top = body.logprobs
     return None if num_top is None else defaultdict(lambda: LegacyLogprobs(num_top))
 

@@ -1,4 +1,4 @@
-"""/v1/files: rows to train on, and jobs' results. Everything on disk happens in threads."""
+"""/v1/files: rows to train on, and results of jobs. Disk work runs in threads."""
 
 from functools import partial
 from typing import Annotated, BinaryIO, Literal
@@ -38,7 +38,7 @@ _BODY = {
                     "file": {
                         "type": "string",
                         "format": "binary",
-                        "description": "JSONL, or CSV where its name ends so",
+                        "description": "JSONL, or CSV if its name ends in .csv",
                     },
                     "purpose": {"const": "fine-tune"},
                 },
@@ -46,7 +46,7 @@ _BODY = {
         }
     },
 }
-"""FastAPI would read the file into the route's arguments before it is called."""
+"""Documents the form by hand: if the route declared it, FastAPI would read the file before calling the route."""
 
 
 @router.post(
@@ -60,7 +60,7 @@ _BODY = {
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Upload a file of rows. Every line is checked. Uploading the same bytes again makes another file."""
     async with received_form(request, services) as form:
-        file = await services.limiters.checking.run(_put, services.files, form)
+        file = await services.limiters.checking.run(services.principal.project, _put, services.files, form)
     return wire.answer(file_object(file))
 
 
@@ -70,10 +70,10 @@ async def upload(request: Request, services: ServicesDep) -> Response:
 @requires(TRAIN)
 async def list_files(
     services: ServicesDep,
-    purpose: Annotated[Purpose | None, Query(description="only those")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = MAX_PAGE,
-    order: Annotated[Literal["asc", "desc"], Query(description="by date; desc: the newest first")] = "desc",
-    after: Annotated[str | None, Query(max_length=256, description="the last id of the page before")] = None,
+    purpose: Annotated[Purpose | None, Query(description="only files of this purpose")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="size of a page")] = MAX_PAGE,
+    order: Annotated[Literal["asc", "desc"], Query(description="by date; desc: newest first")] = "desc",
+    after: Annotated[str | None, Query(max_length=256, description="the last id of the previous page")] = None,
 ) -> Response:
     """List files: uploads, and the results of jobs."""
     return await to_thread.run_sync(_page, services.files, purpose, limit, order, after)
@@ -102,7 +102,7 @@ async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     """Download a file's content."""
     file, content = await to_thread.run_sync(_open, services.files, file_id)
     ending = "csv" if file.format == "csv" else "jsonl"
-    # its own name may hold anything
+    # not its own name, which may have any characters
     headers = {"Content-Disposition": f'attachment; filename="{file.id}.{ending}"'}
     pieces = iter(partial(content.read, _CHUNK), b"")
     return Download(pieces, file.bytes, _MEDIA_TYPES[file.format], headers, content.close)
@@ -116,7 +116,7 @@ async def get_content(services: ServicesDep, file_id: FileId) -> Response:
 )
 @requires(TRAIN)
 async def delete_file(services: ServicesDep, file_id: FileId) -> Response:
-    """Delete a file. Jobs that have ended don't need it any more."""
+    """Delete a file. Jobs that have ended don't need it."""
     await to_thread.run_sync(services.audited, "file.delete", file_id, partial(_delete, services, file_id))
     return wire.answer({"id": file_id, "object": "file", "deleted": True})
 
@@ -124,7 +124,7 @@ async def delete_file(services: ServicesDep, file_id: FileId) -> Response:
 def _put(files: FileStore, form: FormData) -> StoredFile:
     file, filename = uploaded_rows(form, _PURPOSE)
     if form.getlist(_PURPOSE) != ["fine-tune"]:
-        raise InvalidInput.of(_PURPOSE, 'must be "fine-tune", once: files have no other use here')
+        raise InvalidInput.of(_PURPOSE, 'must be "fine-tune", once: other purposes are not supported')
     return files.put(file, filename)
 
 
@@ -146,7 +146,7 @@ def _open(files: FileStore, file_id: str) -> tuple[StoredFile, BinaryIO]:
 
 
 def _delete(services: Services, file_id: str) -> None:
-    if not services.files.has(file_id):  # a damaged one can go, too
+    if not services.files.has(file_id):  # damaged files can be deleted, too
         raise NotFound("no file has this id")
     if services.jobs.in_use(file_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this file: cancel it, or wait for its end")

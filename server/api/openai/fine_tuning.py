@@ -1,13 +1,7 @@
-"""What /v1/files and /v1/fine_tuning/jobs take and answer, as pydantic sees it; names and shapes are OpenAI's.
+"""/v1/fine_tuning/jobs: the jobs of /train in OpenAI's form. Disk and tokenizer work runs in threads.
 
-As in `server.api.schemas`, fields that can't be honoured are refused by name, and the answers' classes document
-what is built by hand.
-
-Between OpenAI's fine-tuning jobs and ours: a body becomes one for POST /train; jobs and events become objects.
-
-What OpenAI's form has beyond ours is kept with the job (`kept_fields`); everything else is the job's own.
-
-/v1/fine_tuning/jobs: the jobs of /train in OpenAI's form. Disk and tokenizer work in threads.
+Fields that can't be honoured are refused by name. A body becomes one for POST /train; what OpenAI's form has in
+addition is stored with the job (`kept_fields`). The answers' classes document dictionaries that are built by hand.
 """
 
 import hashlib
@@ -28,9 +22,9 @@ from adapters.errors import BytesUnavailable, FieldError, InvalidInput, NotFound
 from adapters.names import BASE, MAX_NAME
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
-from server.api.openai.errors import ModelNotFound
 from server.api.openai.schemas import REFUSALS
 from server.api.openapi import Responses
+from server.api.problems import ModelNotFound
 from server.api.quotas import require_room
 from server.api.routes import TRAIN, requires
 from server.api.schemas import MAX_SEED, Body
@@ -42,8 +36,7 @@ from server.training.files import FileStore, StoredFile, results_id
 from server.training.spec import LEARNING_RATES, JobSpec
 
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512
-"""Of metadata: pairs, and characters of a key and of a value."""
-
+"""Limits of metadata: pairs, and characters of a key and of a value."""
 
 Item = TypeVar("Item")
 
@@ -78,7 +71,7 @@ Metadata = Annotated[dict[str, str] | None, BeforeValidator(_metadata, dict[str,
 
 
 class HyperparametersBody(Body):
-    """`auto` is what POST /train takes where nothing is said."""
+    """Hyperparameters. `auto` is the default of POST /train."""
 
     n_epochs: AutoInt = Field(None, ge=1, le=10_000)
     batch_size: AutoInt = Field(None, ge=1, le=4096, description="rows of an optimizer step")
@@ -86,13 +79,13 @@ class HyperparametersBody(Body):
 
 
 class SupervisedBody(Body):
-    """How supervised fine-tuning is done."""
+    """The options of supervised fine-tuning."""
 
     hyperparameters: HyperparametersBody = HyperparametersBody.model_validate({})
 
 
 class MethodBody(Body):
-    """The one kind of fine-tuning that there is here."""
+    """The kind of fine-tuning: supervised is the only one."""
 
     type: Literal["supervised"]
     supervised: SupervisedBody = SupervisedBody.model_validate({})
@@ -101,7 +94,7 @@ class MethodBody(Body):
 
 
 class FineTuningBody(Body):
-    """POST /v1/fine_tuning/jobs."""
+    """The body of POST /v1/fine_tuning/jobs."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -118,25 +111,25 @@ class FineTuningBody(Body):
 
     model: str = Field(
         max_length=2 * MAX_NAME + 1,
-        description="the base, or an adapter to go on from: name, name@3 or name@alias",
+        description="the base, or an adapter to continue: name, name@3 or name@alias",
     )
     training_file: FileId = Field(description="an id from POST /v1/files")
-    validation_file: FileId | None = Field(None, description="likewise; null: nothing is held out")
+    validation_file: FileId | None = Field(None, description="an id of held-out rows; null: none")
     suffix: str | None = Field(
         None,
         min_length=1,
         max_length=MAX_NAME,
-        description="the name of the adapter that becomes a version; null: a new one",
+        description="the name of the adapter that gets a new version; null: a new name",
     )
     method: MethodBody | None = None
-    hyperparameters: HyperparametersBody | None = Field(None, description="the older place of method's")
+    hyperparameters: HyperparametersBody | None = Field(None, description="the older place of those in method")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null: 0")
     metadata: Metadata = None
     integrations: Unsupported = None
 
 
 class Page(BaseModel, Generic[Item]):
-    """Some of many. `last_id` is the next page's `after`."""
+    """A page of a list. `last_id` is `after` for the next page."""
 
     object: Literal["list"]
     data: list[Item]
@@ -152,7 +145,7 @@ class FileAnswer(BaseModel):
     created_at: int
     filename: str
     purpose: Literal["fine-tune", "fine-tune-results"]
-    status: Literal["processed"] = Field(description="every line was checked when it was uploaded")
+    status: Literal["processed"] = Field(description="every line was checked at upload")
     expires_at: None
     status_details: None
 
@@ -185,13 +178,13 @@ class JobError(BaseModel):
 
 
 class FineTuningJob(BaseModel):
-    id: str = Field(description="as under /train")
+    id: str = Field(description="the id under /train, too")
     object: Literal["fine_tuning.job"]
     created_at: int
     finished_at: int | None
     estimated_finish: int | None
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    model: str = Field(description="the base, or the version that it goes on from")
+    model: str = Field(description="the base, or the version that the job continues")
     fine_tuned_model: str | None = Field(description="name@version, once it has succeeded")
     organization_id: str
     training_file: str
@@ -200,7 +193,7 @@ class FineTuningJob(BaseModel):
     method: Method
     hyperparameters: Hyperparameters
     seed: int
-    trained_tokens: int | None = Field(description="inputs of all steps without padding, once it has ended")
+    trained_tokens: int | None = Field(description="input tokens of all steps without padding, once it has ended")
     metadata: dict[str, str] | None
     error: JobError | None
     integrations: list[JsonValue]
@@ -234,7 +227,7 @@ _MEASURES = {
     "eval_loss": ("valid_loss", "full_valid_loss"),  # always of all held-out rows
     "eval_accuracy": ("valid_mean_token_accuracy", "full_valid_mean_token_accuracy"),
 }
-"""Our name of a measure, and OpenAI's."""
+"""Our names of metrics, and OpenAI's."""
 _FIELDS = {
     ("name",): ("suffix",),
     ("start_from",): ("model",),
@@ -242,11 +235,11 @@ _FIELDS = {
     ("validation",): ("validation_file",),
     ("training", "epochs"): ("hyperparameters", "n_epochs"),
 }
-"""The start of a field's place in POST /train's body, and in OpenAI's."""
+"""Prefixes of a field's location in the body of POST /train, and in OpenAI's."""
 
 
 def train_body(body: FineTuningBody, base_name: str, idempotency_key: str | None) -> TrainBody:
-    """The job as POST /train takes it. Raises InvalidInput."""
+    """Return the body for POST /train. Raise InvalidInput."""
     asked = _hyperparameters(body)
     training: dict[str, object] = {"seed": body.seed or 0}
     if asked.n_epochs is not None:
@@ -267,7 +260,7 @@ def train_body(body: FineTuningBody, base_name: str, idempotency_key: str | None
 
 
 def kept_fields(body: FineTuningBody, base_name: str) -> dict[str, object]:
-    """What is to be stored with the job."""
+    """Return the fields to store with the job."""
     multiplier = _hyperparameters(body).learning_rate_multiplier
     return {
         "base": base_name,
@@ -279,14 +272,14 @@ def kept_fields(body: FineTuningBody, base_name: str) -> dict[str, object]:
 
 
 def with_openai_field_names(error: InvalidInput) -> InvalidInput:
-    """The faults that POST /train would name, by the names of OpenAI's fields."""
+    """Return the error with OpenAI's names for the fields of POST /train."""
     return InvalidInput([FieldError(_renamed(fault.loc), fault.message) for fault in error.errors], error.num_more)
 
 
 def job_object(job: Job, has_results: bool, now: float) -> dict[str, object]:
-    """`has_results`: its result file is there; `now` is the time, in seconds since 1970."""
+    """Return a job in OpenAI's form. `has_results`: its result file exists. `now`: seconds since 1970."""
     kept, spec = cast("Mapping[str, object]", job.data[FINE_TUNING]), job.spec
-    assert isinstance(spec, JobSpec), "no merge is made here"
+    assert isinstance(spec, JobSpec), "merges have no job here"
     hyperparameters = {
         "n_epochs": spec.training.epochs,
         "batch_size": spec.training.batch_size,
@@ -318,7 +311,7 @@ def job_object(job: Job, has_results: bool, now: float) -> dict[str, object]:
 
 
 def event_object(job_id: str, event: Event) -> dict[str, object]:
-    """One of the job's events; losses on held-out rows under OpenAI's name."""
+    """Return an event in OpenAI's form, with OpenAI's names of metrics."""
     return {
         "id": f"{EVENT}-{job_id}-{event.seq}",
         "object": "fine_tuning.job.event",
@@ -331,22 +324,22 @@ def event_object(job_id: str, event: Event) -> dict[str, object]:
 
 
 def event_seq(job_id: str, event_id: str) -> int:
-    """The number of the job's event that has this id. Raises InvalidInput on `after`."""
+    """Return the number of the event with this id. Raise InvalidInput on `after`."""
     start, _, number = event_id.rpartition("-")
     if start != f"{EVENT}-{job_id}" or not (number.isascii() and number.isdigit()) or len(number) > 9:
-        raise InvalidInput.of("after", "is no event of this job")
+        raise InvalidInput.of("after", "is not an event of this job")
     return int(number)
 
 
 def checkpoint_object(job: Job, step: int) -> dict[str, object] | None:
-    """The version that the job published, with the weights of `step`; None where it published none.
+    """Return the version that the job published, with the weights of `step`, or None if it published none.
 
-    Checkpoints that a job goes on from are no models and have no names.
+    Checkpoints that a job resumes from aren't models and have no names.
     """
     model = _published(job)
     if model is None:
         return None
-    assert job.finished_at is not None, "it has published"
+    assert job.finished_at is not None, "a job that published has ended"
     metrics = {
         name: job.metrics[measure]
         for measure, names in _MEASURES.items()
@@ -365,7 +358,7 @@ def checkpoint_object(job: Job, step: int) -> dict[str, object] | None:
 
 
 def file_object(file: StoredFile) -> dict[str, object]:
-    """A file; it is processed, since every line was checked before it was stored."""
+    """Return a file in OpenAI's form. It is `processed`, because every line was checked before it was stored."""
     return {
         "id": file.id,
         "object": "file",
@@ -380,7 +373,7 @@ def file_object(file: StoredFile) -> dict[str, object]:
 
 
 def page_object(data: Sequence[Mapping[str, object]], has_more: bool) -> dict[str, object]:
-    """Some objects of many; the last one's id is where the next page begins."""
+    """Return a page of objects."""
     ids = [item["id"] for item in data]
     return {
         "object": "list",
@@ -392,7 +385,7 @@ def page_object(data: Sequence[Mapping[str, object]], has_more: bool) -> dict[st
 
 
 def _hyperparameters(body: FineTuningBody) -> HyperparametersBody:
-    """Those of `method`, or those in the older place. Raises InvalidInput where both are given."""
+    """Return the hyperparameters of `method` or in the older place. Raise InvalidInput if both have some."""
     if body.hyperparameters is None:
         return (
             HyperparametersBody.model_validate({})
@@ -405,7 +398,7 @@ def _hyperparameters(body: FineTuningBody) -> HyperparametersBody:
 
 
 def _new_name(idempotency_key: str | None) -> str:
-    """A name of its own for a job without a suffix; the same for a repeat of the same request."""
+    """Return a unique name for a job without a suffix. A repeated request gets the same name."""
     if idempotency_key is None:
         return f"ft-{secrets.token_hex(4)}"
     return f"ft-{hashlib.sha256(idempotency_key.encode()).hexdigest()[:8]}"
@@ -428,8 +421,8 @@ MAX_PAGE = 1000
 _BATCH = 100
 
 JobId = Annotated[str, Path(max_length=256)]
-Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")]
-After = Annotated[str | None, Query(max_length=256, description="the last id of the page before")]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="size of a page")]
+After = Annotated[str | None, Query(max_length=256, description="the last id of the previous page")]
 _JOB: Responses = {200: {"model": FineTuningJob}, **REFUSALS}
 
 
@@ -441,7 +434,7 @@ async def create(
     key: IdempotencyKey = None,
 ) -> Response:
     """Create a fine-tuning job. It publishes the next version of the adapter `suffix`."""
-    job = await services.limiters.preparing.run(_submit, services, body, key)
+    job = await services.limiters.preparing.run(services.principal.project, _submit, services, body, key)
     return await to_thread.run_sync(_answer, services, job)
 
 
@@ -455,7 +448,7 @@ async def list_jobs(
     limit: Limit = 20,
     after: After = None,
     metadata: Annotated[
-        Literal["null"] | None, Query(description="jobs without any", json_schema_extra=KEYED)
+        Literal["null"] | None, Query(description="jobs without metadata", json_schema_extra=KEYED)
     ] = None,
 ) -> Response:
     """List jobs, newest first.
@@ -495,7 +488,7 @@ async def list_events(services: ServicesDep, job_id: JobId, limit: Limit = 20, a
 async def list_checkpoints(
     services: ServicesDep, job_id: JobId, limit: Limit = 10, after: After = None
 ) -> Response:
-    """List the models that a job made: the version that it published, once it has succeeded."""
+    """List the version that a job published, once it has succeeded."""
     return await to_thread.run_sync(_checkpoints_page, services.jobs, job_id, after)
 
 
@@ -544,7 +537,7 @@ def _has_rows(files: FileStore, file_id: str) -> bool:
 
 
 def _get(jobs: Jobs, job_id: str) -> Job:
-    """Raises NotFound, also for jobs that weren't made here: they have no files."""
+    """Return a job. Raise NotFound if there is none, or if it was created by /train: it has no files then."""
     job = jobs.get(job_id)
     if FINE_TUNING not in job.data:
         raise NotFound(f"there is no job {job_id} under /v1; see /train")
@@ -564,7 +557,7 @@ def _answer(services: Services, job: Job) -> Response:
 
 
 def _objects(services: Services, found: Sequence[Job]) -> list[dict[str, object]]:
-    """Their results are those that are there. While an object store can't tell, it is what they made."""
+    """Return jobs in OpenAI's form. If the object store can't be reached, all their results count as present."""
     results = {results_id(job.id) for job in found if job.status is Status.SUCCEEDED}
     with suppress(BytesUnavailable):
         results = services.files.present(results)
@@ -580,14 +573,14 @@ def _jobs_page(services: Services, limit: int, after: str | None, is_wanted: Cal
 
 
 def _all_jobs(jobs: Jobs, before: str | None) -> Iterator[Job]:
-    """Those that were made here, the newest first."""
+    """Yield the jobs that were created under /v1, newest first."""
     while found := jobs.list(limit=_BATCH, before=before):
         yield from (job for job in found if FINE_TUNING in job.data)
         before = found[-1].id
 
 
 def _metadata_filter(request: Request, is_null: bool) -> Callable[[Job], bool]:
-    """Return whether a job has the metadata that the query asks for; `is_null`: it has none."""
+    """Return a filter of jobs by the metadata in the query. `is_null` selects jobs without any."""
     start = "metadata["
     wanted = {
         name[len(start) : -1]: value for name, value in request.query_params.items() if name.startswith(start)
@@ -620,5 +613,5 @@ def _checkpoints_page(jobs: Jobs, job_id: str, after: str | None) -> Response:
     step = report.get("steps")
     found = checkpoint_object(job, step) if isinstance(step, int) else None
     if after is not None and (found is None or found["id"] != after):
-        raise InvalidInput.of("after", "is no checkpoint of this job")
+        raise InvalidInput.of("after", "is not a checkpoint of this job")
     return wire.answer(page_object([] if found is None or after is not None else [found], has_more=False))

@@ -1,7 +1,7 @@
 """Log-probabilities in OpenAI's two forms, for exactly the tokens that make up the text.
 
-The engine also tells those of what ended an answer, an end token or a stop string: they are left out here, so that
-the tokens joined are the text.
+The engine also returns those of the end token or the stop string. They are left out here, so that the joined
+tokens are the text.
 """
 
 import codecs
@@ -9,64 +9,64 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
-from server.api.generate import LEAST_LOGPROB, in_turns
+from server.api.generate import MIN_LOGPROB, in_turns
 from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
 
 
 class _Places:
-    """Where the tokens of a text begin in it, in characters: U+FFFD stands there for bytes that are none."""
+    """The offsets of a text's tokens, in characters. Invalid bytes count as U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._num_characters = 0
 
     def next(self, content: bytes) -> int:
-        """Of the token with these bytes, which follows on those before: the character of its first byte."""
+        """Return the offset of the next token's first byte, given the token's bytes."""
         self._num_characters += len(self._decoder.decode(content[:1]))
-        unfinished = self._decoder.getstate()[0]  # half a surrogate, too, which ends as a character for each byte
+        unfinished = self._decoder.getstate()[0]  # may be half of a surrogate, whose bytes become a character each
         start = self._num_characters + len(unfinished.decode(errors="replace")) - bool(content)
         self._num_characters += len(self._decoder.decode(content[1:]))
         return start
 
 
 class TextLogprobs:
-    """The log-probabilities of one choice, each told with the piece of text that its token begins in."""
+    """The log-probabilities of a choice, each returned with the piece of text that its token begins in."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[int, SampledLogprob]] = deque()  # (where the token starts, it)
+        self._pending: deque[tuple[int, SampledLogprob]] = deque()  # (offset, token)
         self._places = _Places()
         self._num_characters = 0
 
     def push(self, output: SequenceOutput) -> list[SampledLogprob]:
-        """What to tell with this output's text."""
+        """Return the log-probabilities to send with this output's text."""
         for entry in output.logprobs:
             self._pending.append((self._places.next(bytes(entry.chosen.bytes)), entry))
         self._num_characters += len(output.text)
-        told = []
+        ready = []
         while self._pending and (self._pending[0][0] < self._num_characters or output.finish_reason == "length"):
-            told.append(self._pending.popleft()[1])
-        return told
+            ready.append(self._pending.popleft()[1])
+        return ready
 
 
 def of_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
-    """Chat's form: a list of tokens, each with its likeliest rivals."""
+    """Return chat's form: a list of tokens, each with its likeliest alternatives."""
     return {"content": [_sampled(num_top, entry) for entry in entries], "refusal": None}
 
 
 async def of_whole_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
-    """The same of a whole answer's, which may be many."""
+    """Return chat's form for a whole answer, in pieces that let other requests run."""
     return {"content": await in_turns(partial(_sampled, num_top), entries), "refusal": None}
 
 
 class LegacyLogprobs:
-    """The form of completions: four lists side by side, with each token's place in the choice's text."""
+    """Builds the form of completions: parallel lists, with each token's offset in the choice's text."""
 
     def __init__(self, num_top: int) -> None:
         self._num_top = num_top
         self._places = _Places()
 
     def of(self, entries: Sequence[SampledLogprob]) -> dict[str, object]:
-        """Of the entries that follow on those of the last call. `text_offset` counts characters."""
+        """Return the form of the next entries. `text_offset` counts characters from the choice's start."""
         return {
             "tokens": [_name(entry.chosen) for entry in entries],
             "token_logprobs": [_logprob(entry.chosen) for entry in entries],
@@ -75,7 +75,7 @@ class LegacyLogprobs:
         }
 
     def _top(self, entry: SampledLogprob) -> dict[str, float]:
-        """The likeliest, and the chosen one in any case."""
+        """Return the likeliest tokens, and always the chosen one."""
         return {_name(token): _logprob(token) for token in (*entry.top[: self._num_top], entry.chosen)}
 
 
@@ -88,11 +88,11 @@ def _token(token: TokenLogprob) -> dict[str, object]:
 
 
 def _logprob(token: TokenLogprob) -> float:
-    return max(token.logprob, LEAST_LOGPROB)
+    return max(token.logprob, MIN_LOGPROB)
 
 
 def _name(token: TokenLogprob) -> str:
-    """The token as a key: its text; one that is no whole character is told by its bytes."""
+    """Return the token as a key: its text, or its bytes if they aren't whole characters."""
     content = bytes(token.bytes)
     try:
         return content.decode() or token.text

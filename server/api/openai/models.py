@@ -1,7 +1,4 @@
-"""/v1/models: the base first, then every adapter and composition by name; one of them by any expression.
-
-Deleting is what DELETE /adapters does, with the same refusals.
-"""
+"""/v1/models: the base, adapters and compositions. DELETE works like DELETE /adapters."""
 
 from datetime import datetime
 from functools import partial
@@ -17,8 +14,8 @@ from adapters.names import split_key
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openai.calls import terms_of
-from server.api.openai.errors import ModelNotFound
 from server.api.openai.schemas import REFUSALS
+from server.api.problems import ModelNotFound
 from server.api.routes import READ, TRAIN, requires
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -41,7 +38,7 @@ async def models(services: ServicesDep) -> Response:
 @router.get("/models/{model:path}", summary="One model", response_class=Response, responses=REFUSALS)
 @requires(READ)
 async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
-    """Get the base, or what an adapter expression means now."""
+    """Get the base, or the adapters that an expression names at present."""
     terms = terms_of(services, model)
     if not terms:
         return wire.answer(_base(services))

@@ -1,9 +1,7 @@
-"""What clients send to /v1/chat/completions and /v1/completions: OpenAI's fields, with OpenAI's defaults.
+"""The bodies of /v1/chat/completions and /v1/completions, with OpenAI's fields and defaults.
 
-A field of OpenAI's that can't be honoured is refused by its name, unless its value switches it off. `user`,
-`safety_identifier` and `prompt_cache_key` are taken: they are the caller's labels, and change no answer there.
-
-What /docs says of answers under /v1: an example of each, and the errors.
+A field of OpenAI's that can't be honoured is refused by name, unless its value switches it off. `user`,
+`safety_identifier` and `prompt_cache_key` are accepted and ignored: they are labels.
 """
 
 from collections.abc import Mapping
@@ -55,10 +53,10 @@ _OFF: Mapping[str, tuple[object, ...]] = {
     "suffix": ("",),
     "echo": (False,),
 }
-"""Fields of OpenAI's that are not supported, and the values, besides null, that switch them off."""
+"""OpenAI's fields that are not supported, and the values besides null that switch them off."""
 
 _TOOLS = ("tools", "functions")
-"""What several libraries ask for structured answers by, unless they are told otherwise."""
+"""Fields that several libraries use by default to ask for structured answers."""
 
 
 def _refuse(value: object, info: ValidationInfo) -> None:
@@ -72,12 +70,12 @@ Unsupported = Annotated[None, BeforeValidator(_refuse), Field(description="not s
 
 
 class StreamOptions(Body):
-    include_usage: bool = Field(False, description="one more chunk at the end, with the usage and no choices")
+    include_usage: bool = Field(False, description="a last chunk with the usage and no choices")
     include_obfuscation: Literal[False] | None = None
 
 
 class CallBody(SamplingFields):
-    """What both kinds of calls share. `extra_body` of OpenAI's client carries the fields that aren't OpenAI's."""
+    """The fields of both calls. OpenAI's client sends those that aren't OpenAI's in `extra_body`."""
 
     model: str = Field(min_length=1, max_length=MAX_LENGTH, description="the base's name or an adapter expression")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy")
@@ -94,7 +92,7 @@ class CallBody(SamplingFields):
     @classmethod
     def _only_with_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if value is not None and not info.data.get("stream"):
-            raise ValueError("goes with stream: true only")
+            raise ValueError("is only allowed with stream: true")
         return value
 
     @property
@@ -103,7 +101,7 @@ class CallBody(SamplingFields):
 
 
 class ChatMessageBody(Body):
-    """One turn: a text, or parts of text, which are joined as they are. `developer` means `system`."""
+    """A turn: a text, or parts of text, which are joined without a separator. `developer` means `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(joined_parts, str | list[dict[str, str]])]
@@ -117,7 +115,7 @@ class ChatMessageBody(Body):
 
 
 class ChatBody(CallBody):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: list[ChatMessageBody] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(None, ge=1, description="null: up to 1,024, as the context allows")
@@ -151,11 +149,11 @@ Prompt = str | tuple[int, ...]
 
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
-    """One prompt or several. ValueError where they are something else."""
+    """Return one or several prompts. Raise ValueError if they are anything else."""
     if isinstance(value, str) or (isinstance(value, list) and value and _is_token(value[0])):
         value = [value]
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PROMPTS:
-        raise ValueError(f"is a text, an array of token ids, or an array of 1 to {MAX_PROMPTS} of either")
+        raise ValueError(f"must be a text, an array of token ids, or an array of 1 to {MAX_PROMPTS} of either")
     return tuple(_prompt(number, item) for number, item in enumerate(value))
 
 
@@ -182,18 +180,18 @@ _PROMPTS = {
 
 
 class CompletionBody(CallBody):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
     max_tokens: int | None = Field(DEFAULT_COMPLETION_TOKENS, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(None, description="n, or left out: nothing is drawn that is not answered")
+    best_of: int | None = Field(None, description="only n, or left out")
     suffix: Unsupported = None
     echo: Unsupported = None
 
 
 WARNING = "X-Smolora-Warning"
-"""A header for each warning about an adapter: OpenAI's answers have no field for it."""
+"""The header with a warning about an adapter, since OpenAI's answers have no field for it."""
 
 
 class ErrorBody(BaseModel):
@@ -223,14 +221,14 @@ REFUSALS: Responses = {
 
 
 def answers_with(example: object) -> dict[str, object]:
-    """The 200 of a route; with `stream`, the same in chunks."""
+    """Return the documentation of a route's status 200."""
     return {
         "description": "The answer; with `stream`, its chunks as server-sent events",
         "content": {"application/json": {"example": example}},
         "headers": {
             WARNING: {
                 "schema": {"type": "string"},
-                "description": "of an adapter, such as one made on another base",
+                "description": "about an adapter, such as one made on another base",
             }
         },
     }

@@ -343,7 +343,7 @@ async def test_an_answer_has_so_many_logprobs_and_no_more(
     monkeypatch.setattr(generation, "MAX_LOGPROBS", num_entries - 1)
     response = await client.post(path, json=body)
     assert response.status_code in (400, 422)
-    assert "tokens with 2 beside each" in response.text
+    assert "tokens with 2 alternatives each" in response.text
     if path != "/compare":
         assert (await client.post(path, json={**body, "stream": True})).status_code == 200
 

@@ -1,4 +1,4 @@
-"""The command as people meet it: one line for whatever keeps it from starting, and quick help."""
+"""The `smolora` script: one line if it can't start, and quick help."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def smolora(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (["--port", "0", "--host", "192.0.2.1", "--api-keys", "k" * 16], "can't listen on 192.0.2.1, port 0: "),
     ],
 )
-def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
+def test_reason_for_not_starting_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
     result = smolora("serve", "--home", str(tmp_path), *arguments)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -42,14 +42,14 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list
 @pytest.mark.parametrize(
     "lost", ["a full disk", pytest.param("a pipe that nobody reads", marks=pytest.mark.thorough)]
 )
-def test_it_serves_though_nobody_can_read_what_it_says(tmp_path: Path, tiny_base_dir: Path, lost: str) -> None:
+def test_server_starts_if_its_output_is_lost(tmp_path: Path, tiny_base_dir: Path, lost: str) -> None:
     if lost == "a full disk":
         said = os.open("/dev/full", os.O_WRONLY)
     else:
         unread, said = os.pipe()
         os.close(unread)
     arguments = (f"--home={tmp_path}", f"--model={tiny_base_dir}", "--port=0", "--workers=0", "--no-native")
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # with it nothing is left to be written at the end
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # otherwise nothing is left to write at exit
     command = [sys.executable, "-m", "server.cli", "serve", *arguments]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, env=environment, text=True)
     os.close(said)
@@ -74,8 +74,8 @@ def test_it_serves_though_nobody_can_read_what_it_says(tmp_path: Path, tiny_base
         pytest.param("MemoryError", marks=pytest.mark.thorough),
     ],
 )
-def test_too_little_memory_for_the_base_is_one_line(tmp_path: Path, fault: str) -> None:
-    """As under `ulimit -v`, wherever it is that memory ends."""
+def test_too_little_memory_is_one_line(tmp_path: Path, fault: str) -> None:
+    """As under `ulimit -v`, wherever memory runs out."""
     code = (
         "from server.cli.main import main; from server.serve import startup\n"
         f"def build(*_, **__): raise {fault}\n"
@@ -91,8 +91,8 @@ def test_too_little_memory_for_the_base_is_one_line(tmp_path: Path, fault: str) 
 
 
 @pytest.mark.parametrize("command", [("serve", "--port=0"), ("worker",)])
-def test_where_the_log_is_json_it_says_so_in_json(tmp_path: Path, command: tuple[str, ...]) -> None:
-    """What ends it is the line that matters most to whoever reads nothing else."""
+def test_reason_is_json_if_the_log_is(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Readers of the JSON log must see why it ends."""
     (tmp_path / "smolora.db").mkdir()
     done = smolora(*command, "--home", str(tmp_path), "--log-format", "json")
     assert done.returncode == 1
@@ -102,10 +102,10 @@ def test_where_the_log_is_json_it_says_so_in_json(tmp_path: Path, command: tuple
 
 
 @pytest.mark.parametrize("command", ["serve", "worker"])
-@pytest.mark.parametrize("told", ["flag", "variable"])
-def test_a_wrong_setting_is_told_in_json_too(command: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--log-format=json"] if told == "flag" else []
-    if told == "variable":
+@pytest.mark.parametrize("place", ["flag", "variable"])
+def test_invalid_setting_is_json_if_the_log_is(command: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--log-format=json"] if place == "flag" else []
+    if place == "variable":
         monkeypatch.setenv("SMOLORA_LOG_FORMAT", "json")
     monkeypatch.setenv("SMOLORA_TRAIN_SHARE", "much")
     done = smolora(command, "--home", "/dev/null/x", *flags)
@@ -113,10 +113,10 @@ def test_a_wrong_setting_is_told_in_json_too(command: str, told: str, monkeypatc
     assert json.loads(done.stderr)["message"] == "SMOLORA_TRAIN_SHARE (--train-share): must be a number"
 
 
-def test_a_worker_names_what_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_names_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLORA_TRAIN_SHARES", "0.5")
-    told = "SMOLORA_TRAIN_SHARES is not a setting: did you mean SMOLORA_TRAIN_SHARE?"
-    assert told in smolora("worker", "--home", "/dev/null/x").stderr
+    expected = "SMOLORA_TRAIN_SHARES is not a setting: did you mean SMOLORA_TRAIN_SHARE?"
+    assert expected in smolora("worker", "--home", "/dev/null/x").stderr
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_a_worker_names_what_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> N
         (["serve", "--", "--api-keys=k1"], ["serve", "--", "--api-keys=k1"], "from outside"),
     ],
 )
-def test_keys_leave_the_command_line(arguments: list[str], seen: list[str], key: str) -> None:
+def test_keys_are_hidden_in_the_command_line(arguments: list[str], seen: list[str], key: str) -> None:
     code = """
 import json, os, sys
-from server.config.secrets import hide_keys
+from server.config.environment import hide_keys
 hide_keys()
 with open("/proc/self/cmdline") as file:
     print(json.dumps([os.getpid(), os.environ["SMOLORA_API_KEYS"], file.read().split("\\0")[3:-1]]))
@@ -156,15 +156,15 @@ with open("/proc/self/cmdline") as file:
         ("jobs", "--api-keys=k"),
     ],
 )
-def test_a_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
-    """As vLLM's server has it: taken for a client's, it would leave the server open to everybody."""
+def test_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
+    """vLLM's server has this flag for its keys. Taken for a client's key, it would leave the server open."""
     result = smolora(*arguments, *(["--home", "/dev/null/x"] if "serve" in arguments else []))
     assert result.returncode == 2
     assert "No such option" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "expected"),
     [
         ("--lora_r", "No such option: --lora_r (did you mean --rank?)"),
         ("--lora-alpha=8", "No such option: --lora-alpha (did you mean --alpha?)"),
@@ -174,19 +174,19 @@ def test_a_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
             "optimizer step, accumulated ones too.",
         ),
         ("--early_stopping_patience", "No such option: --early_stopping_patience (did you mean --patience?)"),
-        ("--use_dora", "No such option: --use_dora"),  # it is no misspelt --rslora
-        ("--rnk", "No such option: --rnk (Possible options: --rank, --url)"),  # as Typer tells it
+        ("--use_dora", "No such option: --use_dora"),  # it must not suggest --rslora
+        ("--rnk", "No such option: --rnk (Possible options: --rank, --url)"),  # Typer's own message
     ],
 )
-def test_options_that_peft_and_trl_have(option: str, told: str) -> None:
+def test_options_of_peft_and_trl_get_a_suggestion(option: str, expected: str) -> None:
     result = CliRunner().invoke(app, ["train", "rows.jsonl", "--name", "a", option, "3"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert f"│ {told} " in result.stderr
-    assert ("(" in result.stderr) == ("(" in told)
+    assert f"│ {expected} " in result.stderr
+    assert ("(" in result.stderr) == ("(" in expected)
 
 
-def test_what_looks_like_an_option_and_is_none() -> None:
-    """A value, and what stands behind `--`: it is the file that isn't there."""
+def test_values_that_look_like_options() -> None:
+    """They are taken for a file, which doesn't exist."""
     arguments = ["train", "--name", "a", "--description", "--lr", "--", "--lr"]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
@@ -202,7 +202,7 @@ def test_what_looks_like_an_option_and_is_none() -> None:
         (["train", "rows.jsonl", "--name", "a", "--validation", "nan"], "--validation"),  # before rows are sent
     ],
 )
-def test_a_number_that_is_none(arguments: list[str], option: str) -> None:
+def test_nan_and_infinity_are_refused(arguments: list[str], option: str) -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert f"Invalid value for {option}: it must be finite" in result.stderr

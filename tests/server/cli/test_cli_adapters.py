@@ -43,7 +43,7 @@ def files(server: Running) -> tuple[bytes, bytes]:
     return peft_files(3, shape=server.services.library.shape, base_model="someone/else")
 
 
-def test_a_folder_and_a_zip_come_back_byte_for_byte(
+def test_folder_and_zip_come_back_byte_for_byte(
     smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
     config, weights = files
@@ -77,10 +77,10 @@ def test_a_folder_and_a_zip_come_back_byte_for_byte(
     assert "up@1*0.5" in shown
 
 
-def test_another_projects(
+def test_adapters_of_other_projects(
     smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the name that lists have. One that isn't there is none of one's own, nor a version of it."""
+    """They are named as in lists. An unknown one is never taken for the own project's."""
     for name, headers in (("tone", {}), ("acme", {}), ("tone", {"OpenAI-Project": "acme"})):
         if headers:
             home = str(server.services.settings.home)
@@ -103,7 +103,7 @@ def test_another_projects(
     assert {"acme", "tone"} <= set(listed)
 
 
-def test_what_does_not_go_is_said_in_a_line(smolora: Run, files: tuple[bytes, bytes], tmp_path: Path) -> None:
+def test_failed_imports_are_one_line(smolora: Run, files: tuple[bytes, bytes], tmp_path: Path) -> None:
     config, _ = files
     (tmp_path / "adapter_config.json").write_bytes(config)
     missing = smolora("adapters", "import", str(tmp_path), "--name", "x")
@@ -121,10 +121,10 @@ def test_what_does_not_go_is_said_in_a_line(smolora: Run, files: tuple[bytes, by
     assert "SMOLORA_ALLOW_HUB_ADAPTERS" in refused.stderr
 
 
-def test_a_folder_of_adapters_is_told_and_so_is_a_pickled_one(
+def test_folder_of_adapters_and_pickled_weights_are_explained(
     smolora: Run, files: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
-    """A trainer's folder of checkpoints, and what older PEFT saved."""
+    """Trainers leave folders of checkpoints, and older PEFT saved pickles."""
     for folder in ("checkpoint-100", "checkpoint-200"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "adapter_config.json").write_bytes(files[0])
@@ -138,10 +138,10 @@ def test_a_folder_of_adapters_is_told_and_so_is_a_pickled_one(
 
 
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_an_adapter_without_its_config_is_not_taken_for_a_folder_of_adapters(
+def test_adapter_without_config_is_no_folder_of_adapters(
     smolora: Run, files: tuple[bytes, bytes], tmp_path: Path, weights: str
 ) -> None:
-    """A trainer's last weights lie beside its checkpoints: to give one of those would publish an older adapter."""
+    """Trainers save the last weights next to the checkpoints; suggesting those would publish an older adapter."""
     (tmp_path / "checkpoint-100").mkdir()
     (tmp_path / "checkpoint-100" / "adapter_config.json").write_bytes(files[0])
     (tmp_path / weights).write_bytes(files[1])
@@ -150,10 +150,10 @@ def test_an_adapter_without_its_config_is_not_taken_for_a_folder_of_adapters(
     assert result.stderr.endswith("adapter_config.json: No such file or directory\n")
 
 
-def test_a_download_goes_into_a_folder(
+def test_download_into_a_folder(
     smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also by a link, whose place it doesn't take."""
+    """Also through a link, which stays."""
     uploaded = httpx.post(f"{server.url}/adapters/down", files={"archive": as_zip(*files)}, trust_env=False)
     assert uploaded.status_code == 201, uploaded.text
     folder, link = tmp_path / "folder", tmp_path / "link"
@@ -168,10 +168,10 @@ def test_a_download_goes_into_a_folder(
     assert zipfile.is_zipfile("down-1.zip")
 
 
-def test_a_download_takes_no_pipes_place_nor_a_links(
+def test_download_replaces_neither_pipes_nor_links(
     smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
-    """As root, `--output /dev/null` replaced the machine's."""
+    """As root, `--output /dev/null` once replaced the device."""
     uploaded = httpx.post(f"{server.url}/adapters/piped", files={"archive": as_zip(*files)}, trust_env=False)
     assert uploaded.status_code == 201, uploaded.text
     pipe, file, link = tmp_path / "pipe", tmp_path / "file.zip", tmp_path / "link.zip"
@@ -196,10 +196,10 @@ def test_a_download_takes_no_pipes_place_nor_a_links(
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_a_download_to_standard_output_is_nothing_but_the_archive(
+def test_download_to_stdout_is_only_the_archive(
     server: Running, files: tuple[bytes, bytes], is_file: bool, tmp_path: Path
 ) -> None:
-    """Its name went behind the archive, or, where the output is a file, over what it begins with."""
+    """The name was once printed after the archive, or over its start if stdout is a file."""
     uploaded = httpx.post(f"{server.url}/adapters/out", files={"archive": as_zip(*files)}, trust_env=False)
     assert uploaded.status_code == 201, uploaded.text
     url = f"{server.url}/adapters/out/{uploaded.json()['version']}/download"
@@ -211,10 +211,10 @@ def test_a_download_to_standard_output_is_nothing_but_the_archive(
         assert (file.read() if is_file else done.stdout) == httpx.get(url, trust_env=False).content
 
 
-def test_a_download_goes_by_no_link_that_the_kernel_does_not_follow(
+def test_download_follows_only_links_that_the_kernel_follows(
     server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as another user's in /tmp: it is for the kernel to find out what it leads to."""
+    """Such as links of other users in /tmp: only the kernel decides."""
     uploaded = httpx.post(f"{server.url}/adapters/led", files={"archive": as_zip(*files)}, trust_env=False)
     assert uploaded.status_code == 201, uploaded.text
     mine, link = tmp_path / "mine.zip", tmp_path / "link.zip"

@@ -1,4 +1,4 @@
-"""The commands that speak to a server, against a real one on a tiny base; a stand-in does the training."""
+"""The commands that speak to a server, against a real one on a tiny base, with a fake worker."""
 
 import json
 import shlex
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path) -> Ite
 
 @pytest.fixture
 def smolora(server: Running) -> Run:
-    """Runs a command against the server, by the environment's address and key."""
+    """Return a function that runs a command with the server's address and key in the environment."""
 
     def run(*arguments: str, environment: Mapping[str, str] | None = None) -> Result:
         own = {"SMOLORA_URL": server.url, "SMOLORA_API_KEY": "secret-0123456789", "COLUMNS": "200"}
@@ -54,7 +54,7 @@ def rows(tmp_path: Path) -> str:
 
 @pytest.fixture
 def worker(server: Running) -> Iterator[Callable[[Callable[[StandIn], object]], None]]:
-    """Has the next job done by `work`, on a thread."""
+    """Return a function that runs the next job with `work` in a thread."""
     leases = Leases(connect(server.services.settings.home))
     threads = []
 
@@ -74,7 +74,7 @@ def worker(server: Running) -> Iterator[Callable[[Callable[[StandIn], object]], 
         thread.join(30)
 
 
-def test_generate(smolora: Run) -> None:
+def test_generate_prints_the_text(smolora: Run) -> None:
     options = ("--max-tokens", "8", "--temperature", "0")
     plain = smolora("generate", "404 Not", *options)
     assert plain.exit_code == 0, plain.output
@@ -85,11 +85,11 @@ def test_generate(smolora: Run) -> None:
     assert tuned["choices"] != answer["choices"]
     chat = json.loads(smolora("generate", "404 Not", *options, "--chat", "--stop", "x", "--json").stdout)
     assert chat["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
-    told = json.loads(smolora("generate", "404 Not", *options, "--system", "Be brief.", "--json").stdout)
-    assert told["usage"]["prompt_tokens"] != chat["usage"]["prompt_tokens"]
+    shown = json.loads(smolora("generate", "404 Not", *options, "--system", "Be brief.", "--json").stdout)
+    assert shown["usage"]["prompt_tokens"] != chat["usage"]["prompt_tokens"]
 
 
-def test_a_question_that_was_only_continued(smolora: Run) -> None:
+def test_continued_question_suggests_chat(smolora: Run) -> None:
     options = ("--max-tokens", "2", "--temperature", "0")
     question = "What's LoRA?"
     result = smolora("generate", question, *options)
@@ -106,7 +106,7 @@ def test_a_question_that_was_only_continued(smolora: Run) -> None:
         assert smolora("generate", *other, *options).stderr == ""
 
 
-def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) -> None:
+def test_adapter_of_another_base_is_a_warning(smolora: Run, server: Running) -> None:
     files = as_parts(*peft_files(seed=1, base_model="someone/else", shape=server.services.library.shape))
     headers = {"Authorization": "Bearer secret-0123456789"}
     httpx.post(f"{server.url}/adapters/stray", files=files, headers=headers, trust_env=False).raise_for_status()
@@ -121,7 +121,7 @@ def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) ->
     assert smolora("generate", "404", "-a", "up", "--max-tokens", "1").stderr == ""
 
 
-def test_adapters(smolora: Run) -> None:
+def test_adapters_are_listed(smolora: Run) -> None:
     listed = json.loads(smolora("adapters", "--json").stdout)["adapters"]
     assert "up" in [adapter["name"] for adapter in listed]
     result = smolora("adapters")
@@ -132,11 +132,11 @@ def test_adapters(smolora: Run) -> None:
 
 
 def job_of(smolora: Run) -> str:
-    """The newest job's id."""
+    """Return the newest job's id."""
     return str(json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]["id"])
 
 
-def test_train_to_the_end(
+def test_train_until_the_job_ends(
     smolora: Run, server: Running, worker: Callable[[Callable[[StandIn], object]], None], rows: str
 ) -> None:
     def work(stand_in: StandIn) -> None:
@@ -174,45 +174,45 @@ def test_train_to_the_end(
         assert part in line
 
 
-def test_an_early_stop_is_told(
+def test_early_stop_is_reported(
     smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
 ) -> None:
     report: dict[str, object] = {"kept_step": 4, "gate": {"reason": "its loss is not below the base's"}}
     worker(lambda stand_in: stand_in.succeed(report, step=6))
     result = smolora("train", rows, "--name", "codes", "--publish-if", "improves_base")
     assert result.exit_code == 0, result.output
-    told = "Stopped early after 6 of 9 steps: no evaluation was better than step 4's, whose weights are kept\n"
-    assert told in result.stdout
+    shown = "Stopped early after 6 of 9 steps: no evaluation was better than step 4's, whose weights are kept\n"
+    assert shown in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("step", "report", "told"),
+    ("step", "report", "shown"),
     [
         (9, {"kept_step": 4}, "No evaluation was better than step 4's, whose weights are kept\n"),
         (9, {"kept_step": 9}, None),
-        (9, {}, None),  # older reports do not have it
+        (9, {}, None),  # the report lacks it
         (6, {}, "Stopped early after 6 of 9 steps\n"),
     ],
 )
-def test_the_step_whose_weights_are_kept_is_told(
+def test_kept_step_is_reported(
     smolora: Run,
     worker: Callable[[Callable[[StandIn], object]], None],
     rows: str,
     step: int,
     report: dict[str, object],
-    told: str | None,
+    shown: str | None,
 ) -> None:
     worker(lambda stand_in: stand_in.succeed({"name": "codes", **report}, digest="1" * 64, step=step))
     result = smolora("train", rows, "--name", "codes")
     assert result.exit_code == 0, result.output
-    if told is None:
+    if shown is None:
         assert "Stopped early" not in result.stdout
         assert "weights are kept" not in result.stdout
     else:
-        assert told in result.stdout
+        assert shown in result.stdout
 
 
-def test_a_gate_that_was_not_passed(
+def test_failed_gate_is_reported(
     smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
 ) -> None:
     worker(lambda stand_in: stand_in.succeed({"gate": {"reason": "its loss is not [below] the base's"}}))
@@ -225,7 +225,7 @@ def test_a_gate_that_was_not_passed(
     ("method", "advised", "useless"),
     [("lora", "--publish-if improves_base", "--method"), ("full", "--method lora", "--publish")],
 )
-def test_no_better_than_the_base(
+def test_advice_if_no_better_than_the_base(
     smolora: Run,
     worker: Callable[[Callable[[StandIn], object]], None],
     rows: str,
@@ -242,7 +242,7 @@ def test_no_better_than_the_base(
     assert useless not in advice
 
 
-def test_train_for_scripts(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
+def test_train_prints_json(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
     worker(lambda stand_in: stand_in.fail("it is only a test"))
     result = smolora("train", rows, "--name", "codes", "--json")
     assert result.exit_code == 1
@@ -250,14 +250,16 @@ def test_train_for_scripts(smolora: Run, worker: Callable[[Callable[[StandIn], o
     assert (job["status"], job["error"]) == ("failed", "it is only a test")
 
 
-def test_a_failure_is_told(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
+def test_failed_job_is_reported(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
     worker(lambda stand_in: stand_in.fail("the loss [is] not a number"))
     result = smolora("train", rows, "--name", "codes")
     assert result.exit_code == 1
     assert "the loss [is] not a number" in result.stdout
 
 
-def test_detach_and_steer(smolora: Run, rows: str) -> None:
+def test_detached_job_is_steered(smolora: Run, rows: str) -> None:
     job_id = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
     assert json.loads(smolora("jobs", job_id, "--json").stdout)["status"] == "queued"
     assert job_id in smolora("jobs", "--status", "queued").stdout
@@ -271,7 +273,7 @@ def test_detach_and_steer(smolora: Run, rows: str) -> None:
     assert "cancelled" in followed.stdout
 
 
-def test_jobs_of_projects_are_listed_with_them(smolora: Run, server: Running, rows: str) -> None:
+def test_jobs_are_listed_with_projects(smolora: Run, server: Running, rows: str) -> None:
     _, secret = server.services.access.keys.create("ci", who="test", project="acme")
     acme = {"SMOLORA_API_KEY": secret}
     job_id = smolora("train", rows, "--name", "codes", "--detach", environment=acme).stdout.strip()
@@ -282,7 +284,7 @@ def test_jobs_of_projects_are_listed_with_them(smolora: Run, server: Running, ro
     assert "project" not in smolora("jobs", own, "--cancel").stdout
 
 
-def test_files_of_a_job_that_has_ended(smolora: Run, server: Running, rows: str) -> None:
+def test_files_of_an_ended_job_are_removed(smolora: Run, server: Running, rows: str) -> None:
     job_id = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
     refused = smolora("jobs", job_id, "--delete")
     assert (refused.exit_code, refused.stdout) == (1, "")
@@ -295,7 +297,7 @@ def test_files_of_a_job_that_has_ended(smolora: Run, server: Running, rows: str)
     assert not directory.exists()
 
 
-def test_every_option_of_train(smolora: Run, rows: str, tmp_path: Path) -> None:
+def test_every_option_of_train_reaches_the_server(smolora: Run, rows: str, tmp_path: Path) -> None:
     held_out = tmp_path / "held-out.csv"
     held_out.write_text("text\nNot Found\n")
     options = {
@@ -338,14 +340,14 @@ def test_every_option_of_train(smolora: Run, rows: str, tmp_path: Path) -> None:
     assert (answer["data"]["rows"], answer["data"]["validation_rows"]) == (20, 1)
 
 
-def test_names_of_modules_may_have_blanks_between(smolora: Run, rows: str) -> None:
+def test_target_modules_may_have_blanks(smolora: Run, rows: str) -> None:
     modules = "--target-modules=q_proj, v_proj"
     result = smolora("train", rows, "--name=codes", modules, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["config"]["lora"]["target_modules"] == ["q_proj", "v_proj"]
 
 
-def test_a_dry_run_for_people(smolora: Run, rows: str) -> None:
+def test_dry_run_shows_the_rows(smolora: Run, rows: str) -> None:
     result = smolora("train", rows, "--name", "codes", "--validation", "0.5", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "10 rows to train on, 10 held out\n" in result.stdout
@@ -353,7 +355,7 @@ def test_a_dry_run_for_people(smolora: Run, rows: str) -> None:
     assert "<|im_end|>" in result.stdout
 
 
-def test_a_dry_run_leaves_no_data_set(smolora: Run, rows: str, tmp_path: Path) -> None:
+def test_dry_run_leaves_no_data_set(smolora: Run, rows: str, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "a dry", "completion": "run"}))
     before = smolora("datasets", "--json").stdout
@@ -373,24 +375,24 @@ def test_a_dry_run_leaves_no_data_set(smolora: Run, rows: str, tmp_path: Path) -
     assert smolora("datasets", "delete", dataset["id"]).exit_code == 0
 
 
-def test_a_data_set_by_its_id(smolora: Run, server: Running, rows: str) -> None:
+def test_train_on_an_uploaded_data_set(smolora: Run, server: Running, rows: str) -> None:
     dataset = json.loads(smolora("datasets", "upload", rows, "--json").stdout)["id"]
     answer = json.loads(smolora("train", rows, "--name", "codes", "--dry-run", "--json").stdout)
     again = json.loads(smolora("train", dataset, "--name", "codes", "--dry-run", "--json").stdout)
     assert again["data"] == answer["data"]
 
 
-def test_start_from(smolora: Run, rows: str) -> None:
+def test_start_from_reaches_the_server(smolora: Run, rows: str) -> None:
     answer = json.loads(smolora("train", rows, "--name=more", "--start-from=up", "--dry-run", "--json").stdout)
     assert answer["config"]["start_from"] == "up@1"
 
 
-def test_full(smolora: Run, rows: str) -> None:
+def test_full_fine_tuning(smolora: Run, rows: str) -> None:
     answer = json.loads(smolora("train", rows, "--name=all", "--method=full", "--dry-run", "--json").stdout)
     assert answer["config"]["training"]["learning_rate"] == 3e-5
 
 
-def test_what_the_server_refuses(smolora: Run, tmp_path: Path, rows: str) -> None:
+def test_refusals_of_the_server(smolora: Run, tmp_path: Path, rows: str) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"text": 5}\n{"txt": "a"}\n')
     result = smolora("train", str(bad), "--name", "codes")
@@ -406,7 +408,7 @@ def test_what_the_server_refuses(smolora: Run, tmp_path: Path, rows: str) -> Non
     assert smolora("jobs", "nothing").exit_code == 1
 
 
-def test_what_the_command_refuses(smolora: Run, rows: str, tmp_path: Path) -> None:
+def test_refusals_of_the_command(smolora: Run, rows: str, tmp_path: Path) -> None:
     missing = smolora("train", str(tmp_path / "nothing.jsonl"), "--name", "codes")
     assert missing.exit_code == 2
     assert "No such file" in missing.stderr
@@ -416,14 +418,14 @@ def test_what_the_command_refuses(smolora: Run, rows: str, tmp_path: Path) -> No
     assert smolora("jobs", "a", "--delete", "--pause").exit_code == 2
 
 
-def test_without_a_key(smolora: Run) -> None:
+def test_missing_key_is_explained(smolora: Run) -> None:
     result = smolora("jobs", environment={"SMOLORA_API_KEY": ""})
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "smolora: it wants a valid key: set SMOLORA_API_KEY, or --api-key\n"
+    assert result.stderr == "smolora: send a valid key: set SMOLORA_API_KEY, or give --api-key\n"
     assert smolora("jobs", "--api-key", "secret-0123456789", environment={"SMOLORA_API_KEY": ""}).exit_code == 0
 
 
-def test_nobody_there(smolora: Run) -> None:
+def test_unreachable_server_is_explained(smolora: Run) -> None:
     result = smolora("jobs", "--url", "http://127.0.0.1:9")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")

@@ -33,8 +33,8 @@ def smolora(server: Running) -> Run:
     return run
 
 
-def test_as_json_it_is_the_servers_answer(smolora: Run, tiny_base_dir: Path, server: Running) -> None:
-    """The answer's log-probability and the scores are Hugging Face's."""
+def test_json_is_the_servers_answer(smolora: Run, tiny_base_dir: Path, server: Running) -> None:
+    """The log-probabilities equal Hugging Face's."""
     arguments = ("compare", "Not", "-a", "base", "-a", "up*0.5", "-s", " Found", "--max-tokens", "3", "--json")
     result = smolora(*arguments, "--temperature", "0")
     assert result.exit_code == 0, result.output
@@ -59,9 +59,9 @@ def test_as_json_it_is_the_servers_answer(smolora: Run, tiny_base_dir: Path, ser
     assert base["logprob"] == pytest.approx(total, abs=1e-3)
 
 
-def test_it_shows_them_side_by_side(smolora: Run) -> None:
+def test_answers_are_side_by_side(smolora: Run) -> None:
     scored = ("-s", " Found", "-s", "!")
-    greedy = ("--max-tokens", "3", "--temperature", "0")  # a drawn answer may hold line breaks
+    greedy = ("--max-tokens", "3", "--temperature", "0")  # a sampled answer may have line breaks
     result = smolora("compare", "Not", "-a", "base", "-a", "up", *scored, *greedy)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
@@ -72,7 +72,7 @@ def test_it_shows_them_side_by_side(smolora: Run) -> None:
     assert [float(value) < 0 for value in lines[-1].split()[1:]] == [True, True]
 
 
-def test_what_the_server_refuses_ends_it(smolora: Run) -> None:
+def test_refusal_ends_the_command(smolora: Run) -> None:
     result = smolora("compare", "Not", "-a", "base", "-a", "nobody")
     assert result.exit_code == 1
     assert "nobody" in result.output

@@ -1,4 +1,4 @@
-"""What a command says of a key, of proxies in the environment, or of an address, with which it can ask nobody."""
+"""Keys, proxies, names and addresses that a command can't use."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("key", ["sk-smolora-abc\r", "sk-…", "two words", "sk-smolora-abc\n"])
-def test_no_key(key: str) -> None:
+def test_malformed_keys_are_refused(key: str) -> None:
     result = jobs("http://127.0.0.1:9", SMOLORA_API_KEY=key)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("smolora: the API key (SMOLORA_API_KEY, --api-key) has characters that no key")
@@ -44,7 +44,7 @@ def test_no_key(key: str) -> None:
         ({"http_proxy": "http://127.0.0.1:1", "no_proxy": "::1,fd00::/8"}, "Invalid port"),
     ],
 )
-def test_proxies_that_cannot_be_used(variables: dict[str, str], reason: str) -> None:
+def test_invalid_proxies_are_reported(variables: dict[str, str], reason: str) -> None:
     result = jobs(ELSEWHERE, **variables)
     assert result.exit_code == 1
     assert result.stderr.startswith("smolora: the proxy variables (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, NO_PROXY)")
@@ -52,18 +52,18 @@ def test_proxies_that_cannot_be_used(variables: dict[str, str], reason: str) -> 
     assert jobs("http://127.0.0.1:9", **variables).stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")
 
 
-def test_a_proxy_that_is_not_there() -> None:
+def test_unreachable_proxy_is_reported() -> None:
     dead = jobs(ELSEWHERE, http_proxy="http://127.0.0.1:9")
     assert dead.exit_code == 1
-    assert "it was asked by way of a proxy, as the proxy variables" in dead.stderr
+    assert "the request went through a proxy, because the proxy variables" in dead.stderr
     around = jobs(ELSEWHERE, http_proxy="http://127.0.0.1:9", no_proxy="smolora.invalid")
     assert around.exit_code == 1
     assert "proxy" not in around.stderr
 
 
 @pytest.mark.parametrize("name", ["acme/tweets", "", "..", "two words"])
-def test_what_is_no_name(name: str, tmp_path: Path) -> None:
-    """It would be another path, which takes less: "the body is larger than …"."""
+def test_invalid_names_are_refused(name: str, tmp_path: Path) -> None:
+    """They would lead to another path, with a misleading error such as "the body is larger than …"."""
     environment = {"SMOLORA_URL": "http://127.0.0.1:9"}
     for command in (["adapters", "import", str(tmp_path), "--name", name], ["compose", name, "tweets"]):
         result = CliRunner().invoke(app, command, env=environment)
@@ -74,30 +74,30 @@ def test_what_is_no_name(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", [("jobs", ""), ("jobs", ".."), ("adapters", "show", ".."), ("adapters", "delete", ".")]
 )
-def test_what_names_nothing(command: tuple[str, ...]) -> None:
+def test_empty_and_dotted_names_are_refused(command: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, command, env={"SMOLORA_URL": "http://127.0.0.1:9"})
     assert (result.exit_code, result.stderr) == (1, f'smolora: "{command[-1]}" names nothing\n')
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "advice"),
     [
         (["adapters", "--url", ELSEWHERE, "delete", "codes"], "adapters delete … --url"),
         (["adapters", "--json", "show", "codes"], "adapters show … --json"),
         (["datasets", "--api-key", "secret", "delete", "ds-1"], "datasets delete … --api-key"),
     ],
 )
-def test_options_before_a_groups_command_are_not_left_out(arguments: list[str], told: str) -> None:
+def test_options_before_a_groups_command_are_refused(arguments: list[str], advice: str) -> None:
     environment = {"SMOLORA_URL": "http://127.0.0.1:9", "COLUMNS": "200"}
     result = CliRunner().invoke(app, arguments, env=environment)
     assert result.exit_code == 2
-    assert f"give it behind the command: {told}" in result.stderr
+    assert f"give it behind the command: {advice}" in result.stderr
     behind = CliRunner().invoke(app, [*arguments[:1], *arguments[-2:]], env=environment)
     assert behind.stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")
 
 
 class Cut(BaseHTTPRequestHandler):
-    """A proxy that ends each stream of events; the job behind it waits until it was asked for ten times."""
+    """A proxy that ends each event stream. The job is queued until it was requested ten times."""
 
     num_asked = 0
 
@@ -112,13 +112,13 @@ class Cut(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Not at all."""
+        """Log nothing."""
 
 
-def test_a_job_that_waits_is_followed_through_a_proxy_that_ends_long_streams(
+def test_queued_job_is_followed_through_a_proxy_that_ends_streams(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One that ends them at once is given up, as a server is that isn't there."""
+    """If the proxy ends streams at once, the command gives up."""
     with HTTPServer(("127.0.0.1", 0), Cut) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with Client(f"http://127.0.0.1:{server.server_port}", retries=(0.0, 0.0)) as client:

@@ -1,4 +1,4 @@
-"""What commands say where something answers that is no smolora server, or what the terminal has no letters for."""
+"""Answers of servers that aren't smolora's, and terminals with limited encodings."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SHARED = json.dumps({"adapters": [ADAPTER], "next": None}).encode()
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Whatever is asked, with the first part of its path: `moved`, or a body of 200."""
+    """Answers every request by the first part of its path: `moved`, or a body of status 200."""
 
     def do_GET(self) -> None:
         kind = self.path.split("/")[1]
@@ -53,24 +53,24 @@ def url() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_it_has_moved(url: str, command: list[str]) -> None:
+def test_redirects_are_reported(url: str, command: list[str]) -> None:
     result = CliRunner().invoke(app, command, env={"SMOLORA_URL": f"{url}/moved"})
     assert result.exit_code == 1
     assert result.stderr.startswith(
-        f"smolora: {url}/moved sends to https://lora.example.org/: set SMOLORA_URL, or"
+        f"smolora: {url}/moved redirects to https://lora.example.org/: set SMOLORA_URL, or"
     )
 
 
 @pytest.mark.parametrize("kind", ["page", "object", "list"])
 @pytest.mark.parametrize("command", COMMANDS[:-1], ids=" ".join)
-def test_it_speaks_something_else(url: str, command: list[str], kind: str) -> None:
+def test_other_servers_are_recognized(url: str, command: list[str], kind: str) -> None:
     result = CliRunner().invoke(app, command, env={"SMOLORA_URL": f"{url}/{kind}"})
     assert (result.exit_code, result.stderr) == (1, f"smolora: {url}/{kind} doesn't speak smolora's API\n")
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
-def test_what_a_terminal_has_no_letters_for(url: str, encoding: str) -> None:
-    """A job that has succeeded doesn't end in a traceback, for the … behind it; and JSON stays JSON."""
+def test_terminals_with_limited_encodings(url: str, encoding: str) -> None:
+    """The `…` in a suggestion must not end the command with a traceback, and JSON stays JSON."""
     command = [str(Path(sys.executable).with_name("smolora")), "adapters", "--json"]
     environment = os.environ | {"SMOLORA_URL": f"{url}/names", "PYTHONIOENCODING": encoding}
     result = subprocess.run(command, env=environment, capture_output=True, encoding=encoding, timeout=60)
@@ -79,13 +79,13 @@ def test_what_a_terminal_has_no_letters_for(url: str, encoding: str) -> None:
     assert (LETTERS in result.stdout) == (encoding == "utf-8")
 
 
-def test_a_shared_blend_whose_making_is_not_told(url: str) -> None:
+def test_public_blend_without_its_parts_is_shown(url: str) -> None:
     result = CliRunner().invoke(app, ["adapters", "show", "acme/mix"], env={"SMOLORA_URL": f"{url}/shared"})
     assert result.stdout.split("\n")[1].split() == ["acme/mix@1", "latest", "8", "q,", "v", "0.0", "MB"]
 
 
-def test_json_for_nobody(url: str) -> None:
-    """Standard output is closed, as by `>&-`: Python has none then."""
+def test_json_without_stdout(url: str) -> None:
+    """If stdout is closed, as by `>&-`, Python has none."""
     smolora = str(Path(sys.executable).with_name("smolora"))
     environment = os.environ | {"SMOLORA_URL": f"{url}/names"}
     command = ["sh", "-c", '"$0" adapters --json >&-', smolora]

@@ -47,7 +47,7 @@ def publish(smolora: Run, server: Running, folder: Path, name: str, seeds: tuple
         assert result.exit_code == 0, result.output
 
 
-def test_an_adapters_life(smolora: Run, server: Running, tmp_path: Path) -> None:
+def test_adapter_from_import_to_deletion(smolora: Run, server: Running, tmp_path: Path) -> None:
     publish(smolora, server, tmp_path, "life", (1, 2))
     assert smolora("adapters", "show", "life").stdout.count("life@") == 2
     version = json.loads(smolora("adapters", "show", "life@2", "--json").stdout)
@@ -93,13 +93,13 @@ def test_an_adapters_life(smolora: Run, server: Running, tmp_path: Path) -> None
         ("download", "a@-x"),
     ],
 )
-def test_what_is_no_version_is_said_before_anything_is_sent(smolora: Run, arguments: tuple[str, ...]) -> None:
+def test_invalid_versions_are_refused_before_a_request(smolora: Run, arguments: tuple[str, ...]) -> None:
     result = smolora("adapters", *arguments, environment={"SMOLORA_URL": "http://127.0.0.1:9"})
     assert result.exit_code == 2
     assert "version" in result.stderr
 
 
-def test_a_blend_gets_a_name(smolora: Run, server: Running, tmp_path: Path) -> None:
+def test_blend_gets_a_name(smolora: Run, server: Running, tmp_path: Path) -> None:
     publish(smolora, server, tmp_path, "left", (3,))
     publish(smolora, server, tmp_path, "right", (4,))
     assert smolora("compose", "mix", "left*0.5+right*0.25").stdout == "mix@1: left@1*0.5+right@1*0.25\n"
@@ -111,7 +111,7 @@ def test_a_blend_gets_a_name(smolora: Run, server: Running, tmp_path: Path) -> N
     assert queued.stdout.startswith("job-")
 
 
-def test_data_sets(smolora: Run, tmp_path: Path) -> None:
+def test_data_sets_are_listed_and_deleted(smolora: Run, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n{"text": "b"}\n')
     dataset_id, said = smolora("datasets", "upload", str(rows)).stdout.split(": ")
@@ -122,7 +122,7 @@ def test_data_sets(smolora: Run, tmp_path: Path) -> None:
     assert smolora("datasets", "upload", str(tmp_path / "nothing")).exit_code == 1
 
 
-def test_a_conversation_keeps_what_was_said(smolora: Run, server: Running) -> None:
+def test_conversation_keeps_earlier_turns(smolora: Run, server: Running) -> None:
     one = smolora("chat", "hello", "--max-tokens", "4", "--seed", "1")
     assert one.exit_code == 0, one.output
     before = server.services.engine.stats.prefix_cached_tokens
@@ -133,7 +133,7 @@ def test_a_conversation_keeps_what_was_said(smolora: Run, server: Running) -> No
     assert server.services.engine.stats.prefix_cached_tokens > before
 
 
-def test_what_is_refused_ends_no_conversation_of_a_person(server: Running) -> None:
+def test_refusal_does_not_end_a_conversation(server: Running) -> None:
     keyboard, terminal = pty.openpty()
     command = [sys.executable, "-c", "from server.cli.main import main; main()", "chat", "--max-tokens", "4"]
     environment = {**os.environ, "SMOLORA_URL": server.url}
@@ -146,14 +146,14 @@ def test_what_is_refused_ends_no_conversation_of_a_person(server: Running) -> No
     assert len(done.stdout) > len("> > \n> ")
 
 
-def test_what_is_said_in_another_encoding(smolora: Run) -> None:
+def test_stdin_in_another_encoding(smolora: Run) -> None:
     result = smolora("chat", said="schön\n".encode("latin-1"))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "standard input" in result.stderr
     assert "is not in utf-8" in result.stderr
 
 
-def test_without_an_address_it_is_this_machines_port(smolora: Run, server: Running) -> None:
+def test_default_address_is_this_machines_port(smolora: Run, server: Running) -> None:
     port = server.url.rpartition(":")[2]
     assert smolora("adapters", environment={"SMOLORA_URL": None, "SMOLORA_PORT": port}).exit_code == 0
     nobody = smolora("adapters", environment={"SMOLORA_URL": None, "SMOLORA_PORT": "9"})
@@ -162,7 +162,7 @@ def test_without_an_address_it_is_this_machines_port(smolora: Run, server: Runni
     assert "is it running?" in nobody.stderr
 
 
-def test_a_narrow_terminal_cuts_no_ids_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_terminal_keeps_ids_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, steps = "job-ecf323e5d9aab912", "150/150"
     output = io.StringIO()
     console = Console(file=output, width=40, force_terminal=True, color_system=None, highlight=False)

@@ -88,7 +88,7 @@ INSERT INTO "audit" VALUES(1,'2026-11-30 20:06:45.431299','test','key.create','d
 CREATE TABLE bytes_place (
 	id INTEGER NOT NULL, 
 	place VARCHAR(64) NOT NULL, 
-	description TEXT NOT NULL, 
+	url TEXT NOT NULL, 
 	PRIMARY KEY (id)
 );
 CREATE TABLE composition_parts (

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
-from server.engine.request import AdapterRef
+from adapters.lora import AdapterRef
 from server.engine.sequence import Hold
 
 

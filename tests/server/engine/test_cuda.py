@@ -81,7 +81,7 @@ def test_bf16_ends_and_frees_everything(tiny_base: BaseModel) -> None:
         pytest.param(rows(EVERYTHING, num_parts=1, grammar=LETTERS), 5, id="everything"),
     ],
 )
-def test_a_step_waits_as_seldom_as_on_the_pretended_card(
+def test_a_step_waits_as_seldom_as_on_the_fake_card(
     tiny: BaseModel, guidance: Guidance, requests: list[GenerationRequest], num_waits: int
 ) -> None:
     """By torch's own account, which sees waits within operations, too."""

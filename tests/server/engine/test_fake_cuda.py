@@ -1,4 +1,4 @@
-"""The engine over a pretended card: no mixed devices, and the CPU's answers."""
+"""The engine over a fake card: no mixed devices, and the CPU's answers."""
 
 import logging
 import random
@@ -21,7 +21,7 @@ from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
 from tests.kits.engines import GREEDY, Results, build_engine, check_idle, refs, run
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.kits.grammars import guidance_of
 from tests.server.engine.step_kit import EVERYTHING, LETTERS, PENALIZED, PLAIN, SAMPLED, rows, sharing
 from tests.server.engine.traffic import TIGHT, assert_same, library, prompt, requests_of_all_kinds
@@ -36,12 +36,12 @@ def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
 
 
 def both(base: BaseModel, requests: list[GenerationRequest], **options: Any) -> tuple[Results, Results, Engine]:
-    """What the CPU answers, and what the pretended card does, with the same engine's options."""
+    """What the CPU answers, and what the fake card does, with the same engine's options."""
     adapters = library(base)
     on_cpu = build_engine(base, adapters, **options)
     expected = run(on_cpu, requests, arrivals=random.Random(0))
     on_cpu.close()
-    with pretended_cuda():
+    with fake_cuda():
         engine = build_engine(on_card(base), adapters, **options)
         found = run(engine, requests, arrivals=random.Random(0))
         engine.close()
@@ -105,7 +105,7 @@ def test_scores(tiny_base: BaseModel) -> None:
     ]
     adapters = library(tiny_base)
     expected = scores_of(build_engine(tiny_base, adapters), requests)
-    with pretended_cuda():
+    with fake_cuda():
         found = scores_of(build_engine(on_card(tiny_base), adapters), requests)
     for name, scores in expected.items():
         assert len(scores) > 30
@@ -119,7 +119,7 @@ def test_rows_are_not_read_before_their_copy_has_ended(tiny_base: BaseModel) -> 
     cold = GenerationRequest("cold", prompt(9), GREEDY, refs(**{"09": 1.0}))
     expected = run(build_engine(tiny_base, adapters), [cold])["cold", 0]
     card = Card()
-    with pretended_cuda(card):
+    with fake_cuda(card):
         engine = build_engine(on_card(tiny_base), adapters, max_rank=3)
         first = run(engine, [replace(cold, request_id="first", adapters=refs(**{"04": 1.0}))])
         assert first["first", 0].finish_reason == "length"
@@ -146,7 +146,7 @@ def test_a_step_without_memory_fails_its_requests_and_begins_anew(tiny_base: Bas
     adapters = library(tiny_base)
     request = GenerationRequest("r", prompt(20), GREEDY)
     adapted = replace(request, request_id="a", adapters=refs(**{"04": 1.0}))
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), adapters)
         card.is_full = True
         failed = run(engine, [request])["r", 0]

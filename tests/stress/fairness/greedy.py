@@ -1,8 +1,8 @@
 """The greedy project: everything that has ever delayed another project, at once.
 
 A process of its own runs the clients, at the lowest priority: they stand for other machines, and should take
-processor time from the server as little as possible. Each activity has a fixed number of clients, which wait `pause`
-seconds between two requests, so that a quick refusal doesn't make the load heavier.
+processor time from the server as little as possible. Each activity has a fixed number of clients, which wait
+`pause` seconds between two requests, so that a quick refusal doesn't make the load heavier.
 """
 
 import multiprocessing

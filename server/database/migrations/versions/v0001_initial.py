@@ -21,7 +21,7 @@ def upgrade() -> None:
         "bytes_place",
         sa.Column("id", sa.Integer, primary_key=True),
         sa.Column("place", sa.String(64), nullable=False),
-        sa.Column("description", sa.Text, nullable=False),
+        sa.Column("url", sa.Text, nullable=False),
     )
 
 

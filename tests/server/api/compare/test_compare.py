@@ -1,4 +1,4 @@
-"""POST /compare: what is asked of the engine, how it is answered, and that it is whole or refused."""
+"""POST /compare: the engine's requests, the answer, and that it is complete or refused."""
 
 import weakref
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,9 @@ from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
 pytestmark = pytest.mark.anyio
 
 
-async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
+async def test_answer_has_every_field(
+    client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
+) -> None:
     engine.script = scoring
     digest = await upload(client, "tweets", 1)
     texts = [" Found", "?"]
@@ -49,17 +51,15 @@ async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, e
     assert not engine.open
 
 
-async def test_log_probabilities_that_are_only_summed_are_not_kept(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
-    """Nothing bounds them where none were asked for: 256 answers of 8,000 tokens would hold a gigabyte."""
+async def test_summed_logprobs_are_not_kept(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Without `logprobs` nothing limits them: those of 256 answers of 8,000 tokens would take a gigabyte."""
     alive: list[int] = []
 
     def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
-        told: weakref.WeakSet[SampledLogprob] = weakref.WeakSet()
+        alive_logprobs: weakref.WeakSet[SampledLogprob] = weakref.WeakSet()
         for output in words(request):
-            alive.append(len(told))
-            told.update(output.logprobs)
+            alive.append(len(alive_logprobs))
+            alive_logprobs.update(output.logprobs)
             yield output
 
     engine.script = script
@@ -81,7 +81,7 @@ async def test_scores_of_each_token(client: httpx.AsyncClient, engine: FakeEngin
     )
 
 
-async def test_what_the_engine_is_asked(
+async def test_requests_that_reach_the_engine(
     client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
 ) -> None:
     engine.script = scoring
@@ -112,7 +112,7 @@ async def test_what_the_engine_is_asked(
     assert len(set(answers)) == 2
 
 
-async def test_logprobs_are_told_where_they_are_wanted(client: httpx.AsyncClient) -> None:
+async def test_logprobs_are_returned_if_asked_for(client: httpx.AsyncClient) -> None:
     body = {"prompt": "a", "adapters": ["base"], "max_tokens": 2, "logprobs": 2}
     (result,) = (await client.post("/compare", json=body)).json()["results"]
     assert [len(entry["top"]) for entry in result["choices"][0]["logprobs"]] == [2, 2]
@@ -141,7 +141,7 @@ BAD: list[tuple[str, Mapping[str, object]]] = [
 
 
 @pytest.mark.parametrize(("field", "fields"), BAD)
-async def test_what_is_refused(
+async def test_invalid_bodies_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, field: str, fields: Mapping[str, object]
 ) -> None:
     response = await client.post("/compare", json={"prompt": "a", **fields})
@@ -150,14 +150,14 @@ async def test_what_is_refused(
     assert not engine.open
 
 
-async def test_an_unknown_adapter_is_404_and_holds_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_unknown_adapter_is_404_and_pins_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await client.post("/compare", json={"prompt": "a", "adapters": ["base", "nobody@7"]})
     assert response.status_code == 404
     assert "nobody" in response.json()["detail"]
     assert (len(engine.requests), engine.open) == (1, set())
 
 
-async def test_a_queue_that_fills_up_midway_refuses_all(
+async def test_queue_that_fills_up_midway_refuses_all(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = engine.submit
@@ -175,7 +175,7 @@ async def test_a_queue_that_fills_up_midway_refuses_all(
     assert (len(engine.closed), engine.open) == (3, set())
 
 
-async def test_one_that_fails_fails_all(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_one_failure_fails_the_comparison(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = failing(1, GenerationFailed("the engine failed"))
     response = await client.post("/compare", json={"prompt": "a", "adapters": ["base", "base"]})
     assert response.status_code == 500
@@ -186,7 +186,7 @@ async def test_one_that_fails_fails_all(client: httpx.AsyncClient, engine: FakeE
 async def test_adapters_that_overflow_are_named_by_their_item(
     client: httpx.AsyncClient, engine: FakeEngine, overflows: str
 ) -> None:
-    """The engine, which knows no items, names the field `adapter`."""
+    """The engine doesn't know the items, and names the field `adapter`."""
     await upload(client, "tweets", 1)
     fail = failing(0, InvalidInput.of("adapter", "too large"))
 
@@ -203,7 +203,7 @@ async def test_adapters_that_overflow_are_named_by_their_item(
     assert not engine.open
 
 
-async def test_who_leaves_frees_everything(app: FastAPI, engine: FakeEngine) -> None:
+async def test_client_that_leaves_frees_everything(app: FastAPI, engine: FakeEngine) -> None:
     engine.hold_after = 1
     caller = Caller(app, "/compare", {"prompt": "a", "adapters": ["base"] * 3, "score": ["b"]})
     await until(lambda: len(engine.open) == 6)

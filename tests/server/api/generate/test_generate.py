@@ -1,4 +1,4 @@
-"""POST /generate as API.md has it: answers, adapters by name, and what becomes of them while they are used."""
+"""POST /generate: answers, adapters by name, and pins while they are used."""
 
 import asyncio
 import json
@@ -7,8 +7,9 @@ import httpx
 import pytest
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
+from adapters.lora import AdapterRef
 from adapters.store.store import AdapterStore
-from server.engine.request import AdapterRef, SamplingParams
+from server.engine.request import SamplingParams
 from server.errors import EngineDead, GenerationFailed, QueueFull
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -19,14 +20,14 @@ pytestmark = pytest.mark.anyio
 
 
 async def upload(client: httpx.AsyncClient, name: str, seed: int) -> str:
-    """Publish an adapter; its digest."""
+    """Publish an adapter and return its digest."""
     response = await client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed)))
     assert response.status_code == 201, response.text
     digest: str = response.json()["digest"]
     return digest
 
 
-async def test_the_whole_answer(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
+async def test_answer_has_every_field(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
     response = await client.post("/generate", json={"prompt": "Not Found", "max_tokens": 3, "seed": 5})
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
@@ -48,14 +49,16 @@ async def test_the_whole_answer(client: httpx.AsyncClient, encoder: PromptEncode
     assert response.content == json.dumps(response.json(), separators=(",", ":")).encode()  # compact
 
 
-async def test_defaults(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
+async def test_defaults_reach_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
+) -> None:
     await client.post("/generate", json={"prompt": "a", "max_tokens": 1})
     await client.post("/generate", json={"prompt": "a", "max_tokens": 1})
     first, second = engine.requests
     assert first.prompt_token_ids == tuple(encoder.prompt("a"))
     assert first.sampling == SamplingParams(max_tokens=1, seed=first.sampling.seed)
     assert (first.adapters, first.n) == ((), 1)
-    assert first.sampling.seed != second.sampling.seed  # drawn anew, out of 2**63
+    assert first.sampling.seed != second.sampling.seed  # random, out of 2**63
     assert first.request_id != second.request_id
 
 
@@ -92,7 +95,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
     )
 
 
-async def test_one_stop_string_is_a_list_of_one(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_single_stop_string_becomes_a_list(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post("/generate", json={"prompt": "a", "stop": "END", "max_tokens": 1})
     assert engine.requests[0].sampling.stop == ("END",)
 
@@ -129,13 +132,13 @@ async def test_messages_go_through_the_template(
 
 
 @pytest.mark.parametrize("adapter", [None, "base", BASE_NAME])
-async def test_the_base_by_any_name(client: httpx.AsyncClient, engine: FakeEngine, adapter: str | None) -> None:
+async def test_names_of_the_base(client: httpx.AsyncClient, engine: FakeEngine, adapter: str | None) -> None:
     response = await client.post("/generate", json={"prompt": "a", "max_tokens": 1, "adapter": adapter})
     assert response.json()["adapters"] == []
     assert engine.requests[0].adapters == ()
 
 
-async def test_an_expression_becomes_digests(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_expression_becomes_digests(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     first, second = await upload(client, "tweets", 1), await upload(client, "tweets", 2)
     movies = await upload(client, "movies", 3)
     body = {"prompt": "a", "max_tokens": 1, "adapter": "tweets*0.7 + movies@1*-0.3+tweets@1+tweets@2*0.1"}
@@ -150,7 +153,7 @@ async def test_an_expression_becomes_digests(client: httpx.AsyncClient, engine: 
     assert engine.requests[0].adapters == tuple(sorted(refs))
 
 
-async def test_the_same_as_a_list(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_adapters_as_a_list(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     digest = await upload(client, "tweets", 1)
     parts = [{"name": "tweets", "version": 1, "weight": 0.5}, {"name": "tweets", "alias": "latest"}]
     answer = (await client.post("/generate", json={"prompt": "a", "max_tokens": 1, "adapters": parts})).json()
@@ -175,7 +178,7 @@ async def test_unknown_adapters_are_404(client: httpx.AsyncClient, engine: FakeE
     assert engine.requests == []
 
 
-async def test_bytes_are_held_for_as_long_as_a_request_runs(
+async def test_bytes_are_pinned_while_a_request_runs(
     client: httpx.AsyncClient, engine: FakeEngine, store: AdapterStore
 ) -> None:
     digest = await upload(client, "tweets", 1)
@@ -184,7 +187,7 @@ async def test_bytes_are_held_for_as_long_as_a_request_runs(
     running = asyncio.create_task(client.post("/generate", json=body))
     await until(lambda: len(engine.open) == 1)
     assert (await client.delete("/adapters/tweets")).status_code == 204
-    assert store.load(digest).max_rank == 2  # still there
+    assert store.load(digest).max_rank == 2  # its bytes still exist
     assert (await client.post("/generate", json=body)).status_code == 404
     engine.held.set()
     assert (await running).json()["choices"][0]["text"] == "w0 w1 w2 w3 "
@@ -192,7 +195,7 @@ async def test_bytes_are_held_for_as_long_as_a_request_runs(
         store.load(digest)
 
 
-async def test_a_refused_request_holds_nothing(
+async def test_refused_request_pins_nothing(
     client: httpx.AsyncClient, engine: FakeEngine, store: AdapterStore
 ) -> None:
     digest = await upload(client, "tweets", 1)
@@ -205,7 +208,7 @@ async def test_a_refused_request_holds_nothing(
 
 
 @pytest.mark.parametrize("state", ["dead", "draining", "loading"])
-async def test_what_cannot_serve_is_503(client: httpx.AsyncClient, engine: FakeEngine, state: str) -> None:
+async def test_engine_that_cannot_serve_is_503(client: httpx.AsyncClient, engine: FakeEngine, state: str) -> None:
     setattr(engine, state, True)
     for stream in (False, True):
         response = await client.post("/generate", json={"prompt": "a", "max_tokens": 1, "stream": stream})
@@ -222,7 +225,7 @@ async def test_what_cannot_serve_is_503(client: httpx.AsyncClient, engine: FakeE
         (InvalidInput.of("adapter", "larger than the memory"), 422, "invalid"),
     ],
 )
-async def test_a_failure_midway_is_a_problem(
+async def test_failure_midway_is_a_problem(
     client: httpx.AsyncClient, engine: FakeEngine, error: SmoloraError, status: int, outcome: str
 ) -> None:
     engine.script = failing(2, error)
@@ -233,6 +236,6 @@ async def test_a_failure_midway_is_a_problem(
     assert f'smolora_requests_total{{outcome="{outcome}"}} 1.0' in (await client.get("/metrics")).text
 
 
-async def test_an_engine_that_falls_silent_is_a_failure(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_early_end_of_the_outputs_is_a_failure(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = lambda request: [piece(request, 0, 0)]
     assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 4})).status_code == 500

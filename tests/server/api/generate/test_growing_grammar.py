@@ -1,4 +1,4 @@
-"""A grammar that passes the checks and becomes too complex midway: each kind of answer names the field at fault.
+"""A grammar that passes the checks but becomes too complex midway: each kind of answer names the field at fault.
 
 Over HTTP to the tiny base, with the real grammar library.
 """
@@ -46,7 +46,7 @@ def problem(loc: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("fields", "loc"), FORMS)
 @pytest.mark.parametrize("n", [1, 3])
-def test_an_answer(url: str, fields: dict[str, object], loc: list[str], n: int) -> None:
+def test_answer_names_the_field(url: str, fields: dict[str, object], loc: list[str], n: int) -> None:
     response = httpx.post(f"{url}/generate", json={"prompt": "a", "n": n, **BODY, **fields}, timeout=60)
     assert response.status_code == 422, response.text
     assert response.headers["content-type"] == "application/problem+json"
@@ -54,8 +54,8 @@ def test_an_answer(url: str, fields: dict[str, object], loc: list[str], n: int) 
 
 
 @pytest.mark.parametrize(("fields", "loc"), FORMS)
-def test_a_stream(url: str, fields: dict[str, object], loc: list[str]) -> None:
-    """What had been said stays; the last event is the error, and there is no end that looks like one."""
+def test_stream_ends_with_the_error(url: str, fields: dict[str, object], loc: list[str]) -> None:
+    """Earlier text stays. The last event is the error, and no other event looks like an end."""
     body = {"prompt": "a", "stream": True, **BODY, **fields}
     response = httpx.post(f"{url}/generate", json=body, timeout=60)
     assert response.status_code == 200
@@ -66,14 +66,14 @@ def test_a_stream(url: str, fields: dict[str, object], loc: list[str]) -> None:
     assert json.loads(data.removeprefix("data: ")) == problem(loc)
 
 
-def test_a_comparison(url: str) -> None:
+def test_comparison_names_the_field(url: str) -> None:
     body = {"prompt": "a", "adapters": ["base"], "regex": REGEX, **BODY}
     response = httpx.post(f"{url}/compare", json=body, timeout=60)
     assert response.status_code == 422
     assert response.json() == problem(["regex"])
 
 
-def test_an_answer_and_a_stream_of_openais(url: str) -> None:
+def test_openais_answer_and_stream_name_the_field(url: str) -> None:
     asked: dict[str, Any] = {
         "model": "base",
         "messages": [{"role": "user", "content": "a"}],
@@ -98,7 +98,7 @@ def test_an_answer_and_a_stream_of_openais(url: str) -> None:
     assert "".join(pieces).count("z") == 60
 
 
-def test_the_next_answer_under_it_is_none_the_worse(url: str) -> None:
+def test_next_answer_is_unaffected(url: str) -> None:
     body = {"prompt": "a", "regex": REGEX, **BODY}
     for _ in range(2):
         assert httpx.post(f"{url}/generate", json=body, timeout=60).status_code == 422

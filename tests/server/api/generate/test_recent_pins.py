@@ -1,4 +1,4 @@
-"""What an expression came to is used again while nobody commits, and not a moment longer."""
+"""A resolved expression is reused until the next commit."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from tests.server.api.adapters.peft_files import peft_files
 
 
 class CountingCatalog(Catalog):
-    """Counts, over all projects, what it resolves, and says in which threads it was asked what is in use."""
+    """A catalog that counts resolutions over all projects, and records the threads that ask what is in use."""
 
     num = 0
     asked_in: ClassVar[list[int]] = []
@@ -37,7 +37,7 @@ class CountingCatalog(Catalog):
 
 
 class Registry:
-    """A library whose database two have open: `other` is another process's, as far as the file can tell."""
+    """A library on a database that is opened twice, as if `other` were another process."""
 
     def __init__(self, home: Path) -> None:
         self.engines = connect(home), connect(home)
@@ -68,7 +68,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 async def ask(pins: RecentPins, library: Library, expression: str) -> tuple[list[str], int]:
-    """The digests, whose bytes are there, and how many were resolved for them."""
+    """Return the digests, and the number of resolutions that they took."""
     before = CountingCatalog.num
     pinned = await pins.pin(library, parse(expression), "adapter")
     digests = [part.digest for part in pinned.parts]
@@ -79,7 +79,7 @@ async def ask(pins: RecentPins, library: Library, expression: str) -> tuple[list
 
 
 @pytest.mark.anyio
-async def test_it_is_resolved_once_until_somebody_commits(registry: Registry) -> None:
+async def test_expression_is_resolved_once_until_the_next_commit(registry: Registry) -> None:
     pins, library = RecentPins(registry.commits.now), registry.library
     first, second = registry.publish("a", 0), registry.publish("b", 1)
     blend = "a*0.5+b*0.5"
@@ -98,7 +98,7 @@ async def test_it_is_resolved_once_until_somebody_commits(registry: Registry) ->
 
 
 @pytest.mark.anyio
-async def test_what_was_deleted_is_gone_at_once(registry: Registry) -> None:
+async def test_deleted_adapter_is_unknown_at_once(registry: Registry) -> None:
     pins, library = RecentPins(registry.commits.now), registry.library
     digest = registry.publish("a", 0)
     await ask(pins, library, "a")
@@ -106,7 +106,7 @@ async def test_what_was_deleted_is_gone_at_once(registry: Registry) -> None:
     registry.other.delete("a")
     with pytest.raises(NotFound, match="no such adapter"):
         await pins.pin(library, parse("a"), "adapter")
-    registry.store.verify(digest)  # whoever holds it still has it
+    registry.store.verify(digest)  # the pin keeps its bytes
     pinned.release()
     with pytest.raises(CorruptAdapter):
         registry.store.verify(digest)
@@ -114,8 +114,8 @@ async def test_what_was_deleted_is_gone_at_once(registry: Registry) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_commit_while_it_is_held(registry: Registry) -> None:
-    """Between finding what it was and holding the bytes another deletes or publishes: what is there now counts."""
+async def test_commit_between_look_up_and_pin(registry: Registry) -> None:
+    """If another process deletes or publishes between look-up and pin, the new state counts."""
     numbers = Numbers(registry.commits.now)
     pins, library = RecentPins(numbers), registry.library
     registry.publish("a", 0)
@@ -128,13 +128,13 @@ async def test_a_commit_while_it_is_held(registry: Registry) -> None:
     with pytest.raises(NotFound):
         await pins.pin(library, parse("a"), "adapter")
     assert registry.store.digests() == []
-    # the version that the loop held went with that, in another thread; the other one was nobody's
+    # the bytes of the version that was pinned in the loop went then, in another thread
     assert [thread == threading.get_ident() for thread in CountingCatalog.asked_in] == [True, False]
     registry.close()
 
 
 class Numbers:
-    """Those of `commits`, each after the next of what is to be done `before`."""
+    """Counts commits like `commits`, and runs the next function of `before` each time."""
 
     def __init__(self, commits: Callable[[], int | None]) -> None:
         self.before: list[Callable[[], object]] = []
@@ -147,7 +147,7 @@ class Numbers:
 
 
 @pytest.mark.anyio
-async def test_what_one_project_finds_another_does_not(registry: Registry) -> None:
+async def test_projects_do_not_share_resolutions(registry: Registry) -> None:
     pins, library = RecentPins(registry.commits.now), registry.library
     registry.publish("a", 0)
     await ask(pins, library, "a")
@@ -157,21 +157,21 @@ async def test_what_one_project_finds_another_does_not(registry: Registry) -> No
 
 
 @pytest.mark.anyio
-async def test_while_it_cannot_be_said_whether_anybody_commits(registry: Registry) -> None:
-    """Names are resolved, and nothing is remembered."""
+async def test_nothing_is_remembered_while_commits_are_unknown(registry: Registry) -> None:
+    """Names are still resolved."""
     said: Iterator[int | None] = iter([None, None, 1, 1, None, 1, 1, 1, None, None])
     pins, library = RecentPins(lambda: next(said)), registry.library
     digest = registry.publish("a", 0)
     assert await ask(pins, library, "a") == ([digest], 2)
     assert await ask(pins, library, "a") == ([digest], 2)
-    assert await ask(pins, library, "a") == ([digest], 2)  # and then it could be said
-    assert await ask(pins, library, "a") == ([digest], 2)  # not any more
+    assert await ask(pins, library, "a") == ([digest], 2)  # commits are known afterwards
+    assert await ask(pins, library, "a") == ([digest], 2)  # commits are unknown afterwards
     assert await ask(pins, library, "a") == ([digest], 0)
-    assert await ask(pins, library, "a") == ([digest], 2)  # not once it was held
+    assert await ask(pins, library, "a") == ([digest], 2)  # commits are unknown once it is pinned
     registry.close()
 
 
-def test_without_a_log_it_cannot_be_said_while_another_commits(registry: Registry) -> None:
+def test_commits_are_unknown_without_a_log_while_another_commits(registry: Registry) -> None:
     for engine in registry.engines:
         engine.dispose()
     other = driver.connect(registry.home / FILE_NAME, isolation_level=None)

@@ -1,4 +1,4 @@
-"""Removing a deleted adapter's bytes may wait, for the disk or the database: the event loop doesn't."""
+"""Removing a deleted adapter's bytes may wait for the disk or the database, but never blocks the event loop."""
 
 import asyncio
 import fcntl
@@ -21,11 +21,11 @@ from tests.server.conftest import library_in
 pytestmark = pytest.mark.anyio
 
 TOO_LONG = 15.0
-"""Seconds after which what is waited for ends by itself: a loop that waits couldn't end it."""
+"""Seconds after which a wait ends by itself, because a blocked event loop couldn't end it."""
 
 
 class SlowDatabase:
-    """Answers, where bytes are about to go, once it is told to."""
+    """Blocks the question whether bytes may go, until `answer`."""
 
     def __init__(self) -> None:
         self.is_slow = False
@@ -48,7 +48,7 @@ class SlowDatabase:
 
 
 class BusyDisk:
-    """One on which another process publishes, which takes until it is told to end."""
+    """A database that another process keeps locked until `end`."""
 
     def __init__(self, home: Path) -> None:
         self._file = (home / "adapters" / ".lock").open("ab")
@@ -75,7 +75,7 @@ def library(database: sa.Engine, store: AdapterStore, jobs: Jobs, tmp_path: Path
     library = library_in(tmp_path, database, store, jobs)
 
     def is_parent(digest: str, project: str | None = None) -> bool:
-        if project is None:  # asked of bytes, not of a version
+        if project is None:  # about bytes, not about a version
             slow()
         return jobs.in_use(digest, project)
 
@@ -87,17 +87,17 @@ def body(name: str) -> dict[str, object]:
     return {"prompt": "a", "max_tokens": 4, "adapter": name}
 
 
-async def all_goes_on(client: httpx.AsyncClient, while_it: Callable[[], bool]) -> None:
-    """For whoever has nothing to do with what is removed; twice, as names are remembered from the first time."""
+async def check_others_run(client: httpx.AsyncClient, is_waiting: Callable[[], bool]) -> None:
+    """Check that other requests run. Ask twice, because names are remembered from the first request."""
     async with asyncio.timeout(TOO_LONG):
         for _ in range(2):
             assert (await client.get("/health")).status_code == 200
             answer = (await client.post("/generate", json=body("other"))).json()
             assert answer["choices"][0]["text"] == "w0 w1 w2 w3 "
-    assert while_it()
+    assert is_waiting()
 
 
-async def test_a_delete_that_waits_for_the_database(
+async def test_delete_that_waits_for_the_database(
     client: httpx.AsyncClient, store: AdapterStore, slow: SlowDatabase
 ) -> None:
     digest = await upload(client, "tweets", 1)
@@ -105,7 +105,7 @@ async def test_a_delete_that_waits_for_the_database(
     slow.is_slow = True
     deleting = asyncio.create_task(client.delete("/adapters/tweets"))
     await until(lambda: slow.is_asked)
-    await all_goes_on(client, lambda: slow.is_asked)
+    await check_others_run(client, lambda: slow.is_asked)
     assert (await client.post("/generate", json=body("tweets"))).status_code == 404
     assert not deleting.done()
     slow.answer()
@@ -114,7 +114,7 @@ async def test_a_delete_that_waits_for_the_database(
         store.load(digest)
 
 
-async def test_a_delete_that_waits_for_the_disk(
+async def test_delete_that_waits_for_the_disk(
     client: httpx.AsyncClient, store: AdapterStore, tmp_path: Path
 ) -> None:
     digest = await upload(client, "tweets", 1)
@@ -123,7 +123,7 @@ async def test_a_delete_that_waits_for_the_disk(
     deleting = asyncio.create_task(client.delete("/adapters/tweets"))
     while (await client.get("/adapters/tweets")).status_code == 200:
         await asyncio.sleep(0.001)
-    await all_goes_on(client, lambda: disk.is_busy)
+    await check_others_run(client, lambda: disk.is_busy)
     assert not deleting.done()
     disk.end()
     assert (await deleting).status_code == 204
@@ -132,7 +132,7 @@ async def test_a_delete_that_waits_for_the_disk(
 
 
 async def deleted_while_it_runs(client: httpx.AsyncClient, engine: FakeEngine) -> "asyncio.Task[httpx.Response]":
-    """A request that waits for `engine.held`, and whose adapter's bytes go with it."""
+    """Start a request that waits for `engine.held`, and delete its adapter meanwhile."""
     engine.hold_after = 2
     running = asyncio.create_task(client.post("/generate", json=body("tweets")))
     await until(lambda: len(engine.open) == 1)
@@ -141,7 +141,7 @@ async def deleted_while_it_runs(client: httpx.AsyncClient, engine: FakeEngine) -
     return running
 
 
-async def test_bytes_that_go_with_the_last_answer_wait_in_a_thread(
+async def test_last_answer_removes_deleted_bytes_in_a_thread(
     client: httpx.AsyncClient, engine: FakeEngine, store: AdapterStore, slow: SlowDatabase, tmp_path: Path
 ) -> None:
     digest = await upload(client, "tweets", 1)
@@ -150,12 +150,12 @@ async def test_bytes_that_go_with_the_last_answer_wait_in_a_thread(
     disk = BusyDisk(tmp_path)
     engine.held.set()
     await until(lambda: not engine.open)
-    await all_goes_on(client, lambda: disk.is_busy)
+    await check_others_run(client, lambda: disk.is_busy)
     assert store.load(digest).max_rank == 2
     slow.is_slow = True
     disk.end()
     await until(lambda: slow.is_asked)
-    await all_goes_on(client, lambda: slow.is_asked)
+    await check_others_run(client, lambda: slow.is_asked)
     slow.answer()
     assert (await running).status_code == 200
     with pytest.raises(CorruptAdapter):
@@ -163,7 +163,7 @@ async def test_bytes_that_go_with_the_last_answer_wait_in_a_thread(
     assert threading.get_ident() not in slow.threads
 
 
-async def test_an_answer_is_good_though_its_adapters_bytes_cannot_go(
+async def test_answer_succeeds_if_deleted_bytes_cannot_be_removed(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     store: AdapterStore,

@@ -1,4 +1,4 @@
-"""Structured output over the API: what reaches the engine, and what is refused, by which field."""
+"""Structured output over the API: the engine's requests, and refusals with the field at fault."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
         ),
     ],
 )
-async def test_the_grammar_that_reaches_the_engine(
+async def test_grammar_reaches_the_engine(
     client: httpx.AsyncClient, engine: FakeEngine, fields: Mapping[str, object], grammar: Grammar | None
 ) -> None:
     response = await client.post("/generate", json={"prompt": "a", "max_tokens": 1, **fields})
@@ -42,8 +42,8 @@ async def test_the_grammar_that_reaches_the_engine(
     assert engine.requests[0].grammar == grammar
 
 
-async def test_a_grammar_that_is_known_waits_for_no_others(make_services: MakeServices) -> None:
-    """Nor is it refused where too many wait to be compiled."""
+async def test_known_grammar_does_not_wait_for_others(make_services: MakeServices) -> None:
+    """It isn't refused either if too many others wait to be compiled."""
     services = make_services()
     grammars = Lane("grammars", "grammars", Turns(1), 0)
     services = replace(services, limiters=replace(services.limiters, grammars=grammars))
@@ -51,7 +51,7 @@ async def test_a_grammar_that_is_known_waits_for_no_others(make_services: MakeSe
     compiled = threading.Event()
     async with client_of(new_app(services)) as client:
         assert (await client.post("/generate", json={**body, "regex": "a+"})).status_code == 200
-        compiling = asyncio.create_task(grammars.run(compiled.wait, 10.0))
+        compiling = asyncio.create_task(grammars.run("", compiled.wait, 10.0))
         try:
             await asyncio.sleep(0)
             assert (await client.post("/generate", json={**body, "regex": "a+"})).status_code == 200
@@ -108,7 +108,7 @@ BAD: list[tuple[str, Mapping[str, object]]] = [
 
 
 @pytest.mark.parametrize(("field", "fields"), BAD)
-async def test_what_is_refused(
+async def test_invalid_grammars_are_refused(
     client: httpx.AsyncClient, engine: FakeEngine, field: str, fields: Mapping[str, object]
 ) -> None:
     response = await client.post("/generate", content=json.dumps({"prompt": "a", **fields}), headers=JSON)

@@ -1,4 +1,4 @@
-"""What takes the event loop long is done a piece at a time, or elsewhere."""
+"""Long work on the event loop is done in pieces, or elsewhere."""
 
 import asyncio
 from collections.abc import Callable
@@ -22,14 +22,14 @@ MANY_LOGPROBS: list[tuple[str, dict[str, object]]] = [
 
 
 @pytest.mark.parametrize(("path", "body"), MANY_LOGPROBS)
-async def test_many_log_probabilities_leave_others_their_turn(
+async def test_formatting_many_logprobs_lets_others_run(
     client: httpx.AsyncClient,
     engine: FakeEngine,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
     body: dict[str, object],
 ) -> None:
-    """8,000 tokens with the 20 likeliest ones beside each take the best part of a second to put together."""
+    """Formatting 8,000 tokens with 20 alternatives each takes almost a second."""
     turn = 0
     turns: set[int] = set()
 
@@ -39,10 +39,10 @@ async def test_many_log_probabilities_leave_others_their_turn(
             turn += 1
             await asyncio.sleep(0)
 
-    def noting(tell: Callable[[TokenLogprob], object]) -> Callable[[TokenLogprob], object]:
+    def noting(make: Callable[[TokenLogprob], object]) -> Callable[[TokenLogprob], object]:
         def noted(token: TokenLogprob) -> object:
             turns.add(turn)
-            return tell(token)
+            return make(token)
 
         return noted
 

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions on a fake engine: what reaches it, and how its outputs look."""
+"""POST /v1/chat/completions on a fake engine: the requests it gets, and the form of the answers."""
 
 import json
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.request import AdapterRef, Grammar, SamplingParams
+from adapters.lora import AdapterRef
+from server.engine.request import Grammar, SamplingParams
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine
@@ -46,7 +47,9 @@ def encoded(encoder: PromptEncoder, *turns: tuple[str, str]) -> tuple[int, ...]:
     return tuple(encoder.messages([ChatMessage(role, content) for role, content in turns]))
 
 
-async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
+async def test_answer_has_every_field(
+    client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
+) -> None:
     answer = await ask(client, max_tokens=3, seed=5)
     ids = encoded(encoder, ("system", "b"), ("user", "a"))
     assert engine.requests[0].prompt_token_ids == ids
@@ -72,7 +75,7 @@ async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, e
     }
 
 
-async def test_defaults_are_openai_s(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_defaults_are_openais(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await ask(client)
     await ask(client, temperature=None, top_p=None, n=None, seed=None, stop=None, logit_bias=None, stream=None)
     first, second = engine.requests
@@ -122,19 +125,19 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
     )
 
 
-async def test_edges_of_openai_s_ranges(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_limits_of_openais_ranges_are_accepted(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await ask(client, top_p=0, seed=-1)
     (request,) = engine.requests
-    assert (request.sampling.temperature, request.sampling.top_p) == (0.0, 1.0)  # the likeliest token alone
+    assert (request.sampling.temperature, request.sampling.top_p) == (0.0, 1.0)  # greedy
     assert request.sampling.seed == (1 << 63) - 1
 
 
-async def test_the_bound_on_tokens(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_max_tokens_and_its_newer_name(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await ask(client, max_tokens=None, max_completion_tokens=3)
     await ask(client, max_tokens=3, max_completion_tokens=3)
     await ask(client, max_tokens=None)
     assert [request.sampling.max_tokens for request in engine.requests[:2]] == [3, 3]
-    last = engine.requests[2]  # all that the context leaves
+    last = engine.requests[2]  # the rest of the context
     assert last.sampling.max_tokens == MAX_MODEL_LEN - len(last.prompt_token_ids)
     assert (await refusal(client, max_tokens=3, max_completion_tokens=4))["param"] == "max_tokens"
     error = await refusal(client, max_tokens=None, max_completion_tokens=MAX_MODEL_LEN)
@@ -142,11 +145,11 @@ async def test_the_bound_on_tokens(client: httpx.AsyncClient, engine: FakeEngine
     long = [{"role": "user", "content": "a b" * MAX_MODEL_LEN}]
     error = await refusal(client, messages=long, max_tokens=None)
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
-    # LiteLLM and others know it by these words alone
+    # LiteLLM and others recognize the error by these words
     assert f"this model's maximum context length is {MAX_MODEL_LEN} tokens" in str(error["message"])
 
 
-async def test_parts_of_text_and_what_clients_send_back(
+async def test_text_parts_and_returned_messages_are_accepted(
     client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
 ) -> None:
     messages = [
@@ -173,7 +176,7 @@ async def test_parts_of_text_and_what_clients_send_back(
         {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]},
     ],
 )
-async def test_other_turns_are_refused(client: httpx.AsyncClient, message: object) -> None:
+async def test_invalid_messages_are_refused(client: httpx.AsyncClient, message: object) -> None:
     assert str((await refusal(client, messages=[message]))["param"]).startswith("messages[0].")
 
 
@@ -198,7 +201,7 @@ async def test_other_turns_are_refused(client: httpx.AsyncClient, message: objec
         ("prompt_cache_retention", "24h"),
     ],
 )
-async def test_what_is_not_supported_is_refused_by_name(
+async def test_unsupported_fields_are_refused_by_name(
     client: httpx.AsyncClient, engine: FakeEngine, name: str, value: object
 ) -> None:
     error = await refusal(client, **{name: value})
@@ -209,7 +212,7 @@ async def test_what_is_not_supported_is_refused_by_name(
     await ask(client, **{name: None})
 
 
-async def test_values_that_switch_them_off(client: httpx.AsyncClient) -> None:
+async def test_values_that_disable_unsupported_fields_are_accepted(client: httpx.AsyncClient) -> None:
     await ask(client, tools=[], tool_choice="none", modalities=["text"], service_tier="auto", store=False)
 
 
@@ -233,11 +236,11 @@ async def test_values_that_switch_them_off(client: httpx.AsyncClient) -> None:
         ("n_choices", 1),
     ],
 )
-async def test_bad_fields(client: httpx.AsyncClient, name: str, value: object) -> None:
+async def test_invalid_fields_are_refused(client: httpx.AsyncClient, name: str, value: object) -> None:
     assert (await refusal(client, **{name: value}))["param"] == name
 
 
-async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_logprobs_have_alternatives(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = await ask(client, logprobs=True, top_logprobs=2, n=2)
     token = {"token": "w1 ", "bytes": list(b"w1 "), "logprob": -0.25}
     for choice in answer["choices"]:
@@ -248,18 +251,18 @@ async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = await ask(client, logprobs=True)
     assert engine.requests[1].sampling.logprobs == 1
     assert answer["choices"][0]["logprobs"]["content"][1] == {**token, "top_logprobs": []}
-    # a value of 0 and false are as good as none
+    # 0 and false disable them, too
     assert (await ask(client, logprobs=False))["choices"][0]["logprobs"] is None
 
 
-async def test_a_stream(client: httpx.AsyncClient) -> None:
-    told = await chunks(client)
-    heads = [{key: chunk[key] for key in ("id", "object", "created", "model")} for chunk in told]
+async def test_stream_has_role_text_and_end(client: httpx.AsyncClient) -> None:
+    received = await chunks(client)
+    heads = [{key: chunk[key] for key in ("id", "object", "created", "model")} for chunk in received]
     assert all(head == heads[0] for head in heads)
     assert heads[0]["object"] == "chat.completion.chunk"
     assert heads[0]["id"].startswith("chatcmpl-")
-    assert all("usage" not in chunk for chunk in told)
-    assert [chunk["choices"] for chunk in told] == [
+    assert all("usage" not in chunk for chunk in received)
+    assert [chunk["choices"] for chunk in received] == [
         [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]
         for delta, reason in [
             ({"role": "assistant", "content": "", "refusal": None}, None),
@@ -270,14 +273,14 @@ async def test_a_stream(client: httpx.AsyncClient) -> None:
     ]
 
 
-async def test_a_stream_of_two_choices_with_usage_and_logprobs(client: httpx.AsyncClient) -> None:
-    *told, last = await chunks(client, n=2, logprobs=True, stream_options={"include_usage": True})
+async def test_stream_of_two_choices_with_usage_and_logprobs(client: httpx.AsyncClient) -> None:
+    *received, last = await chunks(client, n=2, logprobs=True, stream_options={"include_usage": True})
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 4
     assert last["usage"]["total_tokens"] == last["usage"]["prompt_tokens"] + 4
-    assert all(chunk["usage"] is None for chunk in told)
+    assert all(chunk["usage"] is None for chunk in received)
     for index in range(2):
-        own = [choice for chunk in told for choice in chunk["choices"] if choice["index"] == index]
+        own = [choice for chunk in received for choice in chunk["choices"] if choice["index"] == index]
         assert own[0]["delta"]["role"] == "assistant"
         assert "".join(choice["delta"].get("content", "") for choice in own) == "w0 w1 "
         tokens = [
@@ -287,7 +290,7 @@ async def test_a_stream_of_two_choices_with_usage_and_logprobs(client: httpx.Asy
         assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["length"]
 
 
-async def test_the_answer_names_the_versions(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_answer_names_the_versions(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     digests = {}
     for name, seed in (("tweets", 1), ("movies", 2)):
         posted = await client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed)))
@@ -303,7 +306,7 @@ async def test_the_answer_names_the_versions(client: httpx.AsyncClient, engine: 
     assert {chunk["model"] for chunk in await chunks(client, model="movies@1")} == {"movies@1"}
 
 
-async def test_response_formats(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_response_formats_become_grammars(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     schema = {"type": "object", "properties": {"é": {"type": "integer"}}}
     await ask(client, response_format={"type": "text"})
     await ask(client, response_format={"type": "json_object"})
@@ -329,11 +332,11 @@ async def test_response_formats(client: httpx.AsyncClient, engine: FakeEngine) -
         ),
     ],
 )
-async def test_bad_response_formats(client: httpx.AsyncClient, form: object, param: str) -> None:
+async def test_invalid_response_formats_are_refused(client: httpx.AsyncClient, form: object, param: str) -> None:
     assert (await refusal(client, response_format=form))["param"] == param
 
 
-async def test_a_grammar_goes_without_stop_strings(client: httpx.AsyncClient) -> None:
+async def test_grammar_refuses_stop_strings(client: httpx.AsyncClient) -> None:
     form = {"type": "json_object"}
     assert (await refusal(client, response_format=form, stop="x"))["param"] == "stop"
     assert (await refusal(client, response_format=form, ignore_eos=True))["param"] == "ignore_eos"

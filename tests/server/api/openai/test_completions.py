@@ -37,7 +37,7 @@ async def refusal(client: httpx.AsyncClient, **fields: object) -> dict[str, Any]
     return error
 
 
-async def test_the_whole_answer(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
+async def test_answer_has_every_field(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
     answer = await ask(client)
     assert answer.pop("id").startswith("cmpl-")
     assert isinstance(answer.pop("created"), int)
@@ -55,13 +55,15 @@ async def test_the_whole_answer(client: httpx.AsyncClient, encoder: PromptEncode
     }
 
 
-async def test_defaults_are_openai_s(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_defaults_are_openais(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await ask(client, max_tokens=None)
     (request,) = engine.requests
     assert request.sampling == SamplingParams(16, temperature=1.0, seed=request.sampling.seed)
 
 
-async def test_prompts_in_all_forms(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
+async def test_prompts_may_be_texts_or_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
+) -> None:
     a, b = tuple(encoder.prompt("a")), tuple(encoder.prompt("bc"))
     for prompt, expected in [
         ("a", [a]),
@@ -81,20 +83,20 @@ async def test_prompts_in_all_forms(client: httpx.AsyncClient, engine: FakeEngin
 @pytest.mark.parametrize(
     "prompt", ["", [], [""], [[]], None, 5, {"a": 1}, [1.5], [-1], [True], ["a"] * 129, [["a"]], [1, "a"]]
 )
-async def test_other_prompts_are_refused(client: httpx.AsyncClient, engine: FakeEngine, prompt: object) -> None:
+async def test_invalid_prompts_are_refused(client: httpx.AsyncClient, engine: FakeEngine, prompt: object) -> None:
     assert (await refusal(client, prompt=prompt))["param"] == "prompt"
     assert engine.requests == []
 
 
-async def test_tokens_that_the_base_does_not_have(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
-    """They would fail the whole step, with everybody else's tokens."""
+async def test_tokens_beyond_the_vocabulary_are_refused(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
+    """They would fail the whole step, and with it other requests."""
     num = encoder.num_tokens
     assert (await ask(client, prompt=[num - 1]))["usage"]["prompt_tokens"] == 1
     assert (await refusal(client, prompt=[0, num]))["param"] == "prompt"
     assert (await refusal(client, prompt=[[1], [0, num]]))["param"] == "prompt"
 
 
-async def test_choices_count_through_the_prompts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_choices_are_numbered_through_all_prompts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = await ask(client, prompt=[[1], [2]], n=2, seed=3)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert [request.n for request in engine.requests] == [2, 2]
@@ -103,15 +105,15 @@ async def test_choices_count_through_the_prompts(client: httpx.AsyncClient, engi
     assert engine.open == set()
 
 
-async def test_the_same_prompt_twice_is_drawn_twice(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    """The noise of a token is a hash of seed, choice and position: one seed for all would be one answer."""
+async def test_repeated_prompts_have_different_seeds(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """A token's noise is a hash of seed, choice and position, so one seed would give equal answers."""
     await ask(client, prompt=["a"] * 4)
     assert len({request.sampling.seed for request in engine.requests}) == 4
     assert len({replace(request.sampling, seed=0) for request in engine.requests}) == 1
 
 
 class NarrowEngine(FakeEngine):
-    """Takes one request at a time."""
+    """An engine that takes one request at a time."""
 
     def submit(self, request: GenerationRequest) -> FakeStream:
         if self.open:
@@ -119,7 +121,7 @@ class NarrowEngine(FakeEngine):
         return super().submit(request)
 
 
-async def test_all_prompts_run_or_none(make_services: MakeServices) -> None:
+async def test_all_prompts_are_refused_if_one_is(make_services: MakeServices) -> None:
     engine = NarrowEngine()
     async with client_of(new_app(replace(make_services(), engine=engine))) as client:
         response = await client.post(PATH, json={"model": BASE_NAME, "prompt": ["a", "b"]})
@@ -131,13 +133,13 @@ async def test_all_prompts_run_or_none(make_services: MakeServices) -> None:
         assert len(engine.requests) == 1
 
 
-async def test_more_than_ever_fit_together_are_no_full_queue(
+async def test_too_many_prompts_for_an_empty_queue_are_invalid(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    """A 429 would be tried again, and never be taken."""
+    """A 429 would be retried in vain."""
     engine.max_in_flight = 6
     await ask(client, prompt=["a"] * 3, n=2)
-    await ask(client, n=7)  # one request alone is taken where nothing else runs
+    await ask(client, n=7)  # an idle engine takes a single oversized request
     engine.requests.clear()
     error = await refusal(client, prompt=["a"] * 4, n=2)
     assert error["param"] == "prompt"
@@ -152,22 +154,20 @@ async def test_more_than_ever_fit_together_are_no_full_queue(
 @pytest.mark.parametrize(
     ("name", "value"), [("echo", True), ("suffix", "end"), ("best_of", 3), ("logprobs", 21), ("messages", [])]
 )
-async def test_what_is_not_supported_is_refused_by_name(
-    client: httpx.AsyncClient, name: str, value: object
-) -> None:
+async def test_unsupported_fields_are_refused_by_name(client: httpx.AsyncClient, name: str, value: object) -> None:
     assert (await refusal(client, **{name: value}))["param"] == name
 
 
-async def test_values_that_switch_them_off(client: httpx.AsyncClient) -> None:
+async def test_values_that_disable_unsupported_fields_are_accepted(client: httpx.AsyncClient) -> None:
     await ask(client, echo=False, suffix=None, best_of=2, n=2)
 
 
-async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_logprobs_are_parallel_lists(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = await ask(client, logprobs=2)
     assert answer["choices"][0]["logprobs"] == {
         "tokens": ["w0 ", "w1 "],
         "token_logprobs": [-0.25, -0.25],
-        # the fake's rivals have the chosen token's text: what was drawn is what stays under it
+        # the fake's alternatives have the chosen token's text, so the chosen one's value replaces theirs
         "top_logprobs": [{"w0 ": -0.25}, {"w1 ": -0.25}],
         "text_offset": [0, 3],
     }
@@ -177,7 +177,7 @@ async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert answer["choices"][0]["logprobs"]["tokens"] == ["w0 ", "w1 "]
 
 
-async def test_a_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
+async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
     body = {
         "model": BASE_NAME,
         "prompt": ["a", "b"],
@@ -188,19 +188,19 @@ async def test_a_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
     }
     *events, done, rest = (await client.post(PATH, json=body)).text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
-    *told, last = [json.loads(event.removeprefix("data: ")) for event in events]
+    *received, last = [json.loads(event.removeprefix("data: ")) for event in events]
     assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 6)
-    assert all(chunk["usage"] is None for chunk in told)
-    assert {chunk["object"] for chunk in told} == {"text_completion"}
-    assert len({chunk["id"] for chunk in told}) == 1
+    assert all(chunk["usage"] is None for chunk in received)
+    assert {chunk["object"] for chunk in received} == {"text_completion"}
+    assert len({chunk["id"] for chunk in received}) == 1
     for index in range(2):
-        own = [choice for chunk in told for choice in chunk["choices"] if choice["index"] == index]
+        own = [choice for chunk in received for choice in chunk["choices"] if choice["index"] == index]
         assert "".join(choice["text"] for choice in own) == "w0 w1 w2 "
         assert [choice["finish_reason"] for choice in own] == [None, None, "length"]
         assert [choice["logprobs"]["text_offset"] for choice in own] == [[0], [3], [6]]
 
 
-async def test_one_version_for_all_prompts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_all_prompts_use_one_version(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post("/adapters/tweets", files=as_parts(*peft_files(1)))
     answer = await ask(client, model="tweets", prompt=["a", "b"])
     assert answer["model"] == "tweets@1"
@@ -208,11 +208,11 @@ async def test_one_version_for_all_prompts(client: httpx.AsyncClient, engine: Fa
     assert first.adapters == second.adapters != ()
 
 
-async def test_of_several_prompts_no_more_is_taken_than_is_read(app: FastAPI, engine: FakeEngine) -> None:
-    """A reader that has stopped has the rest wait where it has a bound."""
+async def test_unread_outputs_of_several_prompts_stay_in_their_streams(app: FastAPI, engine: FakeEngine) -> None:
+    """If the client stops reading, outputs wait in the streams, which are bounded."""
     taken: list[SequenceOutput] = []
 
-    def counted(request: GenerationRequest) -> Iterator[SequenceOutput]:
+    def counting(request: GenerationRequest) -> Iterator[SequenceOutput]:
         for output in words(request):
             taken.append(output)
             yield output
@@ -223,7 +223,7 @@ async def test_of_several_prompts_no_more_is_taken_than_is_read(app: FastAPI, en
             if len(self.sent) > 2:
                 await asyncio.Event().wait()
 
-    engine.script = counted
+    engine.script = counting
     before = asyncio.all_tasks()
     body = {"model": BASE_NAME, "prompt": ["a", "b"], "max_tokens": MAX_MODEL_LEN - 2, "stream": True}
     caller = Slow(app, PATH, body)

@@ -1,11 +1,11 @@
-"""Faults under /v1: the error object, the status and the headers that OpenAI's client goes by."""
+"""Errors under /v1: the error object, the status and the headers that OpenAI's client reads."""
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
 from adapters.errors import Conflict, FieldError, InDoubt, Interrupted, InvalidInput, NotFound, SmoloraError
-from server.api.openai import errors
+from server.api.problems import OPENAI
 from server.api.routes import MAX_JSON_BYTES
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, GenerationFailed, QueueFull
@@ -29,7 +29,7 @@ def error_of(response: httpx.Response) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("field", "value"), [("temperature", 3), ("speculation", "on")])
-async def test_a_bad_field_is_400_with_its_name(client: httpx.AsyncClient, field: str, value: object) -> None:
+async def test_invalid_field_is_400_with_its_name(client: httpx.AsyncClient, field: str, value: object) -> None:
     response = await client.post(CHAT, json=HELLO | {field: value})
     assert response.status_code == 400
     error = error_of(response)
@@ -37,20 +37,20 @@ async def test_a_bad_field_is_400_with_its_name(client: httpx.AsyncClient, field
     assert field in str(error["message"])
 
 
-async def test_a_field_deeper_down(client: httpx.AsyncClient) -> None:
+async def test_nested_field_has_its_path(client: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "tool", "content": "a"}]
     response = await client.post(CHAT, json=HELLO | {"messages": messages})
     assert (response.status_code, error_of(response)["param"]) == (400, "messages[1].role")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b'{"model": "\xff"}'])
-async def test_what_is_no_json_object_is_400(client: httpx.AsyncClient, body: bytes) -> None:
+async def test_body_that_is_no_json_object_is_400(client: httpx.AsyncClient, body: bytes) -> None:
     response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert (response.status_code, error_of(response)["param"]) == (400, "body")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-async def test_an_unknown_model_is_404(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
+async def test_unknown_model_is_404(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
     body = {"model": "nobody@3", "messages": HELLO["messages"]} if path == CHAT else {"model": "nobody@3"}
     response = await client.post(path, json=body if path == CHAT else body | {"prompt": "a"})
     assert response.status_code == 404
@@ -60,7 +60,7 @@ async def test_an_unknown_model_is_404(client: httpx.AsyncClient, engine: FakeEn
     assert engine.requests == []
 
 
-async def test_a_model_that_is_no_expression_is_400(client: httpx.AsyncClient) -> None:
+async def test_malformed_model_is_400(client: httpx.AsyncClient) -> None:
     response = await client.post(CHAT, json=HELLO | {"model": "a*1e5"})
     assert (response.status_code, error_of(response)["param"]) == (400, "model")
 
@@ -71,32 +71,32 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     wrong = await client.get(CHAT)
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     error_of(wrong)
-    # everything else keeps its own form
+    # other paths keep the native form
     assert (await client.get("/v2/models")).headers["content-type"] == "application/problem+json"
 
 
-async def test_without_a_key(make_services: MakeServices) -> None:
+async def test_missing_key_is_401(make_services: MakeServices) -> None:
     async with client_of(new_app(make_services(api_keys="secret-0123456789"))) as client:
         response = await client.get("/v1/models", headers={"authorization": "Bearer wrong"})
         assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
-        assert error_of(response)["type"] == "authentication_error"  # LiteLLM goes by the type before the status
+        assert error_of(response)["type"] == "authentication_error"  # LiteLLM reads the type before the status
         assert "www-authenticate" in response.headers
         assert (
             await client.get("/v1/models", headers={"authorization": "Bearer secret-0123456789"})
         ).status_code == 200
 
 
-async def test_any_key_is_taken_where_there_are_none(client: httpx.AsyncClient) -> None:
+async def test_any_key_is_accepted_if_none_exists(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/models", headers={"authorization": "Bearer any"})).status_code == 200
 
 
-async def test_too_large_a_body(client: httpx.AsyncClient) -> None:
+async def test_too_large_body_is_413(client: httpx.AsyncClient) -> None:
     response = await client.post(CHAT, content=b" " * (MAX_JSON_BYTES + 1))
     assert response.status_code == 413
     error_of(response)
 
 
-async def test_a_full_queue_is_429_with_a_time(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_full_queue_is_429_with_retry_after(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.refusal = QueueFull(retry_after=3.2)
     for stream in (False, True):
         response = await client.post(CHAT, json=HELLO | {"stream": stream})
@@ -106,7 +106,7 @@ async def test_a_full_queue_is_429_with_a_time(client: httpx.AsyncClient, engine
 
 
 @pytest.mark.parametrize("state", ["dead", "draining", "loading"])
-async def test_what_cannot_serve_is_503(client: httpx.AsyncClient, engine: FakeEngine, state: str) -> None:
+async def test_engine_that_cannot_serve_is_503(client: httpx.AsyncClient, engine: FakeEngine, state: str) -> None:
     setattr(engine, state, True)
     response = await client.post(CHAT, json=HELLO)
     assert response.status_code == 503
@@ -122,19 +122,19 @@ async def test_what_cannot_serve_is_503(client: httpx.AsyncClient, engine: FakeE
         (InvalidInput.of("adapter", "too large"), 400),
     ],
 )
-async def test_a_failure_midway(
+async def test_failure_midway_has_its_status(
     client: httpx.AsyncClient, engine: FakeEngine, error: SmoloraError, status: int
 ) -> None:
     engine.script = failing(2, error)
     response = await client.post(CHAT, json=HELLO)
     assert response.status_code == status
-    told = error_of(response)
-    assert str(told["message"]).endswith(str(error).rpartition(": ")[2])
-    assert told["param"] == ("model" if status == 400 else None)  # by OpenAI's name of it
+    error_object = error_of(response)
+    assert str(error_object["message"]).endswith(str(error).rpartition(": ")[2])
+    assert error_object["param"] == ("model" if status == 400 else None)  # OpenAI's name
     assert engine.open == set()
 
 
-async def test_a_failure_within_a_stream_is_its_last_event(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_failure_within_a_stream_is_the_last_event(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = failing(2, GenerationFailed("a step failed"))
     response = await client.post(CHAT, json=HELLO | {"stream": True})
     assert response.status_code == 200
@@ -143,7 +143,7 @@ async def test_a_failure_within_a_stream_is_its_last_event(client: httpx.AsyncCl
     assert engine.open == set()
 
 
-async def test_a_failure_before_anything_is_streamed_is_an_answer(
+async def test_failure_before_the_first_event_is_an_error_response(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     engine.script = failing(0, GenerationFailed("a step failed"))
@@ -152,7 +152,7 @@ async def test_a_failure_before_anything_is_streamed_is_an_answer(
     error_of(response)
 
 
-async def test_a_fault_that_nobody_foresaw_tells_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_unforeseen_error_reveals_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     def script(request: GenerationRequest) -> list[SequenceOutput]:
         raise RuntimeError("/home/me said: prompt")
 
@@ -163,19 +163,19 @@ async def test_a_fault_that_nobody_foresaw_tells_nothing(client: httpx.AsyncClie
     error_of(response)
 
 
-def test_only_what_a_retry_may_mend_is_tried_again() -> None:
-    conflict = errors.of_error(Conflict("it has ended"))
+def test_only_errors_that_may_pass_are_retried() -> None:
+    conflict = OPENAI.of_error(Conflict("it has ended"))
     assert (conflict.status_code, conflict.headers["x-should-retry"]) == (409, "false")
-    assert "x-should-retry" not in errors.of_error(NotFound("no such file")).headers
-    doubt = errors.of_error(InDoubt())  # of a job, say, which would be two then
+    assert "x-should-retry" not in OPENAI.of_error(NotFound("no such file")).headers
+    doubt = OPENAI.of_error(InDoubt())  # a retry could queue a job twice
     assert (doubt.status_code, doubt.headers["x-should-retry"]) == (503, "false")
-    assert "x-should-retry" not in errors.of_error(Interrupted()).headers
-    deep = errors.of_error(InvalidInput([FieldError(("messages", 3, "content"), "is wrong")]))
+    assert "x-should-retry" not in OPENAI.of_error(Interrupted()).headers
+    deep = OPENAI.of_error(InvalidInput([FieldError(("messages", 3, "content"), "is wrong")]))
     assert b'"param":"messages[3].content"' in bytes(deep.body)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_frees_its_choices(app: FastAPI, engine: FakeEngine, stream: bool) -> None:
+async def test_client_that_leaves_frees_its_choices(app: FastAPI, engine: FakeEngine, stream: bool) -> None:
     engine.hold_after = 2
     caller = Caller(app, "/v1/completions", {"model": BASE_NAME, "prompt": ["a", "b"], "stream": stream})
     await until(lambda: len(engine.open) == 2)

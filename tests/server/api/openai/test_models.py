@@ -1,4 +1,4 @@
-"""/v1/models: the base, adapters and compositions; one of them by any expression."""
+"""/v1/models: the base, adapters and compositions."""
 
 import httpx
 import pytest
@@ -9,7 +9,7 @@ from tests.server.conftest import BASE_NAME
 pytestmark = pytest.mark.anyio
 
 
-async def test_the_list(client: httpx.AsyncClient) -> None:
+async def test_models_are_listed(client: httpx.AsyncClient) -> None:
     base = {"id": BASE_NAME, "object": "model", "created": 0, "owned_by": "smolora"}
     assert (await client.get("/v1/models")).json() == {"object": "list", "data": [base]}
     for name, seed in (("tweets", 1), ("movies", 2), ("tweets", 3)):
@@ -25,7 +25,7 @@ async def test_the_list(client: httpx.AsyncClient) -> None:
     assert all(entry["created"] > 1_700_000_000 for entry in answer["data"][1:])
 
 
-async def test_one_of_them(client: httpx.AsyncClient) -> None:
+async def test_model_by_expression(client: httpx.AsyncClient) -> None:
     await client.post("/adapters/tweets", files=as_parts(*peft_files(1)))
     for expression in ("tweets", "tweets@1", "tweets@1*0.5+tweets*-1"):
         answer = (await client.get("/v1/models/" + expression.replace("+", "%2B"))).json()
@@ -35,12 +35,12 @@ async def test_one_of_them(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(("name", "status"), [("nobody", 404), ("tweets@2", 404), ("a*1e5", 400)])
-async def test_others_are_refused(client: httpx.AsyncClient, name: str, status: int) -> None:
+async def test_unknown_models_are_refused(client: httpx.AsyncClient, name: str, status: int) -> None:
     response = await client.get(f"/v1/models/{name}")
     assert (response.status_code, response.json()["error"]["param"]) == (status, "model")
 
 
-async def test_deleting(client: httpx.AsyncClient) -> None:
+async def test_models_are_deleted(client: httpx.AsyncClient) -> None:
     for seed in (1, 2, 3):
         await client.post("/adapters/tweets", files=as_parts(*peft_files(seed)))
     await client.put("/adapters/tweets/aliases/prod", json={"version": 2})

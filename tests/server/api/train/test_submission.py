@@ -14,9 +14,8 @@ from adapters.errors import CorruptAdapter, InDoubt, NotFound
 from adapters.library import Library
 from server.jobs.jobs import Job, Jobs
 from server.jobs.merge_spec import MergeSpec
-from server.storage.home import DATA_NAME
 from server.training.datasets import Dataset, DatasetStore
-from server.training.job_data import JobData
+from server.training.job_data import DATA_NAME, JobData
 from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import train_body

@@ -1,4 +1,4 @@
-"""The commands on HOME, run beside the app that `tests.server.conftest` builds over the same one."""
+"""The commands on a HOME, run alongside the app that `tests.server.conftest` builds over it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ def attempt(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def smolora(attempt: Run) -> Callable[..., str]:
-    """The same of one that succeeds: what it prints on standard output."""
+    """Return a function that runs a command, which must succeed, and returns its stdout."""
 
     def run(*arguments: str) -> str:
         result = attempt(*arguments)
@@ -34,7 +34,7 @@ def smolora(attempt: Run) -> Callable[..., str]:
 
 
 def refused(result: Result) -> str:
-    """What a command says that is refused: one line, on standard error alone."""
+    """Return the only line of a refused command, which is on stderr."""
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     assert result.stderr.startswith("smolora: ")
@@ -43,5 +43,5 @@ def refused(result: Result) -> str:
 
 
 def bearer(secret: str) -> dict[str, str]:
-    """Headers that bring a key, as a command printed it."""
+    """Return the headers with a key, as a command printed it."""
     return {"Authorization": f"Bearer {secret.strip()}"}

@@ -1,4 +1,4 @@
-"""`smolora keys`: what it makes opens a server over the same HOME until it is revoked; secrets stay secret."""
+"""`smolora keys`: a key is valid on a server with the same HOME until it is revoked; secrets stay secret."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tests.server.cli.home.conftest import Run, bearer, refused
 PROMPT = {"prompt": "a", "max_tokens": 1}
 
 
-def test_the_secret_alone_is_on_stdout_and_stored_nowhere(tmp_path: Path) -> None:
+def test_only_the_secret_is_on_stdout_and_it_is_not_stored(tmp_path: Path) -> None:
     home = tmp_path / "new" / "home"
     made = subprocess.run(
         [sys.executable, "-m", "server.cli", "keys", "create", "ci", "--home", str(home)],
@@ -51,14 +51,16 @@ def test_the_secret_alone_is_on_stdout_and_stored_nowhere(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_secret_that_cannot_be_written_makes_no_key(tmp_path: Path, options: list[str]) -> None:
-    """On a full disk, or where whoever reads has gone; then the server isn't shut to those without one, either."""
-    told = [sys.executable, "-m", "server.cli", "keys", "create", "ci", "--home", str(tmp_path), *options]
+def test_no_key_is_made_if_the_secret_cannot_be_printed(tmp_path: Path, options: list[str]) -> None:
+    """On a full disk, or if the reader is gone. The server then stays open to clients without a key."""
+    command = [sys.executable, "-m", "server.cli", "keys", "create", "ci", "--home", str(tmp_path), *options]
     reading, writing = os.pipe()
     os.close(reading)
     with open("/dev/full", "w") as full, open(writing, "w") as pipe:
         for stdout, reason in ((full, "No space left on device"), (pipe, "Broken pipe")):
-            done = subprocess.run(told, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            )
             expected = f"smolora: can't write the secret to standard output ({reason}): no key was made\n"
             assert (done.returncode, done.stderr) == (1, expected)
     listed = CliRunner().invoke(commands, ["keys", "list", "--json", "--home", str(tmp_path)])
@@ -66,7 +68,7 @@ def test_a_secret_that_cannot_be_written_makes_no_key(tmp_path: Path, options: l
     assert not (tmp_path / "keyed").exists()
 
 
-def test_making_one_imports_nothing_slow(tmp_path: Path) -> None:
+def test_creating_a_key_imports_nothing_slow(tmp_path: Path) -> None:
     code = f"""
 import sys
 from server.cli.main import app
@@ -78,24 +80,22 @@ print(sorted({{"torch", "transformers", "fastapi"}} & set(sys.modules)))
 
 
 @pytest.mark.anyio
-async def test_a_key_opens_a_server_until_it_is_revoked(
-    client: httpx.AsyncClient, smolora: Callable[..., str]
-) -> None:
-    assert (await client.post("/generate", json=PROMPT)).status_code == 200  # nobody has made a key yet
+async def test_key_is_valid_until_it_is_revoked(client: httpx.AsyncClient, smolora: Callable[..., str]) -> None:
+    assert (await client.post("/generate", json=PROMPT)).status_code == 200  # there is no key yet
     made = json.loads(smolora("keys", "create", "ci", "--json"))
     mine = bearer(made["secret"])
     assert (await client.post("/generate", json=PROMPT)).status_code == 401
     assert (await client.post("/generate", json=PROMPT, headers=mine)).status_code == 200
-    assert (await client.get("/keys", headers=mine)).status_code == 403  # it is no operator's
-    told = f"{made['id']} (ci) of project default is revoked\n"
-    assert smolora("keys", "revoke", made["id"]) == told
+    assert (await client.get("/keys", headers=mine)).status_code == 403  # it lacks the scope admin
+    printed = f"{made['id']} (ci) of project default is revoked\n"
+    assert smolora("keys", "revoke", made["id"]) == printed
     assert (await client.post("/generate", json=PROMPT, headers=mine)).status_code == 401
-    assert (await client.post("/generate", json=PROMPT)).status_code == 401  # it is never open again
-    assert smolora("keys", "revoke", made["id"]) == told
+    assert (await client.post("/generate", json=PROMPT)).status_code == 401  # the server stays closed
+    assert smolora("keys", "revoke", made["id"]) == printed
 
 
 @pytest.mark.anyio
-async def test_limits_and_project_arrive(client: httpx.AsyncClient, smolora: Callable[..., str]) -> None:
+async def test_limits_and_project_are_stored(client: httpx.AsyncClient, smolora: Callable[..., str]) -> None:
     options = ("--project", "acme", "--requests-per-minute", "1", "--tokens-per-minute", "5000")
     mine = bearer(smolora("keys", "create", "ci", *options, "--max-jobs", "3", "--max-bytes", "1.5MiB"))
     first = await client.post("/generate", json=PROMPT, headers=mine)
@@ -109,9 +109,7 @@ async def test_limits_and_project_arrive(client: httpx.AsyncClient, smolora: Cal
 
 
 @pytest.mark.anyio
-async def test_lists_and_the_audit_list_are_the_servers(
-    client: httpx.AsyncClient, smolora: Callable[..., str]
-) -> None:
+async def test_lists_and_audit_equal_the_servers(client: httpx.AsyncClient, smolora: Callable[..., str]) -> None:
     operator = bearer(smolora("keys", "create", "root", "--scopes", "metrics, admin"))
     limited = json.loads(smolora("keys", "create", "ci", "--project", "acme", "--max-jobs", "1", "--json"))
     smolora("keys", "revoke", limited["id"])
@@ -129,7 +127,7 @@ async def test_lists_and_the_audit_list_are_the_servers(
     ]
 
 
-def test_the_table(smolora: Callable[..., str], database: sa.Engine) -> None:
+def test_table_of_keys(smolora: Callable[..., str], database: sa.Engine) -> None:
     for name in ("old", "gone", "ci"):
         smolora("keys", "create", name, "--expires", "30d", "--max-bytes", "2GiB", "--requests-per-minute", "1000")
     old, gone, _ = json.loads(smolora("keys", "list", "--json"))["keys"]
@@ -147,16 +145,16 @@ def test_the_table(smolora: Callable[..., str], database: sa.Engine) -> None:
     assert [(row[1], row[-2]) for row in rows] == [("old", "expired"), ("gone", "revoked"), ("ci", "valid")]
 
 
-def test_only_the_first_says_that_the_door_is_shut(attempt: Run) -> None:
-    told = [attempt("keys", "create", name).stderr for name in ("a", "b")]
-    assert ["it is the first" in line for line in told] == [True, False]
+def test_first_key_is_announced(attempt: Run) -> None:
+    printed = [attempt("keys", "create", name).stderr for name in ("a", "b")]
+    assert ["it is the first" in line for line in printed] == [True, False]
 
 
 @pytest.mark.parametrize(
     ("text", "span"),
     [("90d", timedelta(days=90)), ("12h", timedelta(hours=12)), ("30m", timedelta(minutes=30))],
 )
-def test_spans(smolora: Callable[..., str], text: str, span: timedelta) -> None:
+def test_expiry_as_a_span(smolora: Callable[..., str], text: str, span: timedelta) -> None:
     key = json.loads(smolora("keys", "create", "ci", "--expires", text, "--json"))
     at = datetime.fromisoformat(key["expires_at"])
     assert timedelta(0) <= datetime.now(UTC) + span - at < timedelta(minutes=1)
@@ -171,7 +169,7 @@ def test_spans(smolora: Callable[..., str], text: str, span: timedelta) -> None:
         ("2999-01-31T12:00+05:30", "2999-01-31T06:30:00+00:00"),
     ],
 )
-def test_moments(smolora: Callable[..., str], text: str, at: str) -> None:
+def test_expiry_as_a_time(smolora: Callable[..., str], text: str, at: str) -> None:
     assert json.loads(smolora("keys", "create", "ci", "--expires", text, "--json"))["expires_at"] == at
 
 
@@ -203,28 +201,30 @@ SIZE_RULE = "must be a size, such as 2GiB, or a number of bytes"
         (["a b", "--expires", "0d"], f"NAME: {NAME_RULE}; --expires: must be in the future"),
     ],
 )
-def test_what_is_refused(attempt: Run, smolora: Callable[..., str], arguments: list[str], line: str) -> None:
+def test_invalid_options_are_refused(
+    attempt: Run, smolora: Callable[..., str], arguments: list[str], line: str
+) -> None:
     smolora("keys", "create", "first")
     assert refused(attempt("keys", "create", *arguments)) == line
     assert [key["name"] for key in json.loads(smolora("keys", "list", "--json"))["keys"]] == ["first"]
 
 
-def test_what_is_not_there(attempt: Run, smolora: Callable[..., str]) -> None:
+def test_unknown_keys_are_refused(attempt: Run, smolora: Callable[..., str]) -> None:
     smolora("keys", "create", "ci")
     line = "there is no key key-0: `smolora keys list` lists them"
     assert refused(attempt("keys", "revoke", "key-0")) == line
 
 
 @pytest.mark.parametrize("arguments", [["keys", "list"], ["keys", "revoke", "key-0"]])
-def test_what_is_no_home_stays_none(tmp_path: Path, arguments: list[str]) -> None:
+def test_no_home_is_made(tmp_path: Path, arguments: list[str]) -> None:
     result = CliRunner().invoke(commands, [*arguments, "--home", str(tmp_path / "none")])
     assert isinstance(result.exception, StartupError)
     assert "isn't a server's home" in str(result.exception)
     assert not (tmp_path / "none").exists()
 
 
-def test_on_a_full_disk_keys_are_revoked_and_none_is_made(tmp_path: Path) -> None:
-    """Beside a server, which has the database open."""
+def test_full_disk_allows_revoking_only(tmp_path: Path) -> None:
+    """While a server has the database open."""
     with mounted(tmp_path, 4):
         engine = connect(tmp_path)
         key, _ = Keys(engine, tmp_path / "keyed").create("ci", who="test")

@@ -1,4 +1,4 @@
-"""`smolora projects`: limits that a running server goes by, and the end of a project that has nothing left."""
+"""`smolora projects`: limits that a running server applies, and deleting empty projects."""
 
 import json
 from collections.abc import Callable
@@ -20,14 +20,14 @@ PROMPT = {"prompt": "a", "max_tokens": 1}
 
 
 @pytest.mark.anyio
-async def test_limits_arrive_at_the_next_request(client: httpx.AsyncClient, smolora: Callable[..., str]) -> None:
+async def test_limits_apply_at_the_next_request(client: httpx.AsyncClient, smolora: Callable[..., str]) -> None:
     keys = [bearer(smolora("keys", "create", name, "--project", "acme")) for name in ("ci", "web")]
     operator = bearer(smolora("keys", "create", "root", "--scopes", "admin"))
     assert (
         "x-ratelimit-limit-requests" not in (await client.post("/generate", json=PROMPT, headers=keys[0])).headers
     )
-    told = smolora("projects", "limit", "acme", "--requests-per-minute", "1", "--max-bytes", "2GiB")
-    assert told == "acme: 1 request a minute, 2GiB\n"
+    output = smolora("projects", "limit", "acme", "--requests-per-minute", "1", "--max-bytes", "2GiB")
+    assert output == "acme: 1 request a minute, 2GiB\n"
     answers = [(await client.post("/generate", json=PROMPT, headers=key)).status_code for key in keys]
     assert answers == [200, 429]
     listed = (await client.get("/projects", headers=operator)).json()
@@ -39,7 +39,7 @@ async def test_limits_arrive_at_the_next_request(client: httpx.AsyncClient, smol
     assert (entry["who"], entry["action"], entry["target"]) == ("command-line", "project.limit", "acme")
 
 
-def test_limits_take_the_place_of_what_there_was(tmp_path: Path) -> None:
+def test_limits_replace_earlier_ones(tmp_path: Path) -> None:
     home = tmp_path / "new"
     first = CliRunner().invoke(commands, ["projects", "limit", "acme", "--max-jobs", "1", "--home", str(home)])
     assert first.stdout == "acme: 1 unfinished job\n"
@@ -55,7 +55,7 @@ def test_limits_take_the_place_of_what_there_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_one_that_has_something_is_not_deleted(
+async def test_project_that_owns_something_is_not_deleted(
     client: httpx.AsyncClient, jobs: Jobs, attempt: Run, smolora: Callable[..., str]
 ) -> None:
     client.headers.update(bearer(smolora("keys", "create", "ci", "--project", "acme")))
@@ -66,7 +66,7 @@ async def test_one_that_has_something_is_not_deleted(
     jobs.of(Viewpoint("acme")).submit(JobSpec("codes"), job_id="job-1", data={})
     line = "acme has 1 data set, 1 unfinished job: delete or cancel them first"
     assert refused(attempt("projects", "delete", "acme")) == line
-    assert (await client.get("/adapters")).status_code == 200  # its key is as it was
+    assert (await client.get("/adapters")).status_code == 200  # its key is unchanged
 
     assert (await client.delete(f"/datasets/{dataset}")).status_code == 204
     assert (await client.delete("/adapters/tweets")).status_code == 204
@@ -77,7 +77,7 @@ async def test_one_that_has_something_is_not_deleted(
     assert key["revoked_at"] is not None
 
 
-def test_what_is_refused(attempt: Run, smolora: Callable[..., str]) -> None:
+def test_invalid_options_are_refused(attempt: Run, smolora: Callable[..., str]) -> None:
     smolora("keys", "create", "ci")
     line = "there is no project acme: `smolora projects list` lists them"
     assert refused(attempt("projects", "delete", "acme")) == line
@@ -91,7 +91,7 @@ def test_what_is_refused(attempt: Run, smolora: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["projects", "list"], ["projects", "delete", "acme"]])
-def test_what_is_no_home_stays_none(tmp_path: Path, arguments: list[str]) -> None:
+def test_no_home_is_made(tmp_path: Path, arguments: list[str]) -> None:
     result = CliRunner().invoke(commands, [*arguments, "--home", str(tmp_path / "none")])
     assert isinstance(result.exception, StartupError)
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""`smolora prune`: what it removes from a HOME, and what it says of that."""
+"""`smolora prune`: the files it removes from a HOME, and its report."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def engine(tmp_path: Path) -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def jobs(tmp_path: Path, engine: sa.Engine) -> Jobs:
-    """j1 ended four days ago, j2 just now, j3 hasn't; each has a folder with 1,234 bytes."""
+    """Make j1, which ended four days ago, j2, which ended just now, and j3, which runs. Each has 1,234 bytes."""
     jobs = Jobs(engine)
     for job_id in ("j1", "j2", "j3"):
         jobs.submit(JobSpec("codes"), job_id=job_id, data={})
@@ -52,8 +52,8 @@ def stored(home: Path) -> list[str]:
     return sorted(path.name for path in (home / "jobs").iterdir())
 
 
-def test_all_that_have_ended(tmp_path: Path, jobs: Jobs) -> None:
-    """While others have the database open: it needs no quiet."""
+def test_prunes_all_ended_jobs(tmp_path: Path, jobs: Jobs) -> None:
+    """Others may have the database open."""
     listed = "j1: 1,234 bytes\nj2: 1,234 bytes\n"
     assert prune(tmp_path, "--dry-run") == f"{listed}2,468 bytes of 2 jobs would be removed\n"
     assert stored(tmp_path) == ["j1", "j2", "j3"]
@@ -63,7 +63,7 @@ def test_all_that_have_ended(tmp_path: Path, jobs: Jobs) -> None:
     assert [job.id for job in jobs.list()] == ["j3", "j2", "j1"]
 
 
-def test_by_age(tmp_path: Path, jobs: Jobs) -> None:
+def test_prunes_by_age(tmp_path: Path, jobs: Jobs) -> None:
     assert prune(tmp_path, "--older-than", "5") == "0 bytes of 0 jobs removed\n"
     dry = json.loads(prune(tmp_path, "--dry-run", "--json", SMOLORA_RETAIN_JOBS="3"))
     assert dry == {"dry_run": True, "jobs": [{"job_id": "j1", "num_bytes": 1234}], "num_bytes": 1234}
@@ -71,7 +71,7 @@ def test_by_age(tmp_path: Path, jobs: Jobs) -> None:
     assert stored(tmp_path) == ["j2", "j3"]
 
 
-def test_what_is_no_home(tmp_path: Path) -> None:
+def test_missing_home_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["prune", "--home", str(tmp_path)])
     assert isinstance(result.exception, StartupError)
     assert "isn't a server's home" in str(result.exception)
@@ -79,10 +79,10 @@ def test_what_is_no_home(tmp_path: Path) -> None:
 
 
 class Elsewhere:
-    """A bucket that has a database's bytes."""
+    """A bucket with the bytes of a database."""
 
     is_home = False
-    told = "s3://elsewhere"
+    url = "s3://elsewhere"
 
     def has_mark(self, place: str) -> bool:
         return True
@@ -92,7 +92,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("command", [["prune"], ["projects", "delete", "default"]])
-def test_the_bytes_are_elsewhere(tmp_path: Path, engine: sa.Engine, jobs: Jobs, command: list[str]) -> None:
+def test_another_bucket_is_refused(tmp_path: Path, engine: sa.Engine, jobs: Jobs, command: list[str]) -> None:
     agree(engine, Elsewhere())
     result = CliRunner().invoke(app, [*command, "--home", str(tmp_path)])
     assert isinstance(result.exception, StartupError)
@@ -100,7 +100,7 @@ def test_the_bytes_are_elsewhere(tmp_path: Path, engine: sa.Engine, jobs: Jobs, 
     assert stored(tmp_path) == ["j1", "j2", "j3"]
 
 
-def test_it_imports_nothing_slow(jobs: Jobs, tmp_path: Path) -> None:
+def test_imports_nothing_slow(jobs: Jobs, tmp_path: Path) -> None:
     code = f"""
 import sys
 from server.cli.main import app
@@ -111,8 +111,8 @@ print(sorted({{"torch", "transformers", "fastapi"}} & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_on_a_full_disk_without_a_server(tmp_path: Path) -> None:
-    """SQLite needs some room to open the database at all: the reserve has it."""
+def test_full_disk_without_a_server(tmp_path: Path) -> None:
+    """SQLite needs room to open the database, which the reserve provides."""
     with mounted(tmp_path, 4):
         engine = connect(tmp_path)
         Jobs(engine).submit(JobSpec("codes"), job_id="j1", data={})

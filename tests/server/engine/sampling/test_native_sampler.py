@@ -255,7 +255,7 @@ def test_what_can_not_be_is_refused(asked: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("mask", [np.zeros(63, np.bool_), np.zeros(64, np.uint8), np.zeros((1, 64), np.bool_)])
 def test_masks_of_other_sizes(mask: Any) -> None:
-    with pytest.raises(ValueError, match="what is forbidden must be 64 bools"):
+    with pytest.raises(ValueError, match="the mask of forbidden tokens must be 64 bools"):
         table(forbidden=mask)
 
 
