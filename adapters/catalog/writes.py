@@ -31,44 +31,6 @@ from adapters.names import Viewpoint, name_fault, split_key
 from adapters.sql import FAILURES, transact
 
 
-def set_visibility_in(connection: sa.Connection, name: str, is_public: bool, viewpoint: Viewpoint) -> None:
-    """Set whether other projects may use the name, as `Catalog.set_visibility` does.
-
-    A public composition shows its parts, so they must be public, too.
-    """
-    lock(connection, name)
-    mine = names.c.name == name
-    if connection.execute(sa.select(names.c.name).where(mine, names.c.latest.is_not(None))).first() is None:
-        raise NotFound(*why_missing(connection, viewpoint, Term(name)))
-    if is_public:
-        used = sa.select(parts.c.part_name).where(parts.c.name == name).distinct()
-        _refuse_private(connection, name, connection.execute(used).scalars(), viewpoint)
-    else:
-        _refuse_parts_of_public(connection, name, viewpoint)
-    connection.execute(sa.update(names).where(mine).values(is_public=is_public))
-
-
-def _refuse_private(connection: sa.Connection, name: str, used: Iterable[str], viewpoint: Viewpoint) -> None:
-    """Raise Conflict unless all parts `used` by the public composition `name` are public, too."""
-    keys = set(used)
-    public = sa.select(names.c.name).where(names.c.name.in_(keys), names.c.is_public)
-    if private := keys - set(connection.execute(public).scalars()):
-        shown = ", ".join(sorted(map(viewpoint.shown, private)))
-        raise Conflict(f"{viewpoint.shown(name)} can be public only when its parts are: make {shown} public first")
-
-
-def _refuse_parts_of_public(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> None:
-    """Raise Conflict if a public composition of the same project has the part `name`.
-
-    Other projects' compositions don't resolve any more while one of their parts is private.
-    """
-    query = sa.select(parts.c.name).distinct().join(names, names.c.name == parts.c.name)
-    query = query.where(parts.c.part_name == name, names.c.is_public, names.c.name != name)
-    if blends := [blend for blend in connection.execute(query).scalars() if viewpoint.owns(blend)]:
-        shown = ", ".join(sorted(map(viewpoint.shown, blends)))
-        raise Conflict(f"{viewpoint.shown(name)} is a part of public compositions: make {shown} private first")
-
-
 @contextmanager
 def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
     """Surround a transaction that publishes. If the transaction fails, even in its commit, remove its records:
@@ -87,6 +49,16 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
         raise
 
 
+def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
+    """Remove the written records whose versions don't exist. The transaction keeps others from using their
+    numbers.
+    """
+    for version in recorder.written:
+        mine = (versions.c.name == version.name, versions.c.version == version.version)
+        if connection.execute(sa.select(versions.c.version).where(*mine)).first() is None:
+            recorder.forget(version)
+
+
 def publish_in(
     connection: sa.Connection,
     new: NewVersion,
@@ -103,6 +75,54 @@ def publish_in(
     if alias is not None and alias != LATEST:
         _point(connection, new.name, alias, number)
     return version
+
+
+class LatestMoved(TryAgain):
+    """Raised if `latest` is no longer the version that the new one was compared with."""
+
+    default_message = "the name's latest version is another one by now: compare the new one with that"
+
+
+def publish_unattended_in(
+    connection: sa.Connection,
+    new: NewVersion,
+    alias: str | None,
+    records: Recorder | None,
+    better_than: int | None = None,
+) -> tuple[Version, str | None]:
+    """Publish a version from a job, and return it with a warning for people, or None.
+
+    `latest` stays if somebody moved it back manually, because a job that ends later must not undo that. It also
+    stays if the new version is worse than its untouched base, unless the previous version is even worse.
+
+    `alias` is pointed to the version; the alias "latest" moves `latest` in any case. Raise LatestMoved if
+    `better_than` is given and `latest` is another version (0: no version).
+    """
+    lock(connection, new.name)
+    has_latest = (names.c.name == new.name, names.c.latest.is_not(None))
+    row = connection.execute(sa.select(names).where(*has_latest)).first()
+    if better_than is not None and better_than != (0 if row is None else row.latest):
+        raise LatestMoved
+    stays = None if row is None or alias == LATEST else _why_latest_stays(connection, new, row)
+    version = publish_in(connection, new, alias, records, moves_latest=stays is None)
+    name = split_key(new.name)[1]
+    if stays is not None:
+        return version, f"{stays}; PUT /adapters/{name}/aliases/latest moves it"
+    if new.is_worse_than_base:
+        return version, f"{name}@{version.version} is worse than the untouched base on the held-out rows"
+    return version, None
+
+
+def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
+    """Return why `latest` doesn't move to the new version, or None if it does. `row` is the name's."""
+    if row.rolled_back:
+        return f"latest stays at {row.latest}, where it was moved back to by hand"
+    if not new.is_worse_than_base:
+        return None
+    latest = one_version(connection, new.name, row.latest)
+    if latest.is_worse_than_base and new.metrics["eval_loss"] <= latest.metrics["eval_loss"]:
+        return None
+    return f"latest stays at {row.latest}: the new version is worse than the untouched base on the held-out rows"
 
 
 def compose_in(
@@ -169,6 +189,44 @@ def unpoint_in(connection: sa.Connection, name: str, alias: str, viewpoint: View
         raise NotFound(*why_missing(connection, viewpoint, Term(name, alias=alias)))
 
 
+def set_visibility_in(connection: sa.Connection, name: str, is_public: bool, viewpoint: Viewpoint) -> None:
+    """Set whether other projects may use the name, as `Catalog.set_visibility` does.
+
+    A public composition shows its parts, so they must be public, too.
+    """
+    lock(connection, name)
+    mine = names.c.name == name
+    if connection.execute(sa.select(names.c.name).where(mine, names.c.latest.is_not(None))).first() is None:
+        raise NotFound(*why_missing(connection, viewpoint, Term(name)))
+    if is_public:
+        used = sa.select(parts.c.part_name).where(parts.c.name == name).distinct()
+        _refuse_private(connection, name, connection.execute(used).scalars(), viewpoint)
+    else:
+        _refuse_parts_of_public(connection, name, viewpoint)
+    connection.execute(sa.update(names).where(mine).values(is_public=is_public))
+
+
+def _refuse_private(connection: sa.Connection, name: str, used: Iterable[str], viewpoint: Viewpoint) -> None:
+    """Raise Conflict unless all parts `used` by the public composition `name` are public, too."""
+    keys = set(used)
+    public = sa.select(names.c.name).where(names.c.name.in_(keys), names.c.is_public)
+    if private := keys - set(connection.execute(public).scalars()):
+        shown = ", ".join(sorted(map(viewpoint.shown, private)))
+        raise Conflict(f"{viewpoint.shown(name)} can be public only when its parts are: make {shown} public first")
+
+
+def _refuse_parts_of_public(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> None:
+    """Raise Conflict if a public composition of the same project has the part `name`.
+
+    Other projects' compositions don't resolve any more while one of their parts is private.
+    """
+    query = sa.select(parts.c.name).distinct().join(names, names.c.name == parts.c.name)
+    query = query.where(parts.c.part_name == name, names.c.is_public, names.c.name != name)
+    if blends := [blend for blend in connection.execute(query).scalars() if viewpoint.owns(blend)]:
+        shown = ", ".join(sorted(map(viewpoint.shown, blends)))
+        raise Conflict(f"{viewpoint.shown(name)} is a part of public compositions: make {shown} private first")
+
+
 def drop_in(
     connection: sa.Connection, name: str, version: int | None, force: bool, viewpoint: Viewpoint
 ) -> tuple[list[int], list[str]]:
@@ -183,43 +241,12 @@ def drop_in(
     if not numbers:
         raise NotFound(*why_missing(connection, viewpoint, Term(name, version)))
     _refuse_needed(connection, name, number, force, viewpoint)
-    digests = list(connection.execute(_named_by_these_alone(name, number)).scalars())
+    digests = list(connection.execute(_select_unshared_digests(name, number)).scalars())
     connection.execute(sa.delete(aliases).where(_rows_of(name, number, aliases.c.name, aliases.c.version)))
     connection.execute(sa.delete(parts).where(_rows_of(name, number, parts.c.name, parts.c.version)))
     connection.execute(sa.delete(versions).where(which))
     _repair_latest(connection, name)
     return numbers, digests
-
-
-def _rows_of(
-    name: str, number: int | None, names_there: "sa.Column[str]", numbers_there: "sa.Column[int]"
-) -> sa.ColumnElement[bool]:
-    """Return the condition for rows of the name's version, or of all its versions if `number` is None."""
-    return names_there == name if number is None else sa.and_(names_there == name, numbers_there == number)
-
-
-def _named_by_these_alone(name: str, number: int | None) -> "sa.Select[str]":
-    """Select the digests of the name's version, or of all its versions, that no other version has."""
-    which = _rows_of(name, number, versions.c.name, versions.c.version)
-    digests = sa.select(versions.c.digest).where(which).distinct().subquery()
-    others = sa.exists().where(versions.c.digest == digests.c.digest, sa.not_(which))
-    return sa.select(digests.c.digest).where(sa.not_(others)).order_by(digests.c.digest)
-
-
-def is_named(connection: sa.Connection, digest: str) -> bool:
-    """Return whether any version has this digest."""
-    query = sa.select(versions.c.digest).where(versions.c.digest == digest).limit(1)
-    return connection.execute(query).first() is not None
-
-
-def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
-    """Remove the written records whose versions don't exist. The transaction keeps others from using their
-    numbers.
-    """
-    for version in recorder.written:
-        mine = (versions.c.name == version.name, versions.c.version == version.version)
-        if connection.execute(sa.select(versions.c.version).where(*mine)).first() is None:
-            recorder.forget(version)
 
 
 _FORCE = Hint("force_delete", "?force=true deletes aliases with it")
@@ -255,6 +282,21 @@ def _refuse_needed(
     raise Conflict(f"held by {shown}: {'; '.join(helps)}", hint=hint)
 
 
+def _select_unshared_digests(name: str, number: int | None) -> "sa.Select[str]":
+    """Select the digests of the name's version, or of all its versions, that no other version has."""
+    which = _rows_of(name, number, versions.c.name, versions.c.version)
+    digests = sa.select(versions.c.digest).where(which).distinct().subquery()
+    others = sa.exists().where(versions.c.digest == digests.c.digest, sa.not_(which))
+    return sa.select(digests.c.digest).where(sa.not_(others)).order_by(digests.c.digest)
+
+
+def _rows_of(
+    name: str, number: int | None, names_there: "sa.Column[str]", numbers_there: "sa.Column[int]"
+) -> sa.ColumnElement[bool]:
+    """Return the condition for rows of the name's version, or of all its versions if `number` is None."""
+    return names_there == name if number is None else sa.and_(names_there == name, numbers_there == number)
+
+
 def _repair_latest(connection: sa.Connection, name: str) -> None:
     """If `latest` is a deleted version, make the highest remaining one the latest, which clears `rolled_back`.
 
@@ -269,9 +311,23 @@ def _repair_latest(connection: sa.Connection, name: str) -> None:
     connection.execute(sa.update(names).where(mine, is_newest).values(rolled_back=False))
 
 
-def _newest(name: str) -> "sa.ScalarSelect[int]":
-    """Return SQL for the highest number of the name's versions."""
-    return sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name).scalar_subquery()
+def is_named(connection: sa.Connection, digest: str) -> bool:
+    """Return whether any version has this digest."""
+    query = sa.select(versions.c.digest).where(versions.c.digest == digest).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
+    """Raise Conflict if the name's versions are of the kind `existing` and the new one is of another kind."""
+    if existing is not None and existing != kind:
+        owner = "a composition" if existing == "composition" else "an adapter"
+        raise Conflict(f"'{name}' is the name of {owner}: choose another one, or delete that first")
+
+
+def one_version(connection: sa.Connection, name: str, number: int) -> Version:
+    """Return an existing version."""
+    mine = (versions.c.name == name, versions.c.version == number)
+    return version_of(connection.execute(select_versions(*mine)).mappings().all())
 
 
 def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
@@ -292,17 +348,9 @@ def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
     return number
 
 
-def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
-    """Raise Conflict if the name's versions are of the kind `existing` and the new one is of another kind."""
-    if existing is not None and existing != kind:
-        owner = "a composition" if existing == "composition" else "an adapter"
-        raise Conflict(f"'{name}' is the name of {owner}: choose another one, or delete that first")
-
-
-def one_version(connection: sa.Connection, name: str, number: int) -> Version:
-    """Return an existing version."""
-    mine = (versions.c.name == name, versions.c.version == number)
-    return version_of(connection.execute(select_versions(*mine)).mappings().all())
+def _newest(name: str) -> "sa.ScalarSelect[int]":
+    """Return SQL for the highest number of the name's versions."""
+    return sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name).scalar_subquery()
 
 
 def _blend(
@@ -340,51 +388,3 @@ def _point(connection: sa.Connection, name: str, alias: str, version: int) -> No
 def _bounded(version: int) -> int:
     """Return the number, or 0, which no version has, if it is too large for a database's column."""
     return version if version <= MAX_VERSION else 0
-
-
-class LatestMoved(TryAgain):
-    """Raised if `latest` is no longer the version that the new one was compared with."""
-
-    default_message = "the name's latest version is another one by now: compare the new one with that"
-
-
-def publish_unattended_in(
-    connection: sa.Connection,
-    new: NewVersion,
-    alias: str | None,
-    records: Recorder | None,
-    better_than: int | None = None,
-) -> tuple[Version, str | None]:
-    """Publish a version from a job, and return it with a warning for people, or None.
-
-    `latest` stays if somebody moved it back manually, because a job that ends later must not undo that. It also
-    stays if the new version is worse than its untouched base, unless the previous version is even worse.
-
-    `alias` is pointed to the version; the alias "latest" moves `latest` in any case. Raise LatestMoved if
-    `better_than` is given and `latest` is another version (0: no version).
-    """
-    lock(connection, new.name)
-    has_latest = (names.c.name == new.name, names.c.latest.is_not(None))
-    row = connection.execute(sa.select(names).where(*has_latest)).first()
-    if better_than is not None and better_than != (0 if row is None else row.latest):
-        raise LatestMoved
-    stays = None if row is None or alias == LATEST else _why_latest_stays(connection, new, row)
-    version = publish_in(connection, new, alias, records, moves_latest=stays is None)
-    name = split_key(new.name)[1]
-    if stays is not None:
-        return version, f"{stays}; PUT /adapters/{name}/aliases/latest moves it"
-    if new.is_worse_than_base:
-        return version, f"{name}@{version.version} is worse than the untouched base on the held-out rows"
-    return version, None
-
-
-def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
-    """Return why `latest` doesn't move to the new version, or None if it does. `row` is the name's."""
-    if row.rolled_back:
-        return f"latest stays at {row.latest}, where it was moved back to by hand"
-    if not new.is_worse_than_base:
-        return None
-    latest = one_version(connection, new.name, row.latest)
-    if latest.is_worse_than_base and new.metrics["eval_loss"] <= latest.metrics["eval_loss"]:
-        return None
-    return f"latest stays at {row.latest}: the new version is worse than the untouched base on the held-out rows"

@@ -97,11 +97,11 @@ def new(name: str, job_id: str | None = None) -> NewVersion:
 
 
 class Killed(BaseException):
-    """In the place of a kill: the transaction isn't committed."""
+    """Raised instead of a kill, so that the transaction isn't committed."""
 
 
 def cut_off_publication(home: Home, name: str, job_id: str | None = None) -> None:
-    """The record is written, and the process is killed before the commit."""
+    """Write the record, and be killed before the commit."""
 
     def work(connection: sa.Connection) -> None:
         publish_in(connection, new(name, job_id), records=Recorder(home.records))
@@ -157,7 +157,7 @@ def test_everything_but_aliases_and_latest_is_rebuilt(home: Home) -> None:
 
 
 def test_owners_are_rebuilt(home: Home) -> None:
-    """An adapter of each of two projects and a composition of both; the numbers that one has given out, too."""
+    """Two projects have an adapter each, and there is a composition of both. Version numbers are restored, too."""
     acme = home.catalog.of(Viewpoint("acme", key_id="key-1"))
     for catalog, digest in ((home.catalog, D[0]), (acme, D[1]), (acme, D[2])):
         catalog.publish("a", digest=digest, rank=4, alpha=8, target_modules=("q_proj",), parameters=1, bytes=1)
@@ -227,7 +227,7 @@ def test_a_damaged_record_is_written_again(home: Home) -> None:
 
 
 def test_an_interrupted_publication_is_finished_or_undone(home: Home) -> None:
-    """Whoever uploaded got no answer: either will do, but the listing and the records must agree."""
+    """The client got no answer, so both are correct, but the catalog and the records must agree."""
     home.publish("a")
     cut_off_publication(home, "a")
     assert home.names() == ["a@1"]
@@ -278,7 +278,7 @@ def test_a_delete_succeeds_if_the_database_fails_while_the_record_is_removed(hom
 
 @pytest.mark.parametrize("records", ["directory"], indirect=True)
 def test_a_delete_takes_a_constant_number_of_statements(home: Home) -> None:
-    """All others who write wait for it."""
+    """All other writers wait for it."""
     home.publish("other", D[2])
     statements: list[str] = []
 
@@ -301,7 +301,7 @@ def test_a_delete_takes_a_constant_number_of_statements(home: Home) -> None:
 def test_recovery_after_an_interrupted_delete_lists_a_name_once(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many versions it had."""
+    """The number of versions doesn't matter."""
     for _ in range(9):
         home.publish("a", D[0])
     transact(home.engine, lambda connection: drop_in(connection, "a", None, False, Viewpoint()))  # and killed here
@@ -318,7 +318,7 @@ def test_recovery_after_an_interrupted_delete_lists_a_name_once(
     assert home.publish("a").version == 10
 
 
-def test_an_older_database_is_brought_up_to_date(home: Home) -> None:
+def test_an_older_database_is_updated_from_the_records(home: Home) -> None:
     home.publish("a", D[0])
     home.engine.dispose()
     old = (home.root / FILE_NAME).read_bytes()
@@ -345,7 +345,7 @@ def test_compositions_of_lost_bytes_are_lost(home: Home) -> None:
 
 
 @pytest.mark.parametrize("records", ["directory"], indirect=True)
-def test_writers_that_were_killed_leave_nothing(home: Home) -> None:
+def test_killed_writers_leave_no_files(home: Home) -> None:
     home.publish("a")
     left = home.root / "adapters" / "names" / "a" / ".unfinished-x"
     left.write_bytes(b"{")
@@ -354,7 +354,7 @@ def test_writers_that_were_killed_leave_nothing(home: Home) -> None:
 
 
 def longest_wait(home: Home, asked: "Future[object]") -> float:
-    """Of others who write meanwhile, in seconds."""
+    """Return the longest wait of concurrent writers, in seconds."""
     longest = 0.0
     while not asked.done():
         began = time.monotonic()
@@ -375,7 +375,7 @@ def test_an_unreachable_bucket_blocks_no_other_writer(
         lambda: home.catalog.compose("mix", parse("a*0.7")),
         lambda: home.catalog.delete("old"),
     ]
-    for _ in range(10):  # others use the machine, for seconds at a time
+    for _ in range(10):  # other processes use the machine for seconds at a time
         home.catalog.compose("old", parse("a*0.5"))
         proxy.fail(failure)
         with ThreadPoolExecutor(1) as pool:

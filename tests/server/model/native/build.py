@@ -1,9 +1,9 @@
-"""Builds the tests of the native code's kernels, which are C++, and checks that code in other ways.
+"""Builds the C++ tests of the native kernels, and checks the native code for warnings and by sanitizers.
 
 `python -m tests.server.model.native.build warnings` compiles the library's units with warnings as errors, by each
-compiler that is there; `... sanitize addresses threads` runs the tests with sanitizers. A program is kept in the
-cache under what it was made of, and so is that there were no warnings. What is for another kind of machine is
-compiled by a cross compiler, and linked with all that it needs.
+available compiler. `... sanitize addresses threads` runs the tests with sanitizers. Programs, and the fact that
+there were no warnings, are cached by a digest of their inputs. Code for another kind of machine is compiled by a
+cross compiler, and linked statically.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tests.kits.cache import CACHE
 
 KERNELS = Path(__file__).parent / "kernels"
 CROSS_COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
-"""By the machine that they compile for, as Debian names them."""
+"""Debian's names, by the machine that they compile for."""
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 _LINK = ("-pthread", "-static-libstdc++", "-Wl,--wrap=pthread_create,--wrap=aligned_alloc")
 _DEBUG = ("-O1", "-g1", "-fno-omit-frame-pointer")
@@ -35,8 +35,8 @@ SANITIZERS = {
 
 
 def build(*more: str, name: str | None = None) -> Path:
-    """The program that runs the tests, compiled with `more` and the library's own flags, for one of INSTRUCTIONS:
-    the best that this processor has."""
+    """Return the program of the tests, compiled with the library's flags and `more`, for one of INSTRUCTIONS
+    (None: the best that this processor has)."""
     name = name or instructions()
     compiler = compilers(name)[0]
     flags = [*unit_flags(name, *more), *WARNINGS, f"-I{SOURCE}", f"-I{KERNELS}"]
@@ -49,7 +49,7 @@ def build(*more: str, name: str | None = None) -> Path:
         return program
     program.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=program.parent) as scratch:
-        tests = Path(scratch) / "tests.cpp"  # in one, since they need the same templates
+        tests = Path(scratch) / "tests.cpp"  # one unit, since all need the same templates
         tests.write_text("".join(f'#include "{path.name}"\n' for path in sorted(KERNELS.glob("test_*.cpp"))))
         units = [tests, KERNELS / "check.cpp", KERNELS / "faults.cpp", *(SOURCE / unit for unit in UNITS)]
         objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
@@ -65,22 +65,24 @@ def build(*more: str, name: str | None = None) -> Path:
 
 
 def is_own(name: str) -> bool:
-    """Whether one of INSTRUCTIONS is of this kind of machine."""
+    """Return whether one of INSTRUCTIONS belongs to this kind of machine."""
     return name in MACHINES.get(platform.machine(), ())
 
 
 def compilers(name: str | None = None) -> list[str]:
-    """Those that are there for one of INSTRUCTIONS, or for this machine; first the one of the library."""
+    """Return the available compilers for one of INSTRUCTIONS (None: this machine's), the library's compiler
+    first."""
     cross = [compiler for machine, compiler in CROSS_COMPILERS.items() if name in MACHINES[machine]]
     commands = ("g++", "clang++") if name is None or is_own(name) else cross
     return [path for command in commands if (path := shutil.which(command))]
 
 
 def check_warnings() -> None:
-    """Compile the units with warnings as errors, making nothing, for all INSTRUCTIONS with a compiler here."""
+    """Compile the units with warnings as errors, without output, for all INSTRUCTIONS that have a compiler
+    here."""
     commands = [(compiler, *unit_flags(name), *WARNINGS) for name in INSTRUCTIONS for compiler in compilers(name)]
     if not commands:
-        sys.stderr.write("no compiler here: the warnings of C++ stay unseen\n")
+        sys.stderr.write("no compiler here: C++ warnings are not checked\n")
         return
     made_of = hashlib.sha256(repr(commands).encode())
     for name in (*UNITS, *HEADERS):
@@ -95,17 +97,17 @@ def check_warnings() -> None:
 
 
 def sanitize(*names: str) -> None:
-    """Run all tests with the sanitizers named. Raises NativeUnavailable where the native code can't run."""
+    """Run all tests with the named sanitizers. Raise NativeUnavailable if the native code can't run here."""
     load_library(CACHE / "native")
     for name in names:
-        # GCC aligns the stacks of this check to 32 bytes, and stores vectors of 64 bytes there (its bug 110027).
+        # GCC aligns the stacks of this check to 32 bytes, but stores vectors of 64 bytes there (GCC bug 110027).
         environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
-        # The thread sanitizer knows no addresses as random as newer kernels make them.
+        # The thread sanitizer doesn't support the address randomization of newer kernels.
         subprocess.run(["setarch", "--addr-no-randomize", build(*SANITIZERS[name])], check=True, env=environment)
 
 
 def run(command: Sequence[str]) -> None:
-    """Raises RuntimeError with what a compiler said."""
+    """Run a command. Raise RuntimeError with its output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stderr[:4000]}")

@@ -1,4 +1,4 @@
-"""What tests of the native library share: the compiled one, and compilers that are none."""
+"""Fixtures of the native library's tests: the compiled library, and fake compilers."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from tests.kits.native import native_library
 
 @pytest.fixture
 def compiled() -> Iterator[Path]:
-    """The library of this source, where it runs; files that a test writes are its owner's to write."""
+    """The path of this source's library. Only the owner may write to files that a test creates."""
     native_library()
     before = os.umask(0o022)
     yield CACHE / "native" / library_name(instructions())
@@ -23,7 +23,8 @@ def compiled() -> Iterator[Path]:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a shell script into the place of every compiler; its last argument is the file to make."""
+    """Returns a function that replaces every compiler by a shell script, whose last argument is the output
+    file."""
 
     def replace(script: str) -> None:
         made = tmp_path / "bin" / "g++"
@@ -37,7 +38,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 @pytest.fixture
 def quick(compiler: Callable[[str], None], compiled: Path, tmp_path: Path) -> None:
-    """A compiler that makes the real library at once."""
+    """A fake compiler that copies the real library."""
     without_digest = tmp_path / "compiled"
     without_digest.write_bytes(compiled.read_bytes()[:-32])
     compiler(f'cp {without_digest} "$last"')

@@ -1,7 +1,7 @@
-"""Each kernel against a slow exact form of it, and whole steps by way of the library's entries: all of it in C++.
+"""Runs the C++ tests: each kernel against a slow exact form, and whole steps through the library's entries.
 
-A program with the library's own source in it runs them, compiled as the library is. What whole bases compute is
-held to torch by the tests of the passes.
+Their program contains the library's source, compiled with the library's flags. The tests of the passes compare
+whole bases with torch.
 """
 
 import os
@@ -20,7 +20,7 @@ NAMES = [
     for name in re.findall(r"^TEST\((\w+)\)", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 AMX = ["1", "0"] if "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else ["0"]
-"""With it, and as on a processor that has none, which takes other products."""
+"""NATIVE_AMX: with AMX if the processor has it, and without."""
 
 
 @pytest.fixture(scope="module")

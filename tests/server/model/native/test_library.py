@@ -1,4 +1,4 @@
-"""How the native library is found, made and done without."""
+"""The native library is found, compiled, or reported as unavailable."""
 
 import hashlib
 import platform
@@ -36,7 +36,7 @@ COMPILING = "compiling the native code, once"
 REAL_COMPILER = shutil.which("g++") or "c++"
 
 
-def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_an_existing_library_is_not_compiled_again(tmp_path: Path) -> None:
     said: list[str] = []
     load_library(CACHE / "native", said.append)
     assert said == []
@@ -90,42 +90,41 @@ def test_a_prebuilt_library_of_another_source_is_ignored(
         load_library(tmp_path / "home")
 
 
-def test_it_is_made_under_its_name_alone(tmp_path: Path, quick: None) -> None:
-    """The real compiler made the one of `compiled`."""
+def test_a_compiled_library_leaves_no_other_files(tmp_path: Path, quick: None) -> None:
     said: list[str] = []
     load_library(tmp_path / "made", said.append)
     assert said == [COMPILING]
     assert [path.name for path in (tmp_path / "made").iterdir()] == [library_name(instructions())]
 
 
-def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler"):
         load_library(tmp_path / "made")
 
 
-def test_a_compiler_that_fails(tmp_path: Path, compiler: Callable[[str], None]) -> None:
+def test_a_failing_compilers_message_is_the_reason(tmp_path: Path, compiler: Callable[[str], None]) -> None:
     compiler("echo it is broken >&2; exit 3")
     with pytest.raises(NativeUnavailable, match="it is broken"):
         compile_libraries(tmp_path / "made")
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_what_compiles_ends_with_who_waits_for_it(tmp_path: Path, compiler: Callable[[str], None]) -> None:
-    """At once: SIGTERM, before a server is ready, is an exception like this one."""
+def test_an_exception_kills_the_compiler(tmp_path: Path, compiler: Callable[[str], None]) -> None:
+    """SIGTERM is such an exception before a server is ready."""
 
-    class Told(Exception):
+    class Interrupted(Exception):
         pass
 
-    def tell(*_: object) -> None:
-        raise Told
+    def interrupt(*_: object) -> None:
+        raise Interrupted
 
     compiler(f"sleep 20; touch {tmp_path}/went-on")
-    before = signal.signal(signal.SIGALRM, tell)
+    before = signal.signal(signal.SIGALRM, interrupt)
     started = time.monotonic()
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.5)
-        with pytest.raises(Told):
+        with pytest.raises(Interrupted):
             compile_libraries(tmp_path / "made")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -134,20 +133,20 @@ def test_what_compiles_ends_with_who_waits_for_it(tmp_path: Path, compiler: Call
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_what_is_needed_for_a_while_is_beside_the_library(
+def test_temporary_files_are_in_the_librarys_directory(
     tmp_path: Path, compiler: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/tmp may be a few megabytes of memory."""
+    """/tmp may have only a few megabytes."""
     monkeypatch.setenv("TMPDIR", "/nowhere")
     compiler('test "${last#"$TMPDIR"/}" != "$last" && echo it is there >&2; exit 3')
     with pytest.raises(NativeUnavailable, match="it is there"):
         compile_libraries(tmp_path / "made")
 
 
-def test_a_system_without_the_static_library(
+def test_a_system_without_a_static_libstdcxx(
     tmp_path: Path, compiled: Path, compiler: Callable[[str], None]
 ) -> None:
-    """Fedora's and RHEL's compiler: libstdc++-static is a package of its own there."""
+    """On Fedora and RHEL, libstdc++-static is a separate package."""
     (tmp_path / "whole").write_bytes(compiled.read_bytes()[:-32])
     compiler(
         f"""case "$*" in *-static-libstdc++*) echo ld: cannot find -lstdc++ >&2; exit 1 ;; esac
@@ -156,10 +155,10 @@ def test_a_system_without_the_static_library(
     load_library(tmp_path / "made")
 
 
-def test_a_checkout_in_a_folder_with_any_name(
+def test_a_checkouts_path_may_have_spaces_and_commas(
     tmp_path: Path, compiler: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The linker gets the file of exports by the name that it has; what it links is empty here."""
+    """The linker gets the path of the exports file. The units are empty here."""
     place = tmp_path / "a, b" / "native"
     shutil.copytree(build.SOURCE, place)
     monkeypatch.setattr(build, "SOURCE", place)
@@ -170,8 +169,8 @@ def test_a_checkout_in_a_folder_with_any_name(
 
 
 @pytest.mark.parametrize("size", [0, 10, 3000, -1])
-def test_half_a_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None, size: int) -> None:
-    """Loading a part of a library may end the process: it is known before that."""
+def test_a_truncated_library_is_compiled_again(tmp_path: Path, compiled: Path, quick: None, size: int) -> None:
+    """Loading a truncated library may end the process, so it is detected before that."""
     (tmp_path / library_name(instructions())).write_bytes(compiled.read_bytes()[:size])
     said: list[str] = []
     load_library(tmp_path, said.append)
@@ -180,7 +179,7 @@ def test_half_a_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None, s
     assert (tmp_path / library_name(instructions())).read_bytes() == compiled.read_bytes()
 
 
-def test_a_damaged_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None) -> None:
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, compiled: Path, quick: None) -> None:
     content = bytearray(compiled.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / library_name(instructions())).write_bytes(content)
@@ -190,7 +189,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None
 
 
 def stub(path: Path, source: str, *options: str) -> None:
-    """A library of our name with other contents, whole."""
+    """Write a complete library of other content."""
     path.parent.mkdir(exist_ok=True)
     command = [REAL_COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", str(path), *options]
     subprocess.run(command, input=source, text=True, check=True)
@@ -199,7 +198,7 @@ def stub(path: Path, source: str, *options: str) -> None:
 
 
 def entries(source: str) -> str:
-    """C of all entries, which do nothing; the library says that it was compiled from `source`."""
+    """Return C code of all entries, which do nothing. The library reports `source` as its digest."""
     header = (build.SOURCE / "seam/abi.h").read_text()
     names = set(re.findall(r"smolora_\w+(?=\()", header)) - {"smolora_source"}
     assert len(names) == 16
@@ -209,7 +208,7 @@ def entries(source: str) -> str:
 
 
 def test_a_library_of_this_source_is_taken(tmp_path: Path) -> None:
-    """The stub, so that the test below fails for what it changes."""
+    """A control: the stub of the next test is accepted if its digest is right."""
     stub(tmp_path / library_name(instructions()), entries(source_digest(instructions())))
     said: list[str] = []
     load_library(tmp_path, said.append)
@@ -222,7 +221,9 @@ def test_a_library_of_another_source_is_compiled_again(tmp_path: Path, quick: No
     loaded = load_library(tmp_path, said.append)
     reason = "it was compiled from another source"
     assert said == [f"native code is not taken from {tmp_path}: {reason}", COMPILING]
-    assert loaded.smolora_compiler(), "what was compiled is loaded, though the other one had its name"
+    assert loaded.smolora_compiler(), (
+        "the compiled library is loaded, not the one that was loaded under the same path before"
+    )
 
 
 def test_a_library_that_lacks_an_entry_is_refused(tmp_path: Path) -> None:
@@ -235,8 +236,10 @@ def test_a_library_that_lacks_an_entry_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source", ["int smolora_source;", "int puts_of_a_later_libc(); int f() { return puts_of_a_later_libc(); }"]
 )
-def test_what_does_not_load_is_made_anew(tmp_path: Path, compiled: Path, quick: None, source: str) -> None:
-    """Another library, or one that needs symbols that this system's libraries don't have."""
+def test_a_library_that_does_not_load_is_compiled_again(
+    tmp_path: Path, compiled: Path, quick: None, source: str
+) -> None:
+    """It is another library, or it needs symbols that this system's libraries lack."""
     stub(tmp_path / library_name(instructions()), source, "-Wl,-z,now")
     said: list[str] = []
     load_library(tmp_path, said.append)
@@ -246,7 +249,7 @@ def test_what_does_not_load_is_made_anew(tmp_path: Path, compiled: Path, quick: 
     assert (tmp_path / library_name(instructions())).read_bytes() == compiled.read_bytes()
 
 
-def test_one_that_was_just_made_and_does_not_load_gets_no_name(
+def test_a_compiled_library_that_does_not_load_is_not_kept(
     tmp_path: Path, compiler: Callable[[str], None]
 ) -> None:
     compiler('echo nothing >"$last"')
@@ -255,8 +258,8 @@ def test_one_that_was_just_made_and_does_not_load_gets_no_name(
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_all_of_its_source_decides_its_name() -> None:
-    """A file that is left out would leave an old library in use."""
+def test_the_digest_covers_all_source_files() -> None:
+    """If a file were missing, an old library would stay in use."""
     found = (path for path in build.SOURCE.rglob("*") if path.suffix in (".cpp", ".h", ".map"))
     files = {str(path.relative_to(build.SOURCE)) for path in found}
     assert {*build.UNITS, *build.HEADERS, build._EXPORTS} == files
@@ -264,29 +267,29 @@ def test_all_of_its_source_decides_its_name() -> None:
 
 @pytest.mark.parametrize("instruction_set", ["avx512.h", "avx2.h", "neon.h"])
 def test_no_two_structs_have_one_name(instruction_set: str) -> None:
-    """In one library, which has the vectors of one instruction set."""
+    """A library has the vectors of one instruction set."""
     others = {f"simd/{name}" for name in ("avx512.h", "avx2.h", "neon.h") if name != instruction_set}
     source = "".join((build.SOURCE / name).read_text() for name in {*build.UNITS, *build.HEADERS} - others)
     names = re.findall(r"^ *(?:struct|class)(?: alignas\(\d+\))? (\w+)[^;]*\{", source, re.MULTILINE)
     assert len(names) == len(set(names)) > 30
 
 
-def test_only_its_entries_are_seen(compiled: Path) -> None:
+def test_only_entries_are_exported(compiled: Path) -> None:
     listed = subprocess.run(["nm", "-D", "--defined-only", compiled], capture_output=True, text=True, check=True)
-    seen = {line.split()[-1] for line in listed.stdout.splitlines()}
-    assert seen == set(re.findall(r"smolora_\w+(?=\()", (build.SOURCE / "seam/abi.h").read_text()))
+    exported = {line.split()[-1] for line in listed.stdout.splitlines()}
+    assert exported == set(re.findall(r"smolora_\w+(?=\()", (build.SOURCE / "seam/abi.h").read_text()))
 
 
 def test_a_threads_first_use_needs_no_memory(compiled: Path) -> None:
-    """glibc ends the process where it has none for a thread's variables, or for their destructors."""
+    """glibc ends the process if it has no memory for a thread's variables or their destructors."""
     command = ["readelf", "--wide", "--dynamic", "--relocs", str(compiled)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert ("R_AARCH64_TLS_TPREL64" if is_own("neon") else "STATIC_TLS") in told
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert ("R_AARCH64_TLS_TPREL64" if is_own("neon") else "STATIC_TLS") in listed
     needed = subprocess.run(["nm", "-D", "--undefined-only", compiled], capture_output=True, text=True, check=True)
     assert "thread_atexit" not in needed.stdout
 
 
-def test_it_says_what_computes() -> None:
+def test_computed_by_names_source_compiler_and_flags() -> None:
     said = computed_by(native_library())
     assert said.startswith(source_digest(instructions()))
     assert re.search(r"\((g\+\+|.*[Cc]lang) \d+\.\d+", said)
@@ -294,7 +297,7 @@ def test_it_says_what_computes() -> None:
     assert "-ffp-contract=off" in FLAGS
 
 
-def test_each_of_the_instructions_is_some_machines() -> None:
+def test_every_instruction_set_belongs_to_a_machine() -> None:
     assert {name for names in MACHINES.values() for name in names} == set(INSTRUCTIONS)
     assert not [flag for flag in flags_for("neon") if flag.startswith(("-mavx", "-mamx"))]
     assert not [flag for flag in flags_for("avx2") if "arm" in flag]
@@ -308,7 +311,7 @@ def test_each_of_the_instructions_is_some_machines() -> None:
         ("aarch64", "avx2", "NATIVE_INSTRUCTIONS must be one of neon, not 'avx2'"),
     ],
 )
-def test_where_there_can_be_none(
+def test_unsupported_machines_and_instructions_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, wanted: str | None, reason: str
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
@@ -320,13 +323,13 @@ def test_where_there_can_be_none(
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="another kind of machine has what Arm has")
-def test_a_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_the_instructions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     with pytest.raises(NativeUnavailable, match="this processor has no NEON"):
         load_library(tmp_path)
 
 
-def test_other_dtypes_are_torchs_and_nothing_is_said_of_it(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_other_dtypes_are_torchs_without_a_message(tiny_base: BaseModel, tmp_path: Path) -> None:
     said: list[str] = []
     assert load_native(tiny_base, tmp_path, 64, said.append) is None
     assert said == []

@@ -1,4 +1,4 @@
-"""Where nothing may be skipped, nothing is: on a machine that is known to be able, native tests run or fail."""
+"""With REQUIRE_NATIVE=1, native tests run or fail, and are never skipped."""
 
 import re
 import subprocess
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[4]
 
 @pytest.fixture
 def nothing_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No library has been compiled, and there is no compiler."""
+    """There is neither a compiled library nor a compiler."""
     monkeypatch.setattr(native, "CACHE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
 @pytest.mark.usefixtures("nothing_native")
-def test_elsewhere_they_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_native_tests_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("REQUIRE_NATIVE", raising=False)
     with pytest.raises(pytest.skip.Exception, match="nothing native here"):
         native.native_library()
@@ -29,7 +29,7 @@ def test_elsewhere_they_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.usefixtures("nothing_native")
-def test_where_they_are_required_they_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_required_native_tests_fail_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REQUIRE_NATIVE", "1")
     with pytest.raises(pytest.fail.Exception, match="REQUIRE_NATIVE=1, but "):
         native.native_library()
@@ -37,8 +37,8 @@ def test_where_they_are_required_they_fail(monkeypatch: pytest.MonkeyPatch, tmp_
         native.lend_native(tmp_path)
 
 
-def test_no_other_test_decides_for_itself() -> None:
-    """To skip for want of an instruction or a compiler is `kits.native`'s alone."""
+def test_only_the_kit_skips_native_tests() -> None:
+    """Only `kits.native` skips a test because of a missing instruction or compiler."""
     words = re.compile(r"skip.*(native|avx512|can_pack|bf16|compiler)|(native|avx512|can_pack|bf16).*skip", re.I)
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
@@ -51,7 +51,7 @@ def test_no_other_test_decides_for_itself() -> None:
 
 
 @pytest.mark.parametrize(("flags", "required"), [("avx2 avx512_bf16", True), ("avx2", False)])
-def test_the_ci_requires_them_of_processors_that_have_all(tmp_path: Path, flags: str, required: bool) -> None:
+def test_the_ci_requires_native_tests_on_processors_with_bf16(tmp_path: Path, flags: str, required: bool) -> None:
     (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n", encoding="utf-8")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     script = script.replace('cd "$(dirname "$0")/.."', "").replace("/proc/cpuinfo", str(tmp_path / "cpuinfo"))
