@@ -18,13 +18,13 @@ from typing import BinaryIO
 from adapters import recorded
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
-from adapters.catalog.tables import FAILURES
 from adapters.catalog.versions import Part, gather
 from adapters.errors import Conflict, InvalidInput
 from adapters.expression import Term
 from adapters.lora import BaseShape, LoraWeights, ModuleKey
 from adapters.names import BASE, Viewpoint, alias_fault, name_fault, split_key
 from adapters.peft import files as peft_format
+from adapters.sql import FAILURES
 from adapters.store.store import AdapterStore
 
 Removal = Callable[[], None]

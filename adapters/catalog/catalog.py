@@ -29,7 +29,7 @@ from adapters.catalog.reads import (
 )
 from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered, recover
-from adapters.catalog.tables import FAILURES, aliases, metadata, names, transact, versions
+from adapters.catalog.tables import aliases, metadata, names, versions
 from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
 from adapters.catalog.writes import (
     compose_in,
@@ -43,6 +43,7 @@ from adapters.catalog.writes import (
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
 from adapters.names import Viewpoint, name_fault
+from adapters.sql import FAILURES, reader_of, transact
 
 __all__ = [
     "LATEST",
@@ -71,7 +72,7 @@ class Catalog:
         self._engine = engine
         self._records = records
         # a read is one statement, which needs no transaction
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def of(self, viewpoint: Viewpoint) -> "Catalog":
         """Return the catalog as another project sees it."""

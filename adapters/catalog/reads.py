@@ -17,6 +17,7 @@ from adapters.catalog.versions import Adapter, Part, Version, gather, times
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
 from adapters.names import DEFAULT_PROJECT, NAME, Viewpoint, key_of, near, slips, split_key
+from adapters.sql import reader_of
 
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1
@@ -324,7 +325,7 @@ class NamesByDigest:
     """
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def __call__(self, digests: Collection[str]) -> list[str]:
         """Return all expressions of one term that mean only these digests: names, then versions, then aliases.

@@ -20,10 +20,11 @@ import sqlalchemy as sa
 
 from adapters.catalog.reads import select_versions, version_of
 from adapters.catalog.records import Found, Records
-from adapters.catalog.tables import names, transact
+from adapters.catalog.tables import names
 from adapters.catalog.versions import Version
 from adapters.catalog.writes import insert_in
 from adapters.names import split_key
+from adapters.sql import transact
 
 
 @dataclass(frozen=True)

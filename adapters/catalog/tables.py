@@ -1,84 +1,12 @@
-"""The catalog's tables, and transactions, which other packages with SQL use for their own tables, too.
+"""The catalog's tables. The migrations in `server.database.migrations` create them.
 
-A `name` in a table is a key, which includes the project (see `adapters.names`). The SQL works with SQLite and
-PostgreSQL. The migrations in `server.migrations` create the tables.
+A `name` in a table is a key, which includes the project (see `adapters.names`).
 """
-
-import random
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from adapters.errors import Interrupted, Unavailable
 from adapters.names import DEFAULT_PROJECT, MAX_KEY, MAX_NAME
-
-MAX_ATTEMPTS = 20
-PATIENCE = "patience"
-FAILURES = (OSError, DBAPIError, Unavailable)
-"""Errors of a disk or a database. Clean-up after a completed change ignores them: a later clean-up does the rest.
-"""
-
-
-class _HasEngine(Protocol):
-    _engine: sa.Engine
-
-
-_Result = TypeVar("_Result")
-_Given = ParamSpec("_Given")
-_Writer = TypeVar("_Writer", bound=_HasEngine)
-
-
-def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
-    """Run `work` in one transaction, and again if another transaction took the same name or number first.
-
-    If the connection is lost, retry for the seconds of the engine's execution option PATIENCE (default: 0).
-    """
-    until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
-    num_left = MAX_ATTEMPTS
-    while True:
-        try:
-            with engine.begin() as connection:
-                return work(connection)
-        except IntegrityError:
-            num_left -= 1
-            if not num_left:
-                raise
-        except Interrupted:
-            if time.monotonic() > until:
-                raise
-            time.sleep(random.uniform(0.05, 0.2))
-
-
-def transacted(
-    method: Callable[Concatenate[_Writer, sa.Connection, _Given], _Result],
-) -> Callable[Concatenate[_Writer, _Given], _Result]:
-    """Decorate a method that takes a connection: run it in a transaction of its object's engine, by `transact`."""
-
-    def run(self: _Writer, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
-        return transact(self._engine, lambda connection: method(self, connection, *given, **named))
-
-    run.__name__, run.__doc__ = method.__name__, method.__doc__
-    return run
-
-
-class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A time in UTC, also in databases that don't store time zones, such as SQLite."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
+from adapters.sql import UtcDateTime
 
 metadata = sa.MetaData()
 

@@ -1,4 +1,4 @@
-"""The catalog's writes, each within a transaction of `tables.transact`.
+"""The catalog's writes, each within a transaction of `adapters.sql.transact`.
 
 They are for callers that write their own tables in the same transaction; others use `catalog.Catalog`. A `name` is
 a key here (see `adapters.names`). Records are written before the commit (see `adapters.catalog.records`).
@@ -23,11 +23,12 @@ from adapters.catalog.reads import (
     why_missing,
 )
 from adapters.catalog.records import Recorder, Records
-from adapters.catalog.tables import FAILURES, aliases, lock, names, parts, transact, versions
+from adapters.catalog.tables import aliases, lock, names, parts, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 from adapters.errors import Conflict, Hint, InvalidInput, NotFound, TryAgain
 from adapters.expression import Term, render
 from adapters.names import Viewpoint, name_fault, split_key
+from adapters.sql import FAILURES, transact
 
 
 @contextmanager

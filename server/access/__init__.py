@@ -1,1 +1,1 @@
-"""Who may do what, and how much of it: projects, their keys, limits, usage, and what operators did."""
+"""Access: projects, their keys, limits and usage, and the audit log."""

@@ -1,4 +1,4 @@
-"""All of access that a server works with, over one database."""
+"""Everything of access that a server works with, over one database."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from adapters.sql import reader_of
 from server.access.audit import Audit
 from server.access.keys import KeyRing, Keys
 from server.access.projects import Projects
-from server.access.rates import OwnRates, Rates
+from server.access.rates import MemoryRates, Rates
 from server.access.tables import changes
 from server.access.usage import Ledger
 from server.database import is_file
@@ -19,7 +20,7 @@ from server.database import is_file
 
 @dataclass(frozen=True)
 class Access:
-    """Keys, projects and what is counted of them."""
+    """A server's keys, projects, usage, rates and audit log, over one database."""
 
     keys: Keys
     projects: Projects
@@ -29,7 +30,7 @@ class Access:
     audit: Audit
 
     def keep(self, used: Mapping[str, datetime]) -> None:
-        """Store what was counted and when keys were used, as `KeyRing.used` has it. Blocks on disk."""
+        """Store the usage and the times at which keys were used last. Blocks on the disk."""
         self.ledger.flush()
         if used:
             self.keys.used(used)
@@ -44,8 +45,8 @@ def open_access(
 ) -> Access:
     """Open access over one database.
 
-    `keyed` is as in `Keys`, `fixed_keys` and `allow_guests` as in `KeyRing`. `commits` returns a number that every
-    commit to the database changes, cheaply.
+    `keyed` is as in `Keys`; `fixed_keys` and `allow_guests` are as in `KeyRing`. `commits` returns a number that
+    changes with every commit to the database, cheaply.
     """
     keys, projects = Keys(engine, keyed), Projects(engine)
     ring = KeyRing(
@@ -54,7 +55,7 @@ def open_access(
         commits,
         fixed_keys,
         allow_guests,
-        changes=partial(_num_changes, engine.execution_options(isolation_level="AUTOCOMMIT")),
+        changes=partial(_num_changes, reader_of(engine)),
         is_remote=not is_file(engine),
     )
     ring.refresh_now()
@@ -63,10 +64,10 @@ def open_access(
 
 def _rates(engine: sa.Engine) -> Rates:
     if is_file(engine):
-        return OwnRates()
-    from server.access.shared_rates import SharedRates
+        return MemoryRates()
+    from server.access.database_rates import DatabaseRates
 
-    return SharedRates(engine)
+    return DatabaseRates(engine)
 
 
 def _num_changes(reader: sa.Engine) -> int:

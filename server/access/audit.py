@@ -1,4 +1,4 @@
-"""What operators and keys did that others should be able to look up: who, when, what. Entries never change."""
+"""The audit log: what operators and keys did, and when. Entries never change."""
 
 import logging
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from adapters.catalog.tables import transact
 from adapters.errors import Unavailable
+from adapters.sql import reader_of, transact
 from server.access.tables import audit
 
 log = logging.getLogger("smolora.access")
@@ -17,13 +17,13 @@ log = logging.getLogger("smolora.access")
 
 @dataclass(frozen=True)
 class Entry:
-    """One deed. `number` grows; `who` is a key's id, command-line, anonymous, or env-… for one of API_KEYS."""
+    """An entry of the log. `who` is a key's id, command-line, anonymous, or env-… for one of API_KEYS."""
 
     number: int
     at: datetime  # in UTC
     who: str
     action: str  # such as "key.revoke"
-    project: str  # whose thing it was
+    project: str  # the project that `target` belongs to
     target: str
     detail: Mapping[str, object]
 
@@ -36,7 +36,7 @@ def record(
     target: str,
     detail: Mapping[str, object] | None = None,
 ) -> None:
-    """Add an entry within the transaction of the deed itself."""
+    """Add an entry within the transaction of the change itself."""
     row = {"at": datetime.now(UTC), "who": who, "action": action, "project": project, "target": target}
     connection.execute(sa.insert(audit).values(row | {"detail": dict(detail or {})}))
 
@@ -46,14 +46,14 @@ class Audit:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def add(
         self, who: str, action: str, project: str, target: str, detail: Mapping[str, object] | None = None
     ) -> None:
-        """Record a deed that was done elsewhere, just now.
+        """Record a change that was made elsewhere just now.
 
-        Where the disk or the database fails, which must not keep anybody from deleting, the log gets it.
+        If the database fails, log the entry instead: that must not keep anybody from deleting.
         """
         try:
             transact(self._engine, lambda connection: record(connection, who, action, project, target, detail))
@@ -61,7 +61,7 @@ class Audit:
             log.error("not on the audit list: %s did %s of %s in %s", who, action, ascii(target), project)
 
     def list(self, limit: int, before: int | None = None) -> list[Entry]:
-        """The newest first, at most `limit`: those before the one of that number."""
+        """Return at most `limit` entries, the newest first: those with a number below `before`, if given."""
         query = sa.select(audit).order_by(audit.c.number.desc()).limit(limit)
         if before is not None:
             query = query.where(audit.c.number < before)

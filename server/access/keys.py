@@ -1,15 +1,15 @@
-"""API keys: made once, stored as digests, revoked for good. Every change is one transaction with its audit entry.
+"""API keys: created once, stored as digests, revoked for good; and a running server's cache of them.
 
-A secret has 256 random bits, so that its plain SHA-256 can't be searched: a slow hash would protect nothing more.
+Every change is one transaction with its audit entry. A secret has 256 random bits, so its plain SHA-256 can't be
+searched, and a slow hash would protect nothing more.
 
-The keys as a running server remembers them: a request costs one look at a counter, not a query.
+A request reads one counter and makes no query. The database changes the counter with any commit; only then is
+`access_changes` read, which says whether keys or projects changed. So a key that was revoked, here or by a command
+on HOME, is refused from the next request on, and its open answers end within `WATCH_SECONDS`. With PostgreSQL,
+other servers notice within milliseconds; a server that doesn't know a key reads the database before it refuses it.
 
-The counter is the database's own, which any commit of another connection moves; then `access_changes` says whether
-keys or projects did. So a key that was revoked, here or by a command on HOME, opens nothing from the next request
-on, and whoever is being answered is told within `WATCH_SECONDS`. Of a database elsewhere other servers hear within
-milliseconds; one that knows no key for a secret asks before it says so. Everything here is for one event loop,
-which waits neither for a database elsewhere nor while all keys are read: threads do that, for all requests that
-wait at once.
+The cache is for one event loop. Threads read a remote database, and read all keys, so that the event loop never
+waits; concurrent requests share one read.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapters.catalog.tables import transact, transacted
 from adapters.errors import FieldError, Hint, InvalidInput, NotFound, Unavailable
 from adapters.names import DEFAULT_PROJECT, NAME_RULE, is_name, project_fault
+from adapters.sql import reader_of, transact, transacted
 from adapters.storage.durable import new_file
 from server.access.audit import record
 from server.access.principal import DEFAULT_SCOPES, EVERYBODY, GUEST, SCOPES, Principal, Quota, Scope
@@ -42,45 +42,45 @@ PREFIX = "sk-smolora-"
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is known of a key; its secret isn't."""
+    """A key without its secret."""
 
     id: str
     name: str
     project: str
     scopes: tuple[Scope, ...]
-    created_at: datetime  # in UTC, as the others
+    created_at: datetime  # all times are in UTC
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None
     quota: Quota
 
     def to_document(self) -> dict[str, object]:
-        """JSON-ready, its limits beside the rest."""
+        """Return a JSON-ready document, with the quota's fields next to the others."""
         fields = asdict(self)
         limits = fields.pop("quota")
         shown = {name: v.isoformat() if isinstance(v, datetime) else v for name, v in fields.items()}
         return {**shown, "scopes": list(self.scopes), **limits}
 
     def is_valid(self, now: datetime) -> bool:
-        """Whether it opens anything at that moment."""
+        """Return whether the key is valid at that time."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
 def digest_of(secret: str) -> str:
-    """What is stored in the secret's place: its SHA-256 (hex)."""
+    """Return the SHA-256 (hex) that is stored instead of the secret."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 class Keys:
     """All keys. Thread-safe; other processes may write the same tables.
 
-    `keyed` is the file that says that there once was one: `server.storage.home.Home.keyed`.
+    `keyed` is a file that exists once a key was made: `server.storage.home.Home.keyed`.
     """
 
     def __init__(self, engine: sa.Engine, keyed: Path) -> None:
         self._engine = engine
         self._keyed = keyed
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def create(
         self,
@@ -93,10 +93,10 @@ class Keys:
         quota: Quota | None = None,
         deliver: Callable[["ApiKey", str], None] = lambda key, secret: None,
     ) -> tuple[ApiKey, str]:
-        """A new key and its secret, which can't be asked for again; its project comes to be if there is none.
+        """Make a key, and its project if there is none. Return the key and its secret, which can't be read again.
 
-        `deliver` is given both before anything is stored: where it raises, there is no key. Raises InvalidInput on
-        whatever is wrong with a field.
+        `deliver` gets both before anything is stored; if it raises, no key is made. Raise InvalidInput for invalid
+        fields.
         """
         now = datetime.now(UTC)
         expires_at = _in_utc(expires_at)
@@ -115,14 +115,14 @@ class Keys:
             record(connection, who, "key.create", project, key.id, {"name": name, "scopes": list(kept)})
 
         deliver(key, secret)
-        if not self._keyed.exists():  # before the key: a lost database must not let strangers in
+        if not self._keyed.exists():  # before the key: if the database is lost, access must not become anonymous
             with new_file(self._keyed):
                 pass
         transact(self._engine, work)
         return key, secret
 
     def list(self, project: str | None = None) -> list[ApiKey]:
-        """All keys, or a project's, the oldest first; those that were revoked or have expired, too."""
+        """Return all keys, or a project's, the oldest first. Revoked and expired ones are included."""
         query = sa.select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
         if project is not None:
             query = query.where(api_keys.c.project == project)
@@ -130,13 +130,13 @@ class Keys:
             return [_key(row) for row in connection.execute(query).mappings()]
 
     def by_digest(self) -> dict[str, ApiKey]:
-        """All of them, by what is stored in their secrets' place."""
+        """Return all keys by their secrets' digests."""
         with self._reader.connect() as connection:
             rows = connection.execute(sa.select(api_keys)).mappings()
             return {row["secret_digest"]: _key(row) for row in rows}
 
     def revoke(self, key_id: str, *, who: str) -> ApiKey:
-        """From now on it opens nothing; twice is once. Raises NotFound."""
+        """Revoke the key from now on; repeated calls have no effect. Raise NotFound."""
 
         def work(connection: sa.Connection) -> ApiKey:
             mine = api_keys.c.id == key_id
@@ -154,17 +154,17 @@ class Keys:
 
     @transacted
     def used(self, connection: sa.Connection, last: Mapping[str, datetime]) -> None:
-        """Store when keys were used last, by id."""
+        """Store the times at which keys were used last, by their ids."""
         for key_id, at in last.items():
             connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
 
     def are_there(self) -> bool:
-        """Whether a key was ever made: then nobody comes in without one any more."""
+        """Return whether a key was ever made. Clients then need one."""
         if self._keyed.exists():
             return True
         with self._reader.connect() as connection:
             are_there = connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
-        if are_there:  # another server's: should the database be lost, this one keeps strangers out, too
+        if are_there:  # another server made it; if the database is lost, this server must still ask for keys
             with suppress(OSError), new_file(self._keyed):
                 pass
         return are_there
@@ -185,7 +185,7 @@ def _check(name: str, project: str, scopes: Sequence[Scope], expires_at: datetim
         faults.append(FieldError(("project",), fault))
     if not scopes or any(scope not in SCOPES for scope in scopes):
         faults.append(FieldError(("scopes",), f"must be one or more of {', '.join(SCOPES)}"))
-    if "metrics" in scopes and project != DEFAULT_PROJECT:  # they name the adapters of all projects
+    if "metrics" in scopes and project != DEFAULT_PROJECT:  # metrics name the adapters of all projects
         faults.append(FieldError(("scopes",), f"metrics is for keys of the project {DEFAULT_PROJECT} alone"))
     if expires_at is not None and expires_at <= now:
         faults.append(FieldError(("expires_at",), "must be in the future"))
@@ -199,7 +199,7 @@ def _key(row: sa.RowMapping) -> ApiKey:
 
 
 WATCH_SECONDS = 0.1
-"""Between looks."""
+"""Between two checks for changes."""
 _OF_SETTING = "env-"
 
 KeyFault = Literal["missing", "unknown", "expired", "revoked"]
@@ -207,7 +207,7 @@ KeyFault = Literal["missing", "unknown", "expired", "revoked"]
 
 @dataclass(frozen=True)
 class _Remembered:
-    """What the database said, at a number of `changes`."""
+    """The keys and quotas in the database at a value of `access_changes`."""
 
     number: int | None
     by_digest: Mapping[str, ApiKey]
@@ -216,11 +216,11 @@ class _Remembered:
 
 
 class KeyRing:
-    """Tells principals by secrets.
+    """Find principals by their secrets.
 
-    `commits` is a number that any commit moves, cheaply; `changes` asks the database for that of `access_changes`,
-    and is the same by default. `fixed` is the setting API_KEYS, the operator's keys. With `allow_guests`,
-    a client without a key is a `GUEST`, whatever keys there are. `is_remote`: the database is asked by threads.
+    `commits` returns a number that any commit changes, cheaply. `changes` reads that of `access_changes`; by
+    default it is `commits`. `fixed` is the setting API_KEYS, the operator's keys. With `allow_guests`, a client
+    without a key is a `GUEST` even if there are keys. If `is_remote`, threads read the database.
     """
 
     def __init__(
@@ -243,11 +243,11 @@ class KeyRing:
         self._fixed: dict[str, Principal] = {}
         self._allow_guests = allow_guests
         self._now = now
-        self._seen: int | None = None  # of `commits`
+        self._seen: int | None = None  # the last value of `commits`
         self._known = _Remembered(None, {}, True, {})
         self._by_id: Mapping[str, ApiKey] = {}
         self._reading = asyncio.Lock()
-        self._thread: CapacityLimiter | None = None  # its own: others may hold all that there are for long
+        self._thread: CapacityLimiter | None = None  # its own: other work may hold all default threads for long
         self._num_asked = self._num_answered = 0
         self._fault: Unavailable | None = None
         self._used: dict[str, datetime] = {}
@@ -256,18 +256,18 @@ class KeyRing:
 
     @property
     def has_keys(self) -> bool:
-        """Whether a key was ever made, or a setting gives one: revoked and expired keys count."""
+        """Return whether a key was ever made or API_KEYS has one. Revoked and expired keys count."""
         return self._operator.are_given or self._known.are_there
 
     @property
     def anonymous(self) -> Principal | None:
-        """Return who a client without a key is; None if it needs one."""
+        """Return the principal of clients without a key, or None if clients need a key."""
         if self._allow_guests:
             return self._limited(GUEST)
         return None if self.has_keys else self._limited(EVERYBODY)
 
     async def refresh(self) -> None:
-        """Have what is remembered be what the database says now, and the operator's file. Raises Unavailable."""
+        """Bring the cache up to date with the database and the operator's file. Raise Unavailable."""
         self._read_operators_keys()
         if (seen := self._commits()) == self._seen:
             return
@@ -277,7 +277,7 @@ class KeyRing:
         self._num_asked += 1
         own = self._num_asked
         async with self._reading:
-            if self._num_answered < own:  # nobody has read since
+            if self._num_answered < own:  # no other request has read since
                 num_asked, seen = self._num_asked, self._commits()
                 if self._thread is None:
                     self._thread = CapacityLimiter(1)
@@ -286,13 +286,13 @@ class KeyRing:
                     self._fault = None
                 except Unavailable as error:
                     self._fault = error
-                    num_asked = self._num_asked  # whoever came meanwhile would wait as long again
+                    num_asked = self._num_asked  # requests that came meanwhile would wait as long again
                 self._num_answered = num_asked
             if self._fault is not None:
                 raise self._fault
 
     def refresh_now(self) -> None:
-        """The same, which blocks."""
+        """Bring the cache up to date, and block meanwhile."""
         if (seen := self._commits()) != self._seen:
             self._take(self._read(), seen)
 
@@ -305,7 +305,7 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     def _read(self) -> _Remembered:
-        """Keys and projects anew, if any has changed. For any thread."""
+        """Read keys and projects again if any has changed. For any thread."""
         if (number := self._changes()) == self._known.number:
             return self._known
         quotas = {project.name: project.quota for project in self._projects.list()}
@@ -321,7 +321,7 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     async def principal(self, secret: str | None) -> Principal | None:
-        """Who brings this secret, or none; None where it is nobody. Raises Unavailable."""
+        """Return the principal of a secret, or of a client without one; None if refused. Raise Unavailable."""
         await self.refresh()
         if secret is None:
             return self.anonymous
@@ -329,7 +329,7 @@ class KeyRing:
         for known, principal in self._fixed.items():
             if hmac.compare_digest(digest, known):
                 return self._limited(principal)
-        # found by the digest of 256 random bits: how long that takes tells nothing of any secret
+        # a lookup by the digest of 256 random bits: its time reveals nothing of any secret
         key = self._known.by_digest.get(digest)
         if key is None and self._is_remote:  # another server may have made it just now
             self._seen = None
@@ -341,11 +341,11 @@ class KeyRing:
             sees_all = "admin" in key.scopes
             found = Principal(key.project, key.id, frozenset(key.scopes), key.quota, sees_all=sees_all)
             return self._limited(found)
-        # before there are keys clients send whatever they were made with, such as "unused"
+        # before the first key, clients send placeholders such as "unused"
         return None if self.has_keys else self.anonymous
 
     def fault_of(self, secret: str | None) -> KeyFault:
-        """Return why the secret opens nothing."""
+        """Return why the secret is refused."""
         if secret is None:
             return "missing"
         if (key := self._known.by_digest.get(digest_of(secret))) is None:
@@ -353,7 +353,7 @@ class KeyRing:
         return "expired" if key.revoked_at is None else "revoked"
 
     def within(self, principal: Principal, project: str) -> Principal | None:
-        """The operator at work in one project, which it then sees as that project does. None: there is no such."""
+        """Return the operator as it works in one project, seeing what that project sees; None if there is none."""
         if project not in self._known.quotas and project != DEFAULT_PROJECT:
             return None
         return replace(
@@ -361,7 +361,7 @@ class KeyRing:
         )
 
     def end_of(self, principal: Principal) -> "asyncio.Future[None]":
-        """Done when the principal's key is revoked or expires; never, where it has none that could be."""
+        """Return a future that is done when the principal's key is revoked or expires."""
         key_id = principal.key_id
         if (end := self._ends.get(key_id)) is None:
             end = self._ends[key_id] = asyncio.get_running_loop().create_future()
@@ -369,19 +369,19 @@ class KeyRing:
         return end
 
     def take_used(self) -> dict[str, datetime]:
-        """When keys were used last, of those that were since this was asked last, by id."""
+        """Return the times at which keys were used last, by id: of keys used since the last call."""
         used, self._used = self._used, {}
         return used
 
     def give_back(self, used: Mapping[str, datetime]) -> None:
-        """What was taken and couldn't be stored."""
+        """Return times to the cache that couldn't be stored."""
         self._used = {**used, **self._used}
 
     async def watch(self) -> None:
-        """Notice changes that no request would, for open streams and /ready; until cancelled."""
+        """Refresh the cache until cancelled, since open streams and /ready need changes without a request."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            with suppress(Unavailable, SQLAlchemyError, OSError):  # the next look may find it all there again
+            with suppress(Unavailable, SQLAlchemyError, OSError):  # the next check may succeed
                 await self.refresh()
             for key_id in list(self._ends):
                 self._end_if_invalid(key_id)

@@ -1,4 +1,6 @@
-"""Who asks: made of a request's key at the edge, and carried to whatever resolves names, counts or limits."""
+"""The principal of a request: made from its key at the edge, then used to resolve names, count usage and limit
+rates.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -11,18 +13,18 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "train")
 
 ANONYMOUS = "anonymous"
-"""In the place of a key's id where no key is needed."""
+"""The key id of clients that need no key."""
 OPERATOR = "command-line"
-"""Likewise, of whoever works on HOME itself."""
+"""The key id of commands that work on HOME directly."""
 
 
 @dataclass(frozen=True)
 class Quota:
-    """How much a key may, or a project's keys together. None: as much as the server can."""
+    """The limits of a key, or of a project's keys together. None: no limit."""
 
     requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # of prompts, and of answers as long as they may become
-    max_jobs: int | None = None  # that haven't ended
+    tokens_per_minute: int | None = None  # of prompts, and of answers at their maximum length
+    max_jobs: int | None = None  # unfinished ones
     max_bytes: int | None = None  # stored: adapters, data sets, files
 
 
@@ -31,31 +33,31 @@ LIMITS = tuple(field.name for field in fields(Quota))
 
 @dataclass(frozen=True)
 class Principal:
-    """A project, on whose behalf a key acts. Without the scope `admin` it sees what is its project's alone."""
+    """A key and the project that it acts for. Without the scope `admin` it sees only that project's things."""
 
     project: str
     key_id: str
     scopes: frozenset[Scope]
     quota: Quota = Quota()  # the key's
     project_quota: Quota = Quota()
-    sees_all: bool = False  # other projects' things, too
+    sees_all: bool = False  # things of other projects, too
 
     @property
     def is_operator(self) -> bool:
-        """Whether it may do everything, in all projects."""
+        """Return whether it may do everything, in all projects."""
         return "admin" in self.scopes
 
     def may(self, scopes: Iterable[Scope]) -> bool:
-        """Whether it has one of the scopes; `admin` stands for all."""
+        """Return whether it has one of the scopes; `admin` includes all."""
         return self.is_operator or not self.scopes.isdisjoint(scopes)
 
     @property
     def viewpoint(self) -> Viewpoint:
-        """The project as names are resolved for it."""
+        """Return the viewpoint from which names are resolved."""
         return Viewpoint(self.project, self.sees_all, self.key_id)
 
 
 EVERYBODY = Principal(DEFAULT_PROJECT, ANONYMOUS, frozenset(SCOPES), sees_all=True)
-"""Any client until a first key is made."""
+"""Any client before the first key is made."""
 GUEST = Principal(DEFAULT_PROJECT, ANONYMOUS, frozenset(DEFAULT_SCOPES))
-"""A client without a key under `ALLOW_ANONYMOUS=1`, whether or not there are keys: never the operator."""
+"""A client without a key under `ALLOW_ANONYMOUS=1`, even if there are keys. It is never the operator."""

@@ -1,4 +1,4 @@
-"""Projects and their limits. A project comes to be with its first key, or when it is given limits."""
+"""Projects and their limits. A project is made with its first key, or when it is given limits."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import names, transact
+from adapters.catalog.tables import names
 from adapters.errors import Conflict, Hint, InvalidInput, NotFound
 from adapters.names import DEFAULT_PROJECT, project_fault, split_key
+from adapters.sql import reader_of, transact
 from server.access.audit import record
 from server.access.principal import LIMITS, Quota
 from server.access.tables import api_keys, changed, projects
@@ -16,14 +17,14 @@ from server.access.tables import api_keys, changed, projects
 
 @dataclass(frozen=True)
 class Project:
-    """A name, and what its keys may together."""
+    """A project's name, and the limits of its keys together."""
 
     name: str
     created_at: datetime  # in UTC
     quota: Quota
 
     def to_document(self) -> dict[str, object]:
-        """JSON-ready, its limits beside the rest."""
+        """Return a JSON-ready document, with the quota's fields next to the others."""
         return {"name": self.name, "created_at": self.created_at.isoformat(), **asdict(self.quota)}
 
 
@@ -32,20 +33,20 @@ class Projects:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def list(self) -> list[Project]:
-        """By name."""
+        """Return all projects, by name."""
         with self._reader.connect() as connection:
             return [_project(row) for row in connection.execute(sa.select(projects).order_by("name")).mappings()]
 
     def get(self, name: str) -> Project:
-        """Raises NotFound."""
+        """Return the project. Raise NotFound."""
         with self._reader.connect() as connection:
             return _get(connection, name)
 
     def put(self, name: str, quota: Quota, *, who: str) -> Project:
-        """Give it these limits in the place of all it had, and make it if need be. Raises InvalidInput."""
+        """Replace the project's limits; create it if there is none. Raise InvalidInput."""
         if fault := project_fault(name):
             raise InvalidInput.of("project", fault)
 
@@ -59,9 +60,9 @@ class Projects:
         return transact(self._engine, work)
 
     def delete(self, name: str, refuse: Callable[[], None], *, who: str) -> None:
-        """Remove a project. Its keys are revoked and stay listed: that there were any keeps strangers out.
+        """Delete a project and revoke its keys, which stay listed, so that access doesn't become anonymous.
 
-        Raises NotFound, Conflict where it still has adapters, or what `refuse` raises where it has other things.
+        Raise NotFound, Conflict if it still has adapters, or what `refuse` raises if it has other things.
         """
         if name == DEFAULT_PROJECT:
             raise Conflict("the project default is always there")
@@ -83,13 +84,13 @@ class Projects:
 
 
 def ensure(connection: sa.Connection, name: str) -> None:
-    """Makes the project, within a transaction, if there is none."""
+    """Create the project within a transaction if there is none."""
     if connection.execute(sa.select(projects.c.name).where(projects.c.name == name)).first() is None:
         connection.execute(sa.insert(projects).values(name=name, created_at=datetime.now(UTC)))
 
 
 def quota_of(row: sa.RowMapping) -> Quota:
-    """The limits in a row of a project or a key."""
+    """Return the limits in a row of a project or a key."""
     return Quota(**{name: row[name] for name in LIMITS})
 
 
@@ -108,5 +109,5 @@ def _project(row: sa.RowMapping) -> Project:
 def _refuse_with_adapters(connection: sa.Connection, name: str) -> None:
     adapters = sa.select(names.c.name).where(names.c.project == name, names.c.latest.is_not(None))
     if found := list(connection.execute(adapters.limit(20)).scalars()):
-        told = ", ".join(split_key(key)[1] for key in found)
-        raise Conflict(f"{name} has adapters: {told}; delete them first")
+        listed = ", ".join(split_key(key)[1] for key in found)
+        raise Conflict(f"{name} has adapters: {listed}; delete them first")

@@ -1,8 +1,8 @@
-"""Requests and tokens a minute, of a key and of its project's keys together, as OpenAI's API tells of them.
+"""Requests and tokens a minute, of a key and of its project's keys together, with the headers of OpenAI's API.
 
-Windows are fixed, and begin with the first request after the one before has ended: within a minute of its first
-request a key has no more than its limit. In memory: a restart forgets them; `shared_rates` counts those of several
-servers together. For one event loop.
+A window of a minute begins with the first request after the previous window, so within a minute of its first
+request a key gets its limit at most. Counts in memory are lost by a restart; `database_rates` counts the requests
+of several servers together. For one event loop.
 """
 
 import math
@@ -22,7 +22,7 @@ Kind = Literal["requests", "tokens"]
 KINDS: tuple[Kind, ...] = ("requests", "tokens")
 
 SMALL_STEP = 1.0
-"""Seconds by which a clock may be set back without notice."""
+"""Seconds by which a clock may be set back without effect."""
 
 _LIMIT_OF: dict[Kind, Callable[[Quota], int | None]] = {
     "requests": lambda quota: quota.requests_per_minute,
@@ -32,7 +32,7 @@ _LIMIT_OF: dict[Kind, Callable[[Quota], int | None]] = {
 
 @dataclass(frozen=True)
 class Limit:
-    """How many a minute a key has, or a project."""
+    """A limit per minute of a key or a project."""
 
     kind: Kind
     whose: Literal["key", "project"]
@@ -42,7 +42,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Window:
-    """What is left of a limit's minute, and when that ends, in seconds since 1970."""
+    """The rest of a limit's current minute; `ends_at` is in seconds since 1970."""
 
     remaining: int
     ends_at: float
@@ -53,23 +53,23 @@ class Window:
 
 
 class Rates(Protocol):
-    """What is left of this minute to everybody who has a limit."""
+    """The counts against limits in the current minute."""
 
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
-        """Count `amount`, or nothing if it is more than is left. Raises RateLimited.
+        """Count `amount`, or raise RateLimited and count nothing if less is left.
 
-        An amount of 0 is refused if more was charged than there was.
+        An amount of 0 is refused if more was charged than the limit.
         """
 
     async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
-        """Count `amount`, even if it is more than is left."""
+        """Count `amount`, even if less is left."""
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        """Of each kind the limit of which least is left: `x-ratelimit-…`; nothing where there is no limit."""
+        """Return `x-ratelimit-…` headers: for each kind, those of the limit of which least is left."""
 
 
-class OwnRates:
-    """Those of one server's requests. Where the machine's clock is set back, all windows begin anew."""
+class MemoryRates:
+    """The counts of one server. If the machine's clock is set back, all windows begin again."""
 
     def __init__(self) -> None:
         self._counts = MemoryStorage()
@@ -77,25 +77,22 @@ class OwnRates:
         self._seen = time.time()
 
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
-        """As `Rates.take`."""
         limits = limits_of(principal, kind)
         now = time.time()
-        if now < self._seen - SMALL_STEP:  # by which they would end
+        if now < self._seen - SMALL_STEP:  # windows would end that much later
             self._counts.reset()
         self._seen = now
-        for limit in sorted(limits, key=lambda limit: amount <= limit.most):  # first what no minute has
+        for limit in sorted(limits, key=lambda limit: amount <= limit.most):  # amounts above a limit first
             if not self._windows.test(*_item(limit), cost=amount):
                 raise refusal(limit, amount, self._window(limit), self.headers(principal))
         for limit in limits:
             self._windows.hit(*_item(limit), cost=amount)
 
     async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
-        """As `Rates.charge`."""
         for limit in limits_of(principal, kind):
             self._windows.hit(*_item(limit), cost=amount)
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        """As `Rates.headers`."""
         return headers_of(principal, self._window)
 
     def _window(self, limit: Limit) -> Window:
@@ -104,14 +101,14 @@ class OwnRates:
 
 
 def limits_of(principal: Principal, kind: Kind) -> list[Limit]:
-    """Of the key and of the project, as far as they have one."""
+    """Return the limits of the key and of its project, if they have any."""
     key, project = _LIMIT_OF[kind](principal.quota), _LIMIT_OF[kind](principal.project_quota)
     of_key = [] if key is None else [Limit(kind, "key", principal.key_id, key)]
     return of_key if project is None else [*of_key, Limit(kind, "project", principal.project, project)]
 
 
 def headers_of(principal: Principal, window_of: Callable[[Limit], Window]) -> dict[str, str]:
-    """As `Rates.headers`, of these windows."""
+    """Return the headers of `Rates.headers`, with the given windows."""
     found: dict[str, str] = {}
     for kind in KINDS:
         if stats := [(window_of(limit), limit) for limit in limits_of(principal, kind)]:
@@ -124,15 +121,15 @@ def headers_of(principal: Principal, window_of: Callable[[Limit], Window]) -> di
 
 
 def refusal(limit: Limit, amount: int, window: Window, headers: dict[str, str]) -> RateLimited:
-    """What whoever asks for so many is told."""
+    """Return the error for a request that exceeds a limit."""
     whose = f"the {limit.whose} {limit.name} has {limit.most}"
     if amount <= limit.most:
-        told = f"{whose} {limit.kind} a minute, and too few are left of this one"
+        message = f"{whose} {limit.kind} a minute, and too few are left of this one"
     else:
         unit = "requests" if limit.kind == "requests" else "tokens, prompt and max_tokens together"
-        told = f"this asks for up to {amount} {unit}, and {whose} a minute: ask for less"
+        message = f"this asks for up to {amount} {unit}, and {whose} a minute: ask for less"
         headers = headers | {"x-should-retry": "false"}  # OpenAI's client would wait a minute, twice
-    return RateLimited(told, retry_after=window.seconds_left, headers=headers)
+    return RateLimited(message, retry_after=window.seconds_left, headers=headers)
 
 
 def _item(limit: Limit) -> tuple[RateLimitItemPerMinute, str, str, str]:

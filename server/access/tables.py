@@ -1,19 +1,19 @@
-"""The tables of keys and projects. The migrations in `server.migrations` make them.
+"""The tables of access. The migrations in `server.database.migrations` create them.
 
-Every change of a key or a project counts `changes` up in its transaction, so that a server that remembers them
-asks for one number to know whether it still may.
+Every change of a key or a project increments `changes` in its transaction. A server reads that one number to find
+out whether its cache is current.
 """
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import UtcDateTime
 from adapters.names import MAX_NAME
+from adapters.sql import UtcDateTime
 
 metadata = sa.MetaData()
 
 
 def _limits() -> list["sa.Column[int]"]:
-    """As `principal.Quota` has them; null: none."""
+    """Return the columns of `principal.Quota`; null: no limit."""
     names = ("requests_per_minute", "tokens_per_minute", "max_jobs", "max_bytes")
     return [sa.Column(name, sa.BigInteger) for name in names]
 
@@ -31,9 +31,9 @@ api_keys = sa.Table(
     metadata,
     sa.Column("id", sa.String(64), primary_key=True),
     sa.Column("name", sa.String(MAX_NAME), nullable=False),
-    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # which may be deleted: its keys stay, revoked
+    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # if it is deleted, its keys stay, revoked
     sa.Column("scopes", sa.JSON, nullable=False),
-    sa.Column("secret_digest", sa.String(64), nullable=False, unique=True),  # SHA-256 (hex); the secret is nowhere
+    sa.Column("secret_digest", sa.String(64), nullable=False, unique=True),  # SHA-256 (hex)
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("expires_at", UtcDateTime),
     sa.Column("revoked_at", UtcDateTime),
@@ -44,7 +44,7 @@ api_keys = sa.Table(
 changes = sa.Table(
     "access_changes",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True),  # of its one row: 1
+    sa.Column("id", sa.Integer, primary_key=True),  # always 1
     sa.Column("number", sa.Integer, nullable=False),
 )
 
@@ -53,9 +53,9 @@ audit = sa.Table(
     metadata,
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("at", UtcDateTime, nullable=False),
-    sa.Column("who", sa.String(64), nullable=False),  # a key's id, or what there was in its place
+    sa.Column("who", sa.String(64), nullable=False),  # as `audit.Entry.who`
     sa.Column("action", sa.String(64), nullable=False),
-    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # whose thing it was
+    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # the project that `target` belongs to
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("detail", sa.JSON, nullable=False),
 )
@@ -66,7 +66,7 @@ usage = sa.Table(
     sa.Column("day", sa.Date, primary_key=True),  # in UTC
     sa.Column("project", sa.String(MAX_NAME), primary_key=True),
     sa.Column("key_id", sa.String(64), primary_key=True),
-    sa.Column("adapter", sa.Text, primary_key=True),  # names of one answer, joined by "+"; "base" for none
+    sa.Column("adapter", sa.Text, primary_key=True),  # an answer's adapters, joined by "+"; "base" for none
     sa.Column("requests", sa.BigInteger, nullable=False),
     sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
     sa.Column("cached_tokens", sa.BigInteger, nullable=False),
@@ -77,5 +77,5 @@ usage = sa.Table(
 
 
 def changed(connection: sa.Connection) -> None:
-    """Tell every server, within the transaction that changed a key or a project."""
+    """Increment `changes`, within the transaction that changed a key or a project."""
     connection.execute(sa.update(changes).values(number=changes.c.number + 1))

@@ -1,8 +1,8 @@
 """The ledger: what each project, key and adapter used on each day.
 
-A server adds answers up in memory and stores the sums twice a second, each once: what is stored is added to the
-row's sums in one transaction, so that a kill loses at most the last second's answers, and counts none twice. A
-job's sums are stored by whoever ends it, in the same transaction.
+A server adds up answers in memory and stores the sums twice a second. Each sum is added to its row in one
+transaction, so a kill loses at most the last second's answers, and none is counted twice. The transaction that
+ends a job stores the job's usage.
 """
 
 import threading
@@ -16,8 +16,8 @@ from typing import Literal, get_args
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from adapters.catalog.tables import transact
 from adapters.errors import InDoubt, Unavailable
+from adapters.sql import reader_of, transact
 from server.access.tables import usage
 
 FLUSH_SECONDS = 0.5
@@ -29,7 +29,7 @@ _COLUMNS = {"project": usage.c.project, "key": usage.c.key_id, "adapter": usage.
 
 @dataclass(frozen=True)
 class Account:
-    """A row of the ledger: whose, under which adapters, when."""
+    """The key of a row of the ledger."""
 
     day: date  # in UTC
     project: str
@@ -39,7 +39,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Usage:
-    """Sums. Tokens of prompts are counted with those of them that were found in the cache."""
+    """A row's sums. `prompt_tokens` includes the cached tokens."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -56,7 +56,7 @@ SUMS = tuple(field.name for field in fields(Usage))
 
 
 def add_in(connection: sa.Connection, account: Account, sums: Usage) -> None:
-    """Add to the account's row within a transaction."""
+    """Add to the account's row, within a transaction."""
     mine = sa.and_(*(usage.c[name] == value for name, value in asdict(account).items()))
     more = {name: usage.c[name] + value for name, value in asdict(sums).items()}
     if connection.execute(sa.update(usage).where(mine).values(more)).rowcount == 0:
@@ -69,29 +69,29 @@ def _add_all(pending: Mapping[Account, Usage], connection: sa.Connection) -> Non
 
 
 def _sum_of(column: "sa.Column[float]") -> "sa.Cast[float]":
-    """Of the column's type: PostgreSQL adds integers up to decimals."""
+    """Sum a column in its own type: PostgreSQL sums integers to decimals."""
     return sa.cast(sa.func.coalesce(sa.func.sum(column), 0), column.type)
 
 
 class Ledger:
-    """Thread-safe. Other processes may write the same table."""
+    """All accounts. Thread-safe; other processes may write the same table."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
         self._pending: dict[Account, Usage] = {}
         self._lock = threading.Lock()
 
     def add(self, project: str, key_id: str, adapter: str, sums: Usage) -> None:
-        """Count an answer, today; it is stored with the next `flush`."""
+        """Count an answer today; the next `flush` stores it."""
         account = Account(datetime.now(UTC).date(), project, key_id, adapter)
         with self._lock:
             self._pending[account] = self._pending.get(account, Usage()) + sums
 
     def flush(self) -> None:
-        """Store what was counted. Blocks on disk; where it fails, the next one has it all.
+        """Store what was counted. Blocks on the disk. If it fails, the next flush stores all of it.
 
-        But not where nobody knows whether it was stored (InDoubt): it would be counted twice.
+        The exception is InDoubt: the sums may be stored already, and are dropped rather than counted twice.
         """
         with self._lock:
             pending, self._pending = self._pending, {}
@@ -108,16 +108,16 @@ class Ledger:
             raise
 
     def try_to_flush(self) -> None:
-        """`flush`; where it fails, the next one has it all."""
+        """Flush; ignore a failure, since the next flush stores all of it."""
         with suppress(DBAPIError, OSError, Unavailable):
             self.flush()
 
     def rows(
         self, first: date | None, last: date | None, by: Sequence[By], project: str | None = None
     ) -> list[dict[str, object]]:
-        """Sums from the day `first` to the day `last`, each included, of every value of `by`; of all, without one.
+        """Return sums for each value of `by`, from the day `first` to the day `last`, each included.
 
-        `project` None: of all projects.
+        If `by` is empty, return one row of sums. `project` None: of all projects.
         """
         columns = [_COLUMNS[name].label(name) for name in by]
         sums = [_sum_of(usage.c[name]).label(name) for name in SUMS]

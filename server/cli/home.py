@@ -105,12 +105,12 @@ def refusals(**options: str) -> Iterator[None]:
 
 @contextmanager
 def _database(settings: WorkerSettings, build: Callable[..., Built]) -> Iterator[Built]:
-    from server.database import told_to_a_person
+    from server.database import as_startup_error
     from server.storage.home import Home
 
     engine = _connected(settings)
     try:
-        with told_to_a_person(settings.home):
+        with as_startup_error(settings.home):
             yield build(engine, Home(settings.home))
     finally:
         engine.dispose()

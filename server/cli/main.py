@@ -63,16 +63,16 @@ def serve(settings: Settings) -> None:
 
 @app.command()
 @with_flags(WorkerSettings)
-def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
+def worker(settings: WorkerSettings) -> None:
     """Train queued jobs, one at a time, until stopped. `serve` starts SMOLORA_WORKERS workers itself."""
     _exit_on_sigterm()
     os.umask(0o077)
     from server.jobs.worker import run_worker
 
     logs.set_up(settings.log_format)
-    for line in unknown_variables() if parent is None else ():  # a server's workers don't repeat its lines
+    for line in unknown_variables():
         logging.getLogger("smolora.worker").warning(line)
-    raise typer.Exit(run_worker(settings, parent))
+    raise typer.Exit(run_worker(settings))
 
 
 app.command(cls=PeersOptions)(train)

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from server.config import Flag, Settings, load
 from server.engine.request import GenerationRequest
 from server.errors import StartupError
 from server.jobs.yielding import NUM_PLACES, BusyFlag
-from server.serve.engine import base_directory, guidance_of, load_for_engine, make_engine
+from server.model.load import load_on_device
+from server.serve.engine import base_directory, gpu_share, guidance_of, make_engine
 from server.storage.home import make
 from server.storage.places import Storage
 from server.system.memory import keep_freed_memory
@@ -71,7 +73,8 @@ class Engine:
         keep_freed_memory()
         logs.set_up(settings.log_format)
         make(settings.home)
-        base = load_for_engine(base_directory(settings, log.info), settings, log.info)
+        directory = base_directory(settings, log.info)
+        base = load_on_device(settings, directory, log.info, partial(gpu_share, settings))
         guidance = guidance_of(base)
         store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
         engine = make_engine(settings, base, store, guidance, log.info)

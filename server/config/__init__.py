@@ -135,7 +135,8 @@ class BucketSettings(BaseSettings):
 class WorkerSettings(StorageSettings, BaseSettings):
     """Settings of a training worker, which `serve` has, too.
 
-    Secrets are excluded from dumps and from child processes' flags; children read them from their environment.
+    `to_json` writes the document that a worker and its jobs' processes read. It has no secrets: these processes
+    find them in their environment.
     """
 
     model_config = SettingsConfigDict(
@@ -212,6 +213,10 @@ class WorkerSettings(StorageSettings, BaseSettings):
     def database(self) -> str | None:
         """Return the database's URL with its password, or None if it is the file in HOME."""
         return None if self.database_url is None else self.database_url.get_secret_value()
+
+    def to_json(self) -> str:
+        """Return a worker's settings as JSON, which `model_validate_json` reads."""
+        return self.model_dump_json(include=set(WorkerSettings.model_fields))
 
     @field_validator("database_url", mode="after")
     @classmethod

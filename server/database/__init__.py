@@ -1,7 +1,7 @@
-"""The database: a SQLite file under HOME, or PostgreSQL where SMOLORA_DATABASE_URL names it.
+"""The database: a SQLite file under HOME, or PostgreSQL if SMOLORA_DATABASE_URL is set.
 
-`opening` chooses; what one of the two needs and the other doesn't is in `file` and in `postgres`, and nothing else
-knows which it is. The SQL is what both have in common; `clock` is the time that both tell.
+`opening` chooses between them. `file` and `postgres` have what only one of them needs; no other module knows which
+one it uses. The SQL is what both have in common. `clock` is the database's time, and `migrations` has the schema.
 """
 
 from server.database.file import (
@@ -22,6 +22,7 @@ from server.database.opening import (
     WORKER_PATIENCE_SECONDS,
     Place,
     agree,
+    as_startup_error,
     commits_at_once,
     commits_of,
     connect,
@@ -29,7 +30,6 @@ from server.database.opening import (
     is_file,
     records_of,
     refuse_in_use,
-    told_to_a_person,
 )
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Commits",
     "Place",
     "agree",
+    "as_startup_error",
     "build_of",
     "commits_at_once",
     "commits_of",
@@ -56,5 +57,4 @@ __all__ = [
     "refuse_in_use",
     "schema_of",
     "set_aside",
-    "told_to_a_person",
 ]

@@ -1,4 +1,4 @@
-"""The database's clock: what all processes go by, whatever the clocks of their machines say."""
+"""The database's clock, which all processes use, whatever their machines' clocks say."""
 
 from datetime import datetime
 from typing import Any
@@ -8,18 +8,18 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from adapters.catalog.tables import UtcDateTime
+from adapters.sql import UtcDateTime
 
 
 class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
-    """Seconds since 1970 by the database's clock, at this moment rather than at the transaction's start."""
+    """Seconds since 1970 by the database's clock, when it is evaluated and not when the transaction began."""
 
     type = sa.Float(53)
     inherit_cache = True
 
 
 class database_now(FunctionElement[datetime]):  # noqa: N801 as SQL functions are
-    """The same moment as a date and time in UTC; SQLite tells milliseconds."""
+    """The current date and time in UTC, by the database's clock. SQLite's resolution is a millisecond."""
 
     type = UtcDateTime()
     inherit_cache = True

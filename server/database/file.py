@@ -1,61 +1,55 @@
-"""Which build of SQLite drives the database, and whether a write-ahead log is safe with it.
+"""The database as one SQLite file under HOME, which is migrated when it is opened.
 
-SQLite 3.7.0 to 3.51.2 has a race in WAL mode, the "WAL-reset bug" (https://sqlite.org/wal.html#walresetbug): where
+Every committed write survives a power cut (synchronous=FULL), and a writer waits up to `BUSY_SECONDS` for another
+one. A transaction takes the write lock when it begins, so it can't fail halfway because another process wrote.
+Single reads run without a transaction (isolation level AUTOCOMMIT): with a write-ahead log they wait for no
+writer, with a rollback journal only while a writer commits.
+
+SQLite 3.7.0 to 3.51.2 has a race in WAL mode, the "WAL-reset bug" (https://sqlite.org/wal.html#walresetbug): if
 one connection checkpoints while another one commits, pages of a later commit may never reach the database, which
-is corrupt then. So the standard library's build is used where it has the fix; else that of pysqlite3, which brings
-one of its own; and where that is missing too, the database has a rollback journal, in which the race isn't.
-
-Tries again what a server refuses that starts anew.
-
-The database as one SQLite file under HOME, brought up to date whenever it is opened.
-
-Every committed write survives a power cut (synchronous=FULL), and a writer waits for another one up to
-`BUSY_SECONDS`. A transaction takes the write lock as it begins, so that it can't fail halfway because another
-process wrote meanwhile. Single reads run without a transaction (isolation level AUTOCOMMIT): with a write-ahead
-log they wait for nobody, with a rollback journal for the moment in which somebody commits. Which of the two it is,
-`server.database.file` says; which tables there are, `server.migrations`.
+is then corrupt. So the standard library's build is used only if it has the fix. Otherwise pysqlite3's build is
+used; if that is missing too, the database gets a rollback journal, which doesn't have the race.
 """
 
 import fcntl
 import importlib
 import logging
 import os
-import random
 import shutil
 import sqlite3
 import tempfile
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from server.database.migrating import migrate, not_migrated
+from adapters.sql import reader_of
+from server.database.migrating import migrate
 from server.errors import StartupError
 from server.storage.home import make
 
 JournalMode = Literal["wal", "delete"]
-"""SQLite's names: a write-ahead log, or a rollback journal, which each commit deletes."""
+"""SQLite's names of a write-ahead log and of a rollback journal, which each commit deletes."""
 
 _KINDS = {"wal": "a write-ahead log", "delete": "a rollback journal"}
 
 
 def has_wal_reset_bug(version: tuple[int, int, int]) -> bool:
-    """Whether that release of SQLite has it. 3.44.6 and 3.50.7 are older branches that got the fix, too."""
+    """Return whether a release of SQLite has the bug. The branches 3.44 and 3.50 have the fix, too."""
     has_fix = (3, 44, 6) <= version < (3, 45) or (3, 50, 7) <= version < (3, 51)
     return (3, 7) <= version < (3, 51, 3) and not has_fix
 
 
 def choose_driver(standard: ModuleType, other: str) -> ModuleType:
-    """`standard` where its build is sound, or where the module called `other` isn't installed or no better."""
+    """Return the module `other` if the build of `standard` has the bug and `other` is installed and fixed."""
     if not has_wal_reset_bug(standard.sqlite_version_info):
         return standard
     try:
@@ -72,20 +66,20 @@ else:
 
 
 def safe_journal_mode(version: tuple[int, int, int]) -> JournalMode:
-    """What a build of that release can be trusted with."""
+    """Return the journal mode that is safe with a release."""
     return "delete" if has_wal_reset_bug(version) else "wal"
 
 
 @dataclass(frozen=True)
 class Build:
-    """What drives a database, and how that keeps its commits."""
+    """A database's software and its journal mode."""
 
     version: str
     journal_mode: str
 
     @property
     def is_sound(self) -> bool:
-        """Whether the write-ahead log, if there is one, is safe."""
+        """Return whether the journal mode is safe with this release."""
         major, minor, patch = map(int, self.version.split("."))
         return self.journal_mode != "wal" or not has_wal_reset_bug((major, minor, patch))
 
@@ -96,31 +90,9 @@ class Build:
         return f"{text}, which this release may damage: stop all that use this home, then start again"
 
 
-T = TypeVar("T")
-
-
-def patient(question: Callable[[], T], error: type[Exception], seconds: float) -> Callable[[], T]:
-    """The same, asked again for so many seconds while it raises such an error; then that is raised."""
-
-    def ask() -> T:
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                return question()
-            except error:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(random.uniform(0.05, 0.2))
-
-    return ask
-
-
-if TYPE_CHECKING:
-    import sqlite3
-
 FILE_NAME = "smolora.db"
 LOCK_NAME = "smolora.db.lock"
-USERS_NAME = "smolora.db.users"  # locked by every process that has the database open, for as long as it has
+USERS_NAME = "smolora.db.users"  # every process that has the database open locks this file
 BUSY_SECONDS = 15
 _DAMAGE = (1, 11, 26)  # SQLITE_ERROR (no such table), _CORRUPT and _NOTADB
 _IO_ERROR = 10
@@ -130,10 +102,10 @@ log = logging.getLogger("smolora.database")
 
 
 def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
-    """The database in `home`, which is made if need be, with all migrations run. Thread-safe; see SQLAlchemy.
+    """Open and migrate the database in `home`, which is created if missing. The engine is thread-safe.
 
-    Who opens it alone chooses its journal, by default one that is safe with the driver; all others go by that.
-    Raises StartupError where it can't be opened, is a newer smolora's, or an older one's that has it open.
+    A process that opens the file alone chooses the journal mode, by default one that is safe with the driver;
+    others use the file's. Raise StartupError as `server.database.connect` does.
     """
     path = home / FILE_NAME
     make(home)
@@ -149,7 +121,7 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
         unused = weakref.finalize(engine, os.close, users)
         sa.event.listen(engine, "engine_disposed", lambda _: unused())
         with open(home / LOCK_NAME, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time gets this far
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time
             fcntl.flock(users, fcntl.LOCK_SH)
             mode = journal_mode or safe_journal_mode(driver.sqlite_version_info)
             (is_alone := partial(_takes_alone, engine, users, mode))()
@@ -158,28 +130,26 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
             log.warning("%s", build)
     except Exception as error:
         engine.dispose()
-        if isinstance(error, not_migrated()):
-            raise StartupError(f"{path} was written by a newer version of smolora ({error})") from error
         if not isinstance(error, OSError | DBAPIError):
             raise
         reason = error.orig if isinstance(error, DBAPIError) else error.strerror
-        raise StartupError(f"can't open the database {path}: {told(reason, home)}") from error
+        raise StartupError(f"can't open the database {path}: {in_words(reason, home)}") from error
     return engine
 
 
 class _Doubt:
-    """Settles commits that failed on the disk, such as at the sync of the log (EIO): they are undone for good.
+    """Undo commits that failed on the disk, such as at the sync of the log (EIO), for good.
 
-    SQLite rolls them back, but they may stand whole at the end of the log, where the next process that opens the
-    database finds them, unless another commit took their place. So one that changes nothing does; where that
-    fails, too, it is tried again before anything else is read or written.
+    SQLite rolls such a commit back, but all of it may be at the end of the log. The next process that opens the
+    database would find it there, unless another commit overwrites it. So a commit that changes nothing does that.
+    If it fails too, it is tried again before any other read or write.
     """
 
     def __init__(self) -> None:
         self._is_left = False
 
     def look_at(self, context: sa.engine.ExceptionContext) -> None:
-        """After an error, before whoever asked hears of it."""
+        """Note a failed commit, before the caller gets the error."""
         if context.statement is not None or not isinstance(context.original_exception, driver.OperationalError):
             return
         self._is_left = True
@@ -187,7 +157,7 @@ class _Doubt:
             self.settle(cast("sqlite3.Connection", context.connection.connection.dbapi_connection))
 
     def settle(self, connection: "sqlite3.Connection", *_: object) -> None:
-        """Where a commit is in doubt."""
+        """Overwrite the failed commit, if there is one."""
         if not self._is_left or connection.in_transaction:
             return
         with suppress(driver.Error):
@@ -197,7 +167,7 @@ class _Doubt:
 
 
 class Commits:
-    """A number that moves whenever anybody commits, this process or another; one read takes microseconds."""
+    """A number that changes whenever any process commits. A call takes microseconds."""
 
     def __init__(self, home: Path) -> None:
         self._connection = driver.connect(
@@ -206,13 +176,13 @@ class Commits:
         self._last = 0
 
     def __call__(self) -> int:
-        """For one thread at a time. While somebody is just committing, what it was before."""
+        """Return the number, or the last known one while another process commits. For one thread at a time."""
         if (number := self.now()) is not None:
             self._last = number
         return self._last
 
     def now(self) -> int | None:
-        """Likewise, but None where that can't be said, as while somebody is just committing without a log."""
+        """Return the number, or None if it isn't known, as while another process commits without a log."""
         try:
             (number,) = self._connection.execute("PRAGMA data_version").fetchone()
         except driver.Error:
@@ -220,21 +190,22 @@ class Commits:
         return int(number)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()
 
 
 def build_of(engine: sa.Engine) -> Build:
-    """What drives the database."""
-    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+    """Return the database's software and journal mode."""
+    with reader_of(engine).connect() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
     return Build(driver.sqlite_version, str(mode))
 
 
 def faults(home: Path) -> list[str]:
-    """What is wrong with the file itself, however it is filled; nothing where it is sound. Changes nothing.
+    """Return what is wrong with the file, and nothing if it is sound. The rows' meaning isn't checked.
 
-    Raises StartupError where that can't be told just now: the disk is full, say, or a stranger has locked it.
+    Raise StartupError if that can't be found out now: the disk is full, for example, or a foreign program has
+    locked the file.
     """
     path = home / FILE_NAME
     if not path.exists():
@@ -249,20 +220,20 @@ def faults(home: Path) -> list[str]:
         code = getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF
         if code in _DAMAGE or (code == _IO_ERROR and not _is_full(home)):
             return [str(error)]
-        raise StartupError(f"can't look at the database {path}: {told(error, home)}") from None
+        raise StartupError(f"can't look at the database {path}: {in_words(error, home)}") from None
     return found
 
 
 def copy(home: Path, target: Path) -> None:
-    """Write the database as it is at one moment to the new file `target`, while others use it.
+    """Write a snapshot of the database to the new file `target` while other processes use it.
 
-    No migration is run. Raises StartupError where there is no database, or it is damaged.
+    No migration is run. Raise StartupError if there is no database, or it is damaged.
     """
     path = existing(home)
     try:
         users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(users, fcntl.LOCK_SH)  # nobody sets it aside meanwhile
+            fcntl.flock(users, fcntl.LOCK_SH)  # so that no process sets it aside meanwhile
             copy_alone(home, target)
         finally:
             os.close(users)
@@ -271,7 +242,7 @@ def copy(home: Path, target: Path) -> None:
 
 
 def copy_alone(home: Path, target: Path) -> None:
-    """`copy`, for who knows that nobody sets it aside meanwhile."""
+    """Copy the database as `copy` does, for a caller that knows that no process sets it aside meanwhile."""
     path = existing(home)
     try:
         with (
@@ -280,24 +251,24 @@ def copy_alone(home: Path, target: Path) -> None:
         ):
             source.backup(copied)
     except driver.Error as error:
-        raise StartupError(f"can't copy the database {path}: {told(error, home)}") from None
+        raise StartupError(f"can't copy the database {path}: {in_words(error, home)}") from None
 
 
 def schema_of(path: Path) -> str:
-    """The newest migration of a database's file. Raises StartupError."""
+    """Return the schema of a database's file. Raise StartupError."""
     try:
         with closing(driver.connect(path, timeout=BUSY_SECONDS)) as connection:
             (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     except (driver.Error, TypeError) as error:
-        raise StartupError(f"can't read the database {path}: {told(error, path.parent)}") from None
+        raise StartupError(f"can't read the database {path}: {in_words(error, path.parent)}") from None
     return str(schema)
 
 
 @contextmanager
 def opened_copy(copied: Path, scratch: Path) -> Iterator[tuple[sa.Engine, Path]]:
-    """A copy of what `copy` made, brought up to date, and the folder below `scratch` that it lies in for a while.
+    """Open and migrate a temporary copy of `copied`, a file that `copy` wrote.
 
-    Raises StartupError.
+    Yield its engine and its folder below `scratch`. Raise StartupError.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         shutil.copyfile(copied, Path(name) / FILE_NAME)
@@ -309,7 +280,7 @@ def opened_copy(copied: Path, scratch: Path) -> Iterator[tuple[sa.Engine, Path]]
 
 
 def existing(home: Path) -> Path:
-    """The file of a HOME that is there already. Raises StartupError where none is."""
+    """Return the database's file of a HOME. Raise StartupError if there is none."""
     path = home / FILE_NAME
     if not path.exists():
         raise StartupError(f"{home} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
@@ -318,7 +289,7 @@ def existing(home: Path) -> Path:
 
 @contextmanager
 def nobody_has_it_open(home: Path) -> Iterator[None]:
-    """A block in which no process has or gets the database open. Raises StartupError where one has."""
+    """Keep all processes from opening the database in the block. Raise StartupError if one has it open."""
     users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -331,7 +302,7 @@ def nobody_has_it_open(home: Path) -> Iterator[None]:
 
 
 def set_aside(home: Path) -> list[str]:
-    """Rename the database's files, if any, so that the next `connect` makes new ones; the names they got."""
+    """Rename the database's files, if any, so that the next `connect` makes new ones. Return their new names."""
     number = 1
     while (home / f"{FILE_NAME}.damaged-{number}").exists():
         number += 1
@@ -349,15 +320,16 @@ def _is_full(home: Path) -> bool:
     return False
 
 
-def told(error: object, home: Path) -> str:
-    """For a person: where SQLite has no room it tells of an I/O error."""
+def in_words(error: object, home: Path) -> str:
+    """Describe an error for a person: on a full disk SQLite reports an I/O error."""
     return "the disk is full" if _is_full(home) else str(error)
 
 
 def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
-    """Whether nobody else has the database open, by the lock that all its users share; this one goes on to.
+    """Return whether no other process has the database open, by the lock that all of them share.
 
-    If so it turns the file to that journal, unless a stranger, who takes no lock of ours, has it open.
+    If so, set the journal mode, unless a foreign program, which doesn't take the lock, has the file open. The
+    process keeps its share of the lock.
     """
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -367,14 +339,14 @@ def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
         fcntl.flock(users, fcntl.LOCK_SH)
     with (
         suppress(OperationalError),
-        engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection,
+        reader_of(engine).connect() as connection,
     ):
         connection.exec_driver_sql(f"PRAGMA journal_mode={mode}")
     return True
 
 
 def _configure(connection: "sqlite3.Connection", _: ConnectionPoolEntry) -> None:
-    """Sets what SQLite keeps for each connection."""
+    """Set SQLite's options of a connection."""
     connection.isolation_level = None  # Python's sqlite3 must not begin transactions of its own
     cursor = connection.cursor()
     for pragma in ("synchronous=FULL", "foreign_keys=ON"):

@@ -1,6 +1,6 @@
-"""Runs the migrations of `server.migrations`, on either database, one process at a time.
+"""Run the migrations of `server.database.migrations` on either database, one process at a time.
 
-A database that lacks none is left as it is, and Alembic, which takes a tenth of a second, isn't imported.
+Alembic takes a tenth of a second to import, so it is imported only if a migration is missing.
 """
 
 import time
@@ -10,63 +10,64 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from server import __version__
 from server.errors import StartupError
-from server.migrations import versions
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-_LEAVING_SECONDS = 2.0  # for who was just told to stop, or copies the file
+MIGRATIONS = Path(__file__).parent / "migrations"
+_LEAVING_SECONDS = 2.0  # for processes that were just told to stop, and for a copy in progress
 
 
 def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
-    """Runs all missing migrations, in one transaction.
+    """Run all missing migrations in one transaction.
 
-    That takes the lock of writers as it begins: of several processes that start at once, one migrates. Raises
-    alembic's CommandError where the database was written by a newer smolora, and StartupError where it is an older
-    one's and not `is_alone`, for all of `_LEAVING_SECONDS`: an older smolora that has it open would go on by what
-    it knows.
+    The transaction takes the writers' lock first, so of several processes that start at once only one migrates.
+    Raise StartupError if the database has a schema that this version doesn't know. Also raise it if the schema is
+    an older one and `is_alone` stays false for `_LEAVING_SECONDS`: an older process that has the database open
+    would keep writing to the old schema.
     """
     if (schema := _schema(engine)) == newest_schema():
         return
-    if schema is not None and knows_schema(schema):
+    if schema is not None:
+        setting = "SMOLORA_HOME" if engine.url.database else "SMOLORA_DATABASE_URL"
+        where = engine.url.database or setting
+        if not knows_schema(schema):
+            raise StartupError(
+                f"{where}: the database has schema {schema}, which smolora {__version__} doesn't know: use the "
+                f"version of smolora that wrote it, or give an empty {setting}"
+            )
         until = time.monotonic() + _LEAVING_SECONDS
         while not is_alone():
             if time.monotonic() > until:
                 raise StartupError(
-                    f"{engine.url.database} is of an older smolora, and a server, worker or command of that, or a "
-                    "backup, has it open: stop all of them first"
+                    f"{where} has an older schema, and a server, worker, command or backup of an older smolora "
+                    "has it open: stop all of them first"
                 )
             time.sleep(0.1)
     from alembic import command
 
-    config = _migrations()
+    config = _config()
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
 
-def not_migrated() -> type[Exception]:
-    """CommandError; for an `except`, which calls it once something was raised: nobody else imports Alembic."""
-    from alembic.util import CommandError
-
-    return CommandError
-
-
 def newest_schema() -> str:
-    """The last migration; `v0008_bytes_place.py` is 0008."""
-    return max(path.name for path in Path(versions.__path__[0]).glob("v*.py"))[1:5]
+    """Return the newest revision: "0001" of a file `v0001_initial.py`."""
+    return max(path.name for path in (MIGRATIONS / "versions").glob("v*.py"))[1:5]
 
 
 def knows_schema(schema: str) -> bool:
-    """Whether this smolora can bring a database of that schema up to date."""
+    """Return whether this version can migrate a database of that schema to the newest one."""
     from alembic.script import ScriptDirectory
 
-    return any(script.revision == schema for script in ScriptDirectory.from_config(_migrations()).walk_revisions())
+    return any(script.revision == schema for script in ScriptDirectory.from_config(_config()).walk_revisions())
 
 
 def _schema(engine: sa.Engine) -> str | None:
-    """None of a new database."""
+    """Return the database's revision, or None if the database is empty."""
     with engine.begin() as connection:
         if not sa.inspect(connection).has_table("alembic_version"):
             return None
@@ -74,9 +75,9 @@ def _schema(engine: sa.Engine) -> str | None:
     return version
 
 
-def _migrations() -> "Config":
+def _config() -> "Config":
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", "server:migrations")
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     return config

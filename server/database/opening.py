@@ -1,9 +1,9 @@
-"""Which place has the bytes that the rows name: an id in the database, and a mark of that id where they are.
+"""Open the database, and check that its rows and the stored bytes belong together.
 
-Who starts first makes both. So no server can work with another bucket, or another HOME, than those beside it.
-The file under HOME has its bytes beside it unless it says otherwise, and needs no mark.
-
-Which database it is: the file under HOME, or a PostgreSQL server's, by SMOLORA_DATABASE_URL.
+The database is the file under HOME or, if SMOLORA_DATABASE_URL is set, on a PostgreSQL server. It has an id of the
+place of its bytes, and a mark of that id is in the place; the first server that starts writes both. So no server
+can use another bucket, or another HOME, than the others on its database. If the database is a file and the bytes
+are in the same HOME, no mark is needed.
 """
 
 import secrets
@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.records import Records
-from adapters.catalog.tables import transact
 from adapters.errors import Unavailable
+from adapters.sql import transact
 from server.database import file
 from server.database.file import JournalMode
 from server.errors import StartupError
@@ -26,21 +26,21 @@ from server.storage.home import make
 from server.system.messages import plural
 
 MOVING = "moving-"
-"""How the id begins of a place that `smolora move` fills just now, for a database that has nothing yet."""
+"""Prefix of the id of a place that `smolora move` is filling, for a database without rows."""
 
 metadata = sa.MetaData()
 
 places = sa.Table(
     "bytes_place",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True),  # of its one row: 1
+    sa.Column("id", sa.Integer, primary_key=True),  # always 1
     sa.Column("place", sa.String(64), nullable=False),
-    sa.Column("told", sa.Text, nullable=False),  # for a person; no credentials
+    sa.Column("url", sa.Text, nullable=False),  # for a person; no credentials
 )
 
 
 class Place(Protocol):
-    """Where bytes are. `is_home`: in HOME alone."""
+    """A place of stored bytes. `is_home`: it is HOME, with no bucket."""
 
     @property
     def is_home(self) -> bool: ...
@@ -51,7 +51,7 @@ class Place(Protocol):
 
 
 def agree(engine: sa.Engine, place: Place) -> None:
-    """See that the database's bytes are there, from now on for good where it has none yet. Raises StartupError."""
+    """Check that the place is the database's; if the database has none yet, it becomes so. Raise StartupError."""
 
     def work(connection: sa.Connection) -> None:
         row = connection.execute(sa.select(places)).one_or_none()
@@ -60,40 +60,41 @@ def agree(engine: sa.Engine, place: Place) -> None:
         elif row is not None and row.place.startswith(MOVING):
             raise StartupError("smolora move is at work on this database, or was cut off: run it again")
         elif row is not None and ((place.is_home and is_file(engine)) or not place.has_mark(row.place)):
+            setting = "SMOLORA_HOME" if place.is_home else "SMOLORA_BYTES_URL"
             raise StartupError(
-                f"{'SMOLORA_HOME' if place.is_home else 'SMOLORA_BYTES_URL'}: this database's adapters and data "
-                f"are in {row.told}, and not in {place.url}: give all servers and workers on it the same place"
+                f"{setting}: this database's adapters and data are in {row.url}, and not in {place.url}: give all "
+                "servers and workers on it the same place"
             )
 
     transact(engine, work)
 
 
 def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
-    """Raises StartupError where the bytes of a file under HOME are in an object store, and says `why`."""
+    """Raise StartupError, which says `why`, if a HOME's bytes are in an object store."""
     with engine.connect() as connection:
-        if (told := connection.execute(sa.select(places.c.told)).scalar_one_or_none()) is not None:
-            raise StartupError(f"this HOME's adapters and data are in {told}: {why}")
+        if (where := connection.execute(sa.select(places.c.url)).scalar_one_or_none()) is not None:
+            raise StartupError(f"this HOME's adapters and data are in {where}: {why}")
 
 
 def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
-    """Mark the place and name it, in the place of any other, within a transaction; the id, after `prefix`."""
+    """Mark the place as the database's, within a transaction. Return the new id, which begins with `prefix`."""
     made = prefix + secrets.token_hex(16)
-    place.mark(made)  # first: where the commit fails, a mark too many does no harm
+    place.mark(made)  # first: if the commit fails, a spare mark does no harm
     connection.execute(sa.delete(places))
-    connection.execute(sa.insert(places).values(id=1, place=made, told=place.url))
+    connection.execute(sa.insert(places).values(id=1, place=made, url=place.url))
     return made
 
 
 def place_in(connection: sa.Connection) -> str | None:
-    """The id; None where no server has started yet, or the bytes are in HOME beside the file."""
+    """Return the place's id; None before a server has started, or if the bytes are in the file's HOME."""
     return connection.execute(sa.select(places.c.place)).scalar_one_or_none()
 
 
 PATIENCE_SECONDS = 3.0
-"""For which PostgreSQL is tried again, on a server whose clients wait."""
+"""Seconds for which a server retries PostgreSQL while its clients wait."""
 WORKER_PATIENCE_SECONDS = 30.0
-"""The same for what a worker writes. What it reads waits for PATIENCE_SECONDS, so that it can be stopped."""
-_LEAVING_SECONDS = 2.0  # for the server to notice that a process has ended
+"""Seconds for which a worker retries writes. Its reads use PATIENCE_SECONDS, so that it can be stopped."""
+_LEAVING_SECONDS = 2.0  # until PostgreSQL notices that a process has ended
 
 
 def connect(
@@ -103,11 +104,11 @@ def connect(
     url: str | None = None,
     patience: float = PATIENCE_SECONDS,
 ) -> sa.Engine:
-    """The database of `home`, with all migrations run: at `url`, where one is given, else the file in `home`.
+    """Open and migrate the database at `url` or, if that is None, the file in `home`.
 
-    Thread-safe; see SQLAlchemy. `journal_mode` is the file's; `patience` is PostgreSQL's, in seconds.
-    Raises StartupError where it can't be opened, was written by a newer smolora, or is an older one's file that
-    somebody has open.
+    The engine is thread-safe. `journal_mode` is for the file, and `patience`, in seconds, for PostgreSQL. Raise
+    StartupError if the database can't be opened, has a schema that this version doesn't know, or has an older one
+    while an older process has the file open.
     """
     if url is None:
         return file.connect_file(home, journal_mode)
@@ -120,7 +121,7 @@ def connect(
 
 
 def refuse_in_use(url: str) -> None:
-    """Raises StartupError where a server, a worker or a command has a PostgreSQL database open."""
+    """Raise StartupError if a server, a worker or a command has the PostgreSQL database open."""
     try:
         from server.database.postgres import num_sessions
     except ImportError as error:
@@ -136,7 +137,7 @@ def refuse_in_use(url: str) -> None:
 
 
 def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
-    """A number that moves whenever anybody commits, this process or another; one read takes microseconds."""
+    """Return a function whose number changes whenever any process commits. A call takes microseconds."""
     if is_file(engine):
         return file.Commits(home)
     from server.database.postgres import notices_of
@@ -145,38 +146,41 @@ def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
 
 
 def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
-    """The same for whoever must not miss one: None where that can't be said just now, or ever.
+    """Return a function like `commits_of`'s that misses no commit: it returns None whenever it can't be sure.
 
-    PostgreSQL tells of other processes' commits a moment late.
+    On PostgreSQL it always does, since other processes' commits are noticed a moment late.
     """
     return file.Commits(home).now if is_file(engine) else lambda: None
 
 
 def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
-    """Of versions, beside their bytes: what the catalog is rebuilt from where the file under HOME is lost.
+    """Return the records of versions, stored with their bytes, from which a lost catalog is rebuilt.
 
-    None on PostgreSQL: its backups are its own (pg_dump, replicas), and several servers share no folder.
+    Return None on PostgreSQL: it has backups of its own (pg_dump, replicas), and several servers share no folder.
     """
     return Records(adapters) if is_file(engine) else None
 
 
-def beside_writers(engine: sa.Engine) -> sa.Engine:
-    """For short transactions that wait for no writer, and are lost where the server crashes: PostgreSQL alone."""
-    from server.database.postgres import BESIDE_WRITERS
+def without_writers_lock(engine: sa.Engine) -> sa.Engine:
+    """Return the engine for short transactions that wait for no writer, on PostgreSQL.
 
-    return engine.execution_options(**{BESIDE_WRITERS: True})
+    A crash of the database server may lose these transactions.
+    """
+    from server.database.postgres import NO_WRITERS_LOCK
+
+    return engine.execution_options(**{NO_WRITERS_LOCK: True})
 
 
 @contextmanager
-def told_to_a_person(home: Path) -> Iterator[None]:
-    """A block in which what the database, an object store or the disk fails with is one line, as StartupError."""
+def as_startup_error(home: Path) -> Iterator[None]:
+    """Turn failures of the database, the object store or the disk in the block into a StartupError of one line."""
     try:
         yield
     except DBAPIError as error:
-        raise StartupError(f"the database: {file.told(error.orig, home)}") from None
+        raise StartupError(f"the database: {file.in_words(error.orig, home)}") from None
     except Unavailable as error:
         raise StartupError(str(error)) from None
-    except BrokenPipeError:  # whoever read what is printed
+    except BrokenPipeError:  # the reader of standard output has ended
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -184,7 +188,7 @@ def told_to_a_person(home: Path) -> Iterator[None]:
 
 
 def described(engine: sa.Engine) -> str:
-    """What drives the database, for a person."""
+    """Describe the database's software for a person."""
     if is_file(engine):
         return str(file.build_of(engine))
     from server.database.postgres import release_of
@@ -193,7 +197,7 @@ def described(engine: sa.Engine) -> str:
 
 
 def is_file(engine: sa.Engine) -> bool:
-    """Whether the database is a file under HOME."""
+    """Return whether the database is a file under HOME."""
     return engine.dialect.name == "sqlite"
 
 

@@ -1,17 +1,16 @@
-"""Tells of commits to a PostgreSQL database: a thread listens, and whoever asks reads a number.
+"""The database on a PostgreSQL server, for any number of processes on any number of machines.
 
-The database on a PostgreSQL server, for any number of processes on any number of machines.
+A transaction takes one lock for the whole database when it begins, and the server releases it after the commit is
+visible. So there is one writer at a time, as with SQLite, and code for SQLite is correct here as well, under READ
+COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for no writer.
 
-A transaction takes one lock, which the whole database shares, as it begins, and the server lets go of it after
-the commit can be seen. So there is one writer at a time, as with SQLite, and what was written for that holds here,
-under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for nobody.
+If the server can't be reached, a new connection is retried for `patience` seconds, but for PATIENCE_SECONDS at
+most, so that a worker that only reads can be stopped. If the connection is lost in a transaction, the transaction
+has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
 
-Whoever wants a connection, to read or to write, waits `patience` seconds for a server that can't be reached, but
-PATIENCE_SECONDS at most: a worker that only reads can be stopped. A transaction that the server, or the way to
-it, cut off has no effect, and raises Interrupted: `transact` runs it again, for all of `patience`. Only of a
-commit that isn't answered can't that be known. So each transaction leaves its number in a row of its
-connection's own (`marks`), and who lost a commit looks, once the lock says that its session has ended, whether
-the number is there. Each commit also notifies whoever listens (`server.database.postgres`).
+Only the outcome of a commit without an answer is unknown. So each transaction writes its number to its
+connection's row in `marks`. After a lost commit the process takes the lock, which shows that the old session has
+ended, and looks for the number. Each commit also notifies all processes (LISTEN and NOTIFY).
 """
 
 import logging
@@ -23,23 +22,21 @@ from typing import Any, cast
 
 import psycopg
 import sqlalchemy as sa
-from alembic.util import CommandError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
-from adapters.catalog.tables import PATIENCE
 from adapters.errors import InDoubt, Interrupted, InvalidInput, Unavailable
-from server.database.file import patient
+from adapters.sql import PATIENCE, back_off, reader_of
 from server.database.migrating import migrate
 from server.database.opening import PATIENCE_SECONDS
 from server.errors import StartupError
 
 CHANNEL = "smolora_commits"
 SILENT_SECONDS = 3.0
-"""After so long without a sign of the server, nobody trusts the number any more."""
+"""If the server was silent for longer, the number isn't trusted."""
 
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
@@ -48,11 +45,11 @@ log = logging.getLogger("smolora.database")
 
 
 class Notices:
-    """A number that moves whenever anybody commits, this process or another; one read takes a microsecond.
+    """A number that changes whenever any process commits. A call takes a microsecond. Thread-safe.
 
-    This process's own commits, whose notices say `own`, count as they are done, others' when their notice arrives.
-    While the server isn't heard the number moves at each look, so that nothing that was remembered is taken for
-    current. Thread-safe.
+    This process's commits count immediately, other processes' when their notice arrives; the notices of this
+    process carry `own`. While the server doesn't answer, the number changes at each call, so that no cached value
+    is taken for current.
     """
 
     def __init__(self, open_one: "Callable[[], psycopg.Connection[Any]]") -> None:
@@ -70,19 +67,19 @@ class Notices:
         return self._number
 
     def count(self) -> None:
-        """Somebody has committed, or may have."""
+        """Count a commit, or a possible one."""
         with self._lock:
             self._number += 1
 
     def start(self) -> None:
-        """Listen from now on; the first time counts."""
+        """Start to listen; further calls have no effect."""
         with self._lock:
             if self._thread is None and not self._is_closed.is_set():
                 self._thread = threading.Thread(target=self._run, name="commits", daemon=True)
                 self._thread.start()
 
     def close(self) -> None:
-        """Listen no more. The thread ends within a moment."""
+        """Stop listening. The thread ends within a moment."""
         self._is_closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -95,35 +92,35 @@ class Notices:
                     self._listen(connection)
             except psycopg.Error as error:
                 if self._heard_at > 0:
-                    log.warning("commits of others aren't heard just now: %s", type(error).__name__)
+                    log.warning("can't listen for other processes' commits now: %s", type(error).__name__)
                 self._heard_at = float("-inf")
             self._is_closed.wait(_RETRY_SECONDS)
 
     def _listen(self, connection: "psycopg.Connection[Any]") -> None:
         connection.execute(f"LISTEN {CHANNEL}")
         while not self._is_closed.is_set():
-            self.count()  # at first: what was committed meanwhile wasn't heard
+            self.count()  # commits before LISTEN weren't noticed
             self._heard_at = time.monotonic()
             while not self._hears(connection):
-                connection.execute("SELECT 1")  # is it still there?
+                connection.execute("SELECT 1")  # check that the server still answers
                 self._heard_at = time.monotonic()
                 if self._is_closed.is_set():
                     return
 
     def _hears(self, connection: "psycopg.Connection[Any]") -> bool:
-        """Whether another process has committed within a moment."""
+        """Wait a moment for a commit, and return whether another process made one."""
         payloads = {notice.payload for notice in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1)}
         return bool(payloads - {self.own})
 
 
 WRITERS_LOCK = 0x736D6F6C6F7261  # "smolora"
-BESIDE_WRITERS = "beside_writers"
-"""An execution option of transactions that don't take the lock, and may be lost in a crash of the server."""
+NO_WRITERS_LOCK = "no_writers_lock"
+"""An execution option: the transaction takes no lock, and a crash of the server may lose it."""
 
 CONNECT_SECONDS = 5
 LOCK_SECONDS = 10
-_IDLE_SECONDS = 30  # in a transaction: a machine that stands still then loses it, and the lock
-_DOUBT_SECONDS = 15.0  # for a commit's outcome to be known, before nobody waits any longer
+_IDLE_SECONDS = 30  # in a transaction; a suspended machine then loses the transaction and the lock
+_DOUBT_SECONDS = 15.0  # to find out whether a commit succeeded, before the caller gets InDoubt
 _MIN_VERSION = 13_00_00
 _DEFAULTS: dict[str, Any] = {
     "connect_timeout": CONNECT_SECONDS,
@@ -134,7 +131,7 @@ _DEFAULTS: dict[str, Any] = {
     "tcp_user_timeout": 10_000,  # milliseconds
 }
 _SETTINGS = f"SET lock_timeout = '{LOCK_SECONDS}s'; SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'"
-_OVER = {  # SQLSTATEs: the session has ended, or is of no use any more
+_OVER = {  # SQLSTATEs of a session that has ended or is useless
     "25006": "the server became a standby",
     "25P03": "it was idle in a transaction for too long",
     "57P01": "the server shuts down, or an administrator ended it",
@@ -154,15 +151,15 @@ Open = Callable[[], "psycopg.Connection[Any]"]
 
 
 def connect_server(url: str, patience: float) -> sa.Engine:
-    """The database that the URL names, with all migrations run. Thread-safe; see SQLAlchemy.
+    """Open and migrate the database at `url`. The engine is thread-safe.
 
-    `patience`: seconds for which a connection is tried again, and a transaction that was interrupted.
-    Raises StartupError, which never quotes the password.
+    A lost connection and an interrupted transaction are retried for `patience` seconds. Raise StartupError, which
+    never quotes the password.
     """
     open_one = _opener(url)
     engine = sa.create_engine(
         "postgresql+smolora://",
-        creator=patient(open_one, psycopg.OperationalError, min(patience, PATIENCE_SECONDS)),
+        creator=_retried(open_one, min(patience, PATIENCE_SECONDS)),
         poolclass=_Pool,
         pool_size=8,
         max_overflow=24,
@@ -178,10 +175,12 @@ def connect_server(url: str, patience: float) -> sa.Engine:
     sa.event.listen(engine, "engine_disposed", lambda _: dialect.notices.close())
     try:
         _prepare(open_one)
-        migrate(engine.execution_options(waits=True), is_alone=lambda: True)  # or an older one goes on with it
-    except CommandError as error:
+        migrate(
+            engine.execution_options(waits=True), is_alone=lambda: True
+        )  # older processes may keep running: revisions only add
+    except StartupError:
         engine.dispose()
-        raise StartupError(f"the database was written by a newer version of smolora ({error})") from error
+        raise
     except (psycopg.Error, DBAPIError, Interrupted) as error:
         engine.dispose()
         raise StartupError(f"SMOLORA_DATABASE_URL: {_without_password(str(_first(error)), url)}") from None
@@ -189,20 +188,20 @@ def connect_server(url: str, patience: float) -> sa.Engine:
 
 
 def notices_of(engine: sa.Engine) -> Notices:
-    """What tells of commits; one for all who ask."""
+    """Return the engine's counter of commits, and start it."""
     notices = cast("_Dialect", engine.dialect).notices
     notices.start()
     return notices
 
 
 def release_of(engine: sa.Engine) -> str:
-    """For a person."""
-    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+    """Describe the server's release for a person."""
+    with reader_of(engine).connect() as connection:
         return f"PostgreSQL {connection.exec_driver_sql('SHOW server_version').scalar_one()}"
 
 
 def num_sessions(url: str) -> int:
-    """Of servers, workers and commands that have the database open, this caller apart. Raises StartupError."""
+    """Count the other sessions of servers, workers and commands on the database. Raise StartupError."""
     query = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
         "AND application_name = current_setting('application_name')"
@@ -217,7 +216,7 @@ def num_sessions(url: str) -> int:
 
 
 class _Pool(QueuePool):
-    """A queue of connections, which keeps none that comes back after the engine was disposed of."""
+    """A pool of connections that closes a returned connection after the engine was disposed of."""
 
     _is_closed = False
 
@@ -243,7 +242,7 @@ class _Pool(QueuePool):
 
 
 class _Dialect(PGDialect_psycopg):
-    """psycopg's, with commits whose outcome is known."""
+    """psycopg's dialect, with commits whose outcome is known."""
 
     supports_statement_cache = True
     open: Open
@@ -253,7 +252,7 @@ class _Dialect(PGDialect_psycopg):
         driven = cast("psycopg.Connection[Any]", getattr(dbapi_connection, "dbapi_connection", dbapi_connection))
         if driven.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
             return
-        if dbapi_connection.info.get(BESIDE_WRITERS):
+        if dbapi_connection.info.get(NO_WRITERS_LOCK):
             driven.commit()
             return
         own = dbapi_connection.info.setdefault("mark", str(uuid.uuid4()))
@@ -271,23 +270,23 @@ class _Dialect(PGDialect_psycopg):
         try:
             if not driven.closed:
                 driven.rollback()
-        except psycopg.OperationalError:  # the server does it, as the session ends
+        except psycopg.OperationalError:  # the session ends, and the server rolls back
             driven.close()
 
     def _was_committed(self, own: str, number: int) -> bool:
-        """Whether the transaction of that number was. Raises InDoubt where that can't be found out."""
+        """Return whether the transaction of that number was committed. Raise InDoubt if that stays unknown."""
         until = time.monotonic() + _DOUBT_SECONDS
         while time.monotonic() < until:
             try:
                 with self.open() as connection:
-                    # whoever has not ended yet has the lock
+                    # the lock is free only after the old session has ended
                     connection.execute("SELECT pg_advisory_xact_lock(%s)", [WRITERS_LOCK])
                     query = "SELECT number FROM marks WHERE connection = %s"
                     row = connection.execute(query, [own]).fetchone()
                     return row is not None and row[0] >= number
             except psycopg.OperationalError:
                 time.sleep(_RETRY_SECONDS)
-        log.error("the database went away as it was told to commit, and whether it did isn't known")
+        log.error("the connection was lost at a commit, and its outcome is unknown")
         raise InDoubt
 
 
@@ -295,7 +294,7 @@ registry.register("postgresql.smolora", __name__, "_Dialect")
 
 
 def _opener(url: str) -> Open:
-    """Opens connections to the URL's database. Raises StartupError, unquoted, where libpq can't read it."""
+    """Return a function that opens a connection. Raise StartupError, without the URL, if libpq can't parse it."""
     try:
         given = conninfo_to_dict(url)
         complete = make_conninfo("", **{**_DEFAULTS, **given})
@@ -318,8 +317,24 @@ def _opener(url: str) -> Open:
     return open_one
 
 
+def _retried(open_one: Open, seconds: float) -> Open:
+    """Return `open_one` with retries: if the server can't be reached, it tries again for up to `seconds`."""
+
+    def open_patiently() -> "psycopg.Connection[Any]":
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return open_one()
+            except psycopg.OperationalError:
+                if time.monotonic() > until:
+                    raise
+            back_off()
+
+    return open_patiently
+
+
 def _prepare(open_one: Open) -> None:
-    """See that the server will do, and make what `_Dialect` needs. Raises StartupError."""
+    """Check the server's version and encoding, and make the table `marks`. Raise StartupError."""
     with open_one() as connection:
         if connection.info.server_version < _MIN_VERSION:
             raise StartupError("SMOLORA_DATABASE_URL: PostgreSQL 13 or newer is needed")
@@ -332,15 +347,17 @@ def _prepare(open_one: Open) -> None:
         row = connection.execute("SELECT to_regclass('marks')").fetchone()
         if row is None or row[0] is None:
             connection.execute(_MARKS)
-        connection.execute("DELETE FROM marks WHERE at < now() - interval '1 day'")  # of connections long gone
+        connection.execute(
+            "DELETE FROM marks WHERE at < now() - interval '1 day'"
+        )  # of connections closed long ago
 
 
 def _begin(connection: sa.Connection) -> None:
     options = connection.get_execution_options()
     if options.get("isolation_level") == "AUTOCOMMIT":
         return
-    connection.info[BESIDE_WRITERS] = is_beside = bool(options.get(BESIDE_WRITERS))
-    if is_beside:
+    connection.info[NO_WRITERS_LOCK] = is_unlocked = bool(options.get(NO_WRITERS_LOCK))
+    if is_unlocked:
         connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
         return
     if options.get("waits"):
@@ -349,7 +366,7 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def _explain(context: sa.engine.ExceptionContext) -> None:
-    """Raise what the server's callers know, in the place of what psycopg says."""
+    """Replace psycopg's errors by those that callers handle."""
     error = context.original_exception
     if context.is_pre_ping:
         return
@@ -365,7 +382,7 @@ def _explain(context: sa.engine.ExceptionContext) -> None:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What the driver said."""
+    """Return the driver's error."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         return error.orig
     return error.__cause__ or error
@@ -373,5 +390,5 @@ def _first(error: BaseException) -> BaseException:
 
 def _without_password(message: str, url: str) -> str:
     password = conninfo_to_dict(url).get("password")
-    told = " ".join(message.split())
-    return told.replace(str(password), "…") if password else told
+    line = " ".join(message.split())
+    return line.replace(str(password), "…") if password else line

@@ -1,4 +1,4 @@
-"""All rows of tables, from one database into another of the same schema."""
+"""Copy all rows of tables from one database to another of the same schema, and compare them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ _MODULUS = 1 << 256
 
 @dataclass(frozen=True)
 class Content:
-    """What a table has: how many rows, and a digest of them that doesn't depend on their order."""
+    """A table's content: the number of rows, and a digest of them that doesn't depend on their order."""
 
     num_rows: int
     digest: int
 
 
 def copy_rows(source: sa.Connection, target: sa.Connection, tables: Sequence[sa.Table]) -> None:
-    """Insert the rows of `source`; of tables that refer to others, those come first. Numbers go on after them.
+    """Insert the rows of `source` into `target`; a table comes after the tables that it refers to.
 
-    Raises StartupError where PostgreSQL can't store a text.
+    Serial numbers continue after the copied ones. Raise StartupError if PostgreSQL can't store a text.
     """
     for table in tables:
         for rows in source.execute(sa.select(table), execution_options=_STREAMED).mappings().partitions():
@@ -42,7 +42,7 @@ def copy_rows(source: sa.Connection, target: sa.Connection, tables: Sequence[sa.
 
 
 def contents(connection: sa.Connection, tables: Sequence[sa.Table]) -> dict[str, Content]:
-    """What each table has, by name."""
+    """Return each table's content, by the table's name."""
     found = {}
     for table in tables:
         num_rows = total = 0
@@ -54,7 +54,7 @@ def contents(connection: sa.Connection, tables: Sequence[sa.Table]) -> dict[str,
 
 
 def refuse_rows(connection: sa.Connection, tables: Sequence[sa.Table], where: str) -> None:
-    """Raises StartupError where there are any."""
+    """Raise StartupError if one of the tables has rows."""
     for table in tables:
         if connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1)).first() is not None:
             raise StartupError(f"{where} isn't empty, it has {table.name}: give an empty one")

@@ -1,7 +1,7 @@
-"""A worker's attempt at a job while it runs: keeps the lease, and reads what the queue asks of the job.
+"""A running attempt at a job, as its worker sees it: keep the lease, and read what the queue asks of the job.
 
-The attempt also decides when the job gives way to another project's: after a time slice, but not before the
-attempt's first step, so that each turn makes progress however long a job takes to start.
+The attempt also decides when the job gives way to another project's: after a time slice, but not before its first
+step. So each turn makes progress, however long a job takes to start.
 """
 
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger("smolora.worker")
 
 
 class Attempt:
-    """A claim while it is worked on: within `with`, a thread keeps the lease and asks what is wanted."""
+    """A claim that is being worked on. Within `with`, a thread keeps the lease and reads the directive."""
 
     def __init__(
         self,
@@ -27,14 +27,15 @@ class Attempt:
         look: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`lease` is how long each heartbeat keeps the job; `heartbeat` and `look` are between two heartbeats and
-        between two looks at what is wanted. All in seconds.
+        """Set the times in seconds: `lease` is what a heartbeat extends the lease to.
+
+        `heartbeat` is the time between two heartbeats, and `look` that between two reads of the directive.
         """
         self.claim = claim
         self.directive = Directive.GO_ON
         self.should_leave = False
-        self.gives_way = False  # its process was asked to leave after its step
-        self.hindrance = ""  # why it couldn't go on, where that is no fault of the job's
+        self.gives_way = False  # the process was asked to leave after its step
+        self.hindrance = ""  # why the attempt couldn't go on, if that isn't the job's fault
         self.progress: Mapping[str, object] | None = None
         self.metrics: Mapping[str, object] | None = None
         self._leases = leases
@@ -50,16 +51,16 @@ class Attempt:
 
     @property
     def is_void(self) -> bool:
-        """Whether nothing that comes of it counts any more."""
+        """Return whether the attempt's results no longer count."""
         return self.directive in (Directive.CANCEL, Directive.LOST)
 
     @property
     def seconds(self) -> float:
-        """How long the attempt has run; 0 before its first step."""
+        """Return how long the attempt has run; 0 before its first step."""
         return self._clock() - self._began_at if self._has_stepped else 0.0
 
     def note(self, progress: Mapping[str, object] | None, metrics: Mapping[str, object] | None) -> None:
-        """Take in how far the process says that it is; None: it hasn't made a step."""
+        """Take over the progress that the process reports; None before its first step."""
         self.progress, self.metrics = progress, metrics
         self._has_stepped |= progress is not None
 
@@ -71,13 +72,13 @@ class Attempt:
         self._thread.join()
 
     def keep(self) -> None:
-        """Keep the lease, and store how far the process is."""
+        """Extend the lease, and store the progress."""
         self.directive = self._leases.heartbeat(self.claim, self._lease, self.progress, self.metrics)
 
     def give_way_if_awaited(self) -> None:
-        """Have the job give way if its slice is over and another project's job waited the last time, too.
+        """Have the job give way if its slice is over and another project's job waits for the second time in a row.
 
-        By then an idle worker would have taken that job.
+        By then an idle worker would have claimed that job.
         """
         if not self._leases.time_slice or self.directive is not Directive.GO_ON:
             return
@@ -96,7 +97,7 @@ class Attempt:
                     self.give_way_if_awaited()
                 else:
                     self.directive = self._leases.directive(self.claim)
-            except Exception as error:  # the next one may succeed; if not, the lease is for others to take
+            except Exception as error:  # the next heartbeat may succeed; if none does, the lease runs out
                 log.warning("no heartbeat: %s", error)
             if self.is_void or self.directive is Directive.ENDED:
                 return

@@ -1,4 +1,4 @@
-"""What happened to a job, in order: messages for people, and the metrics of steps."""
+"""The events of a job, in order: messages for people, and the metrics of steps."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ EventType = Literal["message", "metrics"]
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened. `seq` counts a job's events from 1, without gaps."""
+    """An event. `seq` counts a job's events from 1, without gaps."""
 
     seq: int
     at: datetime  # in UTC
@@ -37,7 +37,7 @@ def append(
     type: EventType = "message",  # noqa: A002 as in Event and in the API
     data: Mapping[str, object] | None = None,
 ) -> None:
-    """Adds an event within the caller's transaction, in which the job's row must have been written."""
+    """Add an event within the caller's transaction, which must have written the job's row."""
     mine = jobs.c.id == job_id
     connection.execute(sa.update(jobs).where(mine).values(num_events=jobs.c.num_events + 1))
     seq = connection.execute(sa.select(jobs.c.num_events).where(mine)).scalar_one()
@@ -46,12 +46,12 @@ def append(
 
 
 def without_nul(text: str) -> str:
-    """What somebody is told: PostgreSQL stores no NUL."""
+    """Replace NUL characters, which PostgreSQL doesn't store."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def read(connection: sa.Connection, job_id: str, after: int, limit: int) -> list[Event]:
-    """The job's events with a `seq` above `after`, at most `limit`, in order."""
+    """Return at most `limit` of the job's events with a `seq` above `after`, in order."""
     columns = [column for column in events.columns if column is not events.c.job_id]
     query = sa.select(*columns).where(events.c.job_id == job_id, events.c.seq > after)
     rows = connection.execute(query.order_by(events.c.seq).limit(limit)).mappings()
@@ -59,14 +59,14 @@ def read(connection: sa.Connection, job_id: str, after: int, limit: int) -> list
 
 
 def storable(document: Mapping[str, object], field: str) -> Mapping[str, object]:
-    """The document, where its text can be looked into by every database. InvalidInput, naming the field, else."""
+    """Return the document if every database can store its text; else raise InvalidInput, which names the field."""
     if "\\u0000" in json.dumps(document) and (place := _place_of_nul(document)) is not None:
         raise InvalidInput([FieldError((field, *place), "must not have NUL characters")])
     return document
 
 
 def _place_of_nul(value: object) -> tuple[str, ...] | None:
-    """The names of the fields that lead to it."""
+    """Return the names of the fields that lead to a NUL character, or None if there is none."""
     if isinstance(value, str):
         return () if "\0" in value else None
     if isinstance(value, Mapping):
@@ -81,6 +81,6 @@ def _place_of_nul(value: object) -> tuple[str, ...] | None:
 
 
 def plain(document: Mapping[str, object]) -> dict[str, object]:
-    """A copy of what JSON can hold. ValueError for NaN and infinities, which JSON has no words for."""
+    """Return a copy that JSON can represent. Raise ValueError for NaN and infinities."""
     copy: dict[str, object] = json.loads(json.dumps(document, allow_nan=False))
     return copy

@@ -1,6 +1,7 @@
-"""The share of held-out rows that a model completes exactly, by the engine that serves: what users will get.
+"""Measure exact match: the share of held-out rows that a model completes exactly.
 
-It is given to `Run`, which knows no engine.
+The serving engine generates the completions, so that the measure is what users will get. `Run`, which knows no
+engine, gets the function as an argument.
 """
 
 import ctypes
@@ -24,11 +25,11 @@ from server.model.text.tokenizer import vocabulary_of
 from server.training.encoding import Reference
 
 MORE_TOKENS = 8
-"""How many tokens more than the reference has a completion may take."""
+"""Tokens that a completion may have beyond its reference's length."""
 MAX_CACHED_TOKENS = 8192
-"""Keys and values that completions keep at one time, unless a single one needs more: 190 MB on the 135M base."""
+"""Memory for keys and values, unless a single completion needs more: 190 MB on the 135M base."""
 MAX_ADAPTER_BYTES = 4 << 30
-"""Of the pools for one adapter, which have its largest rank on all linear modules: 3,500 on the 135M base."""
+"""Memory for an adapter, with its largest rank on all linear modules: rank 3,500 on the 135M base."""
 
 log = logging.getLogger("smolora.training")
 
@@ -45,13 +46,13 @@ def exact_match(
     *,
     library: ctypes.CDLL | None = None,
 ) -> float | None:
-    """The share of references that greedy completions equal, both stripped of whitespace around them.
+    """Return the share of references that greedy completions equal, ignoring whitespace at both ends.
 
-    A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is given up at the first
-    token with which it can't become equal any more. A prompt that leaves no room for one in the base's context
-    counts as missed. None where there are no references, or the adapter's ranks would take more than
-    `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. With `library`, native code
-    computes the steps.
+    A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is stopped at the first
+    token after which it can't become equal. A prompt that leaves no room for a completion in the base's context
+    counts as missed. Return None if there are no references, or if the adapter needs more than
+    `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. If `library` is given, native
+    code computes the steps.
     """
     if weights is not None and _adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
         log.warning("exact match isn't measured: an adapter of rank %s needs too much memory", weights.max_rank)
@@ -71,7 +72,7 @@ def exact_match(
 
 
 def _adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
-    """Of the pools that it needs where torch completes: native code's are smaller."""
+    """Return the size of the adapter's pools with torch; native code's are smaller."""
     return weights.max_rank * RowFormat.of_torch(base.dtype, base.device).bytes_per_rank(base.config.shape)
 
 
@@ -103,14 +104,14 @@ def _count_matches(
                 elif not _may_become(texts[name], wanted[name]):
                     engine.abort(name)
             if not outputs:
-                time.sleep(0.001)  # the adapter is being read
+                time.sleep(0.001)  # the adapter is still being loaded
     finally:
         engine.close()
     return num_matched
 
 
 def _may_become(text: str, wanted: str) -> bool:
-    """Whether more text can make `text`, once stripped, the stripped text `wanted`."""
+    """Return whether more text can make `text` equal `wanted`, once it is stripped."""
     begun = text.lstrip()
     return wanted.startswith(begun) or begun.rstrip() == wanted
 
@@ -118,7 +119,7 @@ def _may_become(text: str, wanted: str) -> bool:
 def _engine(
     base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int], library: ctypes.CDLL | None
 ) -> Engine:
-    """An engine for sequences of up to `lengths` tokens, over the base as it lies in memory."""
+    """Make an engine over the base in memory, for sequences of up to `lengths` tokens."""
     longest = max(lengths)
     backend = _backend(base, longest, library)
     cached = max(longest + EngineConfig.block_size, min(sum(lengths), MAX_CACHED_TOKENS))
@@ -137,7 +138,7 @@ def _engine(
 
 
 def _backend(base: BaseModel, max_positions: int, library: ctypes.CDLL | None) -> Backend:
-    """The library's; torch's without one, and where the library's copy of the weights doesn't fit into memory."""
+    """Return the native backend; torch's without a library, or if memory is short for native weights."""
     if library is not None:
         try:
             return NativeBackend(

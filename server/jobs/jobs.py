@@ -1,10 +1,7 @@
-"""Jobs, trainings and merges, as those see them who submit and steer them; workers have `leases.py`.
+"""The client's side of the queue: submit, list and steer jobs. The worker's side is in `leases.py`.
 
-A project sees its own alone, and of another's it learns no more than of an id that nothing has.
-Every write is one transaction, every read one statement. A job's rows, checkpoints and log are files under HOME,
-which belong to others.
-
-What a project has beside adapters: whoever deletes it asks here first.
+A project sees its own jobs alone: another project's job looks like one that doesn't exist. Every write is one
+transaction, and every read one statement. `files.py` has the files of jobs: rows, checkpoints and logs.
 """
 
 import builtins
@@ -14,9 +11,9 @@ from typing import cast
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import transact, transacted
 from adapters.errors import Conflict
 from adapters.names import Viewpoint
+from adapters.sql import reader_of, transact, transacted
 from server.database.clock import database_now, database_time
 from server.errors import QueueFull
 from server.jobs import events as job_events
@@ -58,16 +55,16 @@ class Jobs:
         of: Viewpoint | None = None,
         max_of_key: int | None = None,
     ) -> None:
-        """`max_unfinished` jobs of a project may be unended at once, and `max_of_key` of the viewpoint's key."""
+        """Allow a project `max_unfinished` jobs that haven't ended, and the viewpoint's key `max_of_key`."""
         self._engine = engine
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
         self._max_unfinished = max_unfinished
         self._max_of_key = max_of_key
         self._of = of
         self._mine = sa.true() if of is None or of.sees_all else jobs.c.project == of.project
 
     def of(self, viewpoint: Viewpoint, max_of_project: int | None = None, max_of_key: int | None = None) -> "Jobs":
-        """Those that a project sees; it may have so many at once that haven't ended, and so may its key."""
+        """Return the jobs that a project sees, with limits on its unfinished jobs and on those of its key."""
         most = self._max_unfinished if max_of_project is None else min(max_of_project, self._max_unfinished)
         return Jobs(self._engine, most, viewpoint, max_of_key)
 
@@ -82,12 +79,11 @@ class Jobs:
         body_digest: str = "",
         warnings: Iterable[str] = (),
     ) -> Job:
-        """Queue a job whose files are in place; `used` are the ids and digests that must not be deleted meanwhile.
+        """Queue a job whose files are in place.
 
-        `warnings` become its first events.
-
-        A key that was used before returns its job (of another `id`: the new files are unwanted), and raises
-        InvalidInput where the body was another one. Raises QueueFull where too many jobs haven't ended.
+        `used` are the ids and digests of what must not be deleted before the job ends. `warnings` become its first
+        events. If the idempotency key was used before, return the first job (the new files are unneeded); raise
+        InvalidInput if its body was different. Raise QueueFull if too many jobs haven't ended.
         """
 
         of = self._of or Viewpoint()
@@ -129,19 +125,19 @@ class Jobs:
         return transact(self._engine, work)
 
     def repeated(self, idempotency_key: str | None, body_digest: str) -> Job | None:
-        """What `submit` would return for this key without a new job: to ask before work is put into one."""
+        """Return the job that this idempotency key submitted, or None. Ask before preparing a job's files."""
         with self._reader.connect() as connection:
             return repeated(connection, self._stored(idempotency_key), body_digest)
 
     def get(self, job_id: str) -> Job:
-        """Raises NotFound."""
+        """Return the job. Raise NotFound."""
         with self._reader.connect() as connection:
             return get_job(connection, job_id, self._mine)
 
     def list(
         self, status: Status | None = None, limit: int = 100, before: str | None = None
     ) -> builtins.list[Job]:
-        """The newest jobs first, at most `limit`: all or those of one status, older than `before`."""
+        """List at most `limit` jobs, the newest first. `status` and `before` (a job's id) restrict the list."""
         query = select_jobs().where(self._mine).order_by(jobs.c.number.desc()).limit(limit)
         if status is not None:
             query = query.where(jobs.c.status == status)
@@ -153,14 +149,14 @@ class Jobs:
             return [job_of(row) for row in connection.execute(query).mappings()]
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
-        """What happened to the job after the event numbered `after`, at most `limit` of it. Raises NotFound."""
+        """Return at most `limit` of the job's events with a number above `after`. Raise NotFound."""
         with self._reader.connect() as connection:
             if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id, self._mine)).first() is None:
                 raise no_job(job_id)
             return job_events.read(connection, job_id, after, limit)
 
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
-        """Of those of the jobs that there are."""
+        """Return the standing of each of these jobs that exists."""
         query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events)
         query = query.where(jobs.c.id.in_(list(job_ids)), self._mine)
         with self._reader.connect() as connection:
@@ -168,7 +164,7 @@ class Jobs:
         return {row.id: Standing(Status(row.status), row.num_events) for row in rows}
 
     def report(self, job_id: str) -> Mapping[str, object] | None:
-        """The card of a job that succeeded; None before. Raises NotFound."""
+        """Return the report of a job that succeeded, or None if it hasn't. Raise NotFound."""
         with self._reader.connect() as connection:
             row = connection.execute(sa.select(jobs.c.report).where(jobs.c.id == job_id, self._mine)).first()
         if row is None:
@@ -176,14 +172,14 @@ class Jobs:
         return cast("Mapping[str, object] | None", row.report)
 
     def cancel(self, job_id: str) -> Job:
-        """End the job, from this moment; a worker that has it stops within a micro-step. NotFound, Conflict."""
+        """End the job now; a worker that runs it stops within a micro-step. Raise NotFound or Conflict."""
         ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": database_now()}
         of_running = {**ended, **count_time(database_time())}
         moves = {status: (ended, "cancelled") for status in Status if not status.has_ended}
         return self._steer(job_id, {**moves, Status.RUNNING: (of_running, "cancelled")})
 
     def pause(self, job_id: str) -> Job:
-        """Have the job wait until it is resumed, one that runs after its micro-step. NotFound, Conflict."""
+        """Pause the job until it is resumed; a running one ends its micro-step first. Raise NotFound, Conflict."""
         return self._steer(
             job_id,
             {
@@ -194,7 +190,7 @@ class Jobs:
         )
 
     def resume(self, job_id: str) -> Job:
-        """Queue a paused job at its old place; nothing where it isn't paused. Raises NotFound, Conflict."""
+        """Queue a paused job at its old place; no effect on one that isn't paused. Raise NotFound or Conflict."""
         return self._steer(
             job_id,
             {
@@ -205,8 +201,9 @@ class Jobs:
         )
 
     def in_use(self, used: str, project: str | None = None) -> bool:
-        """Whether a job, of the project or of any, that hasn't ended needs the data set of that id, or the adapter
-        of that digest.
+        """Return whether an unfinished job needs `used`: a data set's id or an adapter's digest.
+
+        If `project` is given, only its jobs are asked.
         """
         query = sa.select(uses.c.job_id).join(jobs, jobs.c.id == uses.c.job_id)
         query = query.where(uses.c.used == used, jobs.c.status.not_in(_ENDED)).limit(1)
@@ -216,35 +213,35 @@ class Jobs:
             return connection.execute(query).first() is not None
 
     def num_unfinished(self) -> int:
-        """How many haven't ended."""
+        """Count the jobs that haven't ended."""
         query = sa.select(sa.func.count()).select_from(jobs).where(self._mine, jobs.c.status.not_in(_ENDED))
         with self._reader.connect() as connection:
             return connection.execute(query).scalar_one()
 
     def counts(self) -> dict[Status, int]:
-        """How many there are of each status that any has."""
+        """Count the jobs of each status; statuses without jobs are left out."""
         query = sa.select(jobs.c.status, sa.func.count()).where(self._mine).group_by(jobs.c.status)
         with self._reader.connect() as connection:
             return {Status(status): number for status, number in connection.execute(query)}
 
     def owners(self) -> set[str]:
-        """The workers that keep a lease just now."""
+        """Return the names of the workers that hold a lease."""
         is_kept = sa.not_(is_over(jobs.c.lease_until, database_time()))
         query = sa.select(jobs.c.owner).where(jobs.c.status == Status.RUNNING, is_kept)
         with self._reader.connect() as connection:
             return set(filter(None, connection.execute(query).scalars()))
 
     def is_known(self, job_id: str) -> bool:
-        """Whether there is such a job, ended or not."""
+        """Return whether the job exists, ended or not."""
         query = sa.select(jobs.c.id).where(jobs.c.id == job_id)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
     @transacted
     def remove_files(self, connection: sa.Connection, job_id: str) -> None:
-        """Store that an ended job's files are no more, before they go; the first time counts.
+        """Note that an ended job's files are removed, before they are; the first call's time is kept.
 
-        Raises NotFound, or Conflict where it hasn't ended.
+        Raise NotFound, or Conflict if the job hasn't ended.
         """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
@@ -256,13 +253,13 @@ class Jobs:
         connection.execute(sa.update(jobs).where(mine).values(files_removed_at=at))
 
     def with_files(self, before: datetime) -> builtins.list[str]:
-        """The jobs that ended before then and still have their files, the oldest first."""
+        """Return the ids of jobs that ended before `before` and still have their files, the oldest first."""
         query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_(None), jobs.c.finished_at < before)
         with self._reader.connect() as connection:
             return list(connection.execute(query.order_by(jobs.c.finished_at)).scalars())
 
     def without_files(self, job_ids: Iterable[str]) -> builtins.list[str]:
-        """Those whose files are no more."""
+        """Return those of these jobs whose files were removed."""
         query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_not(None))
         with self._reader.connect() as connection:
             found = set(connection.execute(query).scalars())
@@ -270,7 +267,7 @@ class Jobs:
 
     @transacted
     def _steer(self, connection: sa.Connection, job_id: str, moves: _Moves) -> Job:
-        """Change the job as `moves` says for its status, with that event; Conflict where it says nothing."""
+        """Apply the move for the job's status, and add its event. Raise Conflict if there is no such move."""
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
         row = connection.execute(query).first()
@@ -288,7 +285,7 @@ class Jobs:
         return get_job(connection, job_id, self._mine)
 
     def _stored(self, idempotency_key: str | None) -> str | None:
-        """Each project has its own."""
+        """Return an idempotency key as it is stored: with the project's name, since each project has its own."""
         project = (self._of or Viewpoint()).project
         return None if idempotency_key is None else f"{project}/{idempotency_key}"
 
@@ -299,17 +296,17 @@ class Jobs:
             bounds.append((self._max_of_key, "key", unfinished.where(jobs.c.key_id == of.key_id)))
         for most, whose, query in bounds:
             if (number := connection.execute(query).scalar_one()) >= most:
-                told = f"this {whose} has {plural(number, 'unfinished job')}, and may have {most:,} at once"
-                raise QueueFull(told, _RETRY_SECONDS)
+                message = f"this {whose} has {plural(number, 'unfinished job')}, and may have {most:,} at once"
+                raise QueueFull(message, _RETRY_SECONDS)
 
 
 def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:
-    """Raises Conflict where the project has data sets, files, or jobs that haven't ended. Blocks on disk."""
+    """Raise Conflict if the project has data sets, files, or unfinished jobs. Blocks on the disk."""
     datasets, files = storage.home.datasets(project), storage.home.files(project)
     has = {
         "data set": len(DatasetStore(datasets, bucket=storage.at(datasets)).ids()),
         "file": len(FileStore(files, bucket=storage.at(files)).ids()),
         "unfinished job": jobs.of(Viewpoint(project)).num_unfinished(),
     }
-    if told := [plural(number, what) for what, number in has.items() if number]:
-        raise Conflict(f"{project} has {', '.join(told)}: delete or cancel them first")
+    if found := [plural(number, what) for what, number in has.items() if number]:
+        raise Conflict(f"{project} has {', '.join(found)}: delete or cancel them first")

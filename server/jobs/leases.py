@@ -1,8 +1,8 @@
-"""A worker's side of the queue: claim a job for a while, keep it by heartbeats, end it or let it go.
+"""The worker's side of the queue: claim a job, keep the lease by heartbeats, end the job or release it.
 
-Every write names the claim's fencing token and counts only while no later claim was made and the job wasn't
-cancelled; otherwise it changes nothing and raises LeaseLost. So a worker that was stopped for an hour can't
-publish, overwrite or double anything. The jobs themselves are in `jobs.py`; nothing here needs torch.
+Every write names the claim's fencing token. If the job was cancelled or claimed again since, the write changes
+nothing and raises LeaseLost. So a worker that was stopped for an hour can't publish or overwrite anything, or do
+anything twice. The client's side of the queue is in `jobs.py`. Nothing here needs torch.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import NewVersion, Version, recording
 from adapters.catalog.records import Records
-from adapters.catalog.tables import transact, transacted
 from adapters.catalog.writes import publish_unattended_in
 from adapters.names import key_of
+from adapters.sql import reader_of, transact, transacted
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
@@ -33,18 +33,18 @@ Clock = Callable[[], Time]
 
 
 class Directive(Enum):
-    """What the queue asks of the worker that holds a claim."""
+    """An instruction of the queue to the worker that holds a claim."""
 
     GO_ON = auto()
-    PAUSE = auto()  # checkpoint and let go
-    GIVE_WAY = auto()  # checkpoint after the step in hand, for another project's job
-    ENDED = auto()  # this worker's own attempt has ended the job: tidy up
+    PAUSE = auto()  # checkpoint and release the job
+    GIVE_WAY = auto()  # checkpoint after the current step, then release the job for another project's
+    ENDED = auto()  # this worker's own attempt has ended the job: clean up
     CANCEL = auto()  # the job was cancelled: drop everything
     LOST = auto()  # another worker has the job: drop everything
 
 
 class LeaseLost(Exception):
-    """Another worker has the job by now, or it has ended. Nothing was written; the holder must stop."""
+    """The job has ended, or another worker has claimed it. Nothing was written; the holder must stop."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Claim:
 
 
 class Leases:
-    """Thread-safe; any number of processes may work on the same tables. `records` are the catalog's.
+    """The claims of all workers. Thread-safe; any number of processes may use the same tables.
 
-    `now` is the clock that all of them go by. `time_slice`: the seconds after which a job gives way to another
-    project's; 0: never.
+    `records` are the catalog's, and `now` is the clock of all workers. After `time_slice` seconds a job gives way
+    to another project's; 0: never.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Leases:
         self._engine = engine
         self._records = records
         self._now = now
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = reader_of(engine)
 
     def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, kind: JobKind | None = None) -> Claim | None:
-        """The first job in the queue that is nobody's: it waits, or its worker stopped answering.
+        """Claim the first job in the queue that waits or whose lease has run out; return None if there is none.
 
-        `kind` None takes jobs of every kind.
+        If `kind` is None, jobs of every kind are claimed.
         """
 
         def work(connection: sa.Connection) -> Claim | None:
@@ -108,24 +108,24 @@ class Leases:
         return transact(self._engine, work)
 
     def directive(self, claim: Claim) -> Directive:
-        """What is wanted of the claim's holder: one read, no lock."""
+        """Return what the queue asks of the claim's holder. It takes one read and no lock."""
         with self._reader.connect() as connection:
             return _directive(connection, claim)
 
     def is_awaited(self, claim: Claim) -> bool:
-        """Return whether another project's job should have the holder's worker; one read, no lock."""
+        """Return whether the holder's worker should go to another project's job. It takes one read and no lock."""
         with self._reader.connect() as connection:
             return bool(connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none())
 
     @transacted
     def give_way(self, connection: sa.Connection, claim: Claim) -> None:
-        """Have the job give way, if another project's job still waits for its worker. Raises LeaseLost."""
-        _hold(connection, claim)
+        """Have the job give way if another project's job still waits for its worker. Raise LeaseLost."""
+        _lock_claimed(connection, claim)
         if connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none():
             connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(gives_way=True))
 
     def status(self, job_id: str) -> Status | None:
-        """Where the job stands; None: there is no such job."""
+        """Return the job's status, or None if there is no such job."""
         with self._reader.connect() as connection:
             found = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == job_id)).scalar_one_or_none()
         return None if found is None else Status(found)
@@ -139,11 +139,11 @@ class Leases:
         progress: Mapping[str, object] | None = None,
         metrics: Mapping[str, object] | None = None,
     ) -> Directive:
-        """Keep the job for `lease_seconds` from now, and store how far it is; what is wanted of the holder."""
+        """Extend the lease to `lease_seconds` from now, store the job's progress, and return the directive."""
         values: dict[str, object] = {"lease_until": self._now() + lease_seconds, **count_time(self._now())}
         values |= {"progress": plain(progress)} if progress is not None else {}
         values |= {"metrics": plain(metrics)} if metrics is not None else {}
-        connection.execute(sa.update(jobs).where(_held(claim)).values(values))
+        connection.execute(sa.update(jobs).where(_is_claimed_by(claim)).values(values))
         return _directive(connection, claim)
 
     @transacted
@@ -157,12 +157,12 @@ class Leases:
         type: EventType = "message",  # noqa: A002 as in Event and in the API
         data: Mapping[str, object] | None = None,
     ) -> bool:
-        """Store an event; whether it was stored. Raises LeaseLost.
+        """Store an event, and return whether it was stored. Raise LeaseLost.
 
-        One of metrics has `data["step"]`, and there is at most one for a step: it is dropped where metrics of this
-        or a later step are stored, by an attempt that went further than its last checkpoint.
+        A metrics event has `data["step"]`. It is dropped if metrics of the same or a later step are stored
+        already, by an attempt that went further than its last checkpoint.
         """
-        _hold(connection, claim)
+        _lock_claimed(connection, claim)
         if type == "metrics":
             step = cast("Mapping[str, int]", data)["step"]
             is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.metrics_step < step)
@@ -173,8 +173,8 @@ class Leases:
 
     @transacted
     def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
-        """A checkpoint of that step is safely stored; a new one lets attempts count from 0. Raises LeaseLost."""
-        _hold(connection, claim)
+        """Note that a checkpoint is stored; a new one resets the count of stalled attempts. Raise LeaseLost."""
+        _lock_claimed(connection, claim)
         is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
         values = {"checkpoint_step": step, "stalled_attempts": 0}
         connection.execute(sa.update(jobs).where(is_new).values(values))
@@ -190,16 +190,17 @@ class Leases:
         alias: str | None = None,
         better_than: int | None = None,
     ) -> Version | None:
-        """End the job well and publish its adapter, whose bytes are in the store: all of it, or LeaseLost.
+        """End the job with success and publish its adapter in one transaction. Raise LeaseLost.
 
-        `publish` None: no version, as the report says. `alias`, `latest` and `better_than`, which may raise
-        LatestMoved, are as in `publish_unattended_in`, whose word becomes an event.
+        The adapter's bytes are in the store already. If `publish` is None, no version is published, and the report
+        says why. For `alias`, `better_than` and LatestMoved see `publish_unattended_in`, whose warning becomes an
+        event.
         """
 
         def work(connection: sa.Connection) -> Version | None:
-            _hold(connection, claim)
-            told = {"progress": progress, "metrics": metrics, "report": report}
-            values: dict[str, object] = {key: plain(value) for key, value in told.items()}
+            _lock_claimed(connection, claim)
+            documents = {"progress": progress, "metrics": metrics, "report": report}
+            values: dict[str, object] = {key: plain(value) for key, value in documents.items()}
             version = warning = None
             message = "succeeded; no version was published"
             if publish is not None:
@@ -222,8 +223,8 @@ class Leases:
 
     @transacted
     def fail(self, connection: sa.Connection, claim: Claim, error: str) -> None:
-        """End the job for good, with a reason that is safe to show. Raises LeaseLost."""
-        _hold(connection, claim)
+        """Fail the job, with a reason that is safe to show to clients. Raise LeaseLost."""
+        _lock_claimed(connection, claim)
         _end(connection, claim.job_id, Status.FAILED, self._now(), error=job_events.without_nul(error))
         job_events.append(connection, claim.job_id, error, level="error")
 
@@ -237,43 +238,43 @@ class Leases:
         crash: str = "",
         gave_way_after: float | None = None,
     ) -> None:
-        """Requeue the job at its old place after `delay` seconds, or pause it if that was the directive.
+        """Requeue the job at its old place after `delay` seconds, or pause it if asked to. Raise LeaseLost.
 
-        `reason` becomes an event, and so do the seconds after which it gave way. Only with a `crash`, for the
-        job's error, the attempt counts. Raises LeaseLost.
+        `reason` becomes an event; so does the time after which the job gave way. The attempt counts as stalled
+        only if there is a `crash`, which is kept for the job's error.
         """
-        _hold(connection, claim)
+        _lock_claimed(connection, claim)
         if reason:
             job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
         attempts = jobs.c.stalled_attempts
         uncounted = {"stalled_attempts": sa.case((attempts > 0, attempts - 1), else_=attempts)}
         message = BACK if gave_way_after is None else GAVE_WAY.format(in_words(gave_way_after))
-        _let_go(connection, claim.job_id, self._now(), {"crash": crash} if crash else uncounted, delay, message)
+        _requeue(connection, claim.job_id, self._now(), {"crash": crash} if crash else uncounted, delay, message)
 
     @transacted
     def crashed(
         self, connection: sa.Connection, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY
     ) -> None:
-        """An attempt ended badly: the job is queued after a moment, which doubles each time. Raises LeaseLost."""
-        _hold(connection, claim)
+        """Requeue the job after a failed attempt, with a delay that doubles each time. Raise LeaseLost."""
+        _lock_claimed(connection, claim)
         query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
         num_stalled = connection.execute(query).scalar_one()
         job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
         delay = min(0.1 * 2**num_stalled, max_delay)
-        _let_go(connection, claim.job_id, self._now(), {"crash": job_events.without_nul(reason)}, delay)
+        _requeue(connection, claim.job_id, self._now(), {"crash": job_events.without_nul(reason)}, delay)
 
 
 def in_words(seconds: float) -> str:
-    """Return a time as an event has it: "45 s" or "10 min"."""
+    """Format a time for an event: "45 s" or "10 min"."""
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
 
 
 def _start(
     connection: sa.Connection, claim: Claim, now: Time, lease_seconds: float, used: float, is_orphan: bool
 ) -> None:
-    """Give the job to the claim, for a while.
+    """Store the claim in the job's row, with its lease.
 
-    `used`: the seconds that its project is charged with. `is_orphan`: it was running, and its worker stopped
+    `used` is the time that the job's project is charged with. `is_orphan`: the job's last worker stopped
     answering.
     """
     values = {
@@ -293,14 +294,14 @@ def _start(
     job_events.append(connection, claim.job_id, message, level="warning" if is_orphan else "info")
 
 
-def _hold(connection: sa.Connection, claim: Claim) -> None:
-    """Locks the job's row until the end of the transaction. Raises LeaseLost."""
-    held = sa.update(jobs).where(_held(claim)).values(owner=claim.owner)
-    if connection.execute(held).rowcount == 0:
+def _lock_claimed(connection: sa.Connection, claim: Claim) -> None:
+    """Lock the job's row until the end of the transaction. Raise LeaseLost."""
+    locked = sa.update(jobs).where(_is_claimed_by(claim)).values(owner=claim.owner)
+    if connection.execute(locked).rowcount == 0:
         raise LeaseLost(f"job {claim.job_id} is no longer this worker's")
 
 
-def _let_go(
+def _requeue(
     connection: sa.Connection,
     job_id: str,
     now: Time,
@@ -308,7 +309,7 @@ def _let_go(
     delay: float = 0.0,
     message: str = BACK,
 ) -> None:
-    """Requeue a job that is held, for others to claim after `delay` seconds, with that event; or pause it."""
+    """Requeue a claimed job with the event `message`, claimable after `delay` seconds; or pause it if asked to."""
     until = now + delay
     mine = jobs.c.id == job_id
     pauses = connection.execute(sa.select(jobs.c.wants_pause).where(mine)).scalar_one()
@@ -323,7 +324,7 @@ def _let_go(
     job_events.append(connection, job_id, "paused" if pauses else message)
 
 
-def _held(claim: Claim) -> sa.ColumnElement[bool]:
+def _is_claimed_by(claim: Claim) -> sa.ColumnElement[bool]:
     return sa.and_(jobs.c.id == claim.job_id, jobs.c.token == claim.token, jobs.c.status == Status.RUNNING)
 
 
@@ -344,7 +345,7 @@ def _directive(connection: sa.Connection, claim: Claim) -> Directive:
 
 
 def _end(connection: sa.Connection, job_id: str, status: Status, now: Time | None, **values: object) -> None:
-    """Ends the job. `now` where a worker has had it until this moment."""
+    """End the job. `now` is given if a worker had it until now, whose time is then counted."""
     general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": database_now()}
     general |= {} if now is None else count_time(now)
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))

@@ -1,11 +1,8 @@
-"""The card of a merged adapter: what it was made of and how, and how far it is from the exact sum.
+"""One attempt at a merge job: load the pinned parts, merge them, and publish the result with its report.
 
-It is the JSON of GET /train/{id}/report; `server.training.model_card` makes a README.md of it.
-
-One attempt at a merge job: load the pinned parts, merge them, publish the result.
-
-There are no checkpoints: a merge takes seconds to minutes, and the same parts make the same bytes again, so that
-an attempt that was cut off is simply done once more. `run_job.py` starts it, and knows how it ended.
+A merge takes seconds to minutes and has no checkpoints: an interrupted attempt is repeated, and makes the same
+bytes. `run_job.py` starts the attempt and stores its failures. The report is the JSON of GET /train/{id}/report;
+`server.training.model_card` makes a README.md of it.
 """
 
 import math
@@ -27,9 +24,10 @@ from server.training.run import Reporter
 
 @dataclass(frozen=True, eq=False)
 class MergeFindings:
-    """What a merge found out. `distance` is `adapters.merge`'s; None where the exact sum is 0.
+    """The results of a merge. `distance` is `adapters.merge`'s; None if the exact sum is 0.
 
-    `base_digest` is that of the parts' base, which needn't be the one that is served; None where they don't agree.
+    `base_digest` is that of the base that the parts were trained on, which may not be the served one; None if the
+    parts have different ones.
     """
 
     adapter: PeftAdapter
@@ -41,7 +39,7 @@ class MergeFindings:
 
 
 def build_merge_report(spec: MergeSpec, base: BaseModel, found: MergeFindings) -> dict[str, object]:
-    """The card, JSON-ready."""
+    """Return the report, JSON-ready: what the adapter was made of and how, and its distance from the exact sum."""
     weights = found.adapter.weights
     facts = AdapterFacts(weights.digest, found.adapter.config, weights.num_parameters)
     name = found.adapter.base_model or base.name
@@ -69,12 +67,11 @@ def run_merge(
     library: Library,
     base: BaseModel,
     reporter: Reporter,
-    origin: Origin | None = None,
+    origin: Origin,
 ) -> None:
     """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter.
 
-    `origin` is that of the parts, which the job was submitted with. Without it the catalog is asked, and NotFound
-    raised where a part is no longer to be seen.
+    `origin` is the parts' origin when the job was submitted: they may have been deleted or withdrawn since.
     """
     started = time.monotonic()
     adapters = []
@@ -88,9 +85,7 @@ def run_merge(
         reporter.progress({"step": done, "total_steps": total}, {})
 
     weights = merge(adapters, spec.recipe, yield_or_leave)
-    if origin is None:
-        origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
-    # the base of the parts, which needn't be the one that happens to be served
+    # the parts' base, which may not be the served one
     is_served = origin.base_digest == base.digest
     base_model = base.name if is_served else origin.base_model
     config = config_of(weights, base.config.num_layers if is_served else None)

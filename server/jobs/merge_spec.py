@@ -1,6 +1,6 @@
-"""What a merge job is asked to do, as plain values that are stored with the job; and the two kinds of jobs.
+"""The specification of a merge job, as plain values that are stored with the job; and the two kinds of jobs.
 
-A job's stored document says which kind it is: a merge's has `"kind": "merge"`, all others are training's.
+A stored document with `"kind": "merge"` is a merge's; all others are trainings'.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from server.jobs.tables import MERGE
 from server.training.spec import JobSpec, read_document
 
 ORIGIN = "origin"
-"""The part of a merge's `Job.data` that says which base its parts were made on: they may be gone when it ends."""
+"""The key in a merge's `Job.data` of its parts' origin: the parts may be deleted when the job ends."""
 
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """An adapter to make out of others. `parts` are as they were written, pinned to versions."""
+    """An adapter to merge from others. `parts` are in the order of the expression, pinned to versions."""
 
     name: str
     parts: tuple[Part, ...]
@@ -30,16 +30,16 @@ class MergeSpec:
 
     @property
     def expression(self) -> str:
-        """Of the pinned parts, such as "tweets@3*0.7+movies@2*0.3"."""
+        """Return the pinned expression, such as "tweets@3*0.7+movies@2*0.3"."""
         return render(Term(part.name, part.version, weight=part.weight) for part in self.parts)
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The digests of the adapters whose bytes it needs."""
+        """Return the digests of the adapters that the merge reads."""
         return tuple(sorted({part.digest for part in self.parts}))
 
     def to_document(self) -> dict[str, object]:
-        """JSON-ready, and as a reader would put it."""
+        """Return a JSON-ready document."""
         return {
             "kind": MERGE,
             "name": self.name,
@@ -50,7 +50,7 @@ class MergeSpec:
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> "MergeSpec":
-        """What `to_document` made. Raises ValueError on anything else."""
+        """Read what `to_document` returned. Raise ValueError for anything else."""
         recipe = {name: document.get(name) for name in Recipe.__dataclass_fields__}
         fields = {"name": document.get("name"), "parts": document.get("parts"), "recipe": recipe}
         return read_document(cls, fields)
@@ -60,10 +60,10 @@ Spec = JobSpec | MergeSpec
 
 
 def read_spec(document: Mapping[str, object]) -> Spec:
-    """What either `to_document` made. Raises ValueError on anything else."""
+    """Read what `to_document` of either kind returned. Raise ValueError for anything else."""
     return MergeSpec.from_document(document) if document.get("kind") == MERGE else JobSpec.from_document(document)
 
 
-def read_origin(data: Mapping[str, object]) -> Origin | None:
-    """What a merge's `Job.data` has as ORIGIN; None for a job that was queued when none was kept."""
-    return None if ORIGIN not in data else read_document(Origin, data[ORIGIN])
+def read_origin(data: Mapping[str, object]) -> Origin:
+    """Return the origin in a merge's `Job.data`."""
+    return read_document(Origin, data[ORIGIN])

@@ -1,14 +1,13 @@
-"""Processes that end when the one that started them dies, however it dies.
+"""The channel between a worker and the process in which a job runs. Standard library only.
 
-Both ends of the pipe between a worker and the process in which a job runs. Standard library only.
+The worker passes the assignment as the last argument, and sends two signals: SIGTERM (checkpoint and leave) and
+SIGUSR1 (the same after the current step). The process writes lines to a pipe: each one shows that the process
+makes progress, and may say how far it is.
 
-Down go the assignment, as the last argument, and two signals: SIGTERM (checkpoint and leave) and SIGUSR1 (do so
-once the step in hand is done). Up, through a pipe, come lines:
-each says that the process makes progress, and may say how far it is. The process ends with EXIT_DONE once it
-has stored how the job ended, with EXIT_LEFT once it has left as asked, and with EXIT_NO_BASE, having said why,
-where the fault is not the job's: no process of this worker could work on any. With EXIT_NO_DATABASE, EXIT_NO_STORE
-and EXIT_NO_ROOM the database, the object store or the disk stood in its way, for now. Whatever else it ends with
-means another attempt. It is killed where the worker dies, or the job is no longer the worker's.
+The process's exit code says how the attempt ended. EXIT_DONE: the job's end is stored. EXIT_LEFT: the process has
+left as asked. EXIT_NO_BASE: no process of this worker could run any job, for the reason that it has sent.
+EXIT_NO_DATABASE, EXIT_NO_STORE and EXIT_NO_ROOM: the database, the object store or the disk failed, for now. After
+any other code there is another attempt. The process is killed if the worker dies or loses the job.
 """
 
 import ctypes
@@ -27,19 +26,19 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process once `parent`, which started it, has died; exit at once where it has.
+    """Have the kernel kill this process when its parent dies. Exit at once if `parent` has died already.
 
-    The kernel watches the *thread* that started this process, so that one must stay as long. Where the kernel
-    can't (it isn't Linux), `has_lost_parent` is to be asked now and then.
+    The kernel watches the thread that started this process, so that thread must stay alive. Where the kernel can't
+    do this (outside Linux), call `has_lost_parent` from time to time.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if has_lost_parent(parent):  # before the kernel was told
+    if has_lost_parent(parent):  # it died before the call above
         os._exit(1)
 
 
 def has_lost_parent(parent: int) -> bool:
-    """Whether `parent`, which started this process, has died."""
+    """Return whether `parent`, which started this process, has died."""
     return os.getppid() != parent
 
 
@@ -55,22 +54,22 @@ HINDRANCES = {
     EXIT_NO_STORE: "the object store can't be reached, or refuses",
     EXIT_NO_ROOM: NO_ROOM,
 }
-"""What stood in an attempt's way, as the job's events have it, by the exit code."""
+"""By exit code, what hindered the attempt, for the job's events."""
 
-MAX_LINE = 4096  # bytes that a pipe takes whole or not at all (PIPE_BUF)
-MAX_REASON = 600  # characters, of which JSON makes up to six bytes each
+MAX_LINE = 4096  # bytes; a pipe takes such a line whole or not at all (PIPE_BUF)
+MAX_REASON = 600  # characters; JSON encodes each in up to six bytes
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a process is to work on, and for whom. `settings` are those of `server.config.WorkerSettings`."""
+    """An attempt for a process to run. `settings` is the JSON of `server.config.WorkerSettings`."""
 
     job_id: str
     token: int
     owner: str
-    settings: Mapping[str, object]
+    settings: str
     parent: int  # the worker's process id
-    pipe: int  # the file descriptor that its lines go to
+    pipe: int  # the file descriptor that the process writes its lines to
 
     def to_argument(self) -> str:
         return json.dumps(asdict(self))
@@ -81,7 +80,7 @@ class Assignment:
 
 
 class WorkerLink:
-    """The process's end. Make one at the start, on the main thread: it handles signals from then on."""
+    """The process's end of the channel. Create it on the main thread at the start: it sets signal handlers."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.should_leave = False
@@ -89,19 +88,21 @@ class WorkerLink:
         self._pipe = assignment.pipe
         signal.signal(signal.SIGTERM, self._asked)
         signal.signal(signal.SIGUSR1, self._asked)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to everyone: the worker will ask
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a terminal sends SIGINT to the whole group; the worker sends SIGTERM
         end_with_parent(assignment.parent)
         os.set_blocking(self._pipe, False)
 
     def beat(
         self, progress: Mapping[str, object] | None = None, metrics: Mapping[str, object] | None = None
     ) -> None:
-        """Say that there is progress, at least once a micro-step, and now and then how far the job is."""
+        """Report that there is progress, at least once a micro-step, and from time to time how far the job is."""
         news = {"progress": progress, "metrics": metrics}
         self._say({key: value for key, value in news.items() if value is not None})
 
     def cannot_work(self, reason: str) -> None:
-        """Say why the process ends with EXIT_NO_BASE or EXIT_NO_DATABASE; for the worker's log alone."""
+        """Report why the process ends with EXIT_NO_BASE or EXIT_NO_DATABASE. Only the worker's log shows it."""
         self._say({"reason": reason[:MAX_REASON]})
 
     def _say(self, said: Mapping[str, object]) -> None:
@@ -110,10 +111,10 @@ class WorkerLink:
             raise ValueError(f"more than {MAX_LINE} bytes to say")
         try:
             os.write(self._pipe, line)
-        except BlockingIOError:  # the worker doesn't read just now; it needs the newest line only
+        except BlockingIOError:  # the pipe is full, and the worker needs the newest line only
             pass
         except BrokenPipeError:
-            os._exit(1)  # the worker is dead, and the kernel didn't say so
+            os._exit(1)  # the worker is dead, and the kernel didn't kill this process
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
@@ -123,7 +124,7 @@ class WorkerLink:
 
 
 class Child:
-    """The worker's end: a process that runs `command` with an assignment, its output added to the file `log`."""
+    """The worker's end: a process that runs `command` with an assignment and appends its output to `log`."""
 
     def __init__(
         self,
@@ -133,12 +134,12 @@ class Child:
         job_id: str,
         token: int,
         owner: str,
-        settings: Mapping[str, object],
+        settings: str,
     ) -> None:
-        """Raises OSError where it can't be started."""
+        """Raise OSError if the process can't be started."""
         self.progress: Mapping[str, object] | None = None
         self.metrics: Mapping[str, object] | None = None
-        self.reason: str | None = None  # why it can't work on any job
+        self.reason: str | None = None  # why the process can't run any job
         self._rest = b""
         log.parent.mkdir(parents=True, exist_ok=True)
         self._pipe, theirs = os.pipe()
@@ -146,7 +147,7 @@ class Child:
             os.set_blocking(self._pipe, False)
             assignment = Assignment(job_id, token, owner, settings, os.getpid(), theirs)
             with open(log, "ab") as output:
-                self._process = subprocess.Popen(  # noqa: S603 as the worker was told
+                self._process = subprocess.Popen(  # noqa: S603 the worker chose it
                     [*command, assignment.to_argument()],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -160,14 +161,14 @@ class Child:
             os.close(theirs)
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code (below 0: the signal that killed it), or None where it still runs after that time."""
+        """Return the exit code (below 0: the signal that killed it), or None if it still runs after `seconds`."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def listen(self) -> bool:
-        """Take in what it said since the last time; whether it said anything."""
+        """Read the lines since the last call, and return whether there were any."""
         heard = b""
         try:
             while chunk := os.read(self._pipe, 1 << 16):
@@ -186,8 +187,10 @@ class Child:
         self._process.terminate()
 
     def ask_to_give_way(self) -> None:
-        """Have the process leave after its step. Call it only once the process has reported progress: before that
-        it may not handle the signal yet, and would die of it.
+        """Have the process leave after its step.
+
+        Call it only after the process has reported progress: before that, the process may not handle the signal
+        yet, and would die of it.
         """
         self._process.send_signal(signal.SIGUSR1)
 
@@ -195,7 +198,7 @@ class Child:
         self._process.kill()
 
     def close(self) -> None:
-        """Kill what is left of it."""
+        """Kill the process if it still runs, and close the pipe."""
         self._process.kill()
         self._process.wait()
         os.close(self._pipe)

@@ -1,4 +1,4 @@
-"""Jobs as values, and how they are read: each a statement, of a project's jobs alone where one asks."""
+"""Jobs as values, and the statements that read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from server.jobs.tables import JobKind, Status, jobs
 from server.jobs.turns import position
 
 FINE_TUNING = "fine_tuning"
-"""The part of `Job.data` that jobs have which were made under /v1: what they have there and not under /train."""
+"""The key in `Job.data` of what a job has under /v1 alone. Jobs that weren't made under /v1 don't have it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stands. `position` is its place in the order of turns, from 1; None unless it is queued."""
+    """A job's current state. `position`, from 1, is its place in the order of turns; None unless it is queued."""
 
     id: str
     project: str
@@ -29,15 +29,15 @@ class Job:
     data: Mapping[str, object]
     progress: Mapping[str, object]
     metrics: Mapping[str, object]
-    adapter: Mapping[str, object] | None  # name, version and digest of what it published
+    adapter: Mapping[str, object] | None  # name, version and digest of the published adapter
     error: str | None
-    created_at: datetime  # in UTC, as the others
+    created_at: datetime  # all times are in UTC
     started_at: datetime | None
     finished_at: datetime | None
     files_removed_at: datetime | None
     attempt: int
     position: int | None
-    is_pausing: bool  # runs until its worker lets go
+    is_pausing: bool  # it runs until its worker releases it
 
     @property
     def kind(self) -> JobKind:
@@ -45,14 +45,14 @@ class Job:
 
 
 class Standing(NamedTuple):
-    """What tells whether there is news of a job."""
+    """A job's status and number of events. It changes whenever there is news of the job."""
 
     status: Status
-    num_events: int  # the `seq` of the last one
+    num_events: int  # the last event's `seq`
 
 
 def select_jobs() -> "sa.Select[tuple[object, ...]]":
-    """Jobs as `job_of` reads them."""
+    """Select jobs in the form that `job_of` reads."""
     columns = [column for column in jobs.columns if column is not jobs.c.report]
     return sa.select(*columns, position().label("position"))
 
@@ -64,7 +64,7 @@ def no_job(job_id: str) -> NotFound:
 
 
 def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]) -> Job:
-    """One of those that are `mine`. Raises NotFound."""
+    """Return the job if the condition `mine` holds for it. Raise NotFound."""
     row = connection.execute(select_jobs().where(jobs.c.id == job_id, mine)).mappings().first()
     if row is None:
         raise no_job(job_id)
@@ -72,7 +72,10 @@ def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]
 
 
 def repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Job | None:
-    """The job that this idempotency key made, as it is stored. Raises InvalidInput where the body was another."""
+    """Return the job that this stored idempotency key submitted, or None.
+
+    Raise InvalidInput if its body was different.
+    """
     if key is None:
         return None
     row = connection.execute(select_jobs().where(jobs.c.idempotency_key == key)).mappings().first()
@@ -84,7 +87,7 @@ def repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Jo
 
 
 def job_of(row: sa.RowMapping) -> Job:
-    """A row of `select_jobs`."""
+    """Convert a row of `select_jobs`."""
     same = ("id", "project", "key_id", "name", "data", "progress", "metrics", "adapter", "error", "position")
     times = ("created_at", "started_at", "finished_at", "files_removed_at")
     return Job(

@@ -1,6 +1,6 @@
-"""The spans of one attempt at a job: loading the base, its steps some seconds at a time, and what follows them.
+"""Report a job's progress while its process works: to the worker by a pipe, to clients by the database.
 
-What a job's process tells the world while it works: the worker through a pipe, readers through the database.
+It also records the attempt's trace spans: loading the base, groups of steps, and what follows them.
 """
 
 import threading
@@ -21,12 +21,12 @@ _MEASURES = ("train_loss", "eval_loss", "learning_rate", "gradient_norm")
 
 
 class JobTrace:
-    """Nothing where there is no tracer."""
+    """The spans of one attempt. Without a tracer every method is a no-op."""
 
     def __init__(self, tracer: Tracer | None, job: Job, attempt: int, directory: Path) -> None:
-        """`directory` is the job's."""
+        """Begin the trace; `directory` is the job's."""
         self._span: Span | None = None
-        self._since = time.time_ns()  # the end of what has been told
+        self._since = time.time_ns()  # the end of the last span
         self._first_step: int | None = None
         if tracer is None:
             return
@@ -44,7 +44,7 @@ class JobTrace:
 
     @contextmanager
     def attempt(self, unless: type[BaseException]) -> Iterator[None]:
-        """The block in which everything happens. It fails where it raises, `unless` that."""
+        """Record the attempt's span. It is marked as failed if the block raises anything but `unless`."""
         error = None
         try:
             yield
@@ -53,20 +53,20 @@ class JobTrace:
             raise
         finally:
             if self._span is not None:
-                self._tell("finish", self._since, {})
+                self._record("finish", self._since, {})
                 self._span.end(error=error)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A block that is a span."""
+        """Record the block as a span."""
         start = time.time_ns()
         try:
             yield
         finally:
-            self._tell(name, start, {})
+            self._record(name, start, {})
 
     def stepped(self, measured: Mapping[str, object]) -> None:
-        """A step has ended, with what was measured of it."""
+        """Note that a step has ended, with its measurements."""
         if self._span is None:
             return
         step = measured["step"]
@@ -76,20 +76,21 @@ class JobTrace:
             found = {name: value for name in _MEASURES if isinstance(value := measured.get(name), int | float)}
             attributes: dict[str, Value] = {f"smolora.{name}": value for name, value in found.items()}
             attributes |= {"smolora.step.first": self._first_step, "smolora.step.last": step}
-            self._tell("steps", self._since, attributes)
+            self._record("steps", self._since, attributes)
             self._first_step = None
 
-    def _tell(self, name: str, start: int, attributes: Mapping[str, Value]) -> None:
+    def _record(self, name: str, start: int, attributes: Mapping[str, Value]) -> None:
         self._since = time.time_ns()
         if self._span is not None:
             self._span.child(name, start, attributes).end(self._since)
 
 
 SLOWEST_BYTES_PER_SECOND = 1_000_000
-"""Of a disk or an object store. What moves its bytes more slowly counts as hung."""
+"""Speed of a disk or an object store. A slower transfer counts as hung."""
 SLOWEST_PASS = 1e9
-"""Tokens times parameters a second, forward and backward: about a thirtieth of what two idle cores with AVX2 do
-(docs/performance.md). What computes more slowly counts as hung."""
+"""Tokens times parameters a second, forward and backward: about a thirtieth of the speed of two idle cores with
+AVX2 (docs/performance.md). A slower pass counts as hung.
+"""
 SLOWEST_PASS_ON_GPU = 100 * SLOWEST_PASS
 _BEAT_SECONDS = 1.0
 
@@ -101,8 +102,8 @@ class Leave(Exception):
 class JobReporter:
     """`run.Reporter` over the worker's pipe and the database.
 
-    `yield_or_leave` raises Leave if the worker wants the process to leave, and `progress`, which is called after
-    each step, if the job gives way to another project's.
+    `yield_or_leave` raises Leave if the worker wants the process to leave. `progress`, which is called after each
+    step, raises it if the job gives way to another project's.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class JobReporter:
         *,
         is_on_gpu: bool,
     ) -> None:
-        """`num_parameters` are the base's, by which a pass may take its time, and less of it `is_on_gpu`."""
+        """`num_parameters`, the base's, and `is_on_gpu` decide how long a pass may take."""
         self._link = link
         self._num_parameters = num_parameters
         self._slowest_pass = SLOWEST_PASS_ON_GPU if is_on_gpu else SLOWEST_PASS
@@ -146,7 +147,7 @@ class JobReporter:
             raise Leave
 
     def keep_progress(self) -> None:
-        """Store how far the job is, which its worker does now and then: before it fails."""
+        """Store the progress before the job fails. While it runs, the worker stores it from time to time."""
         self._leases.heartbeat(self._claim, progress=self._progress, metrics=self._metrics)
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
@@ -164,9 +165,9 @@ class JobReporter:
 
 @contextmanager
 def beating(beat: Callable[[], None], seconds: float, every: float = _BEAT_SECONDS) -> Iterator[None]:
-    """A block in which a thread calls `beat` every so many seconds, since calls in it take long.
+    """Call `beat` every second on a thread while the block runs, since calls in the block take long.
 
-    It does so for `seconds` at most: a process that hangs in the block is found after that.
+    It does so for `seconds` at most, so that a process that hangs in the block is found after that.
     """
     has_ended = threading.Event()
 

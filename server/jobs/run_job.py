@@ -1,10 +1,10 @@
 """The process in which one attempt at a job runs: `python -m server.jobs ASSIGNMENT`.
 
-Started by `worker.py`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
-does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
-another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
-it tried again, or ends where the base can't be loaded, which is no job's fault. Nor is a database or an object
-store that can't be used; whether a full disk is, the worker knows: other machines may have room.
+`worker.py` starts it and keeps the lease. The process loads the base, has `train_job` or `merge_job` do the work,
+and stores how the job ended. Success and the new version are one transaction. A failure that another attempt would
+repeat fails the job. Any other failure becomes an exit code: the worker tries the job again, or ends if the base
+can't be loaded. A database or an object store that can't be used isn't the job's fault. After a full disk the
+worker decides, since other machines may have room.
 """
 
 import ctypes
@@ -41,8 +41,8 @@ from server.jobs.train_job import TrainingAttempt
 from server.jobs.yielding import BusyFlag, Yielding
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device, is_out_of_memory, limit_memory, training_dtype, use_threads
-from server.model.native.library import why_unavailable
+from server.model.device import is_out_of_memory, use_threads
+from server.model.load import load_on_device, serves_natively
 from server.model.native.load import find_library
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import PackedAdapters
@@ -61,15 +61,15 @@ OUT_OF_MEMORY = (
 )
 
 LONGEST_LOAD = 3600.0
-"""Seconds for a job's rows and for its base, which may have to be fetched: what hangs there ends after that."""
+"""Seconds for fetching a job's rows and for loading its base. The process counts as hung after that."""
 
 log = logging.getLogger("smolora.job")
 
 
 def main(argument: str) -> int:
-    """Run the assignment; the exit code that the worker reads."""
+    """Run the assignment, and return the exit code."""
     assignment = Assignment.from_argument(argument)
-    settings = WorkerSettings.model_validate(dict(assignment.settings))
+    settings = WorkerSettings.model_validate_json(assignment.settings)
     logs.set_up(settings.log_format, job=assignment.job_id)
     link = WorkerLink(assignment)
     keep_freed_memory()
@@ -78,8 +78,8 @@ def main(argument: str) -> int:
     except StartupError as error:
         return _cannot_work(link, "the database can't be opened", error, EXIT_NO_DATABASE)
     storage = Storage.open(settings.home, settings, check=False)
-    shared = storage.records() if storage.bucket is not None else None
-    leases = Leases(database, shared or records_of(database, storage.home.adapters))
+    records = storage.records() if storage.bucket is not None else None
+    leases = Leases(database, records or records_of(database, storage.home.adapters))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve, tracer = Reserve(settings.home), open_tracer()
     reporter: JobReporter | None = None
@@ -96,9 +96,9 @@ def main(argument: str) -> int:
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()
             is_merge = isinstance(job.spec, MergeSpec)
-            is_native = _is_served_natively(settings) if is_merge else native is not None
+            is_native = serves_natively(settings) if is_merge else native is not None
             if is_native and storage.bucket is None:
-                # from here on the store keeps what is published as a server loads it, too
+                # from here on the store also keeps published adapters in the form that a server loads
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
             is_on_gpu = base.device.type != "cpu"
@@ -119,13 +119,13 @@ def main(argument: str) -> int:
         log.warning("the object store can't be used: the job goes back to the queue")
         return EXIT_NO_STORE
     except StartupError as error:
-        if reserve.is_disk_full(error):  # which has no room for the base, say
+        if reserve.is_disk_full(error):  # the base doesn't fit, for example
             log.exception("the base can't be loaded")
             return EXIT_NO_ROOM
         return _cannot_work(link, "the base can't be loaded", error, EXIT_NO_BASE)
     except Exception as error:
         log.exception("the attempt failed")
-        if isinstance(error, TryAgain) or is_database_locked(error):  # the database, whose own disk may be full
+        if isinstance(error, TryAgain) or is_database_locked(error):  # whose own disk may be full
             return EXIT_NO_DATABASE
         if reserve.is_disk_full(error):
             return EXIT_NO_ROOM
@@ -144,53 +144,32 @@ def main(argument: str) -> int:
 
 
 def _seconds_of_all(num_threads: int) -> float:
-    """How long this process would have computed so far, had its threads never waited for a core."""
+    """Return the time that this process would have taken if its threads had never waited for a core."""
     return time.process_time() / num_threads
 
 
 def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: int) -> int:
-    """Tell the worker why, not the job: `error` may name paths. The exit code."""
+    """Report the error to the worker and not to the job, since it may name paths. Return the exit code."""
     log.error(what, exc_info=error)
     link.cannot_work(str(error))
     return exit_code
 
 
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """What the job needs, or a StartupError, whatever was wrong."""
+    """Load the served base, and the native code if settings and machine allow it. Raise StartupError.
+
+    A merge needs only the base's names and sizes, so its weights stay in their file.
+    """
     try:
-        return _base_for(settings, spec)
+        directory = resolve_base(settings.model, settings.home, settings.base_dir)
+        if isinstance(spec, MergeSpec):
+            use_threads(settings.threads)
+            return load_base(directory), None
+        base = load_on_device(settings, directory, log.info, lambda total: settings.train_memory, trains=True)
+        if not settings.native:
+            return base, None
+        return base, find_library(base, Home(settings.home).native, log.info)
     except StartupError:
         raise
     except Exception as error:
         raise StartupError(repr(error)) from error
-
-
-def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """The base that the server serves, in the dtype to train in, and the native code, if wanted and to be had.
-
-    A merge wants no more of it than its names and sizes: its weights stay in their file.
-    """
-    use_threads(settings.threads)
-    directory = resolve_base(settings.model, settings.home, settings.base_dir)
-    if isinstance(spec, MergeSpec):
-        return load_base(directory), None
-    libraries = Home(settings.home).native
-    has_native = settings.native and why_unavailable(libraries) is None
-    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
-    if settings.train_memory is not None:
-        limit_memory(device, settings.train_memory)
-    base = load_base(directory, training_dtype(dtype), device)
-    if base.dtype is not dtype:
-        log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
-    return base, find_library(base, libraries, log.info) if settings.native else None
-
-
-def _is_served_natively(settings: WorkerSettings) -> bool:
-    """Whether a server of these settings and this base computes natively, as far as a merge knows, which loads no
-    base to compute with. Where it doesn't, a packed file that it finds is dropped.
-    """
-    if not settings.native or settings.device not in ("auto", "cpu"):
-        return False
-    has_native = why_unavailable(Home(settings.home).native) is None
-    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
-    return has_native and device.type == "cpu" and dtype is torch.bfloat16

@@ -1,12 +1,11 @@
-"""Which workers live: each keeps a lock on a file of its own under HOME, which the kernel lets go of with it.
+"""Start the worker processes and keep them running; and list the workers that are alive.
 
-So it is known of workers of other containers too, of idle ones, and of killed ones at once.
+A worker that dies is started again after a delay, which doubles while workers die young. If a worker ended because
+the base can't be loaded, the delay is longer, and the jobs' events mention each attempt. The workers are in this
+process's group, and end with it however it ends.
 
-Keeps a number of worker processes alive for as long as this one lives.
-
-The workers are in this process's group, and end with it however it ends (`parent.py`). One that dies is started
-again, after a moment that doubles while they die young. One that ended because the base can't be loaded is too,
-after longer: the jobs' events tell of each try.
+Each worker keeps a lock on a file of its own under HOME, which the kernel releases when the worker dies. So
+workers in other containers are known, idle ones too, and a killed one is known at once.
 """
 
 import fcntl
@@ -21,23 +20,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from server.config import WorkerSettings, to_flags
+from server.config import WorkerSettings
 from server.jobs.pipe import EXIT_NO_BASE
 
 _FOLDER = "workers"
-_PATIENCE_SECONDS = 2.0  # with whoever looks just now
+_PATIENCE_SECONDS = 2.0  # with a concurrent `workers_of`, which takes the lock for a moment
 _RETRY_SECONDS = 0.005
 _NUMBERS = Path("/proc/self/ns/pid")
 _MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
 
 
 def own_name() -> str:
-    """What this process calls itself in its claims.
+    """Return this worker's name in its claims.
 
-    A container numbers its processes by itself, and may have the machine's name.
+    A container numbers its processes itself and may have the machine's host name, so its PID namespace is added.
     """
     name = f"{socket.gethostname()}:{os.getpid()}"
-    with suppress(OSError):  # it isn't Linux
+    with suppress(OSError):  # not on Linux
         if (numbering := _NUMBERS.stat().st_ino) != _MACHINES_OWN:
             name += f":{numbering}"
     return name
@@ -45,10 +44,9 @@ def own_name() -> str:
 
 @contextmanager
 def present(home: Path) -> Iterator[None]:
-    """A block in which `workers_of` has this process.
+    """List this process among the workers while the block runs.
 
-    Where its file can't be made, or another worker has the name (on a machine that is called the same, say),
-    nobody sees it, and it works all the same.
+    If its file can't be made, or another worker has the same name, the worker isn't listed but works all the same.
     """
     handle = None
     with suppress(OSError):
@@ -61,7 +59,7 @@ def present(home: Path) -> Iterator[None]:
 
 
 def workers_of(home: Path) -> list[str]:
-    """The names of those that live. Files of others are removed."""
+    """Return the names of the workers that are alive, and remove the files of dead ones."""
     try:
         files = sorted((home / _FOLDER).iterdir())
     except OSError:
@@ -70,14 +68,14 @@ def workers_of(home: Path) -> list[str]:
 
 
 def _locked(path: Path) -> int:
-    """A handle with the lock on the file that is at `path`. Raises OSError, also where another keeps it."""
+    """Create and lock the file, and return its handle. Raise OSError, also if another process keeps the lock."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     until = time.monotonic() + _PATIENCE_SECONDS
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # who looked just now took it for a dead worker's
+            with suppress(FileNotFoundError):  # a concurrent `workers_of` removed the file as a dead worker's
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     return handle
         except BlockingIOError:
@@ -92,7 +90,7 @@ def _locked(path: Path) -> int:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether somebody has the lock. Removes the file where nobody has."""
+    """Return whether a process has the lock. If none has, remove the file."""
     try:
         handle = os.open(path, os.O_RDWR)
     except OSError:
@@ -110,25 +108,25 @@ def _is_held(path: Path) -> bool:
 
 
 FIRST_DELAY = 0.25
-MAX_DELAY = 4.0  # so that a dead worker's job is claimed again in time
+MAX_DELAY = 4.0  # short, so that a dead worker's job is soon claimed again
 FIRST_NO_BASE_DELAY = 30.0
 MAX_NO_BASE_DELAY = 600.0
-GRACE_SECONDS = 25.0  # for workers to let go of their jobs: more than they grant the processes of these
+GRACE_SECONDS = 25.0  # for workers to release their jobs: more than a worker gives its job's process
 
 _YOUNG_SECONDS = 10.0
-_YOUNG_NO_BASE_SECONDS = 60.0  # it takes a while to find out that there is none
+_YOUNG_NO_BASE_SECONDS = 60.0  # finding out that the base can't be loaded takes a while
 _TICK_SECONDS = 0.1
 
 log = logging.getLogger("smolora.supervisor")
 
 
 def worker_command(settings: WorkerSettings) -> list[str]:
-    """What runs one worker with these settings, supervised by this process."""
-    return [sys.executable, "-P", "-m", "server.cli", "worker", *to_flags(settings), f"--parent={os.getpid()}"]
+    """Return the command of one worker with these settings that this process supervises."""
+    return [sys.executable, "-P", "-m", "server.jobs.worker", settings.to_json(), str(os.getpid())]
 
 
 class Supervisor:
-    """`num_workers` processes that run `command`; none until `start`."""
+    """`num_workers` processes that run `command`. `start` starts them."""
 
     def __init__(
         self,
@@ -142,30 +140,30 @@ class Supervisor:
         self._clock = clock
         self._is_stopping = threading.Event()
         self._is_hurried = False
-        # It starts the processes, so it must live as long as they: see `end_with_parent`.
+        # The kernel watches the thread that starts a process, so this one must live as long as they.
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
     @property
     def pids(self) -> list[int]:
-        """The processes that run, as of a moment ago."""
+        """Return the process ids of the running workers, at most a moment out of date."""
         return [slot.process.pid for slot in self._slots if slot.process is not None]
 
     @property
     def is_running(self) -> bool:
-        """Whether there may be workers."""
+        """Return whether there may be workers."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the workers, on a thread. Once."""
+        """Start the workers, on a thread. Call it once."""
         if self._slots:
             self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Have the workers let go of their jobs and end; those that don't in time are killed. Returns at once."""
+        """Have the workers release their jobs and end; kill those that don't in time. Return at once."""
         self._is_stopping.set()
 
     def hurry(self) -> None:
-        """As `ask_to_stop`, and their time is over now."""
+        """Stop as `ask_to_stop` does, but kill the workers now."""
         self._is_hurried = True
         self.ask_to_stop()
 
@@ -189,7 +187,7 @@ class Supervisor:
 
 
 class _Slot:
-    """The place of one worker."""
+    """One worker, which is started again after it ends."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -199,7 +197,7 @@ class _Slot:
         self._delay = FIRST_DELAY
 
     def tend(self, now: float) -> None:
-        """Start a worker if there is none and it is time. Raises OSError."""
+        """Start a worker if none runs and its delay is over. Raise OSError."""
         if self.process is not None and (code := self.process.poll()) is not None:
             log.warning("worker %d ended with exit code %d", self.process.pid, code)
             first, most, young = FIRST_DELAY, MAX_DELAY, _YOUNG_SECONDS
@@ -213,5 +211,5 @@ class _Slot:
             self.process = None
         if self.process is None and now >= self._next_start:
             self._started_at = now
-            self._next_start = now + MAX_DELAY  # where it can't be started
+            self._next_start = now + MAX_DELAY  # if it can't be started
             self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)  # noqa: S603 it is ours

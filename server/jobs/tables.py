@@ -1,8 +1,7 @@
-"""The tables of training jobs, whose leases go by the database's clock.
+"""The tables of jobs, and how a job's time is counted and charged.
 
-`number` is a job's place in the queue, for good: whatever goes back to the queue goes back to its old place.
-
-What a job comes to in the ledger: counted once, in the transaction that ends it.
+`number` is a job's place in the queue: a job that is requeued returns to its old place. Leases go by the
+database's clock. A job's usage is charged once, in the transaction that ends it.
 """
 
 from datetime import UTC, datetime
@@ -11,30 +10,30 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import UtcDateTime
 from adapters.names import DEFAULT_PROJECT, MAX_NAME, key_of
+from adapters.sql import UtcDateTime
 from server.access.principal import ANONYMOUS
 from server.access.usage import Account, Usage, add_in
 
 JobKind = Literal["train", "merge"]
 TRAIN: JobKind = "train"
 MERGE: JobKind = "merge"
-"""`spec["kind"]`, which training jobs don't have."""
+"""`spec["kind"]`; a training job's spec has none."""
 
 
 Time = sa.ColumnElement[float]
-"""Seconds since 1970 by the clock that all workers go by."""
+"""Seconds since 1970 by the clock of all workers."""
 
 
 class Status(StrEnum):
-    """Where a job stands. The last three are for good."""
+    """A job's status. The last three are final."""
 
     QUEUED = "queued"  # waits for a worker, for the first time or again
-    RUNNING = "running"  # a worker has it, or had it when it died
-    PAUSED = "paused"  # waits for somebody to resume it
-    SUCCEEDED = "succeeded"  # trained, and published if its gate let it
-    FAILED = "failed"  # can't be done; `error` says why
-    CANCELLED = "cancelled"  # somebody ended it
+    RUNNING = "running"  # a worker runs it, or did when it died
+    PAUSED = "paused"  # waits until it is resumed
+    SUCCEEDED = "succeeded"  # trained, and published if its gate allowed it
+    FAILED = "failed"  # for good; `error` says why
+    CANCELLED = "cancelled"  # by a client
 
     @property
     def has_ended(self) -> bool:
@@ -62,24 +61,28 @@ jobs = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("started_at", UtcDateTime),
     sa.Column("finished_at", UtcDateTime),
-    sa.Column("idempotency_key", sa.String(320), unique=True),  # project/key: each project has its own
+    sa.Column(
+        "idempotency_key", sa.String(320), unique=True
+    ),  # "project/key", since each project has its own keys
     sa.Column("body_digest", sa.String(64)),
     sa.Column("owner", sa.String(255)),  # the worker that claimed it last
-    sa.Column("token", sa.Integer, nullable=False),  # how often it was claimed; an older one lost it
-    sa.Column("lease_until", sa.Float(53), nullable=False),  # by `database_time`: nobody claims it before
-    sa.Column("timed_at", sa.Float(53)),  # until when `run_seconds` count
+    sa.Column("token", sa.Integer, nullable=False),  # fencing token: how often the job was claimed
+    sa.Column("lease_until", sa.Float(53), nullable=False),  # by `database_time`; the job can't be claimed before
+    sa.Column("timed_at", sa.Float(53)),  # the time up to which `run_seconds` is counted
     sa.Column(
         "run_seconds", sa.Float(53), nullable=False, server_default="0"
-    ),  # that workers had it, all together
-    sa.Column("project_seconds", sa.Float(53)),  # that its project had used by its last turn: see `turns.py`
-    sa.Column("wants_pause", sa.Boolean, nullable=False),  # of a running job: its worker should let go
-    sa.Column("gives_way", sa.Boolean, nullable=False, server_default=sa.false()),  # likewise: after its step
+    ),  # the time of all its attempts together
+    sa.Column("project_seconds", sa.Float(53)),  # its project's, at the job's last claim: see `turns.py`
+    sa.Column("wants_pause", sa.Boolean, nullable=False),  # a running job's worker should release it
+    sa.Column(
+        "gives_way", sa.Boolean, nullable=False, server_default=sa.false()
+    ),  # the same, after its current step
     sa.Column("stalled_attempts", sa.Integer, nullable=False),  # claims since the last new checkpoint
-    sa.Column("crash", sa.Text),  # how the last attempt that ended badly did
-    sa.Column("checkpoint_step", sa.Integer, nullable=False),  # of the newest checkpoint; -1: none
-    sa.Column("metrics_step", sa.Integer, nullable=False),  # of the newest metrics event; -1: none
+    sa.Column("crash", sa.Text),  # why the last failed attempt ended
+    sa.Column("checkpoint_step", sa.Integer, nullable=False),  # the newest checkpoint's; -1: none
+    sa.Column("metrics_step", sa.Integer, nullable=False),  # the newest metrics event's; -1: none
     sa.Column("num_events", sa.Integer, nullable=False),
-    sa.Column("files_removed_at", UtcDateTime),  # whatever it left; null while its model and log are there
+    sa.Column("files_removed_at", UtcDateTime),  # null while its model and log are there
     sa.Index("ix_jobs_status_number", "status", "number"),
     sa.Index("ix_jobs_project_number", "project", "number"),
     sa.Index("ix_jobs_project_seconds", "project", "project_seconds"),
@@ -107,16 +110,15 @@ events = sa.Table(
 
 
 def kind_of(table: sa.FromClause) -> sa.ColumnElement[str]:
-    """The kind of a job of `jobs`, or of an alias of it."""
+    """Return the kind of a job, as a column of `jobs` or of an alias of it."""
     return sa.func.coalesce(table.c.spec["kind"].as_string(), TRAIN)
 
 
 def count_time(now: Time) -> dict[str, object]:
     """Return the changes to a running job's row that count its time up to now.
 
-    Time is counted up to the lease's end, if that was before: from then on no worker is known to have had the job.
-    A project's seconds are the most that any row of it has, so a row counts the time of its project's other
-    running jobs, too.
+    Time counts up to the lease's end at most, since after that no worker is known to run the job. A project's
+    seconds are the maximum over its rows, so a row also counts the time of the project's other running jobs.
     """
     since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
     until = sa.case((now < lease_until, now), else_=lease_until)
@@ -129,7 +131,7 @@ def count_time(now: Time) -> dict[str, object]:
 
 
 def charge(connection: sa.Connection, job_id: str) -> None:
-    """Add the job's tokens and time, as its row has them, to the account of whoever submitted it."""
+    """Charge the job's tokens and time, as its row has them, to the account of the key that submitted it."""
     columns = (jobs.c.project, jobs.c.key_id, jobs.c.name, jobs.c.progress, jobs.c.run_seconds)
     row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).one()
     adapter = key_of(row.project, row.name)

@@ -1,7 +1,7 @@
-"""One attempt at a training job: `Run` does the work, and what came of it is stored and published.
+"""One attempt at a training job: `Run` trains, and the result is stored and published.
 
-The adapter's bytes go to the store first; its version, the card and the job's end are then one transaction.
-`server.jobs.run_job` starts it, and knows how it ended.
+The adapter's bytes are stored first. Then its version, its report and the job's end are one transaction.
+`server.jobs.run_job` starts the attempt and stores its failures.
 """
 
 import ctypes
@@ -49,13 +49,13 @@ from server.training.trainables import trainable_rows
 from server.training.trained_rows import adapter_config
 
 MAX_DECISIONS = 5
-"""How often a name's latest version is measured, and is another one then. Then the job is queued again."""
+"""Max evaluations of a name's latest version, each because a newer one appeared. Then the job is requeued."""
 
 
 class TrainingAttempt:
-    """Trains and publishes, or raises Leave (having checkpointed), LeaseLost, or what went wrong.
+    """Train and publish, or raise Leave (with a checkpoint), LeaseLost, or an error.
 
-    A SmoloraError is what another attempt would run into as well, such as a Conflict about the name.
+    A SmoloraError, such as a Conflict about the name, would hit the next attempt as well.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TrainingAttempt:
         storage: Storage,
         native: ctypes.CDLL | None = None,
     ) -> None:
-        """`native` is the compiled code, where this machine has it."""
+        """`native` is the compiled library, or None to train with torch."""
         self._job = job
         self._spec = spec
         self._claim = claim
@@ -90,7 +90,7 @@ class TrainingAttempt:
         data = JobData.load(directory)
         data.check_base(self._base)
         if spec.method == "lora":
-            self._library.check_name(spec.name)  # it was one's when the job was submitted
+            self._library.check_name(spec.name)  # it was valid when the job was submitted
         parent = None
         if spec.start_from_digest is not None:
             parent = self._library.read(spec.start_from_digest)
@@ -122,9 +122,9 @@ class TrainingAttempt:
     def _decide_and_end(
         self, data: JobData, progress: Mapping[str, object], outcome: Outcome, adapter: PeftAdapter | None
     ) -> None:
-        """Hold what was trained to the gate, and end the job as that says.
+        """Check the result against the gate, and end the job.
 
-        Raises LatestMoved, with nothing published, where another version became the latest meanwhile.
+        Raise LatestMoved, with nothing published, if another version became the latest meanwhile.
         """
         spec = self._spec
         latest, number = self._latest_evaluation(data)
@@ -157,13 +157,13 @@ class TrainingAttempt:
             self._library.discard(adapter.weights.digest)
 
     def _drop_results(self) -> None:
-        """Of a job that didn't end well; as long as it may, they are those of the attempt that has it now, too."""
+        """Remove a failed or cancelled job's stored results. Until it has ended, another attempt may use them."""
         if self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
             with suppress(NotFound):
                 self._results.delete(results_id(self._job.id))
 
     def _config_of(self, parent: PeftAdapter) -> LoraConfig:
-        """The parent's, by its version; where that is deleted by now, of the shape that was submitted."""
+        """Return the parent version's config; if that was deleted, the shape in the spec."""
         num_layers = self._base.config.shape.num_layers
         assert self._spec.start_from is not None
         try:
@@ -174,23 +174,26 @@ class TrainingAttempt:
         return recorded.config_of(version, parent, num_layers)
 
     def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
-        """Store what was trained; its bytes."""
+        """Store a fully trained model, and return its size in bytes."""
         if adapter is not None:
             with self._reporter.transferring(4 * adapter.weights.num_parameters):
                 return self._library.keep(adapter)
         assert outcome.tuned_base is not None
         place = self._files.model(self._job.id)
         with self._reporter.transferring(sum(tensor.nbytes for _, tensor in outcome.tuned_base.weights.tensors())):
-            if place.exists():  # of an attempt that ended after this
+            if place.exists():  # of an attempt that ended after this one
                 shutil.rmtree(place)
-            remove_unfinished(place.parent, place.name)  # and of one that was killed in it
+            remove_unfinished(place.parent, place.name)  # and of one that was killed while writing
             export_hugging_face(outcome.tuned_base, place)
             num_bytes = sum(path.stat().st_size for path in place.iterdir())
             self._files.keep_model(self._job.id, self._claim.token)
         return num_bytes
 
     def _latest_evaluation(self, data: JobData) -> tuple[Evaluation | None, int | None]:
-        """How the name's latest version does on held-out rows, and its number (0: none); where the gate asks."""
+        """Evaluate the name's latest version on held-out rows if the gate asks for that.
+
+        Return the evaluation and the version's number (0: there is none).
+        """
         if self._spec.publish_if != "improves_latest" or data.validation is None:
             return None, None
         name = self._spec.name
@@ -199,7 +202,7 @@ class TrainingAttempt:
         except NotFound:
             return None, 0
         try:
-            self._library.check_name(name)  # it may have become a composition's since
+            self._library.check_name(name)  # it may have become a composition's name since
             (part,) = pinned.parts
             weights = self._library.load(part.digest)
             longest = self._spec.training.max_length
@@ -275,7 +278,7 @@ class TrainingAttempt:
 
 
 def _final_metrics(outcome: Outcome) -> dict[str, object]:
-    """The published weights' measures beside the base's, by the names that `GET /train/{id}` has."""
+    """Return the published weights' metrics and the base's, by their names in `GET /train/{id}`."""
     found: dict[str, object] = {}
     for prefix, evaluation in (("", outcome.tuned), ("base_", outcome.base)):
         if evaluation is not None:

@@ -1,14 +1,13 @@
-"""Which job a worker takes next, which running job gives way, and how many turns are before a waiting one.
+"""The order of turns: which job a worker claims next, which running job gives way, and where a waiting job stands.
 
 Projects share the workers by time. The next turn is that of the project with the fewest running jobs, and among
 those of the one that has used the fewest seconds; within a project the oldest job comes first. A project is
-charged for all attempts, however they end. It saves nothing up while it wants nothing: a claim raises its seconds
-to one time slice below those of the project that has used the most. So a project that uses less than its share
-waits for the running slice at most, and one that trained alone for days doesn't pay for it later.
+charged for all attempts, however they end. It saves nothing up while it has no jobs: a claim raises its seconds to
+one time slice below those of the project that has used the most. So a project that uses less than its share waits
+for one running slice at most, and a project that trained alone for days doesn't pay for it later.
 
-Trainings and merges have workers' lanes of their own, and are shared separately.
-
-A clock may be set back: a lease that is longer than any is over then.
+Trainings and merges have lanes of their own, and are scheduled separately. If a clock was set back, a lease that
+is longer than any can be counts as over.
 """
 
 import sqlalchemy as sa
@@ -16,9 +15,9 @@ import sqlalchemy as sa
 from server.jobs.tables import TRAIN, JobKind, Status, Time, jobs, kind_of
 
 LONGEST_LEASE = 300.0
-"""Seconds: more than any lease, and than any job waits after a crash."""
+"""Seconds: longer than any lease, and than any delay after a crash."""
 LEAST_SECONDS = 1.0
-"""What a turn costs at least, so that projects alternate even if their jobs take no time."""
+"""The least that a turn costs, so that projects alternate even if their jobs take no time."""
 
 
 def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
@@ -60,16 +59,16 @@ def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
 
 
 def position() -> sa.ColumnElement[int | None]:
-    """A queued job's place in the order of turns, from 1; null for other jobs.
+    """Return a queued job's place in the order of turns, from 1; null for other jobs.
 
-    Before it come its own project's older queued jobs, and other projects' jobs whose turn is earlier, the running
-    ones that have to end or give way first included. A job counts once, however many turns it takes.
+    It counts the project's own older queued jobs, and other projects' jobs whose turn is earlier, with the running
+    jobs that have to end or give way first. A job counts once, however many turns it takes.
     """
     place = sa.func.row_number().over(partition_by=(jobs.c.project, kind_of(jobs)), order_by=jobs.c.number)
     queued = sa.select(jobs.c.id, place.label("place")).where(jobs.c.status == Status.QUEUED).subquery()
     own = _shares(None)
     other = own.alias()
-    turn = own.c.running + queued.c.place  # its project's, counted from 1
+    turn = own.c.running + queued.c.place  # the project's turn, counted from 1
     has_lead = sa.or_(
         other.c.running >= turn,
         other.c.seconds < own.c.seconds,
@@ -79,21 +78,21 @@ def position() -> sa.ColumnElement[int | None]:
     unended = other.c.waiting + other.c.running
     before = sa.func.sum(sa.case((unended < most, unended), (other.c.project.is_not(None), most), else_=0))
     is_other = sa.and_(other.c.kind == own.c.kind, other.c.project != own.c.project)
-    counted = sa.select(sa.cast(sa.func.min(queued.c.place) + before, sa.Integer))
-    counted = counted.select_from(queued).join(own, _is_share_of(own, jobs)).outerjoin(other, is_other)
-    counted = counted.where(queued.c.id == jobs.c.id).correlate(jobs)
-    return sa.case((jobs.c.status == Status.QUEUED, counted.scalar_subquery()), else_=None)
+    turns = sa.select(sa.cast(sa.func.min(queued.c.place) + before, sa.Integer))
+    turns = turns.select_from(queued).join(own, _is_share_of(own, jobs)).outerjoin(other, is_other)
+    turns = turns.where(queued.c.id == jobs.c.id).correlate(jobs)
+    return sa.case((jobs.c.status == Status.QUEUED, turns.scalar_subquery()), else_=None)
 
 
 def is_over(lease_until: "sa.ColumnElement[float]", now: Time) -> sa.ColumnElement[bool]:
-    """Whether a lease that was given until then has run out."""
+    """Return whether a lease that ends at `lease_until` has run out."""
     return sa.or_(lease_until <= now, lease_until > now + LONGEST_LEASE)
 
 
 def _shares(now: Time | None) -> "sa.CTE":
-    """Each project's jobs of each kind that are queued or running, counted, and the seconds that it has used.
+    """Count each project's queued and running jobs of each kind, with the seconds that it has used.
 
-    A job whose lease has run out waits. If `now` is None, leases don't matter.
+    A job whose lease has run out counts as waiting. If `now` is None, leases are ignored.
     """
     job = jobs.alias()
     runs: sa.ColumnElement[bool] = job.c.status == Status.RUNNING
@@ -119,5 +118,5 @@ def _is_share_of(shares: "sa.FromClause", table: "sa.FromClause") -> sa.ColumnEl
 
 
 def _is_open(table: "sa.FromClause") -> sa.ColumnElement[bool]:
-    """Whether a job is queued or running."""
+    """Return whether a job is queued or running."""
     return table.c.status.in_([Status.QUEUED, Status.RUNNING])

@@ -1,14 +1,17 @@
-"""The worker: claims one job after another and has each run in a fresh process, so that its memory is its own.
+"""The worker: claim one job after another and run each in a process of its own, which has its own memory.
 
-A worker has two lanes, one for training and one for merges, which take seconds: neither waits for the other.
+A worker has two lanes, one for training and one for merges. A merge takes seconds, so neither lane waits for the
+other.
 
-The worker itself stays small and never blocks. A thread of its own keeps the lease, since a training step may take
-longer than a lease. It asks the process to leave when the job is paused or the worker is stopped, and to leave
-after its step when the job gives way to another project's. It kills the process when the job was cancelled or
-lost, or when no sign of progress comes any more. It ends if the base can't be loaded, so that jobs wait for a
-worker that can. If the database, the object store or, with other machines, this one's disk stands in a job's way,
-it requeues the job and waits; a job that finds room nowhere fails in the end. Only the process knows what training
-is (`server.jobs.run_job`); they talk as `server.jobs.pipe` says.
+The worker itself stays small and never blocks. A training step may take longer than a lease, so a separate thread
+renews the lease. The worker asks the process to leave if the job is paused or the worker is stopped, and to leave
+after its step if the job gives way to another project's. It kills the process if the job was cancelled or lost, or
+if the process shows no progress.
+
+If the base can't be loaded, the worker ends, and jobs wait for a worker that can load it. If the database, the
+object store or this machine's disk fails, the worker requeues the job and waits. A full disk fails the job if no
+other machine could have room. Only the process knows what training is (`server.jobs.run_job`); `server.jobs.pipe`
+is how the two communicate.
 """
 
 import logging
@@ -17,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from server.config import WorkerSettings
 from server.database import WORKER_PATIENCE_SECONDS, agree, connect, is_file
+from server.errors import StartupError
 from server.jobs.attempt import Attempt
 from server.jobs.files import JobFiles, Retention
 from server.jobs.jobs import Jobs
@@ -43,13 +47,14 @@ from server.jobs.supervisor import own_name, present
 from server.jobs.tables import MERGE, TRAIN, JobKind
 from server.storage.places import Storage
 from server.storage.reserve import DISK_FULL, Reserve, once_unlocked
+from server.telemetry import logs
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
 
 COMMAND = (sys.executable, "-P", "-m", "server.jobs")
 NICENESS = 14
-"""While requests run: a job keeps about a quarter of its speed, and steps wait little (docs/performance.md)."""
+"""The niceness of a worker. While requests run, a job keeps about a quarter of its speed (docs/performance.md)."""
 NO_BASE_EVENT = "a worker can't load the base: its log says why, and the job waits for one that can"
 
 _TICK_SECONDS = 0.05
@@ -59,30 +64,30 @@ log = logging.getLogger("smolora.worker")
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a worker waits for what, in seconds."""
+    """A worker's intervals and timeouts, in seconds."""
 
     lease: float = LEASE_SECONDS
-    heartbeat: float = 2.5  # between writes that keep the lease
-    directive: float = 0.25  # between looks at what is asked of the job
-    poll: float = 0.5  # between looks for a job
-    hung: float = 300.0  # without a sign of progress, until the process counts as hung
-    leave: float = 20.0  # for a process to checkpoint and leave, until it is killed, where the worker must end
-    pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
+    heartbeat: float = 2.5  # between renewals of the lease
+    directive: float = 0.25  # between reads of the job's directive
+    poll: float = 0.5  # between polls of the queue
+    hung: float = 300.0  # without progress, after which the process is killed
+    leave: float = 20.0  # for a process to checkpoint and leave before it is killed, if the worker has to end
+    pause: float = 120.0  # the same if the worker goes on, and for a process to clean up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
     trouble: float = 2.0  # after the database couldn't be used
-    hindered: float = 30.0  # until the next attempt after one that something stood in the way of
-    sweep: float = 600.0  # between removals of what jobs left that have ended
+    hindered: float = 30.0  # until the next attempt after a failure that isn't the job's fault
+    sweep: float = 600.0  # between removals of ended jobs' files
 
 
 class Worker:
-    """One lane of a worker of one HOME. `run` wants a thread that lasts; `stop` may be called from anywhere."""
+    """One lane of a worker. The thread that calls `run` must outlive the processes; any thread may call `stop`."""
 
     def __init__(
         self,
         home: Path,
         jobs: Jobs,
         leases: Leases,
-        settings: Mapping[str, object],
+        settings: str,
         *,
         command: Sequence[str] = COMMAND,
         timing: Timing | None = None,
@@ -91,8 +96,10 @@ class Worker:
         bucket: "Bucket | None" = None,
         has_peers: bool = False,
     ) -> None:
-        """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends;
-        `kind` None takes jobs of every kind; `has_peers`: workers with HOMEs of their own may have room for a job.
+        """`command` runs a job, and gets `settings`, the JSON of WorkerSettings.
+
+        The worker ends with the process `parent`. If `kind` is None, it takes jobs of every kind. `has_peers`:
+        there may be workers with their own HOME, which may have room for a job if this one doesn't.
         """
         self._leases = leases
         self._settings = settings
@@ -110,28 +117,28 @@ class Worker:
         self._exit_code = 0
 
     def stop(self) -> None:
-        """Have `run` end once the job in hand was released. Safe in a signal's handler."""
+        """Have `run` end once the current job is released. Safe in a signal handler."""
         self._is_stopping = True
 
     def run(self) -> int:
-        """Work until stopped, or until the base can't be loaded; the exit code: 0 or EXIT_NO_BASE."""
+        """Work until stopped, or until the base can't be loaded. Return the exit code: 0 or EXIT_NO_BASE."""
         self._try(self._retention.sweep)
         while not self._is_stopping:
             self._try(self._work)
         return self._exit_code
 
     def _try(self, work: Callable[[], None]) -> None:
-        """The worker outlives whatever happens to the database or the disk."""
+        """Run `work`, and log any exception: the worker survives failures of the database and the disk."""
         try:
             work()
         except Exception:
-            log.exception("can't work just now")
+            log.exception("the worker failed; it tries again")
             self._sleep(self._timing.trouble)
 
     def _work(self) -> None:
         has_room = self._reserve.fill() and not self._reserve.is_needed
         if time.monotonic() >= self._sweep_due:
-            self._sweep_due = time.monotonic() + self._timing.sweep  # first: trouble with it costs no job its turn
+            self._sweep_due = time.monotonic() + self._timing.sweep  # first: a failing sweep costs no job its turn
             self._retention.sweep()
         if self._has_peers and not has_room:
             log.warning("SMOLORA_HOME has no room, or can't be written: this worker takes no jobs")
@@ -144,7 +151,7 @@ class Worker:
             self._work_on(claim)
 
     def _work_on(self, claim: Claim) -> None:
-        """One attempt at a job, to its end."""
+        """Run one attempt at a job to its end."""
         log.info("job %s: attempt %d", claim.job_id, claim.token)
         timing = self._timing
         attempt = Attempt(
@@ -172,14 +179,16 @@ class Worker:
         self._conclude(attempt, reason)
 
     def _watch(self, child: Child, attempt: Attempt) -> str | None:
-        """Wait for the end of the process, or bring it about; how it ended badly, None where it didn't."""
+        """Wait for the process to end, or end it. Return how it failed, or None if it succeeded."""
         timing = self._timing
         quiet = leaving = 0.0
         is_killed = False  # by this worker
         before = time.monotonic()
         while (code := child.wait(_TICK_SECONDS)) is None:
             now = time.monotonic()
-            elapsed = min(now - before, 1.0)  # a worker that was stopped itself says nothing about the process
+            elapsed = min(
+                now - before, 1.0
+            )  # if this worker was suspended, that time says nothing about the process
             before = now
             quiet = 0.0 if child.listen() else quiet + elapsed
             attempt.note(child.progress, child.metrics)
@@ -227,7 +236,7 @@ class Worker:
         self._store(lambda: self._leases.add_event(claim, NO_BASE_EVENT, level="warning"))
 
     def _conclude(self, attempt: Attempt, reason: str | None) -> None:
-        """Store how the attempt ended, where the process itself hasn't, and tidy up."""
+        """Store how the attempt ended, unless the process has done so, and clean up."""
         leases, claim = self._leases, attempt.claim
         status = leases.status(claim.job_id)
         if not attempt.is_void and status is not None and not status.has_ended:
@@ -241,7 +250,7 @@ class Worker:
                 self._store(lambda: leases.release(claim, gave_way_after=after))
             elif attempt.hindrance:
                 crash = DISK_FULL if attempt.hindrance == NO_ROOM else ""
-                delay = self._timing.hindered + 2 * self._timing.poll  # another job goes first
+                delay = self._timing.hindered + 2 * self._timing.poll  # so that another job is claimed first
                 self._store(lambda: leases.release(claim, attempt.hindrance, delay, crash))
             else:
                 reason = reason or "ended without a result"
@@ -260,7 +269,7 @@ class Worker:
             log.warning("the job is another worker's by now")
 
     def _sleep(self, seconds: float) -> None:
-        """Wait, but not once the worker was stopped. (An Event would deadlock if a signal's handler set it.)"""
+        """Wait, but not once the worker is stopped. (An Event would deadlock if a signal handler set it.)"""
         until = time.monotonic() + seconds
         while not self._is_stopping and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _TICK_SECONDS))
@@ -269,9 +278,9 @@ class Worker:
 
 
 def run_worker(settings: WorkerSettings, parent: int | None = None, command: Sequence[str] = COMMAND) -> int:
-    """Work until SIGTERM or SIGINT, until the process `parent` dies, or as `Worker.run`; the exit code.
+    """Run both lanes until SIGTERM or SIGINT, or until the process `parent` dies. Return the exit code.
 
-    Raises StartupError.
+    Raise StartupError if the database or the object store can't be opened.
     """
     if parent is not None:
         end_with_parent(parent)
@@ -280,13 +289,13 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     jobs, leases = Jobs(engine), Leases(engine, time_slice=settings.train_slice)
     storage = Storage.open(settings.home, settings)
     agree(engine, storage.place)
-    has_peers = storage.bucket is not None and not is_file(engine)  # else all workers have this HOME
+    has_peers = storage.bucket is not None and not is_file(engine)  # otherwise all workers share this HOME
     lane = partial(
         Worker,
         settings.home,
         jobs,
         leases,
-        settings.model_dump(mode="json"),
+        settings.to_json(),
         command=command,
         parent=parent,
         bucket=storage.bucket,
@@ -305,11 +314,27 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     training, merging = lanes
-    # It starts processes, so it must live as long as they: see `end_with_parent`.
-    beside = threading.Thread(target=run, args=(merging,), name="merging", daemon=True)
-    beside.start()
+    # The kernel watches the thread that starts a process, so this one must live as long as they.
+    second = threading.Thread(target=run, args=(merging,), name="merging", daemon=True)
+    second.start()
     with present(settings.home):
         run(training)
-        beside.join()
+        second.join()
     engine.dispose()
     return max(codes)
+
+
+def main(settings: str, parent: str) -> int:
+    """Run a worker that the process `parent` supervises, with the JSON of its settings. Return the exit code."""
+    os.umask(0o077)
+    read = WorkerSettings.model_validate_json(settings)
+    logs.set_up(read.log_format)
+    try:
+        return run_worker(read, int(parent))
+    except StartupError as error:
+        log.critical("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

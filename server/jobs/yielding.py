@@ -1,9 +1,9 @@
-"""Serving first: a flag under HOME that says whether requests run, and the pauses of trainers while they do.
+"""Serving first: a flag under HOME that says whether requests run, and a trainer's pauses while they do.
 
-Nice doesn't reach across containers, nor across sessions; a file on the volume that they share does. It holds a
-number of 8 bytes for each that serves, which is written and read whole: a time by this machine's monotonic clock,
-in ms, and how many sequences run. One that wasn't renewed for STALE_SECONDS, or is another machine's, counts as
-none. (Plain reads and writes of the page cache cost 1 µs; a mapping would save that, and kill the server where a
+Niceness has no effect across containers or sessions; a file on their common volume does. The file has 8 bytes for
+each serving process, which are written and read in one piece: a time by this machine's monotonic clock in ms, and
+the number of running sequences. An entry counts as none if it wasn't renewed for STALE_SECONDS, or is another
+machine's. (Reads and writes of the page cache take 1 µs. A mapping would save that, but would kill the server if a
 full disk has no room for the page.)
 """
 
@@ -21,7 +21,7 @@ _RENEW_SECONDS = 0.5
 _LOOK_SECONDS = 0.02
 _MAX_WORKED_SECONDS = 30.0
 NUM_PLACES = 64
-"""Of those that may serve from one HOME at once."""
+"""Processes that may serve from one HOME at once."""
 _FORMAT = struct.Struct("=Q")
 _COUNT_BITS = 16
 
@@ -29,28 +29,28 @@ Clock = Callable[[], float]
 
 
 class BusyFlag:
-    """The flag of one HOME, for the processes that serve and for those that train."""
+    """The flag of one HOME, for serving and training processes."""
 
     def __init__(self, home: Path, clock: Clock = time.monotonic, place: int = 0) -> None:
-        """Makes HOME's file where there is none. `place`, below NUM_PLACES, is its own there. Raises OSError."""
+        """Make HOME's file if it is missing. `place`, below NUM_PLACES, is this process's own. Raise OSError."""
         self._clock = clock
         self._offset = place * _FORMAT.size
         self._file = os.open(home / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._last = (0, float("-inf"))  # what was set, and when
+        self._last = (0, float("-inf"))  # the last value and its time
 
     def set(self, num_running: int) -> None:
-        """Say how many sequences run. Call it often while there are any; it writes only as often as it must."""
+        """Set the number of running sequences. Call it often while there are any; it writes only if necessary."""
         now = self._clock()
         before, since = self._last
         if num_running == before and (not num_running or now - since < _RENEW_SECONDS):
             return
         self._last = (num_running, now)
         count = min(num_running, (1 << _COUNT_BITS) - 1)
-        with suppress(OSError):  # a full disk, at worst: then trainers don't yield
+        with suppress(OSError):  # if the disk is full, trainers don't yield
             os.pwrite(self._file, _FORMAT.pack(int(now * 1000) << _COUNT_BITS | count), self._offset)
 
     def read(self) -> int:
-        """How many sequences run."""
+        """Return the number of running sequences."""
         stored = os.pread(self._file, _FORMAT.size * NUM_PLACES, 0)
         now, found = self._clock(), 0
         for (value,) in _FORMAT.iter_unpack(stored[: len(stored) // _FORMAT.size * _FORMAT.size]):
@@ -63,7 +63,7 @@ class BusyFlag:
 
 
 class Yielding:
-    """A trainer's pauses: it takes at most `share` of the cores' time while requests run, all while none do."""
+    """A trainer's pauses: it gets at most `share` of the cores' time while requests run, and all otherwise."""
 
     def __init__(
         self,
@@ -74,10 +74,11 @@ class Yielding:
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`num_running` is a BusyFlag's `read`. The first piece of work begins now.
+        """Begin the first piece of work.
 
-        `work`: seconds that it has computed so far, had it all to itself. Beside requests that compute on the same
-        cores that is less than `clock` says, which counts where there is no `work`.
+        `num_running` is a BusyFlag's `read`. `work` returns the seconds that this process would have computed so
+        far with the cores to itself; while requests compute on the same cores, that is less than the elapsed time.
+        Without it, the time by `clock` counts.
         """
         self._num_running = num_running
         self._share = share
@@ -85,12 +86,13 @@ class Yielding:
         self._clock = clock
         self._sleep = sleep
         self._since, self._worked = clock(), self._work()
-        self._debt = 0.0  # seconds to pause for; below 0: that requests had beyond their part
+        self._debt = 0.0  # seconds to pause; below 0: what requests had beyond their share
 
     def pause(self, go_on: Callable[[], bool] = lambda: True) -> float:
-        """Call it after each micro-step: sleeps until the work so far is `share` of the time; the seconds.
+        """Sleep until the work so far is `share` of the time; return the seconds slept.
 
-        It ends early once no requests run, or `go_on`, which is asked every few milliseconds, says no.
+        Call it after each micro-step. It ends early if no requests run, or if `go_on`, which is called every few
+        milliseconds, returns false.
         """
         start = now = self._clock()
         elapsed = start - self._since

@@ -27,9 +27,8 @@ from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
 from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
-from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device, is_out_of_memory, limit_memory, room_for, use_threads
-from server.model.native.library import why_unavailable
+from server.model.base.weights import BaseModel
+from server.model.device import is_out_of_memory
 from server.model.native.load import load_native
 from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import RowLayout
@@ -135,20 +134,6 @@ Say = Callable[[str], None]
 def base_directory(settings: Settings, say: Say) -> Path:
     """The converted base; slow where it is converted the first time."""
     return resolve_base(settings.model, settings.home, settings.base_dir, say)
-
-
-def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
-    """Load the base to the device of the settings, which also say how many threads compute with it."""
-    use_threads(settings.threads)
-    reason = why_unavailable(Home(settings.home).native) if settings.native else ""
-    device, dtype = choose_device(settings.device, settings.dtype, has_native=reason is None)
-    if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:
-        say(f"no native code: {reason}; torch computes instead, more slowly")  # load_native says so in bf16
-    if device.type == "cuda":
-        with room_for("another process", device):
-            limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
-    say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
-    return load_base(directory, dtype, device)
 
 
 def guidance_of(base: BaseModel) -> Guidance:

@@ -8,6 +8,7 @@ Whatever is missing on this machine raises StartupError, in one line.
 import json
 import shlex
 from collections.abc import Callable
+from functools import partial
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.reads import NamesByDigest
@@ -32,12 +33,13 @@ from server.metrics.home import HomeCollector
 from server.metrics.metrics import Metrics, ServerCollector
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import training_dtype
+from server.model.load import load_on_device
 from server.model.text.chat import PromptEncoder
 from server.serve.engine import (
     Say,
     base_directory,
+    gpu_share,
     guidance_of,
-    load_for_engine,
     make_engine,
     max_model_len_of,
 )
@@ -88,8 +90,10 @@ def build(
     access = open_access(database, home.keyed, commits, settings.api_keys, settings.allows_guests)
     directory = base_directory(settings, say)
     say(f"the database is {described(database)}")
-    # A process without an engine maps the weights, and never reads them.
-    base = load_for_engine(directory, settings, say) if connect is None else load_base(directory)
+    if connect is None:
+        base = load_on_device(settings, directory, say, partial(gpu_share, settings))
+    else:  # this process has no engine: it maps the weights, and never reads them
+        base = load_base(directory)
     store = storage.adapters(grace=2 * settings.request_timeout)
     jobs = Jobs(database)
     records = records_of(database, home.adapters) if storage.bucket is None else storage.records()

@@ -52,11 +52,11 @@ class JobData:
     validation: Examples | None
     references: Sequence[Reference]
     facts: DataFacts
-    base_digest: str | None  # of the base that the rows were tokenized for; None: unknown
+    base_digest: str  # of the base that the rows were tokenized for
 
     def check_base(self, base: "BaseModel") -> None:
-        """Raise AnotherBase if the rows are known to be tokenized for another base."""
-        if self.base_digest is not None and base.digest != self.base_digest:
+        """Raise AnotherBase if the rows were tokenized for another base."""
+        if base.digest != self.base_digest:
             raise AnotherBase(
                 f"the rows were tokenized for another base ({self.base_digest[:12]}) than the worker's, "
                 f"{base.name} ({base.digest[:12]}): give server and worker the same SMOLORA_MODEL, submit again"
@@ -86,5 +86,5 @@ class JobData:
             validation=Examples.load(validation) if validation.is_file() else None,
             references=read_document(list[Reference], rest["references"]),
             facts=read_document(DataFacts, rest["facts"]),
-            base_digest=rest.get("base_digest"),
+            base_digest=rest["base_digest"],
         )

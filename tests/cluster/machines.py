@@ -12,6 +12,7 @@ import psutil
 from server.cluster.node import read_state
 from tests.cluster.kit import CACHES, FLAGS, TITLE, wait_until
 from tests.end_to_end.server_process import PATIENCE, command, environment
+from tests.end_to_end.training_client import WORKER
 
 
 def is_ready(url: str) -> bool:
@@ -80,7 +81,7 @@ class UpProcess:
         """Its API processes and workers."""
         found = set()
         for process in psutil.Process(self.process.pid).children():
-            if "server.cli" in process.cmdline():
+            if {"server.cli", WORKER} & set(process.cmdline()):
                 found.add(process.pid)
         return found
 

@@ -21,7 +21,7 @@ from server.model.base.weights import load_base
 from server.storage.home import Home
 from tests.cluster.kit import TITLE
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port
-from tests.end_to_end.training_client import CHILD, ENDED, wait_until
+from tests.end_to_end.training_client import CHILD, ENDED, WORKER, wait_until
 from tests.kits.buckets import BUCKET, Proxy, aws_variables, running_store
 from tests.kits.native import lend_native
 from tests.kits.postgres import Postgres
@@ -192,5 +192,7 @@ def _is(process: psutil.Process, part: Part) -> bool:
         return bool(words[0].startswith(TITLE if part == "replica" else _CONTROLLER))
     if part == "job":
         return CHILD in words
+    if part == "worker" and WORKER in words:
+        return True
     names = _CLI in words or Path(words[1] if len(words) > 1 else "").name == "smolora"
     return names and ("api" in words if part == "api" else "worker" in words)

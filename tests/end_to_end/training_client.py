@@ -11,7 +11,7 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess
 
 Job = Mapping[str, Any]
 ENDED = ("succeeded", "failed", "cancelled")
-WORKER, CHILD = "server.cli", "server.jobs"
+WORKER, CHILD = "server.jobs.worker", "server.jobs"
 """The modules that a worker runs, and the process in which it has a job run."""
 
 

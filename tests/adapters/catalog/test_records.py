@@ -15,11 +15,11 @@ from sqlalchemy.exc import OperationalError
 from adapters.catalog.catalog import Catalog, NewVersion, Part, Version
 from adapters.catalog.records import Recorder, Records, decode, encode
 from adapters.catalog.recovery import Recovered, recover
-from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in, recording
 from adapters.errors import BytesUnavailable, NotFound
 from adapters.expression import parse
 from adapters.names import Viewpoint
+from adapters.sql import transact
 from server.database import FILE_NAME, connect
 from tests.kits.buckets import EITHER, Failure, Proxy
 

@@ -12,20 +12,21 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
-from adapters.catalog import catalog, tables
+from adapters.catalog import catalog
 from server.access import tables as access_tables
+from server.access.keys import Keys
+from server.access.usage import Ledger
 from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, opening, schema_of, set_aside
 from server.database.file import USERS_NAME, JournalMode, driver, has_wal_reset_bug
 from server.database.migrating import newest_schema
 from server.errors import StartupError
 from server.jobs import tables as job_tables
+from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
+from tests.kits.migrations import LATER, upgrade_smolora
 
 JOURNALS = pytest.mark.parametrize("journal", ["wal", "delete"])
 
@@ -43,7 +44,6 @@ def engine(tmp_path: Path, journal: JournalMode | None) -> Iterator[sa.Engine]:
 
 
 def insert_adapter(next_version: int, latest: int | str = "NULL") -> str:
-    """A statement that tables of every revision take."""
     values = f"'a', 'adapter', {latest}, {next_version}"
     return f"INSERT INTO adapters (name, kind, latest, next_version) VALUES ({values})"
 
@@ -162,14 +162,9 @@ def test_processes_count_together(engine: sa.Engine, tmp_path: Path) -> None:
         assert connection.exec_driver_sql("SELECT next_version FROM adapters").scalar_one() == 120
 
 
-def is_other_type(context: object, inspected: object, meta: object, found: object, wanted: object) -> bool | None:
-    """SQLite bounds no text, whatever was said when its column was made."""
-    return False if isinstance(found, sa.String) and isinstance(wanted, sa.String) else None
-
-
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": is_other_type})
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
         expected = [catalog.metadata, job_tables.metadata, access_tables.metadata, opening.metadata]
         assert compare_metadata(context, expected) == []  # type: ignore[arg-type]  # it takes several, too
 
@@ -272,12 +267,10 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
     assert read() == 3
 
 
-def test_one_that_lacks_no_migration_is_opened_without_alembic(engine: sa.Engine, tmp_path: Path) -> None:
-    """Which takes longer to import than all else takes that opens it."""
-    config = Config()
-    config.set_main_option("script_location", "server:migrations")
+def test_a_current_database_is_opened_without_alembic(engine: sa.Engine, tmp_path: Path) -> None:
+    """Importing Alembic takes longer than opening the database."""
     home = tmp_path / "new" / "home"
-    assert newest_schema() == ScriptDirectory.from_config(config).get_current_head() == schema_of(home / FILE_NAME)
+    assert schema_of(home / FILE_NAME) == newest_schema() == "0001"
     code = (
         "import sys; from pathlib import Path; from server.database import connect;"
         "connect(Path(sys.argv[1])); print('alembic' in sys.modules)"
@@ -286,11 +279,38 @@ def test_one_that_lacks_no_migration_is_opened_without_alembic(engine: sa.Engine
     assert subprocess.run(opening, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_a_database_from_the_future_is_refused(engine: sa.Engine, tmp_path: Path) -> None:
+def test_a_database_of_an_unknown_schema_is_refused(engine: sa.Engine, tmp_path: Path) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StartupError, match="newer version of smolora"):
+    message = r"smolora.db: the database has schema 9999, .*use the version .* or give an empty SMOLORA_HOME"
+    with pytest.raises(StartupError, match=message):
         connect(tmp_path / "new" / "home")
+
+
+def make_version_1(home: Path) -> None:
+    """Write the database of a HOME of the first release: two adapters, a composition, two jobs, a key."""
+    with closing(sqlite3.connect(home / FILE_NAME)) as connection:
+        connection.executescript((Path(__file__).parent / "version_1.sql").read_text(encoding="utf-8"))
+
+
+def test_a_database_of_version_1_opens(tmp_path: Path) -> None:
+    make_version_1(tmp_path)
+    engine = connect(tmp_path)
+    assert schema_of(tmp_path / FILE_NAME) == newest_schema()
+    mix, poems, tweets = catalog.Catalog(engine).list()
+    assert (tweets.latest, tweets.aliases, tweets.versions[0].metrics) == (1, {"prod": 1}, {"loss": 0.5})
+    assert [(part.name, part.weight) for part in mix.versions[0].parts] == [("tweets", 0.5), ("poems", 0.5)]
+    assert poems.versions[0].digest == f"{2:064x}"
+    queued, failed = Jobs(engine).list()
+    assert (failed.id, failed.status, failed.error) == ("job-1", "failed", "no rows")
+    assert [event.message for event in Jobs(engine).events("job-1")] == ["queued", "started", "no rows"]
+    claim = Leases(engine).claim("w")
+    assert claim is not None
+    assert claim.job_id == queued.id == "job-2"
+    (key,) = Keys(engine, tmp_path / "keyed").list()
+    assert (key.name, key.project, key.scopes) == ("laptop", "default", ("generate", "train"))
+    assert [row["requests"] for row in Ledger(engine).rows(None, None, ["adapter"])] == [1, 0]
+    engine.dispose()
 
 
 def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -307,113 +327,34 @@ def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
         connect(tmp_path / "home" / "below")
 
 
-def test_versions_of_before_compositions_are_listed(tmp_path: Path) -> None:
-    """A database that an older smolora made and filled."""
-    old = sa.create_engine(sa.URL.create("sqlite", database=str(tmp_path / FILE_NAME)))
-    config = Config()
-    config.set_main_option("script_location", "server:migrations")
-    with old.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0002")
-        connection.exec_driver_sql(insert_adapter(2, 1))
-        values = f"'a', 1, '{'0' * 64}', 4, 8.0, '[\"q_proj\"]', 10, 100, NULL, '{{}}', NULL, NULL, '[]'"
-        values += ", '2025-01-02 03:04:05'"
-        connection.exec_driver_sql(f"INSERT INTO adapter_versions VALUES ({values})")
-        connection.exec_driver_sql("INSERT INTO adapter_aliases VALUES ('a', 'prod', 1)")
-    old.dispose()
-    engine = connect(tmp_path)
-    (adapter,) = catalog.Catalog(engine).list()
-    assert (adapter.kind, adapter.latest, adapter.aliases) == ("adapter", 1, {"prod": 1})
-    (version,) = adapter.versions
-    assert (version.rank, version.config, version.base_digest, version.parts) == (4, {}, None, ())
-    engine.dispose()
-
-
-def test_what_was_moved_back_before_that_was_kept_stays(tmp_path: Path) -> None:
-    """A database of before `rolled_back`."""
-    old = sa.create_engine(sa.URL.create("sqlite", database=str(tmp_path / FILE_NAME)))
-    config = Config()
-    config.set_main_option("script_location", "server:migrations")
-    fields = "rank, alpha, target_modules, parameters, bytes, metrics, warnings, created_at"
-    values = "4, 8.0, '[\"q_proj\"]', 10, 100, '{}', '[]', '2025-01-02 03:04:05'"
-    with old.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0004")
-        for name, latest in (("a", 2), ("b", 1)):
-            connection.exec_driver_sql(insert_adapter(3, latest).replace("'a'", f"'{name}'"))
-            for version in (1, 2):
-                digest = f"{version:064x}"
-                connection.exec_driver_sql(
-                    f"INSERT INTO adapter_versions (name, version, digest, {fields}) "
-                    f"VALUES ('{name}', {version}, '{digest}', {values})"
-                )
-    old.dispose()
-    engine = connect(tmp_path)
-    with engine.connect() as connection:
-        rows = connection.execute(sa.select(tables.names.c.name, tables.names.c.rolled_back)).all()
-    assert dict(map(tuple, rows)) == {"a": False, "b": True}
-    engine.dispose()
-
-
-def test_jobs_of_before_time_slices_keep_their_places(tmp_path: Path) -> None:
-    """A database that knows the time of each claim rather than the seconds that projects used."""
-    old = sa.create_engine(sa.URL.create("sqlite", database=str(tmp_path / FILE_NAME)))
-    config = Config()
-    config.set_main_option("script_location", "server:migrations")
-    fields = "name, status, spec, data, progress, metrics, created_at, token, lease_until, wants_pause"
-    fields += ", stalled_attempts, checkpoint_step, metrics_step, num_events"
-    values = "'{}', '{}', '{}', '{}', '2025-01-02 03:04:05', 0, 0.0, 0, 0, -1, -1, 0"
-    with old.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0008")
-        for job_id, status, claimed_at in (("j1", "succeeded", "1.7e9"), ("j2", "queued", "NULL")):
-            connection.exec_driver_sql(
-                f"INSERT INTO jobs (id, {fields}, claimed_at) "
-                f"VALUES ('{job_id}', 'a', '{status}', {values}, {claimed_at})"
-            )
-    old.dispose()
-    engine = connect(tmp_path)
-    claim = Leases(engine).claim("w")
-    assert claim is not None
-    assert (claim.job_id, claim.token) == ("j2", 1)
-    engine.dispose()
-
-
-def made_by_an_older_smolora(home: Path) -> None:
-    """A database of a schema before the newest."""
-    config = Config()
-    config.set_main_option("script_location", "server:migrations")
-    old = sa.create_engine(sa.URL.create("sqlite", database=str(home / FILE_NAME)))
-    with old.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0005")
-    old.dispose()
-
-
-def test_what_an_older_smolora_has_open_is_not_migrated(tmp_path: Path) -> None:
-    """Its worker, say, knows no projects: it would publish what another project trains under default's names."""
+def test_an_older_schema_in_use_is_not_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older worker that has it open would go on writing to the schema that it knows."""
     path = tmp_path / FILE_NAME
-    made_by_an_older_smolora(tmp_path)
+    make_version_1(tmp_path)
+    upgrade_smolora(monkeypatch, tmp_path)
     with open(tmp_path / USERS_NAME, "wb") as users:
         fcntl.flock(users, fcntl.LOCK_SH)  # as older ones do, too
-        told = r"of an older smolora, .*, or a backup, has it open: stop all of them first"
-        with pytest.raises(StartupError, match=told):
+        message = (
+            r"an older schema, and a server, worker, command or backup .* has it open: stop all of them first"
+        )
+        with pytest.raises(StartupError, match=message):
             connect(tmp_path)
-        assert schema_of(path) == "0005"
+        assert schema_of(path) == "0001"
     connect(tmp_path).dispose()
-    assert schema_of(path) == newest_schema()
+    assert schema_of(path) == newest_schema() == LATER
 
 
-def test_an_older_one_that_was_told_to_stop_has_time_to(tmp_path: Path) -> None:
-    """Whoever stops a server and starts the new one at once is not told to stop it."""
-    made_by_an_older_smolora(tmp_path)
+def test_an_older_process_gets_time_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator may stop a server and start the new version at once."""
+    make_version_1(tmp_path)
+    upgrade_smolora(monkeypatch, tmp_path)
     with open(tmp_path / USERS_NAME, "wb") as users:
         fcntl.flock(users, fcntl.LOCK_SH)
         leaving = threading.Timer(0.5, fcntl.flock, (users, fcntl.LOCK_UN))
         leaving.start()
         connect(tmp_path, journal_mode="wal").dispose()
         leaving.join()
-    assert schema_of(tmp_path / FILE_NAME) == newest_schema()
+    assert schema_of(tmp_path / FILE_NAME) == LATER
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",), "it was alone in the end"
 

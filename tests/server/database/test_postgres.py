@@ -17,10 +17,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from adapters.catalog.catalog import Catalog, metadata
-from adapters.catalog.tables import transact
 from adapters.catalog.versions import Part
 from adapters.errors import Interrupted, InvalidInput, NotFound, Unavailable
 from adapters.expression import Term
+from adapters.sql import transact
 from server.access import tables as access_tables
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
@@ -63,7 +63,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
-    from server.access.shared_rates import windows
+    from server.access.database_rates import windows
 
     assert described(engine).startswith("PostgreSQL 1")
     with engine.connect() as connection:
@@ -99,10 +99,10 @@ def test_processes_may_migrate_an_empty_database_at_once(postgres: Postgres, tmp
     postgres.drop(url)
 
 
-def test_a_database_from_the_future_is_refused(engine: sa.Engine, url: str, tmp_path: Path) -> None:
+def test_a_database_of_an_unknown_schema_is_refused(engine: sa.Engine, url: str, tmp_path: Path) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StartupError, match="newer version of smolora"):
+    with pytest.raises(StartupError, match=r"schema 9999, .* or give an empty SMOLORA_DATABASE_URL"):
         connect(tmp_path, url=url)
 
 

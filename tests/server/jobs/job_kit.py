@@ -67,7 +67,7 @@ def working(
     home: Path, jobs: Jobs, leases: Leases, timing: Timing = FAST, command: tuple[str, ...] = STUB
 ) -> Iterator[Worker]:
     """A worker on a thread of this process, which is stopped at the end."""
-    worker = Worker(home, jobs, leases, {"home": str(home)}, command=command, timing=timing)
+    worker = Worker(home, jobs, leases, json.dumps({"home": str(home)}), command=command, timing=timing)
     thread = threading.Thread(target=worker.run, name="worker")
     thread.start()
     try:

@@ -5,14 +5,18 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from adapters.catalog.catalog import Catalog, Part, Version
+from adapters.catalog.versions import Origin
 from adapters.expression import parse
 from adapters.library import Library
 from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
 from adapters.merge_recipe import Recipe
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
+from server.jobs.leases import Claim, Leases
+from server.jobs.merge_job import run_merge
 from server.jobs.merge_spec import MergeSpec
 from server.model.base.weights import BaseModel
+from server.training.run import Reporter
 
 
 def sample(
@@ -63,6 +67,18 @@ def publish(
 def merge_spec(catalog: Catalog, expression: str, recipe: Recipe, name: str = "merged") -> MergeSpec:
     """The job that POST /compositions/{name} would queue."""
     return MergeSpec(name, catalog.resolve(parse(expression)), recipe)
+
+
+def origin_of(catalog: Catalog, spec: MergeSpec) -> Origin:
+    """Where the job's parts were made, which are all in the catalog."""
+    return Origin.of(catalog.version(part.name, part.version) for part in spec.parts)
+
+
+def merge_now(
+    spec: MergeSpec, claim: Claim, leases: Leases, library: Library, base: BaseModel, reporter: Reporter
+) -> None:
+    """Run a merge whose parts are all in the catalog."""
+    run_merge(spec, claim, leases, library, base, reporter, origin_of(library.catalog, spec))
 
 
 def spec_of(parts: Mapping[str, float], recipe: Recipe) -> MergeSpec:

@@ -46,7 +46,7 @@ def connect(home: Path) -> sa.Engine:
 def main() -> int:
     assignment = Assignment.from_argument(sys.argv[-1])
     link = WorkerLink(assignment)
-    home = Path(str(assignment.settings["home"]))
+    home = Path(str(json.loads(assignment.settings)["home"]))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     leases = Leases(connect(home))
     os.write(1, f"attempt {claim.token} speaking\n".encode())

@@ -1,5 +1,6 @@
 """A worker process with the times of tests, which has jobs run by a command: HOME PARENT LEASE COMMAND…"""
 
+import json
 import signal
 import sys
 from dataclasses import replace
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     home, parent, timing = Path(sys.argv[1]), int(sys.argv[2]), replace(FAST, lease=float(sys.argv[3]))
     end_with_parent(parent)
     engine = connect(home)
-    settings, command = {"home": str(home)}, sys.argv[4:]
+    settings, command = json.dumps({"home": str(home)}), sys.argv[4:]
     worker = Worker(home, Jobs(engine), Leases(engine), settings, command=command, timing=timing, parent=parent)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     worker.run()

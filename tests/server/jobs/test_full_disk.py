@@ -15,12 +15,11 @@ from adapters.store.store import AdapterStore
 from server.database import connect
 from server.jobs.jobs import Jobs, Status
 from server.jobs.leases import Leases
-from server.jobs.merge_job import run_merge
 from server.model.base.weights import BaseModel
 from server.storage.reserve import DISK_FULL, Reserve
 from server.training.checkpoint import Checkpoint, Checkpoints
 from tests.kits.small_disk import fill, make_room, mounted
-from tests.server.jobs.merge_kit import library_of, merge_spec, publish, sample
+from tests.server.jobs.merge_kit import library_of, merge_now, merge_spec, publish, sample
 from tests.server.jobs.test_merge_job import Listener
 
 PAGE = 4096
@@ -94,7 +93,7 @@ def test_a_publication_is_there_whole_or_not_at_all(disk: Path, engine: sa.Engin
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         fill(disk, 2 * PAGE * num_refused)
         work = partial(
-            run_merge, spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+            merge_now, spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
         )
         if fits(reserve, work):
             break

@@ -11,7 +11,6 @@ import sqlalchemy as sa
 from huggingface_hub import ModelCard
 
 from adapters.catalog.catalog import Catalog, combine
-from adapters.catalog.versions import Origin
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.lora import BaseShape
 from adapters.merge import merge
@@ -27,7 +26,7 @@ from server.model.base.weights import BaseModel
 from server.training.model_card import model_card
 from server.training.spec import JobSpec
 from tests.server.jobs.job_kit import submit
-from tests.server.jobs.merge_kit import library_of, merge_spec, publish, sample, spec_of
+from tests.server.jobs.merge_kit import library_of, merge_now, merge_spec, origin_of, publish, sample, spec_of
 
 TIES = Recipe("ties", 0.5, seed=3)
 EXPRESSION = "left*0.7+right@1*-0.25"
@@ -99,7 +98,7 @@ def test_it_publishes_an_ordinary_version(
 ) -> None:
     spec = merge_spec(catalog, EXPRESSION, TIES)
     listener = Listener()
-    run_merge(
+    merge_now(
         spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, listener
     )
 
@@ -141,7 +140,7 @@ def test_it_was_made_where_its_parts_were(
     for (name, adapter), digest in zip(samples(tiny_base).items(), (left, right), strict=True):
         publish(catalog, store, name, replace(adapter, base_model="another"), digest)
     spec = merge_spec(catalog, EXPRESSION, TIES)
-    run_merge(
+    merge_now(
         spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
     )
     version = catalog.version("merged", 1)
@@ -170,7 +169,7 @@ def test_layers_are_those_of_the_parts_base(
         assert publish(catalog, store, name, part, "0b" * 32)
         assert store.read(part.weights.digest, deeper)
     spec = merge_spec(catalog, EXPRESSION, TIES)
-    run_merge(
+    merge_now(
         spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
     )
     merged = catalog.version("merged", 1)
@@ -185,7 +184,7 @@ def test_it_is_told_what_is_told_of_its_parts(
     publish(catalog, store, "left", left, tiny_base.digest, ["its config names another base"])
     publish(catalog, store, "right", right, tiny_base.digest)
     spec = merge_spec(catalog, EXPRESSION, TIES)
-    run_merge(
+    merge_now(
         spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
     )
     version = catalog.version("merged", 1)
@@ -197,36 +196,30 @@ def test_it_is_told_what_is_told_of_its_parts(
 def test_a_part_that_is_withdrawn_meanwhile(
     jobs: Jobs, leases: Leases, catalog: Catalog, engine: sa.Engine, store: AdapterStore, tiny_base: BaseModel
 ) -> None:
-    """Another project's: the job has its bytes, and was told where it was made. One of an older release wasn't."""
+    """Another project's: the job has its bytes, and knows where they were made."""
     for name in ("left", "right"):
         catalog.set_visibility(name, is_public=True)
     viewpoint = Viewpoint("acme")
     seen = Catalog(engine, of=viewpoint)
     spec = merge_spec(seen, "default/left+default/right", TIES)
-    origin = Origin.of(seen.version(part.name, part.version) for part in spec.parts)
+    origin = origin_of(seen, spec)
     jobs.of(viewpoint).submit(spec, job_id="m1", data={ORIGIN: asdict(origin)})
-    jobs.of(viewpoint).submit(spec, job_id="m2", data={})
     catalog.set_visibility("left", is_public=False)
     library = library_of(seen, store, tiny_base)
 
-    told = read_origin(jobs.get("m1").data)
+    found = read_origin(jobs.get("m1").data)
     claim = leases.claim("worker")
     assert claim is not None
-    run_merge(spec, claim, leases, library, tiny_base, Listener(), told)
+    run_merge(spec, claim, leases, library, tiny_base, Listener(), found)
     assert jobs.get("m1").status is Status.SUCCEEDED
     version = seen.version("merged", 1)
     assert (version.base_model, version.base_digest) == (tiny_base.name, tiny_base.digest)
-
-    claim = leases.claim("worker")
-    assert claim is not None
-    with pytest.raises(NotFound, match="default/left@1"):
-        run_merge(spec, claim, leases, library, tiny_base, Listener(), read_origin(jobs.get("m2").data))
 
 
 @pytest.mark.usefixtures("parts")
 def test_its_card(jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel) -> None:
     spec = merge_spec(catalog, EXPRESSION, Recipe("svd", rank=8))
-    run_merge(
+    merge_now(
         spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
     )
     report = jobs.report("m1")
@@ -253,7 +246,7 @@ def test_what_cancels_out_has_no_distance(
     assert left.weights.digest != halved.weights.digest
     publish(catalog, store, "half", halved)
     spec = merge_spec(catalog, "left+half*-2", Recipe("magnitude_prune", 0.5))
-    run_merge(
+    merge_now(
         spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
     )
     report = jobs.report("m1")
@@ -271,13 +264,13 @@ def test_cut_off_anywhere_it_ends_in_the_same_bytes(
     spec = merge_spec(catalog, EXPRESSION, Recipe("dare_ties", 0.5, seed=after, rank=3))
     claim = claimed(jobs, leases, spec)
     with pytest.raises(Cut):
-        run_merge(spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener(end_after=after))
+        merge_now(spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener(end_after=after))
     with pytest.raises(NotFound):
         catalog.get("merged")
     leases.crashed(claim, "cut off", max_delay=0.0)
     second = leases.claim("worker")
     assert second is not None
-    run_merge(spec, second, leases, library_of(catalog, store, tiny_base), tiny_base, Listener())
+    merge_now(spec, second, leases, library_of(catalog, store, tiny_base), tiny_base, Listener())
     expected = merge([(store.load(digest), weight) for digest, weight in combine(spec.parts)], spec.recipe)
     assert [version.digest for version in catalog.get("merged").versions] == [expected.digest]
 
@@ -290,7 +283,7 @@ def test_who_lost_the_job_publishes_nothing(
     claim = claimed(jobs, leases, spec)
     jobs.cancel("m1")
     with pytest.raises(LeaseLost):
-        run_merge(spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener())
+        merge_now(spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener())
     assert jobs.get("m1").status is Status.CANCELLED
     with pytest.raises(NotFound):
         catalog.get("merged")
@@ -306,7 +299,7 @@ def test_a_part_that_changed_on_the_disk(
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptAdapter):
-        run_merge(
+        merge_now(
             spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
         )
 

@@ -4,7 +4,7 @@ import logging
 import sqlite3
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from server.errors import StartupError
 from server.jobs import tables
 from server.jobs.jobs import Jobs, Status
 from server.jobs.leases import Leases
+from server.jobs.merge_spec import ORIGIN
 from server.jobs.run_job import _load, _seconds_of_all
 from server.jobs.worker import Worker
 from server.model.base.weights import BaseModel
@@ -31,7 +32,7 @@ from tests.kits.fake_gpu.cuda import fake_cuda
 from tests.kits.native import lend_native, native_library, tiny_of
 from tests.server.jobs.attempt_kit import Shop, job_data
 from tests.server.jobs.job_kit import submit, until
-from tests.server.jobs.merge_kit import merge_spec, spec_of
+from tests.server.jobs.merge_kit import merge_spec, origin_of, spec_of
 from tests.server.jobs.stub_worker import FAST
 
 STARVED = (
@@ -107,7 +108,7 @@ def test_a_job_without_memory_fails_once_and_says_what_to_lower(
     settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu")
     command = (sys.executable, "-c", STARVED)
     timing = replace(FAST, hung=120.0)  # where every core is taken, torch's import is silent for long
-    worker = Worker(tmp_path, jobs, leases, settings.model_dump(mode="json"), command=command, timing=timing)
+    worker = Worker(tmp_path, jobs, leases, settings.to_json(), command=command, timing=timing)
 
     def was_tried() -> bool:
         worker._work()
@@ -146,14 +147,14 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
     submit(jobs, "a")
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'of-tomorrow'")
-    settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu").model_dump(mode="json")
+    settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu").to_json()
     start = time.monotonic()
     Worker(tmp_path, jobs, leases, settings, timing=replace(FAST, hung=120.0, hindered=0.5))._work()
     assert time.monotonic() - start > 0.5, "it waits as well"
     assert (jobs.get("a").status, jobs.get("a").attempt, num_stalled(engine)) == (Status.QUEUED, 1, 0)
     messages = [event.message for event in jobs.events("a")]
     assert messages[-2:] == ["attempt 1: its process can't use the database", "back in the queue"]
-    assert "was written by a newer version of smolora" in caplog.messages[-1], "for the operator"
+    assert "use the version of smolora that wrote it" in caplog.messages[-1], "for the operator"
 
 
 def test_a_database_that_stays_locked_costs_a_job_no_attempt(
@@ -170,7 +171,7 @@ def test_a_database_that_stays_locked_costs_a_job_no_attempt(
         release(*given)
 
     monkeypatch.setattr(shop.leases, "release", locked)
-    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").to_json()
     timing = replace(FAST, hung=120.0, hindered=0.1)
     Worker(
         shop.home, shop.jobs, shop.leases, settings, command=without(LOCKED), timing=timing, has_peers=True
@@ -199,7 +200,7 @@ def test_what_others_may_have_room_for_goes_back_and_says_why(
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
     checkpoints = shop.files.checkpoints("job")
     checkpoints.mkdir()
-    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").to_json()
     timing = replace(FAST, hung=120.0, hindered=0.5)
     worker = Worker(
         shop.home, shop.jobs, shop.leases, settings, command=without(error, what), timing=timing, has_peers=True
@@ -216,7 +217,7 @@ def test_what_others_may_have_room_for_goes_back_and_says_why(
 
 def test_a_job_without_room_fails_where_no_other_machine_has_any(shop: Shop, tiny_base_dir: Path) -> None:
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
-    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").to_json()
     timing = replace(FAST, hung=120.0, hindered=1000.0)
     Worker(shop.home, shop.jobs, shop.leases, settings, command=without(FULL), timing=timing)._work()
     assert (shop.jobs.get("job").status, shop.jobs.get("job").error) == (Status.FAILED, DISK_FULL)
@@ -224,7 +225,7 @@ def test_a_job_without_room_fails_where_no_other_machine_has_any(shop: Shop, tin
 
 def test_a_base_that_is_still_loaded_is_no_hang(shop: Shop, tiny_base_dir: Path) -> None:
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
-    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").to_json()
     command = (sys.executable, "-c", LOADS_SLOWLY)
     Worker(shop.home, shop.jobs, shop.leases, settings, command=command, timing=replace(FAST, hung=120.0))._work()
     assert shop.jobs.get("job").error == "it said so"
@@ -234,7 +235,7 @@ def test_a_job_that_fails_says_how_far_it_got(shop: Shop, tiny_base_dir: Path) -
     """Its usage is what it trained until then: its worker has stored that a while ago, or never."""
     training = TrainingSpec(max_steps=6, learning_rate=1e20, batch_size=4, max_length=48, warmup_ratio=0.0)
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2), training=training), data := job_data(shop.base))
-    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").to_json()
     timing = replace(FAST, hung=120.0, heartbeat=100.0)
     Worker(shop.home, shop.jobs, shop.leases, settings, timing=timing)._work()
     job = shop.jobs.get("job")
@@ -273,14 +274,13 @@ def test_what_is_published_is_packed_for_the_server(shop: Shop, tmp_path: Path) 
         JobSpec("codes", lora=LoraSpec(rank=2), training=TrainingSpec(max_steps=1, max_length=48)), job_data(base)
     )
     settings = settings_of(base.directory, home=shop.home, device="cpu", native=True)
-    worker = Worker(
-        shop.home, shop.jobs, shop.leases, settings.model_dump(mode="json"), timing=replace(FAST, hung=120.0)
-    )
+    worker = Worker(shop.home, shop.jobs, shop.leases, settings.to_json(), timing=replace(FAST, hung=120.0))
     worker._work()
     trained = shop.jobs.get("job")
     assert trained.status is Status.SUCCEEDED, (shop.home / "jobs" / "job" / "log.txt").read_text()
     assert trained.adapter is not None
-    shop.jobs.submit(merge_spec(shop.catalog, "codes*0.5", Recipe("svd", rank=1)), job_id="merge", data={})
+    spec = merge_spec(shop.catalog, "codes*0.5", Recipe("svd", rank=1))
+    shop.jobs.submit(spec, job_id="merge", data={ORIGIN: asdict(origin_of(shop.catalog, spec))})
     worker._work()
     merged = shop.jobs.get("merge")
     assert merged.status is Status.SUCCEEDED, (shop.home / "jobs" / "merge" / "log.txt").read_text()

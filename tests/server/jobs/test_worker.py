@@ -60,7 +60,7 @@ HINDERED = {
 LIGHT = """
 import json, sqlite3, sys
 assignment = json.loads(sys.argv[-1])
-home, job_id = assignment["settings"]["home"], assignment["job_id"]
+home, job_id = json.loads(assignment["settings"])["home"], assignment["job_id"]
 with open(f"{home}/runs", "a") as file:
     file.write(job_id + "\\n")
 claim = job_id, assignment["token"]
@@ -79,7 +79,7 @@ def engine(tmp_path: Path) -> Iterator[sa.Engine]:
 
 def exit_code(home: Path, jobs: Jobs, leases: Leases, command: tuple[str, ...]) -> int:
     """Of a worker that ends by itself."""
-    worker = Worker(home, jobs, leases, {"home": str(home)}, command=command, timing=FAST)
+    worker = Worker(home, jobs, leases, json.dumps({"home": str(home)}), command=command, timing=FAST)
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(worker.run()), daemon=True)
     thread.start()
@@ -104,7 +104,7 @@ def make_attempts(
     A test that waits for the second attempt of a job that always dies may miss it: the third follows 0.1 s later.
     """
     timing = replace(timing, max_crash_delay=0.0)  # else the worker finds no job to claim
-    worker = Worker(home, jobs, leases, {"home": str(home)}, command=command, timing=timing)
+    worker = Worker(home, jobs, leases, json.dumps({"home": str(home)}), command=command, timing=timing)
     for _ in range(count):
         worker._work()
 
@@ -528,7 +528,7 @@ def test_a_full_disk_fails_no_job_that_another_machine_may_have(
     for job_id in ("j1", "j2"):
         submit_stub(tmp_path, jobs, job_id, steps=30, every=10)
     worker = Worker(
-        *(tmp_path, jobs, leases, {"home": str(tmp_path)}),
+        *(tmp_path, jobs, leases, json.dumps({"home": str(tmp_path)})),
         command=STUB,
         timing=replace(FAST, hindered=5.0),
         has_peers=True,
@@ -553,7 +553,7 @@ def test_a_worker_that_cant_fill_its_reserve_says_what_may_be_wrong(
     """A file system that became read-only isn't full."""
     read_only = OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr("server.storage.reserve.new_file", Mock(side_effect=read_only))
-    Worker(tmp_path, jobs, leases, {}, timing=FAST, has_peers=True)._work()
+    Worker(tmp_path, jobs, leases, "{}", timing=FAST, has_peers=True)._work()
     assert caplog.messages == ["SMOLORA_HOME has no room, or can't be written: this worker takes no jobs"]
 
 
@@ -561,7 +561,7 @@ def test_a_hindered_job_lets_others_go_first(tmp_path: Path, jobs: Jobs, leases:
     for job_id in ("j1", "j2"):
         submit_stub(tmp_path, jobs, job_id)
     timing = replace(FAST, hindered=0.1, poll=5.0)
-    worker = Worker(tmp_path, jobs, leases, {}, command=HINDERED[EXIT_NO_STORE], timing=timing)
+    worker = Worker(tmp_path, jobs, leases, "{}", command=HINDERED[EXIT_NO_STORE], timing=timing)
     worker._work()
     worker._work()
     assert [job.attempt for job in jobs.list()] == [1, 1]
@@ -572,7 +572,7 @@ def test_a_job_that_finds_room_nowhere_fails(tmp_path: Path, jobs: Jobs, leases:
     """Not one that the database or the store is in the way of: they will be there again."""
     submit_stub(tmp_path, jobs, "j1")
     timing = replace(FAST, hindered=0.0, poll=0.0)
-    worker = Worker(tmp_path, jobs, leases, {}, command=HINDERED[code], timing=timing, has_peers=True)
+    worker = Worker(tmp_path, jobs, leases, "{}", command=HINDERED[code], timing=timing, has_peers=True)
     for _ in range(MAX_STALLED_ATTEMPTS + 1):
         worker._work()
     job = jobs.get("j1")
@@ -658,7 +658,7 @@ def test_a_start_among_many_folders_asks_little(
         os.utime(tmp_path / f"jobs/ended-{number}", (0, 0))
     asked: list[str] = []
     sa.event.listen(engine, "before_cursor_execute", lambda *arguments: asked.append(arguments[2]))
-    worker = Worker(tmp_path, jobs, leases, {}, timing=FAST)
+    worker = Worker(tmp_path, jobs, leases, "{}", timing=FAST)
     worker.stop()  # it does what comes before the first claim
     worker.run()
     assert len(asked) <= 3
@@ -746,7 +746,7 @@ def test_the_worker_outlives_trouble_with_the_database(
         leases.claim("w")
 
     with working(tmp_path, jobs, leases):
-        until(lambda: caplog.messages.count("can't work just now") > 2)  # the first is the sweep's
+        until(lambda: caplog.messages.count("the worker failed; it tries again") > 2)  # the first is the sweep's
         with engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
         until(lambda: jobs.get("j1").status.has_ended)

@@ -18,7 +18,7 @@ from adapters.catalog.records import Records
 from adapters.peft.files import WEIGHTS_NAME
 from server import database
 from server.access.keys import Keys
-from server.database import FILE_NAME, connect
+from server.database import FILE_NAME, connect, schema_of
 from server.errors import StartupError
 from server.jobs.files import Retention
 from server.jobs.jobs import Jobs, Status
@@ -30,6 +30,7 @@ from server.operations.doctor import examine
 from server.operations.restore import restore
 from server.storage.home import RESTORING, Home, make, serving
 from server.training.datasets import DatasetStore
+from tests.kits.migrations import LATER, upgrade_smolora
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
 from tests.server.jobs.job_kit import submit
 
@@ -518,28 +519,22 @@ def rewritten(target: Path, field: str, value: object) -> Path:
     return changed
 
 
-def test_a_backup_with_an_older_schema_is_migrated(registry: Registry, target: Path, tmp_path: Path) -> None:
-    """As it is when an older smolora made the backup; that one's own could still restore it."""
-    from alembic import command
-
-    from server.database.migrating import _migrations
-
-    for name in ("mix", "a", "b"):
-        registry.do({"do": "delete", "name": name, "version": None, "force": True})
-    config = _migrations()
-    with registry.engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0005")
+def test_a_backup_with_an_older_schema_is_migrated(
+    registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older smolora made the backup."""
     back_up(registry.home, target)
     with tarfile.open(target) as tar:
         header = tar.extractfile("backup.json")
         assert header is not None
         found = json.loads(header.read())
-    assert found["schema"] == "0005"
+    assert found["schema"] == "0001"
     assert datetime.fromisoformat(found["created_at"]) <= datetime.now(UTC)
+    upgrade_smolora(monkeypatch, tmp_path)
     assert restore(target, tmp_path / "again").diagnosis.is_sound
+    assert schema_of(tmp_path / "again" / FILE_NAME) == LATER
     with registry.engine.connect() as connection:
-        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "0005"
+        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "0001"
 
 
 def test_concurrent_backups_keep_each_others_folders(registry: Registry, target: Path) -> None:

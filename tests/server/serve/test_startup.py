@@ -13,8 +13,9 @@ from server.config import Settings, WorkerSettings
 from server.database.file import driver
 from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
-from server.jobs.run_job import _is_served_natively, _load
+from server.jobs.run_job import _load
 from server.model.base.weights import BaseModel
+from server.model.load import serves_natively
 from server.model.native import library
 from server.model.text.chat import ChatMessage
 from server.serve.startup import build
@@ -137,7 +138,7 @@ async def test_a_wheels_library_needs_no_compiler(
     worker = WorkerSettings.model_validate({name: getattr(told, name) for name in WorkerSettings.model_fields})
     _, loaded = _load(worker, JobSpec("trained"))
     assert loaded is not None
-    assert _is_served_natively(worker.model_copy(update={"dtype": "auto"}))
+    assert serves_natively(worker.model_copy(update={"dtype": "auto"}))
 
 
 async def test_a_shorter_length(tmp_path: Path, tiny_base_dir: Path) -> None:

@@ -9,7 +9,7 @@ from anyio import fail_after, to_thread
 from server.access.keys import KeyRing, Keys
 from server.access.principal import OPERATOR, Principal, Quota
 from server.access.projects import Projects
-from server.access.rates import OwnRates
+from server.access.rates import MemoryRates
 from server.errors import RateLimited
 
 pytestmark = pytest.mark.anyio
@@ -37,7 +37,7 @@ async def test_keys_are_read_while_all_threads_are_at_work(database: sa.Engine, 
 @pytest.mark.parametrize(("of_key", "of_project"), [(1000, 500), (500, 1000)])
 async def test_what_no_minute_has_is_told_whoever_lacks_more(of_key: int, of_project: int) -> None:
     """OpenAI's client would come again, twice, for what can't be had."""
-    rates = OwnRates()
+    rates = MemoryRates()
     quotas = Quota(tokens_per_minute=of_key), Quota(tokens_per_minute=of_project)
     who = Principal("acme", "key-1", frozenset(), quotas[0], project_quota=quotas[1])
     await rates.take(who, "tokens", 300)

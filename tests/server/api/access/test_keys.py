@@ -17,13 +17,13 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError
 
-from adapters.catalog.tables import transact
 from adapters.errors import InDoubt, Unavailable
+from adapters.sql import transact
 from server.access.access import open_access
 from server.access.keys import WATCH_SECONDS, ApiKey, KeyRing, Keys
 from server.access.principal import OPERATOR, SCOPES, Principal, Quota
 from server.access.projects import Projects as ProjectTable
-from server.access.rates import OwnRates
+from server.access.rates import MemoryRates
 from server.access.tables import api_keys
 from server.api.accounts import keep_now
 from server.api.app import create_app
@@ -472,7 +472,7 @@ async def test_a_minute_ends_though_the_clock_is_set_back(monkeypatch: pytest.Mo
     """By an hour, say: nobody is shut out for that long, and small corrections give nobody a minute more."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    rates, who = OwnRates(), Principal("acme", "key-1", frozenset(), Quota(requests_per_minute=2))
+    rates, who = MemoryRates(), Principal("acme", "key-1", frozenset(), Quota(requests_per_minute=2))
     for is_taken, step in ((1, -0.5), (1, -0.5), (0, -3600), (1, 0), (1, 0), (0, 61), (1, 0)):
         with nullcontext() if is_taken else pytest.raises(RateLimited):
             await rates.take(who, "requests")

@@ -1,6 +1,5 @@
 """A job's rows on disk: they come back as they were, and belong to the base that they were tokenized for."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from server.model.base.weights import BaseModel
 from server.training.encoding import Example, Examples, Reference
-from server.training.job_data import DATA_NAME, AnotherBase, JobData
+from server.training.job_data import AnotherBase, JobData
 from tests.server.training.reports.report_kit import FOUND
 
 EXAMPLES = [Example((5, 6, 7), (False, True, True)), Example((8, 9), (False, True))]
@@ -26,19 +25,6 @@ def test_job_data_round_trips(tmp_path: Path, has_validation: bool) -> None:
         EXAMPLES[1:] if has_validation else None
     )
     assert (found.references, found.facts, found.base_digest) == (REFERENCES, FOUND.data, "ab" * 32)
-
-
-def test_rows_that_were_stored_before_their_base_was_kept_are_trained_on(
-    tmp_path: Path, tiny_base: BaseModel
-) -> None:
-    """Of a job that an older smolora queued: which base they are tokens of can't be asked, as it wasn't then."""
-    JobData(Examples(EXAMPLES), None, REFERENCES, FOUND.data, tiny_base.digest).save(tmp_path)
-    rest = json.loads((tmp_path / DATA_NAME).read_text())
-    del rest["base_digest"]
-    (tmp_path / DATA_NAME).write_text(json.dumps(rest))
-    found = JobData.load(tmp_path)
-    assert (list(found.train), found.base_digest) == (EXAMPLES, None)
-    found.check_base(tiny_base)
 
 
 def test_rows_of_another_base_are_refused(tiny_base: BaseModel) -> None:

@@ -1,7 +1,7 @@
-"""Rates counted together by all servers of one PostgreSQL database; see `server.access.rates`.
+"""Rates that all servers of one PostgreSQL database count together; see `server.access.rates`.
 
-A window is a row, by the database's clock. To take from it is a short transaction beside those of the writers, on
-a thread, so that the event loop waits for nothing. What headers tell is what this server saw last.
+A window is a row, and its time is the database's. Counting is a short transaction that takes no writers' lock, on
+a thread, so the event loop doesn't wait. The headers show what this server saw last.
 """
 
 import time
@@ -11,11 +11,11 @@ from anyio import CapacityLimiter, to_thread
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.dml import ReturningInsert
 
-from adapters.catalog.tables import transact
+from adapters.sql import reader_of, transact
 from server.access.principal import Principal
 from server.access.rates import KINDS, SMALL_STEP, Kind, Limit, Window, headers_of, limits_of, refusal
 from server.database.clock import database_time
-from server.database.opening import beside_writers
+from server.database.opening import without_writers_lock
 
 WINDOW_SECONDS = 60.0
 _NUM_THREADS = 8
@@ -26,22 +26,22 @@ windows = sa.Table(
     sa.MetaData(),
     sa.Column("name", sa.String(160), primary_key=True),
     sa.Column("used", sa.BigInteger, nullable=False),
-    sa.Column("most", sa.BigInteger, nullable=False),  # that may be used, as of the last request
+    sa.Column("most", sa.BigInteger, nullable=False),  # the limit at the last request
     sa.Column("until", sa.Float(53), nullable=False),  # by `database_time`
 )
 
 
-class SharedRates:
-    """Those of all servers' requests. For one event loop."""
+class DatabaseRates:
+    """The counts of all servers together. For one event loop."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._engine = beside_writers(engine)
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._engine = without_writers_lock(engine)
+        self._reader = reader_of(engine)
         self._threads: CapacityLimiter | None = None
         self._seen: dict[str, Window] = {}
 
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
-        """As `Rates.take`; Unavailable where the database can't be reached."""
+        """Count as `Rates.take` does. Raise Unavailable if the database can't be reached."""
         limits = limits_of(principal, kind)
         if not limits:
             return
@@ -55,14 +55,13 @@ class SharedRates:
             raise refusal(refused, amount, self._window(refused), self.headers(principal))
 
     async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
-        """As `Rates.charge`; Unavailable where the database can't be reached."""
+        """Count as `Rates.charge` does. Raise Unavailable if the database can't be reached."""
         if limits := limits_of(principal, kind):
             if self._threads is None:
                 self._threads = CapacityLimiter(_NUM_THREADS)
             await to_thread.run_sync(self._charge, limits, amount, limiter=self._threads)
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        """As `Rates.headers`."""
         return headers_of(principal, self._window)
 
     def _window(self, limit: Limit) -> Window:
@@ -72,7 +71,7 @@ class SharedRates:
         return Window(min(found.remaining, limit.most), found.ends_at)
 
     def _take(self, limits: list[Limit], amount: int) -> bool:
-        """Take from all of them, the key's before the project's, or from none; whether it did."""
+        """Count against all limits, the key's before the project's, or none. Return whether it did."""
         if any(amount > limit.most for limit in limits):
             return False
 
@@ -110,13 +109,13 @@ class SharedRates:
 
 
 class _TooLittleError(Exception):
-    """Is left: nothing is taken."""
+    """Too little is left of a limit, so nothing is counted."""
 
 
 def _taken(limit: Limit, amount: int, *, is_bounded: bool = True) -> "ReturningInsert[int, float]":
-    """Take from the window, or from a new one if the last one has ended.
+    """Count in the window, or in a new one if it has ended.
 
-    Returns what is left, and for how many seconds; no row if it `is_bounded` and too little is left.
+    The statement returns what is left and for how many seconds; no row if it `is_bounded` and too little is left.
     """
     now = database_time()
     new = insert(windows).values(name=_name(limit), used=amount, most=limit.most, until=now + WINDOW_SECONDS)

@@ -17,7 +17,7 @@ from server.errors import RateLimited
 from tests.kits.postgres import CLUSTER, Postgres
 
 if TYPE_CHECKING:
-    from server.access.shared_rates import SharedRates
+    from server.access.database_rates import DatabaseRates
 
 pytestmark = CLUSTER
 
@@ -34,13 +34,13 @@ def engine(postgres: Postgres, tmp_path: Path) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture
-def servers(engine: sa.Engine) -> "list[SharedRates]":
-    from server.access.shared_rates import SharedRates
+def servers(engine: sa.Engine) -> "list[DatabaseRates]":
+    from server.access.database_rates import DatabaseRates
 
-    return [SharedRates(engine) for _ in range(2)]
+    return [DatabaseRates(engine) for _ in range(2)]
 
 
-def taken(rates: "SharedRates", who: Principal, times: int) -> int:
+def taken(rates: "DatabaseRates", who: Principal, times: int) -> int:
     """How often a request is let in."""
 
     refused: list[RateLimited] = []
@@ -58,14 +58,14 @@ def taken(rates: "SharedRates", who: Principal, times: int) -> int:
     return times - len(refused)
 
 
-def test_a_key_has_its_limit_once(servers: "list[SharedRates]") -> None:
+def test_a_key_has_its_limit_once(servers: "list[DatabaseRates]") -> None:
     with ThreadPoolExecutor(2) as pool:
         assert sum(pool.map(lambda rates: taken(rates, WHO, 20), servers)) == 10
     assert taken(servers[0], replace(WHO, key_id="key-2"), 20) == 5, "what the project's keys have left together"
     assert taken(servers[1], EVERYBODY, 3) == 3, "who has no limit"
 
 
-def test_what_is_refused_takes_nothing(servers: "list[SharedRates]") -> None:
+def test_what_is_refused_takes_nothing(servers: "list[DatabaseRates]") -> None:
     async def run() -> None:
         first, second = servers
         await first.take(WHO, "tokens", 900)
@@ -80,7 +80,7 @@ def test_what_is_refused_takes_nothing(servers: "list[SharedRates]") -> None:
     anyio.run(run)
 
 
-def test_a_charge_beyond_what_is_left_is_counted_for_all_servers(servers: "list[SharedRates]") -> None:
+def test_a_charge_beyond_what_is_left_is_counted_for_all_servers(servers: "list[DatabaseRates]") -> None:
     async def run() -> None:
         first, second = servers
         await first.take(WHO, "tokens", 0)
@@ -92,14 +92,14 @@ def test_a_charge_beyond_what_is_left_is_counted_for_all_servers(servers: "list[
     anyio.run(run)
 
 
-def test_a_window_ends(engine: sa.Engine, servers: "list[SharedRates]") -> None:
+def test_a_window_ends(engine: sa.Engine, servers: "list[DatabaseRates]") -> None:
     assert taken(servers[0], WHO, 11) == 10
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE rate_windows SET until = until - 60")
     assert taken(servers[1], WHO, 11) == 10
 
 
-def test_a_window_ends_though_the_clock_is_set_back(engine: sa.Engine, servers: "list[SharedRates]") -> None:
+def test_a_window_ends_though_the_clock_is_set_back(engine: sa.Engine, servers: "list[DatabaseRates]") -> None:
     assert taken(servers[0], WHO, 11) == 10
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE rate_windows SET until = until + 3600")
@@ -107,10 +107,10 @@ def test_a_window_ends_though_the_clock_is_set_back(engine: sa.Engine, servers: 
 
 
 def test_nobody_is_let_in_uncounted(own_postgres: Postgres, tmp_path: Path) -> None:
-    from server.access.shared_rates import SharedRates
+    from server.access.database_rates import DatabaseRates
 
     engine = connect(tmp_path, url=own_postgres.migrated(), patience=0.0)
-    rates = SharedRates(engine)
+    rates = DatabaseRates(engine)
     own_postgres.kill()
     with pytest.raises(Unavailable):
         anyio.run(rates.take, WHO, "requests")

@@ -1,0 +1,89 @@
+"""Transactions and column types that every table builds on: the catalog's here, and the server's.
+
+The SQL of both is what SQLite and PostgreSQL have in common.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from adapters.errors import Interrupted, Unavailable
+
+MAX_ATTEMPTS = 20
+PATIENCE = "patience"
+"""An engine's execution option: the seconds for which an interrupted transaction is repeated."""
+FAILURES = (OSError, DBAPIError, Unavailable)
+"""How a disk or a database fails. Cleanup after a completed write ignores these: the next cleanup retries it."""
+
+
+class _HasEngine(Protocol):
+    _engine: sa.Engine
+
+
+_Result = TypeVar("_Result")
+_Given = ParamSpec("_Given")
+_Writer = TypeVar("_Writer", bound=_HasEngine)
+
+
+def reader_of(engine: sa.Engine) -> sa.Engine:
+    """Return the engine for single reads: without a transaction, they wait for no writer."""
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
+    """Run `work` in one transaction, and return its result.
+
+    The transaction is repeated, up to MAX_ATTEMPTS times, if another one took the same name or number first. If
+    the database interrupted it, it is repeated for PATIENCE seconds.
+    """
+    until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
+    num_left = MAX_ATTEMPTS
+    while True:
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except IntegrityError:
+            num_left -= 1
+            if not num_left:
+                raise
+        except Interrupted:
+            if time.monotonic() > until:
+                raise
+            back_off()
+
+
+def transacted(
+    method: Callable[Concatenate[_Writer, sa.Connection, _Given], _Result],
+) -> Callable[Concatenate[_Writer, _Given], _Result]:
+    """Have `transact` run a method, with a connection of its object's engine as the first argument."""
+
+    def run(self: _Writer, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
+        return transact(self._engine, lambda connection: method(self, connection, *given, **named))
+
+    run.__name__, run.__doc__ = method.__name__, method.__doc__
+    return run
+
+
+def back_off() -> None:
+    """Sleep for a random time before the next attempt, so that processes that collided don't collide again."""
+    time.sleep(random.uniform(0.05, 0.2))
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """A moment in UTC, also if the database drops time zones, as SQLite does."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)

@@ -1,1 +1,0 @@
-"""One module for each step, never changed once it was released."""

@@ -1,0 +1,29 @@
+"""A later version of smolora, in whose schema there is one more revision than in this one's."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from server.database import migrating
+
+LATER = "0002"
+_REVISION = f'''
+import sqlalchemy as sa
+from alembic import op
+
+revision = "{LATER}"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.add_column("projects", sa.Column("later", sa.Integer))
+'''
+
+
+def upgrade_smolora(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> None:
+    """Have this process know the revision LATER, until the test ends."""
+    migrations = scratch / "50% migrations"
+    shutil.copytree(migrating.MIGRATIONS, migrations)
+    (migrations / "versions" / f"v{LATER}_later.py").write_text(_REVISION)
+    monkeypatch.setattr(migrating, "MIGRATIONS", migrations)
