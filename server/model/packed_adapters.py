@@ -1,8 +1,8 @@
 """Packed files: stored adapters in the layout of the pools, which load without conversion
 (`adapters.store.packed`).
 
-A file is a header page and `PackedRows.content`. Loading the adapter checks the header; placing it reads each
-group's runs. The file is written when an adapter is put into the store, or in the background after an adapter
+A file is a header page and the result of `RowLayout.pack`. Loading the adapter checks the header; placing it reads
+each group's runs. The file is written when an adapter is put into the store, or in the background after an adapter
 without one was loaded. A file with another layout or length is deleted and written again. A load doesn't detect
 damaged content; `smolora doctor` reads all of it (`is_damaged`). Adapters without a packed file (`_is_wanted`) are
 placed from the published form, with the same bits.
@@ -125,12 +125,12 @@ class PackedAdapters:
         return self._pieces(digest, weights) if self._is_wanted(digest, weights) else None
 
     def _pieces(self, digest: str, weights: LoraWeights) -> Pieces:
-        rows = self._layout.pack(weights)
-        ranks = {module.module: module.rank for group in rows.needs.values() for module in group.modules}
+        content, needs = self._layout.pack(weights), self._layout.needs_of(weights)
+        ranks = {module.module: module.rank for group in needs.values() for module in group.modules}
         facts = {"layout": self._layout_digest, "digest": digest, "ranks": ranks}
-        header = facts | {_SUM: _sum_of(facts, rows.content)}
+        header = facts | {_SUM: _sum_of(facts, content)}
         text = json.dumps(header, separators=(",", ":")).encode().ljust(_HEADER)
-        return [memoryview(text), memoryview(rows.content.numpy().data)]
+        return [memoryview(text), memoryview(content.numpy().data)]
 
     def _keep(self, digest: str, weights: LoraWeights) -> None:
         try:

@@ -16,7 +16,7 @@ decides which adapter owns a run.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,16 +113,8 @@ Needs = Mapping[str, GroupRows]
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
-    """An adapter in the layout of the pools: for each of its groups the run of A, then the run of B."""
-
-    needs: Needs
-    content: torch.Tensor  # (bytes,), uint8
-
-
-@dataclass(frozen=True, eq=False)
 class PackedFile:
-    """The content of a `PackedRows` that is still in a file."""
+    """An adapter that `RowLayout.pack` has packed, whose content is still in a file."""
 
     needs: Needs
     read: Callable[[Sequence[memoryview]], None]  # fills the buffers with the content, in order
@@ -164,23 +156,20 @@ class RowLayout:
         """Return the bytes that an adapter takes in all pools."""
         return sum(sum(self._sizes(group, rows)) for group, rows in needs.items())
 
-    def runs(self, packed: PackedRows) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Yield each group with its runs of A (layers, rows, in) and B (layers, units, unit)."""
-        layers, rest = self.shape.num_layers, packed.content
-        for group, rows in packed.needs.items():
-            a, b, rest = rest.split([*(sizes := self._sizes(group, rows)), len(rest) - sum(sizes)])
-            a = a.view(self.format.a).view(layers, rows.num_rows, -1)
-            yield group, a, b.view(self.format.b).view(layers, rows.num_units, -1)
-
     @torch.inference_mode()
-    def pack(self, weights: LoraWeights) -> PackedRows:
-        """Return an adapter in the layout of the pools. Raise ValueError or RuntimeError if it is for another
-        base."""
+    def pack(self, weights: LoraWeights) -> torch.Tensor:
+        """Return an adapter in the layout of the pools (bytes,): the runs of A and B of each of its groups.
+
+        Raise ValueError or RuntimeError if it is for another base.
+        """
         needs = self.needs_of(weights)
-        packed = PackedRows(needs, torch.empty(self.num_bytes(needs), dtype=torch.uint8))
-        for group, a, b in self.runs(packed):
-            self.fill(weights, needs[group], a, b)
-        return packed
+        content = rest = torch.empty(self.num_bytes(needs), dtype=torch.uint8)
+        for group, rows in needs.items():
+            a, b, rest = rest.split([*(sizes := self._sizes(group, rows)), len(rest) - sum(sizes)])
+            a = a.view(self.format.a).view(self.shape.num_layers, rows.num_rows, -1)
+            b = b.view(self.format.b).view(self.shape.num_layers, rows.num_units, -1)
+            self.fill(weights, rows, a, b)
+        return content
 
     def fill(self, weights: LoraWeights, group: GroupRows, a_rows: torch.Tensor, b_units: torch.Tensor) -> None:
         """Write a group's runs: a_rows (layers, rows, in) and b_units (layers, units, unit).
@@ -241,7 +230,7 @@ class Run:
 Placement = Mapping[str, Run]
 """An adapter's place in each group's pool."""
 
-Stored = LoraWeights | PackedRows | PackedFile
+Stored = LoraWeights | PackedFile
 """An adapter that isn't placed yet: as it was published, or in the layout of the pools."""
 
 
@@ -314,9 +303,6 @@ class RankRows:
         Other rows may be in use meanwhile. A GPU copies and computes at the same time. Raise ValueError or
         RuntimeError if the adapter is for another base, and Unavailable if its file can't be read.
         """
-        packed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        if isinstance(stored, PackedRows):
-            packed = {group: (a, b) for group, a, b in self.layout.runs(stored)}
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         buffers: list[memoryview] = []
         for group, run in placement.items():
@@ -327,11 +313,8 @@ class RankRows:
                 a, b = host_a, host_b
             if isinstance(stored, LoraWeights):
                 self.layout.fill(stored, run.rows, a, b)
-            elif isinstance(stored, PackedFile):
-                buffers += _buffers(a) + _buffers(b)
             else:
-                a.copy_(packed[group][0])
-                b.copy_(packed[group][1])
+                buffers += _buffers(a) + _buffers(b)
             rows, units = self._ends.get(group, (0, 0))
             ends = run.first_row + run.rows.num_rows, run.first_unit + run.rows.num_units
             self._ends[group] = max(rows, ends[0]), max(units, ends[1])

@@ -293,4 +293,4 @@ def test_what_is_published_is_packed_for_the_server(shop: Shop, tmp_path: Path) 
         assert isinstance(served.load(digest), PackedFile), "what was published had to be read"
         packed = served._layout.pack(shop.store.load(digest))
         content = (shop.home / "adapters" / "packed" / digest).read_bytes()
-        assert content.endswith(packed.content.numpy().tobytes())
+        assert content.endswith(packed.numpy().tobytes())

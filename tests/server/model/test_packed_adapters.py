@@ -2,11 +2,12 @@
 
 import errno
 import hashlib
+import io
 import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from adapters.store.packed import PackedFiles, Pieces
 from adapters.store.store import AdapterStore
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import FORMAT, PackedAdapters, is_damaged
-from server.model.rank_rows import PackedFile, PackedRows, Placement, RankRows, RowFormat, RowLayout, Run, Stored
+from server.model.rank_rows import PackedFile, Placement, RankRows, RowFormat, RowLayout, Run, Stored
 from tests.kits.engines import random_adapter
 
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ class CountingLayout(RowLayout):
 
     num_packed = 0
 
-    def pack(self, weights: LoraWeights) -> PackedRows:
+    def pack(self, weights: LoraWeights) -> torch.Tensor:
         self.num_packed += 1
         return super().pack(weights)
 
@@ -106,6 +107,16 @@ def assert_same_pools(shape: BaseShape, stored: Stored, expected_of: Stored, max
         assert torch.equal(found.a[group].view(torch.uint8), expected.a[group].view(torch.uint8))
         assert torch.equal(found.b[group].view(torch.uint8), expected.b[group].view(torch.uint8))
         assert group not in placement or expected.a[group].any()
+
+
+def in_memory(layout: RowLayout, weights: LoraWeights) -> PackedFile:
+    """The adapter as if from a packed file, whether or not one is kept of it."""
+    content = io.BytesIO(layout.pack(weights).numpy().data)
+
+    def read(buffers: Sequence[memoryview]) -> None:
+        assert [content.readinto(buffer) for buffer in buffers] == [buffer.nbytes for buffer in buffers]
+
+    return PackedFile(layout.needs_of(weights), read)
 
 
 def settle() -> None:
@@ -247,7 +258,7 @@ def test_the_layout_grows_a_number_when_it_changes() -> None:
         key: LoraModule(counted(*module.a.shape), counted(*module.b.shape), 0.5)
         for key, module in ADAPTERS["odd ranks by layer, in bf16"](TINY).modules.items()
     }
-    content = RowLayout(TINY, ROW_FORMAT).pack(LoraWeights(modules)).content
+    content = RowLayout(TINY, ROW_FORMAT).pack(LoraWeights(modules))
     found = FORMAT, hashlib.sha256(content.numpy().data).hexdigest()
     assert found == (1, "44201e41f6a212359655b25913d410639952fa23a0d45fe72f1840dc91f19045")
 
@@ -282,7 +293,7 @@ def test_an_upload_is_not_multiplied_by_the_layers(tmp_path: Path) -> None:
         assert isinstance(stored, LoraWeights)
     assert layout.num_packed == 0
     assert not packed_file(tmp_path, digest).exists()
-    assert_same_pools(deep, stored, layout.pack(adapter.weights), max_rank=200)
+    assert_same_pools(deep, stored, in_memory(layout, adapter.weights), max_rank=200)
 
 
 @pytest.mark.parametrize(
