@@ -25,7 +25,6 @@ from typing import ParamSpec, TypeVar
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError, Unavailable
 from adapters.lora import LoraWeights
 from server.engine.request import AdapterRef
-from server.engine.sequence import Hold
 from server.errors import GenerationFailed
 from server.model.device import is_out_of_memory
 from server.model.lora_batch import Parts
@@ -335,12 +334,12 @@ class AdapterPool:
         self._settling = filling
         return self._num_freed
 
-    def share(self, holds: Iterable[Hold]) -> float:
+    def share(self, holds: Iterable[AdapterHold]) -> float:
         """Return the share of the rows (0 to 1) that the adapters of these holds take together."""
         adapters = self._of(holds)
         return max(_size(adapters, space) / max(extents.capacity, 1) for space, extents in self._spaces.items())
 
-    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
+    def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
         """Return whether a hold that lacks room would have it if the holds in `without` were released."""
         adapters = self._of([hold])
         num_released = Counter(ref.digest for other in without for ref in other.refs)
@@ -351,7 +350,7 @@ class AdapterPool:
         spare = released + [a for a in self._adapters.values() if a.is_idle and a not in adapters]
         return self._is_room_for(missing, spare)
 
-    def _of(self, holds: Iterable[Hold]) -> list[Adapter]:
+    def _of(self, holds: Iterable[AdapterHold]) -> list[Adapter]:
         """Return the adapters of these holds, each once."""
         digests = {ref.digest for hold in holds for ref in hold.refs}
         return [self._adapters[digest] for digest in digests if digest in self._adapters]

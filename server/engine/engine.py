@@ -73,13 +73,14 @@ class Engine:
         self._guidance = guidance
         self._masks = None if guidance is None else Masks(self._vocab_size, wake)
         self._clock = clock
-        rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
+        max_rank = max(config.adapter_cache_bytes // backend.bytes_per_rank, 1)
+        backend.allocate(self.blocks.num_blocks, config.block_size, max_rank)
         self._loaders = started(NUM_READERS, "adapter-reader"), started(2, "adapter-placer")
-        self.pool = AdapterPool(rows, load, *self._loaders, wake, clock)
+        self.pool = AdapterPool(backend.rows, load, *self._loaders, wake, clock)
         num_seqs = config.scheduler.max_num_seqs
         is_invariant = backend.is_batch_invariant
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock, cuts_anywhere=is_invariant)
-        self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
+        self.runner = Runner(backend)
         self.speculator = Speculator(self.blocks, self._eos, num_seqs, is_on=is_invariant)
         self._streams: dict[Sequence, TextStream] = {}
         self._requests: dict[str, list[Sequence]] = {}  # what of each hasn't ended, by its id

@@ -67,7 +67,7 @@ class Masks:
         lacking: dict[str, dict[Compiled, list[_Asked]]] = defaultdict(lambda: defaultdict(list))
         for sequence in running:
             constraint, project = sequence.constraint, sequence.request.project
-            if isinstance(constraint, Constraint) and not constraint.awaits_mask:
+            if constraint is not None and not constraint.awaits_mask:
                 constraints[project].append(constraint)
                 if constraint.lacks_mask:
                     lacking[project][constraint.compiled].append(_Asked(sequence, constraint))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from server.engine.forwards import Forward
+from server.engine.backend import Backend
 from server.engine.sampling import LogitsRow, Sampled, score
 from server.engine.sequence import Chunk
 from server.errors import GenerationFailed
@@ -42,8 +42,8 @@ class Drawn(NamedTuple):
 class Runner:
     """Owns the device while a step runs. Called by the engine's thread alone."""
 
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
     def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
         """Compute the chunks; what is drawn for each one that reaches its sequence's end, in any order.
@@ -69,22 +69,22 @@ class Runner:
         if any(chunk.sequence.request.scored_from is not None for chunk in ordered):
             found = self._score_and_draw(decodes, prefills, rows)
         else:
-            found = self.forward.draw(decodes, prefills, rows)
+            found = self.backend.draw(decodes, prefills, rows)
         tokens = iter(found)
         return [Drawn(chunk, tuple(islice(tokens, 1 + len(chunk.draft)))) for chunk in sampling]
 
     def _score_and_draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
         """Note the scores of chunks that have any, whose hidden states no token is drawn from."""
         ordered = (*decodes, *prefills)
-        hidden = self.forward.hidden(decodes, prefills)
-        score(self.forward.logits, hidden, ordered)
+        hidden = self.backend.hidden(decodes, prefills)
+        score(self.backend.logits, hidden, ordered)
         places: list[int] = []  # of `hidden`, that a token is drawn from
         end = 0
         for chunk in ordered:
             end += chunk.num_hidden
             if chunk.samples:
                 places += range(end - 1 - len(chunk.draft), end)
-        return self.forward.sample(hidden[ints_beside(hidden, places)], rows) if rows else []
+        return self.backend.sample(hidden[ints_beside(hidden, places)], rows) if rows else []
 
 
 def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
@@ -96,7 +96,8 @@ def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
             constraint = constraint.after(draft)
         position = sequence.num_tokens + num
         params = sequence.request.sampling
-        yield LogitsRow(params, sequence.index, position, sequence.token_counts, draft, constraint)
+        forbidden = None if constraint is None else constraint.forbidden
+        yield LogitsRow(params, sequence.index, position, sequence.token_counts, draft, forbidden)
 
 
 def _neighbours(chunks: list[Chunk]) -> list[Chunk]:

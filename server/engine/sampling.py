@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -38,14 +38,6 @@ from numpy.typing import NDArray
 from server.engine.request import Logprobs, SamplingParams
 from server.engine.sequence import Chunk, TokenCounts
 from server.model.device import floats_beside, ints_beside, to_device
-
-
-class Restriction(Protocol):
-    """What of a `Constraint` decides one token."""
-
-    def forbidden(self) -> NDArray[np.bool_] | None:
-        """(vocab,) True for tokens that may not come; None where it has failed."""
-        ...
 
 
 class Penalized(NamedTuple):
@@ -69,7 +61,7 @@ class LogitsRow:
     position: int  # of the new token in its sequence
     counts: TokenCounts  # of the prompt and the output so far
     draft: Seq[int] = ()  # tokens that follow them
-    constraint: Restriction | None = None
+    forbidden: Callable[[], NDArray[np.bool_] | None] | None = None  # `Constraint.forbidden`, if there is one
 
     @property
     def penalized(self) -> Penalized:
@@ -139,8 +131,8 @@ def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
     """Leave of logits (rows, vocab) only those of tokens that may come next: none of a failed constraint's row."""
     masks: dict[int, NDArray[np.bool_]] = {}
     for i, row in enumerate(rows):
-        if row.constraint is not None:
-            forbidden = row.constraint.forbidden()
+        if row.forbidden is not None:
+            forbidden = row.forbidden()
             if forbidden is None:
                 logits[i].fill_(float("-inf"))
             else:

@@ -32,11 +32,12 @@ from itertools import islice
 from typing import Self
 
 from adapters.errors import SmoloraError
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.cost_model import PromptRoom
 from server.engine.kv_cache import BlockManager
-from server.engine.sequence import Chunk, Hold, Sequence, Status
+from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.shares import ProjectShares
-from server.engine.waiting import Adapters, Turn, WaitingQueues, WaitingSet
+from server.engine.waiting import Turn, WaitingQueues, WaitingSet
 
 QUICK_STEP = 0.04
 """Seconds that a step with prompts may take while several projects send requests."""
@@ -103,7 +104,7 @@ class Scheduler:
         self,
         limits: SchedulerLimits,
         blocks: BlockManager,
-        adapters: Adapters,
+        adapters: AdapterPool,
         clock: Callable[[], float],
         *,
         cuts_anywhere: bool = False,
@@ -366,7 +367,9 @@ class Scheduler:
             if queue.num_bypassed >= self.limits.max_bypass:  # nothing may be admitted before it
                 return
 
-    def _lacks(self, sequence: Sequence, hold: Hold, num_free: int, without: Seq[Sequence] = ()) -> "_Lack | None":
+    def _lacks(
+        self, sequence: Sequence, hold: AdapterHold, num_free: int, without: Seq[Sequence] = ()
+    ) -> "_Lack | None":
         """Return what a waiting sequence can't have, even if the sequences in `without` gave theirs back.
 
         `num_free` blocks are free and promised to nobody. What the sequence finds in the prefix cache is not
@@ -381,7 +384,7 @@ class Scheduler:
         return _Lack.PLACE if len(self.running) - len(without) >= self.limits.max_num_seqs else None
 
     def _victims(
-        self, sequence: Sequence, hold: Hold, lacks: "_Lack", num_free: int, num_running: Counter[str]
+        self, sequence: Sequence, hold: AdapterHold, lacks: "_Lack", num_free: int, num_running: Counter[str]
     ) -> list[Sequence]:
         """Return the youngest sequences of the project that has the most of what a waiting sequence lacks.
 
@@ -424,7 +427,7 @@ class Scheduler:
                 victims = rest
         return victims
 
-    def _row_share(self, project: str, *more: Hold) -> float:
+    def _row_share(self, project: str, *more: AdapterHold) -> float:
         """Return the share of the rows that a project's sequences hold, running and waiting ones."""
         running = [sequence for sequence in self.running if sequence.request.project == project]
         holders = [*running, *self._waiting_with_rows(project)]

@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from numpy.typing import NDArray
 
-from adapters.errors import SmoloraError
+from server.engine.adapter_pool import AdapterHold
+from server.engine.guidance import Constraint
 from server.engine.request import AdapterRef, GenerationRequest, Logprobs, Timing
 
 Ints = npt.NDArray[np.int64]
@@ -58,103 +57,12 @@ class TokenCounts:
         return distinct, used
 
 
-class Constraint(Protocol):
-    """What an answer must match, and how far it has come; `guidance.Constraint`."""
-
-    @property
-    def awaits_mask(self) -> bool:
-        """Whether another thread computes masks of its grammar. Until it's done, nothing else may be called."""
-        ...
-
-    @property
-    def max_draft(self) -> int:
-        """How many drafted tokens, each of which needs a mask, this step has time for."""
-        ...
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing can follow any more."""
-        ...
-
-    @property
-    def error(self) -> SmoloraError | None:
-        """Why it can't be followed any further."""
-        ...
-
-    def forbidden(self) -> NDArray[np.bool_] | None:
-        """(vocab,) True for tokens that may not come next; None where there is an error."""
-        ...
-
-    def forced(self, max_tokens: int) -> Seq[int]:
-        """So many of the tokens that come next because each is the only one that may; none where there is a
-        choice."""
-        ...
-
-    def accept(self, token_id: int) -> None:
-        """Move on by a token that isn't forbidden and doesn't end the answer."""
-        ...
-
-    def num_allowed(self, token_ids: Seq[int]) -> int:
-        """How many of these tokens may come next, one after the other."""
-        ...
-
-    def after(self, token_ids: Seq[int]) -> "Constraint":
-        """A copy that has moved on by these tokens, all of which may come next."""
-        ...
-
-
 class Status(Enum):
     """Where a sequence is in its life."""
 
     WAITING = "waiting"  # not admitted, or preempted
     RUNNING = "running"  # holds blocks and its adapters
     FINISHED = "finished"
-
-
-class Hold(Protocol):
-    """A hold on all of a sequence's adapters, or on none of them yet."""
-
-    @property
-    def refs(self) -> tuple[AdapterRef, ...]:
-        """The adapters."""
-        ...
-
-    @property
-    def ready(self) -> bool:
-        """Whether the adapters' rows can be used."""
-        ...
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the adapters have their rows, filled or not, and keep them until the release."""
-        ...
-
-    @property
-    def lacks_room(self) -> bool:
-        """Whether it waits only for others to give rows back."""
-        ...
-
-    @property
-    def loading(self) -> tuple[float, float] | None:
-        """From when to when they were awaited; None where they were there, or still are not."""
-        ...
-
-    @property
-    def error(self) -> SmoloraError | None:
-        """Why they never will be."""
-        ...
-
-    def advance(self) -> bool:
-        """Do what can be done without waiting; whether the hold is ready now."""
-        ...
-
-    def hurry(self) -> None:
-        """Wait for the adapters to become ready, for some milliseconds in all."""
-        ...
-
-    def release(self) -> None:
-        """Give the hold up."""
-        ...
 
 
 @dataclass(eq=False)
@@ -170,7 +78,7 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, found in the cache at the first admission
     block_table: list[int] = field(default_factory=list)
     num_registered_blocks: int = 0  # known to the prefix cache
-    hold: Hold | None = None
+    hold: AdapterHold | None = None
     loading: tuple[float, float] | None = None  # from when to when its adapters were awaited
     constraint: Constraint | None = None  # where it is in its grammar
     scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position

@@ -8,38 +8,13 @@ admitted.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
 
-from server.engine.request import AdapterRef
-from server.engine.sequence import Hold, Sequence
-
-
-class Room(Protocol):
-    """Something that sequences hold parts of: blocks, or adapters' rows."""
-
-    @property
-    def num_freed(self) -> int:
-        """Grows whenever a part comes free: until then, whoever lacked room is tried in vain."""
-        ...
-
-
-class Adapters(Room, Protocol):
-    """What the scheduler needs of `adapter_pool.AdapterPool`."""
-
-    def hold(self, refs: tuple[AdapterRef, ...]) -> Hold:
-        """A new hold on a set of adapters, not ready yet."""
-        ...
-
-    def share(self, holds: Iterable[Hold]) -> float:
-        """Return the share of the rows (0 to 1) that the adapters of these holds take together."""
-        ...
-
-    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
-        """Return whether a hold that lacks room would have it if the holds in `without` were released."""
-        ...
+from server.engine.adapter_pool import AdapterHold, AdapterPool
+from server.engine.kv_cache import BlockManager
+from server.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -47,7 +22,7 @@ class _Refusal:
     """A sequence that lacked room, of what, and how much had been freed of it by then."""
 
     sequence: Sequence
-    room: Room
+    room: BlockManager | AdapterPool
     num_freed: int
 
 
@@ -73,18 +48,18 @@ class WaitingSet:
             refusal is not None and refusal.sequence is self.first and refusal.num_freed == refusal.room.num_freed
         )
 
-    def lacks(self, room: Room, num_freed: int) -> None:
+    def lacks(self, room: BlockManager | AdapterPool, num_freed: int) -> None:
         """The first one lacked `room`, of which so much had been freed when it was tried."""
         self._refusal = _Refusal(self.first, room, num_freed)
 
-    def hurry(self, adapters: Adapters) -> None:
+    def hurry(self, adapters: AdapterPool) -> None:
         """Wait for the first one's adapters, for some milliseconds in all."""
         if not self.advance(adapters).ready:
             assert self.first.hold is not None
             self.first.hold.hurry()
             self.advance(adapters)
 
-    def advance(self, adapters: Adapters) -> Hold:
+    def advance(self, adapters: AdapterPool) -> AdapterHold:
         """Bring the first one's adapters on their way, as far as that goes without waiting."""
         sequence = self.first
         if sequence.hold is None:

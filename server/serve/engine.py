@@ -18,12 +18,13 @@ from adapters.store.store import AdapterStore
 from server.config import Settings
 from server.engine.adapter_pool import Load
 from server.engine.async_engine import AsyncEngine, Watchdog
-from server.engine.backend import Backend, NativeBackend, TorchBackend
+from server.engine.backend import Backend, PagedCache
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
-from server.engine.paged_attention import PagedCache
+from server.engine.native_backend import NativeBackend
 from server.engine.scheduler import SchedulerLimits
+from server.engine.torch_backend import TorchBackend
 from server.errors import StartupError
 from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base

@@ -19,7 +19,7 @@ class FailingRunner(Runner):
     """The engine's runner, but steps named in `failing` (counted from 0) raise."""
 
     def __init__(self, runner: Runner, failing: set[int]) -> None:
-        super().__init__(runner.forward)
+        super().__init__(runner.backend)
         self.failing = failing
         self.num_runs = 0
 

@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from server.engine.adapter_pool import AdapterPool
 from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits, Step
 from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.speculation import Speculator
-from server.engine.waiting import Adapters
 from tests.server.engine.speculation.drafting import SetCosts
 
 Content = tuple[bytes, tuple[int, ...]]
@@ -26,7 +26,7 @@ class Simulation:
 
     limits: SchedulerLimits
     blocks: BlockManager
-    adapters: Adapters
+    adapters: AdapterPool
     is_loading: Callable[[], bool]
     rng: random.Random
     on_step: Callable[[], None] = lambda: None

@@ -14,6 +14,7 @@ from adapters.errors import CorruptAdapter, InvalidInput, Unavailable
 from adapters.lora import LoraWeights
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.engine import Engine
+from server.engine.guidance import Constraint
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.engine.scheduler import SchedulerLimits, Step
 from server.engine.sequence import Sequence
@@ -162,7 +163,7 @@ def test_numbers_that_overflow_without_adapters_are_the_servers_fault(tiny_base:
     check_idle(engine)
 
 
-class BrokenConstraint:
+class BrokenConstraint(Constraint):
     """A grammar that allows everything and fails on the third token."""
 
     is_complete = False
@@ -177,7 +178,7 @@ class BrokenConstraint:
     def forbidden(self) -> NDArray[np.bool_]:
         return self.allowed
 
-    def forced(self, max_tokens: int) -> Seq[int]:
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
         return ()
 
     def accept(self, token_id: int) -> None:

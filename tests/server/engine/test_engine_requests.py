@@ -7,10 +7,10 @@ import pytest
 
 from adapters.errors import InvalidInput
 from adapters.lora import LoraWeights
-from server.engine.backend import TorchBackend
 from server.engine.engine import Engine
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
+from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
 from tests.kits.engines import (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.engine.backend import Backend
 from server.engine.engine import Engine
 from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
@@ -162,8 +163,8 @@ def test_a_step_without_memory_fails_its_requests_and_begins_anew(tiny_base: Bas
     assert_all_same(found, run(build_engine(tiny_base, adapters), [request, adapted]))
 
 
-class Starved:
-    """A forward that holds a tensor when memory runs out, and a cache that looks whether it is still held."""
+class Starved(Backend):
+    """A backend that holds a tensor when memory runs out, and a cache that looks whether it is still held."""
 
     def __init__(self) -> None:
         self.held: weakref.ref[torch.Tensor] | None = None

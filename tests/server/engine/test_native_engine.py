@@ -12,7 +12,7 @@ import torch
 
 import server.model.native.model as native_model_module
 from server.engine.engine import Engine
-from server.engine.forwards import NativeForward
+from server.engine.native_backend import NativeBackend
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
@@ -40,7 +40,7 @@ TWO_BLOCKS = """
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from server.engine.paged_attention import PagedCache
+from server.engine.backend import PagedCache
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -121,8 +121,8 @@ def test_blocks_that_nobody_used_take_no_memory(base: BaseModel) -> None:
     done = subprocess.run([sys.executable, "-c", TWO_BLOCKS], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) <= 4 * HUGE_PAGE
     engine = build_engine(base, native=native_model(base, num_threads=2))
-    assert isinstance(engine.runner.forward, NativeForward)
-    assert engine.runner.forward.cache.k.shape[:2] == (engine.blocks.num_blocks, base.config.num_layers)
+    assert isinstance(engine.runner.backend, NativeBackend)
+    assert engine.runner.backend.cache.k.shape[:2] == (engine.blocks.num_blocks, base.config.num_layers)
 
 
 def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:

@@ -122,7 +122,7 @@ class HeldUp(Runner):
     """An engine's runner, but the first step of a project has to wait for longer than the slack."""
 
     def __init__(self, runner: Runner, project: str) -> None:
-        super().__init__(runner.forward)
+        super().__init__(runner.backend)
         self.project = project
         self.projects: list[set[str]] = []  # of each step since
 

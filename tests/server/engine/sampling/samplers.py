@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from server.engine.native_sampling import sample_natively
+from server.engine.native_backend import sample_natively
 from server.engine.sampling import LogitsRow, Sampled
 from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights, LayerWeights

@@ -4,18 +4,18 @@ What both must do stands in the other tests here; a row's answer has the same bi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine import sampling
-from server.engine.native_sampling import sample_natively
+from server.engine.native_backend import sample_natively
 from server.engine.sampling import LogitsRow, Sampled, constrain, penalize
 from server.engine.sequence import TokenCounts
 from server.model.native.sampling import SampleTable
@@ -31,16 +31,6 @@ INF = float("inf")
 @pytest.fixture(scope="module")
 def native() -> Sample:
     return native_sample(num_threads=2)
-
-
-@dataclass(frozen=True, eq=False)
-class Forbids:
-    """A constraint that forbids some tokens; one that has failed forbids None."""
-
-    mask: npt.NDArray[np.bool_] | None
-
-    def forbidden(self) -> npt.NDArray[np.bool_] | None:
-        return self.mask
 
 
 def logits_like(kind: str, seed: int, vocab: int) -> torch.Tensor:
@@ -104,7 +94,8 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[LogitsRow]]:
         if draw(st.integers(0, 3)) == 0:
             generator = np.random.default_rng(draw(st.integers(0, 100)))
             mask = generator.random(vocab) < draw(st.sampled_from([0.1, 0.9, 0.999]))
-            one = replace(one, constraint=Forbids(draw(st.sampled_from([mask, mask, mask, None]))))
+            mask_or_failed = draw(st.sampled_from([mask, mask, mask, None]))
+            one = replace(one, forbidden=partial(lambda found: found, mask_or_failed))
         rows.append(one)
     return torch.stack(logits), rows
 

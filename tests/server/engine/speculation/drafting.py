@@ -55,7 +55,7 @@ class TimedRunner(Runner):
     """The engine's runner, by whose clock a step takes a second, and each drafted token `cost` more."""
 
     def __init__(self, runner: Runner, cost: float) -> None:
-        super().__init__(runner.forward)
+        super().__init__(runner.backend)
         self.cost = cost
         self.now = 0.0
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 
 import pytest
 
+from server.engine.guidance import Constraint
 from server.engine.kv_cache import BlockManager
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Drawn
@@ -74,20 +75,20 @@ def test_whoever_wants_none_gets_none() -> None:
     assert Speculator(blocks, [EOS], 32, is_on=False).extend(chunks) == chunks
 
 
-class Forcing:
+class Forcing(Constraint):
     """A grammar that leaves no choice of the next tokens, as far as a speculator sees it."""
 
     error = None
     awaits_mask = False
+    is_complete = False
     max_draft = 1000
 
     def __init__(self, *token_ids: int, end: int | None = None) -> None:
-        self._token_ids = token_ids
-        self._end = end  # what completes it
-        self.is_complete = False
+        self._left = token_ids
+        self._end = end  # the token that completes it
 
-    def forced(self, max_tokens: int) -> Seq[int]:
-        return self._token_ids[:max_tokens]
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
+        return self._left[:max_tokens]
 
     def num_allowed(self, token_ids: Seq[int]) -> int:
         return len(token_ids)
@@ -96,7 +97,7 @@ class Forcing:
         return None
 
     def accept(self, token_id: int) -> None:
-        self._token_ids = self._token_ids[1:]
+        self._left = self._left[1:]
 
     def after(self, token_ids: Seq[int]) -> "Forcing":
         moved = Forcing(end=self._end)

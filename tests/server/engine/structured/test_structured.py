@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.errors import InvalidInput
 from server.engine.engine import Engine
-from server.engine.guidance import Guidance
+from server.engine.guidance import Constraint, Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.errors import NotReady
@@ -129,11 +129,12 @@ def test_the_last_token_may_be_the_end(tiny_base: BaseModel, guidance: Guidance)
     assert (found.finish_reason, len(found.text)) == ("stop", 3)
 
 
-class Failing:
+class Failing(Constraint):
     """A grammar that can't be followed beyond so many tokens."""
 
     is_complete = False
     awaits_mask = False
+    lacks_mask = False
     max_draft = 1000
 
     def __init__(self, num_tokens: int, vocab_size: int) -> None:
@@ -151,7 +152,7 @@ class Failing:
     def accept(self, token_id: int) -> None:
         self._num_left -= 1
 
-    def forced(self, max_tokens: int) -> Sequence[int]:
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
         return ()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
