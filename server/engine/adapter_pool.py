@@ -35,7 +35,7 @@ NUM_READERS = 8
 
 
 class Extents:
-    """Allocates runs [start, start + length) of 0 … capacity - 1. The first gap that fits is used."""
+    """An allocator of runs [start, start + length) of 0 … capacity - 1. It uses the first gap that fits."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

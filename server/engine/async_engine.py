@@ -94,7 +94,7 @@ def _size(output: SequenceOutput) -> int:
 
 
 class Watchdog:
-    """Detects a step that hangs. Call `look` every fraction of a second.
+    """A detector of steps that hang. Call `look` every fraction of a second.
 
     The age of a step is the sum of the times between looks, each of which counts up to `_LONGEST_PAUSE`. So the
     time for which the whole process is stopped (SIGSTOP, a suspended machine, a debugger) doesn't count.

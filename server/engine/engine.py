@@ -46,7 +46,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Generates tokens for many requests at once over one frozen model."""
+    """The core loop with its queues, caches and counters. It generates for many requests at once."""
 
     def __init__(
         self,

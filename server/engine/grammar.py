@@ -66,10 +66,10 @@ _PATTERNS: Mapping[str, str] = {
 _ANY_STRING = frozenset({"password", "binary", "path"})  # formats of OpenAPI and Pydantic that allow any string
 _COMPILER = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _ONE_OF = (
-    "oneOf is supported where it is plain that no value fits two of its schemas, "
-    "which a $ref alone hides: use anyOf"
+    "oneOf is only supported if its schemas show that no value matches two of them, "
+    "which a plain $ref doesn't: use anyOf"
 )
-_REF = "$ref must name a schema, and none inside const, default, enum, example or examples"
+_REF = "$ref must name a schema that isn't inside const, default, enum, example or examples"
 _ALLOWED = bytes([200])  # llguidance's masks have this byte for an allowed token, and 0 for a forbidden one
 
 

@@ -88,7 +88,7 @@ class Constraint:
         self._mask = None if matcher else compiled.first_mask
         self._is_asked = self._mask is not None  # whether the mask was computed; it is None after an error
         self._forced: tuple[int, ...] | None = None  # None: not computed yet
-        self._is_alone = False  # whether its matcher must not or can't be replaced by a new one
+        self._is_alone = False  # whether its matcher can't be replaced by a newly compiled one
         self._has_failed = False
 
     @property

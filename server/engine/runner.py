@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 class Runner:
-    """Runs steps on a backend. Only the engine's thread calls it."""
+    """The part of the engine that runs steps on a backend. Only the engine's thread calls it."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -55,7 +55,8 @@ class Runner:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            log.exception("lower SMOLORA_MAX_NUM_SEQS, SMOLORA_KV_CACHE_BYTES or SMOLORA_ADAPTER_CACHE_BYTES")
+            settings = "SMOLORA_MAX_NUM_SEQS, SMOLORA_KV_CACHE_BYTES or SMOLORA_ADAPTER_CACHE_BYTES"
+            log.exception("the device's memory ran out in a step: lower %s", settings)
         empty_cache()  # only now: the error's traceback kept the step's tensors alive
         raise GenerationFailed("the device's memory ran out in a step of this request; try it again")
 

@@ -141,7 +141,7 @@ def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift logically. torch's own shift keeps the sign."""
+    """Return a logical shift. torch's own shift keeps the sign."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 

@@ -115,7 +115,7 @@ class _State:
 
 
 class Speculator:
-    """Adds drafts to steps. It has a state for each sequence from the first decode until `forget`."""
+    """The part of the engine that drafts. It keeps a state of each sequence from its first decode to `forget`."""
 
     def __init__(
         self, blocks: BlockManager, eos: Collection[int], max_num_seqs: int, *, is_on: bool = True

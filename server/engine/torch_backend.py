@@ -81,7 +81,7 @@ class PagedAttention:
             for position in range(chunk.start, chunk.stop)
         ]
         self._slots = to_device(torch.tensor(slots, dtype=torch.int64), device)
-        # A lone decode needs no padding: it goes like any other run of one sequence's tokens.
+        # A single decode needs no padding, so it is computed like a prompt's tokens.
         self._num_decodes = len(decodes) if len(decodes) > 1 else 0
         self._plan = self._plan_decodes(decodes) if self._num_decodes else None
         self._runs: list[_Run] = []
@@ -91,7 +91,10 @@ class PagedAttention:
             start = self._runs[-1].stop
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write the new k, v (tokens, kv_heads, head_dim) and attend with q (tokens, heads, head_dim); like q."""
+        """Cache the new k, v (tokens, kv_heads, head_dim), and return the attention output, shaped like q.
+
+        q is (tokens, heads, head_dim).
+        """
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (slots, kv_heads, head_dim)
         k_slots.index_copy_(0, self._slots, k)
@@ -101,7 +104,7 @@ class PagedAttention:
             parts.append(attend_decode(self._plan, q[: self._num_decodes], k_cache, v_cache))
         for run in self._runs:
             tokens = slice(run.start, run.stop)
-            # copies, which `attend_sequence` may overwrite
+            # `attend_sequence` may overwrite these copies.
             keys = k[tokens].clone() if run.slots is None else k_slots.index_select(0, run.slots)
             values = v[tokens].clone() if run.slots is None else v_slots.index_select(0, run.slots)
             parts.append(attend_sequence(q[tokens], keys, values, run.bias))

@@ -191,7 +191,7 @@ def allow_files(limits: Limits) -> Limits:
     if num_connections >= limits.max_connections:
         return limits
     log.warning(
-        "this process may open %d files: at most %s, whatever SMOLORA_MAX_CONNECTIONS says",
+        "this process may open only %d files, so it accepts at most %s, fewer than SMOLORA_MAX_CONNECTIONS",
         most,
         counted(num_connections, "connection"),
     )

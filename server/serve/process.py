@@ -220,11 +220,11 @@ class Process:
         waits = (
             f"waiting at most {self._drain_seconds:.0f} s for {counted(left, 'running sequence')}"
             if left
-            else "no request runs"
+            else "no request is running"
         )
         log.info(
-            "told to stop: taking nothing new, %s; a job that trains goes back to the queue; a second signal "
-            "(Ctrl-C) stops at once",
+            "stopping: new requests are refused; %s; training jobs go back to the queue; a second signal (Ctrl-C) "
+            "stops at once",
             waits,
         )
         deadline = asyncio.get_running_loop().time() + self._drain_seconds

@@ -27,8 +27,8 @@ class FakeAdapters(AdapterPool):
         return len({ref.digest for hold in holds for ref in hold.refs}) / self.capacity
 
     def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
-        held = +(self.holds - Counter(ref.digest for other in without for ref in other.refs))
-        return len(held.keys() | {ref.digest for ref in hold.refs}) <= self.capacity
+        needed = +(self.holds - Counter(ref.digest for other in without for ref in other.refs))
+        return len(needed.keys() | {ref.digest for ref in hold.refs}) <= self.capacity
 
     def release(self, hold: AdapterHold) -> None:
         if hold.is_held:
@@ -60,11 +60,11 @@ class FakeAdapters(AdapterPool):
             self.loaded = [digest for digest in self.loaded if digest not in self.failing]
             hold.error = CorruptAdapter("it is broken")
             return False
-        held = {digest for digest, count in self.holds.items() if count} | set(digests)
-        hold.lacks_room = len(held) > self.capacity
+        needed = {digest for digest, count in self.holds.items() if count} | set(digests)
+        hold.lacks_room = len(needed) > self.capacity
         if not hold.lacks_room:
             self.holds.update(digests)
-            idle = [digest for digest in self.loaded if digest not in held]
+            idle = [digest for digest in self.loaded if digest not in needed]
             while len(self.loaded) > self.capacity and idle:
                 self.loaded.remove(idle.pop(0))
                 self.num_freed += 1  # whoever waits may have to load it again

@@ -78,9 +78,9 @@ def test_structured_and_penalized_answers(tiny_base: BaseModel, guidance: Guidan
 
 
 def test_prefixes_are_found_again(tiny_base: BaseModel) -> None:
-    shared = prompt(100)
+    prefix = prompt(100)
     requests = [
-        GenerationRequest(f"r{i}", (*shared, i), replace(GREEDY, max_tokens=4), refs(**{f"{i % 2:02}": 1.0}))
+        GenerationRequest(f"r{i}", (*prefix, i), replace(GREEDY, max_tokens=4), refs(**{f"{i % 2:02}": 1.0}))
         for i in range(6)
     ]
     found, expected, engine = both(tiny_base, requests)
@@ -167,12 +167,12 @@ class Starved(Backend):
     """A backend that holds a tensor when memory runs out, and a cache that looks whether it is still held."""
 
     def __init__(self) -> None:
-        self.held: weakref.ref[torch.Tensor] | None = None
-        self.was_held: list[bool] = []
+        self.hidden_ref: weakref.ref[torch.Tensor] | None = None
+        self.was_alive: list[bool] = []
 
     def hidden(self, decodes: Sequence[Chunk], prefills: Sequence[Chunk]) -> torch.Tensor:
         hidden = torch.zeros(8)
-        self.held = weakref.ref(hidden)
+        self.hidden_ref = weakref.ref(hidden)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -187,8 +187,8 @@ class Starved(Backend):
         return self.sample(self.hidden(decodes, prefills), rows)
 
     def empty_cache(self) -> None:
-        assert self.held is not None
-        self.was_held.append(self.held() is not None)
+        assert self.hidden_ref is not None
+        self.was_alive.append(self.hidden_ref() is not None)
 
 
 def test_the_cache_is_emptied_once_the_steps_tensors_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,4 +198,4 @@ def test_the_cache_is_emptied_once_the_steps_tensors_are_gone(monkeypatch: pytes
     sequence = SequenceState(GenerationRequest("r", (1, 2), PLAIN), 0, 0.0, 16)
     with pytest.raises(GenerationFailed, match="memory ran out"):
         Runner(starved).run([Chunk(sequence, 0, 2)])
-    assert starved.was_held == [False]
+    assert starved.was_alive == [False]

@@ -109,8 +109,8 @@ def check_second_turns(history: History) -> None:
     ]
     second = [run(engine, [turn])[turn.request_id, 0] for turn in turns]
     for result, request, answer in zip(second, history.requests, first, strict=True):
-        told = len(request.prompt_token_ids) + len(answer.token_ids) - 1  # the last token was never an input
-        assert result.num_cached_tokens >= told // 16 * 16
+        num_known = len(request.prompt_token_ids) + len(answer.token_ids) - 1  # the last token was never an input
+        assert result.num_cached_tokens >= num_known // 16 * 16
     check(second, history.answers(turns))
 
 

@@ -109,7 +109,7 @@ def test_more_projects_than_can_be_queued_are_taken_up_to_twice_the_bound() -> N
     assert num_taken == 2 * MAX
 
 
-def counted(sim: Simulation) -> InFlight:
+def count(sim: Simulation) -> InFlight:
     """What the event loop would know of the simulation: whoever has a token has begun."""
     counts = InFlight(sim.limits.max_num_seqs, 10**6)
     for one in sim.live():
@@ -160,7 +160,7 @@ def test_so_many_end_before_as_was_said(running: dict[str, int], waiting: dict[s
         for _ in range(num):
             add(name)
     sim.step()
-    expected = counted(sim).num_ahead(project)
+    expected = count(sim).num_ahead(project)
     found = num_ends_before(sim, add(project))
     assert abs(found - expected) <= 4, (found, expected)
 

@@ -70,7 +70,7 @@ def test_only_filled_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "shared"),
+    ("mine", "theirs", "are_same"),
     [
         ((), (), True),
         ((AdapterRef("a"),), (AdapterRef("a"),), True),
@@ -84,15 +84,15 @@ def test_only_filled_blocks_are_found() -> None:
     ],
 )
 def test_sharing_is_under_the_same_adapters_alone(
-    mine: tuple[AdapterRef, ...], theirs: tuple[AdapterRef, ...], shared: bool
+    mine: tuple[AdapterRef, ...], theirs: tuple[AdapterRef, ...], are_same: bool
 ) -> None:
     blocks = BlockManager(10, SIZE)
     first, second = sequence(*range(9), adapters=mine), sequence(*range(9), adapters=theirs)
-    assert (adapter_key(mine) == adapter_key(theirs)) is shared
+    assert (adapter_key(mine) == adapter_key(theirs)) is are_same
     assert admit(blocks, first)
     compute(blocks, first)
     assert admit(blocks, second)
-    assert second.num_computed_tokens == (8 if shared else 0)
+    assert second.num_computed_tokens == (8 if are_same else 0)
 
 
 @pytest.mark.parametrize("adapters", [(), (AdapterRef("a"),)])

@@ -241,8 +241,8 @@ def test_a_project_keeps_at_most_three_quarters_of_the_rows_while_another_waits_
     sim.limits = sim.scheduler.limits = type(sim.limits)(16, 8, 64, 3)
     for _ in range(30):
         sim.step()
-    held = {s.request.adapters for s in sim.scheduler.running if s.request.project == "hog"}
-    assert len(held) == 8
+    adapters = {s.request.adapters for s in sim.scheduler.running if s.request.project == "hog"}
+    assert len(adapters) == 8
     (first,) = add(sim, "light", 1, 400, "x")
     (second,) = add(sim, "light", 1, 400, "y")
     for _ in range(12):

@@ -269,8 +269,8 @@ async def test_each_limit_that_closed_some_is_told_once_a_look(caplog: pytest.Lo
     await bench.answer()
     bench.connect()
     bench.pass_time(10)
-    told = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
-    assert told == [
+    messages = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
+    assert messages == [
         "closed 3 connections: SMOLORA_MAX_CONNECTIONS",
         "closed 1 connection: SMOLORA_HEADER_TIMEOUT",
         "closed 1 connection: SMOLORA_MAX_CONNECTIONS",
@@ -289,16 +289,16 @@ async def test_one_that_leaves_makes_room() -> None:
 def test_files_are_allowed_as_far_as_the_system_does(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: told.append(limits))
+    limits_set: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: limits_set.append(limits))
     for limits in ((1024, 4096), (4096, 4096), (resource.RLIM_INFINITY,) * 2):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
         assert allow_files(Limits(max_connections=1024)).max_connections == 1024
-    assert told == [(1536, 4096)]
+    assert limits_set == [(1536, 4096)]
     assert caplog.text == ""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
     assert allow_files(Limits(max_connections=1024)).max_connections == 512, "others need files, too"
-    assert told[1:] == [(1024, 1024)]
+    assert limits_set[1:] == [(1024, 1024)]
     assert "SMOLORA_MAX_CONNECTIONS" in caplog.text
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
     assert allow_files(Limits(max_connections=1024)).max_connections == 32

@@ -184,18 +184,18 @@ async def test_the_second_signal_of_either_kind_is_told_once(
     app: FastAPI, engine: FakeEngine, numbers: tuple[signal.Signals, signal.Signals]
 ) -> None:
     engine.hold_after = 0
-    told = list[bool]()
-    process = Process(app, engine, bind("127.0.0.1", 0), on_hurry=lambda: told.append(process.is_hurried))
+    was_hurried = list[bool]()
+    process = Process(app, engine, bind("127.0.0.1", 0), on_hurry=lambda: was_hurried.append(process.is_hurried))
     ended = asyncio.create_task(process.run(lambda: None))
     await until(lambda: engine.started)
     first, second = numbers
     os.kill(os.getpid(), first)
     await until(lambda: engine.draining)
-    assert told == []
+    assert was_hurried == []
     for number in (second, first):
         os.kill(os.getpid(), number)
     assert await asyncio.wait_for(ended, 25) == 0
-    assert told == [True]
+    assert was_hurried == [True]
 
 
 async def test_an_upload_that_has_begun_is_not_cut_off(app: FastAPI, engine: FakeEngine) -> None:

@@ -116,8 +116,8 @@ async def test_a_machine_without_a_compiler(
     await auto.engine.stop()
     del said[:]
     for dtype, native in (("fp32", True), ("auto", False)):
-        told = settings(tmp_path / dtype, tiny_base_dir, dtype=dtype, native=native)
-        await build(told, said.append).engine.stop()
+        asked = settings(tmp_path / dtype, tiny_base_dir, dtype=dtype, native=native)
+        await build(asked, said.append).engine.stop()
     assert "native" not in "".join(said), "nobody asked for it"
 
 
@@ -131,11 +131,11 @@ async def test_an_image_without_a_compiler_has_native_code_for_any_base(
     lend_native(image)
     base = tiny_of(tmp_path, "grouped")
     monkeypatch.setenv("PATH", str(tmp_path))
-    told = settings(tmp_path / "home", base.directory, dtype="bf16", base_dir=image)
-    services = build(told, said.append)
+    asked = settings(tmp_path / "home", base.directory, dtype="bf16", base_dir=image)
+    services = build(asked, said.append)
     await services.engine.stop()
     assert [line for line in said if "native" in line] == []
-    worker = WorkerSettings.model_validate({name: getattr(told, name) for name in WorkerSettings.model_fields})
+    worker = WorkerSettings.model_validate({name: getattr(asked, name) for name in WorkerSettings.model_fields})
     _, library = _load(worker, JobSpec("trained"))
     assert library is not None
     assert _is_served_natively(worker.model_copy(update={"dtype": "auto"}), base.directory)

@@ -15,20 +15,20 @@ def first_fit(free: set[int], capacity: int, length: int) -> int | None:
 @given(st.integers(0, 40), st.lists(st.integers(1, 12) | st.floats(0, 1, exclude_max=True), max_size=60))
 def test_first_fit_and_joining(capacity: int, actions: list[int | float]) -> None:
     """An int allocates so many; a float releases the run at that share of those held."""
-    extents, free, held = Extents(capacity), set(range(capacity)), list[tuple[int, int]]()
+    extents, free, allocated = Extents(capacity), set(range(capacity)), list[tuple[int, int]]()
     for action in actions:
         if isinstance(action, int):
             start = extents.allocate(action)
             assert start == first_fit(free, capacity, action)
             if start is not None:
-                held.append((start, action))
+                allocated.append((start, action))
                 free -= set(range(start, start + action))
-        elif held:
-            start, length = held.pop(int(action * len(held)))
+        elif allocated:
+            start, length = allocated.pop(int(action * len(allocated)))
             extents.release(start, length)
             free |= set(range(start, start + length))
         assert extents.num_free == len(free)
-    for start, length in held:
+    for start, length in allocated:
         extents.release(start, length)
     assert extents.num_free == capacity
     assert not capacity or extents.allocate(capacity) == 0

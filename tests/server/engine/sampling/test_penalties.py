@@ -98,18 +98,18 @@ class Counted(Sequence[int]):
 
 def test_a_token_is_counted_once_however_many_follow() -> None:
     token_ids = list(range(8000))
-    counted = Counted(token_ids)
+    token_reads = Counted(token_ids)
     row = LogitsRow(
-        SamplingParams(repetition_penalty=1.1, frequency_penalty=0.5), 0, 0, TokenCounts(counted, 8000)
+        SamplingParams(repetition_penalty=1.1, frequency_penalty=0.5), 0, 0, TokenCounts(token_reads, 8000)
     )
     assert row.penalized.seen.size == 8000
-    assert counted.num_reads <= 2 * 8000
+    assert token_reads.num_reads <= 2 * 8000
     for token_id in range(20):
-        counted.num_reads = 0
+        token_reads.num_reads = 0
         token_ids.append(token_id)
         penalized = row.penalized
         assert penalized.penalties.tolist() == [0.5] * (token_id + 1)
-        assert counted.num_reads <= 2
+        assert token_reads.num_reads <= 2
 
 
 def test_a_penalty_waits_for_the_first_token(sample: Sample) -> None:

@@ -152,8 +152,8 @@ def test_the_prefix_cache_knows_the_same_blocks(bench: Bench) -> None:
         assert set(engine.blocks.cached_keys()) == set(plain.blocks.cached_keys())
         turn = replace(request, prompt_token_ids=(*request.prompt_token_ids, *answer.token_ids, 7, 8, 9))
         second = run(engine, without([turn]))["a", 0]
-        told = len(request.prompt_token_ids) + len(answer.token_ids) - 1
-        assert second.num_cached_tokens == told // 16 * 16
+        num_known = len(request.prompt_token_ids) + len(answer.token_ids) - 1
+        assert second.num_cached_tokens == num_known // 16 * 16
         fresh = run(bench.engine(), without([turn]))["a", 0]
         assert replace(second, num_cached_tokens=0) == replace(fresh, num_cached_tokens=0)
     assert num_drafted - num_accepted > num_accepted / 10 > 1

@@ -109,9 +109,9 @@ def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
             forced = constraint.forced(99)
             assert constraint.forced(2) == forced[:2]
             for place, token_id in enumerate(forced):
-                told = constraint.after(forced[:place])
-                assert allowed_by(told) == [token_id]
-                assert told.forced(99) == forced[place:]
+                moved = constraint.after(forced[:place])
+                assert allowed_by(moved) == [token_id]
+                assert moved.forced(99) == forced[place:]
                 splits = [names.bytes_of(split) for split in allowed_anew(constraint, forced[:place])]
                 assert max(splits, key=len) == names.bytes_of(token_id)
                 assert all(names.bytes_of(token_id).startswith(split) for split in splits)

@@ -145,8 +145,8 @@ SET = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
         ),
         (
             {"oneOf": [{"type": "integer"}, {"type": "number"}]},
-            "oneOf is supported where it is plain that no value fits two of its schemas, "
-            "which a $ref alone hides: use anyOf",
+            "oneOf is only supported if its schemas show that no value matches two of them, "
+            "which a plain $ref doesn't: use anyOf",
         ),
         (
             {"type": "object", "minProperties": 2},
@@ -199,7 +199,7 @@ HIDDEN: Mapping[str, Mapping[str, object]] = {
 
 @pytest.mark.parametrize("ref", HIDDEN)
 def test_a_ref_to_what_is_no_schema_is_refused(guidance: Guidance, ref: str) -> None:
-    message = "$ref must name a schema, and none inside const, default, enum, example or examples"
+    message = "$ref must name a schema that isn't inside const, default, enum, example or examples"
     schema = {"type": "array", "items": {"$ref": ref}, **HIDDEN[ref]}
     assert refused(guidance, schema) == f"{message} (at #/items)"
 
@@ -267,7 +267,7 @@ def test_one_of_behind_refs_alone(guidance: Guidance) -> None:
     """Refused, though no value fits two; what the refusal names helps, as does a type beside it."""
     schemas = {"Cat": Cat.model_json_schema(), "Dog": Dog.model_json_schema()}
     refs = [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]
-    assert "which a $ref alone hides: use anyOf" in refused(guidance, {"$defs": schemas, "oneOf": refs})
+    assert "which a plain $ref doesn't: use anyOf" in refused(guidance, {"$defs": schemas, "oneOf": refs})
     for way in ({"anyOf": refs}, {"type": "object", "oneOf": refs}):
         assert takes(guidance, {"$defs": schemas, **way}, {"kind": "cat", "lives": 9})
         assert not takes(guidance, {"$defs": schemas, **way}, {"kind": "dog", "lives": 9})
