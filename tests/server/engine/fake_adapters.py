@@ -1,4 +1,4 @@
-"""A stand-in for the adapter pool: room for a few, loads that take some steps, and some that fail."""
+"""A fake adapter pool with little room, whose loads take some steps or fail."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The engine over a pretended card: no mixed devices, and the CPU's answers."""
+"""The engine on a fake GPU: no mixed devices, and the CPU's answers."""
 
 import logging
 import random
@@ -37,7 +37,7 @@ def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
 
 
 def both(base: BaseModel, requests: list[GenerationRequest], **options: Any) -> tuple[Results, Results, Engine]:
-    """What the CPU answers, and what the pretended card does, with the same engine's options."""
+    """Return the answers of the CPU and of the fake GPU, with the same options."""
     adapters = library(base)
     on_cpu = build_engine(base, adapters, **options)
     expected = run(on_cpu, requests, arrivals=random.Random(0))
@@ -77,7 +77,7 @@ def test_structured_and_penalized_answers(tiny_base: BaseModel, guidance: Guidan
     assert any(result.finish_reason == "stop" for result in found.values())
 
 
-def test_prefixes_are_found_again(tiny_base: BaseModel) -> None:
+def test_prefixes_are_cached(tiny_base: BaseModel) -> None:
     prefix = prompt(100)
     requests = [
         GenerationRequest(f"r{i}", (*prefix, i), replace(GREEDY, max_tokens=4), refs(**{f"{i % 2:02}": 1.0}))
@@ -142,8 +142,8 @@ def test_rows_are_not_read_before_their_copy_has_ended(tiny_base: BaseModel) -> 
     assert engine.stats.adapter_evictions == 1
 
 
-def test_a_step_without_memory_fails_its_requests_and_begins_anew(tiny_base: BaseModel) -> None:
-    """The next ones are answered; a load without memory is no damaged adapter."""
+def test_a_step_without_memory_fails_only_its_requests(tiny_base: BaseModel) -> None:
+    """Later requests are answered, and a load without memory doesn't count as a corrupt adapter."""
     adapters = library(tiny_base)
     request = GenerationRequest("r", prompt(20), GREEDY)
     adapted = replace(request, request_id="a", adapters=refs(**{"04": 1.0}))
@@ -164,7 +164,7 @@ def test_a_step_without_memory_fails_its_requests_and_begins_anew(tiny_base: Bas
 
 
 class Starved(Backend):
-    """A backend that holds a tensor when memory runs out, and a cache that looks whether it is still held."""
+    """A backend that runs out of memory, and an `empty_cache` that checks whether its tensor is still alive."""
 
     def __init__(self) -> None:
         self.hidden_ref: weakref.ref[torch.Tensor] | None = None

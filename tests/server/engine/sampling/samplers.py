@@ -1,4 +1,4 @@
-"""The two samplers in one form: torch's, and the native one over logits of any width."""
+"""Both samplers with one signature: torch's, and the native one over logits of any width."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
