@@ -1,4 +1,4 @@
-"""What a LoRA adapter is: its weights, its files, its names and its place on disk.
+"""LoRA adapters: their weights, files, names and storage.
 
 Imports torch and never `server`; see docs/architecture.md for the direction of imports.
 """

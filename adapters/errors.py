@@ -1,20 +1,20 @@
-"""All errors that a user may meet, as one tree.
+"""All errors that users may see, as one tree.
 
     SmoloraError
-    ├── InvalidInput               a user's fault, with the fields at fault (HTTP 422)
+    ├── InvalidInput               a mistake in the request, with the fields at fault (HTTP 422)
     │   ├── InvalidExpression      an adapter expression that does not follow the grammar
-    │   └── InvalidAdapter         PEFT files that can't be honoured exactly
+    │   └── InvalidAdapter         PEFT files that can't be reproduced exactly
     ├── NotFound                   no adapter, version or alias of that name (HTTP 404)
-    ├── Conflict                   the name is taken, or something still holds it (HTTP 409)
+    ├── Conflict                   the name is taken, or something still needs it (HTTP 409)
     ├── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
-    └── TryAgain                   refused now, welcome later; has `retry_after` (HTTP 429)
+    └── TryAgain                   refused now, accepted later; has `retry_after` (HTTP 429)
         └── Unavailable            nothing can be served now (HTTP 503)
             ├── BytesUnavailable   the object store can't be reached, or fails
-            ├── Interrupted        the database went away before anything was changed
-            └── InDoubt            it went away as it was told to commit: nobody knows whether it did
+            ├── Interrupted        the database connection was lost before anything was changed
+            └── InDoubt            the connection was lost during a commit, whose outcome is unknown
 
-`server.errors` adds the branches that concern a running server. One handler in `server.api` turns the
-whole tree into HTTP. All of it can be pickled, with its attributes and its cause.
+`server.errors` adds the errors of a running server. One handler in `server.api` turns the whole tree into HTTP.
+Every error can be pickled, with its attributes and its cause.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,13 +41,13 @@ class SmoloraError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[object, ...]:
-        # An exception's own would call the constructor with the finished message, and drop the cause.
+        # Exception.__reduce__ would call the constructor with the finished message, and drop the cause
         return _restored, (type(self), self.args, vars(self), _portable(self.__cause__))
 
 
 @dataclass(frozen=True)
 class FieldError:
-    """One field at fault: where it is (its last part is the field's name), and what would mend it."""
+    """One field at fault: its path, whose last part is the field's name, and a message that says how to fix it."""
 
     loc: tuple[str | int, ...]
     message: str
@@ -57,12 +57,12 @@ class FieldError:
 
 
 def sentence(loc: Sequence[str | int], message: str) -> str:
-    """A field at fault, for people. Within a file the message says where: "line 2: text is missing"."""
+    """Return the message with the field's path; without it within a file, since the message then has the line."""
     return message if len(loc) > 1 and loc[0] == "file" else f"{'.'.join(map(str, loc))}: {message}"
 
 
 class InvalidInput(SmoloraError):
-    """A request that can't be honoured as it is; `errors` names fields at fault, `num_more` counts the rest."""
+    """A request with mistakes; `errors` names fields at fault, `num_more` is the number of further ones."""
 
     def __init__(self, errors: Sequence[FieldError], num_more: int = 0) -> None:
         if not errors:
@@ -73,7 +73,7 @@ class InvalidInput(SmoloraError):
 
     @classmethod
     def of(cls, field: str, message: str) -> "InvalidInput":
-        """The common case: one field, one reason."""
+        """Create the error for one field."""
         return cls([FieldError((field,), message)])
 
 
@@ -82,15 +82,15 @@ class InvalidExpression(InvalidInput):
 
 
 class InvalidAdapter(InvalidInput):
-    """Adapter files that can't be honoured exactly; `errors` has an entry for every offending key."""
+    """Adapter files that can't be reproduced exactly; `errors` has an entry for every key at fault."""
 
 
 class NotFound(SmoloraError):
-    """Nothing of that name is stored."""
+    """Nothing with that name exists."""
 
 
 class Conflict(SmoloraError):
-    """The name is taken, or something still holds what should go."""
+    """The name is taken, or something still needs what is to be deleted."""
 
 
 class CorruptAdapter(SmoloraError):
@@ -98,7 +98,7 @@ class CorruptAdapter(SmoloraError):
 
 
 class TryAgain(SmoloraError):
-    """Refused now, welcome in `retry_after` seconds."""
+    """A request that is refused now; the client may retry after `retry_after` seconds."""
 
     default_message = "try again later"
 
@@ -114,19 +114,19 @@ class Unavailable(TryAgain):
 
 
 class BytesUnavailable(Unavailable):
-    """The object store that has the bytes didn't answer in time, or not well."""
+    """The object store failed or didn't answer in time."""
 
     default_message = "the object store can't be reached just now"
 
 
 class Interrupted(Unavailable):
-    """The database can't be reached, or let go of a transaction, of which nothing is left: it may be run again."""
+    """The database can't be reached, or rolled a transaction back. The transaction may be run again."""
 
     default_message = "the database can't be reached just now"
 
 
 class InDoubt(Unavailable):
-    """The database went away as it was told to commit, and didn't come back in time to be asked whether it did."""
+    """The connection was lost during a commit, and the database didn't return in time to ask for the outcome."""
 
     default_message = "the database went away: look whether it was done before trying again"
 
@@ -137,8 +137,8 @@ def _restored(
     attributes: Mapping[str, object],
     cause: BaseException | None,
 ) -> SmoloraError:
-    """The error as it was, without its constructor."""
-    error = kind.__new__(kind, *args)  # which sets `args`
+    """Recreate an unpickled error without calling its constructor."""
+    error = kind.__new__(kind, *args)  # sets `args`
     vars(error).update(attributes)
     if cause is not None:
         error.__cause__ = cause
@@ -146,7 +146,7 @@ def _restored(
 
 
 def _portable(cause: BaseException | None) -> BaseException | None:
-    """The cause as it can be pickled: one from a library in words, for it may not come out again."""
+    """Return a cause that can be pickled: libraries' errors are replaced by their text, as not all of them can."""
     if cause is None or isinstance(cause, SmoloraError) or type(cause).__module__ == "builtins":
         return cause
     return RuntimeError(f"{type(cause).__name__}: {cause}")

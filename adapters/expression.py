@@ -3,9 +3,10 @@
     expression = "base" | term ("+" term)*
     term       = [project "/"] name ["@" (integer | alias)] ["*" decimal]
 
-Decimals have no exponent and may be negative; spaces may stand around "+" and "*", nowhere else. Names (projects',
-too) and aliases are letters, digits, "_", "-" and ".", 1 to 64 of them, a letter or digit first; an alias of
-digits alone would be a version. Whether the names exist is the catalog's business.
+Decimals have no exponent and may be negative. Spaces are allowed around "+" and "*" only. Names of adapters and
+projects, and aliases, have 1 to 64 letters, digits, "_", "-" and ".", beginning with a letter or digit. An alias
+can't consist of digits only, as that is a version. The parser doesn't check whether the names exist; the catalog
+does.
 """
 
 import re
@@ -26,7 +27,10 @@ _DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted reference: the version, else the alias, else the latest of `name`. `str` prints it back."""
+    """One weighted reference: to the version, else to the alias, else to the latest version of `name`.
+
+    `str` returns the term in the grammar.
+    """
 
     name: str  # or project/name
     version: int | None = None
@@ -36,32 +40,33 @@ class Term:
     def __str__(self) -> str:
         text = self.reference
         if self.weight != 1.0:
-            text += f"*{Decimal(repr(self.weight)):f}"  # as short as repr, but never with an exponent
+            text += f"*{Decimal(repr(self.weight)):f}"  # as short as repr, but without an exponent
         return text
 
     @property
     def reference(self) -> str:
-        """The term without its weight: "name", "name@3" or "name@alias"."""
+        """The term without its weight, such as "name", "name@3" or "name@alias"."""
         if self.version is not None:
             return f"{self.name}@{self.version}"
         return self.name if self.alias is None else f"{self.name}@{self.alias}"
 
 
 def parse(text: str, field: str = "adapter") -> tuple[Term, ...]:
-    """The terms of `text` as they were written; none for "base".
+    """Return the terms of `text` in their order; none for "base".
 
-    Raises InvalidExpression, on `field`, with what is wrong, at which character (from 1), and what would mend it.
+    Raise InvalidExpression on `field`, saying what is wrong, at which character (counted from 1), and how to fix
+    it.
     """
     return _Parser(text, field).expression()
 
 
 def render(terms: Iterable[Term]) -> str:
-    """The inverse of `parse`."""
+    """Return the terms as text, as the inverse of `parse`."""
     return "+".join(map(str, terms)) or BASE
 
 
 class _Parser:
-    """Reads `text` from left to right; `at` is the index of the next character."""
+    """A recursive-descent parser of `text`; `at` is the index of the next character."""
 
     def __init__(self, text: str, field: str) -> None:
         self.text = text

@@ -1,21 +1,21 @@
-"""Versions whose bytes are held.
+"""The adapters for one base: the catalog's names and the store's bytes together.
 
-Adapters by name: the catalog's names and the store's bytes together. A name that is found has its bytes.
+A name resolves in the catalog, its bytes are in the store, and other processes may delete both in between. Names
+are deleted before bytes, and bytes that are pinned, or named again, stay. So the library pins the bytes first and
+then resolves the name again: if the name still means the same bytes, they stay until they are unpinned.
 
-A name resolves in the catalog, its bytes lie in the store, and others may delete both in between. Names go before
-bytes do, and bytes that are pinned or named again stay. So whoever still finds the name after having pinned its
-bytes has them, until they let go. Everything may block on disk: call it in a thread.
+All methods may block on disk, except those that say otherwise: call them in a thread.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
-from functools import partial
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from adapters import recorded
-from adapters.base_match import Fits, ServedBase
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
 from adapters.catalog.tables import FAILURES
@@ -29,47 +29,42 @@ from adapters.store.store import AdapterStore
 
 Removal = Callable[[], None]
 
+_MAX_REMEMBERED = 10_000  # versions that were compared with the base
+_SHOWN = 200  # characters of a base's name, which may be the client's
+
 
 class Pinned:
-    """Resolved parts whose bytes stay while it is held. It may be let go of more than once.
+    """Resolved parts whose bytes stay in the store until `release`.
 
-    `warnings` are what whoever uses them should know, each with the version that it is about.
+    `warnings` are for users of the parts: each begins with the version that it is about.
     """
 
     def __init__(
-        self,
-        parts: tuple[Part, ...],
-        let_go: Callable[[], Removal | None] = lambda: None,
-        warnings: tuple[str, ...] = (),
+        self, parts: tuple[Part, ...] = (), warnings: tuple[str, ...] = (), store: AdapterStore | None = None
     ) -> None:
+        """Pin the parts' bytes, without blocking. They exist if a name that means them is found afterwards."""
         self.parts = parts
         self.warnings = warnings
-        self._let_go: Callable[[], Removal | None] | None = let_go
+        self._store = store
+        if store is not None:
+            store.pin(self._digests)
 
     def release(self) -> None:
-        """Let go of the bytes; those of a deleted version go when nobody holds them any more.
+        """Unpin the bytes, and remove those of deleted versions with their last pin. A second call is a no-op.
 
-        Raises OSError, or the database's error, where those can't go just now; nothing is held then either.
+        Raise OSError or the database's error if the removal fails; the bytes are unpinned nevertheless.
         """
-        if (removal := self.let_go()) is not None:
+        if (removal := self.unpin()) is not None:
             removal()
 
-    def let_go(self) -> Removal | None:
-        """`release` without waiting, for event loops: where bytes go now, it returns what removes them, which is
-        to be called in a thread and raises likewise.
-        """
-        let_go, self._let_go = self._let_go, None
-        return None if let_go is None else let_go()
+    def unpin(self) -> Removal | None:
+        """Do as `release` without blocking: return the removal, if one is due, to be called in a thread."""
+        store, self._store = self._store, None
+        return None if store is None else store.let_go(self._digests)
 
-
-def hold(store: AdapterStore, parts: tuple[Part, ...], warnings: tuple[str, ...] = ()) -> Pinned:
-    """Hold the parts' bytes, without waiting; they are there if the names that came to them are then found."""
-    digests = [part.digest for part in parts]
-    store.pin(digests)
-    return Pinned(parts, partial(store.let_go, digests), warnings)
-
-
-_MAX_VIEWS = 256
+    @property
+    def _digests(self) -> list[str]:
+        return [part.digest for part in self.parts]
 
 
 def _never(digest: str, project: str | None = None) -> bool:
@@ -79,7 +74,7 @@ def _never(digest: str, project: str | None = None) -> bool:
 class Library:
     """The adapters for one base, as one project sees them.
 
-    `is_parent` says of a digest whether training, of a project or of any, goes on from it just now.
+    `is_parent(digest, project)` returns whether a job of the project (None: of any) now trains on from an adapter.
     """
 
     def __init__(
@@ -96,44 +91,38 @@ class Library:
         self.shape = shape
         self._is_parent = is_parent
         self._base = ServedBase(base_name, base_digest)
-        self._views: dict[Viewpoint, Library] = {}
-        self._fits = Fits(self._base, self.version, partial(store.fits, base=shape))
+        # of all projects' views: versions never change
+        self._warnings_if_usable = lru_cache(_MAX_REMEMBERED)(self._compare_with_base)
 
     @property
     def base_name(self) -> str:
         return self._base.name
 
     def of(self, viewpoint: Viewpoint) -> "Library":
-        """The same as another project sees it."""
-        if viewpoint == self.catalog.viewpoint:
-            return self
-        if (view := self._views.get(viewpoint)) is None:
-            if len(self._views) >= _MAX_VIEWS:  # what they remember is found again
-                self._views.clear()
-            catalog, base = self.catalog.of(viewpoint), self._base
-            view = Library(catalog, self.store, self.shape, base.name, self._is_parent, base.digest)
-            self._views[viewpoint] = view
+        """Return the library as another project sees it."""
+        view = copy(self)
+        view.catalog = self.catalog.of(viewpoint)
         return view
 
     def pin(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
-        """Resolve the terms and hold their bytes, to be used beside the base; a composition means its parts.
+        """Resolve the terms and pin their bytes, for use with the base. A composition means its parts.
 
-        Raises NotFound, naming the terms, InvalidInput on `field` where they come to too much together, or
-        Conflict, naming the versions that were made for a base of other shapes.
+        Raise NotFound, naming the missing terms; InvalidInput on `field` if there are too many parts or a weight
+        is too large; Conflict, naming the versions that don't fit the base's shapes; or CorruptAdapter.
         """
-        pinned = self._hold(terms, field)
+        pinned = self._pin(terms, field)
         try:
-            pinned.warnings = self._fits.check(pinned.parts)
+            pinned.warnings = self._check_usable(pinned.parts)
         except BaseException:
             pinned.release()
             raise
         return pinned
 
-    def _hold(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
-        """`pin`, for whoever doesn't need them to go with the base."""
+    def _pin(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
+        """Pin the terms' bytes, whether they fit the base or not."""
         parts = self.catalog.resolve(terms, field)
         while True:
-            pinned = hold(self.store, parts)
+            pinned = Pinned(parts, store=self.store)
             try:
                 parts = self.catalog.resolve(terms, field)
             except BaseException:
@@ -144,7 +133,7 @@ class Library:
             pinned.release()
 
     def check_name(self, name: str, kind: Kind = "adapter") -> None:
-        """Raise InvalidInput on `name` where no adapter may be called so, Conflict where another kind has it."""
+        """Raise InvalidInput on `name` if it is invalid, Conflict if it names something of another kind."""
         if fault := name_fault(BASE if name == self.base_name else name):
             raise InvalidInput.of("name", fault)
         self.catalog.check_kind(name, kind)
@@ -152,15 +141,15 @@ class Library:
     def publish(
         self, name: str, config_json: bytes, weights: Path, source: Mapping[str, object] | None = None
     ) -> Version:
-        """Check PEFT's two files and publish them as the name's next version. The files may go afterwards.
+        """Check PEFT's two files and publish them as the name's next version. The files may be deleted afterwards.
 
-        `source` is kept in the version's configuration. Raises InvalidAdapter, naming every key at fault, or
-        Conflict where a composition has the name.
+        `source` is stored in the version's configuration. Raise InvalidAdapter, naming every key at fault, or
+        Conflict if a composition has the name.
         """
         self.check_name(name)
         adapter = peft_format.read(config_json, weights, self.shape)
         digest = adapter.weights.digest
-        self.store.pin([digest])  # others here who delete the same bytes ask again afterwards
+        self.store.pin([digest])  # a concurrent delete of the same bytes asks again after this
         try:
             original = {peft_format.CONFIG_NAME: config_json}
             with self.store.publishing(adapter, self._is_wanted, original) as num_bytes:
@@ -178,46 +167,47 @@ class Library:
                     config={**recorded.of_upload(adapter.config, config_json), **(source or {})},
                 )
         finally:
-            with suppress(*FAILURES):  # what became of the version is what is told
+            with suppress(*FAILURES):  # the client must learn whether the version was published
                 self.store.unpin([digest])
-        told = self._told(version)
-        with suppress(*FAILURES):  # it is published, whatever is said of it
-            told = self._with_twin(told)
-        return told
+        version = self._with_warnings(version)
+        with suppress(*FAILURES):  # it is published, with or without this warning
+            version = self._with_twin(version)
+        return version
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
-        """Publish the composition as the name's next version, pinned to what its terms mean now; and whether that
-        is a new one: where the latest is the same already, nothing is published.
+        """Publish a composition as the name's next version, pinned to what its terms mean now.
 
-        Raises NotFound, naming the terms, InvalidInput on `field`, or Conflict where an adapter has the name, or
-        one of the parts was made for a base of other shapes.
+        Return the version, and whether it is new: if the latest has the same parts and weights, nothing is
+        published. Raise NotFound, naming the missing terms; InvalidInput on `field`; or Conflict if an adapter has
+        the name or a part doesn't fit the base's shapes.
         """
         self.check_name(name, "composition")
         pinned = self.pin(terms, field)
         try:
             versions = [Term(part.name, part.version, weight=part.weight) for part in gather(pinned.parts)]
             version, is_new = self.catalog.compose(name, versions, field)
-            told = self._told(version)
+            version = self._with_warnings(version)
             if not is_new:
-                told = replace(told, warnings=(*told.warnings, "it is the same already: there is no new version"))
-            return told, is_new
+                unchanged = "it is the same already: there is no new version"
+                version = replace(version, warnings=(*version.warnings, unchanged))
+            return version, is_new
         finally:
             pinned.release()
 
     def point(self, name: str, alias: str, version: int) -> Adapter:
-        """Have the alias, or `latest`, mean that version. Raises NotFound, or InvalidInput on `alias`."""
+        """Make the alias, or `latest`, mean that version. Raise NotFound, or InvalidInput on `alias`."""
         if fault := alias_fault(alias):
             raise InvalidInput.of("alias", fault)
         self.catalog.point(name, alias, version)
         return self.get(name)
 
     def unpoint(self, name: str, alias: str) -> None:
-        """Remove the alias. Raises NotFound, or Conflict for `latest`."""
+        """Remove the alias. Raise NotFound, or Conflict for `latest`."""
         self.catalog.unpoint(name, alias)
 
     def set_visibility(self, name: str, is_public: bool) -> Adapter:
-        """Whether other projects may use the name. Raises NotFound, or Conflict: a public composition has public
-        parts alone.
+        """Let other projects use the name, or no longer. Raise NotFound, or Conflict if a public composition would
+        have a private part.
         """
         self.catalog.set_visibility(name, is_public)
         return self.get(name)
@@ -225,122 +215,207 @@ class Library:
     def page(
         self, name: str | None, limit: int, after: str | None, *, contains: str | None = None, public: bool = False
     ) -> tuple[list[Adapter], str | None]:
-        """Adapters as `Catalog.list` finds them, and the next page's `after`, if there is one."""
+        """Return one page of `Catalog.list`, and the `after` of the next page, or None on the last one."""
         found = self.catalog.list(name, limit, after, contains=contains, public=public)
         last = found[-1].name if len(found) == limit and name is None else None
         if last is not None and not self.catalog.has_after(last, contains=contains, public=public):
             last = None
-        return list(map(self._all_told, found)), last
+        return list(map(self._with_all_warnings, found)), last
 
     def get(self, name: str) -> Adapter:
-        """All versions of one adapter. Raises NotFound."""
-        return self._all_told(self.catalog.get(name))
+        """Return the adapter with all its versions. Raise NotFound."""
+        return self._with_all_warnings(self.catalog.get(name))
 
     def version(self, name: str, version: int) -> Version:
-        """One of them. Raises NotFound."""
-        return self._told(self.catalog.version(name, version))
+        """Return one version. Raise NotFound."""
+        return self._with_warnings(self.catalog.version(name, version))
 
     def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
-        """The versions that an expression means now, whether they go with the base or not. Raises as `pin`."""
+        """Return the versions that the terms mean now, whether they fit the base or not.
+
+        Raise NotFound and InvalidInput as `pin` does.
+        """
         return [self.version(part.name, part.version) for part in self.catalog.resolve(terms, field)]
 
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
-        """The version's two files, to read and close, with its own configuration; they outlive a delete.
+        """Open the version's two PEFT files, with its own configuration. The caller closes them; they outlive a
+        delete.
 
-        Raises NotFound, CorruptAdapter, or Conflict where it is a composition.
+        Raise NotFound, CorruptAdapter, or Conflict if it is a composition.
         """
         if (found := self.catalog.version(name, version)).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
-        pinned = self._hold([Term(name, version)])
+        pinned = self._pin([Term(name, version)])
         try:
             return recorded.own_files(found, self.store)
         finally:
             pinned.release()
 
     def keep(self, adapter: peft_format.PeftAdapter) -> int:
-        """Store its bytes, which go with the next sweep or `discard` unless a version names them; how many."""
+        """Store the adapter's bytes and return their number.
+
+        The next sweep removes them unless a version names them.
+        """
         return self.store.put(adapter)
 
     def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
-        """`keep`, for a block in which a version that names the bytes is committed; where it fails, they go."""
+        """Store the adapter's bytes for a block that commits their version. If the block fails, remove them."""
         return self.store.publishing(adapter, self._is_wanted)
 
     def discard(self, *digests: str) -> None:
-        """Remove bytes that were kept, unless somebody wants them."""
+        """Remove bytes that no version and no job needs."""
         for digest in digests:
             self.store.discard(digest, self._is_wanted)
 
     def load(self, digest: str) -> LoraWeights:
-        """The weights of bytes that are held, whatever base they are for. Raises CorruptAdapter."""
+        """Return the weights of pinned bytes, which may be for another base. Raise CorruptAdapter."""
         return self.store.load(digest)
 
     def verify(self, digest: str) -> None:
-        """Read all bytes. Raises CorruptAdapter unless they have the digest."""
+        """Read all bytes. Raise CorruptAdapter unless they have the digest."""
         self.store.verify(digest)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
-        """The adapter of a pinned part, as the first to publish its bytes had it. Raises CorruptAdapter."""
+        """Return the adapter of a pinned part, with the configuration that was published first with its bytes.
+
+        Raise CorruptAdapter.
+        """
         return self.store.read(digest, self.shape)
 
     def ranks(self, digest: str) -> dict[ModuleKey, int]:
-        """Return the rank of each module of a pinned part, without reading its weights. Raises CorruptAdapter."""
+        """Return the rank of each module of a pinned part, without reading its weights. Raise CorruptAdapter."""
         return self.store.ranks(digest, self.shape)
 
     def delete(self, name: str, force: bool = False) -> None:
-        """Remove the adapter: no new request finds it, running ones end on its bytes.
+        """Delete all versions of the name. New requests don't find it; running ones finish on its bytes.
 
-        Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
+        Raise NotFound, or Conflict if an alias (unless `force`), a composition or a training job needs a version.
         """
         self._prepare_to_delete(name, self.catalog.get(name).versions)
-        self._let_go(self.catalog.delete(name, force))
+        self._discard_if_possible(self.catalog.delete(name, force))
 
     def delete_version(self, name: str, version: int, force: bool = False) -> None:
-        """Remove one version, likewise."""
+        """Delete one version, as `delete` does."""
         self._prepare_to_delete(name, [self.catalog.version(name, version)])
-        self._let_go(self.catalog.delete_version(name, version, force))
+        self._discard_if_possible(self.catalog.delete_version(name, version, force))
 
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
-        """Put right what killed processes left, on the disk and in the catalog; what that came to. A catalog that
-        other machines may be writing stays (`doctor --rebuild`). `is_known`: does the database know this job?
+        """Repair what killed processes left, on the disk and in the catalog, and return what was repaired.
+
+        If other machines may be writing the catalog, it is left alone (`doctor --rebuild`). `is_known(job_id)`
+        returns whether the database has the job.
         """
         found = Recovered() if self.store.is_shared else self.catalog.recover(self.store.is_whole, is_known)
         self.sweep()
         return found
 
     def sweep(self) -> None:
-        """Remove bytes that nobody wants."""
+        """Remove all bytes that no version and no job needs."""
         self.store.sweep(self._is_wanted)
 
-    def _let_go(self, digests: Iterable[str]) -> None:
-        """Of bytes whose versions are no more, whatever disk and database say: the next sweep takes what stays."""
+    def _check_usable(self, parts: Iterable[Part]) -> tuple[str, ...]:
+        """Return the warnings of all parts, whose bytes are pinned.
+
+        Raise Conflict if the shapes of one don't fit the base, NotFound, or CorruptAdapter.
+        """
+        viewpoint = self.catalog.viewpoint
+        found: dict[str, tuple[str, ...] | None] = {}
+        for part in parts:
+            warnings = self._warnings_if_usable(viewpoint, part.name, part.version, part.digest)
+            found[f"{part.name}@{part.version}"] = warnings
+        if misfits := [reference for reference, warnings in found.items() if warnings is None]:
+            raise Conflict(f"made for a base of other shapes than {self.base_name}: {', '.join(misfits)}")
+        return tuple(f"{reference}: {text}" for reference, warnings in found.items() for text in warnings or ())
+
+    def _compare_with_base(
+        self, viewpoint: Viewpoint, name: str, number: int, digest: str
+    ) -> tuple[str, ...] | None:
+        """Return the version's warnings, or None if its shapes don't fit the base."""
+        version = self.catalog.of(viewpoint).version(name, number)
+        same_base = version.base_digest is not None and version.base_digest == self._base.digest
+        return self._base.warnings(version) if same_base or self.store.fits(digest, self.shape) else None
+
+    def _discard_if_possible(self, digests: Iterable[str]) -> None:
+        """Discard the bytes of deleted versions. If disk or database fail, the next sweep removes the rest."""
         with suppress(*FAILURES):
             self.discard(*digests)
 
     def _prepare_to_delete(self, name: str, versions: Sequence[Version]) -> None:
-        self.catalog.own_key(name)  # others aren't told who needs it
-        held = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
-        if held:
-            raise Conflict(f"a job needs {', '.join(held)}: cancel it, or wait for its end")
+        self.catalog.own_key(name)  # first: other projects don't learn which job needs the version
+        needed = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
+        if needed:
+            raise Conflict(f"a job needs {', '.join(needed)}: cancel it, or wait for its end")
         self.store.doubt(version.digest for version in versions if not version.parts)
 
     def _is_needed(self, version: Version) -> bool:
-        """By its own project's jobs: others' keep the bytes, whatever becomes of the name."""
+        """Return whether a job of the version's project needs it. Other projects' jobs only need the bytes."""
         return self._is_parent(version.digest, split_key(self.catalog.viewpoint.key(version.name))[0])
 
     def _is_wanted(self, digest: str) -> bool:
-        # a job may have been taken in after it was asked whether there is one: its parent's bytes stay
+        # a job may have been submitted after `_is_needed` was asked: its parent's bytes stay
         return self.catalog.in_use(digest) or self._is_parent(digest, None)
 
     def _with_twin(self, version: Version) -> Version:
-        """Just published: with a word on the version before it that has the same weights, if one has."""
+        """Return a new version with a warning if an earlier version of its name has the same weights."""
         twin = self.catalog.twin(version)
-        told = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
-        return version if twin is None else replace(version, warnings=(*version.warnings, told))
+        warning = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
+        return version if twin is None else replace(version, warnings=(*version.warnings, warning))
 
-    def _all_told(self, adapter: Adapter) -> Adapter:
-        return replace(adapter, versions=tuple(map(self._told, adapter.versions)))
+    def _with_all_warnings(self, adapter: Adapter) -> Adapter:
+        return replace(adapter, versions=tuple(map(self._with_warnings, adapter.versions)))
 
-    def _told(self, version: Version) -> Version:
-        """With all that is to be told of it beside this base."""
+    def _with_warnings(self, version: Version) -> Version:
+        """Return the version with its warnings for the served base."""
         warnings = self._base.warnings(version)
         return version if warnings == version.warnings else replace(version, warnings=warnings)
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """The served base, and how it differs from the base that a version was made on, as far as is recorded.
+
+    Shapes fit or they don't, but no byte of an adapter shows which weights it was trained with. So every version
+    records the digest of its base, and an upload the name that its file gives. `digest` None: unknown, and nothing
+    is compared with it.
+    """
+
+    name: str
+    digest: str | None = None
+
+    def upload_warnings(self, base_model: str | None) -> tuple[str, ...]:
+        """Return the warnings to store with an upload whose config names `base_model`. They hold for any base."""
+        if not base_model:
+            return ("its config doesn't say which base it was trained on",)
+        if not self._is_named(base_model):
+            return (f"its config names another base, {base_model[:_SHOWN]}; it was uploaded for {self.name}",)
+        return ()
+
+    def warnings(self, version: Version) -> tuple[str, ...]:
+        """Return the version's stored warnings, with one if it was made on another base and one if it is worse
+        than the base it was made on.
+        """
+        return (*self._base_warnings(version), *_quality_warnings(version))
+
+    def _base_warnings(self, version: Version) -> tuple[str, ...]:
+        """Compare digests, or names for blends of parts from several bases, which have no digest."""
+        made_on = version.base_digest
+        if made_on is not None:
+            if self.digest is None or self.digest == made_on:
+                return version.warnings
+            named = "" if version.base_model is None else f"{version.base_model[:_SHOWN]}, "
+            other = f"another base ({named}digest {made_on[:12]})"
+            return (*version.warnings, f"it was made on {other} than {self.name} (digest {self.digest[:12]})")
+        if version.warnings or not version.base_model or self._is_named(version.base_model):
+            return version.warnings
+        return (f"it was made on another base, {version.base_model[:_SHOWN]}, than {self.name}",)
+
+    def _is_named(self, name: str) -> bool:
+        """Return whether a file's name for its base, a path or a hub id, seems to mean this base."""
+        return name.rstrip("/").rsplit("/", 1)[-1].lower() == self.name.lower()
+
+
+def _quality_warnings(version: Version) -> tuple[str, ...]:
+    if not version.is_worse_than_base:
+        return ()
+    tuned, base = version.metrics["eval_loss"], version.metrics["base_eval_loss"]
+    return (f"its loss on held-out rows, {tuned:.4f}, is worse than that of its untouched base, {base:.4f}",)

@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    import torch  # which takes a second: who names modules, as in a job's document, doesn't wait for it
+    import torch  # takes a second to import, which users of names and settings don't need
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear modules of a Llama layer, in the order in which the forward pass meets them."""
+"""The linear modules of a Llama layer, in the order of the forward pass."""
 
 ATTENTION = MODULES[:4]
-"""Those of them that lie in the attention block; the others lie in the MLP."""
+"""The modules of the attention block; the others are in the MLP."""
 
 
 class ModuleKey(NamedTuple):
@@ -29,14 +29,14 @@ class ModuleKey(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Where Hugging Face's model keeps it, such as "model.layers.3.self_attn.q_proj"."""
+        """The module's path in Hugging Face's model, such as "model.layers.3.self_attn.q_proj"."""
         block = "self_attn" if self.module in ATTENTION else "mlp"
         return f"model.layers.{self.layer}.{block}.{self.module}"
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """What an adapter must fit: the base's number of layers and each module's (out, in) features."""
+    """The shape that an adapter must fit: the base's number of layers and each module's (out, in) features."""
 
     num_layers: int
     features: Mapping[str, tuple[int, int]]
@@ -44,10 +44,10 @@ class BaseShape:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which modules an adapter targets, and each one's rank and alpha.
+    """The modules that an adapter targets, with the rank and alpha of each.
 
-    A target is a name of `MODULES`, meant in each of `layers_to_transform` (None: in every layer), or one
-    module's `ModuleKey.path`. The patterns override `rank` and `alpha`; their keys are names or paths too.
+    A target is a name of `MODULES`, in each of `layers_to_transform` (None: in every layer), or the
+    `ModuleKey.path` of one module. The patterns override `rank` and `alpha`; their keys are names or paths, too.
     """
 
     rank: int
@@ -60,12 +60,12 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for pattern in (self.rank_pattern, self.alpha_pattern):
-            # PEFT takes the first key that matches, so a name and a path of that name would depend on their order.
+            # PEFT takes the first key that matches: with both a name and its path, the order would matter
             if any(key.rpartition(".")[2] in pattern for key in pattern if "." in key):
                 raise ValueError("a pattern names a module by its name or by its path, not by both")
 
     def to_document(self) -> dict[str, object]:
-        """JSON-ready, as an adapter's version keeps it."""
+        """Return the configuration as JSON types, as an adapter's version stores it."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def targets(self, key: ModuleKey) -> bool:
@@ -99,7 +99,7 @@ class LoraModule:
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """All of an adapter's modules. The tensors are read-only by convention: they may be mapped from a file."""
+    """The modules of an adapter. The tensors are read-only by convention, as they may be mapped from a file."""
 
     modules: Mapping[ModuleKey, LoraModule]
 
@@ -117,15 +117,15 @@ class LoraWeights:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The names of the modules that have rows in at least one layer, in the order of `MODULES`."""
+        """The names of modules with weights in at least one layer, in the order of `MODULES`."""
         present = {key.module for key in self.modules}
         return tuple(name for name in MODULES if name in present)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over every tensor's place, dtype, shape and bytes and its effective scaling.
+        """The SHA-256 (hex) over every module's layer, name, scaling, dtypes and shapes, and its tensors' bytes.
 
-        Names and dates stay out of it: equal effects on the same base have equal digests.
+        Names and dates are left out, so that adapters with equal weights have equal digests.
         """
         import torch
 
@@ -139,6 +139,13 @@ class LoraWeights:
         return sha.hexdigest()
 
 
+class AdapterRef(NamedTuple):
+    """A stored adapter by the digest of its weights, and the weight at which its update is added."""
+
+    digest: str
+    weight: float = 1.0
+
+
 def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
-    """The factor on B(A x): alpha/r, or alpha/sqrt(r) for rank-stabilized LoRA."""
+    """Return the factor on B(A x): alpha/r, or alpha/sqrt(r) for rank-stabilized LoRA."""
     return float(alpha) / (float(rank) ** 0.5 if use_rslora else float(rank))

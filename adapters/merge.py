@@ -1,24 +1,22 @@
-"""Merges: several weighted adapters become one new, ordinary adapter, in fp32, with scaling 1 throughout.
+"""Merge several weighted adapters into one new adapter, in fp32, whose scalings are all 1.
 
-An exact weighted sum needs none of this: the server adds adapters up for each request. These methods change what
-is added: they prune it, settle conflicts of sign, or squeeze it into a lower rank.
+An exact weighted sum needs no merge: the server composes adapters for each request. These methods prune the
+adapters, resolve conflicts of sign, or reduce the rank:
 
-    ties             keep each adapter's largest entries, elect a sign for each place by their sum, and average
-                     those that have it (Yadav et al. 2023, arXiv:2306.01708)
-    dare_linear      drop entries at random, scale what is left by 1/density, add up (Yu et al. 2023,
-                     arXiv:2311.03099)
-    dare_ties        drop at random likewise, then elect and average as ties does
-    magnitude_prune  keep each adapter's largest entries, add up
-    svd              the best approximation of the weighted sum that has the rank (Eckart and Young 1936)
+    ties             keep each adapter's largest entries, elect a sign for each position by their sum, and average
+                     the entries with that sign (Yadav et al. 2023, arXiv:2306.01708)
+    dare_linear      drop entries at random, scale the others by 1/density, sum (Yu et al. 2023, arXiv:2311.03099)
+    dare_ties        drop entries at random in the same way, then elect signs and average as ties does
+    magnitude_prune  keep each adapter's largest entries, sum
+    svd              the best approximation of the weighted sum at the rank (Eckart and Young 1936)
 
-The names are those of PEFT's `add_weighted_adapter`, and so are two readings of the first four. Without a rank
-they work on A and on B apart, each weighted by √|weight · scaling|: quick, but one adapter's B then meets others'
-A. With a rank they work on the products scaling · B A, and the result is factored again (PEFT's "…_svd"). Unlike
-PEFT, a negative weight means the negated adapter from the first step on, one adapter alone is pruned as well, and
-neither mixed targets nor rank-stabilized scalings leave anything out. What is drawn at random follows from seed,
-adapter and module alone. Names, jobs and files are others' business.
+The names, and two variants of the first four, are those of PEFT's `add_weighted_adapter`. Without a rank, a method
+works on A and on B separately, each weighted by √|weight · scaling|. That is fast, but multiplies one adapter's B
+by other adapters' A. With a rank, it works on the products scaling · B A and factors the result (PEFT's "…_svd").
 
-How far a merged adapter is from the exact weighted sum of its parts, which is what it stands for.
+Unlike in PEFT, a negative weight negates the adapter from the first step on, a single adapter is pruned as well,
+and mixed targets and rank-stabilized scalings are merged completely. Random choices depend on the seed, the
+adapter and the module only.
 """
 
 import hashlib
@@ -40,7 +38,7 @@ WeightedAdapters = Sequence[tuple[LoraWeights, float]]
 
 
 def check(parts: Iterable[Mapping[ModuleKey, int]], recipe: Recipe) -> None:
-    """Raise InvalidInput on `rank` if A's and B's can't be merged entry by entry, by the ranks of each part."""
+    """Raise InvalidInput on `rank` if the parts' ranks differ, so that A and B can't be merged entry by entry."""
     if recipe.merges_products:
         return
     ranks: dict[ModuleKey, int] = {}
@@ -57,10 +55,11 @@ def check(parts: Iterable[Mapping[ModuleKey, int]], recipe: Recipe) -> None:
 def merge(
     adapters: WeightedAdapters, recipe: Recipe, between: Callable[[int, int], None] = lambda done, total: None
 ) -> LoraWeights:
-    """The merged adapter, on the CPU; it targets what any of the parts targets. Their order doesn't matter.
+    """Merge the adapters on the CPU. The result targets every module that any part targets; the order of the parts
+    doesn't matter.
 
-    `between` hears, after each module, how many are done and how many there are; it may raise. Raises InvalidInput
-    as `check` does, or on `expression` where entries are too large for fp32.
+    `between(done, total)` is called after each module and may raise. Raise InvalidInput as `check` does, or on
+    `expression` if entries are too large for fp32.
     """
     check((weights.ranks for weights, _ in adapters), recipe)
     parts = sorted(adapters, key=lambda part: (part[0].digest, part[1]))
@@ -75,31 +74,28 @@ def merge(
         ]
         a, b = _merged_products(here, recipe, rank) if recipe.merges_products else _merged_factors(here, recipe)
         if not (a.isfinite().all() and b.isfinite().all()):
-            raise InvalidInput.of("expression", f"comes to more than fp32 can hold in {key.path}")
+            raise InvalidInput.of("expression", f"has larger values than fp32 can hold in {key.path}")
         modules[key] = LoraModule(a.contiguous(), b.contiguous(), 1.0)
         between(len(modules), len(keys))
     return LoraWeights(modules)
 
 
 def _default_rank(parts: WeightedAdapters) -> int:
-    """The largest of any part, as far as any product can have it: each module is filled up to it with zeros."""
+    """Return the largest rank of any part, limited by the largest possible rank of a product."""
     modules = [module for weights, _ in parts for module in weights.modules.values()]
     largest = max((module.rank for module in modules), default=0)
     return min(largest, max((min(len(module.b), module.a.shape[1]) for module in modules), default=0))
 
 
 def config_of(weights: LoraWeights, num_layers: int | None) -> LoraConfig:
-    """The configuration of weights whose scalings are all 1, as `merge` makes them; `num_layers` is the base's.
-
-    None: unknown, and each layer is named.
-    """
+    """Return the configuration of merged weights. `num_layers` is the base's; if None, each layer is named."""
     assert all(module.scaling == 1.0 for module in weights.modules.values())
     rank = weights.max_rank
     return describe(weights, rank, float(rank), use_rslora=False, num_layers=num_layers)
 
 
 def kept(recipe: Recipe, digest: str, key: ModuleKey, side: Side, shape: torch.Size) -> torch.Tensor:
-    """Where DARE keeps the adapter's entries: `shape`, bool, each with probability `recipe.density`."""
+    """Return DARE's mask of the entries to keep: bool of `shape`, True with probability `recipe.density`."""
     name = f"smolora-dare|{recipe.seed}|{digest}|{key.layer}|{key.module}|{side}"
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < recipe.density
@@ -124,7 +120,7 @@ class _Part:
 
 
 def _merged_factors(parts: Sequence[_Part], recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r), merged apart. The root of a weight goes to either side, its sign to A's."""
+    """Merge A (r, in) and B (out, r) separately, both scaled by the weight's root, and A by its sign, too."""
     weights = [part.weight * part.module.scaling for part in parts]
     roots = [math.sqrt(abs(weight)) for weight in weights]
     signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
@@ -134,7 +130,7 @@ def _merged_factors(parts: Sequence[_Part], recipe: Recipe) -> tuple[torch.Tenso
 
 
 def _merged_products(parts: Sequence[_Part], recipe: Recipe, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (rank, in) and B (out, rank) nearest to the merged scaling · B A."""
+    """Return A (rank, in) and B (out, rank) whose product is nearest to the merged products scaling · B A."""
     if recipe.method == "svd":
         a = torch.cat([part.a for part in parts])
         b = torch.cat([part.weight * part.module.scaling * part.b for part in parts], dim=1)
@@ -151,7 +147,7 @@ def _combined(
     recipe: Recipe,
     side: Side,
 ) -> torch.Tensor:
-    """What the recipe makes of the parts' tensors, all of one shape."""
+    """Merge the parts' tensors, which have one shape, by the recipe's method."""
     pruned = []
     for tensor, weight, part in zip(tensors, weights, parts, strict=True):
         if recipe.method in ("ties", "magnitude_prune"):
@@ -169,7 +165,7 @@ def _combined(
 
 
 def _largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """1 at the `density` share of entries with the largest magnitudes, the first of equal ones, else 0."""
+    """Return a mask: 1 at the `density` share of entries with the largest magnitudes, 0 elsewhere."""
     order = tensor.abs().flatten().argsort(descending=True, stable=True)
     mask = torch.zeros(tensor.numel())
     mask[order[: int(density * tensor.numel())]] = 1.0
@@ -177,14 +173,14 @@ def _largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def _factored(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (rank, in) and B (out, rank) whose product is nearest to b @ a; what the rank doesn't need is 0.
+    """Return A (rank, in) and B (out, rank) whose product is nearest to b @ a, padded with zeros up to the rank.
 
-    The singular values are in B. Of each row of A the largest entry is positive, which makes the factors unique.
+    B contains the singular values. The largest entry of each row of A is positive, which makes the factors unique.
     """
     q_in, r_in = torch.linalg.qr(a.T)  # a = r_inᵀ q_inᵀ
     q_out, r_out = torch.linalg.qr(b)
     core = r_out @ r_in.T
-    if not core.isfinite().all():  # LAPACK would give up on it
+    if not core.isfinite().all():  # LAPACK would raise
         return a.new_full((rank, a.shape[1]), math.nan), b.new_full((len(b), rank), math.nan)
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     u, vh = (q_out @ u * s)[:, :rank], (vh @ q_in.T)[:rank]
@@ -196,15 +192,17 @@ def _factored(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor
 
 
 _NEGLIGIBLE = 1e-13
-"""A sum whose square is below this share of its terms' squares is one that cancels out, but for rounding."""
+"""If the squared norm of a sum is below this share of its terms' squared norms, the terms cancel out except for
+rounding."""
 
 
 def distance(adapters: WeightedAdapters, merged: LoraWeights, between: Callable[[], None] = lambda: None) -> float:
-    """‖Δ - Σ wᵢ Δᵢ‖ / ‖Σ wᵢ Δᵢ‖ over all modules, in Frobenius norms of Δ = scaling · B A; inf where the sum is 0.
+    """Return how far the merged adapter is from the exact weighted sum of its parts.
 
-    In fp64, and without the products themselves where ranks are smaller than they: ‖B A‖² is the sum over
-    BᵀB ∘ A Aᵀ. Good to about 1e-7. Takes memory for what the adapters hold of one module, and for no more than a
-    few of its dense weights beside. `between` is called before each module, and may raise.
+    That is ‖Δ - Σ wᵢ Δᵢ‖ / ‖Σ wᵢ Δᵢ‖ over all modules, in Frobenius norms of Δ = scaling · B A, or inf if the sum
+    is 0. It is computed in fp64 with a precision of about 1e-7, from ‖B A‖² = Σ BᵀB ∘ A Aᵀ if ranks are small.
+    Memory is needed for the adapters' weights of one module and a few of its dense weights. `between` is called
+    before each module and may raise.
     """
     difference = total = scale = 0.0
     for key in {key for weights in (merged, *(weights for weights, _ in adapters)) for key in weights.modules}:
@@ -219,7 +217,7 @@ def distance(adapters: WeightedAdapters, merged: LoraWeights, between: Callable[
 
 
 def _squared_norm(terms: Sequence[tuple[LoraModule, float]]) -> float:
-    """‖Σ weight · scaling · B A‖² of one module."""
+    """Return ‖Σ weight · scaling · B A‖² of one module."""
     if not terms:
         return 0.0
     (num_out, _), (_, num_in) = terms[0][0].b.shape, terms[0][0].a.shape

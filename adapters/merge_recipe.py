@@ -1,18 +1,18 @@
-"""How adapters are to be merged, as plain values: who stores or lists jobs needs no torch for it."""
+"""The settings of a merge as plain values, apart from `adapters.merge`, which imports torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 MergeMethod = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune", "svd"]
-"""What each does, `adapters.merge` says."""
+"""The methods, which `adapters.merge` describes."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to merge. `density` is the share of entries that are kept, above 0 and at most 1; svd keeps all.
+    """How to merge. `density` is the share of entries to keep, above 0 and at most 1; svd keeps all of them.
 
-    `rank` is the result's: with it, products are merged; without, A's and B's (svd: the largest rank of any part,
-    and at most what a product of the base's sizes can have).
+    `rank` is that of the result. If it is given, the products B·A are merged, otherwise A and B separately. With
+    svd, None means the largest rank of any part, limited by the module's features.
     """
 
     method: MergeMethod

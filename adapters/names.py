@@ -1,10 +1,8 @@
-"""What adapters and aliases may be called.
+"""Names of adapters, aliases and projects: which are valid, which project a name belongs to, and similar names.
 
-Whose names are meant: every adapter belongs to a project, and every look at the catalog is a project's.
-
-A project's own names stand alone, "tweets"; another's come with it, "acme/tweets", and are there only where that
-project made them public. Tables and records know an adapter by its *key*: "tweets" in the project `default`,
-"acme/tweets" in any other, so that what was stored before there were projects is the default one's as it is.
+Every adapter belongs to a project. A project calls its own adapters by plain names ("tweets"), and other projects'
+public adapters by the project, too ("acme/tweets"). Tables and records use an adapter's *key*: "tweets" in the
+project `default`, "acme/tweets" in any other project.
 """
 
 import re
@@ -15,32 +13,30 @@ from heapq import nlargest
 from string import ascii_lowercase, digits
 
 BASE = "base"
-"""Names the frozen model, never an adapter."""
+"""The name of the frozen model, which no adapter may have."""
 MAX_NAME = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 NAME_RULE = f'must be 1 to {MAX_NAME} letters, digits, "_", "-" or ".", the first a letter or digit'
 MAX_KEY = 2 * MAX_NAME + 1
-"""Of a project's name and an adapter's, with a slash between."""
-
+"""The length of a project's name and an adapter's, with a slash between them."""
 
 _CUTOFF = 0.7
-"""Of difflib's ratio: a letter left out, doubled or swapped in a word of five or more."""
+"""The least ratio of difflib that counts as similar: it allows one typo in a word of five letters or more."""
 
-
-_COMPARED = 4
-"""Names that difflib compares, which takes it some 40 µs each."""
+_MAX_COMPARED = 4
+"""The number of names that difflib compares, at some 40 µs each."""
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, if any is: one in other letters' cases before all others.
+    """Return the known name that is most similar to `name`, or None. One that differs only in case comes first.
 
-    Only those are compared that agree with it longest from either end: a slip leaves what is before and after it.
-    Nothing is like what is twice as long as any name: difflib would look at each of its characters.
+    Only the names with the most characters in common at both ends are compared, since a typo leaves the characters
+    before and after it. Text of more than twice the maximum length is similar to none, which bounds the time.
     """
     if len(name) > 2 * MAX_NAME:
         return None
     compared = nlargest(
-        _COMPARED, known, key=lambda other: (other.lower() == name.lower(), _agreement(name, other))
+        _MAX_COMPARED, known, key=lambda other: (other.lower() == name.lower(), _agreement(name, other))
     )
     if compared and compared[0].lower() == name.lower():
         return compared[0]
@@ -48,7 +44,7 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
 
 def slips(name: str) -> set[str]:
-    """What `name` was meant to be if it has one slip that can be undone without knowing the names."""
+    """Return the names that `name` may be a typo of: those that one edit restores without knowing the names."""
     pairs = [(name[:i], name[i:]) for i in range(len(name))]
     doubled = {before + after[1:] for before, after in pairs}
     swapped = {before + after[1] + after[0] + after[2:] for before, after in pairs if len(after) > 1}
@@ -60,38 +56,38 @@ def slips(name: str) -> set[str]:
 
 
 def _agreement(name: str, other: str) -> float:
-    """The share of characters that agree, counted from both ends."""
+    """Return the share of characters that agree, counted from both ends."""
     before = _num_alike(name, other)
     after = _num_alike(name[before:][::-1], other[before:][::-1])
     return (before + after) / max(len(name), len(other), 1)
 
 
 def _num_alike(name: str, other: str) -> int:
-    """How many characters agree before the first that doesn't."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(name, other, strict=False))
     return next((at for at, (mine, its) in pairs if mine != its), min(len(name), len(other)))
 
 
 def name_fault(name: str) -> str | None:
-    """Why no adapter may be called so, if none may. "base" is the frozen model's name and never an adapter's."""
+    """Return why `name` is invalid for an adapter, or None."""
     if name == BASE:
         return "is the base's own name: choose another"
     return None if is_name(name) else NAME_RULE
 
 
 def reference_fault(name: str) -> str | None:
-    """Why no adapter may be referred to so, if none may: by its name, or by `project/name`."""
+    """Return why `name` is invalid as a reference to an adapter, `name` or `project/name`, or None."""
     project, slash, own = name.rpartition("/")
     return NAME_RULE if slash and not is_name(project) else name_fault(own)
 
 
 def is_name(name: str) -> bool:
-    """Whether it follows the rule for names."""
+    """Return whether `name` follows NAME_RULE."""
     return len(name) <= MAX_NAME and NAME.fullmatch(name) is not None
 
 
 def alias_fault(alias: str) -> str | None:
-    """Why no alias may be called so, if none may."""
+    """Return why `alias` is invalid, or None."""
     if alias.isdigit():
         return "is a number, which names a version: an alias has a letter"
     return name_fault(alias)
@@ -101,39 +97,42 @@ DEFAULT_PROJECT = "default"
 
 
 def key_of(project: str, name: str) -> str:
-    """What tables and records call the project's `name`."""
+    """Return the key of the project's `name` in tables and records."""
     return name if project == DEFAULT_PROJECT else f"{project}/{name}"
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(project, name): the inverse of `key_of`."""
+    """Return (project, name) of a key, as the inverse of `key_of`."""
     project, _, name = key.rpartition("/")
     return project or DEFAULT_PROJECT, name
 
 
 def project_fault(project: str) -> str | None:
-    """Why no project may be called so, if none may."""
+    """Return why `project` is invalid as a project's name, or None."""
     return None if is_name(project) else NAME_RULE
 
 
 @dataclass(frozen=True)
 class Viewpoint:
-    """A project that looks. `sees_all`: others' private things, too. `key_id` is kept with what it makes."""
+    """The project for which the catalog is read or written.
+
+    `sees_all` includes other projects' private adapters. `key_id` is recorded with the versions that it publishes.
+    """
 
     project: str = DEFAULT_PROJECT
     sees_all: bool = False
     key_id: str | None = None
 
     def key(self, name: str) -> str:
-        """The key of what is called `name` from here: "tweets" is its own, "acme/tweets" that project's."""
+        """Return the key of `name`: "tweets" is the project's own adapter, "acme/tweets" that of `acme`."""
         project, slash, own = name.rpartition("/")
         return key_of(project, own) if slash else key_of(self.project, name)
 
     def shown(self, key: str) -> str:
-        """The inverse of `key`."""
+        """Return the name of a key for this project, as the inverse of `key`."""
         project, name = split_key(key)
         return name if project == self.project else f"{project}/{name}"
 
     def owns(self, key: str) -> bool:
-        """Whether it is one of the project's own."""
+        """Return whether the key belongs to the project."""
         return split_key(key)[0] == self.project

@@ -1,4 +1,4 @@
-"""JSON from strangers: in UTF-8, of bounded depth, without NaN, infinities or repeated keys."""
+"""Strict JSON for untrusted input: in UTF-8, of bounded depth, without NaN, infinities or repeated keys."""
 
 import json
 import math
@@ -7,11 +7,11 @@ from typing import NoReturn
 
 
 class BadJsonError(ValueError):
-    """The text is no such JSON. The message is safe to show, and goes on from the name of what was read."""
+    """Text that isn't strict JSON. The message is safe to show and follows the name of what was read."""
 
 
 def parse(text: str) -> object:
-    """The value that `text` holds. Raises BadJsonError."""
+    """Return the value of `text`. Raise BadJsonError."""
     if text.startswith("\ufeff"):
         raise BadJsonError("is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig) at character 1")
     try:
@@ -30,7 +30,7 @@ def parse(text: str) -> object:
 
 
 def parse_object(data: bytes) -> dict[str, object]:
-    """The object that `data` holds. Raises BadJsonError."""
+    """Return the object in `data`. Raise BadJsonError."""
     try:
         value = parse(data.decode("utf-8"))
     except UnicodeDecodeError:
@@ -41,7 +41,7 @@ def parse_object(data: bytes) -> dict[str, object]:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """`text` in a form that any encoding, terminal or log takes, cut after `limit` characters."""
+    """Escape unprintable characters, and cut `text` after `limit` characters, for terminals and logs."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return shown if len(text) <= limit else f"{shown}…"
 
@@ -67,4 +67,5 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique, parse_float=_finite)
-"""`json.loads` would make another one each time, which takes as long as a short text."""
+"""A decoder for all texts: `json.loads` would create one each time, which takes as long as to parse a short text.
+"""

@@ -1,4 +1,4 @@
-"""Which process runs which tests, and in which order; what they share is in bases.py, which those alone import."""
+"""Which process runs which tests, and in which order. Fixtures that all tests share are in tests/kits/bases.py."""
 
 import ctypes
 import gc
@@ -11,7 +11,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests.kits.properties import set_default
 
-SHARED = {
+GROUPS = {
     "exact_server": ("test_adapter_life.py", "test_blends.py", "test_exact_answers.py", "test_trained_adapter.py"),
     "shared_server": (
         "test_hard_times.py",
@@ -23,13 +23,17 @@ SHARED = {
     ),
     "trainers": ("test_fine_tuning.py", "test_merging.py", "test_real_training.py"),
 }
-"""The files of end_to_end whose tests ask for the same servers."""
+"""Files of end_to_end that share servers, so that one process should run them.
+
+xdist's own way, `--dist loadgroup`, has no effect with pytest 9.2: xdist 3.8 appends the group to `item._nodeid`,
+which pytest doesn't read any more.
+"""
 LONG = (
     "test_emulated.py",
     "test_readme.py",
-    *SHARED["exact_server"],
-    *SHARED["shared_server"],
-    *SHARED["trainers"],
+    *GROUPS["exact_server"],
+    *GROUPS["shared_server"],
+    *GROUPS["trainers"],
     "test_worker.py",
     "test_kernels.py",
     "test_page.py",
@@ -52,25 +56,26 @@ LONG = (
     "test_failing_disk.py",
     "test_sign_in.py",
 )
-"""What takes longest, in that order. It begins first, so that all processes end at about the same time."""
+"""The slowest files, in that order. They start first, so that all processes end at about the same time. The order
+of pytest's cache won't do: CI starts from a bare checkout."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's mallopt."""
+"""Parameters of glibc's mallopt."""
 KEPT_BYTES = 256 << 20
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    gc.disable()  # what is imported and collected from here on stays: looking for garbage in it finds none
+    gc.disable()  # objects of imports and of the collection stay until the end
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
-        return  # this process hands tests out, and needs none of the libraries that they run on
-    os.environ["OMP_NUM_THREADS"] = "1"  # so have servers and their jobs, but for `default_threads`
+        return  # this process distributes tests and doesn't need the libraries under test
+    os.environ["OMP_NUM_THREADS"] = "1"  # also for servers and their jobs, except with `default_threads`
     keep_freed_memory()
     config.pluginmanager.import_plugin("tests.kits.bases")
     set_default()
 
 
 def keep_freed_memory() -> None:
-    """Have this process, and none that it starts, use freed tensors' memory again: new pages are zeroed first."""
+    """Make this process, but not its children, reuse freed tensors' memory: the kernel zeroes new pages first."""
     if platform.libc_ver()[0] == "glibc":
         malloc = ctypes.CDLL(None)
         malloc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
@@ -79,12 +84,12 @@ def keep_freed_memory() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    gc.set_threshold(20_000, 10, 20)  # by 700, the default, 4 % of the time went into looking for garbage
+    gc.set_threshold(20_000, 10, 20)  # with the default of 700, collections took 4 % of the time
     gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is `LONG`, then what starts servers, then the rest."""
+    """Sort tests: first `LONG` files, then other tests that start servers, then the rest."""
 
     def rank(item: pytest.Item) -> int:
         if item.path.name in LONG:
@@ -95,12 +100,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Scheduling(LoadFileScheduling):
-    """Runs a file's tests in one process, and those that share servers in one, too: they are started once."""
+    """Runs the tests of a file, or of files in `GROUPS`, in one process, so that their servers start once."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         folder, _, name = file.rpartition("/")
-        units = (unit for unit, names in SHARED.items() if folder.endswith("end_to_end") and name in names)
+        units = (unit for unit, names in GROUPS.items() if folder.endswith("end_to_end") and name in names)
         return next(units, file)
 
 

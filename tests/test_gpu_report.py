@@ -10,7 +10,7 @@ from benchmarks import command
 from tests.benchmarks.kit import results, row
 from tests.gpu import main
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda
 
 JUNIT = '<testsuites><testsuite tests="12" failures="1" errors="1" skipped="2"></testsuite></testsuites>'
 
@@ -40,7 +40,7 @@ def test_the_report_names_the_card(
             command.write(tmp_path, "serve", results([row(1, "base", ours=[123.4] * 3)]))
         return codes[1]
 
-    with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
+    with fake_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
         assert main([f"--out={tmp_path}", "--quick", "--rounds=1"], run) == max(codes)
     tests, benchmark = commands
     assert tests[1:5] == ["-m", "pytest", "-m", "cuda"]

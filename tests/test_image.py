@@ -15,8 +15,7 @@ import pytest
 import torch
 import yaml
 
-from server.config import Settings, WorkerSettings, load
-from server.config.fields import Limits
+from server.config import Limits, Settings, WorkerSettings, load
 from server.jobs.supervisor import GRACE_SECONDS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS, KEEP_ALIVE_SECONDS
 from server.storage.home import Home

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from server.config import PREFIX, Settings, WorkerSettings
-from server.config.environment import DEFAULTS
+from server.config.environment import RAY_DEFAULTS
 from server.jobs.supervisor import GRACE_SECONDS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 
@@ -57,7 +57,7 @@ COMPONENTS = ("api", "engine", "head", "worker")
 
 def test_ray_is_set_up_as_elsewhere() -> None:
     """But for its log, which goes where a pod's log goes."""
-    wanted = {name: value for name, value in DEFAULTS.items() if name != "RAY_SERVE_LOG_TO_STDERR"}
+    wanted = {name: value for name, value in RAY_DEFAULTS.items() if name != "RAY_SERVE_LOG_TO_STDERR"}
     assert wanted.items() <= the("ConfigMap", "smolora")["data"].items()
 
 

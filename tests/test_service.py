@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Settings
-from server.config.fields import Limits
+from server.config import Limits, Settings
 from server.jobs.supervisor import GRACE_SECONDS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 

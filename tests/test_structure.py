@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LONG, SHARED
+from tests.conftest import GROUPS, LONG
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("adapters", "server") for path in (ROOT / package).rglob("*.py"))
@@ -172,4 +172,4 @@ def test_what_is_allowed() -> None:
 
 def test_what_begins_first_is_there() -> None:
     names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
-    assert {*LONG, *(name for unit in SHARED.values() for name in unit)} <= names
+    assert {*LONG, *(name for unit in GROUPS.values() for name in unit)} <= names

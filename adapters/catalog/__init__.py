@@ -1,1 +1,1 @@
-"""Names, versions, aliases and compositions of adapters: in a database, and in records beside the bytes."""
+"""Names, versions, aliases and compositions of adapters, in a database and in records stored with the bytes."""

@@ -1,13 +1,14 @@
-"""Names, versions, aliases and compositions of adapters, in tables of their own over an Engine that is given.
+"""Names, versions, aliases and compositions of adapters, in tables of a given database engine.
 
-A catalog is one project's view of them: what it calls by a plain name is its own. Every write is one transaction,
-done again if it clashes with another's; every read is one statement, as a rule. The SQL is
-what SQLite and PostgreSQL have in common. The bytes are the store's: here they are digests only.
+A catalog is one project's view of them: a plain name means the project's own adapter. Every write is one
+transaction, repeated if it clashes with another one; nearly every read is one statement. The SQL works with SQLite
+and PostgreSQL. The bytes are in the store: the catalog only knows their digests.
 """
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -16,14 +17,14 @@ from adapters.catalog import reads, writes
 from adapters.catalog.reads import (
     LATEST,
     MAX_VERSION,
-    adapter_seen,
     adapters_of,
     in_sight,
-    part_seen,
-    seen,
     select_adapters,
     select_versions,
     select_visible,
+    show_adapter,
+    show_part,
+    show_version,
     version_of,
 )
 from adapters.catalog.records import Records
@@ -62,19 +63,21 @@ __all__ = [
 class Catalog:
     """Adapters by name, as one project sees them. Thread-safe; other processes may write the same tables.
 
-    `records` keeps a copy of every version outside the database. None: nothing is to be rebuilt from.
+    `records` keeps a copy of every version outside the database. If None, a lost database can't be rebuilt.
     """
 
     def __init__(self, engine: sa.Engine, records: Records | None = None, of: Viewpoint | None = None) -> None:
         self.viewpoint = of or Viewpoint()
         self._engine = engine
         self._records = records
-        # A read is one statement, so it needs no transaction around it.
+        # a read is one statement, which needs no transaction
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def of(self, viewpoint: Viewpoint) -> "Catalog":
-        """The same as another project sees it."""
-        return Catalog(self._engine, self._records, viewpoint)
+        """Return the catalog as another project sees it."""
+        view = copy(self)
+        view.viewpoint = viewpoint
+        return view
 
     def publish(
         self,
@@ -95,9 +98,9 @@ class Catalog:
         data_digest: str | None = None,
         config: Mapping[str, object] | None = None,
     ) -> Version:
-        """Adds the next version of `name`, which may be new, and makes it the latest.
+        """Add the next version of `name`, which may be new, and make it the latest.
 
-        Raises InvalidInput for a bad name, Conflict where a composition has it.
+        Raise InvalidInput if the name is invalid, or Conflict if a composition has it.
         """
         new = NewVersion(
             name=self._new_key(name),
@@ -118,25 +121,25 @@ class Catalog:
             key_id=self.viewpoint.key_id,
         )
         with recording(self._engine, self._records) as records:
-            return seen(
+            return show_version(
                 self.viewpoint,
                 transact(self._engine, lambda connection: publish_in(connection, new, records=records)),
             )
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
-        """Adds the next version of the composition `name`, its parts pinned to the versions that they mean now.
+        """Add the next version of the composition `name`, its parts pinned to the versions that they mean now.
 
-        And whether it is new: where the latest has the same parts and weights already, it is that one.
+        Return the version, and whether it is new: if the latest version has the same parts and weights, it is
+        returned and nothing is added. Compositions among the terms are replaced by their own parts.
 
-        Compositions among the terms are replaced by their own parts. Raises NotFound as `resolve` does,
-        InvalidInput on `field`, or Conflict where an adapter has the name.
+        Raise NotFound as `resolve` does, InvalidInput on `field`, or Conflict if an adapter has the name.
         """
         viewpoint, key = self.viewpoint, self._new_key(name)
         with recording(self._engine, self._records) as records:
             version, is_new = transact(
                 self._engine, lambda connection: compose_in(connection, key, terms, field, viewpoint, records)
             )
-        return seen(self.viewpoint, version), is_new
+        return show_version(self.viewpoint, version), is_new
 
     def list(
         self,
@@ -147,51 +150,51 @@ class Catalog:
         contains: str | None = None,
         public: bool = False,
     ) -> list[Adapter]:
-        """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`, those in
-        whose names, as they are told, is `contains` in whichever case.
+        """Return the project's adapters, sorted by name; with `public`, the public adapters of all projects.
 
-        The project's own; with `public`, those of all projects that others may use.
+        `name` selects one adapter, `after` those after that name, and `contains` those whose names, as the project
+        sees them, have that text in them, in upper or lower case.
         """
         chosen = reads.select_listed(self.viewpoint, after, contains, public)
         if name is not None:
             chosen = chosen.where(names.c.name == self.viewpoint.key(name))
         with self._reader.connect() as connection:
             found = adapters_of(connection.execute(select_adapters(chosen.limit(limit))).mappings())
-        return [adapter_seen(self.viewpoint, adapter) for adapter in found]
+        return [show_adapter(self.viewpoint, adapter) for adapter in found]
 
     def has_after(self, name: str, *, contains: str | None = None, public: bool = False) -> bool:
-        """Whether `list` would have more after the adapter of this name."""
+        """Return whether `list` would return more adapters after this name."""
         query = reads.select_listed(self.viewpoint, name, contains, public).limit(1)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
     def latest_dates(self) -> dict[str, datetime]:
-        """The project's names, each with the moment at which its latest version was made."""
+        """Return when the latest version of each of the project's names was created."""
         query = reads.select_latest().where(in_sight(self.viewpoint))
         with self._reader.connect() as connection:
             return {self.viewpoint.shown(row.name): row.created_at for row in connection.execute(query)}
 
     def get(self, name: str) -> Adapter:
-        """The adapter called `name`. Raises NotFound."""
+        """Return the adapter. Raise NotFound."""
         if self._is_visible(name) and (found := self.list(name) or self.list(name, public=True)):
             return found[0]
         with self._reader.connect() as connection:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(self.viewpoint.key(name))))
 
     def version(self, name: str, version: int) -> Version:
-        """One version. Raises NotFound."""
+        """Return one version. Raise NotFound."""
         key = self.viewpoint.key(name)
         if version <= MAX_VERSION and self._is_visible(name):
             query = select_versions(versions.c.name == key, versions.c.version == version)
             with self._reader.connect() as connection:
                 rows = connection.execute(query).mappings().all()
             if rows:
-                return seen(self.viewpoint, version_of(rows))
+                return show_version(self.viewpoint, version_of(rows))
         with self._reader.connect() as connection:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
     def twin(self, version: Version) -> int | None:
-        """The newest version of its name before it that has the same weights; None: there is none."""
+        """Return the number of the newest earlier version of its name with the same weights, or None."""
         same = (versions.c.name == self.viewpoint.key(version.name), versions.c.digest == version.digest)
         query = sa.select(sa.func.max(versions.c.version)).where(*same, versions.c.version < version.version)
         with self._reader.connect() as connection:
@@ -199,67 +202,69 @@ class Catalog:
         return number
 
     def check_kind(self, name: str, kind: Kind) -> None:
-        """Raises Conflict where the name has versions of another kind."""
+        """Raise Conflict if the name has versions of another kind."""
         key = self.viewpoint.key(name)
         query = sa.select(names.c.kind).where(names.c.name == key, names.c.latest.is_not(None))
         with self._reader.connect() as connection:
             writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
 
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
-        """What each term means at this moment, in the order of the terms, by one indexed query.
+        """Return what each term means now, in the order of the terms, by one indexed query.
 
-        A composition means its parts, whose weights are multiplied by the term's. Raises NotFound, naming every
-        term that means nothing, or InvalidInput on `field` where the parts are too many, or a weight too large.
+        A composition means its parts, whose weights are multiplied by the term's. Raise NotFound, naming every
+        missing term, or InvalidInput on `field` if there are too many parts or a weight is too large.
         """
         if not terms:
             return ()
         with self._reader.connect() as connection:
             found = reads.resolve(connection, terms, field, self.viewpoint)
-        return tuple(part_seen(self.viewpoint, part) for part in found)
+        return tuple(show_part(self.viewpoint, part) for part in found)
 
     def point(self, name: str, alias: str, version: int) -> None:
-        """Makes the alias, or `latest`, mean that version from now on. Raises NotFound."""
+        """Make the alias, or `latest`, mean that version. Raise NotFound."""
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: point_in(connection, key, alias, version, viewpoint))
 
     def unpoint(self, name: str, alias: str) -> None:
-        """Removes the alias. Raises NotFound, or Conflict for `latest`."""
+        """Remove the alias. Raise NotFound, or Conflict for `latest`."""
         if alias == LATEST:
             raise Conflict("latest can't be removed: point it at another version")
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: unpoint_in(connection, key, alias, viewpoint))
 
     def set_visibility(self, name: str, is_public: bool) -> None:
-        """Whether other projects may use the name. Raises NotFound, or Conflict: a public composition has public
-        parts alone.
+        """Let other projects use the name, or no longer. Raise NotFound, or Conflict if a public composition would
+        have a private part.
         """
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: set_visibility_in(connection, key, is_public, viewpoint))
 
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:
-        """Removes all versions of `name`; returns the digests that no version has any more.
+        """Delete all versions of `name`, and return the digests that no version has any more.
 
-        Raises NotFound, or Conflict where an alias or a composition holds one of them, which it names. `force`
-        removes the aliases, too.
+        Raise NotFound, or Conflict, naming the aliases and compositions that need one of the versions. `force`
+        deletes the aliases, too.
         """
         return self._drop(name, None, force)
 
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
-        """Removes one version; if it was the latest, the highest left becomes it. Otherwise as `delete`."""
+        """Delete one version as `delete` does. If it was the latest, the highest remaining version becomes it."""
         return self._drop(name, version, force)
 
     def num_bytes(self, key_id: str | None = None) -> int:
-        """That the project's adapters take, those that a key published or all; equal bytes once."""
+        """Return the bytes that the project's adapters take, or those that a key published. Equal bytes count
+        once.
+        """
         with self._reader.connect() as connection:
             return reads.num_bytes(connection, self.viewpoint.project, key_id)
 
     def in_use(self, digest: str) -> bool:
-        """Whether any version has this digest."""
+        """Return whether any version has this digest."""
         with self._reader.connect() as connection:
             return writes.is_named(connection, digest)
 
     def recover(self, is_stored: Callable[[str], bool], is_known: Callable[[str], bool]) -> Recovered:
-        """See `catalog_recovery`. Nothing without records."""
+        """Make the catalog and its records agree (see `adapters.catalog.recovery`). A no-op without records."""
         if self._records is None:
             return Recovered()
         return recover(self._engine, self._records, is_stored, is_known)
@@ -270,27 +275,28 @@ class Catalog:
             self._engine, lambda connection: drop_in(connection, key, version, force, viewpoint)
         )
         if (records := self._records) is not None:
-            # no room, say: they are gone all the same, and the next start or `doctor --rebuild` tidies up
+            # if the disk is full, for example: the versions are deleted, and the next start or `doctor --rebuild`
+            # removes their records
             with suppress(*FAILURES):
                 records.reach(to_write=records.removal_writes(key, numbers))
                 transact(self._engine, lambda _: records.remove(key, numbers))
         return digests
 
     def _new_key(self, name: str) -> str:
-        """Of a name that gets a version. Raises InvalidInput."""
+        """Return the key of a name that gets a version. Raise InvalidInput."""
         if fault := name_fault(name):
             raise InvalidInput.of("name", fault)
         return self.viewpoint.key(name)
 
     def own_key(self, name: str) -> str:
-        """Of a name that is to be changed. Raises NotFound where it can only be another project's."""
+        """Return the key of a name that is to be changed. Raise NotFound if it belongs to another project."""
         key = self.viewpoint.key(name)
         if not (self.viewpoint.sees_all or self.viewpoint.owns(key)):
             raise NotFound(f"no such adapter in project {self.viewpoint.project}: {name}")
         return key
 
     def _is_visible(self, name: str) -> bool:
-        """Own names always are, whether there are any."""
+        """Return whether the project may see the name. Its own names always are, even if they don't exist."""
         key = self.viewpoint.key(name)
         if self.viewpoint.sees_all or self.viewpoint.owns(key):
             return True

@@ -1,15 +1,15 @@
-"""Brings the catalog and its records together again: after a crash, and where the database is lost.
+"""Make the catalog and its records agree: after a crash, and after the loss of the database.
 
-A version without a record gets one, and so does a name's next number that its records don't tell. For a record
-without a version there are two cases:
+A version without a record gets one. If the records don't show a name's next version number, it is recorded, too.
+For a record without a version there are two cases:
 
 - The catalog has given out its number. Then a delete was interrupted, and the record is removed.
 - The catalog has not. Then a publication was interrupted, or the database was lost or restored from an older copy.
   The version is published if its bytes are there. The exception is a record whose job the database knows: the job
   publishes it itself, or was ended before it could.
 
-So the same few lines repair one crash, and rebuild everything from the directories. Aliases, `latest` where it was
-moved back, jobs, and what was public are in the database alone.
+So the same code repairs a crash and rebuilds everything from the directories. Only the database has aliases, a
+`latest` that was moved back, jobs, and which adapters are public.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,21 +28,21 @@ from adapters.names import split_key
 
 @dataclass(frozen=True)
 class Recovered:
-    """What was put right: "name@version" each. `adopted` were published, `lost` can't be: something is missing."""
+    """What was repaired. Versions, as "name@version", were published again (`adopted`) or can't be (`lost`)."""
 
     adopted: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     num_written: int = 0  # records that versions lacked
-    num_dropped: int = 0  # records of versions that are no more
+    num_dropped: int = 0  # records of deleted versions
 
     def lines(self) -> tuple[str, ...]:
-        """What a person should know of it; nothing where nothing was missing."""
+        """Return messages for people; none if nothing was missing."""
         found = []
         if self.adopted:
-            again = f"the database didn't know {_listed_names(self.adopted)}: published again"
+            again = f"the database didn't know {_joined(self.adopted)}: published again"
             found.append(f"{again}; where it is a new one, aliases and jobs are lost")
         if self.lost:
-            found.append(f"the bytes, or the parts, of {_listed_names(self.lost)} are missing or damaged: lost")
+            found.append(f"the bytes, or the parts, of {_joined(self.lost)} are missing or damaged: lost")
         return tuple(found)
 
 
@@ -52,8 +52,9 @@ def recover(
     is_stored: Callable[[str], bool],
     is_known: Callable[[str], bool],
 ) -> Recovered:
-    """Put catalog and records right. `is_stored` says of a digest whether its bytes are there, `is_known` of a job
-    whether the database knows it. Nobody else writes meanwhile: it is one transaction.
+    """Make the catalog and its records agree, in one transaction, and return what was repaired.
+
+    `is_stored(digest)` returns whether the bytes exist, `is_known(job_id)` whether the database has the job.
     """
 
     def work(connection: sa.Connection) -> Recovered:
@@ -66,7 +67,7 @@ def recover(
         missing = [version for key, version in listed.items() if recorded.get(key) != version]
         for version in missing:
             records.write(version)
-        _tell_numbers(records, found, listed, numbers)
+        _record_numbers(records, found, listed, numbers)
         strays = [version for key, version in recorded.items() if key not in listed]
         owed = [version for version in strays if version.version >= numbers.get(version.name, 1)]
         owed = [version for version in owed if version.job_id is None or not is_known(version.job_id)]
@@ -94,7 +95,7 @@ def _listed(connection: sa.Connection) -> dict[tuple[str, int], Version]:
 def _count_up(
     connection: sa.Connection, found: Found, numbers: Mapping[str, int], owed: Iterable[Version]
 ) -> None:
-    """Numbers that were given out are not given out again, of versions that are gone, too."""
+    """Raise the names' next numbers above all recorded ones, so that no number is used twice."""
     wanted = {name: (number, "adapter") for name, number in found.next_versions.items()}
     for version in owed:
         number, _ = wanted.get(version.name, (1, ""))
@@ -107,15 +108,15 @@ def _count_up(
             connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
 
 
-def _tell_numbers(
+def _record_numbers(
     records: Records, found: Found, listed: Iterable[tuple[str, int]], numbers: Mapping[str, int]
 ) -> None:
-    """As `_count_up`, the other way round: of names whose newest versions were deleted, and records were lost."""
-    told = dict(found.next_versions)
+    """Record the next numbers of names whose newest versions were deleted, if their records don't show them."""
+    recorded = dict(found.next_versions)
     for name, number in listed:
-        told[name] = max(told.get(name, 1), number + 1)
+        recorded[name] = max(recorded.get(name, 1), number + 1)
     for name, number in numbers.items():
-        if number > told.get(name, 1):
+        if number > recorded.get(name, 1):
             records.count_up(name, number)
 
 
@@ -125,7 +126,7 @@ def _adopt(
     listed: set[tuple[str, int]],
     is_stored: Callable[[str], bool],
 ) -> tuple[list[Version], list[Version]]:
-    """Publish what can be, as it was; the rest is lost. Compositions come after what they are made of."""
+    """Publish versions whose bytes or parts exist, compositions last. Return the published and the lost ones."""
     adopted: list[Version] = []
     lost: list[Version] = []
     for version in sorted(owed, key=lambda version: (bool(version.parts), version.name, version.version)):
@@ -139,7 +140,7 @@ def _adopt(
     return adopted, lost
 
 
-def _listed_names(names: tuple[str, ...], limit: int = 20) -> str:
+def _joined(names: tuple[str, ...], limit: int = 20) -> str:
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 

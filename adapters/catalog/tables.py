@@ -1,7 +1,7 @@
-"""The catalog's tables, and what everything shares that writes them together with tables of its own.
+"""The catalog's tables, and transactions, which other packages with SQL use for their own tables, too.
 
-A `name` is a key here: with its project, as `adapters.names` says.
-The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.migrations` make the tables.
+A `name` in a table is a key, which includes the project (see `adapters.names`). The SQL works with SQLite and
+PostgreSQL. The migrations in `server.migrations` create the tables.
 """
 
 import random
@@ -19,7 +19,8 @@ from adapters.names import DEFAULT_PROJECT, MAX_KEY, MAX_NAME
 MAX_ATTEMPTS = 20
 PATIENCE = "patience"
 FAILURES = (OSError, DBAPIError, Unavailable)
-"""Of a disk or a database. What tidies up after something was done leaves the rest to the next who does."""
+"""Errors of a disk or a database. Clean-up after a completed change ignores them: a later clean-up does the rest.
+"""
 
 
 class _HasEngine(Protocol):
@@ -32,9 +33,9 @@ _Writer = TypeVar("_Writer", bound=_HasEngine)
 
 
 def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
-    """`work` in one transaction, done again where another one took the same name or number first.
+    """Run `work` in one transaction, and again if another transaction took the same name or number first.
 
-    And where it was interrupted, for as many seconds as the engine's execution option PATIENCE says; else not.
+    If the connection is lost, retry for the seconds of the engine's execution option PATIENCE (default: 0).
     """
     until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
     num_left = MAX_ATTEMPTS
@@ -55,7 +56,7 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Re
 def transacted(
     method: Callable[Concatenate[_Writer, sa.Connection, _Given], _Result],
 ) -> Callable[Concatenate[_Writer, _Given], _Result]:
-    """A method that is handed a connection, in a transaction of its object's engine, as `transact` runs it."""
+    """Decorate a method that takes a connection: run it in a transaction of its object's engine, by `transact`."""
 
     def run(self: _Writer, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
         return transact(self._engine, lambda connection: method(self, connection, *given, **named))
@@ -65,7 +66,7 @@ def transacted(
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A moment in UTC, also where the database forgets time zones, as SQLite does."""
+    """A time in UTC, also in databases that don't store time zones, such as SQLite."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -85,11 +86,11 @@ names = sa.Table(
     "adapters",
     metadata,
     sa.Column("name", sa.String(MAX_KEY), primary_key=True),
-    sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),  # as in the name
-    sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),  # for other projects to use
+    sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),  # as in the key
+    sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),  # usable by other projects
     sa.Column("kind", sa.String(16), nullable=False),  # "adapter" or "composition", of its versions
     sa.Column("latest", sa.Integer),  # null: all versions were deleted
-    # `latest` was moved back by hand: what a job publishes doesn't move it
+    # `latest` was moved back manually, so that publishing by a job doesn't move it
     sa.Column("rolled_back", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
     sa.Index("ix_adapters_project_name", "project", "name"),
@@ -115,7 +116,9 @@ versions = sa.Table(
     sa.Column("base_digest", sa.String(64)),
     sa.Column("data_digest", sa.String(64)),
     sa.Column("config", sa.JSON, nullable=False, server_default="{}"),
-    sa.Column("key_id", sa.String(64)),  # of the API key that published it; null: none was needed, or it was lost
+    sa.Column(
+        "key_id", sa.String(64)
+    ),  # of the API key that published it; null: no key was needed, or it is unknown
 )
 
 parts = sa.Table(
@@ -123,7 +126,7 @@ parts = sa.Table(
     metadata,
     sa.Column("name", sa.String(MAX_KEY), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("place", sa.Integer, primary_key=True),  # 0, 1, … in the order in which they were written
+    sa.Column("place", sa.Integer, primary_key=True),  # 0, 1, … in the order of the expression
     sa.Column("part_name", sa.String(MAX_KEY), nullable=False),
     sa.Column("part_version", sa.Integer, nullable=False),
     sa.Column("part_digest", sa.String(64), nullable=False),  # the version's, which never changes
@@ -144,5 +147,5 @@ aliases = sa.Table(
 
 
 def lock(connection: sa.Connection, name: str) -> None:
-    """Keeps others from writing versions of `name` until the end of the transaction."""
+    """Keep other transactions from writing versions of `name` until the end of this one."""
     connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

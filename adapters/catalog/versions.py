@@ -1,4 +1,4 @@
-"""What the catalog knows of adapters, as plain values, and the canonical form of a set of them."""
+"""Adapters, versions and parts of compositions as plain values, and the canonical form of a set of parts."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -7,12 +7,14 @@ from datetime import datetime
 from fractions import Fraction
 from typing import Literal
 
+from adapters.lora import AdapterRef
+
 Kind = Literal["adapter", "composition"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A term of an expression, resolved to one version of an adapter that has bytes."""
+    """A term of an expression, resolved to one version of an adapter. Compositions are never parts."""
 
     name: str
     version: int
@@ -22,10 +24,11 @@ class Part:
 
 @dataclass(frozen=True)
 class NewVersion:
-    """An adapter to publish. `bytes` is its size in the store, `parent` what it was made from, pinned to versions.
+    """An adapter to publish.
 
-    `base_digest` names the base's weights, `data_digest` the rows it was trained on, and `config` is how it was
-    made: for a reader, in JSON.
+    `bytes` is its size in the store, `parent` the expression that it was made from, pinned to versions,
+    `base_digest` the digest of the base's weights, `data_digest` that of its training rows, and `config` a JSON
+    document for people that says how it was made.
     """
 
     name: str
@@ -47,16 +50,16 @@ class NewVersion:
 
     @property
     def is_worse_than_base(self) -> bool:
-        """Whether it was measured beside its untouched base on held-out rows, and has the higher loss."""
+        """Whether its loss on held-out rows was measured and is higher than that of its untouched base."""
         tuned, base = self.metrics.get("eval_loss"), self.metrics.get("base_eval_loss")
         return tuned is not None and base is not None and tuned > base
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version(NewVersion):
-    """One published adapter; or one composition, which has `parts`, and no bytes of its own.
+    """A published version of an adapter, or of a composition, which has `parts` and no bytes.
 
-    A composition's digest is that of its parts and weights, its rank and parameters are theirs together.
+    A composition's digest covers its parts and their weights; its rank and parameters are the sums of theirs.
     """
 
     version: int
@@ -85,7 +88,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Origin:
-    """Which base something was made on that was made out of versions: None where those don't agree on one."""
+    """The base of something that was made from several versions. A field is None if the versions disagree."""
 
     base_model: str | None
     base_digest: str | None
@@ -93,32 +96,32 @@ class Origin:
 
     @classmethod
     def of(cls, versions: Iterable[Version]) -> "Origin":
-        """That of whatever is made of `versions`, and what to keep with it: what was kept with them, too."""
+        """Return the common base of `versions`, with the warnings of all of them."""
         found = tuple(versions)
-        told = [f"{version.name}@{version.version}: {text}" for version in found for text in version.warnings]
+        warnings = [f"{version.name}@{version.version}: {text}" for version in found for text in version.warnings]
         models, digests = {version.base_model for version in found}, {version.base_digest for version in found}
         if len(digests - {None}) > 1:
-            told.append("its parts were made on different bases")
+            warnings.append("its parts were made on different bases")
         return cls(
             base_model=models.pop() if len(models) == 1 else None,
             base_digest=digests.pop() if len(digests) == 1 else None,
-            warnings=tuple(told),
+            warnings=tuple(warnings),
         )
 
 
-def combine(parts: Iterable[Part]) -> tuple[tuple[str, float], ...]:
-    """Digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
+def combine(parts: Iterable[Part]) -> tuple[AdapterRef, ...]:
+    """Return digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
 
-    Sums are exact in the decimals that were written, so that 0.1 + 0.2 - 0.3 drops out and order doesn't matter.
+    Sums are exact in the decimals as written: 0.1 + 0.2 - 0.3 is zero, and the order doesn't matter.
     """
     sums: dict[str, Fraction] = {}
     for part in parts:
         sums[part.digest] = sums.get(part.digest, Fraction(0)) + Fraction(repr(part.weight))
-    return tuple((digest, float(weight)) for digest, weight in sorted(sums.items()) if weight)
+    return tuple(AdapterRef(digest, float(weight)) for digest, weight in sorted(sums.items()) if weight)
 
 
 def gather(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """One part for each version, in the order of their first mention; weights are added up, zeros drop out."""
+    """Return one part for each version, in the order of first mention. Weights are summed, zero sums left out."""
     sums: dict[tuple[str, int, str], Fraction] = {}
     for part in parts:
         key = (part.name, part.version, part.digest)
@@ -127,11 +130,11 @@ def gather(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 
 def times(weight: float, other: float) -> float:
-    """The product of the two decimals as they were written: 0.7 times 0.1 is 0.07."""
+    """Return the product of two decimals as written: 0.7 times 0.1 is 0.07."""
     return float(Fraction(repr(weight)) * Fraction(repr(other)))
 
 
 def blend_digest(parts: Iterable[Part]) -> str:
-    """SHA-256 (hex) of what the parts come to: equal for compositions of equal effect."""
+    """Return the SHA-256 (hex) of the combined parts: equal for compositions of equal effect."""
     pairs = "".join(f"|{digest}*{weight!r}" for digest, weight in combine(parts))
     return hashlib.sha256(f"smolora-blend-v1{pairs}".encode()).hexdigest()

@@ -1,14 +1,7 @@
-"""Which names other projects may use. A public composition shows its parts, so they must be public, too.
+"""The catalog's writes, each within a transaction of `tables.transact`.
 
-The catalog's writes, each within a transaction that `tables.transact` began.
-
-For whoever writes tables of their own in the same transaction; `catalog.Catalog` is for all others. A name is a
-key here (`adapters.names`). Records are written before the commit; see `adapters.catalog.records`.
-
-What a job publishes, at a moment when nobody looks: whether the name means it from then on.
-
-`latest` stays where somebody moved it back by hand: a job that ends later must not undo that. And it stays where
-the new version is worse than its untouched base, unless the one before is even worse.
+They are for callers that write their own tables in the same transaction; others use `catalog.Catalog`. A `name` is
+a key here (see `adapters.names`). Records are written before the commit (see `adapters.catalog.records`).
 """
 
 import math
@@ -20,7 +13,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, seen, select_versions, version_of, why_missing
+from adapters.catalog.reads import (
+    LATEST,
+    MAX_VERSION,
+    resolve,
+    select_versions,
+    show_version,
+    version_of,
+    why_missing,
+)
 from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import FAILURES, aliases, lock, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
@@ -29,46 +30,48 @@ from adapters.expression import Term, render
 from adapters.names import Viewpoint, name_fault, split_key
 
 
-def set_visibility_in(connection: sa.Connection, name: str, is_public: bool, of: Viewpoint) -> None:
-    """As `Catalog.set_visibility`, of a key."""
+def set_visibility_in(connection: sa.Connection, name: str, is_public: bool, viewpoint: Viewpoint) -> None:
+    """Set whether other projects may use the name, as `Catalog.set_visibility` does.
+
+    A public composition shows its parts, so they must be public, too.
+    """
     lock(connection, name)
     mine = names.c.name == name
     if connection.execute(sa.select(names.c.name).where(mine, names.c.latest.is_not(None))).first() is None:
-        raise NotFound(*why_missing(connection, of, Term(name)))
+        raise NotFound(*why_missing(connection, viewpoint, Term(name)))
     if is_public:
         used = sa.select(parts.c.part_name).where(parts.c.name == name).distinct()
-        _refuse_private(connection, name, connection.execute(used).scalars(), of)
+        _refuse_private(connection, name, connection.execute(used).scalars(), viewpoint)
     else:
-        _refuse_parts_of_public(connection, name, of)
+        _refuse_parts_of_public(connection, name, viewpoint)
     connection.execute(sa.update(names).where(mine).values(is_public=is_public))
 
 
-def refuse_private_parts(connection: sa.Connection, name: str, leaves: Iterable[Part], of: Viewpoint) -> None:
-    """Conflict where not all parts of the public composition `name` are public, too."""
-    _refuse_private(connection, name, (part.name for part in leaves), of)
-
-
-def _refuse_private(connection: sa.Connection, name: str, used: Iterable[str], of: Viewpoint) -> None:
+def _refuse_private(connection: sa.Connection, name: str, used: Iterable[str], viewpoint: Viewpoint) -> None:
+    """Raise Conflict unless all parts `used` by the public composition `name` are public, too."""
     keys = set(used)
     public = sa.select(names.c.name).where(names.c.name.in_(keys), names.c.is_public)
     if private := keys - set(connection.execute(public).scalars()):
-        told = ", ".join(sorted(map(of.shown, private)))
-        raise Conflict(f"{of.shown(name)} can be public only when its parts are: make {told} public first")
+        shown = ", ".join(sorted(map(viewpoint.shown, private)))
+        raise Conflict(f"{viewpoint.shown(name)} can be public only when its parts are: make {shown} public first")
 
 
-def _refuse_parts_of_public(connection: sa.Connection, name: str, of: Viewpoint) -> None:
-    """Those of the same project; another's composition is refused from then on, as its parts are."""
+def _refuse_parts_of_public(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> None:
+    """Raise Conflict if a public composition of the same project has the part `name`.
+
+    Other projects' compositions don't resolve any more while one of their parts is private.
+    """
     query = sa.select(parts.c.name).distinct().join(names, names.c.name == parts.c.name)
     query = query.where(parts.c.part_name == name, names.c.is_public, names.c.name != name)
-    if blends := [blend for blend in connection.execute(query).scalars() if of.owns(blend)]:
-        told = ", ".join(sorted(map(of.shown, blends)))
-        raise Conflict(f"{of.shown(name)} is a part of public compositions: make {told} private first")
+    if blends := [blend for blend in connection.execute(query).scalars() if viewpoint.owns(blend)]:
+        shown = ", ".join(sorted(map(viewpoint.shown, blends)))
+        raise Conflict(f"{viewpoint.shown(name)} is a part of public compositions: make {shown} private first")
 
 
 @contextmanager
 def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
-    """A block around a transaction that publishes. Where that fails, if only as it commits, its records go again:
-    the next start would take them for versions that a lost database knew. Raises as `Records.reach`.
+    """Surround a transaction that publishes. If the transaction fails, even in its commit, remove its records:
+    otherwise the next start would publish them as versions of a lost database. Raise as `Records.reach` does.
     """
     recorder = None if records is None else Recorder(records)
     if records is not None:
@@ -77,7 +80,7 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
         yield recorder
     except BaseException:
         if records is not None and recorder is not None and recorder.written:
-            with suppress(*FAILURES):  # then it is as if the process had been killed
+            with suppress(*FAILURES):  # recovery at the next start handles the records, as after a crash
                 records.reach(to_write=False)
                 transact(engine, partial(_forget_uncommitted, recorder))
         raise
@@ -90,7 +93,7 @@ def publish_in(
     records: Recorder | None = None,
     moves_latest: bool = True,
 ) -> Version:
-    """As `Catalog.publish`; `alias` then means the version, too. `moves_latest` is as in `insert_in`."""
+    """Publish as `Catalog.publish` does, and point `alias` to the version. `moves_latest` is as in `insert_in`."""
     if not all(map(math.isfinite, new.metrics.values())):
         raise ValueError("metrics must be finite")
     number = _next_number(connection, new.name, "adapter")
@@ -106,22 +109,22 @@ def compose_in(
     name: str,
     terms: Sequence[Term],
     field: str,
-    of: Viewpoint,
+    viewpoint: Viewpoint,
     records: Recorder | None = None,
 ) -> tuple[Version, bool]:
-    """As `Catalog.compose`."""
-    number = _next_number(connection, name, "composition")  # first: others can't delete the parts from here on
-    leaves = gather(resolve(connection, terms, field, of))
+    """Publish a composition as `Catalog.compose` does."""
+    number = _next_number(connection, name, "composition")  # first: it locks, so that the parts can't be deleted
+    leaves = gather(resolve(connection, terms, field, viewpoint))
     if not combine(leaves):
-        raise InvalidInput.of(field, "comes to nothing but the base: give adapters whose weights don't cancel out")
+        raise InvalidInput.of(field, "is equal to the base: give adapters whose weights don't cancel out")
     row = connection.execute(sa.select(names).where(names.c.name == name)).one()
     if row.latest is not None and set((same := one_version(connection, name, row.latest)).parts) == set(leaves):
         connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
         return same, False
     if row.is_public:
-        refuse_private_parts(connection, name, leaves, of)
+        _refuse_private(connection, name, (part.name for part in leaves), viewpoint)
     made_of = [one_version(connection, part.name, part.version) for part in leaves]
-    version = _blend(name, number, leaves, made_of, of)
+    version = _blend(name, number, leaves, made_of, viewpoint)
     insert_in(connection, version, records)
     return version, True
 
@@ -129,7 +132,7 @@ def compose_in(
 def insert_in(
     connection: sa.Connection, version: Version, records: Recorder | None, moves_latest: bool = True
 ) -> None:
-    """Store a version whose number is its own. It becomes the latest; without `moves_latest`, only a first."""
+    """Insert a numbered version and make it the latest; without `moves_latest`, only if there is no latest yet."""
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
     del row["parts"]
     connection.execute(sa.insert(versions).values(row))
@@ -145,12 +148,12 @@ def insert_in(
         records.write(version)
 
 
-def point_in(connection: sa.Connection, name: str, alias: str, version: int, of: Viewpoint) -> None:
-    """As `Catalog.point`."""
+def point_in(connection: sa.Connection, name: str, alias: str, version: int, viewpoint: Viewpoint) -> None:
+    """Point an alias, or `latest`, to a version as `Catalog.point` does."""
     lock(connection, name)
     which = (versions.c.name == name, versions.c.version == _bounded(version))
     if connection.execute(sa.select(versions.c.version).where(*which)).first() is None:
-        raise NotFound(*why_missing(connection, of, Term(name, version)))
+        raise NotFound(*why_missing(connection, viewpoint, Term(name, version)))
     if alias == LATEST:
         moved = {"latest": version, "rolled_back": version < _newest(name)}
         connection.execute(sa.update(names).where(names.c.name == name).values(moved))
@@ -158,55 +161,60 @@ def point_in(connection: sa.Connection, name: str, alias: str, version: int, of:
         _point(connection, name, alias, version)
 
 
-def unpoint_in(connection: sa.Connection, name: str, alias: str, of: Viewpoint) -> None:
-    """As `Catalog.unpoint`."""
+def unpoint_in(connection: sa.Connection, name: str, alias: str, viewpoint: Viewpoint) -> None:
+    """Remove an alias as `Catalog.unpoint` does."""
     mine = sa.and_(aliases.c.name == name, aliases.c.alias == alias)
     if connection.execute(sa.delete(aliases).where(mine)).rowcount == 0:
-        raise NotFound(*why_missing(connection, of, Term(name, alias=alias)))
+        raise NotFound(*why_missing(connection, viewpoint, Term(name, alias=alias)))
 
 
 def drop_in(
-    connection: sa.Connection, name: str, version: int | None, force: bool, of: Viewpoint
+    connection: sa.Connection, name: str, version: int | None, force: bool, viewpoint: Viewpoint
 ) -> tuple[list[int], list[str]]:
-    """As `Catalog.delete` and `delete_version`: the numbers that went, and the digests that nothing names now."""
+    """Delete one version or all (None), as `Catalog.delete` does.
+
+    Return the numbers of the deleted versions, and the digests that no version has any more.
+    """
     lock(connection, name)
     number = None if version is None else _bounded(version)
-    which = _of(name, number, versions.c.name, versions.c.version)
+    which = _rows_of(name, number, versions.c.name, versions.c.version)
     numbers = list(connection.execute(sa.select(versions.c.version).where(which)).scalars())
     if not numbers:
-        raise NotFound(*why_missing(connection, of, Term(name, version)))
-    _refuse_held(connection, name, number, force, of)
+        raise NotFound(*why_missing(connection, viewpoint, Term(name, version)))
+    _refuse_needed(connection, name, number, force, viewpoint)
     digests = list(connection.execute(_named_by_these_alone(name, number)).scalars())
-    connection.execute(sa.delete(aliases).where(_of(name, number, aliases.c.name, aliases.c.version)))
-    connection.execute(sa.delete(parts).where(_of(name, number, parts.c.name, parts.c.version)))
+    connection.execute(sa.delete(aliases).where(_rows_of(name, number, aliases.c.name, aliases.c.version)))
+    connection.execute(sa.delete(parts).where(_rows_of(name, number, parts.c.name, parts.c.version)))
     connection.execute(sa.delete(versions).where(which))
-    _mend_latest(connection, name)
+    _repair_latest(connection, name)
     return numbers, digests
 
 
-def _of(
+def _rows_of(
     name: str, number: int | None, names_there: "sa.Column[str]", numbers_there: "sa.Column[int]"
 ) -> sa.ColumnElement[bool]:
-    """Rows of the name's version, or of all: as one condition, however many those are."""
+    """Return the condition for rows of the name's version, or of all its versions if `number` is None."""
     return names_there == name if number is None else sa.and_(names_there == name, numbers_there == number)
 
 
 def _named_by_these_alone(name: str, number: int | None) -> "sa.Select[str]":
-    """The digests of the name's version, or of all, that no other version has."""
-    which = _of(name, number, versions.c.name, versions.c.version)
+    """Select the digests of the name's version, or of all its versions, that no other version has."""
+    which = _rows_of(name, number, versions.c.name, versions.c.version)
     digests = sa.select(versions.c.digest).where(which).distinct().subquery()
     others = sa.exists().where(versions.c.digest == digests.c.digest, sa.not_(which))
     return sa.select(digests.c.digest).where(sa.not_(others)).order_by(digests.c.digest)
 
 
 def is_named(connection: sa.Connection, digest: str) -> bool:
-    """Whether any version has this digest."""
+    """Return whether any version has this digest."""
     query = sa.select(versions.c.digest).where(versions.c.digest == digest).limit(1)
     return connection.execute(query).first() is not None
 
 
 def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
-    """In a transaction, so that nobody else is just giving the same numbers out."""
+    """Remove the written records whose versions don't exist. The transaction keeps others from using their
+    numbers.
+    """
     for version in recorder.written:
         mine = (versions.c.name == version.name, versions.c.version == version.version)
         if connection.execute(sa.select(versions.c.version).where(*mine)).first() is None:
@@ -216,41 +224,40 @@ def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
 _FORCE = Hint("force_delete", "?force=true deletes aliases with it")
 
 
-def _refuse_held(connection: sa.Connection, name: str, number: int | None, force: bool, of: Viewpoint) -> None:
-    """Conflict, naming whatever holds the version, or one of all; `force` lets aliases go. Other projects'
-    compositions are counted, but for the operator.
+def _refuse_needed(
+    connection: sa.Connection, name: str, number: int | None, force: bool, viewpoint: Viewpoint
+) -> None:
+    """Raise Conflict, naming the aliases and compositions that need the version, or any version of the name.
+
+    `force` ignores aliases. Only the operator learns the names of other projects' compositions; others learn how
+    many there are.
     """
-    holders: list[str] = []
-    has_aliases = False
+    named: list[str] = []
     if not force:
-        held = sa.select(aliases.c.alias).where(_of(name, number, aliases.c.name, aliases.c.version))
-        holders += [
-            f"the alias {of.shown(name)}@{alias}" for alias in connection.execute(held.order_by("alias")).scalars()
-        ]
-        has_aliases = bool(holders)
+        query = sa.select(aliases.c.alias).where(_rows_of(name, number, aliases.c.name, aliases.c.version))
+        found = connection.execute(query.order_by("alias")).scalars()
+        named = [f"the alias {viewpoint.shown(name)}@{alias}" for alias in found]
     blends = sa.select(parts.c.name, parts.c.version).distinct()
-    blends = blends.where(_of(name, number, parts.c.part_name, parts.c.part_version))
+    blends = blends.where(_rows_of(name, number, parts.c.part_name, parts.c.part_version))
     rows = connection.execute(blends.order_by(parts.c.name, parts.c.version)).all()
-    blended = [
-        f"the composition {of.shown(row.name)}@{row.version}" for row in rows if of.sees_all or of.owns(row.name)
-    ]
-    if num_others := len(rows) - len(blended):
-        blended.append(f"{num_others} composition{'s' if num_others > 1 else ''} of other projects")
-    holders += blended
+    seen = [row for row in rows if viewpoint.sees_all or viewpoint.owns(row.name)]
+    holders = named + [f"the composition {viewpoint.shown(row.name)}@{row.version}" for row in seen]
+    if num_others := len(rows) - len(seen):
+        holders.append(f"{num_others} composition{'s' if num_others > 1 else ''} of other projects")
     if not holders:
         return
-    hint = _FORCE if has_aliases else None
-    helps = [_FORCE.text] if has_aliases else []
-    helps += ["delete the compositions first"] if len(rows) > num_others else []
+    hint = _FORCE if named else None
+    helps = [_FORCE.text] if named else []
+    helps += ["delete the compositions first"] if seen else []
     helps += ["make it private, which ends their use, and ask the operator to delete theirs"] if num_others else []
     shown = f"{', '.join(holders[:20])}{', …' if len(holders) > 20 else ''}"
     raise Conflict(f"held by {shown}: {'; '.join(helps)}", hint=hint)
 
 
-def _mend_latest(connection: sa.Connection, name: str) -> None:
-    """Where `latest` names a version that went, the highest left becomes it; it then isn't moved back any more.
+def _repair_latest(connection: sa.Connection, name: str) -> None:
+    """If `latest` is a deleted version, make the highest remaining one the latest, which clears `rolled_back`.
 
-    A name without versions is private: what is published under it one day was nobody's to share.
+    A name without versions becomes private, so that later versions aren't public by accident.
     """
     mine = names.c.name == name
     is_gone = names.c.latest.not_in(sa.select(versions.c.version).where(versions.c.name == name))
@@ -262,18 +269,21 @@ def _mend_latest(connection: sa.Connection, name: str) -> None:
 
 
 def _newest(name: str) -> "sa.ScalarSelect[int]":
-    """The highest number of the name's versions."""
+    """Return SQL for the highest number of the name's versions."""
     return sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name).scalar_subquery()
 
 
 def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
-    """Counts the name's number up, and locks the name. InvalidInput, or Conflict where it is of another kind."""
+    """Return the name's next version number, and lock the name.
+
+    Raise InvalidInput, or Conflict if the name has versions of another kind.
+    """
     project, own = split_key(name)
     if fault := name_fault(own):
         raise InvalidInput.of("name", fault)
     mine = names.c.name == name
-    counted = sa.update(names).where(mine).values(next_version=names.c.next_version + 1)
-    if connection.execute(counted).rowcount == 0:
+    increment = sa.update(names).where(mine).values(next_version=names.c.next_version + 1)
+    if connection.execute(increment).rowcount == 0:
         connection.execute(sa.insert(names).values(name=name, project=project, kind=kind, next_version=2))
     row = connection.execute(sa.select(names).where(mine)).one()
     refuse_other_kind(own, row.kind if row.latest is not None else None, kind)
@@ -282,22 +292,24 @@ def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
 
 
 def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
-    """Conflict where `name` has versions, of the kind `existing`, and would get one of another kind."""
+    """Raise Conflict if the name's versions are of the kind `existing` and the new one is of another kind."""
     if existing is not None and existing != kind:
         owner = "a composition" if existing == "composition" else "an adapter"
         raise Conflict(f"'{name}' is the name of {owner}: choose another one, or delete that first")
 
 
 def one_version(connection: sa.Connection, name: str, number: int) -> Version:
-    """The version, which is there."""
+    """Return an existing version."""
     mine = (versions.c.name == name, versions.c.version == number)
     return version_of(connection.execute(select_versions(*mine)).mappings().all())
 
 
-def _blend(name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[Version], of: Viewpoint) -> Version:
-    """What is listed of a composition: that of its parts together, where that has a meaning."""
-    by_digest = {version.digest: version for version in made_of}.values()  # equal bytes take their rows once
-    origin = Origin.of(seen(of, version) for version in made_of)
+def _blend(
+    name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[Version], viewpoint: Viewpoint
+) -> Version:
+    """Return a composition's version, whose fields combine those of its parts."""
+    by_digest = {version.digest: version for version in made_of}.values()  # equal bytes count once
+    origin = Origin.of(show_version(viewpoint, version) for version in made_of)
     return Version(
         name=name,
         digest=blend_digest(leaves),
@@ -309,8 +321,8 @@ def _blend(name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[V
         base_model=origin.base_model,
         base_digest=origin.base_digest,
         warnings=origin.warnings,
-        parent=render(Term(of.shown(part.name), part.version, weight=part.weight) for part in leaves),
-        key_id=of.key_id,
+        parent=render(Term(viewpoint.shown(part.name), part.version, weight=part.weight) for part in leaves),
+        key_id=viewpoint.key_id,
         version=number,
         created_at=datetime.now(UTC),
         parts=leaves,
@@ -318,19 +330,19 @@ def _blend(name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[V
 
 
 def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
-    """Makes the alias of `name` mean the version, whatever it meant before."""
+    """Point the alias to the version, whether the alias exists or not."""
     moved = sa.update(aliases).where(aliases.c.name == name, aliases.c.alias == alias).values(version=version)
     if connection.execute(moved).rowcount == 0:
         connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
 
 
 def _bounded(version: int) -> int:
-    """The number, or that of no version where a database could not hold it."""
+    """Return the number, or 0, which no version has, if it is too large for a database's column."""
     return version if version <= MAX_VERSION else 0
 
 
 class LatestMoved(TryAgain):
-    """`latest` is another version than the one that the new version was found better than."""
+    """Raised if `latest` is no longer the version that the new one was compared with."""
 
     default_message = "the name's latest version is another one by now: compare the new one with that"
 
@@ -342,10 +354,13 @@ def publish_unattended_in(
     records: Recorder | None,
     better_than: int | None = None,
 ) -> tuple[Version, str | None]:
-    """Publish the version, and what a person should be told of it, if anything.
+    """Publish a version from a job, and return it with a warning for people, or None.
 
-    `alias` then means it; "latest" as an alias moves that in any case. Within a transaction, as `publish_in`.
-    Raises LatestMoved unless `latest` is the version `better_than` (0: there is none); None: whichever it is.
+    `latest` stays if somebody moved it back manually, because a job that ends later must not undo that. It also
+    stays if the new version is worse than its untouched base, unless the previous version is even worse.
+
+    `alias` is pointed to the version; the alias "latest" moves `latest` in any case. Raise LatestMoved if
+    `better_than` is given and `latest` is another version (0: no version).
     """
     lock(connection, new.name)
     has_latest = (names.c.name == new.name, names.c.latest.is_not(None))
@@ -363,7 +378,7 @@ def publish_unattended_in(
 
 
 def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
-    """None where it doesn't. `row` is the name's."""
+    """Return why `latest` doesn't move to the new version, or None if it does. `row` is the name's."""
     if row.rolled_back:
         return f"latest stays at {row.latest}, where it was moved back to by hand"
     if not new.is_worse_than_base:

@@ -1,1 +1,1 @@
-"""PEFT's files: read and checked, and written."""
+"""PEFT's files: reading, checking and writing."""

@@ -1,7 +1,7 @@
-"""adapter_config.json as PEFT 0.21 (and before) writes it: read, and checked key by key.
+"""Read adapter_config.json, as PEFT up to 0.21 writes it, and check each key.
 
-What plain LoRA on linear modules can honour is read, what has no effect on a loaded adapter is passed over, and
-every other key is refused by name unless its value is null, false or empty.
+Keys of plain LoRA on linear modules are read. Keys without an effect on a loaded adapter are ignored. Every other
+key is refused unless its value is null, false or empty.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,11 @@ MAX_BASE_NAME = 1000
 
 INERT = frozenset(
     {
-        # about the file and the training
+        # metadata of the file and the training
         *("auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"),
-        # settings of something that `init_lora_weights` or another key must turn on, and that stays off
+        # settings of features that `init_lora_weights` or another key would have to enable
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
-        # about the embeddings, if they are targeted, which is refused
+        # for targeted embeddings, which are refused
         "ensure_weight_tying",
     }
 )
@@ -36,13 +36,13 @@ WHY_NOT = {
     "fan_in_fan_out": "the base's modules store (out, in) weights; train with fan_in_fan_out=False",
     "target_parameters": "only linear modules can be targeted, not bare parameters",
 }
-"""What to say of the keys that people do set."""
+"""Error messages for keys that people do set."""
 
 CHANGES_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that subtract their start from the frozen weight W, so that the adapter needs another base."""
+"""Initializations that subtract the initial update from the frozen W, so that the adapter needs another base."""
 
 _NO_BIASES = (
-    'must be "none": trained biases aren\'t supported. The base has none to train: where the file of tensors has '
+    'must be "none": trained biases aren\'t supported. The base has none to train: if the file of tensors has '
     'none either, set it to "none"'
 )
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -55,7 +55,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What adapter_config.json says, with nothing resolved against a base."""
+    """The contents of adapter_config.json, not yet resolved against a base."""
 
     rank: int
     alpha: float
@@ -67,7 +67,7 @@ class PeftConfig:
 
 
 def parse(data: bytes, errors: list[FieldError]) -> PeftConfig | None:
-    """Reads the file. Every key at fault is appended to `errors`; None if there was any."""
+    """Return the configuration, or None after appending an error for each key at fault to `errors`."""
     before = len(errors)
     try:
         if len(data) > MAX_BYTES:
@@ -83,7 +83,7 @@ def parse(data: bytes, errors: list[FieldError]) -> PeftConfig | None:
 
 
 class _Reader:
-    """Takes the keys out of `members` one by one; where a value is no good it notes why and goes on."""
+    """A reader of the keys in `members`, which collects errors and continues after each."""
 
     def __init__(self, members: Mapping[str, object], errors: list[FieldError]) -> None:
         self.members = members
@@ -113,7 +113,7 @@ class _Reader:
         if isinstance(config.targeting.target_modules, str):
             for key in ("layers_to_transform", "layers_pattern"):
                 if self.members.get(key) is not None:
-                    self.refuse(key, "has no place beside target_modules that is a string; PEFT refuses it too")
+                    self.refuse(key, "doesn't go with target_modules as a string; PEFT refuses it too")
         elif config.targeting.layers_pattern and config.targeting.layers_to_transform is None:
             self.refuse("layers_pattern", "needs layers_to_transform; PEFT refuses it too")
         return config
@@ -143,7 +143,10 @@ class _Reader:
         if name.startswith(CHANGES_W):
             message = "was subtracted from the base's weights; convert it to plain LoRA when saving, with PEFT's "
             self.refuse("init_lora_weights", f"{name[:20]} {message}path_initial_model_for_weight_conversion")
-        elif value not in _HARMLESS_INITS and name not in ("gaussian", "mica"):  # these two in any case
+        elif value not in _HARMLESS_INITS and name not in (
+            "gaussian",
+            "mica",
+        ):  # in any case
             self.refuse("init_lora_weights", f"must be true, false or one of {', '.join(_HARMLESS_INITS)}")
 
     def number(self, key: str, kind: type[Number]) -> Number:
@@ -212,7 +215,7 @@ class _Reader:
 
 
 def _positive(value: object, kind: type[Number]) -> Number | None:
-    """`value` as a number of `kind`, or None. A whole number is as good as a float, a truth value as neither."""
+    """Return `value` as a positive `kind`, or None. Integers are valid floats, and booleans aren't numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         return None
     if not 0 < value <= _MAX_NUMBER:

@@ -1,9 +1,7 @@
-"""PEFT's two files, adapter_config.json and adapter_model.safetensors: read and checked, and written.
+"""Read, check and write PEFT's two files, adapter_config.json and adapter_model.safetensors.
 
-Anything that PEFT saved for a base of these sizes and that is plain LoRA on the layers' linear modules reads
-exactly. Whatever else is refused, each offending key by name. What is written, PEFT loads.
-
-The configuration that goes with given weights, from the little that they leave open.
+Plain LoRA on the layers' linear modules, saved by PEFT for a base of the same shape, is read exactly. Anything
+else is refused, with an error for each key at fault. PEFT loads the written files.
 """
 
 import json
@@ -36,14 +34,14 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_ERRORS = 32
 MAX_TENSOR_ERRORS = 10
-"""What one answer names: beyond that a file has one thing wrong with it, which `guess` tells."""
+"""The tensors that one error names. If more are wrong, there is a common cause, which `guess` describes."""
 
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """An adapter as it is published: `config` describes `weights`; `base_model` is the name it was trained on."""
+    """An adapter to publish: `config` describes `weights`, `base_model` is the base's name in the file, if any."""
 
     config: LoraConfig
     weights: LoraWeights
@@ -51,9 +49,9 @@ class PeftAdapter:
 
 
 def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdapter:
-    """Reads what PEFT saved, from bytes or from a file, to which the tensors then stay mapped.
+    """Read an adapter that PEFT saved. Tensors from a file stay mapped to it.
 
-    Raises InvalidAdapter with one error for each key at fault: ("adapter_config", key) or ("adapter_model", name).
+    Raise InvalidAdapter with one error for each key at fault: ("adapter_config", key) or ("adapter_model", name).
     """
     errors: list[FieldError] = []
     config = peft_config.parse(config_json, errors)
@@ -65,7 +63,7 @@ def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdap
         found = collect(entries, buffer, base, errors)
     except TensorFileError as error:
         errors.append(FieldError(("adapter_model",), str(error)))
-        config = None  # there is nothing to hold it to
+        config = None  # there are no tensors to compare it with
     adapter: PeftAdapter | None = None
     ranks: dict[ModuleKey, int] | None = None
     if config is None:
@@ -78,12 +76,12 @@ def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdap
         except BadTargetsError as error:
             errors.append(FieldError(("adapter_config", error.field), str(error)))
     if adapter is None or errors:
-        raise _told(errors, None if entries is None else guess(entries, base, ranks))
+        raise _invalid_adapter(errors, None if entries is None else guess(entries, base, ranks))
     return adapter
 
 
 def read_ranks(config_json: bytes, base: BaseShape) -> dict[ModuleKey, int]:
-    """Return the rank of each module that a configuration targets. Raises InvalidAdapter."""
+    """Return the rank of each module that a configuration targets. Raise InvalidAdapter."""
     errors: list[FieldError] = []
     if (config := peft_config.parse(config_json, errors)) is not None:
         try:
@@ -94,12 +92,12 @@ def read_ranks(config_json: bytes, base: BaseShape) -> dict[ModuleKey, int]:
 
 
 def write(directory: Path, adapter: PeftAdapter) -> None:
-    """Writes both files, and syncs them to disk. ValueError if the config doesn't describe the weights."""
+    """Write both files and sync them to disk. Raise ValueError if the config doesn't describe the weights."""
     config, modules = adapter.config, adapter.weights.modules
     for key, module in modules.items():
-        said = (config.rank_of(key), config.scaling_of(key))
-        if not config.targets(key) or said != (module.rank, module.scaling):
-            raise ValueError(f"the config says otherwise than the weights of {key.path}")
+        described = (config.rank_of(key), config.scaling_of(key))
+        if not config.targets(key) or described != (module.rank, module.scaling):
+            raise ValueError(f"the config contradicts the weights of {key.path}")
     write_synced(directory / CONFIG_NAME, config_json(config, adapter.base_model))
     tensors: dict[str, torch.Tensor] = {}
     for key in sorted(modules, key=in_forward_order):
@@ -111,7 +109,7 @@ def write(directory: Path, adapter: PeftAdapter) -> None:
 
 
 def config_json(config: LoraConfig, base_model: str | None) -> bytes:
-    """An adapter_config.json that says this, as PEFT reads it."""
+    """Return an adapter_config.json for PEFT."""
     document = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -131,15 +129,36 @@ def config_json(config: LoraConfig, base_model: str | None) -> bytes:
     return json.dumps(document, indent=2).encode()
 
 
+def describe(
+    weights: LoraWeights, rank: int, alpha: float, use_rslora: bool, num_layers: int | None
+) -> LoraConfig:
+    """Return the configuration for the weights. Patterns list modules of another rank or scaling than the given
+    one.
+
+    `num_layers` is the base's; if None, each layer is named.
+    """
+    modules = weights.modules
+    names, layers = targets_of(sorted(modules, key=in_forward_order), num_layers)
+    ranks = exceptions_of({key: module.rank for key, module in modules.items()}, rank)
+    alphas = exceptions_of({key: _alpha(module, alpha, use_rslora) for key, module in modules.items()}, alpha)
+    return LoraConfig(rank, alpha, names, use_rslora, ranks, alphas, layers)
+
+
+def explains(alpha: float, use_rslora: bool, weights: LoraWeights) -> bool:
+    """Return whether any module has the scaling that follows from alpha and its rank."""
+    modules = weights.modules.values()
+    return any(scaling(alpha, module.rank, use_rslora) == module.scaling for module in modules)
+
+
 def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file and syncs it to disk."""
+    """Write a file and sync it to disk."""
     with open(path, "wb") as file:
         file.write(data)
         _sync(file)
 
 
 def _ranks(config: PeftConfig, base: BaseShape, budget: Budget) -> dict[ModuleKey, int]:
-    """The targeted modules in the order of the forward pass, each with its rank. Raises BadTargetsError."""
+    """Return the rank of each targeted module, in the order of the forward pass. Raise BadTargetsError."""
     keys = sorted(resolve(config.targeting, base, budget), key=in_forward_order)
     given = pick("rank_pattern", config.rank_pattern, keys, budget)
     return {key: given.get(key, config.rank) for key in keys}
@@ -153,9 +172,9 @@ def _assemble(
     budget: Budget,
     errors: list[FieldError],
 ) -> PeftAdapter | None:
-    """The adapter; None where config and tensors disagree, with the keys at fault in `errors`.
+    """Return the adapter. If config and tensors disagree, append to `errors` and return None.
 
-    Raises BadTargetsError.
+    Raise BadTargetsError.
     """
     keys = list(ranks)
     given_alphas = pick("alpha_pattern", config.alpha_pattern, keys, budget)
@@ -188,7 +207,7 @@ def _assemble(
 
 
 def _check_pairs(keys: Iterable[ModuleKey], found: FoundTensors, errors: list[FieldError]) -> None:
-    """PEFT saves both tensors of each targeted module; one that lacks would be left as it was initialized."""
+    """Append an error for each missing A or B: PEFT would silently leave it as it was initialized."""
     for key in keys:
         errors.extend(
             tensor_error(tensor_name(key, side), "is missing") for side in SIDES if (key, side) not in found.names
@@ -198,8 +217,10 @@ def _check_pairs(keys: Iterable[ModuleKey], found: FoundTensors, errors: list[Fi
 def targets_of(
     keys: Iterable[ModuleKey], num_layers: int | None
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """`target_modules` and `layers_to_transform` that mean exactly `keys`; where the base's number of layers isn't
-    known, each is named."""
+    """Return the `target_modules` and `layers_to_transform` that mean exactly `keys`.
+
+    If `num_layers` is None, each layer is named.
+    """
     layers: dict[str, set[int]] = {}
     for key in keys:
         layers.setdefault(key.module, set()).add(key.layer)
@@ -211,7 +232,7 @@ def targets_of(
 
 
 def exceptions_of(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[str, _Value]:
-    """A pattern that means `values`: by name where all layers agree, else by path."""
+    """Return a pattern of the values that differ from `default`: by name if all layers agree, else by path."""
     by_name: dict[str, set[_Value]] = {}
     for key, value in values.items():
         by_name.setdefault(key.module, set()).add(value)
@@ -223,7 +244,7 @@ def exceptions_of(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[s
 
 
 def in_forward_order(key: ModuleKey) -> tuple[int, int]:
-    """The key to sort modules by."""
+    """Return the key that sorts modules in the order of the forward pass."""
     return key.layer, MODULES.index(key.module)
 
 
@@ -231,8 +252,10 @@ def _shortest(number: float) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _told(errors: Sequence[FieldError], guessed: str | None) -> InvalidAdapter:
-    """The first errors of each file; where the tensors' don't all fit, what they look like comes before them."""
+def _invalid_adapter(errors: Sequence[FieldError], guessed: str | None) -> InvalidAdapter:
+    """Return an error with the first errors of each file. If there are too many of tensors, the guess precedes
+    them.
+    """
     of_config = [error for error in errors if error.loc[0] == "adapter_config"]
     of_tensors = [error for error in errors if error.loc[0] != "adapter_config"]
     shown = of_config[:MAX_CONFIG_ERRORS]
@@ -248,29 +271,9 @@ def _sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def describe(
-    weights: LoraWeights, rank: int, alpha: float, use_rslora: bool, num_layers: int | None
-) -> LoraConfig:
-    """That of this rank and alpha; modules of another rank or scaling are its exceptions.
-
-    `num_layers` is the base's; None: unknown, and each layer is named.
-    """
-    modules = weights.modules
-    names, layers = targets_of(sorted(modules, key=in_forward_order), num_layers)
-    ranks = exceptions_of({key: module.rank for key, module in modules.items()}, rank)
-    alphas = exceptions_of({key: _alpha(module, alpha, use_rslora) for key, module in modules.items()}, alpha)
-    return LoraConfig(rank, alpha, names, use_rslora, ranks, alphas, layers)
-
-
-def explains(alpha: float, use_rslora: bool, weights: LoraWeights) -> bool:
-    """Whether any module has the scaling to which this alpha comes."""
-    modules = weights.modules.values()
-    return any(scaling(alpha, module.rank, use_rslora) == module.scaling for module in modules)
-
-
 def _alpha(module: LoraModule, usual: float, use_rslora: bool) -> float:
-    """One that comes to exactly the module's scaling: the usual one if it does, else a short one if it does."""
-    # of a quotient: whatever the product's rounding, the same division comes to that quotient again
+    """Return an alpha that gives exactly the module's scaling: the usual one if possible, else a short decimal."""
+    # the scaling is a quotient, so dividing the rounded product gives the same quotient again
     exact = module.scaling * (float(module.rank) ** 0.5 if use_rslora else float(module.rank))
     likely = (usual, float(f"{exact:.15g}"))
     fits = (alpha for alpha in likely if scaling(alpha, module.rank, use_rslora) == module.scaling)

@@ -1,15 +1,12 @@
-"""Users' regular expressions, matched as PEFT matches them, but within bounds.
+"""Resolve which modules a PEFT configuration targets, and which rank and alpha each gets, exactly as PEFT does.
 
-PEFT's configurations may hold regular expressions, and one of a dozen characters can keep `re` busy for years.
-Those that are plain names are matched here, as far as they are few, and not at all where every name is shorter.
-Any other is matched in a short-lived process
-of its own, which the kernel ends once the budget, of processor time, is used up: whatever else the machine does,
-a sound expression has the same time.
+The rules are those of `check_target_module_exists`, `_maybe_include_all_linear_layers` and `get_pattern_key` in
+PEFT 0.21, for the module names of Hugging Face's Llama and SmolLM3.
 
-Which modules a PEFT configuration targets and which rank and alpha each gets: PEFT's own rules, exactly.
-
-Follows `check_target_module_exists`, `_maybe_include_all_linear_layers` and `get_pattern_key` of PEFT 0.21,
-applied to the names that the modules of Hugging Face's Llama and SmolLM3 have.
+Configurations may have regular expressions, and one of a dozen characters can keep `re` busy for years. Plain
+names are matched in this process if there are few of them. Other expressions are matched in a short-lived process,
+which the kernel ends when the budget of processor time is used up. A budget of processor time, unlike one of wall
+time, doesn't depend on the machine's load.
 """
 
 import json
@@ -24,16 +21,16 @@ from typing import Literal, TypeVar
 from adapters.lora import MODULES, BaseShape, ModuleKey
 
 CPU_SECONDS = 0.5
-WALL_SECONDS = 30.0  # of a machine on which that takes so long
+WALL_SECONDS = 30.0  # on a busy machine
 MAX_PATTERNS = 1024
 MAX_PATTERN_LENGTH = 8192
-MAX_MATCHED_HERE = 16_384  # characters, of all that fit of a call: PEFT's own take half of it in a large base
+MAX_MATCHED_HERE = 16_384  # characters in one call; PEFT's own patterns for a large base have half as many
 
-# Names and dots: each of them takes one step a character, so that nothing can go wrong.
+# names and dots, which take one step per character to match
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_.-]|\\\.)*")
 
-# The same as `_match_here`, a line for each pattern, and at last the processor time. SIGPROF ends it in the middle
-# of a match; and so do 1 GiB of memory, and another limit of time.
+# Does the same as `_match_here`, prints a line for each pattern, and finally the processor time. SIGPROF ends it
+# even in the middle of a match; so do 1 GiB of memory and a second limit on processor time.
 _MATCH_THERE = """
 import json, re, resource, signal, sys, time
 question = json.load(sys.stdin)
@@ -59,7 +56,7 @@ else:
 
 
 class BadPatternError(ValueError):
-    """A pattern that can't be used; `index` is its place among those given."""
+    """A pattern that can't be used; `index` is its position among the given patterns."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
@@ -68,24 +65,24 @@ class BadPatternError(ValueError):
 
 @dataclass(frozen=True)
 class Pattern:
-    """A regular expression, and which method of `re.Pattern` takes it to a name."""
+    """A regular expression, and the method of `re.Pattern` that matches it with a name."""
 
     text: str
     how: Literal["match", "fullmatch"]
-    user_text: str  # the part of `text` that isn't ours
+    user_text: str  # the part of `text` from the configuration
 
 
 @dataclass
 class Budget:
-    """The processor time, in seconds, that is left for all patterns of one configuration."""
+    """The processor time, in seconds, that remains for all patterns of one configuration."""
 
     seconds: float = CPU_SECONDS
 
 
 def find(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> list[list[str | None]]:
-    """For each pattern and name: None where they don't match, else what the group `idx` took ("" without one).
+    """Match each pattern with each name. A result is None, or the match's group `idx` ("" if there is none).
 
-    Raises BadPatternError for the first pattern that doesn't compile, is too long, or for which the time is up.
+    Raise BadPatternError for the first pattern that doesn't compile, is too long, or exceeds the budget.
     """
     for index, pattern in enumerate(patterns):
         if index >= MAX_PATTERNS:
@@ -105,7 +102,7 @@ def find(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> l
 
 
 def _min_length(pattern: Pattern) -> int:
-    """How many characters a name needs for a match, as far as that shows at once."""
+    """Return a lower bound of the length of matching names: that of a plain name, 0 for other patterns."""
     text = pattern.user_text
     return len(text) - text.count("\\") if _PLAIN.fullmatch(text) else 0
 
@@ -139,12 +136,12 @@ def _match_there(patterns: Sequence[Pattern], names: Sequence[str], budget: Budg
             capture_output=True,
             timeout=WALL_SECONDS,
             check=False,
-            env={},  # what this process knows of databases and buckets is no business of an expression's
+            env={},  # keeps credentials of databases and buckets from it
         )
         output = process.stdout
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
-    *lines, _ = output.split(b"\n")  # what is behind the last line end was cut off
+    *lines, _ = output.split(b"\n")  # an incomplete last line was cut off
     table: list[list[str | None]] = []
     for index, row in enumerate(map(json.loads, lines[: len(patterns)])):
         if isinstance(row, str):
@@ -160,7 +157,7 @@ def _match_there(patterns: Sequence[Pattern], names: Sequence[str], budget: Budg
 ALL_LINEAR = "all-linear"
 _Value = TypeVar("_Value")
 
-# From as many entries on, PEFT rewrites the list into shorter suffixes, to which layers_to_transform applies anew.
+# With this many entries, PEFT rewrites the list into shorter suffixes, to which layers_to_transform applies.
 _PEFT_REWRITES_FROM = 20
 
 _IN_EACH_LAYER = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
@@ -168,7 +165,7 @@ _OUTSIDE_LAYERS = ("model", "model.embed_tokens", "model.layers", "model.norm", 
 
 
 class BadTargetsError(ValueError):
-    """A targeting that can't be honoured; `field` is the configuration's key at fault."""
+    """Targets that can't be resolved; `field` is the configuration's key at fault."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -186,22 +183,22 @@ class Targeting:
 
 
 def linear_modules(base: BaseShape) -> dict[str, ModuleKey]:
-    """All that an adapter may target, by path."""
+    """Return the modules that an adapter may target, by path."""
     keys = (ModuleKey(layer, module) for layer in range(base.num_layers) for module in MODULES)
     return {key.path: key for key in keys}
 
 
 def other_modules(base: BaseShape) -> tuple[str, ...]:
-    """The paths of the base's other modules, where PEFT would put something else than plain LoRA, or refuse."""
+    """Return the paths of the base's other modules, which PEFT would refuse or not adapt with plain LoRA."""
     layers = (f"model.layers.{layer}{end}" for layer in range(base.num_layers) for end in _IN_EACH_LAYER)
     return (*_OUTSIDE_LAYERS, *layers)
 
 
 def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[ModuleKey]:
-    """The targeted modules. Raises BadTargetsError if there are none, or any that isn't a layer's linear one."""
+    """Return the targeted modules. Raise BadTargetsError if there are none, or one isn't linear or in no layer."""
     linear = linear_modules(base)
     if isinstance(targeting.target_modules, str) and targeting.target_modules.lower() == ALL_LINEAR:
-        # PEFT lists the linear modules' paths, the output embedding's excepted, and goes on with that list.
+        # PEFT replaces it by the list of the linear modules' paths, without the output embedding
         hit = set(linear)
     else:
         hit = _targeted(targeting, [*linear, *other_modules(base)], budget)
@@ -219,7 +216,7 @@ def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[
 def pick(
     field: str, pattern: Mapping[str, _Value], keys: Sequence[ModuleKey], budget: Budget
 ) -> dict[ModuleKey, _Value]:
-    """What `rank_pattern` or `alpha_pattern` gives each module: the first entry that matches wins."""
+    """Return the value of each module in `rank_pattern` or `alpha_pattern`: the first matching entry wins."""
     entries = list(pattern)
     patterns = [Pattern(rf"(.*\.)?({text})$", "match", text) for text in entries]
     rows = _find(field, patterns, [key.path for key in keys], budget)
@@ -238,7 +235,9 @@ def _targeted(targeting: Targeting, paths: Sequence[str], budget: Budget) -> set
         return hit
     exact = hit & set(targets)  # layers_to_transform doesn't apply to these
     if exact and len(targets) >= _PEFT_REWRITES_FROM:
-        message = f"means nothing sure to PEFT with {_PEFT_REWRITES_FROM} target_modules or more, some whole paths"
+        message = (
+            f"is ambiguous in PEFT with {_PEFT_REWRITES_FROM} target_modules or more, some of them whole paths"
+        )
         raise BadTargetsError("layers_to_transform", message)
     layer_of = _layers(targeting.layers_pattern, paths, budget)
     return exact | {path for path in hit if layer_of.get(path) in layers}
@@ -253,7 +252,7 @@ def _listed(field: str, entries: str | tuple[str, ...], paths: Sequence[str], bu
 
 
 def _endings(path: str) -> Iterator[str]:
-    """The path, and what follows on each of its dots."""
+    """Yield the path, and its suffixes after each dot."""
     yield path
     while "." in path:
         _, _, path = path.partition(".")
@@ -261,7 +260,7 @@ def _endings(path: str) -> Iterator[str]:
 
 
 def _layers(layers_pattern: Sequence[str], paths: Sequence[str], budget: Budget) -> dict[str, int]:
-    """Each path's layer index, as the first of `layers_pattern` that matches sees it."""
+    """Return each path's layer index by the first of `layers_pattern` that matches it."""
     patterns = [Pattern(rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", "match", text) for text in layers_pattern]
     if not patterns:
         patterns = [Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "match", "")]

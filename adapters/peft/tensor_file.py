@@ -1,14 +1,8 @@
-"""The safetensors format, strictly: 8 bytes of length, a JSON header, and the tensors' bytes without a gap.
+"""adapter_model.safetensors: the safetensors format, the check of each tensor, and a guess at what is wrong.
 
-Reading copies nothing: tensors are views of the given buffer. It never trusts the file: whatever doesn't fit the
-format raises TensorFileError, before any tensor is made.
-
-What a file of tensors looks like, beside what adapter_config.json and the base say: one line, for people.
-
-Where hundreds of tensors are at fault, one thing is wrong: another rank, other modules, another base. It is
-guessed from names and shapes alone, which may be those of any model's adapter.
-
-The tensors of adapter_model.safetensors, each checked for itself: its name, dtype, shape and values.
+The format is read strictly: 8 bytes with the header's length, the header in JSON, and the tensors' bytes without
+gaps. Reading copies nothing, as tensors are views of the given buffer. The file isn't trusted: anything that
+doesn't fit the format raises TensorFileError before a tensor is created.
 """
 
 import json
@@ -26,29 +20,29 @@ from adapters.lora import MODULES, BaseShape, ModuleKey
 from adapters.strict_json import BadJsonError, parse_object, printable
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that adapters may have. Entries of others are listed, but `TensorEntry.view` refuses them."""
+"""The dtypes that adapters may have. `TensorEntry.view` raises KeyError for others."""
 
-SAVE_ANEW = "load the adapter with PEFT and save it anew, with save_pretrained(folder, safe_serialization=True)"
-"""What to do with an adapter_model.bin, which isn't read: to do so may run code."""
+SAVE_AGAIN = "load the adapter with PEFT and save it again, with save_pretrained(folder, safe_serialization=True)"
+"""What to do with an adapter_model.bin, which isn't read because that may execute code."""
 
 _INSTEAD = {
-    b"PK\3\4": f"is a zip, or an adapter_model.bin, and not a safetensors file: {SAVE_ANEW}",
-    b"\x80\2": f"is an adapter_model.bin, and not a safetensors file: {SAVE_ANEW}",
-    b"version https://git-lfs": "is what git keeps in the file's place, of a clone without LFS: run git lfs pull",
+    b"PK\3\4": f"is a zip, or an adapter_model.bin, and not a safetensors file: {SAVE_AGAIN}",
+    b"\x80\2": f"is an adapter_model.bin, and not a safetensors file: {SAVE_AGAIN}",
+    b"version https://git-lfs": "is a Git LFS pointer instead of the file: run git lfs pull",
 }
-"""How files begin that are sent for one, and what to say of them."""
+"""The first bytes of other files that people upload, each with its error message."""
 
 MAX_HEADER_BYTES = 8 << 20
 _ALIGNMENT = 64  # of the first tensor within the file
 
 
 class TensorFileError(ValueError):
-    """The bytes are no safetensors file. The message is safe to show."""
+    """Bytes that aren't a safetensors file. The message is safe to show."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: `start` and `end` are bytes from the beginning of the file."""
+    """One tensor of a file; `start` and `end` are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,7 +50,7 @@ class TensorEntry:
     end: int
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The tensor, within `buffer`, the whole file as uint8; a copy where it isn't aligned."""
+        """Return the tensor as a view of `buffer`, the whole file as uint8, or as a copy if it isn't aligned."""
         dtype = DTYPES[self.dtype]
         part = buffer[self.start : self.end]
         if self.start % dtype.itemsize:
@@ -65,9 +59,9 @@ class TensorEntry:
 
 
 def map_file(path: Path) -> torch.Tensor:
-    """The file as uint8, mapped: pages are read when they are touched, and writes stay in this process.
+    """Map the file as uint8: pages are read on first access, and writes stay in this process.
 
-    The file may be unlinked meanwhile, but must not shrink. Raises OSError, or TensorFileError if it is empty.
+    The file may be unlinked later, but must not shrink. Raise OSError, or TensorFileError if it is empty.
     """
     num_bytes = path.stat().st_size
     if num_bytes == 0:
@@ -76,22 +70,22 @@ def map_file(path: Path) -> torch.Tensor:
 
 
 def copy_bytes(data: bytes) -> torch.Tensor:
-    """`data` as uint8. Raises TensorFileError if it is empty."""
+    """Return `data` as uint8. Raise TensorFileError if it is empty."""
     if not data:
         raise TensorFileError("is empty")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def read_header(buffer: torch.Tensor) -> dict[str, TensorEntry]:
-    """The tensors of a file by name. `buffer` is the whole file as uint8. Raises TensorFileError."""
+    """Return the tensors of a file by name. `buffer` is the whole file as uint8. Raise TensorFileError."""
     size = buffer.numel()
     if size < 8:
         raise TensorFileError("is too short for a safetensors file")
     length = int.from_bytes(_bytes(buffer[:8]), "little")
     if length > min(size - 8, MAX_HEADER_BYTES):
         start = _bytes(buffer[: max(map(len, _INSTEAD))])
-        told = (message for beginning, message in _INSTEAD.items() if start.startswith(beginning))
-        raise TensorFileError(next(told, "is not a safetensors file, or is cut short"))
+        messages = (message for beginning, message in _INSTEAD.items() if start.startswith(beginning))
+        raise TensorFileError(next(messages, "is not a safetensors file, or is cut short"))
     try:
         members = parse_object(_bytes(buffer[8 : 8 + length]))
     except BadJsonError as error:
@@ -109,7 +103,7 @@ def read_header(buffer: torch.Tensor) -> dict[str, TensorEntry]:
 
 
 def write(file: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes `tensors`, those of larger items first (so that each is aligned), else in the order given."""
+    """Write `tensors` in their order, but larger dtypes first, so that each tensor is aligned."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -156,7 +150,103 @@ def _bytes(part: torch.Tensor) -> bytes:
     return part.numpy().tobytes()
 
 
-_LORA = re.compile(r"([AB])(?:\.\w+)?\.weight", re.ASCII)  # behind ".lora_"
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
+
+_PREFIX = "base_model.model."
+_NAME = re.compile(re.escape(_PREFIX) + r"(model\.layers\.(\d{1,6})\.\w+\.(\w+))\.lora_([AB])\.weight", re.ASCII)
+
+_COMPILED = "take '_orig_mod.' out of all names: the model was compiled before it got the adapter"
+_SAVE = "save the adapter with PEFT's model.save_pretrained(folder), not from its state_dict()"
+_UNTRAINED = (
+    "if they weren't trained (PEFT saves them, too, when tokens were added), save the adapter again, with "
+    "save_pretrained(folder, save_embedding_layers=False)"
+)
+
+
+def tensor_name(key: ModuleKey, side: Side) -> str:
+    """Return PEFT's name of a module's A or B."""
+    return f"{_PREFIX}{key.path}.lora_{side}.weight"
+
+
+@dataclass
+class FoundTensors:
+    """The tensors of a file that belong to modules of the base: all their names, and those that are valid."""
+
+    names: dict[tuple[ModuleKey, Side], str] = field(default_factory=dict)
+    tensors: dict[tuple[ModuleKey, Side], torch.Tensor] = field(default_factory=dict)  # A (r, in), B (out, r)
+
+
+def collect(
+    entries: Mapping[str, TensorEntry], buffer: torch.Tensor, base: BaseShape, errors: list[FieldError]
+) -> FoundTensors:
+    """Return the tensors by module. Append an error to `errors` for each invalid tensor."""
+    found = FoundTensors()
+    for name, entry in entries.items():
+        place = _place(name, base)
+        if isinstance(place, str):
+            errors.append(tensor_error(name, place))
+            continue
+        found.names[place] = name
+        fault = _wrong_form(place, entry, base)
+        if fault is None:
+            tensor = entry.view(buffer)
+            if bool(torch.isfinite(tensor).all()):
+                found.tensors[place] = tensor
+                continue
+            fault = "holds NaN or infinite values"
+        errors.append(tensor_error(name, fault))
+    return found
+
+
+def tensor_error(name: str, message: str) -> FieldError:
+    return FieldError(("adapter_model", printable(name)), message)
+
+
+def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
+    """Return which module's A or B the tensor is, or an error message."""
+    match = _NAME.fullmatch(name)
+    if match is not None and match[3] in MODULES:
+        key = ModuleKey(int(match[2]), match[3])
+        if key.path == match[1]:
+            if key.layer >= base.num_layers:
+                return f"is for layer {key.layer}, but the base has {base.num_layers} layers, counted from 0"
+            return key, "A" if match[4] == "A" else "B"
+    if "lora_magnitude_vector" in name:
+        return "belongs to DoRA, which plain LoRA can't honour"
+    if "lm_head" in name or "embed" in name:
+        advice = f"; {_UNTRAINED}" if name.endswith((".lm_head.weight", ".embed_tokens.weight")) else ""
+        return f"belongs to the embeddings, which can't be adapted{advice}"
+    if name.endswith("bias"):
+        return "is a bias, which plain LoRA doesn't have"
+    if (meant := _meant(name)) is not None:
+        why = _COMPILED if "_orig_mod." in name else _SAVE
+        return f"is no A or B of a file by its name: it must be {meant}; {why}"
+    return f"is no A or B of a layer's linear module, such as {tensor_name(ModuleKey(0, 'q_proj'), 'A')}"
+
+
+def _meant(name: str) -> str | None:
+    """Return PEFT's name of an A or B with another name, such as in a live or a compiled model, or None."""
+    place = place_of(name)
+    if place is None or place[1] not in MODULES:
+        return None
+    key = ModuleKey(place[0], place[1])
+    return tensor_name(key, "A" if place[2] else "B") if f".{key.path}." in f".{name}" else None
+
+
+def _wrong_form(place: tuple[ModuleKey, Side], entry: TensorEntry, base: BaseShape) -> str | None:
+    key, side = place
+    if entry.dtype not in DTYPES:
+        return f"has the dtype {printable(entry.dtype, 20)}; it must be one of {', '.join(DTYPES)}"
+    num_out, num_in = base.features[key.module]
+    wanted = f"(rank, {num_in})" if side == "A" else f"({num_out}, rank)"
+    fits = len(entry.shape) == 2 and entry.shape[1 if side == "A" else 0] == (num_in if side == "A" else num_out)
+    if not fits or 0 in entry.shape:
+        return f"has the shape {entry.shape}, this base needs {wanted}"
+    return None
+
+
+_LORA = re.compile(r"([AB])(?:\.\w+)?\.weight", re.ASCII)  # after ".lora_"
 _LAYER = re.compile(r"\d{1,6}", re.ASCII)
 _MODULE = re.compile(r"\w{1,64}", re.ASCII)
 _SHOWN = 3
@@ -165,9 +255,10 @@ _SHOWN = 3
 def guess(
     entries: Mapping[str, TensorEntry], base: BaseShape, ranks: Mapping[ModuleKey, int] | None
 ) -> str | None:
-    """How the tensors differ from the configuration's `ranks` (None: it is at fault itself) and from the base.
+    """Describe how the tensors differ from the configuration's `ranks` (None: it is invalid) and from the base.
 
-    None where nothing of use can be said.
+    If hundreds of tensors are wrong, the cause is one: another rank, other modules, or another base. It is guessed
+    from names and shapes, which may be those of any model's adapter.
     """
     found: dict[str, set[int]] = {}
     layers: set[int] = set()
@@ -209,8 +300,10 @@ def guess(
 
 
 def place_of(name: str) -> tuple[int, str, bool] | None:
-    """(layer, module, whether it is A) of a tensor of LoRA's, in time that grows with the name and no faster: a
-    stranger's may have megabytes."""
+    """Return (layer, module, whether it is A) of a LoRA tensor's name, or None.
+
+    The time is linear in the length of the name, which may be megabytes in an untrusted file.
+    """
     path, _, end = name.rpartition(".lora_")
     *above, module = path.split(".")
     layer = next(filter(_LAYER.fullmatch, above[1:]), None)
@@ -225,15 +318,15 @@ def _wide(differences: Iterable[int], width: int) -> str:
 
 
 def _modules(ranks: Mapping[str, set[int]]) -> str:
-    """As in "rank 8 on q_proj and v_proj, ranks 4 and 16 on o_proj"."""
+    """Return text such as "rank 8 on q_proj and v_proj, ranks 4 and 16 on o_proj"."""
     alike: dict[tuple[int, ...], list[str]] = {}
     for module in sorted(ranks, key=lambda name: (MODULES.index(name) if name in MODULES else len(MODULES), name)):
         alike.setdefault(tuple(sorted(ranks[module])), []).append(module)
-    told = [
+    described = [
         f"{'rank' if len(numbers) == 1 else 'ranks'} {_list(list(map(str, numbers)))} on {_list(modules, 7)}"
         for numbers, modules in alike.items()
     ]
-    return _list(told)
+    return _list(described)
 
 
 def _layers(numbers: set[int]) -> str:
@@ -244,103 +337,7 @@ def _layers(numbers: set[int]) -> str:
 
 
 def _list(words: Sequence[str], limit: int = _SHOWN) -> str:
-    """As in "a, b and c", or "a, b and 7 more"."""
+    """Return text such as "a, b and c", or "a, b and 7 more"."""
     if len(words) > limit:
         words = [*words[: limit - 1], f"{len(words) - limit + 1} more"]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-Side = Literal["A", "B"]
-SIDES: tuple[Side, Side] = ("A", "B")
-
-_PREFIX = "base_model.model."
-_NAME = re.compile(re.escape(_PREFIX) + r"(model\.layers\.(\d{1,6})\.\w+\.(\w+))\.lora_([AB])\.weight", re.ASCII)
-
-_COMPILED = "take '_orig_mod.' out of all names: the model was compiled before it got the adapter"
-_SAVE = "save the adapter with PEFT's model.save_pretrained(folder), not from its state_dict()"
-_UNTRAINED = (
-    "where they weren't trained (PEFT saves them, too, when tokens were added), save the adapter anew, with "
-    "save_pretrained(folder, save_embedding_layers=False)"
-)
-
-
-def tensor_name(key: ModuleKey, side: Side) -> str:
-    """PEFT's name of a module's A or B."""
-    return f"{_PREFIX}{key.path}.lora_{side}.weight"
-
-
-@dataclass
-class FoundTensors:
-    """What a file holds: the names of the tensors that belong to a module of the base, and the sound tensors."""
-
-    names: dict[tuple[ModuleKey, Side], str] = field(default_factory=dict)
-    tensors: dict[tuple[ModuleKey, Side], torch.Tensor] = field(default_factory=dict)  # A (r, in), B (out, r)
-
-
-def collect(
-    entries: Mapping[str, TensorEntry], buffer: torch.Tensor, base: BaseShape, errors: list[FieldError]
-) -> FoundTensors:
-    """Sorts the tensors by module; those at fault are appended to `errors`, by name."""
-    found = FoundTensors()
-    for name, entry in entries.items():
-        place = _place(name, base)
-        if isinstance(place, str):
-            errors.append(tensor_error(name, place))
-            continue
-        found.names[place] = name
-        fault = _wrong_form(place, entry, base)
-        if fault is None:
-            tensor = entry.view(buffer)
-            if bool(torch.isfinite(tensor).all()):
-                found.tensors[place] = tensor
-                continue
-            fault = "holds NaN or infinite values"
-        errors.append(tensor_error(name, fault))
-    return found
-
-
-def tensor_error(name: str, message: str) -> FieldError:
-    return FieldError(("adapter_model", printable(name)), message)
-
-
-def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
-    """Which module's A or B the tensor is, or why it is none."""
-    match = _NAME.fullmatch(name)
-    if match is not None and match[3] in MODULES:
-        key = ModuleKey(int(match[2]), match[3])
-        if key.path == match[1]:
-            if key.layer >= base.num_layers:
-                return f"is for layer {key.layer}, but the base has {base.num_layers} layers, counted from 0"
-            return key, "A" if match[4] == "A" else "B"
-    if "lora_magnitude_vector" in name:
-        return "belongs to DoRA, which plain LoRA can't honour"
-    if "lm_head" in name or "embed" in name:
-        advice = f"; {_UNTRAINED}" if name.endswith((".lm_head.weight", ".embed_tokens.weight")) else ""
-        return f"belongs to the embeddings, which can't be adapted{advice}"
-    if name.endswith("bias"):
-        return "is a bias, which plain LoRA doesn't have"
-    if (meant := _meant(name)) is not None:
-        why = _COMPILED if "_orig_mod." in name else _SAVE
-        return f"is no A or B of a file by its name: it must be {meant}; {why}"
-    return f"is no A or B of a layer's linear module, such as {tensor_name(ModuleKey(0, 'q_proj'), 'A')}"
-
-
-def _meant(name: str) -> str | None:
-    """PEFT's name of an A or B that is called otherwise here, as in a live or a compiled model; else None."""
-    place = place_of(name)
-    if place is None or place[1] not in MODULES:
-        return None
-    key = ModuleKey(place[0], place[1])
-    return tensor_name(key, "A" if place[2] else "B") if f".{key.path}." in f".{name}" else None
-
-
-def _wrong_form(place: tuple[ModuleKey, Side], entry: TensorEntry, base: BaseShape) -> str | None:
-    key, side = place
-    if entry.dtype not in DTYPES:
-        return f"has the dtype {printable(entry.dtype, 20)}; it must be one of {', '.join(DTYPES)}"
-    num_out, num_in = base.features[key.module]
-    wanted = f"(rank, {num_in})" if side == "A" else f"({num_out}, rank)"
-    fits = len(entry.shape) == 2 and entry.shape[1 if side == "A" else 0] == (num_in if side == "A" else num_out)
-    if not fits or 0 in entry.shape:
-        return f"has the shape {entry.shape}, this base needs {wanted}"
-    return None

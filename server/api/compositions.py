@@ -140,7 +140,7 @@ def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
     """Return the rank of each module of each part that counts."""
     weighted = combine(pinned.parts)
     if not weighted:
-        message = "comes to nothing but the base: give adapters whose weights don't cancel out"
+        message = "is equal to the base: give adapters whose weights don't cancel out"
         raise InvalidInput.of(FIELD, message)
     return [library.ranks(digest) for digest, _ in weighted]
 

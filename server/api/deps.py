@@ -1,9 +1,4 @@
-"""What adapter expressions came to, for as long as nobody commits to the database.
-
-To resolve one is SQL in a thread, a millisecond or two of the first token, and the same answer for each request
-that names the adapter. It is the same until somebody commits, which takes microseconds to ask.
-
-What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`.
+"""What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`.
 
 A route gets them as the project sees them that asks: it can't name, list or change another's things by mistake.
 """
@@ -17,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 from anyio import CancelScope, to_thread
 from fastapi import Depends, Header, Request
 
-from adapters.catalog.versions import Part
 from adapters.errors import SmoloraError
 from adapters.expression import Term
-from adapters.library import Library, Pinned, hold
+from adapters.library import Library, Pinned
 from adapters.names import Viewpoint
 from server.access.access import Access
 from server.access.principal import EVERYBODY, Principal
@@ -44,46 +38,50 @@ from server.telemetry.spans import Tracer
 from server.training.datasets import DatasetStore
 from server.training.files import FileStore, RowSources
 
-_MOST = 4096  # expressions; with more, all are resolved anew
+_MAX_EXPRESSIONS = 4096  # remembered at once; beyond that, all are resolved again
 
 log = logging.getLogger("smolora.api")
 
 
 class RecentPins:
-    """Pins what a library pins. For one event loop."""
+    """`Library.pin` for one event loop, with a cache that is valid until the next commit to the database.
+
+    To resolve an expression takes SQL in a thread, a millisecond or two before the first token. To ask whether
+    anybody has committed takes microseconds.
+    """
 
     def __init__(self, commits: Callable[[], int | None]) -> None:
-        """`commits` moves with any commit, at once; while it says None, nothing is remembered."""
+        """`commits()` changes at once with any commit. While it returns None, nothing is cached."""
         self._commits = commits
         self._seen: int | None = None
-        self._known: dict[tuple[Viewpoint, tuple[Term, ...]], tuple[tuple[Part, ...], tuple[str, ...]]] = {}
+        self._known: dict[tuple[Viewpoint, tuple[Term, ...]], Pinned] = {}  # released
 
     async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
-        """As `Library.pin`, which is asked where it isn't known."""
+        """Pin the terms' bytes as `Library.pin` does, which is called in a thread for unknown terms."""
         if (seen := self._commits()) is None:
             return await to_thread.run_sync(library.pin, terms, field)
         key = (library.catalog.viewpoint, tuple(terms))
-        if seen != self._seen or len(self._known) >= _MOST:
+        if seen != self._seen or len(self._known) >= _MAX_EXPRESSIONS:
             self._seen = seen
             self._known.clear()
         if (found := self._known.get(key)) is not None:
-            pinned = hold(library.store, *found)
-            if self._commits() == seen:  # names go before bytes do: whoever finds them now has what it holds
+            pinned = Pinned(found.parts, found.warnings, library.store)
+            if self._commits() == seen:  # names are deleted before bytes: these bytes were still named when pinned
                 return pinned
-            await let_go(pinned)
+            await release(pinned)
         pinned = await to_thread.run_sync(library.pin, terms, field)
         if self._commits() == seen == self._seen:
-            self._known[key] = (pinned.parts, pinned.warnings)
+            self._known[key] = Pinned(pinned.parts, pinned.warnings)
         return pinned
 
 
-async def let_go(pinned: Pinned) -> None:
-    """`Pinned.release` on the event loop, for an answer that is good whatever becomes of the bytes: those that go
-    do so in a thread, and those that can't just now with the next sweep.
+async def release(pinned: Pinned) -> None:
+    """Release on the event loop; a thread removes the bytes of deleted versions. If that fails, it is logged, and
+    the next sweep removes them.
     """
-    if (removal := pinned.let_go()) is not None:
+    if (removal := pinned.unpin()) is not None:
         try:
-            with CancelScope(shield=True):  # it is doomed no more: nobody else would remove it
+            with CancelScope(shield=True):  # until the next sweep, nobody else would remove the bytes
                 await to_thread.run_sync(removal)
         except Exception:  # the disk, or the database
             log.exception("can't remove the bytes of a deleted version just now")

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters.catalog.catalog import Part, combine
+from adapters.catalog.catalog import combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import MAX_LENGTH, MAX_PARTS, MAX_WEIGHT, Term, parse
 from adapters.library import Pinned
@@ -26,15 +26,15 @@ from adapters.names import BASE, MAX_KEY, MAX_NAME, reference_fault
 from server.access.principal import Principal
 from server.access.usage import Ledger
 from server.access.usage import Usage as UsedTokens
-from server.api.deps import OutputStream, Services, let_go
+from server.api.deps import OutputStream, Services, release
 from server.api.schemas import MAX_SEED, Body, MessageBody, ResponseFormatBody, SamplingFields, UsedAdapter
 from server.api.tracing import GenerationTrace, facts, is_chat
 from server.engine.grammar import MAX_SCHEMA_BYTES
-from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
+from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
 from server.metrics.metrics import Metrics, Outcome, outcome_of
 from server.model.text.chat import ChatMessage
-from server.system.program import counted
+from server.system.messages import plural
 
 MAX_LOGPROBS = 1 << 18
 """Log-probabilities in one answer that isn't streamed. Each takes about 600 bytes while the answer is built, so 16
@@ -275,7 +275,7 @@ async def check_length(
     if num_prompt + num_more <= limit:
         return
     await charge_refused(services, num_prompt)
-    beyond = f"the prompt's {counted(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
+    beyond = f"the prompt's {plural(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
     if num_prompt < limit:
         raise refusal((FieldError((field,), f"{beyond}: {limit - num_prompt} are left"),))
     no_room = f"{num_prompt:,} tokens leave no room for an answer within the model's {limit:,}"
@@ -401,7 +401,7 @@ class Generation:
             if self._facts is not None:
                 used = [f"{part.name}@{part.version}" for part in self.parts]
                 self._facts.generated(self.id, used, self.num_prompt_tokens, self._num_tokens, self._cached)
-            await let_go(self._pinned)  # last, because it may take long
+            await release(self._pinned)  # last, because it may take long
 
     def _book(self) -> None:
         """Add the usage so far to the ledger. Idempotent.
@@ -470,13 +470,13 @@ async def start(
     num_taken = len(token_ids) + n * sampling.max_tokens if num_taken is None else num_taken
     if num_taken:
         await services.access.rates.take(principal, "tokens", num_taken)
-    pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned(())
+    pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned()
     try:
         request = GenerationRequest(
             request_id=f"gen-{uuid.uuid4().hex}",
             prompt_token_ids=token_ids,
             sampling=sampling,
-            adapters=canonical(pinned.parts),
+            adapters=combine(pinned.parts),
             n=n,
             grammar=grammar,
             scored_from=scored_from,
@@ -488,7 +488,7 @@ async def start(
             trace = GenerationTrace(found.span, found.operation, request, services.base_name, pinned.parts)
         stream = services.engine.submit(request)
     except BaseException as error:
-        await let_go(pinned)
+        await release(pinned)
         if isinstance(error, TryAgain):
             services.metrics.refused()
         raise
@@ -589,8 +589,3 @@ async def encoded(
 async def charge_refused(services: Services, num_tokens: int) -> None:
     """Count the tokens of a prompt that is refused for its length, because encoding it has cost the server."""
     await services.access.rates.charge(services.principal, "tokens", num_tokens)
-
-
-def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:
-    """Return the parts in the form that the engine's cache and batch compare."""
-    return tuple(AdapterRef(digest, weight) for digest, weight in combine(parts))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from server.config import Settings
 from server.errors import Forbidden, Unavailable
-from server.system.program import counted
+from server.system.messages import plural
 
 LOOK_BYTES = 16 << 20
 """Of an upload, between two looks at the disk."""
@@ -145,7 +145,7 @@ def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str,
         stored = before[owner] + stored_bytes(services, key_id)  # what arrived since counts twice
         if stored + num_bytes > most or stored >= most:
             raise Forbidden(
-                f"the {owner} may store {counted(most, 'byte')}, has {stored} and would add {num_bytes}: delete "
+                f"the {owner} may store {plural(most, 'byte')}, has {stored} and would add {num_bytes}: delete "
                 "adapters, data sets or files, or have max_bytes raised"
             )
 

@@ -34,7 +34,7 @@ from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, TrainBody
 from server.errors import Unavailable
 from server.jobs.files import TRACEPARENT_NAME, JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.encoding import RowEncoder, texts_of
 from server.training.files import RowSources
 from server.training.job_data import DataFacts, JobData
@@ -346,7 +346,7 @@ class Submissions:
         of those held out. Their tokens are scaled to all rows, and a warning says so.
         """
         terms = parent_terms(body, self._library.base_name)
-        pinned = self._library.pin(terms) if terms else Pinned(())
+        pinned = self._library.pin(terms) if terms else Pinned()
         try:
             spec = build_spec(body, self._library, pinned, self._max_length)
             rows = choose_rows(body, self._sources)
@@ -419,7 +419,7 @@ def _cut(prepared: Prepared) -> Iterator[str]:
     if number := facts.num_truncated + facts.num_validation_truncated:
         most = prepared.spec.training.max_length
         yield (
-            f"cut after {counted(most, 'token')}, the most of a row: {counted(number, 'row')}; "
+            f"cut after {plural(most, 'token')}, the most of a row: {plural(number, 'row')}; "
             "POST /train takes a file's id as dataset, and training.max_length"
         )
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from adapters.errors import InvalidInput
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
-from adapters.peft.tensor_file import SAVE_ANEW
+from adapters.peft.tensor_file import SAVE_AGAIN
 from server.api.streams import Download
 
 CHUNK = 1 << 18
@@ -199,7 +199,7 @@ def _entries(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if name not in found:
             has_bin = name == WEIGHTS_NAME and any(info.filename.endswith("adapter_model.bin") for info in infos)
-            advice = f": adapter_model.bin isn't read; {SAVE_ANEW}" if has_bin else ""
+            advice = f": adapter_model.bin isn't read; {SAVE_AGAIN}" if has_bin else ""
             raise _refused(f"has no {name}{advice}")
     if len(folders) > 1:
         raise _refused("has its two files in different folders")

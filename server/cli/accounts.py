@@ -23,7 +23,7 @@ from server.access.principal import DEFAULT_SCOPES, LIMITS, OPERATOR, SCOPES, Qu
 from server.cli.common import JsonOption, print_json, say, show, table_of
 from server.cli.home import HomeOption, opened, opened_or_new, refusals, storage_for
 from server.errors import StartupError
-from server.system.program import counted
+from server.system.messages import plural
 
 if TYPE_CHECKING:
     from server.access.keys import ApiKey, Keys
@@ -80,7 +80,7 @@ def _num_bytes(text: str) -> int:
 
 
 def _counted(limit: int | None, noun: str, per: str = "") -> str:
-    return "" if limit is None else counted(limit, noun) + per
+    return "" if limit is None else plural(limit, noun) + per
 
 
 def _size(num_bytes: int) -> str:
@@ -88,7 +88,7 @@ def _size(num_bytes: int) -> str:
     for unit, size in _BYTE_UNITS.items():
         if num_bytes % size == 0:
             return f"{num_bytes // size}{unit}"
-    return counted(num_bytes, "byte")
+    return plural(num_bytes, "byte")
 
 
 keys_group = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys. No server needs to run.")

@@ -10,8 +10,7 @@ from server.cli.common import say, with_flags
 from server.cli.home import HomeOption, place_of
 from server.cli.serve import serve_here
 from server.config import Settings
-from server.config.environment import set_up_ray
-from server.config.secrets import forget_keys
+from server.config.environment import forget_keys, set_up_ray
 from server.errors import StartupError
 from server.storage.home import make
 from server.telemetry import logs
@@ -111,7 +110,7 @@ def api(
     """Serve the API from this process, with the cluster's replicas as its engine."""
     has_clients_key = forget_keys()
     _need_ray()
-    from server.cluster.client import connect_to
+    from server.cluster.transport import connect_to
     from server.jobs.pipe import end_with_parent
 
     if parent is not None:
@@ -126,7 +125,7 @@ def status(home: HomeOption = None) -> None:
     from server.cluster import node
     from server.cluster.node import read_state
     from server.cluster.processes import is_ready, queue_of
-    from server.cluster.transport import join, replicas_told
+    from server.cluster.transport import join, replica_counts
 
     state = read_state(place_of(home))
     is_up = node.is_alive(state.pid, state.mark)
@@ -137,7 +136,7 @@ def status(home: HomeOption = None) -> None:
     for what, number in (queue_of(state.urls[0]) if state.urls else {}).items():
         typer.echo(f"sequences {what}: {number}")
     join(state.address)
-    counts = ", ".join(f"{number} {what}" for what, number in replicas_told().items()) or "none"
+    counts = ", ".join(f"{number} {what}" for what, number in replica_counts().items()) or "none"
     typer.echo(f"replicas: {counts}")
 
 

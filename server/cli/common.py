@@ -24,10 +24,10 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from adapters.errors import SmoloraError
-from server.config import Flag, SettingsT, WorkerSettings, described, load, server_url
-from server.config.environment import log_format
+from server.config import Flag, SettingsT, WorkerSettings, described, load
+from server.config.environment import log_format, server_url
 from server.errors import StartupError
-from server.system.program import program
+from server.system.messages import program
 from server.telemetry import logs
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from server.cli.common import (
     start_of,
     suggestion,
 )
-from server.system.program import counted
+from server.system.messages import plural
 
 if TYPE_CHECKING:
     from server.client.client import Client
@@ -221,5 +221,5 @@ def _text(result: Mapping[str, object]) -> Text:
 def _summary(result: Mapping[str, object]) -> Text:
     usage = cast("Mapping[str, int]", result["usage"])
     return Text(
-        f"{cast('float', result['logprob']):.2f} over {counted(usage['completion_tokens'], 'token')}", "dim"
+        f"{cast('float', result['logprob']):.2f} over {plural(usage['completion_tokens'], 'token')}", "dim"
     )

@@ -29,8 +29,8 @@ from server.cli.maintenance import group as move
 from server.cli.serve import serve_here
 from server.cli.train import group as datasets
 from server.cli.train import jobs, train
-from server.config import Settings, WorkerSettings, unknown_variables
-from server.config.secrets import forget_keys, hide_keys
+from server.config import Settings, WorkerSettings
+from server.config.environment import forget_keys, hide_keys, unknown_variables
 from server.errors import StartupError
 from server.telemetry import logs
 

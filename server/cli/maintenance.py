@@ -24,7 +24,7 @@ from server.cli.home import (
 from server.config import WorkerSettings, load
 from server.errors import StartupError
 from server.system.memory import loading
-from server.system.program import counted
+from server.system.messages import plural
 
 if TYPE_CHECKING:
     from server.operations.move import Moved
@@ -61,10 +61,10 @@ def backup(file: FileArgument, home: HomeOption = None, as_json: JsonOption = Fa
     if as_json:
         print_json(asdict(made), err=is_streamed)
     else:
-        jobs = f"{counted(made.num_jobs, 'job')} ({made.num_unended_jobs} not ended)"
-        adapters = f"{counted(made.num_versions, 'version')}, {counted(made.num_adapters, 'stored adapter')}"
-        uploads = counted(made.num_uploads, "upload")
-        typer.echo(f"{file}: {adapters}, {jobs}, {uploads}; {counted(made.num_bytes, 'byte')}", err=is_streamed)
+        jobs = f"{plural(made.num_jobs, 'job')} ({made.num_unended_jobs} not ended)"
+        adapters = f"{plural(made.num_versions, 'version')}, {plural(made.num_adapters, 'stored adapter')}"
+        uploads = plural(made.num_uploads, "upload")
+        typer.echo(f"{file}: {adapters}, {jobs}, {uploads}; {plural(made.num_bytes, 'byte')}", err=is_streamed)
     for line in made.damaged:
         say(f"damaged before: {line}")
     if made.damaged:
@@ -193,9 +193,9 @@ def _report(moved: "Moved", way: str, as_json: bool) -> None:
         typer.echo(f"damaged before: {line}")
     for job_id in moved.going_on:
         typer.echo(f"{job_id} goes on once there is a worker")
-    adapters = f"{counted(moved.num_versions, 'version')}, {counted(moved.num_adapters, 'stored adapter')}"
-    jobs = f"{counted(moved.num_jobs, 'job')} with files ({moved.num_unended_jobs} not ended)"
-    more = f"{counted(moved.num_uploads, 'upload')}, {counted(moved.num_rows, 'row')} in all"
+    adapters = f"{plural(moved.num_versions, 'version')}, {plural(moved.num_adapters, 'stored adapter')}"
+    jobs = f"{plural(moved.num_jobs, 'job')} with files ({moved.num_unended_jobs} not ended)"
+    more = f"{plural(moved.num_uploads, 'upload')}, {plural(moved.num_rows, 'row')} in all"
     typer.echo(f"{way}: {adapters}, {jobs}, {more}; compared, and the same on both sides")
     typer.echo(
         "the source is unchanged: once you have checked the copy, remove the source, or never serve it again"
@@ -236,6 +236,6 @@ def prune(
         print_json({"dry_run": dry_run, "jobs": jobs, "num_bytes": num_bytes})
         return
     for removal in removals:
-        typer.echo(f"{removal.job_id}: {counted(removal.num_bytes, 'byte')}")
+        typer.echo(f"{removal.job_id}: {plural(removal.num_bytes, 'byte')}")
     outcome = "would be removed" if dry_run else "removed"
-    typer.echo(f"{counted(num_bytes, 'byte')} of {counted(len(removals), 'job')} {outcome}")
+    typer.echo(f"{plural(num_bytes, 'byte')} of {plural(len(removals), 'job')} {outcome}")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from server.config import Settings, is_loopback, unknown_variables
+from server.config import Settings, is_loopback
+from server.config.environment import unknown_variables
 from server.errors import StartupError
 from server.serve.address import bind, refuse_strangers, url
 from server.storage.home import make, prepare, serving

@@ -34,7 +34,7 @@ from server.cli.common import (
     suggestion,
     table_of,
 )
-from server.system.program import counted
+from server.system.messages import plural
 
 if TYPE_CHECKING:
     from server.client.client import Client
@@ -87,7 +87,7 @@ def upload(
             fail(f"{path}: {error.strerror}")
     print_warnings(cast("list[str]", dataset["warnings"]))
     print_json(dataset) if as_json else typer.echo(
-        f"{dataset['id']}: {counted(cast('int', dataset['rows']), 'row')}"
+        f"{dataset['id']}: {plural(cast('int', dataset['rows']), 'row')}"
     )
 
 
@@ -351,10 +351,10 @@ def _counts(data: Document) -> str:
     """Describe in a line how many rows are trained on and held out."""
     rows, held_out = cast("int", data["rows"]), cast("int", data["validation_rows"])
     truncated = cast("int", data["truncated"]) + cast("int", data["validation_truncated"])
-    counts = f"{counted(rows, 'row')} to train on, " + (
+    counts = f"{plural(rows, 'row')} to train on, " + (
         f"{held_out:,} held out" if held_out else "none held out: nothing will say how good the adapter is"
     )
-    return f"{counts}; {counted(truncated, 'row')} truncated" if truncated else counts
+    return f"{counts}; {plural(truncated, 'row')} truncated" if truncated else counts
 
 
 def _update(progress: Progress, task: TaskID, job: Document) -> None:
@@ -407,7 +407,7 @@ def _kept(progress: Document, report: Document) -> str:
     """Say that a job stopped early, or kept the weights of a step before its last; else return an empty text."""
     step, total = progress["step"], cast("int", progress["total_steps"])
     kept = report.get("kept_step", step)
-    stopped = "" if step == total else f"Stopped early after {step} of {counted(total, 'step')}"
+    stopped = "" if step == total else f"Stopped early after {step} of {plural(total, 'step')}"
     if kept == step:
         return stopped
     none = f"{stopped}: no" if stopped else "No"
@@ -421,9 +421,9 @@ def _show_dry_run(answer: Document) -> None:
     tokens, trained, steps = (
         cast("int", count) for count in (data["tokens"], data["trained_tokens"], answer["steps"])
     )
-    console.print(f"{counted(tokens, 'token')}, of which {trained:,} are trained on")
+    console.print(f"{plural(tokens, 'token')}, of which {trained:,} are trained on")
     seconds, rate = cast("float", estimate["seconds"]), cast("float", estimate["tokens_per_second"])
-    console.print(f"{counted(steps, 'step')}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
+    console.print(f"{plural(steps, 'step')}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
     for row in cast("list[Document]", answer["preview"]):
         text = Text(f"row {row['row']}: ", style="dim")
         for token in cast("list[Document]", row["tokens"]):

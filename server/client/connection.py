@@ -11,7 +11,7 @@ import httpx
 
 from adapters.errors import Hint, sentence
 from server.config import is_loopback
-from server.system.program import program
+from server.system.messages import program
 
 _URL_VARIABLE = "SMOLORA_URL"
 CONNECT_SECONDS = 10.0

@@ -1,1 +1,1 @@
-"""Many machines: engine replicas on Ray Serve, and which of them a request goes to; with the extra `cluster`."""
+"""A server on many machines: engine replicas on Ray Serve, and routing. Needs the extra `cluster`."""

@@ -1,4 +1,4 @@
-"""The deployment of engine replicas on Ray Serve, from the settings; `build_app` is for Serve's own files."""
+"""The deployment of engine replicas on Ray Serve. `build_app` is for Serve's own config files."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ import server
 from adapters.errors import SmoloraError
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.transport import APP, DEPLOYMENT, fault_told, has_room, is_too_small, replicas_told
+from server.cluster.transport import APP, DEPLOYMENT, has_room, is_too_small, replica_counts, start_fault
 from server.config import Flag, Settings, load
 from server.engine.request import GenerationRequest
 from server.errors import StartupError
@@ -26,16 +26,16 @@ from server.serve.engine import base_directory, guidance_of, load_for_engine, ma
 from server.storage.home import make
 from server.storage.places import Storage
 from server.system.memory import keep_freed_memory
-from server.system.program import counted
+from server.system.messages import plural
 from server.system.threads import switch_quickly
 from server.telemetry import logs
 
 _DRAIN_SECONDS = 20.0
-"""That a replica may take to end, after the time that its longest request may take."""
+"""Seconds in which a replica must end, beyond the longest duration of a request."""
 HEALTH_SECONDS = 2.0
-_HEALTH_TIMEOUT_SECONDS = 10.0  # three in a row, and a replica is replaced
-_MAX_CALLS = 100_000  # at once: the engine's own queue is what refuses requests
-_BUSY_BLOCKS = 0.9  # share of a replica's blocks from which on there should be more replicas
+_HEALTH_TIMEOUT_SECONDS = 10.0  # after three timeouts in a row a replica is replaced
+_MAX_CALLS = 100_000  # at once: requests are refused by the engine's own queue, not by Serve
+_BUSY_BLOCKS = 0.9  # used share of a replica's blocks above which one more replica is wanted
 
 _OF_APIS = {
     *("host", "port", "root_path", "public_url", "trusted_proxies", "allowed_hosts", "allowed_origins"),
@@ -43,14 +43,14 @@ _OF_APIS = {
     *("api_keys", "database_url", "retain_jobs", "allow_hub_adapters", "train_share", "train_slice"),
 }
 """Settings that replicas don't use."""
-_CODE = ("*.py", "*.cpp", "*.h")  # what replicas run
+_CODE = ("*.py", "*.cpp", "*.h")  # files of the code that replicas run
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas there are, and what each takes of a machine. `most`: None for always `replicas`."""
+    """The number of replicas, and the resources of each. `most`: None turns autoscaling off."""
 
     replicas: int = 1
     most: int | None = None
@@ -59,12 +59,12 @@ class Scale:
     upscale_seconds: float = 5.0
     downscale_seconds: float = 300.0
     spare: bool | None = None
-    """Whether there is room for one more replica while they are replaced: a new one then starts before an old one
-    ends. Else the old one ends first. None: as Ray has it."""
+    """Whether there is room for one more replica during an upgrade, so that a new one starts before an old one
+    ends. Otherwise the old one ends first. None: depends on Ray's free resources."""
 
 
 class Engine:
-    """What Serve makes an actor of. The first argument of each call names this replica, for the router."""
+    """Serve's actor, with an `EngineReplica`. The router needs each call's first argument, the replica's id."""
 
     def __init__(self, settings: Settings) -> None:
         switch_quickly()
@@ -75,35 +75,30 @@ class Engine:
         guidance = guidance_of(base)
         store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
         engine = make_engine(settings, base, store, guidance, log.info)
-        flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # 0 is an API process's
+        flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # 0 belongs to an API process
         self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size, flag.set)
 
     async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
-        """`EngineReplica.follow`."""
         async for message in self._replica.follow(client):
             yield message
 
     async def submit(self, replica: str, client: str, request: GenerationRequest) -> SmoloraError | None:
-        """`EngineReplica.submit`."""
         return await self._replica.submit(client, request)
 
     async def abort(self, replica: str, client: str, request_id: str) -> None:
-        """`EngineReplica.abort`."""
         await self._replica.abort(client, request_id)
 
     async def check_health(self) -> None:
-        """`EngineReplica.check_health`."""
         await self._replica.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """`EngineReplica.record_autoscaling_stats`."""
         return self._replica.record_autoscaling_stats()
 
 
 def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
-    """As many that a batch has room for what is in flight; one more where a replica's blocks are nearly used up.
+    """Return enough replicas for the sequences in flight, plus one if a replica's blocks are nearly used up.
 
-    Calls, which Serve counts by itself, say nothing here: each API process has one to each replica, always.
+    Serve's own count of calls says nothing here: each API process always has one call to each replica.
     """
     found = context.aggregated_metrics or {}
     in_flight = sum(found.get("in_flight", {}).values())
@@ -116,7 +111,7 @@ def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object
 
 
 def engine_app(settings: Settings, scale: Scale) -> serve.Application:
-    """The application for `serve.run`. Replicas are told nothing secret: they need no keys."""
+    """Return the application for `serve.run`. Secrets are removed: replicas need no keys."""
     options: dict[str, object] = {"num_replicas": scale.replicas}
     if scale.most is not None and scale.most > scale.replicas:
         options = {
@@ -146,14 +141,14 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
         ),
         **options,
     )(Engine)
-    told = settings.model_copy(update={"api_keys": (), "database_url": None})
-    return deployment.options(version=version_of(told), _internal=True).bind(told)
+    public = settings.model_copy(update={"api_keys": (), "database_url": None})
+    return deployment.options(version=version_of(public), _internal=True).bind(public)
 
 
 def version_of(settings: Settings) -> str:
-    """Of what a replica is made from. A new one has all of them replaced, the same one only their number changed.
+    """Return a hash of the settings and code of a replica. If it changes, Serve replaces all replicas.
 
-    Without it Serve would draw a new one each time.
+    Without a version Serve would draw a random one at each deployment.
     """
     found = blake2b(repr(settings.model_dump(mode="json", exclude=_OF_APIS)).encode(), digest_size=16)
     for package in (adapters, server):
@@ -165,26 +160,29 @@ def version_of(settings: Settings) -> str:
 
 
 def build_app(flags: Mapping[str, Flag]) -> serve.Application:
-    """For `import_path: server.cluster.deploy:build_app` in a Serve config file; `args` are settings by name."""
+    """Build the application for a Serve config file, with settings by name as `args`.
+
+    Its `import_path` is server.cluster.deploy:build_app.
+    """
     return engine_app(load(Settings, **flags), Scale())
 
 
 def deploy(settings: Settings, scale: Scale, say: Callable[[str], None]) -> DeploymentHandle:
-    """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy.
+    """Deploy replicas, or upgrade running ones one at a time, and wait until all are healthy.
 
-    `say` is told what it waits for where Ray hasn't room. Raises StartupError where new replicas don't start.
+    `say` gets a message if Ray lacks room. Raise StartupError if new replicas don't start.
     """
     if is_too_small(scale.replicas * scale.num_cpus, scale.replicas * scale.num_gpus):
         say(
-            f"waiting for machines to join: {counted(scale.replicas, 'replica')} with {scale.num_cpus:g} cores "
+            f"waiting for machines to join: {plural(scale.replicas, 'replica')} with {scale.num_cpus:g} cores "
             f"and {scale.num_gpus:g} GPUs each are more than Ray has (--replica-cpus, --replica-gpus, --replicas)"
         )
     serve.start(proxy_location="Disabled")
     if scale.spare is None:
-        num_coming = max(0, scale.replicas - sum(replicas_told().values()))
+        num_coming = max(0, scale.replicas - sum(replica_counts().values()))
         num_more = num_coming + 1
         scale = replace(scale, spare=has_room(num_more * scale.num_cpus, num_more * scale.num_gpus))
     try:
         return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)
     except RuntimeError as error:
-        raise StartupError(f"the engine replicas don't start: {fault_told() or error}") from None
+        raise StartupError(f"the engine replicas don't start: {start_fault() or error}") from None

@@ -1,13 +1,11 @@
-"""Who wants to know which replicas there are, in this process.
+"""The replicas as one API process knows them: which exist, the state of each, and the requests sent to it.
 
-A module of its own: Serve makes a copy of the router's class, and with it of what the router's module has, but not
-of the modules that it imports.
+A replica's state may be half a second old. Requests that this process sent since then are added, multiplied by the
+number of API processes: the others know the same and choose alike, so they have probably sent as many. If each
+process counted only its own requests, all would fill the same replicas at once.
 
-The replicas as one API process knows them: which there are, what each has, and what was sent to it.
-
-What is known may be half a second old. What this process sent since is added to it, as many times as there are API
-processes: the others know the same and choose alike, so they are likely to have sent as much. If each counted only
-its own requests, all would fill the same replicas at once.
+`watch` and `notify` must not be in `transport`: Serve copies the router's class with its module's globals, but not
+the modules that it imports.
 """
 
 import asyncio
@@ -23,26 +21,11 @@ from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.sequence import adapter_key, extend_block_keys, prefix_root
 from server.errors import NotReady
 
-Told = Callable[[frozenset[str]], None]
-
-_watchers: list[Told] = []
-
-
-def watch(told: Told) -> None:
-    """Have `told` called with the ids of the replicas whenever they change."""
-    _watchers.append(told)
-
-
-def tell(ids: frozenset[str]) -> None:
-    """These are the replicas from now on."""
-    for told in _watchers:
-        told(ids)
-
-
-log = logging.getLogger(__name__)
+OnChange = Callable[[frozenset[str]], None]
+"""Receives the ids of all replicas."""
 
 _MAX_BLOCKS = 256
-"""Of a prompt's beginning: what replicas are told apart by."""
+"""Leading blocks of a prompt that are compared with replicas' prefix caches."""
 
 COUNTERS = (
     "adapter_loads",
@@ -57,34 +40,48 @@ COUNTERS = (
 )
 """The fields of `EngineStats` that only grow."""
 
+log = logging.getLogger(__name__)
+_watchers: list[OnChange] = []
+
+
+def watch(on_change: OnChange) -> None:
+    """Have `on_change` called whenever the set of replicas changes."""
+    _watchers.append(on_change)
+
+
+def notify(ids: frozenset[str]) -> None:
+    """Pass the ids of all replicas to the watchers."""
+    for on_change in _watchers:
+        on_change(ids)
+
 
 class Counts:
-    """What replicas have counted while this process knew them. Whichever come and go, it only grows."""
+    """Sums of replicas' counters since this process first saw them. They only grow, as replicas come and go."""
 
     def __init__(self) -> None:
         self.sums = dict.fromkeys(COUNTERS, 0)
-        self.max_in_flight = 0  # the most that those which were there at once took together
+        self.max_in_flight = 0  # the most sequences that replicas accepted together at one time
 
     def grow(self, before: EngineStats | None, now: EngineStats) -> None:
-        """A replica has told `now` what it had told `before`; None: it is new here."""
+        """Add a replica's growth from its last report to this one; `before` is None for its first report."""
         if before is not None:
             for name in COUNTERS:
-                counted, is_told = getattr(before, name), getattr(now, name)
-                self.sums[name] += is_told - counted if is_told >= counted else is_told  # less: it began anew
+                old, new = getattr(before, name), getattr(now, name)
+                self.sums[name] += new - old if new >= old else new  # lower: the replica was restarted
 
     def note(self, links: Sequence["Link"]) -> None:
-        """These are ready now."""
-        told = [link.welcome.max_in_flight for link in links if link.welcome is not None]
-        known = [most for most in told if most is not None]
-        if len(known) == len(told):
+        """Record how many sequences the ready replicas accept together."""
+        limits = [link.welcome.max_in_flight for link in links if link.welcome is not None]
+        known = [limit for limit in limits if limit is not None]
+        if len(known) == len(limits):
             self.max_in_flight = max(self.max_in_flight, sum(known))
 
 
 class Transport(Protocol):
-    """How replicas are reached; what fails there raises an exception of whatever kind."""
+    """Connection to the replicas. Failed calls may raise any exception."""
 
-    def watch(self, told: Callable[[frozenset[str]], None]) -> None:
-        """Have `told` called, on the running loop, with the ids of the replicas now and whenever they change."""
+    def watch(self, on_change: OnChange) -> None:
+        """Have `on_change` called on the running loop, now and whenever the set of replicas changes."""
         ...
 
     def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]: ...
@@ -95,53 +92,53 @@ class Transport(Protocol):
 
 @dataclass(eq=False)
 class Sent:
-    """A request of this process that has not ended; `link` is the replica that works on it, if one does."""
+    """A request of this process that hasn't ended; `link` is the replica that processes it, if any."""
 
     request: GenerationRequest
     put: Callable[[SequenceOutput | SmoloraError], None]
     num_unfinished: int  # choices
     link: "Link | None" = None
-    is_offered: bool = False  # whether the link has yet to say that it takes it
-    num_lost: int = 0  # replicas that were lost with it
-    tried: set[str] = field(default_factory=set)  # replicas that have refused it, or were lost with it
-    is_reported: bool = False  # whether the link's last state was told with it
+    is_offered: bool = False  # the link hasn't accepted it yet
+    num_lost: int = 0  # replicas that were lost while they had it
+    tried: set[str] = field(default_factory=set)  # replicas that refused it, or were lost while they had it
+    is_reported: bool = False  # the link's last state includes it
     has_output: bool = False
     is_abandoned: bool = False
 
 
 @dataclass(eq=False)
 class Link:
-    """One replica."""
+    """A replica, as this process knows it."""
 
     id: str
     welcome: Welcome | None = None
     counts: Counts = field(default_factory=Counts)  # of all links of this process
-    counted: EngineStats | None = None  # what it told last, also once it is lost
+    last_stats: EngineStats | None = None  # of its last report, also after it is lost
     state: ReplicaState | None = None
-    blocks: set[int] = field(default_factory=set)  # of its prefix cache, with those it was sent prompts of
-    is_leaving: bool = False  # it ends once nothing of ours runs there
-    is_new: bool = True  # it hasn't told of itself yet, but may
+    blocks: set[int] = field(default_factory=set)  # of its prefix cache, including prompts on their way to it
+    is_leaving: bool = False  # it ends when none of our requests runs there
+    is_new: bool = True  # it hasn't reported yet, but may
     sent: dict[str, Sent] = field(default_factory=dict)  # by the request's id
     calls: set[asyncio.Task[SmoloraError | None]] = field(default_factory=set)  # of `submit`, unanswered
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can be sent something."""
+        """Return whether it can be sent requests."""
         return self.state is not None and not self.is_leaving
 
     @property
     def is_coming(self) -> bool:
-        """Whether it is about to be ready for the first time."""
+        """Return whether it is about to be ready for the first time."""
         return self.is_new and not self.is_leaving
 
     @property
     def num_own(self) -> int:
-        """Sequences that this process has there."""
+        """Return the number of this process's sequences there."""
         return sum(sent.num_unfinished for sent in self.sent.values())
 
     @property
     def queue(self) -> int:
-        """Sequences there, of all processes, those that were sent since the last report an estimate."""
+        """Return the number of sequences there, of all processes (estimated since the last report)."""
         if (state := self.state) is None:
             return self.num_own
         others = max(0, state.num_in_flight - state.num_own)
@@ -149,10 +146,10 @@ class Link:
         return others + self.num_own + (state.num_followers - 1) * fresh
 
     def greet(self, welcome: Welcome, base_digest: str) -> None:
-        """What it tells first. Raises ValueError where its base is another than the one of that digest."""
+        """Handle its first message. Raise ValueError if it has another base than `base_digest`."""
         is_new, self.welcome = self.welcome is None, welcome
         if welcome.base_digest != base_digest:
-            if is_new:  # it will be asked again, and say the same
+            if is_new:  # the connection is retried, with the same result: warn once
                 log.warning(
                     "replica %s has another base than this process, and isn't used: give both the same "
                     "SMOLORA_MODEL (replicas by smolora cluster deploy)",
@@ -162,10 +159,10 @@ class Link:
             raise ValueError("it has another base")
 
     def take(self, state: ReplicaState) -> None:
-        """What it has told of itself."""
+        """Store a report."""
         self.state, self.is_new = state, False
-        self.counts.grow(self.counted, state.stats)
-        self.counted = state.stats
+        self.counts.grow(self.last_stats, state.stats)
+        self.last_stats = state.stats
         for sent in self.sent.values():
             sent.is_reported = not sent.is_offered
         if state.blocks is not None:
@@ -173,13 +170,14 @@ class Link:
 
 
 def max_num_tokens(links: Sequence[Link]) -> int | None:
-    """Of a sequence that any of them can run."""
+    """Return the most tokens of a sequence that any of the replicas can run."""
     return min((link.welcome.max_num_tokens for link in links if link.welcome is not None), default=None)
 
 
 def max_in_flight(links: Sequence[Link], base_digest: str, counts: Counts) -> int | None:
-    """Of all that have this base together, of as many at least as were ever there at once: one that is lost is
-    replaced. None where one has yet to tell, is lost just now, or, of an older version, doesn't say.
+    """Return the most sequences in flight of all replicas with this base, including lost ones (they are replaced).
+
+    Return None if a replica hasn't reported yet, is lost at the moment, or is of a version without this number.
     """
     for link in links:
         welcome = link.welcome
@@ -191,17 +189,17 @@ def max_in_flight(links: Sequence[Link], base_digest: str, counts: Counts) -> in
 
 
 def check_queues(links: Sequence[Link]) -> None:
-    """QueueFull, Draining or NotReady where none of them would take anything now."""
+    """Raise QueueFull, Draining or NotReady if every replica would refuse a request now."""
     if not links:
         raise NotReady("no engine is ready", retry_after=5)
-    refusals = [link.state.refusal for link in links if link.state is not None]
-    told = [refusal for refusal in refusals if refusal is not None]
-    if len(told) == len(refusals):
-        raise min(told, key=lambda refusal: refusal.retry_after)
+    states = [link.state for link in links if link.state is not None]
+    refusals = [state.refusal for state in states if state.refusal is not None]
+    if len(refusals) == len(states):
+        raise min(refusals, key=lambda refusal: refusal.retry_after)
 
 
 def check(links: Sequence[Link], request: GenerationRequest) -> None:
-    """InvalidInput where no replica could ever run it."""
+    """Raise InvalidInput if no replica could ever run the request."""
     welcomes = [link.welcome for link in links if link.welcome is not None]
     limit = max(welcome.max_num_tokens for welcome in welcomes)
     num_prompt, num_more = len(request.prompt_token_ids), request.sampling.max_tokens
@@ -219,7 +217,7 @@ def check(links: Sequence[Link], request: GenerationRequest) -> None:
 
 
 def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Link:
-    """The link for the request, which is noted to have its prompt soon; those that had it before come last."""
+    """Return the best replica for the request, and add the prompt's blocks to it. Tried replicas come last."""
     if len(links) == 1:
         return links[0]
     fresh = [link for link in links if link.id not in sent.tried] or links
@@ -233,14 +231,14 @@ def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Li
 
 
 def resident_in(link: Link) -> frozenset[str]:
-    """The adapters that it has, and those that it is about to read for requests of this process."""
+    """Return the adapters that a replica has, or is about to load for requests of this process."""
     assert link.state is not None
     coming = {ref.digest for sent in link.sent.values() for ref in sent.request.adapters}
     return link.state.stats.resident | coming
 
 
 def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
-    """The hashes of the prompt's leading blocks, as far as they tell replicas apart."""
+    """Return the hashes of the prompt's leading blocks, at most `_MAX_BLOCKS`."""
     assert link.welcome is not None
     keys: list[bytes] = []
     size = link.welcome.block_size
@@ -250,8 +248,8 @@ def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
 
 
 def total(links: Sequence[Link], counts: Counts) -> EngineStats:
-    """Of all replicas together: sums, of digests the unions; and what was counted."""
-    states = [link.state for link in links]  # once: /metrics asks from another thread
+    """Return the statistics of all replicas together: sums, unions of digests, and `counts`."""
+    states = [link.state for link in links]  # read once: /metrics calls from another thread
     found = [state.stats for state in states if state is not None]
     sums: dict[str, Any] = dict(counts.sums)  # by the fields' names
     for name in (of.name for of in fields(EngineStats) if of.name not in COUNTERS):

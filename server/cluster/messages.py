@@ -1,6 +1,6 @@
-"""What a replica tells an API process, besides the engine's own messages. All of it can be pickled.
+"""Messages from a replica to an API process. All can be pickled.
 
-Both sides may be of neighbouring versions while a cluster is upgraded: a field that is added needs a default.
+While a cluster is upgraded, the two sides may have neighbouring versions, so a new field needs a default.
 """
 
 from dataclasses import dataclass, field
@@ -12,53 +12,53 @@ from server.errors import TryAgain
 
 @dataclass(frozen=True)
 class Welcome:
-    """The first message: what stays as it is."""
+    """The first message: a replica's constants."""
 
     base_digest: str
     max_num_tokens: int  # of one sequence
     vocab_size: int
     block_size: int  # tokens of a block of the prefix cache
-    max_in_flight: int | None = None  # sequences that run and wait; None: it doesn't say
+    max_in_flight: int | None = None  # running and waiting sequences; None: an older version
 
 
 @dataclass(frozen=True)
 class ReplicaState:
-    """A replica's engine at one moment. `num_own` of the sequences `num_in_flight` are the receiver's.
+    """A replica's engine at one moment. `num_own` of the `num_in_flight` sequences belong to the receiver.
 
-    `num_followers`: the API processes that are told, the receiver among them.
+    `num_followers` is the number of API processes that receive states, including the receiver.
     """
 
     stats: EngineStats
     num_in_flight: int
     num_own: int
-    refusal: TryAgain | None = None  # what a project that has nothing in flight would be refused for
-    blocks: tuple[int, ...] | None = None  # of the prefix cache, as `block_hash` has them; None: as told before
+    refusal: TryAgain | None = None  # the error for a project with nothing in flight, if it would be refused
+    blocks: tuple[int, ...] | None = None  # `block_hash`es of the prefix cache; None: unchanged
     num_followers: int = 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """News of a step, or several, of all requests of one API process."""
+    """Outputs of one or several steps for all requests of one API process."""
 
     outputs: tuple[SequenceOutput, ...] = ()
-    failures: tuple[tuple[str, SmoloraError], ...] = ()  # a request's id, and what ends all of it
+    failures: tuple[tuple[str, SmoloraError], ...] = ()  # a request's id, and the error that ends it
     state: ReplicaState | None = None
 
 
 @dataclass
 class Outbox:
-    """What gathers for one API process until it is sent."""
+    """Outputs for one API process that haven't been sent yet."""
 
     outputs: list[SequenceOutput] = field(default_factory=list)
     failures: list[tuple[str, SmoloraError]] = field(default_factory=list)
 
     def take(self, state: ReplicaState | None) -> Batch:
-        """All of it, after which there is none."""
+        """Return everything, and empty the outbox."""
         batch = Batch(tuple(self.outputs), tuple(self.failures), state)
         self.outputs, self.failures = [], []
         return batch
 
 
 def block_hash(key: bytes) -> int:
-    """A block's key, short enough to tell of all blocks. Where two are equal by chance, that costs time alone."""
+    """Return a short hash of a block's key, so that a state can list all blocks. A collision only costs time."""
     return int.from_bytes(key[:8])

@@ -1,9 +1,8 @@
-"""What runs on this machine, as a file of HOME: for `status` and `down`, which are other processes.
+"""This machine's part of a Ray cluster: Ray's process, and a file in HOME that says which processes run.
 
-This machine's part of a Ray cluster: a process of Ray's that runs as long as the node does.
-
-It outlives the process that started it, and is ended by a signal: Ray then hands what runs here to other nodes.
-Ray's own page and its reports home are off, and its object store, which nothing here uses, is as small as may be.
+`status` and `down` are other processes than `up`; they read the file. Ray's process outlives the process that
+started it and ends by a signal; Ray then moves its work to other nodes. Ray's dashboard and usage reports are
+off, and its object store, which smolora doesn't use, is as small as possible.
 """
 
 import fcntl
@@ -31,23 +30,22 @@ _LOCK_NAME = "cluster.lock"
 class ClusterState:
     address: str
     pid: int  # of `smolora cluster up`
-    ray_pid: int  # of this machine's part of Ray
+    ray_pid: int
     urls: tuple[str, ...]  # of the API processes
     num_workers: int
-    num_restarts: int = 0  # that ended, of API processes and workers one after the other
-    fault: str = ""  # of the last one
-    mark: str = ""  # of `pid`, as `mark_of` has it: another process may have that id once this one has ended
-    ray_mark: str = ""  # of `ray_pid`
+    num_restarts: int = 0  # finished restarts of all API processes and workers
+    fault: str = ""  # of the last restart
+    mark: str = ""  # `mark_of(pid)`: after a process has ended, another one may get its id
+    ray_mark: str = ""  # `mark_of(ray_pid)`
 
 
 def write_state(home: Path, state: ClusterState) -> None:
-    """Replaces what was there."""
     with new_file(home / FILE_NAME) as place:
         write_json(place, asdict(state))
 
 
 def read_state(home: Path) -> ClusterState:
-    """Raises StartupError where nothing was started from this HOME."""
+    """Read the file. Raise StartupError if no cluster was started from this HOME."""
     try:
         fields = json.loads((home / FILE_NAME).read_text(encoding="utf-8"))
         return ClusterState(**{**fields, "urls": tuple(fields["urls"])})
@@ -56,21 +54,17 @@ def read_state(home: Path) -> ClusterState:
 
 
 def remove_state(home: Path) -> None:
-    """Nothing runs any more."""
     (home / FILE_NAME).unlink(missing_ok=True)
 
 
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """A block in which no other `up` begins with this HOME: `down` knows of one alone.
-
-    Raises StartupError where one runs or is about to, or a killed one left Ray.
-    """
+    """Lock HOME for one `up` during a block. Raise StartupError if another one, or its Ray, runs or starts."""
     with (home / _LOCK_NAME).open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_free = True
-        except OSError as error:  # or of file systems without locks
+        except OSError as error:  # some file systems have no locks: assume that it is free
             is_free = not isinstance(error, BlockingIOError)
         if (state := _state_of(home)) is not None:
             _refuse_running(home, state)
@@ -110,7 +104,7 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # how a traceback ends
 
 
 def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, str]:
-    """Start a cluster; its process and address. Raises StartupError."""
+    """Start a cluster. Return Ray's process and address, or raise StartupError."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -119,27 +113,27 @@ def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, s
             raise StartupError(
                 f"port {port} is taken: join what is there (--address), or give --ray-port"
             ) from None
-    # The secret that all of Ray's processes need, unless there is one; other machines need it as well.
+    # Generate the token that all of Ray's processes need, unless there is one. Other machines need the same token.
     subprocess.run([_ray(), "get-auth-token", "--generate"], capture_output=True, check=False)  # noqa: S603
     process = _start(["--head", f"--port={port}"], log, num_cpus)
     return process, f"127.0.0.1:{port}"
 
 
 def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
-    """Have this machine join the cluster at `address`. Raises StartupError."""
+    """Make this machine join the cluster at `address`. Return Ray's process, or raise StartupError."""
     return _start([f"--address={address}"], log, num_cpus)
 
 
 def refuse_unreachable(address: str) -> None:
-    """Raise StartupError where nothing listens at host:port, for which Ray itself would look for over a minute."""
+    """Raise StartupError if nothing listens at host:port. Ray itself would retry for over a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        return  # Ray's to understand
+        return  # another form of address: Ray checks it
     try:
         if len(port) > 5 or int(port) > 65535:
             raise ValueError(f"{port[:20]} is no port")
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
-    except (OSError, ValueError) as error:  # UnicodeError is one: a name that can't be looked up
+    except (OSError, ValueError) as error:  # a name that can't be looked up raises UnicodeError, a ValueError
         raise StartupError(
             f"nothing answers at {address} ({error}): --address is the host and --ray-port of the machine "
             "on which the cluster began"
@@ -147,9 +141,7 @@ def refuse_unreachable(address: str) -> None:
 
 
 def mark_of(pid: int) -> str:
-    """What no other process has that is given the same id later, as after a start of the machine; "" where that
-    can't be told.
-    """
+    """Return a text that differs for later processes with the same id, also after a reboot; "" if unknown."""
     try:
         began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # starttime of proc(5)
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {began}"
@@ -158,10 +150,10 @@ def mark_of(pid: int) -> str:
 
 
 def is_alive(pid: int, mark: str = "") -> bool:
-    """Whether there is such a process, which has that mark where one is given, and it hasn't ended."""
+    """Return whether the process runs, and has the mark, if one is given."""
     if mark and mark_of(pid) != mark:
         return False
-    with suppress(OSError):  # Linux tells of those that only wait to be looked at
+    with suppress(OSError):  # on Linux, zombies have ended
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             return False
     try:
@@ -174,8 +166,9 @@ def is_alive(pid: int, mark: str = "") -> bool:
 
 
 def end(pid: int, seconds: float = STOP_SECONDS, mark: str = "") -> bool:
-    """Tell another process's child to end, and wait for it; whether it did in time. Nothing where the process of
-    that id hasn't the mark.
+    """Terminate a process that isn't our child, and wait for it. Return whether it ended in time.
+
+    A process without the mark counts as ended.
     """
     if is_alive(pid, mark):
         with suppress(ProcessLookupError):
@@ -195,7 +188,7 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
         *(f"--object-store-memory={_STORE_BYTES}", *flags, *limits),
     ]
     if "--head" not in flags:
-        command.remove("--include-dashboard=false")  # the head's to say
+        command.remove("--include-dashboard=false")  # only the head has this flag
     with log.open("ab") as output:
         begun = output.tell()
         process = subprocess.Popen(  # noqa: S603 it is ours
@@ -209,21 +202,21 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
                 if b"Ray runtime started" in written.read():
                     return process
             time.sleep(_TICK_SECONDS)
-        raise StartupError(f"Ray doesn't start{_fault_told(log, begun)}: see {log}")
-    except BaseException:  # Ctrl-C, too, which doesn't reach it: it would stay, and nobody would know of it
+        raise StartupError(f"Ray doesn't start{_start_fault(log, begun)}: see {log}")
+    except BaseException:  # Ctrl-C, too: Ray's process doesn't get the signal and would stay
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
         raise
 
 
-def _fault_told(log: Path, begun: int) -> str:
-    """The error with which Ray ended, as it told it in its log from there on, if it did."""
+def _start_fault(log: Path, begun: int) -> str:
+    """Return the error in Ray's log after `begun`, in parentheses, or ""."""
     with log.open("rb") as written:
         written.seek(begun)
         lines = written.read().decode(errors="replace").splitlines()
-    told = [line for line in lines if _ERROR.match(line)]
-    return f" ({told[-1].rstrip('.')})" if told else ""
+    errors = [line for line in lines if _ERROR.match(line)]
+    return f" ({errors[-1].rstrip('.')})" if errors else ""
 
 
 def _ray() -> str:

@@ -1,4 +1,4 @@
-"""The API processes and workers of one machine, supervised; `smolora cluster up` from its settings to its end."""
+"""`smolora cluster up`: starts and supervises the API processes and workers of one machine."""
 
 import os
 import signal
@@ -14,20 +14,19 @@ from server.cluster import node
 from server.cluster.deploy import Scale, deploy
 from server.cluster.node import ClusterState, alone, read_state, remove_state, write_state
 from server.cluster.transport import join, leave
-from server.config import Settings
+from server.config import Settings, to_flags
 from server.errors import StartupError
 from server.jobs.supervisor import GRACE_SECONDS, Supervisor, worker_command
 from server.serve.address import bind, refuse_strangers, url_of
-from server.system.program import counted
+from server.system.messages import plural
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
-READY_SECONDS = 180.0  # after which an API process that was restarted is given up
-_PAUSE_SECONDS = 5.0  # that a balancer may take to see that an API process is ready again
+READY_SECONDS = 180.0  # for a restarted API process to become ready
+_PAUSE_SECONDS = 5.0  # for a load balancer to see that an API process is ready again
 _TICK_SECONDS = 0.2
 _MAX_PORT = 65535
 _RESTART = signal.SIGUSR1
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to ours, whatever others are reached by
-_SECRETS = ("api_keys", "database_url")  # which processes inherit with the environment
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # reaches our processes without a proxy
 
 
 def up(
@@ -39,15 +38,15 @@ def up(
     num_cpus: float | None,
     say: Callable[[str], None],
 ) -> int:
-    """Start everything, and supervise it until told to stop; the exit code.
+    """Start everything and supervise it until a signal. Return the exit code.
 
-    With `address`, this machine joins that cluster; `scale` None leaves the replicas as they are.
+    With `address`, this machine joins that cluster. With `scale` None, replicas stay as they are.
     """
     home = settings.home.absolute()
     with alone(home):
         _check(settings, num_apis, address, ray_port)
         log = home / "ray.log"
-        signal.signal(signal.SIGTERM, _give_up)  # until everything runs
+        signal.signal(signal.SIGTERM, _give_up)  # while things start
         say("starting Ray" if address is None else f"joining Ray at {address}")
         if address is None:
             ray, address = node.start_head(ray_port, log, num_cpus)
@@ -67,13 +66,13 @@ def up(
             )
             write_state(home, state)
             if scale is not None:
-                say(f"starting {counted(scale.replicas, 'engine replica')}")
+                say(f"starting {plural(scale.replicas, 'engine replica')}")
                 join(address)
                 try:
                     deploy(settings, scale, say)
                 finally:
-                    leave()  # before Ray ends, without which it would wait for minutes
-            for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
+                    leave()  # before Ray ends: afterwards it would wait for minutes
+            for number in (signal.SIGTERM, signal.SIGINT):  # only now, since Ray sets its own while it is joined
                 signal.signal(number, lambda *_: stopped.set())
             processes.start()
             awaited = list(urls)
@@ -99,28 +98,27 @@ def up(
 
 
 def _give_up(*_: object) -> None:
-    """Leave by an exception, so that what was started is ended."""
+    """Exit by an exception, so that started processes are ended."""
     raise SystemExit(1)
 
 
 class Processes:
-    """API processes, by their URLs, and workers; each is supervised by itself."""
+    """API processes and workers, each with its own supervisor."""
 
     def __init__(self, apis: Mapping[str, Sequence[str]], workers: Sequence[Sequence[str]]) -> None:
-        """What runs each of them."""
+        """Take the commands of API processes, by URL, and of workers."""
         self._commands = [(url, command, _API_GRACE_SECONDS) for url, command in apis.items()]
         self._commands += [("", command, GRACE_SECONDS) for command in workers]
         self._running = [Supervisor(1, command, grace) for _, command, grace in self._commands]
 
     def start(self) -> None:
-        """Returns at once."""
         for supervisor in self._running:
             supervisor.start()
 
     def replace(self, stopped: threading.Event, say: Callable[[str], None]) -> str:
-        """End each, and start it again, one after the other; what went wrong, after which the others stay.
+        """Restart each process, one after the other. Return the fault that ended this early, or "".
 
-        Between two API processes is time for those before them to find out which are ready.
+        There is a pause after each API process, in which load balancers notice that it is ready.
         """
         for index, (url, command, grace) in enumerate(self._commands):
             say(f"restarting {f'the API at {url}' if url else 'a worker'}")
@@ -128,7 +126,7 @@ class Processes:
             while self._running[index].is_running:
                 time.sleep(_TICK_SECONDS)
             if stopped.is_set():
-                return "it was told to stop meanwhile"
+                return "smolora cluster up was stopped meanwhile"
             self._running[index] = Supervisor(1, command, grace)
             self._running[index].start()
             if url and not _comes_up(url, stopped, READY_SECONDS):
@@ -137,7 +135,6 @@ class Processes:
         return ""
 
     def stop(self) -> None:
-        """Returns once all have ended."""
         for supervisor in self._running:
             supervisor.ask_to_stop()
         while any(supervisor.is_running for supervisor in self._running):
@@ -145,7 +142,7 @@ class Processes:
 
 
 def restart(home: Path, say: Callable[[str], None]) -> None:
-    """Have `up` replace its API processes and workers, and wait for it. Raises StartupError."""
+    """Make `up` restart its API processes and workers, and wait for it. Raise StartupError if that fails."""
     before = read_state(home)
     if not node.is_alive(before.pid, before.mark):
         raise StartupError("smolora cluster up has ended: start it again")
@@ -160,12 +157,12 @@ def restart(home: Path, say: Callable[[str], None]) -> None:
 
 
 def urls_of(settings: Settings, num_apis: int) -> tuple[str, ...]:
-    """Where each of the API processes can be reached from this machine."""
+    """Return the API processes' URLs on this machine."""
     return tuple(url_of(settings.host, settings.port + index) for index in range(num_apis))
 
 
 def api_command(settings: Settings, index: int, num_apis: int, address: str) -> list[str]:
-    """What runs one API process; where there are several, each has a HOME and a port of its own."""
+    """Return the command of an API process. If there are several, each has its own HOME and port."""
     home = settings.home.absolute()
     own = settings.model_copy(
         update={
@@ -175,27 +172,12 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
         }
     )
     flags = [f"--address={address}", f"--parent={os.getpid()}"]
-    return [sys.executable, "-P", "-m", "server.cli", "cluster", "api", *flags, *_flags(own)]
-
-
-def _flags(settings: Settings) -> list[str]:
-    """Of all settings but secrets: one that is as it is by default may be another in the environment."""
-    found = []
-    for name in Settings.model_fields:
-        value, flag = getattr(settings, name), name.replace("_", "-")
-        if name in _SECRETS or value is None:
-            continue
-        if isinstance(value, bool):
-            found.append(f"--{'' if value else 'no-'}{flag}")
-        else:
-            found.append(f"--{flag}={','.join(value) if isinstance(value, tuple) else value}")
-    return found
+    return [sys.executable, "-P", "-m", "server.cli", "cluster", "api", *flags, *to_flags(own, Settings)]
 
 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
-    """Raise StartupError where processes would not see each other's things, or an API process would not start."""
-    shared = [getattr(settings, name, None) for name in ("database_url", "bytes_url")]
-    if (num_apis > 1 or address is not None) and not all(shared):
+    """Raise StartupError if processes wouldn't share database and bytes, or an API process couldn't start."""
+    if (num_apis > 1 or address is not None) and not (settings.database_url and settings.bytes_url):
         raise StartupError(
             "several API processes or machines need SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL: what they share "
             "can't be files of one machine"
@@ -213,7 +195,7 @@ def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int
 
 
 def _refuse_taken(host: str, port: int, index: int) -> None:
-    """Raise StartupError where an API process could not listen, which would be started again and again."""
+    """Raise StartupError if an API process couldn't listen: its supervisor would restart it forever."""
     if port == 0:
         raise StartupError("port 0 (SMOLORA_PORT, --port): API processes need ports that are known")
     if port + index > _MAX_PORT:
@@ -224,7 +206,7 @@ def _refuse_taken(host: str, port: int, index: int) -> None:
 
 
 def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:
-    """Wait until the API there can serve; whether it can."""
+    """Wait until the API is ready. Return whether it is."""
     deadline = time.monotonic() + seconds
     while not stopped.wait(_TICK_SECONDS) and time.monotonic() < deadline:
         if is_ready(url):
@@ -233,7 +215,7 @@ def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:
 
 
 def is_ready(url: str) -> bool:
-    """Whether the API there can serve."""
+    """Return whether the API is ready."""
     try:
         with _DIRECT.open(f"{url}/ready", timeout=5) as answer:
             return bool(answer.status == 200)
@@ -242,12 +224,12 @@ def is_ready(url: str) -> bool:
 
 
 def queue_of(url: str) -> dict[str, int]:
-    """How many sequences run and wait on all replicas, as the API there tells whoever has no key, if it does."""
+    """Return how many sequences run and wait on all replicas, if the API's /metrics needs no key; else {}."""
     try:
         with _DIRECT.open(f"{url}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
     except OSError:
         return {}
     pairs = (line.rpartition(" ") for line in lines if line.startswith("smolora_requests_"))
-    told = {name.removeprefix("smolora_requests_"): value for name, _, value in pairs}
-    return {name: int(float(told[name])) for name in ("running", "waiting") if name in told}
+    values = {name.removeprefix("smolora_requests_"): value for name, _, value in pairs}
+    return {name: int(float(values[name])) for name in ("running", "waiting") if name in values}

@@ -1,12 +1,12 @@
-"""Which engine replica a request goes to: a pure function of what the request needs and what the replicas have.
+"""Routing: which engine replica gets a request, as a pure function of the request and the replicas' states.
 
-Ways of others that it is put together from:
-- Rendezvous hashing (Thaler and Ravishankar, 1998): each replica draws a number for each adapter, the highest is
-  the adapter's home. A replica that comes or goes moves only its own share of the adapters.
+It combines known methods:
+- Rendezvous hashing (Thaler and Ravishankar, 1998): each replica draws a number for each adapter, and the highest
+  number is the adapter's home. A replica that comes or goes moves only its own share of the adapters.
 - Consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018): a replica with more than its
-  share of the requests takes no more; they go to the next in the adapter's order. A hot adapter thereby gets a
-  second home by itself.
-- A product with the golden ratio of 2⁶⁴ as a hash (Knuth, The Art of Computer Programming, 6.4).
+  share of the requests gets no more; they go to the next replica in the adapter's order. A hot adapter thus gets a
+  second home automatically.
+- Multiplicative hashing with the golden ratio of 2⁶⁴ (Knuth, The Art of Computer Programming, 6.4).
 """
 
 import math
@@ -16,12 +16,12 @@ from functools import lru_cache
 from hashlib import blake2b
 
 SPILL = 1.5
-"""A replica takes requests up to this multiple of the mean queue.
+"""A replica gets requests up to this multiple of the mean queue.
 
-Queues vary by 1.25 by chance, so at 1.25 adapters that aren't hot move, too; at 2 queues grow beyond a batch while
-other replicas have free places (simulated by `python -m benchmarks.routing`)."""
+Queues vary by a factor of 1.25 by chance, so with 1.25 adapters that aren't hot move, too. With 2, queues grow
+beyond a batch while other replicas have free places (simulated by `python -m benchmarks.routing`)."""
 ALWAYS_OPEN = 4
-"""So many requests are never too many: they share a batch, which costs less than to load an adapter elsewhere."""
+"""A queue of fewer requests is never full: sharing a batch costs less than loading an adapter elsewhere."""
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -30,30 +30,30 @@ class Part:
     """A weighted digest of the request's expression, without the weight."""
 
     digest: str
-    num_bytes: int  # to load where it isn't resident
+    num_bytes: int  # to load if it isn't resident
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What is known of a replica. It may be old: a wrong guess costs time, never an answer."""
+    """A replica's known state. It may be outdated: that costs time, but never changes an answer."""
 
     id: str
     resident: frozenset[str]  # digests
-    queue: int  # requests that were sent to it and haven't ended, waiting or running
-    cached: Collection[int] = frozenset()  # hashes of the blocks in its prefix cache; a set
+    queue: int  # unfinished requests, waiting or running
+    cached: Collection[int] = frozenset()  # hashes of the blocks in its prefix cache, as a set
 
 
 def rank(
     parts: Sequence[Part], prefix: Sequence[int], replicas: Sequence[Replica], limit: int | None = None
 ) -> list[str]:
-    """The ids of all `replicas`, the best first; it depends neither on their order nor on chance.
+    """Return the ids of all `replicas`, the best first. It is deterministic and doesn't depend on their order.
 
-    `prefix`: a hash for each of the prompt's leading full blocks, chained: equal only where all tokens up to there
-    and the adapters are equal. Only blocks that a replica has without a gap from the start count.
-    `limit`: the `room` of all replicas, where `replicas` are only some of them; their order is then as among all.
+    `prefix` has a hash for each of the prompt's leading full blocks. Hashes are chained: they are equal only if
+    all tokens up to there and the adapters are equal. Only a gapless run of blocks from the start counts. `limit`
+    is the `room` of all replicas, if `replicas` are only some of them; their order is then as among all.
 
     1. Warm, with room: the most resident bytes of the parts, the most blocks of the prefix, the shortest queue,
-       then an order that differs from prompt to prompt, lest all routers that know the same choose the same.
+       then an order that differs between prompts, so that routers with the same knowledge don't choose alike.
     2. Cold, with room: the rendezvous order of the largest part; for the base alone the shortest queue.
     3. Without room: the shortest queue.
     """
@@ -82,15 +82,15 @@ def rank(
 
 
 def room(total: int, count: int) -> int:
-    """How long a replica's queue may become, where `count` replicas have `total` requests.
+    """Return the queue length from which a replica is full, if `count` replicas have `total` requests.
 
-    With fewer a replica has room for one more. Some replica always has.
+    At least one replica always has room.
     """
     return max(ALWAYS_OPEN, math.ceil(SPILL * (total + 1) / count)) if count else ALWAYS_OPEN
 
 
 def _run(prefix: Sequence[int], cached: Collection[int]) -> int:
-    """How many of the leading blocks are cached."""
+    """Return how many of the leading blocks are cached."""
     for count, block in enumerate(prefix):
         if block not in cached:
             return count
@@ -99,10 +99,10 @@ def _run(prefix: Sequence[int], cached: Collection[int]) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def number(text: str) -> int:
-    """A name as 64 bits."""
+    """Hash a name to 64 bits."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
 def mixed(replica: int, request: int) -> int:
-    """64 bits of both: by it the replicas have another order for each request."""
+    """Mix a replica's and a request's number in 64 bits, so that each request has its own order of replicas."""
     return (replica ^ request) * GOLDEN & 0xFFFFFFFFFFFFFFFF

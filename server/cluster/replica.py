@@ -1,11 +1,11 @@
-"""One engine replica, as Ray Serve runs it: the engine of one process, for many API processes.
+"""An engine replica, which Ray Serve runs: one engine for many API processes.
 
-An API process has one long-lived call of `follow`, which yields whatever its requests bring: a message a step, not
-one a token. Requests come by short calls of `submit`. When `follow` ends, for whatever reason (the API process was
-killed, its connection is lost), all of its requests are aborted.
+An API process has one long call of `follow`, which yields the outputs of all its requests, a message a step
+instead of a message a token. It sends requests by short calls of `submit`. If `follow` ends for any reason (the
+API process was killed, the connection is lost), all its requests are aborted.
 
-Serve calls `check_health` and `record_autoscaling_stats`. It stops a replica by telling the API processes first:
-they send nothing more, and end `follow` once nothing of theirs runs.
+Serve calls `check_health` and `record_autoscaling_stats`. Before it stops a replica, it notifies the API
+processes: they send no new requests, and end `follow` when none of their requests runs there.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, NotReady, TryAgain
 
 STATE_SECONDS = 0.05
-"""Between two states, while there is anything else to tell."""
+"""The shortest time between two states."""
 PULSE_SECONDS = 0.5
-"""A state is told at least so often."""
-_BLOCKS_SECONDS = 1.0  # between two looks at the prefix cache
+"""The longest time between two messages."""
+_BLOCKS_SECONDS = 1.0  # between two reads of the prefix cache's keys
 
 
 @dataclass
@@ -37,13 +37,13 @@ class _Follower:
     outbox: Outbox = field(default_factory=Outbox)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     requests: dict[str, int] = field(default_factory=dict)  # choices that haven't ended, by the request's id
-    told_at: float = -math.inf
-    blocks: frozenset[int] = frozenset()  # that were told
+    state_sent_at: float = -math.inf
+    blocks: frozenset[int] = frozenset()  # the blocks in its last state
     is_over: bool = False
 
 
 class EngineReplica:
-    """The engine and who follows it. Everything here belongs to one event loop."""
+    """An engine and the API processes that follow it. Everything belongs to one event loop."""
 
     def __init__(
         self,
@@ -53,9 +53,7 @@ class EngineReplica:
         vocab_size: int,
         busy: Callable[[int], None] = lambda num_running: None,
     ) -> None:
-        """Starts the engine, on the running loop. `busy` is told every PULSE_SECONDS at least how many sequences
-        run or wait.
-        """
+        """Start the engine on the running loop. Call `busy(sequences in flight)` at least every PULSE_SECONDS."""
         self._engine = engine
         self._guidance = guidance
         self._busy = busy
@@ -70,7 +68,7 @@ class EngineReplica:
         self._pulse = asyncio.get_running_loop().create_task(self._beat())
 
     async def follow(self, client: str) -> AsyncGenerator[Welcome | Batch, None]:
-        """All news of the client's requests, until it is closed or the engine is dead, which aborts them."""
+        """Yield messages on the client's requests until closed, or the engine is dead. Then abort the requests."""
         if (former := self._followers.pop(client, None)) is not None:
             self._end(former)
         follower = self._followers[client] = _Follower()
@@ -87,7 +85,7 @@ class EngineReplica:
             self._end(follower)
 
     async def submit(self, client: str, request: GenerationRequest) -> SmoloraError | None:
-        """Queue a request of a client that follows; what it is refused for. None: its outputs will come."""
+        """Queue a request of a client that follows. Return the error if it is refused, else None."""
         try:
             if request.grammar is not None:
                 await to_thread.run_sync(self._guidance.check, request.grammar)
@@ -103,24 +101,24 @@ class EngineReplica:
         return None
 
     async def abort(self, client: str, request_id: str) -> None:
-        """Free what it holds at the engine's next step. Nothing where it has ended."""
+        """Abort a request at the engine's next step. A no-op if it has ended."""
         follower = self._followers.get(client)
         if follower is not None and follower.requests.pop(request_id, None) is not None:
             self._engine.abandon(request_id)
 
     async def check_health(self) -> None:
-        """Raises EngineDead where the engine can't go on, or hangs: whoever asks should replace this process."""
+        """Raise EngineDead if the engine has failed or hangs, so that Serve replaces this process."""
         if self._engine.dead:
             raise EngineDead
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the number of replicas may follow: sequences in flight, and the share of blocks in use."""
+        """Return the metrics for autoscaling: sequences in flight, and the share of blocks in use."""
         stats = self._engine.stats
         used = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
         return {"in_flight": float(self._engine.num_in_flight), "kv_used": used}
 
     async def stop(self) -> None:
-        """End the engine and what runs."""
+        """Stop the engine and all requests."""
         self._pulse.cancel()
         self._engine.drain()
         await self._engine.stop()
@@ -148,11 +146,11 @@ class EngineReplica:
         follower.requests = {}
 
     def _state(self, follower: _Follower) -> ReplicaState | None:
-        """The engine as it is, where it is time to tell."""
+        """Return the engine's state, or None if the last one was sent less than STATE_SECONDS ago."""
         now = time.monotonic()
-        if now - follower.told_at < STATE_SECONDS:
+        if now - follower.state_sent_at < STATE_SECONDS:
             return None
-        follower.told_at = now
+        follower.state_sent_at = now
         self._look_at_blocks(now)
         blocks = None
         if follower.blocks is not self._blocks:
@@ -176,7 +174,7 @@ class EngineReplica:
                 self._blocks = found
 
     async def _beat(self) -> None:
-        """Have something told now and then: that it is there, or that the engine is dead."""
+        """Wake all followers regularly, so that they learn that the replica lives, or that the engine is dead."""
         while True:
             await asyncio.sleep(PULSE_SECONDS)
             self._busy(self._engine.num_in_flight)

@@ -1,16 +1,15 @@
-"""Ray Serve's router in an API process: a call goes to the replica that its first argument names.
+"""`fleet.Transport` over Ray Serve, and Serve's router in an API process. Only this file uses Serve's handles.
 
-Which one that should be is decided where the knowledge is, by `client`: what each replica has arrives with its
-outputs, on the API process's own event loop, long before Serve's controller would tell.
+The router sends a call to the replica that the call's first argument names. `client` chooses the replica: reports
+arrive with a replica's outputs on the API process's own event loop, long before Serve's controller has them.
 
-Replicas reached by a handle of Ray Serve's. What Serve gives its handles besides is named here alone.
-
-Calls go over gRPC, straight to the replica (`_by_reference=False`), and from this process's event loop. Over Ray's
-object store a step's message costs five times as much, and a replica isn't told when an API process has died.
+Calls go from this event loop over gRPC directly to the replica (`_by_reference=False`). Over Ray's object store a
+step's message costs five times as much, and a replica doesn't notice when an API process has died.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from functools import lru_cache
 
 import ray
 from ray import serve
@@ -19,35 +18,43 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from ray.serve.schema import DeploymentStatusOverview
 
 from adapters.errors import SmoloraError
+from adapters.store.store import AdapterStore
 from server.cluster import fleet
+from server.cluster.client import ReplicatedEngine
 from server.cluster.messages import Batch, Welcome
 from server.engine.request import GenerationRequest
 from server.errors import StartupError
+from server.model.base.weights import BaseModel
+from server.serve.startup import Connect
 
-_MAX_LEAVING = 64  # of those that are to stop: as many are remembered
+APP = "smolora"
+DEPLOYMENT = "engine"
+NAMESPACE = "smolora"
+_MAX_SIZES = 100_000  # of adapters, cached
+_MAX_LEAVING = 64  # stopping replicas that are remembered
 
 
 class ReplicaGoneError(Exception):
-    """A call was for a replica that isn't there any more."""
+    """A call named a replica that doesn't exist any more."""
 
 
-class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are not looked at
-    """One a process: it is made by the process's only handle."""
+class AddressedRouter(RequestRouter):  # type: ignore[misc]  # mypy doesn't see Ray's types
+    """Ray Serve's router, with one instance a process: the process's only handle makes it."""
 
-    _leaving: dict[str, RunningReplica] | None = None  # by id, those that Serve told to stop, the latest last
+    _leaving: dict[str, RunningReplica] | None = None  # by id: replicas that Serve is stopping, the latest last
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Serve tells which replicas run; those that are to stop are no longer among them."""
+        """Handle Serve's list of running replicas, which has no stopping ones."""
         former = list(self.curr_replicas.values())
         super().update_replicas(replicas)
         ids = frozenset(_id_of(replica) for replica in replicas)
         left = {_id_of(replica): replica for replica in former if _id_of(replica) not in ids}
         kept = [*((self._leaving or {}) | left).items()]
         self._leaving = dict(kept[-_MAX_LEAVING:])
-        fleet.tell(ids)
+        fleet.notify(ids)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """A call has found that it is dead."""
+        """Forget a replica that a call found dead."""
         super().on_replica_actor_died(replica_id)
         if self._leaving is not None:
             self._leaving.pop(replica_id.unique_id, None)
@@ -55,15 +62,15 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are n
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The one that is meant, one that is to stop as well: what runs there may be aborted.
+        """Return the replica that the call names, even if it is stopping, since calls abort requests there.
 
-        Where it is gone, the call fails at once.
+        If the replica is gone, the call fails at once.
         """
         assert pending_request is not None
         meant = pending_request.args[0]
         for replica in candidate_replicas:
             if _id_of(replica) == meant:
-                pending_request.routing_context.should_backoff = True  # if it doesn't take the call at once
+                pending_request.routing_context.should_backoff = True  # if it doesn't accept the call at once
                 return [[replica]]
         if not pending_request.future.done():
             leaving = (self._leaving or {}).get(meant)
@@ -72,7 +79,7 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are n
             else:
                 pending_request.future.set_result(leaving)
             self._remove_pending_request_from_indices(pending_request)
-        return [candidate_replicas]  # of which none is asked: the call has its answer
+        return [candidate_replicas]  # none is asked: the call has its answer
 
 
 def _id_of(replica: RunningReplica) -> str:
@@ -80,13 +87,8 @@ def _id_of(replica: RunningReplica) -> str:
     return found
 
 
-APP = "smolora"
-DEPLOYMENT = "engine"
-NAMESPACE = "smolora"
-
-
 def join(address: str) -> None:
-    """Become a part of the Ray cluster at this address, or "auto" for this machine's. Raises StartupError."""
+    """Join the Ray cluster at this address ("auto": this machine's), or raise StartupError."""
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
@@ -94,55 +96,53 @@ def join(address: str) -> None:
 
 
 def leave() -> None:
-    """Be no part of it any more; what was deployed stays."""
+    """Leave the Ray cluster; deployments stay."""
     ray.shutdown()
 
 
 def has_room(num_cpus: float, num_gpus: float) -> bool:
-    """Whether so much is free, all machines together."""
+    """Return whether all machines together have so much free."""
     free = ray.available_resources()
     return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
 
 
 def is_too_small(num_cpus: float, num_gpus: float) -> bool:
-    """Whether all machines together haven't so much, free or not."""
+    """Return whether all machines together have less than this, free or not."""
     there = ray.cluster_resources()
     return bool(there.get("CPU", 0.0) < num_cpus or there.get("GPU", 0.0) < num_gpus)
 
 
-def replicas_told() -> dict[str, int]:
-    """How many replicas there are, by what Serve says of them."""
-    deployment = _deployment_told()
+def replica_counts() -> dict[str, int]:
+    """Return the number of replicas in each of Serve's states."""
+    deployment = _deployment()
     states = {} if deployment is None else deployment.replica_states
     return {str(state).lower(): number for state, number in states.items()}
 
 
-def fault_told() -> str:
-    """The last line of what Serve says of the replicas, which is how one ended that doesn't start, if any does."""
-    deployment = _deployment_told()
+def start_fault() -> str:
+    """Return the error of a replica that doesn't start: the last line of Serve's message, or ""."""
+    deployment = _deployment()
     lines = [] if deployment is None else deployment.message.splitlines()
     return lines[-1].removeprefix(f"{StartupError.__module__}.{StartupError.__name__}: ") if lines else ""
 
 
-def _deployment_told() -> DeploymentStatusOverview | None:
+def _deployment() -> DeploymentStatusOverview | None:
     found = serve.status().applications.get(APP)
     return None if found is None else found.deployments.get(DEPLOYMENT)
 
 
 class ServeTransport:
-    """The replicas of the deployment; `fleet.Transport`."""
+    """`fleet.Transport` to the replicas of the deployment."""
 
     def __init__(self) -> None:
         self._handle: DeploymentHandle | None = None
         self._finding: asyncio.Task[None] | None = None
 
-    def watch(self, told: Callable[[frozenset[str]], None]) -> None:
-        """Have `told` called with the replicas' ids, now and whenever they change."""
-        fleet.watch(told)
+    def watch(self, on_change: fleet.OnChange) -> None:
+        fleet.watch(on_change)
         self._finding = asyncio.create_task(self._find())
 
     async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
-        """The replica's `follow`."""
         response = self._method("follow", stream=True).remote(replica, client)
         try:
             async for message in response:
@@ -151,29 +151,26 @@ class ServeTransport:
             response.cancel()
 
     async def submit(self, replica: str, client: str, request: GenerationRequest) -> SmoloraError | None:
-        """The replica's `submit`."""
         answer: SmoloraError | None = await self._method("submit").remote(replica, client, request)
         return answer
 
     async def abort(self, replica: str, client: str, request_id: str) -> None:
-        """The replica's `abort`."""
         await self._method("abort").remote(replica, client, request_id)
 
     async def close(self) -> None:
-        """End what watches."""
         if self._finding is not None:
             self._finding.cancel()
         if self._handle is not None:
             await self._handle.shutdown_async()
 
     async def _find(self) -> None:
-        """Get the handle, which tells the router of the replicas, as soon as the deployment is there."""
+        """Get the handle, which creates the router, when the deployment exists."""
         while self._handle is None:
             try:
                 handle = serve.get_deployment_handle(DEPLOYMENT, APP)
                 handle._init(_run_router_in_separate_loop=False)
                 self._handle = handle
-            except Exception:  # whatever Serve has while it starts
+            except Exception:  # Serve raises various exceptions while it starts
                 await asyncio.sleep(0.5)
 
     def _method(self, name: str, stream: bool = False) -> DeploymentHandle:
@@ -186,3 +183,17 @@ class ServeTransport:
             request_serialization="pickle",
             response_serialization="pickle",
         )
+
+
+def connect_to(address: str) -> Connect:
+    """Return a function for `startup.build` that joins the Ray cluster at `address`, or raises StartupError."""
+
+    def connect(base: BaseModel, store: AdapterStore) -> ReplicatedEngine:
+        @lru_cache(_MAX_SIZES)
+        def size_of(digest: str) -> int:
+            return store.num_bytes(digest) or 1  # adapters that aren't here count alike
+
+        join(address)
+        return ReplicatedEngine(ServeTransport(), base.digest, size_of)
+
+    return connect

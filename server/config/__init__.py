@@ -7,28 +7,24 @@ fields' descriptions.
 """
 
 import ipaddress
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from adapters.names import near
 from server.config import operator_keys
-from server.config.fields import Limits, SharedSettings, in_words
 from server.errors import StartupError
 from server.telemetry.logs import LogFormat
 
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-_TRAIN_MEMORY = 0.5  # the server has the rest
-_OTHER_VARIABLES = ("URL", "API_KEY")  # read by commands that call a server
-
+_TRAIN_MEMORY = 0.5  # share of a GPU's memory; the server has the rest
 _SWITCHES = {"true": "1", "yes": "1", "on": "1", "false": "0", "no": "0", "off": "0"}
-
+_BYTES_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.=-]+)*/?|file:///[^\s?#]+", re.ASCII)
 _HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-fA-F:.]+", re.ASCII)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.ASCII | re.IGNORECASE)
 
@@ -36,11 +32,110 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Anonymous = Literal["0", "1", "until-keyed"]
 Flag = str | int | float | bool | Path | None
 
+_MESSAGES = {
+    "bool_parsing": "must be 1 or 0",
+    "byte_size": "must be a number of bytes, such as 2GiB",
+    "byte_size_unit": "must be a number of bytes, such as 2GiB",
+    "float_parsing": "must be a number",
+    "int_parsing": "must be a whole number",
+}
+_PATTERN_MESSAGES = {
+    "device": "must be auto, cpu, cuda or cuda:N",
+    "public_url": "must be like https://lora.example.org/lora, with no / at its end",
+    "root_path": "must be like /smolora, with a / before it and none at its end",
+}
 
-class WorkerSettings(SharedSettings, BaseSettings):
+
+class Limits(BaseModel):
+    """Limits of connections, requests and disk space. Times are seconds."""
+
+    max_connections: int = Field(
+        default=1024,
+        ge=1,
+        le=100_000,
+        description="Open connections. Beyond that the longest idle one is closed, or the new one if none is "
+        "idle. It is lowered, with a warning at start, if ulimit -n doesn't allow that many and 512 other files.",
+    )
+    header_timeout: float = Field(
+        default=10,
+        gt=0,
+        le=3600,
+        description="Seconds within which a connection's first headers must be complete, and those of each later "
+        "request from its first byte on; else the connection is closed.",
+    )
+    body_timeout: float = Field(
+        default=30,
+        gt=0,
+        le=3600,
+        description="Seconds within which the next 16 KiB of a request's body, or its end, must arrive; else 408.",
+    )
+    stall_timeout: float = Field(
+        default=30,
+        gt=0,
+        le=3600,
+        description="Seconds after which a client that reads nothing of its answer is cut off. One that reads "
+        "too slowly is cut off, too, if more than 262,144 tokens and log-probabilities wait for it: its stream "
+        "ends with an error.",
+    )
+    request_timeout: float = Field(
+        default=600,
+        gt=0,
+        le=86_400,
+        description="Seconds from a generation's acceptance to its last token; then event: error, or 503 if "
+        "nothing was sent. An import from the hub may take as long.",
+    )
+    queue_timeout: float = Field(
+        default=10,
+        gt=0,
+        le=86_400,
+        description="Seconds. A request that would wait longer for a place in the batch, by the measured rate, "
+        "gets 429 with Retry-After at once; a project waits for its own turns alone. Work that waits longer for "
+        "a thread of a lane gets 429, too.",
+    )
+    min_free_bytes: ByteSize = Field(
+        default=ByteSize(512 << 20),
+        description="Free space on HOME's disk below which uploads and jobs get 503; 0: no limit. Uploads in "
+        "flight count by their announced size, and each checks again every 16 MiB.",
+    )
+
+
+class StorageSettings(BaseModel):
+    """The object store or file system in which machines share their bytes.
+
+    obstore itself reads an object store's credentials, region and endpoint from the usual AWS_ variables.
+    """
+
+    bytes_url: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="Where adapters, data sets, files and jobs are stored instead of in HOME, which becomes a "
+        "cache: s3://bucket/prefix, or file:///directory of a shared file system. Needs the extra cluster. "
+        "Default: in HOME.",
+    )
+    bytes_cache: ByteSize = Field(
+        default=ByteSize(16 << 30),
+        ge=1 << 20,
+        description="Space under HOME for copies of adapters if BYTES_URL is set.",
+    )
+
+    @field_validator("bytes_url", mode="after")
+    @classmethod
+    def _place(cls, value: str | None) -> str | None:
+        if value is not None and not _BYTES_URL.fullmatch(value):  # it may contain a secret: don't quote it
+            raise ValueError("must be like s3://bucket/prefix or file:///directory; keys are AWS_ variables")
+        return value
+
+
+class BucketSettings(BaseSettings):
+    """AWS_ALLOW_HTTP: whether credentials may be sent over unencrypted connections."""
+
+    allow_http: bool = Field(default=False, validation_alias="AWS_ALLOW_HTTP")
+
+
+class WorkerSettings(StorageSettings, BaseSettings):
     """Settings of a training worker, which `serve` has, too.
 
-    Secrets are in no dump and in no flag of a child process: children find them in their environment.
+    Secrets are excluded from dumps and from child processes' flags; children read them from their environment.
     """
 
     model_config = SettingsConfigDict(
@@ -165,6 +260,7 @@ class Settings(Limits, WorkerSettings):
     )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
+        exclude=True,
         description="The operator's keys, comma-separated, each of 16 characters or more. @FILE is a file of "
         "mode 600 with a key on each line; it is read again when it changes. Prefer the file or the variable: "
         "other users may see a flag for a moment. Default: none.",
@@ -217,7 +313,7 @@ class Settings(Limits, WorkerSettings):
 
     @property
     def training_memory(self) -> float:
-        """Return the share of a GPU's memory that all workers have together."""
+        """Return the share of a GPU's memory that all workers together may use."""
         return (self.train_memory or _TRAIN_MEMORY) if self.workers else 0.0
 
     @property
@@ -234,13 +330,13 @@ class Settings(Limits, WorkerSettings):
     @field_validator("allow_anonymous", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:
-        """Accept the words of other switches, such as true, for 1 and 0."""
+        """Accept what other switches accept, such as true and off, for 1 and 0."""
         return _SWITCHES.get(str(value).lower(), value)
 
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        """Split keys at commas; keep the name of `@FILE`, since the server reads it again when it changes."""
+        """Split keys at commas. Check the file of `@FILE` but keep its name: the server reads it again later."""
         if not isinstance(value, str):
             return value
         if value.startswith("@"):
@@ -264,7 +360,7 @@ class Settings(Limits, WorkerSettings):
     @classmethod
     def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if bad := [name for name in value if not _HOST.fullmatch(name)]:
-            raise ValueError(f"{bad[0]} is no name: give it without scheme and port, such as lora.example.org")
+            raise ValueError(f"{bad[0]} is not a host name: leave out scheme and port, as in lora.example.org")
         return value
 
     @field_validator("allowed_origins", mode="after")
@@ -272,7 +368,9 @@ class Settings(Limits, WorkerSettings):
     def _sites(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         sites = tuple(site.lower().rstrip("/") for site in value)
         if bad := [site for site in sites if not _ORIGIN.fullmatch(site)]:
-            raise ValueError(f"{bad[0]} is no site: give scheme, name and port, such as https://app.example.org")
+            raise ValueError(
+                f"{bad[0]} is not a site: give scheme, name and port, such as https://app.example.org"
+            )
         return sites
 
     @field_validator("trusted_proxies", mode="after")
@@ -282,7 +380,7 @@ class Settings(Limits, WorkerSettings):
             try:
                 ipaddress.ip_network(network)
             except ValueError:
-                raise ValueError(f"{network} is no address or network, such as 10.0.0.0/8") from None
+                raise ValueError(f"{network} is not an address or network, such as 10.0.0.0/8") from None
         return value
 
 
@@ -300,16 +398,16 @@ def is_loopback(host: str) -> bool:
 
 
 def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
-    """Load the settings; flags that aren't None win. Raise StartupError with a message of one line."""
+    """Load the settings; flags that aren't None win. Raise StartupError with a one-line message on faults."""
     try:
         return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        messages = [_explain(fault["loc"], in_words(fault)) for fault in error.errors()]
+        messages = [_explain(fault["loc"], _in_words(fault)) for fault in error.errors()]
         raise StartupError("; ".join(messages)) from None
 
 
 def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
-    """Return what a setting means and its default in words, which is empty if there is none."""
+    """Return a setting's meaning and its default as text; the default is empty if there is none."""
     field = kind.model_fields[name]
     meaning, _, default = (field.description or "").removesuffix(".").partition(". Default: ")
     value: object = field.default
@@ -322,53 +420,19 @@ def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
     return f"{meaning}.", default
 
 
-def server_url() -> str:
-    """Return the server's default URL for commands: SMOLORA_URL, else this machine's."""
-    return os.environ.get(f"{PREFIX}URL") or local_url()
+def to_flags(settings: WorkerSettings, kind: type[WorkerSettings] = WorkerSettings) -> list[str]:
+    """Return the flags of `settings` that belong to `kind`, except for secrets. `load` is the inverse.
 
-
-def local_url() -> str:
-    """Return the URL of a server on this machine that has these variables."""
-    try:
-        port = int(os.environ.get(f"{PREFIX}PORT") or Settings.model_fields["port"].default)
-    except ValueError:
-        raise StartupError(f"{PREFIX}PORT: must be a number") from None
-    return f"http://127.0.0.1:{port}"
-
-
-def unknown_variables() -> list[str]:
-    """Return a warning for each variable that looks like a setting and is none."""
-    known = {*map(str.upper, Settings.model_fields), *_OTHER_VARIABLES}
+    Defaults are included, since the environment may set something else.
+    """
     found = []
-    for name in sorted(variable[len(PREFIX) :] for variable in os.environ if variable.startswith(PREFIX)):
-        if name not in known:
-            meant = near(name, known)
-            found.append(
-                f"{PREFIX}{name} is not a setting" + (f": did you mean {PREFIX}{meant}?" if meant else "")
-            )
+    for name, field in kind.model_fields.items():
+        value, flag = getattr(settings, name), name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{'' if value else 'no-'}{flag}")
+        elif not (value is None or field.exclude):
+            found.append(f"--{flag}={','.join(value) if isinstance(value, tuple) else value}")
     return found
-
-
-def trace_exporters() -> tuple[str, ...]:
-    """Return the exporters that OpenTelemetry's own variables ask for, by their entry points' names."""
-    named = os.environ.get("OTEL_TRACES_EXPORTER", "")
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
-        return ()
-    signal, general = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
-    if not named and not (os.environ.get(f"{signal}ENDPOINT") or os.environ.get(f"{general}ENDPOINT")):
-        return ()
-    protocol = os.environ.get(f"{signal}PROTOCOL") or os.environ.get(f"{general}PROTOCOL") or "http/protobuf"
-    otlp = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}.get(protocol, protocol)
-    return tuple(otlp if name == "otlp" else name for name in map(str.strip, (named or "otlp").split(",")) if name)
-
-
-def to_flags(settings: WorkerSettings) -> list[str]:
-    """Return the flags of `smolora worker` that `load` turns into the same settings, except for secrets."""
-    names = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
-    values = {name.replace("_", "-"): getattr(settings, name) for name in names}
-    switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
-    others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
-    return switches + [f"--{name}={value}" for name, value in others.items()]
 
 
 def _explain(loc: tuple[int | str, ...], message: str) -> str:
@@ -377,3 +441,12 @@ def _explain(loc: tuple[int | str, ...], message: str) -> str:
         return message
     name = str(loc[0])
     return f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): {message}"
+
+
+def _in_words(fault: ErrorDetails) -> str:
+    """Return a short message for users instead of pydantic's, if there is one."""
+    if fault["type"] == "int_parsing" and str(fault["input"]).startswith("tcp://"):
+        return "is a service's address, by Kubernetes: set enableServiceLinks: false for the pod, or the port here"
+    if fault["type"] == "string_pattern_mismatch":
+        return _PATTERN_MESSAGES.get(str(fault["loc"][0]), fault["msg"])
+    return _MESSAGES.get(fault["type"], fault["msg"])

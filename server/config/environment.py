@@ -1,50 +1,131 @@
-"""The environment, where it isn't read for the settings.
-
-Which instructions native code is held to, for tests and measurements of lesser processors.
-
-What Ray reads from the environment, as smolora's processes have it; whoever set something else keeps it.
-"""
+"""The environment variables that aren't settings, and secrets in flags and variables."""
 
 import os
+import sys
 
-from server.config import PREFIX
+from adapters.names import near
+from server.config import PREFIX, Settings
+from server.errors import StartupError
+
+RAY_DEFAULTS = {
+    "RAY_AUTH_MODE": "token",  # without it anyone who reaches Ray's ports could run code
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else a hanging replica gets as much time as a draining one
+    # Without this, replicas that started without autoscaling don't report its metrics once it is switched on.
+    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
+    # Ray asks a process to end and kills it if it doesn't answer, but not if the request itself fails first, which
+    # takes some 4.7 s. With Ray's own timeout of 5 s, a hanging process would stay and keep its memory.
+    "RAY_kill_worker_timeout_milliseconds": "2000",
+}
+_OTHER_VARIABLES = ("URL", "API_KEY")  # read by commands that call a server
+_KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
+_SECRET_FLAGS = {**_KEY_FLAGS, "--database-url": f"{PREFIX}DATABASE_URL"}
+_SERVERS = ("serve", "cluster", "worker")
+"""Commands without --api-key. They must reject that flag, so it isn't hidden from them."""
+
+
+def server_url() -> str:
+    """Return the server's default URL for commands: SMOLORA_URL, else this machine's."""
+    return os.environ.get(f"{PREFIX}URL") or _local_url()
+
+
+def _local_url() -> str:
+    """Return the URL of a server that starts on this machine with these variables."""
+    try:
+        port = int(os.environ.get(f"{PREFIX}PORT") or Settings.model_fields["port"].default)
+    except ValueError:
+        raise StartupError(f"{PREFIX}PORT: must be a number") from None
+    return f"http://127.0.0.1:{port}"
+
+
+def log_format() -> str | None:
+    """Return the log format that is set, for use if the settings as a whole are invalid."""
+    return os.environ.get(f"{PREFIX}LOG_FORMAT")
+
+
+def unknown_variables() -> list[str]:
+    """Return a warning for each variable that looks like a setting but isn't one."""
+    known = {*map(str.upper, Settings.model_fields), *_OTHER_VARIABLES}
+    found = []
+    for name in sorted(variable[len(PREFIX) :] for variable in os.environ if variable.startswith(PREFIX)):
+        if name not in known:
+            meant = near(name, known)
+            found.append(
+                f"{PREFIX}{name} is not a setting" + (f": did you mean {PREFIX}{meant}?" if meant else "")
+            )
+    return found
+
+
+def wanted_instructions() -> str | None:
+    """Return the instruction set that NATIVE_INSTRUCTIONS names, or None for the processor's best.
+
+    Tests and benchmarks limit native code to a lesser instruction set by this variable.
+    """
+    return os.environ.get("NATIVE_INSTRUCTIONS")
+
+
+def trace_exporters() -> tuple[str, ...]:
+    """Return the exporters that OpenTelemetry's own variables ask for, by their entry points' names."""
+    named = os.environ.get("OTEL_TRACES_EXPORTER", "")
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
+        return ()
+    signal, general = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
+    if not named and not (os.environ.get(f"{signal}ENDPOINT") or os.environ.get(f"{general}ENDPOINT")):
+        return ()
+    protocol = os.environ.get(f"{signal}PROTOCOL") or os.environ.get(f"{general}PROTOCOL") or "http/protobuf"
+    otlp = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}.get(protocol, protocol)
+    return tuple(otlp if name == "otlp" else name for name in map(str.strip, (named or "otlp").split(",")) if name)
 
 
 def with_scratch(place: str) -> dict[str, str]:
-    """For a process that this one starts: what this one has, and that folder in the place of /tmp."""
+    """Return the environment for a child process that uses the folder `place` instead of /tmp."""
     return {**os.environ, "TMPDIR": place}
 
 
 def without_secrets() -> dict[str, str]:
-    """Return what a Python process for users' input needs of this one's environment: no passwords or keys."""
+    """Return the environment for a Python process that handles users' input: without passwords and keys."""
     names = ("PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def log_format() -> str | None:
-    """What the log's form is to be, should the settings as a whole be wrong."""
-    return os.environ.get(f"{PREFIX}LOG_FORMAT")
-
-
-def wanted_instructions() -> str | None:
-    """What NATIVE_INSTRUCTIONS names; None for the best that the processor has."""
-    return os.environ.get("NATIVE_INSTRUCTIONS")
-
-
-DEFAULTS = {
-    "RAY_AUTH_MODE": "token",  # else whoever reaches its ports could run anything
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else one that hangs is given as long as one that drains
-    # Replicas that began without autoscaling else don't tell what it goes by, once it is there.
-    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
-    # Ray asks a process to end, and kills it where it doesn't answer, but not if the question fails before (after
-    # some 4.7 s): with its own 5 s, one that hangs would stay, and hold its memory.
-    "RAY_kill_worker_timeout_milliseconds": "2000",
-}
-
-
 def set_up_ray() -> None:
-    """For this process and its children; before Ray is imported."""
-    for name, value in DEFAULTS.items():
+    """Set the defaults of Ray's variables for this process and its children. Call it before Ray is imported."""
+    for name, value in RAY_DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def hide_keys() -> None:
+    """Restart this program with its secrets in the environment, if they were given as flags.
+
+    `ps` shows a command line to every user of the machine, but an environment only to the process's own user.
+    """
+    kept, moved = [sys.executable], dict[str, str]()
+    command = ""
+    for command in sys.argv[1:]:
+        if not command.startswith("-"):
+            break
+        if command.partition("=")[0] in _SECRET_FLAGS:
+            return  # no command takes secrets before its name, and the next argument may be the secret itself
+    flags = _SECRET_FLAGS.keys() - ({"--api-key"} if command in _SERVERS else {"--api-keys"})
+    arguments = iter(sys.orig_argv[1:])
+    for argument in arguments:
+        flag, has_value, value = argument.partition("=")
+        given = value if has_value else None
+        if argument == "--":
+            kept += [argument, *arguments]
+        elif flag in flags and (given is not None or (given := next(arguments, None)) is not None):
+            moved[_SECRET_FLAGS[flag]] = given
+        else:
+            kept.append(argument)
+    if moved:
+        os.execve(sys.executable, kept, {**os.environ, **moved})  # noqa: S606 it is this program
+
+
+def forget_keys() -> bool:
+    """Remove keys from the environment, so that no child process inherits them; call it once settings are read.
+
+    Return whether a client's key was among them.
+    """
+    found = {name: os.environ.pop(name, "") for name in _KEY_FLAGS.values()}
+    return bool(found[_KEY_FLAGS["--api-key"]])

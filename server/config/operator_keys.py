@@ -1,7 +1,7 @@
-"""The operator's keys, as the setting API_KEYS gives them: by themselves, or as `@FILE`, which may change.
+"""The operator's keys: the setting API_KEYS lists them, or names a file of them as `@FILE`.
 
-A file that others can read is refused, except under /run/secrets: there container engines mount secrets for one
-container alone, with modes that the container doesn't choose.
+A file that other users can read is refused, except under /run/secrets: container engines mount secrets there for
+one container alone, with modes that the container doesn't choose.
 """
 
 import logging
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MIN_LENGTH = 16
-"""Characters of a key, which a person chooses; `openssl rand -hex 24` makes a good one."""
+"""Characters. Operators choose these keys themselves; `openssl rand -hex 24` makes a good one."""
 _SECRETS = Path("/run/secrets")
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -19,7 +19,7 @@ log = logging.getLogger("smolora.access")
 
 
 def checked(keys: Sequence[str]) -> tuple[str, ...]:
-    """Return the keys. Raise ValueError if one has other characters than a header may, or can be guessed."""
+    """Return the keys. Raise ValueError if one is too short, or has characters that a header can't carry."""
     if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise ValueError("a key is printable ASCII without blanks")
     if any(len(key) < MIN_LENGTH for key in keys):
@@ -28,12 +28,12 @@ def checked(keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def split(text: str) -> tuple[str, ...]:
-    """Return the items between commas and line ends, without blanks around them."""
+    """Split at commas and line ends, and strip blanks; skip empty items."""
     return tuple(item for part in text.replace("\n", ",").split(",") if (item := part.strip()))
 
 
 def read(path: Path) -> tuple[str, ...]:
-    """Return the keys in a file. Raise ValueError if it can't be read, others can read it, or a key is no good."""
+    """Return the keys in a file. Raise ValueError if it is unreadable or open to others, or a key is invalid."""
     try:
         with open(path, encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -46,14 +46,14 @@ def read(path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise ValueError(f"can't read the file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"can't read the file {path}: it is no text") from None
+        raise ValueError(f"can't read the file {path}: it is not text") from None
     if not (keys := split(text)):
         raise ValueError(f"the file {path} has no keys")
     return checked(keys)
 
 
 class OperatorKeys:
-    """The secrets that hold now. `given` is the setting: secrets, or one item `@FILE`."""
+    """The operator's keys that are valid now. `given` is the setting: keys, or one item `@FILE`."""
 
     def __init__(self, given: Sequence[str] = ()) -> None:
         self.are_given = bool(given)
@@ -64,7 +64,8 @@ class OperatorKeys:
     def refresh(self) -> bool:
         """Read the file again if it has changed; return whether it has.
 
-        A file that is no good any more opens nothing, which the log says: a key that was taken out must not hold.
+        If the file has become invalid, no key is accepted, so that a removed key can't stay valid by accident. The
+        log says so.
         """
         if self._path is None:
             return False
@@ -80,5 +81,5 @@ class OperatorKeys:
             self.secrets = read(self._path)
         except ValueError as error:
             self.secrets = ()
-            log.error("SMOLORA_API_KEYS: %s. No operator's key holds until then", error)
+            log.error("SMOLORA_API_KEYS: %s. No operator's key is accepted until this is fixed", error)
         return True

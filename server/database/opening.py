@@ -23,7 +23,7 @@ from server.database import file
 from server.database.file import JournalMode
 from server.errors import StartupError
 from server.storage.home import make
-from server.system.program import counted
+from server.system.messages import plural
 
 MOVING = "moving-"
 """How the id begins of a place that `smolora move` fills just now, for a database that has nothing yet."""
@@ -129,7 +129,7 @@ def refuse_in_use(url: str) -> None:
     while num := num_sessions(url):
         if time.monotonic() > until:
             raise StartupError(
-                f"SMOLORA_DATABASE_URL: {counted(num, 'connection')} of servers, workers or commands: stop all of "
+                f"SMOLORA_DATABASE_URL: {plural(num, 'connection')} of servers, workers or commands: stop all of "
                 "them first"
             )
         time.sleep(0.1)

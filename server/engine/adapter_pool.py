@@ -17,8 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError, Unavailable
-from adapters.lora import LoraWeights
-from server.engine.request import AdapterRef
+from adapters.lora import AdapterRef, LoraWeights
 from server.errors import GenerationFailed
 from server.model.device import is_out_of_memory
 from server.model.lora_batch import Parts

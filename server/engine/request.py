@@ -8,16 +8,9 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from adapters.errors import SmoloraError
+from adapters.lora import AdapterRef
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True, order=True)
-class AdapterRef:
-    """One part of a resolved adapter expression: the digest of an adapter, and its weight."""
-
-    digest: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)

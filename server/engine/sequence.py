@@ -14,9 +14,10 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from adapters.lora import AdapterRef
 from server.engine.adapter_pool import AdapterHold
 from server.engine.guidance import Constraint
-from server.engine.request import AdapterRef, GenerationRequest, Logprobs, Timing
+from server.engine.request import GenerationRequest, Logprobs, Timing
 
 Ints = npt.NDArray[np.int64]
 

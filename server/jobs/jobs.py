@@ -35,7 +35,7 @@ from server.jobs.queries import (
 from server.jobs.tables import Status, charge, count_time, jobs, uses
 from server.jobs.turns import is_over
 from server.storage.places import Storage
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.datasets import DatasetStore
 from server.training.files import FileStore
 
@@ -299,7 +299,7 @@ class Jobs:
             bounds.append((self._max_of_key, "key", unfinished.where(jobs.c.key_id == of.key_id)))
         for most, whose, query in bounds:
             if (number := connection.execute(query).scalar_one()) >= most:
-                told = f"this {whose} has {counted(number, 'unfinished job')}, and may have {most:,} at once"
+                told = f"this {whose} has {plural(number, 'unfinished job')}, and may have {most:,} at once"
                 raise QueueFull(told, _RETRY_SECONDS)
 
 
@@ -311,5 +311,5 @@ def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:
         "file": len(FileStore(files, bucket=storage.at(files)).ids()),
         "unfinished job": jobs.of(Viewpoint(project)).num_unfinished(),
     }
-    if told := [counted(number, what) for what, number in has.items() if number]:
+    if told := [plural(number, what) for what, number in has.items() if number]:
         raise Conflict(f"{project} has {', '.join(told)}: delete or cancel them first")

@@ -1,1 +1,1 @@
-"""What /metrics shows. No text of anybody's, and no label without a bound."""
+"""The metrics that /metrics shows. They contain no user's text, and every label has a bounded number of values."""

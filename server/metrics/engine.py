@@ -1,13 +1,12 @@
-"""The engine's own snapshot under our names, read when /metrics is asked for.
+"""Metrics of the engine's snapshot, read at each request: under our names, and under vLLM's names for gateways.
 
-What gateways read to choose a server: vLLM's names, as the Gateway API's inference extension scrapes them.
+The Gateway API's inference extension reads vLLM's names to choose a server. `vllm:lora_requests_info` has its
+information in labels, and the time as its value: which adapters a request can use without loading, and which ones
+requests wait for. vLLM lists running adapters there; we list resident adapters by every name that a request may
+use: `tweets` for the latest version, `tweets@3`, `tweets@prod`, and compositions whose parts are all resident.
+Names of other projects come with the project.
 
-`vllm:lora_requests_info` carries its news in labels, and the time as its value: which adapters a request can use
-at once, and which ones requests wait for. vLLM names there what runs just now; here it is what is in memory, by
-every name that a request may give it: `tweets` where that is its latest version, `tweets@3`, `tweets@prod`, and
-compositions whose parts are all there. Other projects' names come with the project.
-
-Gateways take each name for an adapter, and a server for full once it tells as many names as `max_lora`: so that
+Gateways take each name for an adapter, and consider a server full if it lists `max_lora` names. So our `max_lora`
 counts names, too.
 """
 
@@ -23,33 +22,33 @@ from server.engine.request import EngineStats
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
     ("smolora_requests_running", "Sequences in the batch", lambda s: s.num_running),
     ("smolora_requests_waiting", "Sequences that wait to run", lambda s: s.num_waiting),
-    ("smolora_kv_blocks", "Blocks of keys and values there are", lambda s: s.kv_blocks_total),
+    ("smolora_kv_blocks", "Blocks of the KV cache", lambda s: s.kv_blocks_total),
     ("smolora_kv_blocks_used", "Blocks that a request refers to", lambda s: s.kv_blocks_used),
     ("smolora_adapters_resident", "Adapters in the engine's memory", lambda s: s.adapters_resident),
-    ("smolora_adapter_rows", "Rank rows there are", lambda s: s.adapter_rows_total),
+    ("smolora_adapter_rows", "Rank rows in the engine's memory", lambda s: s.adapter_rows_total),
     ("smolora_adapter_rows_used", "Rank rows that resident adapters own", lambda s: s.adapter_rows_used),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
-    ("smolora_adapter_loads", "Adapters read and placed", lambda s: s.adapter_loads),
-    ("smolora_adapter_evictions", "Adapters dropped for others", lambda s: s.adapter_evictions),
-    ("smolora_prefix_cached_tokens", "Prompt tokens found in the cache", lambda s: s.prefix_cached_tokens),
-    ("smolora_prompt_tokens", "Prompt tokens taken in", lambda s: s.prompt_tokens),
+    ("smolora_adapter_loads", "Adapters loaded", lambda s: s.adapter_loads),
+    ("smolora_adapter_evictions", "Adapters evicted", lambda s: s.adapter_evictions),
+    ("smolora_prefix_cached_tokens", "Prompt tokens found in the prefix cache", lambda s: s.prefix_cached_tokens),
+    ("smolora_prompt_tokens", "Prompt tokens processed", lambda s: s.prompt_tokens),
     ("smolora_generated_tokens", "Tokens generated", lambda s: s.output_tokens),
-    ("smolora_drafted_tokens", "Tokens guessed and computed ahead", lambda s: s.drafted_tokens),
-    ("smolora_accepted_tokens", "Of the drafted tokens, those that were drawn", lambda s: s.accepted_tokens),
-    ("smolora_preemptions", "Sequences put back to waiting", lambda s: s.preemptions),
+    ("smolora_drafted_tokens", "Tokens drafted by speculation", lambda s: s.drafted_tokens),
+    ("smolora_accepted_tokens", "Drafted tokens that were accepted", lambda s: s.accepted_tokens),
+    ("smolora_preemptions", "Sequences preempted", lambda s: s.preemptions),
     ("smolora_engine_steps", "Steps of the engine", lambda s: s.steps),
 )
 
 
 class EngineCollector(Collector):
-    """`stats` gives the snapshot."""
+    """The engine's snapshot, which `stats` returns, under our names."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # registering must not ask an engine that isn't there yet
+        return ()  # without this, registering would collect from an engine that doesn't exist yet
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -60,20 +59,20 @@ class EngineCollector(Collector):
 
 
 MAX_NAMES = 200
-"""Of one label. Names without versions come first."""
+"""Names in one label. Names without versions come first."""
 TYPICAL_RANK = 16
-"""`max_lora` exceeds the names by as many adapters of this rank, on all linear modules, as there is room for."""
+"""`max_lora` assumes adapters of this rank, on all linear modules."""
 
 Names = Callable[[frozenset[str]], list[str]]
-"""From digests to what requests may call them, by importance; `adapters.catalog.reads`."""
+"""Returns the names of digests in requests, the most important first; from `adapters.catalog`."""
 Moves = Callable[[], object]
-"""Another value whenever names may mean other digests than before."""
+"""Returns another value whenever names may resolve to other digests than before."""
 
 
 class GatewayCollector(Collector):
-    """`stats` gives the engine's snapshot. Names are looked up only when something has changed.
+    """The engine's snapshot, which `stats` returns, under vLLM's names, with the names of adapters.
 
-    Where that fails, they are what they were.
+    Names are looked up only if something has changed. If that fails, the old names stay.
     """
 
     def __init__(
@@ -85,8 +84,8 @@ class GatewayCollector(Collector):
         self._moves = moves
         self._block_size = block_size
         self._seen: tuple[object, ...] = ()
-        self._told = ("", "")
-        self._num_more = 0  # names than adapters
+        self._labels = ("", "")  # names of resident adapters, and of awaited ones
+        self._num_more = 0  # how many more names than adapters there are
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -111,15 +110,15 @@ class GatewayCollector(Collector):
     def _loras(self, stats: EngineStats) -> Metric:
         state = (stats.resident, stats.waiting, self._moves())
         if state != self._seen:
-            with suppress(Exception):  # whatever the database has: `home` says so
+            with suppress(Exception):  # the database fails: `home` logs it
                 resident, waiting = self._named(stats.resident), self._named(stats.waiting - stats.resident)
-                self._told = ",".join(resident), ",".join(waiting)
+                self._labels = ",".join(resident), ",".join(waiting)
                 self._num_more = len(resident) + len(waiting) - len(stats.resident | stats.waiting)
                 self._seen = state
         most = max(stats.max_adapter_rank // TYPICAL_RANK, stats.adapters_resident, 1)
         labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in memory, and awaited", labels=labels)
-        running, awaited = self._told
+        running, awaited = self._labels
         family.add_metric([str(max(most + self._num_more, 1)), awaited, running], time.time())
         return family
 

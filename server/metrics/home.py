@@ -1,7 +1,7 @@
-"""What is under HOME: jobs, the workers that take them, and room on the disk.
+"""Metrics of HOME: jobs, workers, and disk space.
 
-Read at most once a second, however often gateways ask. What can't be read just now is left out, with a line in the
-log: the rest of /metrics is needed most when a disk fails.
+They are read at most once a second, however often gateways ask. If something can't be read, its metrics are left
+out and the log says so: the rest of /metrics is needed most when a disk fails.
 """
 
 import logging
@@ -19,13 +19,13 @@ from server.jobs.supervisor import workers_of
 from server.jobs.tables import Status
 
 _KEEP_SECONDS = 1.0
-_QUIET_SECONDS = 60.0  # between two lines about the same fault
+_QUIET_SECONDS = 60.0  # between two log lines about the same fault
 
 log = logging.getLogger("smolora.metrics")
 
 
 class HomeCollector(Collector):
-    """Of one HOME. `min_free_bytes` is the setting. For one thread at a time."""
+    """Metrics of one HOME. `min_free_bytes` is the setting. Use it from one thread at a time."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class HomeCollector(Collector):
         *,
         is_shared: bool = False,
     ) -> None:
-        """`is_shared`: workers with other HOMEs take these jobs, too, and are seen while they keep a lease."""
+        """`is_shared`: workers with other HOMEs run these jobs, too, and count while they have a lease."""
         self._home = home
         self._jobs = jobs
         self._min_free_bytes = min_free_bytes
@@ -58,7 +58,7 @@ class HomeCollector(Collector):
     def _tried(self, read: Callable[[], Iterator[Metric]]) -> list[Metric]:
         try:
             return list(read())
-        except Exception as error:  # whatever the database or the disk has
+        except Exception as error:  # the database or the disk fails
             if self._clock() - self._said_at >= _QUIET_SECONDS:
                 self._said_at = self._clock()
                 log.warning("metrics of HOME can't be read: %s", type(error).__name__)
@@ -81,6 +81,6 @@ class HomeCollector(Collector):
     def _of_disk(self) -> Iterator[Metric]:
         usage = shutil.disk_usage(self._home)
         yield GaugeMetricFamily("smolora_disk_bytes", "Size of HOME's disk", value=usage.total)
-        yield GaugeMetricFamily("smolora_disk_free_bytes", "Room on it for the server", value=usage.free)
-        text = "Room that uploads and jobs leave (SMOLORA_MIN_FREE_BYTES)"
+        yield GaugeMetricFamily("smolora_disk_free_bytes", "Free space on HOME's disk", value=usage.free)
+        text = "Free space that uploads and jobs leave (SMOLORA_MIN_FREE_BYTES)"
         yield GaugeMetricFamily("smolora_disk_min_free_bytes", text, value=self._min_free_bytes)

@@ -1,19 +1,10 @@
-"""Requests as HTTP sees them: how many by method, route and status, and how long by route.
+"""A server's metrics: HTTP requests, generation requests, lanes, its process, and those that collectors read.
 
-Routes are templates, "/train/{job_id}", and what is none shares one label, so that clients can't make any. Cached
-children make counting a dictionary's look-up.
+Gateways ask many times a second and need current values, so collectors are read each time. Counters may be older,
+by MAX_AGE at most, so that rendering them takes at most RENDER_SHARE of the time.
 
-How long slow work waits for a thread, and what is refused because something is full.
-
-The server's process beyond what prometheus_client tells of it: its version, its threads, whether it serves.
-
-The counts of one server: what requests saw from outside, and whatever its collectors read when asked.
-
-Gateways ask many times a second and choose by what is current: collectors are asked each time. The counts may be a
-moment older (MAX_AGE at most), so that writing them out takes RENDER_SHARE of the time and no more.
-
-One registry for each server. Names of adapters are labels, and there is no bound on adapters: past
-MAX_ADAPTER_LABELS distinct ones, the rest share the label "other".
+Each server has its own registry. Labels are bounded: routes are templates, such as "/train/{job_id}", and paths
+without a route share one label; past MAX_ADAPTER_LABELS distinct adapters, the rest share the label "other".
 """
 
 import os
@@ -57,7 +48,7 @@ _HTTP_SECONDS = (
 
 
 class HttpMetrics:
-    """The counts of one server."""
+    """HTTP requests by method, route and status, and their durations by route."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._responses = Counter(
@@ -79,16 +70,16 @@ class HttpMetrics:
             ["reason"],
             registry=registry,
         )
-        for reason in get_args(KeyFault):  # so that the first one is a rise from 0, which rates see
+        for reason in get_args(KeyFault):  # Prometheus sees the first failure only as an increase from 0
             self._auth_failures.labels(reason)
-        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  # so that counting is fast
 
     def refused(self, reason: KeyFault) -> None:
-        """Count a request whose key opened nothing."""
+        """Count a request with an invalid key."""
         self._auth_failures.labels(reason).inc()
 
     def ended(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count an answer that has ended. `route` is a template, or empty if the path has no route."""
+        """Count a finished answer. `route` is a template, or empty if the path has no route."""
         key = (method if method in METHODS else OTHER, route or OTHER, status)
         if (children := self._children.get(key)) is None:
             children = self._responses.labels(*map(str, key)), self._seconds.labels(key[1])
@@ -102,7 +93,7 @@ _WAIT_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 
 class LaneMetrics:
-    """The counts of one server's lanes and bounds."""
+    """Waits for a thread of a lane, and requests refused because a lane or another bound was full."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._waits = Histogram(
@@ -120,13 +111,13 @@ class LaneMetrics:
         )
 
     def declare(self, name: str, *, is_lane: bool) -> None:
-        """Show the series from the start, so that the first refusal is a rise from 0."""
+        """Show the series from the start, since Prometheus sees the first refusal only as an increase from 0."""
         self._refusals.labels(name)
         if is_lane:
             self._waits.labels(name)
 
     def waited(self, lane: str, seconds: float) -> None:
-        """Count a wait that has ended."""
+        """Record a finished wait."""
         self._waits.labels(lane).observe(seconds)
 
     def refused(self, reason: str) -> None:
@@ -138,7 +129,7 @@ _THREADS = "/proc/self/task"
 
 
 class ServerCollector(Collector):
-    """`is_ready` is what /ready says."""
+    """The server's version, base, readiness and threads. `is_ready` returns what /ready says."""
 
     def __init__(self, base_name: str, is_ready: Callable[[], bool]) -> None:
         self._base_name = base_name
@@ -152,7 +143,7 @@ class ServerCollector(Collector):
         info.add_metric([__version__, self._base_name], 1)
         yield info
         yield GaugeMetricFamily("smolora_ready", "1 while /ready says 200", value=int(self._is_ready()))
-        with suppress(OSError):  # of systems without /proc
+        with suppress(OSError):  # the system has no /proc
             threads = len(os.listdir(_THREADS))
             yield GaugeMetricFamily("process_threads", "Threads, Python's and others", value=threads)
 
@@ -161,28 +152,30 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100
 RENDER_SHARE = 0.1
 MAX_AGE = 1.0
-"""Seconds. Writing out that was kept from its core for long tells nothing about what it costs."""
+"""Seconds. A bound is needed because rendering looks slow if other processes used its core meanwhile."""
 
 Outcome = Literal["completed", "cancelled", "failed", "refused", "invalid"]
-"""How a request ended: all its choices did, the client left or read too slowly, the engine failed it, it was never
-taken, or it turned out to be invalid. A request is invalid if its adapters are too large together, if the model's
-numbers overflow under them, or if its grammar is too complex.
+"""How a generation request ended.
+
+completed: all its choices ended. cancelled: the client left, or read too slowly. failed: by the engine's fault.
+refused: it was never accepted. invalid: its adapters are too large together, the model's numbers overflow under
+them, or its grammar is too complex.
 """
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 def outcome_of(error: Exception) -> Outcome:
-    """How a request ended that the engine ended with this error."""
+    """Return the outcome of a request that the engine ended with this error."""
     if isinstance(error, InvalidInput):
         return "invalid"
     if isinstance(error, ReadTooSlowly):
         return "cancelled"
-    return "refused" if isinstance(error, QueueFull) else "failed"  # by a replica that was asked
+    return "refused" if isinstance(error, QueueFull) else "failed"  # a replica may refuse after submission
 
 
 class Metrics:
-    """Counts of one server. `stats`, the engine's snapshot, and `collectors` are asked when /metrics is."""
+    """All metrics of one server. `stats` (the engine's snapshot) and `collectors` are read at each request."""
 
     def __init__(
         self,
@@ -190,7 +183,7 @@ class Metrics:
         collectors: Iterable[Collector] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        disable_created_metrics()  # a second series for each, which says when it began: nobody asks
+        disable_created_metrics()  # a second series for each counter, with its start time, which nobody uses
         self._current = CollectorRegistry()
         for collector in (EngineCollector(stats), *collectors):
             self._current.register(collector)
@@ -205,7 +198,7 @@ class Metrics:
         self._requests = Counter(
             "smolora_requests", "Requests to generate, by outcome", ["outcome"], registry=self._registry
         )
-        for outcome in get_args(Outcome):  # so that the first failure is a rise from 0, which rates see
+        for outcome in get_args(Outcome):  # Prometheus sees the first failure only as an increase from 0
             self._requests.labels(outcome)
         self._first_token = self._histogram("smolora_time_to_first_token_seconds", "Request to its first token")
         self._inter_token = self._histogram("smolora_inter_token_seconds", "Between tokens of one choice")
@@ -222,12 +215,12 @@ class Metrics:
         self.observe_queue = self._queue.observe
 
     def accepted(self, adapters: Iterable[str]) -> None:
-        """A request under these adapters ("base" where there are none) goes to the engine."""
+        """Count a request that goes to the engine, for each of its adapters ("base" if it has none)."""
         for name in {self._label(name) for name in adapters}:
             self._adapter_requests.labels(name).inc()
 
     def ended(self, outcome: Outcome, seconds: float, adapters: Iterable[str], num_tokens: int) -> None:
-        """It ended after so many seconds and generated tokens; every one of its adapters had a part in each."""
+        """Count a request's outcome, seconds and generated tokens; all tokens count for each of its adapters."""
         self._requests.labels(outcome).inc()
         if outcome == "completed":
             self._request.observe(seconds)
@@ -235,12 +228,12 @@ class Metrics:
             self._adapter_tokens.labels(name).inc(num_tokens)
 
     def refused(self) -> None:
-        """A well-formed request was not taken: the queue is full, or nothing is served now."""
+        """Count a valid request that wasn't accepted: the queue is full, or nothing is served now."""
         self._requests.labels("refused").inc()
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
-        """A block before a request is taken: where it raises TryAgain, one is refused."""
+        """Count a refusal if the block raises TryAgain."""
         try:
             yield
         except TryAgain:
@@ -248,7 +241,7 @@ class Metrics:
             raise
 
     def render(self) -> bytes:
-        """The text that Prometheus reads. Takes milliseconds, may block on disk, is for one thread at a time."""
+        """Return Prometheus' text format. It takes milliseconds, may block on disk, and isn't thread-safe."""
         if (started := self._clock()) >= self._keep_until:
             self._counts = generate_latest(self._registry)
             now = self._clock()

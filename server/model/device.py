@@ -19,7 +19,7 @@ import torch
 
 from server.errors import StartupError
 from server.system.cgroups import usable_processors
-from server.system.program import counted
+from server.system.messages import plural
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _WITHOUT = "or set SMOLORA_DEVICE=cpu"
@@ -65,7 +65,7 @@ class Cuda:
         """The device, which SMOLORA_DEVICE=`setting` asks for. Raises StartupError where torch can't use it."""
         asked, index = f"SMOLORA_DEVICE={setting}", device.index or 0
         if index >= len(self.gpus):
-            finds = f"{asked}: torch {self.torch_version} finds {counted(len(self.gpus), 'CUDA device')}"
+            finds = f"{asked}: torch {self.torch_version} finds {plural(len(self.gpus), 'CUDA device')}"
             if self.gpus:
                 raise StartupError(f"{finds}: choose one up to cuda:{len(self.gpus) - 1}")
             if self.cuda_version is None:

@@ -22,7 +22,7 @@ from server.jobs.jobs import Jobs
 from server.model.packed_adapters import is_damaged
 from server.storage.home import Home, serving
 from server.storage.places import Storage
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.files import checked_uploads
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ class Diagnosis:
 
     def line(self) -> str:
         """What was looked at, for a person."""
-        verdict = "sound" if self.is_sound else counted(len(self.findings), "finding")
-        versions, adapters = counted(self.num_versions, "version"), counted(self.num_adapters, "stored adapter")
-        return f"{verdict}: {versions}, {adapters}, {counted(self.num_uploads, 'upload')} checked"
+        verdict = "sound" if self.is_sound else plural(len(self.findings), "finding")
+        versions, adapters = plural(self.num_versions, "version"), plural(self.num_adapters, "stored adapter")
+        return f"{verdict}: {versions}, {adapters}, {plural(self.num_uploads, 'upload')} checked"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from server.config import PREFIX, Settings, is_loopback
 from server.errors import StartupError
 from server.storage.home import Home
-from server.system.program import program
+from server.system.messages import program
 
 _RETRY_SECONDS = 0.5  # less than asyncio's own delay
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 not bound here

@@ -18,8 +18,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.problems import PROBLEMS
-from server.config.fields import Limits
-from server.system.program import counted
+from server.config import Limits
+from server.system.messages import plural
 
 _UNSENT_BYTES = 128 << 10
 """Unsent bytes of an answer in the kernel. Without a limit it buffers megabytes for a reader that has stopped."""
@@ -78,7 +78,7 @@ class Connections:
                 self._close(connection)
         for name, number in closed.items():
             if number:
-                log.info("closed %s: SMOLORA_%s", counted(number, "connection"), name)
+                log.info("closed %s: SMOLORA_%s", plural(number, "connection"), name)
 
     async def watch(self) -> None:
         """Call `look` at regular intervals, forever."""
@@ -193,6 +193,6 @@ def allow_files(limits: Limits) -> Limits:
     log.warning(
         "this process may open only %d files, so it accepts at most %s, fewer than SMOLORA_MAX_CONNECTIONS",
         most,
-        counted(num_connections, "connection"),
+        plural(num_connections, "connection"),
     )
     return limits.model_copy(update={"max_connections": num_connections})

@@ -22,12 +22,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.deps import EngineClient
-from server.config.fields import Limits
+from server.config import Limits
 from server.jobs.supervisor import Supervisor
 from server.jobs.yielding import BusyFlag
 from server.serve.address import cannot_listen
 from server.serve.connections import Connections, allow_files
-from server.system.program import counted
+from server.system.messages import plural
 
 DRAIN_SECONDS = 30.0
 HURRY_SECONDS = 5.0
@@ -218,7 +218,7 @@ class Process:
         """Wait for running requests to end. Requests that don't end in time fail."""
         left = self._engine.num_in_flight
         waits = (
-            f"waiting at most {self._drain_seconds:.0f} s for {counted(left, 'running sequence')}"
+            f"waiting at most {self._drain_seconds:.0f} s for {plural(left, 'running sequence')}"
             if left
             else "no request is running"
         )

@@ -41,7 +41,7 @@ from server.serve.engine import (
     max_model_len_of,
 )
 from server.storage.places import Storage
-from server.system.program import program
+from server.system.messages import program
 from server.telemetry.spans import open_tracer
 from server.training.datasets import DatasetStore
 from server.training.encoding import RowEncoder

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapters.catalog.records import Records
 from adapters.storage.durable import new_file
-from server.config.fields import SharedSettings, Transport
+from server.config import BucketSettings, StorageSettings
 from server.errors import StartupError, Unavailable
 from server.storage.home import PLACES, PROJECTS, Home
 
@@ -25,7 +25,7 @@ class Storage:
     url: str | None = None  # the bucket's
 
     @classmethod
-    def open(cls, home: Path, settings: SharedSettings, *, check: bool = True) -> "Storage":
+    def open(cls, home: Path, settings: StorageSettings, *, check: bool = True) -> "Storage":
         """As the settings say; nothing of a bucket is imported where they name none. Raises StartupError where it
         can't be opened or, with `check`, be written to.
         """
@@ -38,7 +38,7 @@ class Storage:
             install = "pip install -e '.[cluster]' in smolora's folder"
             raise StartupError(f"{where}: needs the extra `cluster`: {install}") from None
         try:
-            bucket = Bucket.open(settings.bytes_url, allow_http=Transport().allow_http)
+            bucket = Bucket.open(settings.bytes_url, allow_http=BucketSettings().allow_http)
             if check:
                 bucket.now()  # writes, reads and removes
         except ValueError as error:

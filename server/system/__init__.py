@@ -1,1 +1,1 @@
-"""The machine below the server: control groups, memory, threads, the program's name."""
+"""The machine and this process: control groups, memory, threads, and parts of messages."""

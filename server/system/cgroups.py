@@ -1,7 +1,7 @@
-"""Reads the limits of this process' cgroups, of both versions: containers and services have such limits.
+"""The limits of this process's cgroups, of both versions: containers and services have such limits.
 
-A limit holds for a cgroup and everything below it. So the least one on the way from the process' own cgroup up to
-the root counts. In a container the way may end at the container's cgroup, which looks like the root there.
+A limit applies to a cgroup and everything below it, so the lowest limit between the process's own cgroup and the
+root counts. In a container the visible root may be the container's own cgroup.
 """
 
 import math
@@ -15,29 +15,29 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def usable_processors(root: Path = _ROOT, own: Path = _OWN) -> int:
-    """Return how many processors this process may use: by its affinity and by its CPU quota, rounded up."""
+    """Return how many processors this process may use, by its affinity and its CPU quota (rounded up)."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root, own)
     return processors if quota is None else max(1, min(processors, math.ceil(quota)))
 
 
 def cpu_quota(root: Path = _ROOT, own: Path = _OWN) -> float | None:
-    """Return the processors whose time this process may use at most, such as 1.5, or None if there is no quota."""
+    """Return the CPU quota in processors, such as 1.5, or None if there is no quota."""
     quotas = [_quota(place) for place in _places("cpu", root, own)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def memory_left(root: Path = _ROOT, own: Path = _OWN) -> int | None:
-    """Return the bytes that this process may still take, or None if its memory has no limit.
+    """Return the bytes that this process may still allocate, or None if its memory has no limit.
 
-    Cached files that nobody has read lately count as free, since the kernel drops them.
+    Cached files that weren't read lately count as free, since the kernel can drop them.
     """
     sizes = [_left(place) for place in _places("memory", root, own)]
     return min((size for size in sizes if size is not None), default=None)
 
 
 def _places(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """The folders of this process' cgroups that a controller may have, each with all above it."""
+    """Yield the folders of this process's cgroups for a controller, and all folders above them."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -51,7 +51,7 @@ def _places(controller: str, root: Path, own: Path) -> Iterator[Path]:
         else:
             continue
         parts = PurePosixPath(path).parts[1:]
-        if ".." in parts:  # outside of what is mounted here
+        if ".." in parts:  # outside of the mounted hierarchy
             parts = ()
         for mount in mounts:
             for end in range(len(parts), -1, -1):

@@ -1,1 +1,1 @@
-"""Logs and spans."""
+"""Logs and traces."""

@@ -1,8 +1,8 @@
-"""The log of every process of ours, the server, its workers and their jobs: one line for each event, on stderr.
+"""The log of the server, its workers and their jobs: one line for each event, on stderr.
 
-A line has the process it comes from and the id of the request it belongs to, if any, as text or as a JSON object
-(SMOLORA_LOG_FORMAT). None holds a prompt or a generated text, and line ends within a message are escaped. What
-uvicorn says looks the same.
+A line has the process and the id of the request, if any, as text or as a JSON object (SMOLORA_LOG_FORMAT). Lines
+contain no prompts or generated texts, and line ends within a message are escaped. uvicorn's lines have the same
+form.
 """
 
 import json
@@ -18,9 +18,9 @@ from typing import Literal
 LogFormat = Literal["text", "json"]
 Value = str | int | float
 
-_URL_TELLERS = ("httpx", "httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
-"""They tell URLs that are fetched, or can't be, with their queries, which may be signed."""
-for _name in _URL_TELLERS:  # before `set_up`, too: a base is fetched before a server has a log
+_URL_LOGGERS = ("httpx", "httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
+"""Loggers of URLs with their query strings, which may contain signatures."""
+for _name in _URL_LOGGERS:  # at import: a base is fetched before `set_up`
     logging.getLogger(_name).setLevel(logging.ERROR)
 _WORD = re.compile(r"[!-\[\]-~]+")  # ASCII without blanks and backslashes
 
@@ -28,7 +28,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 class Fields:
-    """A message of named values: `log.info(Fields(status=200))` is `status=200`, in JSON a member."""
+    """A message of named values: `log.info(Fields(status=200))` logs `status=200`, or in JSON a member."""
 
     def __init__(self, **values: Value) -> None:
         self.values: Mapping[str, Value] = values
@@ -43,7 +43,7 @@ class _Formatter(logging.Formatter):
     default_msec_format = "%s.%03dZ"
 
     def __init__(self, **always: str) -> None:
-        """`always` are values that every line has."""
+        """Add the values `always` to every line."""
         super().__init__()
         self._always = always
 
@@ -54,7 +54,9 @@ class _Formatter(logging.Formatter):
 
 
 class LineFormatter(_Formatter):
-    """2026-01-31T12:00:00.123Z INFO smolora.api pid=7 request=4… method=GET path=/ status=200 ms=9.5 client=::1"""
+    """Lines such as
+    2026-01-31T12:00:00.123Z INFO smolora.api pid=7 request=4… method=GET path=/ status=200 ms=9.5 client=::1
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 logging's name
         head = " ".join(f"{name}={value}" for name, value in self._head(record))
@@ -65,9 +67,9 @@ class LineFormatter(_Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """{"time": …, "level": "INFO", "logger": "smolora.api", "pid": 7, "request": "4…", "method": "GET", …}
+    """Lines such as {"time": …, "level": "INFO", "logger": "smolora.api", "pid": 7, "request": "4…", …}.
 
-    What isn't `Fields` has its text as `message`; a traceback is in `exception`.
+    The text of messages that aren't `Fields` is in `message`; a traceback is in `exception`.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -84,28 +86,28 @@ class JsonFormatter(_Formatter):
 
 
 def place_of(error: BaseException) -> str:
-    """Where it came from, the innermost first. Its message isn't told, for it may quote a prompt."""
+    """Return where the error was raised, the innermost frame first, without its message: it may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
 
 
 def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: str) -> None:
-    """Send everything of this process to stderr in this form; `always` are values that every line has."""
+    """Log everything of this process to stderr in this format, with the values `always` in every line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(**always) if log_format == "json" else LineFormatter(**always))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each step of a migration
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat ours
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients are told anyway
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients get its warnings as errors
 
 
 def is_json() -> bool:
-    """Whether this process was `set_up` so: then whoever reads its standard error reads nothing else."""
+    """Return whether this process logs JSON, so that nothing else should be written to its stderr."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 def _word(value: Value) -> str:
-    """One word of ASCII, so that no value looks like another field."""
+    """Format a value as one ASCII word, so that it can't look like another field."""
     if isinstance(value, str):
         if _WORD.fullmatch(value):
             return value

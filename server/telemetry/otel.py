@@ -1,7 +1,7 @@
-"""Spans by OpenTelemetry's SDK, which reads how and whereto from its standard OTEL_ variables.
+"""Spans by OpenTelemetry's SDK, which reads its standard OTEL_ variables.
 
-What it says of headers is kept out of the log: it quotes those that it can't read, of whomever, and of the
-collector's what may be a key.
+Its log lines about headers are suppressed: they quote malformed headers of clients, and the collector's headers,
+which may contain a key.
 """
 
 import logging
@@ -25,7 +25,7 @@ _CLOSE_SECONDS = 3.0
 
 
 def _without_header(record: logging.LogRecord) -> bool:
-    record.msg, record.args = "OTEL_EXPORTER_OTLP_HEADERS: what isn't written name=value is left out", ()
+    record.msg, record.args = "OTEL_EXPORTER_OTLP_HEADERS: entries that aren't name=value are ignored", ()
     return True
 
 
@@ -35,7 +35,7 @@ for _name in ("opentelemetry.baggage", "opentelemetry.trace"):
 
 
 def exporter_of(name: str) -> SpanExporter:
-    """The installed exporter that OTEL_TRACES_EXPORTER calls so. Raises LookupError."""
+    """Return the installed exporter with this name in OTEL_TRACES_EXPORTER, or raise LookupError."""
     for found in entry_points(group=_GROUP, name=name):
         exporter: SpanExporter = found.load()()
         return exporter
@@ -78,10 +78,10 @@ class OtelSpan:
 
 
 class OtelTracer:
-    """`spans.Tracer`, with a provider of its own: what else in this process traces is another's."""
+    """`spans.Tracer`, with its own provider, so that other libraries' traces in this process stay separate."""
 
     def __init__(self, exporters: Sequence[SpanExporter], processors: Sequence[SpanProcessor] = ()) -> None:
-        """`exporters` are fed by a thread each; `processors` are for tests."""
+        """Feed each exporter from its own thread; `processors` are for tests."""
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         for processor in (*map(BatchSpanProcessor, exporters), *processors):
             self._provider.add_span_processor(processor)
@@ -113,7 +113,7 @@ class OtelTracer:
 
 
 def _resource() -> Resource:
-    """What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say, over what we say ourselves."""
+    """Return our attributes, overridden by OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES."""
     given = Resource.create()
     own = {SERVICE_VERSION: __version__}
     if str(given.attributes[SERVICE_NAME]).startswith("unknown_service"):

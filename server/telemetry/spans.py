@@ -1,14 +1,15 @@
-"""Spans as the rest of the server knows them; `server.telemetry.otel` makes them, which alone knows the library.
+"""The interface of spans for the rest of the server. Only `server.telemetry.otel`, its implementation, imports
+OpenTelemetry.
 
-Without a tracer there are none: whoever has a span to begin asks for one first, and does nothing where none is.
-Attributes are numbers, names and ids, never anybody's text. Times are nanoseconds since 1970.
+If tracing is off there is no tracer, and callers create no spans. Attributes are numbers, names and ids, never a
+user's text. Times are nanoseconds since 1970.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from server.config import trace_exporters
+from server.config.environment import trace_exporters
 
 Value = str | int | float | bool | Sequence[str]
 Attributes = Mapping[str, Value]
@@ -17,56 +18,56 @@ log = logging.getLogger("smolora.tracing")
 
 
 class Span(Protocol):
-    """Something that takes time, beneath another one or the first of its trace."""
+    """A timed operation: the root of a trace, or the child of another span."""
 
     @property
     def trace_id(self) -> str:
-        """32 hexadecimal digits."""
+        """Return 32 hexadecimal digits."""
         ...
 
     @property
     def traceparent(self) -> str:
-        """As W3C's header has it, for whoever goes on elsewhere."""
+        """Return W3C's traceparent header, to continue the trace in another process."""
         ...
 
     def child(self, name: str, start: int | None = None, attributes: Attributes | None = None) -> "Span":
-        """A span beneath it that begins now, or began then."""
+        """Begin a child span, now or at `start`."""
         ...
 
     def end(self, at: int | None = None, attributes: Attributes | None = None, error: str | None = None) -> None:
-        """It ends now, or has then; `error` is a kind of error, no message. Once."""
+        """End the span, now or at `at`. `error` is an error's type, not its message. Call it once."""
         ...
 
 
 class Tracer(Protocol):
-    """What begins traces, and sends them away from a thread of its own."""
+    """Begins traces, and exports them from its own thread."""
 
     def request(self, headers: Mapping[str, str]) -> Span | None:
-        """Of an HTTP request, which goes on the trace that `headers` name; None where it isn't sampled."""
+        """Begin the span of an HTTP request, in the trace that `headers` name. Return None if it isn't sampled."""
         ...
 
     def work(self, name: str, attributes: Attributes, because_of: str | None = None) -> Span | None:
-        """Of something that nobody waits for; `because_of` is the traceparent of what led to it."""
+        """Begin the span of background work; `because_of` is the traceparent of its cause."""
         ...
 
     def close(self) -> None:
-        """Send what is left, for a few seconds at most."""
+        """Export the remaining spans, for a few seconds at most."""
         ...
 
 
 def open_tracer() -> Tracer | None:
-    """As the OTEL_ variables ask; None where they don't. What is missing for it is said, and stops nobody."""
+    """Return a tracer if OTEL_ variables ask for one, else None. A missing exporter is logged and ignored."""
     if not (exporters := trace_exporters()):
         return None
     try:
         from server.telemetry.otel import OtelTracer, exporter_of
     except ImportError:
         log.warning(
-            "OTEL_ variables ask for traces: pip install -e '.[otel]' in smolora's folder, which they need"
+            "OTEL_ variables ask for traces, which need an extra: pip install -e '.[otel]' in smolora's folder"
         )
         return None
     try:
         return OtelTracer([exporter_of(name) for name in exporters])
-    except Exception as error:  # of whatever exporter was named
-        log.warning("there are no traces: %s", error)
+    except Exception as error:  # an exporter may raise anything
+        log.warning("tracing is off: %s", error)
         return None

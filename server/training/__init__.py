@@ -1,1 +1,1 @@
-"""Fine-tuning on the model that serves: data, the training loop, durable jobs. No HTTP."""
+"""Fine-tuning on the model that serves: rows, the training loop, passes and reports. No HTTP, no jobs."""

@@ -1,17 +1,12 @@
-"""Tokenized rows: compact in memory, and in one file that a training job reads back.
+"""Training rows as tokens: which tokens are trained on, and many rows in compact form, in memory and in a file.
 
-A file is safetensors of three flat tensors: `token_ids` int32 and `is_target` uint8, one entry for each token, and
-`offsets` int64, where each row starts and the last one ends.
-
-Rows → tokens, and which of them are trained on.
-
-    prompt, completion   encoded apart, the prompt as /generate encodes it; trained on: completion and end token
-    messages             through the base's chat template; trained on: each of the assistant's texts and its end
-                         token, but no header, nor turns of weight 0
+    prompt, completion   encoded separately, the prompt as /generate does; trained on: completion and end token
+    messages             encoded by the base's chat template; trained on: each of the assistant's texts and its end
+                         token, but no headers and no turns of weight 0
     text                 trained on: all of it, and the end token
 
-What is too long is cut from the right, and then loses its end token too. Nobody's text is a special token. The
-first token of a row is never trained on: nothing comes before it.
+Rows that are too long are cut at the end, and so lose their end token, too. Text that looks like a special token
+is treated as plain text. The first token of a row is never trained on, since nothing precedes it.
 """
 
 from array import array
@@ -29,14 +24,21 @@ from safetensors.numpy import load_file, save_file
 from adapters.errors import FieldError, InvalidInput
 from adapters.storage.durable import new_file
 from server.model.text.chat import PromptEncoder
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from server.training.spec import Overlong
+
+MAX_TOKENS = 1 << 26
+"""Tokens of all rows of a job: 320 MiB of memory."""
+MAX_FAULTS = 20
+"""Rows whose faults are reported."""
+MAX_REFERENCES = 200
+_SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens. Where is_target[i], token i is trained on, given those before it; never the first."""
+    """One row's tokens. If is_target[i], token i is trained on, given the tokens before it; never the first."""
 
     token_ids: tuple[int, ...]
     is_target: tuple[bool, ...]
@@ -47,7 +49,11 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Many examples in 5 bytes a token; each is made when it is asked for."""
+    """Many examples in 5 bytes a token; each `Example` is made on access.
+
+    The file is safetensors of three flat tensors: `token_ids` int32 and `is_target` uint8 with an entry for each
+    token, and `offsets` int64 with the start of each row and the end of the last.
+    """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._token_ids = array("i")
@@ -57,14 +63,13 @@ class Examples(Sequence[Example]):
             self.append(example)
 
     def append(self, example: Example) -> None:
-        """Add one at the end."""
         self._token_ids.extend(example.token_ids)
         self._is_target.extend(example.is_target)
         self._offsets.append(len(self._token_ids))
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
+        """Return the number of tokens of each example."""
         return [end - start for start, end in zip(self._offsets, self._offsets[1:], strict=False)]
 
     @property
@@ -73,8 +78,8 @@ class Examples(Sequence[Example]):
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are trained on."""
-        # array's own `count` makes an int of each, and holds the interpreter for as long as that takes
+        """Return the number of tokens that are trained on."""
+        # array's own `count` makes an int of each item, and holds the GIL all the time
         return int(np.count_nonzero(np.asarray(self._is_target).view(np.bool_)))
 
     def __len__(self) -> int:
@@ -87,7 +92,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # IndexError where there is none
+        place = range(len(self))[index]  # raises IndexError
         span = slice(self._offsets[place], self._offsets[place + 1])
         return Example(tuple(self._token_ids[span]), tuple(map(bool, self._is_target[span])))
 
@@ -95,7 +100,7 @@ class Examples(Sequence[Example]):
         return (self[index] for index in range(len(self)))
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all. Raises OSError."""
+        """Write the file, completely or not at all. Raise OSError if that fails."""
         tensors: dict[str, npt.NDArray[np.generic]] = {
             "token_ids": np.array(self._token_ids, np.int32),
             "is_target": np.array(self._is_target, np.uint8),
@@ -106,7 +111,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def load(cls, path: Path) -> "Examples":
-        """What `save` wrote. Raises OSError, or SafetensorError where the file is damaged."""
+        """Read what `save` wrote. Raise OSError, or SafetensorError if the file is damaged."""
         tensors = load_file(path)
         examples = cls()
         examples._token_ids = array("i", tensors["token_ids"].tobytes())
@@ -115,27 +120,9 @@ class Examples(Sequence[Example]):
         return examples
 
 
-def save_examples(path: Path, examples: Iterable[Example]) -> None:
-    """As `Examples.save`."""
-    (examples if isinstance(examples, Examples) else Examples(examples)).save(path)
-
-
-def load_examples(path: Path) -> Examples:
-    """As `Examples.load`."""
-    return Examples.load(path)
-
-
-MAX_TOKENS = 1 << 26
-"""Of all rows of a job: 320 MiB of memory."""
-MAX_FAULTS = 20
-"""Rows at fault that are named."""
-MAX_REFERENCES = 200
-_SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
-
-
 @dataclass(frozen=True)
 class Reference:
-    """What a greedy completion of a row is compared with."""
+    """A prompt and the text that a greedy completion of it is compared with."""
 
     prompt: tuple[int, ...]
     text: str
@@ -144,7 +131,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """All rows of a job, in their order. `warnings` are of what nobody wants who knows of it."""
+    """All rows of a job, in their order, and warnings about likely mistakes in them."""
 
     examples: Examples
     num_truncated: int
@@ -155,16 +142,16 @@ class RowEncoder:
     """Encodes rows for one base. Safe to call from several threads at once."""
 
     def __init__(self, encoder: PromptEncoder, eos_token_id: int, end_token_ids: Collection[int] = ()) -> None:
-        """`eos_token_id` is appended to rows; any of `end_token_ids` may end an assistant's turn too."""
+        """Append `eos_token_id` to rows; any of `end_token_ids` may end an assistant's turn, too."""
         self._encoder = encoder
         self._eos = eos_token_id
         self._ends = frozenset({eos_token_id, *end_token_ids})
 
     def encode(self, row: Row, max_length: int, overlong: Overlong = "truncate") -> Example:
-        """The row in at most `max_length` tokens.
+        """Encode the row in at most `max_length` tokens.
 
-        Raises InvalidInput on the row's field where it is longer and `overlong` is refuse, where nothing is left
-        to train on, or where the base's chat template can't take the messages.
+        Raise InvalidInput on the row's field if the row is longer and `overlong` is refuse, if nothing is left to
+        train on, or if the base's chat template rejects the messages.
         """
         return self._encode(row, max_length, overlong)[0]
 
@@ -175,7 +162,7 @@ class RowEncoder:
         overlong: Overlong = "truncate",
         loc: tuple[str | int, ...] = ("data",),
     ) -> EncodedRows:
-        """Every row. Raises InvalidInput that names the rows at fault, counted from 0: (*loc, row, field)."""
+        """Encode all rows. Raise InvalidInput with the rows at fault, counted from 0, as (*loc, row, field)."""
         examples = Examples()
         num_truncated = 0
         spelled = Counter[str]()
@@ -195,13 +182,13 @@ class RowEncoder:
                 raise InvalidInput([FieldError(loc, f"has more than {MAX_TOKENS} tokens")])
         if faults:
             raise InvalidInput(faults[:MAX_FAULTS])
-        warnings = [_SPELLED.format(name, counted(number, "row")) for name, number in spelled.items()]
+        warnings = [_SPELLED.format(name, plural(number, "row")) for name, number in spelled.items()]
         return EncodedRows(examples, num_truncated, tuple(warnings))
 
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
-        """The completion, or the last turn that is trained on, and what comes before it; None for a text.
+        """Return the completion, or the last turn that is trained on, and its prompt; None for a text.
 
-        Of the prompt the first `max_prompt` tokens are kept: a base that reads no more has no room for an answer.
+        The prompt is cut after `max_prompt` tokens: beyond that, the base has no room for an answer anyway.
         """
         if isinstance(row, CompletionRow):
             prompt, text = self._encoder.prompt(row.prompt), row.completion
@@ -214,12 +201,12 @@ class RowEncoder:
     def references(
         self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_prompt: int | None = None
     ) -> list[Reference]:
-        """Those of the first `limit` rows that have one; `max_prompt` as in `reference`."""
+        """Return the references of the first `limit` rows that have one; `max_prompt` is as in `reference`."""
         found = (self.reference(row, max_prompt) for row in rows)
         return list(islice((reference for reference in found if reference is not None), limit))
 
     def _encode(self, row: Row, max_length: int, overlong: Overlong) -> tuple[Example, bool]:
-        """(the example, whether it was truncated)."""
+        """Return (the example, whether it was truncated)."""
         token_ids, targets, field = self._whole(row)
         num_tokens = len(token_ids)
         if num_tokens > max_length and overlong == "refuse":
@@ -237,7 +224,7 @@ class RowEncoder:
         return Example(tuple(token_ids), tuple(is_target)), num_tokens > max_length
 
     def _whole(self, row: Row) -> tuple[list[int], Sequence[range], str]:
-        """(all tokens up to the last that is trained on, those that are, the field that they come from)."""
+        """Return (all tokens up to the last trained one, ranges of trained tokens, the field for errors)."""
         if isinstance(row, MessagesRow):
             token_ids, turns = self._encoder.conversation(row.messages, self._ends)
             trained = (place not in row.untrained for place in row.assistant)
@@ -257,16 +244,16 @@ class RowEncoder:
 
 
 def texts_of(row: Row) -> Sequence[str]:
-    """Return the texts of the row, in their order."""
+    """Return the row's texts, in their order."""
     if isinstance(row, MessagesRow):
         return [turn.content for turn in row.messages]
     return [row.text] if isinstance(row, TextRow) else [row.prompt, row.completion]
 
 
 def preview(example: Example, decode: Callable[[list[int]], str]) -> list[tuple[str, bool]]:
-    """The tokens for a person, in order: (text, whether it is trained on). Special tokens are shown by name.
+    """Return the tokens for display, in order: (text, whether it is trained on). Special tokens appear by name.
 
-    `decode` is the tokenizer's. Tokens that hold parts of one character are shown as one, as the last of them.
+    `decode` is the tokenizer's. Tokens that are parts of one character are shown as one.
     """
     shown: list[tuple[str, bool]] = []
     pending: list[int] = []
@@ -275,7 +262,7 @@ def preview(example: Example, decode: Callable[[list[int]], str]) -> list[tuple[
         text = decode(pending)
         following = example.is_target[place + 1 : place + 2]
         is_alike = following == (is_target,) or (place == 0 and len(following) == 1)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and is_alike and len(pending) < 4:  # a character's bytes
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and is_alike and len(pending) < 4:  # part of a character
             continue
         shown.append((text, is_target))
         pending = []

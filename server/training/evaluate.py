@@ -1,8 +1,7 @@
-"""How good a model is on rows that it was not trained on, dropout off: loss and accuracy.
+"""Loss and accuracy of a model on held-out rows, without dropout.
 
-Each row is read once, and the model asked what it makes of every counted token, given the true ones before it.
-Which rows, and what becomes of the numbers, is the caller's. Exact match, which needs completions, is measured by
-`server.jobs.exact_match`, with the engine.
+The model predicts every counted token of a row from the true tokens before it. Exact match needs completions, so
+`server.jobs.exact_match` measures it with the engine.
 """
 
 import math
@@ -17,28 +16,28 @@ from server.training.passes import MicroBatch, Pass
 from server.training.trainer import pack
 
 MAX_TOKENS = 2048
-"""Of a micro-batch; a longer row is one of its own."""
+"""Tokens of a micro-batch; a longer row has its own micro-batch."""
 MAX_LOSS = 700.0
-"""Nats, beyond which a perplexity would not be a finite number."""
+"""Nats. The perplexity of a higher loss isn't a finite number."""
 
 
 class LossNotFinite(SmoloraError):
-    """What trained weights are to be compared with has a held-out loss that is no number."""
+    """The held-out loss of the baseline isn't a finite number, so trained weights can't be compared with it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. `exact_match` is a share of the completions asked for; None where none was."""
+    """Measurements on held-out rows. `exact_match` is a share of completions, or None if there were none."""
 
     loss: float  # nats per counted token
-    accuracy: float  # of the likeliest token, given the true ones before it
+    accuracy: float  # share of counted tokens that the model finds the likeliest
     num_rows: int
     num_tokens: int  # counted
     exact_match: float | None = None
 
     @property
     def is_finite(self) -> bool:
-        """Whether the loss is a number that others can be compared with."""
+        """Return whether other losses can be compared with this one."""
         return math.isfinite(self.loss)
 
     @property
@@ -58,11 +57,12 @@ def evaluate(
     yield_or_leave: Callable[[], None] = _go_on,
     computing: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
-    """Loss and accuracy over the tokens of `examples` that are trained on, of which there must be some.
+    """Measure loss and accuracy over the counted tokens of `examples`. Raise ValueError if there are none.
 
-    `yield_or_leave` is called before each micro-batch, and may raise; the micro-batch then is in a block of
-    `computing`, which is told its tokens. `max_tokens` changes the result by rounding
-    alone, in native code not at all: losses are added up as if without rounding."""
+    `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs in a block of
+    `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by rounding
+    in torch's passes, and not at all in native code.
+    """
     losses, num_right = array("d"), 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
         yield_or_leave()

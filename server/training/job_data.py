@@ -1,9 +1,9 @@
-"""A job's rows on disk, tokenized once when the job is submitted: what its worker reads, and nothing else.
+"""A job's rows on disk. They are tokenized once, when the job is submitted, and are all that its worker reads.
 
 HOME/jobs/<id>/train.safetensors        rows to train on
-               validation.safetensors   held-out rows, where there are any
-               data.json                what the card says of the data, the references of exact match, and
-                                        which base's tokens these are
+               validation.safetensors   held-out rows, if there are any
+               data.json                facts about the data for the report, references of exact match, and the
+                                        digest of the base that the rows were tokenized for
 """
 
 import json
@@ -14,48 +14,48 @@ from typing import TYPE_CHECKING
 
 from adapters.errors import SmoloraError
 from adapters.storage.durable import new_file
-from server.training.encoding import Examples, Reference, load_examples, save_examples
+from server.training.encoding import Examples, Reference
 from server.training.spec import read_document
 
 if TYPE_CHECKING:
     from server.model.base.weights import BaseModel
 
 DATA_NAME = "data.json"
-"""Is written last of a job's rows."""
+"""Written last, so that a directory with this file is complete."""
 TRAIN_NAME, VALIDATION_NAME = "train.safetensors", "validation.safetensors"
 
 
 class AnotherBase(SmoloraError):
-    """The rows are tokens of another base than the one that is to be trained on."""
+    """The rows were tokenized for another base than the worker's."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The rows: those of training, and those held out. Digests are `CanonicalRows.digest`'s."""
+    """Facts about the training rows and the held-out rows. Digests are those of `CanonicalRows.digest`."""
 
     digest: str
     num_rows: int
     num_tokens: int  # inputs of one pass
-    num_targets: int  # tokens that are trained on
+    num_targets: int  # counted tokens
     num_truncated: int
     validation_digest: str | None = None
     num_validation_rows: int = 0
     num_validation_truncated: int = 0
-    num_overlapping: int = 0  # held-out rows that are training rows too
+    num_overlapping: int = 0  # held-out rows that are also training rows
 
 
 @dataclass(frozen=True)
 class JobData:
-    """The rows of a job. `references` are what greedy completions of held-out rows are compared with."""
+    """The rows of a job. Greedy completions of held-out rows are compared with `references`."""
 
     train: Examples
     validation: Examples | None
     references: Sequence[Reference]
     facts: DataFacts
-    base_digest: str | None  # of the base that they were tokenized for; None: of before that was kept
+    base_digest: str | None  # of the base that the rows were tokenized for; None: unknown
 
     def check_base(self, base: "BaseModel") -> None:
-        """Raises AnotherBase where `base` isn't the one that they were tokenized for, as far as that is known."""
+        """Raise AnotherBase if the rows are known to be tokenized for another base."""
         if self.base_digest is not None and base.digest != self.base_digest:
             raise AnotherBase(
                 f"the rows were tokenized for another base ({self.base_digest[:12]}) than the worker's, "
@@ -63,11 +63,11 @@ class JobData:
             )
 
     def save(self, directory: Path) -> None:
-        """Write it all; `data.json` comes last, so a directory with it is whole. Raises OSError."""
+        """Write all files, `data.json` last. Raise OSError if that fails."""
         directory.mkdir(parents=True, exist_ok=True)
-        save_examples(directory / TRAIN_NAME, self.train)
+        self.train.save(directory / TRAIN_NAME)
         if self.validation is not None:
-            save_examples(directory / VALIDATION_NAME, self.validation)
+            self.validation.save(directory / VALIDATION_NAME)
         rest = {
             "base_digest": self.base_digest,
             "facts": asdict(self.facts),
@@ -78,12 +78,12 @@ class JobData:
 
     @classmethod
     def load(cls, directory: Path) -> "JobData":
-        """What `save` wrote. Raises OSError where it isn't there."""
+        """Read what `save` wrote. Raise OSError if it isn't there."""
         rest = json.loads((directory / DATA_NAME).read_text(encoding="utf-8"))
         validation = directory / VALIDATION_NAME
         return cls(
-            train=load_examples(directory / TRAIN_NAME),
-            validation=load_examples(validation) if validation.is_file() else None,
+            train=Examples.load(directory / TRAIN_NAME),
+            validation=Examples.load(validation) if validation.is_file() else None,
             references=read_document(list[Reference], rest["references"]),
             facts=read_document(DataFacts, rest["facts"]),
             base_digest=rest.get("base_digest"),

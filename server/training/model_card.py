@@ -1,7 +1,6 @@
-"""The card of an adapter as a README.md, out of its report: what lies beside the files that people download.
+"""The model card: a README.md made from an adapter's report, which people download with its files.
 
-The front matter is what model hubs read. The description and names are the user's: they are shown as text,
-whatever is in them.
+Model hubs read the front matter. Description and names come from users and are escaped, so that they show as text.
 """
 
 import json
@@ -9,25 +8,25 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from server.system.program import counted
+from server.system.messages import plural
 
 Fields = Mapping[str, object]
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|#&!~]")
-_MARKUP_AT_START = re.compile(r"^(\d*)([-+=.)])")  # of a list, a rule, or a heading above it
+_MARKUP_AT_START = re.compile(r"^(\d*)([-+=.)])")  # starts a list or a rule, or underlines a heading
 _MAX_CURVE_ROWS = 10
 _MEASURES = {"loss": "{:.4f}", "perplexity": "{:.3f}", "accuracy": "{:.2%}", "exact_match": "{:.2%}"}
 
 
 def model_card(report: Fields) -> str:
-    """Markdown from what `report` or `merge_report` built, also once it was stored as JSON."""
+    """Return Markdown for the report of a training job or a merge, also after a trip through JSON."""
     if report.get("kind") == "merge":
         return _merge_card(report)
     parts = [_front_matter(report), f"# {_text(report['name'])}"]
     if report["description"]:
         parts.append("\n".join(f"> {_text(line)}" for line in str(report["description"]).splitlines()))
-    parts += [_introduction(report), "## What it is worth", _comparison(report)]
-    parts += ["## What it took", _table(("", ""), _cost(report)), "## What it comes from"]
+    parts += [_introduction(report), "## Evaluation", _comparison(report)]
+    parts += ["## Cost", _table(("", ""), _cost(report)), "## Origin"]
     parts += [_table(("", ""), _origin(report)), "## Configuration", _configuration(report)]
     curves = _curves(_fields(report, "curves"))
     return "\n\n".join(part for part in [*parts, *curves] if part) + "\n"
@@ -52,7 +51,7 @@ def _merge_card(report: Fields) -> str:
         ("wall time", f"{report['wall_seconds']:,.1f} s"),
     ]
     head = [_front_matter(report), f"# {_text(report['name'])}", _introduction(report)]
-    body = ["## What it is made of", _table(("adapter", "weight", "digest"), made_of), _table(("", ""), facts)]
+    body = ["## Parts", _table(("adapter", "weight", "digest"), made_of), _table(("", ""), facts)]
     return "\n\n".join([*head, *body]) + "\n"
 
 
@@ -63,7 +62,7 @@ def _front_matter(report: Fields) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["smolora", str(report["method"])],
     }
-    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]  # JSON is YAML, whatever the text
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]  # JSON is valid YAML
     return "\n".join(["---", *lines, "---"])
 
 
@@ -81,7 +80,7 @@ def _introduction(report: Fields) -> str:
 
 
 def _comparison(report: Fields) -> str:
-    """The base against the adapter, a row for each measure."""
+    """Return a table that compares base and adapter, with a row for each measure."""
     gate = _fields(report, "gate")
     publication = f"Publication (`{gate['publish_if']}`): {_text(gate['reason'])}."
     if not report["evaluation"]:
@@ -118,11 +117,11 @@ def _cost(report: Fields) -> list[tuple[str, str]]:
 
 
 def _count(fields: Fields, name: str, noun: str) -> str:
-    return counted(cast("int", fields[name]), noun)
+    return plural(cast("int", fields[name]), noun)
 
 
 def _kept(report: Fields) -> str:
-    """Which step's weights these are, where it isn't the last one."""
+    """Return a remark if the weights aren't those of the last step."""
     kept = report.get("kept_step", report["steps"])
     return "" if kept == report["steps"] else f"; the weights are those of step {kept:,}, the best one"
 
@@ -140,15 +139,15 @@ def _origin(report: Fields) -> list[tuple[str, str]]:
         ("data", f"{_count(data, 'rows', 'row')}, {data['truncated']:,} of them truncated, `{data['digest']}`")
     )
     if data["validation_digest"]:
-        shared = f", {data['overlap']:,} of them training rows too" if data["overlap"] else ""
+        overlap = f", {data['overlap']:,} of them training rows too" if data["overlap"] else ""
         rows.append(
-            ("held out", f"{_count(data, 'validation_rows', 'row')}{shared}, `{data['validation_digest']}`")
+            ("held out", f"{_count(data, 'validation_rows', 'row')}{overlap}, `{data['validation_digest']}`")
         )
     versions = ", ".join(f"{name} {version}" for name, version in _fields(environment, "versions").items())
     machine = (
         f"{environment['device']} ({environment['instructions']}), {_count(environment, 'threads', 'thread')}"
     )
-    if gpu := environment.get("gpu"):  # older cards know of none
+    if gpu := environment.get("gpu"):
         machine = f"{_text(gpu)} ({environment['device']})"
     computed_by = ", then ".join(map(_text, cast("Sequence[str]", environment["computed_by"])))
     rows += [("device", f"{machine}, {environment['dtype']}"), ("computed by", computed_by)]
@@ -162,7 +161,7 @@ def _configuration(report: Fields) -> str:
 
 
 def _curves(curves: Mapping[str, object]) -> list[str]:
-    """A short table of each curve."""
+    """Return a heading and a short table for each curve."""
     parts = []
     for name, curve in curves.items():
         points = cast("Sequence[tuple[int, float]]", curve)
@@ -188,7 +187,7 @@ def _bytes(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """As plain text: no markup, no table cell, no list and no line of its own."""
+    """Escape a user's text: no markup, no table cells, no list, and on one line."""
     line = "".join(character for character in " ".join(str(value).split()) if character.isprintable())
     line = _MARKUP.sub(r"\\\g<0>", line)
     return _MARKUP_AT_START.sub(r"\1\\\2", line)

@@ -1,13 +1,7 @@
-"""Whether a trained adapter is good enough to be published, and why not.
+"""The report on a training job: its adapter, data and cost, and an evaluation against the base.
 
-A finished run step by step, as the CSV that OpenAI's clients read from a job's result file.
-
-What is not measured at a step is left empty; accuracy in training isn't measured at all.
-
-The adapter card: what was trained, on what, what it cost, and what it is worth beside the untouched base.
-
-`build_report` makes the JSON of GET /train/{id}/report out of what a job has found; `model_card` makes a README.md
-of that for people who get the adapter's files. Neither holds a row's text. Where they are kept is the caller's.
+`build_report` makes the JSON of GET /train/{id}/report from a job's findings; `model_card` makes a README.md from
+it for people who download the adapter. Neither contains a row's text. Storing them is left to the caller.
 """
 
 import csv
@@ -29,10 +23,19 @@ from server.training.evaluate import Evaluation
 from server.training.job_data import DataFacts
 from server.training.spec import JobSpec, Method, PublishIf
 
+MAX_POINTS = 500
+"""Points of each curve in the report; a longer curve is thinned out evenly. The job's events have every step."""
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_STATUS = Path("/proc/self/status")
+COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+Curve = Sequence[tuple[int, float]]
+"""(optimizer steps done, nats per counted token), in order."""
+
 
 @dataclass(frozen=True)
 class Gate:
-    """The decision on `publish_if`. `reason` is a sentence for whoever reads the report."""
+    """The decision on `publish_if`. `reason` is a sentence for readers of the report."""
 
     publish_if: PublishIf
     passes: bool
@@ -46,10 +49,10 @@ def decide(
     latest: Evaluation | None = None,
     method: Method = "lora",
 ) -> Gate:
-    """Hold the tuned adapter to the base's loss, or to that of the name's latest version, if there is one.
+    """Decide whether to publish the tuned adapter, by its loss against the base's or the latest version's.
 
-    All on the same held-out rows; a loss must be lower, not equal. Only "always" does without evaluations, for
-    which it raises ValueError. What is fully fine-tuned is never published.
+    All evaluations are on the same held-out rows; the loss must be lower, not equal. Raise ValueError if an
+    evaluation is missing, unless `publish_if` is "always". A fully fine-tuned model is never published.
     """
     if method == "full":
         return Gate(publish_if, False, "a fully fine-tuned model is kept with its job, but it is no adapter")
@@ -63,42 +66,12 @@ def decide(
     return Gate(publish_if, passes, f"its loss of {tuned.loss:.4f} {verb} below {name}, {other.loss:.4f}")
 
 
-COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-
-Curve = Sequence[tuple[int, float]]
-"""(optimizer steps done, nats per counted token), in order."""
-
-
-def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation | None) -> bytes:
-    """A line for each step of `train`; `tuned` is what the weights that were kept, those of `step`, are worth."""
-    losses = dict(held_out)
-    accuracies: dict[int, float] = {}
-    if tuned is not None:
-        losses[step] = tuned.loss
-        accuracies[step] = tuned.accuracy
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for number, loss in train:
-        writer.writerow((number, loss, "", losses.get(number, ""), accuracies.get(number, "")))
-    return text.getvalue().encode()
-
-
-MAX_POINTS = 500
-"""Of each curve; a longer one is thinned out evenly. The job's events hold every step."""
-
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_STATUS = Path("/proc/self/status")
-
-"""(optimizer steps done, value), in order."""
-
-
 @dataclass(frozen=True)
 class Cost:
-    """What the job took."""
+    """The cost of a job."""
 
-    num_steps: int  # optimizer steps taken, in so many epochs
-    kept_step: int  # whose weights were kept: the last one's, or the best evaluation's
+    num_steps: int  # optimizer steps
+    kept_step: int  # the step whose weights were kept: the last, or the best by evaluation
     epochs: float
     num_tokens: int  # inputs of all steps, without padding
     tokens_per_second: float
@@ -109,19 +82,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the bytes of a result depend on, besides data, base, seed and configuration."""
+    """Everything that the bytes of a result depend on, besides data, base, seed and configuration."""
 
     device: str
     dtype: str
     threads: int
-    instructions: str  # what torch's CPU kernels use
+    instructions: str  # of torch's CPU kernels
     versions: Mapping[str, str]
-    computed_by: Sequence[str] = ("torch",)  # or native source and its compiler; several where attempts differed
-    gpu: str | None = None  # what the device is, where it is none of a CPU's
+    computed_by: Sequence[str] = ("torch",)  # or native source and its compiler; several if attempts differed
+    gpu: str | None = None  # the GPU's name; None on a CPU
 
     @classmethod
     def of(cls, base: BaseModel, computed_by: Sequence[str] = ("torch",)) -> "Environment":
-        """This process's, training on `base`."""
+        """Describe this process, training on `base`."""
         versions = {
             "smolora": server.__version__,
             "python": platform.python_version(),
@@ -144,7 +117,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """The adapter's files: `config` is what is published, of twice the rank for pissa and olora."""
+    """The adapter's files. `config` is the published one, with twice the rank for pissa and olora."""
 
     digest: str
     config: LoraConfig
@@ -153,7 +126,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that a job found out. Evaluations are None without held-out rows, `latest` also where unasked."""
+    """Everything that a job found out. Evaluations are None without held-out rows, `latest` also if not needed."""
 
     data: DataFacts
     cost: Cost
@@ -168,7 +141,7 @@ class Findings:
 
 
 def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, object]:
-    """The card, JSON-ready. Losses must be finite: a job whose loss is not has failed before."""
+    """Return the JSON-ready report. Losses must be finite; a job with another loss has failed before."""
     num_base = base.weights.num_parameters
     lineage = {"start_from": spec.start_from, "digest": spec.start_from_digest} if spec.start_from else None
     return {
@@ -198,21 +171,8 @@ def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, o
     }
 
 
-def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
-    """The most memory that this process ever held: of a GPU, what was taken from it, also between tensors; else
-    resident memory, with mapped weights in it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    try:
-        # Of this program alone; what getrusage tells begins with what the process was before its exec.
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def adapter_document(facts: AdapterFacts) -> dict[str, object]:
-    """The adapter's files in a card."""
+    """Return the report's entry on the adapter's files."""
     config = facts.config
     return {
         "digest": facts.digest,
@@ -225,7 +185,7 @@ def adapter_document(facts: AdapterFacts) -> dict[str, object]:
 
 
 def _evaluation(found: Findings) -> dict[str, object] | None:
-    """The base against the tuned adapter, on the same rows."""
+    """Return the evaluations of base, tuned adapter and latest version, on the same rows."""
     if found.tuned is None:
         return None
     measured = {"base": found.base, "tuned": found.tuned, "latest": found.latest}
@@ -260,8 +220,39 @@ def _data(facts: DataFacts) -> dict[str, object]:
 
 
 def _thinned(curve: Curve) -> Curve:
-    """At most `MAX_POINTS` of the points, evenly spread, with the first and the last."""
+    """Return at most `MAX_POINTS` of the points, evenly spread, with the first and the last."""
     if len(curve) <= MAX_POINTS:
         return curve
     last = len(curve) - 1
     return [curve[i * last // (MAX_POINTS - 1)] for i in range(MAX_POINTS)]
+
+
+def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation | None) -> bytes:
+    """Return a finished run step by step, as the CSV that OpenAI's clients read from a job's result file.
+
+    There is a line for each step of `train`. `tuned` is the evaluation of the kept weights, those of `step`.
+    Values that weren't measured are empty; accuracy in training isn't measured at all.
+    """
+    losses = dict(held_out)
+    accuracies: dict[int, float] = {}
+    if tuned is not None:
+        losses[step] = tuned.loss
+        accuracies[step] = tuned.accuracy
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for number, loss in train:
+        writer.writerow((number, loss, "", losses.get(number, ""), accuracies.get(number, "")))
+    return text.getvalue().encode()
+
+
+def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
+    """Return this process's peak memory: reserved on the GPU, or resident, including mapped weights."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        # This is of this program alone; getrusage's value includes the process before its exec.
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

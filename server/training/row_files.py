@@ -1,8 +1,9 @@
-"""Rows out of uploaded files, line by line: JSONL, or CSV whose first line names the columns.
+"""Readers of uploaded files of rows: JSONL, or CSV with column names in the first line.
 
-A file is never held whole: a line (a record, in CSV) has at most `MAX_LINE` bytes, a file `MAX_LINES` lines, blank
-ones too, and reading ends once `MAX_FAULTS` are found, or the lines at fault are as long as one may be. Each fault
-names the field, and the line on which its record begins. What a row may be is `server.training.rows`'s part.
+A file is read line by line and never held in memory as a whole. A line (in CSV, a record) has at most `MAX_LINE`
+bytes, a file at most `MAX_LINES` lines, including blank ones. Reading ends after `MAX_FAULTS` faults, or when the
+faulty lines together exceed `MAX_LINE` characters. Each fault names the field, and the line where its record
+begins.
 """
 
 import codecs
@@ -14,7 +15,7 @@ from typing import BinaryIO, Literal, NoReturn, get_args
 
 from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
-from server.system.program import counted
+from server.system.messages import plural
 from server.training.rows import FIELDS, IgnoredFields, Row, misspelt, parse_row, shown
 
 Format = Literal["jsonl", "csv"]
@@ -41,15 +42,15 @@ _BEGINNINGS = {
     b"PK\x03\x04": "it is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV UTF-8",
     b"PAR1\x15": f"it is a Parquet file: {_ENDINGS['parquet']}",
 }
-"""What files that aren't text begin with, and how rows come out of them."""
+"""The first bytes of files that aren't text, and how to convert them."""
 _ARRAY = re.compile(r"\s*\[\s*(\{|$)")  # of objects
-_OF_ARRAY = f"begins an array, where each line is a row: {_ENDINGS['json']}"
+_OF_ARRAY = f"begins an array, but each line must be a row: {_ENDINGS['json']}"
 FILE = "file"
-"""Where a fault is that lies in no field; the upload's name in a form."""
+"""The place of faults that belong to no field; also the name of an upload's form field."""
 
 
 def format_of(filename: str) -> Format:
-    """By the name's ending. Raises InvalidInput on `file`."""
+    """Return the format by the name's ending. Raise InvalidInput on `file` if it is unknown."""
     ending = PurePath(filename).suffix.lower().removeprefix(".")
     for known in get_args(Format):
         if ending == known:
@@ -60,22 +61,21 @@ def format_of(filename: str) -> Format:
 
 
 def short_name(filename: str) -> str:
-    """What is kept of an upload's name: no folders, and not all of a long one."""
+    """Return an upload's name as it is stored: without folders, and cut if it is long."""
     return PurePath(filename).name[:MAX_FILENAME]
 
 
 def read_rows(stream: BinaryIO, file_format: Format, ignored: IgnoredFields | None = None) -> Iterator[Row]:
-    """The rows as they come; what else they have is counted in `ignored`.
+    """Yield the rows of a file, and count other fields in `ignored`.
 
-    Raises InvalidInput, after the good rows between the first fault and the last.
-
-    Use nothing of a file until this has ended.
+    Raise InvalidInput if the file has faults, but only after the valid rows between the first fault and the last.
+    So don't use any row before the iterator has ended.
     """
     return read_jsonl(stream, ignored) if file_format == "jsonl" else read_csv(stream, ignored)
 
 
 def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
-    """One JSON object a line, in UTF-8; blank lines count for nothing. As `read_rows`."""
+    """Yield the rows of a file with a JSON object on each line, in UTF-8; skip blank lines. See `read_rows`."""
     faults = _Faults()
     lines = _Lines(stream, faults)
     for line in lines:
@@ -93,10 +93,10 @@ def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterat
 
 
 def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
-    """Comma-separated, quoted by `"`, in UTF-8; blank records count for nothing. As `read_rows`.
+    """Yield the rows of a CSV file, comma-separated, quoted by `"`, in UTF-8; skip blank records. See `read_rows`.
 
-    The columns may be in any order, and stand among others; `messages` are JSON. A field may be as long as the csv
-    module lets it be: 131,072 characters.
+    Columns may be in any order, and there may be others; `messages` are JSON. A field has at most 131,072
+    characters, the csv module's limit.
     """
     faults = _Faults()
     lines = _Lines(stream, faults, stops=True)
@@ -111,7 +111,7 @@ def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator
         try:
             if len(fields) != len(names):
                 raise InvalidInput.of(
-                    FILE, f"has {counted(len(fields), 'column')}, where the first line names {len(names)}"
+                    FILE, f"has {plural(len(fields), 'column')}, but the first line names {len(names)}"
                 )
             texts = dict(zip(names, fields, strict=True))
             parsed = {"messages": _json(texts["messages"], "messages")} if "messages" in texts else {}
@@ -124,7 +124,7 @@ def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator
 
 
 def _header_fault(names: Sequence[str]) -> str | None:
-    """What is wrong with the names of columns, if anything is. Those of one shape must be there, each once."""
+    """Return the fault of the column names, or None. Exactly one shape's columns must be there, each once."""
     needed = {name for shape in FIELDS for name in shape}
     there = {name for name in names if name in needed}
     if there in map(set, FIELDS):
@@ -141,7 +141,7 @@ def _header_fault(names: Sequence[str]) -> str | None:
 
 
 def _begins_array_of_rows(line: str) -> bool:
-    """Whether a file whose first line this is seems to be one array of rows. A list of turns is none."""
+    """Return whether a file with this first line seems to be an array of rows. A list of turns isn't one."""
     if not _ARRAY.match(line):
         return False
     try:
@@ -152,7 +152,7 @@ def _begins_array_of_rows(line: str) -> bool:
 
 
 def _json(text: str, field: str) -> object:
-    """Raises InvalidInput on `field`."""
+    """Parse JSON. Raise InvalidInput on `field` if it is malformed."""
     try:
         return strict_json.parse(text)
     except strict_json.BadJsonError as error:
@@ -160,14 +160,14 @@ def _json(text: str, field: str) -> object:
 
 
 class _Faults:
-    """What is wrong with a file so far."""
+    """The faults found in a file so far."""
 
     def __init__(self) -> None:
         self._found: list[FieldError] = []
         self._length = 0
 
     def add(self, line: int, error: InvalidInput, length: int = 0) -> None:
-        """Keep the faults of a line of `length` characters; raises InvalidInput with all where that is enough."""
+        """Add the faults of a line of `length` characters. Raise InvalidInput with all faults at the limit."""
         self._length += length
         for fault in error.errors:
             if fault.loc == (FILE,):
@@ -180,7 +180,7 @@ class _Faults:
             raise InvalidInput([*self._found[:MAX_FAULTS], more])
 
     def stop(self, line: int, message: str) -> NoReturn:
-        """Raises InvalidInput with all faults and this one, after which nothing can be read."""
+        """Raise InvalidInput with this fault and all others: the rest of the file can't be read."""
         self.add(line, InvalidInput.of(FILE, message))
         raise InvalidInput(self._found)
 
@@ -190,13 +190,13 @@ class _Faults:
 
 
 class _Lines:
-    """The lines of a file as text, each with its end. Faulty ones are left out, or stop the reading."""
+    """The lines of a file as text, with line ends. Faulty lines are skipped; with `stops` they end the reading."""
 
     def __init__(self, stream: BinaryIO, faults: _Faults, stops: bool = False) -> None:
         self.number = 0
-        """Of the line that came last."""
+        """The number of the last line."""
         self.first = 1
-        """Of the line that the record began with, after `begin_record`."""
+        """The number of the current record's first line, after `begin_record`."""
         self._num_blank = 0
         self._record_bytes = 0
         self._stream = stream
@@ -218,7 +218,7 @@ class _Lines:
             if self.number == 1:
                 remedies = [said for begins, said in _BEGINNINGS.items() if line.startswith(begins)]
                 if remedies:
-                    self._faults.stop(1, f"is no text: {remedies[0]}")
+                    self._faults.stop(1, f"is not text: {remedies[0]}")
                 line = line.removeprefix(codecs.BOM_UTF8)
             self._num_blank += not line.strip()
             if is_long:
@@ -241,11 +241,11 @@ class _Lines:
 
     @property
     def is_first(self) -> bool:
-        """Whether the line that came last is the first that isn't blank."""
+        """Return whether the last line is the first that isn't blank."""
         return self.number == self._num_blank + 1
 
     def begin_record(self) -> None:
-        """Count the bytes from here."""
+        """Start a record at the next line, and count its bytes from there."""
         self.first = self.number + 1
         self._record_bytes = 0
 
@@ -259,7 +259,7 @@ def _records(lines: _Lines, faults: _Faults) -> Iterator[list[str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            # the module's own words are for programmers
+            # the csv module's own messages are for programmers
             reason = _CSV_FAULTS.get(str(error).partition(" - ")[0], str(error))
             faults.stop(lines.first, f"is not CSV: {reason}")
         yield fields

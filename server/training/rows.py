@@ -1,22 +1,11 @@
-"""One row of training data, in its three shapes, and the canonical JSON that it is hashed by.
+"""Rows of training data: their three shapes, canonical JSON, rows in memory, and the split for validation.
 
     {"prompt": "…", "completion": "…"}      trained on the completion
-    {"messages": [{"role", "content"}, …]}  trained on what the assistant says, but for turns of "weight" 0
+    {"messages": [{"role", "content"}, …]}  trained on the assistant's turns, except for turns with "weight" 0
     {"text": "…"}                           trained on all of it
 
-A turn's content may be a list of OpenAI's parts of text, which are joined, and its role `developer`: `system`.
-`parse_row` takes what a JSON parser made and leaves nothing of it unchecked: every fault names its field, and no
-message quotes a row's text. Tokens are `encoding.py`'s part, files `row_files.py`'s.
-
-Many rows in memory, each as its canonical JSON.
-
-As texts they would take up to four times as much: Python keeps a text with one character beyond Unicode's first
-65,536 in four bytes a character. Splitting and hashing rows needs no parsing, so it keeps the interpreter from
-other threads for a tenth of the time.
-
-Fields of rows that are not trained on: passed over, and counted, so that a warning can tell of them.
-
-Which rows are held out for validation: by content alone, so that the same rows always give the same split.
+A turn's content may be a list of OpenAI's text parts, which are joined; the role `developer` is read as `system`.
+Tokens are left to `encoding.py` and uploaded files to `row_files.py`.
 """
 
 import hashlib
@@ -32,22 +21,30 @@ from typing import Literal, Self, overload
 from adapters.errors import FieldError, InvalidInput
 from adapters.names import near
 from server.model.text.chat import DEVELOPER, ChatMessage, joined_parts, meant_role
-from server.system.program import counted
+from server.system.messages import plural
 
 ROLES = ("system", "user", "assistant")
 MAX_TURNS = 1024
 MAX_FAULTS = 8
-"""Faults that are named of one row."""
+"""Faults that are reported of one row."""
 SHAPES = "a row has prompt and completion, or messages, or text"
 FIELDS = (("prompt", "completion"), ("messages",), ("text",))
-"""Of each shape. A row has those of one."""
+"""The fields of each shape. A row has the fields of exactly one shape."""
 _KNOWN = tuple(name for shape in FIELDS for name in shape)
-_COMPARED = 64
+_COMPARED = 64  # unknown names that are compared with known ones
+MAX_NAMED = 8
+"""Names of unknown fields that a message lists."""
+MAX_NAME = 64
+"""Characters of a client's field name that a message quotes."""
+DEFAULT_SHARE = 0.1
+MIN_ROWS = 20
+"""With at least this many rows, `DEFAULT_SHARE` is held out unless the request says otherwise."""
+_RUN = 4096  # digests sorted in one call
 
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """A prompt and what should follow it. Neither is empty."""
+    """A prompt and its completion. Neither is empty."""
 
     prompt: str
     completion: str
@@ -55,10 +52,10 @@ class CompletionRow:
 
 @dataclass(frozen=True)
 class MessagesRow:
-    """A conversation that the assistant ends; none of the assistant's turns is empty.
+    """A conversation that ends with the assistant's turn; none of the assistant's turns is empty.
 
-    `untrained` are the places of those of the assistant's turns that are only read, as OpenAI's fine-tuning has it
-    by `weight`; never all of them.
+    `untrained` are the indices of the assistant's turns that aren't trained on: those with weight 0, as in
+    OpenAI's fine-tuning. At least one turn is trained on.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -66,13 +63,13 @@ class MessagesRow:
 
     @property
     def assistant(self) -> list[int]:
-        """The places of the assistant's turns."""
+        """Return the indices of the assistant's turns."""
         return [place for place, turn in enumerate(self.messages) if turn.role == "assistant"]
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text that isn't empty."""
+    """A text, which isn't empty."""
 
     text: str
 
@@ -82,39 +79,40 @@ Kind = Literal["completion", "messages", "text"]
 
 
 class IgnoredFields:
-    """How many rows had each field. Names beyond the first few are counted together."""
+    """Counts of rows by fields that aren't trained on. Names beyond the first `MAX_NAMED` are counted together."""
 
     def __init__(self) -> None:
         self._rows: Counter[str] = Counter()
         self._num_others = 0
 
     def add(self, name: str) -> None:
-        """Count one row's field."""
+        """Count a field of one row."""
         if name in self._rows or len(self._rows) < MAX_NAMED:
             self._rows[name] += 1
         else:
             self._num_others += 1
 
     def warnings(self) -> list[str]:
-        """One line, or none."""
-        told = [f"{shown(name)} in {counted(number, 'row')}" for name, number in self._rows.items()]
+        """Return a warning of one line, or nothing."""
+        found = [f"{shown(name)} in {plural(number, 'row')}" for name, number in self._rows.items()]
         if self._num_others:
-            told.append(f"{self._num_others} times others")
-        return [f"fields that are not trained on were ignored: {', '.join(told)}"] if told else []
+            found.append(f"{self._num_others} times others")
+        return [f"fields that are not trained on were ignored: {', '.join(found)}"] if found else []
 
 
 def kind_of(row: Row) -> Kind:
-    """Which of the three shapes it has."""
+    """Return the name of the row's shape."""
     if isinstance(row, CompletionRow):
         return "completion"
     return "messages" if isinstance(row, MessagesRow) else "text"
 
 
 def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
-    """A row out of parsed JSON. Raises InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
+    """Make a row from parsed JSON. Raise InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
 
-    Fields of no shape are passed over, and counted in `ignored`: data sets have ids and labels beside what is
-    trained on. Null in fields of another shape, and of turns, counts for nothing: tables have it there.
+    No message quotes a row's text. Fields of no shape, such as ids and labels, are skipped and counted in
+    `ignored`. Null is ignored in fields of another shape and in optional fields of turns, since tables contain it
+    there.
     """
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
@@ -149,13 +147,8 @@ def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
     return TextRow(value["text"]) if "text" in names else CompletionRow(value["prompt"], value["completion"])
 
 
-def misspelt(strange: Sequence[str], name: str) -> str | None:
-    """Which of the strange names was meant to be `name`, if any was."""
-    return near(name, [other for other in strange[:_COMPARED] if len(other) <= MAX_NAME])
-
-
 def canonical_json(row: Row) -> bytes:
-    """The row as JSON in one way only (RFC 8785): keys sorted, no spaces, UTF-8, nothing escaped needlessly."""
+    """Return the row's canonical JSON (RFC 8785): sorted keys, no spaces, UTF-8, nothing escaped needlessly."""
     if isinstance(row, CompletionRow):
         document: dict[str, object] = {"prompt": row.prompt, "completion": row.completion}
     elif isinstance(row, MessagesRow):
@@ -165,8 +158,107 @@ def canonical_json(row: Row) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def misspelt(strange: Sequence[str], name: str) -> str | None:
+    """Return the unknown name that is probably a misspelt `name`, or None."""
+    return near(name, [other for other in strange[:_COMPARED] if len(other) <= MAX_NAME])
+
+
+def shown(name: str) -> str:
+    """Return a field's name as messages can quote it: cut, encodable as UTF-8, and not empty."""
+    return name[:MAX_NAME].encode("utf-8", "backslashreplace").decode() or "(no name)"
+
+
+class CanonicalRows(Sequence[Row]):
+    """Immutable rows, stored as canonical JSON and parsed on access.
+
+    Python would keep a text with one character beyond Unicode's first 65,536 in four bytes a character. And
+    splitting and hashing need no parsing, so they hold the GIL for a tenth of the time.
+    """
+
+    def __init__(self, lines: Iterable[bytes] = ()) -> None:
+        """Take lines that `canonical_json` made."""
+        self._lines: Sequence[bytes] = list(lines)
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Self:
+        """Store these rows."""
+        return cls(map(canonical_json, rows))
+
+    def chosen(self, is_chosen: Iterable[bool]) -> Self:
+        """Return the rows with a true flag, in their order, without copying their bytes."""
+        return type(self)(compress(self._lines, is_chosen))
+
+    def digests(self) -> list[bytes]:
+        """Return each row's SHA-256."""
+        return [hashlib.sha256(line).digest() for line in self._lines]
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hexadecimal, of all lines in their order, each with a line feed."""
+        digest = hashlib.sha256()
+        for line in self._lines:
+            digest.update(line + b"\n")
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "CanonicalRows": ...
+    def __getitem__(self, index: int | slice) -> "Row | CanonicalRows":
+        if isinstance(index, slice):
+            return CanonicalRows(self._lines[index])
+        return _parsed(self._lines[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(_parsed, self._lines)
+
+
+def _parsed(line: bytes) -> Row:
+    return parse_row(json.loads(line))
+
+
+def default_share(num_rows: int) -> float:
+    """Return the share of rows that is held out by default."""
+    return DEFAULT_SHARE if num_rows >= MIN_ROWS else 0.0
+
+
+def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, CanonicalRows]:
+    """Split rows into (train, validation), both in the given order, with no row in both.
+
+    The max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON are held out, and all
+    their duplicates, so that the same rows always give the same split. A share of 0 holds out none. Raise
+    InvalidInput on `validation` if no row is left to train on.
+    """
+    if not 0 <= share < 1 or not math.isfinite(share):
+        raise InvalidInput.of("validation", "a share is at least 0 and below 1")
+    if share == 0:
+        return rows, CanonicalRows()
+    digests = rows.digests()
+    num_held_out = max(1, round(share * len(rows)))
+    last = nth_smallest(digests, num_held_out)
+    train = rows.chosen(digest > last for digest in digests)
+    if not train:
+        raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
+    return train, rows.chosen(digest <= last for digest in digests)
+
+
+def nth_smallest(digests: Sequence[bytes], n: int) -> bytes:
+    """Return the n-th smallest digest, n at least 1, or b"" if there are fewer."""
+    # sorted in runs: one call that sorts all digests would block every other thread until it ends
+    runs = [sorted(digests[start : start + _RUN]) for start in range(0, len(digests), _RUN)]
+    return next(islice(merge(*runs), n - 1, None), b"")
+
+
+def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:
+    """Return how many rows of `validation` are also in `train`."""
+    known = set(train.digests())
+    return sum(digest in known for digest in validation.digests())
+
+
 def _nothing_known(strange: Sequence[str]) -> FieldError:
-    """What is wrong with a row that has no field of any shape."""
+    """Return the fault of a row that has no field of any shape."""
     name = next((name for name in _KNOWN if misspelt(strange, name)), None)
     said = _hint(name, strange) if name else f": {SHAPES}{_instead(strange)}"
     return FieldError((name or _KNOWN[0],), f"is missing{said}")
@@ -178,13 +270,8 @@ def _hint(name: str, strange: Sequence[str]) -> str:
 
 
 def _instead(strange: Sequence[str]) -> str:
-    """The first fields of no shape that a row has, as other trainers' rows do."""
+    """Return a hint that lists the row's unknown fields: other trainers' rows have other names."""
     return f"; this one has {', '.join(map(shown, strange[:MAX_NAMED]))}" if strange else ""
-
-
-def _turn(turn: ChatMessage, is_untrained: bool) -> dict[str, object]:
-    """A weight of 1 is what a turn has without: rows that mean the same are the same."""
-    return {"role": turn.role, "content": turn.content} | ({"weight": 0} if is_untrained else {})
 
 
 def _messages(value: object) -> MessagesRow:
@@ -230,7 +317,7 @@ def _turn_faults(turn: object) -> list[FieldError]:
         if role != "assistant":
             faults.append(FieldError(("weight",), "goes with turns of the assistant: no other is trained on"))
         elif isinstance(weight, bool) or weight not in (0, 1):
-            faults.append(FieldError(("weight",), "must be 1, or 0 where the turn is not trained on"))
+            faults.append(FieldError(("weight",), "must be 1, or 0 if the turn is not trained on"))
     return faults
 
 
@@ -240,12 +327,12 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 
 
 def _field_fault(value: object) -> str | None:
-    """What is wrong with a field that is a text, if anything is. Other trainers have conversations in it, too."""
+    """Return the fault of a text field, or None. Other trainers' rows may have a conversation there."""
     return "must be a text: turns go into messages" if isinstance(value, list) else _text_fault(value)
 
 
 def _content_fault(content: object, *, may_be_empty: bool) -> str | None:
-    """What is wrong with a turn's text or parts of text, if anything is."""
+    """Return the fault of a turn's text or text parts, or None."""
     try:
         return _text_fault(joined_parts(content), may_be_empty)
     except ValueError as error:
@@ -253,7 +340,7 @@ def _content_fault(content: object, *, may_be_empty: bool) -> str | None:
 
 
 def _text_fault(value: object, may_be_empty: bool = False) -> str | None:
-    """What is wrong with a text, if anything is."""
+    """Return the fault of a text, or None."""
     if not isinstance(value, str):
         return "must be a text"
     if not value and not may_be_empty:
@@ -265,103 +352,6 @@ def _text_fault(value: object, may_be_empty: bool = False) -> str | None:
     return None
 
 
-class CanonicalRows(Sequence[Row]):
-    """Rows that don't change; each is parsed when it is asked for."""
-
-    def __init__(self, lines: Iterable[bytes] = ()) -> None:
-        """`lines` are what `canonical_json` made."""
-        self._lines: Sequence[bytes] = list(lines)
-
-    @classmethod
-    def of(cls, rows: Iterable[Row]) -> Self:
-        """Keep these rows."""
-        return cls(map(canonical_json, rows))
-
-    def chosen(self, is_chosen: Iterable[bool]) -> Self:
-        """Return those with a true flag, in their order; they share their bytes with these."""
-        return type(self)(compress(self._lines, is_chosen))
-
-    def digests(self) -> list[bytes]:
-        """Return each row's SHA-256, which is equal for equal rows alone."""
-        return [hashlib.sha256(line).digest() for line in self._lines]
-
-    def digest(self) -> str:
-        """Return the SHA-256, in hexadecimal, of all lines in their order, each with a line feed."""
-        digest = hashlib.sha256()
-        for line in self._lines:
-            digest.update(line + b"\n")
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "CanonicalRows": ...
-    def __getitem__(self, index: int | slice) -> "Row | CanonicalRows":
-        if isinstance(index, slice):
-            return CanonicalRows(self._lines[index])
-        return _parsed(self._lines[index])
-
-    def __iter__(self) -> Iterator[Row]:
-        return map(_parsed, self._lines)
-
-
-def _parsed(line: bytes) -> Row:
-    return parse_row(json.loads(line))
-
-
-MAX_NAMED = 8
-MAX_NAME = 64
-"""Characters of a name that are given back: it is the client's own."""
-
-
-def shown(name: str) -> str:
-    """A field's name as it can be put into an answer; half a surrogate pair can't, and a column may have none."""
-    return name[:MAX_NAME].encode("utf-8", "backslashreplace").decode() or "(no name)"
-
-
-DEFAULT_SHARE = 0.1
-MIN_ROWS = 20
-"""Rows from which on `DEFAULT_SHARE` is held out where the request doesn't say."""
-_RUN = 4096
-
-
-def default_share(num_rows: int) -> float:
-    """What is held out where the request doesn't say."""
-    return DEFAULT_SHARE if num_rows >= MIN_ROWS else 0.0
-
-
-def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, CanonicalRows]:
-    """(train, validation), both in the order given, with no row in both.
-
-    Held out are the max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON, and all
-    duplicates of these, so that it may be a few more; a share of 0 holds out none. Raises InvalidInput on
-    `validation` where that leaves no row to train on.
-    """
-    if not 0 <= share < 1 or not math.isfinite(share):
-        raise InvalidInput.of("validation", "a share is at least 0 and below 1")
-    if share == 0:
-        return rows, CanonicalRows()
-    digests = rows.digests()
-    num_held_out = max(1, round(share * len(rows)))
-    # of equal rows, all or none: whatever is as small as the last one counted
-    last = nth_smallest(digests, num_held_out)
-    train = rows.chosen(digest > last for digest in digests)
-    if not train:
-        raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
-    return train, rows.chosen(digest <= last for digest in digests)
-
-
-def nth_smallest(digests: Sequence[bytes], n: int) -> bytes:
-    """The last of the `n` smallest, n at least 1; nothing where there are none."""
-    # one call that sorted all of them would hold every other thread up for as long as it takes
-    runs = [sorted(digests[start : start + _RUN]) for start in range(0, len(digests), _RUN)]
-    return next(islice(merge(*runs), n - 1, None), b"")
-
-
-def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:
-    """How many rows of `validation` are in `train` too."""
-    known = set(train.digests())
-    return sum(digest in known for digest in validation.digests())
+def _turn(turn: ChatMessage, is_untrained: bool) -> dict[str, object]:
+    """Return a turn's canonical form. A weight of 1 is the default and left out, so equivalent rows are equal."""
+    return {"role": turn.role, "content": turn.content} | ({"weight": 0} if is_untrained else {})

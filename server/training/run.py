@@ -1,12 +1,7 @@
-"""What a run counts on its way, and what it leaves.
+"""One attempt at a training job, from its data to its adapter: train, evaluate, keep checkpoints, report.
 
-What a run, or a merge, tells the world while it works.
-
-One job from its data to its adapter: train, evaluate, keep checkpoints, and say what came of it.
-
-`Run` goes on from the newest checkpoint, wherever the last attempt ended, and arrives at the same weights as a run
-that nothing disturbed. It talks to the world through `Reporter`; leases, publishing and processes are
-`server.jobs.run_job`'s.
+`Run` resumes from the newest checkpoint, wherever the last attempt ended, and arrives at the same weights as an
+uninterrupted run. It reports through a `Reporter`; leases, publishing and processes belong to `server.jobs`.
 """
 
 import ctypes
@@ -31,23 +26,60 @@ from server.training.trainables import TrainableModel, TrainableRows, trainable_
 from server.training.trained_rows import initial_weights
 from server.training.trainer import StepResult, Trainer, TrainingDiverged
 
+log = logging.getLogger("smolora.training")
+
+CHECKPOINT_SECONDS = 30.0
+"""Seconds between checkpoints, if the job doesn't set `checkpoint_steps`."""
+
+ExactMatch = Callable[[BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], float | None]
+"""Measures the share of references that the base with the weights completes exactly. The last argument is called
+before each step of the engine."""
+
+
+class Reporter(Protocol):
+    """Receiver of a run's, or a merge's, progress. Any method may raise to end the run; checkpoints stay."""
+
+    def yield_or_leave(self) -> None:
+        """Yield to serving, or raise if the run should stop. Called at least once a micro-batch or module."""
+        ...
+
+    def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
+        """Return a block for reading or writing `num_bytes` in calls that can't report progress."""
+        ...
+
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """Return a block for training on or evaluating `num_tokens` in calls that can't report progress."""
+        ...
+
+    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+        """Report the progress after each step."""
+        ...
+
+    def metrics(self, message: str, data: Mapping[str, object]) -> None:
+        """Report measurements of the step `data["step"]`."""
+        ...
+
+    def checkpointed(self, step: int) -> None:
+        """Report that a checkpoint of this step is stored."""
+        ...
+
 
 @dataclass
 class Counters:
-    """What a run has counted so far; part of each checkpoint."""
+    """A run's counters and measurements so far; part of each checkpoint."""
 
     num_tokens: int = 0
-    timed_tokens: int = 0  # of the steps that are timed: all but the first of each attempt
-    timed_seconds: float = 0.0  # inside those steps
+    timed_tokens: int = 0  # of timed steps: all except the first of each attempt
+    timed_seconds: float = 0.0  # of timed steps
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
     best_loss: float | None = None
     best_step: int = 0
     num_without_gain: int = 0  # evaluations since the best one
     stopped_early: bool = False
-    computed_by: list[str] = field(default_factory=list)  # "torch" or native source and compiler; more if changed
-    base: Evaluation | None = None  # the untouched base's
-    unreported: StepResult | None = None  # the last step's, until it is evaluated (where due) and told of
+    computed_by: list[str] = field(default_factory=list)  # "torch", or native source and compiler; one per change
+    base: Evaluation | None = None  # of the untouched base
+    unreported: StepResult | None = None  # the last step's, until it is evaluated (if due) and reported
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -57,7 +89,7 @@ class Counters:
 
     @property
     def newest_losses(self) -> dict[str, object]:
-        """By the names that `GET /train/{id}` has."""
+        """Return the newest losses, by their names in `GET /train/{id}`."""
         found: dict[str, object] = {}
         if self.train_curve:
             found["train_loss"] = self.train_curve[-1][1]
@@ -68,7 +100,10 @@ class Counters:
         return found
 
     def note_held_out(self, step: int, loss: float, patience: int | None) -> bool:
-        """Add an evaluation to the curve; whether it is the best so far. `patience` others in a row end it all."""
+        """Add an evaluation to the curve. Return whether it is the best so far.
+
+        `patience` evaluations in a row without a new best stop the run early.
+        """
         self.eval_curve.append((step, loss))
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.num_without_gain = loss, step, 0
@@ -80,9 +115,9 @@ class Counters:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a finished run leaves: the weights of `step`; what they are worth, where rows were held out.
+    """The result of a finished run: the weights of `step`, and their evaluation if rows were held out.
 
-    With evaluations on the way, `step` is the best one's, of the `num_steps` that were taken.
+    If the run was evaluated on its way, `step` is the best of the `num_steps` steps.
     """
 
     weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
@@ -96,51 +131,11 @@ class Outcome:
     epochs: float
 
 
-class Reporter(Protocol):
-    """Who listens to a run. Any of these may raise to end it; what was checkpointed stays."""
-
-    def yield_or_leave(self) -> None:
-        """Called at least once a micro-batch, and a module that is computed: yields to serving, and leaves where
-        that is wanted.
-        """
-        ...
-
-    def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
-        """A block that writes or reads so many bytes in calls that can't say how far they are."""
-        ...
-
-    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
-        """A block that trains on or measures so many tokens, in calls that can't say how far they are."""
-        ...
-
-    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
-        """How far the run is, after each step."""
-        ...
-
-    def metrics(self, message: str, data: Mapping[str, object]) -> None:
-        """Measurements of the step `data["step"]`."""
-        ...
-
-    def checkpointed(self, step: int) -> None:
-        """A checkpoint of that step is on the disk."""
-        ...
-
-
-log = logging.getLogger("smolora.training")
-
-CHECKPOINT_SECONDS = 30.0
-"""Between checkpoints, where the job doesn't say after how many steps."""
-
-
-ExactMatch = Callable[[BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], float | None]
-"""The share of references that the base with the weights completes exactly; what is called before each step."""
-
-
 class Run:
-    """One attempt at a job. `start` is the adapter that the job goes on from, where it names one.
+    """One attempt at a job. `start` is the adapter that the job continues, if it names one.
 
-    `library` is the native code, where this machine has it and it covers the base. To make one may take
-    minutes, in which the reporter may end it as later.
+    `library` is the native code, if this machine has it and it covers the base. The constructor may take minutes
+    (see `initial_weights`); it calls the reporter meanwhile.
     """
 
     def __init__(
@@ -173,7 +168,7 @@ class Run:
         self._is_first_step = True
 
     def run(self) -> Outcome:
-        """Train to the end and measure. Raises TrainingDiverged, LossNotFinite, or what the reporter raises."""
+        """Train to the end and evaluate. Raise TrainingDiverged, LossNotFinite, or the reporter's exceptions."""
         self._go_on_from_checkpoint()
         self._note_who_computes()
         if self._counters.base is None and self._data.validation is not None:
@@ -193,7 +188,7 @@ class Run:
         return self._finish()
 
     def checkpoint(self) -> None:
-        """Store where the run is: after its last optimizer step."""
+        """Store a checkpoint of the last optimizer step."""
         trainer, counters = self._trainer, self._counters
         self._note_time()
         tensors = dict(trainer.state())
@@ -206,7 +201,7 @@ class Run:
 
     @property
     def progress(self) -> dict[str, object]:
-        """As `GET /train/{id}` shows it."""
+        """Return the progress as `GET /train/{id}` shows it."""
         trainer, counters = self._trainer, self._counters
         left = (trainer.total_steps - trainer.step) * (counters.num_tokens / max(1, trainer.step))
         rate = counters.tokens_per_second
@@ -221,28 +216,28 @@ class Run:
 
     @property
     def _longest(self) -> int:
-        """Positions that the model must know."""
+        """Return the number of positions that the model needs."""
         return self._spec.training.max_length
 
     @property
     def _max_checkpoint_bytes(self) -> int:
-        """Masters, AdamW's two moments and the best masters, in fp32."""
+        """Return the size of masters, AdamW's two moments and the best masters, in fp32."""
         return 4 * 4 * self._trainable.masters.numel()
 
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
         if self._spec.method == "full":
             return TrainableModel(self._base, max_length=self._longest, library=self._library)
-        taken_off = None
+        subtracted = None
         if start is None:
             seed, yield_or_leave = self._spec.training.seed, self._reporter.yield_or_leave
-            start, taken_off = initial_weights(self._spec.lora, self._base, seed, yield_or_leave)
+            start, subtracted = initial_weights(self._spec.lora, self._base, seed, yield_or_leave)
         dropout = self._spec.lora.dropout
         return trainable_rows(
-            self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=self._library
+            self._base, start, subtracted, max_length=self._longest, dropout=dropout, library=self._library
         )
 
     def _untouched(self) -> Pass:
-        """Measures the base alone, computed as what is trained is."""
+        """Return a pass that measures the base alone, computed in the same way as the trainable."""
         nothing = LoraWeights({})
         return trainable_rows(
             self._base, nothing, None, max_length=self._longest, dropout=0.0, library=self._library
@@ -260,13 +255,13 @@ class Run:
         self._counters = read_document(Counters, found.state)
 
     def _note_who_computes(self) -> None:
-        """Record what computes this attempt's steps.
+        """Record which code computes this attempt's steps.
 
-        If attempts differ in it, the bytes are neither's alone, and the card lists all of them.
+        If attempts differ in it, the bytes are those of neither alone, and the card lists all of them.
         """
         now, before = self._trainable.passes.computed_by, self._counters.computed_by
         if before and before[-1] != now:
-            log.warning("continues with %s what %s began: the bytes won't be those of either", now, before[-1])
+            log.warning("continuing with %s after %s: the bytes will differ from those of either", now, before[-1])
         if not before or before[-1] != now:
             before.append(now)
 
@@ -276,9 +271,9 @@ class Run:
         self._report_step()
 
     def _report_step(self) -> None:
-        """Evaluate the last step's weights where that is due, and tell of the step, unless that has been done.
+        """Evaluate the last step's weights if due, and report the step, unless that has been done.
 
-        An attempt may end in the middle. What it found out by then is dropped, and the next one begins here.
+        An attempt may end halfway through this. The next attempt then starts it again.
         """
         counters, result = self._counters, self._counters.unreported
         if result is None:
@@ -307,7 +302,7 @@ class Run:
     def _count(self, result: StepResult) -> None:
         counters = self._counters
         counters.num_tokens += result.num_tokens
-        if not self._is_first_step:  # it warms caches up
+        if not self._is_first_step:  # the first step warms up caches
             counters.timed_tokens += result.num_tokens
             counters.timed_seconds += result.seconds
         self._is_first_step = False
@@ -319,7 +314,6 @@ class Run:
         return every is not None and (step % every == 0 or step == self._trainer.total_steps)
 
     def _held_out_loss(self) -> float:
-        """Of the present weights."""
         found = self._evaluate(self._trainable.passes)
         self._check_finite(found)
         return found.loss
@@ -331,7 +325,7 @@ class Run:
         return time.monotonic() - self._last_checkpoint >= CHECKPOINT_SECONDS
 
     def _finish(self) -> Outcome:
-        self.checkpoint()  # so that what follows can be done again
+        self.checkpoint()  # the next attempt repeats only what follows
         trainable = self._trainable
         step = self._trainer.step
         if self._best is not None:
@@ -344,7 +338,7 @@ class Run:
         if self._data.validation is not None:
             tuned = self._measure(trainable.passes, weights, tuned_base)
             self._check_finite(tuned)
-        if not bool(trainable.masters.isfinite().all()):  # no loss says so where no rows are held out
+        if not bool(trainable.masters.isfinite().all()):  # without held-out rows, no loss has shown it
             raise TrainingDiverged.found(f"the weights are not finite after step {step}", self._spec.training)
         self._note_time()
         counters = self._counters
@@ -363,7 +357,7 @@ class Run:
     def _measure(
         self, passes: Pass, weights: LoraWeights | None, tuned_base: BaseModel | None = None
     ) -> Evaluation:
-        """Loss, accuracy and, where the loss is a number, exact match on the held-out rows."""
+        """Measure loss, accuracy and, if the loss is finite, exact match on the held-out rows."""
         found = self._evaluate(passes)
         if not found.is_finite:
             return found
@@ -373,11 +367,11 @@ class Run:
         return replace(found, exact_match=matched)
 
     def _evaluate(self, passes: Pass) -> Evaluation:
-        """Loss and accuracy on the held-out rows."""
+        """Measure loss and accuracy on the held-out rows."""
         assert self._data.validation is not None, "an evaluation without held-out rows"
-        told = self._reporter
+        reporter = self._reporter
         return evaluate(
-            passes, self._data.validation, yield_or_leave=told.yield_or_leave, computing=told.computing
+            passes, self._data.validation, yield_or_leave=reporter.yield_or_leave, computing=reporter.computing
         )
 
     def _check_finite(self, found: Evaluation) -> None:

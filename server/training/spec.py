@@ -1,9 +1,7 @@
-"""Stored JSON, back as the frozen dataclasses that it was made from, every field checked against its type.
-
-What a training job is asked to do, as plain values that are stored with the job and never change.
+"""The specification of a training job: plain values that are stored with the job and never change.
 
 `to_document` and `from_document` are inverse, so that a worker reads exactly what was submitted. Every value is
-resolved: nothing here means "the default" any more.
+resolved: no field means "the default".
 """
 
 from collections.abc import Mapping
@@ -16,13 +14,14 @@ from adapters.lora import MODULES
 
 _Kind = TypeVar("_Kind")
 _readers: dict[object, object] = {}
-"""By kind: making one takes milliseconds."""
+"""Cached by kind: creating one takes milliseconds."""
 
 
 def read_document(kind: type[_Kind], document: object) -> _Kind:
-    """What `dataclasses.asdict` made of a `kind`, also once it was JSON: lists become tuples, texts become dates.
+    """Read a `kind` from what `dataclasses.asdict` made of it, also after a trip through JSON.
 
-    Fields that `kind` doesn't have are left out. Raises ValueError where one is missing or of another type.
+    Lists become tuples again, and texts dates. Unknown fields are ignored. Raise ValueError if a field is missing
+    or has another type.
     """
     if kind not in _readers:
         _readers[kind] = TypeAdapter(kind)
@@ -36,12 +35,12 @@ Overlong = Literal["truncate", "refuse"]
 PublishIf = Literal["always", "improves_base", "improves_latest"]
 
 LEARNING_RATES: Mapping[Method, float] = {"lora": 1e-3, "full": 3e-5}
-"""What is taken where none is given."""
+"""Defaults by method."""
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """The adapter's shape. `target_modules` are names in `adapters.lora.MODULES`."""
+    """The shape of a job's adapter. `target_modules` are names in `adapters.lora.MODULES`."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -53,7 +52,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How it is trained. `batch_size` is rows of an optimizer step, `max_length` tokens of a row."""
+    """The training loop's settings. `batch_size` is rows of an optimizer step, `max_length` tokens of a row."""
 
     epochs: int = 3
     max_steps: int | None = None  # overrides epochs
@@ -72,13 +71,13 @@ class TrainingSpec:
     overlong: Overlong = "truncate"
 
     def total_steps(self, num_rows: int) -> int:
-        """Optimizer steps over `num_rows` training rows."""
+        """Return the number of optimizer steps over `num_rows` training rows."""
         return self.max_steps or self.epochs * -(-num_rows // self.batch_size)
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """All that decides a job's result, besides its data and the base, and what becomes of it."""
+    """Everything that decides a job's result, besides its data and the base, and how the result is published."""
 
     name: str
     method: Method = "lora"
@@ -92,16 +91,16 @@ class JobSpec:
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The digests of the adapters whose bytes the job needs."""
+        """Return the digests of the adapters whose bytes the job needs."""
         return () if self.start_from_digest is None else (self.start_from_digest,)
 
     def to_document(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Return JSON-ready values."""
         document = asdict(self)
         document["lora"]["target_modules"] = list(self.lora.target_modules)
         return document
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> "JobSpec":
-        """What `to_document` made. Raises ValueError on anything else."""
+        """Read what `to_document` made. Raise ValueError for anything else."""
         return read_document(cls, document)

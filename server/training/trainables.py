@@ -1,7 +1,4 @@
-"""The two things that can be trained: an adapter's rows beside the frozen base, and every weight of a copy of it.
-
-Both look the same to `trainer.Trainer`: flat fp32 masters, flat fp32 gradients, and a model to run.
-"""
+"""The two implementations of `trainer.Trainable`: an adapter's rows, and every weight of a copy of the base."""
 
 import ctypes
 import dataclasses
@@ -13,13 +10,12 @@ from adapters.lora import LoraWeights
 from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from server.model.native.abi import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
-from server.training.native_pass import NativePass
-from server.training.passes import Dropout, MicroBatch, Pass, TorchPass
-from server.training.trained_rows import TrainedRows
+from server.training.passes import MicroBatch, NativePass, Pass, TorchPass
+from server.training.trained_rows import Dropout, TrainedRows
 
 
 class TrainableRows:
-    """An adapter: the base is read, never written. `passes` computes; torch where it is None."""
+    """An adapter on a frozen base. `passes` computes; None: torch."""
 
     def __init__(
         self, base: BaseModel, rows: TrainedRows, *, max_length: int, dropout: float, passes: Pass | None = None
@@ -56,7 +52,6 @@ class TrainableRows:
         return self.passes.accumulate(batch, factor)
 
     def collect_gradients(self) -> None:
-        """Add what torch's backward pass left to `gradients`."""
         self.rows.collect_gradients()
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -70,23 +65,23 @@ class TrainableRows:
 def trainable_rows(
     base: BaseModel,
     start: LoraWeights,
-    taken_off: LoraWeights | None,
+    subtracted: LoraWeights | None,
     *,
     max_length: int,
     dropout: float,
     library: ctypes.CDLL | None = None,
 ) -> TrainableRows:
-    """An adapter that begins as `start`, less `taken_off`; native where `library` is given: see `find_library`."""
+    """Return an adapter that begins as `start` less `subtracted`. It is native if `library` is given."""
     row_unit = 1 if library is None else ROW_UNIT
-    rows = TrainedRows(start, base.config.shape, base.dtype, base.device, taken_off, row_unit=row_unit)
+    rows = TrainedRows(start, base.config.shape, base.dtype, base.device, subtracted, row_unit=row_unit)
     passes = None if library is None else NativePass(library, base, rows, max_length=max_length)
     return TrainableRows(base, rows, max_length=max_length, dropout=dropout, passes=passes)
 
 
 class TrainableModel:
-    """Every weight of a private copy of the base, in its dtype, with fp32 masters: full fine-tuning.
+    """Full fine-tuning: every weight of a private copy of the base, in its dtype, with fp32 masters.
 
-    Native where `library` is given: see `find_library`.
+    It is native if `library` is given.
     """
 
     def __init__(self, base: BaseModel, *, max_length: int, library: ctypes.CDLL | None = None) -> None:
@@ -102,7 +97,7 @@ class TrainableModel:
 
     @property
     def undecayed(self) -> Sequence[slice]:
-        """The norms' gains, as in transformers' Trainer: 0 is no better for them than any other number."""
+        """Return the gains of the norms, as transformers' Trainer does: pulling them towards 0 has no benefit."""
         stretches, end = [], 0
         for name, tensor in self.weights.tensors():
             start, end = end, end + tensor.numel()
@@ -121,13 +116,13 @@ class TrainableModel:
         self._copies.copy_(self.masters)
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Nothing is random here."""
+        """Do nothing: full fine-tuning has no dropout."""
 
     def end_step(self) -> None:
-        """Nothing to put back."""
+        """Do nothing."""
 
     def tuned(self, base: BaseModel) -> BaseModel:
-        """The base with the weights as they are now (not copies)."""
+        """Return the base with the current weights (not copies)."""
         return dataclasses.replace(base, weights=self.weights)
 
     def _torch_pass(self) -> Pass:
@@ -141,7 +136,7 @@ class TrainableModel:
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        """Add what torch's backward pass left to `gradients`."""
+        """Add the leaves' gradients to `gradients`, and clear them."""
         for name, leaf in self._leaves.items():
             if leaf.grad is not None:
                 self._d_leaves[name] += leaf.grad
@@ -149,7 +144,7 @@ class TrainableModel:
 
 
 def _views(weights: BaseWeights, flat: torch.Tensor) -> BaseWeights:
-    """Tensors like those of `weights`, whose numbers lie in `flat`, in order; a tied head stays tied."""
+    """Return tensors shaped like those of `weights`, as views of `flat` in order; a tied head stays tied."""
     sizes = [tensor.numel() for _, tensor in weights.tensors()]
     found = {
         name: piece.view(tensor.shape)

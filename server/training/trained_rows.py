@@ -1,31 +1,28 @@
-"""Where an adapter starts: A and B before the first step, from the seed and the base's weights alone.
+"""An adapter in training: how A and B start, its parameters next to the frozen model, and dropout of A's inputs.
+
+The start depends on the seed and the base's weights alone:
 
     gaussian  A ~ N(0, σ²) with σ = 1/r, B = 0
     kaiming   A ~ U(-1/√in, 1/√in), B = 0: PEFT's default (He et al. 2015, arXiv:1502.01852, with a = √5)
     pissa     scaling · B A is the best approximation of W of rank r (Meng et al. 2024, arXiv:2404.02948)
     olora     B and A are the first r columns and rows of W = Q R (Büyükakyüz 2024, arXiv:2406.01775)
 
-The last two take that share off again by frozen rows, so that W stays as it is and the first step starts at the
-base: see `trained_rows`. Each module draws from a stream of its own, so that nothing depends on their order.
+Random streams are named, not continued: a draw depends on the stream's name alone. Each module has its own
+stream, so the order of modules doesn't matter.
 
-An adapter while it is trained: its rows as parameters beside the frozen model (`smollm.Adapters`).
-
-`masters` is one flat fp32 vector of every module's A and B, which the optimizer moves in place. The forward pass
-reads copies in the compute dtype, the leaves: two for each layer's group, of its A and of its B.
-Their gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over micro-batches is
-rounded to 16 bits.
-
-An adapter that starts with a share B₀A₀ of W itself (PiSSA, OLoRA) gets it taken off again by frozen rows, so
-that W stays as it is. Taking it off as it stands would leave the difference of two large terms, of which 16 bits
-keep little. The leaves hold the same difference with the large terms gone, as an ordinary LoRA of twice the rank:
+PiSSA and OLoRA start with a part B₀A₀ of W itself, which frozen rows subtract again, so that W stays as it is
+and training starts at the base. Computing B A - B₀A₀ directly would be a difference of two large terms, of which
+16 bits keep little. The model reads the same difference without the large terms, as an ordinary LoRA of twice
+the rank:
 
     B A - B₀A₀  =  (B - B₀) A + B₀ (A - A₀)  =  [B - B₀, B₀] · [A; A - A₀]
 
-It is what is published, too, and exactly 0 before the first step.
+This LoRA is also what gets published. It is exactly 0 before the first step.
 """
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,19 +31,19 @@ from torch.autograd.function import once_differentiable
 
 from adapters.lora import BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
 from server.model.base.weights import BaseModel
+from server.model.device import to_device
 from server.model.ops.gradients import apply
 from server.model.rank_rows import GROUPS, GroupKey
-from server.training.passes import Dropout, stream
 from server.training.spec import Init, LoraSpec
 
-TAKEN_OFF: frozenset[Init] = frozenset({"pissa", "olora"})
-"""What starts with a share of W, and is published with twice the rank."""
+SUBTRACTED: frozenset[Init] = frozenset({"pissa", "olora"})
+"""Inits that start with a part of W, and are published with twice the rank."""
 
 
 def adapter_config(spec: LoraSpec) -> LoraConfig:
-    """What is published: ordinary LoRA, of twice the rank and the same scaling where a share of W is taken off."""
+    """Return the published adapter's shape: twice the rank, with the same scaling, if `init` subtracts rows."""
     rank, alpha = spec.rank, float(spec.alpha)
-    if spec.init in TAKEN_OFF:
+    if spec.init in SUBTRACTED:
         rank, alpha = 2 * rank, alpha * (math.sqrt(2) if spec.use_rslora else 2)
     return LoraConfig(rank, alpha, spec.target_modules, spec.use_rslora)
 
@@ -54,32 +51,32 @@ def adapter_config(spec: LoraSpec) -> LoraConfig:
 def initial_weights(
     spec: LoraSpec, base: BaseModel, seed: int, yield_or_leave: Callable[[], None] = lambda: None
 ) -> tuple[LoraWeights, LoraWeights | None]:
-    """A and B of every targeted module, in fp32 on the CPU, and those that `TrainedRows` takes off again, or None.
+    """Return A and B of every targeted module, in fp32 on the CPU, and what `TrainedRows` subtracts, or None.
 
-    For pissa some 15 s on the 135M base and two cores, minutes on larger ones; the others take a second at most.
-    `yield_or_leave` is called before each module that is decomposed, and may raise.
+    pissa takes some 15 s on the 135M base and two cores, and minutes on larger bases; the others take a second at
+    most. `yield_or_leave` is called before each module that is decomposed, and may raise.
     """
     config, shape = adapter_config(spec), base.config.shape
     modules: dict[ModuleKey, LoraModule] = {}
     for layer in range(shape.num_layers):
         for name in spec.target_modules:
             key = ModuleKey(layer, name)
-            if spec.init in TAKEN_OFF:
+            if spec.init in SUBTRACTED:
                 yield_or_leave()
             a, b = _start(spec, base, key, config.scaling_of(key), seed)
             modules[key] = LoraModule(a, b, config.scaling_of(key))
     weights = LoraWeights(modules)
-    return weights, weights if spec.init in TAKEN_OFF else None
+    return weights, weights if spec.init in SUBTRACTED else None
 
 
 def _start(
     spec: LoraSpec, base: BaseModel, key: ModuleKey, scaling: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rank = spec.rank
-    if spec.init in TAKEN_OFF:
+    if spec.init in SUBTRACTED:
         w = _weight(base, key)
         a, b = _principal(w, rank, scaling) if spec.init == "pissa" else _triangular(w, rank)
-        missing = rank - a.shape[0]  # of a rank above W's own
+        missing = rank - a.shape[0]  # more than 0 if the rank exceeds W's own
         return torch.cat((a, a.new_zeros(missing, a.shape[1]))), torch.cat((b, b.new_zeros(len(b), missing)), 1)
     out_features, in_features = base.config.shape.features[key.module]
     a, draw = torch.empty(rank, in_features), stream("init", seed, key.layer, key.module)
@@ -92,14 +89,14 @@ def _start(
 
 
 def _principal(w: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B, each with half of the singular values: scaling · B A = U S Vᵀ of the r largest.
+    """Return A and B with scaling · B A = U S Vᵀ of the r largest singular values; each has a factor √S.
 
-    By the eigenvectors of the smaller of WᵀW and WWᵀ, which takes a third of the time of a decomposition of W.
+    They come from the eigenvectors of the smaller of WᵀW and WWᵀ, in a third of the time of decomposing W itself.
     """
     is_tall = w.shape[0] >= w.shape[1]
     gram = w.t() @ w if is_tall else w @ w.t()
     near = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # (smaller side, r), the largest first
-    far = (w if is_tall else w.t()) @ near  # (larger side, r): the other side's vectors, times S
+    far = (w if is_tall else w.t()) @ near  # (larger side, r): the other side's vectors times S
     s = far.norm(dim=0).clamp_min(torch.finfo(far.dtype).tiny)
     near, far = near * (s / scaling).sqrt(), far / (s * scaling).sqrt()
     a, b = (near, far) if is_tall else (far, near)
@@ -107,13 +104,13 @@ def _principal(w: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor
 
 
 def _triangular(w: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of W = Q R: its first r columns alone decide those of Q."""
+    """Return A and B from W = Q R; the first r columns of Q depend on the first r columns of W alone."""
     q = torch.linalg.qr(w[:, :rank]).Q  # (out, r)
     return q.t() @ w, q
 
 
 def _weight(base: BaseModel, key: ModuleKey) -> torch.Tensor:
-    """The module's W (out, in), in fp32 on the CPU."""
+    """Return the module's W (out, in), in fp32 on the CPU."""
     for group, names in GROUPS.items():
         if key.module in names:
             fused: torch.Tensor = getattr(base.weights.layers[key.layer], group)
@@ -122,9 +119,44 @@ def _weight(base: BaseModel, key: ModuleKey) -> torch.Tensor:
     raise AssertionError(f"{key.module} is in no group")
 
 
+def stream(*name: int | str) -> torch.Generator:
+    """Return a new CPU generator for `name`, such as ("init", seed, layer, module)."""
+    data = "|".join(map(str, name)).encode()
+    seed = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return torch.Generator().manual_seed(seed)
+
+
+Stream = tuple[int | str, ...]
+
+
+class Dropout:
+    """Dropout of A's inputs in one micro-batch: texts of `lengths` tokens, each with a stream, as (seed, step,
+    row).
+
+    Masks depend on the row's stream, the layer and the group alone, not on packing or earlier steps. Modules that
+    read the same input share a mask (PEFT draws one for each). Kept features are multiplied by `factor` (inverted
+    dropout: Srivastava et al. 2014).
+    """
+
+    def __init__(self, probability: float, streams: Sequence[Stream], lengths: Sequence[int]) -> None:
+        self.factor = 1 / (1 - probability)
+        self._keep = 1 - probability
+        self._texts = list(zip(streams, lengths, strict=True))
+
+    def kept(self, layer: int, group: str, x: torch.Tensor) -> torch.Tensor:
+        """Return the mask (tokens, in) of a group's kept inputs, on the device of x (·, in)."""
+        masks = [
+            torch.empty(length, x.shape[1]).bernoulli_(
+                self._keep, generator=stream("dropout", *name, layer, group)
+            )
+            for name, length in self._texts
+        ]
+        return to_device(torch.cat(masks).bool(), x.device)
+
+
 @dataclass(frozen=True, eq=False)
 class TrainedModule:
-    """One module: where its share lies in the group's, and its part of `masters` and `gradients`, as views."""
+    """One module: its slices of the group's leaves, and its parts of `masters` and `gradients` as views."""
 
     key: ModuleKey
     rows: slice  # of the group's A
@@ -139,10 +171,10 @@ class TrainedModule:
 
 @dataclass(frozen=True, eq=False)
 class TrainedGroup:
-    """One layer's group with its leaves: of all its A (rows, in) and all its Bᵀ (rows, out).
+    """One layer's group and its leaves: all its A (rows, in) and all its Bᵀ (rows, out).
 
-    The leaf of A includes the scalings, as served rows do. The leaf of B is block diagonal, with a block for each
-    module: one product for the whole group is cheaper than a narrow one for each module.
+    The leaf of A includes the scalings, as served rows do. The leaf of B is block diagonal with a block for each
+    module: one product for the whole group is cheaper than a narrow product for each module.
     """
 
     modules: tuple[TrainedModule, ...]
@@ -189,9 +221,14 @@ class _AddLora(torch.autograd.Function):
 
 
 class TrainedRows:
-    """The parameters of one adapter in training.
+    """The parameters of one adapter in training, as `smollm.Adapters`.
 
-    `dropout` is set for one micro-batch; whoever adds up its gradients ends it, so that it is off in evaluations.
+    `masters` is one flat fp32 vector of every module's A and B, which the optimizer updates in place. The
+    forward pass reads copies in the compute dtype, the leaves: for each layer's group one of its A and one of
+    its B. Gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over
+    micro-batches is rounded to 16 bits.
+
+    `dropout` is set for one micro-batch and unset when its gradients are collected, so evaluations run without it.
     """
 
     def __init__(
@@ -204,17 +241,17 @@ class TrainedRows:
         *,
         row_unit: int = 1,
     ) -> None:
-        """Start from `weights`, whose scalings stay as they are; the forward computes in `dtype`.
+        """Start from `weights` and keep their scalings; the forward pass computes in `dtype`.
 
-        `frozen` is what is taken off again: A₀ and B₀ of the same modules, ranks and scalings. A module's rows
-        begin at a multiple of `row_unit` in their group's leaves; rows between are zero.
+        `frozen` is subtracted: A₀ and B₀ of the same modules, ranks and scalings. A module's rows begin at a
+        multiple of `row_unit` in their group's leaves; rows in between are zero.
         """
         self._row_unit = row_unit
         self.dropout: Dropout | None = None
         self.masters = torch.zeros(weights.num_parameters, device=device)
         self.gradients = torch.zeros_like(self.masters)
         self.groups: dict[GroupKey, TrainedGroup] = {}
-        self._end = 0  # of what `masters` holds so far
+        self._end = 0  # of the filled part of `masters`
         for layer in range(shape.num_layers):
             for name in GROUPS:
                 group = self._make_group(layer, name, weights, shape, dtype, frozen)
@@ -225,11 +262,11 @@ class TrainedRows:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """What the forward reads and autograd fills."""
+        """Return the tensors that the forward pass reads and autograd fills."""
         return [leaf for group in self.groups.values() for leaf in (group.a, group.b)]
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y (tokens, out) plus the adapter's share for x (tokens, in)."""
+        """Return y (tokens, out) plus the adapter's output for x (tokens, in)."""
         found = self.groups.get((layer, group))
         if found is None:
             return y
@@ -240,7 +277,7 @@ class TrainedRows:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the masters to what the forward reads."""
+        """Copy the masters to the leaves."""
         for group in self.groups.values():
             for module in group.modules:
                 a, b = _published(module)
@@ -261,12 +298,12 @@ class TrainedRows:
                 d_rows = d_a[module.rows]
                 module.d_a.add_(d_rows[:rank], alpha=module.scaling)
                 if module.start is not None:
-                    module.d_a.add_(d_rows[rank:], alpha=module.scaling)  # A lies in A - A₀ as well
+                    module.d_a.add_(d_rows[rank:], alpha=module.scaling)  # A is in A - A₀, too
                 module.d_b.add_(d_b[module.rows, module.features][:rank].t())
 
     @torch.no_grad()
     def weights(self) -> LoraWeights:
-        """The adapter as it is now, in fp32: copies. Of twice the rank where something is taken off."""
+        """Return a copy of the adapter as it is now, in fp32; of twice the rank if frozen rows are subtracted."""
         modules: dict[ModuleKey, LoraModule] = {}
         for group in self.groups.values():
             for module in group.modules:
@@ -308,7 +345,7 @@ class TrainedRows:
         return TrainedGroup(tuple(modules), leaf(row, modules[0].a.shape[1]), leaf(row, feature))
 
     def _take(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next part of `masters`, filled with `tensor`, and the one of `gradients`."""
+        """Copy `tensor` to the next part of `masters`. Return that part and the matching part of `gradients`."""
         part = slice(self._end, self._end + tensor.numel())
         self._end = part.stop
         master = self.masters[part].view(tensor.shape)
@@ -317,7 +354,7 @@ class TrainedRows:
 
 
 def _published(module: TrainedModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of an ordinary LoRA that does what the masters do; masters themselves where they are one."""
+    """Return A and B of the ordinary LoRA that equals the masters (less frozen rows, if there are any)."""
     a, b, start = module.a, module.b, module.start
     if start is None:
         return a, b

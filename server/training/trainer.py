@@ -1,16 +1,9 @@
-"""The learning rate of each optimizer step.
+"""The training loop's arithmetic: one optimizer step after another, each determined by the step's number alone.
 
-Which rows share a micro-batch: bins of bounded size, filled by first-fit decreasing.
-
-Deterministic: it depends on the lengths alone. First-fit decreasing takes at most 11/9 of the fewest bins, plus
-6/9 (Dósa 2007).
-
-The training loop's arithmetic: one optimizer step after another, each decided by the step's number alone.
-
-Which rows a step takes follows from (seed, epoch), and so do its dropout masks: there is no random state to carry
-over, and a run that goes on from a checkpoint ends in the same bytes as one that was never stopped. Rows of a step
-are laid out in micro-batches by their lengths; the loss is the sum over all counted tokens of the step divided by
-their number, however they are laid out. Jobs, checkpoints on disk and evaluation are the callers'.
+The rows and dropout masks of a step follow from (seed, epoch, step), so there is no random state to carry over: a
+run that resumes from a checkpoint ends in the same bytes as an uninterrupted run. A step's rows are packed into
+micro-batches by their lengths. The loss is the sum over all counted tokens of the step divided by their number,
+however the rows are packed. Jobs, checkpoints on disk and evaluation are left to the callers.
 """
 
 import math
@@ -29,81 +22,22 @@ from server.training.encoding import Example
 from server.training.passes import MicroBatch, max_tokens
 from server.training.spec import Schedule, TrainingSpec
 
-
-def learning_rate(step: int, total_steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
-    """The rate of optimizer step `step`, counted from 0, of `total_steps`.
-
-    It rises linearly to `peak` over the warm-up, ceil(warmup_ratio · total_steps) steps, the first of which is
-    already above 0; then it stays (constant), falls in a straight line, or by half a cosine (Loshchilov & Hutter
-    2017, arXiv:1608.03983), to 0 at the end of the last step.
-    """
-    num_warmup = math.ceil(warmup_ratio * total_steps - 1e-9)  # in binary, 0.07 · 100 lies above 7
-    if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    done = (step - num_warmup) / max(1, total_steps - num_warmup)
-    if schedule == "constant":
-        return peak
-    if schedule == "linear":
-        return peak * (1 - done)
-    return peak * (1 + math.cos(math.pi * done)) / 2
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of indices into `lengths`, whose lengths add up to `capacity` at most; a longer one has its own bin.
-
-    Longest first, equals in their order, each into the first bin with room: O(n log n). Lengths and the capacity
-    are at least 1.
-    """
-    assert capacity >= 1, "a bin must hold something"
-    assert min(lengths, default=1) >= 1, "every row has a token"
-    bins: list[list[int]] = []
-    room = _Room(len(lengths), capacity)
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        needed = min(lengths[index], capacity)
-        place = room.take_first(needed)
-        if place == len(bins):
-            bins.append([])
-        bins[place].append(index)
-    return bins
-
-
-class _Room:
-    """What is left in each of `num_bins` bins: a tree of maxima, where the first with enough is found quickly."""
-
-    def __init__(self, num_bins: int, capacity: int) -> None:
-        self._first_leaf = 1 << max(0, num_bins - 1).bit_length()
-        self._most = [capacity] * (2 * self._first_leaf)  # of node i, whose children are 2i and 2i + 1
-
-    def take_first(self, needed: int) -> int:
-        """Take `needed` from the first bin that has it; returns which. Some bin must have it."""
-        node = 1
-        while node < self._first_leaf:
-            node = 2 * node + (self._most[2 * node] < needed)
-        assert self._most[node] >= needed, "as many bins as rows, and a row fits an empty bin"
-        self._most[node] -= needed
-        found = node - self._first_leaf
-        while node > 1:
-            node //= 2
-            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
-        return found
-
-
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class TrainingDiverged(SmoloraError):
-    """The loss is no number any more: nothing of this run is worth publishing."""
+    """The loss or a weight isn't a finite number: nothing of this run is worth publishing."""
 
     @classmethod
     def found(cls, what: str, spec: TrainingSpec) -> Self:
-        """`what` isn't a number; with what to do about it."""
+        """Return the error for `what`, with advice on the job's settings."""
         return cls(
             f"{what}: lower training.learning_rate (now {spec.learning_rate:g}) or raise training.warmup_ratio"
         )
 
 
 class Trainable(Protocol):
-    """What is trained: flat fp32 masters, and a model that reads copies of them."""
+    """Parameters in training: flat fp32 masters and gradients, and a model that reads copies of the masters."""
 
     @property
     def masters(self) -> torch.Tensor: ...
@@ -111,34 +45,34 @@ class Trainable(Protocol):
     def gradients(self) -> torch.Tensor: ...
     @property
     def undecayed(self) -> Sequence[slice]:
-        """The stretches of `masters` that weight decay leaves alone, in order."""
+        """Return the slices of `masters` that weight decay leaves alone, in order."""
         ...
 
     @property
     def has_own_threads(self) -> bool:
-        """Whether it computes in threads of its own, and leaves too little to torch for several of torch's."""
+        """Return whether it computes in its own threads, so that torch needs only one."""
         ...
 
     def refresh(self) -> None:
-        """Copy the masters to what the forward reads."""
+        """Copy the masters to the tensors that the forward pass reads."""
         ...
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to `gradients`; that loss, in nats."""
+        """Add `factor` times the gradients of the batch's summed loss to `gradients`; return the loss (nats)."""
         ...
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """The next forward pass is over these rows of the data: where dropout masks come from."""
+        """Prepare dropout for a forward pass over these rows of the data."""
         ...
 
     def end_step(self) -> None:
-        """No more training passes for now: no dropout in what follows."""
+        """Turn dropout off until the next micro-batch."""
         ...
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. The loss is nats per counted token, before the step."""
+    """The result of one optimizer step. The loss is nats per counted token, before the step."""
 
     step: int  # counted from 1
     loss: float
@@ -166,7 +100,7 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far."""
+        """Return the passes over the data so far."""
         return self.step / self._steps_per_epoch
 
     def run_step(
@@ -174,10 +108,10 @@ class Trainer:
         yield_or_leave: Callable[[], None] = lambda: None,
         computing: Callable[[int], AbstractContextManager[object]] = nullcontext,
     ) -> StepResult:
-        """One optimizer step. `yield_or_leave` is called before each micro-batch: the step is undone if it raises.
-        The micro-batch then is in a block of `computing`, which is told its tokens.
+        """Run one optimizer step. Raise TrainingDiverged if the loss or a gradient isn't finite.
 
-        Raises TrainingDiverged where the loss or a gradient is not finite.
+        `yield_or_leave` is called before each micro-batch; if it raises, the step has changed nothing. Each
+        micro-batch runs in a block of `computing(number of tokens)`.
         """
         with _one_torch_thread() if self.trainable.has_own_threads else nullcontext():
             return self._run_step(yield_or_leave, computing)
@@ -211,11 +145,11 @@ class Trainer:
         return StepResult(self.step, loss, rate, norm, num_tokens, time.perf_counter() - started - paused)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that decides the rest of the run: the masters and AdamW's moments, as they are (not copies)."""
+        """Return the tensors that determine the rest of the run: masters and AdamW's moments (not copies)."""
         return {"masters": self.trainable.masters, "mean": self._mean, "square": self._square}
 
     def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Go on from `state` after `step` optimizer steps."""
+        """Resume from `state` after `step` optimizer steps."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.step = step
@@ -226,7 +160,7 @@ class Trainer:
         return -(-len(self._examples) // self.spec.batch_size)
 
     def _rows(self, step: int) -> list[int]:
-        """The rows of one optimizer step, in the shuffled order of its epoch."""
+        """Return the rows of one optimizer step, in the shuffled order of its epoch."""
         epoch, place = divmod(step, self._steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, shuffled(len(self._examples), self.spec.seed, epoch))
@@ -236,7 +170,7 @@ class Trainer:
         return sum(len(self._examples[row].token_ids) for row in rows)
 
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """The rows, a micro-batch at a time."""
+        """Yield the rows of each micro-batch."""
         lengths = [len(self._examples[row].token_ids) for row in rows]
         capacity = max_tokens(self.trainable.masters.device)
         bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
@@ -244,13 +178,13 @@ class Trainer:
             yield [rows[i] for i in members]
 
     def _backward(self, rows: Sequence[int], num_targets: int) -> float:
-        """Add the gradients of the rows' share of the step's loss; that share."""
+        """Add the gradients of the rows' share of the step's loss; return that share."""
         batch = MicroBatch.of([self._examples[row] for row in rows])
         self.trainable.begin_micro_batch(self.spec.seed, self.step, rows, batch.lengths)
         return self.trainable.accumulate(batch, 1 / num_targets) / num_targets
 
     def _clip(self) -> float:
-        """Scale the gradients so that their norm is at most `max_grad_norm`; the norm that they had."""
+        """Scale the gradients to a norm of at most `max_grad_norm`. Return the norm before."""
         gradients = self.trainable.gradients
         norm = float(gradients.norm())
         if norm > self.spec.max_grad_norm:
@@ -259,7 +193,11 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, rate: float) -> None:
-        """torch's function, in one pass over memory: its class would import torch's compiler, half a second."""
+        """Apply AdamW in one pass over memory.
+
+        torch's function is called directly: its optimizer class imports torch's compiler, which takes half a
+        second.
+        """
         masters, gradients = self.trainable.masters, self.trainable.gradients
         for decay, stretches in self._stretches:
             adamw(
@@ -281,7 +219,7 @@ class Trainer:
 
 
 def _by_decay(trainable: Trainable, decay: float) -> list[tuple[float, list[slice]]]:
-    """All of the masters, in stretches, with how much they decay."""
+    """Return (weight decay, slices of the masters) pairs that cover all masters."""
     undecayed = list(trainable.undecayed)
     if not undecayed or not decay:
         return [(decay, [slice(None)])]
@@ -292,7 +230,7 @@ def _by_decay(trainable: Trainable, decay: float) -> list[tuple[float, list[slic
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Torch computes in one thread meanwhile: several spin after each operation, on the cores that others need."""
+    """Limit torch to one thread during a block: idle threads would spin on cores that others need."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -302,7 +240,65 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def shuffled(num_rows: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch takes the rows."""
+    """Return the order of rows in an epoch."""
     order = list(range(num_rows))
     random.Random(f"smolora/{seed}/{epoch}").shuffle(order)
     return order
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0, of `total_steps`.
+
+    It rises linearly to `peak` over the warm-up of ceil(warmup_ratio · total_steps) steps, starting above 0. Then
+    it stays constant, or falls to 0 at the end of the last step: linearly, or by half a cosine (Loshchilov &
+    Hutter 2017, arXiv:1608.03983).
+    """
+    num_warmup = math.ceil(warmup_ratio * total_steps - 1e-9)  # in binary, 0.07 · 100 is above 7
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, total_steps - num_warmup)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (1 - done)
+    return peak * (1 + math.cos(math.pi * done)) / 2
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack `lengths` into bins of at most `capacity`. Return each bin's indices; a longer item has its own bin.
+
+    First-fit decreasing: longest first, equal lengths in their order, each into the first bin with room. It takes
+    O(n log n) time and at most 11/9 of the fewest bins, plus 6/9 (Dósa 2007). Lengths and capacity are at least 1.
+    """
+    assert capacity >= 1, "a bin must hold something"
+    assert min(lengths, default=1) >= 1, "every row has a token"
+    bins: list[list[int]] = []
+    room = _Room(len(lengths), capacity)
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        needed = min(lengths[index], capacity)
+        place = room.take_first(needed)
+        if place == len(bins):
+            bins.append([])
+        bins[place].append(index)
+    return bins
+
+
+class _Room:
+    """The room left in each of `num_bins` bins: a tree of maxima, to find the first bin with enough room fast."""
+
+    def __init__(self, num_bins: int, capacity: int) -> None:
+        self._first_leaf = 1 << max(0, num_bins - 1).bit_length()
+        self._most = [capacity] * (2 * self._first_leaf)  # of node i, whose children are 2i and 2i + 1
+
+    def take_first(self, needed: int) -> int:
+        """Take `needed` from the first bin that has it, and return that bin's index. Some bin must have it."""
+        node = 1
+        while node < self._first_leaf:
+            node = 2 * node + (self._most[2 * node] < needed)
+        assert self._most[node] >= needed, "as many bins as rows, and a row fits an empty bin"
+        self._most[node] -= needed
+        found = node - self._first_leaf
+        while node > 1:
+            node //= 2
+            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
+        return found

@@ -1,4 +1,4 @@
-/** The page: its frame, where one is, and who one is. */
+/** The page: its frame, navigation and sign-in. */
 import { linkTo } from "./lib/api.js";
 import { html, render, useEffect, useRef, useState } from "./lib/html.js";
 import { route, to } from "./lib/route.js";
@@ -31,13 +31,13 @@ function App() {
 
   useEffect(() => {
     document.title = `${title} · smolora`;
-    // who uses a keyboard or a screen reader goes on in the new view
+    // users of a keyboard or a screen reader continue in the new view
     if (!isFirst.current) main.current?.focus({ preventScroll: true });
     isFirst.current = false;
     scrollTo(0, 0);
   }, [title]);
   useEffect(() => {
-    // what was pressed may be gone with what it led away from, as the form of a new job
+    // the pressed button may be gone with its view, such as the form of a new job
     if (wasShown.current && path.length && document.activeElement === document.body)
       /** @type {HTMLElement | null | undefined} */ (main.current?.querySelector(".sides > .chosen"))?.focus({
         preventScroll: true,
@@ -77,7 +77,7 @@ function Identity() {
   </div>`;
 }
 
-/** What a header can have: fetch would throw at others, as if nobody were there. */
+/** Characters that a header can have: for others, fetch would throw the same error as if no server answered. */
 const PRINTABLE = /^[!-~]+$/;
 
 function SignIn() {
@@ -96,8 +96,8 @@ function SignIn() {
     <h1>API key</h1>
     ${
       had && isNeeded
-        ? html`<p class="fault" role="alert">The server doesn't take this key: it may be mistyped, expired or revoked.</p>`
-        : html`<p>${isNeeded ? "This server answers only with a key. " : ""}What you see and may do here follows from your key. Whoever runs this server makes one with <code>smolora keys create</code>.</p>`
+        ? html`<p class="fault" role="alert">The server rejects this key: it may be mistyped, expired or revoked.</p>`
+        : html`<p>${isNeeded ? "This server answers only with a key. " : ""}Your key decides what you can see and do here. The server's operator creates keys with <code>smolora keys create</code>.</p>`
     }
     <${Form} label="API key" onSubmit=${submit}>
       <label for="secret">Key</label>
@@ -111,17 +111,17 @@ function SignIn() {
         value=${secret}
         onInput=${(/** @type {import("./parts/basics.js").Typed} */ event) => setSecret(event.currentTarget.value)}
       />
-      ${isWrong ? html`<p class="fault" role="alert">No key has such characters: copy it whole, as it was shown when it was made.</p>` : null}
+      ${isWrong ? html`<p class="fault" role="alert">A key can't contain such characters: copy the whole key, as it was shown when it was created.</p>` : null}
       <small>It is kept in this tab until you close it, and nowhere else.</small>
       <p class="row">
         <button type="submit" disabled=${!secret.trim()}>Sign in</button>
-        ${isNeeded ? null : html`<button type="button" class="plain" onClick=${() => asksForKey.set("")}>Go on without</button>`}
+        ${isNeeded ? null : html`<button type="button" class="plain" onClick=${() => asksForKey.set("")}>Continue without</button>`}
       </p>
     <//>
   </section>`;
 }
 
-/** A file that is dropped beside its place would be opened instead of the page. @param {DragEvent} event */
+/** Ignore files dropped elsewhere: the browser would open them instead of the page. @param {DragEvent} event */
 const ignoreFiles = (event) => {
   if (event.defaultPrevented || !event.dataTransfer?.types.includes("Files")) return;
   event.preventDefault();

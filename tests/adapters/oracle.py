@@ -1,4 +1,4 @@
-"""PEFT as the reference: tiny bases of odd sizes, adapters on them, and what PEFT's live layers hold."""
+"""PEFT as the reference: tiny bases of odd sizes, adapters on them, and the weights in PEFT's live layers."""
 
 import warnings
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(HfLlamaConfig(**SIZES))
-    torch.nn.Module.to(model, dtype)  # the types of transformers' own are wrong
+    torch.nn.Module.to(model, dtype)  # the annotations in transformers are wrong
     model.eval()
     return model
 
@@ -59,9 +59,9 @@ def shape_of(model: PreTrainedModel) -> BaseShape:
 
 
 def adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`model` with a fresh adapter of random A and B, in the base's dtype."""
+    """Return `model` with a new adapter of random A and B, in the base's dtype."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own, about deprecations and patterns without a match
+        warnings.simplefilter("ignore")  # warnings of PEFT about deprecations and patterns without a match
         torch.manual_seed(1)
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
         for name, parameter in tuned.named_parameters():
@@ -71,7 +71,7 @@ def adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def saved(directory: Path, config: LoraConfig, model: PreTrainedModel | None = None) -> tuple[PeftModel, Path]:
-    """An adapter and where PEFT saved it."""
+    """An adapter and the directory in which PEFT saved it."""
     tuned = adapted(model or tiny_llama(), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,10 +80,12 @@ def saved(directory: Path, config: LoraConfig, model: PreTrainedModel | None = N
 
 
 def loaded(directory: Path, model: PreTrainedModel | None = None) -> PeftModel:
-    """What PEFT makes of the files in `directory`, on a fresh base. Any warning about them is an error."""
+    """Return the model that PEFT loads from `directory` on a fresh base. Any warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning)  # transformers deprecates what PEFT still calls
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning
+        )  # PEFT calls deprecated functions of transformers
         return PeftModel.from_pretrained(model or tiny_llama(), directory, autocast_adapter_dtype=False).eval()
 
 
@@ -95,7 +97,7 @@ def lora_layers(tuned: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def matrices(layer: LoraLayer, name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of one of the layer's adapters."""
+    """Return A and B of one of the layer's adapters."""
     return linear(layer.lora_A, name).weight, linear(layer.lora_B, name).weight
 
 
@@ -109,7 +111,7 @@ def live(tuned: PeftModel) -> Live:
 
 
 def assert_same(weights: LoraWeights, layers: Live) -> None:
-    """Exactly the same modules, bits and scalings."""
+    """Assert that modules, bits and scalings are equal."""
     assert {key.path for key in weights.modules} == set(layers)
     for key, module in weights.modules.items():
         a, b, scaling = layers[key.path]

@@ -1,4 +1,4 @@
-"""Small adapters made by hand, for tests that don't need PEFT."""
+"""Small handmade adapters, for tests that don't need PEFT."""
 
 import torch
 
@@ -23,7 +23,7 @@ SHAPE = BaseShape(
 def sample_adapter(
     seed: int = 0, rank: int = 4, names: tuple[str, ...] = ("q_proj", "up_proj"), base_model: str | None = "tiny"
 ) -> PeftAdapter:
-    """Random fp32 weights for `names` in all layers; equal arguments make equal bytes."""
+    """Return an adapter with random fp32 weights for `names` in all layers. Equal arguments give equal bytes."""
     generator = torch.Generator().manual_seed(seed)
     config = LoraConfig(rank, 2.0 * rank, names)
     modules: dict[ModuleKey, LoraModule] = {}

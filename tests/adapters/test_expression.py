@@ -42,7 +42,7 @@ TERMS = st.builds(Term, NAMES, st.none() | st.integers(1, 10**12), st.none(), WE
         ("+".join(["a"] * MAX_PARTS), (Term("a"),) * MAX_PARTS),
     ],
 )
-def test_what_is_read(text: str, terms: tuple[Term, ...]) -> None:
+def test_expressions_parse(text: str, terms: tuple[Term, ...]) -> None:
     assert parse(text) == terms
 
 
@@ -83,18 +83,18 @@ def test_what_is_read(text: str, terms: tuple[Term, ...]) -> None:
         ("a" * 5000, "5000 characters long"),
     ],
 )
-def test_what_is_refused(text: str, message: str) -> None:
+def test_invalid_expressions_are_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidExpression) as caught:
         parse(text, field="model")
     (error,) = caught.value.errors
     assert error.loc == ("model",)
     assert message in error.message
-    str(caught.value).encode()  # no lone surrogates: it can be sent
+    str(caught.value).encode()  # no lone surrogates, which can't be encoded
 
 
 @given(st.lists(TERMS, min_size=1, max_size=MAX_PARTS).filter(lambda terms: len(render(terms)) <= 4096))
 @settings(deadline=None)
-def test_what_is_printed_reads_back(terms: list[Term]) -> None:
+def test_rendered_terms_parse_back(terms: list[Term]) -> None:
     text = render(terms)
     assert parse(text) == tuple(terms)
     assert parse(text.replace("+", "  + ").replace("*", " * ")) == tuple(terms)
@@ -102,7 +102,7 @@ def test_what_is_printed_reads_back(terms: list[Term]) -> None:
 
 @given(st.text(st.sampled_from("ab1@*+-. e0é"), max_size=12) | st.text(max_size=8))
 @settings(deadline=None)
-def test_any_text_is_read_or_refused_clearly(text: str) -> None:
+def test_any_text_parses_or_is_refused_clearly(text: str) -> None:
     with contextlib.suppress(InvalidExpression):
         terms = parse(text)
         assert parse(render(terms)) == terms
@@ -114,10 +114,10 @@ def test_base_is_rendered_as_base() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "0", "A.b-c_d", "x" * 64, "Base", "1.5"])
-def test_names(name: str) -> None:
+def test_valid_and_invalid_names(name: str) -> None:
     assert name_fault(name) is None
 
 
 @pytest.mark.parametrize("name", ["", "base", "-a", "_a", ".a", "a b", "a/b", "a+b", "a@b", "a\n", "é", "x" * 65])
-def test_names_that_no_adapter_may_have(name: str) -> None:
+def test_reserved_and_invalid_names_are_refused(name: str) -> None:
     assert name_fault(name)

@@ -1,4 +1,4 @@
-"""Names and bytes stay together while others publish and delete."""
+"""Tests that names and bytes stay consistent during concurrent publications and deletes."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,7 @@ class Publish:
 def test_an_upload_reads_no_other_versions(
     library: Library, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a name that has thousands that took a second; it is told all the same whose weights it has."""
+    """Reading thousands of versions took a second. The warning about equal weights must still be there."""
     for seed in (0, 0, 1):
         publish("a", seed)
 
@@ -75,10 +75,10 @@ def test_an_upload_reads_no_other_versions(
 
 
 @pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("database is locked"))])
-def test_what_was_done_is_told_though_the_database_fails_after_it(
+def test_a_change_is_reported_if_the_database_fails_after_it(
     library: Library, store: AdapterStore, publish: Publish, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """It is asked whether bytes are wanted any more."""
+    """After the change, the library asks the database whether bytes are still needed, which fails."""
     publish("a", 0)
 
     def fails(*_: object, **__: object) -> None:
@@ -100,10 +100,10 @@ def test_what_was_done_is_told_though_the_database_fails_after_it(
 
 
 @pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("database is locked"))])
-def test_what_was_published_is_told_though_no_other_version_can_be_looked_at(
+def test_a_publication_is_reported_if_the_database_fails_after_it(
     library: Library, publish: Publish, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Or whoever uploaded it would do so again."""
+    """Otherwise the client would upload it again."""
 
     def fails(*_: object, **__: object) -> None:
         raise error
@@ -112,7 +112,7 @@ def test_what_was_published_is_told_though_no_other_version_can_be_looked_at(
     assert [publish.version("a", 0).version for _ in range(2)] == [1, 2]
 
 
-def test_a_lease_outlives_a_delete(library: Library, store: AdapterStore, publish: Publish) -> None:
+def test_a_pin_outlives_a_delete(library: Library, store: AdapterStore, publish: Publish) -> None:
     digest = publish("a", 0)
     pinned = library.pin(parse("a"))
     library.delete("a")
@@ -120,12 +120,12 @@ def test_a_lease_outlives_a_delete(library: Library, store: AdapterStore, publis
         library.pin(parse("a"))
     store.verify(digest)
     pinned.release()
-    pinned.release()  # once more is nothing
+    pinned.release()  # a second call is a no-op
     with pytest.raises(CorruptAdapter):
         store.load(digest)
 
 
-def test_publishing_again_revives_what_is_leased(library: Library, store: AdapterStore, publish: Publish) -> None:
+def test_publishing_again_revives_pinned_bytes(library: Library, store: AdapterStore, publish: Publish) -> None:
     digest = publish("a", 0)
     pinned = library.pin(parse("a"))
     library.delete("a")
@@ -134,14 +134,14 @@ def test_publishing_again_revives_what_is_leased(library: Library, store: Adapte
     store.verify(digest)
 
 
-def test_bytes_that_vanished_are_corrupt(library: Library, store: AdapterStore, publish: Publish) -> None:
+def test_missing_bytes_are_corrupt(library: Library, store: AdapterStore, publish: Publish) -> None:
     store.discard(publish("a", 0))
     with pytest.raises(CorruptAdapter):
         library.open("a", 1)
 
 
 class RacingCatalog(Catalog):
-    """Deletes and publishes anew between a lookup and whoever looked."""
+    """A catalog that deletes the adapter and publishes another one after the first lookup."""
 
     def __init__(self, engine: sa.Engine) -> None:
         super().__init__(engine)
@@ -155,7 +155,7 @@ class RacingCatalog(Catalog):
 
 
 class BusyCatalog(Catalog):
-    """Another process composes something of that name between the check and the publication."""
+    """A catalog in which another process composes the name between the check and the publication."""
 
     def check_kind(self, name: str, kind: Kind) -> None:
         super().check_kind(name, kind)
@@ -163,7 +163,7 @@ class BusyCatalog(Catalog):
             self.compose(name, parse("a"))
 
 
-def test_bytes_that_were_stored_and_not_published_go(
+def test_stored_bytes_are_removed_if_publishing_fails(
     tmp_path: Path, store: AdapterStore, engine: sa.Engine
 ) -> None:
     library = Library(BusyCatalog(engine), store, SHAPE, BASE_NAME)
@@ -174,11 +174,13 @@ def test_bytes_that_were_stored_and_not_published_go(
     assert store.digests() == [kept]
     library.delete("taken")
     with pytest.raises(Conflict):
-        publish("taken", 0)  # the same bytes as a's
+        publish("taken", 0)  # the same bytes as those of a
     assert store.digests() == [kept]
 
 
-def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterStore, engine: sa.Engine) -> None:
+def test_pin_resolves_again_after_a_concurrent_delete(
+    tmp_path: Path, store: AdapterStore, engine: sa.Engine
+) -> None:
     catalog = RacingCatalog(engine)
     library = Library(catalog, store, SHAPE, BASE_NAME)
     publish = Publish(library, tmp_path)
@@ -193,7 +195,7 @@ def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterS
         library.pin(parse("a"))
 
 
-def test_readers_never_meet_half_an_adapter(library: Library, store: AdapterStore, publish: Publish) -> None:
+def test_readers_never_see_a_partial_adapter(library: Library, store: AdapterStore, publish: Publish) -> None:
     """Two writers publish and delete the same two names and bytes while readers pin and read."""
     publish("x", 0)
     faults: list[BaseException] = []

@@ -38,9 +38,9 @@ class Cluster:
         """Have so many replicas; returns once they are healthy."""
         flags = {"model": self._model, "home": self._home, **FLAGS, **CACHES, **others}
         words = ("cluster", "deploy")
-        told = command(words, address=self.address, replicas=num_replicas, **flags)
+        called = command(words, address=self.address, replicas=num_replicas, **flags)
         done = subprocess.run(
-            told, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+            called, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
 

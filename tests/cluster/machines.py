@@ -86,12 +86,12 @@ class UpProcess:
 
     def call(self, word: str, **flags: object) -> str:
         """`smolora cluster WORD` with its HOME; what it said."""
-        told = [part for part in command(("cluster", word), home=self.home, **flags) if part != "--workers=0"]
+        words = [part for part in command(("cluster", word), home=self.home, **flags) if part != "--workers=0"]
         if word == "deploy":
             given = {**self._flags, **flags}
-            told = command(("cluster", word), home=self.home, **given)
+            words = command(("cluster", word), home=self.home, **given)
         done = subprocess.run(
-            told, env=self._environment, capture_output=True, text=True, timeout=3 * PATIENCE, check=False
+            words, env=self._environment, capture_output=True, text=True, timeout=3 * PATIENCE, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout + done.stderr

@@ -76,9 +76,9 @@ def test_a_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: C
 
 
 TELL = (
-    "import pathlib, sys, time; from server.cluster.transport import join, replicas_told\n"
+    "import pathlib, sys, time; from server.cluster.transport import join, replica_counts\n"
     "join(sys.argv[1])\n"
-    "while 'stopping' not in replicas_told(): time.sleep(0.1)\n"
+    "while 'stopping' not in replica_counts(): time.sleep(0.1)\n"
     "pathlib.Path(sys.argv[2]).touch()"
 )
 """Touches a file as soon as Serve says that a replica is stopping."""
@@ -94,11 +94,11 @@ def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster
         stack.enter_context(api.client.stream("POST", "/generate", json=body)).raise_for_status()
         return stack
 
-    told = tmp_path / "told"
+    stopping = tmp_path / "told"
     with ThreadPoolExecutor(1) as pool:
-        watching = subprocess.Popen([sys.executable, "-c", TELL, cluster.address, told], env=environment())
+        watching = subprocess.Popen([sys.executable, "-c", TELL, cluster.address, stopping], env=environment())
         scaling = pool.submit(cluster.scale, 1)
-        while not told.exists():  # both always have some that have just begun
+        while not stopping.exists():  # both always have some that have just begun
             streams.append((opened(1), opened(3)))
             for stack in streams.pop(0) if len(streams) > 4 else ():
                 stack.close()

@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.cluster, needs_ray]
 
 
 def ended(*words: str, **flags: object) -> subprocess.CompletedProcess[str]:
-    told = [part for part in command(("cluster", *words), **flags) if part != "--workers=0" or words == ("up",)]
-    return subprocess.run(told, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    called = [part for part in command(("cluster", *words), **flags) if part != "--workers=0" or words == ("up",)]
+    return subprocess.run(called, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:

@@ -135,8 +135,8 @@ def test_deleted_while_the_other_has_it_queued(
 def queue(client: httpx.Client) -> dict[str, float]:
     """Sequences that run and wait, on all replicas."""
     lines = client.get("/metrics").text.splitlines()
-    told = dict(line.rsplit(" ", 1) for line in lines if line.startswith("smolora_requests_"))
-    return {name: float(told[f"smolora_requests_{name}"]) for name in ("running", "waiting")}
+    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("smolora_requests_"))
+    return {name: float(values[f"smolora_requests_{name}"]) for name in ("running", "waiting")}
 
 
 def test_keys_count_everywhere(whole: Whole) -> None:

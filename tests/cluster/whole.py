@@ -160,13 +160,13 @@ class Whole:
         self._ends.close()
 
     def _run(self, *words: str, **flags: object) -> "subprocess.Popen[bytes]":
-        told = command(words, **flags)
+        called = command(words, **flags)
         if "workers" not in flags:
-            told.remove("--workers=0")
+            called.remove("--workers=0")
         variables = {name: value for name, value in environment().items() if not name.startswith("AWS_")}
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                told, env=variables | self.secrets, stdout=log, stderr=log, start_new_session=True
+                called, env=variables | self.secrets, stdout=log, stderr=log, start_new_session=True
             )
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:

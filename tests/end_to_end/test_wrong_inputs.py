@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli.main import app
-from server.system.program import program
+from server.system.messages import program
 from tests.end_to_end.server_process import ServerProcess
 
 pytestmark = pytest.mark.real

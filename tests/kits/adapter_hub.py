@@ -14,10 +14,9 @@ REPO = "owner/tweets"
 def hub_of(
     files: Mapping[str, bytes], asked: list[str], revision: str = "main", pause: float = 0
 ) -> Iterator[str]:
-    """Serve `files` as owner/tweets of one commit, which is `revision`, too; yields the endpoint.
+    """Serve `files` as owner/tweets with one commit, which is also `revision`; yield the endpoint.
 
-    What is asked for is added to `asked`, with the token that came with it. Weights are sent byte by byte if there
-    is a `pause`, in seconds, between two bytes.
+    Each request's path and token are added to `asked`. With a `pause` in seconds, weights are sent byte by byte.
     """
 
     class Handler(HubHandler):

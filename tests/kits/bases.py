@@ -1,4 +1,4 @@
-"""Bases that all tests share, and the machines that some need. Nothing here changes what is under test."""
+"""Bases that all tests share, and fixtures of databases and object stores. No code under test is changed."""
 
 import os
 from pathlib import Path
@@ -57,7 +57,7 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def converted_tiny(tiny_base_dir: Path) -> Path:
-    """The tiny Llama, converted. A server that is given this starts as any does but a base's first one, sooner."""
+    """The tiny Llama, converted. A server starts faster with it than with the unconverted base."""
     return resolve_base(str(tiny_base_dir), tiny_base_dir.parent)
 
 
@@ -69,5 +69,5 @@ def tiny_base(converted_tiny: Path) -> BaseModel:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Fastest for tiny bases; where others use the cores too, a second thread slows even the real one down."""
+    """Run torch in one thread: the fastest for tiny bases, and on busy cores for the real base, too."""
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What torch's bf16 comes to, in a bearable time where the processor has no instructions for it."""
+"""torch's results in bf16, in reasonable time on processors without bf16 instructions."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.
 
 
 class _InFp32(TorchDispatchMode):
-    """Products of bf16 matrices summed in fp32 and rounded once, as torch's are: but for the order of the sums."""
+    """Computes products of bf16 matrices in fp32 and rounds once, like torch, except for the order of the sums."""
 
     def __torch_dispatch__(
         self,
@@ -28,14 +28,16 @@ class _InFp32(TorchDispatchMode):
 
 
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for torch's bf16 products."""
+    """Return whether this processor has instructions for torch's bf16 products."""
     return can_pack(torch.zeros(1, 1, dtype=torch.bfloat16))
 
 
 @contextmanager
 def torch_bf16() -> Iterator[None]:
-    """For a reference that torch computes in bf16, whose products take 4 to 33 times as long as fp32's on an EPYC
-    with AVX2: without the instructions it multiplies one number at a time. There they are fp32's, rounded.
+    """Compute torch's bf16 products in fp32 during a block, if the processor has no instructions for them.
+
+    Without the instructions, torch multiplies one number at a time: on an EPYC with AVX2 this takes 4 to 33 times
+    as long as in fp32.
     """
     if multiplies_bf16():
         yield

@@ -1,6 +1,6 @@
-"""An object store that speaks S3's protocol, in this process, and a proxy before it that fails as it is told.
+"""An object store with S3's protocol in this process, and a proxy in front of it that fails on demand.
 
-Tests that want it are marked `cluster`, and skipped where obstore or moto isn't installed.
+Tests that use it are marked `cluster`, and skipped if obstore or moto isn't installed.
 """
 
 import http.client
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BUCKET = "smolora"
 SECRET = "the-secret-of-the-tests"
 EITHER = ["directory", pytest.param("bucket", marks=pytest.mark.cluster)]
-"""Where a store's bytes are: parameters of fixtures."""
+"""Kinds of stores: parameters of fixtures."""
 
 _IS_EMPTY = re.compile(rb"\r\ncontent-length: 0\r\n", re.IGNORECASE)
 Failure = Literal["", "500", "stall", "cut", "half", "full"]
@@ -31,10 +31,10 @@ OpenBucket = Callable[..., "Bucket"]
 
 
 class Proxy:
-    """Passes connections on to the store, each with one request, and counts those by what they ask for.
+    """Forwards connections to the store, each with one request, and counts requests by method and path.
 
-    `failure` of the next ones: an answer of 500, none at all, a closed connection, half an answer, or no room for
-    what is written, unless it is empty. `failures` is how many more fail; below 0: all.
+    `failure` is how the next requests fail: an answer of 500, no answer, a closed connection, half an answer, or
+    no space for writes; "" for none. `failures` is how many more fail; below 0: all.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -56,7 +56,7 @@ class Proxy:
             self.failure, self.failures = failure, times
 
     def count(self, method: str, ending: str) -> int:
-        """Requests so far of that method whose path, without its query, ends so."""
+        """Return the number of requests so far with that method and a path (without query) that ends so."""
         with self._mutex:
             return sum(n for (m, path), n in self.asked.items() if m == method and path.endswith(ending))
 
@@ -73,7 +73,7 @@ class Proxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, suppress(OSError):  # whoever asked may be gone, having read the answer or waited for too long
+        with client, suppress(OSError):  # the client may be gone, after the answer or a timeout
             head = _head(client)
             if not head:
                 return
@@ -111,7 +111,7 @@ class Proxy:
 
 
 def _head(client: socket.socket) -> bytes:
-    """What came with a request's headers."""
+    """Read a request up to the end of its headers."""
     head = b""
     while b"\r\n\r\n" not in head:
         piece = client.recv(1 << 16)
@@ -131,7 +131,7 @@ def _copy(client: socket.socket, store: socket.socket) -> None:
 
 @contextmanager
 def running_store() -> Iterator[tuple[str, int]]:
-    """Where one listens that has an empty bucket at first; whoever hasn't obstore and moto skips the test."""
+    """Run a store with an empty bucket, and yield its address. Skip the test without obstore and moto."""
     pytest.importorskip("obstore", reason="needs the extra cluster")
     server = pytest.importorskip("moto.server", reason="needs the extra cluster-dev")
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
@@ -149,7 +149,7 @@ def running_store() -> Iterator[tuple[str, int]]:
 
 
 def aws_variables(endpoint: str) -> dict[str, str]:
-    """What names the store at that address, with its keys."""
+    """Return the AWS_ variables for the store at that address, with its keys."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ALLOW_HTTP": "true",
@@ -168,7 +168,7 @@ def object_store() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture
 def aws(object_store: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The store's address, which the variables of this test name, with its keys."""
+    """The store's address. The environment names the store and its keys during the test."""
     endpoint = "http://{}:{}".format(*object_store)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -179,13 +179,13 @@ def aws(object_store: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def bytes_url(aws: str) -> str:
-    """A place of this test's own, as settings name it."""
+    """The URL of a place in the store for this test alone, as in settings."""
     return f"s3://{BUCKET}/{secrets.token_hex(8)}"
 
 
 @pytest.fixture
 def bucket(bytes_url: str) -> "Bucket":
-    """That place."""
+    """The place of `bytes_url`."""
     from adapters.storage.bucket import Bucket
 
     return Bucket.open(bytes_url, allow_http=True)
@@ -193,7 +193,7 @@ def bucket(bytes_url: str) -> "Bucket":
 
 @pytest.fixture
 def proxy(object_store: tuple[str, int]) -> Iterator[Proxy]:
-    """Between this test and the store."""
+    """A proxy between this test and the store."""
     proxy = Proxy(*object_store)
     yield proxy
     proxy.close()
@@ -201,7 +201,7 @@ def proxy(object_store: tuple[str, int]) -> Iterator[Proxy]:
 
 @pytest.fixture
 def proxied(bytes_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> "Bucket":
-    """The place as it is reached through the proxy, with a second's patience."""
+    """The place of `bytes_url` through the proxy, with a timeout of a second."""
     from adapters.storage.bucket import Bucket
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

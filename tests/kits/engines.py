@@ -1,6 +1,6 @@
-"""Engines for tests: built over a loaded base, fed with requests, run to the end. Nothing under test is replaced.
+"""Engines for tests: built over a loaded base, given requests, and run to the end. No code under test is replaced.
 
-Token ids come out of the engine with the log-probabilities, so every request made here asks for one of them.
+The engine returns token ids with log-probabilities only, so every request here asks for one log-probability.
 """
 
 import random
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from adapters.errors import SmoloraError
-from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
+from adapters.lora import MODULES, AdapterRef, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import AdapterPool, Load
 from server.engine.backend import Backend
 from server.engine.detokenizer import TokenBytes
@@ -20,7 +20,6 @@ from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
 from server.engine.native_backend import NativeBackend
 from server.engine.request import (
-    AdapterRef,
     FinishReason,
     GenerationRequest,
     SamplingParams,
@@ -55,7 +54,7 @@ def build_engine(
     guidance: Guidance | None = None,
     native: NativeModel | None = None,
 ) -> Engine:
-    """An engine with `num_blocks` usable blocks, and rows for ranks that add up to `max_rank` on all modules."""
+    """Return an engine with `num_blocks` usable blocks and a total rank of at most `max_rank` on all modules."""
     adapters = {} if adapters is None else adapters
     model = model or SmolLM(base.config, base.weights, max_positions=max_model_len)
     backend: Backend = TorchBackend(model)
@@ -83,7 +82,7 @@ def random_adapter(
     strength: float = 0.3,
     dtype: torch.dtype = torch.float32,
 ) -> LoraWeights:
-    """Random A and B whose product moves the module's output by about `strength` times its input's norm."""
+    """Return random A and B whose product changes a module's output by about `strength` times its input's norm."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[ModuleKey, LoraModule] = {}
     for layer in range(shape.num_layers) if layers is None else layers:
@@ -99,13 +98,13 @@ def random_adapter(
 
 
 def refs(**weights: float) -> tuple[AdapterRef, ...]:
-    """A canonical set of adapters from digest=weight."""
+    """Return a canonical set of adapters from digest=weight."""
     return tuple(sorted(AdapterRef(digest, weight) for digest, weight in weights.items()))
 
 
 @dataclass
 class Result:
-    """What came out of the engine for one choice of one request."""
+    """The engine's output for one choice of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -134,17 +133,17 @@ def run(
     arrivals: random.Random | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> Results:
-    """Run requests to the end: {(request id, choice): result}. With `arrivals`, they come at random steps."""
+    """Run requests to the end. Return {(request id, choice): result}. `arrivals`: they come at random steps."""
     requests = [replace(r, sampling=replace(r.sampling, logprobs=max(r.sampling.logprobs, 1))) for r in requests]
     results = {(request.request_id, index): Result() for request in requests for index in range(request.n)}
     coming = list(requests)
     if arrivals is not None:
         arrivals.shuffle(coming)
     num_idle = 0
-    deadline = time.process_time() + 300  # of the processor: others may use it, too
+    deadline = time.process_time() + 300  # processor time, since other processes may use the cores
     while coming or engine.has_work:
-        assert num_idle < 50_000, f"it waits for nothing: {engine.stats}"
-        assert time.process_time() < deadline, f"no end in sight: {engine.stats}"
+        assert num_idle < 50_000, f"the engine is idle but has work: {engine.stats}"
+        assert time.process_time() < deadline, f"the engine doesn't finish: {engine.stats}"
         while coming and (arrivals is None or not engine.has_work or arrivals.random() < 0.5):
             request = coming.pop(0)
             engine.check(request)
@@ -161,7 +160,7 @@ def run(
 
 
 def check_idle(engine: Engine) -> None:
-    """Assert that nothing is held any more."""
+    """Assert that no blocks or adapters are in use."""
     assert not engine.has_work
     engine.blocks.check([])
     assert engine.blocks.num_used_blocks == 0
@@ -171,7 +170,7 @@ def check_idle(engine: Engine) -> None:
 
 
 def check_pool(pool: AdapterPool) -> None:
-    """Assert that the pool's free rows are exactly those that no resident adapter covers."""
+    """Assert that the pool's free rows are exactly the rows that no resident adapter covers."""
     for (group, kind), extents in pool._spaces.items():
         covered: set[int] = set()
         for adapter in pool._adapters.values():
@@ -192,7 +191,7 @@ def check_pool(pool: AdapterPool) -> None:
 
 
 def place(rows: RankRows, adapters: Sequence[LoraWeights], seed: int = 0) -> list[Placement]:
-    """Put adapters into the pools in a random order, with gaps; whatever is not theirs is NaN."""
+    """Put adapters into the pools in a random order, with gaps; all other rows are NaN."""
     rng = random.Random(seed)
     for tensor in (*rows.a.values(), *rows.b.values()):
         tensor.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""The ground of a Hugging Face hub on this machine: what it has is its handler's part."""
+"""A fake Hugging Face hub on this machine. Handlers define its content."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -10,11 +10,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubHandler(BaseHTTPRequestHandler, ABC):
-    """Answers GET and HEAD alike, by `find`."""
+    """Answers GET and HEAD by `find`."""
 
     @abstractmethod
     def find(self) -> tuple[bytes | None, str]:
-        """The body of `path`, or None and the hub's code for what isn't there."""
+        """Return the body of `path`, or None and the hub's error code."""
 
     def do_GET(self) -> None:
         body, error = self.find()
@@ -36,12 +36,12 @@ class HubHandler(BaseHTTPRequestHandler, ABC):
     do_HEAD = do_GET  # noqa: N815 (the base class's spelling)
 
     def log_message(self, *args: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @contextmanager
 def serving(handler: type[HubHandler]) -> Iterator[str]:
-    """Yields the endpoint."""
+    """Run a hub, and yield its endpoint."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -1,4 +1,4 @@
-"""What tests on a real GPU share. `make gpu` runs them, where there is one."""
+"""Helpers of tests on a real GPU, which `make gpu` runs."""
 
 import warnings
 from collections.abc import Callable
@@ -13,7 +13,7 @@ NEEDS_GPU = [
 
 
 def waits(work: Callable[[], object]) -> list[str]:
-    """What torch says of each time that the host waits for the GPU during `work`."""
+    """Return torch's warnings about synchronizations of host and GPU during `work`."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as said:

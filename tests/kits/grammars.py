@@ -1,4 +1,4 @@
-"""Grammars for tests: listed languages, hostile ones, and ten schemas whose answers have an end."""
+"""Grammars for tests: finite languages, hostile grammars, and ten schemas with bounded answers."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -15,20 +15,20 @@ def guidance_of(tokenizer: BaseTokenizer, vocab_size: int, eos_token_ids: Sequen
 
 
 class Language:
-    """A finite language: what may come next is looked up, not computed."""
+    """A finite language: the oracle for allowed tokens, by lookup in a list of words."""
 
     def __init__(self, regex: str, words: Collection[str]) -> None:
-        """`words` are all that `regex` matches."""
+        """`words` are all words that `regex` matches."""
         self.grammar = Grammar("regex", regex)
         self.words = frozenset(word.encode() for word in words)
 
     def is_forced(self, before: bytes) -> bool:
-        """Whether all words go on by the same byte: then one split of what follows may be the only one allowed."""
+        """Return whether all words continue with the same byte: then only one tokenization may be allowed."""
         nexts = {word[len(before) : len(before) + 1] for word in self.words if word.startswith(before)}
         return len(nexts) == 1 and b"" not in nexts
 
     def allowed(self, before: bytes, token_bytes: TokenBytes, num_tokens: int, eos: Collection[int]) -> set[int]:
-        """The tokens, out of ids below `num_tokens`, that lead on from `before` to some word, or end one."""
+        """Return the tokens below `num_tokens` that continue `before` towards some word, or end one."""
         rest = [word[len(before) :] for word in self.words if word.startswith(before)]
         found = set(eos) if b"" in rest else set()
         for token_id in range(num_tokens):
@@ -99,17 +99,17 @@ BOUNDED: Mapping[str, Schema] = {
         "$ref": "#/$defs/branch",
     },
 }
-"""Ten schemas whose answers have an end: the longest is shorter than 100 tokens."""
+"""Ten schemas with bounded answers, all shorter than 100 tokens."""
 
 HOSTILE_SCHEMA: Schema = {
     "allOf": [{"type": "string", "pattern": f"[a-z]{{0,{length}}}x{length}"} for length in range(10, 30)]
 }
-"""Compiling it takes longer than anybody has waited."""
+"""Its compilation has never been seen to finish."""
 
 HOSTILE_REGEX = "((a{0,50}b{0,50}){0,50}c?){0,50}"
-"""Quickly compiled, and its states outgrow any memory within a few tokens."""
+"""It compiles quickly, but its states exceed any memory within a few tokens."""
 
 
 def growing(beginning: int = 60) -> Grammar:
-    """Passes every check, for it begins with so many z; as long as no d comes, it soon outgrows any limit."""
+    """Return a grammar that passes every check, since it begins with many z, but then exceeds any limit."""
     return Grammar("regex", f"z{{{beginning}}}{HOSTILE_REGEX}d")

@@ -1,9 +1,9 @@
-"""`python -m tests.kits.hanging_server`: a server whose engine's thread hangs or crawls when a request asks.
+"""`python -m tests.kits.hanging_server`: a server whose engine's thread hangs or crawls on request.
 
-All of it is the real one, but for the runner, which looks at seeds: SLOW has each step last a tenth of a second
-more; LONG has one of them last nearly one, and leaves a file in the middle; HANG has the thread enter native code
-that never returns, once the file HANG_NOW is there. A child process stands in for the training workers: it leaves
-a file when it is told to let go.
+Everything is real except for the runner, which looks at seeds. SLOW makes each step a tenth of a second longer.
+LONG makes one step take nearly a second, and writes a file halfway. HANG makes the thread enter native code that
+never returns, once the file HANG_NOW exists. A child process plays the training workers: it writes a file when it
+gets SIGTERM.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from server.serve.startup import build
 
 HANG, LONG, SLOW = 666, 667, 668
 AFTER = 30
-"""Tokens of a request that come out before it is LONG or HANGs."""
+"""Tokens of a request before LONG or HANG takes effect."""
 HANG_NOW, IN_THE_MIDDLE, LET_GO = "hang-now", "in-the-middle", "let-go"
 _WORKER = """
 import pathlib, signal, sys, threading

@@ -22,7 +22,7 @@ class Alert:
     annotations: dict[str, str]
 
     def measures(self) -> list[str]:
-        """What it compares, without what it compares them with."""
+        """Return the left sides of its comparisons."""
         sides = [_COMPARISON.split(part)[0] for part in _parts(self.expression)]
         return [side for side in sides if not side.startswith("absent(")]
 
@@ -33,7 +33,7 @@ def alerts() -> list[Alert]:
 
 
 def queries(window: str = "1m") -> Iterator[tuple[str, str]]:
-    """(panel, query), as Grafana sends them for all servers."""
+    """Yield (panel, query), as Grafana sends them for all servers."""
     document = json.loads(DASHBOARD.read_text())
     for panel in document["panels"]:
         for target in panel.get("targets", ()):
@@ -49,7 +49,7 @@ def _filled(expression: str, window: str) -> str:
 
 
 def _parts(expression: str) -> Iterator[str]:
-    """What `and` and `or` join, outside of parentheses."""
+    """Return the operands of `and` and `or` outside of parentheses."""
     depth, start = 0, 0
     for word in re.finditer(r"[(){}]|\b(?:and|or)\b(?: on \([^)]*\))?", expression):
         if word[0] in "({":

@@ -1,7 +1,6 @@
-"""The native code for tests: compiled once into the cache, or the reason to skip; and what it is compared with.
+"""Native code for tests, compiled once into the cache, or a reason to skip; and bases to compare it on.
 
-Every test that a machine may be too old for asks here. REQUIRE_NATIVE=1 says that this one isn't: what would be
-skipped fails.
+Every test that needs native code gets it here. With REQUIRE_NATIVE=1, tests fail where they would be skipped.
 """
 
 import ctypes
@@ -41,19 +40,19 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
 
 
 def is_required() -> bool:
-    """Whether this machine is known to have what native code needs."""
+    """Return whether REQUIRE_NATIVE=1 says that this machine can run native code."""
     return os.environ.get("REQUIRE_NATIVE") == "1"
 
 
 def give_up(reason: object) -> NoReturn:
-    """Skip the test; fail it where nothing may be skipped."""
+    """Skip the test, or fail it if native code is required."""
     if is_required():
         pytest.fail(f"REQUIRE_NATIVE=1, but {reason}")
     pytest.skip(f"nothing native here: {reason}")
 
 
 def native_library() -> ctypes.CDLL:
-    """Gives the test up where this machine has none."""
+    """The native library; the test is skipped if this machine can't have one."""
     try:
         return _cached_library()
     except NativeUnavailable as reason:
@@ -61,7 +60,7 @@ def native_library() -> ctypes.CDLL:
 
 
 def hold_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process use the named instructions and no more; give the test up where the processor has fewer."""
+    """Limit this process to the named instruction set; skip the test if the processor doesn't have it."""
     monkeypatch.setenv("NATIVE_INSTRUCTIONS", name)
     try:
         instructions()
@@ -71,13 +70,13 @@ def hold_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def needs_packed_products() -> None:
-    """Give the test up where torch has no product of packed 16-bit weights."""
+    """Skip the test if torch has no product of packed 16-bit weights."""
     if not can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)):
         give_up("this processor or build of torch can't pack weights")
 
 
 def has_native() -> bool:
-    """Whether native code runs on this machine. Raises NativeUnavailable where it must."""
+    """Return whether native code runs on this machine. Raise NativeUnavailable if it doesn't but is required."""
     try:
         _cached_library()
     except NativeUnavailable:
@@ -88,7 +87,7 @@ def has_native() -> bool:
 
 
 def _cached_library() -> ctypes.CDLL:
-    """Compiled by one process of a test run, while the others wait for it. Raises NativeUnavailable."""
+    """Return the library, which one process compiles for all. Raise NativeUnavailable if that is impossible."""
     CACHE.mkdir(exist_ok=True)
     with open(CACHE / "native.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -96,16 +95,16 @@ def _cached_library() -> ctypes.CDLL:
 
 
 def lend_native(home: Path) -> None:
-    """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
+    """Copy the compiled library, if there is one, to a server's HOME, so that it needn't compile it again."""
     if not has_native():
         return
-    (home / "native").mkdir(mode=0o755, exist_ok=True)  # others may not write there, whatever the umask
+    (home / "native").mkdir(mode=0o755, exist_ok=True)  # not writable by others, independent of the umask
     if not (home / "native" / library_name(instructions())).exists():
         shutil.copy2(CACHE / "native" / library_name(instructions()), home / "native")
 
 
 def tiny_of(directory: Path, shape: str, **options: object) -> BaseModel:
-    """A tiny base of one of SHAPES, saved into the directory, in bf16: with weights wide enough to learn from."""
+    """Save a tiny base of one of SHAPES to the directory, and load it in bf16. It can learn."""
     architecture, given = SHAPES[shape]
     changed = {**given, "initializer_range": 0.06, **options}
     saved = save_tiny_base(directory / "tiny", architecture, changed, seed=3)
@@ -115,8 +114,9 @@ def tiny_of(directory: Path, shape: str, **options: object) -> BaseModel:
 
 
 def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 1) -> NativeModel:
-    """Of one thread, unless threads are what is tested: several wait for each other in each phase by spinning, and
-    other tests have the cores. They change no bit.
+    """Return a native model with one thread by default.
+
+    Several threads give the same bits, but wait for each other by spinning while other tests use the cores.
     """
     assert base.dtype is torch.bfloat16
     return NativeModel(
@@ -125,7 +125,7 @@ def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 1
 
 
 def widened(weights: BaseWeights) -> BaseWeights:
-    """The same values in fp32; a tied head stays tied."""
+    """Return the same values in fp32; a tied head stays tied."""
     embed = weights.embed.float()
     layers = (LayerWeights(*(getattr(layer, name).float() for name in LAYER_TENSORS)) for layer in weights.layers)
     lm_head = embed if weights.lm_head is weights.embed else weights.lm_head.float()

@@ -1,4 +1,4 @@
-"""A stand-in for a collector: takes OTLP over HTTP, as protobuf, and keeps the spans."""
+"""A fake trace collector: receives OTLP over HTTP as protobuf, and stores the spans."""
 
 import gzip
 import threading
@@ -16,7 +16,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 
 @dataclass(frozen=True)
 class Span:
-    """One that was sent. Ids are hexadecimal; times are nanoseconds since 1970."""
+    """A received span. Ids are hexadecimal; times are nanoseconds since 1970."""
 
     name: str
     id: str
@@ -31,14 +31,14 @@ class Span:
 
 @dataclass
 class Receiver:
-    """What has come; `endpoint` is for OTEL_EXPORTER_OTLP_ENDPOINT."""
+    """The received spans; `endpoint` is for OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     endpoint: str = ""
     spans: list[Span] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
 
     def children(self, span: Span) -> list[str]:
-        """Their names, in the order of their beginnings."""
+        """Return the names of a span's children, in the order of their starts."""
         below = [other for other in self.spans if other.above == span.id]
         return [other.name for other in sorted(below, key=lambda other: other.start)]
 
@@ -75,7 +75,7 @@ def _value(given: AnyValue) -> object:
 
 @contextmanager
 def receiving() -> Iterator[Receiver]:
-    """A receiver on a port of its own."""
+    """Run a receiver on a free port."""
     receiver = Receiver()
 
     class Handler(BaseHTTPRequestHandler):

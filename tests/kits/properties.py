@@ -1,6 +1,6 @@
-"""How many examples a property test tries: it names its full number, of which `make test` takes a quarter.
+"""The number of examples of property tests: `make test` runs a quarter of a test's full number, `make fuzz` all.
 
-`make fuzz` takes all. Examples that a test gives itself (`@example`) are always tried.
+Explicit examples (`@example`) always run.
 """
 
 import os
@@ -9,11 +9,11 @@ from hypothesis import settings
 
 
 def num_examples(full: int) -> int:
-    """For `max_examples`, where all would be `full`."""
+    """Return the value of `max_examples` for a full number of examples."""
     return full if os.environ.get("ALL_EXAMPLES") == "1" else -(-full // 4)
 
 
 def set_default() -> None:
-    """Likewise of the 100 that Hypothesis tries where a test says nothing else. Busy machines take their time."""
+    """Set the default, from Hypothesis' 100 examples. There is no deadline, since test machines are busy."""
     settings.register_profile("smolora", max_examples=num_examples(100), deadline=None)
     settings.load_profile("smolora")

@@ -14,23 +14,23 @@ SLACK = 1.1
 
 
 def is_exact(factor: float) -> bool:
-    """Whether multiplying by it rounds nothing: it is a power of two."""
+    """Return whether multiplication by `factor` is exact: it is a power of two."""
     return math.frexp(factor)[0] == 0.5
 
 
 def sum_bound(terms: torch.Tensor) -> torch.Tensor:
-    """Of a sum over the last dimension of exact `terms` (…, n) in fp32, rounded once."""
+    """Return the bound for a sum over the last dimension of exact `terms` (…, n) in fp32, rounded once."""
     magnitudes = terms.abs().sum(-1)
     return SLACK * (U * terms.sum(-1).abs() + terms.shape[-1] * 2.0**-24 * magnitudes)
 
 
 def sum_of_rounded_bound(terms: torch.Tensor) -> torch.Tensor:
-    """Likewise where each term is rounded, too."""
+    """Return the bound for such a sum if each term is rounded, too."""
     return sum_bound(terms) + SLACK * U * terms.abs().sum(-1)
 
 
 def attention_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """(dim,) Of one head's query q (dim,) over k, v (positions, dim), of which each step is rounded.
+    """Return the bound (dim,) for attention of one query q (dim,) over k, v (positions, dim), each step rounded.
 
     To first order, an error e_j of score s_j moves the output o by w_j e_j (v_j - o), where w_j is its weight.
     Scores are rounded themselves (U |s_j|), and q times dim^-1/2 is rounded before where that is no power of two:

@@ -1,4 +1,4 @@
-"""File systems that are really full, where this process may mount one."""
+"""Full disks: real ones, if this process may mount a file system, and faked ones."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ FILLING = "filling"
 
 @contextmanager
 def mounted(place: Path, megabytes: int) -> Iterator[Path]:
-    """`place` as a file system of that size. Skips the test, saying why, where nothing can be mounted."""
+    """Mount a file system of that size at `place`. Skip the test if nothing can be mounted."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "smolora-test", str(place)]
     ended = subprocess.run(mount, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -26,7 +26,7 @@ def mounted(place: Path, megabytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int = 0) -> None:
-    """Leave no byte, or so many (a multiple of 4,096), whatever others free meanwhile."""
+    """Fill the disk except for `leave` bytes (a multiple of 4,096), even if others free space meanwhile."""
     with open(disk / FILLING, "ab", buffering=0) as file:
         is_full = False
         while not is_full:
@@ -42,7 +42,7 @@ def fill(disk: Path, leave: int = 0) -> None:
 
 
 def refuse_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a full disk does, whatever can be mounted here: on tmpfs, unlike others, a new folder takes no room."""
+    """Make creating folders fail as on a full disk: on tmpfs, a new folder takes no space."""
 
     def mkdir(path: object, *_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -51,5 +51,5 @@ def refuse_folders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_room(disk: Path) -> None:
-    """As somebody who deletes what they need no more."""
+    """Free the disk again."""
     (disk / FILLING).unlink()

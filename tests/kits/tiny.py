@@ -1,7 +1,7 @@
-"""Tiny random bases with a tokenizer of their own: Hugging Face directories that take a moment to make.
+"""Tiny random bases with their own tokenizer, as Hugging Face directories, which are quick to make.
 
-The tokenizer is a byte-level one with SmolLM2's special tokens, rules for splitting and chat template, so that any
-text goes through it, and many characters take several tokens.
+The tokenizer is byte-level, with SmolLM2's special tokens, splitting rules and chat template. It encodes any text,
+and many characters take several tokens.
 """
 
 from collections.abc import Mapping
@@ -51,16 +51,16 @@ TINY: dict[str, object] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-"""The default sizes; keys are those of a Hugging Face config."""
+"""The default sizes, with the keys of a Hugging Face config."""
 
 NATIVE_SIZES: Mapping[str, object] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-"""On top of the default sizes: those of a base that native code covers, as its default path has it."""
+"""Sizes of a base that native code covers by its default path; they override the default sizes."""
 
 
 def save_tiny_base(
     directory: Path, architecture: str = "llama", options: Mapping[str, object] | None = None, seed: int = 0
 ) -> Path:
-    """Save a random `llama` or `smollm3` in fp32, with `options` on top of `TINY`; returns `directory`."""
+    """Save a random `llama` or `smollm3` in fp32, with `options` on top of `TINY`. Return `directory`."""
     fields = TINY | dict(options or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,7 +78,7 @@ def save_tiny_base(
 
 
 def tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerBase:
-    """Trained on the standard library's HTTP phrases; the same every time."""
+    """Return a tokenizer trained on the standard library's HTTP phrases; it is always the same."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(vocab_size)),
         bos_token="<|im_start|>",
@@ -92,7 +92,7 @@ def tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerBase:
 
 
 def own(tokenizer: PreTrainedTokenizerBase) -> BaseTokenizer:
-    """What a server has in the place of transformers' tokenizer."""
+    """Return the server's own tokenizer for one of transformers'."""
     backend, template = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), tokenizer.chat_template
     assert template is None or isinstance(template, str)
     return BaseTokenizer(backend, tokenizer.special_tokens_map, template)
@@ -100,7 +100,7 @@ def own(tokenizer: PreTrainedTokenizerBase) -> BaseTokenizer:
 
 @cache
 def _trained(vocab_size: int) -> str:
-    """As JSON; training takes ten times as long as reading it."""
+    """Return the trained tokenizer as JSON, cached: training takes ten times as long as reading."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

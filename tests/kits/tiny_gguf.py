@@ -31,8 +31,10 @@ def save_tiny_gguf(
     fields: Mapping[str, bool | str | float] = MappingProxyType({}),
     endianess: GGUFEndian = GGUFEndian.LITTLE,
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Write it, with more `fields`; what its tensors stand for, by their GGUF names. Not `is_chat`: it has no chat
-    template, and no special token but the end."""
+    """Write a file, with more `fields`. Return the values of its tensors by their GGUF names.
+
+    Without `is_chat` it has no chat template, and no special token except the end.
+    """
     writer = GGUFWriter(file, architecture, endianess=endianess)
     for key, value in fields.items():
         if isinstance(value, float):

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from server.cli import main as cli
 from server.config import PREFIX, Settings, WorkerSettings, described, is_loopback, load, to_flags
+from server.config.environment import forget_keys
 from server.config.operator_keys import OperatorKeys
-from server.config.secrets import forget_keys
 from server.errors import StartupError
 
 
@@ -53,10 +53,10 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("given", "share"), [({}, 0.5), ({"workers": 2}, 0.25), ({"train_memory": 0.3}, 0.3)])
-def test_workers_share_what_is_trainings(given: dict[str, float], share: float) -> None:
-    told = load(Settings, **given).of_a_worker
-    assert told.train_memory == pytest.approx(share)
-    assert f"--train-memory={share}" in to_flags(told)
+def test_workers_share_the_memory_for_training(given: dict[str, float], share: float) -> None:
+    found = load(Settings, **given).of_a_worker
+    assert found.train_memory == pytest.approx(share)
+    assert f"--train-memory={share}" in to_flags(found)
 
 
 @pytest.mark.parametrize(
@@ -85,31 +85,31 @@ def test_a_bad_value_is_one_line_with_both_names(name: str, value: str | int) ->
 
 
 @pytest.mark.parametrize("name", sorted(WorkerSettings.model_fields | Settings.model_fields))
-def test_a_bad_value_is_told_in_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_value_has_a_plain_message(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by a pattern, which says nothing to who has a / too many, or in terms of Python."""
     for value in ("?", "/", "a/", "https://lora.example.org/", "-1"):
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", value)
         try:
             load(Settings)
         except StartupError as error:
-            told = str(error)
-            assert not any(word in told for word in ("pattern", "parse", "byte string", "[\\")), told
+            found = str(error)
+            assert not any(word in found for word in ("pattern", "parse", "byte string", "[\\")), found
 
 
-def test_a_port_that_kubernetes_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_set_by_kubernetes_gets_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a service that is called smolora, in each pod beside it."""
     monkeypatch.setenv("SMOLORA_PORT", "tcp://10.0.171.239:80")
     with pytest.raises(StartupError, match=r"SMOLORA_PORT \(--port\): .* enableServiceLinks: false"):
         load(Settings)
 
 
-def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that can't be read, or has no good key, is no way to serve without keys."""
     file = tmp_path / "keys"
     file.touch(mode=0o600)
     monkeypatch.setenv("SMOLORA_API_KEYS", f"@{file}")
     for content, reason in (
-        *((b"", "has no keys"), (b"a b-0123456789012345\n", "without blanks"), (b"\xff\xfe", "no text")),
+        *((b"", "has no keys"), (b"a b-0123456789012345\n", "without blanks"), (b"\xff\xfe", "not text")),
         (b"first-0123456789\nshort-789012345", "needs 16 characters or more"),
     ):
         file.write_bytes(content)
@@ -147,7 +147,7 @@ def test_an_operators_key_has_16_characters(keys: str | tuple[str, ...]) -> None
 
 
 @pytest.mark.parametrize("value", [",", " ", ", ,"])
-def test_commas_alone_are_no_way_to_serve_without_keys(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_of_commas_is_refused_as_keys(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As "$FIRST,$SECOND" is where neither is set."""
     monkeypatch.setenv("SMOLORA_API_KEYS", value)
     with pytest.raises(StartupError, match=r"SMOLORA_API_KEYS \(--api-keys\): has no keys"):
@@ -162,15 +162,15 @@ def test_no_child_gets_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name in os.environ if name.startswith("SMOLORA_")] == ["SMOLORA_PORT"]
 
 
-def test_the_databases_password_goes_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_databases_password_is_passed_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No flag, no dump that an assignment is made of, no error and no print has it."""
     url = "postgresql://me:hunter2@host/db"
     monkeypatch.setenv("SMOLORA_DATABASE_URL", url)
     settings = load(Settings)
     assert settings.database == url
-    for told in (to_flags(settings.of_a_worker), settings.model_dump(mode="json"), settings, repr(settings)):
-        assert "hunter2" not in str(told)
-        assert "database-url" not in str(told)
+    for found in (to_flags(settings.of_a_worker), settings.model_dump(mode="json"), settings, repr(settings)):
+        assert "hunter2" not in str(found)
+        assert "database-url" not in str(found)
     with pytest.raises(StartupError, match=r"SMOLORA_DATABASE_URL \(--database-url\): must be like") as caught:
         load(Settings, database_url="mysql://me:hunter2@host/db")
     assert "hunter2" not in str(caught.value)

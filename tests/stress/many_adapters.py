@@ -18,11 +18,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from adapters.lora import MODULES, LoraConfig, LoraModule, LoraWeights
+from adapters.lora import MODULES, AdapterRef, LoraConfig, LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
 from server.engine.engine import Engine
-from server.engine.request import AdapterRef, GenerationRequest
+from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base

@@ -104,8 +104,8 @@ def test_the_first_key_of_a_server_that_has_an_operators(server: ServerProcess, 
     """It may be any, and whoever makes it stays who they are; the project that it begins is there at once."""
     with page_of(browser, f"{server.url}/#/access") as page:
         sign_in(page, OPERATORS)
-        expect(page.get_by_text("None yet but the operator's")).to_be_visible()
-        expect(page.get_by_text("whoever reaches this server")).to_have_count(0)
+        expect(page.get_by_text("None yet, except the operator's keys")).to_be_visible()
+        expect(page.get_by_text("everyone who reaches this server")).to_have_count(0)
         make_key(page, "guest", "acme", ("generate",))
         expect(page.get_by_text(f"key …{OPERATORS[-4:]}")).to_be_visible()
         expect(page.get_by_role("region", name="Keys, as a table")).to_contain_text("guest")
@@ -115,7 +115,7 @@ def test_the_first_key_of_a_server_that_has_an_operators(server: ServerProcess, 
 def test_a_key_that_no_header_can_have(server: ServerProcess, browser: Browser) -> None:
     with page_of(browser, server.url) as page:
         sign_in(page, "sk-smolora-…")
-        expect(page.get_by_role("alert")).to_contain_text("No key has such characters")
+        expect(page.get_by_role("alert")).to_contain_text("A key can't contain such characters")
 
 
 def test_an_address_that_says_nothing(server: ServerProcess, browser: Browser) -> None:

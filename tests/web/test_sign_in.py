@@ -63,7 +63,7 @@ def sign_in(page: Page, secret: str) -> None:
 def admin(server: ServerProcess, browser: Browser) -> str:
     """The first key: who made it goes on with it, whoever comes then is asked for one."""
     with page_of(browser, f"{server.url}/#/access") as page:
-        expect(page.get_by_text("None yet: whoever reaches this server")).to_be_visible()
+        expect(page.get_by_text("None yet: everyone who reaches this server")).to_be_visible()
         form = page.get_by_role("form", name="New key")
         form.get_by_label("Name").fill("laptop")
         form.get_by_label("everything").uncheck()
@@ -79,7 +79,7 @@ def admin(server: ServerProcess, browser: Browser) -> str:
         expect(page.get_by_role("heading", name="API key")).to_be_visible()
         assert violations(page) == []
         sign_in(page, "sk-smolora-mistyped")
-        expect(page.get_by_role("alert")).to_contain_text("doesn't take this key")
+        expect(page.get_by_role("alert")).to_contain_text("rejects this key")
         sign_in(page, secret)
         expect(page.get_by_role("link", name="ours")).to_be_visible()
     server.client.headers["Authorization"] = f"Bearer {secret}"
@@ -162,7 +162,7 @@ def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
             row.get_by_role("button", name="Revoke").click()
             page.get_by_role("dialog", name="Revoke?").get_by_role("button", name="Revoke").click()
             expect(row).to_contain_text("revoked")
-            expect(others.get_by_role("alert")).to_contain_text("doesn't take this key")
+            expect(others.get_by_role("alert")).to_contain_text("rejects this key")
         page.reload()
         expect(page.get_by_role("region", name="Audit", exact=True)).to_contain_text("guest")
         page.get_by_text("acme no limits").click()

@@ -1,4 +1,4 @@
-/** The adapters that one may name: one's own, and other projects' public ones. */
+/** The adapters that the key may use: the project's own, and other projects' public ones. */
 import { get } from "./api.js";
 import { useResource } from "./resource.js";
 
@@ -9,7 +9,7 @@ const TYPING = 200; // ms
 
 /**
  * @param {AbortSignal} [signal]
- * @param {{name?: string, contains?: string}} [only] this one, or those with this in their names
+ * @param {{name?: string, contains?: string}} [only] the adapter with this name, or adapters with this text in their names
  * @returns {Promise<Listed>}
  */
 export async function listAdapters(signal, only = {}) {
@@ -28,7 +28,7 @@ export async function listAdapters(signal, only = {}) {
 }
 
 /**
- * The list, and where it is cut, what it leaves out of those with `text` in their names.
+ * The list and, if it is cut, further adapters with `text` in their names.
  * @param {Listed | null} listed
  * @param {string} text as it is being typed
  * @returns {Listed | null}
@@ -71,7 +71,7 @@ export function placeOf(name) {
 /** Versions, the newest first. @param {Adapter} adapter */
 export const newestFirst = (adapter) => [...adapter.versions].sort((one, other) => other.version - one.version);
 
-/** How much lower the held-out loss is than the base's; null where it wasn't measured. @param {Version} version */
+/** How much lower the held-out loss is than the base's; null if it wasn't measured. @param {Version} version */
 export function gain(version) {
   const { eval_loss: tuned, base_eval_loss: base } = version.metrics;
   return tuned === undefined || base === undefined ? null : { tuned, base };

@@ -1,13 +1,13 @@
 /** The HTTP API: requests with the session's key, problems as errors, streams of events. */
 import { asksForKey, key } from "./session.js";
 
-/** Where the API is: the page lies at web/DIGEST/ below it. */
+/** The API's URL: the page is at web/DIGEST/ below it. */
 const ROOT = new URL("../../../", import.meta.url);
 
-/** An answer that isn't what was asked for, in the server's words (RFC 9457). */
+/** An error answer of the server (RFC 9457). */
 export class Problem extends Error {
   /**
-   * @param {number} status 0 where no answer came
+   * @param {number} status 0 if there was no answer
    * @param {string} detail
    * @param {{loc: (string | number)[], message: string}[]} [errors] a field each
    * @param {number | null} [retryAfter] seconds
@@ -52,7 +52,7 @@ function problemOf(status, text, retryAfter) {
 const UNREACHABLE = "the server can't be reached: is it still running?";
 
 /**
- * The answer; a Problem is thrown for whatever isn't a success. An abort is thrown as it is.
+ * Send a request. Throws a Problem unless it succeeds; aborts are thrown unchanged.
  * @param {string} method
  * @param {string} path
  * @param {Options} [options]
@@ -77,7 +77,7 @@ export async function call(method, path, { json, headers = {}, signal } = {}) {
 }
 
 /**
- * Its JSON; null where the answer is empty.
+ * The answer's JSON; null if it is empty.
  * @param {string} method
  * @param {string} path
  * @param {Options} [options]
@@ -92,7 +92,7 @@ export async function ask(method, path, options) {
 /** @param {string} path @param {AbortSignal} [signal] @returns {Promise<any>} */
 export const get = (path, signal) => ask("GET", path, signal ? { signal } : {});
 
-/** Whether the server answers whoever asks, without a key. @param {AbortSignal} [signal] */
+/** Whether the server answers requests without a key. @param {AbortSignal} [signal] */
 export async function isOpen(signal) {
   if (!key.value) return true;
   return (await fetch(new URL("keys", ROOT), { cache: "no-store", ...(signal ? { signal } : {}) })).ok;
@@ -131,7 +131,7 @@ export async function* events(method, path, options) {
   }
 }
 
-/** @param {string} block an event, as it is sent */
+/** @param {string} block an event as sent */
 function fieldsOf(block) {
   const fields = { id: "", event: "", data: "" };
   for (const line of block.split("\n")) {
@@ -142,7 +142,7 @@ function fieldsOf(block) {
 }
 
 /**
- * Files, with a report of how much is sent: only XMLHttpRequest tells.
+ * Upload files and report progress, which only XMLHttpRequest offers.
  * @param {string} path
  * @param {FormData} form
  * @param {(share: number) => void} onProgress from 0 to 1
@@ -151,7 +151,7 @@ function fieldsOf(block) {
 export async function upload(path, form, onProgress) {
   for (const file of form.values()) {
     if (!(file instanceof File)) continue;
-    const reading = file.slice(0, 1).arrayBuffer(); // when it is being sent, a browser says no more than that it failed
+    const reading = file.slice(0, 1).arrayBuffer(); // while sending, a browser reports only that it failed
     await reading.catch(() => {
       throw new Problem(
         0,
@@ -174,7 +174,7 @@ export async function upload(path, form, onProgress) {
 }
 
 /**
- * Have the browser save what a path answers.
+ * Make the browser save the answer of a path.
  * @param {string} path
  * @param {string} filename
  * @param {Record<string, string>} [headers]

@@ -12,7 +12,7 @@ const TERM = new RegExp(
 const NAMED = new RegExp(`^${NAME}$`);
 
 /**
- * The name, of what is made on an address that ends in it: one with a slash would be another address. Throws a Problem.
+ * Check a name that is used in a URL: with a slash it would be another URL. Throws a Problem.
  * @param {string} name
  * @param {string} [field]
  */
@@ -23,7 +23,7 @@ export function checked(name, field = "name") {
 }
 
 /**
- * Its terms; null where it isn't an expression (the server says what is wrong with it). "" and "base" have none.
+ * Its terms; null if it isn't an expression (the server reports the fault). "" and "base" have none.
  * @param {string} text
  * @returns {Term[] | null}
  */

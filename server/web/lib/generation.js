@@ -1,4 +1,4 @@
-/** An answer as it comes, and what an adapter changed in it. */
+/** A streamed answer, and the changes that an adapter made to its probabilities. */
 import { Problem, ask, events } from "./api.js";
 
 /**
@@ -6,7 +6,7 @@ import { Problem, ask, events } from "./api.js";
  *   topP: number | null, seed: number | null}} Request
  */
 
-/** The prompt and the sampling, as /generate and /compare take them; what is left out is the server's default. @param {Request} request */
+/** The prompt and sampling for /generate and /compare; missing values have the server's defaults. @param {Request} request */
 export function bodyOf(request) {
   /** @type {Record<string, unknown>} */
   const body = promptOf(request);
@@ -43,7 +43,7 @@ export const NOTHING = {
 };
 
 /**
- * The answer so far, after each piece of text and at its end. Throws a Problem, too where it ends before that.
+ * Yields the answer so far, after each piece of text and at its end. Throws a Problem, also if it ends early.
  * @param {Request} request
  * @param {string} expression
  * @param {AbortSignal} signal
@@ -70,7 +70,7 @@ export async function* generate(request, expression, signal) {
       };
     yield answer;
   }
-  if (!answer.finishReason) throw new Problem(0, "the answer broke off before its end"); // by a proxy, say
+  if (!answer.finishReason) throw new Problem(0, "the answer broke off before its end"); // such as by a proxy
 }
 
 /**

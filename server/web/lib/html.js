@@ -1,4 +1,4 @@
-/** Preact with htm's templates: what every part and view is written in. */
+/** Preact with htm's templates, which all parts and views use. */
 import htm from "../vendor/htm.mjs";
 import { h } from "../vendor/preact.mjs";
 

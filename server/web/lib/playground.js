@@ -1,4 +1,4 @@
-/** What the playground asks and is answered; it goes on while one looks at other views. */
+/** The playground's requests and answers; they continue while other views are open. */
 import { Problem } from "./api.js";
 import { pinned } from "./expression.js";
 import { NOTHING, generate, shadesOf } from "./generation.js";
@@ -25,7 +25,7 @@ export const asked = perKey(
   }),
 );
 export const expression = perKey("");
-/** Other expressions that answer beside it. */
+/** The other expressions to answer under. */
 export const beside = perKey(/** @type {string[]} */ (["base"]));
 export const columns = perKey(/** @type {Column[]} */ ([]));
 let running = new AbortController();
@@ -38,7 +38,7 @@ function update(of, fields, signal) {
 }
 
 /**
- * Answer under one expression, then find what its adapters changed.
+ * Answer under one expression, then compare the tokens' log-probabilities with the base's.
  * @param {Request} request
  * @param {string} of
  * @param {AbortSignal} signal
@@ -59,13 +59,13 @@ async function answer(request, of, signal) {
   }
 }
 
-/** An adapter that isn't there, or doesn't fit: the expression is where that belongs. @param {Problem} problem */
+/** Whether a problem with an adapter belongs to the expression field: it is unknown or doesn't fit. @param {Problem} problem */
 function ofExpression(problem) {
   if (problem.errors.length || ![404, 409].includes(problem.status)) return problem;
   return new Problem(problem.status, problem.message, [{ loc: ["adapter"], message: problem.message }]);
 }
 
-/** Answer what is asked under each of these, in the place of what was answered before. @param {string[]} expressions */
+/** Answer the request under each expression, and replace earlier answers. @param {string[]} expressions */
 export function run(expressions) {
   running.abort();
   running = new AbortController();
@@ -79,7 +79,7 @@ export function run(expressions) {
 /** What there is of the answers stays. */
 export const stop = () => running.abort();
 
-/** Faults are those of what was asked: they go when it changes. */
+/** Faults belong to a request: they vanish when it changes. */
 export function forgetProblems() {
   if (columns.value.some((column) => column.problem))
     columns.set(columns.value.map((column) => ({ ...column, problem: null })));

@@ -1,4 +1,4 @@
-/** What the server has now: loaded, kept fresh, and its problem where there is one. */
+/** A value from the server: loaded, refreshed, and its problem if there is one. */
 import { Problem } from "./api.js";
 import { useCallback, useEffect, useRef, useState } from "./html.js";
 import { key } from "./session.js";
@@ -26,7 +26,7 @@ export function useResource(load, deps, seconds = 0) {
   const fetchNow = useCallback(
     async (/** @type {AbortSignal} */ signal) => {
       const turn = (turns.current.begun += 1);
-      const isLate = () => signal.aborted || turn < turns.current.shown; // what began later knows more
+      const isLate = () => signal.aborted || turn < turns.current.shown; // a later request has newer data
       try {
         const data = await load(signal);
         if (isLate()) return;
@@ -36,7 +36,7 @@ export function useResource(load, deps, seconds = 0) {
         if (isLate()) return;
         turns.current.shown = turn;
         const problem = asProblem(error);
-        // what was there stays while the server is away for a moment or asked too often, but not for another key
+        // keep the old value while the server is away for a moment or rate limits us, but not for another key
         setState((before) => ({
           data: problem.status === 0 || problem.status === 429 || problem.status >= 500 ? before.data : null,
           problem,
@@ -48,7 +48,7 @@ export function useResource(load, deps, seconds = 0) {
     [...deps, secret],
   );
   useEffect(() => {
-    turns.current.shown = turns.current.begun + 1; // what began before is of something else
+    turns.current.shown = turns.current.begun + 1; // earlier requests are for another value
     setState({ data: null, problem: null });
     const controller = new AbortController();
     void fetchNow(controller.signal);
@@ -66,7 +66,7 @@ export function useResource(load, deps, seconds = 0) {
   return { ...state, reload: () => fetchNow(new AbortController().signal) };
 }
 
-/** Whether the one who asks is still shown: what ends later takes nobody back who went on to something else. */
+/** Whether the component is still shown: an action that ends later must not navigate away from another view. */
 export function useIsShown() {
   const isShown = useRef(true);
   useEffect(() => () => void (isShown.current = false), []);
@@ -83,8 +83,8 @@ export function asProblem(error) {
 const PLACES = "article, section, form, [tabindex]";
 
 /**
- * For a deed that is begun: what gives the focus back at its end, where it was on a button that sleeps meanwhile, or is
- * gone by then. To what the button was in, if so.
+ * Return a function that restores the focus after an action whose button is disabled meanwhile. If the button is gone,
+ * its container gets the focus.
  */
 function focusKept() {
   const button = document.activeElement;

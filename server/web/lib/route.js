@@ -7,7 +7,7 @@ function read() {
   try {
     return segments.map(decodeURIComponent);
   } catch {
-    return segments; // a mistyped %: as it stands
+    return segments; // a malformed %: unchanged
   }
 }
 

@@ -3,7 +3,7 @@ import { Store } from "./store.js";
 
 const NAME = "smolora.key";
 
-/** The key, or "" where there is none. @type {Store<string>} */
+/** The key, or "" if there is none. @type {Store<string>} */
 export const key = new Store(sessionStorage.getItem(NAME) ?? "");
 
 /**
@@ -14,7 +14,7 @@ export const key = new Store(sessionStorage.getItem(NAME) ?? "");
 export const asksForKey = new Store(/** @type {"" | "needed" | "offered"} */ (""));
 
 /**
- * A store of what one key's owner sees: another key begins anew.
+ * A store of values that belong to one key: it is cleared when the key changes.
  * @template T
  * @param {T} value
  * @returns {Store<T>}

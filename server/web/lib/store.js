@@ -1,4 +1,4 @@
-/** A value that views share: read it, change it, be told of it. */
+/** A value that views share, with notifications of changes. */
 import { useEffect, useState } from "./html.js";
 
 /** @template T */
@@ -24,7 +24,7 @@ export class Store {
 }
 
 /**
- * The store's value; whoever reads it is drawn again when it changes.
+ * The store's value; the component is rendered again when it changes.
  * @template T
  * @param {Store<T>} store
  * @returns {T}

@@ -1,4 +1,4 @@
-/** One expression's answer, as it comes; shaded once it is there. */
+/** One expression's answer as it streams; it is shaded at the end. */
 import { html, useState } from "../lib/html.js";
 import { count, duration, plural } from "../lib/format.js";
 import { Badge, Check, Fault, Warnings } from "./basics.js";
@@ -23,7 +23,7 @@ export function AnswerColumn({ column }) {
           </small>
           ${
             shades
-              ? html`<${Check} checked=${isShaded} onChange=${() => setShaded(!isShaded)}>shade what changed<//>`
+              ? html`<${Check} checked=${isShaded} onChange=${() => setShaded(!isShaded)}>shade changes<//>`
               : null
           }
         </p>`

@@ -1,4 +1,4 @@
-/** What every view is made of: problems, labelled fields, badges, bars. */
+/** Building blocks of all views: problems, labelled fields, badges, bars. */
 import { html, useEffect, useId, useRef } from "../lib/html.js";
 import { duration } from "../lib/format.js";
 
@@ -6,7 +6,7 @@ import { duration } from "../lib/format.js";
 /** @typedef {Event & {currentTarget: HTMLInputElement}} Typed */
 
 /**
- * A problem in the server's words, with each field at fault but those that are told beside their fields.
+ * A problem's message from the server, with all faulty fields, except those that show it themselves (`beside`).
  * @param {{problem: Problem | null, beside?: string[]}} props
  */
 export function Fault({ problem, beside = [] }) {
@@ -32,12 +32,12 @@ function whole(problem, error) {
   return problem.errors.length === 1 || !error ? problem.message : error.message;
 }
 
-/** An adapter's name, as in `codes@1`, keeps its letters. @param {string} text */
+/** Capitalize a sentence, unless it begins with an adapter's name such as `codes@1`. @param {string} text */
 const sentence = (text) =>
   (/^\S+@/.test(text) ? text : text.charAt(0).toUpperCase() + text.slice(1)) + (/[.?!]$/.test(text) ? "" : ".");
 
 /**
- * A labelled control, with a hint, and with what is wrong with it. `children` gets the attributes that tie them.
+ * A labelled control with a hint and its fault. `children` gets the attributes that connect them.
  * @param {{label: string, name?: string, hint?: string, problem?: Problem | null, className?: string,
  *   children: (attributes: Record<string, unknown>) => unknown}} props
  */
@@ -59,12 +59,12 @@ export function Field({ label, name = "", hint = "", problem = null, className =
 
 /**
  * @typedef {{label: string, name?: string, hint?: string, problem?: Problem | null, className?: string}} About
- *   what all fields say
+ *   props of all fields
  */
 
 /**
  * @param {About & {value: string, type?: string, placeholder?: string, onChange: (value: string) => void,
- *   onEnter?: () => void}} props `onEnter`: what Enter does, where it isn't to submit the form around it
+ *   onEnter?: () => void}} props `onEnter`: action of the Enter key, if it shouldn't submit the form
  */
 export function TextField({ value, type = "text", placeholder = "", onChange, onEnter, ...about }) {
   /** @param {KeyboardEvent} event */
@@ -81,7 +81,7 @@ export function TextField({ value, type = "text", placeholder = "", onChange, on
 }
 
 /**
- * A number that may be left out.
+ * A number field that may be empty.
  * @param {About & {value: number | null, step?: string, placeholder?: string, onChange: (value: number | null) => void}} props
  */
 export function NumberField({ value, step = "any", placeholder = "", onChange, ...about }) {
@@ -110,9 +110,9 @@ export const Check = ({ checked, onChange, children }) =>
   html`<label class="check"><input type="checkbox" checked=${checked} onChange=${onChange} />${children}</label>`;
 
 /**
- * One of two.
+ * A choice of two.
  * @param {{legend: string, name: string, value: boolean, words: [string, string], onChange: (value: boolean) => void}} props
- *   `words`: those of true and of false
+ *   `words`: the labels of true and false
  */
 export function Choice({ legend, name, value, words, onChange }) {
   return html`<fieldset class="choice">
@@ -125,8 +125,8 @@ export function Choice({ legend, name, value, words, onChange }) {
 }
 
 /**
- * What may stand in it is the server's to judge; a browser would hold a slider's steps against a number. But what is no
- * number at all would be left out.
+ * A form that leaves validation to the server: a browser would reject numbers between a slider's steps. Only text that
+ * isn't a number is rejected here, since its field would be left out.
  * @param {{label: string, className?: string, onSubmit: () => void, children: unknown}} props
  */
 export function Form({ label, className = "", onSubmit, children }) {
@@ -141,7 +141,7 @@ export function Form({ label, className = "", onSubmit, children }) {
 }
 
 /**
- * Rows under their columns; it can be scrolled, by keys too, where the screen is narrower.
+ * A table that scrolls on narrow screens, also by keys.
  * @param {{label: string, columns: string[], children: unknown}} props a column of numbers begins with "#"; "" has buttons
  */
 export function Table({ label, columns, children }) {
@@ -170,9 +170,9 @@ export function Bar({ label, value, most }) {
 }
 
 /**
- * Something that costs a second click, since it can't be undone.
- * @param {{label: string, sure: string, deed?: string, busy?: boolean, onSure: () => void}} props `deed`: what the second
- *   button says, where it isn't `label`
+ * A button that asks for confirmation, since its action can't be undone.
+ * @param {{label: string, sure: string, deed?: string, busy?: boolean, onSure: () => void}} props `deed`: the label of
+ *   the confirming button, if it isn't `label`
  */
 export function Careful({ label, sure, deed = label, busy = false, onSure }) {
   const dialog = useRef(/** @type {HTMLDialogElement | null} */ (null));
@@ -191,15 +191,15 @@ export function Careful({ label, sure, deed = label, busy = false, onSure }) {
         >
           ${deed}
         </button>
-        <button type="button" class="plain" onClick=${close}>Leave it as it is</button>
+        <button type="button" class="plain" onClick=${close}>Keep it</button>
       </p>
     </dialog>`;
 }
 
 /**
- * For the element that has what was chosen in a list: it is scrolled to where the list is so long, or the screen so
- * small, that it would be out of sight. Once for what was chosen: whoever reads on in it, or types, isn't thrown back.
- * @param {string | null} chosen "": nothing; null: the list isn't there, which says nothing of what is chosen
+ * A ref for the element that shows the item chosen in a list. The page scrolls to it if it is out of sight, once for
+ * each choice, so that reading and typing in it aren't interrupted.
+ * @param {string | null} chosen "": nothing; null: the list isn't loaded, so the choice is unknown
  */
 export function useInSight(chosen) {
   const place = useRef(/** @type {HTMLElement | null} */ (null));

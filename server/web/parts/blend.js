@@ -23,7 +23,7 @@ export function Blend({ adapters, value, problem, onChange }) {
   for (const adapter of all) seen.current.set(adapter.name, adapter);
   const used = new Set((terms ?? []).map((term) => term.name));
   const matching = all.filter((adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase()));
-  // what is in use first, so that a filter can't hide it
+  // adapters in use come first, so that a filter can't hide them
   const rows = [
     ...[...seen.current.values()].filter((adapter) => used.has(adapter.name)),
     ...matching.filter((adapter) => !used.has(adapter.name)).slice(0, SHOWN),
@@ -55,7 +55,7 @@ export function Blend({ adapters, value, problem, onChange }) {
         : null
     }
     ${rows.length < all.length || adapters?.isCut ? html`<small>More exist: find them by name, or write them below.</small>` : null}
-    <${TextField} label="Expression" name="adapter" problem=${problem} hint="A strength of 1 is as it was trained, 0 is without it; empty: the base."
+    <${TextField} label="Expression" name="adapter" problem=${problem} hint="Strength 1 is the adapter as trained, 0 is without it. Empty means the base."
       className="code" placeholder="base" value=${value} onChange=${onChange} />`;
 }
 

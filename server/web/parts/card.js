@@ -1,4 +1,4 @@
-/** What a job's report says: tuned against base, what it cost, the curves. */
+/** A job's report: evaluation against the base, cost, and curves. */
 import { bytes, compact, count, duration, loss, percent, plural } from "../lib/format.js";
 import { html, useMemo } from "../lib/html.js";
 import { LossChart } from "./loss.js";
@@ -43,7 +43,7 @@ export function Card({ report }) {
             )}
           </tbody>
         </table>`
-        : html`<p class="muted">Nothing was held out, so nothing says how good it is on new rows.</p>`
+        : html`<p class="muted">No rows were held out, so its quality on new rows wasn't measured.</p>`
     }
     <dl>
       <dt>Method</dt>
@@ -77,7 +77,7 @@ function MergeCard({ report }) {
   </dl>`;
 }
 
-/** Better or not, in words. @param {any} held */
+/** Say whether the adapter is better than the base. @param {any} held */
 function verdictOf({ base, tuned, latest }) {
   const isBetter = tuned.loss < base.loss;
   const against = !latest

@@ -11,7 +11,7 @@ let library = null;
 let tries = 0;
 const [FIRST_SECONDS, MOST_SECONDS] = [3, 60];
 
-/** The library; what a browser couldn't load once it doesn't ask for again under the same address. */
+/** The library. A browser never retries a failed import of the same URL, so a retry uses another one. */
 async function load() {
   const query = tries ? `?${tries}` : "";
   library ??= import(`../vendor/uplot.mjs${query}`).catch(() => null);
@@ -30,7 +30,7 @@ const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 /**
- * Draw the values; the legend has the last ones while nobody points at others.
+ * Draw the values; the legend shows the last values unless the pointer is at others.
  * @param {InstanceType<typeof import("../vendor/uplot.mjs").default>} plot
  * @param {{x: number[], series: Series[]}} values
  */
@@ -40,7 +40,7 @@ function show(plot, { x, series }) {
 }
 
 /**
- * A table has the same for who can't see it.
+ * A table has the same values for screen readers.
  * @param {{title: string, x: number[], xLabel: string, isTime?: boolean, series: Series[], height?: number}} props
  */
 export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }) {

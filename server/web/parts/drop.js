@@ -3,7 +3,7 @@ import { html, useId, useState } from "../lib/html.js";
 
 /**
  * @param {{label: string, hint: string, chosen: string, accept: string, multiple?: boolean, share: number | null,
- *   onFiles: (files: File[]) => void}} props `chosen`: what was, for people; `share`: of what is
+ *   onFiles: (files: File[]) => void}} props `chosen`: the chosen files as text; `share`: of the upload that is
  *   being sent, or null
  */
 export function DropZone({ label, hint, chosen, accept, multiple = false, share, onFiles }) {

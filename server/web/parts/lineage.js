@@ -1,4 +1,4 @@
-/** Where a version comes from, as a picture: the base, what it was trained on or blended of, itself. */
+/** A picture of a version's lineage: the base, the adapters that it was trained from or blended of, itself. */
 import { listAdapters, placeOf } from "../lib/adapters.js";
 import { get } from "../lib/api.js";
 import { parse } from "../lib/expression.js";
@@ -46,7 +46,7 @@ async function loadVersion(name, version, signal) {
 }
 
 /**
- * The version and all that it comes from. What was deleted, or isn't this project's to see, ends its branch.
+ * The version and all its ancestors. A branch ends at a deleted adapter, or one that this project can't see.
  * @param {Version} first
  * @param {AbortSignal} signal
  */
@@ -85,7 +85,7 @@ async function loadNodes(first, signal) {
   return [...nodes.values()];
 }
 
-/** How many steps each is from what it began with. @param {Node[]} nodes */
+/** Each node's distance from its root. @param {Node[]} nodes */
 function depthsOf(nodes) {
   const byId = new Map(nodes.map((node) => [node.id, node]));
   /** @type {Map<string, number>} */
@@ -149,7 +149,7 @@ export function Lineage({ version }) {
       </svg>
     </div>
     <ul class="hidden">
-      ${nodes.data.map((node) => html`<li>${node.id}${node.from.length ? ` comes from ${node.from.map(({ id }) => id).join(" and ")}` : node.kind === "gone" ? " isn't there any more" : ""}</li>`)}
+      ${nodes.data.map((node) => html`<li>${node.id}${node.from.length ? ` comes from ${node.from.map(({ id }) => id).join(" and ")}` : node.kind === "gone" ? " was deleted" : ""}</li>`)}
     </ul>
     <p class="row">
       ${nodes.data

@@ -1,4 +1,4 @@
-/** The curves of a job: the loss of each step, and of the held-out rows where they were measured. */
+/** The curves of a job: the loss of each step, and of the held-out rows if measured. */
 import { html, useMemo } from "../lib/html.js";
 import { Chart } from "./chart.js";
 
@@ -7,7 +7,7 @@ import { Chart } from "./chart.js";
 const MOST = 500;
 
 /**
- * Evenly thinned out where there are more than one sees; what was measured of the held-out rows stays.
+ * Thin out points evenly if there are more than are visible; losses of held-out rows stay.
  * @param {Point[]} points
  */
 function thinned(points) {

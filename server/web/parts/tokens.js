@@ -1,13 +1,13 @@
-/** A text whose tokens are shaded by what an adapter changed in their log-probability against the base. */
+/** A text whose tokens are shaded by the change of their log-probability from the base to an adapter. */
 import { percent } from "../lib/format.js";
 import { html, useMemo, useRef, useState } from "../lib/html.js";
 
 /**
- * @typedef {{tuned: ScoredToken[], base: ScoredToken[]}} Shades one entry a token each
+ * @typedef {{tuned: ScoredToken[], base: ScoredToken[]}} Shades each with one entry a token
  */
 
 const STEPS = 4;
-/** Nats of one step of shade; past STEPS of them the shade stays. */
+/** Nats of one step of shade; beyond STEPS steps the shade doesn't change. */
 const NATS = 0.75;
 
 /** @param {number} change nats */
@@ -16,7 +16,7 @@ function toneOf(change) {
   return step ? `${change > 0 ? "up" : "down"}-${step}` : "";
 }
 
-/** Line ends and other blanks, where they would not be seen. @param {string} text */
+/** Make line ends and other blanks visible. @param {string} text */
 const visible = (text) =>
   text
     .replace(/\n/g, "⏎")
@@ -24,8 +24,8 @@ const visible = (text) =>
     .replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 
 /**
- * What each token adds to the text: a character that several tokens make, as most emoji, is the last one's. One of the
- * model's own, such as an end, has no bytes.
+ * The text of each token. A character made of several tokens, like most emoji, belongs to the last one. Special tokens,
+ * such as an end, have no bytes.
  * @param {ScoredToken[]} tokens
  */
 function textsOf(tokens) {
@@ -36,7 +36,7 @@ function textsOf(tokens) {
 }
 
 /**
- * With the pointer or the arrow keys on a token: how likely it and the likeliest ones in its place were, under both.
+ * For the token at the pointer or arrow keys: its probability and those of the likeliest alternatives, in both models.
  * @param {{shades: Shades, expression: string}} props
  */
 export function ShadedText({ shades, expression }) {
@@ -61,7 +61,7 @@ export function ShadedText({ shades, expression }) {
       ${shades.tuned.map((token, place) => {
         const change = token.logprob - (shades.base[place]?.logprob ?? 0);
         const text = texts[place] ?? "";
-        // no <button>: Arabic is joined and ordered across what is inline alone
+        // not a <button>: Arabic letters are joined and ordered only across inline elements
         return html`<span
           role="button"
           class="token ${toneOf(change)}"

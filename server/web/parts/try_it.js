@@ -1,4 +1,4 @@
-/** Base and adapter side by side, by one comparison. */
+/** Base and adapter side by side, by one request to /compare. */
 import { ask, get } from "../lib/api.js";
 import { html, useEffect, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
@@ -7,7 +7,7 @@ import { Choice, Fault, Form, TextField } from "./basics.js";
 const MOST_ROWS = 5000; // all of them are tokenized for the few that are shown
 
 /**
- * What its rows are like: whether they are turns of a chat, and the prompts of the first ones.
+ * Whether a job's rows are turns of a chat, and the prompts of its first rows.
  * @param {Job} job
  * @param {AbortSignal} signal
  */

@@ -1,4 +1,4 @@
-/** Keys and usage: what was used; for admins who may what, and what was done. */
+/** Keys and usage; for admins also projects, keys and the audit list. */
 import { ask, get, isOpen } from "../lib/api.js";
 import { compact, count, duration } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
@@ -8,7 +8,7 @@ import { Audit } from "./audit.js";
 import { Keys } from "./keys.js";
 import { Projects } from "./projects.js";
 
-/** Whether a key is an admin's is told by what it may read. */
+/** A key is an admin's if it may list the keys. */
 export function AccessView() {
   const keys = useResource(
     async (signal) => {
@@ -33,7 +33,7 @@ const DAYS = 30;
 /** @param {number} ago */
 const dayOf = (ago) => new Date(Date.now() - ago * 86_400_000).toISOString().slice(0, 10);
 
-/** @param {{isAdmin: boolean, keys: Key[]}} props `keys`: by which ids are told as names, where one may know them */
+/** @param {{isAdmin: boolean, keys: Key[]}} props `keys`: for showing ids as names, if the key may list them */
 function Usage({ isAdmin, keys }) {
   const names = new Map(keys.map((key) => [key.id, key.name]));
   const [by, setBy] = useState("day");

@@ -55,7 +55,7 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
                   ? html`<button type="button" class="plain" disabled=${change.busy} onClick=${() => change.run("PUT", `${path}/visibility`, { visibility: "private" })}>Make private</button>`
                   : html`<${Careful} label="Make public" sure="Every project on this server can use ${adapter.name} then, and build blends of it." busy=${change.busy} onSure=${() => change.run("PUT", `${path}/visibility`, { visibility: "public" })} />`
               }
-              <${Careful} label="Delete" sure="All versions of ${adapter.name} go, for good." busy=${change.busy} onSure=${() => remove.run()} />`
+              <${Careful} label="Delete" sure="All versions of ${adapter.name} will be deleted. This can't be undone." busy=${change.busy} onSure=${() => remove.run()} />`
             : null
         }
       </p>
@@ -112,7 +112,7 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
           : null
       }
       ${isOwn && version.kind === "adapter" ? html`<button type="button" class="plain" disabled=${save.busy} onClick=${() => save.run()}>Download</button>` : null}
-      ${isOwn ? html`<${Careful} label="Delete" sure="Version ${number} goes, for good." busy=${change.busy} onSure=${() => change.run("DELETE", `${path}/${number}`, undefined)} />` : null}
+      ${isOwn ? html`<${Careful} label="Delete" sure="Version ${number} will be deleted. This can't be undone." busy=${change.busy} onSure=${() => change.run("DELETE", `${path}/${number}`, undefined)} />` : null}
       </div>
       <${Fault} problem=${save.problem} />
     </td>
@@ -126,7 +126,7 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
 /** @param {{adapter: Adapter, path: string, change: ReturnType<typeof useAction<[string, string, unknown]>>}} props */
 function NewAlias({ adapter, path, change }) {
   const [alias, setAlias] = useState("");
-  const [chosen, setNumber] = useState(String(adapter.latest)); // which may be gone by now
+  const [chosen, setNumber] = useState(String(adapter.latest)); // it may be deleted meanwhile
   const isThere = adapter.versions.some(({ version }) => String(version) === chosen);
   const number = isThere ? chosen : String(adapter.latest);
   return html`<details>
@@ -158,7 +158,7 @@ function VersionDetail({ version }) {
       ${version.base_model ? html`<dt>Made for</dt><dd>${version.base_model}</dd>` : null}
       ${version.job_id ? html`<dt>Made by</dt><dd><a href=${to("train", version.job_id)}>${version.job_id}</a></dd>` : null}
     </dl>
-    <h3>Where it comes from</h3>
+    <h3>Origin</h3>
     <${Lineage} version=${version} />
     ${version.job_id ? html`<${CardOfJob} id=${version.job_id} />` : null}
   </section>`;

@@ -1,4 +1,4 @@
-/** Adapters: what is stored, what each came from, which version is in use; upload by drop. */
+/** Adapters: the list with origins and versions in use, and upload by drop. */
 import { listAdapters, useSearch } from "../lib/adapters.js";
 import { upload } from "../lib/api.js";
 import { checked } from "../lib/expression.js";
@@ -18,9 +18,9 @@ export function AdaptersView({ path }) {
   const listed = useSearch(adapters.data, filter);
   const own = listed?.own ?? [];
   const shared = listed?.shared ?? [];
-  // what only the search has is `Unlisted`'s, which keeps it fresh
+  // `Unlisted` shows and refreshes adapters that only the search finds
   const [ours, others] = [adapters.data?.own ?? [], adapters.data?.shared ?? []];
-  // past the list, that it isn't among the project's own says nothing of whose it is
+  // an adapter beyond the cut list may be the project's own although it isn't in the list
   const found = [...ours, ...(adapters.data?.isCut ? [] : others)].find((adapter) => adapter.name === name);
   const detail = useInSight(adapters.data ? name : null);
   const matches = (/** @type {Adapter} */ adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase());
@@ -57,7 +57,7 @@ export function AdaptersView({ path }) {
     </div>`;
 }
 
-/** One that may be past what the page lists, by its name. @param {{name: string}} props */
+/** An adapter that may be beyond the page's cut list, by its name. @param {{name: string}} props */
 function Unlisted({ name }) {
   const { data, problem, reload } = useResource((signal) => listAdapters(signal, { name }), [name], 10);
   const found = data?.own[0] ?? data?.shared[0];
@@ -88,7 +88,7 @@ function Names({ title, adapters, chosen }) {
 
 const CONFIG = /adapter_config.*\.json$/;
 const WEIGHTS = /\.safetensors$/;
-const OWN_WEIGHTS = /adapter_model.*\.safetensors$/; // a folder may have others beside them
+const OWN_WEIGHTS = /adapter_model.*\.safetensors$/; // a folder may have other weights, too
 const ARCHIVE = /\.zip$/;
 
 /** @param {File[]} files */
@@ -98,7 +98,7 @@ const configOf = (files) => files.findLast((file) => CONFIG.test(file.name));
 const weightsOf = (files) =>
   files.findLast((file) => OWN_WEIGHTS.test(file.name)) ?? files.findLast((file) => WEIGHTS.test(file.name));
 
-/** @param {File[]} files @returns {FormData | null} null: not what PEFT saves */
+/** @param {File[]} files @returns {FormData | null} null: not an adapter's files as PEFT saves them */
 function formOf(files) {
   const form = new FormData();
   const archive = files.find((file) => ARCHIVE.test(file.name));
@@ -131,7 +131,7 @@ function Upload({ onDone }) {
     }
   });
   const isComplete = formOf(files) !== null;
-  /** @param {File[]} dropped one file after the other, too, or all that PEFT and trainers put into a folder */
+  /** @param {File[]} dropped one or more files, or everything that PEFT and trainers put into a folder */
   const add = (dropped) => {
     send.clear();
     const archive = dropped.findLast((file) => ARCHIVE.test(file.name));

@@ -21,7 +21,7 @@ const WORDS = {
   "project.delete": "deleted a project",
 };
 
-/** @param {{keys: Key[]}} props by which ids are told as names */
+/** @param {{keys: Key[]}} props `keys`: for showing ids as names */
 export function Audit({ keys }) {
   const names = new Map(keys.map((key) => [key.id, key.name]));
   const [before, setBefore] = useState("");

@@ -1,4 +1,4 @@
-/** Engine: what it is doing now, from /metrics. */
+/** Engine: its current state, from /metrics. */
 import { listAdapters } from "../lib/adapters.js";
 import { call } from "../lib/api.js";
 import { bytes, compact, count, percent } from "../lib/format.js";
@@ -26,14 +26,14 @@ const readingOf = (samples) => ({
   kv: valueOf(samples, "smolora_kv_blocks_used") / Math.max(1, valueOf(samples, "smolora_kv_blocks")),
 });
 
-/** How much a counter grew a second; null where the server began anew. @param {Reading[]} readings @param {"generated" | "prompts"} of */
+/** A counter's growth per second; null if the server was restarted. @param {Reading[]} readings @param {"generated" | "prompts"} of */
 const rates = (readings, of) =>
   readings.map((now, place) => {
     const before = readings[place - 1];
     return before && now[of] >= before[of] ? (now[of] - before[of]) / (now.at - before.at) : null;
   });
 
-/** What was read since the page was opened. */
+/** Readings since the page was opened. */
 const kept = perKey(/** @type {Reading[]} */ ([]));
 
 export function EngineView() {
@@ -79,7 +79,7 @@ export function EngineView() {
   return html`<h1>Engine</h1>
     ${
       metrics.problem?.status === 403
-        ? html`<div class="card"><p>Your key may not read the engine's metrics. One with the scope <code>metrics</code> or <code>admin</code> may.</p></div>`
+        ? html`<div class="card"><p>Your key may not read the engine's metrics. Use one with the scope <code>metrics</code> or <code>admin</code>.</p></div>`
         : html`<${Fault} problem=${metrics.problem} />`
     }
     ${
@@ -109,7 +109,7 @@ export function EngineView() {
       adapters.data
         ? html`<section class="card" aria-label="Adapters in memory">
           <h2>In memory now</h2>
-          <p><small>By name${adapters.data.isCut ? ", of those alone that the list of adapters shows" : ""}. Equal weights are there once, and a blend is there where its parts are.</small></p>
+          <p><small>By name${adapters.data.isCut ? ", for adapters in the list only" : ""}. Equal weights are stored once. A blend is resident if its parts are.</small></p>
           ${
             resident.length
               ? html`<ul class="plain-list">

@@ -1,4 +1,4 @@
-/** One job: its curves while they move, what it says, what may be done with it, and what came of it. */
+/** One job: its live curves, log, actions and result. */
 import { Problem, ask, download, events, get } from "../lib/api.js";
 import { ago, count, duration, loss, moment, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
@@ -15,7 +15,7 @@ const RETRY_SECONDS = 2;
 const GATHER_SECONDS = 0.25;
 const MOST_LINES = 500;
 
-/** Once the tab is looked at, or nobody waits any more. @param {AbortSignal} signal */
+/** Wait until the tab is visible, or `signal` aborts. @param {AbortSignal} signal */
 const seen = (signal) =>
   new Promise((resolve) => {
     if (!document.hidden || signal.aborted) return resolve(null);
@@ -24,11 +24,11 @@ const seen = (signal) =>
   });
 
 /**
- * The job's events, as they come; after a broken connection from where it broke. Those that come together are told
- * together: of a job that has ended that is all of them. A browser has few connections to a server, for all tabs
- * together: one that isn't looked at keeps none.
+ * The job's events, live. After a broken connection they continue where it broke. Events that arrive together are
+ * delivered together; for an ended job these are all events. A browser allows few connections to a server for all
+ * tabs together, so a hidden tab keeps none.
  * @param {string} id
- * @param {() => Promise<void>} onNews while it is on its way it isn't called again, but once more after it
+ * @param {() => Promise<void>} onNews called once at a time, and once more if events arrived meanwhile
  */
 function useEvents(id, onNews) {
   const [found, setFound] = useState(/** @type {JobEvent[]} */ ([]));
@@ -72,10 +72,10 @@ function useEvents(id, onNews) {
             last = seq;
             if (fresh.push(JSON.parse(data)) === 1) setTimeout(tell, GATHER_SECONDS * 1000);
           }
-          // a server that ends lets go of its followers, too
+          // a server that shuts down closes its streams, too
           if (ENDED.has((await get(`/train/${encodeURIComponent(id)}`, signal)).status)) return;
         } catch (error) {
-          // it isn't there, or not this key's to see
+          // the job doesn't exist, or this key may not see it
           if (error instanceof Problem && [403, 404].includes(error.status)) return;
         } finally {
           document.removeEventListener("visibilitychange", leave);
@@ -142,8 +142,8 @@ export function JobDetail({ id, onChange }) {
         ${status === "paused" ? html`<button type="button" disabled=${steer.busy} onClick=${() => steer.run("resume")}>Resume</button>` : null}
         ${
           isOver
-            ? html`<${Careful} key="delete" label="Delete" sure="Its rows, checkpoints and log go; adapters that it made stay." busy=${remove.busy} onSure=${() => remove.run()} />`
-            : html`<${Careful} key="cancel" label="Cancel" deed="End the job" sure="It ends without an adapter, for good. Pause keeps it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
+            ? html`<${Careful} key="delete" label="Delete" sure="Its rows, checkpoints and log will be deleted; its adapters stay." busy=${remove.busy} onSure=${() => remove.run()} />`
+            : html`<${Careful} key="cancel" label="Cancel" deed="End the job" sure="It will end without an adapter. This can't be undone; to continue later, pause it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
         }
       </p>
     </div>

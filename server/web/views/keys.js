@@ -1,4 +1,4 @@
-/** API keys: those there are, a new one, whose secret is shown once, and revoking. */
+/** API keys: the list, creating a key, whose secret is shown once, and revoking. */
 import { ask } from "../lib/api.js";
 import { ago, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
@@ -15,7 +15,7 @@ const SCOPES = /** @type {const} */ ([
   ["admin", "everything, in all projects (admin)"],
 ]);
 
-/** @param {{keys: Key[], isOpen: boolean, onChange: () => Promise<void>}} props `isOpen`: nobody needs one yet */
+/** @param {{keys: Key[], isOpen: boolean, onChange: () => Promise<void>}} props `isOpen`: no key is needed yet */
 export function Keys({ keys, isOpen, onChange }) {
   const revoke = useAction(async (/** @type {string} */ id) => {
     await ask("DELETE", `/keys/${encodeURIComponent(id)}`);
@@ -35,13 +35,13 @@ export function Keys({ keys, isOpen, onChange }) {
                     <td>${moment(key.created_at)}</td>
                     <td>${key.last_used_at ? ago(key.last_used_at) : "never"}</td>
                     <td>${stateOf(key)}</td>
-                    <td>${key.revoked_at ? null : html`<${Careful} label="Revoke" sure="Whoever uses ${key.name} is shut out at once." busy=${revoke.busy} onSure=${() => revoke.run(key.id)} />`}</td>
+                    <td>${key.revoked_at ? null : html`<${Careful} label="Revoke" sure="Clients that use ${key.name} lose access at once." busy=${revoke.busy} onSure=${() => revoke.run(key.id)} />`}</td>
                   </tr>`,
               )}
             <//>`
         : !isOpen
-          ? html`<p>None yet but the operator's, which are in the server's settings (<code>SMOLORA_API_KEYS</code>).</p>`
-          : html`<p>None yet: whoever reaches this server may do everything. Once there is a first key, everybody needs one; this can't be undone.</p>`
+          ? html`<p>None yet, except the operator's keys in the server's settings (<code>SMOLORA_API_KEYS</code>).</p>`
+          : html`<p>None yet: everyone who reaches this server may do everything. After the first key is created, everyone needs a key; this can't be undone.</p>`
     }
     <${Fault} problem=${revoke.problem} />
     <${Secret} />
@@ -56,11 +56,11 @@ function stateOf(key) {
   return key.expires_at ? `until ${moment(key.expires_at)}` : "valid";
 }
 
-/** The key that was made last, until its secret is put away. */
+/** The newest key, until its secret is dismissed. */
 const made = perKey(/** @type {(Key & {secret: string}) | null} */ (null));
 
 /**
- * The first key ends that nobody needs one, so it has to be an admin's, and the page goes on with it.
+ * After the first key is created, every client needs one. So it must be an admin's, and the page continues with it.
  * @param {{isFirst: boolean, onMade: () => Promise<void>}} props
  */
 function NewKey({ isFirst, onMade }) {
@@ -84,7 +84,7 @@ function NewKey({ isFirst, onMade }) {
     <${Form} label="New key" onSubmit=${create.run}>
       <div class="fields">
         <${TextField} label="Name" name="name" hint="for people, such as laptop" value=${name} onChange=${setName} ...${about} />
-        <${TextField} label="Project" name="project" hint="whose adapters and jobs it sees" value=${project} onChange=${setProject} ...${about} />
+        <${TextField} label="Project" name="project" hint="The key sees this project's adapters and jobs." value=${project} onChange=${setProject} ...${about} />
         <${TextField} label="Expires" name="expires_at" type="date" hint="empty: never" value=${expires} onChange=${setExpires} ...${about} />
       </div>
       <fieldset>
@@ -109,7 +109,7 @@ function Secret() {
   const key = useStore(made);
   const [isCopied, setCopied] = useState(false);
   const copy = useAction(async () => {
-    await navigator.clipboard.writeText(key?.secret ?? ""); // refused where the page has no TLS
+    await navigator.clipboard.writeText(key?.secret ?? ""); // browsers refuse this without TLS
     setCopied(true);
   });
   if (!key) return null;

@@ -1,4 +1,4 @@
-/** A new job: rows, with what is wrong in them by line; what is trained on; how. */
+/** A new job: rows with their faults by line, a preview of trained tokens, and settings. */
 import { listAdapters } from "../lib/adapters.js";
 import { ask, get, upload } from "../lib/api.js";
 import { count, duration, plural } from "../lib/format.js";
@@ -35,10 +35,10 @@ const BLANK = {
 /** @type {(keyof Fields)[]} */
 const MORE = ["method", "startFrom", "rank", "alpha", "learningRate", "batchSize", "evalSteps", "publishIf"];
 
-/** What was filled in; it stays while one looks at other views. */
+/** The form's values, kept while other views are open. */
 const filled = perKey(BLANK);
 
-/** What was sent and has no answer yet, and as which request. @type {import("../lib/store.js").Store<Map<string, string>>} */
+/** Sent bodies without an answer yet, and their idempotency keys. @type {import("../lib/store.js").Store<Map<string, string>>} */
 const sent = perKey(new Map());
 
 const BESIDE = [
@@ -56,7 +56,7 @@ const BESIDE = [
   "method",
 ];
 
-/** What POST /train takes; what is left out is the server's default. @param {Fields} form */
+/** The body of POST /train; missing fields have the server's defaults. @param {Fields} form */
 function bodyOf(form) {
   /** @type {Record<string, any>} */
   const body = {
@@ -91,12 +91,12 @@ export function NewJob({ onQueued }) {
   const adapters = useResource(listAdapters, []);
   const startable = (adapters.data?.own ?? []).filter((adapter) => adapter.kind === "adapter");
   const form = { ...kept };
-  // what was chosen may be deleted by now
+  // the chosen data set may be deleted meanwhile
   if (datasets.data?.every((set) => set.id !== form.dataset)) form.dataset = "";
   if (adapters.data && !adapters.data.isCut && startable.every((adapter) => adapter.name !== form.startFrom))
     form.startFrom = "";
   const names = startable.map((adapter) => adapter.name);
-  // what would be sent is shown, also while the list is still to come
+  // show the value that would be sent, also while the list is loading
   if (form.startFrom && !names.includes(form.startFrom)) names.unshift(form.startFrom);
   const change = (/** @type {keyof Fields} */ name) => (/** @type {any} */ value) => {
     filled.update({ [name]: value });
@@ -109,7 +109,7 @@ export function NewJob({ onQueued }) {
   });
   const isShown = useIsShown();
   const submit = useAction(async () => {
-    // once more the same, as after an answer that got lost, is the same job
+    // sending the same body again, as after a lost answer, gives the same job
     const json = JSON.stringify(bodyOf(form));
     const request = sent.value.get(json) ?? crypto.randomUUID?.() ?? String(Math.random());
     sent.set(new Map([...sent.value, [json, request]]));
@@ -121,7 +121,7 @@ export function NewJob({ onQueued }) {
   });
   const problem = submit.problem ?? check.problem;
   const isReady = Boolean(form.name && form.dataset);
-  // what is set isn't hidden
+  // don't hide fields that have a value
   const [hasMore] = useState(() => MORE.some((name) => form[name] !== BLANK[name]));
   return html`<${Form} label="New job" className="card" onSubmit=${() => {
     check.clear();
@@ -179,20 +179,20 @@ export function NewJob({ onQueued }) {
  */
 function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
   const [share, setShare] = useState(/** @type {number | null} */ (null));
-  const [told, setTold] = useState(/** @type {string[]} */ ([]));
+  const [warnings, setWarnings] = useState(/** @type {string[]} */ ([]));
   const [file, setFile] = useState("");
-  const [uploaded, setUploaded] = useState(""); // the data set that `file` and `told` are about
+  const [uploaded, setUploaded] = useState(""); // the data set that `file` and `warnings` belong to
   const send = useAction(async (/** @type {File} */ file) => {
     const form = new FormData();
     form.append("file", file);
     setShare(0);
-    setTold([]);
+    setWarnings([]);
     setFile(file.name);
     setUploaded("");
     const own = key.value;
     try {
       const stored = await upload("/datasets", form, setShare);
-      setTold(stored.warnings);
+      setWarnings(stored.warnings);
       setFile(`${file.name}: ${plural(stored.rows, "row")}, all well formed`);
       setUploaded(stored.id);
       await onChanged();
@@ -207,13 +207,13 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
       if (filled.value.dataset === id) onChoose("");
       if (uploaded !== id) return;
       setFile("");
-      setTold([]);
+      setWarnings([]);
     } finally {
-      await onChanged(); // also where it was gone already
+      await onChanged(); // also if it was deleted already
     }
   });
   const listed = (datasets ?? []).map((set) => [set.id, `${set.filename ?? set.id} · ${plural(set.rows, "row")}`]);
-  // the list has its place before it comes, so that the fields below don't move
+  // reserve the list's space before it is loaded, so that the fields below don't move
   if (chosen && !datasets) listed.push([chosen, chosen]);
   const words = listed.find(([id]) => id === chosen)?.[1];
   return html`<${DropZone}
@@ -225,7 +225,7 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
       onFiles=${(/** @type {File[]} */ files) => files[0] && send.run(files[0])}
     />
     <${Fault} problem=${send.problem} />
-    <${Warnings} warnings=${told} />
+    <${Warnings} warnings=${warnings} />
     <div class="row end">
       <${SelectField}
         label="Data set"
@@ -239,7 +239,7 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
           onChoose(id);
         }}
       />
-      ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words}: they go, for good. What was trained on them stays." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
+      ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words} will be deleted. This can't be undone; adapters trained on them stay." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
     </div>
     <${Fault} problem=${remove.problem} />`;
 }
@@ -247,7 +247,7 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
 /** @param {{dry: DryRun}} props */
 function Preview({ dry }) {
   const { data, estimate } = dry;
-  const told = [
+  const facts = [
     `${plural(data.rows, "row")} with ${plural(data.trained_tokens, "trained-on token")} of ${count(data.tokens)}`,
     `${plural(data.validation_rows, "row")} held out`,
     `${plural(dry.steps, "step")}: about ${duration(estimate.seconds)}`,
@@ -255,11 +255,11 @@ function Preview({ dry }) {
   ].join("; ");
   return html`<section aria-label="Dry run" class="preview" role="status">
     <h3>Nothing is trained yet. This would be:</h3>
-    <p>${told}</p>
+    <p>${facts}</p>
     <${Warnings} warnings=${dry.warnings} />
     <p class="legend">
-      The first ${dry.preview.length} of ${count(data.rows)}. Marked is what is learned, the rest is only read; tokens in ${"<|…|>"} are
-      the model's own, around the turns of a chat and at an end.
+      The first ${dry.preview.length} of ${count(data.rows)}. Trained-on text is marked, the rest is only read; tokens in ${"<|…|>"} are
+      special tokens, around the turns of a chat and at the end.
     </p>
     ${dry.preview.map(
       (row) =>

@@ -1,4 +1,4 @@
-/** Playground: one prompt under a blend of adapters, streamed, beside the base or other blends. */
+/** Playground: one prompt under a blend of adapters, streamed, next to the base or other blends. */
 import { listAdapters } from "../lib/adapters.js";
 import { Problem, ask, get } from "../lib/api.js";
 import { checked, parse } from "../lib/expression.js";
@@ -41,7 +41,7 @@ export function PlaygroundView() {
     setEmpty(!request.prompt);
     if (!request.prompt) return;
     run([...new Set([mine, ...others])]);
-    // where they are below the form, on a phone
+    // on a phone the answers are below the form
     if (matchMedia("(max-width: 52rem)").matches) answers.current?.scrollIntoView({ block: "start" });
   }
 
@@ -62,7 +62,7 @@ export function PlaygroundView() {
             label=${request.isChat ? "Question" : "Text"}
             name="prompt"
             problem=${isEmpty && !request.prompt ? EMPTY : problem}
-            hint=${request.isChat ? "Asked as a turn of a chat." : "The model goes on right after its last character."}
+            hint=${request.isChat ? "Sent as a turn of a chat." : "The model continues right after its last character."}
           >
             ${(/** @type {object} */ attributes) =>
               html`<textarea ...${attributes} dir="auto" rows="4" value=${request.prompt} onInput=${(/** @type {Typed} */ event) => change("prompt")(event.currentTarget.value)}></textarea>`}
@@ -115,7 +115,7 @@ function Welcome({ adapters, example }) {
     run(["base"]);
   };
   return html`<div class="card">
-    <p>Answers appear here as they are made, those of several adapters side by side.</p>
+    <p>Answers appear here as they are generated, with several adapters side by side.</p>
     <p><button type="button" class="plain" onClick=${tryExample}>${example.isChat ? "Ask" : "Continue"} “${example.prompt}”</button></p>
     ${
       adapters && !adapters.length
@@ -126,7 +126,7 @@ function Welcome({ adapters, example }) {
 }
 
 /**
- * Which expressions answer beside the one that is set: the base, each of its adapters alone, others that were added.
+ * The other expressions to answer under: the base, each adapter of the expression alone, and any added ones.
  * @param {{mine: string, others: string[]}} props
  */
 function SideBySide({ mine, others }) {
@@ -137,7 +137,7 @@ function SideBySide({ mine, others }) {
     beside.set(others.includes(of) ? others.filter((other) => other !== of) : [...others, of]);
   return html`<fieldset>
     <legend>Answered side by side</legend>
-    <span class="check"><input type="checkbox" checked disabled aria-label="what is set above" /><code>${mine}</code></span>
+    <span class="check"><input type="checkbox" checked disabled aria-label="the blend set above" /><code>${mine}</code></span>
     ${offered.map(
       (of) =>
         html`<${Check} key=${of} checked=${others.includes(of)} onChange=${() => toggle(of)}>

@@ -1,4 +1,4 @@
-/** Projects, and what their keys may together. */
+/** Projects, and the limits of all their keys together. */
 import { ask, get } from "../lib/api.js";
 import { compact } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
@@ -6,7 +6,7 @@ import { useAction, useResource } from "../lib/resource.js";
 import { Fault, Form } from "../parts/basics.js";
 import { LIMITS, LimitFields } from "../parts/limits.js";
 
-/** @param {{keys: Key[]}} props a new one may have brought a project: then they are looked for again */
+/** @param {{keys: Key[]}} props `keys`: reload the projects when they change, since a new key may create a project */
 export function Projects({ keys }) {
   const projects = useResource(
     async (signal) => /** @type {Project[]} */ ((await get("/projects", signal)).projects),
@@ -34,11 +34,11 @@ function ProjectLimits({ project, onChange }) {
     await ask("PUT", `/projects/${encodeURIComponent(project.name)}`, { json: limits });
     await onChange();
   });
-  const told = LIMITS.flatMap(([name, words]) =>
+  const shown = LIMITS.flatMap(([name, words]) =>
     project[name] === null ? [] : [`${words.toLowerCase()}: ${compact(project[name] ?? 0)}`],
   );
   return html`<details>
-    <summary><strong>${project.name}</strong> <small>${told.join(", ") || "no limits"}</small></summary>
+    <summary><strong>${project.name}</strong> <small>${shown.join(", ") || "no limits"}</small></summary>
     <${Form} label="Limits of ${project.name}" onSubmit=${save.run}>
       <${LimitFields} limits=${limits} problem=${save.problem} onChange=${setLimits} />
       <${Fault} problem=${save.problem} beside=${LIMITS.map(([name]) => name)} />

@@ -1,4 +1,4 @@
-/** Train: the jobs there are, a new one, one of them. */
+/** Train: the list of jobs, a new job, one job. */
 import { get } from "../lib/api.js";
 import { ago } from "../lib/format.js";
 import { html, useRef } from "../lib/html.js";
@@ -9,10 +9,10 @@ import { JobDetail } from "./job.js";
 import { NewJob } from "./new_job.js";
 
 /**
- * The newest jobs, so many pages of them, behind those that run: where many wait, these are older.
+ * Running jobs, then `pages` pages of the newest jobs. If many jobs wait, running ones aren't among the newest.
  * @param {number} pages
  * @param {AbortSignal} signal
- * @returns {Promise<{jobs: Job[], isCut: boolean}>} `isCut`: there are older ones
+ * @returns {Promise<{jobs: Job[], isCut: boolean}>} `isCut`: there are older jobs
  */
 async function newest(pages, signal) {
   const { jobs, next } = await get("/train", signal);

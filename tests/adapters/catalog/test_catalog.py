@@ -1,4 +1,4 @@
-"""Names, versions and aliases: numbers never come back, latest moves, and nothing is torn under concurrency."""
+"""Tests of names, versions and aliases, also with concurrent writers."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def publish(catalog: Catalog, name: str, digest: str = D[0], warnings: Sequence[
     )
 
 
-def test_a_version_comes_back_as_it_was_published(catalog: Catalog) -> None:
+def test_a_version_reads_back_as_published(catalog: Catalog) -> None:
     before = datetime.now(UTC)
     version = catalog.publish(
         "tweets",
@@ -91,8 +91,8 @@ def test_a_version_comes_back_as_it_was_published(catalog: Catalog) -> None:
     assert version.created_at.utcoffset() == timedelta(0)
 
 
-def test_warnings_of_a_public_merge_name_nobodys_private_parts(catalog: Catalog) -> None:
-    """They were kept with it as its own project knows its parts."""
+def test_warnings_of_a_public_merge_hide_private_parts(catalog: Catalog) -> None:
+    """The warnings were stored with the names that its own project sees."""
     acme, other = catalog.of(Viewpoint("acme")), catalog.of(Viewpoint("other"))
     text = "its config names another base, x"
     kept = (f"secret@1: {text}", f"inner@1: for-a-customer@12: {text}", f"another.secret@3: {text}", "é")
@@ -103,14 +103,14 @@ def test_warnings_of_a_public_merge_name_nobodys_private_parts(catalog: Catalog)
     assert acme.get("merged").versions[0].warnings == kept
     assert acme.get("mix").versions[0].warnings == tuple(f"merged@1: {text}" for text in kept)
     assert catalog.of(Viewpoint(sees_all=True)).version("acme/merged", 1).warnings == kept
-    told = (text, "é")
-    assert other.version("acme/merged", 1).warnings == told
-    assert [adapter.versions[0].warnings for adapter in other.list(public=True)] == [told, told]
+    warnings = (text, "é")
+    assert other.version("acme/merged", 1).warnings == warnings
+    assert [adapter.versions[0].warnings for adapter in other.list(public=True)] == [warnings, warnings]
     other.compose("mine", parse("acme/mix*0.5"))
-    assert other.get("mine").versions[0].warnings == tuple(f"acme/merged@1: {text}" for text in told)
+    assert other.get("mine").versions[0].warnings == tuple(f"acme/merged@1: {text}" for text in warnings)
 
 
-def test_publishing_counts_up_and_moves_latest(catalog: Catalog) -> None:
+def test_publishing_increments_the_version_and_moves_latest(catalog: Catalog) -> None:
     assert [publish(catalog, "a", D[i]).version for i in range(3)] == [1, 2, 3]
     assert publish(catalog, "b").version == 1
     adapter = catalog.get("a")
@@ -120,14 +120,14 @@ def test_publishing_counts_up_and_moves_latest(catalog: Catalog) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "base", "a b", "-a", "x" * 65, "a/b"])
-def test_bad_names_are_refused(name: str, catalog: Catalog) -> None:
+def test_invalid_names_are_refused(name: str, catalog: Catalog) -> None:
     with pytest.raises(InvalidInput) as caught:
         publish(catalog, name)
     assert caught.value.errors[0].loc == ("name",)
     assert catalog.list() == []
 
 
-def test_metrics_are_numbers_that_json_has(catalog: Catalog) -> None:
+def test_metrics_must_be_finite(catalog: Catalog) -> None:
     with pytest.raises(ValueError, match="finite"):
         catalog.publish(
             "a",
@@ -141,7 +141,7 @@ def test_metrics_are_numbers_that_json_has(catalog: Catalog) -> None:
         )
 
 
-def test_deleting_the_latest_moves_it_to_the_highest_left(catalog: Catalog) -> None:
+def test_deleting_the_latest_moves_it_to_the_highest_remaining(catalog: Catalog) -> None:
     for i in range(4):
         publish(catalog, "a", D[i])
     assert catalog.delete_version("a", 2) == [D[1]]
@@ -156,8 +156,8 @@ def test_deleting_the_latest_moves_it_to_the_highest_left(catalog: Catalog) -> N
     assert catalog.list() == []
 
 
-def test_latest_stays_where_it_was_put(catalog: Catalog) -> None:
-    """It may name an older version (a roll-back); deleting others doesn't move it."""
+def test_latest_stays_at_an_older_version_after_a_rollback(catalog: Catalog) -> None:
+    """Deleting other versions doesn't move it."""
     for i in range(3):
         publish(catalog, "a", D[i])
     catalog.point("a", "latest", 2)
@@ -169,19 +169,19 @@ def test_latest_stays_where_it_was_put(catalog: Catalog) -> None:
 def unattended(
     engine: sa.Engine, digest: str, losses: tuple[float, float] | None, alias: str | None = None
 ) -> str:
-    """What is told of a version of "a" that a job publishes."""
+    """Return the warning for a version of "a" that a job publishes."""
     metrics = {} if losses is None else dict(zip(("eval_loss", "base_eval_loss"), losses, strict=True))
     new = NewVersion("a", digest, 1, 1.0, ("q_proj",), 1, 1, metrics=metrics)
     with engine.begin() as connection:
-        _, told = publish_unattended_in(connection, new, alias, None)
-    return told or ""
+        _, warning = publish_unattended_in(connection, new, alias, None)
+    return warning or ""
 
 
 @pytest.mark.parametrize("alias", [None, "latest", "prod"])
-def test_a_job_publishes_what_is_better_than_the_latest_alone(
+def test_a_job_publishes_only_if_latest_is_the_compared_version(
     catalog: Catalog, engine: sa.Engine, alias: str | None
 ) -> None:
-    """`better_than` is what it was measured against, which others may delete, move or follow with a new one."""
+    """`better_than` is the compared version. Others may delete it, move latest, or publish a newer version."""
     new = NewVersion("a", D[0], 1, 1.0, ("q_proj",), 1, 1)
 
     def publish_better(than: int | None) -> int:
@@ -211,15 +211,15 @@ def test_a_job_does_not_undo_a_rollback(catalog: Catalog, engine: sa.Engine) -> 
     for i in range(3):
         publish(catalog, "a", D[i])
     catalog.point("a", "latest", 2)
-    told = unattended(engine, D[3], None)
-    assert told.startswith(
+    warning = unattended(engine, D[3], None)
+    assert warning.startswith(
         "latest stays at 2, where it was moved back to by hand; PUT /adapters/a/aliases/latest "
     )
     adapter = catalog.get("a")
     assert (adapter.latest, adapter.versions[-1].version) == (2, 4)
     assert unattended(engine, D[4], None, alias="prod").startswith("latest stays at 2")
     assert (catalog.get("a").latest, catalog.get("a").aliases) == (2, {"prod": 5})
-    assert unattended(engine, D[5], None, alias="latest") == ""  # as the job was told
+    assert unattended(engine, D[5], None, alias="latest") == ""  # as the job expected
     assert (catalog.get("a").latest, catalog.get("a").aliases) == (6, {"prod": 5})
     assert unattended(engine, D[6], None) == ""
     assert catalog.get("a").latest == 7
@@ -244,7 +244,9 @@ def publish_by_hand(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     "act", [roll_forward, delete_what_was_left_behind, delete_what_it_was_moved_back_to, publish_by_hand]
 )
-def test_a_rollback_ends(act: Callable[[Catalog], None], catalog: Catalog, engine: sa.Engine) -> None:
+def test_a_rollback_ends_once_latest_is_the_newest_again(
+    act: Callable[[Catalog], None], catalog: Catalog, engine: sa.Engine
+) -> None:
     for i in range(3):
         publish(catalog, "a", D[i])
     catalog.point("a", "latest", 2)
@@ -254,9 +256,7 @@ def test_a_rollback_ends(act: Callable[[Catalog], None], catalog: Catalog, engin
     assert adapter.latest == adapter.versions[-1].version
 
 
-def test_what_is_worse_than_its_base_becomes_the_latest_of_no_better_one(
-    catalog: Catalog, engine: sa.Engine
-) -> None:
+def test_a_version_worse_than_its_base_replaces_only_a_worse_latest(catalog: Catalog, engine: sa.Engine) -> None:
     worse, better, equal = (3.0, 2.0), (1.0, 2.0), (2.0, 2.0)
     assert unattended(engine, D[0], worse) == "a@1 is worse than the untouched base on the held-out rows"
     assert unattended(engine, D[1], worse) == "a@2 is worse than the untouched base on the held-out rows"
@@ -270,7 +270,7 @@ def test_what_is_worse_than_its_base_becomes_the_latest_of_no_better_one(
         "latest stays at 5: the new version is worse than the untouched"
     )
     assert catalog.get("a").latest == 5
-    assert unattended(engine, D[5], better) == ""  # nobody had moved it
+    assert unattended(engine, D[5], better) == ""  # nobody has moved it manually
     assert catalog.get("a").latest == 7
     assert (
         unattended(engine, D[6], worse, alias="latest")
@@ -279,20 +279,20 @@ def test_what_is_worse_than_its_base_becomes_the_latest_of_no_better_one(
     assert catalog.get("a").latest == 8
 
 
-def test_the_same_composition_is_no_new_version(catalog: Catalog) -> None:
+def test_composing_the_same_again_adds_no_version(catalog: Catalog) -> None:
     publish(catalog, "a")
     publish(catalog, "b", D[1])
     first = catalog.compose("mix", parse("a*0.5+b"))
     assert first[1] is True
     assert catalog.compose("mix", parse("b+a@1*0.25+a*0.25")) == (first[0], False)
     assert catalog.compose("mix", parse("a*0.5+b*0.5"))[0].version == 2
-    assert catalog.compose("mix", parse("a*0.5+b"))[0].version == 3  # not the latest's any more
+    assert catalog.compose("mix", parse("a*0.5+b"))[0].version == 3  # no longer those of the latest
     publish(catalog, "a", D[2])
     again, is_new = catalog.compose("mix", parse("a*0.5+b"))
     assert (again.version, is_new) == (4, True)  # a means another version
 
 
-def test_numbers_never_come_back(catalog: Catalog) -> None:
+def test_version_numbers_are_never_reused(catalog: Catalog) -> None:
     publish(catalog, "a")
     publish(catalog, "a")
     catalog.delete_version("a", 2)
@@ -302,7 +302,7 @@ def test_numbers_never_come_back(catalog: Catalog) -> None:
     assert [version.version for version in catalog.get("a").versions] == [4]
 
 
-def test_deletes_return_what_no_version_has_any_more(catalog: Catalog) -> None:
+def test_deletes_return_digests_without_versions(catalog: Catalog) -> None:
     for name, digest in (("a", D[0]), ("a", D[1]), ("a", D[0]), ("b", D[1]), ("a", D[2])):
         publish(catalog, name, digest)
     assert catalog.delete_version("a", 1) == []  # a@3 has the same bytes
@@ -312,7 +312,7 @@ def test_deletes_return_what_no_version_has_any_more(catalog: Catalog) -> None:
     assert catalog.delete("b") == [D[1]]
 
 
-def test_what_is_not_there(catalog: Catalog) -> None:
+def test_missing_adapters_versions_and_aliases_raise_not_found(catalog: Catalog) -> None:
     publish(catalog, "a")
     for call in (
         lambda: catalog.get("b"),
@@ -329,7 +329,7 @@ def test_what_is_not_there(catalog: Catalog) -> None:
     assert catalog.list("b") == []
 
 
-def test_what_is_looked_for_is_in_the_name_as_it_is_told(catalog: Catalog) -> None:
+def test_contains_searches_names_as_the_project_sees_them(catalog: Catalog) -> None:
     acme = catalog.of(Viewpoint("acme"))
     for name in ("Tweets", "a_b", "axb", "acme"):
         publish(catalog, name)
@@ -374,7 +374,7 @@ def test_lists_are_paged_by_name(catalog: Catalog) -> None:
     assert [version.version for version in catalog.list("b")[0].versions] == [1, 2]
 
 
-def test_terms_resolve_in_their_order(catalog: Catalog) -> None:
+def test_terms_resolve_in_order(catalog: Catalog) -> None:
     for i in range(3):
         publish(catalog, "a", D[i])
     publish(catalog, "b", D[9])
@@ -420,14 +420,14 @@ def test_resolving_is_one_indexed_query(catalog: Catalog, engine: sa.Engine) -> 
     explain, place = ("EXPLAIN QUERY PLAN", 3) if engine.dialect.name == "sqlite" else ("EXPLAIN", 0)
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
-            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # which a small table is as well
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # a small table is scanned, too
         plan = connection.exec_driver_sql(f"{explain} {statement}", parameters).all()
     steps = [row[place] for row in plan if "SEARCH" in row[place] or "SCAN" in row[place].upper()]
-    assert len(steps) == 25 + 15  # each looks for parts, too
+    assert len(steps) == 25 + 15  # each lookup includes parts
     assert all(step.startswith("SEARCH") or "Index" in step for step in steps)
 
 
-def test_what_an_alias_names_is_not_deleted(catalog: Catalog) -> None:
+def test_aliased_versions_are_not_deleted(catalog: Catalog) -> None:
     publish(catalog, "a", D[0])
     publish(catalog, "a", D[1])
     catalog.point("a", "prod", 1)
@@ -447,8 +447,8 @@ def test_threads_publish_distinct_versions(catalog: Catalog) -> None:
     assert catalog.get("n0").latest == 20
 
 
-def test_a_clash_is_tried_again(catalog: Catalog, engine: sa.Engine) -> None:
-    """Between our look and our insert another writer takes the name. SQLite rules that out, so it is faked."""
+def test_a_clashing_insert_is_retried(catalog: Catalog, engine: sa.Engine) -> None:
+    """Another writer takes the name between our query and our insert. SQLite prevents that, so it is simulated."""
     clashes = ["", ""]
 
     def clash(connection: sa.Connection, cursor: object, statement: str, *_: object) -> None:
@@ -478,8 +478,8 @@ for i in range(25):
 """
 
 
-def test_processes_publish_distinct_versions_also_when_killed(tmp_path: Path, database_url: str | None) -> None:
-    """Three processes open a database that isn't there yet, and publish at once; one of them is killed."""
+def test_processes_publish_distinct_versions_despite_a_kill(tmp_path: Path, database_url: str | None) -> None:
+    """Three processes create the database and publish concurrently; one of them is killed."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tmp_path), database_url or ""],
@@ -504,14 +504,14 @@ def test_processes_publish_distinct_versions_also_when_killed(tmp_path: Path, da
     for process in processes:
         with process:
             assert process.stdout is not None
-            numbers += map(int, process.stdout.read().split())  # `communicate` would lose what is buffered here
+            numbers += map(int, process.stdout.read().split())  # `communicate` would lose the buffered lines
     assert [process.returncode for process in processes[1:]] == [0, 0]
     assert len(numbers) == len(set(numbers)) >= 55
     engine = connect(tmp_path, url=database_url)
     adapter = Catalog(engine).get("shared")
     assert adapter.latest == adapter.versions[-1].version
     published = {version.version for version in adapter.versions}
-    assert len(published - set(numbers)) <= 1  # committed, and killed before it said so
+    assert len(published - set(numbers)) <= 1  # committed, but killed before it printed so
     engine.dispose()
 
 
@@ -525,7 +525,7 @@ def test_combine_is_canonical() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(D[:3]), st.decimals(-100, 100, places=3)), max_size=16), st.randoms())
 @settings(deadline=None)
-def test_combine_adds_up_exactly_in_any_order(pairs: list[tuple[str, float]], random: Random) -> None:
+def test_combine_sums_exactly_in_any_order(pairs: list[tuple[str, float]], random: Random) -> None:
     parts = [Part("a", 1, digest, float(weight)) for digest, weight in pairs]
     combined = combine(parts)
     random.shuffle(parts)
@@ -535,7 +535,7 @@ def test_combine_adds_up_exactly_in_any_order(pairs: list[tuple[str, float]], ra
     assert [digest for digest, _ in combined] == sorted(dict(combined))
 
 
-def test_the_tables_and_queries_are_postgresql_too() -> None:
+def test_tables_and_queries_compile_for_postgresql() -> None:
     dialect = cast("Callable[[], sa.Dialect]", postgresql.dialect)()
     for table in module.metadata.sorted_tables:
         assert "CREATE TABLE" in str(sa.schema.CreateTable(table).compile(dialect=dialect))

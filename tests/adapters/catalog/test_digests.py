@@ -1,4 +1,4 @@
-"""By which names requests may call the bytes that are in memory."""
+"""Tests of the names that requests may use for adapters in memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,12 +37,12 @@ def test_names_come_before_versions_and_aliases(engine: sa.Engine) -> None:
     assert names([D[1]]) == ["twin", "tweets@2", "twin@1"]
 
 
-def test_another_projects_come_with_it(engine: sa.Engine) -> None:
+def test_names_of_other_projects_include_the_project(engine: sa.Engine) -> None:
     publish(Catalog(engine, of=Viewpoint("acme")), "tweets", D[0])
     assert NamesByDigest(engine)([D[0]]) == ["acme/tweets", "acme/tweets@1"]
 
 
-def test_a_composition_is_there_when_all_its_parts_are(engine: sa.Engine) -> None:
+def test_a_composition_is_listed_if_all_its_parts_are(engine: sa.Engine) -> None:
     catalog = Catalog(engine)
     publish(catalog, "tweets", D[0])
     publish(catalog, "news", D[1])

@@ -1,4 +1,4 @@
-"""What a 404 says of a misspelt name, and what it costs with very many adapters."""
+"""Tests of the suggestions for misspelt names, and of their cost with many adapters."""
 
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ NUM_ADAPTERS = 10_000
 
 @pytest.fixture(scope="module", params=DATABASES)
 def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
-    """Ten thousand names, most of them alike."""
+    """Ten thousand names, most of them similar."""
     home: Path = tmp_path_factory.mktemp("crowd")
     url = request.getfixturevalue("postgres").migrated() if request.param == "postgresql" else None
     engine = connect(home, url=url)
@@ -38,22 +38,22 @@ def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("tweet", "tweets"),  # a letter left out, at each place
+        ("tweet", "tweets"),  # a letter omitted, at each position
         ("weets", "tweets"),
         ("twets", "tweets"),
         ("twweets", "tweets"),  # doubled
         ("wteets", "tweets"),  # swapped
         ("twetes", "tweets"),
-        ("rweets", "tweets"),  # another
+        ("rweets", "tweets"),  # replaced
         ("tweers", "tweets"),
         ("Tweets", "tweets"),
-        ("support", None),  # what begins with a capital isn't looked for
+        ("support", None),  # a missing capital isn't corrected
         ("movie_reviews", "movie-reviews"),
         ("customer-0123", "customer-00123"),
         ("zebra", None),
     ],
 )
-def test_a_slip_is_seen_among_ten_thousand(crowd: sa.Engine, written: str, meant: str | None) -> None:
+def test_a_typo_is_corrected_among_ten_thousand_names(crowd: sa.Engine, written: str, meant: str | None) -> None:
     with pytest.raises(NotFound) as caught:
         Catalog(crowd).resolve(parse(written))
     hint = "" if meant is None else f" (did you mean {meant}?)"
@@ -65,33 +65,33 @@ def test_a_slip_is_seen_among_ten_thousand(crowd: sa.Engine, written: str, meant
 
 
 @pytest.mark.parametrize("written", ["Team-0001", "TEAM-0001", "tEAM-0001"])
-def test_a_name_in_other_cases_comes_before_those_that_begin_alike(written: str) -> None:
+def test_a_difference_in_case_wins_over_a_common_prefix(written: str) -> None:
     assert near(written, [*(f"{written[:-1]}{i}" for i in range(2, 10)), "team-0001"]) == "team-0001"
 
 
 @pytest.mark.parametrize("num_terms", [1, 16])
-def test_what_is_said_costs_little_whatever_is_stored(crowd: sa.Engine, num_terms: int) -> None:
-    """Seen on two cores of an AMD EPYC: 0.3 ms of one term, 0.6 ms of sixteen; 2.4 ms a term before."""
+def test_suggestions_are_fast_with_many_adapters(crowd: sa.Engine, num_terms: int) -> None:
+    """Measured on two cores of an AMD EPYC: 0.3 ms for one term, 0.6 ms for sixteen; before, 2.4 ms for each."""
     terms = parse("+".join(f"custmoer-{i:05}" for i in range(num_terms)))
     best, until = 1.0, time.monotonic() + 20
     with crowd.connect() as connection:
-        while best >= 0.005 and time.monotonic() < until:  # others use the machine, for seconds at a time
+        while best >= 0.005 and time.monotonic() < until:  # other processes use the machine for seconds at a time
             start = time.perf_counter()
-            told = why_missing(connection, Viewpoint(), *terms)
+            messages = why_missing(connection, Viewpoint(), *terms)
             best = min(best, time.perf_counter() - start)
-            assert len(told) == num_terms
-            assert "did you mean customer-" in told[0]
+            assert len(messages) == num_terms
+            assert "did you mean customer-" in messages[0]
     assert best < 0.005
 
 
 @pytest.mark.parametrize("end", ["", "@1", "@prod", "*0.5"])
-def test_a_private_name_is_looked_for_as_one_that_there_isnt(crowd: sa.Engine, end: str) -> None:
-    """The same statements: how long a 404 takes tells nobody what another project has."""
+def test_private_and_missing_names_run_the_same_queries(crowd: sa.Engine, end: str) -> None:
+    """So the time of a 404 doesn't reveal which adapters another project has."""
     asked: list[str] = []
     sa.event.listen(crowd, "before_cursor_execute", lambda *args: asked.append(args[2]))
     stranger = Catalog(crowd).of(Viewpoint("stranger"))
     statements = []
-    for name in ("default/tweets", "default/zqkkzv"):  # of which slips make as many names
+    for name in ("default/tweets", "default/zqkkzv"):  # each gives the same number of possible typos
         asked.clear()
         with pytest.raises(NotFound, match=f"^no such adapter: {name}{end.removesuffix('*0.5')}$"):
             stranger.resolve(parse(name + end))
@@ -99,7 +99,7 @@ def test_a_private_name_is_looked_for_as_one_that_there_isnt(crowd: sa.Engine, e
     assert statements[0] == statements[1]
 
 
-def test_what_is_said_is_a_few_indexed_queries(crowd: sa.Engine) -> None:
+def test_suggestions_take_few_indexed_queries(crowd: sa.Engine) -> None:
     seen: list[tuple[str, tuple[object, ...]]] = []
     sa.event.listen(crowd, "before_cursor_execute", lambda *args: seen.append((args[2], args[3])))
     with crowd.connect() as connection:

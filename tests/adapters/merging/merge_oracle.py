@@ -23,7 +23,7 @@ def lora(rank: int = 4, alpha: int = 8, targets: Sequence[str] = TARGETS, **opti
 
 
 def model_with(configs: Mapping[str, LoraConfig]) -> PeftModel:
-    """A tiny Llama with an adapter of random A and B for each of the configs."""
+    """Return a tiny Llama with an adapter of random A and B for each config."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _quietly():
         torch.manual_seed(3)
         names = list(configs)
@@ -37,7 +37,7 @@ def model_with(configs: Mapping[str, LoraConfig]) -> PeftModel:
 
 
 def weights_of(tuned: PeftModel, name: str) -> LoraWeights:
-    """An adapter of the model as it is there, live."""
+    """Return the weights of one of the model's live adapters."""
     modules: dict[ModuleKey, LoraModule] = {}
     for path, layer in _layers(tuned, name):
         key = ModuleKey(int(path.split(".")[2]), path.rpartition(".")[2])
@@ -48,7 +48,7 @@ def weights_of(tuned: PeftModel, name: str) -> LoraWeights:
 
 
 def peft_merge(tuned: PeftModel, parts: Mapping[str, float], kind: str, **options: object) -> LoraWeights:
-    """What PEFT makes of the weighted adapters; `kind` is its `combination_type`."""
+    """Return PEFT's merge of the weighted adapters; `kind` is its `combination_type`."""
     with _quietly():
         tuned.add_weighted_adapter(list(parts), list(parts.values()), "merged", combination_type=kind, **options)
     found = weights_of(tuned, "merged")
@@ -58,7 +58,7 @@ def peft_merge(tuned: PeftModel, parts: Mapping[str, float], kind: str, **option
 
 @contextmanager
 def our_draws(tuned: PeftModel, parts: Mapping[str, float], recipe: Recipe) -> Iterator[None]:
-    """PEFT's DARE, drawing what ours draws, in PEFT's order: by module, then A and B, by adapter."""
+    """Make PEFT's DARE draw the same masks as ours, in PEFT's order: by module, then A and B, then adapter."""
     digests = {name: weights_of(tuned, name).digest for name in parts}
     sides: tuple[Side, ...] = ("BA",) if recipe.merges_products else ("A", "B")
     asked = iter(
@@ -81,12 +81,12 @@ def our_draws(tuned: PeftModel, parts: Mapping[str, float], recipe: Recipe) -> I
 
 
 def delta(weights: LoraWeights) -> dict[ModuleKey, torch.Tensor]:
-    """scaling · B A of each module, in fp64."""
+    """Return scaling · B A of each module, in fp64."""
     return {key: m.scaling * m.b.double() @ m.a.double() for key, m in weights.modules.items()}
 
 
 def dense_sum(parts: Sequence[tuple[LoraWeights, float]]) -> dict[ModuleKey, torch.Tensor]:
-    """Σ weight · scaling · B A of each module, in fp64: what an expression means."""
+    """Return Σ weight · scaling · B A of each module, in fp64: the exact sum of an expression."""
     total: dict[ModuleKey, torch.Tensor] = {}
     for weights, weight in parts:
         for key, product in delta(weights).items():
@@ -95,14 +95,14 @@ def dense_sum(parts: Sequence[tuple[LoraWeights, float]]) -> dict[ModuleKey, tor
 
 
 def gap(found: Mapping[ModuleKey, torch.Tensor], expected: Mapping[ModuleKey, torch.Tensor]) -> float:
-    """The largest difference, as a share of the largest value."""
+    """Return the largest difference, relative to the largest value."""
     assert set(found) == set(expected)
     largest = max(float(value.abs().max()) for value in expected.values())
     return max(float((found[key].double() - expected[key].double()).abs().max()) for key in found) / largest
 
 
 def factors(weights: LoraWeights) -> dict[ModuleKey, torch.Tensor]:
-    """A and B of each module, one after the other; their scalings must be 1."""
+    """Return A and B of each module in turn. All scalings must be 1."""
     assert all(module.scaling == 1 for module in weights.modules.values())
     return {key: torch.cat((m.a.flatten(), m.b.flatten())) for key, m in weights.modules.items()}
 
@@ -119,5 +119,5 @@ def _layers(tuned: PeftModel, name: str | None = None) -> list[tuple[str, LoraLa
 @contextmanager
 def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own, about deprecations and several adapters
+        warnings.simplefilter("ignore")  # warnings of PEFT about deprecations and several adapters
         yield

@@ -1,4 +1,4 @@
-"""Merges against PEFT's, where PEFT's are right; where they aren't is test_merge_against_peft.py's."""
+"""Compare merges with PEFT's, except for PEFT's errors, which are in test_merge_against_peft.py."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +31,7 @@ PRUNING: tuple[MergeMethod, ...] = ("ties", "dare_linear", "dare_ties", "magnitu
 
 @pytest.fixture(scope="module")
 def tuned() -> PeftModel:
-    """Equal ranks; the scalings, targets and layers differ."""
+    """Adapters of equal ranks, whose scalings, targets and layers differ."""
     return model_with(
         {
             "one": lora(4, 8),
@@ -43,7 +43,7 @@ def tuned() -> PeftModel:
 
 @pytest.fixture(scope="module")
 def mixed() -> PeftModel:
-    """The ranks differ, too, within an adapter as well."""
+    """Adapters whose ranks differ, too, even between modules of one adapter."""
     configs = {
         "one": lora(3),
         "two": lora(7, 3, ["v_proj", "k_proj"]),
@@ -58,7 +58,7 @@ def ours(tuned: PeftModel, recipe: Recipe, parts: Mapping[str, float] = PARTS) -
 
 @pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
 @pytest.mark.parametrize("method", PRUNING)
-def test_factors_are_pefts(tuned: PeftModel, method: MergeMethod, density: float) -> None:
+def test_merged_factors_equal_pefts(tuned: PeftModel, method: MergeMethod, density: float) -> None:
     recipe = Recipe(method, density, seed=5)
     if method.startswith("dare") and density < 1:
         with our_draws(tuned, PARTS, recipe):
@@ -72,7 +72,7 @@ def test_factors_are_pefts(tuned: PeftModel, method: MergeMethod, density: float
 
 @pytest.mark.parametrize("rank", [2, 9])
 @pytest.mark.parametrize("method", PRUNING)
-def test_products_are_pefts(mixed: PeftModel, method: MergeMethod, rank: int) -> None:
+def test_merged_products_equal_pefts(mixed: PeftModel, method: MergeMethod, rank: int) -> None:
     recipe = Recipe(method, 0.4, seed=6, rank=rank)
     with our_draws(mixed, PARTS, recipe) if method.startswith("dare") else torch.no_grad():
         expected = peft_merge(mixed, PARTS, f"{method}_svd", density=0.4, svd_rank=rank)
@@ -82,8 +82,8 @@ def test_products_are_pefts(mixed: PeftModel, method: MergeMethod, rank: int) ->
 
 
 @pytest.mark.parametrize("rank", [None, 1, 4, 10])
-def test_svd_is_pefts(mixed: PeftModel, rank: int | None) -> None:
-    """Up to the signs of the singular vectors: each row of A, with its column of B, may be negated."""
+def test_svd_equals_pefts(mixed: PeftModel, rank: int | None) -> None:
+    """The signs of singular vectors are free: each row of A may be negated together with its column of B."""
     expected, found = peft_merge(mixed, PARTS, "svd", svd_rank=rank), ours(mixed, Recipe("svd", rank=rank))
     assert gap(delta(found), delta(expected)) < 1e-5
     for key, module in found.modules.items():
@@ -95,21 +95,21 @@ def test_svd_is_pefts(mixed: PeftModel, rank: int | None) -> None:
         assert (module.b[:, needed] - signs * theirs.b[:, needed]).abs().max() < 1e-4
 
 
-def test_svd_of_enough_rank_is_the_sum(mixed: PeftModel) -> None:
+def test_svd_with_enough_rank_is_the_exact_sum(mixed: PeftModel) -> None:
     parts = [(weights_of(mixed, name), weight) for name, weight in PARTS.items()]
     found = merge(parts, Recipe("svd", rank=3 + 7 + 5))
     assert gap(delta(found), dense_sum(parts)) < 1e-5
     assert distance(parts, found) < 1e-5
 
 
-def test_a_rank_beyond_the_modules_is_filled_up(mixed: PeftModel) -> None:
+def test_a_rank_above_the_modules_is_padded_with_zeros(mixed: PeftModel) -> None:
     parts = [(weights_of(mixed, "two"), 1.0)]
     found = merge(parts, Recipe("svd", rank=40))
     assert {module.rank for module in found.modules.values()} == {40}  # k_proj has 10 outputs
     assert gap(delta(found), dense_sum(parts)) < 1e-5
 
 
-def test_distance_is_the_dense_one(mixed: PeftModel) -> None:
+def test_distance_equals_the_dense_computation(mixed: PeftModel) -> None:
     parts = [(weights_of(mixed, name), weight) for name, weight in PARTS.items()]
     found = merge(parts, Recipe("svd", rank=2))
     exact, merged = dense_sum(parts), delta(found)
@@ -121,7 +121,7 @@ def test_distance_is_the_dense_one(mixed: PeftModel) -> None:
 
 
 class Largest(TorchFunctionMode):
-    """Notes the size of the largest tensor that an operation answers."""
+    """Records the size of the largest tensor that an operation returns."""
 
     num_bytes = 0
 
@@ -140,7 +140,7 @@ class Largest(TorchFunctionMode):
 
 
 def wide(seed: int, rank: int) -> LoraWeights:
-    """A rank far beyond its module's sizes in one place, and one of 2 in another, which is larger."""
+    """An adapter with a rank far above its module's features in one module, and rank 2 in a larger module."""
     generator = torch.Generator().manual_seed(seed)
     return LoraWeights(
         {
@@ -152,8 +152,8 @@ def wide(seed: int, rank: int) -> LoraWeights:
     )
 
 
-def test_a_high_rank_takes_no_memory_of_its_square() -> None:
-    """A file of some megabytes can have a rank of 20,000 in one module: its square would be 3 GB of doubles."""
+def test_memory_does_not_grow_with_the_square_of_the_rank() -> None:
+    """A file of some megabytes can have rank 20,000 in one module: a square matrix of doubles would take 3 GB."""
     parts = [(wide(0, 1000), 0.7), (wide(1, 800), -0.4)]
     with Largest() as largest:
         found = merge(parts, Recipe("svd", rank=4))
@@ -167,8 +167,8 @@ def test_a_high_rank_takes_no_memory_of_its_square() -> None:
     assert distance(cancelling, found) == float("inf")
 
 
-def test_a_high_rank_in_one_module_is_not_everywhere() -> None:
-    """Where nobody sets a rank, it is the largest, as far as a product can have it: more would be zeros."""
+def test_default_rank_is_limited_by_the_module_sizes() -> None:
+    """The default rank is the largest one, limited by the largest rank of a product, since more would be zeros."""
     parts = [(wide(0, 1000), 0.7), (wide(1, 800), -0.4)]
     found = merge(parts, Recipe("svd"))
     assert {module.rank for module in found.modules.values()} == {16}
@@ -178,7 +178,7 @@ def test_a_high_rank_in_one_module_is_not_everywhere() -> None:
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("method", ["svd", *PRUNING])
-def test_order_and_names_mean_nothing(tuned: PeftModel, method: MergeMethod, rank: int | None) -> None:
+def test_order_of_parts_does_not_matter(tuned: PeftModel, method: MergeMethod, rank: int | None) -> None:
     recipe = Recipe(method, 1.0 if method == "svd" else 0.5, seed=1, rank=rank)
     backwards = {name: PARTS[name] for name in reversed(PARTS)}
     assert ours(tuned, recipe, backwards).digest == ours(tuned, recipe).digest
@@ -193,7 +193,7 @@ def test_the_seed_decides_what_dare_keeps(tuned: PeftModel) -> None:
 
 
 def test_dare_keeps_the_mean() -> None:
-    """Over many seeds, the average is the adapter itself, and the share that is kept is the density."""
+    """The average over many seeds is the adapter itself, and the share of kept entries is the density."""
     key = ModuleKey(0, "q_proj")
     a, b = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[1.0], [0.5]])
     one = LoraWeights({key: LoraModule(a, b, 1.0)})
@@ -205,20 +205,20 @@ def test_dare_keeps_the_mean() -> None:
     assert (drawn.mean(0) - a).abs().max() < 0.5
 
 
-def test_pruning_by_hand() -> None:
-    """Two parts of one entry a side, small enough to work out."""
+def test_pruning_of_a_small_example() -> None:
+    """Merge two parts with one entry in A and in B, small enough to compute manually."""
     key = ModuleKey(0, "q_proj")
     one = LoraWeights({key: LoraModule(torch.tensor([[4.0, -1.0, 2.0, 0.5]]), torch.tensor([[2.0]]), 1.0)})
     two = LoraWeights({key: LoraModule(torch.tensor([[-3.0, -3.0, 0.1, 0.2]]), torch.tensor([[-1.0]]), 1.0)})
     pruned = merge([(one, 1.0), (two, 1.0)], Recipe("magnitude_prune", 0.5)).modules[key]
     assert pruned.a.tolist() == [[1.0, -3.0, 2.0, 0.0]]
-    assert pruned.b.tolist() == [[0.0]]  # half of one entry is none
+    assert pruned.b.tolist() == [[0.0]]  # half of one entry, rounded down, is none
     elected = merge([(one, 1.0), (two, 1.0)], Recipe("ties", 1.0)).modules[key]
     assert elected.a.tolist() == [[4.0, -2.0, pytest.approx(1.05), pytest.approx(0.35)]]
     assert elected.b.tolist() == [[2.0]]
 
 
-def test_parts_of_other_ranks_need_a_rank(mixed: PeftModel) -> None:
+def test_parts_of_different_ranks_need_a_rank(mixed: PeftModel) -> None:
     parts = [(weights_of(mixed, name), weight) for name, weight in PARTS.items()]
     for method in PRUNING:
         with pytest.raises(InvalidInput, match="set a rank") as caught:
@@ -227,17 +227,17 @@ def test_parts_of_other_ranks_need_a_rank(mixed: PeftModel) -> None:
         check([weights.ranks for weights, _ in parts], Recipe(method, 0.5, rank=4))
 
 
-def test_it_says_how_far_it_is(tuned: PeftModel) -> None:
+def test_progress_is_reported(tuned: PeftModel) -> None:
     heard: list[tuple[int, int]] = []
     merge([(weights_of(tuned, "two"), 1.0)], Recipe("svd"), lambda done, total: heard.append((done, total)))
     assert heard == [(done, 9) for done in range(1, 10)]
 
 
 @pytest.mark.parametrize("recipe", [Recipe("svd"), Recipe("ties", 0.5), Recipe("dare_linear", 0.5, rank=2)])
-def test_more_than_fp32_can_hold(recipe: Recipe) -> None:
+def test_overflow_of_fp32_is_refused(recipe: Recipe) -> None:
     huge = LoraWeights(
         {ModuleKey(0, "q_proj"): LoraModule(torch.full((1, 4), 3e38), torch.full((4, 1), 3e38), 1.0)}
     )
-    with pytest.raises(InvalidInput, match="more than fp32 can hold") as caught:
+    with pytest.raises(InvalidInput, match="larger values than fp32") as caught:
         merge([(huge, 100.0)], recipe)
     assert caught.value.errors[0].loc == ("expression",)

@@ -1,6 +1,6 @@
-"""Where PEFT's `add_weighted_adapter` is wrong, pinned: ours is exact, or does what the method says.
+"""Document errors of PEFT's `add_weighted_adapter`: our merge is exact, or follows the method's definition.
 
-Should PEFT mend one of these, its test fails, and the docs have one caveat less.
+If PEFT fixes one of them, its test fails, and a caveat can be removed from the docs.
 """
 
 import warnings
@@ -40,13 +40,13 @@ def parts(tuned: PeftModel, left: float, right: float) -> list[tuple[LoraWeights
 
 
 def exact(weighted: list[tuple[LoraWeights, float]]) -> LoraWeights:
-    """The weighted sum as one adapter."""
+    """Return the weighted sum as one adapter."""
     return merge(weighted, Recipe("svd", rank=sum(weights.max_rank for weights, _ in weighted)))
 
 
 @pytest.mark.parametrize(("left", "right"), [(0.5, 0.5), (0.7, 0.3), (1.0, -1.0), (-0.5, -0.5)])
 def test_linear_has_cross_terms(left: float, right: float) -> None:
-    """√w₁B₁ + √w₂B₂ times √w₁A₁ + √w₂A₂ is the sum, and each B with the other's A, too."""
+    """(√w₁B₁ + √w₂B₂)(√w₁A₁ + √w₂A₂) is the sum plus the products of each B with the other A."""
     tuned = two()
     weighted = parts(tuned, left, right)
     linear = peft_merge(tuned, {"left": left, "right": right}, "linear")
@@ -54,8 +54,8 @@ def test_linear_has_cross_terms(left: float, right: float) -> None:
     assert gap(delta(exact(weighted)), dense_sum(weighted)) < 1e-5
 
 
-def test_so_have_its_prunings_without_a_rank() -> None:
-    """At density 1 they are `linear`; ours with a rank are the sum."""
+def test_prunings_without_a_rank_have_cross_terms() -> None:
+    """With density 1 they equal `linear`; ours with a rank equal the sum."""
     tuned = two()
     weighted = parts(tuned, 0.7, 0.3)
     for method in ("dare_linear", "magnitude_prune"):
@@ -73,7 +73,7 @@ def test_linear_refuses_mixed_ranks() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "svd", "ties"])
 def test_rank_stabilized_results_are_scaled_twice(kind: str) -> None:
-    """The first part's `use_rslora` goes over to the result, whose alpha is its rank: √r times too much."""
+    """The result takes `use_rslora` from the first part, but its alpha is its rank, which is √r times too much."""
     stabilized, plain = (two(*(lora(use_rslora=use, alpha=4) for _ in range(2))) for use in (True, False))
     options = {"density": 1.0} if kind == "ties" else {}
     found = peft_merge(stabilized, {"left": 0.5, "right": 0.5}, kind, **options)
@@ -84,14 +84,14 @@ def test_rank_stabilized_results_are_scaled_twice(kind: str) -> None:
     assert gap(delta(exact(weighted)), dense_sum(weighted)) < 1e-5
 
 
-def test_one_rank_stabilized_adapter_alone_is_not_even_itself() -> None:
+def test_a_single_rank_stabilized_adapter_is_not_itself() -> None:
     tuned = two(lora(use_rslora=True))
     itself = dense_sum(parts(tuned, 1.0, 0.0)[:1])
     found = delta(peft_merge(tuned, {"left": 1.0}, "linear"))
     assert gap(found, {key: 2 * value for key, value in itself.items()}) < 1e-5
 
 
-def test_one_adapter_alone_is_neither_pruned_nor_squeezed() -> None:
+def test_a_single_adapter_is_neither_pruned_nor_reduced() -> None:
     """PEFT silently does `linear` instead."""
     tuned = two()
     alone = parts(tuned, 1.0, 0.0)[:1]
@@ -108,7 +108,7 @@ def test_one_adapter_alone_is_neither_pruned_nor_squeezed() -> None:
 
 
 def test_a_negative_weight_is_the_negated_adapter() -> None:
-    """TIES settles conflicts of sign: subtracting an adapter must be adding its negation. PEFT elects before."""
+    """Subtracting an adapter must equal adding its negation. PEFT elects signs before it applies the weights."""
     tuned = two()
     (left, _), (right, _) = parts(tuned, 1.0, -1.0)
     negated = LoraWeights(
@@ -129,7 +129,7 @@ def test_a_negative_weight_is_the_negated_adapter() -> None:
     )
 
 
-def test_layers_of_the_others_are_left_out() -> None:
+def test_layers_of_other_parts_are_lost() -> None:
     """The result gets the first part's `layers_to_transform`."""
     tuned = two(lora(layers_to_transform=[0]), lora(layers_to_transform=[2]))
     found = peft_merge(tuned, {"left": 0.5, "right": 0.5}, "svd")
@@ -140,7 +140,7 @@ def test_layers_of_the_others_are_left_out() -> None:
     assert gap(delta(merged), dense_sum(weighted)) < 1e-5
 
 
-def test_nothing_kept_is_not_a_number() -> None:
+def test_an_empty_selection_gives_nan() -> None:
     tuned = two()
     found = peft_merge(tuned, {"left": 0.5, "right": 0.5}, "dare_linear", density=0.0)
     assert all(module.a.isnan().all() for module in found.modules.values())
@@ -155,7 +155,7 @@ def test_nothing_kept_is_not_a_number() -> None:
     ],
 )
 def test_peft_loads_the_result(left: LoraConfig, right: LoraConfig, tmp_path: Path) -> None:
-    """With the same weights and scalings, whatever the parts were; and so do we."""
+    """PEFT and our reader load the same weights and scalings."""
     weighted = parts(two(left, right), 0.6, -0.2)
     merged = merge(weighted, Recipe("magnitude_prune", 0.5))
     config = config_of(merged, NUM_LAYERS)

@@ -1,4 +1,4 @@
-"""A configuration made for weights comes to exactly their ranks and scalings, whatever it starts at."""
+"""Tests that `describe` gives exactly the ranks and scalings of the weights for any rank and alpha."""
 
 import random
 from pathlib import Path
@@ -38,7 +38,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_configuration_of_weights_is_found_again(config: LoraConfig) -> None:
+def test_describe_restores_the_configuration(config: LoraConfig) -> None:
     found = describe(weights_of(config), config.rank, config.alpha, config.use_rslora, SHAPE.num_layers)
     paths = {key.path for key in weights_of(config).modules}
     assert (found.rank, found.alpha, found.use_rslora) == (config.rank, config.alpha, config.use_rslora)
@@ -50,7 +50,7 @@ def test_the_configuration_of_weights_is_found_again(config: LoraConfig) -> None
 @pytest.mark.parametrize("num_layers", [SHAPE.num_layers, None])
 @pytest.mark.parametrize(("rank", "alpha"), [(200, 400.0), (1, 0.3), (4, 8.0)])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_it_reads_to_the_same_digest(
+def test_described_weights_read_back_to_the_same_digest(
     config: LoraConfig, rank: int, alpha: float, num_layers: int | None, tmp_path: Path
 ) -> None:
     weights = weights_of(config)

@@ -1,4 +1,4 @@
-"""Whatever regular expressions a configuration holds, reading it takes well under a second of one core."""
+"""Tests that any configuration is read in well under a second of processor time."""
 
 import json
 import resource
@@ -23,13 +23,13 @@ LIMIT = 0.9
 """Seconds of processor time, of this process and those that it starts; 0.5 of them may be the expressions'."""
 
 ENDLESS = "(.|.)*X"
-SLOW = "(?:.*){6}X"  # some milliseconds a name
+SLOW = "(?:.*){6}X"  # some milliseconds for each name
 MANY_SLOW = {f"(?:.*){{5}}X{number}": 4 for number in range(1000)}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], bytes]:
-    """The configuration, and the tensors' file, of an adapter as PEFT saves one."""
+    """The configuration and the tensors' file of an adapter that PEFT saved."""
     config = PeftLoraConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 1])
     _, directory = saved(tmp_path_factory.mktemp("peft"), config)
     return json.loads((directory / CONFIG_NAME).read_bytes()), Path(directory / WEIGHTS_NAME).read_bytes()
@@ -50,7 +50,7 @@ def _processor_time() -> float:
 
 
 def refusal(files: tuple[dict[str, object], bytes], changes: Mapping[str, object]) -> dict[str, str]:
-    """By key of the configuration."""
+    """Return the error messages by the configuration's keys."""
     config = {key: value for key, value in {**files[0], **changes}.items() if value is not None}
     with pytest.raises(InvalidAdapter) as caught, little_time():
         read(json.dumps(config).encode(), files[1], BASE)
@@ -68,7 +68,7 @@ def refusal(files: tuple[dict[str, object], bytes], changes: Mapping[str, object
         ("rank_pattern", {"rank_pattern": MANY_SLOW}),
     ],
 )
-def test_what_takes_too_long_is_refused_by_name(
+def test_slow_expressions_are_refused_by_key(
     files: tuple[dict[str, object], bytes], key: str, changes: dict[str, object]
 ) -> None:
     found = refusal(files, changes)
@@ -76,12 +76,12 @@ def test_what_takes_too_long_is_refused_by_name(
     assert "too much" in found[key]
 
 
-def test_the_one_that_takes_too_long_is_named(files: tuple[dict[str, object], bytes]) -> None:
+def test_the_slow_pattern_is_named(files: tuple[dict[str, object], bytes]) -> None:
     pattern = {"[q]_proj": 4, "u._proj": 4, ENDLESS: 4, "[k]_proj": 4}
     assert refusal(files, {"rank_pattern": pattern})["rank_pattern"].startswith(f"'{ENDLESS}'")
 
 
-def test_all_keys_together_have_the_time_of_one(files: tuple[dict[str, object], bytes]) -> None:
+def test_all_keys_share_one_budget(files: tuple[dict[str, object], bytes]) -> None:
     slow = f"{SLOW}|.*"
     changes = {
         "target_modules": "model.*(q_proj|up_proj)",
@@ -97,7 +97,7 @@ def test_all_keys_together_have_the_time_of_one(files: tuple[dict[str, object], 
             assert all(fault.loc[1] in changes for fault in error.errors)  # noqa: PT017
 
 
-def test_any_number_of_names(files: tuple[dict[str, object], bytes]) -> None:
+def test_any_number_of_names_is_fast(files: tuple[dict[str, object], bytes]) -> None:
     names = [*(f"{number:x}" for number in range(100_000)), "q_proj", "up_proj"]
     config = {**files[0], "target_modules": names, "layers_to_transform": None, "exclude_modules": ["layers.2.x"]}
     with little_time(), pytest.raises(InvalidAdapter):  # it has tensors of two layers only
@@ -117,10 +117,10 @@ def test_any_number_of_names(files: tuple[dict[str, object], bytes]) -> None:
         [f"layers.{number}" for number in range(1024)],
     ],
 )
-def test_many_plain_entries(files: tuple[dict[str, object], bytes], entries: list[str]) -> None:
-    """Those that make sense are read, the rest may be refused."""
+def test_many_plain_entries_are_fast(files: tuple[dict[str, object], bytes], entries: list[str]) -> None:
+    """Valid ones are read, others may be refused."""
     config = {**files[0], "rank_pattern": dict.fromkeys(entries, 4)}
-    if len(str(entries)) < 100_000:  # of the megabyte that a configuration may have
+    if len(str(entries)) < 100_000:  # a configuration may have one megabyte
         config["alpha_pattern"] = dict.fromkeys(entries, 8)
     with little_time():
         try:
@@ -135,15 +135,17 @@ def test_many_plain_entries(files: tuple[dict[str, object], bytes], entries: lis
 @pytest.mark.parametrize(
     "name", [".1" * 1_000_000 + ".", ".1.a" * 500_000 + ".lora_A", ".lora_A.weight" * 150_000, "." * 2_000_000]
 )
-def test_a_tensor_s_name_of_megabytes(files: tuple[dict[str, object], bytes], name: str) -> None:
-    """It is refused, and what is said of it takes no time that grows faster than it does."""
+def test_a_tensor_name_of_megabytes_is_refused_in_linear_time(
+    files: tuple[dict[str, object], bytes], name: str
+) -> None:
+    """Building the error message takes linear time, too."""
     tensors = save({name: torch.zeros(2, 2)})
     with little_time(), pytest.raises(InvalidAdapter):
         read(json.dumps(files[0]).encode(), tensors, BASE)
 
 
-def test_a_busy_machine_takes_no_processor_time_away(files: tuple[dict[str, object], bytes]) -> None:
-    """It is the processor's time that is counted, so that others' load makes no sound expression a bad one."""
+def test_the_budget_does_not_depend_on_the_machines_load(files: tuple[dict[str, object], bytes]) -> None:
+    """The budget is processor time, so that load doesn't make a valid expression fail."""
     expression = "|".join(rf"model\.layers\.{layer}\.(self_attn\.q_proj|mlp\.up_proj)" for layer in (0, 1))
     config = {**files[0], "target_modules": expression, "layers_to_transform": None}
     started = time.monotonic()

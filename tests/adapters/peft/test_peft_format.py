@@ -1,4 +1,4 @@
-"""What PEFT saves is read as PEFT itself holds it, and what is written PEFT loads to the same effect."""
+"""Tests that PEFT's files are read exactly, and that PEFT loads our files with the same effect."""
 
 import json
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_reads_what_peft_saved_and_writes_what_peft_loads(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_is_preserved(dtype: torch.dtype, tmp_path: Path) -> None:
     tuned, theirs = saved(tmp_path / "theirs", peft_config("rank-stabilized"), tiny_llama(dtype))
     adapter = read_directory(theirs, shape_of(tiny_llama()))
     assert_same(adapter.weights, live(tuned))
@@ -130,7 +130,7 @@ def test_smollm3_has_the_same_modules(tmp_path: Path) -> None:
     assert_same(read_directory(theirs, base).weights, live(tuned))
 
 
-def test_bytes_and_file_read_alike(tmp_path: Path) -> None:
+def test_bytes_and_files_read_equally(tmp_path: Path) -> None:
     base = shape_of(tiny_llama())
     _, theirs = saved(tmp_path, peft_config("all linear"))
     mapped = read_directory(theirs, base)
@@ -139,8 +139,8 @@ def test_bytes_and_file_read_alike(tmp_path: Path) -> None:
     assert mapped.config == copied.config
 
 
-def test_patterns_count_in_the_order_of_the_file(tmp_path: Path) -> None:
-    """PEFT sorts patterns when it saves, and takes the first match of that order when it loads."""
+def test_the_first_matching_pattern_of_the_file_wins(tmp_path: Path) -> None:
+    """PEFT sorts patterns when it saves, and takes the first match in that order when it loads."""
     config = PeftLoraConfig(
         r=4, target_modules=["q_proj"], alpha_pattern={"q_proj": 5, "layers.1.self_attn.q_proj": 3}
     )
@@ -154,7 +154,7 @@ def test_patterns_count_in_the_order_of_the_file(tmp_path: Path) -> None:
     }
 
 
-def test_configs_are_reduced_to_names_where_names_will_do(tmp_path: Path) -> None:
+def test_configs_use_names_if_possible(tmp_path: Path) -> None:
     base = shape_of(tiny_llama())
     shapes = {name: read_directory(saved(tmp_path / name, peft_config(name))[1], base).config for name in CONFIGS}
     assert shapes["all linear"].target_modules == MODULES
@@ -166,7 +166,7 @@ def test_configs_are_reduced_to_names_where_names_will_do(tmp_path: Path) -> Non
     assert len(shapes["excluded"].target_modules) == 6 * NUM_LAYERS - 1  # paths
 
 
-def test_keys_without_effect_pass(tmp_path: Path) -> None:
+def test_keys_without_effect_are_ignored(tmp_path: Path) -> None:
     _, theirs = saved(tmp_path, peft_config("two modules"))
     config = json.loads((theirs / CONFIG_NAME).read_bytes())
     config |= {"eva_config": {"rho": 1}, "runtime_config": {"x": 1}, "peft_version": "9", "revision": "main"}
@@ -177,7 +177,7 @@ def test_keys_without_effect_pass(tmp_path: Path) -> None:
 
 
 def test_a_trained_adapter_is_written(tmp_path: Path) -> None:
-    """What training hands over, made by hand: mixed dtypes, an odd A and B, one module alone."""
+    """A handmade example of trained weights: mixed dtypes, odd sizes of A and B, a single module."""
     a, b = torch.randn(3, 36).to(torch.float16), torch.randn(30, 3)
     key = ModuleKey(1, "q_proj")
     config = LoraConfig(3, 4.5, ("q_proj",), use_rslora=True, layers_to_transform=(1,))
@@ -206,11 +206,11 @@ def test_a_trained_adapter_is_written(tmp_path: Path) -> None:
 )
 def test_a_config_of_other_weights_is_not_written(config: LoraConfig, tmp_path: Path) -> None:
     weights = LoraWeights({ModuleKey(1, "q_proj"): LoraModule(torch.ones(3, 36), torch.ones(30, 3), 4 / 3)})
-    with pytest.raises(ValueError, match=r"otherwise than the weights of model\.layers\.1"):
+    with pytest.raises(ValueError, match=r"contradicts the weights of model\.layers\.1"):
         write(tmp_path, PeftAdapter(config, weights))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pattern_names_a_module_in_one_way() -> None:
+def test_a_pattern_names_a_module_by_name_or_path_only() -> None:
     with pytest.raises(ValueError, match="not by both"):
         LoraConfig(2, 4.0, rank_pattern={"q_proj": 1, "model.layers.0.self_attn.q_proj": 2})

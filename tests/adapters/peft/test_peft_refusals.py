@@ -1,4 +1,4 @@
-"""Files that can't be honoured exactly: refused, with every key at fault named."""
+"""Tests that files which can't be reproduced exactly are refused, with an error for every key at fault."""
 
 import json
 from io import BytesIO
@@ -29,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Tensors]:
-    """A sound adapter of q_proj and up_proj, as PEFT saved it."""
+    """A valid adapter of q_proj and up_proj that PEFT saved."""
     config = PeftLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     _, directory = saved(tmp_path_factory.mktemp("sound"), config)
     return json.loads((directory / CONFIG_NAME).read_bytes()), load_file(directory / WEIGHTS_NAME)
@@ -109,7 +109,9 @@ def faults(config: object, tensors: Tensors | bytes) -> dict[tuple[str | int, ..
         ("base_model_name_or_path", "a\nb", "printable"),
     ],
 )
-def test_config_keys(key: str, value: object, message: str, files: tuple[Config, Tensors]) -> None:
+def test_invalid_config_keys_are_refused(
+    key: str, value: object, message: str, files: tuple[Config, Tensors]
+) -> None:
     config, tensors = files
     found = faults(config | {key: value}, tensors)
     assert set(found) == {("adapter_config", key)}
@@ -117,14 +119,14 @@ def test_config_keys(key: str, value: object, message: str, files: tuple[Config,
 
 
 @pytest.mark.parametrize("key", ["layers_to_transform", "layers_pattern"])
-def test_layers_have_no_place_beside_an_expression(key: str, files: tuple[Config, Tensors]) -> None:
+def test_layers_are_refused_with_an_expression(key: str, files: tuple[Config, Tensors]) -> None:
     config, tensors = files
     found = faults(config | {"target_modules": ".*(q|up)_proj", key: [0]}, tensors)
     assert set(found) == {("adapter_config", key)}
 
 
 @pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha", "target_modules"])
-def test_config_keys_that_must_be_there(key: str, files: tuple[Config, Tensors]) -> None:
+def test_missing_config_keys_are_refused(key: str, files: tuple[Config, Tensors]) -> None:
     config, tensors = files
     assert set(faults({k: v for k, v in config.items() if k != key}, tensors)) == {("adapter_config", key)}
 
@@ -145,7 +147,7 @@ def test_config_keys_that_must_be_there(key: str, files: tuple[Config, Tensors])
         (b" " * (1 << 20) + b"{}", "bytes long"),
     ],
 )
-def test_config_files(text: bytes, message: str, files: tuple[Config, Tensors]) -> None:
+def test_invalid_config_files_are_refused(text: bytes, message: str, files: tuple[Config, Tensors]) -> None:
     found = faults(text, files[1])
     assert set(found) == {("adapter_config",)}
     assert message in found["adapter_config",]
@@ -188,7 +190,7 @@ def name(layer: int, block: str, end: str) -> str:
         ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 71)}, None, "embeddings"),
     ],
 )
-def test_tensors(
+def test_invalid_tensors_are_refused(
     change: dict[str, torch.Tensor | None], where: set[str] | None, message: str, files: tuple[Config, Tensors]
 ) -> None:
     config, tensors = files
@@ -209,20 +211,16 @@ def test_tensors(
         (A.replace("base_model.model.", "base_model.model._orig_mod."), "take '_orig_mod.' out of all names"),
     ],
 )
-def test_a_tensor_by_another_name_is_told_the_one_it_needs(
-    called: str, way: str, files: tuple[Config, Tensors]
-) -> None:
+def test_errors_name_the_right_tensor_name(called: str, way: str, files: tuple[Config, Tensors]) -> None:
     config, tensors = files
     others = {key: value for key, value in tensors.items() if key != A}
     found = faults(config, others | {called: tensors[A]})
-    assert set(found) == {("adapter_model", A), ("adapter_model", called)}  # one is missing, one is a stranger
+    assert set(found) == {("adapter_model", A), ("adapter_model", called)}  # one is missing, one is unexpected
     assert f"it must be {A}; {way}" in found["adapter_model", called]
 
 
-def test_embeddings_that_were_saved_along_are_told_how_to_be_left_out(
-    tmp_path: Path, files: tuple[Config, Tensors]
-) -> None:
-    """PEFT does so of its own accord where tokens were added."""
+def test_errors_say_how_to_save_without_embeddings(tmp_path: Path, files: tuple[Config, Tensors]) -> None:
+    """PEFT saves them automatically if tokens were added."""
     model, _ = saved(tmp_path, PeftLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(str(tmp_path / "with"), save_embedding_layers=True)
     found = faults(files[0], load_file(tmp_path / "with" / WEIGHTS_NAME))
@@ -233,8 +231,8 @@ def test_embeddings_that_were_saved_along_are_told_how_to_be_left_out(
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_of_a_base_without_any(bias: Literal["all", "lora_only"], tmp_path: Path) -> None:
-    """Which change nothing: the refusal says what to set, and that is read."""
+def test_untrained_biases_are_refused_with_advice(bias: Literal["all", "lora_only"], tmp_path: Path) -> None:
+    """They change nothing: the error says which key to set, and the result is read."""
     config = PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias=bias)
     _, directory = saved(tmp_path, config)
     written, tensors = json.loads((directory / CONFIG_NAME).read_bytes()), load_file(directory / WEIGHTS_NAME)
@@ -264,7 +262,7 @@ def test_all_faults_of_both_files_are_named_at_once(files: tuple[Config, Tensors
     }
 
 
-def test_no_tensors_at_all(files: tuple[Config, Tensors]) -> None:
+def test_a_file_without_tensors_is_refused(files: tuple[Config, Tensors]) -> None:
     config, tensors = files
     named = faults(config, save({}))
     assert named.pop(("adapter_model",)) == "has no tensors: was the adapter saved before it was trained?"
@@ -282,20 +280,20 @@ def test_no_tensors_at_all(files: tuple[Config, Tensors]) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     ],
 )
-def test_what_people_have_in_its_place(
+def test_other_files_are_refused_with_advice(
     content: dict[str, bool] | bytes, message: str, files: tuple[Config, Tensors]
 ) -> None:
-    """An adapter_model.bin, as older releases of PEFT saved, and what a clone without LFS has."""
+    """Such as an adapter_model.bin of an older PEFT, or a Git LFS pointer."""
     config, tensors = files
     if not isinstance(content, bytes):
         file = BytesIO()
         torch.save(tensors, file, **content)
         content = file.getvalue()
-    (told,) = faults(config, content).values()
-    assert message in told
+    (error,) = faults(config, content).values()
+    assert message in error
 
 
-def test_the_list_of_faults_is_bounded(files: tuple[Config, Tensors]) -> None:
+def test_the_list_of_errors_is_bounded(files: tuple[Config, Tensors]) -> None:
     config = files[0] | {f"strange_{i}": True for i in range(100)}
     many = {f"x{i}": torch.zeros(1) for i in range(3000)}
     with pytest.raises(InvalidAdapter) as caught:
@@ -331,7 +329,7 @@ RIGHT = "use the adapter_config.json that was saved with them, or set r and targ
         ),
     ],
 )
-def test_a_guess_at_what_the_file_holds(
+def test_errors_describe_the_file_as_a_whole(
     trained: dict[str, Any], config: Config, message: str, tmp_path: Path
 ) -> None:
     _, directory = saved(tmp_path, PeftLoraConfig(task_type="CAUSAL_LM", **trained))
@@ -340,7 +338,7 @@ def test_a_guess_at_what_the_file_holds(
     assert found["adapter_model",] == f"the tensors look like {message}"
 
 
-def test_a_guess_at_another_base(files: tuple[Config, Tensors]) -> None:
+def test_errors_recognize_another_base(files: tuple[Config, Tensors]) -> None:
     config, tensors = files
     wide = {name: torch.zeros(4, 960) if "lora_A" in name else torch.zeros(960, 4) for name in tensors}
     (width,) = {tensor.shape[1] for name, tensor in tensors.items() if "q_proj.lora_A" in name}
@@ -372,8 +370,8 @@ def test_variants_that_peft_saved_are_refused(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("init", "moves"), [("pissa", True), ("olora", True), ("gaussian", False), ("mica", False), (True, False)]
 )
-def test_what_is_refused_is_what_moves_the_frozen_weights(init: Any, moves: bool, tmp_path: Path) -> None:
-    """The reason for the rule about `init_lora_weights`, seen in PEFT itself when it loads the files."""
+def test_refused_initializations_change_the_frozen_weights(init: Any, moves: bool, tmp_path: Path) -> None:
+    """The reason for the rule about `init_lora_weights`, shown with PEFT itself when it loads the files."""
     _, directory = saved(tmp_path, PeftLoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
     path = "model.layers.0.self_attn.q_proj"
     before = linear(tiny_llama(), path).weight

@@ -1,4 +1,4 @@
-"""Which modules are targeted, against the functions of PEFT that decide it."""
+"""Compare the targeted modules with PEFT's own functions."""
 
 import pytest
 from hypothesis import given, settings
@@ -53,7 +53,7 @@ PATTERNS = [
 
 
 def peft_says(targeting: Targeting) -> set[str]:
-    """The paths that PEFT would wrap."""
+    """Return the paths that PEFT would adapt."""
     entries = targeting.target_modules
     config = PeftLoraConfig(target_modules=entries if isinstance(entries, str) else list(entries))
     excluded = targeting.exclude_modules
@@ -124,8 +124,8 @@ def test_other_modules_are_refused(targets: str | tuple[str, ...]) -> None:
         resolve(Targeting(targets), BASE, Budget())
 
 
-def test_what_peft_leaves_to_chance_is_refused() -> None:
-    with pytest.raises(BadTargetsError, match="means nothing sure") as caught:
+def test_ambiguous_targets_are_refused() -> None:
+    with pytest.raises(BadTargetsError, match="is ambiguous in PEFT") as caught:
         resolve(Targeting(tuple(LINEAR), layers_to_transform=(0,)), BASE, Budget())
     assert caught.value.field == "layers_to_transform"
 
@@ -146,14 +146,14 @@ def test_bad_expressions_are_refused(targeting: Targeting, field: str) -> None:
     assert caught.value.field == field
 
 
-def test_an_endless_expression_is_given_up() -> None:
+def test_an_endless_expression_is_interrupted() -> None:
     budget = Budget(0.1)
     with pytest.raises(BadPatternError, match="takes too much") as caught:
         find([Pattern("q_proj", "match", "q_proj"), Pattern("(.|.)*X", "match", "(.|.)*X")], list(LINEAR), budget)
     assert caught.value.index == 1
 
 
-def test_a_budget_is_for_all_calls() -> None:
+def test_a_budget_covers_all_calls() -> None:
     budget = Budget(1.0)
     for _ in range(2):
         before = budget.seconds
@@ -167,13 +167,13 @@ def test_a_budget_is_for_all_calls() -> None:
     assert caught.value.index == 0
 
 
-def test_there_are_not_too_many_patterns() -> None:
+def test_too_many_patterns_are_refused() -> None:
     with pytest.raises(BadPatternError, match="2000 entries"):
         find([Pattern("a", "match", "a")] * 2000, ["a"], Budget())
 
 
-def test_plain_names_and_expressions_are_matched_alike() -> None:
-    """One expression sends all patterns of a call elsewhere; the answers must not depend on where."""
+def test_plain_names_match_equally_in_both_processes() -> None:
+    """One expression moves all patterns of a call to the other process; the results must not depend on that."""
     texts = ["q_proj", r"layers\.1\.mlp\.up_proj", "layers.1", "", "_proj"]
     patterns = [Pattern(rf"(.*\.)?({text})$", "match", text) for text in texts]
     patterns += [Pattern(rf".*?{text}\.(?P<idx>\d+)", "match", text) for text in ["layers", "x"]]
@@ -184,15 +184,15 @@ def test_plain_names_and_expressions_are_matched_alike() -> None:
     assert set(here[5]) == {"0", "1", "2"}
 
 
-def test_what_is_longer_than_every_name_matches_none() -> None:
-    """And costs nothing, however many there are; what is as long as a name counts only what the name must have."""
+def test_patterns_longer_than_every_name_are_skipped() -> None:
+    """They cost nothing, however many there are. Escapes don't count towards the length."""
     longest = max(LINEAR, key=len)
     texts = [longest, longest.replace(".", r"\."), longest + "0", "." * len(longest), "." * (len(longest) + 1)]
     patterns = [Pattern(rf"(.*\.)?({text})$", "match", text) for text in texts]
     table = find(patterns, list(LINEAR), Budget())
     assert [row[list(LINEAR).index(longest)] for row in table] == ["", "", None, "", None]
     many = [Pattern(text, "match", text) for text in ("q" * 900 + str(number) for number in range(1000))]
-    budget = Budget(seconds=0)  # what is matched elsewhere finds its time up
+    budget = Budget(seconds=0)  # the other process has no time left
     assert find(many, list(LINEAR), budget) == [[None] * len(LINEAR)] * 1000
     with pytest.raises(BadPatternError) as caught:
         find([*many, *patterns, Pattern("(.|.)*X", "match", "(.|.)*X")], list(LINEAR), Budget())

@@ -1,4 +1,4 @@
-"""The safetensors format, against the safetensors library."""
+"""Compare our reader and writer with the safetensors library."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def file_of(header: object, data: bytes = b"\0" * 24) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
+def test_reads_files_of_the_library(tmp_path: Path) -> None:
     tensors = {
         "b": torch.randn(3, 5),
         "a": torch.randn(7).to(torch.bfloat16),
@@ -41,7 +41,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
             assert torch.equal(view, tensor)
 
 
-def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+def test_the_library_reads_our_files(tmp_path: Path) -> None:
     tensors = {
         "half": torch.randn(3).half(),
         "float": torch.randn(4, 3).t(),
@@ -112,7 +112,7 @@ STRICTER = ("more keys", "twice")  # than the library
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_safetensors_file(name: str) -> None:
+def test_other_files_are_refused(name: str) -> None:
     with pytest.raises(TensorFileError):
         read_header(copy_bytes(BAD[name]))
     if name not in STRICTER:
@@ -122,7 +122,7 @@ def test_what_is_no_safetensors_file(name: str) -> None:
 
 @given(st.data())
 @settings(max_examples=num_examples(200), deadline=None)
-def test_any_damage_is_refused_or_reads_like_the_library(data: st.DataObject) -> None:
+def test_damaged_files_are_refused_or_read_as_by_the_library(data: st.DataObject) -> None:
     whole = safetensors.torch.save({"a": torch.ones(2, 3), "b": torch.ones(4).half()})
     damage: Callable[[], Any] = lambda: data.draw(st.integers(0, len(whole) - 1))  # noqa: E731
     broken = bytearray(whole)
@@ -135,7 +135,7 @@ def test_any_damage_is_refused_or_reads_like_the_library(data: st.DataObject) ->
         entries = read_header(buffer)
     except TensorFileError:
         return
-    if all(entry.dtype in DTYPES for entry in entries.values()):  # others are refused later, tensor by tensor
+    if all(entry.dtype in DTYPES for entry in entries.values()):  # other dtypes are refused later, for each tensor
         theirs = safetensors.torch.load(bytes(broken))
         assert set(entries) == set(theirs)
         for name, entry in entries.items():

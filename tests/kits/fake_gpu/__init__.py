@@ -1,1 +1,1 @@
-"""A GPU that is not there, for tests of the code that uses one."""
+"""A fake GPU, for tests of code that uses one."""

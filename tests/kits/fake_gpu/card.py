@@ -1,4 +1,4 @@
-"""The state of a pretended card: what it was told to do, its streams, and which thread speaks to it."""
+"""The state of a fake card: counts of its work, its streams, and the current thread's view of it."""
 
 import sys
 import threading
@@ -16,7 +16,7 @@ _ROOT = str(Path(__file__).parents[3]) + "/"
 
 @dataclass
 class Counts:
-    """What threads of one kind had the card do. Keys of `waits` say what for, and where in the code."""
+    """Counts of the work of one kind of threads. Keys of `waits` are the reason and the line of code."""
 
     kernels: Counter[str] = field(default_factory=Counter)
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -41,11 +41,11 @@ class Counts:
 
 @dataclass
 class Card:
-    """What the thread that made it has had it do, what the threads of pools have, and what it says of itself."""
+    """A fake card: the work of the thread that made it, the work of pools' threads, and its properties."""
 
     main: Counts = field(default_factory=Counts)
     pools: Counts = field(default_factory=Counts)
-    name: str = "Pretended GPU"
+    name: str = "Fake GPU"
     capabilities: tuple[tuple[int, int], ...] = ((9, 0),)  # of each device; the first is the one that is used
     total_bytes: int = 24 << 30
     free_bytes: int = 22 << 30
@@ -60,7 +60,7 @@ class Card:
 
 
 class Stream:
-    """In the place of `torch.cuda.Stream`: copies that are done once somebody waits for them.
+    """Replaces `torch.cuda.Stream`: its copies run when somebody waits for them.
 
     The main stream is None, and does everything at once.
     """
@@ -74,7 +74,7 @@ class Stream:
 
     @property
     def follows_main(self) -> bool:
-        """Whether what this thread adds now comes after all that the main stream was told."""
+        """Return whether this thread's next work comes after all work of the main stream."""
         return getattr(self._knows_main, "value", False)
 
     def add(self, copy: Callable[[], object]) -> None:
@@ -98,7 +98,7 @@ class Stream:
 
 
 class Event:
-    """In the place of `torch.cuda.Event`."""
+    """Replaces `torch.cuda.Event`."""
 
     def __init__(self, *, blocking: bool = False) -> None:
         self._stream: Stream | None = None
@@ -113,7 +113,7 @@ class Event:
 
 
 class _Here(threading.local):
-    """Of this thread."""
+    """The current thread's card, counts and stream."""
 
     card: Card | None = None
     counts: Counts | None = None
@@ -125,7 +125,7 @@ here = _Here()
 
 @contextmanager
 def on_stream(stream: Stream | None) -> Iterator[None]:
-    """In the place of `torch.cuda.stream`."""
+    """Replaces `torch.cuda.stream`."""
     before, here.stream = here.stream, stream
     try:
         yield
@@ -134,7 +134,7 @@ def on_stream(stream: Stream | None) -> Iterator[None]:
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """None of a sparse tensor, whose parts have theirs."""
+    """Return the tensor's storage, or None for a sparse tensor, which has none itself."""
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
@@ -142,7 +142,7 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
 
 
 def is_on_card(tensor: torch.Tensor) -> bool:
-    """Whether the tensor lies on the card; its storage says so."""
+    """Return whether the tensor is on the card, by a mark on its storage."""
     return getattr(storage_of(tensor), "is_on_card", False)
 
 
@@ -151,12 +151,12 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def stream_of(tensor: torch.Tensor) -> Stream | None:
-    """The stream on which it was made."""
+    """Return the stream on which the tensor was made."""
     return getattr(storage_of(tensor), "made_on", None)
 
 
 def mark(tensor: torch.Tensor, *, on_card: bool, pinned: bool = False) -> torch.Tensor:
-    """Say where the tensor lies; the tensor. Raises what torch does where the card is full."""
+    """Mark the tensor's device, and return the tensor. Raise torch's OutOfMemoryError if the card is full."""
     if on_card and here.card is not None and here.card.is_full:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
     storage = storage_of(tensor)
@@ -166,13 +166,13 @@ def mark(tensor: torch.Tensor, *, on_card: bool, pinned: bool = False) -> torch.
 
 
 def note_wait(what: str) -> None:
-    """This thread waits until the card has done all that it was told before."""
+    """Count a wait of this thread for all earlier work of the card."""
     if here.counts is not None:
         here.counts.waits[what, where()] += 1
 
 
 def note_upload(source: torch.Tensor, non_blocking: bool) -> None:
-    """A copy from the host's memory, which is waited for unless it is pinned and nobody asks to wait."""
+    """Count a copy from the host's memory. It is a wait unless it is pinned and non-blocking."""
     if here.counts is not None:
         here.counts.uploads[source.dtype] += 1
     if not (non_blocking and is_pinned(source)):
@@ -180,7 +180,7 @@ def note_upload(source: torch.Tensor, non_blocking: bool) -> None:
 
 
 def where() -> str:
-    """The line of the project that is being run."""
+    """Return the innermost running line of the project's code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename.removeprefix(_ROOT)

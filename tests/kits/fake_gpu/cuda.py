@@ -1,13 +1,12 @@
-"""A card that isn't there: code runs as it would on CUDA, on CPU tensors that are marked as the card's.
+"""A fake GPU: code runs as on CUDA, on CPU tensors that are marked as being on the card.
 
-Within `pretended_cuda()` a tensor that is made on "cuda" or moved there says that it lies there; the numbers are
-the CPU's. An operation that mixes devices raises `Mixed`. The card counts what a thread has it do: kernels
-(operations that compute or copy; views and empty tensors are none) and waits, each of which stops the thread until
-the card has done all that it was told before. What a side stream copies into tensors of the main one is there once
-its event was waited for, and `TooEarly` is raised where it doesn't wait for the main stream before. Threads of
-pools speak to the card as well.
+Within `fake_cuda()` a tensor that is made on "cuda" or moved there reports that device; its numbers are on the
+CPU. An operation that mixes devices raises `Mixed`. The card counts a thread's kernels (operations that compute
+or copy, but not views and empty tensors) and its waits, each of which blocks the thread until all earlier work of
+the card is done. A side stream's copies into tensors of the main stream appear after a wait for their event.
+`TooEarly` is raised if a side stream doesn't wait for the main stream first. Threads of pools use the card, too.
 
-Speed, memory, the rounding of a card and waits within its kernels can't be seen here.
+Speed, memory, a GPU's rounding and waits within its kernels aren't modelled.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +25,8 @@ from tests.kits.fake_gpu.modes import CUDA, Functions, Operations
 
 
 @contextmanager
-def pretended_cuda(card: Card | None = None) -> Iterator[Card]:
-    """A card, for this thread and for the threads of pools that it hands tasks to."""
+def fake_cuda(card: Card | None = None) -> Iterator[Card]:
+    """Give this thread, and pools' threads that run its tasks, a fake card."""
     card = card or Card()
     submit = ThreadPoolExecutor.submit
 
@@ -58,7 +57,7 @@ def _speaking_to(card: Card, counts: Counts) -> Iterator[None]:
 
 
 def _answers(card: Card) -> dict[str, Callable[..., Any]]:
-    """What stands in for functions of `torch.cuda`, by name."""
+    """Return replacements for functions of `torch.cuda`, by name."""
 
     def capability(device: torch.device | int = 0) -> tuple[int, int]:
         index = device if isinstance(device, int) else device.index or 0
@@ -92,7 +91,7 @@ def _answers(card: Card) -> dict[str, Callable[..., Any]]:
 
 
 def on_card(base: BaseModel) -> BaseModel:
-    """The base with copies of its weights on the card."""
+    """Return the base with copies of its weights on the card."""
     weights = base.weights
     embed = weights.embed.to(CUDA)
     layers = tuple(

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from server.config import unknown_variables
+from server.config.environment import unknown_variables
 
 pytestmark = pytest.mark.anyio
 

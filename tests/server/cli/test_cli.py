@@ -135,7 +135,7 @@ def test_worker_names_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None
 def test_keys_are_hidden_in_the_command_line(arguments: list[str], seen: list[str], key: str) -> None:
     code = """
 import json, os, sys
-from server.config.secrets import hide_keys
+from server.config.environment import hide_keys
 hide_keys()
 with open("/proc/self/cmdline") as file:
     print(json.dumps([os.getpid(), os.environ["SMOLORA_API_KEYS"], file.read().split("\\0")[3:-1]]))

@@ -30,18 +30,18 @@ class LocalTransport:
         self.replicas: dict[str, EngineReplica] = {}
         self.submitted: list[tuple[str, str]] = []  # (replica, request)
         self.num_messages = 0
-        self._told: Callable[[frozenset[str]], None] | None = None
+        self._on_change: Callable[[frozenset[str]], None] | None = None
         self._cuts: dict[str, asyncio.Event] = {}
         self._known: dict[str, EngineReplica] = {}  # those that are to leave as well
 
-    def watch(self, told: Callable[[frozenset[str]], None]) -> None:
-        self._told = told
+    def watch(self, on_change: Callable[[frozenset[str]], None]) -> None:
+        self._on_change = on_change
         self.tell()
 
     def tell(self) -> None:
         """As Serve does when replicas come or go."""
-        if self._told is not None:
-            self._told(frozenset(self.replicas))
+        if self._on_change is not None:
+            self._on_change(frozenset(self.replicas))
 
     def add(self, name: str, replica: EngineReplica) -> None:
         self.replicas[name] = self._known[name] = replica

@@ -92,7 +92,7 @@ def test_a_stream_that_is_closed_is_aborted(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_a_reader_is_not_too_slow_for_what_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_burst_does_not_overflow_a_readers_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a stall: it is read in between."""
     monkeypatch.setattr(async_engine, "MAX_UNREAD", 200)
     pieces = [SequenceOutput("r", 0, "a", 1, 1, 0) for _ in range(1000)]
@@ -109,7 +109,7 @@ def test_a_reader_is_not_too_slow_for_what_comes_at_once(monkeypatch: pytest.Mon
     on_loop(main())
 
 
-def test_a_replica_that_goes_before_the_first_token(tiny_base: BaseModel) -> None:
+def test_a_replica_lost_before_the_first_token_is_retried(tiny_base: BaseModel) -> None:
     expected = run(build_engine(tiny_base, library(tiny_base, 4)), [TUNED])["r", 0]
     slow = SlowLoad(tiny_base)
     local = Local(tiny_base, slow)
@@ -128,7 +128,7 @@ def test_a_replica_that_goes_before_the_first_token(tiny_base: BaseModel) -> Non
     on_loop(main())
 
 
-def test_a_replica_that_goes_as_it_refuses(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_lost_while_it_refuses(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for once more, and no more than once: what two would answer is not for one stream."""
     expected = run(build_engine(tiny_base), [SHORT])["r", 0]
     local, submit = Local(tiny_base), LocalTransport.submit
@@ -153,7 +153,7 @@ def test_a_replica_that_goes_as_it_refuses(tiny_base: BaseModel, monkeypatch: py
     on_loop(main())
 
 
-def test_a_replica_that_goes_after_the_first_token(tiny_base: BaseModel) -> None:
+def test_a_replica_lost_after_the_first_token_ends_the_request(tiny_base: BaseModel) -> None:
     local = Local(tiny_base)
 
     async def main() -> None:
@@ -168,7 +168,7 @@ def test_a_replica_that_goes_after_the_first_token(tiny_base: BaseModel) -> None
     on_loop(main())
 
 
-def test_what_was_taken_waits_for_a_replica(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepted_requests_wait_for_a_replica(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowLoad(tiny_base)
     local = Local(tiny_base, slow, num=1)
 
@@ -194,7 +194,7 @@ def test_what_was_taken_waits_for_a_replica(tiny_base: BaseModel, monkeypatch: p
     on_loop(main())
 
 
-def test_a_replica_that_leaves_ends_what_it_has(tiny_base: BaseModel) -> None:
+def test_a_leaving_replica_finishes_its_requests(tiny_base: BaseModel) -> None:
     local = Local(tiny_base)
 
     async def main() -> None:
@@ -212,7 +212,7 @@ def test_a_replica_that_leaves_ends_what_it_has(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_a_replica_that_leaves_is_used_until_its_successor_has_told_of_itself(tiny_base: BaseModel) -> None:
+def test_a_leaving_replica_is_used_until_its_successor_reports(tiny_base: BaseModel) -> None:
     """Serve tells of the one that comes and of the one that goes in the same moment."""
     local = Local(tiny_base, num=1)
 
@@ -291,7 +291,7 @@ def test_refusals(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_the_most_that_replicas_take(tiny_base: BaseModel) -> None:
+def test_max_in_flight_of_all_replicas(tiny_base: BaseModel) -> None:
     """Of one sequence what any of them can run, together what all of them may have."""
     limits = SchedulerLimits(max_num_seqs=1)
     local = Local(tiny_base, limits=limits, max_queue=2)
@@ -315,7 +315,7 @@ def test_the_most_that_replicas_take(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_one_that_is_away_counts_in_what_replicas_take(tiny_base: BaseModel) -> None:
+def test_a_lost_replica_still_counts_in_max_in_flight(tiny_base: BaseModel) -> None:
     """What both of them would take has to come again, not to be smaller: clients don't repeat what is a 400."""
     local = Local(tiny_base, limits=SchedulerLimits(max_num_seqs=1), max_queue=2)
 
@@ -325,7 +325,7 @@ def test_one_that_is_away_counts_in_what_replicas_take(tiny_base: BaseModel) -> 
     async def main() -> None:
         local.client.start()
         local.bring("replica-0")
-        local.client._told(frozenset(local.benches))  # the other is said to be there, and hasn't told of itself
+        local.client._update_replicas(frozenset(local.benches))  # the other is listed but hasn't reported
         await eventually(lambda: local.client.ready)
         assert most() is None
         local.bring("replica-1")
@@ -341,7 +341,7 @@ def test_one_that_is_away_counts_in_what_replicas_take(tiny_base: BaseModel) -> 
     on_loop(main())
 
 
-def test_another_base_is_not_used(tiny_base: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_replicas_of_another_base_are_not_used(tiny_base: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
     local = Local(tiny_base, num=1)
     local.client._base_digest = "another"
 
@@ -353,11 +353,11 @@ def test_another_base_is_not_used(tiny_base: BaseModel, caplog: pytest.LogCaptur
         await local.__aexit__()
 
     on_loop(main())
-    (told,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert "replica replica-0 has another base than this process" in told
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "replica replica-0 has another base than this process" in message
 
 
-def test_an_engine_that_dies_is_told(tiny_base: BaseModel) -> None:
+def test_a_dead_engine_fails_its_health_check(tiny_base: BaseModel) -> None:
     local = Local(tiny_base, num=1, failing={0, 1, 2})
 
     async def main() -> None:
@@ -395,7 +395,7 @@ def test_a_replica_says_how_busy_it_is(tiny_base: BaseModel, monkeypatch: pytest
     on_loop(main())
 
 
-def test_what_goes_over_the_wire_comes_out_as_it_was() -> None:
+def test_messages_survive_pickling() -> None:
     for error in (QueueFull("full", retry_after=2.5), InvalidInput.of("prompt", "is empty"), EngineDead()):
         other = sent(error)
         assert type(other) is type(error)

@@ -12,7 +12,7 @@ from server.errors import StartupError
 pytestmark = pytest.mark.cluster
 
 
-def test_a_version_is_of_what_replicas_use() -> None:
+def test_a_version_depends_on_what_replicas_use() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
     version_of = import_module("server.cluster.deploy").version_of
     settings = load(Settings)
@@ -29,7 +29,7 @@ def test_settings_that_replicas_do_not_use_are_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "expected"),
     [
         (
             "It failed 3 times. Error:\n  File x\nserver.errors.StartupError: SMOLORA_MODEL=x: no hub id",
@@ -40,7 +40,9 @@ def test_settings_that_replicas_do_not_use_are_settings() -> None:
     ],
     ids=["ours", "another", "untold"],
 )
-def test_why_replicas_do_not_start(message: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_says_why_replicas_do_not_start(
+    message: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy = import_module("server.cluster.deploy")
 
@@ -55,11 +57,11 @@ def test_why_replicas_do_not_start(message: str, told: str, monkeypatch: pytest.
     monkeypatch.setattr(serve, "run", fail)
     monkeypatch.setattr(serve, "status", lambda: status)
     monkeypatch.setattr(deploy, "is_too_small", lambda *_: False)
-    with pytest.raises(StartupError, match=f"^the engine replicas don't start: {told}"):
+    with pytest.raises(StartupError, match=f"^the engine replicas don't start: {expected}"):
         deploy.deploy(load(Settings), deploy.Scale(spare=False), print)
 
 
-def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_without_room_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy, said = import_module("server.cluster.deploy"), list[str]()
     monkeypatch.setattr(serve, "start", lambda **_: None)
@@ -67,8 +69,8 @@ def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(import_module("ray"), "cluster_resources", lambda: {"CPU": 2.0})
     for replicas, cpus in ((2, 1), (4, 0.5), (4, 1)):
         deploy.deploy(load(Settings), deploy.Scale(replicas, num_cpus=cpus, spare=False), said.append)
-    (told,) = said
-    assert told.startswith(
+    (expected,) = said
+    assert expected.startswith(
         "waiting for machines to join: 4 replicas with 1 cores and 0 GPUs each are more than Ray"
     )
 
@@ -76,7 +78,7 @@ def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("running", "free", "has_spare"), [(1, 1, False), (1, 2, True), (2, 1, True), (3, 0, False)]
 )
-def test_room_for_a_spare_is_what_those_to_come_leave(
+def test_room_for_a_spare_excludes_coming_replicas(
     running: int, free: int, has_spare: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else two new ones want the last place, of which neither is given up: Serve waits for good."""
@@ -85,7 +87,7 @@ def test_room_for_a_spare_is_what_those_to_come_leave(
     monkeypatch.setattr(serve, "start", lambda **_: None)
     monkeypatch.setattr(serve, "run", lambda scale, **_: deployed.append(scale))
     monkeypatch.setattr(import_module("ray"), "available_resources", lambda: {"CPU": float(free)})
-    monkeypatch.setattr(deploy, "replicas_told", lambda: {"running": running})
+    monkeypatch.setattr(deploy, "replica_counts", lambda: {"running": running})
     monkeypatch.setattr(deploy, "is_too_small", lambda *_: False)
     monkeypatch.setattr(deploy, "engine_app", lambda _, scale: scale)
     deploy.deploy(load(Settings), deploy.Scale(2), print)

@@ -31,7 +31,7 @@ def send(link: Link, name: str, num: int = 1) -> Sent:
     return sent
 
 
-def test_what_was_sent_since_the_report_counts_for_every_process(stats: EngineStats) -> None:
+def test_requests_since_the_last_report_count_once_per_process(stats: EngineStats) -> None:
     link = Link("one", WELCOME)
     first = send(link, "first", num=2)
     assert link.queue == 2
@@ -48,7 +48,7 @@ def test_what_was_sent_since_the_report_counts_for_every_process(stats: EngineSt
     assert link.queue == 11
 
 
-def test_processes_that_hear_of_nothing_fill_no_replica(stats: EngineStats) -> None:
+def test_processes_with_old_reports_do_not_overfill_a_replica(stats: EngineStats) -> None:
     """Eight that send a batch each between two reports, all of it for replicas that were equal."""
     found: Counter[str] = Counter()
     for api in range(NUM_APIS):
@@ -65,12 +65,12 @@ def test_processes_that_hear_of_nothing_fill_no_replica(stats: EngineStats) -> N
     assert max(queues) - min(queues) <= NUM_APIS, queues
 
 
-def test_counters_only_grow_whichever_replicas_come_and_go() -> None:
+def test_counters_only_grow_as_replicas_come_and_go() -> None:
     """Prometheus takes a sum that falls for a server that began anew, and counts all of it again."""
     counts = Counts()
     one, other = Link("one", WELCOME, counts), Link("other", WELCOME, counts)
 
-    def told(link: Link, number: int) -> None:
+    def report(link: Link, number: int) -> None:
         every: dict[str, Any] = dict.fromkeys(COUNTERS, number)
         link.take(ReplicaState(EngineStats(num_running=1, **every), num_in_flight=1, num_own=1))
 
@@ -80,20 +80,20 @@ def test_counters_only_grow_whichever_replicas_come_and_go() -> None:
         return {getattr(stats, name) for name in COUNTERS}
 
     assert sums() == {0}
-    told(one, 1_000_000)  # of before this process began
-    told(other, 0)
+    report(one, 1_000_000)  # of before this process began
+    report(other, 0)
     assert sums(one, other) == {0}
-    told(one, 1_000_010)
-    told(other, 5)
+    report(one, 1_000_010)
+    report(other, 5)
     assert sums(one, other) == {15}
     one.state = None  # lost, for a moment
     assert sums(one, other) == {15}
-    told(one, 1_000_030)
+    report(one, 1_000_030)
     assert sums(one, other) == {35}
     assert sums(other) == {35}, "what has gone has counted"
 
 
-def test_a_replica_tells_how_many_follow_it(tiny_base: BaseModel) -> None:
+def test_a_replica_reports_its_number_of_followers(tiny_base: BaseModel) -> None:
     local = Local(tiny_base, num=1)
 
     async def main() -> None:

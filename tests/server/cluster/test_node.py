@@ -35,7 +35,7 @@ def ends(pid: int) -> bool:
     return not node.is_alive(pid)
 
 
-def test_whoever_is_interrupted_while_ray_starts_leaves_none(
+def test_an_interrupt_while_ray_starts_ends_ray(
     slow_ray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sleep = time.sleep
@@ -52,7 +52,7 @@ def test_whoever_is_interrupted_while_ray_starts_leaves_none(
     assert ends(int(slow_ray.read_text())), "it was left behind"
 
 
-def test_it_says_why_ray_does_not_start(slow_ray: Path, tmp_path: Path) -> None:
+def test_the_error_says_why_ray_does_not_start(slow_ray: Path, tmp_path: Path) -> None:
     """Of what Ray wrote this time; its log has what earlier ones did."""
     log = tmp_path / "log"
     log.write_text("OSError: of another time\n")
@@ -74,7 +74,7 @@ def sleeping() -> Iterator["subprocess.Popen[bytes]"]:
     process.wait()
 
 
-def test_a_mark_is_one_processs(sleeping: "subprocess.Popen[bytes]") -> None:
+def test_a_mark_identifies_one_process(sleeping: "subprocess.Popen[bytes]") -> None:
     mark = node.mark_of(sleeping.pid)
     assert mark == node.mark_of(sleeping.pid) != node.mark_of(os.getpid())
     assert node.is_alive(sleeping.pid, mark)

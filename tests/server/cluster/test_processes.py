@@ -55,8 +55,8 @@ def test_flags_of_up_win_over_the_environment(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv(f"{PREFIX}{name}", value)
     given = load(Settings, home=tmp_path, model=DEFAULT_MODEL, allowed_hosts="", native=True)
     for index, home in enumerate((tmp_path / "api-0", tmp_path / "api-1")):
-        told = settings_of(processes.api_command(given, index, 2, "127.0.0.1:6379"))
-        assert told == given.model_copy(update={"home": home, "port": 7999 + index, "workers": 0})
+        own = settings_of(processes.api_command(given, index, 2, "127.0.0.1:6379"))
+        assert own == given.model_copy(update={"home": home, "port": 7999 + index, "workers": 0})
 
 
 class Ready(BaseHTTPRequestHandler):
@@ -85,19 +85,19 @@ def ready_at(host: str) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "localhost"])
-def test_they_are_looked_for_where_they_listen(host: str) -> None:
+def test_api_processes_are_checked_at_their_addresses(host: str) -> None:
     with ready_at(host) as port:
         (url,) = processes.urls_of(load(Settings, host=host, port=port), 1)
         assert processes.is_ready(url)
 
 
-def test_they_are_asked_past_a_proxy() -> None:
+def test_api_processes_are_checked_without_a_proxy() -> None:
     """Of the environment, which is for what is elsewhere."""
     code = "import sys; from server.cluster.processes import is_ready; sys.exit(not is_ready(sys.argv[1]))"
     kept = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     with ready_at("127.0.0.1") as port:
-        told = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
-        assert subprocess.run(told, env={**kept, "http_proxy": "http://127.0.0.1:1"}).returncode == 0
+        arguments = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
+        assert subprocess.run(arguments, env={**kept, "http_proxy": "http://127.0.0.1:1"}).returncode == 0
 
 
 @pytest.fixture
@@ -109,7 +109,9 @@ def stranger() -> Iterator["subprocess.Popen[bytes]"]:
     process.wait()
 
 
-def test_a_stranger_that_has_its_id_by_now_goes_on(tmp_path: Path, stranger: "subprocess.Popen[bytes]") -> None:
+def test_another_process_with_the_same_id_is_not_ended(
+    tmp_path: Path, stranger: "subprocess.Popen[bytes]"
+) -> None:
     gone = f"{node.mark_of(stranger.pid)}0"
     state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=gone, ray_mark=gone)
     write_state(tmp_path, state)
@@ -152,7 +154,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_strangers_are_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_serving_strangers_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="can be reached from elsewhere: make a key"):
         processes.up(load(Settings, home=tmp_path, host="0.0.0.0"), None, 1, None, 6379, None, print)
 
@@ -172,7 +174,7 @@ def test_ports_that_api_processes_can_not_have_are_refused_before_anything_start
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_cluster_that_does_not_answer_is_told_before_anything_starts(tmp_path: Path) -> None:
+def test_an_unreachable_cluster_is_reported_before_anything_starts(tmp_path: Path) -> None:
     """Ray would look for it for over a minute."""
     shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     settings = load(Settings, home=tmp_path, port=free_port(), **shared)
@@ -191,23 +193,24 @@ def test_a_cluster_that_does_not_answer_is_told_before_anything_starts(tmp_path:
 
 @pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
-def test_a_second_one_beside_it_is_refused(
-    tmp_path: Path, stranger: "subprocess.Popen[bytes]", address: str | None
-) -> None:
+def test_a_second_up_is_refused(tmp_path: Path, stranger: "subprocess.Popen[bytes]", address: str | None) -> None:
     """It would write its own state over the first one's, which `down` and `status` would know nothing of then."""
     shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     settings = load(Settings, home=tmp_path, port=free_port(), **shared)
     lives, gone = node.mark_of(stranger.pid), f"{node.mark_of(stranger.pid)}0"
-    for marks, told in (((lives, lives), f"runs already.* process {stranger.pid}"), ((gone, lives), "was killed")):
+    for marks, fault in (
+        ((lives, lives), f"runs already.* process {stranger.pid}"),
+        ((gone, lives), "was killed"),
+    ):
         state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=marks[0], ray_mark=marks[1])
         write_state(tmp_path, state)
-        with pytest.raises(StartupError, match=told):
+        with pytest.raises(StartupError, match=fault):
             processes.up(settings, None, 1, address, 6379, None, print)
         assert read_state(tmp_path) == state
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_second_one_is_refused_while_the_first_starts(tmp_path: Path) -> None:
+def test_a_second_up_is_refused_while_the_first_starts(tmp_path: Path) -> None:
     """Ray takes a minute, until which there is no state."""
     settings = load(Settings, home=tmp_path, port=free_port())
     with (
@@ -219,7 +222,7 @@ def test_a_second_one_is_refused_while_the_first_starts(tmp_path: Path) -> None:
         processes.up(settings, None, 1, None, settings.port, None, print)
 
 
-def test_replicas_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_fails_if_replicas_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process leaves Ray before that ends: else it would wait for it, and say nothing, for two minutes."""
     ray, was_there = subprocess.Popen(["sleep", "60"]), list[bool]()
 
@@ -247,16 +250,16 @@ def test_numbers_of_replicas_that_contradict_each_other(tmp_path: Path) -> None:
     assert str(done.exception) == "--max-replicas 2 is less than --replicas 3"
 
 
-def test_a_largest_number_that_would_be_forgotten(tmp_path: Path) -> None:
+def test_max_replicas_without_replicas_is_refused(tmp_path: Path) -> None:
     """A machine that joins leaves the replicas as they are, unless it says how many there are to be."""
-    told = ["up", "--home", str(tmp_path), "--address", "10.0.0.1:6379", "--max-replicas", "2"]
-    done = CliRunner().invoke(commands.group, told)
+    arguments = ["up", "--home", str(tmp_path), "--address", "10.0.0.1:6379", "--max-replicas", "2"]
+    done = CliRunner().invoke(commands.group, arguments)
     assert isinstance(done.exception, StartupError)
     assert str(done.exception).startswith("with --address, --max-replicas needs --replicas")
 
 
 @pytest.mark.parametrize("port", ["0", "65536"])
-def test_a_port_of_ray_that_is_none(port: str, tmp_path: Path) -> None:
+def test_an_invalid_ray_port_is_refused(port: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(commands.group, ["up", "--home", str(tmp_path), "--ray-port", port])
     assert done.exit_code == 2
     assert "--ray-port" in done.output

@@ -55,7 +55,7 @@ def cached_run(prefix: list[int], replica: Replica) -> int:
 
 
 @given(parts_lists, prefixes, fleets, st.randoms())
-def test_every_replica_once_whatever_their_order(
+def test_rank_returns_every_replica_once_in_any_input_order(
     parts: list[Part], prefix: list[int], replicas: list[Replica], chance: random.Random
 ) -> None:
     order = rank(parts, prefix, replicas)
@@ -66,7 +66,9 @@ def test_every_replica_once_whatever_their_order(
 
 
 @given(parts_lists, prefixes, fleets)
-def test_what_comes_before_what(parts: list[Part], prefix: list[int], replicas: list[Replica]) -> None:
+def test_warm_replicas_precede_cold_and_full_ones(
+    parts: list[Part], prefix: list[int], replicas: list[Replica]
+) -> None:
     """Room, then resident bytes, then the cached prefix; then the shortest queue, but among the cold."""
     limit = limit_of(replicas)
     known = {replica.id: replica for replica in replicas}
@@ -83,7 +85,7 @@ def test_what_comes_before_what(parts: list[Part], prefix: list[int], replicas: 
 
 
 @given(parts_lists, prefixes, fleets, st.data())
-def test_some_are_ordered_as_among_all(
+def test_a_subset_is_ordered_as_among_all_replicas(
     parts: list[Part], prefix: list[int], replicas: list[Replica], data: st.DataObject
 ) -> None:
     some = data.draw(st.lists(st.sampled_from(replicas), unique_by=lambda replica: replica.id)) if replicas else []
@@ -93,7 +95,7 @@ def test_some_are_ordered_as_among_all(
 
 
 @given(parts_lists, prefixes, fleets)
-def test_the_first_has_room(parts: list[Part], prefix: list[int], replicas: list[Replica]) -> None:
+def test_the_first_replica_has_room(parts: list[Part], prefix: list[int], replicas: list[Replica]) -> None:
     assume(replicas)
     queues = {replica.id: replica.queue for replica in replicas}
     mean = (sum(queues.values()) + 1) / len(queues)
@@ -101,7 +103,7 @@ def test_the_first_has_room(parts: list[Part], prefix: list[int], replicas: list
 
 
 @given(parts_lists, prefixes, fleets, st.integers(0, 11))
-def test_a_replica_that_goes_moves_nobody_else(
+def test_removing_a_replica_moves_only_its_own_adapters(
     parts: list[Part], prefix: list[int], replicas: list[Replica], gone: int
 ) -> None:
     """As far as no queue comes to pass the bound: the others keep their order."""
@@ -138,7 +140,7 @@ def test_cold_adapters_are_spread_evenly() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(DIGESTS), st.booleans()), min_size=1, max_size=200), st.integers(1, 12))
-def test_queues_stay_even(requests: list[tuple[str, bool]], count: int) -> None:
+def test_queues_stay_balanced(requests: list[tuple[str, bool]], count: int) -> None:
     """Sent one by one and none ending, they leave no queue past the bound, whichever adapters are hot."""
     fleet = {replica.id: replica for replica in idle(count)}
     for digest, base in requests:
@@ -150,7 +152,7 @@ def test_queues_stay_even(requests: list[tuple[str, bool]], count: int) -> None:
     assert longest <= max(ALWAYS_OPEN, math.ceil(SPILL * len(requests) / count))
 
 
-def test_a_hot_adapter_gets_homes_as_it_needs_them() -> None:
+def test_a_hot_adapter_gets_more_homes_under_load() -> None:
     fleet = {replica.id: replica for replica in idle(10)}
     homes = []
     for _ in range(200):
@@ -162,7 +164,7 @@ def test_a_hot_adapter_gets_homes_as_it_needs_them() -> None:
     assert homes[-1] >= 10 / SPILL
 
 
-def test_the_same_prompt_goes_where_its_blocks_are() -> None:
+def test_a_prompt_goes_to_the_replica_with_its_blocks() -> None:
     fleet = [replace(replica, resident=frozenset({"a"}), queue=index) for index, replica in enumerate(idle(4))]
     fleet[2] = replace(fleet[2], cached={11, 12})
     fleet[3] = replace(fleet[3], cached={12, 13})  # not from the start
@@ -173,7 +175,7 @@ def test_the_same_prompt_goes_where_its_blocks_are() -> None:
     assert rank(part, [11], [replace(fleet[2], queue=50), *fleet[:2]])[0] == "replica-0"
 
 
-def test_the_largest_part_gives_the_home() -> None:
+def test_the_largest_part_decides_the_home() -> None:
     fleet = idle(50)
     large, small = Part("large", 9), Part("small", 8)
     assert rank([small, large], (), fleet) == rank([large], (), fleet) != rank([small], (), fleet)
@@ -181,20 +183,20 @@ def test_the_largest_part_gives_the_home() -> None:
     assert rank([small, large], (), warm)[0] == "replica-1"
 
 
-def test_prompts_spread_where_all_is_equal() -> None:
+def test_prompts_spread_over_equal_replicas() -> None:
     """Else every router would send all that comes between two reports to one replica."""
     fleet = [replace(replica, resident=frozenset({"hot"})) for replica in idle(20)]
     assert len({rank([Part("hot", 1)], [prompt], fleet)[0] for prompt in range(200)}) == 20
     assert len({rank([], [prompt], fleet)[0] for prompt in range(200)}) == 20
 
 
-def test_nothing_known() -> None:
+def test_ranking_without_any_knowledge() -> None:
     assert rank([], (), []) == []
     assert rank([Part("a", 1)], [1], []) == []
     assert rank([], (), idle(1)) == ["replica-0"]
 
 
-def test_every_process_finds_the_same_order() -> None:
+def test_every_process_computes_the_same_order() -> None:
     code = """
 from server.cluster.rank import Part, Replica, rank
 print(rank([Part("a", 1)], [3], [Replica(str(i), frozenset(), 0) for i in range(30)]))
@@ -208,14 +210,14 @@ print(rank([Part("a", 1)], [3], [Replica(str(i), frozenset(), 0) for i in range(
     assert len(outputs) == 1
 
 
-def test_it_needs_neither_ray_nor_torch() -> None:
+def test_rank_imports_neither_ray_nor_torch() -> None:
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert modules <= {"math", "collections.abc", "dataclasses", "functools", "hashlib"}
 
 
-def test_a_thousand_replicas_take_a_millisecond_or_so() -> None:
+def test_ranking_a_thousand_replicas_takes_about_a_millisecond() -> None:
     """0.6 ms where nothing else runs; the bound is for a busy machine."""
     chance = random.Random(0)
     fleet = [

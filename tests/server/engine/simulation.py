@@ -9,9 +9,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from adapters.lora import AdapterRef
 from server.engine.adapter_pool import AdapterPool
 from server.engine.kv_cache import BlockManager
-from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits, Step
 from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.speculation import Speculator

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import InvalidInput
-from adapters.lora import LoraWeights
+from adapters.lora import AdapterRef, LoraWeights
 from server.engine.engine import Engine
-from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel

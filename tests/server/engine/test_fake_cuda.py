@@ -22,7 +22,7 @@ from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
 from tests.kits.engines import GREEDY, Results, build_engine, check_idle, refs, run
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.kits.grammars import guidance_of
 from tests.server.engine.step_kit import EVERYTHING, LETTERS, PENALIZED, PLAIN, SAMPLED, rows, sharing
 from tests.server.engine.traffic import TIGHT, assert_same, library, prompt, requests_of_all_kinds
@@ -42,7 +42,7 @@ def both(base: BaseModel, requests: list[GenerationRequest], **options: Any) -> 
     on_cpu = build_engine(base, adapters, **options)
     expected = run(on_cpu, requests, arrivals=random.Random(0))
     on_cpu.close()
-    with pretended_cuda():
+    with fake_cuda():
         engine = build_engine(on_card(base), adapters, **options)
         found = run(engine, requests, arrivals=random.Random(0))
         engine.close()
@@ -106,7 +106,7 @@ def test_scores(tiny_base: BaseModel) -> None:
     ]
     adapters = library(tiny_base)
     expected = scores_of(build_engine(tiny_base, adapters), requests)
-    with pretended_cuda():
+    with fake_cuda():
         found = scores_of(build_engine(on_card(tiny_base), adapters), requests)
     for name, scores in expected.items():
         assert len(scores) > 30
@@ -120,7 +120,7 @@ def test_rows_are_not_read_before_their_copy_has_ended(tiny_base: BaseModel) -> 
     cold = GenerationRequest("cold", prompt(9), GREEDY, refs(**{"09": 1.0}))
     expected = run(build_engine(tiny_base, adapters), [cold])["cold", 0]
     card = Card()
-    with pretended_cuda(card):
+    with fake_cuda(card):
         engine = build_engine(on_card(tiny_base), adapters, max_rank=3)
         first = run(engine, [replace(cold, request_id="first", adapters=refs(**{"04": 1.0}))])
         assert first["first", 0].finish_reason == "length"
@@ -147,7 +147,7 @@ def test_a_step_without_memory_fails_only_its_requests(tiny_base: BaseModel) -> 
     adapters = library(tiny_base)
     request = GenerationRequest("r", prompt(20), GREEDY)
     adapted = replace(request, request_id="a", adapters=refs(**{"04": 1.0}))
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), adapters)
         card.is_full = True
         failed = run(engine, [request])["r", 0]

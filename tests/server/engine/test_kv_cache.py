@@ -4,8 +4,9 @@ from array import array
 
 import pytest
 
+from adapters.lora import AdapterRef
 from server.engine.kv_cache import BlockManager
-from server.engine.request import AdapterRef, GenerationRequest
+from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence, adapter_key, prefix_root
 
 SIZE = 4

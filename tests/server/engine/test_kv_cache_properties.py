@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from adapters.lora import AdapterRef
 from server.engine.kv_cache import BlockManager
-from server.engine.request import AdapterRef
 from server.engine.sequence import Sequence
 from tests.kits.properties import num_examples
 from tests.server.engine.test_kv_cache import SIZE, sequence

@@ -1,6 +1,6 @@
 """The scheduler: order, fairness, preemption, sharing, and adapters that load, fail or lack room."""
 
-from server.engine.request import AdapterRef
+from adapters.lora import AdapterRef
 from tests.server.engine.small import simulation, unlike
 
 

@@ -9,7 +9,7 @@ from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, SamplingParams
 from server.model.base.weights import BaseModel
 from tests.kits.engines import build_engine, refs
-from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.kits.grammars import guidance_of
 from tests.server.engine.step_kit import (
     EVERYTHING,
@@ -56,7 +56,7 @@ def test_the_cost_of_a_decode_step(
     num_kernels: int,
 ) -> None:
     """Waits don't grow with rows or layers, of which there are 8 and 3; of kernels a layer of the base has 37."""
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), library(tiny_base), guidance=guidance)
         decoding(engine, requests)
         for _ in range(3):
@@ -70,7 +70,7 @@ def test_the_cost_of_a_decode_step(
 
 def test_values_are_multiplied_not_summed_position_by_position(tiny_base: BaseModel) -> None:
     """A GPU's kernel for bags walks through each of them in one thread: bags of positions are too long for it."""
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base))
         decoding(engine, rows())
         card.main.clear()
@@ -82,7 +82,7 @@ def test_values_are_multiplied_not_summed_position_by_position(tiny_base: BaseMo
 
 def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: BaseModel) -> None:
     """For the scores of 90 tokens, and for the next tokens."""
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), library(tiny_base))
         decoding(engine, rows(replace(PLAIN, max_tokens=30), num_parts=1))
         scored = GenerationRequest("scored", prompt(60, seed=1), SamplingParams(max_tokens=0), scored_from=1)
@@ -98,7 +98,7 @@ def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: Bas
 
 def test_an_adapter_is_copied_once_per_pool(tiny_base: BaseModel) -> None:
     """Of A and of B of four groups, pinned: only the thread that loads it waits, once, for the last of them."""
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), library(tiny_base))
         decoding(engine, rows(replace(PLAIN, max_tokens=200)))
         card.main.clear()

@@ -1,6 +1,7 @@
 """The digests of waiting sequences' adapters."""
 
-from server.engine.request import AdapterRef, GenerationRequest
+from adapters.lora import AdapterRef
+from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence
 from server.engine.waiting import WaitingQueues
 

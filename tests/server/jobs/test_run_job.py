@@ -27,7 +27,7 @@ from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import PackedFile, RowLayout
 from server.storage.reserve import DISK_FULL
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
-from tests.kits.fake_gpu.cuda import pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda
 from tests.kits.native import lend_native, native_library, tiny_of
 from tests.server.jobs.attempt_kit import Shop, job_data
 from tests.server.jobs.job_kit import submit, until
@@ -255,11 +255,11 @@ def test_a_merge_leaves_the_weights_in_their_file(tiny_base_dir: Path, tiny_base
 
 
 def test_a_job_keeps_to_its_share_of_the_gpu(tiny_base_dir: Path, tiny_base: BaseModel) -> None:
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         base, _ = _load(settings_of(tiny_base_dir, device="cuda", train_memory=0.3), JobSpec("trained"))
         assert base.device.type == "cuda"
         assert card.memory_fraction == 0.3
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         _load(settings_of(tiny_base_dir, device="cuda"), JobSpec("trained"))
         assert card.memory_fraction == 1.0, "a worker elsewhere has what is free"
 

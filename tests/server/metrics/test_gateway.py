@@ -40,7 +40,7 @@ def test_counts_are_vllms() -> None:
     assert cache.labels == {"block_size": "16", "num_gpu_blocks": "512"}
 
 
-def test_adapters_in_memory_and_awaited_are_labels_of_the_present_time() -> None:
+def test_resident_and_awaited_adapters_are_labels_with_the_current_time() -> None:
     stats = EngineStats(
         adapters_resident=2,
         max_adapter_rank=100,
@@ -57,7 +57,7 @@ def test_adapters_in_memory_and_awaited_are_labels_of_the_present_time() -> None
     assert before <= sample.value <= time.time()
 
 
-def test_room_is_never_less_than_what_is_there() -> None:
+def test_max_lora_is_never_less_than_the_resident_adapters() -> None:
     stats = EngineStats(adapters_resident=9, max_adapter_rank=16)
     (sample,) = families(stats, Catalog())["vllm:lora_requests_info"].samples
     assert sample.labels["max_lora"] == "9"
@@ -65,7 +65,7 @@ def test_room_is_never_less_than_what_is_there() -> None:
     assert sample.labels == {"max_lora": "1", "running_lora_adapters": "", "waiting_lora_adapters": ""}
 
 
-def test_room_for_one_more_is_told_however_many_names_each_adapter_has() -> None:
+def test_max_lora_leaves_room_whatever_the_number_of_names() -> None:
     """Gateways count names: a server is full for them once it tells `max_lora` of them."""
 
     def two_names(digests: Collection[str]) -> list[str]:
@@ -80,8 +80,8 @@ def test_room_for_one_more_is_told_however_many_names_each_adapter_has() -> None
         collector = GatewayCollector(lambda: stats, "tiny", two_names, lambda: 0, 16)
         found = {family.name: family for family in collector.collect()}
         (sample,) = found["vllm:lora_requests_info"].samples
-        told = [sample.labels[f"{kind}_lora_adapters"] for kind in ("running", "waiting")]
-        return sum(len(set(names.split(","))) for names in told if names) >= int(sample.labels["max_lora"])
+        listed = [sample.labels[f"{kind}_lora_adapters"] for kind in ("running", "waiting")]
+        return sum(len(set(names.split(","))) for names in listed if names) >= int(sample.labels["max_lora"])
 
     assert [number for number in range(13) if is_full(number)] == [10, 11, 12]
     assert not is_full(6, 3)
@@ -102,13 +102,13 @@ def test_names_are_looked_up_only_after_a_change() -> None:
     assert catalog.num_asked == 3
 
 
-def test_a_label_has_a_bound() -> None:
+def test_a_label_lists_a_bounded_number_of_names() -> None:
     stats = EngineStats(resident=frozenset(map(str, range(1000))))
     (sample,) = families(stats, Catalog())["vllm:lora_requests_info"].samples
     assert len(sample.labels["running_lora_adapters"].split(",")) == MAX_NAMES
 
 
-def test_what_the_database_has_stops_no_scrape() -> None:
+def test_a_database_error_stops_no_scrape() -> None:
     def broken(digests: Collection[str]) -> list[str]:
         raise OSError("disk I/O error")
 

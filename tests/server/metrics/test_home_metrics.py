@@ -66,9 +66,7 @@ def test_a_worker_is_busy_while_it_keeps_a_lease(tmp_path: Path, jobs: Jobs, lea
     assert read(collector)["smolora_workers", "busy"] == 0, "it has gone, whatever its lease says"
 
 
-def test_workers_of_other_machines_are_seen_while_they_are_busy(
-    tmp_path: Path, jobs: Jobs, leases: Leases
-) -> None:
+def test_workers_of_other_machines_count_while_they_are_busy(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     """Of a cluster, in which each process has a HOME of its own: else SmoloraJobsWait fires while they train."""
     clock = Clock()
     collector = HomeCollector(tmp_path, jobs, 512, clock, is_shared=True)
@@ -89,7 +87,7 @@ def test_the_disk_is_homes(tmp_path: Path, jobs: Jobs) -> None:
     assert found["smolora_disk_min_free_bytes", ""] == 512
 
 
-def test_what_cannot_be_read_is_left_out_and_told_once_a_minute(
+def test_unreadable_metrics_are_left_out_and_logged_once_a_minute(
     tmp_path: Path, jobs: Jobs, database: sa.Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     collector, clock = _collector(tmp_path, jobs)
@@ -102,8 +100,8 @@ def test_what_cannot_be_read_is_left_out_and_told_once_a_minute(
             "smolora_disk_free_bytes",
             "smolora_disk_min_free_bytes",
         }
-    told = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 1
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
 
 
 def _collector(home: Path, jobs: Jobs) -> tuple[HomeCollector, Clock]:

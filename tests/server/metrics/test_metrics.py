@@ -90,7 +90,7 @@ def test_responses_are_counted_by_method_route_and_status() -> None:
     assert found["smolora_http_requests_total", other] == 1
 
 
-def test_counts_are_written_out_a_tenth_of_the_time_and_what_is_current_always() -> None:
+def test_counters_are_rendered_a_tenth_of_the_time_and_gauges_always() -> None:
     now, current = [100.0], [EngineStats(num_running=1)]
 
     def clock() -> float:
@@ -123,7 +123,7 @@ def test_counts_are_no_older_than_a_second() -> None:
     assert samples(metrics)[refused] == 1
 
 
-def test_the_process_is_this_one() -> None:
+def test_process_metrics_describe_this_process() -> None:
     found = samples(Metrics(EngineStats, [ServerCollector("tiny", lambda: False)]))
     assert found["process_resident_memory_bytes", ()] > 10 << 20
     assert abs(found["process_open_fds", ()] - len(os.listdir("/proc/self/fd"))) < 5

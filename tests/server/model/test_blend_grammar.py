@@ -199,7 +199,7 @@ def named(world: World, written: Written) -> Parts:
     """The same, once it was stored as a composition and is asked for by that name."""
     name = f"named-{next(numbers)}"
     if not written.weights:
-        with pytest.raises(InvalidInput, match="nothing but the base"):
+        with pytest.raises(InvalidInput, match="is equal to the base"):
             world.catalog.compose(name, parse(written.text))
         return ()
     world.catalog.compose(name, parse(written.text))

@@ -10,7 +10,7 @@ from server.errors import StartupError
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import Cuda, Gpu, choose_device, driver_version, is_out_of_memory, room_for
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda
 
 CUDA = torch.device("cuda")
 H100, A10, T4, P100 = (
@@ -36,7 +36,7 @@ def cuda(*gpus: Gpu, trouble: str = "", code: tuple[str, ...] = CODE) -> Cuda:
 def test_bf16_where_the_device_in_use_has_it(
     capabilities: tuple[tuple[int, int], ...], device: str, expected: torch.dtype
 ) -> None:
-    with pretended_cuda(Card(capabilities=capabilities)):
+    with fake_cuda(Card(capabilities=capabilities)):
         chosen, dtype = choose_device(device, "auto")
     assert (chosen.type, dtype) == ("cuda", expected)
 
@@ -46,7 +46,7 @@ def test_attention_is_not_cudnns() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
     choose_device("cpu", "auto")
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    with pretended_cuda():
+    with fake_cuda():
         choose_device("cuda", "auto")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -54,7 +54,7 @@ def test_attention_is_not_cudnns() -> None:
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
 def test_a_gpu_that_is_too_old_is_one_line(device: str) -> None:
     with (
-        pretended_cuda(Card(name="Tesla P100", capabilities=((6, 0),))),
+        fake_cuda(Card(name="Tesla P100", capabilities=((6, 0),))),
         pytest.raises(StartupError, match=r"^SMOLORA_DEVICE=.*Tesla P100, compute capability 6\.0.*DEVICE=cpu$"),
     ):
         choose_device(device, "auto")
@@ -128,7 +128,7 @@ def test_a_gpu_that_is_full_or_out_of_order_is_one_line(error: RuntimeError, say
 
 
 def test_a_base_on_a_full_gpu_is_one_line(tiny_base: BaseModel) -> None:
-    with pretended_cuda(Card(is_full=True)), pytest.raises(StartupError, match="no room for the base"):
+    with fake_cuda(Card(is_full=True)), pytest.raises(StartupError, match="no room for the base"):
         load_base(tiny_base.directory, torch.bfloat16, "cuda")
 
 

@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from server.config.fields import Limits
+from server.config import Limits
 from server.serve.connections import Connection, Connections, allow_files
 
 pytestmark = pytest.mark.anyio

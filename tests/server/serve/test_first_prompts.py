@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from server.serve.startup import first_prompts
-from server.system.program import program
+from server.system.messages import program
 
 
 def test_prompts_with_default_settings() -> None:

@@ -13,7 +13,7 @@ from server.errors import StartupError
 from server.serve.engine import gpu_share
 from server.serve.startup import build
 from tests.kits.fake_gpu.card import Card, is_on_card
-from tests.kits.fake_gpu.cuda import pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +32,7 @@ def engine_of(services: Services) -> Engine:
 async def test_the_server_limits_its_gpu_memory(tmp_path: Path, tiny_base_dir: Path) -> None:
     """Caches of a size that was asked for, steps of a GPU's, everything on the card, in bf16."""
     given = settings(tmp_path, tiny_base_dir, kv_cache_bytes="4MiB", adapter_cache_bytes="4MiB")
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         services = build(given, lambda line: None)
         assert card.memory_fraction == gpu_share(given, card.total_bytes) == pytest.approx(0.5 - 1 / 24)
         engine = engine_of(services)
@@ -44,7 +44,7 @@ async def test_the_server_limits_its_gpu_memory(tmp_path: Path, tiny_base_dir: P
 
 async def test_caches_use_the_gpu_memory_that_training_leaves(tmp_path: Path, tiny_base_dir: Path) -> None:
     """Of 3 GiB, of which 2.8 are free: half is training's, 1 GiB the processes', and a step takes some."""
-    with pretended_cuda(Card(total_bytes=3 * GIB, free_bytes=int(2.8 * GIB))):
+    with fake_cuda(Card(total_bytes=3 * GIB, free_bytes=int(2.8 * GIB))):
         services = build(settings(tmp_path, tiny_base_dir, max_num_seqs=1024), lambda line: None)
         config = engine_of(services).config
         await services.engine.stop()
@@ -64,6 +64,6 @@ async def test_caches_use_the_gpu_memory_that_training_leaves(tmp_path: Path, ti
 def test_missing_gpu_memory_is_an_error_of_one_line(
     card: Card, says: str, tmp_path: Path, tiny_base_dir: Path
 ) -> None:
-    with pretended_cuda(card), pytest.raises(StartupError, match=says) as caught:
+    with fake_cuda(card), pytest.raises(StartupError, match=says) as caught:
         build(settings(tmp_path, tiny_base_dir), lambda line: None)
     assert "\n" not in str(caught.value)

@@ -9,8 +9,7 @@ import pytest
 
 from adapters.catalog.records import Records
 from adapters.store.store import AdapterStore
-from server.config import Settings, load
-from server.config.fields import SharedSettings
+from server.config import Settings, StorageSettings, load
 from server.errors import StartupError
 from server.storage.places import Storage
 
@@ -21,9 +20,9 @@ STARTS = """
 import sys
 import server.api.app, server.cli.main, server.operations.doctor, server.serve.startup, server.jobs.run_job
 from pathlib import Path
-from server.config.fields import SharedSettings
+from server.config import StorageSettings
 from server.storage.places import Storage
-storage = Storage.open(Path(sys.argv[1]), SharedSettings())
+storage = Storage.open(Path(sys.argv[1]), StorageSettings())
 storage.adapters(), storage.records()
 ours = [name for name in sys.modules if name.startswith(("adapters.", "server.", "obstore"))]
 print([name for name in ours if name.startswith(("obstore", "adapters.objects")) or "shared_" in name
@@ -32,7 +31,7 @@ print([name for name in ours if name.startswith(("obstore", "adapters.objects"))
 
 
 def test_by_default_it_is_home_and_nothing_else_is_imported(tmp_path: Path) -> None:
-    storage = Storage.open(tmp_path, SharedSettings())
+    storage = Storage.open(tmp_path, StorageSettings())
     assert type(storage.adapters()) is AdapterStore
     assert type(storage.records()) is Records
     assert storage.at(storage.home.datasets("acme")) is None
@@ -52,7 +51,7 @@ def test_what_is_no_place(url: str) -> None:
 def test_it_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adapters.storage.bucket", None)
     with pytest.raises(StartupError, match=r"pip install -e '\.\[cluster\]'"):
-        Storage.open(tmp_path, SharedSettings(bytes_url="s3://some-bucket/x"))
+        Storage.open(tmp_path, StorageSettings(bytes_url="s3://some-bucket/x"))
 
 
 @pytest.mark.cluster

@@ -17,7 +17,7 @@ def thawed() -> Iterator[None]:
         gc.unfreeze()
 
 
-def test_nothing_is_collected_meanwhile_and_what_is_there_stays_out_of_it() -> None:
+def test_loading_pauses_the_collector_and_freezes_its_objects() -> None:
     with loading():
         assert not gc.isenabled()
         loaded: list[object] = []

@@ -30,7 +30,8 @@ def test_a_line_has_a_time_a_level_and_the_requests_id() -> None:
 
 def test_uvicorns_lines_look_the_same() -> None:
     code = (
-        "import logging; from server import logs; logs.set_up(); logging.getLogger('uvicorn.error').error('bad')"
+        "import logging; from server.telemetry import logs; logs.set_up();"
+        "logging.getLogger('uvicorn.error').error('bad')"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert re.fullmatch(r"\S+Z ERROR uvicorn\.error pid=\d+ request=- bad\n", said.stderr)
@@ -76,7 +77,7 @@ def test_json_has_named_values_as_members() -> None:
     }
 
 
-def test_json_has_other_messages_whole() -> None:
+def test_json_has_other_messages_as_message() -> None:
     try:
         raise ValueError("several\nlines")
     except ValueError:
@@ -85,9 +86,9 @@ def test_json_has_other_messages_whole() -> None:
     assert str(found["exception"]).endswith("ValueError: several\nlines")
 
 
-def test_all_libraries_lines_are_json_then() -> None:
+def test_libraries_lines_are_json_too() -> None:
     code = (
-        "import logging; from server import logs; logs.set_up('json', job='job-1');"
+        "import logging; from server.telemetry import logs; logs.set_up('json', job='job-1');"
         "logging.getLogger('uvicorn.error').error('bad %s', 'thing')"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -100,12 +101,12 @@ def test_a_line_of_a_job_names_it() -> None:
     assert LineFormatter(job="job-1").format(record).endswith(" request=- job=job-1 begun")
 
 
-def test_what_is_fetched_from_the_hub_is_in_no_line(tmp_path: Path) -> None:
+def test_hub_urls_are_not_logged(tmp_path: Path) -> None:
     """Its client would tell the URLs, of which those of large files are signed."""
     code = f"""
 import sys
 from pathlib import Path
-from server import logs
+from server.telemetry import logs
 from server.model.base.hub import fetch_adapter
 logs.set_up()
 place, endpoint = sys.argv[1:]
@@ -119,9 +120,9 @@ fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, timeou
     assert endpoint not in said.stderr
 
 
-def test_nor_is_what_broke_off() -> None:
+def test_failed_hub_urls_are_not_logged() -> None:
     code = """
-from server import logs
+from server.telemetry import logs
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 file_download.logger.warning("Error while downloading from %s: %s", "https://cdn/x?Signature=xyzzy", "timed out")

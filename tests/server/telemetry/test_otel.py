@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from server.config import trace_exporters
+from server.config.environment import trace_exporters
 from server.telemetry.otel import OtelTracer, exporter_of
 from server.telemetry.spans import open_tracer
 
@@ -55,7 +55,7 @@ def test_a_request_goes_on_the_trace_that_its_client_began() -> None:
 
 
 @pytest.mark.parametrize("given", ["", "nonsense", f"00-{'0' * 32}-{PARENT}-01", f"00-{TRACE}-{PARENT}"])
-def test_any_other_header_begins_a_new_one(given: str) -> None:
+def test_an_invalid_header_begins_a_new_trace(given: str) -> None:
     span = tracer()[0].request({"traceparent": given})
     assert span is not None
     assert span.trace_id != TRACE
@@ -74,10 +74,10 @@ def test_any_other_header_begins_a_new_one(given: str) -> None:
         {"tracestate": ",".join(f"xyzzy{number}=1" for number in range(40))},
     ],
 )
-def test_what_its_client_sends_is_in_no_line(headers: dict[str, str]) -> None:
+def test_clients_headers_are_not_logged(headers: dict[str, str]) -> None:
     """Of whomever: spans begin before a key is asked for."""
     code = f"""
-from server import logs
+from server.telemetry import logs
 from server.telemetry.otel import OtelTracer
 logs.set_up()
 assert OtelTracer([]).request({{"traceparent": "00-{TRACE}-{PARENT}-01", **{headers!r}}}).trace_id == "{TRACE}"
@@ -86,20 +86,20 @@ assert OtelTracer([]).request({{"traceparent": "00-{TRACE}-{PARENT}-01", **{head
     assert done.stderr == ""
 
 
-def test_a_collectors_key_is_in_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collectors_key_is_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization: Bearer xyzzy")
     code = "from server.telemetry.spans import open_tracer; assert open_tracer()"  # before there is a log
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
-    assert "OTEL_EXPORTER_OTLP_HEADERS: what isn't written name=value is left out" in done.stderr
+    assert "OTEL_EXPORTER_OTLP_HEADERS: entries that aren't name=value are ignored" in done.stderr
     assert "xyzzy" not in done.stderr
 
 
-def test_what_its_client_does_not_sample_is_no_span() -> None:
+def test_unsampled_requests_have_no_span() -> None:
     assert tracer()[0].request({"traceparent": f"00-{TRACE}-{PARENT}-00"}) is None
 
 
-def test_work_is_a_trace_of_its_own_with_a_link_to_what_led_to_it() -> None:
+def test_work_has_its_own_trace_with_a_link_to_its_cause() -> None:
     mine, exporter = tracer()
     for because_of in (f"00-{TRACE}-{PARENT}-01", None, "nonsense"):
         span = mine.work("train tweets", {"smolora.job.id": "job-1"}, because_of)
@@ -112,7 +112,7 @@ def test_work_is_a_trace_of_its_own_with_a_link_to_what_led_to_it() -> None:
     assert all(not other.links for other in others)
 
 
-def test_a_traceparent_leads_back_to_its_span() -> None:
+def test_a_traceparent_names_its_span() -> None:
     mine, _ = tracer()
     span = mine.request({})
     assert span is not None
@@ -164,7 +164,7 @@ def test_standard_variables_choose_exporters(
     assert trace_exporters() == expected
 
 
-def test_an_exporter_that_is_not_installed_is_named_and_stops_nothing(
+def test_a_missing_exporter_is_logged_and_ignored(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(LookupError, match="opentelemetry-exporter-otlp-proto-grpc"):
@@ -175,7 +175,7 @@ def test_an_exporter_that_is_not_installed_is_named_and_stops_nothing(
     assert "no exporter zipkin is installed" in caplog.text
 
 
-def test_a_collector_that_does_not_answer_holds_no_exit_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_collector_does_not_delay_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
     code = """
 import time
@@ -203,13 +203,13 @@ print(found, "server.telemetry.otel" in sys.modules, tracer)
 """
 
 
-def test_by_default_nothing_of_it_is_imported() -> None:
+def test_opentelemetry_is_not_imported_by_default() -> None:
     """Of the SDK, the exporters and protobuf. FastAPI has the API by itself, which does nothing alone."""
     code = f"import {MODULES}; from server.telemetry.spans import open_tracer; tracer = open_tracer()\n{LOADED}"
     assert in_new_process(code) == "[] False None\n"
 
 
-def test_without_the_extra_the_server_says_so_and_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_the_extra_logs_it_and_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:4318")
     code = """
 import logging, sys

@@ -58,12 +58,12 @@ def test_a_jobs_specification(spec: JobSpec) -> None:
         {"lora": []},
     ],
 )
-def test_what_is_of_another_type_is_refused(change: dict[str, object]) -> None:
+def test_values_of_another_type_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         JobSpec.from_document({**SPEC.to_document(), **change})
 
 
-def test_what_is_missing_is_refused() -> None:
+def test_missing_fields_are_refused() -> None:
     with pytest.raises(ValueError, match="at"):
         read_document(Outer, {"inner": {"curve": []}})
 

@@ -56,6 +56,6 @@ def load(name: str) -> Target:
     """The target of that name. KeyError if there is none."""
     if name not in SHARES:
         raise KeyError(name)
-    target = importlib.import_module(f"tests.fuzzing.targets.{name}").TARGET
+    target = importlib.import_module(f"tests.stress.fuzzing.targets.{name}").TARGET
     assert isinstance(target, Target)
     return target

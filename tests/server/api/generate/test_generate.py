@@ -7,8 +7,9 @@ import httpx
 import pytest
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
+from adapters.lora import AdapterRef
 from adapters.store.store import AdapterStore
-from server.engine.request import AdapterRef, SamplingParams
+from server.engine.request import SamplingParams
 from server.errors import EngineDead, GenerationFailed, QueueFull
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files

@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.request import AdapterRef, Grammar, SamplingParams
+from adapters.lora import AdapterRef
+from server.engine.request import Grammar, SamplingParams
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine

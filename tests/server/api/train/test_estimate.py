@@ -12,7 +12,7 @@ from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
 from server.training.spec import JobSpec
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 L4 = {"device": "cuda:0", "gpu": "NVIDIA L4, compute capability 8.9"}
@@ -43,9 +43,9 @@ def test_devices_are_not_mixed(jobs: Jobs) -> None:
     has_trained(jobs, 100.0, {"device": "cpu", "gpu": None})
     has_trained(jobs, 9000.0, L4)
     assert speed(jobs, CPU) == (100.0, "an earlier job")
-    with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
+    with fake_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
         assert speed(jobs, CUDA) == (9000.0, "an earlier job")
-    with pretended_cuda(Card(name="NVIDIA H100")):
+    with fake_cuda(Card(name="NVIDIA H100")):
         assert speed(jobs, CUDA)[1] == "a matrix product"
 
 
@@ -53,7 +53,7 @@ def test_older_cards_name_no_gpu(jobs: Jobs) -> None:
     has_trained(jobs, 100.0, {"device": "cpu"})
     has_trained(jobs, 9000.0, {"device": "cuda"})
     assert speed(jobs, CPU) == (100.0, "an earlier job")
-    with pretended_cuda():
+    with fake_cuda():
         assert speed(jobs, CUDA)[1] == "a matrix product"
 
 

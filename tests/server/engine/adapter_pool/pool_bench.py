@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
+from adapters.lora import MODULES, AdapterRef, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import AdapterHold, AdapterPool
-from server.engine.request import AdapterRef
 from server.model.rank_rows import RankRows, RowFormat
 from tests.kits.engines import check_pool
 

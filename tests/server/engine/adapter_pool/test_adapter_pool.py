@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from adapters.errors import CorruptAdapter, InvalidInput, NotFound
-from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
+from adapters.lora import MODULES, AdapterRef, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import AdapterPool
-from server.engine.request import AdapterRef
 from tests.server.engine.adapter_pool.pool_bench import Bench, adapter
 
 

@@ -2,9 +2,8 @@
 
 import torch
 
-from adapters.lora import MODULES, BaseShape
+from adapters.lora import MODULES, AdapterRef, BaseShape
 from server.engine.adapter_pool import AdapterHold, AdapterPool
-from server.engine.request import AdapterRef
 from server.model.rank_rows import RankRows, RowFormat
 from tests.kits.engines import random_adapter
 from tests.server.engine.adapter_pool.pool_bench import HandExecutor

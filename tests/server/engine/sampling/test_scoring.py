@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from adapters.errors import InvalidInput
-from adapters.lora import LoraWeights
+from adapters.lora import AdapterRef, LoraWeights
 from server.engine.engine import Engine
-from server.engine.request import AdapterRef, GenerationRequest, SamplingParams, SequenceOutput
+from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
 from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel

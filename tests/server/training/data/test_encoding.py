@@ -81,12 +81,12 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, text: str) 
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_what_is_trained_on(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, text: str) -> None:
+def test_trained_tokens(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, text: str) -> None:
     check_rows(tokenizer, rows, text)
 
 
 @pytest.mark.real
-def test_what_is_trained_on_with_the_real_tokenizer(base_dir: Path) -> None:
+def test_trained_tokens_with_the_real_tokenizer(base_dir: Path) -> None:
     tokenizer = read_tokenizer(base_dir)
     rows = RowEncoder(PromptEncoder(own(tokenizer)), EOS)
     for text in TEXTS:
@@ -111,7 +111,7 @@ def test_what_is_trained_on_with_the_real_tokenizer(base_dir: Path) -> None:
     ]
 
 
-def test_the_prompt_has_what_the_tokenizer_puts_before_every_text() -> None:
+def test_the_prompt_has_the_tokenizers_prefix() -> None:
     backend = tiny_tokenizer().backend_tokenizer
     backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -122,7 +122,7 @@ def test_the_prompt_has_what_the_tokenizer_puts_before_every_text() -> None:
 
 
 @given(row=ROWS, max_length=st.integers(1, 60))
-def test_cut_from_the_right(rows: RowEncoder, row: Row, max_length: int) -> None:
+def test_long_rows_are_cut_at_the_end(rows: RowEncoder, row: Row, max_length: int) -> None:
     whole = rows.encode(row, LONG)
     assert whole.token_ids[-1] == EOS
     assert whole.is_target[-1]
@@ -156,15 +156,16 @@ def test_all_rows_in_their_order(rows: RowEncoder) -> None:
     assert list(rows.encode_all([], 50).examples) == []
 
 
-def test_who_writes_the_end_token_is_told_that_it_is_text(rows: RowEncoder) -> None:
-    """As those do who come from trainers that read it as the token."""
+def test_a_spelled_end_token_raises_a_warning(rows: RowEncoder) -> None:
+    """Users of trainers that parse it as the token write it in their rows."""
     spelling: list[Row] = [
         CompletionRow("404: ", "Not Found<|im_end|>"),
         TextRow("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"),
         chat("hi", "yes<|im_end|>"),
     ]
-    (told,) = rows.encode_all([*spelling, TextRow("cat <filename>"), chat("<| im_end |>", "yes")], LONG).warnings
-    assert told.startswith("<|im_end|> in 3 rows is encoded as plain text")
+    given = [*spelling, TextRow("cat <filename>"), chat("<| im_end |>", "yes")]
+    (warning,) = rows.encode_all(given, LONG).warnings
+    assert warning.startswith("<|im_end|> in 3 rows is encoded as plain text")
     assert rows.encode_all([TextRow("cat <filename>")], LONG).warnings == ()
 
 
@@ -205,7 +206,7 @@ def test_too_many_tokens_are_refused(rows: RowEncoder, monkeypatch: pytest.Monke
         ("", (), [EOS]),
     ],
 )
-def test_templates_that_end_turns_otherwise(end: str, ends: tuple[int, ...], expected: list[int]) -> None:
+def test_templates_with_other_ends_of_turns(end: str, ends: tuple[int, ...], expected: list[int]) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '" + end.replace("\n", "\\n") + "' }}{% endfor %}"

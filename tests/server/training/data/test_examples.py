@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from server.training.encoding import Example, Examples, load_examples, save_examples
+from server.training.encoding import Example, Examples
 
 
 @st.composite
@@ -20,10 +20,10 @@ def examples(draw: st.DrawFn) -> Example:
 
 
 @given(st.lists(examples(), max_size=6))
-def test_comes_back(tmp_path_factory: pytest.TempPathFactory, given_examples: list[Example]) -> None:
+def test_examples_round_trip(tmp_path_factory: pytest.TempPathFactory, given_examples: list[Example]) -> None:
     path = tmp_path_factory.mktemp("examples") / "train.safetensors"
-    save_examples(path, given_examples)
-    for held in (Examples(given_examples), load_examples(path)):
+    Examples(given_examples).save(path)
+    for held in (Examples(given_examples), Examples.load(path)):
         assert list(held) == given_examples
         assert held[:] == given_examples
         assert [held[i] for i in range(-len(held), 0)] == given_examples
@@ -31,13 +31,13 @@ def test_comes_back(tmp_path_factory: pytest.TempPathFactory, given_examples: li
         assert held.num_tokens == sum(held.lengths)
         assert held.num_targets == sum(sum(example.is_target) for example in given_examples)
     again = path.with_name("again")
-    load_examples(path).save(again)
+    Examples.load(path).save(again)
     assert again.read_bytes() == path.read_bytes()
     assert sorted(path.parent.iterdir()) == [again, path]
 
 
-def test_the_file_is_as_it_is_said(tmp_path: Path) -> None:
-    save_examples(tmp_path / "a", [Example((7, 8, 9), (False, True, True)), Example((5,), (False,))])
+def test_the_files_format(tmp_path: Path) -> None:
+    Examples([Example((7, 8, 9), (False, True, True)), Example((5,), (False,))]).save(tmp_path / "a")
     tensors = load_file(tmp_path / "a")
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
         "token_ids": (np.dtype("int32"), [7, 8, 9, 5]),
@@ -46,7 +46,7 @@ def test_the_file_is_as_it_is_said(tmp_path: Path) -> None:
     }
 
 
-def test_counting_holds_no_answer_up() -> None:
+def test_counting_does_not_hold_the_gil() -> None:
     """As many as a job may have would take 1.5 s one by one, in which no other thread gets a turn."""
     example = Example((7,) * 4096, (False, *(True,) * 4095))
     held = Examples([example] * 2048)
@@ -55,7 +55,7 @@ def test_counting_holds_no_answer_up() -> None:
     assert time.thread_time() - started < held.num_tokens * 8e-9
 
 
-def test_there_is_nothing_beyond_the_end() -> None:
+def test_an_index_beyond_the_end_raises() -> None:
     held = Examples([Example((1,), (False,))])
     for index in (1, -2):
         with pytest.raises(IndexError):
@@ -69,8 +69,8 @@ def test_a_first_token_is_no_target() -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    save_examples(path, [Example((1,), (False,))])
+    Examples([Example((1,), (False,))]).save(path)
     with pytest.raises(OverflowError):
-        save_examples(path, [Example((1 << 40,), (False,))])
-    assert load_examples(path)[0].token_ids == (1,)
+        Examples([Example((1 << 40,), (False,))]).save(path)
+    assert Examples.load(path)[0].token_ids == (1,)
     assert list(tmp_path.iterdir()) == [path]

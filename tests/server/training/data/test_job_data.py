@@ -16,7 +16,7 @@ REFERENCES = [Reference((5, 6), " täglich", 3), Reference((), "", 0)]
 
 
 @pytest.mark.parametrize("has_validation", [True, False])
-def test_what_is_saved_comes_back(tmp_path: Path, has_validation: bool) -> None:
+def test_job_data_round_trips(tmp_path: Path, has_validation: bool) -> None:
     validation = Examples(EXAMPLES[1:]) if has_validation else None
     data = JobData(Examples(EXAMPLES), validation, REFERENCES, FOUND.data, "ab" * 32)
     data.save(tmp_path / "job")

@@ -79,7 +79,7 @@ def test_rows_of_several_shapes_may_share_a_jsonl_file() -> None:
     assert jsonl(data) == [TextRow("a"), CompletionRow("b", "c")]
 
 
-def test_nothing_is_no_fault_here() -> None:
+def test_an_empty_file_has_no_fault() -> None:
     assert jsonl(b"") == jsonl(b"\n\n") == csv_rows(b"text\n") == []
 
 
@@ -148,8 +148,8 @@ def test_a_bad_line_is_named(line: bytes, loc: Loc, message: str) -> None:
             "line 1: the first line names promt: did you mean prompt? The columns are prompt and completion",
         ),
         (b"prompt\na\n", ("file",), "line 1: the first line must name the columns"),
-        (b"prompt,completion\na,b\na\n", ("file",), "line 3: has 1 column, where the first line names 2"),
-        (b"prompt,completion\na,b,c\n", ("file",), "line 2: has 3 columns, where the first line names 2"),
+        (b"prompt,completion\na,b\na\n", ("file",), "line 3: has 1 column, but the first line names 2"),
+        (b"prompt,completion\na,b,c\n", ("file",), "line 2: has 3 columns, but the first line names 2"),
         (b"prompt,completion\na,\n", ("file", 2, "completion"), "line 2: completion must not be empty"),
         (b'text\n"a\n\nb"\n""\n', ("file", 5, "text"), "line 5: text must not be empty"),
         (b'text\n"a"b\n', ("file",), "line 2: is not CSV: ',' expected after '\"'"),
@@ -160,7 +160,7 @@ def test_a_bad_line_is_named(line: bytes, loc: Loc, message: str) -> None:
         (b"text\n" + b"a" * 131_073, ("file",), "line 2: is not CSV: field larger than field limit"),
         (b"messages\n[]\n", ("file", 2, "messages"), "line 2: messages must be a list of turns"),
         (b"messages\nhello\n", ("file", 2, "messages"), "line 2: messages is not JSON: Expecting value"),
-        (b"\xff\xfet\0e\0x\0t\0\n\0", ("file",), "line 1: is no text: it is UTF-16: save it as UTF-8"),
+        (b"\xff\xfet\0e\0x\0t\0\n\0", ("file",), "line 1: is not text: it is UTF-16: save it as UTF-8"),
     ],
 )
 def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
@@ -183,14 +183,14 @@ def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
     ],
 )
 @pytest.mark.parametrize("file_format", ["jsonl", "csv"])
-def test_a_file_that_is_no_text_is_called_what_it_is(data: bytes, remedy: str | None, file_format: Format) -> None:
+def test_binary_files_are_named_by_their_format(data: bytes, remedy: str | None, file_format: Format) -> None:
     (loc, said), *others = faults(data, file_format)
     assert loc == ("file",)
     if remedy is None:
         assert said.startswith(("line 1: has a NUL byte, at byte ", "line 1: is not UTF-8, at byte "))
         assert ": it is " not in said
     else:
-        assert said.startswith("line 1: is no text: it is ")
+        assert said.startswith("line 1: is not text: it is ")
         assert remedy in said
         assert not others
 
@@ -200,7 +200,7 @@ def test_a_column_may_have_the_name_that_parquet_begins_with() -> None:
 
 
 ARRAY_REMEDY = (
-    "begins an array, where each line is a row: `jq -c '.[]'` makes the lines of a .jsonl file of an array"
+    "begins an array, but each line must be a row: `jq -c '.[]'` makes the lines of a .jsonl file of an array"
 )
 
 
@@ -221,11 +221,11 @@ ARRAY_REMEDY = (
         (b'\n[{"text": "%s"}]' % (b"a" * MAX_LINE), f"line 2: is longer than {MAX_LINE} bytes and {ARRAY_REMEDY}"),
     ],
 )
-def test_an_array_is_told_how_it_becomes_lines(data: bytes, fault: str) -> None:
+def test_an_array_gets_advice_on_making_lines(data: bytes, fault: str) -> None:
     assert faults(data, "jsonl") == [(("file",), fault)]
 
 
-def test_a_conversation_is_not_told_to_be_split() -> None:
+def test_a_list_of_turns_is_not_taken_for_an_array_of_rows() -> None:
     turns = b'[{"content": "{a}", "role": "user"}, {"role": "assistant", "content": "b"}]\n'
     for data in (turns, b"\n" + turns, turns * 2):
         for _, said in faults(data, "jsonl"):
@@ -243,7 +243,7 @@ def test_a_conversation_is_not_told_to_be_split() -> None:
         ("a.parquet", "pandas"),
     ],
 )
-def test_a_name_of_another_kind_is_told_what_to_do(name: str, remedy: str) -> None:
+def test_unsupported_formats_get_advice(name: str, remedy: str) -> None:
     with pytest.raises(InvalidInput, match=rf"its name must end in \.jsonl or \.csv: .*{remedy}"):
         format_of(name)
 
@@ -267,7 +267,7 @@ def test_very_many_other_fields_are_counted_together() -> None:
     assert warning.endswith("field_7 in 1 row, 992 times others")
 
 
-def test_an_early_end_is_told() -> None:
+def test_reading_that_ends_early_says_so() -> None:
     found = faults(b"[]\n" * 100, "jsonl")
     assert len(found) == MAX_FAULTS + 1
     assert found[-1] == (("file",), "reading ended here: lines after these may be at fault, too")
@@ -287,7 +287,7 @@ def test_no_fault_quotes_the_file() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"), [("a.jsonl", "jsonl"), ("B.CSV", "csv"), ("a.csv.jsonl", "jsonl"), ("../x/y.csv", "csv")]
 )
-def test_the_name_says_the_format(name: str, expected: str) -> None:
+def test_the_name_decides_the_format(name: str, expected: str) -> None:
     assert format_of(name) == expected
 
 
@@ -375,13 +375,13 @@ def test_hostile_files_take_bounded_memory(name: str) -> None:
     assert peak < 40 * MAX_LINE
 
 
-def test_as_many_lines_as_may_be() -> None:
+def test_the_most_lines() -> None:
     rows = sum(1 for _ in read_jsonl(io.BytesIO(b'{"text":"a"}\n' * MAX_LINES)))
     assert rows == MAX_LINES
     assert "line 200001" in faults(b"\n" * (MAX_LINES + 1), "jsonl")[0][1]
 
 
-def test_a_line_as_long_as_may_be() -> None:
+def test_the_longest_line() -> None:
     text = "a" * (MAX_LINE - len('{"text":""}\n'))
     assert jsonl(b'{"text":"%s"}\n' % text.encode()) == [TextRow(text)]
     assert "longer" in faults(b'{"text":"%sa"}\n' % text.encode(), "jsonl")[0][1]

@@ -123,7 +123,7 @@ def test_turns_may_be_what_openai_takes_as_such() -> None:
     assert isinstance(parse_row(document), MessagesRow)  # users may say nothing
 
 
-def test_null_is_nothing() -> None:
+def test_null_fields_are_ignored() -> None:
     """As tables with other rows, or turns, that have such a column: Parquet's, and what `datasets` writes."""
     assert parse_row({"prompt": "200", "completion": "OK", "text": None, "messages": None}) == CompletionRow(
         "200", "OK"
@@ -200,7 +200,7 @@ def test_faults_are_named(value: object, expected: list[tuple[str | int, ...]]) 
         ({str(i): i for i in range(100)}, "; this one has 0, 1, 2, 3, 4, 5, 6, 7"),
     ],
 )
-def test_a_row_of_another_shape_is_told_what_it_has(value: object, said: str) -> None:
+def test_a_row_of_another_shape_is_told_its_fields(value: object, said: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         parse_row(value)
     assert caught.value.errors[0].message.endswith(said)
@@ -221,7 +221,7 @@ def test_no_message_quotes_the_text() -> None:
         assert "secret" not in str(caught.value)
 
 
-def test_a_strange_fields_name_can_be_answered() -> None:
+def test_unknown_fields_names_can_be_quoted() -> None:
     loc, *_ = faults({"messages": [{"\ud800": 1}]})
     assert json.dumps(loc, ensure_ascii=False).encode()
 

@@ -62,7 +62,7 @@ def ticking() -> Iterator[list[float]]:
 
 
 @given(TEXTS, SHARES)
-def test_the_smallest_digests_with_their_duplicates(texts: list[str], share: float) -> None:
+def test_the_smallest_digests_and_their_duplicates_are_held_out(texts: list[str], share: float) -> None:
     smallest = {sorted(texts, key=digest)[i] for i in range(max(1, round(share * len(texts))))}
     assume(smallest != set(texts))
     train, validation = split(texts, share)
@@ -86,7 +86,7 @@ def test_the_order_does_not_matter(texts: list[str], share: float, dice: random.
 @pytest.mark.parametrize(
     ("num_rows", "share", "expected"), [(200, 0.1, 20), (25, 0.1, 2), (3, 0.01, 1), (20, 0.5, 10)]
 )
-def test_how_many(num_rows: int, share: float, expected: int) -> None:
+def test_the_number_of_held_out_rows(num_rows: int, share: float, expected: int) -> None:
     train, validation = split([str(i) for i in range(num_rows)], share)
     assert (len(train), len(validation)) == (num_rows - expected, expected)
 
@@ -119,19 +119,19 @@ def test_none() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], ["a"], ["a", "a", "a"]])
-def test_something_must_be_left_to_train_on(texts: list[str]) -> None:
+def test_a_row_must_be_left_to_train_on(texts: list[str]) -> None:
     with pytest.raises(InvalidInput) as caught:
         split(texts, 0.1)
     assert caught.value.errors[0].loc == ("validation",)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, float("nan"), float("inf")])
-def test_a_share_is_a_share(share: float) -> None:
+def test_an_invalid_share_is_refused(share: float) -> None:
     with pytest.raises(InvalidInput):
         split(["a", "b"], share)
 
 
-def test_what_is_held_out_unasked() -> None:
+def test_the_default_share() -> None:
     assert [default_share(n) for n in (0, 19, 20, 1000)] == [0, 0, 0.1, 0.1]
 
 

@@ -27,7 +27,9 @@ def tiny(tiny_base: BaseModel) -> BaseModel:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_as_on_the_cpu(kind: str, tiny: BaseModel, tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_is_like_one_on_the_cpu(
+    kind: str, tiny: BaseModel, tiny_base: BaseModel, tmp_path: Path
+) -> None:
     expected = run(tiny_base, KINDS[kind], tmp_path / "cpu")
     found = run(tiny, KINDS[kind], tmp_path / "gpu")
     for (step, ours), (_, theirs) in zip(found.counters.train_curve, expected.counters.train_curve, strict=True):
@@ -39,7 +41,7 @@ def test_a_run_goes_as_on_the_cpu(kind: str, tiny: BaseModel, tiny_base: BaseMod
 
 
 @pytest.mark.parametrize("kind", ["dropout", "pissa", "full"])
-def test_stopped_and_gone_on_with_it_ends_in_the_same_bytes(kind: str, tiny: BaseModel, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_in_the_same_bytes(kind: str, tiny: BaseModel, tmp_path: Path) -> None:
     spec = longer(KINDS[kind], 6)
     whole = tensors(run(tiny, spec, tmp_path / "whole"))
     with pytest.raises(Left):
@@ -49,7 +51,7 @@ def test_stopped_and_gone_on_with_it_ends_in_the_same_bytes(kind: str, tiny: Bas
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_step_waits_as_seldom_as_on_the_pretended_card(tiny: BaseModel, dropout: float) -> None:
+def test_a_step_synchronizes_as_rarely_as_on_the_fake_card(tiny: BaseModel, dropout: float) -> None:
     start, taken_off = initial_weights(LoraSpec(), tiny, 0)
     trainable = trainable_rows(tiny, start, taken_off, max_length=512, dropout=dropout)
     trainer = Trainer(trainable, make_examples([500] * 8), TrainingSpec(batch_size=8, max_length=512))
@@ -58,7 +60,7 @@ def test_a_step_waits_as_seldom_as_on_the_pretended_card(tiny: BaseModel, dropou
     assert 1 <= len(found) <= 3, found
 
 
-def test_a_share_is_kept_to(tiny: BaseModel) -> None:
+def test_the_memory_share_is_respected(tiny: BaseModel) -> None:
     """And running out of it is told from other faults."""
     device = torch.device("cuda", torch.cuda.current_device())
     _, total = torch.cuda.mem_get_info(device)
@@ -72,7 +74,7 @@ def test_a_share_is_kept_to(tiny: BaseModel) -> None:
     assert is_out_of_memory(caught.value)
 
 
-def test_what_a_card_says_of_it(tiny: BaseModel) -> None:
+def test_the_card_names_the_gpu(tiny: BaseModel) -> None:
     environment = Environment.of(tiny)
     assert environment.gpu is not None
     assert torch.cuda.get_device_name() in environment.gpu

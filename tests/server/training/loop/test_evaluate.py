@@ -40,7 +40,7 @@ def test_loss_and_accuracy(max_tokens: int, tiny_base: BaseModel, tiny_base_dir:
     assert abs(tuned.loss - found.loss) > 0.1
 
 
-def test_more_counted_tokens_than_logits_at_one_time(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+def test_more_counted_tokens_than_a_chunk(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     examples = make_examples((400, 500, 450), seed=1)
     found = evaluate(pass_of(model_of(tiny_base, 512), NoAdapters()), examples)
     assert found.num_tokens > 600
@@ -54,7 +54,7 @@ def test_nothing_is_trained_or_kept(tiny_base: BaseModel) -> None:
     assert not rows.gradients.any()
 
 
-def test_between_micro_batches(tiny_base: BaseModel) -> None:
+def test_the_callback_runs_between_micro_batches(tiny_base: BaseModel) -> None:
     calls: list[None] = []
     evaluate(
         pass_of(model_of(tiny_base), NoAdapters()),

@@ -1,4 +1,4 @@
-"""Training over a pretended card: no mixed devices, the CPU's bytes, and few waits and kernels a micro-batch."""
+"""Training over a fake card: no mixed devices, the CPU's bytes, and few waits and kernels a micro-batch."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from server.training.trainables import TrainableModel, TrainableRows, trainable_
 from server.training.trained_rows import initial_weights
 from server.training.trainer import Trainer
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.server.training.data.rows_kit import make_examples, model_of, pass_of
 from tests.server.training.loop.codes_kit import KINDS, SPEC, Left, longer, run, tensors
 
@@ -24,7 +24,7 @@ def test_a_run_ends_in_the_cpus_bytes(kind: str, tiny_base: BaseModel, tmp_path:
     """Evaluations with completions by the engine included; so few tokens are laid out alike on both."""
     spec = KINDS[kind]
     expected = run(tiny_base, spec, tmp_path / "cpu")
-    with pretended_cuda():
+    with fake_cuda():
         found = run(on_card(tiny_base), spec, tmp_path / "card")
         found_tensors = tensors(found)
     assert all(map(torch.equal, found_tensors, tensors(expected)))
@@ -36,9 +36,9 @@ def test_a_run_ends_in_the_cpus_bytes(kind: str, tiny_base: BaseModel, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["dropout", "full"])
-def test_it_goes_on_from_a_checkpoint(kind: str, tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint(kind: str, tiny_base: BaseModel, tmp_path: Path) -> None:
     spec = longer(KINDS[kind], 6)
-    with pretended_cuda():
+    with fake_cuda():
         base = on_card(tiny_base)
         whole = tensors(run(base, spec, tmp_path / "whole"))
         with pytest.raises(Left):
@@ -48,19 +48,19 @@ def test_it_goes_on_from_a_checkpoint(kind: str, tiny_base: BaseModel, tmp_path:
     assert all(map(torch.equal, whole, parts))
 
 
-def test_going_on_elsewhere_is_flagged(
+def test_resuming_on_another_device_is_logged(
     tiny_base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the CPU to a card, and from there to another kind of card."""
     spec = longer(SPEC, 12)
     with pytest.raises(Left):
         run(tiny_base, spec, tmp_path, left=25)
-    with pretended_cuda(Card(name="NVIDIA L4")), pytest.raises(Left):
+    with fake_cuda(Card(name="NVIDIA L4")), pytest.raises(Left):
         run(on_card(tiny_base), spec, tmp_path, left=6)
-    with pretended_cuda(Card(name="NVIDIA H100")):
+    with fake_cuda(Card(name="NVIDIA H100")):
         outcome = run(on_card(tiny_base), spec, tmp_path)
     assert outcome.counters.computed_by == ["torch", "torch on NVIDIA L4", "torch on NVIDIA H100"]
-    assert "continues with torch on NVIDIA H100 what torch on NVIDIA L4 began" in caplog.text
+    assert "continuing with torch on NVIDIA H100 after torch on NVIDIA L4" in caplog.text
 
 
 def trainable_of(base: BaseModel, method: Method, init: Init, dropout: float) -> TrainableRows | TrainableModel:
@@ -79,11 +79,11 @@ def trainable_of(base: BaseModel, method: Method, init: Init, dropout: float) ->
         ("full", "gaussian", 0.0, 716),
     ],
 )
-def test_what_a_step_of_a_micro_batch_costs(
+def test_the_cost_of_a_step_of_a_micro_batch(
     tiny_base: BaseModel, method: Method, init: Init, dropout: float, num_kernels: int
 ) -> None:
     """Eight rows of 500 tokens: one micro-batch, which waits for its loss, and one norm of gradients."""
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         trainable = trainable_of(on_card(tiny_base), method, init, dropout)
         trainer = Trainer(trainable, make_examples([500] * 8), TrainingSpec(batch_size=8, max_length=512))
         trainer.run_step()
@@ -100,7 +100,7 @@ def test_an_evaluation_waits_twice_a_micro_batch(tiny_base: BaseModel) -> None:
     """For its losses and for what was right, however many tokens' logits exist at one time."""
     examples = make_examples([500] * 8)
     expected = evaluate(pass_of(model_of(tiny_base, 512), NoAdapters()), examples)
-    with pretended_cuda() as card:
+    with fake_cuda() as card:
         base = on_card(tiny_base)
         passes = pass_of(model_of(base, 512), NoAdapters())
         card.main.clear()

@@ -70,7 +70,7 @@ class Sized:
 
 
 @pytest.mark.parametrize("max_length", [64, 512, 8192])
-def test_a_step_of_short_rows_is_as_many_micro_batches_whatever_may_be_longer(max_length: int) -> None:
+def test_micro_batches_do_not_depend_on_max_length(max_length: int) -> None:
     """Between them it lets requests go first, and leaves; and each takes memory for all of its tokens."""
     sized, lengths = Sized(), [30] * 100
     Trainer(sized, make_examples(lengths), TrainingSpec(batch_size=len(lengths), max_length=max_length)).run_step()
@@ -78,7 +78,7 @@ def test_a_step_of_short_rows_is_as_many_micro_batches_whatever_may_be_longer(ma
     assert [sum(batch) for batch in sized.micro_batches] == [most // 30 * 30] * 5 + [450]
 
 
-def test_a_row_that_is_longer_is_a_micro_batch_of_its_own() -> None:
+def test_a_longer_row_has_its_own_micro_batch() -> None:
     sized, lengths = Sized(), [700, 30, 30, 513, 400]
     Trainer(sized, make_examples(lengths), TrainingSpec(batch_size=len(lengths), max_length=2048)).run_step()
     assert sized.micro_batches == [[700], [513], [400, 30, 30]]

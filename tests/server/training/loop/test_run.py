@@ -91,7 +91,7 @@ def tensors(weights: LoraWeights | None) -> list[torch.Tensor]:
     ]
 
 
-def test_it_learns_and_leaves_the_base_alone(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
+def test_a_run_learns_and_leaves_the_base_unchanged(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
     before = digest_of(tiny_base.config, tiny_base.weights)
     outcome, listener = run(tiny_base, data, tmp_path)
     assert outcome.base is not None
@@ -104,7 +104,7 @@ def test_it_learns_and_leaves_the_base_alone(tiny_base: BaseModel, data: JobData
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_disturbed_anywhere_it_ends_in_the_same_bytes(
+def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(
     tiny_base: BaseModel, data: JobData, tmp_path: Path, method: Method, dropout: float
 ) -> None:
     spec = replace(SPEC, method=method, lora=replace(SPEC.lora, dropout=dropout))
@@ -126,7 +126,7 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
     assert whole.tuned == last.tuned
 
 
-def test_the_best_evaluation_is_what_is_left(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
+def test_the_best_evaluations_weights_are_kept(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
     training = replace(SPEC.training, eval_steps=2, learning_rate=1e-2, early_stopping_patience=2)
     outcome, _ = run(tiny_base, data, tmp_path, replace(SPEC, training=training))
     curve = dict(outcome.counters.eval_curve)
@@ -136,7 +136,7 @@ def test_the_best_evaluation_is_what_is_left(tiny_base: BaseModel, data: JobData
     assert outcome.num_steps == max(curve), "what was taken, whichever step's weights are kept"
 
 
-def test_it_stops_where_patience_ends(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_a_run_stops_when_patience_ends(tiny_base: BaseModel, tmp_path: Path) -> None:
     """At the same losses as a run without patience has, and with the weights of one that ends at the best step."""
     data = job_data(tiny_base, num_rows=12, num_held_out=4)  # others than those that it learns by heart
     training = replace(SPEC.training, eval_steps=2, learning_rate=2e-3, schedule="constant", warmup_ratio=0.0)
@@ -184,14 +184,14 @@ def test_the_last_evaluation_is_transformers(
         assert dict(outcome.counters.eval_curve)[outcome.step] == pytest.approx(after[0], abs=1e-4)
 
 
-def test_a_loss_that_is_no_number_fails_with_a_hint(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_fails_with_a_hint(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
     training = replace(SPEC.training, learning_rate=1e20, warmup_ratio=0.0)
     with pytest.raises(TrainingDiverged, match="learning_rate"):
         run(tiny_base, data, tmp_path, replace(SPEC, training=training))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_weights_that_are_no_numbers_are_not_left(
+def test_weights_that_are_not_finite_fail_the_run(
     tiny_base: BaseModel, data: JobData, tmp_path: Path, method: Method
 ) -> None:
     """The last step's loss is that of the weights before it: where no rows are held out, no other one follows."""

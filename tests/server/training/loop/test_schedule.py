@@ -48,7 +48,7 @@ def transformers_rates(schedule: Schedule, num_warmup: int, total: int) -> list[
         (1, 0, 0),
     ],
 )
-def test_against_transformers(schedule: Schedule, total: int, ratio: float, num_warmup: int) -> None:
+def test_the_schedule_is_transformers(schedule: Schedule, total: int, ratio: float, num_warmup: int) -> None:
     theirs = transformers_rates(schedule, num_warmup, total)
     for step in range(total):
         expected = theirs[step + 1] if step < num_warmup else theirs[step]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from server.training.passes import Dropout, stream
+from server.training.trained_rows import Dropout, stream
 
 X = torch.zeros(9, 40)
 
 
-def test_a_rows_mask_is_its_own() -> None:
+def test_a_rows_mask_does_not_depend_on_others() -> None:
     first, second = (7, 0, 12), (7, 0, 5)
     together = Dropout(0.3, [first, second], [4, 5]).kept(1, "qkv", X)
     other_way = Dropout(0.3, [second, first], [5, 4]).kept(1, "qkv", X)
@@ -17,7 +17,7 @@ def test_a_rows_mask_is_its_own() -> None:
     assert together.dtype is torch.bool
 
 
-def test_each_stream_layer_and_group_has_another_mask() -> None:
+def test_each_stream_layer_and_group_has_its_own_mask() -> None:
     def mask(seed: int = 7, step: int = 0, row: int = 12, layer: int = 1, group: str = "qkv") -> torch.Tensor:
         return Dropout(0.5, [(seed, step, row)], [9]).kept(layer, group, X)
 
@@ -27,7 +27,7 @@ def test_each_stream_layer_and_group_has_another_mask() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9])
-def test_the_share_that_stays(probability: float) -> None:
+def test_the_kept_share(probability: float) -> None:
     dropout = Dropout(probability, [(0, step) for step in range(100)], [10] * 100)
     kept = dropout.kept(0, "o", torch.zeros(1000, 100))
     deviation = (probability * (1 - probability) / kept.numel()) ** 0.5
@@ -41,7 +41,7 @@ def test_the_share_is_the_same_in_every_feature_and_token() -> None:
     assert (kept.view(400, 3, 20).mean((0, 2)) - 0.5).abs().max() < 0.1
 
 
-def test_streams_are_told_apart_by_their_whole_name() -> None:
+def test_streams_depend_on_the_whole_name() -> None:
     draws = [
         torch.randn(4, generator=stream(*name)).tolist()
         for name in [

@@ -94,7 +94,7 @@ def test_the_distribution_is_pefts(init: Init, tiny_base: BaseModel, tiny_base_d
 
 
 @pytest.mark.parametrize("init", TAKEN_OFF)
-def test_it_can_be_left_before_each_module_that_is_decomposed(init: Init, tiny_base: BaseModel) -> None:
+def test_the_init_can_be_stopped_before_each_decomposition(init: Init, tiny_base: BaseModel) -> None:
     """And to look changes nothing."""
     spec = replace(SPEC, init=init)
     expected, _ = initial_weights(spec, tiny_base, seed=0)
@@ -330,7 +330,7 @@ def test_the_real_base(init: Init, real_base: BaseModel) -> None:
     assert (ours - plain).abs().max() <= 1e-5
 
 
-def test_a_base_without_a_16_bit_copy_is_needed_by_none(tiny_base_dir: Path, tmp_path: Path) -> None:
+def test_initial_weights_leave_the_base_unchanged(tiny_base_dir: Path, tmp_path: Path) -> None:
     """The base's tensors, mapped from its file, are as they were."""
     base = load_base(resolve_base(str(tiny_base_dir), tmp_path))
     before = {name: tensor.clone() for name, tensor in base.weights.tensors()}

@@ -16,8 +16,7 @@ from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples
 from server.training.evaluate import evaluate
 from server.training.job_data import DataFacts, JobData
-from server.training.native_pass import NativePass
-from server.training.passes import MicroBatch, TorchPass
+from server.training.passes import MicroBatch, NativePass, TorchPass
 from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, TrainingSpec
 from server.training.trainables import TrainableModel
@@ -66,7 +65,7 @@ def test_every_tensors_gradient(base: BaseModel, library: ctypes.CDLL) -> None:
     assert off(native.flat, exact.flat) < off(in_torch.flat, exact.flat)
 
 
-def test_neither_threads_nor_chance_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
+def test_threads_and_timing_do_not_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
     lengths = (70, 128, 9, 150, 160, 33)
     batch = batch_of(tokens(grouped, lengths), lengths)
     threads = torch.get_num_threads()
@@ -98,7 +97,7 @@ def test_gradients_of_another_form_are_refused(grouped: BaseModel, library: ctyp
             )
 
 
-def test_disturbed_anywhere_it_ends_in_the_same_bytes(
+def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(
     grouped: BaseModel, library: ctypes.CDLL, tmp_path: Path
 ) -> None:
     """A job's run: what it learns is measured natively too, and so is the base beside it."""

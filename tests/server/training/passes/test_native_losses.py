@@ -16,8 +16,7 @@ from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples
 from server.training.evaluate import Evaluation, evaluate
 from server.training.job_data import DataFacts, JobData
-from server.training.native_pass import NativePass
-from server.training.passes import Pass, TorchPass
+from server.training.passes import NativePass, Pass, TorchPass
 from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
@@ -49,14 +48,14 @@ def assert_near(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL, exa
     assert (native.num_rows, native.num_tokens) == (exact.num_rows, exact.num_tokens)
 
 
-def test_they_are_torchs(base: BaseModel, library: ctypes.CDLL) -> None:
+def test_native_losses_are_torchs(base: BaseModel, library: ctypes.CDLL) -> None:
     """Of the base alone and under an adapter, rows without a counted token among them."""
     examples = make_examples(LENGTHS, seed=2)
     for weights in (LoraWeights({}), uneven(base)):
         assert_near(base, weights, library, examples)
 
 
-def test_neither_threads_nor_company_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
+def test_threads_and_batches_do_not_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
     examples, weights = make_examples(LENGTHS, seed=2), uneven(grouped)
     threads = torch.get_num_threads()
     found: set[Evaluation] = set()

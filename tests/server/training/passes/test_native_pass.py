@@ -19,8 +19,7 @@ from server.model.native.training import NativeTraining
 from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples
 from server.training.job_data import DataFacts, JobData
-from server.training.native_pass import NativePass
-from server.training.passes import MicroBatch, TorchPass
+from server.training.passes import MicroBatch, NativePass, TorchPass
 from server.training.run import Outcome, Run
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
@@ -102,7 +101,7 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_they_are_closer_to_fp32_than_torchs_16_bits(
+def test_native_gradients_are_closer_to_fp32_than_torchs_16_bits(
     base: BaseModel, library: ctypes.CDLL, dropout: float
 ) -> None:
     token_ids, start = tokens(base, LENGTHS), uneven(base)
@@ -126,7 +125,7 @@ def test_every_modules_gradients(grouped: BaseModel, library: ctypes.CDLL) -> No
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_share_that_is_taken_off(grouped: BaseModel, library: ctypes.CDLL, init: Init) -> None:
+def test_subtracted_rows(grouped: BaseModel, library: ctypes.CDLL, init: Init) -> None:
     start, taken_off = initial_weights(LoraSpec(rank=4, init=init), grouped, seed=0)
     assert taken_off is not None
     token_ids = tokens(grouped, LENGTHS)
@@ -136,7 +135,7 @@ def test_a_share_that_is_taken_off(grouped: BaseModel, library: ctypes.CDLL, ini
     assert off(native.gradients, exact.gradients) < 0.03
 
 
-def test_neither_threads_nor_chance_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
+def test_threads_and_timing_do_not_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
     lengths = (70, 128, 9, 150, 160, 33)
     token_ids, start = tokens(grouped, lengths), uneven(grouped)
     threads = torch.get_num_threads()
@@ -153,7 +152,7 @@ def test_neither_threads_nor_chance_change_a_bit(grouped: BaseModel, library: ct
         assert torch.equal(other.gradients, found[0].gradients)
 
 
-def test_a_text_is_the_same_in_any_company(grouped: BaseModel, library: ctypes.CDLL) -> None:
+def test_a_texts_result_does_not_depend_on_its_batch(grouped: BaseModel, library: ctypes.CDLL) -> None:
     token_ids, start = tokens(grouped, LENGTHS), uneven(grouped)
     together = pass_through(grouped, start, token_ids, LENGTHS, library).hidden
     at = 0
@@ -178,7 +177,7 @@ def test_one_pass_after_the_other(grouped: BaseModel, library: ctypes.CDLL) -> N
     torch.testing.assert_close(trainable.gradients, small.gradients + large.gradients)
 
 
-def test_a_loss_that_is_no_number_says_so(grouped: BaseModel, library: ctypes.CDLL) -> None:
+def test_a_loss_that_is_not_finite_is_reported(grouped: BaseModel, library: ctypes.CDLL) -> None:
     modules = random_adapter(grouped.config.shape, 0, rank=4).modules
     for value in (float("nan"), float("inf"), 1e38):
         wild = LoraWeights({key: LoraModule(m.a, torch.full_like(m.b, value), 1.0) for key, m in modules.items()})
@@ -190,7 +189,9 @@ def test_a_loss_that_is_no_number_says_so(grouped: BaseModel, library: ctypes.CD
 
 
 @pytest.mark.parametrize("is_native", [True, False])
-def test_beside_native_threads_torch_has_one(grouped: BaseModel, library: ctypes.CDLL, is_native: bool) -> None:
+def test_torch_has_one_thread_next_to_native_threads(
+    grouped: BaseModel, library: ctypes.CDLL, is_native: bool
+) -> None:
     start, given = random_adapter(grouped.config.shape, 1), library if is_native else None
     trainable = trainable_rows(grouped, start, None, max_length=8, dropout=0.0, library=given)
     examples = [Example((3, 4, 5), (False, True, True))]
@@ -212,7 +213,7 @@ def test_beside_native_threads_torch_has_one(grouped: BaseModel, library: ctypes
     assert seen == [1 if is_native else 3]
 
 
-def test_a_base_that_native_code_does_not_cover_is_torchs(tmp_path: Path, library: ctypes.CDLL) -> None:
+def test_torch_trains_bases_that_native_code_does_not_cover(tmp_path: Path, library: ctypes.CDLL) -> None:
     base = tiny_of(tmp_path, "one group", intermediate_size=72)
     said: list[str] = []
     assert find_library(base, [CACHE / "native"], said.append) is None
@@ -221,7 +222,7 @@ def test_a_base_that_native_code_does_not_cover_is_torchs(tmp_path: Path, librar
         NativeTraining(library, base.config, base.weights, {}, max_positions=64, num_threads=1)
 
 
-def test_what_would_be_read_outside_is_refused(grouped: BaseModel, library: ctypes.CDLL) -> None:
+def test_out_of_bounds_reads_are_refused(grouped: BaseModel, library: ctypes.CDLL) -> None:
     training = NativeTraining(library, grouped.config, grouped.weights, {}, max_positions=8, num_threads=1)
     vocab, size = grouped.config.vocab_size, grouped.config.hidden_size
     for ids, lengths in (([3] * 9, [9]), ([3] * 4, [3]), ([3, 4], [2, 0]), ([vocab], [1]), ([-1], [1])):
@@ -243,7 +244,7 @@ def test_what_would_be_read_outside_is_refused(grouped: BaseModel, library: ctyp
     assert training.loss(hidden[:0], torch.tensor([], dtype=torch.int64), 1.0)[0] == 0
 
 
-def test_disturbed_anywhere_it_ends_in_the_same_bytes(
+def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(
     grouped: BaseModel, library: ctypes.CDLL, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A job's run, with native code: other bytes than torch's, and always the same ones."""
@@ -277,7 +278,7 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
         both, listener = run("both", 2)
     assert listener.steps[0] > 1
     assert both.counters.computed_by == ["torch", computed_by(library)]
-    assert "the bytes won't be those of either" in caplog.text
+    assert "the bytes will differ from those of either" in caplog.text
 
 
 def equal(one: Outcome, other: Outcome) -> bool:
@@ -315,9 +316,7 @@ def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDL
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=0.05, rtol=0.02)
 
 
-def test_the_loss_of_more_rows_than_have_their_logits_at_one_time(
-    base_dir: Path, real_base: BaseModel, library: ctypes.CDLL
-) -> None:
+def test_the_loss_of_more_rows_than_a_chunk(base_dir: Path, real_base: BaseModel, library: ctypes.CDLL) -> None:
     """300 rows of the real head: torch's cross-entropy in fp32, and its gradient."""
     base = load_base(base_dir, torch.bfloat16)
     training = NativeTraining(library, base.config, base.weights, {}, max_positions=64, num_threads=2)

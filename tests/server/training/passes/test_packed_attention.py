@@ -56,7 +56,7 @@ def test_attention_and_its_gradients(lengths: list[int]) -> None:
         torch.testing.assert_close(d_found, d_expected, atol=1e-5, rtol=1e-5)
 
 
-def test_positions_start_anew_in_each_text() -> None:
+def test_positions_start_at_0_in_each_text() -> None:
     assert PackedAttention([3, 1, 2], CPU).positions.tolist() == [0, 1, 2, 0, 0, 1]
 
 

@@ -10,8 +10,7 @@ from server.model.base.weights import BaseModel
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from server.model.smollm import NoAdapters
-from server.training.passes import Dropout
-from server.training.trained_rows import TrainedRows
+from server.training.trained_rows import Dropout, TrainedRows
 from tests.kits.engines import place, random_adapter
 from tests.server.model.test_rank_rows import CPU, SHAPE
 from tests.server.training.data.rows_kit import (
@@ -121,7 +120,7 @@ def test_the_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_the_formula_with_a_share_taken_off(name: str) -> None:
+def test_the_formula_with_subtracted_rows(name: str) -> None:
     check_formula(near(ADAPTERS[name]), ADAPTERS[name])
 
 
@@ -133,7 +132,7 @@ def test_the_formula_with_dropout(name: str, takes_off: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_what_is_served_afterwards(name: str) -> None:
+def test_the_served_adapter_matches_the_trained_one(name: str) -> None:
     """The rows as they train against `LoraBatch` with the weights that they publish."""
     for rows in (
         TrainedRows(ADAPTERS[name], SHAPE, torch.float32, CPU),
@@ -167,7 +166,7 @@ def test_round_trip(name: str) -> None:
         assert torch.equal(module.b, weights.modules[key].b + 1)
 
 
-def test_what_is_published_with_a_share_taken_off() -> None:
+def test_the_published_adapter_with_subtracted_rows() -> None:
     """Twice the rank, and the same difference; nothing at all before the first step."""
     start = ADAPTERS["mixed ranks"]
     moved = near(start)
@@ -233,7 +232,7 @@ def test_first_gradients_are_pefts(options: dict[str, object], tiny_base: BaseMo
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_first_gradients_with_a_share_taken_off_are_pefts(
+def test_first_gradients_with_subtracted_rows_are_pefts(
     init: str, tiny_base: BaseModel, tiny_base_dir: Path
 ) -> None:
     """PEFT takes the share out of W; here W stays, and the loss and all gradients are the same."""

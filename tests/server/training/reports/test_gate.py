@@ -49,7 +49,7 @@ def test_a_gate_needs_evaluations() -> None:
         decide("improves_latest", None, BASE, LATEST)
 
 
-def test_a_loss_that_is_no_number_improves_nothing() -> None:
+def test_a_loss_that_is_not_finite_improves_nothing() -> None:
     assert not decide("improves_base", at(float("nan")), BASE).passes
 
 

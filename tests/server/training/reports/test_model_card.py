@@ -54,7 +54,7 @@ def test_an_adapter(tiny_base: BaseModel) -> None:
     assert text.endswith("\n")
 
 
-def test_what_computed_it(tiny_base: BaseModel) -> None:
+def test_the_card_lists_the_code_that_computed(tiny_base: BaseModel) -> None:
     assert ["device", "cpu (AVX512), 2 threads, bf16"] in rows(model_card(build_report(SPEC, tiny_base, FOUND)))
     gpu = replace(
         FOUND.environment,
@@ -85,7 +85,7 @@ def test_all_weights_without_held_out_rows(tiny_base: BaseModel) -> None:
     assert "started from" not in text
 
 
-def test_what_was_not_measured_has_no_row(tiny_base: BaseModel) -> None:
+def test_unmeasured_values_have_no_row(tiny_base: BaseModel) -> None:
     assert FOUND.base is not None
     assert FOUND.tuned is not None
     base, tuned = (replace(evaluation, exact_match=None) for evaluation in (FOUND.base, FOUND.tuned))

@@ -26,7 +26,7 @@ from server.training.report import (
 )
 from server.training.spec import JobSpec
 from tests.kits.fake_gpu.card import Card
-from tests.kits.fake_gpu.cuda import on_card, pretended_cuda
+from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_full_fine_tuning_from_the_base_without_held_out_rows(tiny_base: BaseMod
     assert report["gate"] == {"publish_if": "always", "passes": True, "reason": report["gate"]["reason"]}
 
 
-def test_what_was_not_asked_for_is_null(tiny_base: BaseModel) -> None:
+def test_evaluations_that_were_not_needed_are_null(tiny_base: BaseModel) -> None:
     """Rows without completions have no exact match; a perplexity stays finite."""
     text = Evaluation(loss=1e5, accuracy=0.0, num_rows=1, num_tokens=3)
     found = replace(FOUND, base=text, tuned=text, latest=None, gate=decide("improves_base", text, text))
@@ -127,7 +127,7 @@ def test_long_curves_are_thinned_out(num_points: int, tiny_base: BaseModel) -> N
     assert report["curves"]["eval_loss"] == []
 
 
-def test_names_and_texts_change_nothing_but_themselves(tiny_base: BaseModel) -> None:
+def test_names_and_descriptions_change_nothing_else(tiny_base: BaseModel) -> None:
     """The same job under another name: its card differs where the name is, and nowhere else."""
     one = build_report(SPEC, tiny_base, FOUND)
     other = build_report(replace(SPEC, name="films", description=""), tiny_base, FOUND)
@@ -146,7 +146,7 @@ def test_the_environment(tiny_base: BaseModel) -> None:
 
 
 def test_the_environment_of_a_gpu(tiny_base: BaseModel) -> None:
-    with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),), reserved_bytes=123)):
+    with fake_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),), reserved_bytes=123)):
         found = Environment.of(on_card(tiny_base), ("torch on NVIDIA L4",))
         peak = peak_memory_bytes(torch.device("cuda"))
     assert (found.device, found.gpu) == ("cuda", "NVIDIA L4, compute capability 8.9")
@@ -154,7 +154,7 @@ def test_the_environment_of_a_gpu(tiny_base: BaseModel) -> None:
     assert peak == 123, "what was taken from the GPU, not what tensors took of that"
 
 
-def test_pissa_says_what_is_published(tiny_base: BaseModel) -> None:
+def test_pissa_reports_the_published_rank(tiny_base: BaseModel) -> None:
     adapter = AdapterFacts("12" * 32, LoraConfig(16, 32.0, ("q_proj",)), 10_000)
     found = replace(FOUND, adapter=adapter, gate=Gate("always", True, "published whatever its loss is"))
     report: dict[str, Any] = build_report(SPEC, tiny_base, found)

@@ -11,7 +11,7 @@ def read(content: bytes) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(content.decode())))
 
 
-def test_what_was_measured_stands_at_its_step() -> None:
+def test_measurements_are_at_their_steps() -> None:
     tuned = Evaluation(loss=0.25, accuracy=0.875, num_rows=2, num_tokens=8)
     rows = read(step_metrics_csv([(1, 3.5), (2, 2.0), (3, 0.1)], [(1, 3.0), (3, 0.5)], 3, tuned))
     assert [list(row.values()) for row in rows] == [

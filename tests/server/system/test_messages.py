@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.system.program import program
+from server.system.messages import plural, program
 
 
 @pytest.fixture
@@ -22,18 +22,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("called", ["{}/.venv/bin/smolora", ".venv/bin/smolora"])
-def test_below_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, called: str) -> None:
+def test_a_program_below_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, called: str) -> None:
     monkeypatch.setattr(sys, "argv", [called.format(folder)])
     assert program() == ".venv/bin/smolora"
 
 
-def test_in_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_in_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder / ".venv" / "bin")
     monkeypatch.setattr(sys, "argv", ["./smolora"])
     assert program() == "./smolora"
 
 
-def test_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "a b").mkdir()
     (folder / ".venv").rename(folder / "a b" / "env")
     (folder / "here").mkdir()
@@ -42,19 +42,19 @@ def test_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert program() == "'../a b/env/bin/smolora'"
 
 
-def test_a_service_is_started_where_no_shell_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_in_the_root_folder_keeps_the_whole_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     monkeypatch.setattr(sys, "argv", [str(folder / ".venv" / "bin" / "smolora")])
     assert program() == str(folder / ".venv" / "bin" / "smolora")
 
 
-def test_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder / ".venv" / "bin"))
     monkeypatch.setattr(sys, "argv", [str(folder / ".venv" / "bin" / "smolora")])
     assert program() == "smolora"
 
 
-def test_another_one_is_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_program_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "bin").mkdir()
     (folder / "bin" / "smolora").write_text("#!/bin/sh\n")
     (folder / "bin" / "smolora").chmod(0o755)
@@ -63,13 +63,13 @@ def test_another_one_is_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert program() == ".venv/bin/smolora"
 
 
-def test_without_a_script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_without_a_script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(folder / "server" / "cli" / "__main__.py")])
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
     assert program() == f"{folder / 'python'} -m server.cli"
 
 
-def test_what_the_command_line_suggests_runs() -> None:
+def test_suggested_commands_run() -> None:
     script = [str(Path(sys.executable).with_name("smolora"))]
     failed = subprocess.run(
         [*script, "jobs", "--url", "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60, check=False
@@ -77,3 +77,8 @@ def test_what_the_command_line_suggests_runs() -> None:
     assert failed.returncode == 1
     _, suggested, _ = failed.stderr.split("`")
     subprocess.run(["bash", "-c", f"{suggested} --help"], capture_output=True, timeout=60, check=True)
+
+
+def test_plurals() -> None:
+    found = [plural(number, "stored adapter") for number in (0, 1, 2, 1000)]
+    assert found == ["0 stored adapters", "1 stored adapter", "2 stored adapters", "1,000 stored adapters"]

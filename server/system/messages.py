@@ -1,7 +1,4 @@
-"""How this program was called, so that the commands it suggests run as they are pasted.
-
-Counts in sentences.
-"""
+"""Parts of messages to users: the command as it was called, and nouns with their number."""
 
 import shlex
 import shutil
@@ -12,9 +9,10 @@ NAME = "smolora"
 
 
 def program() -> str:
-    """`smolora` where the shell finds this very one by its name, else its path, a relative one where it may be.
+    """Return how a shell in the current folder calls this program, so that suggested commands can be pasted.
 
-    Nobody's shell is at `/`, where services are: what is below it keeps its whole path.
+    This is `smolora` if the shell finds this installation by that name, else its path: relative if it is below the
+    current folder, unless that is `/`, where services run but no user's shell does.
     """
     called = Path(sys.argv[0])
     if called.name != NAME:  # `python -m server.cli`, or a test
@@ -30,6 +28,6 @@ def program() -> str:
     return shlex.quote(f"./{called}" if len(called.parts) == 1 else str(called))
 
 
-def counted(number: int, noun: str) -> str:
-    """As in `1 version`, `2 versions`, `1,000 rows`: for nouns whose plural ends in an s alone."""
+def plural(number: int, noun: str) -> str:
+    """Return `1 version`, `2 versions` or `1,000 rows`; only for nouns whose plural adds just an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
