@@ -305,7 +305,7 @@ class Library:
         If other machines may be writing the catalog, it is left alone (`doctor --rebuild`). `is_known(job_id)`
         returns whether the database has the job.
         """
-        found = Recovered() if self.store.is_shared else self.catalog.recover(self.store.is_whole, is_known)
+        found = Recovered() if self.store.is_in_bucket else self.catalog.recover(self.store.is_whole, is_known)
         self.sweep()
         return found
 

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> Results:
     source = source_directory(options.cache, say)
     sets = read_sets(source, num_train=options.train_rows, num_tuning=0, num_test=options.test_rows)
     base = load_base(resolve_base(options.model, options.home, progress=say), choose_device("cpu", "auto")[1])
-    trial = _Trial(base, sets, say, find_library(base, [options.home / "native"], say))
+    trial = _Trial(base, sets, say, find_library(base, options.home / "native", say))
     trial.run(source)
     sizes = {rated.name: SetSize(len(rated.train), len(rated.test)) for rated in sets}
     results = Results(

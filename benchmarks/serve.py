@@ -38,7 +38,8 @@ from benchmarks.serving.systems.systems import OurServer
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, BaseWeights, load_base
-from server.model.native.library import NativeUnavailable, instructions
+from server.model.native.build import NativeUnavailable
+from server.model.native.library import instructions
 
 LOG = "serve.log"
 

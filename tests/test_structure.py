@@ -48,7 +48,7 @@ ONLY_IN = {
         "server.database",
         "server.jobs",
         "server.migrations",
-        "server.operations.move",
+        "server.operations",
     ),
     "limits": ("server.access.rates",),
     "ray": ("server.cluster.deploy", "server.cluster.transport"),

@@ -1,1 +1,1 @@
-"""Where bytes are kept: files that are whole or absent, buckets, copies of folders in them."""
+"""Storage of bytes: durable files, blobs and folders, in a directory or in a bucket."""

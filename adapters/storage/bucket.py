@@ -1,37 +1,39 @@
-"""An object store, S3's protocol or a directory that machines share: keys and bytes, and one error where it fails.
+"""Blobs in an object store: one that speaks S3's protocol, or a directory that several machines mount.
 
-Credentials, region and endpoint are the usual AWS_* variables, which obstore reads. What fails is tried again,
-with jitter, for `patience` seconds; one that doesn't answer by then costs at most as much again. Every write
-is one that may be repeated: nothing here asks for a conditional put, which not every store has.
+Credentials, region and endpoint come from the usual AWS_* variables, which obstore reads. A failed request is
+retried with jitter for `patience` seconds; a request that gets no answer by then takes at most as long again. All
+requests may be repeated: none is a conditional put, which not every store supports.
 """
 
+import hashlib
 import logging
 import random
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import obstore
+from obstore import Bytes
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, S3Store
 
-from adapters.errors import BytesUnavailable, SmoloraError
+from adapters.errors import BytesUnavailable
+from adapters.storage.blobs import Missing, Stored
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PATIENCE = 20.0
-"""Seconds for which an operation is tried again."""
+"""Seconds for which a failed operation is retried."""
 RETRY_AFTER = 5.0
-_PIECE = 16 << 20  # a request's share of a large object
-_KEYS = 1000  # of one delete
+_PIECE = 16 << 20  # bytes of a large object that one request reads
+_KEYS = 1000  # the most keys that S3 deletes in one request
 _FILE = "file://"
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -41,21 +43,8 @@ T = TypeVar("T")
 log = logging.getLogger("smolora.bytes")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """An object: its key below the bucket's prefix, its bytes, and when the store took it, by its own clock."""
-
-    key: str
-    size: int
-    modified: datetime
-
-
-class Missing(SmoloraError):
-    """There is no such object, or none any more."""
-
-
 class Bucket:
-    """The objects below one prefix. Thread-safe. All of it raises BytesUnavailable."""
+    """The objects below one prefix, as `Blobs`. Thread-safe. All methods raise BytesUnavailable."""
 
     def __init__(self, store: "ObjectStore", patience: float, prefix: str = "") -> None:
         """`prefix` ends in a slash, or is empty."""
@@ -65,9 +54,9 @@ class Bucket:
 
     @classmethod
     def open(cls, url: str, *, allow_http: bool = False, patience: float = PATIENCE) -> "Bucket":
-        """The bucket of `s3://bucket/prefix`, or the directory of `file:///directory`, which is made.
+        """Open `s3://bucket/prefix`, or `file:///directory`, which is created if it doesn't exist.
 
-        `allow_http`: to send credentials over connections that aren't encrypted. Raises ValueError.
+        `allow_http` permits connections without encryption, over which credentials are sent. Raises ValueError.
         """
         if url.startswith(_FILE):
             return cls(LocalStore(url.removeprefix(_FILE), mkdir=True, automatic_cleanup=True), patience)
@@ -78,7 +67,7 @@ class Bucket:
                     "allow_http": allow_http,
                     "connect_timeout": timedelta(seconds=patience / 4),
                     "read_timeout": timedelta(seconds=patience / 2),
-                    "timeout": timedelta(seconds=4 * patience),  # of a piece, which may move all the while
+                    "timeout": timedelta(seconds=4 * patience),  # of one piece, as long as bytes keep arriving
                 },
                 retry_config={
                     "max_retries": 100,
@@ -95,80 +84,105 @@ class Bucket:
         return cls(store, patience)
 
     def under(self, prefix: str) -> "Bucket":
-        """The objects whose keys go on with `prefix` and a slash."""
+        """Return the bucket of all objects below `prefix`, which is given without a slash at its end."""
         return Bucket(self._store, self._patience, f"{self._prefix}{prefix}/")
 
     def put(self, key: str, data: bytes) -> None:
-        """Store the object, in the place of an older one."""
+        """Store the object. An object of the same key is replaced."""
         self._ask(lambda: obstore.put(self._store, self._prefix + key, data))
 
     def put_file(self, key: str, path: Path) -> None:
-        """The same of a file's content. Raises OSError where it can't be read."""
+        """Store a file's content as `put` does. Raise OSError if it can't be read."""
         with path.open("rb"):
             self._ask(lambda: obstore.put(self._store, self._prefix + key, path))
 
     def get(self, key: str) -> bytes:
-        """The object's bytes. Raises Missing."""
+        """Return the object's bytes. Raise Missing if there is no such object."""
         return self._ask(lambda: bytes(obstore.get(self._store, self._prefix + key).bytes()))
 
     def copy_to(self, stored: Stored, file: BinaryIO) -> None:
-        """Write the object's bytes. Raises Missing, also where it has become another, and OSError."""
-        key = self._prefix + stored.key
-        for start in range(0, stored.size, _PIECE):
-            length = min(_PIECE, stored.size - start)
-            piece = self._ask(partial(obstore.get_range, self._store, key, start=start, length=length))
-            if len(piece) != length:
-                raise Missing(f"{stored.key} is no longer as long as it was")
+        """Write the object's bytes to the file. Raise Missing if it was deleted or replaced, or OSError."""
+        for piece in self._pieces(stored):
             file.write(piece)
 
+    def digest(self, stored: Stored) -> str:
+        """Return the SHA-256 of the object's bytes, in hexadecimal digits. Raise Missing as `copy_to` does."""
+        digest = hashlib.sha256()
+        for piece in self._pieces(stored):
+            digest.update(piece)
+        return digest.hexdigest()
+
     def listed(self, prefix: str = "") -> list[Stored]:
-        """All objects below the prefix (whole names between slashes), by key."""
+        """Return all objects below the prefix, ordered by key. The prefix ends in a slash, or is empty."""
         own, below = len(self._prefix), (self._prefix + prefix).rstrip("/") or None
         found = self._ask(lambda: obstore.list(self._store, below).collect())
         kept = [Stored(str(m["path"])[own:], int(m["size"]), m["last_modified"]) for m in found]
         return sorted(kept, key=lambda stored: stored.key)
 
+    def keys(self, prefix: str) -> list[str]:
+        """Return the keys of all objects below the prefix, in order."""
+        return [stored.key for stored in self.listed(prefix)]
+
     def folders(self) -> list[str]:
-        """The names before the first slash of all keys."""
-        if isinstance(self._store, LocalStore):  # which tells of empty folders as well: a kill leaves some
+        """Return the distinct first parts of all keys that contain a slash."""
+        if isinstance(self._store, LocalStore):  # whose listing of folders has empty ones, too, which kills leave
             return sorted({stored.key.split("/", 1)[0] for stored in self.listed() if "/" in stored.key})
         own, below = len(self._prefix), self._prefix.rstrip("/") or None
         found = self._ask(lambda: obstore.list_with_delimiter(self._store, below))
         return sorted(str(name)[own:].rstrip("/") for name in found["common_prefixes"])
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove the objects; those that aren't there don't matter. In which order, nobody knows."""
+        """Delete the objects. Missing keys are ignored. The order is unspecified."""
         own = [self._prefix + key for key in keys]
         at_once = 1 if isinstance(self._store, LocalStore) else _KEYS
         for start in range(0, len(own), at_once):
             with suppress(Missing):
                 self._ask(partial(obstore.delete, self._store, own[start : start + at_once]))
 
-    def try_out(self, num_bytes: int) -> None:
-        """Put an object of so many bytes, and remove it: one that has no room may take an empty one."""
-        key = f"clock/{secrets.token_hex(8)}"  # as those of `now`, which nobody looks for
-        self._ask(lambda: obstore.put(self._store, key, bytes(num_bytes)))
-        self._ask(lambda: obstore.delete(self._store, key))
+    def reach(self, num_bytes: int) -> None:
+        """Check that an object of `num_bytes` can be written now; if 0, that an object can be deleted.
+
+        A full store may accept an empty object, and deletes.
+        """
+        key = f"clock/{secrets.token_hex(8)}"  # next to the probes of `now`: nothing reads this folder
+        if num_bytes:
+            self._ask(lambda: obstore.put(self._store, key, bytes(num_bytes)))
+        with suppress(Missing):
+            self._ask(lambda: obstore.delete(self._store, key))
+
+    def clean(self, prefix: str) -> None:
+        """Return at once: an object is never half-written."""
 
     def now(self) -> datetime:
-        """The store's clock, by which `Stored.modified` is."""
-        key = f"clock/{secrets.token_hex(8)}"  # whatever the prefix
+        """Return the time by the store's clock, which `Stored.modified` uses too."""
+        key = f"clock/{secrets.token_hex(8)}"  # outside of every prefix
         self._ask(lambda: obstore.put(self._store, key, b""))
         found = self._ask(lambda: obstore.head(self._store, key))
         self._ask(lambda: obstore.delete(self._store, key))
         modified: datetime = found["last_modified"]
         return modified
 
+    def _pieces(self, stored: Stored) -> Iterator[Bytes]:
+        key = self._prefix + stored.key
+        for start in range(0, stored.size, _PIECE):
+            length = min(_PIECE, stored.size - start)
+            piece = self._ask(partial(obstore.get_range, self._store, key, start=start, length=length))
+            if len(piece) != length:
+                raise Missing(f"{stored.key} is no longer as long as it was")
+            yield piece
+
     def _ask(self, question: Callable[[], T]) -> T:
-        """Its answer. obstore tries again what it knows to be safe. All that is asked here is: so whatever got no
-        answer is asked again. Raises Missing, BytesUnavailable.
+        """Return the store's answer. Raises Missing, BytesUnavailable.
+
+        obstore retries what it knows to be idempotent. All our requests are, so any request that got no answer is
+        sent again.
         """
         until = time.monotonic() + self._patience
         while True:
             try:
                 return question()
             except (BaseError, OSError) as error:
-                # a store's own words may quote what was signed
+                # Only a code is logged: the store's own message may quote what was signed.
                 found = _CODE.search(str(error)) or _STATUS.search(str(error))
                 if isinstance(error, FileNotFoundError) and (found is None or found[1] in ("404", "NoSuchKey")):
                     raise Missing("there is no such object") from None

@@ -1,24 +1,28 @@
-"""Folders in a bucket, each perhaps in several copies, of which none ever changes.
+"""Folders in a bucket, each in any number of copies. A copy never changes.
 
-    <id>/<copy>/<file>      a copy is there once it has its mark, the file that is written last
+    <folder>/<copy>/<file>      a copy is whole once it has its mark, the file that is written last
 
-Each upload of a folder is a copy of its own, named at random. So whoever removes a copy that was looked at,
-however late, can't take anything from one that was made since.
+Each upload makes a copy with a random id, unless the caller names it. So a process that listed the copies, and
+removes them much later, can't remove a copy that was uploaded in between.
 """
 
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapters.storage.bucket import Bucket, Stored
+from adapters.storage.blobs import Stored
 from adapters.storage.durable import sync
+
+if TYPE_CHECKING:
+    from adapters.storage.bucket import Bucket
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of a folder: its files by name. `is_whole`: its mark was there."""
+    """A copy of a folder. `files` are by name. `is_whole`: its mark was there."""
 
     folder: str
     id: str
@@ -31,31 +35,49 @@ class Copy:
 
     @property
     def modified(self) -> datetime:
-        """When its newest file came, by the store's clock."""
+        """The time of its newest file, by the store's clock."""
         return max(stored.modified for stored in self.files.values())
 
 
 class Copies:
-    """All copies of the folders in a bucket; `mark` is the name of the file that comes last."""
+    """All copies of the folders in a bucket, whose marks are files named `mark`.
 
-    def __init__(self, bucket: Bucket, mark: str) -> None:
+    Without a bucket there are no copies, and `push` does nothing: HOME has the only folder.
+    """
+
+    def __init__(self, bucket: "Bucket | None", mark: str) -> None:
         self._bucket = bucket
         self._mark = mark
 
     def of(self, folder: str) -> list[Copy]:
-        """Those of one folder, the oldest first; half of one may be among them."""
-        return _gathered(self._bucket.listed(f"{folder}/"), self._mark)
+        """Return the folder's copies, the oldest first, including those that aren't whole."""
+        return self._gathered(f"{folder}/")
 
     def all(self) -> list[Copy]:
-        """Those of all folders, each folder's oldest first."""
-        return _gathered(self._bucket.listed(), self._mark)
+        """Return the copies of all folders, ordered by folder and age, including those that aren't whole."""
+        return self._gathered("")
 
     def whole(self, folder: str) -> list[Copy]:
-        """Those that can be fetched, the oldest first."""
+        """Return the folder's whole copies, the oldest first."""
         return [copy for copy in self.of(folder) if copy.is_whole]
 
-    def push(self, folder: str, directory: Path, copy: str | None = None, without: Collection[str] = ()) -> str:
-        """Upload the directory's files, but for those named, as a copy; its id, which is `copy` where given."""
+    def folders(self) -> list[str]:
+        """Return the names of all folders."""
+        return [] if self._bucket is None else self._bucket.folders()
+
+    def now(self) -> datetime:
+        """Return the time by the clock that `Copy.modified` uses."""
+        return datetime.now(UTC) if self._bucket is None else self._bucket.now()
+
+    def push(
+        self, folder: str, directory: Path, copy: str | None = None, without: Collection[str] = ()
+    ) -> str | None:
+        """Upload the directory's files, except those named in `without`, as a new copy.
+
+        Return the copy's id, which is `copy` if given, or None if there is no bucket.
+        """
+        if self._bucket is None:
+            return None
         copy = copy or secrets.token_hex(8)
         paths = (path for path in sorted(directory.iterdir()) if path.is_file())
         names = [path.name for path in paths if path.name not in (self._mark, *without)]
@@ -63,32 +85,36 @@ class Copies:
             self._bucket.put_file(f"{folder}/{copy}/{name}", directory / name)
         return copy
 
-    def fetch(self, copy: Copy, directory: Path, names: Iterable[str] | None = None) -> None:
-        """Write the copy's files, or those named, into the directory, synced. Raises Missing, OSError."""
+    def fetch(self, copy: Copy, directory: Path) -> None:
+        """Download the copy's files into the directory, and sync them. Raises Missing, OSError."""
         for name, stored in copy.files.items():
-            if names is None or name in names:
-                with (directory / name).open("wb") as file:
-                    self._bucket.copy_to(stored, file)
-                sync(directory / name)
+            with (directory / name).open("wb") as file:
+                self._of_copies.copy_to(stored, file)
+            sync(directory / name)
         sync(directory)
 
     def read(self, copy: Copy, name: str) -> bytes:
-        """One of its files. Raises Missing."""
-        return self._bucket.get(f"{copy.folder}/{copy.id}/{name}")
+        """Return the content of one of the copy's files. Raises Missing."""
+        return self._of_copies.get(f"{copy.folder}/{copy.id}/{name}")
 
     def remove(self, copies: Iterable[Copy]) -> None:
-        """Remove them, their marks first."""
+        """Delete the copies, their marks first."""
         keys = [stored.key for copy in copies for stored in copy.files.values()]
-        marks = [key for key in keys if key.endswith(f"/{self._mark}")]
-        self._bucket.delete(marks)
-        self._bucket.delete(key for key in keys if key not in marks)
+        if keys:
+            mark = f"/{self._mark}"
+            self._of_copies.delete(key for key in keys if key.endswith(mark))
+            self._of_copies.delete(key for key in keys if not key.endswith(mark))
 
+    @property
+    def _of_copies(self) -> "Bucket":
+        assert self._bucket is not None, "there is no copy without a bucket"
+        return self._bucket
 
-def _gathered(listed: Iterable[Stored], mark: str) -> list[Copy]:
-    found: dict[tuple[str, str], dict[str, Stored]] = {}
-    for stored in listed:
-        folder, copy, name = (*stored.key.split("/", 2), "", "")[:3]
-        if name and "/" not in name:
-            found.setdefault((folder, copy), {})[name] = stored
-    copies = [Copy(folder, copy, files, mark in files) for (folder, copy), files in found.items()]
-    return sorted(copies, key=lambda copy: (copy.folder, copy.modified, copy.id))
+    def _gathered(self, prefix: str) -> list[Copy]:
+        found: dict[tuple[str, str], dict[str, Stored]] = {}
+        for stored in [] if self._bucket is None else self._bucket.listed(prefix):
+            folder, copy, name = (*stored.key.split("/", 2), "", "")[:3]
+            if name and "/" not in name:
+                found.setdefault((folder, copy), {})[name] = stored
+        copies = [Copy(folder, copy, files, self._mark in files) for (folder, copy), files in found.items()]
+        return sorted(copies, key=lambda copy: (copy.folder, copy.modified, copy.id))

@@ -1,7 +1,7 @@
-"""Files and directories that are there whole or not at all, wherever a process is killed or the power fails.
+"""Files and directories that are whole or absent, whenever a process is killed or the power fails.
 
-What is new is written beside its place, synced, and renamed; then the directory that names it is synced, too. It
-belongs to its owner alone, whatever the umask, unless it `is_public`.
+A new file is written under a temporary name, synced, and renamed; then its directory is synced, too. Only its
+owner may read it, whatever the umask, unless it `is_public`.
 """
 
 import json
@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"
-"""How the names of files and directories begin that are being written, or that a killed process left behind."""
+"""Prefix of files and directories that are being written, or that a killed process left behind."""
 ABANDONED_AFTER = 3600.0
-"""Seconds without a change after which such a thing is nobody's any more."""
+"""Seconds without a change after which an unfinished file or directory counts as abandoned."""
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or a directory's content is on the disk. Raises OSError."""
+    """Flush a file's or a directory's content to the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,9 +30,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_file(target: Path, *, is_public: bool = False) -> Iterator[Path]:
-    """Fill the file that this yields; on leaving it takes the place of `target`. Raises OSError.
+    """Yield a file to fill, and rename it to `target` on leaving. Raises OSError.
 
-    Where the block fails nothing stays of it, and `target` is what it was.
+    If the block fails, the file is removed, and `target` is unchanged.
     """
     handle, name = tempfile.mkstemp(prefix=f"{UNFINISHED}{target.name}-", dir=target.parent)
     os.close(handle)
@@ -43,7 +43,7 @@ def new_file(target: Path, *, is_public: bool = False) -> Iterator[Path]:
         sync(unfinished)
         unfinished.replace(target)
     except BaseException:
-        with suppress(OSError):  # what went wrong first is what is told
+        with suppress(OSError):  # the first error is the one to raise
             unfinished.unlink(missing_ok=True)
         raise
     sync(target.parent)
@@ -51,16 +51,16 @@ def new_file(target: Path, *, is_public: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(target: Path, *, is_public: bool = False) -> Iterator[Path]:
-    """Fill the directory that this yields; on leaving it is renamed to `target`. Raises OSError.
+    """Yield a directory to fill, and rename it to `target` on leaving. Raises OSError.
 
-    Where `target` has come to exist meanwhile it stays as it is, and what was written is dropped.
+    If `target` exists by then, it is unchanged, and the new directory is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{target.name}-", dir=target.parent))
     try:
         yield unfinished
         for path in unfinished.rglob("*"):
-            path.chmod(_mode(is_public, is_directory=path.is_dir()))  # writers leave modes of several kinds
+            path.chmod(_mode(is_public, is_directory=path.is_dir()))  # writers set various modes
             sync(path)
         unfinished.chmod(_mode(is_public, is_directory=True))
         sync(unfinished)
@@ -72,11 +72,11 @@ def new_directory(target: Path, *, is_public: bool = False) -> Iterator[Path]:
         try:
             sync(target.parent)
         except OSError:
-            if not unfinished.exists():  # ours took its place: take it back, since it may be gone with the power
+            if not unfinished.exists():  # undo the rename, which may not survive a power failure
                 target.rename(unfinished)
             raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # gone already where the rename took it
+        shutil.rmtree(unfinished, ignore_errors=True)  # if it wasn't renamed
 
 
 def _mode(is_public: bool, *, is_directory: bool = False) -> int:
@@ -86,9 +86,9 @@ def _mode(is_public: bool, *, is_directory: bool = False) -> int:
 
 
 def remove_directory(target: Path) -> None:
-    """Remove it whole: it is out of sight by one rename, then deleted. Raises FileNotFoundError where it isn't.
+    """Rename the directory away, then delete it, so that it is never seen in part. Raises FileNotFoundError.
 
-    A full disk has room for that: nothing is made.
+    This works on a full disk.
     """
     aside = target.with_name(f"{UNFINISHED}{os.urandom(4).hex()}")
     target.rename(aside)
@@ -96,13 +96,13 @@ def remove_directory(target: Path) -> None:
 
 
 def remove_unfinished(parent: Path, name: str) -> None:
-    """Drop what killed processes left of `name`; only for one who knows that nobody is writing it now."""
+    """Remove what killed processes left of `name`. Only for a caller who knows that nobody is writing it."""
     for directory in parent.glob(f"{UNFINISHED}{name}-*"):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Drop what killed processes left of anything, once it is old enough to be nobody's."""
+    """Remove what killed processes left, once it is old enough to count as abandoned."""
     for path in parent.glob(f"{UNFINISHED}*"):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
@@ -113,5 +113,5 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """As text that a person can read, keys sorted."""
+    """Write readable JSON with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Where adapters' bytes lie: immutable directories, named by digest."""
+"""The stores of adapters' bytes: immutable directories, named by digest."""

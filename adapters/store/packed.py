@@ -1,12 +1,9 @@
-"""Several files opened together: all of them, or none stays open.
-
-A second form of stored adapters, as an engine wants them in its memory: a file each, to load them quickly.
+"""A second form of stored adapters: one file each, with the bytes as an engine needs them in memory, to load fast.
 
     <root>/packed/<digest>
 
-It is made of the first form and no more than a cache of this machine's: nothing copies it elsewhere, it goes with
-the adapter's bytes, and where it lacks it is made again. What lies in a file, and whether it is sound, is for
-whoever makes them to know.
+The files are a cache on this machine, made from the first form. They are removed with the adapter's bytes, and
+made again if missing. The caller that makes them defines their content, and knows whether it is intact.
 """
 
 import os
@@ -25,7 +22,7 @@ from adapters.storage.durable import UNFINISHED, new_file, remove_abandoned
 
 
 def open_all(paths: Mapping[str, Path]) -> dict[str, BinaryIO]:
-    """The files by the same names, to read and close. They outlive being removed. Raises OSError."""
+    """Open all files, or none, and return them by the same names. They outlive a removal. Raises OSError."""
     files: dict[str, BinaryIO] = {}
     with ExitStack() as opened:
         for name, path in paths.items():
@@ -37,8 +34,7 @@ def open_all(paths: Mapping[str, Path]) -> dict[str, BinaryIO]:
 Pieces = Sequence[memoryview]
 """A file's bytes, one piece after the other."""
 
-
-_FREE_SHARE = 10
+_FREE_SHARE = 10  # a tenth of the disk stays free
 
 
 class PackedFiles:
@@ -48,20 +44,23 @@ class PackedFiles:
         self._root = root
         self._folder = root / "packed"
         self.make: Callable[[str, LoraWeights], Pieces | None] | None = None
-        """What is kept of an adapter that is put, by its digest and weights; None where that isn't worth its room
-        or has none (`has_room`), ValueError or RuntimeError where the adapter has no such form."""
+        """Makes the file of a stored adapter from its digest and weights.
+
+        Returns None if the file isn't worth its space, or if there is no space (`has_room`). Raises ValueError or
+        RuntimeError if the adapter has no such form.
+        """
         self.min_free_bytes = 0
-        """That others need of the disk."""
+        """Bytes of the disk that must stay free for other uses."""
 
     def add(self, weights: LoraWeights) -> None:
-        """Keep what `make` makes of an adapter that was just stored, if anything, and if there is room."""
+        """Store the file of an adapter that was just stored, if `make` returns one, and if there is room."""
         if self.make is not None:
             with suppress(OSError, ValueError, RuntimeError):
                 if (pieces := self.make(weights.digest, weights)) is not None:
                     self.keep(weights.digest, pieces)
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether a tenth of the disk would stay free beside a file of so many bytes and what others need.
+        """Return whether a tenth of the disk, and `min_free_bytes`, would stay free after storing a file.
 
         Raises OSError.
         """
@@ -70,19 +69,19 @@ class PackedFiles:
         return disk.free - num_bytes >= self.min_free_bytes + disk.total // _FREE_SHARE
 
     def keep(self, digest: str, pieces: Pieces) -> None:
-        """Have the file, whole or not at all. Raises OSError.
+        """Store the file, whole or not at all. A no-op if the adapter is gone, or there is no room.
 
-        Nothing where the adapter is gone, or there is no room.
+        Raises OSError.
         """
         if not self.has_room(sum(piece.nbytes for piece in pieces)):
             return
         with new_file(self._folder / digest) as unfinished, unfinished.open("wb") as file:
             file.writelines(pieces)
-        if not self._has_bytes(digest):  # discarded meanwhile, perhaps before the file was there to go with it
+        if not self._has_bytes(digest):  # it was discarded meanwhile
             self.remove(digest)
 
     def open(self, digest: str) -> FileIO:
-        """Open the file, which is then just used. Raises OSError, FileNotFoundError if there is none.
+        """Open the file, and record the time of its use. Raises OSError; FileNotFoundError if there is none.
 
         Files are read and not mapped: an I/O error while a map is read would end the process (SIGBUS).
         """
@@ -95,19 +94,19 @@ class PackedFiles:
         return file
 
     def contents(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each digest with its file's bytes, mapped, to be looked at: that isn't a use."""
+        """Yield each digest with its file's bytes, mapped, for a check. This doesn't count as a use."""
         for path in sorted(self._folder.glob("*")):
             if not path.name.startswith(UNFINISHED):
                 with suppress(OSError, RuntimeError, TensorFileError):
                     yield path.name, map_file(path)
 
     def remove(self, digest: str) -> None:
-        """Nothing where there is none."""
+        """Remove the file, if there is one."""
         with suppress(OSError):
             (self._folder / digest).unlink(missing_ok=True)
 
     def facts(self, digest: str) -> tuple[float, int]:
-        """When it was last used, and its bytes; zeros where there is none."""
+        """Return the time of the file's last use and its size in bytes, or zeros if there is none."""
         try:
             found = (self._folder / digest).stat()
         except OSError:
@@ -115,7 +114,7 @@ class PackedFiles:
         return found.st_mtime, found.st_size
 
     def sweep(self) -> None:
-        """Remove what killed processes left."""
+        """Remove what killed processes left: unfinished files, and files of discarded adapters."""
         remove_abandoned(self._folder)
         for path in self._folder.glob("*"):
             if not (path.name.startswith(UNFINISHED) or self._has_bytes(path.name)):

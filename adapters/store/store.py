@@ -1,31 +1,16 @@
-"""Folders of a store: locked, removed and measured.
+"""The bytes of adapters: immutable directories named by digest, published by one rename.
 
-Which bytes this process uses, and which of those go once it doesn't any more.
-
-Event loops pin, so nothing here waits for a disk or a database. Nor does a pin wait for a discard of the same
-bytes: they may go just after they were pinned, but not while a name means them. For whoever removes them asks for
-names first, and then here, and nobody publishes the bytes in between. Who pins them before that keeps them; who
-pins them later finds none of their names any more, and looks *after* having pinned (`adapters.library`).
-
-smolora.json, which lies beside a stored adapter's files and makes loading quick.
-
-It holds what would otherwise take PEFT's rules to work out, the modules and their effective scalings, and the
-files' sizes, by which a directory that lost something is told from a whole one. Of the configuration, which is in
-no adapter's digest, it holds the SHA-256.
-
-The bytes of adapters: immutable directories named by digest, published by one rename.
-
-    <root>/<digest[:2]>/<digest>/adapter_config.json          what PEFT reads; an upload's as the first had it
+    <root>/<digest[:2]>/<digest>/adapter_config.json          what PEFT reads, as first uploaded
                                  adapter_model.safetensors
-                                 smolora.json                 effective scalings and sizes, for quick loading
+                                 smolora.json                 the sidecar: effective scalings and sizes
     <root>/packed/                                            `adapters.store.packed`
     <root>/names/                                             `adapters.catalog.records`
-    <root>/.tmp-…                                             being written, or being removed
+    <root>/.tmp-...                                           being written, or being removed
 
-A directory is there whole or not at all, wherever a process is killed. Several processes may use one root. Which
-digests are wanted is the catalog's to say, and processes race: so whoever publishes holds the bytes, by a lock on
-their directory that ends with the process, until the version is committed (`publishing`); and nobody else removes
-what is held, or what the catalog names at the last moment.
+A directory is whole or absent, whenever a process is killed. Several processes may use one root. The catalog
+decides which digests are wanted, and processes race. So a publisher holds the bytes until the version is committed
+(`publishing`), by a lock on their directory that ends with the process. Nobody else removes bytes that are held,
+or that the catalog names at the last moment.
 """
 
 import fcntl
@@ -52,7 +37,10 @@ from adapters.store.packed import PackedFiles, open_all
 
 
 def lock_folder(directory: Path, how: int) -> int | None:
-    """The handle of a lock on the directory, which closing it ends; None where it isn't there, or is another's."""
+    """Lock the directory, and return a handle; closing it unlocks.
+
+    Return None if it is missing, or locked already.
+    """
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError):
@@ -68,7 +56,7 @@ def lock_folder(directory: Path, how: int) -> int | None:
 
 
 def delete_folders(paths: Iterable[Path]) -> None:
-    """Remove files and folders, as far as that goes."""
+    """Remove files and folders; best effort."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -78,18 +66,26 @@ def delete_folders(paths: Iterable[Path]) -> None:
 
 
 def folder_size(place: Path) -> int:
-    """The bytes of the folder's files. Raises OSError."""
+    """Return the size of the folder's files in bytes. Raises OSError."""
     return sum(path.stat().st_size for path in place.iterdir())
 
 
 InUse = Callable[[str], bool]
+"""Returns whether the catalog wants a digest's bytes."""
 
 
 class Pins:
-    """Of one store's digests. Thread-safe."""
+    """The digests whose bytes this process uses, and those to discard once it doesn't. Thread-safe.
+
+    Event loops pin, so nothing here waits for a disk or a database. A pin doesn't wait for a discard of the same
+    bytes either: just after they were pinned they may still be removed, but only if no name refers to them. A
+    discard asks the catalog first and the pins second, and nothing publishes the bytes in between. So a pin that
+    precedes the second question keeps the bytes. A later pin comes after the names have gone, and its owner looks
+    for a name *after* pinning (`adapters.library`).
+    """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()  # guards both, for a moment: no call to elsewhere is made under it
+        self._mutex = threading.Lock()  # guards both; no foreign code is called under it
         self._counts: Counter[str] = Counter()
         self._doomed: dict[str, InUse] = {}
 
@@ -98,12 +94,15 @@ class Pins:
             return digest in self._counts
 
     def add(self, digests: Iterable[str]) -> None:
-        """Pin each, once more where it is."""
+        """Pin each digest once more."""
         with self._mutex:
             self._counts.update(digests)
 
     def remove(self, digests: Iterable[str]) -> dict[str, InUse]:
-        """Take back one `add` of each; those that were doomed and aren't pinned any more, to be discarded now."""
+        """Take back one `add` of each digest.
+
+        Return the doomed ones that are no longer pinned: discard them now.
+        """
         freed = {}
         with self._mutex:
             for digest in digests:
@@ -116,14 +115,17 @@ class Pins:
         return freed
 
     def doom(self, digest: str, in_use: InUse) -> bool:
-        """Whether it is pinned. Then the last `remove` returns it, unless `revive` comes before."""
+        """Return whether the digest is pinned.
+
+        If so, its last `remove` returns it, unless `revive` is called before.
+        """
         with self._mutex:
             if digest in self._counts:
                 self._doomed[digest] = in_use
             return digest in self._counts
 
     def revive(self, digest: str) -> None:
-        """It isn't doomed."""
+        """Undo `doom`."""
         with self._mutex:
             self._doomed.pop(digest, None)
 
@@ -133,7 +135,12 @@ FORMAT = 1
 
 
 def describe_sidecar(weights: LoraWeights, directory: Path) -> bytes:
-    """The sidecar of `weights`, whose two files are in `directory`."""
+    """Return the sidecar of `weights`, whose two files are in `directory`.
+
+    It holds what would otherwise have to be derived by PEFT's rules: the modules and their effective scalings. The
+    files' sizes tell a whole directory from one that lost something. The configuration is in no digest, so the
+    sidecar has its SHA-256.
+    """
     sizes = {name: (directory / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME)}
     modules = [[key.layer, key.module, module.scaling] for key, module in weights.modules.items()]
     document = {"format": FORMAT, "digest": weights.digest, "sizes": sizes, "modules": modules}
@@ -142,7 +149,7 @@ def describe_sidecar(weights: LoraWeights, directory: Path) -> bytes:
 
 
 def matches_sidecar(directory: Path, damaged: os.stat_result | None = None) -> bool:
-    """Whether all files are there, in their full sizes, and it isn't the `damaged` directory."""
+    """Return whether all files have their full sizes, and the directory isn't the `damaged` one."""
     try:
         sizes = json.loads((directory / SIDECAR_NAME).read_bytes())["sizes"]
         has_all = all((directory / name).stat().st_size == sizes[name] for name in (CONFIG_NAME, WEIGHTS_NAME))
@@ -152,7 +159,7 @@ def matches_sidecar(directory: Path, damaged: os.stat_result | None = None) -> b
 
 
 def damaged_stat(directory: Path, digest: str) -> os.stat_result | None:
-    """The directory, where it is there and isn't what was put: all of its bytes are read."""
+    """Read all bytes, and return the directory's stat if they are damaged; None if they are intact or missing."""
     try:
         found = directory.stat()
         check_weights(directory, digest, load_weights(directory, digest))
@@ -164,7 +171,7 @@ def damaged_stat(directory: Path, digest: str) -> os.stat_result | None:
 
 
 def load_weights(directory: Path, digest: str) -> LoraWeights:
-    """The weights, mapped from the file. Raises CorruptAdapter if anything is missing or doesn't fit."""
+    """Return the weights, mapped from the file. Raise CorruptAdapter if anything is missing or inconsistent."""
     try:
         document = json.loads((directory / SIDECAR_NAME).read_bytes())
         if document["format"] != FORMAT:
@@ -182,17 +189,15 @@ def load_weights(directory: Path, digest: str) -> LoraWeights:
 
 
 def check_weights(directory: Path, digest: str, weights: LoraWeights) -> None:
-    """Raises CorruptAdapter unless what was loaded has the digest, and the configuration beside it is that which
-    was written with it, as far as the sidecar knows: older releases' don't.
-    """
+    """Raise CorruptAdapter unless the loaded weights have the digest, and the configuration has its own."""
     if weights.digest != digest:
         raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
     try:
-        told = json.loads((directory / SIDECAR_NAME).read_bytes()).get("config")
+        expected = json.loads((directory / SIDECAR_NAME).read_bytes())["config"]
         found = hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
-    if told not in (None, found):
+    if expected != found:
         raise CorruptAdapter(f"the stored adapter {digest[:12]} is damaged: its {CONFIG_NAME} was changed")
 
 
@@ -201,15 +206,16 @@ TEMPORARY = ".tmp-"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def _never(digest: str) -> bool:
+def never(digest: str) -> bool:
+    """Return False: an `InUse` for bytes that nothing wants."""
     return False
 
 
 class AdapterStore:
     """The adapters under one root. Thread-safe; pins count within this process."""
 
-    is_shared = False
-    """Whether other machines read and write the same, so that nobody can know that nobody is at it."""
+    is_in_bucket = False
+    """Whether other machines use the same bytes, so that no process can know that it is alone."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -218,10 +224,10 @@ class AdapterStore:
         self._pins = Pins()
 
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
-        """Stores the adapter under its weights' digest, unless it is there already; returns the bytes stored.
+        """Store the adapter under its weights' digest, unless it is stored already, and return its size in bytes.
 
-        `original` may hold the adapter_config.json that was uploaded, which is kept as it is; the tensors are
-        always written anew, the same bytes in our order. Of two with one digest, the first one's stay, undamaged.
+        `original` may have the uploaded adapter_config.json, which is stored unchanged. The tensors are always
+        written in our order. If the digest is stored and undamaged, the stored files stay.
         """
         digest = adapter.weights.digest
         place = self._place(digest)
@@ -246,9 +252,9 @@ class AdapterStore:
     def publishing(
         self, adapter: PeftAdapter, in_use: InUse, original: Mapping[str, bytes] | None = None
     ) -> Iterator[int]:
-        """`put`, for a block in which the version is committed: nobody discards the bytes meanwhile.
+        """Store the adapter as `put` does, and hold its bytes during the block, which commits the version.
 
-        Where the block fails they are discarded, unless `in_use(digest)` says that they are wanted all the same.
+        Nobody discards held bytes. If the block fails, the bytes are discarded, unless `in_use(digest)` is true.
         """
         digest = adapter.weights.digest
         while True:
@@ -264,21 +270,21 @@ class AdapterStore:
         os.close(hold)
 
     def load(self, digest: str) -> LoraWeights:
-        """The weights, mapped from the file: quick, as nothing is copied and the digest isn't computed anew.
+        """Return the weights, mapped from the file without a copy. The digest isn't recomputed.
 
-        They outlive a discard. Raises CorruptAdapter if the bytes are missing or don't fit together.
+        They outlive a discard. Raise CorruptAdapter if the bytes are missing or inconsistent.
         """
         return load_weights(self._place(digest), digest)
 
     def num_bytes(self, digest: str) -> int:
-        """That the adapter takes on this disk; 0 where it isn't there."""
+        """Return the adapter's size on this disk in bytes, or 0 if it isn't here."""
         try:
             return folder_size(self._place(digest))
         except OSError:
             return 0
 
     def read(self, digest: str, base: BaseShape) -> PeftAdapter:
-        """The adapter with its configuration, checked as an upload is. Raises CorruptAdapter."""
+        """Return the adapter with its configuration, validated like an upload. Raises CorruptAdapter."""
         try:
             return self._read(digest, base)
         except (OSError, InvalidAdapter) as error:
@@ -292,8 +298,8 @@ class AdapterStore:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 
     def fits(self, digest: str, base: BaseShape) -> bool:
-        """Whether the adapter could be uploaded for a base of these shapes. Raises CorruptAdapter."""
-        self.load(digest)  # or it is damaged, which says nothing about shapes
+        """Return whether the adapter fits a base of these shapes. Raises CorruptAdapter."""
+        self.load(digest)  # raises if it is damaged, which says nothing about shapes
         try:
             self._read(digest, base)
         except InvalidAdapter:
@@ -307,16 +313,16 @@ class AdapterStore:
         return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
 
     def verify(self, digest: str) -> None:
-        """Reads all bytes and raises CorruptAdapter unless they are those that were put."""
+        """Read all bytes, and raise CorruptAdapter unless they are what was stored."""
         weights = self.load(digest)
         check_weights(self._place(digest), digest, weights)
 
     def verify_stored(self, digest: str) -> None:
-        """The same of what all machines go by, where this one has a copy of its own."""
+        """Verify the bytes that all machines use, not this machine's cached copy."""
         self.verify(digest)
 
     def open(self, digest: str) -> dict[str, BinaryIO]:
-        """PEFT's two files by name, to read and close; they outlive a discard. Raises CorruptAdapter."""
+        """Open PEFT's two files, and return them by name. They outlive a discard. Raises CorruptAdapter."""
         place = self._place(digest)
         try:
             return open_all({name: place / name for name in (CONFIG_NAME, WEIGHTS_NAME)})
@@ -324,39 +330,44 @@ class AdapterStore:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 
     def pin(self, digests: Iterable[str]) -> None:
-        """Keeps the bytes of each until an `unpin`, whatever is discarded meanwhile; they needn't be there yet.
+        """Keep the bytes of each digest until `unpin`, even if they are discarded. They needn't be stored yet.
 
-        Of a discard that has begun they may still go: a name that is found afterwards says that they don't.
+        A discard that has begun may still remove them, unless a name that refers to them is found after this call.
         """
         self._pins.add(digests)
 
     def unpin(self, digests: Iterable[str]) -> None:
-        """Takes back one `pin` of each; what was discarded meanwhile goes with its last one.
+        """Take back one `pin` of each digest. Bytes that were discarded meanwhile are removed at their last one.
 
-        Raises OSError, and what `in_use` of that discard raises: what is left then goes with the next sweep.
+        Raises OSError, and what the discard's `in_use` raises. The next sweep removes what is left.
         """
         if (removal := self.let_go(digests)) is not None:
             removal()
 
     def let_go(self, digests: Iterable[str]) -> Callable[[], None] | None:
-        """`unpin` without waiting, for event loops: what goes does so once a thread calls what is returned."""
+        """Unpin without blocking, for event loops. Return the work to do in a thread, or None if there is none."""
         doomed = self._pins.remove(digests)
         return partial(self._discard_all, doomed) if doomed else None
 
-    def discard(self, digest: str, in_use: InUse = _never) -> None:
-        """Removes the bytes now, or at the last `unpin`, unless `in_use(digest)` then says that they are wanted.
+    def discard(self, digest: str, in_use: InUse = never) -> None:
+        """Remove the bytes now, or at the last `unpin` if they are pinned, unless `in_use(digest)` is true then.
 
-        A `put` before then revives them, and what is about to be published stays: should that fail, until the next
-        sweep. Discarding what isn't there does nothing.
+        A `put` before then revives them. Bytes that are being published stay; if that fails, the next sweep
+        removes them. Discarding missing bytes is a no-op.
         """
         self._discard(digest, in_use)
 
     def doubt(self, digests: Iterable[str]) -> None:
-        """To be called before versions go whose digests are then discarded, so that a sweep finds the bytes should
-        this process be killed in between. Of a directory's, it does anyway."""
+        """Announce that versions of these digests will be deleted, and the bytes discarded afterwards.
+
+        If this process is killed in between, a sweep can find the bytes. In a directory it finds them anyway.
+        """
 
     def sweep(self, in_use: InUse) -> list[str]:
-        """Discards what nobody wants: left by killed processes, half-written or not published; the digests."""
+        """Discard unwanted bytes, and return their digests.
+
+        They were left by killed processes: half-written, or never published.
+        """
         with self._locked():
             for path in self._abandoned():
                 delete_folders([path])
@@ -367,7 +378,7 @@ class AdapterStore:
         return unwanted
 
     def digests(self) -> list[str]:
-        """Of all that is stored."""
+        """Return the digests of all stored adapters."""
         return self._here()
 
     def _here(self) -> list[str]:
@@ -375,16 +386,16 @@ class AdapterStore:
         return sorted(path.name for path in paths if _DIGEST.fullmatch(path.name))
 
     def leftovers(self) -> list[str]:
-        """The names of directories that killed processes left half-written or half-removed; `sweep` takes them."""
+        """Return the names of directories that killed processes left half-written or half-removed, for `sweep`."""
         with self._locked():
             return sorted(path.name for path in self._abandoned())
 
     def is_whole(self, digest: str) -> bool:
-        """Whether the adapter is there, its files in their full sizes."""
+        """Return whether the adapter is stored, and its files have their full sizes."""
         return matches_sidecar(self._place(digest))
 
-    def is_held(self, digest: str) -> bool:
-        """Whether somebody is about to publish the bytes, which are there."""
+    def is_being_published(self, digest: str) -> bool:
+        """Return whether the bytes are stored, and a process is publishing them."""
         if (hold := lock_folder(self._place(digest), fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
             os.close(hold)
             return False
@@ -392,7 +403,7 @@ class AdapterStore:
 
     def _discard(self, digest: str, in_use: InUse) -> None:
         if not self._pins.doom(digest, in_use):
-            # asked in this order: `adapters.store.store` says why
+            # the catalog is asked first: `Pins` says why
             freed = self._remove(digest, lambda _: in_use(digest) or self._pins.doom(digest, in_use))
             delete_folders(freed)
 
@@ -401,13 +412,16 @@ class AdapterStore:
             self._discard(digest, in_use)
 
     def _publish(self, place: Path, fill: Callable[[Path], None], damaged: os.stat_result | None = None) -> int:
-        """Have the directory that `fill` writes appear, unless there is a whole one by then; its bytes."""
+        """Publish a directory that `fill` writes, unless there is a whole one by then.
+
+        Return its size in bytes.
+        """
         temporary, hold = self._temporary()
         leftovers = [temporary]
         try:
             fill(temporary)
             with self._locked():
-                if matches_sidecar(place, damaged):  # another thread or process was quicker
+                if matches_sidecar(place, damaged):  # another thread or process published it first
                     return folder_size(place)
                 num_bytes = folder_size(temporary)
                 leftovers += self._set_aside(place)
@@ -418,14 +432,14 @@ class AdapterStore:
         finally:
             os.close(hold)
             delete_folders(leftovers)
-        return num_bytes  # counted before: by now somebody may have discarded it
+        return num_bytes  # measured earlier: it may have been discarded by now
 
     def _remove(self, digest: str, is_kept: InUse) -> list[Path]:
-        """Moves the directory out of sight, unless it `is_kept`; what is returned remains to be deleted."""
+        """Rename the directory away, unless `is_kept` is true. Return the paths that remain to be deleted."""
         with self._locked():
             place = self._place(digest)
             hold = lock_folder(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if hold is None:  # not there, or somebody is about to name it
+            if hold is None:  # missing, or being published
                 return []
             try:
                 return [] if is_kept(digest) else self._set_aside(place)
@@ -433,7 +447,7 @@ class AdapterStore:
                 os.close(hold)
 
     def _set_aside(self, place: Path) -> list[Path]:
-        aside = self._root / f"{TEMPORARY}{os.urandom(4).hex()}"  # which is to be had on a full disk, too
+        aside = self._root / f"{TEMPORARY}{os.urandom(4).hex()}"  # renaming works on a full disk, too
         with suppress(FileNotFoundError):
             place.rename(aside)
             self.packed.remove(place.name)
@@ -441,7 +455,7 @@ class AdapterStore:
         return [aside]
 
     def _temporary(self) -> tuple[Path, int]:
-        """A directory to write in, and the lock by which others see that it isn't abandoned."""
+        """Create a directory to write in, and lock it, so that no sweep takes it for abandoned."""
         with self._locked():
             path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
             hold = lock_folder(path, fcntl.LOCK_SH)
@@ -455,13 +469,16 @@ class AdapterStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time; held for a few file operations only."""
+        """Exclude all other processes, for a few file operations."""
         with open(self._root / ".lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _abandoned(self) -> list[Path]:
-        """Temporary directories that no process holds; call it locked, so that none is just being made."""
+        """Return the temporary directories that no process holds.
+
+        Call it under `_locked`: none is created meanwhile.
+        """
         found = []
         for path in self._root.glob(f"{TEMPORARY}*"):
             if (hold := lock_folder(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> Results:
     directory = resolve_base(options.model, options.home, progress=say)
     base = load_base(directory, torch.bfloat16)
     length = max(options.context + 1, options.prompt)
-    model = load_native(base, [directory / "native", options.home / "native"], length, say)
+    model = load_native(base, options.home / "native", length, say)
     if model is None:
         raise SystemExit("no native code here: a CPU with AVX2, or a 64-bit Arm, and a compiler are needed")
     torch.set_num_threads(1)  # as a server has it: others would wait for torch's work on native code's cores

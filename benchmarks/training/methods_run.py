@@ -122,7 +122,7 @@ def _run(trial: Trial, place: Place) -> Outcome:
         lora=LoraSpec(rank=trial.rank or 1, alpha=2 * (trial.rank or 1)),
         training=TrainingSpec(epochs=1, learning_rate=trial.learning_rate, seed=trial.seed),
     )
-    library = find_library(base, [place.native], print) if trial.native else None
+    library = find_library(base, place.native, print) if trial.native else None
     computed_by = "native code" if library is not None else "torch"
     nan = float("nan")
     try:

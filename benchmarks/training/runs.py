@@ -96,7 +96,7 @@ def _ours(run: Run, *, native: bool) -> Measured:
     base = load_base(run.converted, torch.bfloat16 if native else run.torch_dtype)
     longest = max(map(len, run.rows))
     trainable: TrainableModel | TrainableRows
-    library = find_library(base, [run.native], print) if native else None
+    library = find_library(base, run.native, print) if native else None
     if run.method == "full":
         trainable = TrainableModel(base, max_length=longest, library=library)
     else:

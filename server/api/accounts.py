@@ -1,12 +1,6 @@
-"""What /keys, /projects, /usage and /audit take and answer.
+"""/keys, /projects, /usage and /audit, and the task that stores usage.
 
-Usage is stored by itself, twice a second.
-
-/keys: made, listed and revoked by the operator.
-
-/projects: the operator's; limits, and the end of one.
-
-/usage and /audit: what was used, and what was done.
+All but /usage are for operators.
 """
 
 import asyncio
@@ -14,31 +8,32 @@ import logging
 import re
 from datetime import date, datetime
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Self
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput
 from adapters.names import BASE, DEFAULT_PROJECT, MAX_NAME, NAME, NAME_RULE, is_name
 from server.access.access import Access
-from server.access.audit import Entry
 from server.access.keys import ApiKey
 from server.access.principal import DEFAULT_SCOPES, Scope
+from server.access.projects import Project
 from server.access.usage import FLUSH_SECONDS, By
 from server.api import wire
 from server.api.authentication import PROJECT_HEADER
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, READS
 from server.api.routes import ADMIN, READ, requires
-from server.api.schemas import LimitFields
+from server.api.schemas import Answer, LimitFields, Timestamp
 from server.api.strict_route import StrictRoute
 from server.jobs.jobs import refuse_with_uploads
 from server.storage.reserve import Reserve
 
 _NAME = rf"^{NAME.pattern}$"
+DateTime = Annotated[Timestamp, WithJsonSchema({"type": "string", "format": "date-time"})]
 
 
 def _name(given: str) -> str:
@@ -57,9 +52,10 @@ Name = Annotated[
 class KeyBody(LimitFields):
     """POST /keys."""
 
-    name: Name = Field(description="for people")
+    name: Name = Field(description="a label")
     project: Name | None = Field(
-        None, description=f"created if there is none; default: what OpenAI-Project names, else {DEFAULT_PROJECT}"
+        None,
+        description=f"created if it doesn't exist; default: the header OpenAI-Project, else {DEFAULT_PROJECT}",
     )
     scopes: list[Scope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=4)
     expires_at: Annotated[datetime, Field(strict=False)] | None = Field(
@@ -67,48 +63,58 @@ class KeyBody(LimitFields):
     )
 
 
-class KeyAnswer(BaseModel):
+class KeyAnswer(Answer):
     id: str
     name: str
     project: str
     scopes: list[Scope]
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None
+    created_at: DateTime
+    expires_at: DateTime | None
+    revoked_at: DateTime | None
+    last_used_at: DateTime | None
     requests_per_minute: int | None
     tokens_per_minute: int | None
     max_jobs: int | None
     max_bytes: int | None
 
+    @classmethod
+    def of(cls, key: ApiKey, **more: object) -> Self:
+        """Describe a key. `more` are the fields that a subclass adds."""
+        return cls.model_validate({**vars(key), **vars(key.quota), **more})
+
 
 class NewKeyAnswer(KeyAnswer):
-    secret: str = Field(description="told once: what is stored is its digest")
+    secret: str = Field(description="shown only once: the server stores its digest")
 
 
-class KeyList(BaseModel):
+class KeyList(Answer):
     keys: list[KeyAnswer]
 
 
 class ProjectBody(LimitFields):
-    """PUT /projects/{project}: its limits, in the place of all that it had."""
+    """PUT /projects/{project}: new limits, which replace all earlier ones."""
 
 
-class ProjectAnswer(BaseModel):
+class ProjectAnswer(Answer):
     name: str
-    created_at: datetime
+    created_at: DateTime
     requests_per_minute: int | None
     tokens_per_minute: int | None
     max_jobs: int | None
     max_bytes: int | None
 
+    @classmethod
+    def of(cls, project: Project) -> Self:
+        """Describe a project."""
+        return cls(**vars(project), **vars(project.quota))
 
-class ProjectList(BaseModel):
+
+class ProjectList(Answer):
     projects: list[ProjectAnswer]
 
 
-class UsageRow(BaseModel):
-    """With the field that `by` names, if it does."""
+class UsageRow(Answer):
+    """Sums of usage, with the field that `by` names, if any."""
 
     project: str | None = None
     key: str | None = None
@@ -122,43 +128,43 @@ class UsageRow(BaseModel):
     job_seconds: float
 
 
-class UsageAnswer(BaseModel):
+class UsageAnswer(Answer):
     rows: list[UsageRow]
 
 
-class AuditEntry(BaseModel):
+class AuditEntry(Answer):
     number: int
-    at: datetime
-    who: str = Field(description="a key's id; or command-line, anonymous, or env-… for one of SMOLORA_API_KEYS")
+    at: DateTime
+    who: str = Field(description="a key's id, or command-line, anonymous, or env-… for one of SMOLORA_API_KEYS")
     action: str
     project: str
     target: str
     detail: dict[str, object]
 
 
-class AuditList(BaseModel):
+class AuditList(Answer):
     entries: list[AuditEntry]
-    next: int | None = Field(description="pass it as `before` for older ones")
+    next: int | None = Field(description="pass it as `before` for older entries")
 
 
 log = logging.getLogger("smolora.access")
 
 
 async def keep_books(access: Access, interval: float = FLUSH_SECONDS) -> None:
-    """Store what was counted, again each time so many seconds have passed; until cancelled."""
+    """Store usage every `interval` seconds, until cancelled."""
     while True:
         await asyncio.sleep(interval)
         await keep_now(access)
 
 
 async def keep_now(access: Access) -> None:
-    """Store it once. What the disk or the database doesn't take now is kept for the next time."""
+    """Store usage once. If the disk or the database fails, it is kept for the next time."""
     used = access.ring.take_used()
     try:
         await to_thread.run_sync(access.keep, used)
     except Exception as error:
         access.ring.give_back(used)
-        log.error("can't store usage just now: %s", type(error).__name__)
+        log.error("can't store usage: %s", type(error).__name__)
 
 
 keys_router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
@@ -177,12 +183,12 @@ async def create_key(
     services: ServicesDep,
     at_work_in: Annotated[str | None, Header(alias=PROJECT_HEADER, description="the default of `project`")] = None,
 ) -> Response:
-    """Make a key of a project. The answer has its secret, which can't be asked for again.
+    """Make a key for a project. The answer has its secret, which is never shown again.
 
-    From the first key on clients need one; with SMOLORA_ALLOW_ANONYMOUS=1 only beyond generate and train.
+    Once a key exists, clients need one. With SMOLORA_ALLOW_ANONYMOUS=1, they can still generate and train without.
     """
     key, secret = await to_thread.run_sync(_create, services, body, at_work_in)
-    return wire.answer({**key.to_document(), "secret": secret}, 201, {"Cache-Control": "no-store"})
+    return wire.answer(NewKeyAnswer.of(key, secret=secret), 201, {"Cache-Control": "no-store"})
 
 
 @keys_router.get(
@@ -191,11 +197,11 @@ async def create_key(
 @requires(ADMIN)
 async def list_keys(
     services: ServicesDep,
-    project: Annotated[str | None, Query(max_length=4 * MAX_NAME, description="only its")] = None,
+    project: Annotated[str | None, Query(max_length=4 * MAX_NAME, description="only this project's keys")] = None,
 ) -> Response:
-    """List keys, the oldest first; those that were revoked or have expired, too. Secrets are not stored."""
+    """List keys, oldest first, including revoked and expired ones. Secrets are not stored."""
     found = await to_thread.run_sync(services.access.keys.list, project)
-    return wire.answer({"keys": [key.to_document() for key in found]})
+    return wire.answer(KeyList(keys=[KeyAnswer.of(key) for key in found]))
 
 
 @keys_router.delete(
@@ -206,14 +212,14 @@ async def list_keys(
 )
 @requires(ADMIN)
 async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_length=256)]) -> Response:
-    """Revoke a key, at once: streams that it has open end, too. Repeating it gives the same answer."""
+    """Revoke a key. Its open streams end at once. Repeating the request gives the same answer."""
     key = await to_thread.run_sync(_revoke, services, key_id)
     await services.access.ring.refresh()
-    return wire.answer(key.to_document())
+    return wire.answer(KeyAnswer.of(key))
 
 
 def _revoke(services: Services, key_id: str) -> ApiKey:
-    """On a full disk, too, which whoever has the key may have filled."""
+    """Revoke a key, even on a full disk: the key's requests may have filled it."""
     reserve = Reserve(services.settings.home)
     key = reserve.spend_on(lambda: services.access.keys.revoke(key_id, who=services.principal.key_id))
     reserve.fill()
@@ -245,9 +251,9 @@ ProjectName = Annotated[str, Path(max_length=4 * MAX_NAME)]
 )
 @requires(ADMIN)
 async def list_projects(services: ServicesDep) -> Response:
-    """List projects by name. One comes to be with its first key, or with its limits."""
+    """List projects by name. A project is created with its first key, or by setting its limits."""
     found = await to_thread.run_sync(services.access.projects.list)
-    return wire.answer({"projects": [project.to_document() for project in found]})
+    return wire.answer(ProjectList(projects=[ProjectAnswer.of(project) for project in found]))
 
 
 @projects_router.get(
@@ -259,7 +265,7 @@ async def list_projects(services: ServicesDep) -> Response:
 @requires(ADMIN)
 async def get_project(services: ServicesDep, project: ProjectName) -> Response:
     """Get a project's limits."""
-    return wire.answer((await to_thread.run_sync(services.access.projects.get, project)).to_document())
+    return wire.answer(ProjectAnswer.of(await to_thread.run_sync(services.access.projects.get, project)))
 
 
 @projects_router.put(
@@ -270,13 +276,13 @@ async def get_project(services: ServicesDep, project: ProjectName) -> Response:
 )
 @requires(ADMIN)
 async def put_project(services: ServicesDep, project: ProjectName, body: ProjectBody) -> Response:
-    """Set a project's limits, which hold for its keys together; the project is made if need be.
+    """Set a project's limits, which apply to all its keys together. Create the project if it doesn't exist.
 
-    They take the place of all that it had: what is left out has no limit.
+    They replace all earlier limits: a field that is left out means no limit.
     """
     access, who = services.access, services.principal.key_id
     found = await to_thread.run_sync(lambda: access.projects.put(project, body.quota, who=who))
-    return wire.answer(found.to_document())
+    return wire.answer(ProjectAnswer.of(found))
 
 
 @projects_router.delete(
@@ -288,7 +294,7 @@ async def put_project(services: ServicesDep, project: ProjectName, body: Project
 )
 @requires(ADMIN)
 async def delete_project(services: ServicesDep, project: ProjectName) -> Response:
-    """Delete a project that has nothing left: no adapter, data set or file, and no job that hasn't ended.
+    """Delete a project that is empty: without adapters, data sets, files and unfinished jobs.
 
     Its keys are revoked. Jobs that have ended, usage and audit entries stay.
     """
@@ -305,7 +311,7 @@ MAX_PAGE = 1000
 
 
 def _iso_day(given: object) -> object:
-    """Refuse what `date` also takes: seconds since 1970, and times of midnight."""
+    """Refuse other forms that pydantic accepts as a date: seconds since 1970, and times at midnight."""
     if isinstance(given, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", given) is None:
         raise ValueError("must be a day, such as 2027-01-31")
     return given
@@ -322,15 +328,16 @@ async def get_usage(
     services: ServicesDep,
     first: Annotated[Day, Query(alias="from", description="a day in UTC, included")] = None,
     to: Annotated[Day, Query(description="a day in UTC, included")] = None,
-    by: Annotated[By | None, Query(description="a row for each; else one for all")] = None,
+    by: Annotated[By | None, Query(description="return a row for each; default: one row for all")] = None,
 ) -> Response:
-    """Sums of what was used: answers as their `usage` had it, and what jobs came to that have ended.
+    """Sum usage: tokens of answers as in their `usage`, and tokens and time of jobs that have ended.
 
-    A key sees its own project's; the operator's sees all. An answer is counted within a second of its end.
+    A key sees its own project's usage; an operator's key sees all. An answer is counted within a second after
+    its end.
     """
     if first is not None and to is not None and to < first:
         raise InvalidInput.of("to", "must not be before from")
-    return wire.answer({"rows": await to_thread.run_sync(_rows, services, first, to, by)})
+    return wire.answer(UsageAnswer(rows=await to_thread.run_sync(_rows, services, first, to, by)))
 
 
 @usage_router.get(
@@ -339,41 +346,29 @@ async def get_usage(
 @requires(ADMIN)
 async def get_audit(
     services: ServicesDep,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,
-    before: Annotated[int | None, Query(ge=0, lt=1 << 53, description="the `next` of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="entries on a page")] = 100,
+    before: Annotated[int | None, Query(ge=0, lt=1 << 53, description="`next` of the previous page")] = None,
 ) -> Response:
-    """List who made and revoked keys, set limits, visibility and aliases, and deleted things; the newest first.
+    """List who made and revoked keys, set limits, visibility and aliases, and deleted things; newest first.
 
-    What a job publishes, and the alias that it sets with it, its own record has.
+    Versions that a job publishes, and aliases that it sets, are in the job's record instead.
     """
     found = await to_thread.run_sync(services.access.audit.list, limit + 1, before)
-    page = [_entry(entry) for entry in found[:limit]]
-    return wire.answer({"entries": page, "next": found[limit - 1].number if len(found) > limit else None})
+    page = [AuditEntry.model_validate(entry) for entry in found[:limit]]
+    return wire.answer(AuditList(entries=page, next=found[limit - 1].number if len(found) > limit else None))
 
 
-def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[dict[str, object]]:
-    services.access.ledger.try_to_flush()  # on a full disk, say, what is stored is told all the same
+def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[UsageRow]:
+    services.access.ledger.try_to_flush()  # if the disk is full, the stored usage is still returned
     principal = services.principal
     whose = None if principal.sees_all else principal.project
     rows = services.access.ledger.rows(first, to, () if by is None else (by,), whose)
-    return [{name: _shown(services, name, value) for name, value in row.items()} for row in rows]
+    if by == "adapter":
+        rows = [{**row, "adapter": _shown(services, row["adapter"])} for row in rows]
+    return [UsageRow.model_validate(row) for row in rows]
 
 
-def _shown(services: Services, column: str, value: object) -> object:
-    """Days as text, adapters as the project calls them."""
-    if column == "adapter":
-        shown = services.principal.viewpoint.shown
-        return "+".join(name if name == BASE else shown(name) for name in str(value).split("+"))
-    return value.isoformat() if isinstance(value, date) else value
-
-
-def _entry(entry: Entry) -> dict[str, object]:
-    return {
-        "number": entry.number,
-        "at": entry.at.isoformat(),
-        "who": entry.who,
-        "action": entry.action,
-        "project": entry.project,
-        "target": entry.target,
-        "detail": dict(entry.detail),
-    }
+def _shown(services: Services, adapter: object) -> str:
+    """Return an adapter expression's names as the caller's project knows them."""
+    shown = services.principal.viewpoint.shown
+    return "+".join(name if name == BASE else shown(name) for name in str(adapter).split("+"))

@@ -1,23 +1,14 @@
-"""What /adapters answers. The classes document what is built by hand.
-
-Adapters and versions as the API lists them, built by hand: a listing may have thousands.
-
-/adapters: list, upload, download, delete. Everything on disk happens in threads.
-
-/adapters/{name}/aliases: names for versions that move atomically; moving `latest` back is the rollback.
-
-And /adapters/{name}/visibility: who may use the name.
-"""
+"""/adapters: list, upload, download and delete adapters, and set their aliases and visibility."""
 
 import re
 from collections.abc import Callable, Set
 from functools import partial
 from io import BytesIO
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
@@ -30,105 +21,90 @@ from server.api.deps import Services, ServicesDep
 from server.api.openapi import ALIASES, DELETES, DOWNLOADS, LOOKUPS, UNALIASES, UPLOAD_BODY, UPLOADS
 from server.api.quotas import reserved
 from server.api.routes import READ, TRAIN, requires
-from server.api.schemas import Body, UsedAdapter
+from server.api.schemas import Answer, Body, Timestamp, UsedAdapter
 from server.api.strict_route import StrictRoute
 from server.api.uploads import form_bytes, received_form, uploaded_files
 from server.api.zips import StoredZip, zip_download
 from server.training.model_card import model_card
 
 
-class VersionAnswer(BaseModel):
+class VersionAnswer(Answer):
     name: str
     version: int
     kind: Literal["adapter", "composition"]
     digest: str
-    parts: list[UsedAdapter] | None = Field(None, description="of a composition: flattened, pinned to versions")
-    rank: int = Field(description="of a composition: its parts' together")
+    parts: list[UsedAdapter] | None = Field(
+        None, description="only of a composition: its adapters, pinned to versions"
+    )
+    rank: int = Field(description="of a composition: the sum over its parts")
     alpha: float | None = Field(description="null for a composition")
     target_modules: list[str]
     parameters: int
-    bytes: int = Field(description="as stored; a composition takes none")
-    base_model: str | None = Field(description="as its configuration names it")
-    base_digest: str | None = Field(description="of the base that it was trained on, or uploaded for")
-    data_digest: str | None = Field(description="of the rows that it was trained on")
-    config: dict[str, object] = Field(description="its shape, and how it was made")
+    bytes: int = Field(description="size in the store; 0 for a composition")
+    base_model: str | None = Field(description="the base that its configuration names")
+    base_digest: str | None = Field(description="digest of the base that it was trained on or uploaded for")
+    data_digest: str | None = Field(description="digest of the rows that it was trained on")
+    config: dict[str, object] = Field(description="its shape and how it was made")
     metrics: dict[str, float]
     parent: str | None = Field(description="what it was made from, pinned to versions")
     job_id: str | None
-    created_at: str
-    resident: bool = Field(description="in the engine's memory now")
-    warnings: list[str] = Field(description="such as that it was made on another base; most have none")
+    created_at: Timestamp
+    resident: bool = Field(description="whether it is in the engine's memory now")
+    warnings: list[str] = Field(description="for example that it was made for another base")
+
+    @classmethod
+    def of(cls, version: Version, resident: Set[str]) -> Self:
+        """Describe a version. `resident` are the digests in the engine's memory."""
+        fields = {
+            **vars(version),
+            "kind": version.kind,
+            "alpha": None if version.parts else version.alpha,
+            "config": {key: value for key, value in version.config.items() if key != FILE_DIGEST},
+            "resident": _is_resident(version, resident),
+        }
+        if not version.parts:
+            del fields["parts"]
+        return cls(**fields)
 
 
-class AdapterAnswer(BaseModel):
+class AdapterAnswer(Answer):
     name: str
     kind: Literal["adapter", "composition"]
     latest: int
     visibility: Literal["public", "private"] = Field(description="public: other projects may use it")
-    aliases: dict[str, int] = Field(description="all but latest")
-    parts: list[UsedAdapter] | None = Field(None, description="of a composition: its latest version's")
+    aliases: dict[str, int] = Field(description="all aliases except latest")
+    parts: list[UsedAdapter] | None = Field(
+        default=None, description="only of a composition: the parts of its latest version"
+    )
     versions: list[VersionAnswer]
     resident: bool
 
+    @classmethod
+    def of(cls, adapter: Adapter, resident: Set[str]) -> Self:
+        """Describe an adapter with its versions. `resident` are the digests in the engine's memory."""
+        versions = [VersionAnswer.of(version, resident) for version in adapter.versions]
+        latest = next(version for version in versions if version.version == adapter.latest)
+        answer = cls(
+            name=adapter.name,
+            kind=adapter.kind,
+            latest=adapter.latest,
+            visibility="public" if adapter.is_public else "private",
+            aliases=dict(adapter.aliases),
+            versions=versions,
+            resident=any(version.resident for version in versions),
+        )
+        if latest.parts is not None:
+            answer.parts = latest.parts
+        return answer
 
-class AdapterList(BaseModel):
+
+class AdapterList(Answer):
     adapters: list[AdapterAnswer]
     next: str | None = Field(description="pass it as `after` for the next page")
 
 
-Document = dict[str, object]
-
-
-def adapter_answer(adapter: Adapter, resident: Set[str]) -> Document:
-    """One name. `resident` are the digests in the engine's memory. A composition's parts are its latest's."""
-    latest = next(version for version in adapter.versions if version.version == adapter.latest)
-    return {
-        "name": adapter.name,
-        "kind": adapter.kind,
-        "latest": adapter.latest,
-        "visibility": "public" if adapter.is_public else "private",
-        "aliases": dict(adapter.aliases),
-        **_parts(latest),
-        "versions": [version_answer(version, resident) for version in adapter.versions],
-        "resident": any(_is_resident(version, resident) for version in adapter.versions),
-    }
-
-
-def version_answer(version: Version, resident: Set[str]) -> Document:
-    """One version. A composition has no alpha: its parts have theirs."""
-    return {
-        "name": version.name,
-        "version": version.version,
-        "kind": version.kind,
-        "digest": version.digest,
-        **_parts(version),
-        "rank": version.rank,
-        "alpha": None if version.parts else version.alpha,
-        "target_modules": list(version.target_modules),
-        "parameters": version.parameters,
-        "bytes": version.bytes,
-        "base_model": version.base_model,
-        "base_digest": version.base_digest,
-        "data_digest": version.data_digest,
-        "config": {key: value for key, value in version.config.items() if key != FILE_DIGEST},
-        "metrics": dict(version.metrics),
-        "parent": version.parent,
-        "job_id": version.job_id,
-        "created_at": version.created_at.isoformat(),
-        "resident": _is_resident(version, resident),
-        "warnings": list(version.warnings),
-    }
-
-
-def _parts(version: Version) -> Document:
-    if not version.parts:
-        return {}
-    keys = ("name", "version", "digest", "weight")
-    return {"parts": [{key: getattr(part, key) for key in keys} for part in version.parts]}
-
-
 def _is_resident(version: Version, resident: Set[str]) -> bool:
-    """A composition is where all its parts are."""
+    """Return whether the version is in memory; for a composition, whether all its parts are."""
     if version.parts:
         return all(part.digest in resident for part in version.parts)
     return version.digest in resident
@@ -143,7 +119,7 @@ Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 
 
 def _decimal(given: object) -> object:
-    """Refuse what `int` also takes, such as 01, +1 and 1.0: each version has one URL."""
+    """Refuse other forms that `int` accepts, such as 01, +1 and 1.0: each version has one URL."""
     if isinstance(given, str) and re.fullmatch(r"0|[1-9][0-9]*", given) is None:
         hint = f": another project's adapter is at {_SHARED}" if is_name(given) and not given[0].isdigit() else ""
         raise ValueError(f"must be a whole number{hint}")
@@ -151,7 +127,7 @@ def _decimal(given: object) -> object:
 
 
 VersionNumber = Annotated[int, BeforeValidator(_decimal), Path(ge=1)]
-Force = Annotated[bool, Query(description="let aliases go, too; compositions hold in any case")]
+Force = Annotated[bool, Query(description="also delete aliases; versions in compositions are never deleted")]
 
 
 @router.get(
@@ -160,15 +136,17 @@ Force = Annotated[bool, Query(description="let aliases go, too; compositions hol
 @requires(READ)
 async def list_adapters(
     services: ServicesDep,
-    name: Annotated[str | None, Query(max_length=MAX_KEY, description="only this one")] = None,
-    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="of a page")] = None,
-    after: Annotated[str | None, Query(max_length=MAX_KEY, description="the last name of the page before")] = None,
-    contains: Annotated[
-        str | None, Query(max_length=MAX_KEY, description="only those with this in their names, in whichever case")
+    name: Annotated[str | None, Query(max_length=MAX_KEY, description="only this adapter")] = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="adapters on a page")] = None,
+    after: Annotated[
+        str | None, Query(max_length=MAX_KEY, description="the last name of the previous page")
     ] = None,
-    public: Annotated[bool, Query(description="those that other projects may use, of all projects")] = False,
+    contains: Annotated[
+        str | None, Query(max_length=MAX_KEY, description="only adapters with this in their names, in any case")
+    ] = None,
+    public: Annotated[bool, Query(description="public adapters of all projects")] = False,
 ) -> Response:
-    """List the project's adapters by name, with all their versions; or what projects share with each other.
+    """List the project's adapters by name, with all their versions; or all projects' public adapters.
 
     If `next` is not null, pass it as `after` for the next page.
     """
@@ -184,7 +162,7 @@ async def list_adapters(
 async def get_adapter(services: ServicesDep, name: Name) -> Response:
     """Get an adapter with all its versions."""
     found = await to_thread.run_sync(services.library.get, name)
-    return wire.answer(adapter_answer(found, services.engine.stats.resident))
+    return wire.answer(AdapterAnswer.of(found, services.engine.stats.resident))
 
 
 @router.get(
@@ -197,7 +175,7 @@ async def get_adapter(services: ServicesDep, name: Name) -> Response:
 async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """Get one version of an adapter."""
     found = await to_thread.run_sync(services.library.version, name, version)
-    return wire.answer(version_answer(found, services.engine.stats.resident))
+    return wire.answer(VersionAnswer.of(found, services.engine.stats.resident))
 
 
 @router.get(
@@ -208,10 +186,9 @@ async def get_version(services: ServicesDep, name: Name, version: VersionNumber)
 )
 @requires(TRAIN)
 async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
-    """Download a version as a zip with `adapter_config.json` and `adapter_model.safetensors`, which PEFT can
-    load.
+    """Download a version as a zip for PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
-    If a job trained it, the zip also has its card as `README.md`.
+    If a job trained it, the zip also has its model card as `README.md`.
     """
     archive = await to_thread.run_sync(_archive, services, name, version)
     return zip_download(archive, f"{name}-{version}")
@@ -229,13 +206,13 @@ async def download(services: ServicesDep, name: Name, version: VersionNumber) ->
 async def upload(request: Request, services: ServicesDep, name: Name) -> Response:
     """Upload a PEFT adapter as the next version of the name. It becomes the latest.
 
-    An adapter that can't be used exactly is refused, with the name of each key that is at fault.
+    An adapter that can't be applied exactly is refused, with the name of each key at fault.
     """
     await to_thread.run_sync(services.library.check_name, name)
     async with received_form(request, services) as form:
-        version = await services.limiters.parsing.run(_publish, services, name, form)
+        version = await services.limiters.parsing.run(services.principal.project, _publish, services, name, form)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+    return wire.answer(VersionAnswer.of(version, services.engine.stats.resident), 201, headers)
 
 
 @router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
@@ -243,7 +220,7 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
 async def delete_adapter(services: ServicesDep, name: Name, force: Force = False) -> Response:
     """Delete an adapter with all its versions.
 
-    Requests that are running finish with the old weights. 409 says what still needs one of the versions.
+    Running requests finish with the old weights. 409 says what still needs one of the versions.
     """
     deed = partial(services.library.delete, name, force)
     await to_thread.run_sync(services.audited, "adapter.delete", name, deed)
@@ -268,14 +245,15 @@ async def delete_version(
 
 def _page(page: Callable[[], tuple[list[Adapter], str | None]], resident: frozenset[str]) -> Response:
     found, following = page()
-    return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
+    adapters = [AdapterAnswer.of(adapter, resident) for adapter in found]
+    return wire.answer(AdapterList(adapters=adapters, next=following))
 
 
 def _archive(services: Services, name: str, version: int) -> StoredZip:
     job_id = services.library.version(name, version).job_id
     try:
         report = None if job_id is None else services.jobs.report(job_id)
-    except NotFound:  # its database was lost
+    except NotFound:  # the job was in a database that was lost
         report = None
     card: dict[str, BinaryIO] = {} if report is None else {"README.md": BytesIO(model_card(report).encode())}
     return StoredZip(services.library.open(name, version) | card)
@@ -292,7 +270,7 @@ aliases_router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=St
 class AliasBody(Body):
     """PUT /adapters/{name}/aliases/{alias}."""
 
-    version: int = Field(ge=1, description="the one that the alias means from now on")
+    version: int = Field(ge=1, description="the version that the alias points to from now on")
 
 
 @aliases_router.put(
@@ -307,12 +285,12 @@ async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasB
 
     `latest` is an alias too: moving it back is a rollback.
 
-    Requests that were already accepted keep the version that the alias meant then.
+    Requests that were already accepted keep the version that the alias pointed to then.
     """
     deed = partial(services.library.point, name, alias, body.version)
     target, detail = f"{name}@{alias}", {"version": body.version}
     adapter = await to_thread.run_sync(services.audited, "alias.set", target, deed, detail)
-    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
+    return wire.answer(AdapterAnswer.of(adapter, services.engine.stats.resident))
 
 
 @aliases_router.delete(
@@ -324,7 +302,7 @@ async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasB
 )
 @requires(TRAIN)
 async def delete_alias(services: ServicesDep, name: Name, alias: Name) -> Response:
-    """Delete an alias; its version stays. `latest` can be moved but not deleted."""
+    """Delete an alias. Its version stays. `latest` can be moved but not deleted."""
     deed = partial(services.library.unpoint, name, alias)
     await to_thread.run_sync(services.audited, "alias.delete", f"{name}@{alias}", deed)
     return Response(status_code=204)
@@ -344,10 +322,10 @@ class VisibilityBody(Body):
 )
 @requires(TRAIN)
 async def put_visibility(services: ServicesDep, name: Name, body: VisibilityBody) -> Response:
-    """Let other projects use an adapter or composition, as `project/name`, or no longer.
+    """Let other projects use an adapter or composition as `project/name`, or stop letting them.
 
-    All of its versions, now and later. A composition can be public only when its parts are.
+    This applies to all its versions, including later ones. A composition can be public only if its parts are.
     """
     deed = partial(services.library.set_visibility, name, body.visibility == "public")
     adapter = await to_thread.run_sync(services.audited, f"adapter.{body.visibility}", name, deed)
-    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
+    return wire.answer(AdapterAnswer.of(adapter, services.engine.stats.resident))

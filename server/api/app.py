@@ -1,4 +1,4 @@
-"""The ASGI application, from services that exist already; importing or building it touches nothing outside."""
+"""Build the ASGI application from existing services. Importing this module has no side effects."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -32,7 +32,7 @@ Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response
 _ROUTERS = (
     generate.router,
     compare.router,
-    imports.router,  # before the adapters': "import" is no version
+    imports.router,  # before adapters.router, which would take "import" for a version
     adapters.router,
     adapters.aliases_router,
     compositions.router,
@@ -51,11 +51,11 @@ _ROUTERS = (
 ROUTES = Routes(_ROUTERS, folders=("/docs", "/web"), files=("/openapi.json",))
 
 _UNTRACED: dict[str, Any] = {"telemetry": dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False)}
-"""Spans are our own: FastAPI's come with what an exception says, which may quote a prompt."""
+"""Turns off FastAPI's spans: they include exception texts, which may quote a prompt."""
 
 
 def create_app(services: Services) -> FastAPI:
-    """The application. Its lifespan starts the engine, and stops it at the end."""
+    """Return the application. Its lifespan starts and stops the engine and background tasks."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

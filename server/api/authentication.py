@@ -1,8 +1,7 @@
-"""Who guesses keys is slowed down, by address; a right key of the same address is never delayed.
+"""Authenticate requests by `Authorization: Bearer`, and slow down addresses that guess keys.
 
-Who sends a request: its key, with a project and scopes.
-
-A key comes as `Authorization: Bearer`. An operator's key works in the project that `OpenAI-Project` names.
+An operator's key works in the project that the header `OpenAI-Project` names. Valid keys are never delayed, even
+from an address that guesses.
 """
 
 import asyncio
@@ -27,17 +26,17 @@ from server.errors import Forbidden, TryAgain, Unauthorized
 from server.metrics.metrics import HttpMetrics
 
 MAX_SECRETS = 10
-"""Different wrong keys of an address in a minute that are answered at once."""
+"""Different wrong keys of an address that are answered without delay in a minute."""
 MAX_WRONG = 600
-"""Wrong keys of an address in a minute that are answered at once, also if they are one and the same."""
+"""Wrong keys of an address, equal or not, that are answered without delay in a minute."""
 DELAY_SECONDS = 1.0
 _WINDOW_SECONDS = 60.0
 _MAX_ADDRESSES = 4096
-_MAX_DELAYED = 64  # at once: each holds a connection
+_MAX_DELAYED = 64  # at a time, since each keeps a connection open
 
 
 class TooManyGuesses(TryAgain):
-    """More wrong keys than are worth a delay."""
+    """The error for a wrong key while too many others are being delayed."""
 
 
 @dataclass
@@ -48,7 +47,7 @@ class _Wrong:
 
 
 class Guesses:
-    """The wrong keys of each address in its present minute; the addresses seen longest ago are forgotten first."""
+    """The number of wrong keys by address and minute. The addresses seen longest ago are forgotten first."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -84,7 +83,7 @@ class Guesses:
 
 
 def _network(address: str) -> str:
-    """Return an IPv4 address as it is, and of an IPv6 address the first 64 bits, which belong to one client."""
+    """Return an IPv4 address itself, or the first 64 bits of an IPv6 address, which belong to one client."""
     try:
         found = ipaddress.IPv6Address(address)
     except ValueError:
@@ -94,7 +93,7 @@ def _network(address: str) -> str:
 
 PROJECT_HEADER = "OpenAI-Project"
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-"""They change nothing, and don't count towards a rate."""
+"""Methods that change nothing and don't count towards a rate limit."""
 _PRINCIPAL, _END = "principal", "end_of_key"
 _SEND_KEY = Hint("send_key", "Authorization: Bearer <key>")
 _OMIT_PROJECT = Hint("omit_project", "leave out OpenAI-Project")
@@ -102,18 +101,18 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def principal_of(scope: Scope) -> Principal | None:
-    """Return who sent the request, or None if it needed no key."""
+    """Return the request's principal, or None if its route needs no key."""
     return cast("Principal | None", scope.get("state", {}).get(_PRINCIPAL))
 
 
 def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
-    """Return a future that is done once the request's key is revoked or expires; None if it needed no key."""
+    """Return a future that is done once the request's key is revoked or expires; None if it needs no key."""
     end = scope.get("state", {}).get(_END)
     return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
 
 
 class Authentication:
-    """Lets requests in if their keys may."""
+    """The check of a request's key."""
 
     def __init__(self, access: Access, metrics: HttpMetrics, routes: Routes) -> None:
         self._access = access
@@ -122,9 +121,9 @@ class Authentication:
         self._guesses = Guesses()
 
     async def admit(self, scope: Scope, resource: Resource) -> None:
-        """Leave in the scope who sent the request, and count it.
+        """Store the principal in the scope, and count the request towards its rate.
 
-        Raises Unauthorized, Forbidden, RateLimited, or NotFound if the key may not know whether the path exists.
+        Raise Unauthorized, Forbidden, RateLimited, or NotFound if the key may not learn whether the path exists.
         """
         principal = await self._principal(scope, resource)
         end = partial(self._access.ring.end_of, principal)
@@ -132,7 +131,7 @@ class Authentication:
 
     async def _principal(self, scope: Scope, resource: Resource) -> Principal:
         method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
-        if _CONTROL.search(path):  # a route also matches a path that ends in a line feed, but its scopes don't
+        if _CONTROL.search(path):  # a route would match a path that ends in a line feed
             raise self._no_such_path(path)
         secret = _secret(headers)
         principal = await self._access.ring.principal(secret)
@@ -148,7 +147,7 @@ class Authentication:
             needed = " or ".join(sorted(scopes))
             has = ", ".join(sorted(principal.scopes))
             if principal.key_id == ANONYMOUS:
-                raise Forbidden(f"send a key with the scope {needed}: a client without one has {has}")
+                raise Forbidden(f"send a key with the scope {needed}: clients without a key have {has}")
             raise Forbidden(f"this key lacks the scope {needed}: it has {has}")
         principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
         if method not in FREE_METHODS:
@@ -162,7 +161,7 @@ class Authentication:
         if project is None or (project == principal.project and not principal.sees_all):
             return principal
         if not principal.is_operator:
-            whose = "a client without a key works in" if principal.key_id == ANONYMOUS else "this key is one of"
+            whose = "clients without a key work in" if principal.key_id == ANONYMOUS else "this key belongs to"
             raise Forbidden(f"{whose} the project {principal.project}: {_OMIT_PROJECT}", hint=_OMIT_PROJECT)
         found = self._access.ring.within(principal, project)
         if found is None and principal.key_id != ANONYMOUS:
@@ -171,7 +170,7 @@ class Authentication:
 
 
 def _secret(headers: Headers) -> str | None:
-    """Return what the request has as its key; None if it has none, or an empty one."""
+    """Return the request's key, None if it has none or an empty one, or \"\" if the scheme isn't Bearer."""
     if (given := headers.get("authorization")) is None:
         return None
     scheme, _, secret = given.partition(" ")

@@ -1,4 +1,4 @@
-"""Bodies as they come in: how long one may take, how large it may be, and how much memory all take together."""
+"""Limits on request bodies: the time and size of each, and the memory of all together."""
 
 import asyncio
 import math
@@ -19,32 +19,32 @@ from server.system.memory import return_freed_memory
 
 LOST = "the key was revoked, or has expired"
 PROGRESS_BYTES = 16 << 10
-"""What has to come within the time, unless it is the rest: a byte now and then is no progress."""
+"""The least that must arrive within the time limit, unless less is left."""
 
 MAX_BYTES_IN_FLIGHT = 256 << 20
 SMALL_BODY_BYTES = 64 << 10
-_BODIES = "bodies"  # in metrics
+_BODIES = "bodies"  # the label in metrics
 _DRAIN_BYTES = 64 << 20
 _DRAIN_SECONDS = 10.0
 
 
 class TooSlow(HTTPException):
-    """FastAPI passes on this kind of exception alone while it reads a body."""
+    """The error for a body that makes no progress. FastAPI lets only HTTPException pass while it reads one."""
 
 
 class KeyEnded(HTTPException):
-    """Likewise."""
+    """The error for a key that is revoked or expires while the body comes in."""
 
 
 class Body:
-    """A request's body as it comes in: bounded in time, in size and in memory, and only while its key is valid.
+    """A request's body as it comes in, with limits on time, size and memory, and only while its key is valid.
 
-    It must make progress within `seconds` in which somebody waits for it. A JSON body is also refused if
-    others take too much memory; uploads are spooled to disk.
+    While it is being read, it must make progress every `seconds`. A JSON body is also refused if all bodies take
+    too much memory; uploads are spooled to disk.
     """
 
     end_of_key: "asyncio.Future[None] | None" = None
-    hold: Callable[[int], None] | None = None  # by BytesInFlight
+    reserve: Callable[[int], None] | None = None  # of `BytesInFlight`
 
     def __init__(self, scope: Scope, receive: Receive, required: Requirements, seconds: float) -> None:
         self._scope = scope
@@ -58,7 +58,7 @@ class Body:
         self._is_whole = False
 
     def fault(self) -> tuple[int, str] | None:
-        """Return a status and a reason if the request's headers say that its body can't be taken."""
+        """Return a status and a reason if the request's headers rule out its body, else None."""
         headers, limit = Headers(scope=self._scope), self._max_bytes
         if headers.get("content-encoding", "identity").lower() != "identity":
             return 415, "the body must come without Content-Encoding"
@@ -68,16 +68,16 @@ class Body:
         return None
 
     async def receive(self) -> Message:
-        """Return the next message. Raises HTTPException: 401, 408, 413 or 429."""
+        """Return the next message. Raise HTTPException: 401, 408, 413 or 429."""
         message = await self._next()
         num_bytes = len(message.get("body", b""))
         self._num_bytes += num_bytes
         if self._num_bytes > self._max_bytes:
             await self.drain()
             raise HTTPException(413, self._too_large)
-        if num_bytes and self.hold is not None and not self._required.upload:
+        if num_bytes and self.reserve is not None and not self._required.upload:
             try:
-                self.hold(num_bytes)
+                self.reserve(num_bytes)
             except QueueFull as error:
                 await self.drain()
                 retry = {"Retry-After": str(math.ceil(error.retry_after))}
@@ -85,16 +85,16 @@ class Body:
         return message
 
     async def drain(self) -> None:
-        """Read some of the rest, so that the client sees the answer. Raises HTTPException: 401 or 408."""
+        """Read some of the rest, so that the client sees the answer. Raise HTTPException: 401 or 408."""
         await drain(self._scope, self._next)
 
     @property
     def _too_large(self) -> str:
         hint = self._required.hint and f"; {self._required.hint}"
-        return f"the body is larger than {self._max_bytes} bytes, the most that is taken here{hint}"
+        return f"the body is larger than {self._max_bytes} bytes, the most that is accepted here{hint}"
 
     async def _next(self) -> Message:
-        if self._is_whole:  # the next message is that the client leaves
+        if self._is_whole:  # the next message says that the client left
             return await self._receive()
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -102,7 +102,7 @@ class Body:
             async with asyncio.timeout(self._seconds - self._waited):
                 message = await self._receive()
         except TimeoutError:
-            raise TooSlow(408, "the body took too long: SMOLORA_BODY_TIMEOUT has the seconds") from None
+            raise TooSlow(408, "the body took too long: SMOLORA_BODY_TIMEOUT sets the limit") from None
         self._waited += loop.time() - start
         self._progress += len(message.get("body", b""))
         if self._progress >= PROGRESS_BYTES:
@@ -114,16 +114,16 @@ class Body:
 
 
 class BytesInFlight:
-    """The bytes of bodies that are in memory, by project. `held` bounds them: three quarters for one project.
+    """A limit on the memory of all bodies together. One project may use three quarters of it.
 
-    A body of up to SMALL_BODY_BYTES is counted and never refused. Once a burst is over, its memory is returned to
-    the system. For one event loop.
+    A body of up to SMALL_BODY_BYTES counts, but is never refused. After a burst, memory is returned to the system.
+    For one event loop.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES_IN_FLIGHT, metrics: LaneMetrics | None = None) -> None:
         self._max_bytes = max_bytes
         self._share = max_bytes - max_bytes // 4
-        self._held: Counter[str] = Counter()
+        self._reserved: Counter[str] = Counter()
         self._peak = 0
         self._metrics = metrics
         if metrics is not None:
@@ -131,42 +131,42 @@ class BytesInFlight:
 
     @property
     def num_bytes(self) -> int:
-        return self._held.total()
+        return self._reserved.total()
 
     @contextmanager
-    def held(self, owner: str) -> Iterator[Callable[[int], None]]:
-        """Yield what to call with the size of each piece of a body, which is held within the context.
+    def reserving(self, owner: str) -> Iterator[Callable[[int], None]]:
+        """Yield a function to call with the size of each piece of a body. The pieces count within the context.
 
-        It raises QueueFull, and doesn't count the piece, if bodies take too much memory.
+        If bodies take too much memory, the function raises QueueFull and the piece doesn't count.
         """
         own = 0
 
         def add(num_bytes: int) -> None:
             nonlocal own
-            total, of_owner = self.num_bytes + num_bytes, self._held[owner] + num_bytes
+            total, of_owner = self.num_bytes + num_bytes, self._reserved[owner] + num_bytes
             if own + num_bytes > SMALL_BODY_BYTES and (total > self._max_bytes or of_owner > self._share):
                 if self._metrics is not None:
                     self._metrics.refused(_BODIES)
                 raise QueueFull("too many large bodies at once", RETRY_SECONDS)
             own += num_bytes
-            self._held[owner] += num_bytes
+            self._reserved[owner] += num_bytes
             self._peak = max(self._peak, total)
 
         try:
             yield add
         finally:
-            self._held[owner] -= own
-            if not self._held[owner]:
-                del self._held[owner]
+            self._reserved[owner] -= own
+            if not self._reserved[owner]:
+                del self._reserved[owner]
             if self._peak > self._max_bytes // 4 and self.num_bytes < self._peak // 4:
                 self._peak = 0
                 threading.Thread(target=return_freed_memory, name="return-memory", daemon=True).start()
 
 
 async def drain(scope: Scope, receive: Receive) -> None:
-    """Read some of what is still coming: a client that is cut off while it sends would never see the answer."""
+    """Read and discard some of the body: a client that is cut off while it sends may never see the answer."""
     if "expect" in Headers(scope=scope):
-        return  # it asked first, and has sent nothing
+        return  # the client waits for permission, and has sent nothing
     left = _DRAIN_BYTES
     with suppress(TimeoutError):
         async with asyncio.timeout(_DRAIN_SECONDS):

@@ -1,11 +1,6 @@
-"""What POST /compositions/{name} takes. Without a method it names a blend; with one it asks for a merge job.
+"""POST /compositions/{name}: name a weighted sum of adapters, or queue a job that merges them into a new one.
 
-From a checked composition with a method to a merge job in the queue, its parts pinned to versions.
-
-Whatever can be refused is refused here. Until the job has ended, its parts' versions can't be deleted. Everything
-blocks, on disk: call it in a thread.
-
-/compositions: weighted sums of adapters under a name, and merges, which make new adapters out of several.
+A merge job's parts are pinned to versions, which can't be deleted until the job has ended.
 """
 
 import hashlib
@@ -31,15 +26,15 @@ from adapters.merge import check
 from adapters.merge_recipe import MergeMethod, Recipe
 from adapters.names import MAX_NAME
 from server.api import wire
-from server.api.adapters import VersionAnswer, version_answer
+from server.api.adapters import VersionAnswer
 from server.api.deps import IdempotencyKey, ServicesDep
 from server.api.openapi import COMPOSITIONS
 from server.api.quotas import require_room
 from server.api.routes import READ, TRAIN, requires
 from server.api.schemas import MAX_SEED, Body
 from server.api.strict_route import StrictRoute
-from server.api.train_answers import job_document
-from server.api.train_schemas import MAX_TRAINED_RANK, JobAnswer
+from server.api.train_answers import JobAnswer
+from server.api.train_schemas import MAX_TRAINED_RANK
 from server.jobs.jobs import Job, Jobs
 from server.jobs.merge_spec import ORIGIN, MergeSpec
 
@@ -57,21 +52,24 @@ class CompositionBody(Body):
         }
     )
 
-    expression: str = Field(max_length=MAX_LENGTH, description="an adapter expression, pinned to versions now")
+    expression: str = Field(
+        max_length=MAX_LENGTH,
+        description="an adapter expression; its adapters are pinned to their current versions",
+    )
     method: MergeMethod | None = Field(
         None,
-        description="merge the parts into one new adapter, by a job; null: the exact sum, which needs no merging",
+        description="queue a job that merges the parts into a new adapter; null: name the exact sum instead",
     )
     density: float | None = Field(
-        None, gt=0, le=1, description="of a merge: the share of entries that is kept; null: 0.5, and all with svd"
+        None, gt=0, le=1, description="share of entries that a merge keeps; null: 0.5, or all with svd"
     )
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="of dare_linear and dare_ties; null: 0")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="only for dare_linear and dare_ties; null: 0")
     rank: int | None = Field(
         None,
         ge=1,
         le=MAX_TRAINED_RANK,
-        description="the new adapter's: with it, the products B·A are merged and factored again; null: A and B "
-        "are merged apart, which needs parts of equal ranks (svd: the largest rank of the parts)",
+        description="rank of the new adapter: the products B·A are merged and factored again; null: A and B are "
+        "merged separately, which needs parts of equal rank (svd: the largest rank of the parts)",
     )
 
 
@@ -81,18 +79,20 @@ SEEDED: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
 
 
 def recipe_of(body: CompositionBody) -> Recipe | None:
-    """How to merge; None for an exact sum. Raises InvalidInput on what the method, or its absence, rules out."""
+    """Return how to merge, or None for an exact sum. Raise InvalidInput on fields that the method rules out."""
     if body.method is None:
         given = [name for name in ("density", "seed", "rank") if getattr(body, name) is not None]
         if given:
-            raise InvalidInput([FieldError((name,), "an exact sum has none: leave it out") for name in given])
+            raise InvalidInput(
+                [FieldError((name,), "is only for merges: leave it out, or set method") for name in given]
+            )
         return None
     if body.seed is not None and body.method not in SEEDED:
-        raise InvalidInput.of("seed", f"{body.method} draws nothing at random: leave it out")
+        raise InvalidInput.of("seed", f"{body.method} isn't random: leave it out")
     density = body.density
     if body.method == "svd":
         if density not in (None, 1):
-            raise InvalidInput.of("density", "svd prunes nothing: leave it out")
+            raise InvalidInput.of("density", "svd keeps all entries: leave it out")
         density = 1.0
     return Recipe(body.method, DEFAULT_DENSITY if density is None else density, body.seed or 0, body.rank)
 
@@ -106,18 +106,17 @@ def submit_merge(
     idempotency_key: str | None,
     require_room: Callable[[], None],
 ) -> Job:
-    """Queue the job that makes the name's next version, or return the one that the key belongs to. `require_room`
-    is called before a new one.
+    """Queue a job that merges a new version of `name`, or return the one with the same idempotency key.
 
-    Raises InvalidInput, NotFound (a part), Conflict (a composition has the name, or a part is of another base's
-    shapes) or QueueFull.
+    `require_room` is called before a new job. It blocks on disk: call it in a thread. Raise InvalidInput; NotFound
+    for a part; Conflict if a composition has the name, or a part was made for a base of other shapes; QueueFull.
     """
     library.check_name(name)
     digest = _digest(name, body)
     if (first := jobs.repeated(idempotency_key, digest)) is not None:
         return first
     require_room()
-    # the parts' bytes are held until the job itself holds them
+    # the parts' bytes are pinned here until the job itself pins them
     pinned = library.pin(parse(body.expression, FIELD), FIELD)
     try:
         ranks = _ranks(library, pinned)
@@ -137,16 +136,16 @@ def submit_merge(
 
 
 def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
-    """Return the rank of each module of each part that counts."""
+    """Return each part's ranks by module, without parts of weight 0. Raise InvalidInput if none is left."""
     weighted = combine(pinned.parts)
     if not weighted:
-        message = "is equal to the base: give adapters whose weights don't cancel out"
+        message = "its weights cancel out, which leaves the base alone"
         raise InvalidInput.of(FIELD, message)
     return [library.ranks(digest) for digest, _ in weighted]
 
 
 def _digest(name: str, body: CompositionBody) -> str:
-    """Equal for requests that mean the same, and like no training's."""
+    """Return a digest that is equal for requests with the same meaning, and differs from every training job's."""
     document = json.dumps({"composition": name, **body.model_dump(mode="json")}, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()
 
@@ -157,7 +156,7 @@ router = APIRouter(prefix="/compositions", tags=["adapters"], route_class=Strict
 @router.get("", include_in_schema=False)
 @requires(READ)
 async def list_compositions() -> Response:
-    """Raises NotFound, which says where they are."""
+    """Raise NotFound with a pointer to GET /adapters."""
     raise NotFound("compositions are listed with the adapters: GET /adapters")
 
 
@@ -169,7 +168,7 @@ async def list_compositions() -> Response:
     responses={
         200: {
             "model": VersionAnswer,
-            "description": "The latest version, which is the same already",
+            "description": "The latest version, which is the same",
         },
         201: {"model": VersionAnswer, "description": "The composition's next version"},
         202: {"model": JobAnswer, "description": "With a `method`: the job that merges; `Location` has its path"},
@@ -185,18 +184,18 @@ async def compose(
 ) -> Response:
     """Store an adapter expression under a name, pinned to the versions that it means now.
 
-    The name then works wherever an adapter's does. Compositions within it are replaced by their parts, and
-    none of its parts can be deleted before it. If the latest version has the same parts and weights already, there
-    is no new one, and the status is 200. With a `method`, a job merges the parts instead, and publishes
-    the result as the next version of the adapter `name`.
+    The name then works wherever an adapter's name does. Compositions in the expression are replaced by their
+    parts, and no part can be deleted before the composition. If the latest version already has the same parts and
+    weights, no new one is made, and the status is 200. With a `method`, a job merges the parts instead, and
+    publishes the result as the next version of the adapter `name`.
     """
     if (recipe := recipe_of(body)) is not None:
         room = partial(require_room, services)
         given = (services.jobs, services.library, name, body, recipe, key, room)
-        job = await services.limiters.merging.run(submit_merge, *given)
-        return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+        job = await services.limiters.merging.run(services.principal.project, submit_merge, *given)
+        return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
     terms = parse(body.expression, FIELD)
     version, is_new = await to_thread.run_sync(services.library.compose, name, terms, FIELD)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    answer = version_answer(version, services.engine.stats.resident)
+    answer = VersionAnswer.of(version, services.engine.stats.resident)
     return wire.answer(answer, 201 if is_new else 200, headers)

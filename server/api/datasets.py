@@ -1,4 +1,4 @@
-"""/datasets: upload rows once, train on them often. Everything on disk happens in threads."""
+"""/datasets: uploaded rows that jobs can train on."""
 
 from functools import partial
 from typing import Annotated
@@ -14,8 +14,7 @@ from server.api.deps import Services, ServicesDep
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
 from server.api.quotas import growing
 from server.api.routes import MAX_UPLOAD_BYTES, TRAIN, requires
-from server.api.train_answers import dataset_document
-from server.api.train_schemas import DatasetAnswer, DatasetList, DatasetUploaded
+from server.api.train_answers import DatasetAnswer, DatasetList, DatasetUploaded
 from server.api.uploads import form_bytes, received_form, uploaded_rows
 from server.training.datasets import no_dataset
 from server.training.rows import IgnoredFields
@@ -41,8 +40,8 @@ async def upload(request: Request, services: ServicesDep) -> Response:
     Fields that are not trained on are ignored; `warnings` counts them.
     """
     async with received_form(request, services) as form:
-        answer = await services.limiters.checking.run(_put, services, form)
-    return wire.answer(answer, 201, {"Location": f"/datasets/{answer['id']}"})
+        answer = await services.limiters.checking.run(services.principal.project, _put, services, form)
+    return wire.answer(answer, 201, {"Location": f"/datasets/{answer.id}"})
 
 
 @router.get(
@@ -52,7 +51,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
 async def list_datasets(services: ServicesDep) -> Response:
     """List data sets, newest first."""
     found = await to_thread.run_sync(services.datasets.list)
-    return wire.answer({"datasets": [dataset_document(dataset) for dataset in found]})
+    return wire.answer(DatasetList(datasets=[DatasetAnswer.model_validate(dataset) for dataset in found]))
 
 
 @router.get(
@@ -64,7 +63,7 @@ async def list_datasets(services: ServicesDep) -> Response:
 @requires(TRAIN)
 async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     """Get a data set's size, format and digest."""
-    return wire.answer(dataset_document(await to_thread.run_sync(services.datasets.get, dataset_id)))
+    return wire.answer(DatasetAnswer.model_validate(await to_thread.run_sync(services.datasets.get, dataset_id)))
 
 
 @router.delete(
@@ -82,16 +81,16 @@ async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Respon
     return Response(status_code=204)
 
 
-def _put(services: Services, form: FormData) -> dict[str, object]:
+def _put(services: Services, form: FormData) -> DatasetUploaded:
     file, filename = uploaded_rows(form)
     ignored = IgnoredFields()
     with growing(services, form_bytes(form)) as grown:
         dataset = services.datasets.put(file, filename, ignored, max_bytes=MAX_UPLOAD_BYTES, grown=grown)
-    return {**dataset_document(dataset), "warnings": ignored.warnings()}
+    return DatasetUploaded(**vars(dataset), warnings=ignored.warnings())
 
 
 def _delete(services: Services, dataset_id: str) -> None:
-    if not services.datasets.has(dataset_id):  # a damaged one can go, too
+    if not services.datasets.has(dataset_id):  # `get` would refuse a damaged data set
         raise no_dataset()
     if services.jobs.in_use(dataset_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")

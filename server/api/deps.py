@@ -1,6 +1,7 @@
-"""What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`.
+"""The services that routes work with, which they receive as `ServicesDep`.
 
-A route gets them as the project sees them that asks: it can't name, list or change another's things by mistake.
+They are built once at start-up. A route gets a view for the project that sends the request, so it can't read or
+change another project's things by mistake.
 """
 
 import logging
@@ -38,26 +39,32 @@ from server.telemetry.spans import Tracer
 from server.training.datasets import DatasetStore
 from server.training.files import FileStore, RowSources
 
-_MAX_EXPRESSIONS = 4096  # remembered at once; beyond that, all are resolved again
+if TYPE_CHECKING:
+    from adapters.storage.bucket import Bucket
+
+_MAX_EXPRESSIONS = 4096  # once there are more, all are forgotten
+_MAX_VIEWS = 1024
+
+T = TypeVar("T")
 
 log = logging.getLogger("smolora.api")
 
 
 class RecentPins:
-    """`Library.pin` for one event loop, with a cache that is valid until the next commit to the database.
+    """A cache of resolved adapter expressions, valid until the next commit to the database. For one event loop.
 
-    To resolve an expression takes SQL in a thread, a millisecond or two before the first token. To ask whether
-    anybody has committed takes microseconds.
+    Resolving is SQL in a thread, and delays the first token by a millisecond or two. Checking for commits takes
+    microseconds.
     """
 
     def __init__(self, commits: Callable[[], int | None]) -> None:
-        """`commits()` changes at once with any commit. While it returns None, nothing is cached."""
+        """`commits` returns a number that changes with every commit, or None, which turns this off."""
         self._commits = commits
         self._seen: int | None = None
         self._known: dict[tuple[Viewpoint, tuple[Term, ...]], Pinned] = {}  # released
 
     async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
-        """Pin the terms' bytes as `Library.pin` does, which is called in a thread for unknown terms."""
+        """Pin as `Library.pin` does, but without SQL if the expression's versions are known."""
         if (seen := self._commits()) is None:
             return await to_thread.run_sync(library.pin, terms, field)
         key = (library.catalog.viewpoint, tuple(terms))
@@ -66,7 +73,7 @@ class RecentPins:
             self._known.clear()
         if (found := self._known.get(key)) is not None:
             pinned = Pinned(found.parts, found.warnings, library.store)
-            if self._commits() == seen:  # names are deleted before bytes: these bytes were still named when pinned
+            if self._commits() == seen:  # names are deleted before bytes, so these bytes stay while pinned
                 return pinned
             await release(pinned)
         pinned = await to_thread.run_sync(library.pin, terms, field)
@@ -76,29 +83,22 @@ class RecentPins:
 
 
 async def release(pinned: Pinned) -> None:
-    """Release on the event loop; a thread removes the bytes of deleted versions. If that fails, it is logged, and
-    the next sweep removes them.
+    """Release pins from the event loop. If that leaves bytes of a deleted version, remove them in a thread.
+
+    A failure is only logged, since it doesn't affect the request's answer. The next sweep tries again.
     """
     if (removal := pinned.unpin()) is not None:
         try:
-            with CancelScope(shield=True):  # until the next sweep, nobody else would remove the bytes
+            with CancelScope(shield=True):  # only this call knows of the removal
                 await to_thread.run_sync(removal)
-        except Exception:  # the disk, or the database
-            log.exception("can't remove the bytes of a deleted version just now")
-
-
-if TYPE_CHECKING:
-    from adapters.storage.bucket import Bucket
-
-_MAX_VIEWS = 1024
-
-T = TypeVar("T")
+        except Exception:  # of the disk or the database
+            log.exception("can't remove the bytes of a deleted version")
 
 
 class OutputStream(Protocol):
-    """A request's outputs, until all its choices have ended. `aclose` aborts it, even before the first one.
+    """A request's outputs, until all its choices have ended. `aclose` aborts the request at any time.
 
-    An error that is `put` is raised once what came before it was read.
+    An error that is `put` is raised after the outputs before it.
     """
 
     def __aiter__(self) -> "OutputStream": ...
@@ -108,7 +108,7 @@ class OutputStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """The engine as the API knows it: `server.engine.async_engine.AsyncEngine`, or a test's double."""
+    """The part of `server.engine.async_engine.AsyncEngine` that the API needs; tests have a double."""
 
     def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -135,7 +135,7 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class Limiters:
-    """How much may be done at once, over all routes, of what takes cores, memory and disk from the engine."""
+    """Limits, over all routes, on concurrent work that takes processors, memory or disk from the engine."""
 
     encoding: Lane
     grammars: Lane
@@ -151,38 +151,28 @@ class Limiters:
 
     @classmethod
     def build(cls, queue_timeout: float, metrics: LaneMetrics) -> "Limiters":
-        """Bound what waits for a thread to `queue_timeout` seconds."""
+        """Make the limiters. Work waits for a thread for at most `queue_timeout` seconds."""
         lane = partial(Lane, timeout=queue_timeout, metrics=metrics)
-        data = Turns(2)  # much of their work holds the GIL, which the engine's steps need, too
-        return cls(  # the last free thread is for another project
+        data = Turns(2)  # much of this work keeps the GIL, which the engine's steps need, too
+        return cls(  # a lane's last free thread is for another project
             encoding=lane("encoding", "long prompts", Turns(2), 64),
-            grammars=lane(
-                "grammars", "grammars", Turns(1), 16, steps_back=False
-            ),  # Guidance compiles one at a time
+            # Guidance compiles one grammar at a time
+            grammars=lane("grammars", "grammars", Turns(1), 16, steps_back=False),
             preparing=lane("preparing", "training jobs", data, 16),
-            checking=lane("checking", "files", data, 16),  # of rows
-            parsing=lane("parsing", "adapters", data, 16),  # hashed and copied
+            checking=lane("checking", "files", data, 16),  # files of rows
+            parsing=lane("parsing", "adapters", data, 16),  # weights are hashed and copied
             merging=lane("merging", "merges", data, 16),
             fetching=lane("fetching", "imports", Turns(3), 16),
-            uploads=Places("uploads", 16, name="uploads", metrics=metrics),  # on the disk, of up to 256 MiB each
+            uploads=Places("uploads", 16, name="uploads", metrics=metrics),  # up to 256 MiB of disk each
             bodies=BytesInFlight(metrics=metrics),
         )
-
-    def of(self, project: str) -> "Limiters":
-        """Return views of the same for a project."""
-        shared = {
-            name: value.of(project)
-            for name, value in vars(self).items()
-            if not isinstance(value, BytesInFlight | Incoming | Spooling)
-        }
-        return replace(self, **shared)
 
 
 @dataclass(frozen=True)
 class Services:
-    """Everything a route may need.
+    """Everything that routes need, as `principal` sees it.
 
-    `max_model_len` is what settings and base allow; `decode` is the tokenizer's.
+    `max_model_len` is in tokens, from the settings and the base. `decode` turns token ids into text.
     """
 
     settings: Settings
@@ -204,12 +194,12 @@ class Services:
     access: Access
     limiters: Limiters
     tracer: Tracer | None = None
-    principal: Principal = EVERYBODY  # for whom library, jobs, data sets, files and submissions are
-    bucket: "Bucket | None" = None  # which has, where there is one, what HOME would have
+    principal: Principal = EVERYBODY  # sets what library, jobs, datasets, files and submissions show
+    bucket: "Bucket | None" = None  # if there is one, it stores bytes instead of HOME
     _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)
 
     def of(self, principal: Principal) -> "Services":
-        """The same for another one."""
+        """Return another principal's view of the same services."""
         if principal == self.principal:
             return self
         if (view := self._views.get(principal)) is None:
@@ -220,7 +210,7 @@ class Services:
 
     @property
     def max_num_tokens(self) -> int:
-        """Of one sequence, prompt and answer: fewer than `max_model_len` where the engine has room for fewer."""
+        """The most tokens of one prompt and answer: `max_model_len`, or less if the engine has less room."""
         most = self.engine.max_num_tokens
         return self.max_model_len if most is None else min(most, self.max_model_len)
 
@@ -230,7 +220,7 @@ class Services:
 
     @property
     def retention(self) -> Retention:
-        """The files of the jobs."""
+        """The removal of jobs' files."""
         return Retention(self.settings.home, self.jobs, self.bucket)
 
     def audited(
@@ -241,39 +231,34 @@ class Services:
         detail: Mapping[str, object] | None = None,
         project: str | None = None,
     ) -> T:
-        """What the deed comes to, which is then on the audit list. Blocks on disk.
+        """Run `deed`, add it to the audit list, and return its result. Blocks on disk.
 
-        `project`: whose thing it is, where that may be another's than the caller's own.
+        `project` owns the target; the default is the caller's project.
         """
         result = deed()
         self.access.audit.add(self.principal.key_id, action, project or self.principal.project, target, detail)
         return result
 
     def _seen_by(self, principal: Principal) -> "Services":
-        storage, viewpoint = self.storage, principal.viewpoint
-        home = storage.home
+        viewpoint = principal.viewpoint
         library = self.library.of(viewpoint)
         jobs = self.jobs.of(viewpoint, principal.project_quota.max_jobs, principal.quota.max_jobs)
-        own_datasets, own_files = home.datasets(viewpoint.project), home.files(viewpoint.project)
-        datasets = DatasetStore(own_datasets, viewpoint.key_id, storage.at(own_datasets))
-        files = FileStore(own_files, viewpoint.key_id, storage.at(own_files))
-        submissions = self.submissions.of(jobs, RowSources(datasets, files), library)
+        sources = RowSources.of(self.storage, viewpoint.project, viewpoint.key_id)
         return replace(
             self,
             principal=principal,
             library=library,
             jobs=jobs,
-            datasets=datasets,
-            files=files,
-            submissions=submissions,
-            limiters=self.limiters.of(viewpoint.project),
+            datasets=sources.datasets,
+            files=sources.files,
+            submissions=replace(self.submissions, jobs=jobs, sources=sources, library=library),
         )
 
 
 async def get_services(request: Request) -> Services:
-    """The services that `create_app` was given, for whoever asks; for everybody where no key is asked for.
+    """Return the services as the request's principal sees them.
 
-    It awaits nothing: FastAPI sends what is no coroutine to a thread and back, for each request.
+    This is a coroutine because FastAPI runs ordinary functions in a thread.
     """
     services = cast(Services, request.app.state.services)
     return services.of(principal_of(request.scope) or services.principal)
@@ -287,6 +272,6 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=255,
-        description="makes a repeat of a request for a job return the first one's",
+        description="a repeated request with the same key returns the first request's job",
     ),
 ]

@@ -1,7 +1,7 @@
-"""The edge: what every request meets before a route sees it.
+"""The middleware that every request passes before its route.
 
-In this order: the prefix of a proxy, an id, a span and the log, the site that asks, CORS, the key, the queue, the
-body. It is plain ASGI and one middleware, so each piece of a stream passes one wrapper on its way in and out.
+In order, it handles the proxy's prefix, the request id, the span and log line, the site, CORS, the key, the queue
+and the body. It is one plain ASGI middleware, so each piece of a stream passes one wrapper in each direction.
 """
 
 import logging
@@ -34,7 +34,7 @@ from server.telemetry.logs import Fields, place_of, request_id
 
 _LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
 _EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
-"""Headers that a page of an allowed site may read."""
+"""Headers that pages of allowed sites may read."""
 _ABSOLUTE = re.compile(r"https?://(?P<host>[^/]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 _LINK = re.compile(r"<(/[^>]*)>")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -49,10 +49,11 @@ log = logging.getLogger("smolora.api")
 
 
 class Edge:
-    """Gives each request an id, a log line and counts; lets it in if its site, key, queue and body allow that.
+    """Middleware that identifies, logs, counts and admits requests.
 
-    Every response has X-Request-Id; no other site's page may frame it, and no browser may guess its type. An
-    unforeseen error is a 500; a full or failing disk and a database that another process has locked are a 503.
+    Every response has X-Request-Id, and headers against framing by other sites and against guessing its type. An
+    unexpected error is answered with 500. A full or failing disk, or a database locked by another process, is
+    answered with 503.
     """
 
     def __init__(self, app: ASGIApp, routes: Routes, services: Services) -> None:
@@ -99,7 +100,7 @@ class Edge:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = own_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                if has_two_lengths:  # a proxy may see the request's end elsewhere (RFC 9112, 6.3)
+                if has_two_lengths:  # a proxy may disagree about where the request ends (RFC 9112, 6.3)
                     headers["Connection"] = "close"
                 headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
                 if root_path:
@@ -116,7 +117,7 @@ class Edge:
                 await self._admitting(scope, receive, answer)
         except TooSlow as error:  # no route was reading the body
             await form.problem(error.status_code, error.detail)(scope, receive, answer)
-        except ClientDisconnect:  # while its upload came in: nobody reads an answer
+        except ClientDisconnect:  # during the upload, so nobody reads an answer
             status = status or _CLIENT_GONE
         except Exception as error:
             log.error("%s at %s", type(error).__name__, place_of(error))
@@ -134,7 +135,7 @@ class Edge:
                 log.info(_line(scope, status, took, found))
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer why not."""
+        """Pass the request to the application, or refuse it."""
         resource = self._routes.find(scope["path"])
         body = Body(scope, receive, resource.all, self._services.settings.body_timeout)
         answer = send
@@ -147,16 +148,16 @@ class Edge:
                 await refusal(scope, receive, answer)
                 return
             in_flight = self._services.limiters.bodies
-            with in_flight.held("" if principal is None else principal.project) as body.hold:
+            with in_flight.reserving("" if principal is None else principal.project) as body.reserve:
                 await self.app(scope, body.receive, answer)
         except KeyEnded as error:  # no route was reading the body
             await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
 
     async def _refusal(self, scope: Scope, resource: Resource, body: Body) -> Response | None:
-        """Return the answer if the request isn't let in: by its key, by the queue, or by its body's head.
+        """Return the answer if the key, the queue or the body's headers rule the request out, else None.
 
-        The queue is asked for one place before the body is read, when a refusal costs least; the route asks for as
-        many as the body needs. While the server drains, nothing that changes anything is begun.
+        The queue is checked for one place before the body is read, when a refusal costs least. The route then
+        checks for as many as the body needs. While the server drains, requests that change something are refused.
         """
         form, method = form_of(scope["path"]), scope["method"]
         try:
@@ -178,7 +179,7 @@ class Edge:
         await send(message)
 
     def _unavailable(self, error: Exception) -> Unavailable | None:
-        """Return what to answer if the error's cause is likely to pass."""
+        """Return the 503 to answer if the error's cause is probably temporary, else None."""
         if self._reserve.is_disk_full(error):
             return _DISK_FULL
         if is_disk_failing(error):
@@ -187,9 +188,9 @@ class Edge:
 
 
 def _without_prefix(scope: Scope, root_path: str) -> Scope:
-    """Return the request without `root_path`, which a proxy may have removed already.
+    """Return the scope without `root_path`, which a proxy may have removed already.
 
-    The path may be a whole URL (RFC 9112, 3.2.2). Its host then counts instead of the header's.
+    If the path is an absolute URL (RFC 9112, 3.2.2), its host replaces the header's.
     """
     if absolute := _ABSOLUTE.fullmatch(scope["path"]):
         host = absolute["host"].encode("latin-1", "replace")
@@ -202,7 +203,7 @@ def _without_prefix(scope: Scope, root_path: str) -> Scope:
 
 
 def _add_prefix(headers: MutableHeaders, root_path: str) -> None:
-    """Put `root_path` before the paths in an answer's headers."""
+    """Prepend `root_path` to the paths in an answer's headers."""
     if headers.get("location", "").startswith("/"):
         headers["location"] = root_path + headers["location"]
     if "link" in headers:

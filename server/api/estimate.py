@@ -1,7 +1,8 @@
-"""How long a training job may take: by the speed of the last one of its kind on this device and on a base of this
-size, else a product's.
+"""Estimate how long a training job takes.
 
-A first job's estimate is good to a factor of two or so. That the server's requests come first isn't counted.
+The speed is that of the last job with the same method, device and size of base. If there is none, it is derived
+from a timed matrix product, and the estimate is good to a factor of about two. Time that the job gives way to
+requests isn't included.
 """
 
 import time
@@ -20,7 +21,7 @@ from server.training.spec import JobSpec, Method
 _PASSES = {"lora": 2, "full": 3}
 """Matrix products of a training step for each parameter and token, with the forward pass as 1."""
 _EFFICIENCY = 0.4
-"""Of the speed of large products, in a training step."""
+"""Speed of a training step as a share of a large product's."""
 _ROWS, _IN, _OUT = 1024, 576, 1536
 _SEEN_JOBS = 50
 
@@ -30,15 +31,15 @@ Basis = Literal["an earlier job", "a matrix product"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a job that has the machine for itself."""
+    """A job's duration if it has the machine to itself."""
 
     seconds: float
     tokens_per_second: float
-    basis: Annotated[Basis, Field(description="where the speed is known from")]
+    basis: Annotated[Basis, Field(description="the source of the speed")]
 
 
 class Estimator:
-    """Estimates for a base of so many parameters. Blocks: call it in a thread."""
+    """An estimator of training times on one base. It blocks: call it in a thread."""
 
     def __init__(self, jobs: Jobs, num_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
         self._jobs = jobs
@@ -47,9 +48,9 @@ class Estimator:
         self._device = device
 
     def estimate(self, spec: JobSpec, data: JobData) -> Estimate:
-        """Estimate the steps, and measuring the held-out rows as often as the job will.
+        """Estimate the time of all training steps and of all evaluations on held-out rows.
 
-        `data` may have a sample of the rows, of which `data.facts` has all.
+        `data` may be a sample of the rows; `data.facts` counts all rows.
         """
         rate, basis = self._speed(spec.method)
         training, num_rows = spec.training, data.facts.num_rows
@@ -63,18 +64,18 @@ class Estimator:
         return Estimate(seconds, rate, basis)
 
     def _speed(self, method: Method) -> tuple[float, Basis]:
-        """(trained tokens per second, where that is known from)."""
+        """Return trained tokens per second, and the source of that figure."""
         for job in self._jobs.list(Status.SUCCEEDED, _SEEN_JOBS):
             rate = job.progress.get("tokens_per_second")
             if job.spec.method != method or not isinstance(rate, int | float) or rate <= 0:
                 continue
-            if self._was_here(job):
+            if self._is_comparable(job):
                 return float(rate), "an earlier job"
         flops = 2.0 * self._num_parameters * _PASSES[method]
         return _EFFICIENCY * self._flops_per_second() / flops, "a matrix product"
 
-    def _was_here(self, job: Job) -> bool:
-        """Whether it ran on a device like this one, and trained on a base of the same size, by its card."""
+    def _is_comparable(self, job: Job) -> bool:
+        """Return whether the job's card names a device like this one and a base of the same size."""
         card = self._jobs.report(job.id) or {}
         base = cast("Mapping[str, object]", card.get("base_model", {}))
         if base.get("parameters", self._num_parameters) != self._num_parameters:
@@ -89,6 +90,6 @@ class Estimator:
         best = float("inf")
         for _ in range(3):
             started = time.perf_counter()
-            float((a @ b)[0, 0])  # waits for a card, too
+            float((a @ b)[0, 0])  # waits until a GPU is done
             best = min(best, time.perf_counter() - started)
         return 2.0 * _ROWS * _IN * _OUT / best

@@ -203,7 +203,7 @@ async def check_grammar(services: Services, grammar: Grammar, sampling: Sampling
             )
     if not services.guidance.is_usable(grammar):
         with services.metrics.refusals():
-            await services.limiters.grammars.run(services.guidance.check, grammar)
+            await services.limiters.grammars.run(services.principal.project, services.guidance.check, grammar)
 
 
 def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> SamplingParams:
@@ -583,7 +583,7 @@ async def encoded(
                     (FieldError((field,), message), FieldError(("max_tokens",), f"the prompt {message}"))
                 )
     with services.metrics.refusals():
-        return await services.limiters.encoding.run(encode)
+        return await services.limiters.encoding.run(services.principal.project, encode)
 
 
 async def charge_refused(services: Services, num_tokens: int) -> None:

@@ -1,6 +1,6 @@
-"""GET /health, /ready and /metrics: is the process there, can it serve, what has it done.
+"""GET /health, /ready and /metrics.
 
-What watches addresses often asks by HEAD: the first two answer that, too.
+/health and /ready also answer HEAD, which load balancers often send.
 """
 
 from anyio import CapacityLimiter, to_thread
@@ -24,7 +24,7 @@ router = APIRouter(tags=["health"])
 @router.get("/health", summary="Can the process answer?")
 @requires(OPEN, watcher="probe")
 async def health() -> Response:
-    """200 while the process can serve. No key needed."""
+    """Return 200 while the process can answer. No key needed."""
     return wire.answer({"status": "ok"})
 
 
@@ -32,8 +32,10 @@ async def health() -> Response:
 @router.get("/ready", summary="Can it serve?", responses=READY)
 @requires(OPEN, watcher="probe")
 async def ready(services: ServicesDep) -> Response:
-    """200 while the model is loaded, the engine makes progress and the server is not shutting down: the
-    base's id, whether it takes `messages`, and the scopes of a client without a key (`anonymous`).
+    """Return 200 while the model is loaded, the engine makes progress and the server is not shutting down.
+
+    The answer has the base's id, whether it takes `messages`, and the scopes of a client without a key
+    (`anonymous`).
 
     No key needed.
     """
@@ -55,6 +57,6 @@ async def ready(services: ServicesDep) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)
 @requires(METRICS, watcher="scraper")
 async def metrics(services: ServicesDep) -> Response:
-    """Counters, gauges and histograms in Prometheus' text format."""
+    """Return counters, gauges and histograms in Prometheus' text format."""
     text = await to_thread.run_sync(services.metrics.render, limiter=_rendering)
     return Response(text, media_type=CONTENT_TYPE)

@@ -1,5 +1,6 @@
-"""What the server does now and then, by itself: ended jobs lose rows, and all files where RETAIN_JOBS says so;
-what killed processes left of uploads goes.
+"""Periodic cleanup: files of ended jobs, and what killed processes left of uploads.
+
+A job's rows are removed once it has ended. Its other files are removed after RETAIN_JOBS days, if that is set.
 """
 
 import asyncio
@@ -11,8 +12,7 @@ from anyio import to_thread
 
 from server.jobs.files import Retention
 from server.storage.places import Storage
-from server.training.datasets import DatasetStore
-from server.training.files import FileStore
+from server.training.files import RowSources
 
 INTERVAL_SECONDS = 3600.0
 
@@ -25,29 +25,29 @@ async def keep_house(
     interval: float = INTERVAL_SECONDS,
     sweep: Callable[[], None] | None = None,
 ) -> None:
-    """Look at once, and again each time so many seconds have passed; until cancelled.
+    """Clean up now and every `interval` seconds, until cancelled.
 
-    `sweep` is for what isn't the jobs': uploads, and adapters' bytes that were deleted a while ago.
+    `sweep` cleans up everything that isn't a job's, such as uploads and the bytes of deleted adapters.
     """
     while True:
         try:
-            await to_thread.run_sync(_tidy, retention, retain_days)
+            await to_thread.run_sync(_clean_jobs, retention, retain_days)
             if sweep is not None:
                 await to_thread.run_sync(sweep)
-        except Exception:  # the disk, or the database: the next look may go well
-            log.exception("can't tidy up just now")
+        except Exception:  # of the disk or the database, which may work the next time
+            log.exception("cleanup failed")
         await asyncio.sleep(interval)
 
 
 def clean_uploads(storage: Storage) -> None:
-    """Drop what killed processes left of all projects' data sets and files, once it is old enough."""
+    """Remove old leftovers of killed processes from all projects' data sets and files."""
     for project in storage.projects():
-        datasets, files = storage.home.datasets(project), storage.home.files(project)
-        DatasetStore(datasets, bucket=storage.at(datasets)).clean()
-        FileStore(files, bucket=storage.at(files)).clean()
+        sources = RowSources.of(storage, project)
+        sources.datasets.clean()
+        sources.files.clean()
 
 
-def _tidy(retention: Retention, retain_days: float) -> None:
+def _clean_jobs(retention: Retention, retain_days: float) -> None:
     retention.sweep()
     retention.finish()
     if retain_days and (removals := retention.prune(datetime.now(UTC) - timedelta(days=retain_days))):

@@ -1,4 +1,4 @@
-"""/adapters/{name}/import: an adapter from the Hugging Face hub, off unless a setting allows it."""
+"""POST /adapters/{name}/import: publish an adapter from the Hugging Face hub, if a setting allows it."""
 
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from adapters.catalog.catalog import Version
 from adapters.names import MAX_NAME
 from server.api import wire
-from server.api.adapters import VersionAnswer, version_answer
+from server.api.adapters import VersionAnswer
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import IMPORTS
 from server.api.quotas import require_quota, require_space, reserved
@@ -41,7 +41,7 @@ class ImportBody(Body):
 
 
 class Fetch(Protocol):
-    """`server.model.base.hub.fetch_adapter`, or a test's."""
+    """The signature of `server.model.base.hub.fetch_adapter`, which tests replace."""
 
     def __call__(
         self,
@@ -56,7 +56,7 @@ class Fetch(Protocol):
 
 
 async def get_fetch() -> Fetch:
-    """What fetches; tests put another in its place."""
+    """Return the function that fetches adapters. Tests override this dependency."""
     return fetch_adapter
 
 
@@ -84,15 +84,17 @@ async def import_adapter(
     await to_thread.run_sync(services.library.check_name, name)
     require_space(services.settings)
     await to_thread.run_sync(require_quota, services)
-    version = await services.limiters.fetching.run(_import, services, fetch, name, body)
+    version = await services.limiters.fetching.run(
+        services.principal.project, _import, services, fetch, name, body
+    )
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+    return wire.answer(VersionAnswer.of(version, services.engine.stats.resident), 201, headers)
 
 
 @router.api_route("/{name}/import", methods=["GET", "DELETE"], include_in_schema=False)
 @requires(TRAIN)
 async def not_a_version(name: str) -> Response:
-    """What a version can be asked, this can't. Raises HTTPException."""
+    """Answer 405: `import` is not a version, though /adapters/{name}/{version} would match it."""
     raise HTTPException(405)
 
 

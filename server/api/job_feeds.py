@@ -1,8 +1,8 @@
-"""Jobs' events as they happen, for any number of followers: the database is asked once for all of them.
+"""Stream jobs' events as they happen. All followers share one database poll.
 
-One task looks, a few times a second, at every job that somebody follows, and reads what is new. It begins with the
-first follower and ends with the last. Whoever is further behind than what is kept here reads that for itself, page
-by page. All of it has two threads of its own: however many follow, names are resolved as quickly.
+One task polls every followed job a few times a second and reads its new events. The task starts with the first
+follower and ends with the last. A follower that is too far behind reads older events by itself, page by page. The
+database is read in two threads of its own, so followers never delay other requests.
 """
 
 import asyncio
@@ -17,32 +17,32 @@ from anyio import CapacityLimiter, to_thread
 from adapters.errors import NotFound
 from server.api import wire
 from server.api.lanes import Places
-from server.api.train_answers import event_document
+from server.api.train_answers import EventAnswer
 from server.jobs.jobs import Event, Standing, no_job
 
 POLL_SECONDS = 0.3
 KEEP_ALIVE_SECONDS = 15.0
 MAX_FOLLOWERS = 256
 PAGE = 500
-"""Events that are read at once, and that are kept of each job."""
+"""The most events that are read at once, and that are kept of each job."""
 
 _NUM_THREADS = 2
 
 
 class JobSource(Protocol):
-    """What is asked: `server.jobs.jobs.Jobs`, or a test's double."""
+    """The part of `server.jobs.jobs.Jobs` that feeds need; tests have a double."""
 
     def standings(self, job_ids: Sequence[str]) -> Mapping[str, Standing]: ...
     def events(self, job_id: str, after: int, limit: int) -> list[Event]: ...
 
 
 class _Feed:
-    """What its followers share of one job. `changed` is set, and another takes its place, when there is news."""
+    """One job's state, shared by its followers. On news, `changed` is set and replaced by a new event."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
         self.num_followers = 0
-        self.last: int | None = None  # the newest event's seq; None: nobody has looked yet
+        self.last: int | None = None  # the newest event's seq; None before the first poll
         self.has_ended = False
         self.error: Exception | None = None
         self.changed = asyncio.Event()
@@ -54,7 +54,7 @@ class _Feed:
             self.last = event.seq
 
     def kept(self, after: int) -> list[tuple[int, bytes]] | None:
-        """The events after that one; None where some of them are no longer kept."""
+        """Return the events after the one numbered `after`, or None if some of them are no longer kept."""
         if not self._recent or after < self._recent[0][0] - 1:
             return None
         return list(islice(self._recent, after + 1 - self._recent[0][0], None))
@@ -65,24 +65,24 @@ class _Feed:
 
 
 class Follower:
-    """One who follows a job. Iterate `stream` once; `close` at the end."""
+    """A client's view of one feed. Iterate `stream` once, and `close` at the end."""
 
-    def __init__(self, feeds: "JobFeeds", feed: _Feed, after: int, place: Places) -> None:
+    def __init__(self, feeds: "JobFeeds", feed: _Feed, after: int, project: str) -> None:
         self._feeds = feeds
-        self._place = place
+        self._project = project
         self._feed = feed
         self._after = after
         self._closed = False
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events, until the job or the server ends. Raises NotFound at once where there is no job."""
+        """Yield server-sent events until the job or the server ends. Raise NotFound if there is no such job."""
         feed, feeds = self._feed, self._feeds
         while feed.last is None and feed.error is None:
             await feed.changed.wait()
         if feed.error is None:
-            yield b": the job's events\n\n"  # so that headers don't wait for the first of them
+            yield b": the job's events\n\n"  # sends the headers before the first event
         while True:
-            changed = feed.changed  # before looking, so that no news is missed
+            changed = feed.changed  # taken before reading, so that no news is missed
             if feed.error is not None:
                 raise feed.error
             assert feed.last is not None
@@ -100,15 +100,14 @@ class Follower:
                 yield b": still there\n\n"
 
     async def close(self) -> None:
-        """Follow no more. More than once is once."""
+        """Stop following. It is idempotent."""
         if not self._closed:
             self._closed = True
-            self._place.give_back()
-            self._feeds.leave(self._feed)
+            self._feeds.leave(self._feed, self._project)
 
 
 class JobFeeds:
-    """The feeds of all jobs that are followed. For one event loop; `poll` and `keep_alive` are seconds."""
+    """The feeds of all followed jobs, for one event loop. `poll` and `keep_alive` are in seconds."""
 
     def __init__(
         self,
@@ -133,29 +132,32 @@ class JobFeeds:
         return self._task is not None and not self._task.done()
 
     def follow(self, job_id: str, after: int, project: str = "") -> Follower:
-        """The job's events after the one numbered `after`, for a project that may see it. Raises QueueFull."""
-        place = self._places.of(project)
-        place.take()
+        """Follow a job's events after the one numbered `after`. Raise QueueFull.
+
+        The caller has checked that the project may see the job.
+        """
+        self._places.take(project)
         if (feed := self._feeds.get(job_id)) is None:
             feed = self._feeds[job_id] = _Feed(job_id)
             self._wake.set()
         feed.num_followers += 1
         if not self.is_polling:
             self._task = asyncio.create_task(self._run())
-        return Follower(self, feed, after, place)
+        return Follower(self, feed, after, project)
 
-    def leave(self, feed: _Feed) -> None:
-        """One of its followers has gone."""
+    def leave(self, feed: _Feed, project: str) -> None:
+        """Count a project's follower out, and drop the feed if it was the last."""
+        self._places.give_back(project)
         feed.num_followers -= 1
         if not feed.num_followers and self._feeds.get(feed.job_id) is feed:
             del self._feeds[feed.job_id]
             self._wake.set()
 
     async def read(self, job_id: str, after: int) -> list[tuple[int, bytes]]:
-        """A page of events, for one who is far behind. Raises NotFound where they are gone."""
+        """Return a page of events, for a follower that is far behind. Raise NotFound if they were removed."""
         found = await to_thread.run_sync(self._jobs.events, job_id, after, PAGE, limiter=self._reading)
         if not found:
-            raise NotFound(f"the events of job {job_id} are gone")
+            raise NotFound(f"the events of job {job_id} were removed")
         return [(event.seq, _encoded(event)) for event in found]
 
     async def _run(self) -> None:
@@ -164,7 +166,7 @@ class JobFeeds:
             feeds = dict(self._feeds)
             try:
                 has_more = await self._look(feeds)
-            except Exception as error:  # its followers are told
+            except Exception as error:  # raised for the followers
                 has_more = False
                 for feed in feeds.values():
                     self._fail(feed, error)
@@ -174,9 +176,9 @@ class JobFeeds:
                         await self._wake.wait()
 
     async def _look(self, feeds: Mapping[str, _Feed]) -> bool:
-        """Tell all of them what is new; whether there is more already."""
+        """Notify the followers of new events. Return whether there are more to read at once."""
         lasts = {job_id: feed.last for job_id, feed in feeds.items()}
-        found = await to_thread.run_sync(self._news, lasts, limiter=self._reading)
+        found = await to_thread.run_sync(self._new_events, lasts, limiter=self._reading)
         has_more = False
         for job_id, feed in feeds.items():
             if job_id not in found:
@@ -186,7 +188,7 @@ class JobFeeds:
             before = feed.last
             if events:
                 feed.add(events)
-            else:  # at first what was before is read by whoever wants it, and later there is nothing
+            else:  # at first, followers read older events themselves; later, nothing is new
                 feed.last = standing.num_events
             assert feed.last is not None
             is_behind = feed.last < standing.num_events
@@ -196,8 +198,8 @@ class JobFeeds:
                 feed.notify()
         return has_more
 
-    def _news(self, lasts: Mapping[str, int | None]) -> dict[str, tuple[Standing, list[Event]]]:
-        # the number first: what has ended by then has no event that isn't read now
+    def _new_events(self, lasts: Mapping[str, int | None]) -> dict[str, tuple[Standing, list[Event]]]:
+        # statuses first: a job that has ended by then gets no events after this read
         found = {}
         for job_id, standing in self._jobs.standings(list(lasts)).items():
             last = lasts[job_id]
@@ -206,7 +208,7 @@ class JobFeeds:
         return found
 
     def _fail(self, feed: _Feed, error: Exception) -> None:
-        """End it for its followers; the next one begins anew."""
+        """Raise `error` for the feed's followers, and drop the feed."""
         feed.error = error
         feed.notify()
         if self._feeds.get(feed.job_id) is feed:
@@ -214,4 +216,4 @@ class JobFeeds:
 
 
 def _encoded(event: Event) -> bytes:
-    return b"id: %d\n" % event.seq + wire.event(event_document(event))
+    return b"id: %d\n" % event.seq + wire.event(EventAnswer.model_validate(event))

@@ -1,14 +1,12 @@
-"""Bounds on how much happens at once: requests beyond a bound get 429.
+"""Limits on concurrent work. Requests beyond a limit get 429.
 
-One project may take three quarters of any of it, so that there is always something left for another.
+`Places` counts things without a queue, and one project may take three quarters of the places.
 
-Lanes: threads for one kind of slow work, shared by turns of projects.
-
-Waiting projects take turns, and the work of one project is done in the order in which it came. The last free
-thread of a lane is for a project that has none, so long work of one project never has all threads. Work that has
-waited for the lane's `timeout` is refused, and work whose client leaves while it waits is dropped. What has begun
-can't be interrupted: its size must be bounded before. Threads have a low priority, so that the engine's steps come
-first.
+`Lane` runs one kind of slow work in threads. Waiting projects take turns, and a project's own work is done in
+order. The last free thread is reserved for a project that has none, so one project never uses all threads. Work
+that has waited for the lane's `timeout` is refused, and work whose client leaves while it waits is dropped. Work
+that has begun can't be interrupted, so its size must be limited in advance. Threads have a low priority, so that
+the engine's steps come first.
 """
 
 import asyncio
@@ -19,9 +17,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from copy import copy
 from functools import partial
-from typing import Any, Self, TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -34,7 +31,7 @@ RETRY_SECONDS = 5.0
 
 
 class Places:
-    """Room for a number of things at once, without a queue. `what` names them in the plural, `name` in metrics."""
+    """A limit on concurrent things. `what` is their plural in errors, `name` their label in metrics."""
 
     def __init__(
         self,
@@ -50,50 +47,43 @@ class Places:
         self._share = num_places - num_places // 4
         self._name = name
         self._metrics = metrics
-        self._owner = ""
-        self._taken: Counter[str] = Counter()  # by owner, of all views
+        self._taken: Counter[str] = Counter()  # by owner
         if metrics is not None:
             metrics.declare(name, is_lane=False)
 
-    def of(self, owner: str) -> Self:
-        """Return a view of the same places for a project."""
-        view = copy(self)
-        view._owner = owner
-        return view
-
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Hold a place within the context. Raises QueueFull."""
-        self.take()
+    def taken(self, owner: str) -> Iterator[None]:
+        """Take a place for a project within the context. Raise QueueFull."""
+        self.take(owner)
         try:
             yield
         finally:
-            self.give_back()
+            self.give_back(owner)
 
-    def take(self) -> None:
-        """Take a place, to be given back. Raises QueueFull."""
-        if self._taken.total() >= self._num_places or self._taken[self._owner] >= self._share:
+    def take(self, owner: str) -> None:
+        """Take a place for a project, which the caller must give back. Raise QueueFull."""
+        if self._taken.total() >= self._num_places or self._taken[owner] >= self._share:
             if self._metrics is not None:
                 self._metrics.refused(self._name)
             raise QueueFull(self._message, RETRY_SECONDS)
-        self._taken[self._owner] += 1
+        self._taken[owner] += 1
 
-    def give_back(self) -> None:
-        """Release a place that was taken."""
-        self._taken[self._owner] -= 1
-        if not self._taken[self._owner]:
-            del self._taken[self._owner]
+    def give_back(self, owner: str) -> None:
+        """Release a place of a project."""
+        self._taken[owner] -= 1
+        if not self._taken[owner]:
+            del self._taken[owner]
 
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 receiving: ContextVar[Receive | None] = ContextVar("receiving", default=None)
-"""The channel of the current request. Once the body is read, it reports only that the client left."""
+"""The current request's `receive`. Once the body is read, it reports only that the client left."""
 
 
 class Turns:
-    """Who may use one of a number of threads next. For one event loop."""
+    """A number of threads that owners use in turn. For one event loop."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
@@ -104,11 +94,11 @@ class Turns:
 
     @property
     def num_waiting(self) -> int:
-        """The number of turns that are waited for."""
+        """Number of waiting turns."""
         return sum(map(len, self._waiting.values()))
 
     def join(self, owner: str) -> asyncio.Future[None]:
-        """Queue for a thread. The future is done once the owner has it, and `leave` gives it back."""
+        """Queue for a thread. The future is done once the owner has one; `leave` gives it back."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, OrderedDict())[turn] = None
         self._grant()
@@ -136,7 +126,7 @@ class Turns:
             turn.set_result(None)
 
     def _next(self) -> str | None:
-        """The project with the fewest threads; of several, the one whose last turn is longest ago."""
+        """Return the owner with the fewest threads, then the oldest turn; None if no owner may start."""
         num_idle = self.num_threads - self._running.total()
         candidates = (owner for owner in self._waiting if num_idle > (1 if self._running[owner] else 0))
         return min(
@@ -150,7 +140,7 @@ class Turns:
 
 
 class Lane:
-    """Threads for one kind of work: `name` in metrics, `what` in messages, in the plural."""
+    """Threads for one kind of work. `name` is its label in metrics, `what` its plural in errors."""
 
     def __init__(
         self,
@@ -163,7 +153,7 @@ class Lane:
         metrics: LaneMetrics | None = None,
         steps_back: bool = True,
     ) -> None:
-        """Lanes may share `threads`. `steps_back`: they have a low priority, and so has whatever they start."""
+        """Lanes may share `threads`. With `steps_back`, threads and whatever they start have a low priority."""
         self._name = name
         self._what = what
         self._turns = threads
@@ -171,44 +161,36 @@ class Lane:
         self._timeout = timeout
         self._metrics = metrics
         self._steps_back = steps_back
-        self._owner = ""
         if metrics is not None:
             metrics.declare(name, is_lane=True)
 
     @property
     def num_waiting(self) -> int:
-        """The number of works that wait for a thread."""
+        """Number of calls that wait for a thread."""
         return self._turns.num_waiting
 
-    def of(self, owner: str) -> Self:
-        """Return a view of the same threads for a project."""
-        view = copy(self)
-        view._owner = owner
-        view._places = self._places.of(owner)
-        return view
+    async def run(self, owner: str, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a project's work in a thread as soon as one is free, and return its result.
 
-    async def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Return the work's result, once there was a thread for it.
-
-        Work that has begun keeps its thread until its end, even if the caller is cancelled. Raises QueueFull, or
+        Work that has begun keeps its thread until its end, even if the caller is cancelled. Raise QueueFull, or
         ClientDisconnect if the client left while the work waited.
         """
-        with self._places.taken():
-            turn = self._turns.join(self._owner)
+        with self._places.taken(owner):
+            turn = self._turns.join(owner)
             try:
                 if not turn.done():
                     await self._wait(turn)
                 elif self._metrics is not None:
                     self._metrics.waited(self._name, 0.0)
             except BaseException:
-                self._turns.leave(self._owner, turn)
+                self._turns.leave(owner, turn)
                 raise
             working = asyncio.wrap_future(self._begin(partial(copy_context().run, work, *args)))
-            working.add_done_callback(lambda _: self._turns.leave(self._owner, turn))
+            working.add_done_callback(lambda _: self._turns.leave(owner, turn))
             return await asyncio.shield(working)
 
     async def _wait(self, turn: asyncio.Future[None]) -> None:
-        """Wait for the turn. Raises QueueFull once it took too long, or ClientDisconnect."""
+        """Wait for the turn. Raise QueueFull after the timeout, or ClientDisconnect."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         receive = receiving.get()
@@ -229,7 +211,7 @@ class Lane:
         if self._metrics is not None:
             self._metrics.refused(self._name)
         raise QueueFull(
-            f"too many {self._what} wait: none was begun for {self._timeout:g} s (SMOLORA_QUEUE_TIMEOUT)",
+            f"too many {self._what} wait: this one has waited {self._timeout:g} s (SMOLORA_QUEUE_TIMEOUT)",
             RETRY_SECONDS,
         )
 
@@ -250,6 +232,6 @@ class Lane:
 
 
 async def client_left(receive: Receive) -> None:
-    """Return once the client has left. Its request's body must have been read."""
+    """Return once the client has left. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI derives, plus the problems that every route can answer with."""
+"""Add the errors of every route to the OpenAPI document that FastAPI derives."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,13 +31,13 @@ READY = _problems({503: "Not ready, draining, or the engine is dead; see `Retry-
 READS = _problems({401: "No valid key", 422: "A bad field"})
 ADMIN_READS = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
 FULL_DISK = _problems({503: "The disk is full, or the server is shutting down; see `Retry-After`"})
-"""Of whatever writes."""
-ADMIN_LOOKUPS = {**ADMIN_READS, **FULL_DISK, **_problems({404: "There is none of this id or name"})}
+"""Errors of every route that writes."""
+ADMIN_LOOKUPS = {**ADMIN_READS, **FULL_DISK, **_problems({404: "Nothing has this id or name"})}
 ADMIN_CHANGES = {**ADMIN_READS, **FULL_DISK, **_problems({413: "The body is too large"})}
-ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says of what"})}
+ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says what is left"})}
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
 ALIASES = {**LOOKUPS, **FULL_DISK}
-DELETES = {**ALIASES, **_problems({409: "An alias, a composition or a job holds it; `detail` names them"})}
+DELETES = {**ALIASES, **_problems({409: "An alias, a composition or a job needs it; `detail` names them"})}
 DOWNLOADS = {**LOOKUPS, **_problems({409: "A composition has no weights of its own"})}
 UNALIASES = {**ALIASES, **_problems({409: "`latest` can only be moved"})}
 UPLOADS = FULL_DISK | _problems(
@@ -45,7 +45,7 @@ UPLOADS = FULL_DISK | _problems(
         401: "No valid key",
         409: "A composition has the name",
         413: "The body is too large",
-        422: "What can't be honoured exactly; `errors` names every key",
+        422: "The adapter can't be applied exactly; `errors` names every key",
     }
 )
 IMPORTS = {
@@ -79,7 +79,7 @@ SUBMISSIONS = FULL_DISK | _problems(
 )
 JOB_LOOKUPS = _problems({401: "No valid key", 404: "Unknown job", 422: "A bad field"})
 JOB_RESULTS = _problems(
-    {401: "No valid key", 404: "Unknown job, or it left no such thing", 409: "Not in the job's status"}
+    {401: "No valid key", 404: "Unknown job, or it has no such result", 409: "Not in the job's status"}
 )
 JOB_MOVES = {**JOB_RESULTS, **FULL_DISK}
 JOB_REMOVALS = FULL_DISK | _problems({401: "No valid key", 404: "Unknown job", 409: "The job hasn't ended"})
@@ -108,7 +108,7 @@ UPLOAD_BODY = {
         }
     },
 }
-"""POST /adapters/{name}: FastAPI would read the files into the route's arguments before it is called."""
+"""The body of POST /adapters/{name}. FastAPI can't derive it, since the route reads the form by itself."""
 
 _ROWS_FILE = "a row on each line of a .jsonl file; or a .csv file whose first line names its columns"
 DATASET_BODY = {
@@ -123,7 +123,7 @@ DATASET_BODY = {
         }
     },
 }
-"""POST /datasets, likewise."""
+"""The body of POST /datasets."""
 
 
 _REF = "#/components/schemas/"
@@ -135,7 +135,7 @@ _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `
 
 
 class App(FastAPI):
-    """Serves a document in which errors are ours, and problems have their own media type."""
+    """An application whose OpenAPI document has our errors instead of FastAPI's."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -143,21 +143,21 @@ class App(FastAPI):
             for name, path in schema["paths"].items():
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
                 for method, operation in path.items():
-                    _tell_of_errors(operation["responses"], error, method != "get", "requestBody" in operation)
+                    _add_errors(operation["responses"], error, method != "get", "requestBody" in operation)
             for unused in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
         return self.openapi_schema
 
 
-def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, has_body: bool) -> None:
-    """Make the errors of an operation those of its form, also the ones that FastAPI and the middleware have."""
+def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, has_body: bool) -> None:
+    """Give an operation's errors their schema, and add the errors that every operation can answer with."""
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
     if "4XX" not in responses:
         responses.setdefault("403", {"description": _FORBIDDEN, "content": dict(content)})
         if "401" in responses:
             responses.setdefault("404", {"description": _NO_PROJECT, "content": dict(content)})
-        if "401" in responses and counts:  # for a key's rate
+        if "401" in responses and counts:  # requests that count towards the key's rate
             responses.setdefault("429", {"description": _RATE, "content": dict(content)})
         if has_body:
             responses.setdefault("415", {"description": _CODED, "content": dict(content)})

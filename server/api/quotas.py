@@ -1,9 +1,7 @@
-"""Room on the disk that is left to what runs already.
+"""Checks before an upload is read or a job queued: free disk space, and the storage quotas of project and key.
 
-What a project may store, and a key: asked before an upload is read or a job queued.
-
-What is being received counts with what is stored, so that uploads at the same moment don't exceed it together:
-each enters its bytes first, and is then asked beside those that were there before it.
+Bytes that are being received count like stored ones, so that concurrent uploads can't exceed a quota together:
+each upload first adds its own bytes, and is then checked against those that were there before.
 """
 
 import shutil
@@ -17,13 +15,13 @@ from server.config import Settings
 from server.errors import Forbidden, Unavailable
 from server.system.messages import plural
 
-LOOK_BYTES = 16 << 20
-"""Of an upload, between two looks at the disk."""
+CHECK_BYTES = 16 << 20
+"""Bytes of an upload between two checks of the disk."""
 _RETRY_SECONDS = 60.0
 
 
 def require_space(settings: Settings, num_bytes: int = 0) -> None:
-    """Raise Unavailable if HOME's disk, with `num_bytes` more, has less free than uploads and jobs must leave."""
+    """Raise Unavailable if `num_bytes` more would leave less than SMOLORA_MIN_FREE_BYTES on HOME's disk."""
     if shutil.disk_usage(settings.home).free - num_bytes < settings.min_free_bytes:
         message = "the server's disk is full"
         if settings.min_free_bytes:
@@ -40,10 +38,10 @@ class Spooling:
 
     @contextmanager
     def announced(self, settings: Settings, num_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Keep room for an upload within the context; yield what to call with the size of each of its pieces.
+        """Reserve disk space for an upload within the context. Yield a function to call with each piece's size.
 
-        `num_bytes` are what it announces, 0 if it doesn't. Raises Unavailable if the disk has no room for it and
-        for the rest of the others; so does the call, which looks again every LOOK_BYTES.
+        `num_bytes` is the announced size, or 0. Raise Unavailable if the disk has no room for this upload and the
+        rest of the others. The function checks again every CHECK_BYTES, and raises as well.
         """
         require_space(settings, self._num_pending + num_bytes)
         self._num_pending += num_bytes
@@ -55,7 +53,7 @@ class Spooling:
             pending -= written
             self._num_pending -= written
             unseen += size
-            if unseen >= LOOK_BYTES:
+            if unseen >= CHECK_BYTES:
                 unseen = 0
                 require_space(settings, self._num_pending)
 
@@ -65,25 +63,25 @@ class Spooling:
             self._num_pending -= pending
 
 
-if TYPE_CHECKING:  # it has one of these
+if TYPE_CHECKING:  # `deps` imports this module
     from server.api.deps import Services
 
 
 class Incoming:
-    """Bytes that are just being received, by whose they will be. Thread-safe."""
+    """The bytes that are being received, by owner. Thread-safe."""
 
     def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()
         self._lock = RLock()
 
     def of(self, owners: tuple[str, ...]) -> Mapping[str, int]:
-        """How many each has just now."""
+        """Return each owner's bytes."""
         with self._lock:
             return {owner: self._bytes[owner] for owner in owners}
 
     @contextmanager
-    def counted(self, owners: tuple[str, ...], num_bytes: int) -> Iterator[Mapping[str, int]]:
-        """So many more, within the context; yields how many there were before, by owner."""
+    def adding(self, owners: tuple[str, ...], num_bytes: int) -> Iterator[Mapping[str, int]]:
+        """Count `num_bytes` more within the context. Yield the bytes before, by owner."""
         with self._lock:
             before = self.of(owners)
             self._add(owners, num_bytes)
@@ -96,41 +94,41 @@ class Incoming:
     def _add(self, owners: tuple[str, ...], num_bytes: int) -> None:
         for owner in owners:
             self._bytes[owner] += num_bytes
-        self._bytes += Counter()  # those of nothing go
+        self._bytes += Counter()  # drops owners without bytes
 
 
 @contextmanager
 def reserved(services: "Services", num_bytes: int) -> Iterator[None]:
-    """So many bytes more are the caller's, within the context. Blocks on disk. Raises Forbidden."""
-    with services.limiters.incoming.counted(owners_of(services), num_bytes) as before:
-        if num_bytes:  # or what has come fills the quota exactly
+    """Reserve `num_bytes` more of the caller's quotas within the context. Raise Forbidden. Blocks on disk."""
+    with services.limiters.incoming.adding(owners_of(services), num_bytes) as before:
+        if num_bytes:  # 0 more bytes are allowed even if the quota is exactly full
             require_quota(services, num_bytes, before)
         yield
 
 
 @contextmanager
 def growing(services: "Services", num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields what is to be told how large something is by now, of which `num_bytes` are reserved already.
+    """Yield a function to call with the current size of a growing file, of which `num_bytes` are reserved already.
 
-    What is more is reserved within the context. Blocks on disk. Raises Forbidden, or Unavailable where the disk is
-    nearly full.
+    The function reserves additional bytes until the end of the context. It raises Forbidden, or Unavailable if the
+    disk is nearly full. Blocks on disk.
     """
-    with ExitStack() as held:
+    with ExitStack() as reservations:
 
         def grown(total: int) -> None:
             nonlocal num_bytes
             if total > num_bytes:
                 require_space(services.settings)
-                held.enter_context(reserved(services, total - num_bytes))
+                reservations.enter_context(reserved(services, total - num_bytes))
                 num_bytes = total
 
         yield grown
 
 
 def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str, int] | None = None) -> None:
-    """Raise Forbidden where so many bytes more are too many for the project or the key. Blocks on disk.
+    """Raise Forbidden if `num_bytes` more would exceed the quota of the project or the key. Blocks on disk.
 
-    `before` are those that were being received already, by owner; None: whatever is just now.
+    `before` are the bytes that were already being received, by owner; None means those being received now.
     """
     principal = services.principal
     project, key = owners = owners_of(services)
@@ -142,27 +140,27 @@ def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str,
     for owner, most, key_id in bounds:
         if most is None:
             continue
-        stored = before[owner] + stored_bytes(services, key_id)  # what arrived since counts twice
+        stored = before[owner] + stored_bytes(services, key_id)  # bytes stored in the meantime count twice
         if stored + num_bytes > most or stored >= most:
             raise Forbidden(
                 f"the {owner} may store {plural(most, 'byte')}, has {stored} and would add {num_bytes}: delete "
-                "adapters, data sets or files, or have max_bytes raised"
+                "adapters, data sets or files, or ask for a larger max_bytes"
             )
 
 
 def require_room(services: "Services") -> None:
-    """Raise Unavailable or Forbidden where the disk, or the caller's quota, leaves none for a new job."""
+    """Raise Unavailable or Forbidden if the disk or the caller's quotas leave no room for a new job."""
     require_space(services.settings)
     require_quota(services)
 
 
 def owners_of(services: "Services") -> tuple[str, str]:
-    """Whose bytes the caller's uploads are."""
+    """Return the owners of the caller's uploads: its project and its key."""
     return f"project {services.principal.project}", f"key {services.principal.key_id}"
 
 
 def stored_bytes(services: "Services", key_id: str | None = None) -> int:
-    """Of the project's adapters, data sets and files: all, or what one key brought. Blocks on disk."""
+    """Return the bytes of the project's adapters, data sets and files, of all keys or of one. Blocks on disk."""
     datasets = sum(d.stored_bytes for d in services.datasets.list() if key_id in (None, d.key_id))
     files = sum(file.bytes for file in services.files.list() if key_id in (None, file.key_id))
     return datasets + files + services.library.catalog.num_bytes(key_id)

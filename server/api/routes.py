@@ -1,7 +1,7 @@
-"""What each route requires of its requests, declared beside the route, and the table of all routes by path.
+"""Requirements that routes declare with `@requires`, and the table of all routes by path.
 
-The edge looks a request's path up in the table before any route sees the request. A route that declares nothing
-can't be in the table, so it can't be served either.
+The edge looks up a request's path in the table before any route sees the request. A route without requirements
+can't be in the table, so it isn't served.
 """
 
 import re
@@ -33,13 +33,13 @@ Watcher = Literal["probe", "scraper"]
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a route requires of its requests. `@requires(…)` below its decorator declares them."""
+    """A route's requirements. Declare them with `@requires(…)` below the route's decorator."""
 
-    scopes: Scopes | None  # a key needs one of them
-    upload: bool = False  # the body is spooled to disk, and may have MAX_UPLOAD_BYTES
+    scopes: Scopes | None  # a key needs one of them; None: no key is needed
+    upload: bool = False  # the body is spooled to disk, and may be up to MAX_UPLOAD_BYTES long
     queued: bool = False  # requests are refused while the engine's queue is full
-    hint: str = ""  # what to do about a body that is too large
-    watcher: Watcher | None = None  # what watches the server by this route, which is neither logged nor traced
+    hint: str = ""  # advice in errors about a body that is too large
+    watcher: Watcher | None = None  # who polls this route; its requests are neither logged nor traced
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         DECLARED[endpoint] = self
@@ -48,16 +48,16 @@ class Requirements:
 
 requires = Requirements
 DECLARED: dict[Callable[..., object], Requirements] = {}
-"""What endpoints declare."""
+"""The requirements of each endpoint."""
 
 
 @dataclass(frozen=True)
 class Resource:
-    """The routes of one path template, such as /adapters/{name}; {name...} takes slashes, too."""
+    """The routes of one path template, such as /adapters/{name}. {name...} also matches slashes."""
 
     template: str
     methods: Mapping[str, Requirements]
-    all: Requirements  # of the methods together, and so of a method that the path doesn't have
+    all: Requirements  # of all methods together; they apply to methods that the path doesn't have
 
     @classmethod
     def of(cls, template: str, methods: Mapping[str, Requirements]) -> "Resource":
@@ -77,17 +77,17 @@ class Resource:
 
 
 NOWHERE = Resource("", {}, Requirements(frozenset()))
-"""Of a path that has no route."""
+"""The resource of paths without a route."""
 _OPEN_FILES = {"GET": Requirements(OPEN)}
 
 
 class Routes:
-    """The resources of all routes. If several templates match a path, the one with fewest parameters wins."""
+    """The resources of all routes. If several templates match a path, the one with the fewest parameters wins."""
 
     def __init__(
         self, routers: Iterable[APIRouter], folders: Iterable[str] = (), files: Iterable[str] = ()
     ) -> None:
-        """`folders` and `files` are open paths that no router has. Raises KeyError if a route declares nothing."""
+        """`folders` and `files` are open paths outside the routers. Raise KeyError if a route declares nothing."""
         methods: defaultdict[str, dict[str, Requirements]] = defaultdict(dict)
         self._documented: list[APIRoute] = []
         for route in (route for router in routers for route in router.routes):
@@ -107,11 +107,11 @@ class Routes:
 
     @property
     def static_paths(self) -> Iterable[str]:
-        """The paths that have no parameters."""
+        """All paths without parameters."""
         return self._static.keys()
 
     def find(self, path: str) -> Resource:
-        """Return the path's resource, or NOWHERE. It takes microseconds."""
+        """Return the path's resource, or NOWHERE."""
         if (found := self._static.get(path)) is not None:
             return found
         for folder, files in self._folders.items():
@@ -121,7 +121,7 @@ class Routes:
         return NOWHERE if match is None else self._patterned[int(str(match.lastgroup)[1:])]
 
     def methods(self, path: str) -> frozenset[str]:
-        """Return the documented methods of a path: those of all templates that match it equally well."""
+        """Return the documented methods of a path, from all templates that match it equally well."""
         matching = [route for route in self._documented if route.path_regex.match(path)]
         fewest = min((len(route.param_convertors) for route in matching), default=0)
         return frozenset().union(*(r.methods or () for r in matching if len(r.param_convertors) == fewest))

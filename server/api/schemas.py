@@ -1,5 +1,6 @@
 """Schemas that several resources use. Bodies are strict: fields have bounds, and unknown ones are refused."""
 
+from datetime import datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -39,6 +40,21 @@ class Body(BaseModel):
                 raise
             message = "has {count} validation errors, too many to list"
             raise PydanticCustomError("too_many_faults", message, {"count": error.error_count()}) from None
+
+
+class Answer(BaseModel):
+    """A JSON answer, also made from an object with the same attributes. A field that isn't set is left out."""
+
+    # `server.api.wire` refuses NaN and infinities
+    model_config = ConfigDict(from_attributes=True, ser_json_inf_nan="constants")
+
+
+def _iso(value: object) -> object:
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+Timestamp = Annotated[str, BeforeValidator(_iso)]
+"""A time in ISO 8601. It accepts a datetime."""
 
 
 def _as_list(value: object) -> object:
@@ -114,17 +130,17 @@ class LimitFields(Body):
         return Quota(**{name: getattr(self, name) for name in LimitFields.model_fields})
 
 
-class FieldProblem(BaseModel):
+class FieldProblem(Answer):
     loc: list[str | int] = Field(description="its last part is the field's name")
     message: str
 
 
-class ProblemHint(BaseModel):
+class ProblemHint(Answer):
     code: str = Field(description="never changes")
     text: str = Field(description="the part of `detail` that a client may replace by its own advice")
 
 
-class Problem(BaseModel):
+class Problem(Answer):
     """A problem document (RFC 9457)."""
 
     type: str
@@ -135,7 +151,7 @@ class Problem(BaseModel):
     hint: ProblemHint | None = Field(None, description="what to do about it; absent if there is no code for that")
 
 
-class UsedAdapter(BaseModel):
+class UsedAdapter(Answer):
     name: str
     version: int
     digest: str

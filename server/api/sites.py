@@ -1,9 +1,9 @@
-"""Which names the server answers to, and whose pages may call it.
+"""Check a request's `Host` and `Origin` headers.
 
-A browser sends requests to a server on its own machine for any page that it shows. Two headers, which a page can't
-choose, tell them apart. `Origin` is the page's site: another site's requests are refused, before a body is read.
-`Host` is the name that the request was sent to: a name of somebody else's, made to lead to this machine (DNS
-rebinding), is refused.
+A browser sends requests to a server on its own machine for any page that it shows. It sets two headers that the
+page can't choose. `Origin` is the page's site: requests from other sites are refused before their body is read.
+`Host` is the name that the request was sent to: a foreign name that was made to resolve to this machine (DNS
+rebinding) is refused.
 """
 
 import ipaddress
@@ -20,14 +20,14 @@ _SHOWN = 100  # characters of a header
 
 
 class Sites:
-    """Refuses requests to other names than the server's, and from other sites' pages.
+    """A filter against requests to foreign host names, and from pages of other sites.
 
-    A probe may use any name, since it calls a container by an address of its own. A scraper may use any address,
-    which no page can make its own.
+    A probe may use any host name, since it reaches a container in its own way. A scraper may use any IP address,
+    because a page can't rebind an address.
     """
 
     def __init__(self, hosts: Sequence[str], origins: Sequence[str], own_host: str) -> None:
-        """Take the settings' values. No `hosts` means loopback's names, `own_host` and all addresses."""
+        """Take the settings' values. Without `hosts`, localhost, `own_host` and all IP addresses are allowed."""
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origins)
         self._own_names = frozenset({"localhost", own_host.lower()})
@@ -38,7 +38,7 @@ class Sites:
         if watcher != "probe" and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0], watcher)):
             return f"this server has no name {_shown(hosts)}: SMOLORA_ALLOWED_HOSTS sets its names"
         if origins and not (len(origins) == 1 and self._may_call(origins[0], hosts[0] if hosts else "")):
-            return f"pages of {_shown(origins)} may not call this server: SMOLORA_ALLOWED_ORIGINS lets them"
+            return f"pages of {_shown(origins)} may not call this server: SMOLORA_ALLOWED_ORIGINS allows sites"
         return None
 
     def _answers_to(self, host: str, watcher: Watcher | None) -> bool:
@@ -62,7 +62,7 @@ class Sites:
 
 
 def _name_and_port(host: str, scheme: str) -> tuple[str | None, int]:
-    """Of a Host header, in lower case; the name is None where it is none."""
+    """Split a Host header into a name in lower case and a port. The name is None if the header is invalid."""
     try:
         parts = urlsplit(f"//{host}")
         port = parts.port

@@ -1,4 +1,4 @@
-"""Clients that wait, listen or download, and leave, or lose their key meanwhile: either is noticed at once."""
+"""Long responses that end at once if the client leaves or its key is revoked."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -16,18 +16,18 @@ from server.errors import Unauthorized
 
 T = TypeVar("T")
 
-_reading = CapacityLimiter(4)  # pieces of downloads that are read at once: other threads have more urgent things
+_reading = CapacityLimiter(4)  # a separate limit, so that downloads don't delay other threads
 
 
 class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has left."""
 
 
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, None, T]) -> T:
-    """The work's result. Where the client leaves first, the work is cancelled and ClientGoneError raised; where
-    its key is revoked or expires, Unauthorized.
+    """Await the work and return its result. The request's body must have been read.
 
-    The request's body must have been read.
+    Cancel the work and raise ClientGoneError if the client leaves first, or Unauthorized if its key is revoked or
+    expires.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(client_left(receive))
@@ -51,13 +51,13 @@ async def _cancel(task: "asyncio.Future[T]") -> None:
         task.cancel()
         await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # it has been looked at: asyncio need not complain
+        task.exception()  # marks the exception as retrieved, so asyncio doesn't warn
 
 
 class Download(Response):
-    """So many bytes, each piece read once the one before is sent. `close` runs at the end, whatever the end is.
+    """A response of known length, whose pieces are read one at a time. `close` always runs at the end.
 
-    What fails before the first piece is an ordinary error response; what fails later cuts the answer off.
+    A failure before the first piece is an ordinary error response. A later failure cuts the response off.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Download(Response):
 
 
 class EventStream(Response):
-    """Server-sent events. `close` runs at the end, whatever the end is, even where nothing was ever sent.
+    """A response of server-sent events. `close` always runs at the end, even if nothing was sent.
 
-    The status line goes out with the first event, so that what fails before it is an ordinary error response;
-    what fails later is an `event: error` with the problem as its data, and the end.
+    The status line is sent with the first event, so a failure before it is an ordinary error response. A later
+    failure ends the stream with an `event: error`, whose data is the problem.
     """
 
     media_type = "text/event-stream"

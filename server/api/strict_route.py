@@ -1,11 +1,10 @@
-"""Queries are as closed as bodies: a route refuses a parameter that it doesn't declare, or that comes twice.
+"""Read queries and JSON bodies strictly.
 
-Else a misspelt one would be ignored: `POST /train?dryrun=true` would queue a job.
+A query parameter that the route doesn't declare, or that comes twice, is refused. Otherwise `POST
+/train?dryrun=true`, a typo, would queue a job.
 
-Routes whose JSON is read strictly.
-
-Python's parser takes what JSON does not have or what text can't be: lone surrogates, bytes that are no UTF-8, any
-depth. Here those are malformed bodies. NaN and infinities are parsed, for the schemas to refuse by field.
+Python's JSON parser accepts lone surrogates, bytes that aren't UTF-8 and any depth. Here such bodies are
+malformed. NaN and infinities are parsed, so that the schemas can refuse them by field.
 """
 
 import gc
@@ -25,14 +24,14 @@ from server.api.problems import MAX_ERRORS, MAX_NAME
 from server.api.routes import DECLARED
 
 KEYED = {"x-keys": True}
-"""`json_schema_extra` of a parameter that may also come as `name[key]`, as OpenAI's client sends objects."""
+"""`json_schema_extra` of a parameter that may also come as `name[key]`, the form of objects in OpenAI's client."""
 
 
 async def closed_query(request: Request) -> None:
     """Raise InvalidInput if the query has a parameter that the route doesn't declare, or one twice.
 
-    Pages take any query, since links to them get parameters from elsewhere. It awaits nothing: FastAPI would send
-    an ordinary function to a thread.
+    Pages accept any query, since other sites add parameters to links. This is a coroutine because FastAPI runs
+    ordinary functions in a thread.
     """
     route = request.scope.get("route")
     if not request.scope["query_string"] or not isinstance(route, APIRoute) or not route.include_in_schema:
@@ -54,27 +53,27 @@ async def closed_query(request: Request) -> None:
 
 
 def _declared(route: APIRoute) -> dict[str, bool]:
-    """Return the names of the endpoint's query parameters, and whether each may come as `name[key]`."""
+    """Return the endpoint's query parameters by name, and whether each may come as `name[key]`."""
     return {field.alias: field.field_info.json_schema_extra == KEYED for field in route.dependant.query_params}
 
 
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-"""Names of UTF-8, the only encoding of JSON (RFC 8259), or of a part of it."""
+"""Names of UTF-8, which JSON must be encoded in (RFC 8259), and of its subset ASCII."""
 
 MAX_CONTAINERS = 100_000
 MAX_FIELDS = 100_000
 MAX_VALUES = 500_000
-"""Of one body. Parsing more would hold the event loop for over 50 ms; 2 MiB of ordinary rows or token ids have
-fewer."""
+"""Limits of one body. Parsing more would block the event loop for over 50 ms. 2 MiB of ordinary rows or token ids
+have fewer."""
 
 
 class StrictRequest(Request):
-    """A request whose `json` is pydantic's."""
+    """A request whose `json` uses pydantic's parser."""
 
     async def json(self) -> object:
         """Parse the body.
 
-        Raises HTTPException (415 if Content-Type names another charset, 413 if the body has too many values), or
+        Raise HTTPException (415 if Content-Type names another charset, 413 if the body has too many values) or
         JSONDecodeError.
         """
         body = await self.body()
@@ -83,10 +82,10 @@ class StrictRequest(Request):
             raise HTTPException(415, "JSON must be UTF-8: send it so, and leave charset out of Content-Type")
         check_shape(body, DECLARED[self.scope["endpoint"]].hint)
         is_collecting = gc.isenabled()
-        gc.disable()  # or the collector walks through all that is being made, again and again
+        gc.disable()  # the collector would walk through the growing result again and again
         try:
             parsed: object = from_json(body, allow_inf_nan=True)
-        except ValueError as error:  # which says what, at which line and column, and nothing of the text
+        except ValueError as error:  # the message has a line and column, and doesn't quote the body
             raise json.JSONDecodeError(str(error), "", 0) from None
         finally:
             if is_collecting:
@@ -95,13 +94,13 @@ class StrictRequest(Request):
 
 
 def check_shape(body: bytes, hint: str = "") -> None:
-    """Raise HTTPException (413) if a body has too many values to be parsed at once, as far as it is JSON."""
+    """Raise HTTPException (413) if a body, taken as JSON, has too many values to be parsed at once."""
     if len(body) <= MAX_FIELDS:
         return
     text = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     hint = hint and f"; {hint}"
     _check("strings", text.count(b'"') // 2, MAX_VALUES, hint)
-    outside = b"".join(text.split(b'"')[::2])  # of strings
+    outside = b"".join(text.split(b'"')[::2])  # without strings
     _check("arrays and objects", outside.count(b"[") + outside.count(b"{"), MAX_CONTAINERS, hint)
     _check("fields", outside.count(b":"), MAX_FIELDS, hint)
     _check("values", outside.count(b",") + 1, MAX_VALUES, hint)
@@ -113,7 +112,7 @@ def _check(what: str, count: int, most: int, hint: str) -> None:
 
 
 class StrictRoute(APIRoute):
-    """Hands its endpoint a StrictRequest."""
+    """A route that reads its body as a StrictRequest."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
         handler = super().get_route_handler()

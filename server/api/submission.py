@@ -1,13 +1,9 @@
-"""Which rows a job trains on and which it holds out: from the body, from data sets, or a share of either.
+"""Turn the body of POST /train into a queued job.
 
-From the body of POST /train to the job's specification: defaults filled in, names resolved to one version.
-
-What the rows decide is `server.api.submission`'s part.
-
-From a checked body to a job in the queue: its rows split, tokenized and stored beside its specification.
-
-Everything that POST /train can refuse is refused here, before anything is stored, and a job is in the queue only
-once its files are on the disk. Everything blocks, on disk or on the tokenizer: call it in a thread.
+`choose_rows` finds the rows to train on and to hold out, `build_spec` fills in defaults and resolves names, and
+`Submissions` tokenizes the rows, stores them and queues the job. Whatever POST /train refuses is refused here
+before anything is stored, and a job is queued only once its files are on disk. Everything here blocks, on disk or
+on the tokenizer: call it in a thread.
 """
 
 import dataclasses
@@ -16,7 +12,6 @@ import json
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,49 +36,58 @@ from server.training.job_data import DataFacts, JobData
 from server.training.rows import CanonicalRows, IgnoredFields, Row, default_share, hold_out, overlap, parse_row
 from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
 
+if TYPE_CHECKING:
+    from adapters.storage.bucket import Bucket
+
 MAX_FAULTS = 20
-"""Faults of rows that one answer names."""
+"""The most faults of rows that one answer lists."""
+MAX_PARENT_RANK = 2 * MAX_TRAINED_RANK
+"""pissa and olora publish adapters with twice the rank that they train, and those can be trained further."""
 
 
 @dataclass(frozen=True)
 class JobRows:
-    """`name` is the field that `rows` came from, `validation_name` that of held-out rows that are no share."""
+    """The rows of a job.
+
+    `name` is the field that `rows` came from. `validation_name` is the field of held-out rows, or None if these
+    are a share of `rows`.
+    """
 
     rows: CanonicalRows = field(repr=False)
     train: CanonicalRows = field(repr=False)
     validation: CanonicalRows = field(repr=False)
     name: str
     validation_name: str | None
-    source: Mapping[str, object]  # as the body has it
+    source: Mapping[str, object]  # the fields `dataset` and `validation`, without rows
     used: frozenset[str]  # ids of data sets and files
-    warnings: tuple[str, ...]  # of fields that are passed over
+    warnings: tuple[str, ...]  # about ignored fields
 
 
 def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
-    """The rows, of which at least one is to be trained on.
+    """Return the rows to train on, at least one, and the rows to hold out.
 
-    Raises InvalidInput naming rows and their fields, NotFound where there is no such data set.
+    Raise InvalidInput if rows have faults, or NotFound if a data set doesn't exist.
     """
     ignored = IgnoredFields()
     if body.dataset is not None:
         name, rows = "dataset", _stored(sources, body.dataset, "dataset", ignored)
     else:
-        assert body.data is not None, "one of the two, as was checked"
+        assert body.data is not None, "`build_spec` has checked that one of the two is given"
         name, rows = "data", _sent(body.data, "data", ignored)
     given = body.validation
     used = {named for named in (body.dataset, given) if isinstance(named, str)}
     train = rows
     validation_name: str | None = "validation"
-    said: object = given
+    shown: object = given
     if isinstance(given, str):
         validation = _stored(sources, given, "validation", ignored)
     elif isinstance(given, list):
-        validation, said = _sent(given, "validation", ignored), "rows"
+        validation, shown = _sent(given, "validation", ignored), "rows"
     else:
-        said = share = default_share(len(rows)) if given is None else given
+        shown = share = default_share(len(rows)) if given is None else given
         train, validation = hold_out(rows, share)
         validation_name = None
-    source = {"dataset": body.dataset, "validation": said}
+    source = {"dataset": body.dataset, "validation": shown}
     return JobRows(
         rows, train, validation, name, validation_name, source, frozenset(used), tuple(ignored.warnings())
     )
@@ -105,7 +109,7 @@ def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> Canoni
         except InvalidInput as error:
             faults += _placed(error, name, number)
             if len(faults) >= MAX_FAULTS:
-                more = FieldError((name,), "rows after these may be at fault, too")
+                more = FieldError((name,), "later rows may have faults, too")
                 raise InvalidInput([*faults[:MAX_FAULTS], more]) from None
     if faults:
         raise InvalidInput(faults)
@@ -113,33 +117,29 @@ def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> Canoni
 
 
 def _placed(error: InvalidInput, name: str, number: int) -> Iterator[FieldError]:
-    """The row's faults as those of the body's field."""
+    """Yield a row's faults, located in the body's field `name`."""
     for fault in error.errors:
-        if fault.loc == ("row",):  # what isn't even an object has no field at fault
+        if fault.loc == ("row",):  # it isn't an object, so no field is at fault
             yield FieldError((name,), f"row {number} {fault.message}")
         else:
             yield FieldError((name, number, *fault.loc), fault.message)
 
 
-MAX_PARENT_RANK = 2 * MAX_TRAINED_RANK
-"""pissa and olora publish twice the rank that they train, and what they publish can be trained on."""
-
-
 def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
-    """The one adapter to go on from, as it is named; none for the base. Raises InvalidInput."""
+    """Return the adapter to continue from as a term, or no term for the base. Raise InvalidInput."""
     text = body.start_from
     if text is None or text == base_name:
         return ()
     terms = parse(text, "start_from")
     if len(terms) > 1 or any(term.weight != 1 for term in terms):
-        raise InvalidInput.of("start_from", "names one adapter, without a weight")
+        raise InvalidInput.of("start_from", "must name one adapter, without a weight")
     return terms
 
 
 def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: int) -> JobSpec:
-    """The specification; `pinned` is the parent, or nothing. `max_length` is what the base can read.
+    """Return the job's specification. `pinned` has the parent, if any. `max_length` is the base's, in tokens.
 
-    Raises InvalidInput naming every field at fault, or of the parent NotFound or CorruptAdapter.
+    Raise InvalidInput with every field at fault; NotFound or CorruptAdapter if the parent can't be read.
     """
     faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
     lora = LoraSpec(**body.lora.model_dump())
@@ -151,8 +151,8 @@ def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: in
         adapter = library.read(parent.digest)
         if (rank := adapter.weights.max_rank) > MAX_PARENT_RANK:
             message = (
-                f"has a rank of {rank}, and training goes on from {MAX_PARENT_RANK} at most: merge it into one of "
-                "a smaller rank first, by POST /compositions with method svd and a rank"
+                f"has rank {rank}, and training can continue from rank {MAX_PARENT_RANK} at most: merge it into "
+                "an adapter of smaller rank first, by POST /compositions with method svd and a rank"
             )
             faults.append(FieldError(("start_from",), message))
         asked, lora = lora, _shaped(lora, library, parent, adapter)
@@ -193,7 +193,7 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
     if training.max_length > max_length:
         yield FieldError(("training", "max_length"), f"the base reads at most {max_length} tokens")
     if training.early_stopping_patience is not None and training.eval_steps is None:
-        message = "counts evaluations: set training.eval_steps"
+        message = "counts evaluations, so it needs training.eval_steps"
         yield FieldError(("training", "early_stopping_patience"), message)
     if body.alias is not None and (fault := alias_fault(body.alias)):
         yield FieldError(("alias",), fault)
@@ -203,16 +203,16 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
         if body.lora.model_fields_set:
             yield FieldError(("lora",), "full fine-tuning trains no adapter: leave it out, or set method to lora")
         if body.publish_if != "always":
-            message = "full fine-tuning publishes no version that it could hold back: leave it out"
+            message = "full fine-tuning publishes no version: leave it out"
             yield FieldError(("publish_if",), message)
         if body.alias is not None:
-            yield FieldError(("alias",), "full fine-tuning publishes no version that it could point to")
+            yield FieldError(("alias",), "full fine-tuning publishes no version: leave it out")
         if body.start_from is not None:
-            yield FieldError(("start_from",), "full fine-tuning goes on from no adapter")
+            yield FieldError(("start_from",), "full fine-tuning can't start from an adapter: leave it out")
 
 
 def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter) -> LoraSpec:
-    """With the parent's shape, which training leaves as it is. Raises NotFound."""
+    """Return `lora` with the parent's shape, which training keeps. Raise NotFound."""
     version = library.version(parent.name, parent.version)
     config = recorded.config_of(version, stored, library.shape.num_layers)
     return dataclasses.replace(
@@ -225,28 +225,24 @@ def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter)
 
 
 def _contradictions(asked: LoraSpec, shaped: LoraSpec, given: Collection[str]) -> Iterator[FieldError]:
-    """What was given and can't be had: an adapter keeps its shape, and training goes on from where it ended."""
+    """Yield a fault for each given field that contradicts the parent, whose shape and weights are kept."""
     if "init" in given:
-        yield FieldError(("lora", "init"), "is for a new adapter, and start_from has begun: leave it out")
+        yield FieldError(("lora", "init"), "is for new adapters, not with start_from: leave it out")
     for name in given:
         if (value := getattr(shaped, name)) != getattr(asked, name):
-            shown = ", ".join(value) if isinstance(value, tuple) else value
-            yield FieldError(("lora", name), f"is that of start_from, {shown}: leave it out")
-
-
-if TYPE_CHECKING:
-    from adapters.storage.bucket import Bucket
+            kept = ", ".join(value) if isinstance(value, tuple) else value
+            yield FieldError(("lora", name), f"is taken from start_from ({kept}): leave it out")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that could be queued. `source` says where the rows came from, as the body did."""
+    """A job that could be queued. `source` has the body's fields `dataset` and `validation`, without rows."""
 
     spec: JobSpec
     data: JobData
     source: Mapping[str, object]
     used: frozenset[str]  # ids of data sets and files
-    warnings: tuple[str, ...]  # of the adapter to go on from, and of the rows
+    warnings: tuple[str, ...]  # about the parent and the rows
 
     @property
     def total_steps(self) -> int:
@@ -254,37 +250,26 @@ class Prepared:
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """What is stored of the data with the job's record."""
+        """The facts about the data that the job's record keeps."""
         return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
 
 
+@dataclass(frozen=True)
 class Submissions:
-    """Takes jobs for one base. `max_length` is what the base can read, in tokens."""
+    """The intake of training jobs for one base and one project. `max_length` is the base's, in tokens."""
 
-    def __init__(
-        self,
-        home: Path,
-        jobs: Jobs,
-        sources: RowSources,
-        library: Library,
-        encoder: RowEncoder,
-        max_length: int,
-        base_digest: str,
-        bucket: "Bucket | None" = None,
-    ) -> None:
-        self._files = JobFiles(home, bucket)
-        self._jobs = jobs
-        self._sources = sources
-        self._library = library
-        self._encoder = encoder
-        self._max_length = max_length
-        self._base_digest = base_digest
+    home: Path
+    jobs: Jobs
+    sources: RowSources
+    library: Library
+    encoder: RowEncoder
+    max_length: int
+    base_digest: str
+    bucket: "Bucket | None" = None
 
-    def of(self, jobs: Jobs, sources: RowSources, library: Library) -> "Submissions":
-        """The same for a project."""
-        other = copy(self)
-        other._jobs, other._sources, other._library = jobs, sources, library
-        return other
+    @property
+    def _files(self) -> JobFiles:
+        return JobFiles(self.home, self.bucket)
 
     def submit(
         self,
@@ -293,67 +278,69 @@ class Submissions:
         fine_tuning: Mapping[str, object] | None = None,
         require_room: Callable[[], None] = lambda: None,
     ) -> Job:
-        """Queue the job, or return the one that the key belongs to. `require_room` is called before a new one.
+        """Queue a job, or return the one that was queued with the same idempotency key.
 
-        `fine_tuning` is stored with it as `server.jobs.jobs.FINE_TUNING` has it.
-        Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent, or a latest version to be
-        improved on, is of another base's shapes), QueueFull; OSError where nothing can be stored.
+        `require_room` is called before a new job. `fine_tuning` is stored with the job's data under FINE_TUNING.
+        Raise InvalidInput; NotFound for rows or the parent; Conflict if the parent, or the latest version to
+        improve on, was made for a base of other shapes; QueueFull; OSError if the disk fails.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
-        if (first := self._jobs.repeated(idempotency_key, digest)) is not None:
+        if (first := self.jobs.repeated(idempotency_key, digest)) is not None:
             return first
         require_room()
         job_id = f"job-{secrets.token_hex(8)}"
-        directory, told = self._files.directory(job_id), facts.get()
-        # the parent's bytes are held until the job itself holds them
+        directory, request = self._files.directory(job_id), facts.get()
+        # `prepared` pins the parent's bytes until the job itself pins them
         with self.prepared(body) as prepared:
             try:
                 with new_directory(directory) as unfinished:
                     prepared.data.save(unfinished)
-                    if told is not None and told.span is not None:
-                        (unfinished / TRACEPARENT_NAME).write_text(told.span.traceparent, encoding="ascii")
+                    if request is not None and request.span is not None:
+                        (unfinished / TRACEPARENT_NAME).write_text(request.span.traceparent, encoding="ascii")
                 self._files.keep(job_id)
-                job = self._jobs.submit(
+                job = self.jobs.submit(
                     prepared.spec,
                     job_id=job_id,
                     data={**prepared.facts, **kept},
                     used=prepared.used,
                     idempotency_key=idempotency_key,
                     body_digest=digest,
-                    warnings=prepared.warnings if fine_tuning is None else (*prepared.warnings, *_cut(prepared)),
+                    warnings=prepared.warnings
+                    if fine_tuning is None
+                    else (*prepared.warnings, *_truncation_warning(prepared)),
                 )
-            except InDoubt:  # it may be queued: a sweep takes the files, should there be no such job
+            except InDoubt:  # the job may be queued; if it isn't, a sweep removes the files
                 raise
             except BaseException:
                 self._drop(job_id)
                 raise
-        if job.id != job_id:  # somebody was quicker with the same key
+        if job.id != job_id:  # another request with the same key came first
             self._drop(job_id)
-        if told is not None:
-            told.job_id = job.id
+        if request is not None:
+            request.job_id = job.id
         return job
 
     def _drop(self, job_id: str) -> None:
-        with suppress(Unavailable):  # a sweep takes what is old and no job's
+        with suppress(Unavailable):  # a sweep removes old files that belong to no job
             self._files.remove(job_id)
 
     @contextmanager
     def prepared(self, body: TrainBody, max_bytes: int | None = None) -> Iterator[Prepared]:
-        """Do everything but queue the job; nothing is stored. Raises as `submit` does.
+        """Do everything except store and queue the job. Raise as `submit` does.
 
-        With `max_bytes`, only the first rows with about that much text are encoded, of those to train on and
-        of those held out. Their tokens are scaled to all rows, and a warning says so.
+        With `max_bytes`, only the first rows, up to about that much text, are encoded: as many to train on, and as
+        many held out. Token counts are then scaled to all rows, and a warning says so.
         """
-        terms = parent_terms(body, self._library.base_name)
-        pinned = self._library.pin(terms) if terms else Pinned()
+        terms = parent_terms(body, self.library.base_name)
+        pinned = self.library.pin(terms) if terms else Pinned()
         try:
-            spec = build_spec(body, self._library, pinned, self._max_length)
-            rows = choose_rows(body, self._sources)
+            spec = build_spec(body, self.library, pinned, self.max_length)
+            rows = choose_rows(body, self.sources)
             _check_rows(spec, rows)
-            if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
+            if spec.publish_if == "improves_latest":  # it is evaluated, too, so it must fit the base
                 with suppress(NotFound):
-                    self._library.pin([Term(spec.name)], "name").release()
+                    self.library.pin([Term(spec.name)], "name").release()
             data, warnings = self._encode(spec.training, rows, max_bytes)
             warnings = (*pinned.warnings, *rows.warnings, *warnings)
             yield Prepared(spec, data, rows.source, rows.used, warnings)
@@ -363,16 +350,16 @@ class Submissions:
     def _encode(
         self, training: TrainingSpec, rows: JobRows, max_bytes: int | None
     ) -> tuple[JobData, tuple[str, ...]]:
-        """Return what is stored, and warnings of the rows that are trained on."""
+        """Return the encoded rows, and warnings about the training rows."""
         length, overlong = training.max_length, training.overlong
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
         try:
-            train = self._encoder.encode_all(first, length, overlong, (rows.name,))
+            train = self.encoder.encode_all(first, length, overlong, (rows.name,))
             loc = (rows.validation_name or rows.name,)
-            validation = self._encoder.encode_all(held_out, length, overlong, loc)
+            validation = self.encoder.encode_all(held_out, length, overlong, loc)
         except InvalidInput:
-            if rows.validation_name is None:  # a share: the faults are to count rows as they were sent
-                self._encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
+            if rows.validation_name is None:  # a share: raise faults with the numbers of the rows as sent
+                self.encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
         scale = len(rows.train) / max(len(first), 1)
         facts = DataFacts(
@@ -391,9 +378,9 @@ class Submissions:
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
-            references=self._encoder.references(held_out, max_prompt=self._max_length),
+            references=self.encoder.references(held_out, max_prompt=self.max_length),
             facts=facts,
-            base_digest=self._base_digest,
+            base_digest=self.base_digest,
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:
@@ -403,7 +390,7 @@ class Submissions:
 
 
 def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
-    """Return the first rows that have up to `max_bytes` of text, and one at least if there is any; None: all."""
+    """Return the first rows with up to `max_bytes` of text, at least one if there is any; all rows if None."""
     if max_bytes is not None:
         num_bytes = 0
         for number, row in enumerate(rows):
@@ -413,19 +400,19 @@ def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
     return rows
 
 
-def _cut(prepared: Prepared) -> Iterator[str]:
-    """What OpenAI's form of a job has no field for: how many rows are truncated."""
+def _truncation_warning(prepared: Prepared) -> Iterator[str]:
+    """Warn about truncated rows, which OpenAI's form of a job has no field for."""
     facts = prepared.data.facts
     if number := facts.num_truncated + facts.num_validation_truncated:
         most = prepared.spec.training.max_length
         yield (
-            f"cut after {plural(most, 'token')}, the most of a row: {plural(number, 'row')}; "
-            "POST /train takes a file's id as dataset, and training.max_length"
+            f"{plural(number, 'row')} cut after {plural(most, 'token')}: for longer rows, use POST /train with "
+            "the file's id as dataset, and training.max_length"
         )
 
 
 def _check_rows(spec: JobSpec, rows: JobRows) -> None:
-    """Raises InvalidInput on what can't be had from so many rows."""
+    """Raise InvalidInput on fields that the number of rows rules out."""
     faults = []
     training = spec.training
     if not rows.validation:
@@ -441,7 +428,7 @@ def _check_rows(spec: JobSpec, rows: JobRows) -> None:
 
 
 def _digest(body: TrainBody, fine_tuning: Mapping[str, object] | None) -> str:
-    """Equal for bodies that mean the same."""
+    """Return a digest that is equal for bodies with the same meaning."""
     fields = body.model_dump(mode="json") | ({} if fine_tuning is None else {FINE_TUNING: fine_tuning})
     document = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()

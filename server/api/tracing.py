@@ -1,19 +1,17 @@
-"""What the line of a request says beyond HTTP: who asked, under which adapters, for how many tokens.
+"""Facts about a request for its log line and its spans, without any text of prompts or answers.
 
-`Edge` makes a `RequestFacts` for each request and leaves it where all that runs for it finds it. No text
-of a prompt or an answer is among them.
-
-The spans of requests, in the words of OpenTelemetry's conventions for HTTP and `gen_ai`, without any texts.
+`Edge` makes a `RequestFacts` for each request and stores it in the context variable `facts`. Spans follow
+OpenTelemetry's conventions for HTTP and `gen_ai`:
 
     POST /v1/chat/completions          the request, from its first byte to the last of its answer
       chat tweets@3                    a generation: one for each prompt or expression
-        queue                          until it has a place in the batch
-          load adapters                until those of its adapters that were not in memory are
+        queue                          until it is in the batch
+          load adapters                until its adapters are in memory
         prefill                        until its first token
-        decode                         until its last
+        decode                         until its last token
 
-A generation's choices are one: from when the first goes on to when the last does. What they did is told when the
-generation ends, so that nothing is done for it on the way.
+Choices of a generation share its spans: a phase begins with the first choice and ends with the last. Spans are
+made when the generation ends, so they cost nothing before.
 """
 
 import time
@@ -31,26 +29,26 @@ from server.metrics.metrics import METHODS
 from server.telemetry.spans import Span, Value
 
 _MAX_LISTED = 16
-"""Of adapters and generations in one line: as many as one /compare may have."""
+"""The most adapters or generations in one line, which is the limit of /compare."""
 
 
 @dataclass
 class RequestFacts:
-    """Of one request; counts are of all its generations together."""
+    """Facts about one request. Counts are sums over its generations."""
 
-    span: Span | None = None  # where the request is traced
-    operation: str = "text_completion"  # of `gen_ai`'s
-    job_id: str | None = None  # that it submitted
+    span: Span | None = None  # None if the request isn't traced
+    operation: str = "text_completion"  # a `gen_ai` operation
+    job_id: str | None = None  # the job that it submitted
     generations: list[str] = field(default_factory=list)  # their ids
     adapters: dict[str, None] = field(default_factory=dict)  # name@version, in order
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0  # of those of the prompts
+    cached_tokens: int = 0  # prompt tokens that were cached
 
     def generated(
         self, generation_id: str, adapters: Iterable[str], num_prompt: int, num_completion: int, num_cached: int
     ) -> None:
-        """A generation of the request has ended, or was given up."""
+        """Add a generation that has ended or was aborted."""
         self.generations.append(generation_id)
         self.adapters.update(dict.fromkeys(adapters))
         self.prompt_tokens += num_prompt
@@ -58,7 +56,7 @@ class RequestFacts:
         self.cached_tokens += num_cached
 
     def fields(self) -> Iterator[tuple[str, str | int]]:
-        """Nothing of what there wasn't."""
+        """Yield the log line's fields. Facts that don't apply are left out."""
         if self.span is not None:
             yield "trace", self.span.trace_id
         if self.job_id is not None:
@@ -72,13 +70,13 @@ class RequestFacts:
 
 
 facts: ContextVar[RequestFacts | None] = ContextVar("facts", default=None)
-"""Those of the request that is worked on; None outside of any."""
+"""The facts of the current request, or None outside of requests."""
 
 
 def is_chat() -> None:
-    """The request that is worked on has a conversation, not a prompt."""
-    if (told := facts.get()) is not None:
-        told.operation = "chat"
+    """Mark the current request as a chat."""
+    if (request := facts.get()) is not None:
+        request.operation = "chat"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -88,7 +86,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 _PROVIDER = "smolora"
-_MAX_METHOD = 32  # characters of one that HTTP doesn't define
+_MAX_METHOD = 32  # characters of an unknown method
 
 
 def end_request(
@@ -98,9 +96,12 @@ def end_request(
     status: int,
     request_id: str,
     principal: Principal | None,
-    told: RequestFacts,
+    found: RequestFacts,
 ) -> None:
-    """`status` 0: the client left before there was any. `route` is empty if the path has none."""
+    """End a request's span.
+
+    `status` is 0 if the client left before the response. `route` is empty if the path has no route.
+    """
     method, is_known = scope["method"], scope["method"] in METHODS
     called = method if is_known else "HTTP"
     attributes: dict[str, Value] = {
@@ -120,13 +121,13 @@ def end_request(
         attributes["client.address"] = scope["client"][0]
     if principal is not None:
         attributes |= {"smolora.key.id": principal.key_id, "smolora.project": principal.project}
-    if told.job_id is not None:
-        attributes["smolora.job.id"] = told.job_id
+    if found.job_id is not None:
+        attributes["smolora.job.id"] = found.job_id
     span.end(attributes=attributes, error=str(status) if status >= 500 else None)
 
 
 class GenerationTrace:
-    """What a generation's spans are made of. Make one as it begins, `note` each output, `end` it once."""
+    """The timings of a generation, from which `end` makes its spans. Call `note` for each output."""
 
     def __init__(
         self, span: Span, operation: str, request: GenerationRequest, base: str, parts: Sequence[Part]
@@ -142,7 +143,7 @@ class GenerationTrace:
         self._first_token: int | None = None
 
     def note(self, output: SequenceOutput) -> None:
-        """An output of the engine's."""
+        """Add an output of the engine."""
         if output.num_new_tokens and self._first_token is None:
             self._first_token = time.time_ns()
         if output.finish_reason is not None:
@@ -151,7 +152,7 @@ class GenerationTrace:
                 self._timings.append(output.timing)
 
     def end(self, outcome: str, num_tokens: int, num_cached: int) -> None:
-        """It has ended, or was given up, after so many tokens."""
+        """Make the spans of the generation, which has ended or was aborted after `num_tokens`."""
         now = time.time_ns()
         terms = [Term(part.name, part.version, weight=part.weight) for part in self._parts]
         model = render(terms) if terms else self._base
@@ -186,7 +187,7 @@ class GenerationTrace:
             "gen_ai.request.seed": sampling.seed,
             "smolora.base": self._base,
         }
-        unless: Mapping[str, tuple[int | float, int | float]] = {  # the value, and what means nothing
+        unless: Mapping[str, tuple[int | float, int | float]] = {  # the value, and its default, which is left out
             "gen_ai.request.choice.count": (request.n, 1),
             "gen_ai.request.top_k": (sampling.top_k, 0),
             "gen_ai.request.frequency_penalty": (sampling.frequency_penalty, 0),
@@ -207,7 +208,7 @@ class GenerationTrace:
     def _phases(
         self, now: int, num_tokens: int, num_cached: int
     ) -> "list[tuple[str, tuple[int, int], Mapping[str, Value]]]":
-        """By the engine's clock where a choice has ended, else by what was seen from here."""
+        """Return the phases, by the engine's timings if a choice has ended, else by when outputs arrived here."""
         reading: Mapping[str, Value] = {"smolora.tokens": len(self._request.prompt_token_ids) - num_cached}
         writing: Mapping[str, Value] = {"smolora.tokens": num_tokens}
         if self._timings:

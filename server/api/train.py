@@ -1,7 +1,4 @@
-"""Where a page of jobs goes on.
-
-/train: submit jobs, watch and steer them, and what came of them. Disk and tokenizer work in threads.
-"""
+"""/train: submit jobs, follow and steer them, and read their results."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,31 +17,22 @@ from server.api.quotas import require_room
 from server.api.routes import TRAIN, requires
 from server.api.streams import EventStream
 from server.api.strict_route import StrictRoute
-from server.api.train_answers import dry_run_document, event_document, job_document
-from server.api.train_schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
+from server.api.train_answers import DryRunAnswer, EventAnswer, JobAnswer, JobList
+from server.api.train_schemas import TrainBody
 from server.api.zips import StoredZip, zip_download
 from server.jobs.files import JobFiles
 from server.jobs.jobs import Job, Jobs, Status
-
-
-def check_after(jobs: Jobs, after: str) -> None:
-    """Raise InvalidInput where there is no job `after` which a page could begin."""
-    try:
-        jobs.get(after)
-    except NotFound as error:
-        raise InvalidInput.of("after", f"{error}; if it was deleted, begin with the first page") from None
-
 
 router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 
 MAX_PAGE = 1000
 MAX_EVENTS = 10_000
 DRY_RUN_BYTES = 1 << 20
-"""Text of rows that a dry run tokenizes, which takes about a second of a processor."""
+"""Bytes of text that a dry run tokenizes, which takes about a second of processor time."""
 _SSE = "text/event-stream"
 
 JobId = Annotated[str, Path(max_length=256)]
-EventNumber = Annotated[int, Query(ge=0, lt=1 << 31, description="only those with a higher seq")]
+EventNumber = Annotated[int, Query(ge=0, lt=1 << 31, description="only events with a higher seq")]
 
 
 @router.post(
@@ -63,30 +51,33 @@ async def submit(
     body: TrainBody,
     services: ServicesDep,
     dry_run: Annotated[
-        bool, Query(description="check everything and say what it comes to; queue nothing")
+        bool, Query(description="check everything and describe the job, but don't queue it")
     ] = False,
     key: IdempotencyKey = None,
 ) -> Response:
     """Submit a training job.
 
     Its rows are split and tokenized before it is queued, so errors in them are reported here. A dry run
-    tokenizes the first MiB of them; beyond it, counts of tokens are estimates, and a warning says so.
+    tokenizes the first MiB of the rows. If there are more, token counts are estimates, and a warning says so.
     """
     if dry_run:
-        document = await services.limiters.preparing.run(_dry_run, services, body)
-        return wire.answer(document)
+        return wire.answer(
+            await services.limiters.preparing.run(services.principal.project, _dry_run, services, body)
+        )
     room = partial(require_room, services)
-    job = await services.limiters.preparing.run(services.submissions.submit, body, key, None, room)
-    return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+    job = await services.limiters.preparing.run(
+        services.principal.project, services.submissions.submit, body, key, None, room
+    )
+    return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
 
 
 @router.get("", summary="List jobs", response_class=Response, responses={200: {"model": JobList}, **JOB_LOOKUPS})
 @requires(TRAIN)
 async def list_jobs(
     services: ServicesDep,
-    status: Annotated[Status | None, Query(description="only those")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,
-    after: Annotated[str | None, Query(max_length=256, description="the last id of the page before")] = None,
+    status: Annotated[Status | None, Query(description="only jobs with this status")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="jobs on a page")] = 100,
+    after: Annotated[str | None, Query(max_length=256, description="the last id of the previous page")] = None,
 ) -> Response:
     """List jobs, newest first. If `next` is not null, pass it as `after` for the next page."""
     return await to_thread.run_sync(_page, services.jobs, status, limit, after)
@@ -98,7 +89,7 @@ async def list_jobs(
 @requires(TRAIN)
 async def get_job(services: ServicesDep, job_id: JobId) -> Response:
     """Get a job."""
-    return wire.answer(job_document(await to_thread.run_sync(services.jobs.get, job_id)))
+    return wire.answer(JobAnswer.of(await to_thread.run_sync(services.jobs.get, job_id)))
 
 
 @router.get(
@@ -110,7 +101,7 @@ async def get_job(services: ServicesDep, job_id: JobId) -> Response:
             "model": list[EventAnswer],
             "description": f"The events; with `Accept: {_SSE}`, each as it happens, until the job ends",
             "headers": {
-                "Link": {"schema": {"type": "string"}, "description": 'rel="next", where the list is cut'}
+                "Link": {"schema": {"type": "string"}, "description": 'rel="next", if there are more events'}
             },
             "content": {_SSE: {"example": 'id: 2\ndata: {"seq":2,"type":"message","message":"started"}\n\n'}},
         },
@@ -123,21 +114,24 @@ async def get_events(
     services: ServicesDep,
     job_id: JobId,
     after: EventNumber = 0,
-    limit: Annotated[
-        int, Query(ge=1, le=MAX_EVENTS, description="at most so many; a stream has all")
-    ] = MAX_EVENTS,
+    limit: Annotated[int, Query(ge=1, le=MAX_EVENTS, description="maximum; a stream has all events")] = MAX_EVENTS,
     last_id: Annotated[
         int | None,
-        Header(alias="Last-Event-ID", ge=0, lt=1 << 31, description="a stream's `after`, where it was cut off"),
+        Header(
+            alias="Last-Event-ID",
+            ge=0,
+            lt=1 << 31,
+            description="for a stream that was cut off: takes the place of `after`",
+        ),
     ] = None,
 ) -> Response:
     """List a job's events: messages, and metrics of steps.
 
-    A `Link` header leads to the rest of a list that is cut.
+    If there are more events, a `Link` header has the URL of the next ones.
     """
     if _SSE not in request.headers.get("accept", "").lower():
         return await to_thread.run_sync(_events, services.jobs, request.url.path, job_id, after, limit)
-    await to_thread.run_sync(services.jobs.get, job_id)  # or it is another project's
+    await to_thread.run_sync(services.jobs.get, job_id)  # raises NotFound for another project's job
     begin = after if last_id is None else last_id
     follower = services.feeds.follow(job_id, begin, services.principal.project)
     return EventStream(follower.stream(), follower.close)
@@ -162,7 +156,7 @@ async def cancel(services: ServicesDep, job_id: JobId) -> Response:
 async def pause(services: ServicesDep, job_id: JobId) -> Response:
     """Pause a job until it is resumed.
 
-    A running one drops its unfinished step, and is `paused` once it is stored.
+    A running job drops its unfinished step, and is `paused` once its state is stored.
     """
     return await _steer(services.jobs.pause, job_id)
 
@@ -187,7 +181,7 @@ async def resume(services: ServicesDep, job_id: JobId) -> Response:
 )
 @requires(TRAIN)
 async def get_report(services: ServicesDep, job_id: JobId) -> Response:
-    """Get a job's report: base against tuned, cost, data, configuration and loss curves.
+    """Get a job's report: comparison with the base, cost, data, configuration and loss curves.
 
     409 until the job has ended; 404 if it failed.
     """
@@ -202,7 +196,10 @@ async def get_report(services: ServicesDep, job_id: JobId) -> Response:
 )
 @requires(TRAIN)
 async def download(services: ServicesDep, job_id: JobId) -> Response:
-    """Download the Hugging Face directory that full fine-tuning made, as a zip. Adapters are under /adapters."""
+    """Download a model from full fine-tuning, as a zip of its Hugging Face directory.
+
+    Adapters are under /adapters.
+    """
     job = await to_thread.run_sync(services.jobs.get, job_id)
     if job.spec.method != "full":
         where = (
@@ -223,25 +220,33 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
 async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     """Remove the rows, checkpoints, model and log of a job that has ended.
 
-    Its record, events and report stay, and so do the versions that it published and the data sets that it
+    The job's record, events and report stay, and so do the versions that it published and the data sets that it
     used. Repeating the request gives the same answer.
     """
     await to_thread.run_sync(_remove_files, services, job_id)
     return Response(status_code=204)
 
 
-def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
+def _dry_run(services: Services, body: TrainBody) -> DryRunAnswer:
     with services.submissions.prepared(body, DRY_RUN_BYTES) as prepared:
         estimate = services.estimator.estimate(prepared.spec, prepared.data)
-        return dry_run_document(prepared, estimate, services.decode)
+        return DryRunAnswer.of(prepared, estimate, services.decode)
 
 
 def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:
     if after is not None:
         check_after(jobs, after)
     found = jobs.list(status, size + 1, after)
-    page = [job_document(job) for job in found[:size]]
-    return wire.answer({"jobs": page, "next": found[size - 1].id if len(found) > size else None})
+    page = [JobAnswer.of(job) for job in found[:size]]
+    return wire.answer(JobList(jobs=page, next=found[size - 1].id if len(found) > size else None))
+
+
+def check_after(jobs: Jobs, after: str) -> None:
+    """Raise InvalidInput if there is no job `after`, so that no page can begin after it."""
+    try:
+        jobs.get(after)
+    except NotFound as error:
+        raise InvalidInput.of("after", f"{error}; if it was deleted, begin with the first page") from None
 
 
 def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Response:
@@ -250,15 +255,15 @@ def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Respo
     if len(found) > limit:
         query = f"after={found[limit - 1].seq}" + ("" if limit == MAX_EVENTS else f"&limit={limit}")
         headers["Link"] = f'<{path}?{query}>; rel="next"'
-    return wire.answer([event_document(event) for event in found[:limit]], headers=headers)
+    return wire.answer([EventAnswer.model_validate(event) for event in found[:limit]], headers=headers)
 
 
 async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
-    return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
+    return wire.answer(JobAnswer.of(await to_thread.run_sync(move, job_id)))
 
 
 def _remove_files(services: Services, job_id: str) -> None:
-    project = services.jobs.get(job_id).project  # the operator's removals are another's, too
+    project = services.jobs.get(job_id).project  # an operator may remove another project's files
     services.audited("job.delete", job_id, partial(services.retention.remove, job_id), project=project)
 
 
@@ -275,13 +280,13 @@ def _report(jobs: Jobs, job_id: str) -> object:
     if report is None:
         job = jobs.get(job_id)
         _refuse_unfinished(job, "report")
-        report = jobs.report(job_id)  # it has ended since
+        report = jobs.report(job_id)  # it may have ended since
     return report
 
 
 def _refuse_unfinished(job: Job, what: str) -> None:
-    """Raise where the job has left nothing: Conflict as long as it may, NotFound for good."""
+    """Raise Conflict if the job hasn't ended, and NotFound if it ended without success."""
     if not job.status.has_ended:
-        raise Conflict(f"the job is {job.status}: its {what} is there once it has succeeded")
+        raise Conflict(f"the job is {job.status}: its {what} is available once it has succeeded")
     if job.status is not Status.SUCCEEDED:
         raise NotFound(f"the job has no {what}: its status is {job.status}")

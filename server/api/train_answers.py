@@ -1,13 +1,15 @@
-"""How jobs, their events, dry runs and data sets look as JSON."""
+"""Answers under /train and /datasets: jobs, events, dry runs and data sets."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from typing import Literal, Self
+
+from pydantic import ConfigDict, Field
 
 from server.api.estimate import Estimate
+from server.api.schemas import Answer, Timestamp
 from server.api.submission import Prepared
-from server.jobs.jobs import Event, Job
+from server.jobs.jobs import Job
 from server.jobs.merge_spec import Spec
-from server.training.datasets import Dataset
 from server.training.encoding import preview
 from server.training.job_data import JobData
 
@@ -16,101 +18,171 @@ _PREVIEWED_TOKENS = 200
 
 _NO_PROGRESS = {"step": 0, "epoch": 0.0, "tokens": 0, "tokens_per_second": None, "eta_seconds": None}
 _NO_METRICS = {"train_loss": None, "eval_loss": None, "base_eval_loss": None}
-_ROW_FACTS = {
-    "digest": "digest",
-    "rows": "num_rows",
-    "tokens": "num_tokens",
-    "trained_tokens": "num_targets",
-    "truncated": "num_truncated",
-    "validation_digest": "validation_digest",
-    "validation_rows": "num_validation_rows",
-    "validation_truncated": "num_validation_truncated",
-    "overlap": "num_overlapping",
-}
-"""The report's names, and ours."""
 
 
-def job_document(job: Job) -> dict[str, object]:
-    """A job as GET /train/{id} has it."""
-    return {
-        "id": job.id,
-        "project": job.project,
-        "key": job.key_id,
-        "kind": job.kind,
-        "name": job.name,
-        "status": job.status.value,
-        "position": job.position,
-        "pausing": job.is_pausing,
-        "progress": {**_NO_PROGRESS, "total_steps": job.data.get("total_steps"), **job.progress},
-        "metrics": {**_NO_METRICS, **job.metrics},
-        "adapter": job.adapter,
-        "error": job.error,
-        "created_at": job.created_at.isoformat(),
-        "started_at": None if job.started_at is None else job.started_at.isoformat(),
-        "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
-        "files_removed_at": None if job.files_removed_at is None else job.files_removed_at.isoformat(),
-        "config": _config(job.spec, job.data.get("source")),
-        "data": _rows(job.data) if job.kind == "train" else None,
-        "attempt": job.attempt,
-    }
+class Progress(Answer):
+    step: int
+    total_steps: int
+    epoch: float
+    tokens: int = Field(description="non-padding inputs of training steps so far")
+    tokens_per_second: float | None
+    eta_seconds: float | None
 
 
-def dry_run_document(
-    prepared: Prepared, estimate: Estimate, decode: Callable[[list[int]], str]
-) -> dict[str, object]:
-    """What a job would be; `decode` is the tokenizer's. Blocks for a moment."""
-    return {
-        "dry_run": True,
-        "name": prepared.spec.name,
-        "data": _rows(prepared.facts),
-        "steps": prepared.total_steps,
-        "estimate": asdict(estimate),
-        "preview": _preview(prepared.data, decode),
-        "config": _config(prepared.spec, prepared.source),
-        "warnings": list(prepared.warnings),
-    }
+class JobMetrics(Answer):
+    model_config = ConfigDict(extra="allow")  # a job that succeeded has more metrics
+
+    train_loss: float | None = Field(description="of the last step, in nats per trained token")
+    eval_loss: float | None = Field(description="on the held-out rows")
+    base_eval_loss: float | None = Field(description="of the unchanged base, on the same rows")
 
 
-def dataset_document(dataset: Dataset) -> dict[str, object]:
-    """A data set as it is listed."""
-    return {
-        "id": dataset.id,
-        "filename": dataset.filename,
-        "format": dataset.format,
-        "rows": dataset.num_rows,
-        "bytes": dataset.bytes,
-        "kinds": dict(dataset.kinds),
-        "digest": dataset.digest,
-        "created_at": dataset.created_at.isoformat(),
-    }
+class PublishedAdapter(Answer):
+    name: str
+    version: int
+    digest: str
 
 
-def event_document(event: Event) -> dict[str, object]:
-    """One of the job's events."""
-    return {
-        "seq": event.seq,
-        "at": event.at.isoformat(),
-        "level": event.level,
-        "type": event.type,
-        "message": event.message,
-        "data": event.data,
-    }
+class RowCounts(Answer):
+    """Counts of a job's tokenized rows."""
+
+    # made from `server.training.job_data.DataFacts`, which has other names
+
+    digest: str
+    rows: int = Field(validation_alias="num_rows")
+    tokens: int = Field(validation_alias="num_tokens")
+    trained_tokens: int = Field(validation_alias="num_targets")
+    truncated: int = Field(validation_alias="num_truncated")
+    validation_digest: str | None
+    validation_rows: int = Field(validation_alias="num_validation_rows")
+    validation_truncated: int = Field(validation_alias="num_validation_truncated")
+    overlap: int = Field(
+        validation_alias="num_overlapping", description="held-out rows that are also training rows"
+    )
+
+
+class JobAnswer(Answer):
+    id: str
+    project: str = Field(description="the owner; names in the answer are this project's")
+    key: str | None = Field(description="id of the key that submitted the job; null if it needed none")
+    kind: Literal["train", "merge"]
+    name: str
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    position: int | None = Field(
+        description="place of a queued job in the order of turns, from 1: it counts its project's older queued "
+        "jobs, and other projects' jobs that come first, running ones included; null unless it is queued"
+    )
+    pausing: bool = Field(description="a pause was requested, and the job is still running")
+    progress: Progress
+    metrics: JobMetrics
+    adapter: PublishedAdapter | None
+    error: str | None
+    created_at: Timestamp
+    started_at: Timestamp | None
+    finished_at: Timestamp | None
+    files_removed_at: Timestamp | None = Field(
+        description="when the job's files were removed, or null; its rows are removed as soon as it ends"
+    )
+    config: dict[str, object] = Field(description="the body with every default filled in")
+    data: RowCounts | None = Field(description="null for a merge")
+    attempt: int = Field(description="how many times a worker has started the job")
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """Describe a job."""
+        progress = {**_NO_PROGRESS, "total_steps": job.data.get("total_steps"), **job.progress}
+        fields = {
+            **vars(job),
+            "key": job.key_id,
+            "kind": job.kind,
+            "pausing": job.is_pausing,
+            "progress": progress,
+            "metrics": {**_NO_METRICS, **job.metrics},
+            "config": _config(job.spec, job.data.get("source")),
+            "data": job.data if job.kind == "train" else None,
+        }
+        return cls(**fields)
+
+
+class JobList(Answer):
+    jobs: list[JobAnswer]
+    next: str | None = Field(description="pass it as `after` for the next page")
+
+
+class EventAnswer(Answer):
+    seq: int
+    at: Timestamp
+    level: Literal["info", "warning", "error"]
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, object]
+
+
+class PreviewToken(Answer):
+    text: str
+    trained: bool
+
+
+class PreviewRow(Answer):
+    row: int = Field(description="number among the training rows, from 0")
+    tokens: list[PreviewToken]
+    more: int = Field(description="number of further tokens, which aren't shown")
+
+
+class DryRunAnswer(Answer):
+    dry_run: Literal[True]
+    name: str
+    data: RowCounts
+    steps: int = Field(description="optimizer steps in total")
+    estimate: Estimate
+    preview: list[PreviewRow]
+    config: dict[str, object]
+    warnings: list[str] = Field(description="about start_from and the rows; a job has them as events")
+
+    @classmethod
+    def of(cls, prepared: Prepared, estimate: Estimate, decode: Callable[[list[int]], str]) -> Self:
+        """Describe a job that could be queued. `decode` turns token ids into text."""
+        return cls(
+            dry_run=True,
+            name=prepared.spec.name,
+            data=RowCounts.model_validate(prepared.facts),
+            steps=prepared.total_steps,
+            estimate=estimate,
+            preview=_preview(prepared.data, decode),
+            config=_config(prepared.spec, prepared.source),
+            warnings=list(prepared.warnings),
+        )
+
+
+class DatasetAnswer(Answer):
+    id: str
+    filename: str | None = Field(description="the first upload's name, or null if it isn't known")
+    format: Literal["jsonl", "csv"]
+    rows: int = Field(validation_alias="num_rows")
+    bytes: int = Field(description="size of the first upload; quotas count the size of its rows as JSON")
+    kinds: dict[str, int] = Field(description="number of rows by kind: completion, messages, text")
+    digest: str
+    created_at: Timestamp
+
+
+class DatasetUploaded(DatasetAnswer):
+    warnings: list[str] = Field(description="for example about fields that are not trained on")
+
+
+class DatasetList(Answer):
+    datasets: list[DatasetAnswer]
 
 
 def _config(spec: Spec, source: object) -> dict[str, object]:
-    """The body with its defaults; rows that were sent with it are left out."""
+    """Return the job's body with all defaults, but without rows that were sent in it."""
     where = source if isinstance(source, Mapping) else {}
     return {**spec.to_document(), **where}
 
 
-def _rows(facts: Mapping[str, object]) -> dict[str, object]:
-    return {name: facts.get(stored) for name, stored in _ROW_FACTS.items()}
-
-
-def _preview(data: JobData, decode: Callable[[list[int]], str]) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def _preview(data: JobData, decode: Callable[[list[int]], str]) -> list[PreviewRow]:
+    rows = []
     for number, example in enumerate(data.train[:_PREVIEWED_ROWS]):
         tokens = preview(example, decode)
-        shown = [{"text": text, "trained": is_target} for text, is_target in tokens[:_PREVIEWED_TOKENS]]
-        rows.append({"row": number, "tokens": shown, "more": len(tokens) - len(shown)})
+        shown = [PreviewToken(text=text, trained=is_target) for text, is_target in tokens[:_PREVIEWED_TOKENS]]
+        rows.append(PreviewRow(row=number, tokens=shown, more=len(tokens) - len(shown)))
     return rows

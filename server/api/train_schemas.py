@@ -1,16 +1,14 @@
-"""What POST /train takes and what the paths under /train and /datasets answer, as pydantic sees it.
+"""The body of POST /train.
 
-Bounds that the base or the data decide, and what rows look like, are `server.api.submission`'s part. As in
-`server.api.schemas`, the answers' classes document what is built by hand.
+`server.api.submission` checks what depends on the base or on the rows.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from adapters.lora import MODULES
 from adapters.names import MAX_NAME, near
-from server.api.estimate import Estimate
 from server.api.schemas import MAX_SEED, Body
 from server.training.spec import (
     LEARNING_RATES,
@@ -33,7 +31,7 @@ Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 def _target_modules(value: object) -> tuple[str, ...]:
-    """The names, each once, in the order in which the forward pass meets them."""
+    """Return module names in the order of the forward pass. Raise ValueError if one is unknown or given twice."""
     if value == ALL_LINEAR:
         return MODULES
     if not isinstance(value, list) or not value:
@@ -103,7 +101,7 @@ Rows = Annotated[list[object], Field(min_length=1), WithJsonSchema(_ROWS)]
 
 
 class LoraBody(Body):
-    """The adapter's shape. With `start_from` it is the parent's; full fine-tuning has none."""
+    """The adapter's shape. With `start_from`, the parent's shape is kept. Full fine-tuning has none."""
 
     rank: int = Field(LoraSpec.rank, ge=1, le=MAX_TRAINED_RANK)
     alpha: float = Field(LoraSpec.alpha, gt=0, le=65536)
@@ -112,25 +110,25 @@ class LoraBody(Body):
         LoraSpec.target_modules, description=f'"{ALL_LINEAR}", or names of linear modules'
     )
     init: Init = Field(
-        LoraSpec.init, description="of a new adapter; pissa and olora are published with twice the rank"
+        LoraSpec.init, description="how a new adapter starts; pissa and olora are published with twice the rank"
     )
     use_rslora: bool = Field(LoraSpec.use_rslora, description="scale by alpha/√rank instead of alpha/rank")
 
 
 class TrainingBody(Body):
-    """How it is trained."""
+    """Hyperparameters of training."""
 
     epochs: int = Field(TrainingSpec.epochs, ge=1, le=10_000)
     max_steps: Steps | None = Field(TrainingSpec.max_steps, description="optimizer steps, instead of epochs")
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="the highest of the schedule; null: "
+        description="peak of the schedule; null: "
         + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items()),
     )
-    batch_size: int = Field(TrainingSpec.batch_size, ge=1, le=4096, description="rows of an optimizer step")
+    batch_size: int = Field(TrainingSpec.batch_size, ge=1, le=4096, description="rows in each optimizer step")
     max_length: int = Field(
-        TrainingSpec.max_length, ge=2, le=1 << 20, description="tokens of a row; the base may allow fewer"
+        TrainingSpec.max_length, ge=2, le=1 << 20, description="most tokens of a row; the base may allow fewer"
     )
     schedule: Schedule = TrainingSpec.schedule
     warmup_ratio: float = Field(TrainingSpec.warmup_ratio, ge=0, le=1)
@@ -139,7 +137,7 @@ class TrainingBody(Body):
     seed: int = Field(TrainingSpec.seed, ge=0, le=MAX_SEED)
     eval_steps: Steps | None = Field(
         TrainingSpec.eval_steps,
-        description="measure the held-out loss this often, and keep the best weights; null: at the end only",
+        description="steps between evaluations; the best weights are kept; null: evaluate at the end only",
     )
     checkpoint_steps: Steps | None = Field(
         TrainingSpec.checkpoint_steps, description="null: about every 30 seconds"
@@ -148,8 +146,8 @@ class TrainingBody(Body):
         TrainingSpec.early_stopping_patience,
         description="end after this many evaluations without a lower loss; needs eval_steps",
     )
-    packing: bool = Field(TrainingSpec.packing, description="lay several short rows out as one")
-    overlong: Overlong = Field(TrainingSpec.overlong, description="what becomes of rows beyond max_length")
+    packing: bool = Field(TrainingSpec.packing, description="pack several short rows into one sequence")
+    overlong: Overlong = Field(TrainingSpec.overlong, description="what to do with rows longer than max_length")
 
 
 class TrainBody(Body):
@@ -164,7 +162,7 @@ class TrainBody(Body):
         }
     )
 
-    name: str = Field(min_length=1, max_length=MAX_NAME, description="the adapter that becomes a version of it")
+    name: str = Field(min_length=1, max_length=MAX_NAME, description="the adapter to publish a version of")
     data: Rows | None = Field(None, description="the rows; or give a dataset")
     dataset: str | None = Field(None, max_length=64, description="an id from POST /datasets, instead of data")
     validation: Validation = Field(
@@ -174,128 +172,16 @@ class TrainBody(Body):
     lora: LoraBody = LoraBody.model_validate({})
     training: TrainingBody = TrainingBody.model_validate({})
     start_from: str | None = Field(
-        None, max_length=2 * MAX_NAME + 1, description="an adapter to go on from: name, name@3 or name@alias"
+        None, max_length=2 * MAX_NAME + 1, description="an adapter to continue from: name, name@3 or name@alias"
     )
-    publish_if: PublishIf = Field(JobSpec.publish_if, description="what the held-out loss must be below")
+    publish_if: PublishIf = Field(
+        JobSpec.publish_if,
+        description="publish only if the held-out loss is below the base's, or the latest version's",
+    )
     alias: str | None = Field(
         None,
         min_length=1,
         max_length=MAX_NAME,
-        description="points to the new version; latest as well, where a job would not move that by itself",
+        description="an alias for the new version; `latest` is allowed, and moves it even if the job would not",
     )
     description: str = Field(JobSpec.description, max_length=MAX_DESCRIPTION)
-
-
-class Progress(BaseModel):
-    step: int
-    total_steps: int
-    epoch: float
-    tokens: int = Field(description="non-padding inputs of training steps so far")
-    tokens_per_second: float | None
-    eta_seconds: float | None
-
-
-class JobMetrics(BaseModel):
-    train_loss: float | None = Field(description="nats per counted token, of the last step")
-    eval_loss: float | None = Field(description="the held-out rows'")
-    base_eval_loss: float | None = Field(description="the untouched base's, on the same rows")
-
-
-class PublishedAdapter(BaseModel):
-    name: str
-    version: int
-    digest: str
-
-
-class RowCounts(BaseModel):
-    """The rows as the job has them, tokenized."""
-
-    digest: str
-    rows: int
-    tokens: int
-    trained_tokens: int
-    truncated: int
-    validation_digest: str | None
-    validation_rows: int
-    validation_truncated: int
-    overlap: int = Field(description="held-out rows that are training rows too")
-
-
-class JobAnswer(BaseModel):
-    id: str
-    project: str = Field(description="whose it is: names in it are that project's own")
-    key: str | None = Field(description="the id of the key that submitted it; null: none")
-    kind: Literal["train", "merge"]
-    name: str
-    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    position: int | None = Field(
-        description="place of a queued job in the order of turns, from 1: it counts its project's older queued "
-        "jobs, and other projects' jobs that come first, running ones included; null unless it is queued"
-    )
-    pausing: bool = Field(description="it was told to pause, and its worker hasn't let go yet")
-    progress: Progress
-    metrics: JobMetrics
-    adapter: PublishedAdapter | None
-    error: str | None
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    files_removed_at: str | None = Field(description="null until what it left was removed; its rows go as it ends")
-    config: dict[str, object] = Field(description="the body with every default filled in")
-    data: RowCounts | None = Field(description="null for a merge")
-    attempt: int = Field(description="how often a worker took it up")
-
-
-class JobList(BaseModel):
-    jobs: list[JobAnswer]
-    next: str | None = Field(description="pass it as `after` for the next page")
-
-
-class EventAnswer(BaseModel):
-    seq: int
-    at: str
-    level: Literal["info", "warning", "error"]
-    type: Literal["message", "metrics"]
-    message: str
-    data: dict[str, object]
-
-
-class PreviewToken(BaseModel):
-    text: str
-    trained: bool
-
-
-class PreviewRow(BaseModel):
-    row: int = Field(description="counted from 0 among those that are trained on")
-    tokens: list[PreviewToken]
-    more: int = Field(description="tokens that aren't shown")
-
-
-class DryRunAnswer(BaseModel):
-    dry_run: Literal[True]
-    name: str
-    data: RowCounts
-    steps: int = Field(description="of the optimizer, in all")
-    estimate: Estimate
-    preview: list[PreviewRow]
-    config: dict[str, object]
-    warnings: list[str] = Field(description="of start_from and of the rows; a job has them as events")
-
-
-class DatasetAnswer(BaseModel):
-    id: str
-    filename: str | None = Field(description="as it was first uploaded; null where that was not kept yet")
-    format: Literal["jsonl", "csv"]
-    rows: int
-    bytes: int = Field(description="of the first upload; quotas count what its rows take as JSON")
-    kinds: dict[str, int] = Field(description="rows of each shape: completion, messages, text")
-    digest: str
-    created_at: str
-
-
-class DatasetUploaded(DatasetAnswer):
-    warnings: list[str] = Field(description="such as that rows have fields which are not trained on")
-
-
-class DatasetList(BaseModel):
-    datasets: list[DatasetAnswer]

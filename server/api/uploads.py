@@ -1,8 +1,8 @@
-"""An adapter's two files, or a file of rows, out of what a client sent, without trusting any of it.
+"""Extract an adapter's two files, or a file of rows, from an untrusted multipart body.
 
-A body is spooled to disk while it comes in, and an adapter's tensors are copied into a file of their own, which
-whoever reads them can map. Archives are `server.api.zips`'s part, what the files mean is
-`adapters.peft.files`'s and `server.training.row_files`'s.
+The body is spooled to disk while it comes in, and an adapter's tensors are copied into a file of their own, which
+can be memory-mapped. `server.api.zips` reads archives; `adapters.peft.files` and `server.training.row_files` parse
+the files.
 """
 
 import shutil
@@ -41,36 +41,36 @@ _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")
 
 @dataclass(frozen=True)
 class UploadedFiles:
-    """The config's bytes, and where the tensors' file lies until the upload has been dealt with."""
+    """The config's bytes, and the path of a temporary file with the tensors."""
 
     config_json: bytes
     weights: Path
 
     @property
     def num_bytes(self) -> int:
-        """Of both: an archive has fewer."""
+        """Size of both files, which may be larger than their archive."""
         return len(self.config_json) + self.weights.stat().st_size
 
 
 @asynccontextmanager
 async def received_form(request: Request, services: Services) -> AsyncIterator[FormData]:
-    """The multipart body, spooled to disk within the context.
+    """Yield the multipart body, spooled to disk, with its bytes reserved within the context.
 
-    Its bytes are reserved within the context. Raises InvalidInput if it is no form; QueueFull, Unavailable or
-    Forbidden before it is read, if there are too many already, the disk is nearly full or the project has stored
-    as much as it may; Unavailable while it is read; Forbidden after it, if more came than was announced.
+    Raise InvalidInput if it isn't a form. Raise QueueFull, Unavailable or Forbidden before it is read, if there
+    are too many uploads, the disk is nearly full or a quota is used up; Unavailable while it is read, if the disk
+    fills up; Forbidden after it, if more came than was announced and a quota is exceeded.
     """
     incoming, owners = services.limiters.incoming, owners_of(services)
-    with services.limiters.uploads.taken():
+    with services.limiters.uploads.taken(services.principal.project):
         announced = request.headers.get("content-length", "")
         num_bytes = int(announced) if announced.isascii() and announced.isdigit() else 0
-        with incoming.counted(owners, num_bytes) as before:
+        with incoming.adding(owners, num_bytes) as before:
             with services.limiters.spooling.announced(services.settings, num_bytes) as received:
                 await to_thread.run_sync(require_quota, services, num_bytes, before)
                 form = await _read_form(_spooled(request, received))
             try:
                 more = max(0, form_bytes(form) - num_bytes)
-                with incoming.counted(owners, more) as before:
+                with incoming.adding(owners, more) as before:
                     if more:
                         await to_thread.run_sync(require_quota, services, more, before)
                     yield form
@@ -79,12 +79,12 @@ async def received_form(request: Request, services: Services) -> AsyncIterator[F
 
 
 def form_bytes(form: FormData) -> int:
-    """Of its files, together."""
+    """Return the total size of the form's files."""
     return sum(part.size or 0 for _, part in form.multi_items() if isinstance(part, UploadFile))
 
 
 def _spooled(request: Request, received: Callable[[int], None]) -> Request:
-    """Return the request with each piece reported. If `received` raises, the rest isn't kept."""
+    """Return a request that reports the size of each piece. If `received` raises, the rest is discarded."""
 
     async def receive() -> Message:
         message = await request.receive()
@@ -101,11 +101,11 @@ def _spooled(request: Request, received: Callable[[int], None]) -> Request:
 async def _read_form(request: Request) -> FormData:
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in _CHARSETS:
-        # Python knows codecs that raise whatever they like, or decode to what can't be encoded again
-        raise InvalidInput.of("body", "has a charset that forms don't have: leave it out, names are UTF-8")
+        # some of Python's codecs raise unusual errors, or decode to text that can't be encoded
+        raise InvalidInput.of("body", "has an unsupported charset: leave it out, names are UTF-8")
     try:
         return await request.form(max_files=8, max_fields=8, max_part_size=MAX_CONFIG_BYTES)
-    except (HTTPException, ParseError) as error:  # which it is depends on Starlette's release
+    except (HTTPException, ParseError) as error:  # depending on Starlette's release
         if isinstance(error, HTTPException) and error.status_code != 400:
             raise
         raise InvalidInput.of("body", "must be a multipart/form-data body") from None
@@ -113,13 +113,14 @@ async def _read_form(request: Request) -> FormData:
 
 @contextmanager
 def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
-    """The adapter's files, whichever way they came. Blocks on disk. Raises InvalidInput on the part at fault."""
+    """Yield the adapter's files, from two parts or one archive. Raise InvalidInput. Blocks on disk."""
     _refuse_unknown(form, CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD)
     config, weights, archive = (
         None if part is None else part.file
         for part in (_part(form, name) for name in (CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD))
     )
-    with TemporaryDirectory(prefix="upload-", ignore_cleanup_errors=True) as scratch:  # the next start clears it
+    # the next start removes directories with this prefix
+    with TemporaryDirectory(prefix="upload-", ignore_cleanup_errors=True) as scratch:
         target = Path(scratch) / WEIGHTS_NAME
         if archive is not None and config is None and weights is None:
             yield UploadedFiles(zips.read_archive(archive, target, MAX_CONFIG_BYTES), target)
@@ -137,9 +138,9 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
             raise InvalidInput.of(missing, "is missing: send both files, or one zip of both in archive")
 
 
-def uploaded_rows(form: FormData, *beside: str) -> tuple[BinaryIO, str]:
-    """The file of rows, and its name; fields `beside` it are the caller's to read. Raises InvalidInput."""
-    _refuse_unknown(form, ROWS_FIELD, *beside)
+def uploaded_rows(form: FormData, *others: str) -> tuple[BinaryIO, str]:
+    """Return the file of rows, and its name. `others` are further fields to allow. Raise InvalidInput."""
+    _refuse_unknown(form, ROWS_FIELD, *others)
     part = _part(form, ROWS_FIELD)
     if part is None:
         raise InvalidInput.of(ROWS_FIELD, "is missing: send the file as multipart/form-data")

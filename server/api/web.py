@@ -1,12 +1,8 @@
-"""The page: `GET /`, and its files under `/web/`, each below the digest of all of them.
+"""The web page at `/` and its files under `/web/`, and the API's documentation at /docs and /redoc.
 
-What lies below a digest never changes, so browsers keep it for good; `/` names the digest, and is asked for each
-time. It takes nothing from elsewhere, and runs nothing but its own files: the policy that comes with it says so.
-
-The API's own pages, /docs and /redoc, which need no key.
-
-Their scripts and styles are those that the package fastapi-offline brings: nothing is fetched from elsewhere, and
-the policy that comes with each page allows nothing else. Styles may be inline, since both viewers write them.
+The URLs of files have the digest of all files, so browsers cache them forever; `/` has the current digest and is
+fetched each time. /docs and /redoc use scripts and styles from the package fastapi-offline. Each page's content
+security policy allows only the server's own files. Both viewers need inline styles.
 """
 
 import base64
@@ -38,9 +34,9 @@ _TYPES = {
     ".LICENSE": "text/plain; charset=utf-8",
 }
 _LAZY = frozenset({"vendor/uplot.mjs"})
-"""Modules that no view needs at once."""
-_NOTES = re.compile(rb"^ */\*\*.*?\*/", re.MULTILINE | re.DOTALL)
-"""Types and notes of our own modules, for whoever reads them there: a sixth of what would be sent."""
+"""Modules that aren't preloaded, since no view needs them at first."""
+_COMMENTS = re.compile(rb"^ */\*\*.*?\*/", re.MULTILINE | re.DOTALL)
+"""JSDoc comments in our own modules, a sixth of their bytes. They aren't sent."""
 
 _POLICY = "; ".join(
     (
@@ -59,9 +55,9 @@ SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
 }
-"""Of each page, with a policy of its own. `server.api.edge` adds those of every answer."""
+"""Headers of each page, besides its policy and the headers that `server.api.edge` adds."""
 _HEADERS = {**SECURITY, "Content-Security-Policy": _POLICY, "Vary": "Accept-Encoding"}
-_FOR_GOOD = "public, max-age=31536000, immutable"
+_FOREVER = "public, max-age=31536000, immutable"
 
 router = APIRouter(include_in_schema=False)
 
@@ -88,7 +84,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Page:
-    """Everything that is served, in memory: some hundred kilobytes."""
+    """All files of the page, in memory: some hundred kilobytes."""
 
     digest: str
     index: _File
@@ -96,11 +92,11 @@ class _Page:
 
 
 def _sent(path: Path) -> bytes:
-    """What a browser gets of the file: our modules without notes, each line where it is."""
+    """Return the content to send: our modules without comments, with the same line numbers."""
     content = path.read_bytes()
     if path.suffix != ".js":
         return content
-    return _NOTES.sub(lambda found: b"\n" * found.group().count(b"\n"), content)
+    return _COMMENTS.sub(lambda found: b"\n" * found.group().count(b"\n"), content)
 
 
 @cache
@@ -114,18 +110,18 @@ def _page() -> _Page:
     digest = hashlib.sha256(template.encode())
     for name, content in contents.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    told = digest.hexdigest()[:16]
+    short = digest.hexdigest()[:16]
     modules = (name for name in contents if name.endswith((".js", ".mjs")) and name not in _LAZY)
-    preloads = "\n".join(f'<link rel="modulepreload" href="web/{told}/{name}">' for name in modules)
-    index = template.replace("{{web}}", f"web/{told}").replace("{{preloads}}", preloads)
+    preloads = "\n".join(f'<link rel="modulepreload" href="web/{short}/{name}">' for name in modules)
+    index = template.replace("{{web}}", f"web/{short}").replace("{{preloads}}", preloads)
     files = {name: _File.of(content, _TYPES[Path(name).suffix]) for name, content in contents.items()}
-    return _Page(told, _File.of(index.encode(), "text/html; charset=utf-8"), files)
+    return _Page(short, _File.of(index.encode(), "text/html; charset=utf-8"), files)
 
 
 @router.get("/")
 @requires(OPEN)
 async def index(request: Request) -> Response:
-    """The page."""
+    """Return the page."""
     page = _page()
     return page.index.answer(request, "no-cache", page.digest)
 
@@ -133,11 +129,11 @@ async def index(request: Request) -> Response:
 @router.get("/web/{digest}/{name:path}")
 @requires(OPEN)
 async def file(digest: str, name: str, request: Request) -> Response:
-    """One of its files. 404 where the digest is another version's: a page that is open is reloaded then."""
+    """Return one of the page's files. 404 for the digest of another version: an open page then reloads."""
     page = _page()
     if digest != page.digest or name not in page.files:
         raise HTTPException(404, "the page has no such file: reload it, in case the server has a newer one")
-    return page.files[name].answer(request, _FOR_GOOD, digest)
+    return page.files[name].answer(request, _FOREVER, digest)
 
 
 ASSETS_PATH = "/docs/assets"
@@ -150,13 +146,13 @@ _PAGE_POLICY = (
 )
 
 assets = StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static")
-"""To be mounted at ASSETS_PATH."""
+"""The files to mount at ASSETS_PATH."""
 
 
 @router.get("/docs")
 @requires(OPEN)
 async def docs(services: ServicesDep) -> HTMLResponse:
-    """Swagger UI."""
+    """Return Swagger UI."""
     root = services.settings.root_path
     page = get_swagger_ui_html(
         openapi_url=f"{root}{_OPENAPI}",
@@ -171,7 +167,7 @@ async def docs(services: ServicesDep) -> HTMLResponse:
 @router.get("/redoc")
 @requires(OPEN)
 async def redoc(services: ServicesDep) -> HTMLResponse:
-    """ReDoc."""
+    """Return ReDoc."""
     root = services.settings.root_path
     page = get_redoc_html(
         openapi_url=f"{root}{_OPENAPI}",
@@ -184,7 +180,7 @@ async def redoc(services: ServicesDep) -> HTMLResponse:
 
 
 def _secured(page: HTMLResponse) -> HTMLResponse:
-    """Add our own page's headers, and a policy that runs the page's inline scripts by their digests."""
+    """Add security headers, with a policy that allows the page's inline scripts by their digests."""
     digests = (hashlib.sha256(script).digest() for script in _INLINE.findall(bytes(page.body)))
     hashes = "".join(f" 'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     page.headers.update({**SECURITY, "Content-Security-Policy": _PAGE_POLICY.format(hashes=hashes)})

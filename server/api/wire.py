@@ -3,17 +3,28 @@
 import json
 from collections.abc import Mapping
 
-from pydantic_core import to_json
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from starlette.responses import Response
 
-_strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_serializer = TypeAdapter[object](object, config=ConfigDict(ser_json_inf_nan="constants")).serializer
+
+
+def _fields(answer: BaseModel) -> dict[str, object]:
+    return answer.model_dump(mode="json", exclude_unset=True)
+
+
+_strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_fields)
+
 _LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
 """Unicode's line ends, which JSON needn't escape, and their escapes."""
 
 
 def encode(document: object) -> bytes:
-    """Return the document's bytes. Raise ValueError for NaN and infinities."""
-    encoded = to_json(document, inf_nan_mode="constants")
+    """Return the document, which may contain models, as JSON. Fields that a model doesn't set are left out.
+
+    Raise ValueError for NaN and infinities.
+    """
+    encoded = _serializer.to_json(document, exclude_unset=True)
     if b"NaN" in encoded or b"Infinity" in encoded:  # as a number, or in a text
         return _strict.encode(document).encode()
     return encoded

@@ -1,12 +1,12 @@
-"""Zip archives that are sent: files as they are (weights hardly deflate), of a known length, in little memory.
+"""Write zip archives for downloads, and read an adapter's two files from an uploaded one.
 
-Follows PKWARE's APPNOTE.TXT, 4.3 and 4.5.3. Python's zipfile can't say how long an archive will be, and where it
-can't go back in it, puts each file's size and checksum behind the file, which many readers refuse of stored files.
-So each file is read twice: for its checksum, and to be sent.
+Downloads follow PKWARE's APPNOTE.TXT, 4.3 and 4.5.3. Files are stored uncompressed, since weights hardly deflate,
+and streamed in little memory. Python's zipfile doesn't know an archive's length in advance. Without seeking, it
+also puts each file's size and checksum after the file, which many readers refuse for stored files. So each file is
+read twice: once for its checksum, and once to be sent.
 
-An adapter's two files out of a zip archive that nobody vouches for.
-
-It is never unpacked: two entries are read, by name, up to bounds that hold whatever the archive's headers claim.
+Uploads are untrusted and never unpacked. Two entries are read by name, within bounds that hold whatever the
+archive's headers claim.
 """
 
 import struct
@@ -24,16 +24,16 @@ from server.api.streams import Download
 
 CHUNK = 1 << 18
 LARGEST = 0xFFFFFFFF
-"""From here on, sizes and places stand in the zip64 format's fields."""
+"""From this value on, sizes and offsets go into the fields of the zip64 format."""
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_64 = struct.Struct("<4sLQL")
-_UTF_8 = 0x800  # of names
+_UTF_8 = 0x800  # the encoding of names
 _DATE = 0x21  # 1 January 1980: equal files make equal archives
-_MADE_BY = 3 << 8 | 45  # Unix, whose modes are in the attributes
+_MADE_BY = 3 << 8 | 45  # Unix: attributes are file modes
 _MODE = 0o644 << 16
 
 
@@ -41,11 +41,11 @@ _MODE = 0o644 << 16
 class _Entry:
     name: bytes
     size: int
-    place: int  # where it begins in the archive
+    place: int  # offset in the archive
     crc: int = 0
 
     def local(self, largest: int) -> bytes:
-        """What stands before the file. As long, whatever the checksum is."""
+        """Return the header before the file. Its length doesn't depend on the checksum."""
         extra = _extra(self.size, self.size) if self.size >= largest else b""
         size = LARGEST if extra else self.size
         version = 45 if extra else 20
@@ -53,7 +53,7 @@ class _Entry:
         return _LOCAL.pack(b"PK\3\4", *fields) + self.name + extra
 
     def central(self, largest: int) -> bytes:
-        """Its entry in the archive's list."""
+        """Return the entry in the archive's central directory."""
         is_large, is_far = self.size >= largest, self.place >= largest
         extra = _extra(*(self.size, self.size) * is_large, *(self.place,) * is_far)
         size, place = LARGEST if is_large else self.size, LARGEST if is_far else self.place
@@ -63,13 +63,13 @@ class _Entry:
 
 
 def zip_download(archive: "StoredZip", name: str) -> Download:
-    """The archive as a response, to be saved under the name; it is closed at the end."""
+    """Return a response that sends the archive, to be saved under `name`, and closes it."""
     headers = {"Content-Disposition": f'attachment; filename="{name}.zip"'}
     return Download(archive.chunks(), archive.length, "application/zip", headers, archive.close)
 
 
 class StoredZip:
-    """An archive of open files, which it reads from the start and closes. `largest` is for tests."""
+    """A zip archive of open files, which it reads and closes. A small `largest` makes it use zip64 early."""
 
     def __init__(self, files: Mapping[str, BinaryIO], largest: int = LARGEST) -> None:
         self._largest = largest
@@ -83,7 +83,7 @@ class StoredZip:
         self.length = at + len(self._tail(self._entries, at))
 
     def chunks(self) -> Iterator[bytes]:
-        """The archive, once; an empty piece now and then, for whoever may want to stop. Raises OSError."""
+        """Yield the archive once. Empty pieces in between let the caller stop. Raise OSError."""
         done: list[_Entry] = []
         at = 0
         for entry, file in zip(self._entries, self._files.values(), strict=True):
@@ -102,7 +102,7 @@ class StoredZip:
             file.close()
 
     def _tail(self, entries: list[_Entry], at: int) -> bytes:
-        """The list of files, which begins at `at`, and the archive's end."""
+        """Return the central directory, which begins at offset `at`, and the end record."""
         listed = b"".join(entry.central(self._largest) for entry in entries)
         number, size = len(entries), len(listed)
         if at < self._largest:
@@ -113,7 +113,7 @@ class StoredZip:
 
 
 def _extra(*values: int) -> bytes:
-    """The zip64 format's field of what is too large for its place."""
+    """Return the zip64 extra field with the given values, or nothing if there are none."""
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
@@ -129,15 +129,15 @@ def _read(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 FIELD = "archive"
 MAX_WEIGHTS_BYTES = 512 << 20
-"""Of the tensors once inflated. Weights hardly deflate: this is no less than any upload can hold."""
+"""The most bytes of inflated tensors. Weights hardly deflate, so no upload within the limit exceeds this."""
 MAX_ENTRIES = 1000
-_MAX_DIRECTORY_BYTES = 1 << 20  # of the archive's list of entries, all of which Python reads into memory
+_MAX_DIRECTORY_BYTES = 1 << 20  # of the central directory, which Python reads into memory
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _CHUNK = 1 << 20
 
 
 def read_archive(file: BinaryIO, weights: Path, max_config: int, max_weights: int = MAX_WEIGHTS_BYTES) -> bytes:
-    """Copy the tensors' file to `weights`; the config's bytes. Raises InvalidInput on `archive`."""
+    """Copy the tensors' file to `weights`, and return the config's bytes. Raise InvalidInput on `archive`."""
     try:
         _check_directory(file)
         with zipfile.ZipFile(file) as archive:
@@ -152,15 +152,15 @@ def read_archive(file: BinaryIO, weights: Path, max_config: int, max_weights: in
             with archive.open(config_entry) as source:
                 config = source.read(max_config + 1)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError):
-        # RuntimeError and NotImplementedError: encrypted, or packed in a way that Python doesn't know
+        # RuntimeError, NotImplementedError: the archive is encrypted, or compressed in an unknown way
         raise _refused("is not a plain, complete zip file: put the two files that PEFT saved into one") from None
     if len(config) > max_config:
-        raise _refused(f"{CONFIG_NAME} may have {max_config} bytes")
+        raise _refused(f"{CONFIG_NAME} is larger than {max_config} bytes")
     return config
 
 
 def _check_directory(file: BinaryIO) -> None:
-    """Refuse a list of entries that would fill the memory, before Python reads it."""
+    """Refuse a central directory that would fill the memory, before Python reads it."""
     size = file.seek(0, 2)
     file.seek(max(0, size - _END.size - 0xFFFF))
     tail = file.read()
@@ -175,8 +175,8 @@ def _check_directory(file: BinaryIO) -> None:
 
 
 def _entries(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo]:
-    """The config's and the tensors' entry: in the archive's root, or together in one folder of it."""
-    # not `is_dir`, which fails on an empty name
+    """Return the entries of config and tensors, from the archive's root or from one folder in it."""
+    # `is_dir` would fail on an empty name
     infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     if len(infos) > MAX_ENTRIES:
         raise _refused(f"has more than {MAX_ENTRIES} files")
@@ -192,8 +192,8 @@ def _entries(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo
             raise _refused(f"has more than one {path.name}")
         if info.flag_bits & 0x1:
             raise _refused(f"{path.name} is encrypted")
-        if info.compress_type not in _METHODS:  # others may ask for gigabytes to inflate a byte
-            raise _refused(f"{path.name} is packed otherwise than stored or deflated")
+        if info.compress_type not in _METHODS:  # other methods may need gigabytes to inflate a byte
+            raise _refused(f"{path.name} is compressed by another method than deflate")
         found[path.name] = info
         folders.add(path.parent)
     for name in (CONFIG_NAME, WEIGHTS_NAME):

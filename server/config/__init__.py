@@ -153,7 +153,7 @@ class WorkerSettings(StorageSettings, BaseSettings):
         max_length=4096,
         description=f"The base: {DEFAULT_MODEL}, a local directory, a GGUF file or a hub id.",
     )
-    base_dir: Path | None = Field(None, description="Where a converted base and native code are looked for first.")
+    base_dir: Path | None = Field(None, description="Where a converted base is looked for first.")
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$",
@@ -166,8 +166,8 @@ class WorkerSettings(StorageSettings, BaseSettings):
     )
     native: bool = Field(
         True,
-        description="Serve and train by native code if the processor (AVX2, AVX-512, 64-bit Arm) and a C++ "
-        "compiler allow it; no: by torch.",
+        description="Serve and train by native code if the processor has AVX2, AVX-512 or is a 64-bit Arm, and "
+        "the wheel has native code or there is a C++ compiler; no: by torch.",
     )
     threads: int | None = Field(
         None,

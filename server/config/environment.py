@@ -78,11 +78,6 @@ def trace_exporters() -> tuple[str, ...]:
     return tuple(otlp if name == "otlp" else name for name in map(str.strip, (named or "otlp").split(",")) if name)
 
 
-def with_scratch(place: str) -> dict[str, str]:
-    """Return the environment for a child process that uses the folder `place` instead of /tmp."""
-    return {**os.environ, "TMPDIR": place}
-
-
 def without_secrets() -> dict[str, str]:
     """Return the environment for a Python process that handles users' input: without passwords and keys."""
     names = ("PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")

@@ -45,7 +45,7 @@ class Place(Protocol):
     @property
     def is_home(self) -> bool: ...
     @property
-    def told(self) -> str: ...
+    def url(self) -> str: ...
     def has_mark(self, place: str) -> bool: ...
     def mark(self, place: str) -> None: ...
 
@@ -62,7 +62,7 @@ def agree(engine: sa.Engine, place: Place) -> None:
         elif row is not None and ((place.is_home and is_file(engine)) or not place.has_mark(row.place)):
             raise StartupError(
                 f"{'SMOLORA_HOME' if place.is_home else 'SMOLORA_BYTES_URL'}: this database's adapters and data "
-                f"are in {row.told}, and not in {place.told}: give all servers and workers on it the same place"
+                f"are in {row.told}, and not in {place.url}: give all servers and workers on it the same place"
             )
 
     transact(engine, work)
@@ -80,7 +80,7 @@ def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
     made = prefix + secrets.token_hex(16)
     place.mark(made)  # first: where the commit fails, a mark too many does no harm
     connection.execute(sa.delete(places))
-    connection.execute(sa.insert(places).values(id=1, place=made, told=place.told))
+    connection.execute(sa.insert(places).values(id=1, place=made, told=place.url))
     return made
 
 

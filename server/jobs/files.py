@@ -1,19 +1,14 @@
-"""Where a job's files are, HOME/jobs/<id>/, and the removal of those that nobody needs any more.
+"""Jobs' files: where they are, what removes them, and how jobs move with their HOME.
 
-Rows and checkpoints are for a job that may run (again): they go once it has ended. Its model and log stay.
+A job's folder is HOME/jobs/<id>/. Its rows and checkpoints are removed when the job ends, since it never runs
+again. Its model and log stay until somebody removes the job's files, or until they are old enough. Its record, its
+events, its card, the versions that it published and the data sets that it used stay even then.
 
-Where machines share a bucket it has them, but for the log, as copies of the folder `jobs/<id>`: `rows`,
-`checkpoint-<token>-<step>` and `model-<token>`, none of which ever changes. HOME has what this machine works on.
+If there is a bucket, it has all of them except the log, as copies of the folder `jobs/<id>` that never change:
+`rows`, `checkpoint-<token>-<step>` and `model-<token>`. HOME then has what this machine is working on.
 
-Jobs' files in a bucket that machines share; `job_files.py` says which.
-
-The end of jobs' files: rows and checkpoints end with the job, all when somebody asks or they are old enough.
-
-A job's record, events and card stay, as do the versions that it published and the data sets that it used. First
-its record says that the files are gone, then they go: what a kill leaves of them, `sweep`,
-`finish` and `prune` remove. Any number of processes may do any of it at once.
-
-Jobs that move with their HOME: what a copy of it must have for them, and how they go on in the copy.
+The job's record says first that the files are gone, then they go. `sweep`, `finish` and `prune` remove what a kill
+leaves behind. Several processes may do all of this concurrently.
 """
 
 import os
@@ -30,7 +25,6 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from adapters.errors import Unavailable
-from adapters.storage.bucket import Bucket
 from adapters.storage.copies import Copies, Copy
 from adapters.storage.durable import UNFINISHED, new_directory, remove_abandoned, remove_directory
 from server.database.clock import database_time
@@ -38,7 +32,7 @@ from server.jobs import events as job_events
 from server.jobs.jobs import Job, Jobs
 from server.jobs.tables import Status, jobs, uses
 from server.jobs.turns import is_over
-from server.storage.home import Home
+from server.storage.home import CHECKPOINT_COPY, MODEL_COPY, ROWS_COPY, Home
 from server.storage.reserve import Reserve
 from server.training.job_data import DATA_NAME, TRAIN_NAME, VALIDATION_NAME
 
@@ -47,82 +41,96 @@ if TYPE_CHECKING:
 
 LOG_NAME = "log.txt"
 CHECKPOINTS_NAME = "checkpoints"
-MODEL_NAME = "model"
+MODEL_NAME, MODEL_MARK = "model", "config.json"
 TRACEPARENT_NAME = "traceparent"
-"""Of a job whose submission was traced: by which span."""
+"""The file with the span in which a traced job was submitted."""
 
+_ROWS = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME)  # all are there as long as the first is
 _ORPHAN_SECONDS = 3600.0
+_AT_ONCE = 500  # jobs per query
 
 Statuses = Callable[[Sequence[str]], Mapping[str, Status]]
-"""Those of any number of jobs, of the ones that there are."""
+"""Returns the statuses of jobs. Unknown jobs are left out."""
 
 
 class JobFiles:
-    """The folders of all jobs of one HOME, or of the bucket that has what is in it."""
+    """The folders of all jobs, in one HOME and in the bucket if there is one. Raises BytesUnavailable."""
 
     def __init__(self, home: Path, bucket: "Bucket | None" = None) -> None:
         self._root = Home(home).jobs
-        self._shared = None if bucket is None else _shared(bucket)
+        jobs_in_bucket = None if bucket is None else bucket.under("jobs")
+        self._copies = Copies(jobs_in_bucket, DATA_NAME)
+        self._models = Copies(jobs_in_bucket, MODEL_MARK)
 
     def directory(self, job_id: str) -> Path:
         return self._root / job_id
 
     def log(self, job_id: str) -> Path:
-        """What the job's processes said, all attempts one after the other."""
+        """Return the path of the output of the job's processes, of all attempts in turn."""
         return self.directory(job_id) / LOG_NAME
 
     def checkpoints(self, job_id: str) -> Path:
         return self.directory(job_id) / CHECKPOINTS_NAME
 
     def model(self, job_id: str) -> Path:
-        """What full fine-tuning made: a Hugging Face directory."""
+        """Return the directory of the model that full fine-tuning made, in Hugging Face's format."""
         return self.directory(job_id) / MODEL_NAME
 
     def keep(self, job_id: str) -> None:
-        """Have all machines find the rows that lie in the job's folder: before it is in the queue."""
-        if self._shared is not None:
-            self._shared.push_rows(job_id, self.directory(job_id))
+        """Upload the rows in the job's folder, if there is a bucket. Call it before the job is queued."""
+        self._copies.push(job_id, self.directory(job_id), ROWS_COPY)
 
     def fetch(self, job_id: str) -> None:
-        """Have the job's rows in its folder, if it has any: before an attempt."""
-        if self._shared is not None and not (self.directory(job_id) / DATA_NAME).exists():
-            self._shared.fetch_rows(job_id, self.directory(job_id))
+        """Download the job's rows into its folder, if it has any that aren't there. Call it before an attempt."""
+        directory = self.directory(job_id)
+        if (directory / DATA_NAME).exists():
+            return
+        for copy in self._copies.whole(job_id):
+            if copy.id == ROWS_COPY:
+                directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=directory) as name:
+                    self._copies.fetch(copy, Path(name))
+                    for file in sorted(copy.files, key=lambda file: file == DATA_NAME):  # the mark last
+                        os.replace(Path(name) / file, directory / file)
 
     def keep_model(self, job_id: str, token: int) -> None:
-        """Have all machines find the model that an attempt made; where they share a bucket it is gone here."""
-        if self._shared is not None:
-            self._shared.push_model(job_id, token, self.model(job_id))
-            # else nobody would remove it: others may be told to delete the job
-            with suppress(OSError):
+        """Upload the model that an attempt made, if there is a bucket, and then remove it from this machine."""
+        if self._models.push(job_id, self.model(job_id), f"{MODEL_COPY}{token}") is not None:
+            with suppress(OSError):  # nothing else would remove it: another machine may delete the job
                 remove_directory(self.model(job_id))
 
     def fetch_model(self, job_id: str) -> Path:
-        """The model's directory; it isn't there where no attempt made one."""
-        if self._shared is not None and not self.model(job_id).is_dir():
-            self._shared.fetch_model(job_id, self.model(job_id))
-        return self.model(job_id)
+        """Return the model's directory, downloaded if necessary. It doesn't exist if no attempt made a model."""
+        model = self.model(job_id)
+        if not model.is_dir():
+            copies = {
+                int(copy.id.removeprefix(MODEL_COPY)): copy
+                for copy in self._models.whole(job_id)
+                if copy.id.startswith(MODEL_COPY)
+            }
+            if copies:
+                with new_directory(model) as unfinished:
+                    self._models.fetch(copies[max(copies)], unfinished)
+        return model
 
     def drop_rows(self, job_id: str) -> None:
-        """For a job that has ended: it never runs again, and nobody else reads them. Raises BytesUnavailable."""
+        """Remove the rows of a job that has ended: it never runs again."""
         self._unlink_rows(job_id)
-        if self._shared is not None:
-            self._shared.drop_rows(job_id)
+        self._copies.remove(copy for copy in self._copies.of(job_id) if copy.id == ROWS_COPY)
 
     def drop_checkpoints(self, job_id: str) -> None:
-        """For a job that has ended."""
+        """Remove the checkpoints of a job that has ended."""
         shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
-        if self._shared is not None:
-            self._shared.drop_checkpoints(job_id)
+        self._copies.remove(copy for copy in self._copies.of(job_id) if copy.id.startswith(CHECKPOINT_COPY))
 
     def stored(self) -> list[str]:
-        """The jobs that have a folder."""
-        here = {path.name for path in self._root.glob("*/")}
-        return sorted(here if self._shared is None else here.union(self._shared.stored()))
+        """Return the jobs that have a folder."""
+        return sorted({path.name for path in self._root.glob("*/")}.union(self._copies.folders()))
 
     def num_bytes(self, job_id: str) -> int:
-        """Of all that is stored of the job."""
-        if self._shared is not None:
-            return self._shared.num_bytes(job_id)
+        """Return the size of all files of the job: in the bucket, or in HOME if the bucket has none."""
+        if copies := self._copies.of(job_id):
+            return sum(copy.num_bytes for copy in copies)
         total = 0
         for path in self.directory(job_id).rglob("*"):
             with suppress(FileNotFoundError):  # it is being removed
@@ -130,31 +138,30 @@ class JobFiles:
         return total
 
     def remove(self, job_id: str) -> None:
-        """All of it, for a job whose record says so."""
+        """Remove all files of a job whose record says that they are gone."""
         shutil.rmtree(self.directory(job_id), ignore_errors=True)
-        if self._shared is not None:
-            self._shared.remove(job_id)
+        self._copies.remove(self._copies.of(job_id))
 
     def sweep(self, statuses: Statuses) -> None:
-        """As `sweep_ended`, and remove old folders of jobs never submitted, from HOME alone.
+        """Remove what `sweep_ended` does, and old folders of jobs that were never submitted, from HOME only.
 
-        Not those with a model: a database that doesn't know their jobs is another one, or was lost.
+        Folders with a model stay: a database that doesn't know their jobs is another one, or was lost.
         """
         self.sweep_ended(statuses)
         folders = self._root.glob("*/")
         old = [path for path in folders if _is_old(path) and not (path / MODEL_NAME).exists()]
-        known = statuses([path.name for path in old])  # last: one may just be submitted
+        known = statuses([path.name for path in old])  # asked last: a job may be submitted meanwhile
         for directory in old:
             if directory.name not in known:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_ended(self, statuses: Statuses) -> None:
-        """Remove rows and checkpoints of jobs that have ended, and old halves of models, from HOME alone.
+        """Remove rows and checkpoints of ended jobs, and abandoned halves of models, from HOME only.
 
-        Whoever cancels a job drops its rows, a worker the checkpoints of an attempt that it ends. These are what a
-        kill left, and of jobs that ended otherwise, while no worker had them, or on another machine. A job that
-        has ended never runs again, so nobody can need them; a process of it that is about to be killed may write
-        one more checkpoint, which goes the next time.
+        Usually they are gone: a cancellation drops the job's rows, and a worker drops the checkpoints of an
+        attempt that it ends. These are left by a kill, or by a job that ended on another machine or while no
+        worker had it. A process of such a job that is about to be killed may write one more checkpoint: the next
+        sweep removes it.
         """
         names = [path.name for path in self._root.glob("*/") if _has_leftovers(path)]
         for job_id, status in statuses(names).items():
@@ -163,125 +170,48 @@ class JobFiles:
                 shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
                 remove_abandoned(self.directory(job_id))
 
-    def sweep_shared(self, statuses: Statuses) -> None:
-        """The same in the bucket, where there is one."""
-        if self._shared is not None:
-            self._shared.sweep(statuses, _ORPHAN_SECONDS)
+    def sweep_bucket(self, statuses: Statuses) -> None:
+        """Remove from the bucket what `sweep` removes from HOME. One request lists all jobs."""
+        jobs: dict[str, list[Copy]] = {}
+        for copy in self._copies.all():
+            jobs.setdefault(copy.folder, []).append(copy)
+        if not jobs:
+            return
+        now, known = self._copies.now(), statuses(sorted(jobs))
+        for job_id, copies in jobs.items():
+            age = (now - max(copy.modified for copy in copies)).total_seconds()
+            if known[job_id].has_ended if job_id in known else age > _ORPHAN_SECONDS:
+                self._copies.remove(copy for copy in copies if not copy.id.startswith(MODEL_COPY))
 
     def _unlink_rows(self, job_id: str) -> None:
-        for name in (DATA_NAME, TRAIN_NAME, VALIDATION_NAME):  # as long as the first is there all are
+        for name in _ROWS:
             with suppress(OSError):  # a sweep tries again
                 (self.directory(job_id) / name).unlink(missing_ok=True)
 
 
-def _shared(bucket: "Bucket") -> "SharedJobFiles":
-
-    return SharedJobFiles(bucket)
-
-
 def _has_leftovers(directory: Path) -> bool:
-    """Whether it has any of what goes as its job ends."""
-    names = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME, CHECKPOINTS_NAME)
+    """Return whether the folder has anything that is removed when its job ends."""
+    names = (*_ROWS, CHECKPOINTS_NAME)
     return any((directory / name).exists() for name in names) or any(directory.glob(f"{UNFINISHED}*"))
 
 
 def _is_old(path: Path) -> bool:
     try:
         return time.time() - path.stat().st_mtime > _ORPHAN_SECONDS
-    except FileNotFoundError:  # another worker was faster
+    except FileNotFoundError:  # another worker removed it
         return False
-
-
-CHECKPOINT = "checkpoint-"
-ROWS = "rows"
-MODEL, MODEL_MARK = "model-", "config.json"
-
-
-class SharedJobFiles:
-    """Those of all jobs. All of it raises BytesUnavailable."""
-
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket.under("jobs")
-        self._rows = Copies(self._bucket, DATA_NAME)
-        self._models = Copies(self._bucket, MODEL_MARK)
-
-    def push_rows(self, job_id: str, directory: Path) -> None:
-        """Upload what was just written into a new job's folder."""
-        self._rows.push(job_id, directory, ROWS)
-
-    def fetch_rows(self, job_id: str, directory: Path) -> None:
-        """Write them there, `data.json` last; nothing where the job has none."""
-        copy = next((copy for copy in self._rows.whole(job_id) if copy.id == ROWS), None)
-        if copy is None:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=directory) as name:
-            self._rows.fetch(copy, Path(name))
-            for file in sorted(copy.files, key=lambda file: file == DATA_NAME):
-                os.replace(Path(name) / file, directory / file)
-
-    def push_model(self, job_id: str, token: int, directory: Path) -> None:
-        """Upload what the attempt made."""
-        self._models.push(job_id, directory, f"{MODEL}{token}")
-
-    def fetch_model(self, job_id: str, directory: Path) -> None:
-        """Write the last attempt's there; nothing where no attempt made one."""
-        found = [copy for copy in self._models.whole(job_id) if copy.id.startswith(MODEL)]
-        if found:
-            last = max(found, key=lambda copy: int(copy.id.removeprefix(MODEL)))
-            with new_directory(directory) as unfinished:
-                self._models.fetch(last, unfinished)
-
-    def drop_rows(self, job_id: str) -> None:
-        """The job's."""
-        self._rows.remove(copy for copy in self._rows.of(job_id) if copy.id == ROWS)
-
-    def drop_checkpoints(self, job_id: str) -> None:
-        """All of the job's."""
-        self._rows.remove(copy for copy in self._rows.of(job_id) if copy.id.startswith(CHECKPOINT))
-
-    def stored(self) -> list[str]:
-        """The jobs that have any."""
-        return self._bucket.folders()
-
-    def num_bytes(self, job_id: str) -> int:
-        """Of all of the job's."""
-        return sum(stored.size for stored in self._bucket.listed(f"{job_id}/"))
-
-    def remove(self, job_id: str) -> None:
-        """All of the job's."""
-        self._bucket.delete([stored.key for stored in self._bucket.listed(f"{job_id}/")])
-
-    def sweep(self, statuses: Statuses, orphan_seconds: float) -> None:
-        """As `JobFiles.sweep`; one listing of all jobs."""
-        now = self._bucket.now()
-        jobs: dict[str, list[Copy]] = {}
-        for copy in self._rows.all():
-            jobs.setdefault(copy.folder, []).append(copy)
-        known = statuses(sorted(jobs))
-        for job_id, copies in jobs.items():
-            age = (now - max(copy.modified for copy in copies)).total_seconds()
-            is_unwanted = known[job_id].has_ended if job_id in known else age > orphan_seconds
-            if is_unwanted:
-                self._rows.remove(copy for copy in copies if not copy.id.startswith(MODEL))
-
-
-if TYPE_CHECKING:
-    from adapters.storage.bucket import Bucket
-
-_AT_ONCE = 500  # jobs of one query
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A job's files, and what they took up."""
+    """A job whose files were removed, and their size."""
 
     job_id: str
     num_bytes: int
 
 
 class Retention:
-    """The files of all jobs of one HOME, or of the bucket that has what is in it."""
+    """Removes jobs' files from one HOME, and from the bucket if there is one."""
 
     def __init__(self, home: Path, jobs: Jobs, bucket: "Bucket | None" = None) -> None:
         self._jobs = jobs
@@ -290,14 +220,17 @@ class Retention:
         self._reserve = Reserve(home)
 
     def cancel(self, job_id: str) -> Job:
-        """End the job, whose rows go at once. Raises NotFound, Conflict."""
+        """End the job, and remove its rows. Raises NotFound, Conflict."""
         job = self._jobs.cancel(job_id)
-        with suppress(Unavailable):  # a sweep takes them
+        with suppress(Unavailable):  # a sweep removes them
             self._files.drop_rows(job_id)
         return job
 
     def remove(self, job_id: str) -> int:
-        """Remove an ended job's files, also on a full disk; their bytes. Raises NotFound, Conflict."""
+        """Remove an ended job's files, even if the disk is full, and return their size.
+
+        Raises NotFound, Conflict.
+        """
         self._reserve.spend_on(lambda: self._jobs.remove_files(job_id))
         num_bytes = self._files.num_bytes(job_id)
         self._files.remove(job_id)
@@ -305,7 +238,10 @@ class Retention:
         return num_bytes
 
     def prune(self, before: datetime, dry_run: bool = False) -> list[Removal]:
-        """Remove the files of all jobs that ended before then, the oldest first; what went, or would go."""
+        """Remove the files of all jobs that ended before then, the oldest first, and report them.
+
+        A dry run only reports what would be removed.
+        """
         unfinished = self._jobs.without_files(self._files.stored())
         removals = []
         for job_id in [*unfinished, *self._jobs.with_files(before)]:
@@ -316,20 +252,19 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove rows and checkpoints of ended jobs from HOME alone, old folders of jobs never submitted, and what
-        is left of removed files.
+        """Remove ended jobs' rows and checkpoints, orphaned folders and the rest of removed files, from HOME only.
 
-        As servers and workers do: either may have a HOME without the other.
+        Servers and workers both call this, since either may have a HOME that the other doesn't use.
         """
         self._here.sweep(self._statuses)
         for job_id in self._jobs.without_files(self._here.stored()):
             self._here.remove(job_id)
 
     def finish(self) -> None:
-        """Remove what is left of removed files, by who was killed or wrote on for a moment; fill the reserve."""
+        """Finish interrupted removals, sweep the bucket, and fill the reserve."""
         for job_id in self._jobs.without_files(self._files.stored()):
             self._files.remove(job_id)
-        self._files.sweep_shared(self._statuses)
+        self._files.sweep_bucket(self._statuses)
         self._reserve.fill()
 
     def _statuses(self, job_ids: Sequence[str]) -> dict[str, Status]:
@@ -344,7 +279,7 @@ _ENDED = [status for status in Status if status.has_ended]
 
 
 def used_by_unended(engine: sa.Engine) -> list[tuple[str, str]]:
-    """Each job that hasn't ended with a digest of an adapter, or the id of a data set or file, that it needs."""
+    """Return what unended jobs use, as pairs (job, digest of an adapter or id of a data set or file)."""
     query = sa.select(uses.c.job_id, uses.c.used).join(jobs, jobs.c.id == uses.c.job_id)
     with engine.connect() as connection:
         found = connection.execute(query.where(jobs.c.status.not_in(_ENDED)))
@@ -352,25 +287,26 @@ def used_by_unended(engine: sa.Engine) -> list[tuple[str, str]]:
 
 
 def with_folders(engine: sa.Engine) -> dict[str, Status]:
-    """The jobs whose files weren't removed, and where each stands."""
+    """Return the statuses of all jobs whose files weren't removed."""
     query = sa.select(jobs.c.id, jobs.c.status).where(jobs.c.files_removed_at.is_(None))
     with engine.connect() as connection:
         return {row.id: Status(row.status) for row in connection.execute(query)}
 
 
-def held(engine: sa.Engine) -> list[str]:
-    """The jobs that a worker has just now: it may live, as far as its lease says."""
+def leased(engine: sa.Engine) -> list[str]:
+    """Return the running jobs whose leases haven't expired: their workers may be alive."""
     is_kept = sa.not_(is_over(jobs.c.lease_until, database_time()))
     query = sa.select(jobs.c.id).where(jobs.c.status == Status.RUNNING, is_kept)
     with engine.connect() as connection:
         return list(connection.execute(query.order_by(jobs.c.number)).scalars())
 
 
-def put_back(engine: sa.Engine, why: str) -> list[str]:
-    """Let go of every job that a worker has, since that one has it elsewhere; their ids. `why` is told there.
+def requeue_running(engine: sa.Engine, reason: str) -> list[str]:
+    """Requeue every running job of a database that was copied, and return their ids.
 
-    Each is claimable at once, whatever this machine's clock says of its lease, goes on from its newest checkpoint,
-    and isn't charged for the time between. One that was to pause is paused.
+    `reason` is the event's text. Each job is claimable at once, whatever this machine's clock says about its
+    lease, resumes from its newest checkpoint, and isn't charged for the time in between. A job that was to pause
+    is paused.
     """
     with engine.begin() as connection:
         query = sa.select(jobs.c.id, jobs.c.wants_pause, jobs.c.stalled_attempts)
@@ -380,10 +316,10 @@ def put_back(engine: sa.Engine, why: str) -> list[str]:
                 "status": Status.PAUSED if row.wants_pause else Status.QUEUED,
                 "wants_pause": False,
                 "gives_way": False,
-                "stalled_attempts": max(row.stalled_attempts - 1, 0),  # that attempt did nothing wrong
+                "stalled_attempts": max(row.stalled_attempts - 1, 0),  # the attempt didn't fail
             }
             connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(values))
-            job_events.append(connection, row.id, why)
+            job_events.append(connection, row.id, reason)
         unended = jobs.c.status.not_in(_ENDED)
         connection.execute(sa.update(jobs).where(unended).values(lease_until=0.0, timed_at=None))
     return [row.id for row in running]

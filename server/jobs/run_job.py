@@ -11,7 +11,6 @@ import ctypes
 import logging
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -43,7 +42,7 @@ from server.jobs.yielding import BusyFlag, Yielding
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, is_out_of_memory, limit_memory, training_dtype, use_threads
-from server.model.native.library import may_be_had
+from server.model.native.library import why_unavailable
 from server.model.native.load import find_library
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import PackedAdapters
@@ -97,7 +96,7 @@ def main(argument: str) -> int:
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()
             is_merge = isinstance(job.spec, MergeSpec)
-            is_native = _is_served_natively(settings, base.directory) if is_merge else native is not None
+            is_native = _is_served_natively(settings) if is_merge else native is not None
             if is_native and storage.bucket is None:
                 # from here on the store keeps what is published as a server loads it, too
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
@@ -175,23 +174,23 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
     if isinstance(spec, MergeSpec):
         return load_base(directory), None
-    places = Home(settings.home).native_places(directory, settings.base_dir)
-    has_native = settings.native and may_be_had(places)
+    libraries = Home(settings.home).native
+    has_native = settings.native and why_unavailable(libraries) is None
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     if settings.train_memory is not None:
         limit_memory(device, settings.train_memory)
     base = load_base(directory, training_dtype(dtype), device)
     if base.dtype is not dtype:
         log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
-    return base, find_library(base, places, log.info) if settings.native else None
+    return base, find_library(base, libraries, log.info) if settings.native else None
 
 
-def _is_served_natively(settings: WorkerSettings, directory: Path) -> bool:
+def _is_served_natively(settings: WorkerSettings) -> bool:
     """Whether a server of these settings and this base computes natively, as far as a merge knows, which loads no
     base to compute with. Where it doesn't, a packed file that it finds is dropped.
     """
     if not settings.native or settings.device not in ("auto", "cpu"):
         return False
-    has_native = may_be_had(Home(settings.home).native_places(directory, settings.base_dir))
+    has_native = why_unavailable(Home(settings.home).native) is None
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     return has_native and device.type == "cpu" and dtype is torch.bfloat16

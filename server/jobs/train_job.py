@@ -79,7 +79,8 @@ class TrainingAttempt:
         self._files = JobFiles(storage.home.path, storage.bucket)
         results = storage.home.files(job.project)
         self._results = FileStore(results, job.key_id, storage.at(results))
-        self._checkpoints = _checkpoints(storage, self._files, claim)
+        directory = self._files.checkpoints(job.id)
+        self._checkpoints = Checkpoints(directory, claim.token, storage.bucket, job.id)
         self._base = base
         self._reporter = reporter
         self._native = native
@@ -271,15 +272,6 @@ class TrainingAttempt:
             data_digest=data_digest,
             config=self._spec.to_document(),
         )
-
-
-def _checkpoints(storage: Storage, files: JobFiles, claim: Claim) -> Checkpoints:
-    directory = files.checkpoints(claim.job_id)
-    if storage.bucket is None:
-        return Checkpoints(directory, claim.token)
-    from server.training.checkpoint import SharedCheckpoints
-
-    return SharedCheckpoints(directory, claim.token, storage.bucket, claim.job_id)
 
 
 def _final_metrics(outcome: Outcome) -> dict[str, object]:

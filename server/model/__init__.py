@@ -1,1 +1,1 @@
-"""The frozen base model: loading, the forward pass, and the LoRA rank rows beside it."""
+"""The frozen base model: its files, tokenizer and forward pass, and the adapters' rows in memory."""

@@ -1,4 +1,4 @@
-"""`python -m server.model --home DIR`: convert a base ahead of time, for an image that carries it."""
+"""`python -m server.model --home DIR` converts a base in advance, for an image that contains it."""
 
 import argparse
 import sys
@@ -9,9 +9,9 @@ from server.model.base.source import EMBEDDED, resolve_base
 
 
 def main() -> int:
-    """Print the converted directory; progress goes to standard error. The exit status."""
+    """Print the converted directory to standard output and progress to standard error. Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m server.model", description=__doc__)
-    parser.add_argument("--home", type=Path, required=True, help="the base goes to the folder models in it")
+    parser.add_argument("--home", type=Path, required=True, help="the base is written to its folder models")
     parser.add_argument("--model", default=EMBEDDED, help="as SMOLORA_MODEL (default: %(default)s)")
     arguments = parser.parse_args()
     try:

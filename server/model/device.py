@@ -1,9 +1,4 @@
-"""What CUDA is on this machine, whether a device can be used, and what to do where it can't.
-
-Where the model runs and in which dtype, and whether this machine can do it.
-
-Copies from the host's memory to a GPU's, beside what is computed there.
-"""
+"""Chooses the device and the dtype that a base runs in, explains why a GPU can't be used, and copies to GPUs."""
 
 import logging
 import platform
@@ -27,14 +22,14 @@ _WITHOUT = "or set SMOLORA_DEVICE=cpu"
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device. `capability` is NVIDIA's (major, minor) version of what it can do."""
+    """One GPU. `capability` is NVIDIA's compute capability (major, minor)."""
 
     name: str
     capability: tuple[int, int]
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it multiplies in bf16 by itself."""
+        """Whether the GPU has bf16 arithmetic."""
         return self.capability >= (8, 0)
 
     def __str__(self) -> str:
@@ -43,17 +38,17 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """What torch says of CUDA here."""
+    """CUDA on this machine, as torch reports it."""
 
     torch_version: str
-    cuda_version: str | None  # that it was built for; None: without
-    architectures: tuple[str, ...]  # that it has code for, such as sm_90; empty where it doesn't say
+    cuda_version: str | None  # the version that torch was built for; None: a build without CUDA
+    architectures: tuple[str, ...]  # those that torch has code for, such as sm_90; empty if unknown
     gpus: tuple[Gpu, ...]
-    trouble: str = ""  # why it finds none
+    trouble: str = ""  # why torch finds no GPU
 
     @classmethod
     def of_this_machine(cls) -> "Cuda":
-        """Ask torch."""
+        """Ask torch which GPUs there are. Its warnings become `trouble`."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -62,7 +57,8 @@ class Cuda:
         return cls(torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list()), gpus, trouble)
 
     def check(self, setting: str, device: torch.device) -> Gpu:
-        """The device, which SMOLORA_DEVICE=`setting` asks for. Raises StartupError where torch can't use it."""
+        """Return the GPU of the device that SMOLORA_DEVICE=`setting` names. Raise StartupError if torch can't use
+        it."""
         asked, index = f"SMOLORA_DEVICE={setting}", device.index or 0
         if index >= len(self.gpus):
             finds = f"{asked}: torch {self.torch_version} finds {plural(len(self.gpus), 'CUDA device')}"
@@ -85,17 +81,18 @@ class Cuda:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """What a CUDA device is."""
+    """Return a CUDA device's name and capability."""
     return Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def torch_on(device: torch.device) -> str:
-    """What computes where native code doesn't: torch, with the GPU's name, since its kernels round as it does."""
+    """Describe what computes without native code: torch and the GPU's name, since kernels of GPUs round
+    differently."""
     return "torch" if device.type == "cpu" else f"torch on {gpu_of(device).name}"
 
 
 def driver_version(file: Path = _DRIVER) -> str | None:
-    """The NVIDIA driver's; None where the system doesn't say."""
+    """Return the NVIDIA driver's version, or None if the system doesn't report it."""
     try:
         found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", file.read_text())
     except OSError:
@@ -104,7 +101,7 @@ def driver_version(file: Path = _DRIVER) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory, on a GPU or not; torch says so in several ways."""
+    """Return whether an error means that memory ran out, on a GPU or the CPU. torch has several such errors."""
     words = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -112,19 +109,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def limit_memory(device: torch.device, share: float) -> None:
-    """Have torch run out of a GPU's memory at this share of it, in this process; without effect on a CPU."""
+    """Limit this process to a share of a GPU's memory. It has no effect on a CPU."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(share, device.index)  # which may be None: the current one
+        torch.cuda.set_per_process_memory_fraction(share, device.index)  # index None: the current GPU
 
 
 def empty_cache() -> None:
-    """Give back what torch keeps of GPUs' memory for later tensors: what is free may lie in pieces."""
+    """Release the GPU memory that torch caches for later tensors, since it may be fragmented."""
     torch.cuda.empty_cache()
 
 
 @contextmanager
 def room_for(what: str, device: torch.device) -> Iterator[None]:
-    """StartupError where a GPU has no room for `what`, or doesn't work."""
+    """Raise StartupError if the block fails because a GPU has no room for `what`, or doesn't work."""
     try:
         yield
     except RuntimeError as error:
@@ -142,8 +139,11 @@ def room_for(what: str, device: torch.device) -> Iterator[None]:
 
 
 def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `sm_86` (its major version, from the minor one on) or `compute_90` (from it on, compiled by
-    the driver) runs on a device. What ends in `a` is for that capability alone."""
+    """Return whether code for an architecture runs on a device.
+
+    `sm_86` runs on the same major version from that minor one on. `compute_90` runs on that version and later
+    ones, since the driver compiles it. A name that ends in `a` runs on that capability alone.
+    """
     kind, _, number = code.partition("_")
     made_for = divmod(int(number.rstrip("af")), 10)
     if number.endswith("a"):
@@ -161,10 +161,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def use_threads(num_threads: int | None) -> None:
-    """Compute with `num_threads` from here on, in torch and in native code that is created later.
+    """Set the number of threads of torch, and of native code that is created later.
 
-    None: with torch's own number, which OMP_NUM_THREADS sets, but at most one for each processor that this process
-    may use.
+    None: torch's own number, which OMP_NUM_THREADS sets, but at most one for each processor that this process may
+    use.
     """
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_processors()))
 
@@ -179,15 +179,16 @@ def choose_device(
 ) -> tuple[torch.device, torch.dtype]:
     """Turn the settings `auto`, `cpu`, `cuda`, `cuda:N` and `auto`, `fp32`, `bf16`, `fp16` into torch's.
 
-    `flags` are the CPU's, `cuda` what torch says of GPUs (None: this machine's), `has_native` whether native code
-    computes on the CPU, which is in bf16 on any. Raises StartupError where the machine lacks what is asked for.
+    `flags` are the CPU's features and `cuda` the GPUs (None: this machine's). `has_native` means that native code
+    computes on the CPU; it uses bf16 on every processor. Raise StartupError if the machine lacks what is asked
+    for.
     """
     cuda = Cuda.of_this_machine() if cuda is None and device != "cpu" else cuda
     chosen = torch.device(device if device != "auto" else "cuda" if cuda and cuda.gpus else "cpu")
     if chosen.type == "cuda":
         assert cuda is not None
         gpu = cuda.check(device, chosen)
-        # It may build a plan for each length of keys, of which a decode has a new one at every token.
+        # cuDNN may build a plan for each number of keys, which is new for every decoded token.
         torch.backends.cuda.enable_cudnn_sdp(False)
         if dtype == "auto":
             return chosen, torch.bfloat16 if gpu.has_bf16 else torch.float32
@@ -203,22 +204,23 @@ def choose_device(
 
 
 def training_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What training computes in, where `dtype` serves: the same, but fp32 for fp16.
+    """Return the dtype to train in if `dtype` serves: the same, but fp32 instead of fp16.
 
-    Gradients vanish in fp16's range unless losses are scaled. Scaling takes a state that every checkpoint has to
-    carry, and skips steps; fp32 needs neither, and is what `auto` means on cards without bf16.
+    Gradients underflow in fp16 unless losses are scaled. Scaling needs a state in every checkpoint, and skips
+    steps. fp32 needs neither, and `auto` chooses it for GPUs without bf16.
     """
     return torch.float32 if dtype is torch.float16 else dtype
 
 
 def multiplied_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which such weights are multiplied: fp32 on a CPU without products of bf16, at which torch is slow."""
+    """Return the dtype to multiply weights in: fp32 on a CPU without bf16 products, since torch emulates them
+    slowly."""
     is_lacking = device.type == "cpu" and dtype is torch.bfloat16 and not cpu_flags() & _BF16_FLAGS
     return torch.float32 if is_lacking else dtype
 
 
 def cpu_flags(text: str | None = None) -> frozenset[str]:
-    """The first CPU's features as Linux names them; empty where it does not say. `text` stands in for its file."""
+    """Return the first CPU's features by Linux's names; empty if unknown. `text` replaces /proc/cpuinfo."""
     if text is None:
         try:
             text = _CPUINFO.read_text()
@@ -229,26 +231,26 @@ def cpu_flags(text: str | None = None) -> frozenset[str]:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; through pinned memory and without waiting where that is another memory."""
+    """Return the tensor on the device. Copies to a GPU go through pinned memory and don't wait."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def ints_beside(tensor: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
-    """The values in int64 on the tensor's device, by `to_device`."""
+    """Return the values as int64 on the tensor's device."""
     return to_device(torch.tensor(values, dtype=torch.int64), tensor.device)
 
 
 def floats_beside(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
-    """The values in the tensor's dtype on its device, by `to_device`."""
+    """Return the values in the tensor's dtype on its device."""
     return to_device(torch.tensor(values, dtype=tensor.dtype), tensor.device)
 
 
 class Uploads:
-    """A stream of copies of its own on `device`; any thread may use it.
+    """A CUDA stream for copies to `device`, so that they run while the default stream computes. Thread-safe.
 
-    What computes is on the device's default stream, and isn't told to read the places while they are written.
+    The default stream must not read a destination while it is written.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -256,10 +258,10 @@ class Uploads:
         self._stream = cast("Callable[[torch.device], torch.cuda.Stream]", torch.cuda.Stream)(device)
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy each pinned tensor to the place beside it, of its shape and dtype; returns once all are there."""
+        """Copy each pair's first tensor, which is pinned, into the second, of equal shape and dtype, and wait."""
         with torch.cuda.stream(self._stream):
             there = [(source.to(self._device, non_blocking=True), place) for source, place in pairs]
-            # Whoever had these places before may still be read by what was told earlier.
+            # Kernels that were launched earlier may still read the previous content of these places.
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
             for source, place in there:
                 place.copy_(source)
@@ -268,5 +270,5 @@ class Uploads:
 
 
 def _blocking_event() -> torch.cuda.Event:
-    """One that lets whoever waits for it sleep."""
+    """Return an event whose waiting thread sleeps instead of spinning."""
     return cast("Callable[..., torch.cuda.Event]", torch.cuda.Event)(blocking=True)

@@ -1,4 +1,4 @@
-"""Memory in huge pages: for what is read in pieces from all over it, which small pages make slower to find."""
+"""Tensors in huge pages. They make random reads faster, since fewer addresses need translation."""
 
 import contextlib
 import ctypes
@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 HUGE_PAGE = 2 << 20
-_POPULATE_WRITE = 23  # of madvise, from Linux 5.14 on; in no module of Python's
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python doesn't define it
 _SYSTEM = ctypes.CDLL(None)
 
 
 def in_huge_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the CPU that holds anything. Its pages are huge ones where the system has those, and are taken
-    once they are written. Raises MemoryError where there is no room for it."""
+    """Return an uninitialized CPU tensor, in huge pages if the system has them. Pages are allocated when they are
+    first written. Raise MemoryError if there is no room for it."""
     size = math.prod(shape) * dtype.itemsize
     try:
-        # private: what may be shared, as mmap's is by itself, is the system's shared memory, which has none
+        # Private, unlike mmap's default: shared memory has no huge pages.
         memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as e:
         raise MemoryError(f"no room for {size} bytes") from e
@@ -30,10 +30,10 @@ def in_huge_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def take_pages(part: torch.Tensor) -> None:
-    """Take the pages of a part of such a tensor now; what it holds stays, also what others write to it meanwhile.
+    """Allocate the pages of a part of such a tensor now. Its content stays, even if other threads write to it.
 
-    Where the system can't, or has no memory left, they are taken once they are written. No other thread waits: the
-    call is one of ctypes', which lets go of the interpreter.
+    If the system can't, or has no memory left, pages are allocated when they are written. ctypes releases the GIL
+    meanwhile.
     """
     first = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = part.data_ptr() + part.nbytes - first

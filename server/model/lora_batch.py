@@ -1,10 +1,10 @@
-"""The adapters of one flat batch: which rank rows each of its tokens uses, and with what weight.
+"""The adapters of one flat batch: the rank rows that each token uses, and their weights.
 
-Tokens come in runs that share their adapters. A long run (`MIN_BLOCK`) takes dense products, one adapter after the
-other. All others go together, whatever their mix of adapters: what their tokens give on the rows of A, densely
-for runs of a few tokens and pair by pair for single ones, is then summed over the rows of B for all at once. The
-indices are built once and serve every layer. Measured on 2 cores, for q·k·v at rank 16: the sum over B takes 7 µs
-for one token and 20 µs for 32, where a 16-bit matrix product takes 22–30 µs for each of q, k and v.
+Tokens come in runs that share their adapters. A long run (`MIN_BLOCK`) uses dense products, one adapter after the
+other. Shorter runs are computed together. Their products with A are dense for runs of a few tokens, and sampled
+(token, row) pairs for single tokens. One sampled sum over the rows of B then serves all of them. The indices are
+built once per step and serve every layer. On 2 cores, for q·k·v at rank 16, the sum over B takes 7 µs for one
+token and 20 µs for 32 tokens; a bf16 matrix product takes 22–30 µs for each of q, k and v.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ from server.model.ops.linear import Pairs, expand_sampled, shrink_block, shrink_
 from server.model.rank_rows import GroupLayout, Placement, RankRows, Run
 
 MIN_BLOCK = 64
-"""From this many tokens on, a run takes dense products for B, too."""
+"""Runs of at least this many tokens use dense products for B, too."""
 
 MIN_DENSE = 4
-"""From this many tokens on, a run takes dense products for A. A run that is alone always does."""
+"""Runs of at least this many tokens use dense products for A. So does the only run of a step."""
 
 Parts = tuple[tuple[Placement, float], ...]
-"""The resident adapters of a request and their weights; empty: the base."""
+"""A request's resident adapters and their weights; empty for the base."""
 
 _Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRun:
-    """Tokens [start, stop) of the flat batch, which share their adapters."""
+    """Tokens [start, stop) of the flat batch that share their adapters."""
 
     start: int
     stop: int
@@ -51,7 +51,7 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _DenseShrink:
-    """Tokens of one run, counted from the first that `_Short` covers, and the rows of A of each of its parts."""
+    """A run's tokens, counted from the first token of `_Short`, and the rows of A of each of its parts."""
 
     tokens: slice
     rows: tuple[slice, ...]
@@ -64,7 +64,7 @@ class _DenseShrink:
 
 @dataclass(frozen=True, eq=False)
 class _SampledShrink:
-    """Tokens of many short runs, and the (token, row) pairs that they need."""
+    """Tokens of many short runs, and their (token, row) pairs."""
 
     tokens: slice
     pairs: Pairs
@@ -75,16 +75,16 @@ class _SampledShrink:
 
 @dataclass(frozen=True, eq=False)
 class _Short:
-    """All short runs in one group: the products with A, token by token, and how B's units sum them."""
+    """All short runs in one group: their products with A, and the sums of B's units."""
 
     shrinks: tuple[_DenseShrink | _SampledShrink, ...]
     weights: torch.Tensor | None  # (num_pairs,); None: all 1
-    hidden_index: torch.Tensor | None  # (num_entries,): which pair an entry takes its factor from; None: its own
-    unit_index: torch.Tensor  # (num_entries,): which unit of B it multiplies
+    hidden_index: torch.Tensor | None  # (num_entries,): each entry's pair; None: entry i has pair i
+    unit_index: torch.Tensor  # (num_entries,): each entry's unit of B
     bags: torch.Tensor  # (tokens * units_per_token + 1,)
 
     def share(self, x: torch.Tensor, a_rows: torch.Tensor, b_units: torch.Tensor) -> torch.Tensor:
-        """What the adapters add for the inputs x (tokens, in): (tokens, out) of b_units' dtype."""
+        """Return the adapters' share (tokens, out), in b_units' dtype, for the inputs x (tokens, in)."""
         products = [shrink(x, a_rows) for shrink in self.shrinks]
         hidden = products[0] if len(products) == 1 else torch.cat(products)
         if self.weights is not None:
@@ -96,10 +96,10 @@ class _Short:
 
 
 class LoraBatch:
-    """Adds the adapters' share to each group's output, for the tokens of one flat batch (`smollm.Adapters`)."""
+    """Adds the adapters' share to each group's output for one flat batch; implements `smollm.Adapters`."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
-        """`runs` in order of their tokens; tokens outside them have no adapter."""
+        """Take `runs` in order of their tokens. Tokens outside the runs have no adapter."""
         self._rows = rows
         short = [run for run in runs if run.parts and run.stop - run.start < MIN_BLOCK]
         self._tokens = _tokens(short, rows.device)
@@ -117,7 +117,7 @@ class LoraBatch:
                 self._short[group] = _plan_short(short, group, layout, rows)
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y (tokens, out) plus each token's `Σ weight · scaling · B(A x)`; y is written in place."""
+        """Return y (tokens, out) plus each token's `Σ weight · scaling · B(A x)`. y is changed in place."""
         for block in self._blocks[group]:
             self._add_block(layer, group, block, x, y)
         short = self._short.get(group)
@@ -132,7 +132,7 @@ class LoraBatch:
 
     def _add_block(self, layer: int, group: str, block: _Block, x: torch.Tensor, y: torch.Tensor) -> None:
         run, tokens = block.run, slice(block.start, block.stop)
-        a, b = (of[layer] for of in self._rows.run(group, run))
+        a, b = (pool[layer] for pool in self._rows.run(group, run))
         hidden = shrink_block(x[tokens], a, block.weight, y.dtype)  # (tokens, rows of the run)
         unit = b.shape[1]
         for rows in run.rows.modules:
@@ -142,7 +142,7 @@ class LoraBatch:
 
 
 def _tokens(runs: Sequence[TokenRun], device: torch.device) -> slice | torch.Tensor:
-    """The tokens of the runs: a slice where they are neighbours, which needs no copy, else their indices."""
+    """Return the runs' tokens: a slice if they are contiguous, which needs no copy, else their indices."""
     if not runs:
         return slice(0, 0)
     if all(before.stop == after.start for before, after in pairwise(runs)):
@@ -181,7 +181,7 @@ def _plan_shrinks(
     runs: Sequence[TokenRun], group: str, rows: RankRows
 ) -> tuple[_DenseShrink | _SampledShrink, ...]:
     shrinks: list[_DenseShrink | _SampledShrink] = []
-    singles: list[tuple[int, list[slice]]] = []  # (tokens, their rows) of neighbouring short runs
+    singles: list[tuple[int, list[slice]]] = []  # (number of tokens, rows of A) of consecutive runs
     start = 0
 
     def flush() -> None:
@@ -214,7 +214,8 @@ def _plan_shrinks(
 
 
 def _entries(parts: Sequence[tuple[Run, float]], layout: GroupLayout) -> tuple[_Ints, _Ints, _Ints]:
-    """One token's entries, unit by unit of its output: their pairs (counted from 0), B's units, entries a unit."""
+    """Return one token's entries in the order of its output units: each entry's pair (counted from 0), each
+    entry's unit of B, and the number of entries of each output unit."""
     hidden: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
     units: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
     first_pair = 0

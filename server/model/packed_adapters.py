@@ -1,11 +1,11 @@
-"""Adapters read as they are to lie in the pools, from packed files beside stored ones (`adapters.store.packed`).
+"""Packed files: stored adapters in the layout of the pools, which load without conversion
+(`adapters.store.packed`).
 
-A file is one page that says what it holds, and then `PackedRows.content`. To load the adapter is to check the
-page, and to place it is to read each group's runs. The file is written when an adapter is put into the store, or
-in the background after an adapter without one was loaded. A file that isn't what is expected (another layout or
-length) is dropped, and made again. Only reading all of it shows whether a disk has changed it: `smolora doctor`
-does (`is_damaged`), a load doesn't.
-Which adapters have none, `_is_wanted` says: they are placed as they were published, in the same bits.
+A file is a header page and `PackedRows.content`. Loading the adapter checks the header; placing it reads each
+group's runs. The file is written when an adapter is put into the store, or in the background after an adapter
+without one was loaded. A file with another layout or length is deleted and written again. A load doesn't detect
+damaged content; `smolora doctor` reads all of it (`is_damaged`). Adapters without a packed file (`_is_wanted`) are
+placed from the published form, with the same bits.
 """
 
 import hashlib
@@ -26,28 +26,28 @@ from adapters.store.store import AdapterStore
 from server.model.rank_rows import GROUPS, PackedFile, RowLayout, Stored
 
 FORMAT = 1
-"""Grows with any change of what `RowLayout.pack` makes of the same weights."""
-_HEADER = 4096  # bytes, so that what follows begins with a page
-_SUM = "sum"  # the header's key for `_sum_of` all else
+"""Increases with every change of `RowLayout.pack`'s result."""
+_HEADER = 4096  # bytes; the content begins at a page
+_SUM = "sum"  # the header's key for `_sum_of`
 _MAX_GROWTH = 4
-"""Times an adapter's published bytes that its packed form may take. Rows lie in every layer, as many as the
-largest rank of any asks for: of an adapter of one layer nearly all would be zeros, which no file brings sooner. So
-no upload fills a server's memory and disk, of which quotas don't count this, with much more than itself."""
+"""Limit of a packed form's size, as a multiple of the published size. Every layer has as many rows as the largest
+rank of any layer, so the packed form of an adapter of one layer is nearly all zeros. Quotas don't count packed
+files: the limit keeps a small upload from filling memory and disk."""
 _SMALL = 1 << 20
-"""Bytes of a packed form that is kept however few of the layers it is of."""
+"""A packed form of up to this many bytes is always kept."""
 
 log = logging.getLogger(__name__)
 
 
 class PackedAdapters:
-    """Those of one store, for one layout. Thread-safe."""
+    """The packed files of one store, for one layout. Thread-safe."""
 
     def __init__(
         self, store: AdapterStore, layout: RowLayout, min_free_bytes: int = 0, max_bytes: int | None = None
     ) -> None:
-        """From now on the store keeps a packed file of what is put, as far as that is wanted.
+        """Have the store write packed files of the adapters that are put from now on, if they are wanted.
 
-        `min_free_bytes` are what others need of the disk; `max_bytes` what the pools have room for, if known.
+        `min_free_bytes` must stay free on the disk. `max_bytes` is the capacity of the pools, if known.
         """
         self._store = store
         self._layout = layout
@@ -58,9 +58,9 @@ class PackedAdapters:
         store.packed.make = self._wanted_pieces
 
     def load(self, digest: str) -> Stored:
-        """Return the adapter, still in its packed file or, if it has none, as it was published.
+        """Return the adapter: its packed file, not yet read, or the published weights if it has none.
 
-        Neither takes memory of its own, however long it waits to be placed. Raises CorruptAdapter.
+        Neither takes memory of its own before it is placed. Raise CorruptAdapter.
         """
         try:
             with self._store.packed.open(digest) as file:
@@ -70,12 +70,12 @@ class PackedAdapters:
         except (ValueError, KeyError, TypeError, AttributeError):
             self._store.packed.remove(digest)
         weights = self._store.load(digest)
-        # where another is being written, the next load may do it
+        # If another file is being written, a later load writes this one.
         if self._is_wanted(digest, weights) and self._writing.acquire(blocking=False):
-            what = (digest, weights)
+            args = (digest, weights)
             try:
-                threading.Thread(target=self._keep, args=what, name="adapter-packer", daemon=True).start()
-            except RuntimeError:  # no thread to be had
+                threading.Thread(target=self._keep, args=args, name="adapter-packer", daemon=True).start()
+            except RuntimeError:  # no thread can be started
                 self._writing.release()
         return weights
 
@@ -83,16 +83,17 @@ class PackedAdapters:
         page = file.read(_HEADER)
         header = json.loads(page)
         if (header["layout"], header["digest"]) != (self._layout_digest, digest):
-            raise ValueError("of another layout or adapter")
+            raise ValueError("another layout or adapter")
         if _SUM not in header:
-            raise ValueError("of an older release, which nobody could check")
+            raise ValueError("no checksum")
         needs = self._layout.needs(header["ranks"])
         if os.fstat(file.fileno()).st_size != _HEADER + self._layout.num_bytes(needs):
-            raise ValueError("of another length")
+            raise ValueError("another length")
         return PackedFile(needs, partial(self._read, digest, page))
 
     def _read(self, digest: str, page: bytes, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers with what follows the header `page`. If that fails, the file is dropped."""
+        """Fill the buffers with the content after the header `page`. If that fails, delete the file and raise
+        Unavailable."""
         try:
             with self._store.packed.open(digest) as file:
                 if file.read(_HEADER) != page:
@@ -107,12 +108,12 @@ class PackedAdapters:
             ) from error
 
     def _is_wanted(self, digest: str, weights: LoraWeights) -> bool:
-        """Whether to keep the adapter packed: asked before any memory is taken for that."""
+        """Return whether to write a packed file, before any memory is taken for it."""
         num_bytes = self._layout.num_bytes(self._layout.needs_of(weights))
         published = sum(module.a.nbytes + module.b.nbytes for module in weights.modules.values())
         if num_bytes > max(_MAX_GROWTH * published, _SMALL):
             return False
-        if self._max_bytes is not None and num_bytes > self._max_bytes:  # which is never placed
+        if self._max_bytes is not None and num_bytes > self._max_bytes:  # it is never placed
             return False
         try:
             return self._store.packed.has_room(_HEADER + num_bytes)
@@ -149,24 +150,25 @@ def _fill(buffer: memoryview, file: FileIO) -> None:
 
 
 def is_damaged(file: torch.Tensor) -> bool:
-    """Whether a packed file, given whole, was changed since it was written, and would be read all the same."""
+    """Return whether a packed file, given whole, was changed after it was written, and a server would still use
+    it."""
     try:
         header = json.loads(file[:_HEADER].numpy().tobytes())
-        told = header.pop(_SUM)
+        expected = header.pop(_SUM)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return False  # which no server reads
-    return bool(told != _sum_of(header, file[_HEADER:]))
+        return False  # no server uses it
+    return bool(expected != _sum_of(header, file[_HEADER:]))
 
 
 def _sum_of(facts: Mapping[str, object], content: torch.Tensor) -> str:
-    """SHA-256 (hex) of what a file tells of its content, and of that."""
+    """Return the SHA-256 (hex) of a header's facts and of the content."""
     sha = hashlib.sha256(json.dumps(facts).encode())
     sha.update(content.numpy().data)
     return sha.hexdigest()
 
 
 def _digest_of(layout: RowLayout) -> str:
-    """Of everything that decides where an adapter's numbers lie, and as what."""
+    """Return a digest of everything that determines the layout and dtypes of an adapter's numbers."""
     row_format, shape = layout.format, layout.shape
     facts = (
         *(FORMAT, str(row_format.a), str(row_format.b), row_format.tile, shape.num_layers),

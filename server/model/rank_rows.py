@@ -1,19 +1,18 @@
-"""How an adapter lies in the pools of `rank_rows`: what it needs of each group's, and what its runs hold.
+"""Rank rows: the memory of resident adapters' low-rank matrices, and the layout of an adapter in it.
 
-`pack` makes all of it at once, as one piece of memory, which can be kept (`packed_adapters`) and copied in.
+Linear modules that read the same input form a group with one pool. A pool has `a` (layers, rows, in) and `b`
+(layers, units, unit). A resident adapter owns one run of rows and one run of units in the pool of each group that
+it targets. The run is the same in every layer, so one index describes a token's rows for all layers. If rows are
+packed, a run's layers are contiguous instead: the run of rows r to s begins at r · layers of `a` (layers · rows,
+in).
 
-Rank rows: where the low-rank matrices of resident adapters lie, beside the frozen weights.
+`a` includes a row's scaling (α/r or α/√r, which patterns may vary by layer), so a request adds only its weight. A
+module's B, transposed, is (rank, out). Each of its rows fills out/unit units. `unit` divides the output sizes of
+all modules in the group, so a row of q and a row of k are in one pool without padding. `engine.adapter_pool`
+decides which adapter owns a run.
 
-Linear modules that read the same input form a group with one pool. A pool has `a` (layers, rows, in) and
-`b` (layers, units, unit): a resident adapter owns one run of rows and one of units in the pool of each group
-that it targets, the same run in every layer, so that one index describes a token's rows for all layers.
-Where rows are packed, a run's layers follow each other instead, so that an adapter lies together: the run of
-rows r to s begins at r · layers of `a` (layers · rows, in).
-
-A row's scaling (α/r or α/√r, which patterns may vary by layer) is multiplied into `a` when it is placed; what
-is left for a request is its weight. A module's B, transposed, is (rank, out): each of its rows fills
-out/unit units, where `unit` divides the output sizes of all modules in the group, so that a row of q and a
-row of k lie in one pool without padding. Which run belongs to whom is `engine.adapter_pool`'s to decide.
+`RowLayout.pack` makes an adapter's runs of all groups as one piece of memory, which can be stored
+(`packed_adapters`) and copied into the pools.
 """
 
 import math
@@ -42,10 +41,10 @@ GroupKey = tuple[int, str]
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rank rows are stored: as the products over them want it, which a backend knows.
+    """The dtypes and the layout of rank rows, chosen by a backend for its products.
 
-    A run of A is (rows, in), and a module's B (rank, out). With a `tile` they are packed as products of 16-bit
-    pairs read them: the run of A as (in / 2, rows, 2), and B as (out / tile, rank / 2, tile, 2).
+    A run of A is (rows, in), and a module's B is (rank, out). With a `tile` they are packed for products of bf16
+    pairs: the run of A as (in / 2, rows, 2), and B as (out / tile, rank / 2, tile, 2).
     """
 
     a: torch.dtype
@@ -54,15 +53,15 @@ class RowFormat:
 
     @classmethod
     def of_torch(cls, dtype: torch.dtype, device: torch.device) -> "RowFormat":
-        """For `lora_batch`. On a CPU A is fp32, which torch's sampled product needs."""
+        """Return the format of `lora_batch`. On a CPU, A is fp32, since torch's sampled product needs it."""
         return cls(torch.float32 if device.type == "cpu" else dtype, dtype)
 
     def rounded(self, rank: int) -> int:
-        """The rank that a module has here: where rows are packed, pairs of them, if need be with one of zeros."""
+        """Return the number of rows for a rank: packed rows come in pairs, so an odd rank gets a row of zeros."""
         return rank if self.tile is None else rank + rank % 2
 
     def bytes_per_rank(self, shape: BaseShape) -> int:
-        """Bytes that one rank on all linear modules takes in the pools."""
+        """Return the bytes that one rank on all linear modules takes in the pools."""
         sizes = shape.features.values()
         per_layer = sum(self.a.itemsize * inputs + self.b.itemsize * outputs for outputs, inputs in sizes)
         return shape.num_layers * per_layer
@@ -70,7 +69,7 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """The sizes of one group of a base: what `GROUPS` is, in features."""
+    """The sizes, in features, of one group of a base."""
 
     modules: tuple[str, ...]
     in_features: int
@@ -90,19 +89,19 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class ModuleRows:
-    """One module's share of an adapter's run: its rank (the largest over the layers) and where its rows start."""
+    """One module's share of an adapter's run: its rank (the largest of all layers) and its first row and unit."""
 
     module: str
-    rank: int  # rounded up as the format wants it
-    row: int  # from the first row of the run
-    unit: int  # from the first unit of the run
-    out_start: int  # where its outputs start in the group's fused output
+    rank: int  # rounded up by the format
+    row: int  # relative to the run's first row
+    unit: int  # relative to the run's first unit
+    out_start: int  # its first output in the group's fused output
     out_features: int
 
 
 @dataclass(frozen=True)
 class GroupRows:
-    """What an adapter needs in one group's pool."""
+    """The rows and units that an adapter needs in one group's pool."""
 
     modules: tuple[ModuleRows, ...]
     num_rows: int
@@ -110,12 +109,12 @@ class GroupRows:
 
 
 Needs = Mapping[str, GroupRows]
-"""What an adapter needs, by group; groups that it does not target are left out."""
+"""The rows and units that an adapter needs, by group, without groups that it doesn't target."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """An adapter as it is to lie: of each group that it needs its run of A and then that of B, in one piece."""
+    """An adapter in the layout of the pools: for each of its groups the run of A, then the run of B."""
 
     needs: Needs
     content: torch.Tensor  # (bytes,), uint8
@@ -126,11 +125,11 @@ class PackedFile:
     """The content of a `PackedRows` that is still in a file."""
 
     needs: Needs
-    read: Callable[[Sequence[memoryview]], None]  # fills buffers with the content, one after the other
+    read: Callable[[Sequence[memoryview]], None]  # fills the buffers with the content, in order
 
 
 class RowLayout:
-    """What adapters need and what their runs hold, for one base and one format."""
+    """The layout of adapters in the pools, for one base and one format."""
 
     def __init__(self, shape: BaseShape, row_format: RowFormat) -> None:
         self.shape = shape
@@ -138,7 +137,7 @@ class RowLayout:
         self.groups = {group: GroupLayout.of(group, shape) for group in GROUPS}
 
     def needs(self, ranks: Mapping[str, int]) -> dict[str, GroupRows]:
-        """The rows and units that an adapter takes in each group's pool, by its modules' ranks."""
+        """Return the rows and units that an adapter takes in each group's pool, given its modules' ranks."""
         needs = {}
         for group, layout in self.groups.items():
             modules, row, unit, out_start = [], 0, 0, 0
@@ -154,18 +153,19 @@ class RowLayout:
         return needs
 
     def needs_of(self, weights: LoraWeights) -> dict[str, GroupRows]:
-        """Where a module's rank varies by layer, the largest counts."""
+        """Return the rows and units that an adapter takes. If a module's rank varies by layer, the largest
+        counts."""
         ranks: dict[str, int] = {}
         for key, module in weights.modules.items():
             ranks[key.module] = max(ranks.get(key.module, 0), module.rank)
         return self.needs(ranks)
 
     def num_bytes(self, needs: Needs) -> int:
-        """Of what an adapter has in all pools."""
+        """Return the bytes that an adapter takes in all pools."""
         return sum(sum(self._sizes(group, rows)) for group, rows in needs.items())
 
     def runs(self, packed: PackedRows) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Each group with the run of A (layers, rows, in) and that of B (layers, units, unit)."""
+        """Yield each group with its runs of A (layers, rows, in) and B (layers, units, unit)."""
         layers, rest = self.shape.num_layers, packed.content
         for group, rows in packed.needs.items():
             a, b, rest = rest.split([*(sizes := self._sizes(group, rows)), len(rest) - sum(sizes)])
@@ -174,7 +174,8 @@ class RowLayout:
 
     @torch.inference_mode()
     def pack(self, weights: LoraWeights) -> PackedRows:
-        """Raises ValueError or RuntimeError for an adapter of another base."""
+        """Return an adapter in the layout of the pools. Raise ValueError or RuntimeError if it is for another
+        base."""
         needs = self.needs_of(weights)
         packed = PackedRows(needs, torch.empty(self.num_bytes(needs), dtype=torch.uint8))
         for group, a, b in self.runs(packed):
@@ -182,9 +183,9 @@ class RowLayout:
         return packed
 
     def fill(self, weights: LoraWeights, group: GroupRows, a_rows: torch.Tensor, b_units: torch.Tensor) -> None:
-        """Write all of a group's runs: a_rows (layers, rows, in) and b_units (layers, units, unit).
+        """Write a group's runs: a_rows (layers, rows, in) and b_units (layers, units, unit).
 
-        Raises ValueError or RuntimeError for an adapter of another base.
+        Raise ValueError or RuntimeError if the adapter is for another base.
         """
         if any(key.layer >= self.shape.num_layers for key in weights.modules):
             raise ValueError("the adapter has more layers than the base")
@@ -203,7 +204,7 @@ class RowLayout:
                     a.zero_()
                     b.zero_()
                     continue
-                rank = module.rank  # smaller than rows.rank where a pattern varies it by layer, or is rounded up
+                rank = module.rank  # at most rows.rank, the largest of all layers, rounded up
                 scaled = module.a.float() * module.scaling
                 if tile is None:
                     a[:rank].copy_(scaled)
@@ -217,14 +218,14 @@ class RowLayout:
                     b.copy_(_pairs(whole).view(-1, tile, rows.rank // 2).transpose(1, 2))
 
     def _sizes(self, group: str, rows: GroupRows) -> tuple[int, int]:
-        """Bytes of the runs of A and B."""
+        """Return the bytes of the runs of A and of B."""
         layers, layout = self.shape.num_layers, self.groups[group]
         num_a, num_b = rows.num_rows * layout.in_features, rows.num_units * layout.unit
         return layers * num_a * self.format.a.itemsize, layers * num_b * self.format.b.itemsize
 
 
 def _pairs(numbers: torch.Tensor) -> torch.Tensor:
-    """Two neighbouring 16-bit numbers as one, which is moved as a whole."""
+    """View neighbouring 16-bit numbers as one 32-bit number, which is moved as a whole."""
     return numbers.view(torch.int32)
 
 
@@ -238,21 +239,21 @@ class Run:
 
 
 Placement = Mapping[str, Run]
-"""Where an adapter lies, by group."""
+"""An adapter's place in each group's pool."""
 
 Stored = LoraWeights | PackedRows | PackedFile
-"""An adapter that isn't placed yet: as it was published, or as it is to lie."""
+"""An adapter that isn't placed yet: as it was published, or in the layout of the pools."""
 
 
 _TYPICAL_RANK = 16
-"""Of the first adapter, for whom pages are taken before anything is known of it."""
+"""The assumed rank of the first adapter, whose pages are taken before it is known."""
 
 
 class RankRows:
-    """The pools of all groups. Rows that no placement covers hold anything."""
+    """The pools of all groups. Rows outside of every placement have arbitrary content."""
 
     def __init__(self, shape: BaseShape, *, max_rank: int, row_format: RowFormat, device: torch.device) -> None:
-        """Room for adapters on all linear modules whose ranks, rounded by the format, add up to `max_rank`."""
+        """Allocate room for adapters on all linear modules whose rounded ranks add up to `max_rank`."""
         max_rank = row_format.rounded(max_rank)
         self.shape = shape
         self.format = row_format
@@ -260,10 +261,10 @@ class RankRows:
         self.max_rank = max_rank
         self.layout = RowLayout(shape, row_format)
         self.layouts = self.layout.groups
-        self._ends: dict[str, tuple[int, int]] = {}  # of the rows and units that adapters had so far
+        self._ends: dict[str, tuple[int, int]] = {}  # the ends of the rows and units that were used so far
         self._last: Placement = {}
         self.lacks_pages = False
-        """Whether an adapter has the pages that were taken ahead."""
+        """Whether an adapter has used the pages that were taken ahead."""
         self._uploads = None if device.type == "cpu" else Uploads(device)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
@@ -282,15 +283,15 @@ class RankRows:
             self.take_ahead()
 
     def num_rows(self, group: str) -> int:
-        """Rows of A that the group's pool has in each layer."""
+        """Return the number of rows of A that the group's pool has in each layer."""
         return self.max_rank * len(self.layouts[group].modules)
 
     def num_units(self, group: str) -> int:
-        """Units of B, likewise."""
+        """Return the number of units of B that the group's pool has in each layer."""
         return self.max_rank * self.layouts[group].units_per_token
 
     def run(self, group: str, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a run has of the pool: A (layers, rows, in) and B (layers, units, unit)."""
+        """Return views of a run: A (layers, rows, in) and B (layers, units, unit)."""
         num_rows, num_units, layers = run.rows.num_rows, run.rows.num_units, self.shape.num_layers
         if self.format.tile is None:
             return (
@@ -303,15 +304,15 @@ class RankRows:
         )
 
     def needs(self, stored: Stored) -> Needs:
-        """The rows and units that an adapter takes in each group's pool."""
+        """Return the rows and units that an adapter takes in each group's pool."""
         return self.layout.needs_of(stored) if isinstance(stored, LoraWeights) else stored.needs
 
     @torch.inference_mode()
     def place(self, stored: Stored, placement: Placement) -> None:
-        """Copy an adapter into its rows, which may be read once this has returned.
+        """Copy an adapter into its rows, which may be read after this returns.
 
-        Other rows are not touched, so they may be in use meanwhile; a GPU copies beside what it computes.
-        Raises ValueError or RuntimeError for an adapter of another base, Unavailable if its file can't be read.
+        Other rows may be in use meanwhile. A GPU copies and computes at the same time. Raise ValueError or
+        RuntimeError if the adapter is for another base, and Unavailable if its file can't be read.
         """
         packed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if isinstance(stored, PackedRows):
@@ -344,17 +345,19 @@ class RankRows:
 
     @torch.inference_mode()
     def move(self, group: str, kind: str, start: int, length: int, to: int) -> None:
-        """Move a run of the group's "rows" or "units", which nobody is filling; the two places may overlap."""
+        """Move a run of the group's "rows" or "units". Old and new place may overlap. No thread may write to
+        them."""
         pool, dim, scale = self.a if kind == "rows" else self.b, 1, 1
-        if self.format.tile is not None:  # the layers of a run follow each other
+        if self.format.tile is not None:  # the layers of a run are contiguous
             dim, scale = 0, self.shape.num_layers
         if to != start:
             source = pool[group].narrow(dim, start * scale, length * scale)
             pool[group].narrow(dim, to * scale, length * scale).copy_(source.clone())
 
     def take_ahead(self) -> None:
-        """Take the pages for one more adapter as large as the last one, where it is likely to lie: those that no
-        adapter had yet cost more to take than all the rest of placing one.
+        """Have the system allocate pages for one more adapter of the last one's size, at its likely place.
+
+        A page's first use takes longer than all other work of placing an adapter.
         """
         self.lacks_pages = False
         layers = self.shape.num_layers
@@ -365,6 +368,7 @@ class RankRows:
 
 
 def _buffers(run: torch.Tensor) -> list[memoryview]:
-    """The memory of a run (layers, rows, …) in order: in one piece if its layers follow each other."""
+    """Return a run's (layers, rows, …) memory in order: one buffer if its layers are contiguous, else one per
+    layer."""
     pieces = [run] if run.is_contiguous() else list(run)
     return [memoryview(piece.view(torch.uint8).numpy().data).cast("B") for piece in pieces]

@@ -1,11 +1,11 @@
-"""The SmolLM forward pass: one for prefill, decode and training.
+"""The SmolLM forward pass in torch, for prefill, decode and training.
 
-Tokens of any number of sequences come as one flat batch. What differs between serving and training is passed
-in: `Attention` says which keys each token sees (a paged cache, or packed rows), `Adapters` adds the low-rank
+A flat batch has tokens of any number of sequences. Serving and training pass in what differs between them:
+`Attention` selects the keys that each token sees (a paged cache, or packed rows), and `Adapters` adds the low-rank
 share of each token's adapters. The base's weights are never written.
 
-Covers Llama as SmolLM and SmolLM2 use it (grouped queries, tied or untied embeddings) and SmolLM3 (some layers
-without rotary embedding). Dropout, sampling and losses are the callers'.
+It covers Llama as SmolLM and SmolLM2 use it (grouped queries, tied or untied embeddings), and SmolLM3 (some layers
+without rotary embedding). Callers do dropout, sampling and losses.
 """
 
 from typing import Protocol
@@ -20,10 +20,11 @@ from server.model.ops.norms import rms_norm, rotary, rotary_table, swiglu
 
 
 class Attention(Protocol):
-    """Which keys and values each token of the flat batch attends to."""
+    """Selects the keys and values that each token of the flat batch attends to."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q (tokens, heads, head_dim) over the new k, v (tokens, kv_heads, head_dim) and older ones; like q."""
+        """Return the attention of q (tokens, heads, head_dim), of q's shape, over older keys and values and the
+        new ones, k and v (tokens, kv_heads, head_dim)."""
         ...
 
 
@@ -31,9 +32,9 @@ class Adapters(Protocol):
     """The low-rank share of each token's adapters."""
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y (tokens, out of the group) plus the adapters' share for the inputs x (tokens, in).
+        """Return y (tokens, the group's out) plus the adapters' share for the inputs x (tokens, in).
 
-        `group` is a key of `server.model.rank_rows.GROUPS`. y may be written in place where no gradient flows.
+        `group` is a key of `server.model.rank_rows.GROUPS`. y may be written in place if no gradient flows.
         """
         ...
 
@@ -46,7 +47,7 @@ class NoAdapters:
 
 
 class Layer:
-    """One decoder layer: attention and feed-forward, each behind a norm and around a residual."""
+    """One decoder layer: attention and feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, index: int, config: ModelConfig, weights: LayerWeights, *, pack: bool) -> None:
         self.index = index
@@ -79,7 +80,7 @@ class Layer:
 
 
 class SmolLM:
-    """The frozen base. `pack` prepares the weights for inference alone; leave it off for training."""
+    """The frozen base. `pack` rearranges the weights for faster inference; training needs it off."""
 
     def __init__(
         self, config: ModelConfig, weights: BaseWeights, *, max_positions: int, pack: bool = False
@@ -102,7 +103,8 @@ class SmolLM:
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: Attention, adapters: Adapters
     ) -> torch.Tensor:
-        """Final hidden states (tokens, hidden) of the flat batch token_ids (tokens,) at positions (tokens,)."""
+        """Return the final hidden states (tokens, hidden) of the flat batch token_ids (tokens,) at positions
+        (tokens,)."""
         cos, sin = self._rotary[:, positions].unsqueeze(2)  # each (tokens, 1, head_dim)
         hidden = F.embedding(token_ids, self.embed)
         for layer in self.layers:
@@ -110,5 +112,5 @@ class SmolLM:
         return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (rows, vocab) of the chosen rows of `forward`'s answer, hidden (rows, hidden)."""
+        """Return fp32 logits (rows, vocab) for rows of `forward`'s result, hidden (rows, hidden)."""
         return self.lm_head(hidden).float()

@@ -1,11 +1,12 @@
-"""The file of a backup: a tar, compressed or not, of which no byte counts that its manifest doesn't name.
+"""The file of a backup: a tar, compressed or not, whose manifest names every member that counts.
 
     backup.json        first: which smolora wrote it, and the database's schema
-    …                  what was in HOME, by its path there
-    manifest.json      last: the SHA-256 and size of every member that counts; so a file that was cut off is told
+    ...                the files of HOME, by their paths there
+    manifest.json      last: the SHA-256 and size of every member that counts; a truncated file has none
 
-A member that the manifest leaves out was overtaken while the backup was being made. Ordinary tar reads it, too.
-What is read may be anybody's: whatever isn't an ordinary file at one of the places that a HOME has is refused.
+A member that the manifest doesn't name became obsolete while the backup was being made. Any tar can read the file.
+A backup may come from anybody, so a reader refuses every member that isn't a regular file at a path that a HOME
+has.
 """
 
 import gzip
@@ -36,41 +37,41 @@ _GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class Header:
-    """What a backup says of itself, before anything else is read of it."""
+    """The facts at the beginning of a backup."""
 
-    smolora: str  # the version that wrote it
-    schema: str  # of the database: its newest migration
+    smolora: str  # the release that wrote it
+    schema: str  # the database's newest migration
     created_at: str  # ISO 8601, in UTC
     format: int = FORMAT
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a member must be."""
+    """The expected content of a member."""
 
     sha256: str
     size: int
 
 
 class Writer:
-    """Writes one backup into an open file. `members` are those that are in it so far."""
+    """Writes one backup into an open file. `members` are the members written so far."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self.members: dict[str, Member] = {}
         self._tar = tar
 
     def begin(self, header: Header) -> None:
-        """Before everything else."""
+        """Write the header. Call this first."""
         self._add(HEADER, io.BytesIO(text := _json(asdict(header))), len(text), 0)
 
     def add(self, name: str, content: BinaryIO, size: int, modified: float = 0) -> None:
-        """So many bytes of `content`, under a name that isn't in it yet. Raises OSError."""
+        """Write `size` bytes of `content` as a new member. Raises OSError."""
         assert name not in self.members, name
         hashed = self._add(name, content, size, modified)
         self.members[name] = Member(hashed.digest.hexdigest(), size)
 
     def end(self, names: Collection[str]) -> None:
-        """After everything else: these are the members that count."""
+        """Write the manifest, with the members that count. Call this last."""
         kept = {name: asdict(self.members[name]) for name in sorted(names)}
         self._add(MANIFEST, io.BytesIO(text := _json({"members": kept})), len(text), 0)
 
@@ -83,18 +84,18 @@ class Writer:
 
 
 class Reader:
-    """One backup, read from its beginning to its end: first the header, then `members`, then the manifest."""
+    """Reads one backup sequentially: the header, then `members`, then `manifest`."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
         entry = tar.next()
         if entry is None or entry.name != HEADER:
-            raise StartupError("it is no backup of smolora's")
+            raise StartupError("it isn't a backup of smolora")
         self.header = _header(self._content(entry, _MAX_HEADER))
         self.manifest: Mapping[str, Member] = {}
 
     def members(self) -> Iterator[tuple[str, IO[bytes]]]:
-        """Each name with its content, which is to be read before the next one. Raises StartupError."""
+        """Yield each name with its content, which must be read before the next one. Raises StartupError."""
         seen = {HEADER}
         while (entry := self._tar.next()) is not None:
             if entry.name in seen:
@@ -106,27 +107,27 @@ class Reader:
                     raise StartupError("there is more after its manifest")
                 return
             if entry.type != tarfile.REGTYPE or entry.issparse():
-                raise StartupError(f"{entry.name!r} is no ordinary file")
+                raise StartupError(f"{entry.name!r} isn't a regular file")
             if not is_place(entry.name):
-                raise StartupError(f"{entry.name!r} is no place in a HOME")
+                raise StartupError(f"{entry.name!r} isn't a path that a HOME has")
             yield entry.name, self._open(entry)
-        raise StartupError("it ends before its manifest: it was cut off")
+        raise StartupError("it ends before its manifest: it is truncated")
 
     def _content(self, entry: tarfile.TarInfo, most: int) -> bytes:
         if entry.type != tarfile.REGTYPE or entry.size > most:
-            raise StartupError(f"its {entry.name} is none")
+            raise StartupError(f"its {entry.name} isn't a regular file, or is too large")
         return self._open(entry).read()
 
     def _open(self, entry: tarfile.TarInfo) -> IO[bytes]:
         found = self._tar.extractfile(entry)
-        assert found is not None, "it is an ordinary file"
+        assert found is not None, "it is a regular file"
         return found
 
 
 @contextmanager
 def writing(file: IO[bytes], compressed: bool) -> Iterator[Writer]:
-    """A backup that is written into `file`, from where that stands."""
-    # The fastest level: weights hardly shrink at any, and the database does at this one.
+    """Yield a writer of a backup into `file`, from its current position."""
+    # The fastest level of compression: weights hardly shrink at any level, and the database does at this one.
     packed = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1, mtime=0) if compressed else nullcontext(file)
     with packed as inner, tarfile.open(fileobj=inner, mode="w|", format=tarfile.GNU_FORMAT, bufsize=_CHUNK) as tar:
         yield Writer(tar)
@@ -134,7 +135,10 @@ def writing(file: IO[bytes], compressed: bool) -> Iterator[Writer]:
 
 @contextmanager
 def reading(file: io.BufferedReader) -> Iterator[Reader]:
-    """The backup in `file`, compressed or not. Raises StartupError, within the block too, where it is damaged."""
+    """Yield a reader of the backup in `file`, compressed or not.
+
+    The block too raises StartupError if it is damaged.
+    """
     is_compressed = file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP
     try:
         inner: gzip.GzipFile | io.BufferedReader = (
@@ -143,11 +147,11 @@ def reading(file: io.BufferedReader) -> Iterator[Reader]:
         with tarfile.open(fileobj=inner, mode="r|", bufsize=_CHUNK) as tar:
             yield Reader(tar)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise StartupError(f"it is damaged, or was cut off ({error})") from None
+        raise StartupError(f"it is damaged or truncated ({error})") from None
 
 
 def copy_hashed(source: IO[bytes], target: BinaryIO) -> Member:
-    """All of it; what it was."""
+    """Copy all bytes of `source` to `target`, and return their digest and size."""
     hashed = _Hashed(source)
     size = 0
     while chunk := hashed.read(_CHUNK):
@@ -157,7 +161,7 @@ def copy_hashed(source: IO[bytes], target: BinaryIO) -> Member:
 
 
 def is_place(name: str) -> bool:
-    """Whether a HOME may have a file of this name, relative to it, that a backup would keep."""
+    """Return whether a HOME may have a file at this relative path that a backup would keep."""
     if name in _FILES:
         return True
     root, *rest = name.split("/")
@@ -165,7 +169,7 @@ def is_place(name: str) -> bool:
 
 
 class _Hashed:
-    """A stream whose bytes are hashed as they are read."""
+    """Hashes a stream's bytes as they are read."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.digest = hashlib.sha256()
@@ -190,7 +194,7 @@ def _header(text: bytes) -> Header:
         ):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise StartupError(f"its {HEADER} can't be read") from None
+        raise StartupError(f"its {HEADER} is unreadable") from None
     return header
 
 
@@ -199,4 +203,4 @@ def _manifest(text: bytes) -> dict[str, Member]:
         found = json.loads(text)["members"]
         return {str(name): Member(str(of["sha256"]), int(of["size"])) for name, of in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise StartupError(f"its {MANIFEST} can't be read") from None
+        raise StartupError(f"its {MANIFEST} is unreadable") from None

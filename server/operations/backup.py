@@ -1,14 +1,13 @@
-"""A folder beside a file that is being made, which goes when that is done, however it ends.
+"""Makes a backup of a HOME while servers and workers use it. None of them waits for the backup.
 
-Makes a backup of a HOME, beside the server and the workers that use it: none of them waits for it.
+The database is copied as it is at one moment, and then what the copy needs: adapters' bytes, jobs' rows and
+models, uploads. Bytes exist before a row names them, and never change. So only something that is deleted in
+between can be missing. Then there is another round: a newer copy of the database, which no longer needs it, and
+whatever else the newer copy needs. The manifest leaves out what became obsolete.
 
-The database is copied as it is at one moment, and then what that copy needs: the bytes that it names, jobs' rows
-and models, uploads. Bytes are there before a row names them, and don't change. So a hole can only come of what is
-deleted between the two. Then there is another round: a newer copy of the database, which doesn't need that any
-more, and whatever it needs that isn't in the file yet. What was overtaken so the manifest leaves out.
-
-Checkpoints are copied before the database, since a job's events may be ahead of its checkpoint and never behind.
-Records of versions are made anew from the database (`restore`); converted bases and native code from elsewhere.
+Checkpoints are copied before the database, since a job's events may be ahead of its checkpoint, but never behind.
+Records of versions aren't copied: a restore writes them from the database. Converted bases and native code are
+made again, too.
 """
 
 import fcntl
@@ -29,7 +28,7 @@ from adapters.catalog.catalog import Catalog
 from adapters.errors import CorruptAdapter
 from adapters.names import Viewpoint
 from adapters.storage.durable import UNFINISHED, sync
-from adapters.store.store import AdapterStore
+from adapters.store.store import AdapterStore, lock_folder
 from server import __version__
 from server.database import FILE_NAME, copy, existing, faults, opened_copy, schema_of
 from server.database.opening import refuse_elsewhere
@@ -43,96 +42,50 @@ from server.training.checkpoint import FILE_NAMES, Checkpoints
 from server.training.files import checked_uploads
 from server.training.job_data import DATA_NAME
 
-
-@contextmanager
-def workspace(target: Path) -> Iterator[Path]:
-    """A new folder on the disk of `target`, for its owner alone. What killed processes left of theirs goes first.
-
-    Raises OSError.
-    """
-    prefix = f"{UNFINISHED}for-{target.name}-"  # not as a restore's begins, whatever the target is called
-    with _locked(target.parent):
-        for path in target.parent.glob(f"{UNFINISHED}*"):
-            if path.name.startswith(prefix) and (hold := _hold(path)) is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(hold)
-        space = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-        held = _hold(space)
-    assert held is not None, "nobody else knows it"
-    try:
-        yield space
-    finally:
-        shutil.rmtree(space, ignore_errors=True)
-        os.close(held)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _hold(folder: Path) -> int | None:
-    """The handle of a lock on it, which ends with the process; None where another process has it."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
-
-
 _MAX_ROUNDS = 100
+_ALONE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _COMPRESSED = (".gz", ".tgz")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a backup has. `damaged` says which bytes were so before; they are in it as they are."""
+    """A report of a backup. `damaged` describes bytes that were damaged before, and are in it as they are."""
 
     num_versions: int
     num_adapters: int
     num_jobs: int
     num_unended_jobs: int
     num_uploads: int  # data sets and files
-    num_bytes: int  # of all that it has
+    num_bytes: int  # of all members
     num_rounds: int
     damaged: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a copy of the database needs: who needs what. A holder never comes back once it has gone.
+    """What a copy of the database needs, as pairs of a user and what it uses. A deleted user never comes back.
 
-    Holders are versions, jobs that haven't ended, and jobs whose files weren't removed, which need those.
+    Users are versions, jobs that haven't ended, and jobs whose files weren't removed: those use their own folders.
     """
 
-    held: frozenset[tuple[str, str]]  # such as ("a@2", digest), ("job-7", "ds-1"), ("job-7", "job-7")
+    uses: frozenset[tuple[str, str]]  # such as ("a@2", digest), ("job-7", "ds-1"), ("job-7", "job-7")
     num_versions: int
-    jobs: Mapping[str, Status]  # that have files
+    jobs: Mapping[str, Status]  # jobs that have files
 
     @property
     def digests(self) -> list[str]:
-        """Of adapters' bytes."""
-        return sorted({what for _, what in self.held if _DIGEST.fullmatch(what)})
+        """The digests of adapters' bytes."""
+        return sorted({what for _, what in self.uses if _DIGEST.fullmatch(what)})
 
 
 def back_up(home: Path, target: Path) -> Made:
-    """Write a backup of `home` to `target`, whole or not at all; ".gz" and ".tgz" are compressed.
+    """Write a backup of `home` to `target`, whole or not at all, compressed if the name ends in .gz or .tgz.
 
-    Raises StartupError, also where the disk is full.
+    Raise StartupError if that fails, for example because the disk is full.
     """
     existing(home)
-    with _told_of(target), workspace(target) as space:
+    with _startup_errors(target), workspace(target) as space:
         archive = space / "archive"
         with open(archive, "xb", opener=_private) as file:
             with writing(file, target.name.endswith(_COMPRESSED)) as writer:
@@ -145,10 +98,13 @@ def back_up(home: Path, target: Path) -> Made:
 
 
 def stream(home: Path, target: IO[bytes]) -> Made:
-    """Write a backup of `home` to an open file, uncompressed: one that was cut off lacks its end. As `back_up`."""
+    """Write a backup of `home` to an open file, uncompressed, as `back_up` does.
+
+    A truncated one has no manifest.
+    """
     existing(home)
     scratch = home / "tmp"
-    with _told_of("standard output"):
+    with _startup_errors("standard output"):
         scratch.mkdir(exist_ok=True)
         with workspace(scratch / "backup") as space, writing(target, compressed=False) as writer:
             made = _Backup(home, space, writer).run()
@@ -157,7 +113,7 @@ def stream(home: Path, target: IO[bytes]) -> Made:
 
 
 @contextmanager
-def _told_of(target: object) -> Iterator[None]:
+def _startup_errors(target: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -166,7 +122,7 @@ def _told_of(target: object) -> Iterator[None]:
 
 
 class _Backup:
-    """The rounds. Names are relative to HOME, with slashes."""
+    """Runs the rounds of a backup. Names are paths relative to HOME, with slashes."""
 
     def __init__(self, home: Path, space: Path, writer: Writer) -> None:
         self._home = Home(home)
@@ -174,13 +130,13 @@ class _Backup:
         self._store = AdapterStore(self._home.adapters)
         self._space = space
         self._writer = writer
-        self._folders: dict[str, set[str]] = defaultdict(set)  # what is in the file of each
-        self._checkpoints: dict[str, Path] = {}  # by job, the newest that is in the file
+        self._folders: dict[str, set[str]] = defaultdict(set)  # names of the members added so far, by folder
+        self._checkpoints: dict[str, Path] = {}  # the newest added checkpoint, by job
         self._num_uploads = 0
         self._numbers = count(1)
 
     def run(self) -> Made:
-        """All of it."""
+        """Run all rounds, and finish the file."""
         schema = schema_of(existing(self._home.path))
         self._writer.begin(Header(__version__, schema, datetime.now(UTC).isoformat(timespec="seconds")))
         num_rounds = 0
@@ -211,39 +167,42 @@ class _Backup:
         )
 
     def _copied(self) -> Path:
-        """A copy of the database as it is now."""
+        """Copy the database as it is now."""
         copied = self._space / f"database-{next(self._numbers)}"
         copy(self._home.path, copied)
         return copied
 
     def _needs_of(self, copied: Path) -> _Needs:
-        """Raises StartupError where the database is damaged, or names bytes that are elsewhere."""
+        """Return what a copy of the database needs.
+
+        Raise StartupError if it is damaged, or its bytes are in a bucket.
+        """
         with opened_copy(copied, self._space) as (engine, place):
             if found := faults(place):
                 raise StartupError(f"the database is damaged ({found[0]}): see smolora doctor")
-            refuse_elsewhere(engine, "what HOME has of them is a cache, and a backup of it none of the rest")
+            refuse_elsewhere(engine, "HOME only caches some of them, so a backup of it would lack the rest")
             listed = Catalog(engine, of=Viewpoint(sees_all=True)).list()
             versions = [version for adapter in listed for version in adapter.versions]
             jobs = with_folders(engine)
-            held = {
+            used = {
                 (f"{version.name}@{version.version}", version.digest) for version in versions if not version.parts
             }
-            held |= {*used_by_unended(engine), *((job_id, job_id) for job_id in jobs)}
-            held |= {(job_id, self._rows_of(job_id)) for job_id, status in jobs.items() if not status.has_ended}
-            return _Needs(frozenset(held), len(versions), jobs)
+            used |= {*used_by_unended(engine), *((job_id, job_id) for job_id in jobs)}
+            used |= {(job_id, self._rows_of(job_id)) for job_id, status in jobs.items() if not status.has_ended}
+            return _Needs(frozenset(used), len(versions), jobs)
 
     def _was_overtaken(self, needs: _Needs, missing: set[str]) -> bool:
-        """Whether somebody has deleted what is missing, or was deleting a job's folder when it was copied.
+        """Return whether something that is missing, or a job's folder, was being deleted when it was copied.
 
-        Those don't go by one rename. What is missing, and its holder still needs, was never there.
+        Jobs' folders aren't deleted by one rename. If something is missing and still used, it never existed.
         """
         copied = self._copied()
-        gone = needs.held - self._needs_of(copied).held
+        gone = needs.uses - self._needs_of(copied).uses
         copied.unlink()
         return any(what in missing or what in needs.jobs for _, what in gone)
 
     def _add_needed(self, needs: _Needs) -> tuple[set[str], set[str]]:
-        """Have everything in the file that is needed: the members, and what of it isn't there any more."""
+        """Add everything that is needed. Return the members that count, and what is missing in HOME."""
         kept: set[str] = set()
         missing: set[str] = set()
         for digest in needs.digests:
@@ -260,15 +219,15 @@ class _Backup:
         if self._home.keyed.exists():
             with open(self._home.keyed, "rb") as keyed:
                 kept.add(self._add(self._home.keyed.name, keyed))
-        of_jobs = {what for who, what in needs.held if who in needs.jobs} - {*needs.jobs, *needs.digests}
+        of_jobs = {what for who, what in needs.uses if who in needs.jobs} - {*needs.jobs, *needs.digests}
         return kept, missing | of_jobs.difference(uploads, kept)
 
     def _rows_of(self, job_id: str) -> str:
-        """Their name, which a job needs until it ends."""
+        """Return the name of the job's rows, which it needs until it ends."""
         return (self._files.directory(job_id) / DATA_NAME).relative_to(self._home.path).as_posix()
 
     def _folders_of(self, job_id: str) -> Iterator[Path]:
-        """Those with a job's files, but for its checkpoints."""
+        """Yield the folders that have a job's files, except its checkpoints."""
         root = self._files.directory(job_id)
         if root.is_dir():
             yield root
@@ -277,14 +236,14 @@ class _Backup:
                     yield path
 
     def _upload_folders(self) -> Iterator[Path]:
-        """Of all data sets and files; some may be gone by now."""
+        """Yield the folders of all data sets and files. They may be deleted at any time."""
         for project in self._home.projects():
             for root in (self._home.datasets(project), self._home.files(project)):
                 if root.is_dir():
                     yield from sorted(path for path in root.glob("*/") if path.name[0] != ".")
 
     def _add_checkpoint(self, job_id: str) -> None:
-        """The newest one of the job, where it has any; its worker may be writing the next one."""
+        """Add the job's newest checkpoint, if it has any. Its worker may be writing the next one."""
         for _, _, place in reversed(Checkpoints(self._files.checkpoints(job_id), 0).stored()):
             names: set[str] = set()
             if self._keep(place, names) and {Path(name).name for name in names} == FILE_NAMES:
@@ -292,10 +251,10 @@ class _Backup:
                 return
 
     def _keep(self, folder: Path, kept: set[str], grows: bool = False) -> bool:
-        """Have the folder's files in the file, and name them in `kept`; False where it is gone.
+        """Add the folder's files, and their names to `kept`. Return False if the folder is gone.
 
-        All are opened before the first is read: what is deleted meanwhile is copied all the same. One that was
-        copied before is looked at again only where it `grows`.
+        All files are opened before the first is read, so they are copied even if they are deleted meanwhile. A
+        folder that was added before is read again only if it `grows`.
         """
         prefix = folder.relative_to(self._home.path).as_posix()
         if grows or prefix not in self._folders:
@@ -311,14 +270,17 @@ class _Backup:
         return True
 
     def _add(self, name: str, file: BinaryIO) -> str:
-        """The name, once the file has it: as much as there is now, since a log grows."""
+        """Add a file at its current size, since a log grows, unless it was added before. Return its name."""
         if name not in self._writer.members:
             facts = os.fstat(file.fileno())
             self._writer.add(name, file, facts.st_size, facts.st_mtime)
         return name
 
     def _damaged(self, needs: _Needs) -> Iterator[str]:
-        """Of what is still there: what was deleted meanwhile was whole."""
+        """Yield a message for each damaged adapter or upload that still exists.
+
+        What was deleted meanwhile was whole.
+        """
         for digest in needs.digests:
             place = self._home.adapters / digest[:2] / digest
             try:
@@ -331,3 +293,35 @@ class _Backup:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+@contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """Yield a new private folder on the disk of `target`, and remove it on leaving.
+
+    Folders that killed processes left are removed first. Raises OSError.
+    """
+    prefix = f"{UNFINISHED}for-{target.name}-"  # differs from a restore's prefix, whatever the target's name
+    with _locked(target.parent):
+        for path in target.parent.glob(f"{UNFINISHED}*"):
+            if path.name.startswith(prefix) and (lock := lock_folder(path, _ALONE)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+        space = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        lock = lock_folder(space, _ALONE)
+    assert lock is not None, "no other process knows the folder"
+    try:
+        yield space
+    finally:
+        shutil.rmtree(space, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

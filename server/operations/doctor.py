@@ -1,7 +1,7 @@
-"""What is stored under a HOME, checked byte by byte, and the catalog rebuilt where the database is lost.
+"""Checks everything that is stored under a HOME byte by byte, and rebuilds the catalog if the database is lost.
 
-`examine` changes nothing, and may run beside a server. `rebuild` runs while nobody else has the database open, and
-makes a new one only where there is none or it is damaged: the old files are set aside.
+`examine` changes nothing, and may run while a server runs. `rebuild` needs the database for itself. It makes a new
+database only if there is none, or a damaged one, whose files it sets aside.
 """
 
 from collections.abc import Iterator
@@ -28,16 +28,16 @@ from server.training.files import checked_uploads
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
 
-_TAKES = "the server's next start removes it"
-_MENDS = "the server's next start mends it"
+_REMOVED = "the server's next start removes it"
+_REPAIRED = "the server's next start repairs it"
 _PACKED = (
-    "changed since it was written, and servers read it: delete it and restart the server, to have it made anew"
+    "changed since it was written, and servers read it: delete it and restart the server, which makes it again"
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that isn't as it should be."""
+    """A fault that was found."""
 
     about: str  # such as "tweets@3" or "database"
     message: str
@@ -45,20 +45,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was looked at, and what was found."""
+    """A report of an examination."""
 
     findings: tuple[Finding, ...]
     num_versions: int
-    num_adapters: int  # directories with bytes, whose digests were computed anew
-    num_uploads: int  # data sets and files, which were read whole
-    database: str | None  # the release of SQLite and its kind of journal; None where it couldn't be opened
+    num_adapters: int  # directories with bytes, whose digests were recomputed
+    num_uploads: int  # data sets and files, all of whose bytes were read
+    database: str | None  # SQLite's release and kind of journal; None if it couldn't be opened
 
     @property
     def is_sound(self) -> bool:
         return not self.findings
 
     def line(self) -> str:
-        """What was looked at, for a person."""
+        """Return the counts as a line of text."""
         verdict = "sound" if self.is_sound else plural(len(self.findings), "finding")
         versions, adapters = plural(self.num_versions, "version"), plural(self.num_adapters, "stored adapter")
         return f"{verdict}: {versions}, {adapters}, {plural(self.num_uploads, 'upload')} checked"
@@ -66,20 +66,22 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a rebuild did. `set_aside` are the damaged database's files, `lost_jobs` ids that were seen, `models`
-    the folders, below HOME, of what full fine-tuning made in them.
+    """A report of a rebuild.
+
+    `set_aside` are the damaged database's files, `lost_jobs` the ids of jobs that left traces, and `models` the
+    folders below HOME of models that full fine-tuning made in those jobs.
     """
 
-    is_new: bool  # the database was made anew; else it was sound and stayed
+    is_new: bool  # a new database was made; else the old one was sound
     set_aside: tuple[str, ...]
     recovered: Recovered
     lost_jobs: tuple[str, ...]
     models: tuple[str, ...]
 
     def lines(self) -> Iterator[str]:
-        """For a person."""
+        """Yield the report as lines of text."""
         if not self.is_new:
-            yield "the database is sound: it stayed, with all aliases and jobs"
+            yield "the database is sound: it was kept, with all aliases and jobs"
             yield from self.recovered.lines()
             return
         if self.set_aside:
@@ -87,17 +89,17 @@ class Rebuilt:
         yield f"published again from the directories: {', '.join(self.recovered.adopted) or 'nothing'}"
         if self.recovered.lost:
             yield f"lost, as bytes or parts are missing or damaged: {', '.join(self.recovered.lost)}"
-        yield "lost: all aliases; latest is each name's highest version, also where it was moved back"
+        yield "lost: all aliases; latest is each name's highest version, even if it was moved back"
         yield "lost: all API keys, limits and usage, and which adapters were public: make new keys"
         yield f"lost: all jobs, their events and reports: {', '.join(self.lost_jobs) or 'none left a trace'}"
         if self.models:
-            yield f"models of full fine-tuning stay until you remove them: {', '.join(self.models)}"
+            yield f"models of full fine-tuning are kept until you remove them: {', '.join(self.models)}"
 
 
 def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = True) -> Diagnosis:
-    """Look at everything, or at all but data sets and files.
+    """Check everything, or everything except data sets and files.
 
-    Raises StartupError where there is no such HOME, or its database is a newer one.
+    Raise StartupError if there is no such HOME, or a newer release wrote its database.
     """
     storage = Storage(Home(home), bucket)
     _check_home(storage)
@@ -116,9 +118,9 @@ def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = 
         findings += _of_records(versions, records)
         named = {version.digest for version in versions}
         findings += [
-            Finding(f"adapters/{digest[:2]}/{digest}", f"nothing names these bytes; {_TAKES}")
+            Finding(f"adapters/{digest[:2]}/{digest}", f"nothing names these bytes; {_REMOVED}")
             for digest in sorted(stored - named)
-            if not (store.is_held(digest) or catalog.in_use(digest) or jobs.in_use(digest))
+            if not (store.is_being_published(digest) or catalog.in_use(digest) or jobs.in_use(digest))
         ]
         engine.dispose()
     else:
@@ -129,7 +131,7 @@ def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = 
         if is_damaged(file)
     ]
     findings += [
-        Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
+        Finding(f"adapters/{name}", f"left by a process that was killed; {_REMOVED}") for name in store.leftovers()
     ]
     uploads = dict(checked_uploads(storage)) if with_uploads else {}
     findings += [Finding(place, message) for place, message in uploads.items() if message is not None]
@@ -137,10 +139,10 @@ def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = 
 
 
 def rebuild(home: Path, bucket: "Bucket | None" = None) -> Rebuilt:
-    """Make the catalog anew from the directories, where that is needed. Raises StartupError."""
+    """Rebuild the catalog from the directories, if that is necessary. Raises StartupError."""
     storage = Storage(Home(home), bucket)
     _check_home(storage)
-    with serving(home):  # so that no server starts meanwhile
+    with serving(home):  # no server may start meanwhile
         return _rebuild(storage)
 
 
@@ -160,9 +162,9 @@ def _rebuild(storage: Storage) -> Rebuilt:
     files = JobFiles(home, storage.bucket)
     lost_jobs |= {name for name in files.stored() if name.startswith("job-")}
     engine.dispose()
-    told = sorted(lost_jobs) if is_new else []
-    models = [files.model(job_id).relative_to(home).as_posix() for job_id in told if files.model(job_id).is_dir()]
-    return Rebuilt(is_new, tuple(moved), found, tuple(told), tuple(models))
+    lost = sorted(lost_jobs) if is_new else []
+    models = [files.model(job_id).relative_to(home).as_posix() for job_id in lost if files.model(job_id).is_dir()]
+    return Rebuilt(is_new, tuple(moved), found, tuple(lost), tuple(models))
 
 
 def _check_home(storage: Storage) -> None:
@@ -174,7 +176,7 @@ def _check_home(storage: Storage) -> None:
 
 
 def _damaged(store: AdapterStore) -> dict[str, str]:
-    """By digest, what is wrong with the bytes that are there."""
+    """Return the faults of stored adapters by digest."""
     found = {}
     for digest in store.digests():
         try:
@@ -192,7 +194,7 @@ def _of_versions(versions: list[Version], stored: set[str], damaged: dict[str, s
         name = f"{version.name}@{version.version}"
         for part in version.parts:
             if (of := listed.get((part.name, part.version))) is None or of.digest != part.digest:
-                yield Finding(name, f"its part {part.name}@{part.version} is another one, or missing")
+                yield Finding(name, f"its part {part.name}@{part.version} is missing, or has other bytes")
         if version.parts:
             continue
         if version.digest in damaged:
@@ -202,14 +204,14 @@ def _of_versions(versions: list[Version], stored: set[str], damaged: dict[str, s
 
 
 def _of_records(versions: list[Version], records: Records) -> Iterator[Finding]:
-    """A server that publishes at this moment may be seen with a record too many."""
+    """Compare versions with their records. A publication that is under way may show up as an extra record."""
     found = records.read()
     recorded = {(version.name, version.version): version for version in found.versions}
     listed = {(version.name, version.version): version for version in versions}
     for path in found.unreadable:
-        yield Finding(f"adapters/{path}", f"this record can't be read; {_MENDS}")
+        yield Finding(f"adapters/{path}", f"this record is unreadable; {_REPAIRED}")
     for (name, number), version in listed.items():
         if recorded.get((name, number)) != version:
-            yield Finding(f"{name}@{number}", f"its record is missing or another's; {_MENDS}")
+            yield Finding(f"{name}@{number}", f"its record is missing or differs; {_REPAIRED}")
     for name, number in sorted(recorded.keys() - listed.keys()):
-        yield Finding(f"{name}@{number}", f"has a record, and isn't in the database; {_MENDS}")
+        yield Finding(f"{name}@{number}", f"has a record, but isn't in the database; {_REPAIRED}")

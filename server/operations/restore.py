@@ -1,13 +1,11 @@
-"""Fills an empty HOME: with all of it, or nothing.
+"""Fills an empty HOME, whole or not at all; restores a backup that way.
 
-What it is to have is collected in a folder in HOME; then its parts are renamed into their places, the database
-last, and the folder goes. Until then no command works on that HOME, and the next one to fill it clears what one
-that was killed has left.
+All parts are collected in a folder in HOME, and then renamed into their places, the database last. Until the
+folder is gone, no command works on that HOME. If the process is killed, the next one that fills HOME removes what
+it left.
 
-Puts a backup into an empty HOME: all of it, or nothing.
-
-It is unpacked into a folder in HOME, compared with its manifest, brought up to date, and looked at as `doctor`
-does; then it is put in its place (`filling`).
+A backup is unpacked, compared with its manifest, migrated, and examined as `smolora doctor` does, before the
+renames.
 """
 
 import io
@@ -19,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
 from adapters.storage.durable import sync
@@ -26,21 +26,21 @@ from adapters.store.store import AdapterStore
 from server import __version__
 from server.database import FILE_NAME, connect, knows_schema
 from server.errors import StartupError
-from server.jobs.files import put_back
+from server.jobs.files import requeue_running
 from server.jobs.jobs import Jobs
 from server.operations.archive import FORMAT, Header, Reader, copy_hashed, reading
 from server.operations.doctor import Diagnosis, examine
 from server.storage.home import LOCK_NAME, RESTORING, Home, make, serving
 
 _PARTS = ("adapters", "datasets", "files", "jobs", "keyed", "projects")
-_OTHERS = frozenset({LOCK_NAME, "lost+found"})  # the latter is a new file system's
+_OTHERS = frozenset({LOCK_NAME, "lost+found"})  # a new file system has the latter
 
 
 @contextmanager
 def filled(home: Path) -> Iterator[Path]:
-    """A folder whose parts are those of `home` once the block has ended. Nothing stays of a block that fails.
+    """Yield a folder, and rename its parts into `home` on leaving. If the block fails, `home` stays empty.
 
-    Raises StartupError where `home` is there and not empty, or served; OSError.
+    Raise StartupError if `home` isn't empty or is being served; OSError.
     """
     is_new = not home.exists()
     try:
@@ -60,10 +60,10 @@ def filled(home: Path) -> Iterator[Path]:
 
 
 def _clear(home: Path) -> None:
-    """Remove what was put there by one that was cut off. StartupError where there is anything else."""
+    """Remove what a killed process was filling `home` with. Raise StartupError if there is anything else."""
     if any(home.glob(f"{RESTORING}*")):
         moved = [home / name for name in _PARTS] + list(home.glob(f"{FILE_NAME}*"))
-        for path in [*moved, *home.glob(f"{RESTORING}*")]:  # in this order: the mark goes last
+        for path in [*moved, *home.glob(f"{RESTORING}*")]:  # the folder that marks the interruption goes last
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -82,9 +82,20 @@ def _put_in_place(staging: Path, home: Path) -> None:
     sync(home)
 
 
+def recover_jobs_and_records(home: Home, engine: sa.Engine, reason: str) -> list[str]:
+    """Requeue running jobs, and write the records of versions, in a HOME that has just been filled.
+
+    `reason` is the text of the jobs' events. Return the requeued jobs.
+    """
+    requeued = requeue_running(engine, reason)
+    store = AdapterStore(home.adapters)
+    Catalog(engine, Records(home.adapters)).recover(store.is_whole, Jobs(engine).is_known)
+    return requeued
+
+
 @dataclass(frozen=True)
 class Restored:
-    """What was done. `going_on` are the jobs that a worker had when the backup was made."""
+    """A report of a restore. `going_on` are the jobs that were running when the backup was made."""
 
     header: Header
     diagnosis: Diagnosis
@@ -92,9 +103,10 @@ class Restored:
 
 
 def restore(file: Path, home: Path) -> Restored:
-    """Fill `home`, which must be empty or not there, from a backup. Raises StartupError, and nothing stays then.
+    """Fill `home`, which must be empty or absent, from a backup.
 
-    What `doctor` finds in the result was so before: the backup's maker was told.
+    Raise StartupError if that fails, and leave nothing. Damage that the diagnosis finds was in the backup, and was
+    reported when the backup was made.
     """
     try:
         with open(file, "rb") as backup:
@@ -104,7 +116,7 @@ def restore(file: Path, home: Path) -> Restored:
 
 
 def restore_from(backup: io.BufferedReader, home: Path, file: str) -> Restored:
-    """The same of an open file, which is called `file`; it may be a pipe."""
+    """Restore an open file, which may be a pipe, as `restore` does. `file` is its name in messages."""
     try:
         with filled(home) as staging:
             try:
@@ -117,11 +129,17 @@ def restore_from(backup: io.BufferedReader, home: Path, file: str) -> Restored:
 
 def _restore(backup: io.BufferedReader, staging: Path) -> Restored:
     if (size := os.fstat(backup.fileno()).st_size) > shutil.disk_usage(staging).free:
-        raise StartupError(f"it has {size} bytes, and the disk of {staging.parent} less than that free")
+        raise StartupError(f"it has {size} bytes, and the disk of {staging.parent} has less free space")
     with reading(backup) as reader:
         _check(reader.header)
         _unpack(reader, staging)
-    going_on = _bring_up_to_date(staging)
+    engine = connect(staging)  # which runs missing migrations
+    try:
+        going_on = recover_jobs_and_records(
+            Home(staging), engine, "restored from a backup, in which a worker had it"
+        )
+    finally:
+        engine.dispose()
     diagnosis = examine(staging)
     if any(finding.about == "database" for finding in diagnosis.findings):
         raise StartupError(f"its database is damaged: {diagnosis.findings[0].message}")
@@ -137,7 +155,7 @@ def _check(header: Header) -> None:
 
 
 def _unpack(reader: Reader, staging: Path) -> None:
-    """What the manifest names, compared with it, and nothing else."""
+    """Write the members that the manifest names, and compare them with it."""
     found = {}
     for name, content in reader.members():
         place = staging / name
@@ -153,26 +171,13 @@ def _unpack(reader: Reader, staging: Path) -> None:
         if name not in found:
             raise StartupError(f"{name!r} is missing from it")
         if found[name] != member:
-            raise StartupError(f"{name!r} isn't what its manifest says: it is damaged")
+            raise StartupError(f"{name!r} doesn't match its manifest: it is damaged")
     if FILE_NAME not in reader.manifest:
         raise StartupError("it has no database")
     for name in found.keys() - reader.manifest.keys():
         (staging / name).unlink()
     for folder, _, _ in os.walk(staging, topdown=False):
-        with suppress(OSError):  # it has something
+        with suppress(OSError):  # it isn't empty
             os.rmdir(folder)
             continue
         sync(Path(folder))
-
-
-def _bring_up_to_date(staging: Path) -> list[str]:
-    """Run missing migrations, let go of jobs, and write the records of versions; the jobs that were let go of."""
-    home = Home(staging)
-    engine = connect(staging)
-    try:
-        going_on = put_back(engine, "restored from a backup, in which a worker had it")
-        store = AdapterStore(home.adapters)
-        Catalog(engine, Records(home.adapters)).recover(store.is_whole, Jobs(engine).is_known)
-    finally:
-        engine.dispose()
-    return going_on

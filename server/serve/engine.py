@@ -6,7 +6,7 @@ StartupError with a message of one line.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, is_out_of_memory, limit_memory, room_for, use_threads
-from server.model.native.library import why_not
+from server.model.native.library import why_unavailable
 from server.model.native.load import load_native
 from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import RowLayout
@@ -140,10 +140,10 @@ def base_directory(settings: Settings, say: Say) -> Path:
 def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
     """Load the base to the settings' device, and set the number of threads that compute with it."""
     use_threads(settings.threads)
-    reason = why_not(Home(settings.home).native_places(directory, settings.base_dir)) if settings.native else ""
+    reason = why_unavailable(Home(settings.home).native) if settings.native else ""
     device, dtype = choose_device(settings.device, settings.dtype, has_native=reason is None)
     if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:
-        say(f"nothing native: {reason}; torch does it, more slowly")  # in bf16 `load_native` says so
+        say(f"no native code: {reason}; torch computes instead, more slowly")  # in bf16 `load_native` says so
     if device.type == "cuda":
         with room_for("another process", device):
             limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
@@ -167,8 +167,7 @@ def make_engine(
     """Return an engine that isn't started. It loads adapters from the store."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    libraries = Home(settings.home).native_places(base.directory, settings.base_dir)
-    backend = _backend(settings, base, libraries, max_model_len, say)
+    backend = _backend(settings, base, max_model_len, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
     load: Load = store.load
     if backend.row_format.tile is not None:
@@ -189,11 +188,9 @@ def make_engine(
     )
 
 
-def _backend(
-    settings: Settings, base: BaseModel, libraries: Sequence[Path], max_positions: int, say: Say
-) -> Backend:
+def _backend(settings: Settings, base: BaseModel, max_positions: int, say: Say) -> Backend:
     """Return the native backend if settings, machine and base allow it, or else torch's."""
-    native = load_native(base, libraries, max_positions, say) if settings.native else None
+    native = load_native(base, Home(settings.home).native, max_positions, say) if settings.native else None
     if native is None:
         return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions, pack=True))
     torch.set_num_threads(1)  # torch's threads would spin on cores that native code uses

@@ -43,9 +43,8 @@ from server.serve.engine import (
 from server.storage.places import Storage
 from server.system.messages import program
 from server.telemetry.spans import open_tracer
-from server.training.datasets import DatasetStore
 from server.training.encoding import RowEncoder
-from server.training.files import FileStore, RowSources
+from server.training.files import RowSources
 
 _QUESTION = "What is the capital of France?"
 _START = "The capital of France is"
@@ -101,7 +100,7 @@ def build(
     for line in library.recover(jobs.is_known).lines():
         say(line)
     clean_uploads(storage)
-    datasets, files = _datasets(storage, EVERYBODY.project), _files(storage, EVERYBODY.project)
+    sources = RowSources.of(storage, EVERYBODY.project)
     encoder = PromptEncoder(base.tokenizer)
     rows = RowEncoder(encoder, _end_token(base), base.config.eos_token_ids)
     longest = base.config.max_position_embeddings
@@ -137,11 +136,9 @@ def build(
         max_model_len=max_model_len_of(settings, base),
         jobs=jobs,
         feeds=JobFeeds(jobs, lambda: engine.draining),
-        datasets=datasets,
-        files=files,
-        submissions=Submissions(
-            settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest, storage.bucket
-        ),
+        datasets=sources.datasets,
+        files=sources.files,
+        submissions=Submissions(settings.home, jobs, sources, library, rows, longest, base.digest, storage.bucket),
         access=access,
         limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
         bucket=storage.bucket,
@@ -150,16 +147,6 @@ def build(
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=base.tokenizer.decode,
     )
-
-
-def _datasets(storage: Storage, project: str) -> DatasetStore:
-    root = storage.home.datasets(project)
-    return DatasetStore(root, bucket=storage.at(root))
-
-
-def _files(storage: Storage, project: str) -> FileStore:
-    root = storage.home.files(project)
-    return FileStore(root, bucket=storage.at(root))
 
 
 def _end_token(base: BaseModel) -> int:

@@ -1,4 +1,4 @@
-"""HOME, the folder with everything that is stored: its owner's alone, and served by one process at a time."""
+"""HOME, the folder with everything that is stored. Only its owner may read it; one process at a time serves it."""
 
 import fcntl
 import os
@@ -17,23 +17,27 @@ from server.errors import StartupError
 
 LOCK_NAME = "server.lock"
 RESTORING = f"{UNFINISHED}restore-"
-"""How the folder begins in which a restore or a move collects what HOME is to have, until all is in its place."""
+"""Prefix of the folder in which a restore or a move collects the parts of a new HOME."""
 PLACES = "places"
+"""The folder with an empty file for each PostgreSQL database whose bytes are here: `server.database.opening`."""
 PROJECTS = "projects"
+ROWS_COPY, MODEL_COPY, CHECKPOINT_COPY = "rows", "model-", "checkpoint-"
+"""Ids of copies in a bucket's folder `jobs/<id>`: rows, model-<token>, checkpoint-<token>-<step>."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where things lie under HOME, but for the database and the single files of `reserve` and `yielding`.
+    """The paths below HOME, except those of the database, the reserve and the file that says how busy a server is.
 
-    Uploads are a project's own: of all but the default one below a folder of its name.
+    Each project has its own uploads: those of the default project directly below HOME, those of any other project
+    below `projects/<name>`.
     """
 
     path: Path
 
     @property
     def adapters(self) -> Path:
-        """Bytes by digest, and records by name."""
+        """The adapters' bytes by digest, and their records by name."""
         return self.path / "adapters"
 
     @property
@@ -50,7 +54,7 @@ class Home:
         return self._of(project) / "files"
 
     def projects(self) -> list[str]:
-        """Those that may have uploaded something."""
+        """Return the projects that may have uploads here."""
         root = self.path / PROJECTS
         others = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
         return [DEFAULT_PROJECT, *sorted(others)]
@@ -59,48 +63,36 @@ class Home:
         return self.path if project == DEFAULT_PROJECT else self.path / PROJECTS / project
 
     @property
-    def places(self) -> Path:
-        """An empty file for each PostgreSQL database whose bytes are here: `server.database.opening`."""
-        return self.path / PLACES
-
-    @property
     def keyed(self) -> Path:
-        """An empty file that says that there once was an API key, should the database be lost."""
+        """An empty file that exists once there was an API key. It is needed if the database is lost."""
         return self.path / "keyed"
 
     @property
     def models(self) -> Path:
-        """Converted bases, by name."""
+        """The converted bases, by name."""
         return self.path / "models"
 
     @property
     def native(self) -> Path:
-        """Compiled native code."""
+        """Native code that was compiled at a first start."""
         return self.path / "native"
-
-    def native_places(self, base_directory: Path, base_dir: Path | None) -> list[Path]:
-        """Where native code for a converted base may be: beside it, in an image's `base_dir`, where it is for any
-        base, and last here, where it is made.
-        """
-        carried = [] if base_dir is None else [base_dir / "native"]
-        return [base_directory / "native", *carried, self.native]
 
 
 def make(home: Path, *, to_restore: bool = False) -> bool:
-    """Make the folder if need be, and shut everybody else out of it; whether they are out. Raises StartupError,
-    also where a restore was cut off there, but for who is `to_restore` again.
+    """Create the folder if it doesn't exist, and restrict it to its owner. Return whether it is restricted.
 
-    A folder of another user, such as a volume that a group shares, keeps its mode.
+    Raise StartupError if that fails, or if a restore was interrupted there, unless the caller is `to_restore`
+    again. A folder that belongs to another user, such as a volume of a group, keeps its mode.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
         raise StartupError(
-            f"SMOLORA_HOME={home}: smolora restore or move is at work there, or was cut off: run it again"
+            f"SMOLORA_HOME={home}: smolora restore or move is at work there, or was interrupted: run it again"
         )
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = home.stat()
-        if found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:  # which /tmp has
-            with suppress(OSError):  # of file systems without modes
+        if found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:  # /tmp has this bit
+            with suppress(OSError):  # file systems without modes
                 home.chmod(0o700)
         return not home.stat().st_mode & 0o077
     except OSError as error:
@@ -109,10 +101,10 @@ def make(home: Path, *, to_restore: bool = False) -> bool:
 
 @contextmanager
 def serving(home: Path) -> Iterator[None]:
-    """A block in which no other process serves `home`. Raises StartupError where one does.
+    """Lock `home` for the block. Raise StartupError if another process serves it.
 
-    Two would delete each other's bytes: what a request or an upload holds, its own process alone knows. The lock
-    goes with this process, however it ends: its children don't inherit the handle.
+    Two servers would delete each other's bytes, since only a process itself knows what its requests and uploads
+    use. The lock ends with this process, even if it is killed: children don't inherit the handle.
     """
     try:
         handle = os.open(home / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
@@ -126,12 +118,12 @@ def serving(home: Path) -> Iterator[None]:
             raise StartupError(
                 f"SMOLORA_HOME={home} is served already, by {other}: stop that one, or choose another --home"
             ) from None
-        except OSError as error:  # of file systems without locks
+        except OSError as error:  # file systems without locks
             raise StartupError(
                 f"SMOLORA_HOME={home}: can't lock a file there: {error.strerror or error}; choose another --home, "
                 "on a local disk"
             ) from None
-        with suppress(OSError):  # no space for who it is
+        with suppress(OSError):  # the disk may be full
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
@@ -140,7 +132,10 @@ def serving(home: Path) -> Iterator[None]:
 
 
 def prepare(home: Path) -> None:
-    """Try writing there, and clear what killed servers left; for who is `serving` it. Raises StartupError."""
+    """Check that HOME is writable, and remove uploads that killed servers left. Call it while `serving`.
+
+    Raises StartupError.
+    """
     scratch = home.absolute() / "tmp"
     try:
         scratch.mkdir(exist_ok=True)
@@ -152,7 +147,7 @@ def prepare(home: Path) -> None:
         raise _cannot_write(home, error) from None
     for leftover in scratch.glob("upload-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    # Uploads are spooled there, too: /tmp may be memory, or not writable at all.
+    # Uploads are spooled there, too: /tmp may be in memory, or read-only.
     tempfile.tempdir = str(scratch)
 
 

@@ -1,11 +1,11 @@
-"""Where a HOME's bytes are: in HOME alone, or in a bucket that many machines share, of which HOME is a cache."""
+"""Where bytes are stored: in HOME only, or in a bucket that several machines use, and HOME caches."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.catalog.records import Records
-from adapters.storage.durable import new_file
+from adapters.storage.blobs import Blobs, Directory
 from server.config import BucketSettings, StorageSettings
 from server.errors import StartupError, Unavailable
 from server.storage.home import PLACES, PROJECTS, Home
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Storage:
-    """A HOME, and the bucket if there is one: what is at a path below HOME has that path as its key."""
+    """A HOME, and the bucket if there is one. The keys in the bucket are paths below HOME."""
 
     home: Home
     bucket: "Bucket | None" = None
     cache_bytes: int | None = None
-    url: str | None = None  # the bucket's
+    url: str | None = None  # of the bucket
 
     @classmethod
     def open(cls, home: Path, settings: StorageSettings, *, check: bool = True) -> "Storage":
-        """As the settings say; nothing of a bucket is imported where they name none. Raises StartupError where it
-        can't be opened or, with `check`, be written to.
+        """Open the storage that the settings name. Without a bucket, nothing is imported for one.
+
+        Raise StartupError if the bucket can't be opened or, with `check`, written to.
         """
         if settings.bytes_url is None:
             return cls(Home(home))
@@ -52,66 +53,52 @@ class Storage:
 
     @property
     def place(self) -> "Place":
-        """Where the bytes are, as `server.database.agree` asks."""
-        return Place(self.home, self.bucket, self.url or "")
+        """The place of the bytes, for `server.database.agree`."""
+        if self.bucket is None:
+            return Place(Directory(self.home.path), is_home=True, url=str(self.home.path.absolute()))
+        return Place(self.bucket, is_home=False, url=self.url or "")
 
     def adapters(self, grace: float = 0.0) -> "AdapterStore":
-        """The adapters' bytes. No request takes longer than `grace` seconds."""
+        """Open the store of the adapters' bytes. No request takes longer than `grace` seconds."""
         if self.bucket is None:
-            from adapters.store.store import AdapterStore  # brings torch, which a worker doesn't need
+            from adapters.store.store import AdapterStore  # imports torch, which a worker doesn't need
 
             return AdapterStore(self.home.adapters)
-        from adapters.store.bucket_store import GRACE, SharedAdapterStore
+        from adapters.store.bucket_store import GRACE, BucketAdapterStore
 
         under = self.bucket.under("adapters")
-        return SharedAdapterStore(self.home.adapters, under, self.cache_bytes, max(grace, GRACE))
+        return BucketAdapterStore(self.home.adapters, under, self.cache_bytes, max(grace, GRACE))
 
     def records(self) -> Records:
-        """The catalog's records."""
-        if self.bucket is None:
-            return Records(self.home.adapters)
-        from adapters.catalog.records import SharedRecords
-
-        return SharedRecords(self.home.adapters, self.bucket.under("adapters"))
+        """Open the catalog's records."""
+        return Records(self.home.adapters, self.at(self.home.adapters))
 
     def projects(self) -> list[str]:
-        """Those that may have uploaded something, on any machine. Raises BytesUnavailable."""
+        """Return the projects that may have uploads, on any machine. Raises BytesUnavailable."""
         found = self.home.projects()
         others = [] if self.bucket is None else self.bucket.under(PROJECTS).folders()
         return [*found, *(project for project in others if project not in found)]
 
     def at(self, path: Path) -> "Bucket | None":
-        """What the bucket has of a folder of HOME."""
+        """Return the part of the bucket that corresponds to a folder of HOME, or None without a bucket."""
         return None if self.bucket is None else self.bucket.under(path.relative_to(self.home.path).as_posix())
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where bytes are: HOME, or a bucket; marks are empty files, or objects, below `places`."""
+    """A place of bytes: HOME, or a bucket. Its marks are empty blobs below `places`.
 
-    home: Home
-    bucket: "Bucket | None"
+    `url` is the bucket's address, or HOME's path.
+    """
+
+    blobs: Blobs
+    is_home: bool
     url: str
 
-    @property
-    def is_home(self) -> bool:
-        return self.bucket is None
-
-    @property
-    def told(self) -> str:
-        return str(self.home.path.absolute()) if self.bucket is None else self.url
-
     def has_mark(self, place: str) -> bool:
-        """Whether the place is the one of that id. Raises BytesUnavailable."""
-        if self.bucket is None:
-            return (self.home.places / place).exists()
-        return any(stored.key == f"{PLACES}/{place}" for stored in self.bucket.listed(f"{PLACES}/"))
+        """Return whether the place has the mark of that id. Raises BytesUnavailable."""
+        return f"{PLACES}/{place}" in self.blobs.keys(f"{PLACES}/")
 
     def mark(self, place: str) -> None:
-        """Have it be that one, too. Raises OSError, BytesUnavailable."""
-        if self.bucket is not None:
-            self.bucket.put(f"{PLACES}/{place}", b"")
-            return
-        self.home.places.mkdir(parents=True, exist_ok=True)
-        with new_file(self.home.places / place):
-            pass
+        """Add the mark of that id. Raises OSError, BytesUnavailable."""
+        self.blobs.put(f"{PLACES}/{place}", b"")

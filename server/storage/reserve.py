@@ -1,6 +1,6 @@
-"""A file that only takes up space, so that where the disk is full that much can still be written down.
+"""A file that only takes up space. On a full disk it is deleted, so that a few last writes succeed.
 
-`spend_on` is for the few writes that say why a job ended. The reserve is filled again once there is room.
+`spend_on` is for the writes that say why a job ended. The reserve is filled again once there is room.
 """
 
 import errno
@@ -28,20 +28,20 @@ _FAILS_WORDS = (
     *("os error 5)", "os error 30)"),
 )
 _LOCKED_WORDS = ("database is locked",)
-_WAITS = (0.0, 0.1, 0.3, 1.0)  # seconds: others may take what was released
+_WAITS = (0.0, 0.1, 0.3, 1.0)  # seconds before each try: other processes may take released space
 
 _Result = TypeVar("_Result")
 
 
 class Reserve:
-    """The reserve of one HOME, which all its processes share."""
+    """The reserve of one HOME. All processes that use the HOME use the same file."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self._path = home / FILE_NAME
 
     def fill(self) -> bool:
-        """Take up the space, unless that was done before. Whether it is there now."""
+        """Create the file, unless it exists. Return whether it exists now."""
         if self._path.exists():
             return True
         if self._num_free < 2 * RESERVE_BYTES:
@@ -49,23 +49,23 @@ class Reserve:
         remove_abandoned(self._home)
         try:
             with new_file(self._path) as unfinished:
-                unfinished.write_bytes(os.urandom(RESERVE_BYTES))  # nothing that a file system could squeeze
+                unfinished.write_bytes(os.urandom(RESERVE_BYTES))  # no file system can compress it
         except OSError:
             return False
         return True
 
     def release(self) -> None:
-        """Give the space back."""
+        """Delete the file."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
     def is_disk_full(self, error: BaseException) -> bool:
-        """Whether the error, or one that led to it, says that there is no space, or there is hardly any."""
+        """Return whether the error or one of its causes reports a full disk, or the disk is almost full."""
         return _says(error, _FULL, _FULL_WORDS) or self.is_needed
 
     @property
     def is_needed(self) -> bool:
-        """Whether hardly anything can be written any more."""
+        """Whether the disk is almost full."""
         return self._num_free < _TOO_LITTLE_BYTES
 
     @property
@@ -73,12 +73,15 @@ class Reserve:
         return shutil.disk_usage(self._home).free
 
     def spend_on(self, work: Callable[[], _Result]) -> _Result:
-        """`work`, which is short and may be done again: where it fails for want of space, the reserve goes."""
+        """Run `work`, which is short and idempotent, and return its result.
+
+        If the disk is full, release and retry.
+        """
         for wait in _WAITS:
             time.sleep(wait)
             try:
                 return work()
-            except SmoloraError:  # it did what it should
+            except SmoloraError:  # an answer, not a failed write
                 raise
             except Exception as error:
                 if not self.is_disk_full(error):
@@ -88,17 +91,17 @@ class Reserve:
 
 
 def is_disk_failing(error: BaseException) -> bool:
-    """Whether the error, or one that led to it, says that the disk can't be read or written, full or not."""
+    """Return whether the error or one of its causes reports a failing or read-only disk."""
     return _says(error, _FAILS, _FAILS_WORDS)
 
 
 def is_database_locked(error: BaseException) -> bool:
-    """Whether the error, or one that led to it, says that somebody else kept the file of the database too long."""
+    """Return whether the error or one of its causes reports a database that another process kept locked."""
     return _says(error, (), _LOCKED_WORDS)
 
 
 def once_unlocked(work: Callable[[], _Result], goes_on: Callable[[], bool]) -> _Result:
-    """What `work` returns, which is done again while somebody else keeps the database locked, and `goes_on`."""
+    """Run `work`, and return its result. Retry while the database is locked and `goes_on()` is true."""
     while True:
         try:
             return work()

@@ -1,11 +1,11 @@
-"""Uploaded data sets: checked rows under an id that follows from them, published by one rename.
+"""Uploaded data sets: checked rows under an id that is derived from them.
 
     <root>/ds-<32 hex digits>/rows.jsonl      a line of canonical JSON for each row
                               dataset.json    counts, dates, the digest of all rows
 
-The id begins the digest of the rows in their order, so that the same rows are one data set, from whichever format
-they came; the first upload's facts stay. Several processes may use one root. Who uses a data set is the caller's
-to know: `delete` asks nobody.
+The id has the first digits of the digest of all rows in order. So the same rows are one data set, whatever the
+format of the upload; the facts of the first upload are kept. `delete` doesn't check whether a job uses the data
+set: callers do.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from adapters.errors import Hint, InvalidInput, NotFound, SmoloraError
 from adapters.storage.durable import UNFINISHED, write_json
-from server.training.record_store import record_store
+from server.training.record_store import RecordStore
 from server.training.row_files import FILE, Format, format_of, read_rows, short_name
 from server.training.rows import CanonicalRows, IgnoredFields, canonical_json, kind_of
 from server.training.spec import read_document
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 ROWS = "rows.jsonl"
 FACTS = "dataset.json"
 _ID = re.compile(r"ds-[0-9a-f]{32}")
-_STEP_BYTES = 16 << 20  # that may be written before it is told how many there are
+_STEP_BYTES = 16 << 20  # written between two calls of `grown`
 _TOO_LARGE = (
-    "its rows come to more than {} bytes as JSON, in which a control character takes six, a line break or a quote "
-    "two: leave out what isn't needed, or upload it in parts"
+    "its rows take more than {} bytes as JSON, in which a control character takes six bytes, a line break or a "
+    "quote two: leave out what isn't needed, or upload it in parts"
 )
 
 
 class CorruptDataset(SmoloraError):
-    """Stored rows are missing, or no longer match the digest that names them."""
+    """Stored rows are missing, or no longer match their digest."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a data set. `bytes`, `format` and `filename` are the first upload's.
+    """The facts of a data set. `bytes`, `format` and `filename` are those of the first upload.
 
-    Its rows are kept as JSON, which may take several times a CSV's bytes: a control character takes six.
+    Rows are stored as JSON, which may take several times as many bytes as the upload's CSV.
     """
 
     id: str
@@ -59,22 +59,22 @@ class Dataset:
     created_at: datetime  # UTC
     kinds: Mapping[str, int]  # rows of each shape: completion, messages, text
     digest: str  # as `CanonicalRows.digest` has it
-    filename: str | None = None  # what it was before they were kept
-    key_id: str | None = None  # of the API key that uploaded it
-    rows_bytes: int | None = None  # of the rows as they are kept; None: of before that was counted
+    filename: str | None = None
+    key_id: str | None = None  # the API key that uploaded it
+    rows_bytes: int | None = None  # size of the rows as stored
 
     @property
     def stored_bytes(self) -> int:
-        """What it takes up, as far as that is known."""
+        """The size of the rows as stored, or of the upload if that is unknown."""
         return self.bytes if self.rows_bytes is None else self.rows_bytes
 
     def to_document(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Return the facts as JSON values."""
         return asdict(self) | {"created_at": self.created_at.isoformat(), "kinds": dict(self.kinds)}
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> Self:
-        """What `to_document` made. Raises ValueError on anything else."""
+        """Return the facts that `to_document` wrote. Raise ValueError if they are malformed."""
         return read_document(cls, document)
 
 
@@ -84,21 +84,21 @@ def no_dataset() -> NotFound:
     return NotFound(f"no data set has this id: {hint}", hint=hint)
 
 
-class DatasetStore:
-    """The data sets under one root, or in a bucket. Thread-safe. `key_id` is kept with what is put into it."""
+class DatasetStore(RecordStore[Dataset]):
+    """The data sets under one root, or in a bucket. `key_id` is stored with each new data set."""
 
     def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
+        super().__init__(
+            root,
+            bucket,
+            ids=_ID,
+            file_name=FACTS,
+            decode=Dataset.from_document,
+            missing=no_dataset,
+            corrupt=CorruptDataset,
+        )
         self._root = root
         self._key_id = key_id
-        self._records = record_store(
-            root,
-            _ID,
-            FACTS,
-            Dataset.from_document,
-            no_dataset,
-            CorruptDataset,
-            bucket,
-        )
 
     def put(
         self,
@@ -109,30 +109,30 @@ class DatasetStore:
         max_bytes: int | None = None,
         grown: Callable[[int], None] | None = None,
     ) -> Dataset:
-        """Check all rows and store them; the format is the file name's ending. What else they have is counted.
+        """Check all rows and store them. The format follows from the file name's ending.
 
-        As they are stored they may have `max_bytes`; `grown` is told now and then, and at the end, how many bytes
-        there are by now, and may raise. Raises InvalidInput with the lines and fields at fault, OSError where the
-        disk is full. Nothing stays then, whoever raised.
+        Unknown fields are counted in `ignored`. The rows may take `max_bytes` as stored. `grown` gets the number
+        of bytes so far, every 16 MiB and at the end, and may raise. Raises InvalidInput with the lines and fields
+        at fault, OSError if the disk is full. If anything raises, nothing is stored.
         """
         file_format = format_of(filename)
-        counted = _Counted(stream)
+        upload = MeasuredStream(stream)
         self._root.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=UNFINISHED, dir=self._root)
         unfinished = Path(name)
         try:
             kinds: Counter[str] = Counter()
             digest = hashlib.sha256()
-            num_bytes, told = 0, 0
+            num_bytes, reported = 0, 0
             with open(handle, "wb") as file:
-                for row in read_rows(cast("BinaryIO", counted), file_format, ignored):
+                for row in read_rows(cast("BinaryIO", upload), file_format, ignored):
                     line = canonical_json(row) + b"\n"
                     num_bytes += len(line)
                     if max_bytes is not None and num_bytes > max_bytes:
                         raise InvalidInput.of(FILE, _TOO_LARGE.format(max_bytes))
-                    if grown is not None and num_bytes - told >= _STEP_BYTES:
+                    if grown is not None and num_bytes - reported >= _STEP_BYTES:
                         grown(num_bytes)
-                        told = num_bytes
+                        reported = num_bytes
                     digest.update(line)
                     file.write(line)
                     kinds[kind_of(row)] += 1
@@ -144,7 +144,7 @@ class DatasetStore:
                 id=f"ds-{digest.hexdigest()[:32]}",
                 format=file_format,
                 num_rows=kinds.total(),
-                bytes=counted.num_bytes,
+                bytes=upload.num_bytes,
                 created_at=datetime.now(UTC),
                 kinds=dict(sorted(kinds.items())),
                 digest=digest.hexdigest(),
@@ -154,76 +154,54 @@ class DatasetStore:
             )
             return self._publish(unfinished, dataset)
         finally:
-            with suppress(OSError):  # `clean` takes it then
+            with suppress(OSError):  # `clean` removes it later
                 unfinished.unlink(missing_ok=True)
 
-    def get(self, dataset_id: str) -> Dataset:
-        """Raises NotFound."""
-        return self._records.get(dataset_id)
-
-    def has(self, dataset_id: str) -> bool:
-        """Whether it is there, perhaps damaged."""
-        return self._records.has(dataset_id)
-
-    def ids(self) -> set[str]:
-        """Those of all of them, of damaged ones too."""
-        return self._records.ids()
-
-    def list(self) -> list[Dataset]:
-        """All that can be read, newest first; the log names the others."""
-        return self._records.list()
-
     def rows(self, dataset_id: str) -> CanonicalRows:
-        """The rows in their order. Raises NotFound, CorruptDataset."""
+        """Return the rows in order. Raises NotFound, CorruptDataset."""
         return CanonicalRows(self.lines(dataset_id))
 
     def lines(self, dataset_id: str) -> Iterator[bytes]:
-        """Each row's canonical JSON. Raises NotFound at once; CorruptDataset, at the latest at the end."""
-        return _checked_lines(partial(self._records.open, dataset_id, ROWS), self.get(dataset_id))
+        """Yield each row's canonical JSON. Raises NotFound at once, CorruptDataset at the end at the latest."""
+        return _checked_lines(partial(self._open, dataset_id, ROWS), self.get(dataset_id))
 
     def verify(self, dataset_id: str) -> Dataset:
-        """What is known of it, once all of it was read. Raises NotFound, CorruptDataset."""
+        """Read all rows, and return the data set's facts. Raises NotFound, CorruptDataset."""
         dataset = self.get(dataset_id)
         try:
-            is_whole = self._records.digest(dataset_id, ROWS) == dataset.digest
+            is_whole = self._digest(dataset_id, ROWS) == dataset.digest
         except OSError:
             raise CorruptDataset(f"the rows of {dataset_id} are missing or unreadable") from None
         if not is_whole:
             raise CorruptDataset(f"the rows of {dataset_id} no longer match its digest")
         return dataset
 
-    def delete(self, dataset_id: str) -> None:
-        """Raises NotFound. Who is reading its rows now reads on."""
-        self._records.delete(dataset_id)
-
-    def clean(self) -> None:
-        """Drop what killed processes left, once it is old enough."""
-        self._records.clean()
-
     def _publish(self, rows: Path, dataset: Dataset) -> Dataset:
-        place = self._records.new(dataset.id)
+        place = self._new(dataset.id)
         try:
             return self.verify(dataset.id)
         except NotFound:
             pass
-        except CorruptDataset:  # of which these rows are whole
-            place = self._records.renewed(dataset.id)
+        except CorruptDataset:  # the new rows repair it
+            place = self._renewed(dataset.id)
         with place as directory:
             os.replace(rows, directory / ROWS)
             write_json(directory / FACTS, dataset.to_document())
-        return self._records.find(dataset.id) or dataset  # another process may have been quicker
+        return self._find(dataset.id) or dataset  # another process may have stored it first
 
 
-class _Counted:
-    """A stream whose bytes are counted as they are read."""
+class MeasuredStream:
+    """Counts and hashes a stream's bytes as they are read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.num_bytes = 0
+        self.digest = hashlib.sha256()
         self._stream = stream
 
     def readline(self, limit: int) -> bytes:
         line = self._stream.readline(limit)
         self.num_bytes += len(line)
+        self.digest.update(line)
         return line
 
 

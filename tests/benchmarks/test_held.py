@@ -10,7 +10,7 @@ from benchmarks.held.__main__ import main
 from benchmarks.held.report import TITLES, Results, evaluate, markdown
 from benchmarks.peers.venvs import HELD_FLAGS, MAKERS, held
 from benchmarks.serving.systems.server_process import ServerConfig
-from server.model.native.library import INSTRUCTIONS
+from server.model.native.build import INSTRUCTIONS
 from tests.benchmarks.kit import held as results
 from tests.kits.native import native_library
 

@@ -118,16 +118,16 @@ def test_deleted_while_the_other_has_it_queued(
         assert {hog.result().status_code for hog in hogs} == {200}
 
     from adapters.storage.bucket import Bucket
-    from adapters.store.bucket_store import SharedAdapterStore
+    from adapters.store.bucket_store import BucketAdapterStore
 
     for name, value in aws_variables(whole.proxy.url).items():
         monkeypatch.setenv(name, value)
     bucket = Bucket.open(whole.bytes_url, allow_http=True).under("adapters")
-    store = SharedAdapterStore(tmp_path, bucket)
+    store = BucketAdapterStore(tmp_path, bucket)
     assert bucket.listed(f"bytes/{digest}/")
     assert store.sweep(lambda _: False) == []  # a request might still want it
     time.sleep(2)
-    swept = SharedAdapterStore(tmp_path, bucket, grace=1).sweep(lambda wanted: wanted != digest)
+    swept = BucketAdapterStore(tmp_path, bucket, grace=1).sweep(lambda wanted: wanted != digest)
     assert swept == [digest]
     assert bucket.listed(f"bytes/{digest}/") == []
 

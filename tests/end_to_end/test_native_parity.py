@@ -113,7 +113,7 @@ def default_server(
     try:
         log = server.log()
         assert "in bfloat16" in log
-        assert "nothing native" not in log
+        assert "no native code" not in log
         server.upload("left", oracle.left)
         server.upload("right", oracle.right)
         yield server

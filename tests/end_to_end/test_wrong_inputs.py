@@ -86,7 +86,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /generate",
         {"content": b" " * (3 << 20), "headers": JSON},
         413,
-        "the body is larger than 2097152 bytes, the most that is taken here",
+        "the body is larger than 2097152 bytes, the most that is accepted here",
     ),
     ("GET /generate", {}, 405, "GET is not possible here: use POST"),
     ("GET /generat", {}, 404, "no such path (did you mean /generate?): /docs lists them"),
@@ -270,7 +270,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /compositions/mix",
         {"json": {"expression": "left+right", "density": 0.5}},
         422,
-        "density: an exact sum has none: leave it out",
+        "density: is only for merges: leave it out, or set method",
     ),
     # /v1
     (

@@ -16,7 +16,8 @@ import torch
 
 from server.model.base.source import resolve_base
 from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights, load_base
-from server.model.native.library import NativeUnavailable, instructions, library_name, load_library
+from server.model.native.build import NativeUnavailable, library_name
+from server.model.native.library import instructions, load_library
 from server.model.native.model import NativeModel
 from server.model.ops.linear import can_pack
 from tests.kits.cache import CACHE
@@ -91,7 +92,7 @@ def _cached_library() -> ctypes.CDLL:
     CACHE.mkdir(exist_ok=True)
     with open(CACHE / "native.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return load_library([CACHE / "native"])
+        return load_library(CACHE / "native")
 
 
 def lend_native(home: Path) -> None:

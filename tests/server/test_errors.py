@@ -8,6 +8,7 @@ import pickle
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ EXTRA = ("obstore", "psycopg", "ray")
 """What the extra `cluster` brings. Modules that need it define no error."""
 
 FIELDS = (FieldError(("adapters", 3, "name"), "isn't one"), FieldError(("prompt",), "is empty: “äöü”"))
-ARGUMENTS = {
+ARGUMENTS: dict[str, Any] = {
     "errors": FIELDS,
     "message": "it is so",
     "num_more": 0,

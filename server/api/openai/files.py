@@ -60,7 +60,7 @@ _BODY = {
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Upload a file of rows. Every line is checked. Uploading the same bytes again makes another file."""
     async with received_form(request, services) as form:
-        file = await services.limiters.checking.run(_put, services.files, form)
+        file = await services.limiters.checking.run(services.principal.project, _put, services.files, form)
     return wire.answer(file_object(file))
 
 

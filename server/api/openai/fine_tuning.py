@@ -434,7 +434,7 @@ async def create(
     key: IdempotencyKey = None,
 ) -> Response:
     """Create a fine-tuning job. It publishes the next version of the adapter `suffix`."""
-    job = await services.limiters.preparing.run(_submit, services, body, key)
+    job = await services.limiters.preparing.run(services.principal.project, _submit, services, body, key)
     return await to_thread.run_sync(_answer, services, job)
 
 

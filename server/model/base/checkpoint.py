@@ -1,7 +1,7 @@
-"""A base model as it is found: configuration, tokenizer and tensors under their Hugging Face names.
+"""A base model before conversion: configuration, tokenizer and tensors with their Hugging Face names.
 
 `open_directory` reads a Hugging Face directory (safetensors, in one file or sharded). The tokenizer is exactly
-what tokenizer.json says; nothing that comes with a model is executed. Converting it is `convert.py`'s part.
+that of tokenizer.json. No code that comes with a model is executed.
 """
 
 import json
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that weights may be stored in, by their safetensors names."""
+"""The dtypes of weights that are supported, by their safetensors names."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What is known of a tensor before it is read, and how to read it."""
+    """A tensor that isn't read yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,17 +35,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All of a base model; `tensors` are read one by one, when asked for."""
+    """A whole base model, whose tensors are read one at a time."""
 
     config: Mapping[str, object]  # config.json
     generation: Mapping[str, object]  # generation_config.json, or empty
     tokenizer: "PreTrainedTokenizerBase"
     tensors: Mapping[str, StoredTensor]
-    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # what some of them come from
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # the stored form of some of the tensors
 
 
 def open_directory(directory: Path) -> Checkpoint:
-    """A Hugging Face directory as it lies there. Raises StartupError, in one line, where it is incomplete."""
+    """Open a Hugging Face directory. Raise StartupError, in one line, if it is incomplete."""
     if not (directory / "config.json").is_file():
         raise StartupError(f"{directory.name} is not a Hugging Face model directory: it has no config.json")
     generation = directory / "generation_config.json"
@@ -58,16 +58,16 @@ def open_directory(directory: Path) -> Checkpoint:
 
 
 def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The directory's tokenizer.json with its special tokens and chat template. Raises StartupError where there is
-    none, or none that is byte-level."""
+    """Return the directory's tokenizer with its special tokens and chat template. Raise StartupError if there is
+    none, or if it isn't byte-level."""
     if not (directory / "tokenizer.json").is_file():
         raise StartupError(f"{directory.name} has no tokenizer.json")
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # once: a converted base needs none
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # only for a conversion
 
-    # AutoTokenizer may rebuild the pre-tokenizer of a known class by its own rules; the file's must stay.
+    # AutoTokenizer may replace the file's pre-tokenizer by that of a known class.
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise whatever the missing piece leads to
+    except Exception as error:  # transformers and tokenizers raise errors of many types
         raise StartupError(f"{directory.name}: the tokenizer can't be read: {error!r}"[:300]) from error
     require_byte_level(directory.name, tokenizer.backend_tokenizer)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -75,7 +75,7 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object. Raises StartupError where the file is not one."""
+    """Return a file's JSON object. Raise StartupError if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

@@ -1,8 +1,8 @@
-"""A base model's sizes and constants, read from a Hugging Face config.
+"""A base model's sizes and constants, from a Hugging Face config.
 
-`ModelConfig` says everything that the forward pass and the adapters need to know about a base. Building one
-refuses, by name, every architecture and every option that the forward does not compute exactly; defaults and the
-older spellings (`rope_theta` beside `rope_scaling`) are resolved by transformers' own configuration classes.
+`ModelConfig` has everything that the forward pass and adapters need to know about a base. `ModelConfig.of`
+refuses, by name, every architecture and option that the forward pass doesn't compute exactly. transformers'
+configuration classes resolve defaults and older spellings.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _MUST_BE: Mapping[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
-"""Options of these architectures that change the result, and the values under which they don't."""
+"""Options that change the result, and the values for which they don't."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class ModelConfig:
 
     @property
     def q_size(self) -> int:
-        """Features of all query heads together."""
+        """The number of features of all query heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Features of all key (or value) heads together."""
+        """The number of features of all key heads, or of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def shape(self) -> BaseShape:
-        """What an adapter must fit: (out, in) of every linear module."""
+        """The shape that adapters must fit: (out, in) of every linear module."""
         hidden, inner = self.hidden_size, self.intermediate_size
         features = {
             "q_proj": (self.q_size, hidden),
@@ -73,12 +73,12 @@ class ModelConfig:
 
     @property
     def stored(self) -> dict[str, object]:
-        """As JSON has it; `from_stored` reads it."""
+        """The config as JSON, for `from_stored`."""
         return dataclasses.asdict(self) | {"nope_layers": sorted(self.nope_layers)}
 
     @classmethod
     def from_stored(cls, stored: object) -> "ModelConfig | None":
-        """What a converted base keeps, so that nothing is left to resolve; None where it keeps other fields."""
+        """Return the config that `stored` describes, or None if it has other fields."""
         if not isinstance(stored, dict) or stored.keys() != {field.name for field in dataclasses.fields(cls)}:
             return None
         tuples = {"nope_layers": frozenset(stored["nope_layers"]), "eos_token_ids": tuple(stored["eos_token_ids"])}
@@ -88,17 +88,18 @@ class ModelConfig:
     def of(
         cls, raw: Mapping[str, object], generation: Mapping[str, object], tokenizer_eos: int | None
     ) -> "ModelConfig":
-        """From a parsed config.json, generation_config.json (may be empty) and the tokenizer's end token.
+        """Return the config for a parsed config.json, generation_config.json (may be empty) and the tokenizer's
+        end token.
 
-        Raises StartupError naming the architecture, or every option, that can't be honoured.
+        Raise StartupError, naming the architecture or every option that isn't supported.
         """
-        from transformers import LlamaConfig, SmolLM3Config  # a second, which loading a converted base saves
+        from transformers import LlamaConfig, SmolLM3Config  # takes a second, so only for a conversion
 
         architecture = _architecture(raw)
         known = LlamaConfig if architecture == "LlamaForCausalLM" else SmolLM3Config
         try:
             fields: Mapping[str, object] = known.from_dict(dict(raw)).to_dict()
-        except Exception as error:  # whatever transformers' validation raises: one line of it is enough
+        except Exception as error:  # transformers' validation raises errors of many types
             raise StartupError(
                 f"config.json is not a valid {architecture} config: {_first_line(error)}"
             ) from error
@@ -139,7 +140,7 @@ def _architecture(raw: Mapping[str, object]) -> str:
     listed, model_type = raw.get("architectures"), raw.get("model_type")
     if isinstance(listed, list) and listed:
         name = str(listed[0])
-    else:  # a config saved without its model names the type alone
+    else:  # a config that was saved without its model has only the type
         name = next((known for known, kind in ARCHITECTURES.items() if kind == model_type), str(model_type))
     if name not in ARCHITECTURES or model_type not in (None, ARCHITECTURES[name]):
         found = name if name not in ARCHITECTURES else f"{name} with model_type {model_type!r}"
@@ -150,7 +151,7 @@ def _architecture(raw: Mapping[str, object]) -> str:
 def _refuse_options(
     raw: Mapping[str, object], fields: Mapping[str, object], rope: Mapping[object, object]
 ) -> None:
-    """Raise StartupError naming every option whose effect the forward does not compute."""
+    """Raise StartupError, naming every option that the forward pass doesn't compute."""
     refused = [
         f"{key}={_short(value)}"
         for key, allowed in _MUST_BE.items()
@@ -168,7 +169,8 @@ def _refuse_options(
 
 
 def _nope_layers(no_rope_layers: object, num_layers: int) -> frozenset[int]:
-    """SmolLM3's list has a 1 where a layer *does* rotate; Llama has no list and always does."""
+    """Return the layers without rotary embedding. SmolLM3's list has a 1 for layers that rotate; Llama has no
+    list."""
     if no_rope_layers is None:
         return frozenset()
     if not isinstance(no_rope_layers, list) or len(no_rope_layers) < num_layers:
@@ -177,8 +179,8 @@ def _nope_layers(no_rope_layers: object, num_layers: int) -> frozenset[int]:
 
 
 def _eos_token_ids(vocab_size: int, *sources: object) -> tuple[int, ...]:
-    """Every end token that any source names, once, ascending. Ids outside the vocabulary (-1 for none, say) end
-    nothing, and are left out."""
+    """Return the end tokens of all sources, ascending, without duplicates and without ids outside the vocabulary,
+    such as -1 for none."""
     found: set[int] = set()
     for source in sources:
         ids = source if isinstance(source, list) else [source]

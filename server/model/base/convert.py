@@ -1,14 +1,11 @@
-"""Which Hugging Face tensors are stacked into which tensor of a converted base.
+"""Converts a checkpoint to the directory that a base is loaded from.
 
-A safetensors file whose tensors all start on 64-byte borders, written in one pass.
+The directory has the original config.json, generation_config.json and tokenizer, the weights with q·k·v and
+gate·up stacked, and a manifest. It is created by one rename and never changes afterwards.
 
-Any safetensors reader can map it; aligned tensors can then be used where they lie, by vector instructions too.
-The format allows no gaps between tensors, so one that does not end on a border is followed by a named filler.
-
-Turns a checkpoint into the directory that a base is loaded from.
-
-It holds config.json, generation_config.json and the tokenizer as they were, the weights with q·k·v and gate·up
-stacked, and a manifest. It appears by one rename and never changes after that.
+In its safetensors file all tensors start at multiples of 64 bytes, so that vector instructions can use the mapped
+tensors directly. The format allows no gaps between tensors: a tensor that doesn't end at a multiple is followed by
+a named filler.
 """
 
 import json
@@ -31,7 +28,7 @@ from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, BaseWeights, Ma
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor under its Hugging Face name."""
+    """A tensor with its Hugging Face name."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor of the converted file: its parts one after the other along the first dimension."""
+    """A tensor of the converted file: its parts, concatenated along the first dimension."""
 
     name: str
     parts: tuple[Part, ...]
@@ -54,7 +51,7 @@ class Stack:
 
 
 def layout(config: ModelConfig) -> Iterator[Stack]:
-    """Every tensor of a base, in the order of the converted file. A tied head has no entry."""
+    """Yield every tensor of a base in the order of the converted file. A tied head has no entry."""
     embedding = (config.vocab_size, config.hidden_size)
     norm = (config.hidden_size,)
     yield _stack("embed", ("model.embed_tokens", embedding))
@@ -79,16 +76,16 @@ def _stack(name: str, *modules: tuple[str, tuple[int, ...]]) -> Stack:
     return Stack(name, tuple(Part(f"{module}.weight", shape) for module, shape in modules))
 
 
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+ALIGNMENT = 64  # bytes: a cache line, and the largest vector register
 FILLER = "_filler."
-"""The start of the names of tensors that are not part of the model."""
+"""Prefix of the names of tensors that aren't part of the model."""
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: `make` builds it when its turn comes, so that only one is in memory at a time."""
+    """A tensor to be written. `make` builds it just before that, so only one is in memory at a time."""
 
     name: str
     shape: tuple[int, ...]
@@ -101,7 +98,7 @@ class PlannedTensor:
 
 
 def write_aligned(path: Path, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> None:
-    """Write the tensors in the order given and wait until they are on the disk. Raises OSError."""
+    """Write the tensors in order, and wait until they are on the disk. Raise OSError."""
     tensors = _with_fillers(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -110,7 +107,7 @@ def write_aligned(path: Path, tensors: Iterable[PlannedTensor], metadata: Mappin
         header[tensor.name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": span}
         offset = span[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # the header's length is the file's first 8 bytes
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # the file's first 8 bytes are the header's length
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
@@ -140,13 +137,13 @@ def _zeros(size: int) -> Callable[[], torch.Tensor]:
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_FAULTS = 5  # named in an error
+MAX_FAULTS = 5  # listed in an error
 
 
 def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revision: str | None = None) -> None:
-    """Write the checkpoint as the converted directory `target`, unless another process is quicker.
+    """Write the checkpoint as the converted directory `target`, unless another process has done so.
 
-    Raises StartupError where the checkpoint is not supported or lacks tensors, OSError where it can't be written.
+    Raise StartupError if the checkpoint isn't supported or lacks tensors, and OSError if it can't be written.
     """
     config = ModelConfig.of(checkpoint.config, checkpoint.generation, checkpoint.tokenizer.eos_token_id)
     if len(checkpoint.tokenizer) > config.vocab_size:
@@ -169,8 +166,10 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
 def write_quantized(
     directory: Path, config: ModelConfig, weights: BaseWeights, quantized: Mapping[str, Quantized]
 ) -> None:
-    """Keep in a converted directory what its tensors were stored as, of those that are expanded to the very same
-    bits. Appears by one rename. `quantized` has Hugging Face's names. Raises OSError."""
+    """Add the stored form of tensors to a converted directory, if it expands to exactly the same bits.
+
+    The file is created by one rename. `quantized` has Hugging Face's names. Raise OSError.
+    """
     if not quantized:
         return
     stored = dict(weights.tensors())
@@ -179,29 +178,30 @@ def write_quantized(
         parts = [quantized[part.name] for part in stack.parts if part.name in quantized]
         if len(parts) < len(stack.parts) or len({part.type for part in parts}) > 1:
             continue
-        one = Quantized(parts[0].type, torch.cat([part.blocks for part in parts]))
-        if torch.equal(one.expanded(), stored[stack.name]):
-            kept[stack.name] = one
+        stacked = Quantized(parts[0].type, torch.cat([part.blocks for part in parts]))
+        if torch.equal(stacked.expanded(), stored[stack.name]):
+            kept[stack.name] = stacked
     planned = [
-        PlannedTensor(name, tuple(one.blocks.shape), torch.uint8, partial(_same, one.blocks))
-        for name, one in kept.items()
+        PlannedTensor(name, tuple(matrix.blocks.shape), torch.uint8, partial(_same, matrix.blocks))
+        for name, matrix in kept.items()
     ]
     with new_file(directory / QUANTIZED, is_public=True) as file:
-        write_aligned(file, planned, {name: one.type for name, one in kept.items()})
+        write_aligned(file, planned, {name: matrix.type for name, matrix in kept.items()})
 
 
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Save it under the class that every version of transformers reads from tokenizer.json as it stands."""
+    """Save the tokenizer as a class that every version of transformers reads from tokenizer.json unchanged."""
     tokenizer.save_pretrained(directory)
     options = read_json(directory / "tokenizer_config.json")
-    for key in ("backend", "is_local", "local_files_only"):  # of this process, not of the tokenizer
+    for key in ("backend", "is_local", "local_files_only"):  # facts about this process, not the tokenizer
         options.pop(key, None)
     options["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(directory / "tokenizer_config.json", options)
 
 
 def _plan(name: str, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> list[PlannedTensor]:
-    """The converted file's tensors in order. Raises StartupError naming what is missing, misshapen or unknown."""
+    """Return the converted file's tensors in order. Raise StartupError, naming missing, misshapen and unknown
+    tensors."""
     stacks = list(layout(config))
     parts = {part.name: part for stack in stacks for part in stack.parts}
     faults = [f"{key} is missing" for key in parts if key not in tensors]
@@ -215,7 +215,7 @@ def _plan(name: str, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -
         more = f" and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
         raise StartupError(f"{name}: the weights don't fit config.json: {', '.join(faults[:MAX_FAULTS])}{more}")
     dtypes = {tensors[key].dtype for key in parts}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed: the one that holds all of them exactly
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # fp32 represents all others exactly
     return [
         PlannedTensor(
             stack.name, stack.shape, dtype, partial(_read, [tensors[p.name] for p in stack.parts], dtype)
@@ -225,7 +225,7 @@ def _plan(name: str, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -
 
 
 def _has_no_effect(name: str) -> bool:
-    """A head stored beside the embedding it is tied to, and the rotary constants that old files carry."""
+    """Return whether a tensor may be ignored: a tied head, or the rotary constants of old files."""
     return name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
 
 

@@ -1,4 +1,4 @@
-"""Writes a base as a Hugging Face directory, for transformers, PEFT and whoever downloads it."""
+"""Writes a base as a Hugging Face directory, for transformers, PEFT and downloads."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from server.model.base.weights import MANIFEST, WEIGHTS, BaseModel, BaseWeights
 
 
 def export_hugging_face(base: BaseModel, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `base` as the new directory `directory`, its weights in `dtype` (None: as they are loaded).
+    """Write `base` as the new directory `directory`, with weights in `dtype` (None: their own). Raise OSError.
 
-    For other weights of the same sizes, such as fine-tuned ones: `dataclasses.replace(base, weights=...)`.
-    Raises OSError.
+    To export other weights of the same sizes, such as fine-tuned ones, pass `dataclasses.replace(base,
+    weights=...)`.
     """
     dtype = dtype or base.dtype
     with new_directory(directory) as unfinished:
@@ -29,13 +29,13 @@ def export_hugging_face(base: BaseModel, directory: Path, dtype: torch.dtype | N
             if file.is_file() and file.name not in (WEIGHTS, QUANTIZED, MANIFEST):
                 shutil.copyfile(file, unfinished / file.name)
         config = read_json(unfinished / "config.json")
-        config.pop("torch_dtype", None)  # the older spelling of the next line
+        config.pop("torch_dtype", None)  # the older name of dtype
         config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(unfinished / "config.json", config)
 
 
 def split(config: ModelConfig, weights: BaseWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under their Hugging Face names, as views of the stacked tensors; a tied head is left out."""
+    """Yield the weights with their Hugging Face names, as views of the stacked tensors, without a tied head."""
     tensors = dict(weights.tensors())
     for stack in layout(config):
         rows = torch.split(tensors[stack.name], stack.rows)
@@ -43,5 +43,5 @@ def split(config: ModelConfig, weights: BaseWeights) -> Iterator[tuple[str, torc
 
 
 def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy that shares its memory with no other tensor, as safetensors asks for."""
+    """Copy a tensor, since safetensors refuses tensors that share memory."""
     return tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()

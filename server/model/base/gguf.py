@@ -1,7 +1,7 @@
-"""A base that is stored as a GGUF file: SmolLM2's, and others of its architecture with its kind of tokenizer.
+"""Reads a base from a GGUF file: SmolLM2, or another base with its architecture and tokenizer type.
 
-What GGUF does not carry is put back: the tokenizer's digit splitting, and the constants that were rounded to
-single precision. Weights are rounded to bf16; those in blocks of 4 or 8 bits are kept beside as they are.
+GGUF lacks the tokenizer's digit splitting, and rounds constants to single precision: both are restored. Weights
+are rounded to bf16. Weights in 4-bit or 8-bit blocks are kept in their stored form, too.
 """
 
 import json
@@ -32,19 +32,19 @@ PRE_TOKENIZER = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ],
 }
-"""SmolLM2's own. Without the first step, spaces before a number are split another way than in training."""
+"""SmolLM2's pre-tokenizer. Without its first step, spaces before a number are split differently from training."""
 
 _READ = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 _MUST_BE: Mapping[str, tuple[object, ...]] = {
     "llama.rope.scaling.type": (None, "none"),
-    "llama.rope.scaling.factor": (None, 0.0, 1.0),  # without a type linear ones, as llama.cpp has it
+    "llama.rope.scaling.factor": (None, 0.0, 1.0),  # linear scaling if there is no type, as in llama.cpp
     "llama.rope.scale_linear": (None, 0.0, 1.0),
     "tokenizer.ggml.add_bos_token": (None, False),
     "tokenizer.ggml.add_eos_token": (None, False),
 }
-"""Fields that change the result, and the values under which they don't."""
-_CONTROL = 3  # the type of tokens that no text becomes
-_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # tokens, by GGUF's names for them
+"""Fields that change the result, and the values for which they don't."""
+_CONTROL = 3  # the type of special tokens
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # Hugging Face's name: GGUF's name
 _NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
@@ -62,16 +62,16 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def open_gguf(file: Path) -> Checkpoint:
-    """What the file holds; some seconds, as the gguf package reads its vocabulary. Raises StartupError where it is
-    no GGUF, or of a kind that isn't read."""
-    from gguf import GGUFReader  # once: later starts have no need of it
+    """Open a GGUF file. This takes seconds, since the gguf package reads the vocabulary slowly. Raise StartupError
+    if it isn't a GGUF file or isn't supported."""
+    from gguf import GGUFReader  # only for a conversion
 
     try:
         reader = GGUFReader(file)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # whatever the bytes lead to
+    except Exception as error:  # the gguf package raises errors of many types
         raise StartupError(f"{file.name} can't be read as GGUF: {error!r}"[:300]) from error
-    if reader.byte_order == "S":  # the package does not swap what is inside blocks
+    if reader.byte_order == "S":  # the package doesn't swap bytes within blocks
         raise StartupError(f"{file.name}: its bytes are in another order than this machine's")
     for key, read in _READ.items():
         if (found := fields.get(key)) != read:
@@ -85,14 +85,14 @@ def open_gguf(file: Path) -> Checkpoint:
         return _checkpoint(reader, fields)
     except KeyError as error:
         raise StartupError(f"{file.name} has no {error.args[0]}") from error
-    except Exception as error:  # whatever fields lead to that don't go together
+    except Exception as error:  # inconsistent fields lead to errors of many types
         if is_out_of_memory(error):
             raise
         raise StartupError(f"{file.name} contradicts itself: {error}"[:300]) from error
 
 
 def _checkpoint(reader: "GGUFReader", fields: Mapping[str, Any]) -> Checkpoint:
-    """Raises KeyError, with the field's name, where one is missing."""
+    """Return the checkpoint. Raise KeyError, with the field's name, if a field is missing."""
     config = _config(fields, is_tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     tokenizer = _tokenizer(fields)
     tensors, quantized = {}, {}
@@ -110,10 +110,10 @@ def _checkpoint(reader: "GGUFReader", fields: Mapping[str, Any]) -> Checkpoint:
 
 
 def _config(fields: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
-    """config.json. Raises KeyError, with the field's name, where one is missing."""
+    """Return config.json. Raise KeyError, with the field's name, if a field is missing."""
     from transformers import LlamaConfig
 
-    special: dict[str, Any] = {  # None where the file has none
+    special: dict[str, Any] = {  # None if the file has none
         f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()
     }
     config = LlamaConfig(
@@ -125,7 +125,7 @@ def _config(fields: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         head_dim=fields["llama.rope.dimension_count"],
         max_position_embeddings=fields["llama.context_length"],
-        # a single-precision number there: 9.99999974e-06 is 1e-05
+        # The file has a single-precision number: 9.99999974e-06 is 1e-05.
         rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_theta": fields["llama.rope.freq_base"], "rope_type": "default"},
         tie_word_embeddings=is_tied,
@@ -135,9 +135,9 @@ def _config(fields: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
 
 
 def _tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
-    """The vocabulary, merges, special tokens and chat template under SmolLM2's own rules for splitting. There may
-    be no template, and no special token but the end. Raises KeyError, with the field's name, where another is
-    missing."""
+    """Return a tokenizer with the file's vocabulary, merges, special tokens and chat template, and with SmolLM2's
+    pre-tokenizer. The template and all special tokens but the end token are optional. Raise KeyError, with the
+    field's name, if a required field is missing."""
     from transformers import PreTrainedTokenizerFast
 
     tokens = fields["tokenizer.ggml.tokens"]
@@ -162,7 +162,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
     special = {
         name: key for name, key in _SPECIAL.items() if name == "eos" or f"tokenizer.ggml.{key}_token_id" in fields
     }
-    make = cast("Callable[..., PreTrainedTokenizerBase]", PreTrainedTokenizerFast)  # transformers types it not
+    make = cast("Callable[..., PreTrainedTokenizerBase]", PreTrainedTokenizerFast)  # untyped in transformers
     return make(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
         **{f"{name}_token": _token(fields, f"tokenizer.ggml.{key}_token_id") for name, key in special.items()},
@@ -173,7 +173,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
 
 
 def _token(fields: Mapping[str, Any], name: str) -> str:
-    """The token whose id the field has. Raises IndexError, which names it, where there is none."""
+    """Return the token whose id is in a field. Raise IndexError, naming the field, if there is no such token."""
     tokens, index = fields["tokenizer.ggml.tokens"], fields[name]
     if not 0 <= index < len(tokens):
         raise IndexError(f"{name} is {index} of {len(tokens)} tokens")
@@ -181,7 +181,7 @@ def _token(fields: Mapping[str, Any], name: str) -> str:
 
 
 def _name(name: str) -> str:
-    """Hugging Face's name of a tensor. One that isn't known keeps its own, by which the base is refused."""
+    """Return Hugging Face's name of a tensor. An unknown one keeps its name, and the conversion refuses it."""
     stem, _, end = name.rpartition(".")
     if stem == "output":
         return f"lm_head.{end}"
@@ -191,13 +191,15 @@ def _name(name: str) -> str:
 
 
 def _halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Rows (heads · dim, anything) as Hugging Face has them: it rotates a head's halves, llama.cpp neighbours."""
+    """Return rows (heads · dim, ·) in Hugging Face's order: it rotates halves of a head, llama.cpp rotates
+    neighbours."""
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _values(rows: npt.NDArray[Any], kind: "GGMLQuantizationType") -> torch.Tensor:
-    """What rows of a type of ggml's stand for, rounded to bf16. Raises StartupError where that is not known."""
+    """Return the weights of rows of a ggml type, rounded to bf16. Raise StartupError if the type isn't
+    supported."""
     from gguf.quants import dequantize
 
     try:

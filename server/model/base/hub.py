@@ -1,9 +1,7 @@
-"""Fetches a model from the Hugging Face hub: one commit of it, safetensors, JSON and chat templates only.
+"""Downloads base models and adapters from the Hugging Face hub.
 
-Fetches an adapter from the Hugging Face hub: its two files, as of one commit, and nothing else.
-
-No credentials of this machine are sent, and nothing is kept but what is returned. What the files mean is
-`adapters.peft.files`'s part.
+A model's download has the safetensors, JSON and chat template files of one commit. An adapter's download has its
+two files of one commit, sends no credentials, and leaves nothing in the hub's cache.
 """
 
 import errno
@@ -21,36 +19,37 @@ _UNWANTED = ["*/*.safetensors", "*/*.json"]  # copies for other runtimes, in fol
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's files as of one commit."""
+    """A model's files at one commit."""
 
     directory: Path
     commit: str
 
 
 def download(repo_id: str, endpoint: str | None = None, cache: Path | None = None) -> Snapshot:
-    """The files of the model's newest commit; where the hub can't be reached, of the newest in its cache here.
+    """Return the files of the model's newest commit, or of the newest cached one if the hub can't be reached.
 
-    `endpoint` and `cache` None: the hub's own, as its environment variables say. Raises StartupError.
+    None for `endpoint` and `cache` selects the hub client's defaults and environment variables. Raise
+    StartupError.
     """
-    from huggingface_hub import HfApi  # a tenth of a second that other starts are spared
+    from huggingface_hub import HfApi  # takes 0.1 s, so only if needed
     from huggingface_hub.errors import RepositoryNotFoundError
 
     hub = HfApi(endpoint=endpoint)
-    try:  # the hub's client settles on one commit first, and names the snapshot's folder by it
+    try:  # the hub's client chooses one commit first, and names the snapshot's directory after it
         directory = hub.snapshot_download(
             repo_id, cache_dir=cache, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
         )
     except RepositoryNotFoundError as error:
         reason = "the hub has no such model, or asks for a token"
         raise StartupError(f"SMOLORA_MODEL={repo_id}: not a local directory, and {reason}") from error
-    except Exception as error:  # no network, a timeout, a broken transfer: each has a type of its own
+    except Exception as error:  # no network, a timeout or a broken transfer, each with its own type
         reason = f"the hub can't be reached ({_cause(error)})"
         raise StartupError(f"SMOLORA_MODEL={repo_id}: not a local directory, and {reason}") from error
     return Snapshot(Path(directory), commit=Path(directory).name)
 
 
 def _cause(error: BaseException) -> str:
-    """What the network said, below the client's own explanations."""
+    """Return the first line of the network's error, without the client's explanations."""
     while error.__cause__ is not None and "httpcore" not in type(error.__cause__).__module__:
         error = error.__cause__
     lines = str(error).splitlines()
@@ -59,12 +58,12 @@ def _cause(error: BaseException) -> str:
 
 _RETRY_SECONDS = 30.0
 _SILENT_SECONDS = 30.0
-"""How long the hub may send nothing."""
+"""Timeout of a read from the hub."""
 
 
 @dataclass(frozen=True)
 class HubAdapter:
-    """The files as of `commit`. `weights` lies in the directory that was given."""
+    """An adapter's files at one commit. `weights` is in the directory of the download."""
 
     commit: str
     config_json: bytes
@@ -81,11 +80,12 @@ def fetch_adapter(
     timeout: float,
     endpoint: str | None = None,
 ) -> HubAdapter:
-    """Download into `directory` what the revision (a branch, a tag, a commit; None: the newest) comes to now.
+    """Download an adapter's current files at a revision (a branch, a tag or a commit; None: the newest commit).
 
-    The limits are bytes and seconds. Raises NotFound, InvalidInput if a file is too large, or Unavailable.
+    `max_config` and `max_weights` are bytes, `timeout` is seconds. Raise NotFound, InvalidInput if a file is too
+    large, or Unavailable.
     """
-    from huggingface_hub import HfApi, hf_hub_url  # a tenth of a second that starts are spared
+    from huggingface_hub import HfApi, hf_hub_url  # takes 0.1 s, so only if needed
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HFValidationError,
@@ -118,17 +118,17 @@ def fetch_adapter(
         raise NotFound(f"the hub has no {repo_id} that is open to all") from None
     except HFValidationError:
         raise InvalidInput.of("repo_id", "isn't a repository's id, such as someone/tweets") from None
-    except Exception as error:  # no network, a timeout, a broken transfer: each has a type of its own
+    except Exception as error:  # no network, a timeout or a broken transfer, each with its own type
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise Unavailable("the hub can't be reached", _RETRY_SECONDS) from error
 
 
 def _download(url: str, path: Path, limit: int, deadline: float) -> bool:
-    """Write what is at `url` to `path`. Return False if not all of it has come by `deadline`.
+    """Download `url` to `path`. Return False if it isn't complete by `deadline`. Raise InvalidInput if it has over
+    `limit` bytes.
 
-    The hub's own functions look at neither the time nor the size while a file comes in. Raises InvalidInput if it
-    has over `limit` bytes.
+    The hub client's functions check neither time nor size during a download.
     """
     from huggingface_hub import get_session, hf_raise_for_status
 

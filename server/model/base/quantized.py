@@ -1,7 +1,7 @@
-"""A base's matrices as they were stored: in 4 or 8 bits a weight, in the blocks of a GGUF file.
+"""A base's matrices in their stored form: GGUF's blocks of 4 or 8 bits per weight.
 
-The native forward reads these in the place of the 16-bit weights, which they expand to bit by bit: that was
-checked when they were written beside them.
+The native forward pass reads them instead of the bf16 weights. They expand to exactly the same weights, which the
+conversion has checked.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ import torch
 from safetensors import safe_open
 
 QUANTIZED = "quantized.safetensors"
-"""The file in a converted base's directory; bases that weren't stored so have none."""
+"""The file in a converted base's directory. Bases without quantized weights have none."""
 BLOCK = 32
-"""Weights of a block, neighbours in a row."""
+"""Weights per block, neighbours in a row."""
 BLOCK_BYTES: Mapping[str, int] = {"Q4_1": 20, "Q8_0": 34}
-"""Of the types that are kept, as ggml names them."""
+"""Bytes per block of the supported types, by ggml's names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """One matrix."""
+    """One quantized matrix."""
 
     type: str  # one of BLOCK_BYTES
     blocks: torch.Tensor  # uint8 (out, bytes of a row)
 
     def expanded(self) -> torch.Tensor:
-        """The weights (out, in), bf16, as the gguf package has them; slow."""
+        """Return the bf16 weights (out, in), expanded by the gguf package. This is slow."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -36,7 +36,8 @@ class Quantized:
 
 
 def load_quantized(directory: Path) -> dict[str, Quantized]:
-    """What there is, by the names of the converted file, mapped. Raises SafetensorError and OSError."""
+    """Map a converted base's quantized tensors, by name; empty if it has none. Raise SafetensorError or
+    OSError."""
     if not (directory / QUANTIZED).is_file():
         return {}
     with safe_open(directory / QUANTIZED, framework="pt") as file:

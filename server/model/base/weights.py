@@ -1,8 +1,9 @@
-"""A base model in memory: its frozen tensors in the layout that the forward uses, its tokenizer and its identity.
+"""Loads a converted base model: its frozen tensors in the layout of the forward pass, its tokenizer and its
+digest.
 
-Weights are mapped from the converted file, not copied: processes that load the same base on a CPU share one copy
-of its pages. Asking for another dtype or device than the file's makes a copy of one's own. Where a base comes from
-is `server.model.base.source`'s part, the file itself `server.model.base.convert`'s.
+Weights are mapped from the converted file, not copied, so processes that load the same base on a CPU share its
+pages. Another dtype or device than the file's needs a copy. `server.model.base.source` finds the directory of a
+base, and `server.model.base.convert` writes it.
 """
 
 import hashlib
@@ -25,12 +26,12 @@ from server.model.text.tokenizer import BaseTokenizer, require_byte_level
 MANIFEST = "smolora.json"
 WEIGHTS = "base.safetensors"
 FORMAT = 1
-"""The version of the converted layout; a directory of another one is converted anew."""
+"""The version of the converted layout. A directory of another version is converted again."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One decoder layer. Matrices are (out, in); those that read the same input are stacked along `out`."""
+    """One decoder layer. Matrices are (out, in); matrices with the same input are stacked along `out`."""
 
     input_norm: torch.Tensor  # (hidden,)
     qkv: torch.Tensor  # (q + kv + kv, hidden)
@@ -41,21 +42,21 @@ class LayerWeights:
 
 
 LAYER_TENSORS = ("input_norm", "qkv", "o", "post_norm", "gate_up", "down")
-"""The fields of `LayerWeights`, in the order in which the file holds them and the forward reads them."""
+"""The fields of `LayerWeights`, in the order of the file and of the forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
 class BaseWeights:
-    """Every tensor of a base. `lm_head` is `embed` itself where the base ties them."""
+    """Every tensor of a base. `lm_head` is `embed` if the base ties them."""
 
     embed: torch.Tensor  # (vocab, hidden)
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # (hidden,)
     lm_head: torch.Tensor  # (vocab, hidden)
-    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # what some were stored as, by their names
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # the stored form of some, by name
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor once, with its name in the converted file."""
+        """Yield each tensor once, with its name in the converted file."""
         yield "embed", self.embed
         for index, layer in enumerate(self.layers):
             for name in LAYER_TENSORS:
@@ -75,7 +76,7 @@ class BaseWeights:
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """A loaded base. `digest` names the stored weights and sizes, whatever dtype they were loaded as."""
+    """A loaded base. `digest` identifies the stored weights and sizes, independent of the dtype in memory."""
 
     name: str
     directory: Path
@@ -95,23 +96,24 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a converted directory says of itself, in `smolora.json`."""
+    """The content of a converted directory's `smolora.json`."""
 
     format: int
-    key: str  # the name of its directory under HOME/models, wherever it lies now
+    key: str  # the name of its directory under HOME/models, even if it was moved
     name: str
     digest: str
-    origin: str  # the directory or hub id it was converted from
+    origin: str  # the source directory or hub id
     revision: str | None  # the hub's commit
-    config: ModelConfig | None  # None: converted before it was kept
+    config: ModelConfig
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The directory's manifest; None where it is no converted base, or one of another format."""
+    """Return the directory's manifest, or None if it isn't a converted base of this format."""
     if not (directory / MANIFEST).is_file():
         return None
     fields = read_json(directory / MANIFEST)
-    if fields.get("format") != FORMAT:
+    config = ModelConfig.from_stored(fields.get("config"))
+    if fields.get("format") != FORMAT or config is None:
         return None
     revision = fields.get("revision")
     return Manifest(
@@ -121,37 +123,35 @@ def read_manifest(directory: Path) -> Manifest | None:
         digest=str(fields.get("digest")),
         origin=str(fields.get("origin")),
         revision=None if revision is None else str(revision),
-        config=ModelConfig.from_stored(fields.get("config")),
+        config=config,
     )
 
 
 def load_base(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> BaseModel:
     """Load a converted base. On a CPU, in the file's own dtype (or None), its tensors are views of the file.
 
-    Such views must not be written to: a write would go to a private copy of the page, and be lost.
-    Raises StartupError where the directory is no converted base, can't be read, or has no room on the device.
+    Views must not be written to, since writes would change only a private copy of the page. Raise StartupError if
+    the directory isn't a converted base or can't be read, or if the device has no room.
     """
     manifest = read_manifest(directory)
     if manifest is None:
         raise StartupError(f"{directory.name} is not a converted base model")
     tokenizer = load_tokenizer(directory)
-    config = manifest.config or read_config(directory, tokenizer)
     with room_for("the base", torch.device(device)):
-        weights = load_weights(directory, config, dtype, torch.device(device))
-    return BaseModel(manifest.name, directory, config, weights, tokenizer, manifest.digest)
+        weights = load_weights(directory, manifest.config, dtype, torch.device(device))
+    return BaseModel(manifest.name, directory, manifest.config, weights, tokenizer, manifest.digest)
 
 
 def load_tokenizer(directory: Path) -> BaseTokenizer:
-    """The tokenizer of the converted base in `directory`. Raises StartupError where it can't be read, or isn't
-    byte-level."""
+    """Load a converted base's tokenizer. Raise StartupError if it can't be read or isn't byte-level."""
     template = directory / "chat_template.jinja"
     options = read_json(directory / "tokenizer_config.json")
     named = {name: token for name, token in options.items() if name.endswith("_token")}
-    others = options.get("model_specific_special_tokens")  # whose names may end otherwise
+    others = options.get("model_specific_special_tokens")  # their names may have other endings
     named |= others if isinstance(others, dict) else {}
     try:
         backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        require_byte_level(directory.name, backend)  # homes may have converted others before
+        require_byte_level(directory.name, backend)  # an older version may have converted another one
         return BaseTokenizer(
             backend,
             special_tokens={name: token for name, token in named.items() if isinstance(token, str)},
@@ -159,30 +159,20 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
         )
     except StartupError:
         raise
-    except Exception as error:  # which is all that tokenizers raises
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise StartupError(f"{directory.name}: the tokenizer can't be read: {error!r}"[:300]) from error
-
-
-def read_config(directory: Path, tokenizer: BaseTokenizer) -> ModelConfig:
-    """The sizes of the converted base in `directory`."""
-    generation = directory / "generation_config.json"
-    return ModelConfig.of(
-        read_json(directory / "config.json"),
-        read_json(generation) if generation.is_file() else {},
-        tokenizer.eos_token_id,
-    )
 
 
 def load_weights(
     directory: Path, config: ModelConfig, dtype: torch.dtype | None, device: torch.device
 ) -> BaseWeights:
-    """The tensors of a converted base, mapped, then cast and moved where asked for."""
+    """Map a converted base's tensors, and convert them to a dtype (None: the file's) and a device."""
     try:
         with safe_open(directory / WEIGHTS, framework="pt") as file:
 
             def get(name: str) -> torch.Tensor:
                 tensor: torch.Tensor = file.get_tensor(name)
-                return tensor.to(device=device, dtype=dtype)  # the same tensor where nothing changes
+                return tensor.to(device=device, dtype=dtype)  # the same tensor if nothing changes
 
             weights = _assemble(config, get)
         if weights.embed.dtype is not torch.bfloat16 or device.type != "cpu":
@@ -203,7 +193,8 @@ def _assemble(config: ModelConfig, get: Callable[[str], torch.Tensor]) -> BaseWe
 
 
 def digest_of(config: ModelConfig, weights: BaseWeights) -> str:
-    """SHA-256 (hex) over the sizes and every tensor's name, dtype, shape and bytes; about 1 s per GB."""
+    """Return the SHA-256 (hex) of the sizes and of every tensor's name, dtype, shape and bytes; takes about 1 s
+    per GB."""
     sha = hashlib.sha256(b"smolora-base-v1" + json.dumps(config.stored, sort_keys=True).encode())
     for name, tensor in weights.tensors():
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())

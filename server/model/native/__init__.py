@@ -1,1 +1,1 @@
-"""The forward of a step as one native call: for CPUs with AVX2 or AVX-512, and 64-bit Arm."""
+"""Serving and training in native code (C++), for CPUs with AVX2 or AVX-512 and for 64-bit Arm."""

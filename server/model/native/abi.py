@@ -1,10 +1,10 @@
 """The seam between Python and C++: structs, constants and entries as `seam/abi.h` declares them.
 
-They are read from the header, so they are declared once. Every field takes eight bytes, so structs have no
-padding. A library names the source that it was compiled from, and `library.py` loads it only if that is this one.
+This module parses the header, so nothing is declared twice. Every field takes eight bytes, so structs have no
+padding. A library contains the digest of its source, and `library.py` loads it only if that is this source's.
 
-A failed call raises MemoryError if memory or threads ran out, ValueError if its arguments would make native code
-read or write out of bounds, and RuntimeError for anything else. Its object can be used again after any of them.
+A failed call raises MemoryError if memory or threads ran out, ValueError if its arguments would cause an access
+out of bounds, and RuntimeError for other failures. The object can be used again after each of them.
 """
 
 import ctypes
@@ -45,8 +45,8 @@ def parse_fields(declarations: str) -> list[tuple[str, _Type]]:
 
 
 def enum_names(enum: str) -> tuple[str, ...]:
-    """Return an enum's enumerators in order: kGateUpPhase of Phase is "gate_up". The last one may be their number,
-    as kPhases, and is left out."""
+    """Return an enum's names in order, such as "gate_up" for Phase's kGateUpPhase. A last enumerator that counts
+    the others, such as kPhases, is left out."""
     enumerators = [name.strip() for name in find_declared(rf"^enum {enum} {{(.*?)}}").split(",")]
     suffix = re.findall("[A-Z][a-z]+", enum)[-1]
     words = (name.removeprefix("k").removesuffix(suffix) for name in enumerators if name not in ("", f"k{enum}s"))
@@ -130,12 +130,12 @@ class TrainBatch(ctypes.Structure):
 
 
 def columns(structure: type[ctypes.Structure]) -> int:
-    """Return how many numbers of eight bytes a structure has."""
+    """Return the number of a structure's fields, of eight bytes each."""
     return ctypes.sizeof(structure) // 8
 
 
 def packing(structure: type[ctypes.Structure]) -> struct.Struct:
-    """Return what packs a structure's numbers, in order: three times as fast as creating the structure."""
+    """Return a packer of a structure's numbers, in order. It is three times as fast as creating the structure."""
     codes = {ctypes.c_int64: "q", ctypes.c_double: "d", ctypes.c_void_p: "P"}
     return struct.Struct("".join(codes[field[1]] for field in structure._fields_))
 
@@ -149,7 +149,7 @@ def declare(library: ctypes.CDLL) -> None:
 
 
 def call(function: Callable[..., int], *arguments: object) -> None:
-    """Call an entry that returns a status; the last argument, the error's text, is added here."""
+    """Call an entry that returns a status, with a buffer for the error's text as its last argument."""
     error = ctypes.create_string_buffer(_ERROR_SIZE)
     status = _STATUSES[function(*arguments, error)]
     if status != "ok":
@@ -157,7 +157,7 @@ def call(function: Callable[..., int], *arguments: object) -> None:
 
 
 def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
-    """Return each phase's seconds, from an entry that fills in nanoseconds."""
+    """Return each phase's seconds. `function` is an entry that fills in nanoseconds."""
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
     return dict(zip(names, (spent / 1e9).tolist(), strict=True))

@@ -1,40 +1,41 @@
-"""Loads the native code and a base's native form, if this machine and the base allow it."""
+"""Loads the native code and a base's native form, if the machine and the base support it."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from server.model.base.weights import BaseModel
-from server.model.native.library import NativeUnavailable, load_library
+from server.model.native.build import NativeUnavailable
+from server.model.native.library import load_library
 from server.model.native.model import NativeModel, check_base
 
 
-def find_library(base: BaseModel, directories: Sequence[Path], say: Callable[[str], None]) -> ctypes.CDLL | None:
-    """Return the library for a base in bf16 on a CPU. If there can be none, or it doesn't cover the base, say
-    why and return None: torch computes instead.
+def find_library(base: BaseModel, directory: Path, say: Callable[[str], None]) -> ctypes.CDLL | None:
+    """Return the library for a base in bf16 on a CPU. If there is none, or it doesn't support the base, say why
+    and return None: torch computes instead.
 
-    The library is taken from `directories`, or compiled into the last one.
+    The library is a prebuilt one or the directory's, or it is compiled into the directory.
     """
     if base.device.type != "cpu" or base.dtype is not torch.bfloat16:
-        return None  # native code is for nothing else
+        return None  # native code supports nothing else
     try:
         check_base(base.config, base.weights)
-        return load_library(directories, say)
+        return load_library(directory, say)
     except NativeUnavailable as reason:
-        say(f"nothing native: {reason}; torch does it, more slowly")
+        say(f"no native code: {reason}; torch computes instead, more slowly")
         return None
 
 
 def load_native(
-    base: BaseModel, directories: Sequence[Path], max_positions: int, say: Callable[[str], None]
+    base: BaseModel, directory: Path, max_positions: int, say: Callable[[str], None]
 ) -> NativeModel | None:
     """Return a base's native form for serving, or None, like `find_library`.
 
-    It has as many threads as torch, and uses fewer while that is faster.
+    It has as many threads as torch, and uses fewer while fewer are faster.
     """
-    library = find_library(base, directories, say)
+    library = find_library(base, directory, say)
     if library is None:
         return None
     try:
@@ -47,5 +48,5 @@ def load_native(
             adapts=True,
         )
     except MemoryError as reason:
-        say(f"nothing native: {reason}; torch does it, more slowly")
+        say(f"no native code: {reason}; torch computes instead, more slowly")
         return None

@@ -1,10 +1,8 @@
-"""Hands a base to native code.
+"""The native forward pass for serving: passes a base's weights and a step's tables to `serve.cpp`.
 
-Calls the native forward: lays out tensors and indices as `serve.cpp` reads them.
-
-One call does what `SmolLM.forward` does with `PagedAttention` and `LoraBatch`, and holds neither the GIL nor
-torch's threads. Weights and caches are bf16; sums and the residual stream are fp32, so results are closer to
-fp32's than torch's bf16 results are. A token's result doesn't depend on what else is in its step.
+One call computes what `SmolLM.forward` computes with `PagedAttention` and `LoraBatch`. It releases the GIL, and
+uses its own threads. Weights and caches are bf16; sums and the residual stream are fp32, so results are closer to
+fp32's than torch's bf16 results are. A token's result doesn't depend on the other tokens of its step.
 """
 
 import ctypes
@@ -38,7 +36,7 @@ from server.model.native.abi import (
     columns,
     take_phases,
 )
-from server.model.native.library import NativeUnavailable
+from server.model.native.build import NativeUnavailable
 from server.model.native.sampling import Choices, SampleTable
 from server.model.native.team_size import TeamSize
 from server.model.ops.norms import rotary_table
@@ -91,7 +89,7 @@ def _tensor(values: torch.Tensor, stored: Quantized | None) -> BaseTensor:
 def check_base(config: ModelConfig, weights: BaseWeights) -> None:
     """Raise NativeUnavailable if the native code doesn't cover a base."""
     if any(tensor.dtype is not torch.bfloat16 or tensor.device.type != "cpu" for _, tensor in weights.tensors()):
-        raise NativeUnavailable("it computes in bf16 on a CPU alone")
+        raise NativeUnavailable("it computes only in bf16 on a CPU")
     if any(not tensor.is_contiguous() for _, tensor in weights.tensors()):
         raise NativeUnavailable("it needs contiguous weights")
     for name, stored in weights.quantized.items():
@@ -116,11 +114,11 @@ _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 ROW_FORMAT = RowFormat(torch.bfloat16, torch.bfloat16, TILE)
-"""How the native forward reads rank rows."""
+"""The native forward pass's layout of rank rows."""
 
 
 class NativeLora:
-    """Where one flat batch's adapters are in memory: the native path's `LoraBatch`."""
+    """The places of one flat batch's adapters in memory; the native counterpart of `LoraBatch`."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
         """Take `runs` in order of their tokens. Tokens outside the runs have no adapter."""
@@ -157,7 +155,7 @@ class NativeLora:
         for index, group in enumerate(_GROUPS):
             a, b = rows.a[group], rows.b[group]
             if rows.format != ROW_FORMAT or not (a.is_contiguous() and b.is_contiguous()):
-                raise ValueError("rank rows must be contiguous and as ROW_FORMAT has them")
+                raise ValueError("rank rows must be contiguous and in ROW_FORMAT")
             self.pools[index] = LoraPool(
                 a.data_ptr(),
                 b.data_ptr(),
@@ -172,9 +170,9 @@ class NativeLora:
 class StepTables(NamedTuple):
     """A step's tokens, and their sequences' keys and values.
 
-    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is a `ServeRun`: its first token, the
-    one after its last, the first token's position, where its sequence's block table starts in `blocks`, and how
-    many of its last tokens' hidden states are wanted.
+    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is a `ServeRun`: its tokens' start and
+    stop, the first token's position, the start of its sequence's block table in `blocks`, and the number of last
+    tokens whose hidden states are wanted.
     """
 
     token_ids: Ints  # (tokens,)
@@ -207,8 +205,8 @@ class NativeModel:
         self._team_size = TeamSize(num_threads) if adapts and num_threads > 1 else None
         self.config = config
         self._weights = weights  # kept, since native code reads some in place
-        self._read: tuple[object, ...] = ()  # kept: what the last step points to
-        self._caches: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # the last that were checked
+        self._read: tuple[object, ...] = ()  # keeps the arrays alive that the last step points to
+        self._caches: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # the last checked ones
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
         self._model = create(library.smolora_create, config, weights, self._rotary, num_threads)
         # Not at exit: a step might still be running.
@@ -217,8 +215,8 @@ class NativeModel:
     def forward(self, tables: StepTables) -> torch.Tensor:
         """Return the final hidden states (wanted, hidden), bf16. All tokens' keys and values go into the caches.
 
-        Raise ValueError if the tables would have anything read or written out of bounds, and MemoryError. The
-        model stays usable after either.
+        Raise ValueError if the tables would cause an access out of bounds, and MemoryError. The model stays usable
+        after either.
         """
         step, num_tokens = self._step(tables), tables.token_ids.size
         num_wanted = min(int(tables.runs[:, -1].clip(0, num_tokens).sum()), num_tokens)
@@ -276,13 +274,13 @@ class NativeModel:
         self._team_size.observe(step.num_threads, step.num_tokens, num_positions, seconds, worked)
 
     def _step(self, tables: StepTables) -> ServeStep:
-        """Return a step as native code reads it. What it points to is kept until the next call."""
+        """Return a step for native code. The arrays that it points to stay alive until the next call."""
         k_cache, v_cache, lora = tables.k_cache, tables.v_cache, tables.lora
         token_ids, runs, blocks = map(np.ascontiguousarray, tables[:3])
         if token_ids.dtype != np.int64 or runs.dtype != np.int64 or blocks.dtype != np.int32:
             raise ValueError("token ids and runs must be int64, and blocks int32")
         if runs.ndim != 2 or runs.shape[1] != columns(ServeRun):
-            raise ValueError(f"runs must be of {columns(ServeRun)} numbers each")
+            raise ValueError(f"runs must have {columns(ServeRun)} numbers each")
         self._check_caches(k_cache, v_cache)
         self._read = (token_ids, runs, blocks, lora)
         return ServeStep(
@@ -311,7 +309,7 @@ class NativeModel:
         self._check_cache(k_cache)
         self._check_cache(v_cache)
         if k_cache.shape != v_cache.shape:
-            raise ValueError("keys and values must have caches of one shape")
+            raise ValueError("caches of keys and of values must have one shape")
         self._caches = k_cache, v_cache
 
     def _check_cache(self, cache: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sampling in native code: parameters in, tokens and log-probabilities out."""
+"""Sampling in native code: takes parameters, returns tokens and log-probabilities."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class SampleTable:
         self._added: list[Doubles] = []
         self._num_seen = self._num_added = 0
         self._masks: list[npt.NDArray[np.bool_]] = []  # kept, since native code reads them in place
-        self._kept: tuple[object, ...] = ()  # likewise
+        self._kept: tuple[object, ...] = ()  # for the same reason
         self._max_top = 0
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class SampleTable:
         mask = 0
         if forbidden is not None:
             if forbidden.shape != (self._vocab_size,) or forbidden.dtype != np.bool_:
-                raise ValueError(f"what is forbidden must be {self._vocab_size} bools")
+                raise ValueError(f"the mask of forbidden tokens must be {self._vocab_size} bools")
             self._masks.append(np.ascontiguousarray(forbidden))
             mask = self._masks[-1].ctypes.data
         num_top = min(num_top, self._vocab_size)
@@ -79,8 +79,8 @@ class SampleTable:
         self._added.append(added)
 
     def step(self, *, hidden: int | None = None, logits: int | None = None) -> tuple[SampleStep, Choices]:
-        """Return the step as native code reads it, for hidden states or logits at an address, and its results,
-        which the call fills in. The caller keeps the table until then."""
+        """Return the step for native code, for hidden states or logits at an address, and its results, which the
+        call fills in. The caller keeps the table alive until then."""
         num_rows = len(self._rows)
         rows = np.frombuffer(b"".join(self._rows), np.uint8)
         seen = np.concatenate([_NO_INTS, *self._seen])

@@ -1,7 +1,7 @@
-// Serving: a step's forward pass from token ids to final hidden states, and from those to logits or the next tokens.
+// Serving: a step's forward pass from token ids to final hidden states, then to logits or next tokens.
 //
-// The arithmetic is that of server/model/smollm.py: weights and what they multiply are bf16; sums and the residual
-// stream are fp32. A token's result doesn't depend on what else is in its step, nor on the number of threads.
+// It computes what server/model/smollm.py computes: weights and their operands are bf16; sums and the residual stream
+// are fp32. A token's result doesn't depend on the other tokens of its step, nor on the number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -67,7 +67,7 @@ struct ServeBase {
     }
 };
 
-// The tokens of a step: their positions and block tables, and which of them attend together.
+// The tokens of a step: their positions, their block tables, and the queries that attend together.
 class StepTokens {
   public:
     // Plans all of a step's tokens. A query has at most `max_query` tokens.
@@ -91,8 +91,8 @@ class StepTokens {
         sort_queries();
     }
 
-    // Keeps the wanted tokens alone, run after run; `position` and `blocks` are unchanged. Calls move(from, to, count)
-    // for neighbouring tokens; no token is overwritten before it was moved.
+    // Keeps only the wanted tokens, run after run; `position` and `blocks` are unchanged. Calls move(from, to, count)
+    // for consecutive tokens. No token is overwritten before it is moved.
     template <class Move>
     void keep_wanted(const ServeStep& step, Move move) {
         queries_.clear();
@@ -149,7 +149,7 @@ class Layers {
           attention_(heads_, team.size()),
           scratch_(sizes.threads) {}
 
-    // Sizes what the phases share for this step.
+    // Resizes the buffers for this step.
     void prepare(const ServeStep& step) {
         const int64_t count = step.num_tokens;
         tokens_.plan(step, std::max(kQueryRows / (heads_ / kv_heads_), 1));
@@ -260,7 +260,7 @@ class Layers {
         });
     }
 
-    // y = the residual stream's rows, divided by their root mean square and times `weight`.
+    // y (tokens, hidden) = the RMSNorm of the residual stream, with `weight`.
     void norm(const bf16* weight, bf16* y) {
         team_.each((tokens_.count() + kNormRows - 1) / kNormRows, [&](int item) {
             for (int row = item * kNormRows; row < std::min(tokens_.count(), (item + 1) * kNormRows); row++)
@@ -281,9 +281,9 @@ class Layers {
         });
     }
 
-    // y (rows, 32): outputs [32 · tile, …) of x Wᵀ for the rows from `start` on, with the adapters' share. Expanded
-    // tiles are kept for the next rows of the same columns; an item with two tiles gives each its own `slot`. What the
-    // adapters need next is prefetched meanwhile.
+    // y (rows, 32) = the outputs of one tile of x Wᵀ with the adapters' share, for rows [start, start + rows). Expanded
+    // tiles are kept for the next rows of the same columns; an item with two tiles gives each its own `slot`. The
+    // operands that adapters read next are prefetched meanwhile.
     void forward_tile(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
                       int y_stride, int slot) {
         const LoraGroup& lora = lora_[group];
@@ -297,7 +297,7 @@ class Layers {
         lora.expand(layer, start, rows, tile * kTile, y, y_stride);
     }
 
-    // Queries, keys and values of x, rotated, into q_ and the cache. An item is a head.
+    // Writes x's rotated queries to q_, and its rotated keys and its values to the cache. An item is a head.
     void project_qkv_to_cache(int layer, const CacheView& cache) {
         product(layer, kQkv, x_.data(), heads_ + 2 * kv_heads_, [&](int head, int start, int rows) {
             const int tiles = head_dim_ / kTile;
@@ -366,7 +366,7 @@ class Layers {
     std::vector<LayerScratch> scratch_;
 };
 
-// What follows the layers: logits, and the tokens that are chosen by them. A whole team makes each call, in a job.
+// Logits and the choice of tokens. All threads of a team call each method, within a job.
 class Head {
   public:
     // Keeps its arguments.
@@ -384,7 +384,7 @@ class Head {
         });
     }
 
-    // The next token of each row. `logits` are given, unless hidden states are: then they are computed.
+    // Chooses each row's next token. Computes `logits` first if hidden states are given.
     void choose(const SampleStep& step, float* logits) {
         const int rows = static_cast<int>(step.num_rows);
         if (step.hidden) project(step.hidden, rows, logits);
@@ -420,14 +420,14 @@ class Model {
           layers_(sizes_, rotary, base_, team_, clock_),
           head_(sizes_, base_.lm_head, team_, clock_) {}
 
-    // The final hidden states of the wanted tokens.
+    // Computes the final hidden states of the wanted tokens.
     void forward(const ServeStep& step) {
         prepare(step);
         layers_.run(step, [&] { layers_.final_norm(step.hidden); });
         clock_.end(kNormPhase);
     }
 
-    // The next token after each wanted token, whose hidden states stay here.
+    // Chooses the next token after each wanted token.
     void draw(const ServeStep& step, SampleStep sampling) {
         prepare(step);
         const int64_t rows = layers_.num_wanted();
@@ -453,7 +453,7 @@ class Model {
         clock_.end(kHeadPhase);
     }
 
-    // The next token of each row of hidden states, or of logits.
+    // Chooses the next token of each row of hidden states or logits.
     void sample(const SampleStep& step) {
         clock_.begin();
         check_sampling(sizes_, step);

@@ -85,7 +85,7 @@ class _Pair:
 
     @property
     def gain(self) -> float:
-        """The larger size's time as a share of the smaller one's."""
+        """The larger size's time divided by the smaller size's."""
         return sum(larger for _, larger in self._trials) / sum(smaller for smaller, _ in self._trials)
 
     @property
@@ -104,8 +104,8 @@ class _Band:
         self._sizes = sizes
         self._pairs: dict[tuple[int, int], _Pair] = {}  # of a smaller and a larger size
         self._best = self._last_trial = len(sizes) - 1
-        self._processors = float(sizes[-1])  # whose time steps of the best size got, lately
-        self._trial: tuple[int, float] | None = None  # size and time, until a step of the best size follows
+        self._processors = float(sizes[-1])  # recent mean of the processors that the best size got
+        self._trial: tuple[int, float] | None = None  # size and time, kept until the next step of the best size
         self._recent = self._usual = 0.0  # mean times of steps of the best size
         self._reserve, self._savings = reserve, 0.0
 
@@ -123,7 +123,7 @@ class _Band:
         if size != self._best:
             self._trial = size, seconds
             return
-        if self._trial is not None:  # the step before it may be why there was a trial, so it is no fair comparison
+        if self._trial is not None:  # compare with this step: the one before may have caused the trial
             trial, self._trial = self._trial, None
             if self._compare(*trial, seconds):
                 return
@@ -134,9 +134,9 @@ class _Band:
         self._usual = _mean(self._usual, seconds, _USUAL_MEMORY)
 
     def _neighbours(self) -> list[int]:
-        """The next smaller and larger size to be tried. The one to be tried first is in front.
+        """Return the next smaller and larger sizes to try, in the order of trials.
 
-        A larger one isn't tried if not even the threads of the best one had a processor each.
+        No larger size is tried if the threads of the best size didn't have a processor each.
         """
         found = [] if self._best == 0 else [min(self._best - 1, self._size_of_processors)]
         if self._best < min(len(self._sizes) - 1, self._size_of_processors + 1):
@@ -149,22 +149,22 @@ class _Band:
         gain = self._pair(size).expected_gain
         cost = max((gain if size > self._best else 1 / gain) - 1, _FEE)
         if self._size_of_processors <= size < self._best and not self._pair(size).is_known:
-            cost = _FEE  # that many threads ran at a time anyway
+            cost = _FEE  # no more threads than that ran at a time anyway
         may_use_reserve = self._is_slow or cost == _FEE or not self._pair(size).is_known
         return savings >= cost or (may_use_reserve and self._reserve >= cost)
 
-    def _compare(self, size: int, seconds: float, of_best: float) -> bool:
+    def _compare(self, size: int, seconds: float, best_seconds: float) -> bool:
         """Charge a trial. Change to its size and return True if that is the better one."""
         self._last_trial = size
-        cost = max(seconds / max(of_best, self._recent) - 1, _FEE)
+        cost = max(seconds / max(best_seconds, self._recent) - 1, _FEE)
         from_savings = min(cost, max(self._savings, 0.0))
         self._savings -= from_savings
         self._reserve = max(self._reserve - (cost - from_savings), -_RESERVE)
         pair, is_larger = self._pair(size), size > self._best
-        pair.add(*((of_best, seconds) if is_larger else (seconds, of_best)))
+        pair.add(*((best_seconds, seconds) if is_larger else (seconds, best_seconds)))
         if not (pair.wants_larger if is_larger else pair.wants_smaller):
             return False
-        # Something has changed, and may have changed for further sizes.
+        # The load has changed, so older trials of further sizes may be wrong, too.
         for other in [pair for pair in self._pairs if (pair[0] >= size if is_larger else pair[1] <= size)]:
             del self._pairs[other]
         self._best, self._recent, self._usual = size, seconds, seconds
@@ -176,11 +176,11 @@ class _Band:
 
     @property
     def _size_of_processors(self) -> int:
-        """The largest size for which each thread had a processor."""
+        """The largest size whose threads each had a processor."""
         return max(bisect_right(self._sizes, round(self._processors)) - 1, 0)
 
     def _pair(self, size: int) -> _Pair:
-        """The pair of this size and the best one."""
+        """Return the pair of this size and the best one."""
         smaller, larger = sorted((size, self._best))
         assumed = _Pair(self._sizes[smaller] / self._sizes[larger])
         return self._pairs.setdefault((smaller, larger), assumed)

@@ -1,9 +1,9 @@
 // Training: a micro-batch's forward pass, its loss, and its backward pass to the gradients of the adapter's A and B, or
 // of all weights.
 //
-// The arithmetic is that of server/model/smollm.py with server/training/trained_rows.py: what is multiplied is
-// bf16; sums, the residual stream and its gradient are fp32. The base's weights are read where they are. Each number is
-// one sum in a fixed order, so results depend neither on the number of threads nor on chance.
+// It computes what server/model/smollm.py computes with trained rows: operands of products are bf16; sums, the residual
+// stream and its gradient are fp32. The base's weights are read in place. Each number is one sum in a fixed order, so
+// results are deterministic and don't depend on the number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int kRows = 64;  // at most so many rows in an item of a phase that computes row by row
+constexpr int kRows = 64;  // rows in an item of a phase that computes row by row, at most
 
 using TrainClock = PhaseClock<TrainPhase, kTrainPhases>;
 
@@ -140,7 +140,7 @@ class Training {
     // The index of the final norm's weight among the base's tensors.
     int64_t final_norm() const { return 1 + sizes_.layers * kLayerTensors; }
 
-    // Sizes what the phases share for this batch.
+    // Resizes the buffers for this batch.
     void prepare() {
         num_tokens_ = static_cast<int>(batch_.num_tokens);
         const int64_t t = num_tokens_;
@@ -186,15 +186,15 @@ class Training {
         room(d_gate_up_, t * 2 * sizes_.intermediate);
     }
 
-    // Without a backward pass all layers share the first one's.
+    // A layer's saved activations. Without a backward pass, all layers use the first one's.
     Saved& saved(int64_t layer) { return saved_[batch_.has_backward ? layer : 0]; }
 
     bool trains_base() const { return batch_.d_weights != nullptr; }
 
-    // What the gradient of the base's tensor is added to, or null.
+    // The sum of a base tensor's gradient, or null if it isn't trained.
     float* d_weight(int64_t tensor) const { return trains_base() ? batch_.d_weights[tensor] : nullptr; }
 
-    // item(first row, rows) over the batch. First rows are even.
+    // Calls item(first row, rows) for all rows of the batch. First rows are even.
     template <class Item>
     void each_rows(Item item) {
         const int rows = ((num_tokens_ + row_chunks_ - 1) / row_chunks_ + 1) / 2 * 2;
@@ -202,7 +202,7 @@ class Training {
                    [&](int i) { item(i * rows, std::min(rows, num_tokens_ - i * rows)); });
     }
 
-    // item(column item, first row, rows) over the batch.
+    // Calls item(column item, first row, rows) for all columns and rows of the batch.
     template <class Item>
     void each_product(int columns, Item item) {
         scratch().product.wide.begin(columns / team_.size());
@@ -214,7 +214,7 @@ class Training {
         if (start < num_tokens_) item(i / product_chunks_, start, std::min(rows, num_tokens_ - start));
     }
 
-    // item(text, query head) over the batch.
+    // Calls item(text, query head) for all of the batch.
     template <class Item>
     void each_head(Item item) {
         team_.each(static_cast<int>(batch_.num_texts * sizes_.heads),
@@ -237,7 +237,7 @@ class Training {
         rotate(values, rotary_, sizes_.max_positions, head_dim_, positions_[token], back);
     }
 
-    // What A is multiplied by: x (tokens, in), or with dropout a copy in lora_input_ of what dropout keeps.
+    // A's input: x (tokens, in), or its copy in lora_input_ after dropout.
     const bf16* drop(const TrainGroup& lora, const bf16* x, int64_t in, int start, int rows) {
         if (lora.kept == nullptr) return x;
         keep(lora.kept, batch_.factor, x, in, start, rows, lora_input_.data());
@@ -252,7 +252,7 @@ class Training {
                 store(&residual[t * sizes_.hidden + i], load_bf16(embed_ + batch_.token_ids[t] * sizes_.hidden + i));
     }
 
-    // y = rows of x, divided by their root mean square and times `weight`; 1 / that is kept in inverse_rms.
+    // y = the RMSNorm of rows of x, with `weight`. inverse_rms gets each row's 1 / rms(x).
     void norm(const float* x, const bf16* weight, int start, int rows, bf16* y, float* inverse_rms) const {
         for (int row = start; row < start + rows; row++)
             inverse_rms[row] =
@@ -341,8 +341,8 @@ class Training {
 
     // The backward pass.
 
-    // A group's product y = x Wᵀ + (x Aᵀ) B with x (tokens, in), the gradient dy (tokens, out), and what W's gradient
-    // is added to, or null.
+    // A group's product y = x Wᵀ + (x Aᵀ) B with x (tokens, in), the gradient dy (tokens, out), and the sum of W's
+    // gradient, or null.
     struct Product {
         const TrainGroup& lora;
         const bf16* x;
@@ -352,7 +352,7 @@ class Training {
         float* d_w;
     };
 
-    // Turns the gradient of a layer's output, in d_residual_ and rounded in dy_, into that of its input.
+    // Computes the gradient of a layer's input from its output's, both in d_residual_, and rounded in dy_.
     void backward_layer(int index) {
         const TrainLayer& layer = layers_[index];
         const TrainGroup* lora = batch_.lora + index * kGroups;
@@ -562,7 +562,7 @@ class Training {
             scale_by_weight(&x[row * hidden], inverse_rms[row], weight, hidden, &x_[row * hidden]);
     }
 
-    // d_residual_ += the gradient of the norm's x, given that of its output, dx_. dy_ is d_residual_ in 16 bits.
+    // d_residual_ += the gradient of the norm's x, given that of its output, dx_. dy_ is d_residual_ in bf16.
     void norm_backward(const Aligned<float>& x, const Aligned<float>& inverse_rms, const bf16* weight, int start,
                        int rows) {
         for (int row = start; row < start + rows; row++) {
@@ -581,7 +581,7 @@ class Training {
         });
     }
 
-    // Keys' and values' gradients in d_qkv_: the sums of dk_ and dv_ over the query heads that share them.
+    // Writes the gradients of keys and values to d_qkv_: the sums of dk_ and dv_ over the query heads of a kv head.
     void sum_kv_gradients(const TrainLayer& layer, int start, int rows) {
         const int64_t group = sizes_.heads / sizes_.kv_heads, head_stride = num_tokens_ * sizes_.head_dim;
         float* sum = room(scratch().y, head_dim_);
@@ -613,14 +613,14 @@ class Training {
     Loss loss_;
 
     TrainBatch batch_{};
-    bool may_go_backward_ = false;  // whether `batch_` went forward, and not yet backward
+    bool may_go_backward_ = false;  // whether `batch_` has had a forward, but no backward pass
     int num_tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0;
     int token_stride_ = 0;  // num_tokens_, rounded up to a multiple of 32
     std::vector<int> positions_;
     std::vector<Saved> saved_;
     Aligned<float> last_, last_rms_;  // the residual stream after the last layer; see `Saved`
     Aligned<bf16> x_, active_;        // the last outputs of a norm and of the activation
-    Aligned<bf16> lora_input_;        // the same after dropout, if there is any: what A is multiplied by
+    Aligned<bf16> lora_input_;        // A's input after dropout, if there is any
     Aligned<float> d_residual_, dx_;  // the gradients of the residual stream and of a norm's output
     Aligned<bf16> dy_, d_attn_out_, d_qkv_, d_gate_up_;
     Aligned<float> dk_, dv_;  // (heads, tokens, dim): for each query head

@@ -1,8 +1,8 @@
-"""Calls the native forward and backward pass of a training batch: lays out tensors as `train.cpp` reads them.
+"""The native forward and backward pass of a training batch: passes tensors to `train.cpp`.
 
-They do what `SmolLM.forward` does with `PackedAttention` and `TrainedRows`, and what autograd does after it. What
-is multiplied is bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32's than
-torch's bf16 results are. They depend neither on the number of threads nor on chance.
+They compute what `SmolLM.forward` computes with `PackedAttention` and `TrainedRows`, and its gradients. Operands
+of products are bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32's than
+torch's bf16 results are. Results are deterministic and don't depend on the number of threads.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ class NativeRows:
     num_rows: int  # a multiple of ROW_UNIT
     out_start: int  # the module's first feature in the group's fused output
     out_features: int
-    trained: int  # the first so many rows are trained
-    a_start: int  # where A's gradient begins in the flat gradients, (trained, in)
-    b_start: int  # where B's gradient begins, (out_features, trained)
+    trained: int  # the first `trained` rows are trained
+    a_start: int  # the start of A's gradient (trained, in) in the flat gradients
+    b_start: int  # the start of B's gradient (out_features, trained)
     scaling: float  # A includes it
     repeats: int = 1  # 2 if as many rows of A follow, equal to the first except for a constant
 
@@ -66,8 +66,8 @@ class NativeTraining:
         weights' gradients are added to `d_weights`, fp32 tensors by the names of `weights.tensors()`; without
         them the base is frozen.
 
-        All methods raise MemoryError, and ValueError if anything would be read or written out of bounds. They
-        can be called again after either.
+        All methods raise MemoryError, and ValueError for an access out of bounds. They can be called again after
+        either.
         """
         check_base(config, weights)
         self._library = library
@@ -172,7 +172,8 @@ class NativeTraining:
         return losses, likeliest
 
     def backward(self, d_hidden: torch.Tensor) -> None:
-        """Add all gradients except the head's, given that of the last `forward`'s result; once per `forward`."""
+        """Add all gradients except the head's, given the gradient of the last `forward`'s result. Call it once per
+        `forward`."""
         d_hidden = d_hidden.contiguous()
         self._check_hidden(d_hidden, self._num_tokens)
         call(self._library.smolora_training_backward, self._training, d_hidden.data_ptr())

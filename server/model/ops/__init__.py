@@ -1,5 +1,4 @@
-"""Single operations of the forward pass, each behind one signature.
+"""Single operations of the forward pass in torch, for every device.
 
-Today each has a plain torch form that runs on every device; native CPU and CUDA kernels go behind the same
-signatures. `linear`, `norms`, `attention` and `lora` know tensors only: no sequences, adapters or requests.
+They take tensors only, and know no sequences, adapters or requests.
 """

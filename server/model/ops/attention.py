@@ -1,15 +1,15 @@
 """Attention over a paged cache of keys and values.
 
-A layer's cache is a pair of tensors (num_blocks, block_size, kv_heads, head_dim); a sequence's block table lists
-the blocks that hold its positions, in order. Queries are grouped (Ainslie et al. 2023,
-arXiv:2305.13245). Two cases:
+A layer's cache is a pair of tensors (num_blocks, block_size, kv_heads, head_dim). A sequence's block table lists
+the blocks of its positions, in order. Queries are grouped (Ainslie et al. 2023, arXiv:2305.13245). There are two
+cases:
 
 - `attend_sequence`: any number of new tokens of one sequence over that sequence's keys.
-- `attend_decode`: one new token for each of many sequences, over block tables of different lengths at once.
+- `attend_decode`: one new token for each of many sequences, with block tables of different lengths.
 
-`plan_decode` builds once a step the indices that every layer's `attend_decode` uses. Values are summed as they
-lie, which suits a CPU, or are gathered as keys are and multiplied: a GPU's kernel for the former walks through
-all positions of a head in one thread.
+`plan_decode` builds the indices of every layer's `attend_decode` once per step. A CPU sums values in place. A GPU
+gathers them first, like keys, and multiplies, since its kernel for sums in place walks through all positions of a
+head in one thread.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, eq=False)
 class ValueRows:
-    """Where every head's values lie in a layer's cache, which is read as (slots * kv_heads, head_dim)."""
+    """The places of every head's values in a layer's cache, viewed as (slots * kv_heads, head_dim)."""
 
     rows: torch.Tensor  # (sequences * heads * max_positions,)
-    bags: torch.Tensor  # (sequences * heads + 1,): where each head's rows start
+    bags: torch.Tensor  # (sequences * heads + 1,): each head's first index in `rows`
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def plan_decode(
     dtype: torch.dtype,
     gather_values: bool,
 ) -> DecodePlan:
-    """The plan for sequences of `lengths` (sequences,) positions in block_table (sequences, max_blocks)."""
+    """Return the plan for sequences of `lengths` (sequences,) positions in block_table (sequences, max_blocks)."""
     device = block_table.device
     num_sequences, max_blocks = block_table.shape
     positions = torch.arange(max_blocks * block_size, device=device)
@@ -60,7 +60,7 @@ def plan_decode(
     value_rows = None
     if not gather_values:
         slots = block_table.repeat_interleave(block_size, dim=1) * block_size + positions % block_size
-        slots.masked_fill_(beyond, 0)  # zero there; beyond the end lies what an earlier owner left, perhaps NaN
+        slots.masked_fill_(beyond, 0)  # weights are 0 there, but an earlier owner may have left NaN beyond the end
         rows = slots[:, None] * num_kv_heads + kv_of_head[:, None]  # (sequences, heads, positions)
         bags = torch.arange(num_sequences * num_heads + 1, device=device) * positions.shape[0]
         value_rows = ValueRows(rows.flatten(), bags)
@@ -68,10 +68,10 @@ def plan_decode(
 
 
 def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-    """q (sequences, heads, head_dim), one token each, over the caches of its layer; like q.
+    """Return the attention of q (sequences, heads, head_dim), one token each, over a layer's caches; of q's shape.
 
-    Each query is spread over all kv heads, zero but for its own, so that one batched product with the gathered
-    keys, contiguous as they lie in the cache, gives the scores of all heads.
+    Each query is expanded to all kv heads, with zeros except at its own. So one batched product with the gathered
+    keys, which stay contiguous as in the cache, gives the scores of all heads.
     """
     num_sequences, heads, dim = q.shape
     keys = _gather(plan, k_cache)
@@ -92,23 +92,24 @@ def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_ca
 
 
 def _sum_gathered(plan: DecodePlan, weights: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-    """The values' weighted sums (sequences, heads, head_dim): each head keeps those of its own kv head."""
+    """Return the weighted sums of gathered values (sequences, heads, head_dim)."""
     num_sequences, heads, _ = weights.shape
     values = _gather(plan, v_cache)
-    values.masked_fill_(plan.beyond.transpose(1, 2), 0)  # not even a weight of 0 takes NaN away
+    values.masked_fill_(plan.beyond.transpose(1, 2), 0)  # 0 times NaN is NaN
     sums = torch.bmm(weights, values).view(num_sequences, heads, *v_cache.shape[2:])
     own = plan.kv_of_head[None, :, None, None].expand(num_sequences, heads, 1, v_cache.shape[3])
     return sums.gather(2, own).squeeze(2)
 
 
 def _gather(plan: DecodePlan, cache: torch.Tensor) -> torch.Tensor:
-    """A copy of the sequences' blocks of a layer's keys or values: (sequences, positions, kv_heads * head_dim)."""
+    """Copy the sequences' blocks of a layer's keys or values: (sequences, positions, kv_heads * head_dim)."""
     blocks = cache.flatten(1).index_select(0, plan.block_table)  # (sequences * max_blocks, block * kv_heads * dim)
     return blocks.view(plan.beyond.shape[0], plan.beyond.shape[-1], -1)
 
 
 def attend_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """q (new, heads, head_dim) over k, v (positions, kv_heads, head_dim) of one sequence; like q.
+    """Return the attention of q (new, heads, head_dim), of q's shape, over one sequence's k and v (positions,
+    kv_heads, head_dim).
 
     `bias` (new, positions) is added to the scores; None lets every token see every position. With a bias, keys and
     values of new tokens are overwritten if they aren't finite, and every token that sees such a position is NaN.
@@ -127,11 +128,11 @@ def attend_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: tor
 
 
 def _replace_overflows(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Overwrite what isn't finite in new tokens' k, v (new, kv_heads, head_dim). Return which tokens (new,) see
-    such a position, their own or one before.
+    """Overwrite values that aren't finite in new tokens' k and v (new, kv_heads, head_dim). Return a mask (new,)
+    of the tokens that see such a position: their own or an earlier one.
 
-    Without this, tokens before the position would be NaN, too: a weight of 0 times infinity is NaN, and so is a
-    bias of -inf added to NaN.
+    Otherwise, tokens before the position would be NaN, too: a weight of 0 times infinity is NaN, and so is a bias
+    of -inf added to NaN.
     """
     overflows = ~(k.isfinite() & v.isfinite()).flatten(1).all(1)
     for tensor in (k, v):
@@ -140,7 +141,8 @@ def _replace_overflows(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def causal_bias(start: int, new: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """The bias (new, start + new) under which the token at position start + i sees positions 0 … start + i."""
+    """Return the bias (new, start + new) that lets the token at position start + i see positions 0 to start +
+    i."""
     if new == 1:
         return None
     bias = torch.full((new, start + new), float("-inf"), dtype=dtype, device=device)

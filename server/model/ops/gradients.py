@@ -1,9 +1,8 @@
-"""torch's own autograd functions, typed.
+"""RMSNorm, rotation and SwiGLU for training, with explicit backward passes.
 
-Norms, rotation and the gated activation as training runs them: their backward passes written out.
-
-Left to autograd, each keeps several copies of its input in fp32, a few times what all matrix products keep. These
-keep the input alone and compute the rest again. Forward they are `server.model.ops.norms`, to the bit.
+Autograd's own versions each save several fp32 copies of their input, a few times the memory of all matrix
+products. These save only the input, and recompute the rest. Their forward passes have the bits of
+`server.model.ops.norms`.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def apply(function: type[torch.autograd.Function], *inputs: object) -> torch.Tensor:
-    """`function.apply(*inputs)` of a function with one tensor for its answer; torch leaves it untyped."""
+    """Return `function.apply(*inputs)`, typed, of a function that returns one tensor."""
     return cast("Callable[..., torch.Tensor]", function.apply)(*inputs)
 
 
@@ -29,7 +28,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:  # noqa: ANN401
-        """With n = x / rms: dx = (g - n · mean(g · n)) / rms for g = dy · weight."""
+        """Return dx = (g - n · mean(g · n)) / rms with n = x / rms and g = dy · weight, and the weight's
+        gradient."""
         x, weight = ctx.saved_tensors
         normed = x.to(torch.float32, copy=True)
         scale = torch.linalg.vector_norm(normed, dim=-1, keepdim=True).square_()
@@ -71,27 +71,27 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # noqa: ANN401
-        """A rotation's transpose is the rotation back."""
+        """Rotate back: a rotation's transpose is its inverse."""
         cos, sin = ctx.saved_tensors
         return rotate(dy, cos, -sin), None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`norms.rms_norm`, differentiable once in x (tokens, hidden) and weight (hidden,)."""
+    """Compute `norms.rms_norm`, differentiable once in x (tokens, hidden) and weight (hidden,)."""
     return apply(_RmsNorm, x, weight, eps)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`norms.rotary`, differentiable once in x."""
+    """Compute `norms.rotary`, differentiable once in x."""
     return apply(_Rotary, x, cos, sin)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """`norms.swiglu`, differentiable once."""
+    """Compute `norms.swiglu`, differentiable once."""
     return apply(_SwiGlu, gate_up)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotation itself, of `norms.rotary`."""
+    """Rotate x as `norms.rotary` does."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin

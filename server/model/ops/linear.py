@@ -1,19 +1,15 @@
-"""A frozen linear module's matrix product.
+"""The product with a frozen matrix W, and the low-rank products of adapters: y = W x + ((x · A_rowsᵀ) ∘ gates) ·
+B_rows.
 
-On a CPU with 16-bit arithmetic, oneDNN spends much of a small product on re-ordering the weight. `Linear` does
-that once, which makes a decode step's products about 1.5 times as fast. The packed copy is for inference
-alone; training keeps to the plain weight, which autograd can differentiate through.
+On a CPU with bf16 arithmetic, oneDNN spends much of a small product on reordering W. `Linear` does that once,
+which makes a decode step's products about 1.5 times as fast. Inference uses the packed copy. Training uses the
+plain matrix, which autograd can differentiate through.
 
-The low-rank products beside a frozen matrix product.
-
-    y = W x  +  ((x · A_rowsᵀ) ∘ gates) · B_rows
-
-`add_dense` is that line, for every row of the pool: the oracle. What runs follows the ranks really used:
-`shrink_block` multiplies a run of tokens by one adapter's rows, and `shrink_sampled` walks (token, row) pairs, for
-tokens that share their adapters with few others. All are differentiable, and none knows what an adapter is.
-
-Measured on 2 cores (AVX-512) at 32 tokens of 32 adapters: pairs cost a quarter of the dense line and half of
-a batched product over gathered rows, because nothing is copied.
+`add_dense` computes the low-rank term for every row of the pool; it is the oracle of tests. Serving computes only
+the rows in use: `shrink_block` multiplies a run of tokens by one adapter's rows, and `shrink_sampled` computes
+(token, row) pairs, for tokens that share their adapters with few others. All are differentiable. For 32 tokens of
+32 adapters on 2 cores (AVX-512), pairs take a quarter of the time of `add_dense`, and half of that of a batched
+product over gathered rows, since they copy nothing.
 """
 
 import warnings
@@ -23,11 +19,11 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-_PACK_FOR_TOKENS = 32  # the number of rows that the packed layout is tuned for; any number is right
+_PACK_FOR_TOKENS = 32  # the packed layout is tuned for this number of rows, and correct for any
 
 
 class Linear:
-    """y = x Wᵀ with a frozen W of shape (out, in); x is (tokens, in), y (tokens, out), both of W's dtype."""
+    """The product y = x Wᵀ with a frozen W (out, in); x (tokens, in) and y (tokens, out) have W's dtype."""
 
     def __init__(self, weight: torch.Tensor, *, pack: bool = False) -> None:
         self.weight = weight
@@ -41,7 +37,7 @@ class Linear:
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether this torch build and CPU multiply packed weights of this dtype."""
+    """Return whether this build of torch and this CPU multiply packed weights of the weight's dtype."""
     return (
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
@@ -59,7 +55,7 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 def add_dense(
     y: torch.Tensor, x: torch.Tensor, a_rows: torch.Tensor, b_rows: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
-    """y (tokens, out) + ((x · a_rowsᵀ) ∘ gates) · b_rows.
+    """Return y + ((x · a_rowsᵀ) ∘ gates) · b_rows, of y's shape (tokens, out).
 
     x (tokens, in), a_rows (rows, in), b_rows (rows, out), gates (tokens, rows).
     """
@@ -68,14 +64,14 @@ def add_dense(
 
 
 def shrink_block(x: torch.Tensor, a_rows: torch.Tensor, weight: float, dtype: torch.dtype) -> torch.Tensor:
-    """weight · (x · a_rowsᵀ) as (tokens, rows) in `dtype`; x (tokens, in), a_rows (rows, in)."""
+    """Return weight · (x · a_rowsᵀ), (tokens, rows) in `dtype`, for x (tokens, in) and a_rows (rows, in)."""
     hidden = F.linear(x.to(a_rows.dtype), a_rows)
     return (hidden if weight == 1.0 else hidden * weight).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """(token, row) pairs: token t has the rows rows[offsets[t] : offsets[t + 1]], of a pool of `num_rows`."""
+    """Pairs (token, row): token t has rows[offsets[t] : offsets[t + 1]] of a pool of `num_rows` rows."""
 
     offsets: torch.Tensor  # (tokens + 1,)
     rows: torch.Tensor  # (num_pairs,)
@@ -85,12 +81,12 @@ class Pairs:
     def tokens(self) -> torch.Tensor:
         """Each pair's token (num_pairs,)."""
         tokens = torch.arange(self.offsets.shape[0] - 1, device=self.offsets.device)
-        # Without the size, a GPU would have to say it first.
+        # Given the size, torch needn't wait for a GPU to report it.
         return torch.repeat_interleave(tokens, self.offsets.diff(), output_size=self.rows.shape[0])
 
     @cached_property
     def csr(self) -> torch.Tensor:
-        """As a sparse tensor (tokens, num_rows), whose values are nothing."""
+        """The pairs as a sparse tensor (tokens, num_rows) of zeros."""
         values = torch.zeros(self.rows.shape[0], device=self.rows.device)
         size = (self.offsets.shape[0] - 1, self.num_rows)
         with warnings.catch_warnings():  # torch announces once that CSR is in beta
@@ -99,7 +95,7 @@ class Pairs:
 
 
 def shrink_sampled(x: torch.Tensor, a_rows: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """x[token] · a_rows[row] for each of `pairs`, in their order: (num_pairs,) of a_rows' dtype.
+    """Return x[token] · a_rows[row] for each of `pairs`, in order: (num_pairs,) of a_rows' dtype.
 
     x (tokens, in), a_rows (rows, in).
     """
@@ -113,10 +109,11 @@ def shrink_sampled(x: torch.Tensor, a_rows: torch.Tensor, pairs: Pairs) -> torch
 def expand_sampled(
     hidden: torch.Tensor, b_units: torch.Tensor, unit_index: torch.Tensor, bags: torch.Tensor
 ) -> torch.Tensor:
-    """Sums hidden[i] · b_units[unit_index[i]] over each bag i ∈ [bags[j], bags[j+1]): (num_bags, unit).
+    """Return the sums of hidden[i] · b_units[unit_index[i]] over each bag i ∈ [bags[j], bags[j+1]): (num_bags,
+    unit).
 
-    hidden (num_entries,) of b_units' dtype, b_units (num_units, unit), unit_index (num_entries,), bags
-    (num_bags + 1,), from 0 to num_entries. Accumulates in fp32.
+    hidden (num_entries,) of b_units' dtype, b_units (num_units, unit), unit_index (num_entries,), bags (num_bags +
+    1,), from 0 to num_entries. Accumulates in fp32.
     """
     return F.embedding_bag(
         unit_index, b_units, bags, mode="sum", per_sample_weights=hidden, include_last_offset=True

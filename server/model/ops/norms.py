@@ -7,17 +7,17 @@ from server.model.ops import gradients
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square normalization over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """Normalize x over its last axis by the root mean square (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     if x.requires_grad:
         return gradients.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def rotary_table(num_positions: int, head_dim: int, theta: float) -> torch.Tensor:
-    """Cosines and signed sines of rotary embedding (Su et al. 2021, arXiv:2104.09864).
+    """Return the cosines and sines of rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
-    Returns (2, num_positions, head_dim) in fp32: [0] the cosines, [1] the sines, of which the first half is
-    negated, so that `rotary` needs no negation of its own.
+    The result is (2, num_positions, head_dim) in fp32: [0] has the cosines, [1] the sines. The first half of the
+    sines is negated, so that `rotary` needs no negation.
     """
     frequency = 1.0 / theta ** (
         torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
@@ -35,7 +35,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of the fused (tokens, 2 * intermediate); Shazeer 2020, arXiv:2002.05202."""
+    """Return silu(gate) · up of the fused gate_up (tokens, 2 · intermediate); Shazeer 2020, arXiv:2002.05202."""
     if gate_up.requires_grad:
         return gradients.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)

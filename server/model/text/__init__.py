@@ -1,1 +1,1 @@
-"""Between texts and tokens: chat templates, special tokens, the vocabulary."""
+"""Texts and tokens: the tokenizer, chat templates, special tokens, the vocabulary."""

@@ -1,13 +1,8 @@
-"""Where texts lie in what a chat template made of them, and what in them only looks like a special token.
+"""Encodes texts and chat messages as token ids.
 
-Text alone: rendering and tokens are `server.model.text.chat`'s part.
-
-Text and chat messages → token ids, the way the base's own tokenizer reads them.
-
-Promises: ordinary texts and messages give exactly the ids of the tokenizer and its chat template. The
-template's special tokens are real ones, while what looks like one inside a user's text is encoded as plain
-text, so that no text can end its own turn. Long texts don't hold the GIL, so they can be encoded in another
-thread while the engine's goes on. Leaves to others: how long a prompt may be, and HTTP.
+Ordinary texts and messages give exactly the ids of the base's tokenizer and chat template. Special tokens of the
+template are real ones. Text of a message that looks like a special token is encoded as plain text, so no message
+can end its own turn. Encoding releases the GIL, so other threads, such as the engine's, go on meanwhile.
 """
 
 import json
@@ -26,8 +21,8 @@ from server.model.text.tokenizer import BaseTokenizer
 
 MAX_TEXT_PARTS = 1024
 
-_PRIVATE_USE = range(0x100000, 0x10FFFE)  # characters that mean nothing: Unicode's plane 16
-_UNASSIGNED = range(0x40000, 0xE0000)  # planes 4 to 13: whoever has all of those too has sent megabytes
+_PRIVATE_USE = range(0x100000, 0x10FFFE)  # Unicode's plane 16: characters without a meaning
+_UNASSIGNED = range(0x40000, 0xE0000)  # planes 4 to 13; a text with all of these, too, has megabytes
 
 
 @dataclass(frozen=True)
@@ -39,18 +34,18 @@ class ChatMessage:
 
 
 DEVELOPER = "developer"
-"""What OpenAI calls `system` by now."""
+"""OpenAI's newer name of the role `system`."""
 
 
 def meant_role(role: str) -> str:
-    """A role as a chat template has it."""
+    """Return a role's name in chat templates."""
     return "system" if role == DEVELOPER else role
 
 
 def joined_parts(content: object) -> object:
-    """OpenAI's parts of text as the one text that they are. What is no list is given back.
+    """Join OpenAI's list of text parts into one text. Return other content unchanged.
 
-    Raises ValueError where there are none, or more than `MAX_TEXT_PARTS`, or a part is something else than text.
+    Raise ValueError if the list has no part or more than `MAX_TEXT_PARTS`, or if a part isn't text.
     """
     if not isinstance(content, list):
         return content
@@ -67,10 +62,11 @@ def joined_parts(content: object) -> object:
 
 
 class Disguise:
-    """Messages whose look-alikes of special tokens are hidden, so that those in a rendering are the template's."""
+    """Messages with placeholders for spellings of special tokens. All special tokens of a rendering are then the
+    template's."""
 
     def __init__(self, messages: Sequence[ChatMessage], special: re.Pattern[str]) -> None:
-        """`special` matches what must be hidden."""
+        """Replace all matches of `special` in the messages."""
         self._hidden: list[str] = []
         self._guard, self._mark = _unused_characters(messages, 2)
         self._placeholder = re.compile(f"{self._guard}([0-9]+){self._guard}")
@@ -81,11 +77,12 @@ class Disguise:
         return not self._hidden
 
     def restore(self, text: str) -> str:
-        """Put what was hidden back."""
+        """Return the text with the original spellings instead of placeholders."""
         return self._placeholder.sub(lambda found: self._hidden[int(found.group(1))], text)
 
     def restore_at(self, text: str, points: Iterable[int]) -> tuple[str, dict[int, int]]:
-        """The text restored, and where each of `points`, none of which lies in a placeholder, is in it."""
+        """Return the restored text, and the new position of each of `points`, which may not be inside a
+        placeholder."""
         pieces: list[str] = []
         moved = {0: 0}
         length = 0
@@ -96,17 +93,17 @@ class Disguise:
         return "".join(pieces), moved
 
     def outline(self) -> list[ChatMessage]:
-        """The messages with a mark in place of each of the assistant's texts, for `find_turns`."""
+        """Return the messages with a mark instead of each of the assistant's texts, for `find_turns`."""
         return [
             ChatMessage(turn.role, f"{self._mark}{index}{self._mark}") if turn.role == "assistant" else turn
             for index, turn in enumerate(self.messages)
         ]
 
     def find_turns(self, rendered: str, outline: str) -> list[tuple[int, int]] | None:
-        """Where each of the assistant's texts lies in `rendered`, given the rendering of `outline()` too.
+        """Return each assistant text's span in `rendered`, given the rendering of `outline()`.
 
-        Exact, whatever the texts hold: all that is between them must be as in the outline, and they as they are or
-        trimmed. None where a template does anything else to them.
+        The text between the spans must equal the outline's, and a span must be the message's text, possibly
+        trimmed. Return None if the template changes a text in any other way.
         """
         contents = {index: turn.content for index, turn in enumerate(self.messages) if turn.role == "assistant"}
         before, *rest = re.split(f"{self._mark}([0-9]+){self._mark}", outline)
@@ -129,7 +126,8 @@ class Disguise:
 
 
 def _trimmed(text: str) -> list[str]:
-    """The text as templates write it: as it is, or without white space or line breaks at an end; longest first."""
+    """Return the forms of a text in templates: unchanged, or with white space or line breaks trimmed; longest
+    first."""
     starts = {text, text.lstrip("\n"), text.lstrip()}
     return sorted({form for start in starts for form in (start, start.rstrip("\n"), start.rstrip())}, key=len)[
         ::-1
@@ -142,14 +140,12 @@ def _unused_characters(messages: Sequence[ChatMessage], count: int) -> list[str]
     return [next(unused) for _ in range(count)]
 
 
-__all__ = ["ChatMessage", "PromptEncoder"]
-
 Span = tuple[int, int]
-"""Characters of a text, from the first to after the last."""
+"""Characters [start, stop) of a text."""
 
 
 class PromptEncoder:
-    """Encodes prompts for one base. Safe to call from several threads at once."""
+    """Encodes prompts for one base. Thread-safe."""
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         self._template = tokenizer.chat_template
@@ -161,8 +157,7 @@ class PromptEncoder:
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._next_special = re.compile(rf"\s*+({self._special.pattern})")
-        # A Tokenizer has one flag for what special tokens are in a text, which threads can't share: each of ours
-        # keeps its own.
+        # A Tokenizer has one flag for special tokens in texts. Threads can't share it, so there are two copies.
         self._marked = _fixed_copy(tokenizer.backend, specials_are_text=False)
         self._plain = _fixed_copy(tokenizer.backend, specials_are_text=True)
 
@@ -171,22 +166,24 @@ class PromptEncoder:
         return self._template is not None
 
     def prompt(self, text: str) -> Sequence[int]:
-        """`text` as it is, with whatever the tokenizer puts before every text."""
+        """Return the ids of `text`, with the tokens that the tokenizer adds to every text."""
         return _encode(self._plain, text, add_special_tokens=True)
 
     def continuation(self, text: str) -> Sequence[int]:
-        """`text` as it is, to be joined to what was encoded before it."""
+        """Return the ids of `text` alone, to be appended to other ids."""
         return _encode(self._plain, text, add_special_tokens=False)
 
     def spelled(self, text: str, token_ids: Collection[int]) -> str | None:
-        """One of the special tokens `token_ids` that the text spells, and that is encoded as plain text there."""
+        """Return the name of a special token of `token_ids` that the text spells, or None. It is encoded as plain
+        text."""
         found = (name for name, number in self._specials.items() if number in token_ids and name in text)
         return next(found, None)
 
     def messages(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
-        """The conversation through the base's chat template, up to where the assistant's next turn begins.
+        """Return the ids of a conversation in the base's chat template, up to the start of the assistant's next
+        turn.
 
-        Raises InvalidInput on `messages` where the base has no template, or the template refuses them.
+        Raise InvalidInput on `messages` if the base has no template, or if the template rejects them.
         """
         if not any(self._special.search(message.content) for message in messages):
             return _encode(self._marked, self._render(messages), add_special_tokens=False)
@@ -202,12 +199,12 @@ class PromptEncoder:
     def conversation(
         self, messages: Sequence[ChatMessage], end_token_ids: Collection[int]
     ) -> tuple[list[int], list[range]]:
-        """A whole conversation, and which of its tokens are the assistant's: a range for each of its turns.
+        """Return the ids of a whole conversation, and the range of tokens of each of the assistant's turns.
 
-        A turn is its text and the end token that the template puts after it, if that is one of `end_token_ids`;
-        of its header it has nothing. The ids are the template's own, but that no token lies across the border of
-        a turn: where one would, each side is encoded apart, as they are when the assistant's turn is generated.
-        Raises InvalidInput as `messages` does, and where the template does more to a turn than trimming it.
+        A range has the turn's text and the template's end token after it, if that is one of `end_token_ids`. It
+        doesn't have the turn's header. The ids are the template's, except that no token crosses a turn's border:
+        both sides are encoded separately, as they are when the assistant's turn is generated. Raise InvalidInput
+        like `messages`, and if the template changes a turn in other ways than trimming it.
         """
         disguise = Disguise(messages, self._special)
         rendered = self._render(disguise.messages, is_whole=True)
@@ -232,7 +229,10 @@ class PromptEncoder:
     def _encode_lookalikes(
         self, text: str, specials: Sequence[Span], borders: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Only `specials` are special tokens; the texts between them are encoded each on its own, as plain."""
+        """Encode the spans `specials` as special tokens, and the texts between them as plain text.
+
+        Return the ids and the position in the text where each token starts.
+        """
         ids: list[int] = []
         starts: list[int] = []
         cuts = [0, *(point for span in specials for point in span), len(text)]
@@ -246,15 +246,16 @@ class PromptEncoder:
         return ids, starts
 
     def _after_end_token(self, rendered: str, position: int, end_token_ids: Collection[int]) -> int:
-        """Where the end token ends that follows on `position`, after white space at most; else `position`."""
+        """Return the end of an end token at `position`, possibly after white space, or `position` if there is
+        none."""
         match = self._next_special.match(rendered, position)
         return match.end() if match and self._specials[match.group(1)] in end_token_ids else position
 
     def _cut(self, rendered: str) -> Iterator[tuple[str, bool]]:
-        """The special tokens of a rendering, and the texts between them: (text, whether it is a special token).
+        """Yield a rendering's special tokens and the texts between them, as (text, whether it is a special token).
 
-        A tokenizer also cuts a text at its special tokens first and encodes what is between them apart, so
-        encoding these pieces differs from encoding it whole only in what counts as special.
+        A tokenizer, too, first splits a text at special tokens and encodes the pieces separately. So the ids
+        differ from those of the whole text only in which spellings count as special tokens.
         """
         start = 0
         for match in self._special.finditer(rendered):
@@ -264,30 +265,33 @@ class PromptEncoder:
         yield rendered[start:], False
 
     def _render(self, messages: Sequence[ChatMessage], is_whole: bool = False) -> str:
-        """Up to where the assistant's next turn begins; a whole conversation ends with its last turn."""
+        """Render up to the start of the assistant's next turn, or a whole conversation to the end of its last
+        turn."""
         if self._template is None:
             raise InvalidInput.of("messages", "this base has no chat template; send a prompt")
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(conversation, add_generation_prompt=not is_whole)
-        except TemplateError:  # its text may quote the messages
+        except TemplateError:  # not shown, since its text may quote the messages
             raise InvalidInput.of("messages", "the base's chat template can't take these turns") from None
 
 
 def _longest(tokenizer: BaseTokenizer) -> int | None:
-    """Return the bytes of the longest token. None if a normalizer may shorten texts before they are cut."""
+    """Return the number of bytes of the longest token, or None if a normalizer may shorten texts before they are
+    split."""
     if tokenizer.backend.normalizer is not None:
         return None
     added = {token.content for token in tokenizer.added_tokens.values()}
-    # of the model's own tokens each character is a byte
+    # Each character of the model's own tokens represents one byte.
     return max(len(text.encode()) if text in added else len(text) for text in tokenizer.vocabulary)
 
 
 def _fixed_copy(tokenizer: Tokenizer, specials_are_text: bool) -> Tokenizer:
-    """One that shares the model, which is nearly all of it and only read. It neither truncates nor pads, and each
-    token's white space counts as its own.
+    """Return a copy without truncation and padding, in whose offsets a token includes its white space.
+
+    It shares the tokenizer's model, which is read-only and has nearly all of its memory.
     """
-    steps = Tokenizer(BPE())  # all but the model, and the tokens that were added to it
+    steps = Tokenizer(BPE())  # everything but the model and added tokens
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if (step := getattr(tokenizer, name)) is not None:
             setattr(steps, name, step)
@@ -304,18 +308,18 @@ def _fixed_copy(tokenizer: Tokenizer, specials_are_text: bool) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
-    # encode() holds the GIL for as long as it runs (seconds for a megabyte); the batched form lets it go
+    # encode() holds the GIL (seconds for a megabyte); the batched form releases it.
     encoding = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
     ids: list[int] = encoding.ids
     return ids
 
 
 def _encode_apart(tokenizer: Tokenizer, text: str, borders: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(ids, where each token starts), of which none lies across one of the ascending `borders`."""
+    """Return the ids, and the position of each token's start. No token crosses one of the ascending `borders`."""
     encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
-    offsets = encoding.offsets  # made anew whenever it is asked for
+    offsets = encoding.offsets  # computed at each access
     starts = [start for start, _ in offsets]
-    crossed = [border for border in borders if _lies_across(offsets, border)]
+    crossed = [border for border in borders if _crosses(offsets, border)]
     if not crossed:
         return encoding.ids, starts
     ids: list[int] = []
@@ -328,11 +332,11 @@ def _encode_apart(tokenizer: Tokenizer, text: str, borders: Sequence[int]) -> tu
 
 
 def _inside(borders: Sequence[int], first: int, last: int) -> list[int]:
-    """Those of the ascending `borders` that lie between the two, counted from `first`."""
+    """Return the ascending `borders` between `first` and `last`, relative to `first`."""
     return [border - first for border in borders[bisect_right(borders, first) : bisect_left(borders, last)]]
 
 
-def _lies_across(offsets: Sequence[Span], border: int) -> bool:
-    """Whether a token does. `offsets` ascend."""
-    place = bisect_left(offsets, (border, 0)) - 1  # the last token that starts before it
+def _crosses(offsets: Sequence[Span], border: int) -> bool:
+    """Return whether a token crosses the border. `offsets` ascend."""
+    place = bisect_left(offsets, (border, 0)) - 1  # the last token that starts before the border
     return place >= 0 and offsets[place][1] > border

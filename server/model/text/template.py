@@ -1,10 +1,10 @@
-"""A chat template: the Jinja program of a base that makes one text of a conversation.
+"""Chat templates: a base's Jinja program that renders a conversation as one text.
 
-Promises: exactly the text that transformers' `apply_chat_template` makes of messages without tools and documents.
-Templates are written for what that gives them, which is restated here: blocks that leave no line behind, `break`
-and `continue`, JSON that isn't escaped for HTML, the day's date, errors of their own, and marks around what an
-assistant said. A template comes with a base and is a stranger's program: it runs in Jinja's sandbox, sees nothing
-but strings, and can change nothing.
+The text is exactly that of transformers' `apply_chat_template` for messages without tools and documents. Templates
+expect the environment of transformers, so this module provides the same: blocks that leave no empty line, `break`
+and `continue`, JSON without HTML escapes, the current date, `raise_exception`, and `generation` blocks around the
+assistant's text. A template comes with a base and isn't trusted: it runs in Jinja's sandbox, gets only strings,
+and can change nothing.
 """
 
 import json
@@ -25,15 +25,16 @@ __all__ = ["ChatTemplate", "TemplateError"]
 
 
 class ChatTemplate:
-    """Compiled when it is first asked for. Safe to use from several threads at once."""
+    """A template, compiled at its first use. Thread-safe."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens`: what the template finds under their names, such as `eos_token`."""
+        """Take the template's source. It sees `special_tokens` as variables by their names, such as
+        `eos_token`."""
         self._source = source
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """The text. Raises TemplateError where the template isn't one, or refuses the messages."""
+        """Return the text. Raise TemplateError if the template is invalid or rejects the messages."""
         return self._template.render(
             **self._special_tokens,
             messages=[dict(message) for message in messages],
@@ -58,7 +59,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks the assistant's part: it says what is inside."""
+    """`{% generation %}…{% endgeneration %}` around the assistant's text. It renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
@@ -72,7 +73,7 @@ class _Generation(Extension):
 
 
 class _Dictionary:
-    """`dict`, without what hangs on Python's class of that name."""
+    """The template's `dict`, without the attributes of Python's class."""
 
     def __call__(self, *given: Iterable[tuple[str, object]], **named: object) -> dict[str, object]:
         return dict(*given, **named)
@@ -82,7 +83,7 @@ class _Dictionary:
 
 
 class _Variables(Namespace):
-    """`namespace`, whose variables are the template's own: none with a name that means something to Python."""
+    """The template's `namespace`. Names with a leading underscore are refused, since Python uses them."""
 
     def __init__(*given: Any, **named: object) -> None:  # noqa: ANN401 (`self` may be a variable's name)
         self, *pairs = given

@@ -1,11 +1,9 @@
-"""The tokenizer of a converted base: texts to ids, ids to texts, conversations to texts.
+"""The tokenizer of a converted base: texts to ids, ids to texts, and the vocabulary.
 
-Promises: the ids and texts that transformers has for the same directory. It is the library `tokenizers` with two
-things beside it that a tokenizer.json lacks, the names of special tokens and the chat template: importing
-transformers takes longer than all else that a start does with a tokenizer. Leaves to others: directories that
-nobody converted, in which older and newer forms mean the same thing (`server.model.base.checkpoint`).
-
-What a tokenizer's ids stand for, for those who have to do with tokens and shouldn't know tokenizers.
+It gives the same ids and texts as transformers for the same directory, but uses only the library `tokenizers`,
+since importing transformers takes longer than everything else that a start does with a tokenizer. A tokenizer.json
+lacks the names of special tokens and the chat template, so they are added here. `server.model.base.checkpoint`
+reads directories that aren't converted, which may have older formats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +16,8 @@ from server.model.text.template import ChatTemplate
 
 
 def require_byte_level(name: str, backend: Tokenizer) -> None:
-    """Raise StartupError, which names the base, where tokens aren't written as bytes, a character for each, as
-    SmolLM's are: those of SentencePiece, say."""
+    """Raise StartupError, naming the base, if the vocabulary isn't byte-level: one character per byte, as SmolLM's
+    is and SentencePiece's isn't."""
     if backend.decoder is None or backend.decoder.decode(["Ġ", "Ċ", "Ã", "©"]) != " \né":
         raise StartupError(
             f"{name}: the tokenizer is not byte-level, as those of SmolLM and GPT-2 are: others are not read"
@@ -27,12 +25,12 @@ def require_byte_level(name: str, backend: Tokenizer) -> None:
 
 
 class BaseTokenizer:
-    """One base's. Safe to use from several threads at once, as nothing changes it."""
+    """One base's tokenizer. Immutable, so several threads may use it at once."""
 
     def __init__(self, backend: Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None) -> None:
-        """`special_tokens`: each one's text by its name, such as `eos_token`.
+        """Take over `backend`, and turn off its truncation and padding.
 
-        `backend` is this one's from now on. It neither truncates nor pads.
+        `special_tokens` maps names such as `eos_token` to the tokens' texts.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -41,17 +39,17 @@ class BaseTokenizer:
         self._eos_token = special_tokens.get("eos_token")
 
     def __len__(self) -> int:
-        """How many tokens there are, added ones too."""
+        """Return the number of tokens, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """Each token as the tokenizer writes it, and its id. Made anew whenever it is asked for."""
+        """Each token in the tokenizer's spelling, and its id. Computed again at each access."""
         return self.backend.get_vocab(with_added_tokens=True)
 
     @cached_property
     def added_tokens(self) -> Mapping[int, AddedToken]:
-        """Those that stand beside the model's own by their ids; `special` ones say no text."""
+        """The tokens that were added to the model's own, by id. Special ones decode to no text."""
         return self.backend.get_added_tokens_decoder()
 
     @property
@@ -60,16 +58,16 @@ class BaseTokenizer:
         return None if self._eos_token is None else self.backend.token_to_id(self._eos_token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, in which what looks like a special token is one."""
+        """Return the ids of a text. Spellings of special tokens become special tokens."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of a sequence, in which no space is tidied away."""
+        """Return the text of a sequence, with all of its spaces."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
 def vocabulary_of(tokenizer: BaseTokenizer) -> tuple[Mapping[str, int], Mapping[int, str], Sequence[int]]:
-    """(each token as the tokenizer writes it, and its id; ids of tokens in plain text; ids of special tokens)."""
+    """Return the vocabulary, the texts of added tokens by id, and the ids of special tokens."""
     added = tokenizer.added_tokens.items()
     return (
         tokenizer.vocabulary,
@@ -79,5 +77,5 @@ def vocabulary_of(tokenizer: BaseTokenizer) -> tuple[Mapping[str, int], Mapping[
 
 
 def tokenizer_json(tokenizer: BaseTokenizer) -> str:
-    """The text of its tokenizer.json, with all added tokens, and without padding and truncation."""
+    """Return the content of tokenizer.json with all added tokens, without padding and truncation."""
     return tokenizer.backend.to_str()

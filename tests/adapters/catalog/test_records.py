@@ -1,4 +1,4 @@
-"""Records hold all that the catalog knows, and what was cut off anywhere is told from what was answered."""
+"""Records have all that the catalog knows, and recovery handles a change that was interrupted anywhere."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from adapters.catalog.catalog import Catalog, NewVersion, Part, Version
-from adapters.catalog.records import Read, Recorder, Records, decode, encode
+from adapters.catalog.records import Recorder, Records, decode, encode
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in, recording
@@ -82,9 +82,7 @@ def records(request: pytest.FixtureRequest, tmp_path: Path) -> Records:
     if request.param == "directory":
         return Records(root)
     bucket = request.getfixturevalue("bucket")
-    from adapters.catalog.records import SharedRecords
-
-    return SharedRecords(root, bucket.under("adapters"))
+    return Records(root, bucket.under("adapters"))
 
 
 @pytest.fixture
@@ -113,7 +111,7 @@ def cut_off_publication(home: Home, name: str, job_id: str | None = None) -> Non
         transact(home.engine, work)
 
 
-def test_a_record_is_the_version() -> None:
+def test_a_record_round_trips_a_version() -> None:
     version = Version(
         name="a.b-c",
         version=12,
@@ -137,7 +135,7 @@ def test_a_record_is_the_version() -> None:
     assert decode(encode(version)) == version
 
 
-def test_everything_comes_back_but_for_aliases_and_where_latest_was(home: Home) -> None:
+def test_everything_but_aliases_and_latest_is_rebuilt(home: Home) -> None:
     for digest in D[:3]:
         home.publish("a", digest, job_id="job-x")
     home.publish("b", D[3])
@@ -158,7 +156,7 @@ def test_everything_comes_back_but_for_aliases_and_where_latest_was(home: Home) 
     assert home.recover() == Recovered()
 
 
-def test_owners_come_back(home: Home) -> None:
+def test_owners_are_rebuilt(home: Home) -> None:
     """An adapter of each of two projects and a composition of both; the numbers that one has given out, too."""
     acme = home.catalog.of(Viewpoint("acme", key_id="key-1"))
     for catalog, digest in ((home.catalog, D[0]), (acme, D[1]), (acme, D[2])):
@@ -181,7 +179,7 @@ def test_owners_come_back(home: Home) -> None:
         acme.resolve(parse("mix"))
 
 
-def test_a_rebuilt_name_does_not_mean_what_is_worse_than_its_base(home: Home) -> None:
+def test_latest_of_a_rebuilt_name_is_not_worse_than_its_base(home: Home) -> None:
     home.publish("a", D[0], metrics={"eval_loss": 1.0, "base_eval_loss": 2.0})
     home.publish("a", D[1], metrics={"eval_loss": 3.0, "base_eval_loss": 2.0})
     home.lose()
@@ -189,7 +187,7 @@ def test_a_rebuilt_name_does_not_mean_what_is_worse_than_its_base(home: Home) ->
     assert home.catalog.get("a").latest == 1
 
 
-def test_numbers_of_what_was_deleted_stay_given_out(home: Home) -> None:
+def test_numbers_of_deleted_versions_are_not_reused(home: Home) -> None:
     for _ in range(3):
         home.publish("a")
     home.publish("gone")
@@ -206,7 +204,7 @@ def test_numbers_of_what_was_deleted_stay_given_out(home: Home) -> None:
     assert home.names() == ["a@1", "a@4", "gone@2"]
 
 
-def test_versions_of_before_there_were_records_get_theirs(home: Home) -> None:
+def test_versions_without_records_get_them(home: Home) -> None:
     without = Catalog(home.engine)
     for digest in D[:2]:
         without.publish("a", digest=digest, rank=1, alpha=1, target_modules=[], parameters=1, bytes=1)
@@ -216,7 +214,7 @@ def test_versions_of_before_there_were_records_get_theirs(home: Home) -> None:
 
 
 @pytest.mark.parametrize("records", ["directory"], indirect=True)
-def test_a_record_that_was_damaged_is_written_anew(home: Home) -> None:
+def test_a_damaged_record_is_written_again(home: Home) -> None:
     version = home.publish("a")
     path = home.root / "adapters" / "names" / "a" / "1.json"
     for broken in (b"", b"{", encode(version).replace(b'"rank": 4', b'"rank": 5'), b'{"format": 99}'):
@@ -228,7 +226,7 @@ def test_a_record_that_was_damaged_is_written_anew(home: Home) -> None:
     assert home.records.read().unreadable == ("names/a/1.json",)
 
 
-def test_a_publication_that_was_cut_off_is_done_or_never_was(home: Home) -> None:
+def test_an_interrupted_publication_is_finished_or_undone(home: Home) -> None:
     """Whoever uploaded got no answer: either will do, but the listing and the records must agree."""
     home.publish("a")
     cut_off_publication(home, "a")
@@ -241,7 +239,7 @@ def test_a_publication_that_was_cut_off_is_done_or_never_was(home: Home) -> None
     assert home.publish("first").version == 2
 
 
-def test_a_job_whose_publication_was_cut_off_publishes_once(home: Home) -> None:
+def test_a_job_whose_publication_was_interrupted_publishes_once(home: Home) -> None:
     cut_off_publication(home, "a", job_id="job-1")
     assert home.recover(known={"job-1"}) == Recovered(num_dropped=1)
     assert home.names() == []
@@ -249,7 +247,7 @@ def test_a_job_whose_publication_was_cut_off_publishes_once(home: Home) -> None:
     assert home.recover() == Recovered()
 
 
-def test_a_delete_that_was_cut_off_is_done(home: Home) -> None:
+def test_an_interrupted_delete_is_finished(home: Home) -> None:
     for digest in D[:2]:
         home.publish("a", digest)
     transact(home.engine, lambda connection: drop_in(connection, "a", 2, False, Viewpoint()))  # and killed here
@@ -261,7 +259,7 @@ def test_a_delete_that_was_cut_off_is_done(home: Home) -> None:
     assert home.publish("a").version == 3
 
 
-def test_a_delete_is_done_though_the_database_fails_as_its_record_goes(home: Home) -> None:
+def test_a_delete_succeeds_if_the_database_fails_while_the_record_is_removed(home: Home) -> None:
     home.publish("a", D[1])
     num_begun = 0
 
@@ -279,7 +277,7 @@ def test_a_delete_is_done_though_the_database_fails_as_its_record_goes(home: Hom
 
 
 @pytest.mark.parametrize("records", ["directory"], indirect=True)
-def test_a_delete_costs_the_database_no_more_with_more_versions(home: Home) -> None:
+def test_a_delete_takes_a_constant_number_of_statements(home: Home) -> None:
     """All others who write wait for it."""
     home.publish("other", D[2])
     statements: list[str] = []
@@ -300,7 +298,7 @@ def test_a_delete_costs_the_database_no_more_with_more_versions(home: Home) -> N
 
 
 @pytest.mark.parametrize("records", ["directory"], indirect=True)
-def test_a_start_after_a_delete_that_was_cut_off_looks_at_a_name_once(
+def test_recovery_after_an_interrupted_delete_lists_a_name_once(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many versions it had."""
@@ -308,15 +306,15 @@ def test_a_start_after_a_delete_that_was_cut_off_looks_at_a_name_once(
         home.publish("a", D[0])
     transact(home.engine, lambda connection: drop_in(connection, "a", None, False, Viewpoint()))  # and killed here
     looked: list[str] = []
-    files = home.records._files
+    keys = home.records._blobs.keys
 
-    def watched(name: str) -> Mapping[str, Read]:
-        looked.append(name)
-        return files(name)
+    def watched(prefix: str) -> list[str]:
+        looked.append(prefix)
+        return keys(prefix)
 
-    monkeypatch.setattr(home.records, "_files", watched)
+    monkeypatch.setattr(home.records._blobs, "keys", watched)
     assert home.recover() == Recovered(num_dropped=9)
-    assert len(looked) == 2, "to read them, and to remove them"
+    assert looked == ["names/", "projects/", "names/a/"], "to read them, and to remove them"
     assert home.publish("a").version == 10
 
 
@@ -336,7 +334,7 @@ def test_an_older_database_is_brought_up_to_date(home: Home) -> None:
     assert home.publish("a").version == 4
 
 
-def test_what_has_lost_its_bytes_takes_its_compositions_along(home: Home) -> None:
+def test_compositions_of_lost_bytes_are_lost(home: Home) -> None:
     home.publish("a", D[0])
     home.publish("b", D[1])
     home.catalog.compose("good", parse("b*2"))
@@ -349,7 +347,7 @@ def test_what_has_lost_its_bytes_takes_its_compositions_along(home: Home) -> Non
 @pytest.mark.parametrize("records", ["directory"], indirect=True)
 def test_writers_that_were_killed_leave_nothing(home: Home) -> None:
     home.publish("a")
-    left = home.root / "adapters" / "names" / "a" / ".tmp-x"
+    left = home.root / "adapters" / "names" / "a" / ".unfinished-x"
     left.write_bytes(b"{")
     home.recover()
     assert not left.exists()
@@ -368,12 +366,10 @@ def longest_wait(home: Home, asked: "Future[object]") -> float:
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("failure", ["cut", "full"])
-def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
+def test_an_unreachable_bucket_blocks_no_other_writer(
     tmp_path: Path, proxied: "Bucket", proxy: Proxy, failure: Failure
 ) -> None:
-    from adapters.catalog.records import SharedRecords
-
-    home = Home(tmp_path, SharedRecords(tmp_path / "adapters", proxied.under("adapters")))
+    home = Home(tmp_path, Records(tmp_path / "adapters", proxied.under("adapters")))
     home.publish("a")
     works: list[Callable[[], object]] = [
         lambda: home.catalog.compose("mix", parse("a*0.7")),
@@ -396,11 +392,9 @@ def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
 
 
 @pytest.mark.cluster
-def test_a_full_store_gives_records_up(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
+def test_records_can_be_removed_from_a_full_bucket(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
     """Of a version that isn't its name's highest, and of one that wasn't committed: that writes nothing."""
-    from adapters.catalog.records import SharedRecords
-
-    home = Home(tmp_path, SharedRecords(tmp_path / "adapters", proxied.under("adapters")))
+    home = Home(tmp_path, Records(tmp_path / "adapters", proxied.under("adapters")))
 
     def kept() -> list[str]:
         return [stored.key for stored in proxied.under("adapters").listed()]

@@ -1,4 +1,4 @@
-"""The bucket over S3's protocol and over a directory: what is put is there, and what fails is said in time."""
+"""The bucket over S3's protocol and over a directory: objects, retries, and failures raised in time."""
 
 import io
 import logging
@@ -39,8 +39,8 @@ def content(bucket: "Bucket", key: str) -> bytes:
     return copy.getvalue()
 
 
-def test_what_is_put_is_there(place: "Bucket", tmp_path: Path) -> None:
-    from adapters.storage.bucket import Missing
+def test_objects_can_be_read_listed_and_deleted(place: "Bucket", tmp_path: Path) -> None:
+    from adapters.storage.blobs import Missing
 
     (tmp_path / "big").write_bytes(big := bytes(range(256)) * (70 << 10))  # more than a piece
     place.put("a/one", b"1")
@@ -87,7 +87,7 @@ def test_a_directory_keeps_no_folders_without_files(tmp_path: Path) -> None:
     assert root.is_dir()
 
 
-def test_its_clock_is_that_of_its_objects(place: "Bucket") -> None:
+def test_now_uses_the_clock_of_modification_times(place: "Bucket") -> None:
     before = place.now()
     place.put("a", b"")
     (stored,) = place.listed()
@@ -95,7 +95,7 @@ def test_its_clock_is_that_of_its_objects(place: "Bucket") -> None:
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_fails_a_few_times_is_done(failure: Failure, proxied: "Bucket", proxy: Proxy, tmp_path: Path) -> None:
+def test_transient_failures_are_retried(failure: Failure, proxied: "Bucket", proxy: Proxy, tmp_path: Path) -> None:
     proxied.put("a", bytes(1000))
     (tmp_path / "file").write_bytes(b"x" * 100_000)
     times = 1 if failure == "stall" else 2
@@ -115,7 +115,7 @@ def test_what_fails_a_few_times_is_done(failure: Failure, proxied: "Bucket", pro
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_keeps_failing_is_said_in_time(
+def test_lasting_failures_are_raised_in_time(
     failure: Failure, proxied: "Bucket", proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -133,12 +133,12 @@ def test_what_keeps_failing_is_said_in_time(
     assert "127.0.0.1" not in caplog.text
 
 
-def test_one_that_is_full_takes_nothing_and_is_read(proxied: "Bucket", proxy: Proxy) -> None:
+def test_a_full_bucket_refuses_writes_and_allows_reads_and_deletes(proxied: "Bucket", proxy: Proxy) -> None:
     proxied.put("a", b"1")
-    proxied.try_out(1000)
+    proxied.reach(1000)
     assert [stored.key for stored in proxied.listed()] == ["a"]
     proxy.fail("full")
-    asks: list[Callable[[], None]] = [lambda: proxied.put("b", b"2"), lambda: proxied.try_out(1000)]
+    asks: list[Callable[[], None]] = [lambda: proxied.put("b", b"2"), lambda: proxied.reach(1000)]
     for ask in asks:
         began = time.monotonic()
         with pytest.raises(BytesUnavailable):
@@ -150,7 +150,7 @@ def test_one_that_is_full_takes_nothing_and_is_read(proxied: "Bucket", proxy: Pr
     assert [stored.key for stored in proxied.listed()] == ["empty"]
 
 
-def test_a_bucket_that_is_not_there_has_not_lost_its_objects(aws: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_bucket_is_not_mistaken_for_missing_objects(aws: str, caplog: pytest.LogCaptureFixture) -> None:
     from adapters.storage.bucket import Bucket
 
     bucket = Bucket.open("s3://no-such-bucket-here/x", allow_http=True)
@@ -158,5 +158,5 @@ def test_a_bucket_that_is_not_there_has_not_lost_its_objects(aws: str, caplog: p
         caplog.clear()
         with pytest.raises(BytesUnavailable):
             ask()
-        (told,) = caplog.messages
-        assert told.endswith("Error: NoSuchBucket")
+        (message,) = caplog.messages
+        assert message.endswith("Error: NoSuchBucket")

@@ -21,9 +21,9 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
     if request.param == "directory":
         return lambda: AdapterStore(tmp_path / "adapters")
     bucket = request.getfixturevalue("bucket")
-    from adapters.store.bucket_store import SharedAdapterStore
+    from adapters.store.bucket_store import BucketAdapterStore
 
-    return lambda: SharedAdapterStore(tmp_path / "adapters", bucket.under("adapters"))
+    return lambda: BucketAdapterStore(tmp_path / "adapters", bucket.under("adapters"))
 
 
 @pytest.fixture

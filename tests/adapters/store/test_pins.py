@@ -123,12 +123,12 @@ def test_pins_do_not_wait_while_another_process_publishes(
 
 
 @pytest.mark.cluster
-def test_pins_do_not_wait_while_room_is_made(
+def test_pins_do_not_wait_for_an_eviction(
     bucket: "Bucket", gate: Gate, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
-    from adapters.store.bucket_store import SharedAdapterStore
+    from adapters.store.bucket_store import BucketAdapterStore
 
-    class Slow(SharedAdapterStore):
+    class Slow(BucketAdapterStore):
         def _set_aside(self, place: Path) -> list[Path]:
             if place.exists():  # else it is just put
                 gate()
@@ -145,7 +145,7 @@ def test_pins_do_not_wait_while_room_is_made(
     assert store._here() == [OTHER.weights.digest]
 
 
-def test_what_is_pinned_while_the_catalog_is_asked_stays_to_the_last_unpin(
+def test_a_pin_during_the_catalogs_answer_keeps_bytes_until_the_last_unpin(
     store: AdapterStore, place: Path, gate: Gate, pool: ThreadPoolExecutor
 ) -> None:
     store.put(ADAPTER)
@@ -162,7 +162,7 @@ def test_what_is_pinned_while_the_catalog_is_asked_stays_to_the_last_unpin(
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-def test_what_is_pinned_again_while_it_goes_with_the_last_unpin_stays(
+def test_a_new_pin_during_the_last_unpins_discard_keeps_bytes(
     store: AdapterStore, place: Path, gate: Gate, pool: ThreadPoolExecutor
 ) -> None:
     store.put(ADAPTER)
@@ -170,7 +170,7 @@ def test_what_is_pinned_again_while_it_goes_with_the_last_unpin_stays(
     store.discard(DIGEST, gate.unwanted)
     removal = store.let_go([DIGEST])
     assert removal is not None
-    store.verify(DIGEST)  # it goes when it is told to
+    store.verify(DIGEST)  # it stays until the removal is called
     removing = pool.submit(removal)
     assert gate.reached.wait(SOON)
     store.pin([DIGEST])
@@ -181,7 +181,7 @@ def test_what_is_pinned_again_while_it_goes_with_the_last_unpin_stays(
     assert not place.exists()
 
 
-def test_what_is_pinned_once_it_goes_is_gone_and_not_half_there(
+def test_a_pin_after_the_removal_began_finds_no_half_removed_bytes(
     tmp_path: Path, place: Path, gate: Gate, pool: ThreadPoolExecutor
 ) -> None:
     """No name means it any more, as whoever pins sees afterwards."""
@@ -211,7 +211,7 @@ def test_what_is_pinned_once_it_goes_is_gone_and_not_half_there(
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-def test_a_catalog_that_cannot_be_asked_keeps_bytes_and_no_pins(store: AdapterStore, place: Path) -> None:
+def test_a_failing_catalog_keeps_bytes_but_no_pins(store: AdapterStore, place: Path) -> None:
     def broken(digest: str) -> bool:
         raise OSError("no such database")
 
@@ -229,7 +229,7 @@ def test_a_catalog_that_cannot_be_asked_keeps_bytes_and_no_pins(store: AdapterSt
     assert store.digests() == []
 
 
-def test_who_finds_the_name_after_having_pinned_has_the_bytes(
+def test_bytes_stay_if_their_name_is_found_after_the_pin(
     store: AdapterStore, place: Path, pool: ThreadPoolExecutor
 ) -> None:
     """One thread publishes and deletes, over and over, and all others use what they find."""
@@ -252,7 +252,7 @@ def test_who_finds_the_name_after_having_pinned_has_the_bytes(
 
     using: list[Future[int]] = [pool.submit(use) for _ in range(3)]
     try:
-        for _ in range(4 if store.is_shared else 40):
+        for _ in range(4 if store.is_in_bucket else 40):
             with store.publishing(ADAPTER, named.__contains__):
                 named.add(DIGEST)
             assert found.wait(SOON)

@@ -6,7 +6,7 @@ catalog and the store are real.
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -147,7 +147,9 @@ class Shop:
         """`kept` is the job's own data."""
         data.save(self.files.directory(job_id))
         self.files.keep(job_id)
-        return self.jobs.submit(spec, job_id=job_id, data=kept or {})
+        steps = spec.training.total_steps(data.facts.num_rows)
+        stored = {**asdict(data.facts), "total_steps": steps, **(kept or {})}
+        return self.jobs.submit(spec, job_id=job_id, data=stored)
 
     def attempt(
         self,

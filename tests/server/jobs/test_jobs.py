@@ -20,7 +20,7 @@ from adapters.names import Viewpoint
 from server.database.clock import database_time
 from server.errors import QueueFull
 from server.jobs import tables as job_tables
-from server.jobs.files import held
+from server.jobs.files import leased
 from server.jobs.jobs import Job, Jobs, Status
 from server.jobs.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
 from server.training.spec import JobSpec, LoraSpec
@@ -247,11 +247,11 @@ def test_a_lease_of_a_clock_that_was_set_back_is_nobodys(jobs: Jobs, engine: sa.
     """Nor does it keep the jobs of a cluster from being moved."""
     submit(jobs, "j1")
     claim_first(Leases(engine), 10)
-    assert (held(engine), jobs.owners()) == (["j1"], {"w"})
+    assert (leased(engine), jobs.owners()) == (["j1"], {"w"})
     with engine.begin() as connection:
         lease_until = job_tables.jobs.c.lease_until
         connection.execute(sa.update(job_tables.jobs).values(lease_until=lease_until + 86_400))
-    assert (held(engine), jobs.owners()) == ([], set())
+    assert (leased(engine), jobs.owners()) == ([], set())
 
 
 def test_turns_go_on_after_a_clock_was_set_back(jobs: Jobs, leases: Leases, clock: Clock) -> None:

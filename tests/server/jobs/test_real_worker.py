@@ -1,6 +1,5 @@
 """A real worker: what it trains in, a base that goes away and comes back, and jobs that give way to others."""
 
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from adapters.names import Viewpoint
-from server.api.train_answers import job_document
+from server.api.train_answers import JobAnswer
 from server.jobs.jobs import Status
 from server.jobs.pipe import EXIT_NO_BASE
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
@@ -66,7 +65,8 @@ def test_it_trains_in_fp32_and_jobs_wait_for_a_base(shop: Shop) -> None:
     assert f"the base can't be loaded, so this worker ends, and jobs wait: SMOLORA_MODEL={model}" in said
     second = shop.jobs.get("second")
     assert [shop.jobs.get(job_id).status for job_id in ("second", "third")] == [Status.QUEUED] * 2
-    shown = json.dumps([job_document(second), [event.message for event in shop.jobs.events("second")]])
+    shown = JobAnswer.of(second).model_dump_json()
+    shown += "".join(event.message for event in shop.jobs.events("second"))
     assert str(shop.home) not in shown
     assert "can't load the base" in shown
 

@@ -52,7 +52,7 @@ def stored(home: Path) -> list[str]:
     return sorted(path.name for path in (home / "jobs").iterdir())
 
 
-def test_by_age(tmp_path: Path, engine: sa.Engine, jobs: Jobs, retention: Retention) -> None:
+def test_prune_removes_files_by_age(tmp_path: Path, engine: sa.Engine, jobs: Jobs, retention: Retention) -> None:
     now = datetime.now(UTC)
     for days in (1, 3, 5):
         end(engine, jobs, tmp_path, f"ended-{days}", now - days * DAY)
@@ -75,7 +75,9 @@ def test_by_age(tmp_path: Path, engine: sa.Engine, jobs: Jobs, retention: Retent
     assert [event.message for event in jobs.events("ended-1")] == ["queued", "cancelled"]
 
 
-def test_what_may_not_go(tmp_path: Path, jobs: Jobs, leases: Leases, retention: Retention) -> None:
+def test_files_of_a_running_job_cannot_be_removed(
+    tmp_path: Path, jobs: Jobs, leases: Leases, retention: Retention
+) -> None:
     submit(jobs, "j1")
     leave_files(tmp_path, "j1")
     assert leases.claim("w") is not None
@@ -89,7 +91,7 @@ def test_what_may_not_go(tmp_path: Path, jobs: Jobs, leases: Leases, retention: 
     assert retention.remove("j1") == 0
 
 
-def test_what_a_late_process_wrote_goes_later(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
+def test_what_a_late_process_wrote_is_removed_later(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
     """The process of a cancelled job may be in the middle of a checkpoint when its files are removed."""
     submit(jobs, "j1")
     submit(jobs, "j2")
@@ -112,7 +114,7 @@ def statuses_of(status: Status | None) -> Statuses:
 
 
 @pytest.mark.parametrize("status", [*Status, None])
-def test_checkpoints_of_what_may_go_on_stay(tmp_path: Path, status: Status | None) -> None:
+def test_checkpoints_of_unended_jobs_stay(tmp_path: Path, status: Status | None) -> None:
     """Also of a job that isn't known here: it may be on its way to the queue."""
     leave_files(tmp_path, "j1")
     files = JobFiles(tmp_path)
@@ -136,7 +138,7 @@ def names(home: Path, job_id: str) -> set[str]:
 
 
 @pytest.mark.parametrize("status", [*Status, None])
-def test_rows_of_what_may_run_stay(tmp_path: Path, status: Status | None) -> None:
+def test_rows_of_unended_jobs_stay(tmp_path: Path, status: Status | None) -> None:
     leave_rows(tmp_path, "j1")
     before = names(tmp_path, "j1")
     JobFiles(tmp_path).sweep_ended(statuses_of(status))
@@ -145,7 +147,7 @@ def test_rows_of_what_may_run_stay(tmp_path: Path, status: Status | None) -> Non
 
 
 @pytest.mark.parametrize("status", [*Status, None])
-def test_half_a_model_of_an_ended_job_goes_once_it_is_nobodys(tmp_path: Path, status: Status | None) -> None:
+def test_an_abandoned_half_of_a_model_is_removed(tmp_path: Path, status: Status | None) -> None:
     """The attempt that wrote it was killed, and its job was cancelled before another one."""
     leave_files(tmp_path, "j1")
     shutil.rmtree(JobFiles(tmp_path).checkpoints("j1"))
@@ -158,9 +160,7 @@ def test_half_a_model_of_an_ended_job_goes_once_it_is_nobodys(tmp_path: Path, st
     assert new.exists(), "a download may be fetching it"
 
 
-def test_the_folder_of_a_job_that_was_never_submitted_goes_once_it_is_old(
-    tmp_path: Path, jobs: Jobs, retention: Retention
-) -> None:
+def test_old_folders_of_jobs_never_submitted_are_removed(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
     """The server was killed between the two, and is started again long before anybody can tell."""
     submit(jobs, "j1")
     for job_id in ("j1", "old", "new"):
@@ -184,7 +184,7 @@ def test_a_model_outlives_the_database(tmp_path: Path, retention: Retention) -> 
     assert JobFiles(tmp_path).model("job-1").is_dir()
 
 
-def test_rows_go_with_whoever_cancels_their_job(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
+def test_cancelling_removes_rows(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
     for job_id in ("j1", "j2"):
         submit(jobs, job_id)
         leave_rows(tmp_path, job_id)
@@ -198,7 +198,7 @@ def test_rows_go_with_whoever_cancels_their_job(tmp_path: Path, jobs: Jobs, rete
 
 
 @pytest.mark.parametrize("left", [1, 2, 3])
-def test_rows_that_a_kill_left_go_without_a_worker(
+def test_a_server_removes_rows_that_a_kill_left(
     tmp_path: Path, jobs: Jobs, retention: Retention, left: int
 ) -> None:
     """Whoever cancelled the job may have removed some of them."""
@@ -254,7 +254,7 @@ for line in sys.stdin:
 """
 
 
-def test_killed_anywhere_all_of_it_is_there_or_none(tmp_path: Path) -> None:
+def test_a_kill_anywhere_leaves_all_files_or_none(tmp_path: Path) -> None:
     original = make_home(tmp_path / "original")
     kept: list[int] = []
     gone: list[int] = []

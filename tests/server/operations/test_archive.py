@@ -68,7 +68,7 @@ def refused(place: Path, entries: Sequence[Entry]) -> str:
     return str(refusal.value).removeprefix(f"{file}: ")
 
 
-def test_a_crafted_file_that_is_sound_is_restored(tmp_path: Path, sound: Sequence[Entry]) -> None:
+def test_a_valid_crafted_file_is_restored(tmp_path: Path, sound: Sequence[Entry]) -> None:
     """So that what the others are refused for is what is wrong with them."""
     header, database, _ = sound
     log = entry("jobs/job-1/log.txt", b"said")
@@ -105,13 +105,13 @@ def test_a_crafted_file_that_is_sound_is_restored(tmp_path: Path, sound: Sequenc
         "C:/x",
     ],
 )
-def test_other_places(tmp_path: Path, sound: Sequence[Entry], name: str) -> None:
+def test_members_at_other_paths_are_refused(tmp_path: Path, sound: Sequence[Entry], name: str) -> None:
     assert not is_place(name)
     header, database, _ = sound
     trick = entry(name, b"x")
     why = refused(tmp_path, [header, trick, database, manifest(database, trick)])
     # Python's tar takes a name that ends in a slash for a folder's
-    assert why in (f"{name!r} is no place in a HOME", f"{name.rstrip('/')!r} is no ordinary file")
+    assert why in (f"{name!r} isn't a path that a HOME has", f"{name.rstrip('/')!r} isn't a regular file")
     assert not (tmp_path / "outside").exists()
 
 
@@ -119,12 +119,14 @@ def test_other_places(tmp_path: Path, sound: Sequence[Entry], name: str) -> None
     "kind",
     [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE],
 )
-def test_other_things_than_files(tmp_path: Path, sound: Sequence[Entry], kind: bytes) -> None:
+def test_members_that_are_not_regular_files_are_refused(
+    tmp_path: Path, sound: Sequence[Entry], kind: bytes
+) -> None:
     header, database, _ = sound
     trick = entry("jobs/job-1", kind=kind, link="/etc")
     through = entry("jobs/job-1/passwd", b"x")
     entries = [header, trick, through, database, manifest(database, through)]
-    assert refused(tmp_path, entries) == "'jobs/job-1' is no ordinary file"
+    assert refused(tmp_path, entries) == "'jobs/job-1' isn't a regular file"
 
 
 def _twice(entries: list[Entry]) -> None:
@@ -195,20 +197,20 @@ def _bad_manifest(entries: list[Entry]) -> None:
         (_twice, "'smolora.db' is in it twice"),
         (_file_and_folder, "'jobs/a/b' is a file and a folder in it"),
         (_folder_and_file, "'jobs/a' is a file and a folder in it"),
-        (_changed, "'smolora.db' isn't what its manifest says: it is damaged"),
+        (_changed, "'smolora.db' doesn't match its manifest: it is damaged"),
         (_missing, "'jobs/a' is missing from it"),
         (_no_database, "it has no database"),
         (_unnamed_database, "it has no database"),
-        (_no_manifest, "it ends before its manifest: it was cut off"),
+        (_no_manifest, "it ends before its manifest: it is truncated"),
         (_more, "there is more after its manifest"),
-        (_no_header, "it is no backup of smolora's"),
-        (_bad_header, "its backup.json can't be read"),
-        (_deep_header, "its backup.json can't be read"),
-        (_large_header, "its backup.json is none"),
-        (_bad_manifest, "its manifest.json can't be read"),
+        (_no_header, "it isn't a backup of smolora"),
+        (_bad_header, "its backup.json is unreadable"),
+        (_deep_header, "its backup.json is unreadable"),
+        (_large_header, "its backup.json isn't a regular file, or is too large"),
+        (_bad_manifest, "its manifest.json is unreadable"),
     ],
 )
-def test_what_is_wrong_with_it(
+def test_malformed_backups_are_refused_with_the_reason(
     tmp_path: Path, sound: Sequence[Entry], change: Callable[[list[Entry]], None], why: str
 ) -> None:
     entries = list(sound)
@@ -216,14 +218,14 @@ def test_what_is_wrong_with_it(
     assert refused(tmp_path, entries) == why
 
 
-def test_what_is_no_database(tmp_path: Path, sound: Sequence[Entry]) -> None:
+def test_a_damaged_database_is_refused(tmp_path: Path, sound: Sequence[Entry]) -> None:
     entries = list(sound)
     _another_database(entries)
     assert "file is not a database" in refused(tmp_path, entries)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
-def test_a_file_that_was_cut_off(tmp_path: Path, name: str) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
     home = tmp_path / "home"
     connect(home).dispose()
     back_up(home, tmp_path / name)
@@ -231,7 +233,7 @@ def test_a_file_that_was_cut_off(tmp_path: Path, name: str) -> None:
     last = content.rindex(b"manifest.json") if name.endswith(".tar") else len(content) * 9 // 10
     for size in (0, 1, 100, 600, len(content) // 2, last):
         (tmp_path / name).write_bytes(content[:size])
-        with pytest.raises(StartupError, match=r"damaged, or was cut off|no backup|before its manifest"):
+        with pytest.raises(StartupError, match=r"damaged or truncated|isn't a backup|before its manifest"):
             restore(tmp_path / name, tmp_path / "again")
         assert not (tmp_path / "again").exists()
 
@@ -257,27 +259,30 @@ def test_the_commands(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_through_a_pipe(tmp_path: Path) -> None:
-    """As from one container to another; what breaks the pipe is told, and what was cut off is refused."""
+def test_a_backup_through_a_pipe(tmp_path: Path) -> None:
+    """A broken pipe is reported, and a truncated backup is refused."""
     home, again = tmp_path / "home", tmp_path / "again"
     connect(home).dispose()
-    told = [sys.executable, "-m", "server.cli"]
-    made = subprocess.run([*told, "backup", "-", "--home", str(home)], capture_output=True, check=True)
+    command = [sys.executable, "-m", "server.cli"]
+    made = subprocess.run([*command, "backup", "-", "--home", str(home)], capture_output=True, check=True)
     assert made.stderr.decode().startswith("-: 0 versions, ")
     assert list((home / "tmp").iterdir()) == []
     cut = subprocess.run(
-        [*told, "restore", "-", "--home", str(again)], input=made.stdout[:-11000], capture_output=True, check=False
+        [*command, "restore", "-", "--home", str(again)],
+        input=made.stdout[:-11000],
+        capture_output=True,
+        check=False,
     )
     assert cut.returncode == 1
     assert cut.stderr.startswith(b"smolora: standard input: it ")
     assert not again.exists()
     done = subprocess.run(
-        [*told, "restore", "-", "--home", str(again)], input=made.stdout, capture_output=True, check=True
+        [*command, "restore", "-", "--home", str(again)], input=made.stdout, capture_output=True, check=True
     )
     assert b"; sound: " in done.stdout
     with open("/dev/full", "w") as full:
         failed = subprocess.run(
-            [*told, "backup", "-", "--home", str(home)], stdout=full, stderr=subprocess.PIPE, check=False
+            [*command, "backup", "-", "--home", str(home)], stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert failed.returncode == 1
     assert failed.stderr == b"smolora: can't make standard output: No space left on device\n"

@@ -1,4 +1,4 @@
-"""Backups of a HOME that others change meanwhile, and what comes back of them."""
+"""Backups of a HOME that changes meanwhile, and their restores."""
 
 import gzip
 import json
@@ -87,7 +87,7 @@ def rows(engine: sa.Engine, table: str) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("name", ["backup.tar", "backup.tar.gz"])
-def test_everything_comes_back(registry: Registry, target: Path, tmp_path: Path, name: str) -> None:
+def test_a_restore_has_everything(registry: Registry, target: Path, tmp_path: Path, name: str) -> None:
     home, target, again = registry.home, target.with_name(name), tmp_path / "again"
     Keys(registry.engine, Home(home).keyed).create("ci", who="test")
     for project in ("default", "acme"):
@@ -149,7 +149,7 @@ class Meddler:
 
 
 @pytest.mark.parametrize("at", range(1, 7))
-def test_whatever_is_deleted_and_published_meanwhile_there_is_no_hole(
+def test_nothing_is_missing_whatever_is_deleted_and_published_meanwhile(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     uploads = DatasetStore(Home(registry.home).datasets("default"))
@@ -181,7 +181,7 @@ def test_whatever_is_deleted_and_published_meanwhile_there_is_no_hole(
     engine.dispose()
 
 
-def test_a_version_that_is_published_and_deleted_all_the_time(
+def test_a_version_that_is_published_and_deleted_repeatedly(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes are missing whenever they are looked for, five times, and each time of another version."""
@@ -214,7 +214,7 @@ def running(registry: Registry, job_id: str, lease_seconds: float = 250.0) -> Cl
     return claim
 
 
-def test_a_job_that_a_worker_has_goes_on_elsewhere(registry: Registry, target: Path, tmp_path: Path) -> None:
+def test_a_running_job_resumes_in_the_restored_home(registry: Registry, target: Path, tmp_path: Path) -> None:
     """At once, whatever is left of its lease; and the time between isn't charged."""
     claim = running(registry, "job-8")
     running(registry, "job-9")
@@ -249,7 +249,7 @@ def test_a_job_that_a_worker_has_goes_on_elsewhere(registry: Registry, target: P
 
 
 @pytest.mark.parametrize("at", range(1, 5))
-def test_a_job_that_ends_meanwhile_has_its_rows_or_has_ended(
+def test_a_job_that_ends_meanwhile_has_ended_or_has_its_rows(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     (registry.home / "jobs" / "job-8").mkdir(parents=True)
@@ -289,7 +289,7 @@ def test_a_checkpoint_is_never_newer_than_the_database(
     assert [path.name for path in (tmp_path / "again" / "jobs" / "job-8" / "checkpoints").iterdir()] == ["1-4"]
 
 
-def test_damage_is_told_and_comes_back_as_it_was(registry: Registry, target: Path, tmp_path: Path) -> None:
+def test_damage_is_reported_and_restored_as_it_is(registry: Registry, target: Path, tmp_path: Path) -> None:
     of_a, of_b = (registry.home / "adapters" / d[:2] / d for d in (digest_of(0), digest_of(2)))
     content = bytearray((of_a / WEIGHTS_NAME).read_bytes())
     content[-1] ^= 1
@@ -307,7 +307,9 @@ def test_damage_is_told_and_comes_back_as_it_was(registry: Registry, target: Pat
     assert again.read_bytes() == bytes(content)
 
 
-def test_what_is_no_home_and_what_is_damaged(registry: Registry, target: Path, tmp_path: Path) -> None:
+def test_a_missing_home_and_a_damaged_database_are_refused(
+    registry: Registry, target: Path, tmp_path: Path
+) -> None:
     with pytest.raises(StartupError, match="isn't a server's home"):
         back_up(tmp_path / "kept", target)
     assert list(target.parent.iterdir()) == []
@@ -322,7 +324,7 @@ def test_what_is_no_home_and_what_is_damaged(registry: Registry, target: Path, t
     assert list(target.parent.iterdir()) == []
 
 
-def test_a_backup_that_fails_leaves_the_older_one(
+def test_a_failing_backup_keeps_the_older_one(
     registry: Registry, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back_up(registry.home, target)
@@ -363,7 +365,7 @@ from pathlib import Path
 from server.system.memory import loading
 with loading():  # else each child's collector walks through all of it
     import alembic.command  # which a restore asks whether it knows the schema
-    from server.backup import backup, restore
+    from server.operations import backup, restore
 
 def run(what, home, target, step):
     steps = 0
@@ -395,8 +397,8 @@ class Victims:
     """Backups and restores that are killed."""
 
     def __init__(self) -> None:
-        told = [sys.executable, "-c", VICTIM]
-        self._process = subprocess.Popen(told, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", VICTIM]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, what: str, home: Path, target: Path, step: int = 0) -> int:
         """How many steps it took, where it wasn't killed at that one; else 0."""
@@ -418,7 +420,7 @@ def victims() -> Iterator[Victims]:
     victims.close()
 
 
-def test_a_killed_backup_leaves_nothing_half(registry: Registry, target: Path, victims: Victims) -> None:
+def test_a_killed_backup_leaves_no_partial_file(registry: Registry, target: Path, victims: Victims) -> None:
     num_steps = victims.run("backup", registry.home, target)
     older = target.stat().st_size
     for step in [*range(1, num_steps - 8, num_steps // 12), *range(num_steps - 8, num_steps)]:
@@ -433,7 +435,7 @@ def test_a_killed_backup_leaves_nothing_half(registry: Registry, target: Path, v
 
 
 def test_a_backup_in_home_is_never_taken_for_a_restore(registry: Registry, victims: Victims) -> None:
-    """Which would keep servers from starting, and clear HOME when somebody runs it again, as they are told to."""
+    """An interrupted restore would keep servers from starting, and the next one would clear HOME."""
     target, kept = registry.home / "restore-point.tar", registry.home.with_name("kept.tar")
     back_up(registry.home, kept)
     before = contents(registry.home)
@@ -457,7 +459,7 @@ def test_a_killed_restore_leaves_no_home(
         assert victims.run("restore", place, target, step) == 0
         if any(place.glob(f"{RESTORING}*")):
             num_cut += 1
-            with pytest.raises(StartupError, match="was cut off: run it again"):
+            with pytest.raises(StartupError, match="was interrupted: run it again"):
                 make(place)
         elif (place / FILE_NAME).exists():
             assert contents(place) == whole
@@ -471,7 +473,7 @@ def test_a_killed_restore_leaves_no_home(
 class Elsewhere:
     """An object store, as the database remembers it."""
 
-    is_home, told = False, "s3://bytes"
+    is_home, url = False, "s3://bytes"
 
     def has_mark(self, place: str) -> bool:
         return True
@@ -480,15 +482,15 @@ class Elsewhere:
         """It is there."""
 
 
-def test_of_a_home_whose_bytes_are_in_an_object_store_there_is_none(registry: Registry, target: Path) -> None:
+def test_a_home_whose_bytes_are_in_a_bucket_is_refused(registry: Registry, target: Path) -> None:
     """Also where the settings, as of another terminal, don't say so: what HOME has is a cache."""
     database.agree(registry.engine, Elsewhere())
-    with pytest.raises(StartupError, match="are in s3://bytes: what HOME has of them is a cache"):
+    with pytest.raises(StartupError, match="are in s3://bytes: HOME only caches some of them"):
         back_up(registry.home, target)
     assert list(target.parent.iterdir()) == []
 
 
-def test_a_newer_smoloras_backup_says_so(registry: Registry, target: Path, tmp_path: Path) -> None:
+def test_a_backup_of_a_newer_release_is_refused(registry: Registry, target: Path, tmp_path: Path) -> None:
     back_up(registry.home, target)
     for field, value in (("schema", "9999"), ("format", 2)):
         newer = rewritten(target, field, value)
@@ -516,7 +518,7 @@ def rewritten(target: Path, field: str, value: object) -> Path:
     return changed
 
 
-def test_an_older_schema_is_brought_up_to_date(registry: Registry, target: Path, tmp_path: Path) -> None:
+def test_a_backup_with_an_older_schema_is_migrated(registry: Registry, target: Path, tmp_path: Path) -> None:
     """As it is when an older smolora made the backup; that one's own could still restore it."""
     from alembic import command
 
@@ -540,7 +542,7 @@ def test_an_older_schema_is_brought_up_to_date(registry: Registry, target: Path,
         assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "0005"
 
 
-def test_two_at_once_do_not_take_each_others_folders(registry: Registry, target: Path) -> None:
+def test_concurrent_backups_keep_each_others_folders(registry: Registry, target: Path) -> None:
     """The second begins while the first is at work, and ends before it."""
     from server.operations.backup import workspace
 

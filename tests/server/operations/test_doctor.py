@@ -64,7 +64,7 @@ def lose(home: Path) -> None:
         path.unlink()
 
 
-def test_a_sound_home(home: Path) -> None:
+def test_a_sound_home_has_no_findings(home: Path) -> None:
     diagnosis = examine(home)
     assert diagnosis.is_sound
     assert (diagnosis.num_versions, diagnosis.num_adapters) == (4, 3)
@@ -103,7 +103,7 @@ def test_bytes_that_changed_are_found(home: Path) -> None:
     assert "2 findings" in output
 
 
-def test_what_servers_read_in_their_place_is_looked_at_too(home: Path) -> None:
+def test_changed_packed_files_are_found(home: Path) -> None:
     """The packed form that lies beside the bytes: answers come from it alone."""
     store = AdapterStore(home / "adapters")
     packed = PackedAdapters(store, RowLayout(SHAPE, RowFormat(torch.bfloat16, torch.bfloat16)))
@@ -150,14 +150,14 @@ def test_uploads_that_changed_are_found(home: Path, project: str) -> None:
     assert "4 findings: 4 versions, 3 stored adapters, 6 uploads checked" in output
 
 
-def test_bytes_that_are_gone_are_found(home: Path) -> None:
+def test_missing_bytes_are_found(home: Path) -> None:
     place(home, 0).rename(home / "elsewhere")
     messages = found(home)
     assert messages.keys() == {"a@1"}
     assert "missing" in messages["a@1"]
 
 
-def test_what_nothing_names_is_found_and_collected(home: Path, tmp_path: Path) -> None:
+def test_unnamed_bytes_are_found_and_collected(home: Path, tmp_path: Path) -> None:
     registry = Registry(home, tmp_path / "files")
     orphan = sample_adapter(9)
     registry.store.put(orphan)
@@ -171,7 +171,7 @@ def test_what_nothing_names_is_found_and_collected(home: Path, tmp_path: Path) -
     assert found(home) == {}
 
 
-def test_records_and_rows_that_disagree_are_found_and_mended(home: Path, tmp_path: Path) -> None:
+def test_records_that_differ_from_rows_are_found_and_repaired(home: Path, tmp_path: Path) -> None:
     records = home / "adapters" / "names"
     (records / "a" / "1.json").unlink()
     (records / "a" / "7.json").write_bytes((records / "a" / "2.json").read_bytes())
@@ -184,7 +184,7 @@ def test_records_and_rows_that_disagree_are_found_and_mended(home: Path, tmp_pat
     assert found(home) == {}
 
 
-def test_the_catalog_is_rebuilt_and_what_is_lost_is_named(home: Path, tmp_path: Path) -> None:
+def test_a_rebuild_names_what_is_lost(home: Path, tmp_path: Path) -> None:
     registry = Registry(home, tmp_path / "files")
     before = {adapter.name: adapter.versions for adapter in registry.catalog.list()}
     (home / "jobs" / "job-8" / "model").mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_the_catalog_is_rebuilt_and_what_is_lost_is_named(home: Path, tmp_path: 
     assert lines[0] == "published again from the directories: a@1, a@2, b@1, mix@1"
     assert any(line.startswith("lost: all aliases; latest is") for line in lines)
     assert any(line.startswith("lost: all jobs") and line.endswith("job-7, job-8") for line in lines)
-    assert "models of full fine-tuning stay until you remove them: jobs/job-8/model" in lines
+    assert "models of full fine-tuning are kept until you remove them: jobs/job-8/model" in lines
     assert lines[-1] == "sound: 4 versions, 3 stored adapters, 0 uploads checked"
     registry = Registry(home, tmp_path / "files")
     registry.restart()
@@ -234,7 +234,7 @@ def test_a_damaged_database_is_set_aside(home: Path) -> None:
     assert examine(home).is_sound
 
 
-def test_a_full_disk_is_no_damage(home: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_not_reported_as_damage(home: Path, tmp_path: Path) -> None:
     """SQLite, which has no room for files of its own then, says that it is an I/O error."""
     (disk := tmp_path / "disk").mkdir()
     with mounted(disk, 4):
@@ -249,7 +249,7 @@ def test_a_full_disk_is_no_damage(home: Path, tmp_path: Path) -> None:
         assert examine(disk / "home").is_sound
 
 
-def test_a_database_that_a_stranger_has_locked_is_no_damage(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_database_is_not_reported_as_damage(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.database.file.BUSY_SECONDS", 0)
     with closing(driver.connect(home / FILE_NAME, isolation_level=None)) as stranger:
         stranger.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -260,7 +260,7 @@ def test_a_database_that_a_stranger_has_locked_is_no_damage(home: Path, monkeypa
     assert examine(home).is_sound
 
 
-def test_damaged_adapters_are_lost_by_name(home: Path) -> None:
+def test_a_rebuild_names_damaged_adapters(home: Path) -> None:
     weights = place(home, 0) / WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     lose(home)
@@ -272,17 +272,17 @@ def test_damaged_adapters_are_lost_by_name(home: Path) -> None:
     assert not document["is_sound"]
 
 
-def test_a_sound_database_stays(home: Path, tmp_path: Path) -> None:
+def test_a_rebuild_keeps_a_sound_database(home: Path, tmp_path: Path) -> None:
     code, output = doctor(home, "--rebuild")
     assert code == 0
-    assert output.startswith("the database is sound: it stayed")
+    assert output.startswith("the database is sound: it was kept")
     registry = Registry(home, tmp_path / "files")
     assert registry.catalog.get("a").aliases == {"prod": 2}
     assert registry.catalog.get("a").latest == 1
     registry.close()
 
 
-def test_nothing_is_rebuilt_under_a_server(home: Path, tmp_path: Path) -> None:
+def test_a_rebuild_is_refused_while_a_server_runs(home: Path, tmp_path: Path) -> None:
     registry = Registry(home, tmp_path / "files")
     with pytest.raises(StartupError, match="stop it first"):
         rebuild(home)
@@ -293,7 +293,7 @@ def test_nothing_is_rebuilt_under_a_server(home: Path, tmp_path: Path) -> None:
         rebuild(home)
 
 
-def test_what_is_no_home(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_home_is_refused(tmp_path: Path) -> None:
     for call in (examine, rebuild):
         with pytest.raises(StartupError, match="isn't a server's home"):
             call(tmp_path)

@@ -1,4 +1,4 @@
-"""Moves that are cut off anywhere begin anew, and what is refused."""
+"""Moves that are interrupted anywhere can be repeated, and places that aren't empty are refused."""
 
 import shutil
 import time
@@ -80,11 +80,11 @@ def cut_off_at(bucket: "Bucket", number: int) -> "Bucket":
     return Failing(bucket._store, bucket._patience, bucket._prefix)
 
 
-def test_wherever_it_is_cut_off(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
+def test_an_interrupted_move_can_be_repeated(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
     from server.operations.move import to_cluster, to_home
 
     before, target = contents(home), Storage(Home(tmp_path / "api"), bucket, url="s3://b")
-    is_done, told = False, list[str]()
+    is_done, messages = False, list[str]()
     for number in range(0, 300, 13):
         try:
             to_cluster(home, url, Storage(target.home, cut_off_at(bucket, number), url="s3://b"))
@@ -95,7 +95,7 @@ def test_wherever_it_is_cut_off(home: Path, tmp_path: Path, url: str, bucket: "B
                 agree(engine, target.place)
                 is_done = number > 0  # the rows are there: what is left the next server's start does
             except StartupError as error:
-                told.append(str(error))
+                messages.append(str(error))
             finally:
                 engine.dispose()
             if number == 0:
@@ -103,8 +103,8 @@ def test_wherever_it_is_cut_off(home: Path, tmp_path: Path, url: str, bucket: "B
             if is_done:
                 break
     assert number > 13
-    assert told
-    assert all("smolora move is at work" in line for line in told)
+    assert messages
+    assert all("smolora move is at work" in line for line in messages)
     assert {name: content for name, content in contents(home).items() if name in before} == before
     with pytest.raises(StartupError, match="isn't empty"):
         to_cluster(home, url, target)
@@ -122,7 +122,7 @@ def test_wherever_it_is_cut_off(home: Path, tmp_path: Path, url: str, bucket: "B
     shutil.rmtree(back)
 
 
-def test_rows_that_take_long_to_read_again(
+def test_rows_that_take_long_to_compare_do_not_time_out(
     home: Path, tmp_path: Path, url: str, bucket: "Bucket", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL ends a session that stands still within a transaction, as it would while millions are read."""
@@ -143,8 +143,8 @@ def test_rows_that_take_long_to_read_again(
     assert examine(tmp_path / "back").is_sound
 
 
-def test_a_damaged_upload_moves_as_it_is(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
-    """And is told: it may be mended there as well as here."""
+def test_a_damaged_upload_is_moved_as_it_is(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
+    """It is reported, and can be repaired afterwards."""
     from server.operations.move import to_cluster, to_home
 
     target = Storage(Home(tmp_path / "api"), bucket, url="s3://b")
@@ -152,13 +152,15 @@ def test_a_damaged_upload_moves_as_it_is(home: Path, tmp_path: Path, url: str, b
     (key,) = (stored.key for stored in bucket.listed("projects/acme/datasets/") if stored.key.endswith(ROWS))
     bucket.put(key, b"{}")
     moved = to_home(tmp_path / "back", url, target)
-    (told,) = moved.damaged
-    assert told.startswith("projects/acme/datasets/ds-")
-    assert "no longer match" in told
-    assert [finding.about for finding in examine(tmp_path / "back").findings] == [told.split(":")[0]]
+    (message,) = moved.damaged
+    assert message.startswith("projects/acme/datasets/ds-")
+    assert "no longer match" in message
+    assert [finding.about for finding in examine(tmp_path / "back").findings] == [message.split(":")[0]]
 
 
-def test_what_is_refused(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
+def test_places_in_use_and_places_that_are_not_empty_are_refused(
+    home: Path, tmp_path: Path, url: str, bucket: "Bucket"
+) -> None:
     from server.operations.move import to_cluster, to_home
 
     target = Storage(Home(tmp_path / "api"), bucket, url="s3://b")
@@ -177,7 +179,7 @@ def test_what_is_refused(home: Path, tmp_path: Path, url: str, bucket: "Bucket")
     (digest,) = (path for path in sorted(home.glob("adapters/*/*/adapter_model.safetensors"))[:1])
     whole = digest.read_bytes()
     digest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(StartupError, match="smolora doctor says"):
+    with pytest.raises(StartupError, match="smolora doctor names"):
         to_cluster(home, url, target)
     digest.write_bytes(whole)
     to_cluster(home, url, target)

@@ -15,10 +15,12 @@ from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
 from server.jobs.run_job import _is_served_natively, _load
 from server.model.base.weights import BaseModel
+from server.model.native import library
 from server.model.text.chat import ChatMessage
 from server.serve.startup import build
 from server.training.spec import JobSpec
-from tests.kits.native import lend_native, native_library, tiny_of
+from tests.kits.cache import CACHE
+from tests.kits.native import native_library, tiny_of
 from tests.kits.tiny import save_tiny_base
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.cluster.replicas import Local
@@ -112,7 +114,7 @@ async def test_a_machine_without_a_compiler(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("server.model.device.cpu_flags", lambda: frozenset({"avx2"}))
     auto = build(settings(tmp_path / "first", tiny_base_dir, dtype="auto"), said.append)
-    assert "nothing native: no C++ compiler (g++, clang++, c++); torch does it, more slowly" in said
+    assert "no native code: no C++ compiler (g++, clang++, c++); torch computes instead, more slowly" in said
     await auto.engine.stop()
     del said[:]
     for dtype, native in (("fp32", True), ("auto", False)):
@@ -121,24 +123,21 @@ async def test_a_machine_without_a_compiler(
     assert "native" not in "".join(said), "nobody asked for it"
 
 
-async def test_an_image_without_a_compiler_has_native_code_for_any_base(
+async def test_a_wheels_library_needs_no_compiler(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library is next to the image's base, and also serves a base from a volume."""
     native_library()
-    image = tmp_path / "image"
-    image.mkdir()
-    lend_native(image)
+    monkeypatch.setattr(library, "PREBUILT", CACHE / "native")
     base = tiny_of(tmp_path, "grouped")
     monkeypatch.setenv("PATH", str(tmp_path))
-    asked = settings(tmp_path / "home", base.directory, dtype="bf16", base_dir=image)
+    asked = settings(tmp_path / "home", base.directory, dtype="bf16")
     services = build(asked, said.append)
     await services.engine.stop()
     assert [line for line in said if "native" in line] == []
     worker = WorkerSettings.model_validate({name: getattr(asked, name) for name in WorkerSettings.model_fields})
-    _, library = _load(worker, JobSpec("trained"))
-    assert library is not None
-    assert _is_served_natively(worker.model_copy(update={"dtype": "auto"}), base.directory)
+    _, loaded = _load(worker, JobSpec("trained"))
+    assert loaded is not None
+    assert _is_served_natively(worker.model_copy(update={"dtype": "auto"}))
 
 
 async def test_a_shorter_model_length(tmp_path: Path, tiny_base_dir: Path) -> None:

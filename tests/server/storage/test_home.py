@@ -13,7 +13,7 @@ import pytest
 
 from server.database import connect
 from server.errors import StartupError
-from server.storage.home import LOCK_NAME, Home, make, prepare, serving
+from server.storage.home import LOCK_NAME, make, prepare, serving
 
 
 def mode(path: Path) -> int:
@@ -26,7 +26,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", tempfile.tempdir)
 
 
-def test_it_is_its_owners_alone(tmp_path: Path) -> None:
+def test_home_is_private_to_its_owner(tmp_path: Path) -> None:
     assert make(tmp_path / "new" / "home")
     assert mode(tmp_path / "new" / "home") == 0o700
     old = tmp_path / "old"
@@ -36,7 +36,7 @@ def test_it_is_its_owners_alone(tmp_path: Path) -> None:
     assert mode(old) == 0o700
 
 
-def test_what_everybody_writes_to_stays_open(tmp_path: Path) -> None:
+def test_a_sticky_folder_keeps_its_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
     assert not make(tmp_path)
     assert mode(tmp_path) == 0o1777
@@ -53,7 +53,7 @@ def test_a_folder_of_another_user_keeps_its_mode(tmp_path: Path) -> None:
     assert mode(home) == 0o750
 
 
-def test_one_serves_at_a_time(tmp_path: Path) -> None:
+def test_one_process_serves_at_a_time(tmp_path: Path) -> None:
     refused = f"SMOLORA_HOME={tmp_path} is served already, by process {os.getpid()} on "
     with serving(tmp_path), pytest.raises(StartupError, match=refused), serving(tmp_path):
         pass
@@ -72,7 +72,7 @@ with serving(Path(sys.argv[1])):
 """
 
 
-def test_a_killed_server_lets_go_though_its_children_live(tmp_path: Path) -> None:
+def test_a_killed_server_releases_the_lock_although_its_children_live(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
@@ -89,7 +89,7 @@ def test_a_killed_server_lets_go_though_its_children_live(tmp_path: Path) -> Non
         holder.stdout.close()
 
 
-def test_a_lock_that_says_nothing(tmp_path: Path) -> None:
+def test_an_empty_lock_file_names_another_process(tmp_path: Path) -> None:
     """Who has it may not have got round to saying who it is."""
     with serving(tmp_path):
         (tmp_path / LOCK_NAME).write_bytes(b"")
@@ -97,7 +97,7 @@ def test_a_lock_that_says_nothing(tmp_path: Path) -> None:
             pass
 
 
-def test_a_file_system_without_locks_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one of a network may be."""
 
     def flock(*_: object) -> None:
@@ -109,7 +109,7 @@ def test_a_file_system_without_locks_is_said_to_be_one(tmp_path: Path, monkeypat
         pass
 
 
-def test_what_killed_servers_left_goes(tmp_path: Path) -> None:
+def test_uploads_that_killed_servers_left_are_removed(tmp_path: Path) -> None:
     left = tmp_path / "tmp" / "upload-x"
     left.mkdir(parents=True)
     (left / "adapter_model.safetensors").write_bytes(b"half")
@@ -117,10 +117,3 @@ def test_what_killed_servers_left_goes(tmp_path: Path) -> None:
         prepare(tmp_path)
     assert not left.exists()
     assert tempfile.gettempdir() == str(tmp_path / "tmp")
-
-
-def test_native_code_of_an_image_is_for_every_base(tmp_path: Path) -> None:
-    """And made in HOME, the last place, where the image has none to use."""
-    home, base, carried = Home(tmp_path / "home"), tmp_path / "home" / "models" / "mine", tmp_path / "image"
-    assert home.native_places(base, carried) == [base / "native", carried / "native", home.native]
-    assert home.native_places(base, None) == [base / "native", home.native]

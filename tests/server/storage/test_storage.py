@@ -1,4 +1,4 @@
-"""Where bytes are is a setting; without it nothing of an object store is imported."""
+"""The place of bytes is a setting. Without it, no object store's library is imported."""
 
 import subprocess
 import sys
@@ -25,12 +25,12 @@ from server.storage.places import Storage
 storage = Storage.open(Path(sys.argv[1]), StorageSettings())
 storage.adapters(), storage.records()
 ours = [name for name in sys.modules if name.startswith(("adapters.", "server.", "obstore"))]
-print([name for name in ours if name.startswith(("obstore", "adapters.objects")) or "shared_" in name
-       or name.endswith("store.shared")])
+print([name for name in ours if name.startswith(("obstore", "adapters.storage.bucket"))
+       or name.endswith("bucket_store")])
 """
 
 
-def test_by_default_it_is_home_and_nothing_else_is_imported(tmp_path: Path) -> None:
+def test_by_default_bytes_are_in_home_and_no_bucket_is_imported(tmp_path: Path) -> None:
     storage = Storage.open(tmp_path, StorageSettings())
     assert type(storage.adapters()) is AdapterStore
     assert type(storage.records()) is Records
@@ -42,13 +42,13 @@ def test_by_default_it_is_home_and_nothing_else_is_imported(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "url", ["a-bucket", "s3://B/x", "http://host/bucket", "s3://key:secret@bucket/x", "file://x/y"]
 )
-def test_what_is_no_place(url: str) -> None:
+def test_malformed_urls_are_refused_without_being_quoted(url: str) -> None:
     with pytest.raises(StartupError, match="BYTES_URL") as caught:
         load(Settings, bytes_url=url)
     assert url not in str(caught.value)
 
 
-def test_it_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adapters.storage.bucket", None)
     with pytest.raises(StartupError, match=r"pip install -e '\.\[cluster\]'"):
         Storage.open(tmp_path, StorageSettings(bytes_url="s3://some-bucket/x"))
@@ -67,7 +67,7 @@ def test_keys_are_paths_below_home(tmp_path: Path, bucket: "Bucket") -> None:
 
 
 @pytest.mark.cluster
-def test_a_shared_directory_does_as_well(tmp_path: Path) -> None:
+def test_a_mounted_directory_works_as_a_bucket(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     settings = load(Settings, bytes_url=f"file://{tmp_path}/shared")
     from tests.adapters.samples import sample_adapter
@@ -77,4 +77,4 @@ def test_a_shared_directory_does_as_well(tmp_path: Path) -> None:
     with a.publishing(adapter, lambda _: True):
         pass
     b.verify(adapter.weights.digest)
-    assert b.is_shared
+    assert b.is_in_bucket

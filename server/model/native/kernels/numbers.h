@@ -1,19 +1,32 @@
-// 16-bit floats, a vector exponential and a vector logarithm.
+// Vectors of bf16 numbers, and e^x and ln x of a vector of floats.
 #pragma once
 
+#include <cstring>
 #include <initializer_list>
 
 #include "seam/abi.h"
 #include "simd/simd.h"
 
-inline F32x16 load_bf16(const bf16* p) {  // 16 of them, widened
-    return as_f32(widen(load_u16(p)) << 16);
-}
+// Loads 16 numbers and widens them to fp32.
+inline F32x16 load_bf16(const bf16* p) { return as_f32(widen(load_u16(p)) << 16); }
 
+// Rounds to the nearest bf16, ties to even.
 inline void store_bf16(bf16* p, F32x16 x) { store(p, to_bf16(x)); }
 
+// Loads 16 pairs, the operand of `fmadd_pairs`.
 inline U32x16 load_pairs(const bf16* p) { return load_u32(p); }
 
+// The pair at p, in one number.
+inline uint32_t load_pair(const bf16* p) {
+    uint32_t pair;
+    memcpy(&pair, p, sizeof pair);
+    return pair;
+}
+
+// The pair at p in all 16 lanes.
+inline U32x16 broadcast_pair(const bf16* p) { return broadcast_u32(load_pair(p)); }
+
+// Lanes [0, count); count may be negative or more than 16.
 inline Mask16 first_lanes(int count) {
     return static_cast<Mask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }

@@ -1,4 +1,4 @@
-// How long the phases of steps take, as the thread that calls sees them: its own items and the wait for the others'.
+// Measures the phases of steps by the calling thread's clock: its own items, and its waits for the other threads.
 // `Phase` is an enum of `count` phases, in order.
 #pragma once
 #include <array>
@@ -11,7 +11,7 @@
 template <class Phase, int count>
 class PhaseClock {
   public:
-    // The nanoseconds of each phase since the last time that this was called; from now on they are counted, or not.
+    // Returns each phase's nanoseconds since the last call, and turns the clock on or off.
     std::array<int64_t, count> take(bool is_on) {
         is_on_ = is_on;
         return std::exchange(spent_, {});
@@ -19,8 +19,8 @@ class PhaseClock {
     void begin() {
         if (is_on_) last_ = Clock::now();
     }
-    // What was done since `begin`, or since the phase before ended, was of this phase. All of a team may call it,
-    // but for a job's last phase, which ends behind the job.
+    // Counts the time since `begin`, or since the previous phase's end, for this phase. All threads of a team may call
+    // it, except for a job's last phase, which ends after the job.
     void end(Phase phase) {
         if (!is_on_ || Team::number() != 0) return;
         const Clock::time_point now = Clock::now();
@@ -30,7 +30,7 @@ class PhaseClock {
 
   private:
     using Clock = std::chrono::steady_clock;
-    bool is_on_ = false;  // changes between steps alone
+    bool is_on_ = false;  // changes only between steps
     Clock::time_point last_;
     std::array<int64_t, count> spent_{};
 };

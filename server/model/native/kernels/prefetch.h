@@ -1,4 +1,4 @@
-// Lines of cache that a product prefetches while it multiplies: what is read next, its own weights or others'.
+// Cache lines that a product prefetches while it multiplies: its own weights, or what is read after them.
 #pragma once
 
 #include <algorithm>
@@ -7,45 +7,46 @@
 
 #include "simd/simd.h"
 
-constexpr size_t kBytesAhead = 8192;  // by which weights are prefetched in advance: by 2 KB they come half as fast
+constexpr size_t kBytesAhead = 8192;  // prefetch distance of weights; 2 KB halves the bandwidth
 
-// Fetches a line of cache that is read soon, into the second cache. The first cache waits for few lines at once: pieces
-// of 2 KB come at 13 GB/s into the first and at 20 GB/s into the second.
+// Prefetches a cache line into L2. L1 has few outstanding misses: pieces of 2 KB arrive at 13 GB/s in L1, but at 20
+// GB/s in L2.
 inline void prefetch_line(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// The addresses of lines, which are prefetched one after the other; behind the last one it is there a few times more.
+// Addresses of lines to prefetch, in order. After the last address the array repeats it a few times.
 template <int step>
 struct Lines {
     const char *const *next, *const *last;
 
-    // What a product of a pair of inputs leaves time for: `step` lines, 1 or 2.
+    // Prefetches `step` lines, 1 or 2: as many as the product of one pair of inputs leaves time for.
     void prefetch_some() {
         prefetch_line(next[0]);
         if (step == 2) prefetch_line(next[1]);
         next += next < last ? step : 0;
     }
+    // Prefetches up to `count` lines.
     void prefetch(size_t count) {
         for (const char* const* stop = std::min(next + count, last); next < stop; next++) prefetch_line(*next);
     }
 };
-struct NoLines {
+struct NoLines {  // nothing to prefetch
     void prefetch_some() {}
     void prefetch(size_t) {}
 };
 
-// The lines that one product prefetches; who adds to it leaves it to the product, which empties it.
+// The lines that the next product prefetches. Callers add to it; the product clears it.
 class PrefetchList {
   public:
     void clear() { count_ = 0; }
-    void add(const void* from, size_t bytes) {
+    void add(const void* first, size_t bytes) {
         const size_t lines = (bytes + kLine - 1) / kLine;
         if (lines_.size() < count_ + lines + 8) lines_.resize(2 * (count_ + lines + 8));
         for (size_t i = 0; i < lines; i += 8)
-            store_lines(&lines_[count_ + i], static_cast<const char*>(from) + i * kLine);
+            store_lines(&lines_[count_ + i], static_cast<const char*>(first) + i * kLine);
         count_ += lines;
     }
     size_t size() const { return count_; }
-    // All of them, of which there is one at least, until more are added.
+    // All lines; there must be at least one. Valid until more are added.
     template <int step>
     Lines<step> lines() {
         lines_[count_] = lines_[count_ + 1] = lines_[count_ + 2] = lines_[count_ - 1];

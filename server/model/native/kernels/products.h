@@ -1,19 +1,21 @@
-// The products of training: a base's matrix W (out, in), which is packed tile by tile, and a group's A and B beside it.
+// The products of training and their gradients: y = x Wᵀ + (x Aᵀ) B, with x Aᵀ called lora_hidden.
 //
-// y = x Wᵀ + (x Aᵀ) B, with x Aᵀ called lora_hidden. All matrices are given whole, and a call computes `rows` rows from
-// the row `start` on. Features of x that dropout keeps are multiplied by a factor before they meet A.
+// W (out, in) is a base's matrix, A (rows of A, in) and B (rows of A, out) are a group's adapters. Tiles are packed
+// when they are needed. Functions get whole matrices, and compute rows [start, start + rows). Dropout applies to A's
+// input alone: it zeroes features of x and multiplies the others by a factor.
 #pragma once
 #include "layers.h"
 #include "panels.h"
 
-constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, at most
+constexpr int kProductRows = 512;  // rows that are multiplied with a packed tile, at most
 
-struct ProductScratch {  // of one thread
+struct ProductScratch {  // one thread's
     Panel panel, low_rank_panel, columns;
-    WideRows wide, wide_turned;  // of the phase's x or dy, and of dy as (out, tokens)
+    WideRows wide, wide_turned;  // of the phase's x or dy, and of dyᵀ (out, tokens)
     Aligned<float> low_rank, share;
 };
 
+// The module that has an output column, or null.
 inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
     for (int64_t i = 0; i < lora.num_modules; i++) {
         const TrainModule& module = lora.modules[i];
@@ -22,24 +24,24 @@ inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
     return nullptr;
 }
 
-// y = what dropout keeps of x (tokens, in), times `factor`.
+// y (tokens, in) = x · factor where `kept` is nonzero, else 0.
 inline void keep(const uint8_t* kept, double factor, const bf16* x, int64_t in, int start, int rows, bf16* y) {
-    const F32x16 by = broadcast((float)factor);
+    const F32x16 factors = broadcast(static_cast<float>(factor));
     for (int64_t i = start * in; i < (start + rows) * in; i += 16)
-        store_bf16(y + i, choose(nonzero_bytes(kept + i), load_bf16(x + i) * by, F32x16{}));
+        store_bf16(y + i, choose(nonzero_bytes(kept + i), load_bf16(x + i) * factors, F32x16{}));
 }
 
-// y (rows, outputs) = x (rows, depth) times `outputs` rows of w, 16 or 32.
+// y (rows, outputs) = x (rows, depth) times `outputs` rows of w (·, depth), at most 32.
 inline void multiply_low_rank(const bf16* w, int64_t w_stride, int outputs, int64_t depth, const bf16* x,
                               int64_t x_stride, int rows, bf16* y, int64_t y_stride, ProductScratch& scratch) {
     float* sums = room(scratch.low_rank, rows * kTile);
     uint32_t* panel = room(scratch.low_rank_panel, depth / 2 * kTile);
     if (outputs <= 16 && !has_amx()) {
-        pack_rows(w, w_stride, outputs, (int)depth, panel, 16);
-        multiply_narrow(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+        pack_rows(w, w_stride, outputs, static_cast<int>(depth), panel, 16);
+        multiply_narrow(x, x_stride, rows, panel, static_cast<int>(depth) / 2, sums, kTile);
     } else {
-        pack_rows(w, w_stride, outputs, (int)depth, panel);
-        multiply(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+        pack_rows(w, w_stride, outputs, static_cast<int>(depth), panel);
+        multiply(x, x_stride, rows, panel, static_cast<int>(depth) / 2, sums, kTile);
     }
     for (int row = 0; row < rows; row++) round_to_bf16(sums + row * kTile, outputs, y + row * y_stride);
 }
@@ -48,8 +50,8 @@ inline void multiply_low_rank(const bf16* w, int64_t w_stride, int outputs, int6
 inline void shrink(const TrainGroup& lora, const bf16* x, int64_t in, int start, int rows, bf16* lora_hidden,
                    ProductScratch& scratch) {
     for (int64_t row = 0; row < lora.rows; row += kTile)
-        multiply_low_rank(lora.a + row * in, in, (int)std::min<int64_t>(kTile, lora.rows - row), in, x + start * in, in,
-                          rows, lora_hidden + start * lora.rows + row, lora.rows, scratch);
+        multiply_low_rank(lora.a + row * in, in, static_cast<int>(std::min<int64_t>(kTile, lora.rows - row)), in,
+                          x + start * in, in, rows, lora_hidden + start * lora.rows + row, lora.rows, scratch);
 }
 
 // d_lora_hidden (tokens, rows of A) = dy Bᵀ
@@ -59,80 +61,80 @@ inline void shrink_backward(const TrainGroup& lora, const bf16* dy, int64_t out,
         const TrainModule& module = lora.modules[i];
         for (int64_t row = 0; row < module.rank; row += kTile)
             multiply_low_rank(lora.b + (module.row + row) * out + module.out_start, out,
-                              (int)std::min<int64_t>(kTile, module.rank - row), module.out_features,
+                              static_cast<int>(std::min<int64_t>(kTile, module.rank - row)), module.out_features,
                               dy + start * out + module.out_start, out, rows,
                               d_lora_hidden + start * lora.rows + module.row + row, lora.rows, scratch);
     }
 }
 
-// y (rows, 32): outputs [column, column + 32) of x Wᵀ + lora_hidden B.
+// y (rows, 32) = the outputs [column, column + 32) of x Wᵀ + lora_hidden B.
 inline void product(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, const bf16* x,
                     const bf16* lora_hidden, int64_t column, int start, int rows, float* y, int64_t y_stride,
                     ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, in / 2 * kTile);
-    pack_rows(w + column * in, in, kTile, (int)in, panel);
-    multiply_and_prefetch(scratch.wide.rows(x, in, start, rows), rows, panel, (int)in / 2, y, y_stride,
-                          w + (column + kTile) * in, kTile, (int)in);
+    pack_rows(w + column * in, in, kTile, static_cast<int>(in), panel);
+    multiply_and_prefetch(scratch.wide.rows(x, in, start, rows), rows, panel, static_cast<int>(in) / 2, y, y_stride,
+                          w + (column + kTile) * in, kTile, static_cast<int>(in));
     const TrainModule* module = module_at(lora, column);
     if (module == nullptr) return;
     panel = room(scratch.panel, module->rank / 2 * kTile);
-    pack_columns(lora.b + module->row * out + column, out, (int)module->rank, panel);
-    multiply<true>(lora_hidden + start * lora.rows + module->row, lora.rows, rows, panel, (int)module->rank / 2, y,
-                   y_stride);
+    pack_columns(lora.b + module->row * out + column, out, static_cast<int>(module->rank), panel);
+    multiply<true>(lora_hidden + start * lora.rows + module->row, lora.rows, rows, panel,
+                   static_cast<int>(module->rank) / 2, y, y_stride);
 }
 
-// y (rows, 32): features [column, column + 32) of x's gradient, dy W + d_lora_hidden A.
+// y (rows, 32) = the features [column, column + 32) of x's gradient, dy W + d_lora_hidden A; A's part is zero where
+// dropout zeroed x, else times `factor`.
 inline void product_backward(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, double factor,
                              const bf16* dy, const bf16* d_lora_hidden, int64_t column, int start, int rows, float* y,
                              int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, std::max(out, lora.rows) / 2 * kTile);
-    pack_columns(w + column, in, (int)out, panel);
-    multiply_and_prefetch(scratch.wide.rows(dy, out, start, rows), rows, panel, (int)out / 2, y, y_stride,
-                          w + column + kTile, in, (int)out);
+    pack_columns(w + column, in, static_cast<int>(out), panel);
+    multiply_and_prefetch(scratch.wide.rows(dy, out, start, rows), rows, panel, static_cast<int>(out) / 2, y, y_stride,
+                          w + column + kTile, in, static_cast<int>(out));
     if (lora.rows == 0) return;
-    const bf16* low = d_lora_hidden + start * lora.rows;
-    const int pairs = (int)lora.rows / 2;
-    pack_columns(lora.a + column, in, (int)lora.rows, panel);
-    if (lora.kept == nullptr) return multiply<true>(low, lora.rows, rows, panel, pairs, y, y_stride);
+    const bf16* d_low_rank = d_lora_hidden + start * lora.rows;
+    const int pairs = static_cast<int>(lora.rows) / 2;
+    pack_columns(lora.a + column, in, static_cast<int>(lora.rows), panel);
+    if (lora.kept == nullptr) return multiply<true>(d_low_rank, lora.rows, rows, panel, pairs, y, y_stride);
     float* share = room(scratch.share, rows * kTile);
-    multiply(low, lora.rows, rows, panel, pairs, share, kTile);
-    const F32x16 by = broadcast((float)factor);
+    multiply(d_low_rank, lora.rows, rows, panel, pairs, share, kTile);
+    const F32x16 factors = broadcast(static_cast<float>(factor));
     for (int row = 0; row < rows; row++)
         for (int i = 0; i < kTile; i += 16) {
-            float* to = y + row * y_stride + i;
-            const F32x16 more = load(share + row * kTile + i) * by;
+            float* sum = y + row * y_stride + i;
+            const F32x16 scaled = load(share + row * kTile + i) * factors;
             const Mask16 kept = nonzero_bytes(lora.kept + (start + row) * in + column + i);
-            store(to, choose(kept, load(to) + more, load(to)));
+            store(sum, choose(kept, load(sum) + scaled, load(sum)));
         }
 }
 
-// y (outputs, 32): columns [column, column + 32) of the sum over tokens of x_T (outputs, tokens) times dy (tokens,
-// out), or that added to it: the gradient of A, B or W. An odd number of tokens is filled up with zeros.
+// y (outputs, 32) = columns [column, column + 32) of x_T (outputs, tokens) times dy (tokens, out), or y += that: the
+// gradient of A, B or W. An odd number of tokens is padded with zeros.
 template <bool add = false>
 inline void multiply_over_tokens(const Rows& x_T, int outputs, const bf16* dy, int64_t out, int64_t column, int tokens,
                                  float* y, int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.columns, (tokens + 1) / 2 * kTile);
     pack_columns(dy + column, out, tokens, panel);
-    multiply<add>(x_T, outputs, (const bf16*)panel, (tokens + 1) / 2, y, y_stride);
+    multiply<add>(x_T, outputs, reinterpret_cast<const bf16*>(panel), (tokens + 1) / 2, y, y_stride);
 }
 
-// to (rows, columns) += by * y
-inline void add_scaled(const float* y, int64_t y_stride, int64_t rows, int64_t columns, float by, float* to,
-                       int64_t to_stride) {
+// sums (rows, columns) += scale · y
+inline void add_scaled(const float* y, int64_t y_stride, int64_t rows, int64_t columns, float scale, float* sums,
+                       int64_t sums_stride) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0; i < columns; i++) {
-            float& sum = to[row * to_stride + i];
-            sum = std::fma(by, y[row * y_stride + i], sum);
+            float& sum = sums[row * sums_stride + i];
+            sum = std::fma(scale, y[row * y_stride + i], sum);
         }
 }
 
-// y (32, outputs), rows `y_stride` apart: the transpose of what `multiply_over_tokens` gives; outputs is a multiple of
-// 16.
+// y (32, outputs) = the transpose of `multiply_over_tokens`' result; outputs is a multiple of 16.
 inline void multiply_over_tokens_turned(const bf16* x_T, int64_t x_stride, int outputs, const bf16* dy, int64_t out,
                                         int64_t column, int tokens, float* y, int64_t y_stride,
                                         ProductScratch& scratch) {
     float* tile = room(scratch.low_rank, outputs * kTile);
-    multiply_over_tokens({x_T, (size_t)x_stride}, outputs, dy, out, column, tokens, tile, kTile, scratch);
+    multiply_over_tokens({x_T, static_cast<size_t>(x_stride)}, outputs, dy, out, column, tokens, tile, kTile, scratch);
     for (int output = 0; output < outputs; output += 16)
         for (int half = 0; half < kTile; half += 16) {
             U32x16 r[16];

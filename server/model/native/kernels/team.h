@@ -1,15 +1,13 @@
-// A team of threads that walk through the phases of a job together. All of them, or the first few, take part in a job.
+// A team of threads that run the phases of a job together. All of them, or only the first few, take part in a job.
 //
-// In a phase each thread has neighbouring items of its own, and then helps the others with theirs, so that a thread
-// that the system takes away for a moment holds the others up by one item only. What an item computes doesn't depend on
-// who computes it.
+// In a phase each thread first computes its own items, which are neighbours, and then takes over items of the others:
+// a thread that the system preempts delays the others by one item only. An item's result doesn't depend on its thread.
 //
-// Two threads of a team on one of several processors take turns, each phase twice as long, and Linux lets them: it
-// moves no thread that ran just now, and these always did. So a thread that waits for another on its own processor
-// moves.
+// If two threads of a team share a processor, each phase takes twice as long. Linux doesn't move them, since it moves
+// no thread that has just run. So a thread that waits for another one on its own processor moves itself.
 //
-// A thread that waits spins at first, since waking up takes longer than most phases. Then it sleeps: the thread that it
-// waits for may need the processor, or another process, and a container's quota counts the time that is spun.
+// A waiting thread spins at first, since waking up takes longer than most phases. Then it sleeps: the awaited thread or
+// another process may need the processor, and spinning counts towards a container's quota.
 #pragma once
 #include <sched.h>
 
@@ -25,7 +23,7 @@
 
 class Team {
   public:
-    // Throws std::system_error where a thread can't be started, and std::bad_alloc.
+    // Throws std::system_error if a thread can't be started, and std::bad_alloc.
     explicit Team(int size) : size_(size), active_(size), jobs_(size), next_(size), processors_(size) {
         for (Counter& processor : processors_) processor.value = -1;
         try {
@@ -38,19 +36,19 @@ class Team {
     ~Team() { end(); }
 
     int size() const { return size_; }
-    // How many of the threads take part in a job. The others sleep.
+    // The number of threads that take part in a job. The others sleep.
     int active() const { return active_; }
-    // From the next job on; at least 1 and at most `size`. Never called within a job.
+    // Takes effect at the next job; 1 to `size`. Must not be called within a job.
     void set_active(int active) {
         active_ = active;
         for (int i = active; i < size_; i++) processors_[i].value.store(-1, std::memory_order_relaxed);
     }
-    // Which of the team's threads this is, in a job: from 0, the caller of `run`, up to active - 1.
+    // This thread's number within a job: 0 for the caller of `run`, up to active - 1.
     static int number() { return number_; }
 
-    // Every active thread calls the job, which must go through the same phases in each, at least one. Returns when all
-    // phases are done; nothing may follow the last one in a job. Once an item throws, the rest of the items is left
-    // out, and what it threw, the first of all, is thrown here. Only items may throw.
+    // Calls the job in every active thread, and returns when all phases are done. Every thread must run the same
+    // phases, at least one, and nothing may follow the last phase. Once an item throws, the remaining items are
+    // skipped, and the first exception is rethrown here. Only items may throw.
     void run(const std::function<void()>& job) {
         job_ = &job;
         has_failed_.store(false, std::memory_order_relaxed);
@@ -61,15 +59,15 @@ class Team {
         if (has_failed_.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
-    // A phase: item(i) for each i below count, spread over the team; returns when all are done.
+    // Runs a phase: item(i) for each i below count, spread over the team. Returns when all are done.
     template <class Item>
     void each(int count, Item item) {
         attempt([&] { take(count, item); });
         barrier();
     }
 
-    // A phase in two parts: item(i) for i below count may begin before all first(i) are done, and calls wait_first
-    // once it needs them.
+    // Runs a phase in two parts: item(i), for i below count, may begin before all first(i) are done, and calls
+    // wait_first before it needs them.
     template <class First, class Item>
     void each(int num_first, First first, int count, Item item) {
         attempt([&] {
@@ -87,7 +85,7 @@ class Team {
     }
 
   private:
-    struct Abandoned {};  // ends an item that waits for one that failed
+    struct Abandoned {};  // ends an item that waits for a failed one
     struct alignas(64) Counter {
         std::atomic<int> value{0};
     };
@@ -95,7 +93,7 @@ class Team {
         std::atomic<unsigned> value{0};
     };
     bool goes_on() const { return !has_failed_.load(std::memory_order_relaxed); }
-    // The first failure of a job is kept for `run`, which sees it behind the phase's barrier.
+    // Keeps the job's first failure for `run`, which reads it after the phase's barrier.
     template <class Items>
     void attempt(Items items) noexcept {
         try {
@@ -103,15 +101,16 @@ class Team {
         } catch (...) {
             if (has_failed_.exchange(true)) return;
             failure_ = std::current_exception();
-            done_.fetch_add(kAllDone);  // nobody waits for the first items that are left out
+            done_.fetch_add(kAllDone);  // releases the items that wait for skipped ones
             wake_sleepers(done_);
         }
     }
     template <class Item>
     void take(int count, Item& item) {
         for (int i = 0; i < active_; i++) {
-            const int owner = (number_ + i) % active_, end = (int)((int64_t)count * (owner + 1) / active_);
-            const int begin = (int)((int64_t)count * owner / active_);
+            const int owner = (number_ + i) % active_;
+            const int end = static_cast<int>(static_cast<int64_t>(count) * (owner + 1) / active_);
+            const int begin = static_cast<int>(static_cast<int64_t>(count) * owner / active_);
             for (int k; goes_on() && (k = begin + next_[owner].value.fetch_add(1, std::memory_order_relaxed)) < end;)
                 item(k);
         }
@@ -128,7 +127,7 @@ class Team {
             (*job_)();
         }
     }
-    // The first `count` threads, for what job_ is now.
+    // Wakes the first `count` threads for the current job_.
     void wake(int count) {
         for (int i = 1; i < count; i++) {
             jobs_[i].value.fetch_add(1);
@@ -137,13 +136,13 @@ class Team {
     }
     void end() {
         job_ = nullptr;
-        wake((int)threads_.size() + 1);
+        wake(static_cast<int>(threads_.size()) + 1);
         for (auto& thread : threads_) thread.join();
     }
     void barrier() {
         note_processor();
         const unsigned phase = phases_.load(std::memory_order_relaxed);
-        const int others = active_ - 1;  // once this thread has arrived, the next job may have another number
+        const int others = active_ - 1;  // read before this thread arrives: the next job may change it
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == others) {
             arrived_.store(0, std::memory_order_relaxed);
             for (int i = 0; i < active_; i++) next_[i].value.store(0, std::memory_order_relaxed);
@@ -155,7 +154,7 @@ class Team {
             wait(phases_, [=](unsigned now) { return now != phase; });
         }
     }
-    // Until the number, which others change, is as the condition has it.
+    // Waits until the number, which other threads change, meets the condition.
     template <class Number, class Condition>
     void wait(std::atomic<Number>& number, Condition condition) {
         Number now;
@@ -166,7 +165,7 @@ class Team {
             }
             if (i == kSpins) leave_shared_processor();
             if (i < kSpins + kYields) {
-                sched_yield();  // the thread that is waited for may need this processor
+                sched_yield();  // the awaited thread may need this processor
                 continue;
             }
             num_sleepers_.fetch_add(1);
@@ -174,19 +173,19 @@ class Team {
             num_sleepers_.fetch_sub(1);
         }
     }
-    // After the number was changed. Its change and the count of sleepers are sequentially consistent: either the
-    // sleeper is seen here, or it sees the change and doesn't sleep.
+    // Called after a change of the number. The change and the count of sleepers are sequentially consistent: either
+    // this thread sees the sleeper, or the sleeper sees the change and doesn't sleep.
     template <class Number>
     void wake_sleepers(std::atomic<Number>& number) {
         if (num_sleepers_.load() > 0) number.notify_all();
     }
     void note_processor() { processors_[number_].value.store(sched_getcpu(), std::memory_order_relaxed); }
-    // To one that none of the team was last seen on, where there is one and another was seen here.
+    // If another of the team's threads was last seen on this processor, moves to one where none was.
     void leave_shared_processor() {
         const int here = sched_getcpu();
         bool is_shared = false;
         cpu_set_t allowed, free;
-        if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // more processors than a set holds
+        if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // more processors than a cpu_set_t holds
         free = allowed;
         for (int i = 0; i < size_; i++) {
             const int processor = processors_[i].value.load(std::memory_order_relaxed);
@@ -198,10 +197,10 @@ class Team {
         note_processor();
     }
 
-    static constexpr int kSpins = 2000;   // some 25 to 90 us
+    static constexpr int kSpins = 2000;   // about 25 to 90 us
     static constexpr int kYields = 1000;  // half a millisecond if nothing else runs
     static constexpr int kAllDone = 1 << 30;
-    // Threads' scratch belongs to objects: glibc ends the process if it has no memory for a thread_local.
+    // Scratch memory is in members, since glibc ends the process if it can't allocate a thread_local.
     static inline thread_local int number_ = 0;
     const int size_;
     int active_;
@@ -209,9 +208,9 @@ class Team {
     const std::function<void()>* job_ = nullptr;
     std::exception_ptr failure_;
     std::atomic<bool> has_failed_{false};
-    std::vector<Jobs> jobs_;  // that each thread was woken for; the first, who calls, isn't
+    std::vector<Jobs> jobs_;  // each thread's number of wake-ups; unused for the caller of `run`
     std::vector<Counter> next_;
-    std::vector<Counter> processors_;  // that each thread was last seen on
+    std::vector<Counter> processors_;  // where each thread last ran; -1 if unknown
     alignas(64) std::atomic<int> next_first_{0};
     alignas(64) std::atomic<int> done_{0};
     alignas(64) std::atomic<int> arrived_{0};

@@ -15,7 +15,7 @@ constexpr int kMaxGroup = 8;     // query heads that share a kv head, at most
 constexpr int kPositions = 16;   // positions stored together in the cache: a block has a multiple of it
 constexpr int kErrorSize = 256;  // bytes of an error's text, its end included
 
-enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // as row_layout.GROUPS
+enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // as rank_rows.GROUPS
 
 // The phases of a serving step, in order, except kNormPhase, which comes between others.
 enum Phase {
@@ -171,7 +171,7 @@ struct TrainBatch {  // text i has the tokens [starts[i], starts[i + 1])
 
 #define SMOLORA_ENTRY extern "C" __attribute__((visibility("default")))
 
-SMOLORA_ENTRY const char* smolora_source();    // the digest of the source that it was compiled from
+SMOLORA_ENTRY const char* smolora_source();    // the digest of the library's source
 SMOLORA_ENTRY const char* smolora_compiler();  // the compiler and its flags
 SMOLORA_ENTRY int smolora_is_supported();      // whether this processor has the instructions
 
@@ -188,8 +188,7 @@ SMOLORA_ENTRY int smolora_logits(void* model, const bf16* hidden, int64_t rows, 
 SMOLORA_ENTRY int smolora_sample(void* model, const SampleStep* step, char* error);
 // Forward and sample in one, with one row per wanted token. Neither step has hidden states.
 SMOLORA_ENTRY int smolora_draw(void* model, const ServeStep* step, const SampleStep* sampling, char* error);
-// Fills in how long each phase took since the last call (kPhases numbers), and switches counting on or off from now
-// on. It is off at first.
+// Fills in each phase's time since the last call (kPhases numbers), and turns the clock on or off. It is off at first.
 SMOLORA_ENTRY int smolora_phases(void* model, int64_t is_on, int64_t* nanoseconds, char* error);
 
 SMOLORA_ENTRY int smolora_training_create(const BaseSizes* sizes, const BaseTensor* tensors, const float* rotary,

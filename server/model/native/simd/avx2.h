@@ -1,7 +1,7 @@
-// simd.h by pairs of AVX2's registers.
+// simd.h with AVX2: a vector is two registers.
 //
-// A product of 16-bit pairs is two fused multiplications and additions, of the second numbers and then of the first.
-// Every kernel does it in this order, so bits depend on the processor, but not on which kernel computes a number.
+// A product of bf16 pairs is two fused multiplications and additions, first of the second numbers, then of the first
+// ones. Every kernel uses this order, so a result's bits depend on the processor, but not on the kernel.
 #pragma once
 #include <climits>
 #include <cstdint>
@@ -23,15 +23,19 @@ struct U32x16 {
 };
 using U16x16 = __m256i;
 
-inline F32x16 load(const void* p) { return {_mm256_loadu_ps((const float*)p), _mm256_loadu_ps((const float*)p + 8)}; }
+inline F32x16 load(const void* p) {
+    return {_mm256_loadu_ps(static_cast<const float*>(p)), _mm256_loadu_ps(static_cast<const float*>(p) + 8)};
+}
 inline void store(void* p, const F32x16& a) {
-    _mm256_storeu_ps((float*)p, a.low), _mm256_storeu_ps((float*)p + 8, a.high);
+    _mm256_storeu_ps(static_cast<float*>(p), a.low);
+    _mm256_storeu_ps(static_cast<float*>(p) + 8, a.high);
 }
 inline U32x16 load_u32(const void* p) {
-    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+    return {_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_loadu_si256(static_cast<const __m256i*>(p) + 1)};
 }
 inline void store(void* p, const U32x16& a) {
-    _mm256_storeu_si256((__m256i*)p, a.low), _mm256_storeu_si256((__m256i*)p + 1, a.high);
+    _mm256_storeu_si256(static_cast<__m256i*>(p), a.low);
+    _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, a.high);
 }
 inline U16x16 load_u16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, U16x16 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
@@ -101,10 +105,10 @@ inline float reduce_max(const F32x16& a) {
     return reduce([](float x, float y) { return x > y ? x : y; }, a);
 }
 
-// Masks: bit i is lane i's.
-inline __m256i lanes(unsigned mask) {  // of the lowest eight
+// Functions with masks. AVX2 has no mask registers: a mask is expanded to all bits of its lanes.
+inline __m256i lanes(unsigned mask) {  // of the lowest eight bits
     const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)mask), bits), bits);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
 }
 inline U32x16 all_lanes(Mask16 mask) { return {lanes(mask), lanes(mask >> 8)}; }
 inline F32x16 choose(Mask16 mask, const F32x16& a, const F32x16& otherwise) {
@@ -129,11 +133,13 @@ inline Mask16 is_equal(const F32x16& a, const F32x16& b) { return compare<_CMP_E
 inline Mask16 is_nan(const F32x16& x) { return compare<_CMP_UNORD_Q>(x, x); }
 inline U32x16 load_lanes(Mask16 mask, const void* p) {
     const U32x16 chosen = all_lanes(mask);
-    return {_mm256_maskload_epi32((const int*)p, chosen.low), _mm256_maskload_epi32((const int*)p + 8, chosen.high)};
+    return {_mm256_maskload_epi32(static_cast<const int*>(p), chosen.low),
+            _mm256_maskload_epi32(static_cast<const int*>(p) + 8, chosen.high)};
 }
 inline void store_lanes(void* p, Mask16 mask, const U32x16& a) {
     const U32x16 chosen = all_lanes(mask);
-    _mm256_maskstore_epi32((int*)p, chosen.low, a.low), _mm256_maskstore_epi32((int*)p + 8, chosen.high, a.high);
+    _mm256_maskstore_epi32(static_cast<int*>(p), chosen.low, a.low);
+    _mm256_maskstore_epi32(static_cast<int*>(p) + 8, chosen.high, a.high);
 }
 inline void store_lanes(void* p, Mask16 mask, const F32x16& a) {
     store_lanes(p, mask, U32x16{_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)});
@@ -142,7 +148,7 @@ inline void store_lanes(void* p, Mask16 mask, U16x16 x) {
     uint16_t all[16];
     store(all, x);
     for (int i = 0; i < 16; i++)
-        if (mask >> i & 1) ((uint16_t*)p)[i] = all[i];
+        if (mask >> i & 1) static_cast<uint16_t*>(p)[i] = all[i];
 }
 inline int reduce_min(Mask16 mask, const U32x16& a) {
     int x[16], found = INT_MAX;
@@ -155,10 +161,10 @@ inline int reduce_min(Mask16 mask, const U32x16& a) {
 inline F32x16 as_f32(const U32x16& a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
 inline U32x16 as_u32(const F32x16& a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 inline F32x16 to_f32(const U32x16& a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
-inline U32x16 widen(__m256i x) {  // 16 numbers of 16 bits
+inline U32x16 widen(U16x16 x) {
     return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1))};
 }
-inline F32x16 from_f16(__m256i x) {  // 16 of fp16
+inline F32x16 from_f16(U16x16 x) {  // fp16 numbers
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
 }
 
@@ -184,7 +190,7 @@ inline U32x16 operator>>(const U32x16& a, int bits) {
     return {_mm256_srli_epi32(a.low, bits), _mm256_srli_epi32(a.high, bits)};
 }
 
-// Of each 128 bits of both.
+// Unpack within each 128 bits.
 inline U32x16 unpack_low_u32(const U32x16& a, const U32x16& b) {
     return {_mm256_unpacklo_epi32(a.low, b.low), _mm256_unpacklo_epi32(a.high, b.high)};
 }
@@ -216,14 +222,14 @@ inline void store_interleaved(const U32x16& a, const U32x16& b, void* p) {
 inline F32x16 low_code(const U32x16& x) { return to_f32(x & broadcast_u32(15)); }
 inline F32x16 high_code(const U32x16& x) { return low_code(x >> 16); }
 
-// For whole n from -150 to 127.
+// For whole n from -150 to 127. Multiplies by two powers, since 2^n may be denormal.
 inline F32x16 scale_by_power(const F32x16& x, const F32x16& n) {
     auto power = [](__m256i exponent) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
     };
-    auto scale = [&](__m256 number, __m256 by) {
-        const __m256i exponent = _mm256_cvtps_epi32(by), half = _mm256_srai_epi32(exponent, 1);
-        return _mm256_mul_ps(_mm256_mul_ps(number, power(half)), power(_mm256_sub_epi32(exponent, half)));
+    auto scale = [&](__m256 x, __m256 n) {
+        const __m256i exponent = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(exponent, 1);
+        return _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(_mm256_sub_epi32(exponent, half)));
     };
     return {scale(x.low, n.low), scale(x.high, n.high)};
 }
@@ -237,23 +243,23 @@ inline F32x16 mantissa(const F32x16& x) {
     return choose(is_at_least(m, broadcast(1.5f)), m * broadcast(0.5f), m);
 }
 
-// The first of each two lanes of a and b, or the second.
+// The even lanes of a, then of b, or the odd ones.
 inline __m256i in_order(__m256 x) { return _mm256_permute4x64_epi64(_mm256_castps_si256(x), 0xd8); }
-template <int which>
-inline __m256i of_each_two(const U32x16& x) {
-    return in_order(_mm256_shuffle_ps(_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high), which));
+template <int selector>
+inline __m256i select_lanes(const U32x16& x) {
+    return in_order(_mm256_shuffle_ps(_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high), selector));
 }
-inline U32x16 even_lanes(const U32x16& a, const U32x16& b) { return {of_each_two<0x88>(a), of_each_two<0x88>(b)}; }
-inline U32x16 odd_lanes(const U32x16& a, const U32x16& b) { return {of_each_two<0xdd>(a), of_each_two<0xdd>(b)}; }
+inline U32x16 even_lanes(const U32x16& a, const U32x16& b) { return {select_lanes<0x88>(a), select_lanes<0x88>(b)}; }
+inline U32x16 odd_lanes(const U32x16& a, const U32x16& b) { return {select_lanes<0xdd>(a), select_lanes<0xdd>(b)}; }
 inline U32x16 shift_signed(const U32x16& a, int bits) {
     return {_mm256_srai_epi32(a.low, bits), _mm256_srai_epi32(a.high, bits)};
 }
-inline U32x16 widen_signed(__m256i x) {
+inline U32x16 widen_signed(U16x16 x) {
     return {_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1))};
 }
 
-// Rounds to the nearest bf16, ties to even, in the high half of each 32 bits.
-inline __m256i round_number(__m256i bits) {  // that isn't NaN
+// Round to the nearest bf16, ties to even, in the high half of each 32 bits.
+inline __m256i round_number(__m256i bits) {  // of a number other than NaN
     const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
 }
@@ -264,7 +270,7 @@ inline __m256i round_any(__m256 x) {  // NaN stays NaN
 inline __m256i high_halves(__m256i a, __m256i b) {  // of each 32 bits
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16)), 0xd8);
 }
-inline __m256i to_bf16(const F32x16& x) { return high_halves(round_any(x.low), round_any(x.high)); }
+inline U16x16 to_bf16(const F32x16& x) { return high_halves(round_any(x.low), round_any(x.high)); }
 
 inline __m256 fmadd_pairs(__m256i a, __m256i b, __m256 c) {
     const __m256i second = _mm256_set1_epi32(static_cast<int>(0xffff0000));

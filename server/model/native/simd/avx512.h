@@ -1,5 +1,5 @@
-// simd.h by AVX-512. The compiler's own vectors of floats have the operators. Products of bf16 are instructions of
-// AVX-512-BF16, or two fused multiplications and additions without it.
+// simd.h with AVX-512. F32x16 is the compiler's own vector type, which has operators. A product of bf16 pairs is an
+// instruction of AVX-512-BF16; without it, two fused multiplications and additions.
 #pragma once
 #include "x86.h"
 
@@ -15,7 +15,7 @@ constexpr int kStoredRows = 4;
 using F32x16 = __m512;
 using F64x8 = __m512d;
 using U16x16 = __m256i;
-struct U32x16 {  // a class, since GCC merges shifts of its own vectors into ones that need more registers
+struct U32x16 {  // a class, since GCC merges shifts of its own vector type, and then needs more registers
     __m512i bits;
 };
 
@@ -90,8 +90,8 @@ inline F32x16 scale_by_power(F32x16 x, F32x16 n) { return _mm512_scalef_ps(x, n)
 inline F32x16 exponent(F32x16 x) { return _mm512_getexp_ps(x); }
 inline F32x16 mantissa(F32x16 x) { return _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero); }
 
-// A permutation reads only the lowest four bits of a 32-bit index, or five of a 16-bit index, of which the fifth makes
-// no difference here. The upper half of a float is its bf16.
+// A permutation uses only the lowest four bits of a 32-bit index, or five of a 16-bit index. The table repeats after 16
+// entries, so the fifth bit doesn't matter. The upper half of a float is its bf16.
 inline F32x16 low_code(U32x16 x) {
     return _mm512_permutexvar_ps(x.bits, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
@@ -100,14 +100,14 @@ inline F32x16 high_code(U32x16 x) {
                                                         0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
                                                         0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                                                         0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    return (F32x16)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, x.bits, _mm512_load_si512(kCodes));
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, x.bits, _mm512_load_si512(kCodes)));
 }
 
 #ifdef __AVX512BF16__
-inline U16x16 to_bf16(F32x16 x) { return (U16x16)_mm512_cvtneps_pbh(x); }
-inline U32x16 to_bf16(F32x16 high, F32x16 low) { return {(__m512i)_mm512_cvtne2ps_pbh(high, low)}; }
+inline U16x16 to_bf16(F32x16 x) { return reinterpret_cast<U16x16>(_mm512_cvtneps_pbh(x)); }
+inline U32x16 to_bf16(F32x16 high, F32x16 low) { return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low))}; }
 inline F32x16 fmadd_pairs(U32x16 a, U32x16 b, F32x16 c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)a.bits, (__m512bh)b.bits);
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a.bits), reinterpret_cast<__m512bh>(b.bits));
 }
 #else
 inline U32x16 round_to_bf16(F32x16 x) {  // in the low half of each 32 bits

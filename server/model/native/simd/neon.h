@@ -1,7 +1,7 @@
-// simd.h by four registers each of 64-bit Arm's Advanced SIMD. Nothing beyond ARMv8-A is used.
+// simd.h with 64-bit Arm's Advanced SIMD: a vector is four registers. It needs ARMv8-A only.
 //
-// A product of 16-bit pairs is two fused multiplications and additions, as in avx2.h. NaN stays NaN in minima and
-// maxima, where x86 takes the second operand.
+// A product of bf16 pairs is two fused multiplications and additions, as in avx2.h. A minimum or maximum with NaN is
+// NaN, while x86 returns the second operand.
 #pragma once
 #include <arm_neon.h>
 
@@ -13,9 +13,9 @@ namespace simd {
 
 using Mask16 = uint16_t;
 
-constexpr bool is_supported() { return true; }  // by all 64-bit processors that Linux runs on
+constexpr bool is_supported() { return true; }  // every 64-bit Arm processor of Linux has it
 
-constexpr uint64_t kFlushesToZero = 1 << 24;  // denormal operands and results
+constexpr uint64_t kFlushesToZero = 1 << 24;  // denormal operands and results become 0
 
 inline uint64_t float_mode() {
     uint64_t mode;
@@ -24,7 +24,7 @@ inline uint64_t float_mode() {
 }
 inline void set_float_mode(uint64_t mode) { asm volatile("msr fpcr, %0" ::"r"(mode)); }
 
-// Takes about as long as x86's pause: `yield` takes no time on most processors.
+// Takes about as long as x86's pause; `yield` takes no time on most processors.
 inline void pause() { asm volatile("isb" ::: "memory"); }
 
 constexpr int kSums = 5, kWideSums = 0, kStoredRows = 3;
@@ -51,11 +51,12 @@ template <class Operation, class... Vectors>
 
 template <class Register>
 inline Register load_one(const void* p, int index = 0) {
-    return (Register)vld1q_u8((const uint8_t*)p + 16 * index);  // bytes may be of any type
+    return reinterpret_cast<Register>(
+        vld1q_u8(static_cast<const uint8_t*>(p) + 16 * index));  // bytes may be of any type
 }
 template <class Register>
 inline void store_one(void* p, const Register& x, int index = 0) {
-    vst1q_u8((uint8_t*)p + 16 * index, (uint8x16_t)x);
+    vst1q_u8(static_cast<uint8_t*>(p) + 16 * index, reinterpret_cast<uint8x16_t>(x));
 }
 template <class Quarter>
 inline Four<Quarter> load_four(const void* p) {
@@ -64,10 +65,16 @@ inline Four<Quarter> load_four(const void* p) {
 inline F32x16 load(const void* p) { return load_four<float32x4_t>(p); }
 inline U32x16 load_u32(const void* p) { return load_four<uint32x4_t>(p); }
 inline U16x16 load_u16(const void* p) { return {{load_one<uint16x8_t>(p, 0), load_one<uint16x8_t>(p, 1)}}; }
-inline void store(void* p, const U16x16& x) { store_one(p, x.q[0]), store_one(p, x.q[1], 1); }
+inline void store(void* p, const U16x16& x) {
+    store_one(p, x.q[0], 0);
+    store_one(p, x.q[1], 1);
+}
 template <class Quarter>
 inline void store(void* p, const Four<Quarter>& x) {
-    store_one(p, x.q[0]), store_one(p, x.q[1], 1), store_one(p, x.q[2], 2), store_one(p, x.q[3], 3);
+    store_one(p, x.q[0], 0);
+    store_one(p, x.q[1], 1);
+    store_one(p, x.q[2], 2);
+    store_one(p, x.q[3], 3);
 }
 inline void store_lines(const char** p, const char* first) {
     for (int i = 0; i < 8; i++) p[i] = first + 64 * i;
@@ -131,7 +138,7 @@ inline float reduce_max(const F32x16& a) {
 inline uint16_t mask_of(uint8x16_t is_set) {  // of bytes that are all ones or zero
     static constexpr uint8_t kBits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     const uint8x16_t bits = vandq_u8(is_set, vld1q_u8(kBits));
-    return (uint16_t)(vaddv_u8(vget_low_u8(bits)) | vaddv_u8(vget_high_u8(bits)) << 8);
+    return static_cast<uint16_t>(vaddv_u8(vget_low_u8(bits)) | vaddv_u8(vget_high_u8(bits)) << 8);
 }
 inline uint16_t mask_of(const U32x16& is_set) {
     auto narrow = [](uint32x4_t low, uint32x4_t high) {
@@ -164,7 +171,7 @@ inline Mask16 is_equal(const F32x16& a, const F32x16& b) {
 inline Mask16 is_nan(const F32x16& a) {
     return mask_of(each([](auto x) { return vmvnq_u32(vceqq_f32(x, x)); }, a));
 }
-// A register's lanes of which the lowest bits of the mask are set; other memory isn't touched.
+// Loads the lanes whose bits are set in the lowest four bits of the mask; other memory isn't accessed.
 inline uint32x4_t load_quarter(unsigned mask, const uint32_t* p) {
     if ((mask & 15) == 15) return load_one<uint32x4_t>(p);
     uint32_t all[4] = {};
@@ -182,15 +189,15 @@ inline void store_some(Lane* p, unsigned mask, Register x) {
         if (mask >> i & 1) memcpy(p + i, &all[i], sizeof(Lane));
 }
 inline U32x16 load_lanes(Mask16 mask, const void* p) {
-    auto quarter = [&](int i) { return load_quarter(mask >> 4 * i, (const uint32_t*)p + 4 * i); };
+    auto quarter = [&](int i) { return load_quarter(mask >> 4 * i, static_cast<const uint32_t*>(p) + 4 * i); };
     return {{quarter(0), quarter(1), quarter(2), quarter(3)}};
 }
 template <class Quarter>
 inline void store_lanes(void* p, Mask16 mask, const Four<Quarter>& x) {
-    for (int i = 0; i < 4; i++) store_some((uint32_t*)p + 4 * i, mask >> 4 * i, x.q[i]);
+    for (int i = 0; i < 4; i++) store_some(static_cast<uint32_t*>(p) + 4 * i, mask >> 4 * i, x.q[i]);
 }
 inline void store_lanes(void* p, Mask16 mask, const U16x16& x) {
-    for (int i = 0; i < 2; i++) store_some((uint16_t*)p + 8 * i, mask >> 8 * i, x.q[i]);
+    for (int i = 0; i < 2; i++) store_some(static_cast<uint16_t*>(p) + 8 * i, mask >> 8 * i, x.q[i]);
 }
 
 inline F32x16 as_f32(const U32x16& a) {
@@ -206,7 +213,7 @@ inline U32x16 widen(const U16x16& x) {
     return {{vmovl_u16(vget_low_u16(x.q[0])), vmovl_high_u16(x.q[0]), vmovl_u16(vget_low_u16(x.q[1])),
              vmovl_high_u16(x.q[1])}};
 }
-inline F32x16 from_f16(const U16x16& x) {  // 16 of fp16
+inline F32x16 from_f16(const U16x16& x) {  // fp16 numbers
     const float16x8_t low = vreinterpretq_f16_u16(x.q[0]), high = vreinterpretq_f16_u16(x.q[1]);
     return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
              vcvt_high_f32_f16(high)}};
@@ -235,7 +242,7 @@ inline U32x16 operator>>(const U32x16& a, int bits) {
     return each([&](auto x) { return x >> bits; }, a);
 }
 
-// Of each 128 bits of both.
+// Unpack within each 128 bits.
 inline U32x16 unpack_low_u32(const U32x16& a, const U32x16& b) {
     return each([](auto x, auto y) { return vzip1q_u32(x, y); }, a, b);
 }
@@ -243,21 +250,21 @@ inline U32x16 unpack_high_u32(const U32x16& a, const U32x16& b) {
     return each([](auto x, auto y) { return vzip2q_u32(x, y); }, a, b);
 }
 inline U32x16 unpack_low_u64(const U32x16& a, const U32x16& b) {
-    auto one = [](auto x, auto y) {
+    auto unpack = [](auto x, auto y) {
         return vreinterpretq_u32_u64(vzip1q_u64(vreinterpretq_u64_u32(x), vreinterpretq_u64_u32(y)));
     };
-    return each(one, a, b);
+    return each(unpack, a, b);
 }
 inline U32x16 unpack_high_u64(const U32x16& a, const U32x16& b) {
-    auto one = [](auto x, auto y) {
+    auto unpack = [](auto x, auto y) {
         return vreinterpretq_u32_u64(vzip2q_u64(vreinterpretq_u64_u32(x), vreinterpretq_u64_u32(y)));
     };
-    return each(one, a, b);
+    return each(unpack, a, b);
 }
 inline U32x16 even_quarters(const U32x16& a, const U32x16& b) { return {{a.q[0], a.q[2], b.q[0], b.q[2]}}; }
 inline U32x16 odd_quarters(const U32x16& a, const U32x16& b) { return {{a.q[1], a.q[3], b.q[1], b.q[3]}}; }
 
-// The first of each two lanes of a and b, or the second.
+// The even lanes of a, then of b, or the odd ones.
 inline U32x16 even_lanes(const U32x16& a, const U32x16& b) {
     return {{vuzp1q_u32(a.q[0], a.q[1]), vuzp1q_u32(a.q[2], a.q[3]), vuzp1q_u32(b.q[0], b.q[1]),
              vuzp1q_u32(b.q[2], b.q[3])}};
@@ -267,42 +274,42 @@ inline U32x16 odd_lanes(const U32x16& a, const U32x16& b) {
              vuzp2q_u32(b.q[2], b.q[3])}};
 }
 inline U32x16 shift_signed(const U32x16& a, int bits) {
-    return each([&](auto x) { return (uint32x4_t)((int32x4_t)x >> bits); }, a);
+    return each([&](auto x) { return vreinterpretq_u32_s32(vreinterpretq_s32_u32(x) >> bits); }, a);
 }
 inline U32x16 widen_signed(const U16x16& x) {
-    auto low = [](uint16x8_t y) { return (uint32x4_t)vmovl_s16(vget_low_s16((int16x8_t)y)); };
-    auto high = [](uint16x8_t y) { return (uint32x4_t)vmovl_high_s16((int16x8_t)y); };
+    auto low = [](uint16x8_t y) { return vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(vreinterpretq_s16_u16(y)))); };
+    auto high = [](uint16x8_t y) { return vreinterpretq_u32_s32(vmovl_high_s16(vreinterpretq_s16_u16(y))); };
     return {{low(x.q[0]), high(x.q[0]), low(x.q[1]), high(x.q[1])}};
 }
 
 inline F32x16 low_code(const U32x16& x) { return to_f32(x & broadcast_u32(15)); }
 inline F32x16 high_code(const U32x16& x) { return low_code(x >> 16); }
 
-// For whole n from -150 to 127.
+// For whole n from -150 to 127. Multiplies by two powers, since 2^n may be denormal.
 inline F32x16 scale_by_power(const F32x16& x, const F32x16& n) {
     auto power = [](int32x4_t exponent) {
         return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(exponent, vdupq_n_s32(127)), 23));
     };
-    auto one = [&](float32x4_t of, float32x4_t by) {
-        const int32x4_t exponent = vcvtnq_s32_f32(by), half = vshrq_n_s32(exponent, 1);
-        return vmulq_f32(vmulq_f32(of, power(half)), power(vsubq_s32(exponent, half)));
+    auto scale = [&](float32x4_t y, float32x4_t m) {
+        const int32x4_t exponent = vcvtnq_s32_f32(m), half = vshrq_n_s32(exponent, 1);
+        return vmulq_f32(vmulq_f32(y, power(half)), power(vsubq_s32(exponent, half)));
     };
-    return each(one, x, n);
+    return each(scale, x, n);
 }
 inline F32x16 round_to_whole(const F32x16& a) {
     return each([](auto x) { return vrndnq_f32(x); }, a);
 }
 inline F32x16 exponent(const F32x16& x) { return to_f32(as_u32(x) >> 23) - broadcast(127); }
 inline F32x16 mantissa(const F32x16& a) {
-    auto one = [](float32x4_t x) {
+    auto mantissas = [](float32x4_t x) {
         const uint32x4_t bits = vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x007fffff));
         const float32x4_t m = vreinterpretq_f32_u32(vorrq_u32(bits, vdupq_n_u32(0x3f800000)));
         return vbslq_f32(vcgeq_f32(m, vdupq_n_f32(1.5f)), vmulq_f32(m, vdupq_n_f32(0.5f)), m);
     };
-    return each(one, a);
+    return each(mantissas, a);
 }
 
-// Rounds to the nearest bf16, ties to even; NaN stays NaN.
+// Round to the nearest bf16, ties to even; NaN stays NaN.
 inline uint16x8_t to_bf16(float32x4_t low, float32x4_t high) {
     auto rounded = [](float32x4_t x) {  // in the high half of each 32 bits
         const uint32x4_t bits = vreinterpretq_u32_f32(x), is_odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

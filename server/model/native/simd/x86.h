@@ -1,4 +1,4 @@
-// What AVX2 and AVX-512 have in common.
+// Functions that AVX2 and AVX-512 share.
 #pragma once
 #include <immintrin.h>
 
@@ -8,7 +8,7 @@ namespace simd {
 
 using Mask16 = uint16_t;
 
-constexpr unsigned kFlushesToZero = 0x8040;  // denormal operands and results
+constexpr unsigned kFlushesToZero = 0x8040;  // denormal operands and results become 0
 
 inline unsigned float_mode() { return _mm_getcsr(); }
 inline void set_float_mode(unsigned mode) { _mm_setcsr(mode); }

@@ -23,13 +23,13 @@ JSON = {"Content-Type": "application/json"}
 def test_a_project_holds_three_quarters_at_most_and_gives_all_back() -> None:
     in_flight = BytesInFlight(1024 * KIB)
     with ExitStack() as stack:
-        greedy = [stack.enter_context(in_flight.held("greedy")) for _ in range(4)]
+        greedy = [stack.enter_context(in_flight.reserving("greedy")) for _ in range(4)]
         for add in greedy[:3]:
             add(256 * KIB)
         with pytest.raises(QueueFull, match="too many large bodies") as caught:
             greedy[3](SMALL_BODY_BYTES + 1)
         assert caught.value.retry_after > 1
-        modest = stack.enter_context(in_flight.held("modest"))
+        modest = stack.enter_context(in_flight.reserving("modest"))
         modest(256 * KIB)
         with pytest.raises(QueueFull):
             modest(1)
@@ -41,9 +41,9 @@ def test_a_small_body_is_never_refused() -> None:
     in_flight = BytesInFlight(128 * KIB)
     with ExitStack() as stack:
         for _ in range(10):
-            stack.enter_context(in_flight.held("any"))(SMALL_BODY_BYTES)
+            stack.enter_context(in_flight.reserving("any"))(SMALL_BODY_BYTES)
         assert in_flight.num_bytes == 10 * SMALL_BODY_BYTES
-        add = stack.enter_context(in_flight.held("any"))
+        add = stack.enter_context(in_flight.reserving("any"))
         add(SMALL_BODY_BYTES)
         with pytest.raises(QueueFull):
             add(1)
@@ -54,12 +54,12 @@ def test_memory_is_returned_to_the_system_after_a_burst(monkeypatch: pytest.Monk
     monkeypatch.setattr(bodies, "return_freed_memory", returned.release)
     in_flight = BytesInFlight(1024 * KIB)
     for _ in range(9):
-        with in_flight.held("any") as add:  # nothing of the kind
+        with in_flight.reserving("any") as add:  # nothing of the kind
             add(256 * KIB)
     assert not returned.acquire(blocking=False)
     with ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(in_flight.held("any"))(256 * KIB)
+            stack.enter_context(in_flight.reserving("any"))(256 * KIB)
         assert not returned.acquire(blocking=False)
     assert returned.acquire(timeout=60)
     assert not returned.acquire(timeout=0.01)  # once

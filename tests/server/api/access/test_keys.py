@@ -142,7 +142,7 @@ async def test_a_guest_works_in_the_default_project_alone(make_services: MakeSer
             assert answer.status_code == 403
             assert "leave out OpenAI-Project" in answer.json()["error"]["message"]
         refused = (await client.get("/keys")).json()["detail"]
-        assert refused == "send a key with the scope admin: a client without one has generate, train"
+        assert refused == "send a key with the scope admin: clients without a key have generate, train"
         assert (await client.get("/keys", headers=bearer(OPERATORS))).status_code == 200
 
 

@@ -52,27 +52,26 @@ class Blocked:
 def test_places_are_given_back() -> None:
     places = Places("things", 1)
     for _ in range(2):
-        with suppress(KeyError), places.taken():
+        with suppress(KeyError), places.taken(""):
             with pytest.raises(QueueFull, match="too many things at once"):
-                places.taken().__enter__()
+                places.taken("").__enter__()
             raise KeyError
-    with places.taken():
+    with places.taken(""):
         pass
 
 
 def test_a_project_leaves_some_to_others() -> None:
     places = Places("things", 8)
-    greedy, other = places.of("greedy"), places.of("other")
     for _ in range(6):
-        greedy.take()
+        places.take("greedy")
     with pytest.raises(QueueFull):
-        greedy.take()
-    other.take()
-    other.take()
+        places.take("greedy")
+    places.take("other")
+    places.take("other")
     with pytest.raises(QueueFull):
-        other.take()
-    greedy.give_back()
-    other.take()
+        places.take("other")
+    places.give_back("greedy")
+    places.take("other")
 
 
 @pytest.mark.parametrize("path", GENERATIONS)
@@ -412,7 +411,7 @@ async def test_an_upload_ends_once_the_disk_is_nearly_full(
     usage = namedtuple("usage", ["free"])
     free = 100 * MIB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
-    monkeypatch.setattr(quotas, "LOOK_BYTES", 4 * 1000)
+    monkeypatch.setattr(quotas, "CHECK_BYTES", 4 * 1000)
     app = new_app(make_services(min_free_bytes="50MiB"))
     upload = await Upload.begin(app, None)
     await upload.send(b" " * 5000)

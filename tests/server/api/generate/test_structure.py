@@ -51,7 +51,7 @@ async def test_known_grammar_does_not_wait_for_others(make_services: MakeService
     compiled = threading.Event()
     async with client_of(new_app(services)) as client:
         assert (await client.post("/generate", json={**body, "regex": "a+"})).status_code == 200
-        compiling = asyncio.create_task(grammars.run(compiled.wait, 10.0))
+        compiling = asyncio.create_task(grammars.run("", compiled.wait, 10.0))
         try:
             await asyncio.sleep(0)
             assert (await client.post("/generate", json={**body, "regex": "a+"})).status_code == 200

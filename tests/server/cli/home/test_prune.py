@@ -82,7 +82,7 @@ class Elsewhere:
     """A bucket with the bytes of a database."""
 
     is_home = False
-    told = "s3://elsewhere"
+    url = "s3://elsewhere"
 
     def has_mark(self, place: str) -> bool:
         return True

@@ -246,7 +246,7 @@ def test_invalid_parameters_are_refused(asked: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("mask", [np.zeros(63, np.bool_), np.zeros(64, np.uint8), np.zeros((1, 64), np.bool_)])
 def test_masks_of_other_sizes(mask: Any) -> None:
-    with pytest.raises(ValueError, match="what is forbidden must be 64 bools"):
+    with pytest.raises(ValueError, match="the mask of forbidden tokens must be 64 bools"):
         table(forbidden=mask)
 
 

@@ -8,15 +8,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from gguf import GGUFEndian
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.errors import StartupError
-from server.model.base import gguf, source
+from server.model.base import gguf
 from server.model.base.export import export_hugging_face, split
 from server.model.base.gguf import open_gguf
 from server.model.base.quantized import QUANTIZED
-from server.model.base.source import EMBEDDED, resolve_base
+from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from tests.kits.tiny import tiny_tokenizer
 from tests.kits.tiny_gguf import HEADS, KV_HEADS, save_tiny_gguf
@@ -187,50 +186,3 @@ def test_types_that_the_package_can_not_expand_are_refused(tmp_path: Path) -> No
     save_tiny_gguf(tmp_path / "tiny.gguf", {"": "F64"})
     with pytest.raises(StartupError, match=r"^weights that a GGUF file stores as F64 are not read$"):
         load(tmp_path / "tiny.gguf")
-
-
-@pytest.fixture
-def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The embedded base, for which a tiny one stands in, converted before its blocks were kept."""
-    save_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(source, "find_gguf", lambda: tmp_path / "tiny.gguf")
-    directory = resolve_base(EMBEDDED, tmp_path)
-    (directory / QUANTIZED).rename(tmp_path / QUANTIZED)
-    return directory
-
-
-def test_a_base_that_was_converted_before_is_given_its_blocks(tmp_path: Path, converted: Path) -> None:
-    said: list[str] = []
-    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == converted
-    assert (converted / QUANTIZED).read_bytes() == (tmp_path / QUANTIZED).read_bytes()
-    assert said == ["Dequantizing tiny.gguf (once, some seconds)"]
-    resolve_base(EMBEDDED, tmp_path, progress=said.append)
-    assert len(said) == 1
-
-
-def test_blocks_of_other_weights_are_not_kept(tmp_path: Path, converted: Path) -> None:
-    """Another version of the package, say: what was converted stays, and is looked at once."""
-    save_tiny_gguf(tmp_path / "tiny.gguf", {"token_embd": "Q8_0", "": "Q8_0"})
-    digest = load_base(converted).digest
-    said: list[str] = []
-    for _ in range(2):
-        resolve_base(EMBEDDED, tmp_path, progress=said.append)
-    assert len(said) == 1
-    base = load_base(converted)
-    assert base.digest == digest
-    assert set(base.weights.quantized) == {"embed"}  # the same in both
-    with safe_open(converted / QUANTIZED, framework="pt") as file:
-        assert set(file.metadata()) == {"embed"}
-
-
-def test_without_the_package_a_converted_base_is_served_as_it_is(
-    tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing() -> Path:
-        raise StartupError("it isn't there")
-
-    monkeypatch.setattr(source, "find_gguf", missing)
-    said: list[str] = []
-    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == converted
-    assert said == ["the base stays in 16 bits: it isn't there"]
-    assert not load_base(converted).weights.quantized

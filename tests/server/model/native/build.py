@@ -18,16 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from server.model.native.library import (
-    HEADERS,
-    INSTRUCTIONS,
-    MACHINES,
-    SOURCE,
-    UNITS,
-    instructions,
-    load_library,
-    unit_flags,
-)
+from server.model.native.build import HEADERS, INSTRUCTIONS, MACHINES, SOURCE, UNITS, unit_flags
+from server.model.native.library import instructions, load_library
 from tests.kits.cache import CACHE
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -104,7 +96,7 @@ def check_warnings() -> None:
 
 def sanitize(*names: str) -> None:
     """Run all tests with the sanitizers named. Raises NativeUnavailable where the native code can't run."""
-    load_library([CACHE / "native"])
+    load_library(CACHE / "native")
     for name in names:
         # GCC aligns the stacks of this check to 32 bytes, and stores vectors of 64 bytes there (its bug 110027).
         environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server.model.native.library import instructions, library_name
+from server.model.native.build import library_name
+from server.model.native.library import instructions
 from tests.kits.cache import CACHE
 from tests.kits.native import native_library
 

@@ -46,7 +46,7 @@ def said(what: str) -> None:
 
 def main(base_dir: str, library_dir: str) -> None:
     torch.set_num_threads(1)
-    base, library = load_base(Path(base_dir), torch.bfloat16), load_library([Path(library_dir)])
+    base, library = load_base(Path(base_dir), torch.bfloat16), load_library(Path(library_dir))
     config = base.config
 
     def model_of(num_threads: int) -> NativeModel:
@@ -57,8 +57,8 @@ def main(base_dir: str, library_dir: str) -> None:
         model_of(64)  # stacks of 8 MB each: some threads start, and must end again
     reasons: list[str] = []
     with no_more_than(15 * MB):  # each packed matrix takes 2
-        assert load_native(base, [Path(library_dir)], LONG, reasons.append) is None
-    assert reasons == ["nothing native: no memory for it in native code; torch does it, more slowly"]
+        assert load_native(base, Path(library_dir), LONG, reasons.append) is None
+    assert reasons == ["no native code: no memory for it in native code; torch computes instead, more slowly"]
     said("threads")
 
     rows = RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu"))

@@ -8,7 +8,7 @@ import pytest
 
 from server.model.native import abi
 from server.model.native.abi import columns, enum_names, packing, parse_fields
-from server.model.native.library import SOURCE
+from server.model.native.build import SOURCE
 from tests.kits.native import give_up
 from tests.server.model.native.build import compilers, run
 

@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 
-from server.model.native.library import INSTRUCTIONS, NativeUnavailable, instructions
+from server.model.native.build import INSTRUCTIONS, NativeUnavailable
+from server.model.native.library import instructions
 from tests.server.model.native.build import build
 from tests.server.model.native.pc.machine import PROCESSORS, Ended, emulate, missing
 from tests.server.model.native.test_kernels import NAMES

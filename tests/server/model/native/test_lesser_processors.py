@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.model.native.library import (
-    INSTRUCTIONS,
-    MACHINES,
-    NativeUnavailable,
-    flags_for,
-    instructions,
-    may_be_had,
-)
+from server.model.native.build import INSTRUCTIONS, MACHINES, NativeUnavailable, flags_for
+from server.model.native.library import instructions, why_unavailable
 from tests.kits.native import hold_to
 from tests.server.model.native.build import build
 
@@ -52,7 +46,7 @@ def test_unknown_instructions_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path
         NativeUnavailable, match=f"^NATIVE_INSTRUCTIONS must be one of avx512_bf16, avx512, avx2, not '{name}'$"
     ):
         instructions()
-    assert not may_be_had([tmp_path])
+    assert why_unavailable(tmp_path) is not None
 
 
 @pytest.mark.parametrize("held", LESSER, indirect=True)

@@ -19,7 +19,7 @@ from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import LoraBatch, TokenRun
-from server.model.native.library import NativeUnavailable
+from server.model.native.build import NativeUnavailable
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import NoAdapters, SmolLM

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.model.native.library import NativeUnavailable
+from server.model.native.build import NativeUnavailable
 from tests.kits import native
 
 ROOT = Path(__file__).parents[4]

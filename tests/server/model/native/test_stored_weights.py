@@ -9,7 +9,7 @@ import torch
 
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.native.library import NativeUnavailable
+from server.model.native.build import NativeUnavailable
 from server.model.native.model import NativeModel
 from tests.kits.native import native_library
 from tests.kits.tiny_gguf import save_tiny_gguf

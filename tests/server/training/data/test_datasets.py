@@ -48,7 +48,7 @@ def files(store: DatasetStore, tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "datasets").glob("*"))
 
 
-def test_what_was_put_is_there(store: DatasetStore, open_store: OpenStore) -> None:
+def test_stored_rows_can_be_read(store: DatasetStore, open_store: OpenStore) -> None:
     dataset = put(store, JSONL + b'{"text": "a"}\n')
     assert dataset.id == f"ds-{CanonicalRows.of([*ROWS_OF_BOTH, TextRow('a')]).digest()[:32]}"
     assert (dataset.format, dataset.num_rows, dataset.bytes) == ("jsonl", 3, len(JSONL) + 14)
@@ -71,12 +71,12 @@ def test_the_same_rows_are_one_data_set(store: DatasetStore) -> None:
     assert len(store.list()) == 3
 
 
-def test_newest_first(store: DatasetStore) -> None:
+def test_lists_are_newest_first(store: DatasetStore) -> None:
     names = [put(store, b'{"text": "%d"}' % i).id for i in range(3)]
     assert [dataset.id for dataset in store.list()] == names[::-1]
 
 
-def test_a_deleted_one_is_gone_and_may_come_back(store: DatasetStore, tmp_path: Path) -> None:
+def test_a_deleted_data_set_can_be_uploaded_again(store: DatasetStore, tmp_path: Path) -> None:
     dataset = put(store, JSONL)
     reading = store.lines(dataset.id)
     assert next(reading) == canonical_json(ROWS_OF_BOTH[0])
@@ -92,9 +92,7 @@ def test_a_deleted_one_is_gone_and_may_come_back(store: DatasetStore, tmp_path: 
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-def test_a_full_disk_keeps_nobody_from_deleting(
-    store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_delete_works_on_a_full_disk(store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = put(store, b'{"text": "a"}')
     with monkeypatch.context() as full:
         refuse_folders(full)
@@ -108,7 +106,7 @@ def test_a_full_disk_keeps_nobody_from_deleting(
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../datasets", "ds-", "ds-" + "G" * 32, "ds-" + "0" * 32 + "\n", "/"]
 )
-def test_an_id_is_no_path(store: DatasetStore, name: str) -> None:
+def test_a_path_is_not_accepted_as_an_id(store: DatasetStore, name: str) -> None:
     for use in (store.get, store.rows, store.delete):
         with pytest.raises(NotFound):
             cast("Callable[[str], object]", use)(name)
@@ -125,7 +123,7 @@ def test_an_id_is_no_path(store: DatasetStore, name: str) -> None:
         (CSV + b"x,\n", "a.csv", ("file", 4, "prompt")),
     ],
 )
-def test_a_bad_file_leaves_nothing(
+def test_an_invalid_file_leaves_nothing(
     store: DatasetStore, tmp_path: Path, data: bytes, name: str, loc: tuple[str | int, ...]
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -138,7 +136,7 @@ ESCAPED = b"text\n" + b"\x01" * 1000 + b"\n" + b"\x02" * 1000 + b"\n"
 ESCAPED_BYTES = 2 * len('{"text":""}\n') + 6 * 2000
 
 
-def test_rows_count_as_they_are_kept(store: DatasetStore) -> None:
+def test_rows_are_measured_as_stored(store: DatasetStore) -> None:
     """A control character of a CSV is six bytes of JSON."""
     dataset = put(store, ESCAPED, "a.csv")
     assert (dataset.bytes, dataset.stored_bytes) == (len(ESCAPED), ESCAPED_BYTES)
@@ -157,22 +155,22 @@ def test_rows_that_grow_too_much_leave_nothing(store: DatasetStore, tmp_path: Pa
     assert store.put(data, "a.csv", max_bytes=ESCAPED_BYTES).stored_bytes == ESCAPED_BYTES
 
 
-def test_growing_rows_are_told_of_while_they_are_written(
+def test_growth_is_reported_while_rows_are_written(
     store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.training.datasets._STEP_BYTES", 7000)
-    told: list[int] = []
+    reported: list[int] = []
 
     def grown(num_bytes: int) -> None:
-        told.append(num_bytes)
-        if len(told) == refused:
+        reported.append(num_bytes)
+        if len(reported) == refused:
             raise QueueFull
 
     for refused in (1, 2):
-        told.clear()
+        reported.clear()
         with pytest.raises(QueueFull):
             store.put(io.BytesIO(ESCAPED), "a.csv", grown=grown)
-        assert told == [ESCAPED_BYTES] * refused
+        assert reported == [ESCAPED_BYTES] * refused
         assert files(store, tmp_path) == []
 
 
@@ -186,7 +184,7 @@ class Failing(io.BytesIO):
         return line
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(store: DatasetStore, tmp_path: Path) -> None:
+def test_an_interrupted_upload_leaves_nothing(store: DatasetStore, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         store.put(cast("BinaryIO", Failing(JSONL)), "a.jsonl")
     assert files(store, tmp_path) == []
@@ -194,7 +192,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(store: DatasetStore, tmp_path:
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 @pytest.mark.parametrize("damage", [b"", b'{"prompt":', b'{"text":"a"}\n', JSONL[:-1], b"\xff"])
-def test_damaged_rows_are_noticed(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
+def test_damaged_rows_are_reported(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
     dataset = put(store, JSONL)
     (tmp_path / "datasets" / dataset.id / ROWS).write_bytes(damage)
     with pytest.raises(CorruptDataset):
@@ -202,7 +200,7 @@ def test_damaged_rows_are_noticed(store: DatasetStore, tmp_path: Path, damage: b
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_path: Path) -> None:
+def test_missing_rows_and_damaged_facts_are_reported(store: DatasetStore, tmp_path: Path) -> None:
     dataset = put(store, JSONL)
     (tmp_path / "datasets" / dataset.id / ROWS).unlink()
     with pytest.raises(CorruptDataset):
@@ -214,7 +212,7 @@ def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_pat
 
 @pytest.mark.parametrize("name", [ROWS, FACTS])
 @pytest.mark.parametrize("damage", [b"", b'{"text":"a"}\n', None])
-def test_the_same_rows_mend_damaged_ones(
+def test_uploading_the_same_rows_repairs_damaged_ones(
     open_store: OpenStore, tmp_path: Path, request: pytest.FixtureRequest, name: str, damage: bytes | None
 ) -> None:
     dataset = put(open_store(), JSONL)
@@ -233,8 +231,8 @@ def test_the_same_rows_mend_damaged_ones(
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-@pytest.mark.parametrize("fails", ["digest", "_decode"])
-def test_what_seems_damaged_for_a_moment_stays(
+@pytest.mark.parametrize("fails", ["_digest", "_decode"])
+def test_rows_that_seem_damaged_for_a_moment_stay(
     store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     """No descriptors are left, say, and then no space: the rows that were there aren't let go for others."""
@@ -247,7 +245,7 @@ def test_what_seems_damaged_for_a_moment_stays(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(store._records, fails, refuse)
+        patched.setattr(store, fails, refuse)
         patched.setattr("server.training.datasets.write_json", full)
         with pytest.raises(OSError, match="No space"):
             put(store, JSONL)
@@ -256,7 +254,7 @@ def test_what_seems_damaged_for_a_moment_stays(
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-def test_a_folder_that_cannot_be_looked_at_hides_no_other(
+def test_a_list_survives_a_folder_that_cannot_be_read(
     store: DatasetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged, sound = put(store, JSONL), put(store, b'{"text": "a"}\n')
@@ -282,7 +280,7 @@ def test_a_folder_that_cannot_be_looked_at_hides_no_other(
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", b"[]"])
-def test_a_damaged_one_hides_no_other(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
+def test_a_list_survives_a_damaged_data_set(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
     damaged, sound = put(store, JSONL), put(store, b'{"text": "a"}\n')
     (tmp_path / "datasets" / damaged.id / FACTS).write_bytes(damage)
     assert store.list() == [sound]
@@ -294,7 +292,7 @@ def test_a_damaged_one_hides_no_other(store: DatasetStore, tmp_path: Path, damag
     assert store.ids() == {sound.id}
 
 
-def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
     root = tmp_path / "datasets"
     for age, name in ((0, "new"), (ABANDONED_AFTER + 60, "old")):
         (root / f"{UNFINISHED}{name}").mkdir(parents=True)
@@ -306,7 +304,7 @@ def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path: Path) -> None:
     assert sorted(path.name for path in root.iterdir()) == [f"{UNFINISHED}new", f"{UNFINISHED}new-file"]
 
 
-def test_many_at_once_store_one(store: DatasetStore, open_store: OpenStore) -> None:
+def test_concurrent_uploads_store_one_data_set(store: DatasetStore, open_store: OpenStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: open_store().put(io.BytesIO(JSONL), "a.jsonl"), range(16)))
     assert len({dataset.id for dataset in found}) == 1

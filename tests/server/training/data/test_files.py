@@ -33,7 +33,7 @@ def store(open_store: OpenStore) -> FileStore:
     return open_store()
 
 
-def test_what_was_sent_is_read_back(store: FileStore, open_store: OpenStore) -> None:
+def test_uploaded_bytes_are_read_back(store: FileStore, open_store: OpenStore) -> None:
     file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
     for reader in (store, open_store()):  # the second as after a restart
         assert reader.get(file.id) == file
@@ -78,7 +78,7 @@ def test_formats_and_names(store: FileStore, filename: str, content: bytes, kept
         (b'{"messages": [{"role": "tool", "content": "a"}]}', ("file", 1, "messages", 0, "role")),
     ],
 )
-def test_bad_rows_leave_nothing(
+def test_invalid_rows_leave_nothing(
     store: FileStore, tmp_path: Path, content: bytes, loc: tuple[str | int, ...]
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -87,7 +87,7 @@ def test_bad_rows_leave_nothing(
     assert list((tmp_path / "files").iterdir()) == []
 
 
-def test_results_once(store: FileStore) -> None:
+def test_results_are_stored_once(store: FileStore) -> None:
     file = store.put_results("job-1", b"step\n1\n")
     again = store.put_results("job-1", b"step\n2\n")
     assert again == file == store.get(results_id("job-1"))
@@ -99,7 +99,7 @@ def test_results_once(store: FileStore) -> None:
 
 
 @pytest.mark.parametrize("file_id", ["file-no", "file-../files", "..", "", "ds-" + "0" * 32])
-def test_unknown_files(store: FileStore, file_id: str) -> None:
+def test_unknown_files_are_not_found(store: FileStore, file_id: str) -> None:
     for look in (store.get, store.open, store.rows, store.delete):
         with pytest.raises(NotFound):
             look(file_id)
@@ -114,7 +114,7 @@ def test_a_reader_outlives_a_delete(store: FileStore) -> None:
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-def test_what_a_killed_process_left(store: FileStore, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed_when_it_is_old(store: FileStore, tmp_path: Path) -> None:
     root = tmp_path / "files"
     for name, age in ((".unfinished-file-1", 7200), (".unfinished-file-2", 60)):
         (root / name).mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_what_a_killed_process_left(store: FileStore, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
-def test_damage_is_said(store: FileStore, tmp_path: Path) -> None:
+def test_damage_is_reported(store: FileStore, tmp_path: Path) -> None:
     file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
     place = tmp_path / "files" / file.id
     (place / CONTENT).write_bytes(CONTENTS[:-20])
@@ -141,7 +141,7 @@ def test_damage_is_said(store: FileStore, tmp_path: Path) -> None:
     assert store.ids() == {file.id, other.id}
 
 
-def test_rows_of_either_kind(store: FileStore, tmp_path: Path) -> None:
+def test_rows_are_found_by_the_id_of_a_file_or_a_data_set(store: FileStore, tmp_path: Path) -> None:
     datasets = DatasetStore(tmp_path / "datasets")
     sources = RowSources(datasets, store)
     file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")

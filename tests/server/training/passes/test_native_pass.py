@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from adapters.lora import LoraModule, LoraWeights
 from server.jobs.exact_match import exact_match
 from server.model.base.weights import BaseModel, load_base
-from server.model.native.library import NativeUnavailable, computed_by
+from server.model.native.build import NativeUnavailable
+from server.model.native.library import computed_by
 from server.model.native.load import find_library
 from server.model.native.training import NativeTraining
 from server.training.checkpoint import Checkpoints
@@ -216,8 +217,8 @@ def test_torch_has_one_thread_next_to_native_threads(
 def test_torch_trains_bases_that_native_code_does_not_cover(tmp_path: Path, library: ctypes.CDLL) -> None:
     base = tiny_of(tmp_path, "one group", intermediate_size=72)
     said: list[str] = []
-    assert find_library(base, [CACHE / "native"], said.append) is None
-    assert said == ["nothing native: intermediate_size is no multiple of 32; torch does it, more slowly"]
+    assert find_library(base, CACHE / "native", said.append) is None
+    assert said == ["no native code: intermediate_size is no multiple of 32; torch computes instead, more slowly"]
     with pytest.raises(NativeUnavailable, match="intermediate_size"):
         NativeTraining(library, base.config, base.weights, {}, max_positions=64, num_threads=1)
 

@@ -1,8 +1,9 @@
-// The product of a packed tile by AMX, the matrix unit of Intel's Xeons from the fourth generation on.
+// Products with a packed tile by AMX, the matrix unit of Intel's Xeons since the fourth generation.
 //
-// An instruction multiplies 16 rows by 16 columns over 32 inputs. Each output of a row is a sum of its own there, too:
-// of 32 inputs at a time, first the even and the odd ones apart, then both together and to what came before. So a
-// row's result doesn't depend on what is computed with it, but it isn't that of vdpbf16ps to the last bit.
+// An instruction multiplies 16 rows by 16 columns over 32 inputs. A block of 32 rows and 32 columns uses all eight tile
+// registers: four of sums, two of x, two of w. AMX adds each output in its own order: for 32 inputs it sums the even
+// and the odd ones separately, adds both sums, and adds that to the previous inputs' sum. A row's result doesn't depend
+// on the other rows, but its last bits differ from those of vdpbf16ps.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,18 +12,18 @@
 #include "../numbers.h"
 #include "../prefetch.h"
 
-constexpr int kAmxPairs = 16;  // pairs of inputs that an instruction takes
-constexpr int kAmxRows = 16;   // rows, at most
+constexpr int kAmxPairs = 16;  // pairs of inputs per instruction, at most
+constexpr int kAmxRows = 16;   // rows per instruction, at most
 
 #ifdef __AVX512BF16__
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Whether this processor has it and the system lets this process use it. NATIVE_AMX=0 says no.
+// Whether this processor has AMX and the system permits it. NATIVE_AMX=0 turns it off.
 inline bool has_amx() {
     static const bool found = [] {
-        constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of CPUID's leaf 7, EDX
+        constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // in EDX of CPUID's leaf 7
         constexpr long kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
         unsigned a, b, c, d;
         const char* wanted = getenv("NATIVE_AMX");
@@ -33,33 +34,36 @@ inline bool has_amx() {
     return found;
 }
 #else
-constexpr bool has_amx() { return false; }  // it is made for less
+constexpr bool has_amx() { return false; }  // built for an instruction set without AMX
 #endif
 
-struct alignas(64) AmxShape {  // as ldtilecfg reads it
+struct alignas(64) AmxShape {  // in the layout of ldtilecfg
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes_of_row[16] = {};
     uint8_t rows[16] = {};
 };
 
-// Up to 32 rows times 32 columns in the registers of this thread, which are given back at the end of its life: 0 to 3
-// hold the sums' quarters, 4 and 5 rows of x, 6 and 7 the halves of w. `pairs`: of inputs that an instruction takes.
+// The sums of up to 32 rows and 32 columns in this thread's tile registers, which the destructor releases. Registers 0
+// to 3 hold the sums' quarters, 4 and 5 rows of x, 6 and 7 the halves of w. An instruction takes `pairs` pairs.
 //
-// The compiler doesn't know that the instructions read and write memory, so each member tells it.
+// The compiler doesn't know that the instructions access memory, so each member has a barrier.
 class AmxBlock {
   public:
     explicit AmxBlock(int rows, int pairs = kAmxPairs) : has_lower_(rows > kAmxRows) {
         const int lower = has_lower_ ? rows - kAmxRows : 1;
         AmxShape shape;
-        for (int i = 0; i < 8; i++) shape.bytes_of_row[i] = 64, shape.rows[i] = kAmxRows;
-        shape.rows[0] = shape.rows[1] = shape.rows[4] = (uint8_t)std::min(rows, kAmxRows);
-        shape.rows[2] = shape.rows[3] = shape.rows[5] = (uint8_t)lower;
-        shape.bytes_of_row[4] = shape.bytes_of_row[5] = (uint16_t)(pairs * 2 * sizeof(bf16));
-        shape.rows[6] = shape.rows[7] = (uint8_t)pairs;
+        for (int i = 0; i < 8; i++) {
+            shape.bytes_of_row[i] = 64;
+            shape.rows[i] = kAmxRows;
+        }
+        shape.rows[0] = shape.rows[1] = shape.rows[4] = static_cast<uint8_t>(std::min(rows, kAmxRows));
+        shape.rows[2] = shape.rows[3] = shape.rows[5] = static_cast<uint8_t>(lower);
+        shape.bytes_of_row[4] = shape.bytes_of_row[5] = static_cast<uint16_t>(pairs * 2 * sizeof(bf16));
+        shape.rows[6] = shape.rows[7] = static_cast<uint8_t>(pairs);
         asm volatile("" ::: "memory");
         _tile_loadconfig(&shape);
     }
-    ~AmxBlock() { _tile_release(); }  // as whoever else uses it in this thread expects it
+    ~AmxBlock() { _tile_release(); }  // other users of AMX in this thread, such as torch, expect this
     AmxBlock(const AmxBlock&) = delete;
     AmxBlock& operator=(const AmxBlock&) = delete;
 
@@ -79,7 +83,8 @@ class AmxBlock {
         _tile_loadd(3, y + kAmxRows * stride + 16, stride * sizeof(float));
     }
 
-    // The sums += x (rows, 2 · pairs) times w (pairs, 32, 2), whose halves of 16 columns have rows `w_stride` apart.
+    // The sums += x (rows, 2 · pairs) times w (pairs, 32, 2), given as two halves of 16 columns with rows `w_stride`
+    // numbers apart.
     void add(const bf16* x, size_t x_stride, const bf16* w_left, const bf16* w_right, size_t w_stride) {
         asm volatile("" ::: "memory");
         _tile_loadd(6, w_left, w_stride * sizeof(bf16));
@@ -107,7 +112,7 @@ class AmxBlock {
     bool has_lower_;
 };
 
-// y (rows, 32) = x (rows, 2 · pairs) times one tile of w, or that added to it; rows from 1 to 32, pairs in units of 16.
+// y (rows, 32) = x (rows, 2 · pairs) times one tile w, or y += that; 1 to 32 rows, pairs a multiple of 16.
 template <bool add, class Prefetched>
 inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y,
                                size_t y_stride, Prefetched& lines) {
@@ -117,9 +122,9 @@ inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const b
     else
         block.zero();
     for (int pair = 0; pair < pairs; pair += kAmxPairs) {
-        const bf16* now = w + (size_t)pair * 2 * kTile;
+        const bf16* weights = w + static_cast<size_t>(pair) * 2 * kTile;
         for (int i = 0; i < kAmxPairs; i++) lines.prefetch_some();
-        block.add(x + 2 * pair, x_stride, now, now + kTile, 2 * kTile);
+        block.add(x + 2 * pair, x_stride, weights, weights + kTile, 2 * kTile);
     }
     block.store(y, y_stride);
 }

@@ -1,159 +1,167 @@
-// The low-rank share of each token's adapters: Σ weight · B (A x), over the rank rows that it uses.
+// Each token's low-rank share Σ weight · B (A x) over the parts of its segment.
 //
-// A's rows carry their adapter's scaling. A pool holds a part's A as (layers, in / 2, rows, 2), and the B of all of its
-// modules as (layers, its numbers of B), each module's as (out / 32, rank / 2, 32, 2) from the module's offset on: what
-// vdpbf16ps and AMX multiply by, and what one task or a tile of outputs needs lies together. A x, times the weight, is
-// rounded to 16 bits.
+// A's rows include their adapter's scaling. A pool stores a part's A as (layers, in / 2, rows, 2), and the B of all of
+// its modules as (layers, numbers of B). A module's B is (out / 32, rank / 2, 32, 2) from the module's offset on. So
+// the operands of vdpbf16ps and AMX are contiguous, and so is everything that one task or one tile of outputs reads.
+// weight · A x is rounded to bf16.
 #pragma once
 #include <algorithm>
 #include <vector>
 
 #include "products.h"
 
-// The products with A of one group in one layer, and where each token finds its own.
+// One group's products with A and B in one layer.
 class LoraGroup {
   public:
     void plan(const LoraPool& pool, const LoraModule* modules, const LoraSegment* segments, int num_segments,
               const double* weights) {
-        pool_ = pool, weights_ = weights;
+        pool_ = pool;
+        weights_ = weights;
         pieces_.clear();
         for (Section& section : sections_) section.shares.clear();
         int size = 0;
         for (int index = 0; index < num_segments; index++) {
             const LoraSegment& segment = segments[index];
             if (segment.start == segment.stop) continue;
-            int width = 0;  // products with A of each of its tokens
-            for (int64_t i = 0; i < segment.num_parts; i++) width += (int)pool.parts[segment.first_part + i].num_rows;
+            int width = 0;  // rows of A per token, of all parts
+            for (int64_t i = 0; i < segment.num_parts; i++)
+                width += static_cast<int>(pool.parts[segment.first_part + i].num_rows);
             int hidden = size;
             for (int64_t i = segment.first_part; i < segment.first_part + segment.num_parts; i++) {
                 const LoraPart& part = pool.parts[i];
-                for (int64_t k = part.first_module; k < part.first_module + part.num_modules; k++)
-                    section_of(modules[k])
-                        .shares.push_back({(int)segment.start, (int)segment.stop, hidden + (int)modules[k].row, width,
-                                           (int)(modules[k].rank / 2),
-                                           pool.b + part.b_offset * pool.layers + modules[k].offset, part.b_size});
-                add_pieces(segment, (int)i, hidden, width);
-                hidden += (int)part.num_rows;
+                for (int64_t k = part.first_module; k < part.first_module + part.num_modules; k++) {
+                    const LoraModule& module = modules[k];
+                    section_of(module).shares.push_back(
+                        {static_cast<int>(segment.start), static_cast<int>(segment.stop),
+                         hidden + static_cast<int>(module.row), width, static_cast<int>(module.rank / 2),
+                         pool.b + part.b_offset * pool.layers + module.offset, part.b_size});
+                }
+                add_pieces(segment, static_cast<int>(i), hidden, width);
+                hidden += static_cast<int>(part.num_rows);
             }
-            size += width * (int)(segment.stop - segment.start);
+            size += width * static_cast<int>(segment.stop - segment.start);
         }
         hidden_.resize(size);
         make_tasks();
         find_used();
     }
 
-    int num_tasks() const { return (int)tasks_.size(); }
+    int num_tasks() const { return static_cast<int>(tasks_.size()); }
 
-    // hidden = weight · A x for the tokens and rows of one task; x (tokens, in).
+    // Computes hidden = weight · A x for the tokens and rows of one task; x is (tokens, in).
     void shrink(int layer, int index, const bf16* x) {
-        const int first = tasks_[index],
-                  count = (index + 1 < num_tasks() ? tasks_[index + 1] : (int)pieces_.size()) - first;
+        const int first = tasks_[index];
+        const int stop = index + 1 < num_tasks() ? tasks_[index + 1] : static_cast<int>(pieces_.size());
+        const int count = stop - first;
         const Piece& piece = pieces_[first];
-        const int pairs = (int)pool_.in / 2, vectors = (piece.rows + 15) / 16;
+        const int pairs = static_cast<int>(pool_.in) / 2, vectors = (piece.rows + 15) / 16;
         alignas(64) float y[kShrinkTokens * kShrinkVectors * 16];
-        const bf16 *of_x[kOwnTokens], *of_a[kOwnTokens];
+        const bf16 *own_x[kOwnTokens], *own_a[kOwnTokens];
         for (int i = 0; i < count; i++) {
-            const Piece& of = pieces_[first + i];
-            of_x[i] = x + of.token * pool_.in;
-            of_a[i] = a_of(pool_.parts[of.part], layer) + 2 * of.row;
+            const Piece& own = pieces_[first + i];
+            own_x[i] = x + own.token * pool_.in;
+            own_a[i] = a_of(pool_.parts[own.part], layer) + 2 * own.row;
         }
         const size_t rows = pool_.parts[piece.part].num_rows;
         if (count > 1)
-            multiply_own_rows(of_x, of_a, count, rows, piece.rows, pairs, y);
+            multiply_own_rows(own_x, own_a, count, rows, piece.rows, pairs, y);
         else if (has_amx())
-            multiply_rows_amx(of_x[0], pool_.in, piece.tokens, of_a[0], rows, piece.rows, pairs, y);
+            multiply_rows_amx(own_x[0], pool_.in, piece.tokens, own_a[0], rows, piece.rows, pairs, y);
         else
             (vectors == 1   ? multiply_rows<1>
              : vectors == 2 ? multiply_rows<2>
-                            : multiply_rows<3>)(of_x[0], pool_.in, piece.tokens, of_a[0], rows, piece.rows, pairs, y);
+                            : multiply_rows<3>)(own_x[0], pool_.in, piece.tokens, own_a[0], rows, piece.rows, pairs, y);
         const float* sums = y;
         for (int i = 0; i < count; i++)
             for (int token = 0; token < pieces_[first + i].tokens; token++, sums += kShrinkVectors * 16)
-                put(pieces_[first + i], token, sums);
+                store_hidden(pieces_[first + i], token, sums);
     }
 
-    // Calls visit(first token, tokens, hidden, its stride, B's tile, its pairs) for each share of the tokens
-    // [start, start + rows) in the outputs [column, column + 32) of the group, all of one module.
+    // Calls visit(first token, number of tokens, hidden, hidden's stride, B's tile, pairs) for each share of the tokens
+    // [start, start + rows) in the outputs [column, column + 32), which belong to one module.
     template <class Visit>
     void for_shares(int layer, int start, int rows, int column, Visit visit) const {
         for (const Section& section : sections_) {
             if (column < section.start || column >= section.stop) continue;
             auto share = std::upper_bound(section.shares.begin(), section.shares.end(), start,
-                                          [](int token, const Share& of) { return token < of.stop; });
+                                          [](int token, const Share& other) { return token < other.stop; });
             for (; share != section.shares.end() && share->start < start + rows; share++) {
                 const int first = std::max(share->start, start), stop = std::min(share->stop, start + rows);
-                visit(first, stop - first, &hidden_[share->hidden + (size_t)(first - share->start) * share->width],
-                      share->width,
-                      share->b + layer * share->b_size + (int64_t)(column - section.start) * 2 * share->pairs,
-                      share->pairs);
+                visit(
+                    first, stop - first,
+                    &hidden_[share->hidden + static_cast<size_t>(first - share->start) * share->width], share->width,
+                    share->b + layer * share->b_size + static_cast<int64_t>(column - section.start) * 2 * share->pairs,
+                    share->pairs);
             }
         }
     }
 
-    // Adds the shares to y (rows, 32), once all tasks are done.
+    // Adds the shares to y (rows, 32). All tasks must be done.
     void expand(int layer, int start, int rows, int column, float* y, size_t y_stride) const {
         const FlushesToZero flushes;
         AmxSums sums;
         for_shares(layer, start, rows, column,
                    [&](int first, int count, const bf16* hidden, int width, const bf16* b, int pairs) {
-                       float* to = y + (first - start) * y_stride;
-                       if (!has_amx()) return multiply<true>(hidden, width, count, b, pairs, to, y_stride);
+                       float* sums_of_share = y + (first - start) * y_stride;
+                       if (!has_amx()) return multiply<true>(hidden, width, count, b, pairs, sums_of_share, y_stride);
                        for (int row = 0; row < count; row += 2 * kAmxRows)
                            add_by_amx(sums, hidden + row * width, width, std::min(count - row, 2 * kAmxRows), b, pairs,
-                                      to + row * y_stride, y_stride);
+                                      sums_of_share + row * y_stride, y_stride);
                    });
         sums.store();
     }
 
-    // What `expand` reads of B.
+    // Adds what `expand` reads of B to `prefetch`.
     void prefetch_b(int layer, int start, int rows, int column, PrefetchList& prefetch) const {
         for_shares(layer, start, rows, column, [&](int, int, const bf16*, int, const bf16* b, int pairs) {
             prefetch.add(b, pairs * 2 * kTile * sizeof(bf16));
         });
     }
 
-    // One of `count` like shares of what all tasks read of A.
+    // Adds share `index` of `count` equal shares of what all tasks read of A.
     void prefetch_a(int layer, int64_t index, int64_t count, PrefetchList& prefetch) const {
         int64_t row = used_rows_ * index / count;
         const int64_t stop = used_rows_ * (index + 1) / count;
         auto part = std::upper_bound(used_.begin(), used_.end(), row,
-                                     [](int64_t of, const Used& candidate) { return of < candidate.end; });
+                                     [](int64_t row, const UsedPart& other) { return row < other.end; });
         for (; row < stop; part++) {
-            const int64_t now = std::min(stop, part->end) - row, first = row - (part->end - part->num_rows);
-            prefetch.add(a_of(*part, layer) + first * pool_.in, now * pool_.in * sizeof(bf16));
-            row += now;
+            const int64_t count_now = std::min(stop, part->end) - row;
+            const int64_t first = row - (part->end - part->num_rows);
+            prefetch.add(a_of(*part, layer) + first * pool_.in, count_now * pool_.in * sizeof(bf16));
+            row += count_now;
         }
     }
 
   private:
-    static constexpr int kFewTokens = 8;  // up to which AMX isn't worth its beginning
-    struct Piece {  // tokens [token, token + tokens) times the rows [row, row + rows) of a part's A, to `hidden` on
+    static constexpr int kFewTokens = 8;  // for up to so many tokens, AMX's configuration takes too long
+    struct Piece {  // tokens [token, token + tokens) times rows [row, row + rows) of a part's A, to hidden_[hidden]
         int token, tokens, part, row, rows, hidden, width;
     };
-    struct Share {  // tokens [start, stop), each with `width` products with A, and a module's B
+    struct Share {  // a module's B for the tokens [start, stop), whose rows of hidden_ begin at `hidden`
         int start, stop, hidden, width, pairs;
-        const bf16* b;  // of the first layer
+        const bf16* b;  // the first layer's
         int64_t b_size;
     };
-    struct Section {  // outputs [start, stop) of a module, and the shares of them in their tokens' order
+    struct Section {  // a module's outputs [start, stop), and their shares in the order of tokens
         int start, stop;
         std::vector<Share> shares;
     };
-    struct Used {  // a part of A that somebody uses; `end`: its rows and those of all before it
+    struct UsedPart {  // a part's rows of A that the step reads; `end` counts its rows and all before them
         int64_t first_row, num_rows, end;
     };
 
-    // The sums of up to 32 rows in AMX's registers, whose shape changes as seldom as it may.
+    // The sums of up to 32 rows in AMX's registers. They stay there, and the registers' shape is kept, as long as
+    // possible.
     class AmxSums {
       public:
         void add(float* y, size_t y_stride, const bf16* hidden, size_t stride, int rows, const bf16* b, int pairs) {
             for (int pair = 0; pair < pairs; pair += kAmxPairs) {
-                const int now = std::min(pairs - pair, kAmxPairs);
-                if (y != y_ || rows != rows_ || now != pairs_) store();
-                if (rows != rows_ || now != pairs_) block_.emplace(rows_ = rows, pairs_ = now);
+                const int count = std::min(pairs - pair, kAmxPairs);
+                if (y != y_ || rows != rows_ || count != pairs_) store();
+                if (rows != rows_ || count != pairs_) block_.emplace(rows_ = rows, pairs_ = count);
                 if (y_ == nullptr) block_->load(y_ = y, y_stride_ = y_stride);
-                const bf16* of = b + (size_t)pair * 2 * kTile;
-                block_->add(hidden + 2 * pair, stride, of, of + kTile, 2 * kTile);
+                const bf16* b_pairs = b + static_cast<size_t>(pair) * 2 * kTile;
+                block_->add(hidden + 2 * pair, stride, b_pairs, b_pairs + kTile, 2 * kTile);
             }
         }
         void store() {
@@ -176,54 +184,58 @@ class LoraGroup {
     }
 
     Section& section_of(const LoraModule& module) {
-        const int start = (int)module.out_start, stop = (int)(module.out_start + module.out_features);
+        const int start = static_cast<int>(module.out_start),
+                  stop = static_cast<int>(module.out_start + module.out_features);
         for (Section& section : sections_)
             if (section.start == start && section.stop == stop) return section;
         return sections_.emplace_back(Section{start, stop, {}});
     }
 
     void add_pieces(const LoraSegment& segment, int part, int hidden, int width) {
-        constexpr int kMost = kShrinkVectors * 16;
-        const int num_rows = (int)pool_.parts[part].num_rows, start = (int)segment.start, stop = (int)segment.stop;
+        constexpr int kMaxRows = kShrinkVectors * 16;
+        const int num_rows = static_cast<int>(pool_.parts[part].num_rows), start = static_cast<int>(segment.start),
+                  stop = static_cast<int>(segment.stop);
         for (int token = start; token < stop; token += kShrinkTokens)
-            for (int row = 0; row < num_rows; row += kMost)
+            for (int row = 0; row < num_rows; row += kMaxRows)
                 pieces_.push_back({token, std::min(stop - token, kShrinkTokens), part, row,
-                                   std::min(num_rows - row, kMost), hidden + (token - start) * width + row, width});
+                                   std::min(num_rows - row, kMaxRows), hidden + (token - start) * width + row, width});
     }
 
-    // A piece is a task, but for those of single tokens: some like ones are done together, as long as there are two
-    // tasks at least.
+    // Makes each piece a task. Up to kOwnTokens neighbouring pieces of single tokens with equal shapes share a task, if
+    // at least two tasks remain.
     void make_tasks() {
         tasks_.clear();
-        const size_t most = has_amx() ? 1 : std::clamp<size_t>(pieces_.size() / 2, 1, kOwnTokens);
+        const size_t max_pieces = has_amx() ? 1 : std::clamp<size_t>(pieces_.size() / 2, 1, kOwnTokens);
         for (size_t i = 0; i < pieces_.size(); i++) {
             const Piece* first = tasks_.empty() ? nullptr : &pieces_[tasks_.back()];
-            if (first == nullptr || i - tasks_.back() == most || first->tokens > 1 || pieces_[i].tokens > 1 ||
+            if (first == nullptr || i - tasks_.back() == max_pieces || first->tokens > 1 || pieces_[i].tokens > 1 ||
                 first->rows != pieces_[i].rows ||
                 pool_.parts[first->part].num_rows != pool_.parts[pieces_[i].part].num_rows)
-                tasks_.push_back((int)i);
+                tasks_.push_back(static_cast<int>(i));
         }
     }
 
-    // A part's A: `Part` may be what is known of it in `Used`.
+    // The address of a layer's A; `Part` is LoraPart or UsedPart.
     template <class Part>
     const bf16* a_of(const Part& part, int layer) const {
         return pool_.a + (part.first_row * pool_.layers + layer * part.num_rows) * pool_.in;
     }
 
     void find_used() {
-        used_.clear(), used_rows_ = 0;
+        used_.clear();
+        used_rows_ = 0;
         for (const Piece& piece : pieces_)
             used_.push_back({pool_.parts[piece.part].first_row, pool_.parts[piece.part].num_rows, 0});
-        std::sort(used_.begin(), used_.end(), [](const Used& a, const Used& b) { return a.first_row < b.first_row; });
-        auto is_same = [](const Used& a, const Used& b) { return a.first_row == b.first_row; };
+        std::sort(used_.begin(), used_.end(),
+                  [](const UsedPart& a, const UsedPart& b) { return a.first_row < b.first_row; });
+        auto is_same = [](const UsedPart& a, const UsedPart& b) { return a.first_row == b.first_row; };
         used_.erase(std::unique(used_.begin(), used_.end(), is_same), used_.end());
-        for (Used& part : used_) part.end = used_rows_ += part.num_rows;
+        for (UsedPart& part : used_) part.end = used_rows_ += part.num_rows;
     }
 
-    // Rounds a token's sums, times the weight, into its place.
-    void put(const Piece& piece, int token, const float* sums) {
-        const F32x16 weight = broadcast((float)weights_[piece.part]);
+    // Stores a token's sums, times the part's weight, into hidden_.
+    void store_hidden(const Piece& piece, int token, const float* sums) {
+        const F32x16 weight = broadcast(static_cast<float>(weights_[piece.part]));
         for (int row = 0; row < piece.rows; row += 16)
             store_lanes(&hidden_[piece.hidden + token * piece.width + row], first_lanes(piece.rows - row),
                         to_bf16(weight * load(sums + row)));
@@ -232,40 +244,47 @@ class LoraGroup {
     LoraPool pool_{};
     const double* weights_ = nullptr;
     std::vector<Piece> pieces_;
-    std::vector<int> tasks_;  // the first piece of each
+    std::vector<int> tasks_;  // each task's first piece
     std::vector<Section> sections_;
-    std::vector<Used> used_;
+    std::vector<UsedPart> used_;
     int64_t used_rows_ = 0;
     std::vector<bf16> hidden_;
 };
 
-// The groups of all modules in a step, with or without adapters.
+// All groups of a step, with or without adapters.
 class LoraGroups {
   public:
     void plan(const ServeStep& step) {
-        layers_ = (int)step.pools[0].layers, has_adapters_ = step.num_segments > 0;
+        layers_ = static_cast<int>(step.pools[0].layers);
+        has_adapters_ = step.num_segments > 0;
         for (int i = 0; i < kGroups; i++)
-            groups_[i].plan(step.pools[i], step.modules, step.segments, (int)step.num_segments, step.weights);
+            groups_[i].plan(step.pools[i], step.modules, step.segments, static_cast<int>(step.num_segments),
+                            step.weights);
     }
 
-    // From here on, behind a layer's keys and values, the tokens are those that are wanted of each run.
+    // Reduces all groups but kQkv to the wanted tokens of each run.
     void keep_wanted(const ServeStep& step) {
         if (!has_adapters_) return;
         const ServeRun *run = step.runs, *end = step.runs + step.num_runs;
-        int64_t before = 0;                // wanted tokens of the runs before `run`
-        auto place = [&](int64_t token) {  // of the first wanted one from `token` on; asked in order
+        int64_t before = 0;  // wanted tokens of the runs before `run`
+        // Returns the new index of the first wanted token from `token` on. Calls are in ascending order.
+        auto place = [&](int64_t token) {
             for (; run < end && run->stop <= token; run++) before += run->num_wanted;
             return run == end ? before : before + std::max<int64_t>(0, token - (run->stop - run->num_wanted));
         };
         wanted_.assign(step.segments, step.segments + step.num_segments);
-        for (LoraSegment& segment : wanted_) segment.start = place(segment.start), segment.stop = place(segment.stop);
+        for (LoraSegment& segment : wanted_) {
+            segment.start = place(segment.start);
+            segment.stop = place(segment.stop);
+        }
         for (int i = kQkv + 1; i < kGroups; i++)
-            groups_[i].plan(step.pools[i], step.modules, wanted_.data(), (int)wanted_.size(), step.weights);
+            groups_[i].plan(step.pools[i], step.modules, wanted_.data(), static_cast<int>(wanted_.size()),
+                            step.weights);
     }
     LoraGroup& operator[](int group) { return groups_[group]; }
 
-    // For one of `count` like items of a group's product: what it reads of B, and its part of the A's that the next
-    // group's product begins with.
+    // Adds to `prefetch` what item `index` of `count` items of a group's product reads of B, and its share of the A
+    // that the next group's product reads first.
     void add_to(PrefetchList& prefetch, int layer, int group, int start, int rows, int column, int index,
                 int count) const {
         if (!has_adapters_) return;

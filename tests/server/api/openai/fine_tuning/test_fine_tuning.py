@@ -349,7 +349,7 @@ async def test_rows_that_are_cut_are_told_of(client: httpx.AsyncClient) -> None:
         if event["level"] == "warn"
     ]
     assert event.message == (
-        "cut after 512 tokens, the most of a row: 2 rows; POST /train takes a file's id as dataset, and "
+        "2 rows cut after 512 tokens: for longer rows, use POST /train with the file's id as dataset, and "
         "training.max_length"
     )
     native = (await client.post("/train", json={"name": "codes", "dataset": long.id})).json()

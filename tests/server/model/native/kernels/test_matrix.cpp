@@ -38,7 +38,7 @@ static void check_multiply(int rows, int pairs) {
 }
 
 TEST(multiply_rows_by_a_tile) {
-    for (int rows = 1; rows <= 3 * kBlock + 1; rows++)
+    for (int rows = 1; rows <= 3 * kRowBlock + 1; rows++)
         for (int pairs : {1, 8, 16, 17, 32}) check_multiply<false>(rows, pairs), check_multiply<true>(rows, pairs);
     for (int pairs : {2, 15, 16, 48, 288}) check_multiply<false>(5, pairs), check_multiply<true>(5, pairs);
 }
@@ -64,7 +64,7 @@ static void check_widened(int rows, int pairs) {
 }
 
 TEST(widened_rows_have_the_same_products) {
-    for (int rows = 1; rows <= 2 * std::max(kWideBlock, kBlock) + 1; rows++)
+    for (int rows = 1; rows <= 2 * std::max(kWideBlock, kRowBlock) + 1; rows++)
         for (int pairs : {1, 8, 17, 288}) check_widened<false>(rows, pairs), check_widened<true>(rows, pairs);
 }
 
@@ -81,7 +81,7 @@ TEST(rows_are_widened_once_in_a_phase) {
         for (int i = 0; widens && i < kRows * kDepth; i++)
             expect(found.wide[i] == to_float(wanted[start * kDepth + i]), "number %d from row %d on", i, start);
     };
-    of.begin(kFewestTiles);
+    of.begin(kMinWideTiles);
     const auto first = x;
     check(0, first);
     std::fill(x.begin(), x.end(), 0);
@@ -90,10 +90,10 @@ TEST(rows_are_widened_once_in_a_phase) {
     check(0, first);
     check(kRows, second);
     check(0, first), check(2 * kRows, second);
-    of.begin(kFewestTiles);
+    of.begin(kMinWideTiles);
     check(0, second);
-    expect(of.rows(x.data(), kDepth, 0, kFewestWide - 1).wide == nullptr, "so few rows are widened");
-    expect(of.rows(x.data(), kDepth, (int)(kMostWide / kDepth) - kRows + 1, kRows).wide == nullptr, "so many are kept");
-    of.begin(kFewestTiles - 1);
+    expect(of.rows(x.data(), kDepth, 0, kMinWideRows - 1).wide == nullptr, "so few rows are widened");
+    expect(of.rows(x.data(), kDepth, (int)(kMaxWide / kDepth) - kRows + 1, kRows).wide == nullptr, "so many are kept");
+    of.begin(kMinWideTiles - 1);
     expect(of.rows(x.data(), kDepth, 0, kRows).wide == nullptr, "rows are widened for so few tiles");
 }

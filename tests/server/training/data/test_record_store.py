@@ -1,4 +1,4 @@
-"""Data sets and files that machines share through a bucket."""
+"""Data sets and files of several machines in one bucket."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cluster
 
 
-def test_what_one_machine_stores_the_others_have(tmp_path: Path, bucket: "Bucket") -> None:
+def test_other_machines_read_a_stored_data_set(tmp_path: Path, bucket: "Bucket") -> None:
     a, b = (DatasetStore(tmp_path / name / "datasets", bucket=bucket.under("datasets")) for name in "ab")
     dataset = put(a, JSONL)
     assert b.list() == [dataset]
@@ -40,7 +40,7 @@ def test_what_one_machine_stores_the_others_have(tmp_path: Path, bucket: "Bucket
     assert [path for name in "ab" for path in (tmp_path / name / "datasets").iterdir()] == []
 
 
-def test_results_are_the_first_attempts_on_any_machine(tmp_path: Path, bucket: "Bucket") -> None:
+def test_results_of_the_first_attempt_are_kept_on_all_machines(tmp_path: Path, bucket: "Bucket") -> None:
     a, b = (FileStore(tmp_path / name / "files", bucket=bucket.under("files")) for name in "ab")
     file = a.put_results("job-1", b"step\n1\n")
     assert b.put_results("job-1", b"step\n2\n") == file == b.get(results_id("job-1"))
@@ -48,7 +48,7 @@ def test_results_are_the_first_attempts_on_any_machine(tmp_path: Path, bucket: "
         assert content.read() == b"step\n1\n"
 
 
-def test_which_of_several_are_there_is_one_listing(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
+def test_looking_for_several_files_takes_one_listing(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
     store = FileStore(tmp_path, bucket=proxied.under("files"))
     there = {store.put_results(f"job-{number}", b"step\n").id for number in range(3)}
     proxy.asked.clear()
@@ -58,7 +58,7 @@ def test_which_of_several_are_there_is_one_listing(tmp_path: Path, proxied: "Buc
     assert store.present({results_id("job-4")}) == store.present(set()) == set()
 
 
-def test_a_late_delete_takes_nothing_from_a_later_upload(tmp_path: Path, bucket: "Bucket") -> None:
+def test_a_late_delete_keeps_a_later_upload(tmp_path: Path, bucket: "Bucket") -> None:
     """One that has looked at the copies, and is stopped before it removes them."""
     from adapters.storage.copies import Copies
 
@@ -73,7 +73,7 @@ def test_a_late_delete_takes_nothing_from_a_later_upload(tmp_path: Path, bucket:
 
 
 @pytest.mark.parametrize("lost", [ROWS, FACTS])
-def test_half_a_push_was_never_there(tmp_path: Path, bucket: "Bucket", lost: str) -> None:
+def test_an_incomplete_upload_is_not_visible(tmp_path: Path, bucket: "Bucket", lost: str) -> None:
     store = DatasetStore(tmp_path, bucket=bucket)
     dataset = put(store, JSONL)
     (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(lost))
@@ -88,7 +88,7 @@ def test_half_a_push_was_never_there(tmp_path: Path, bucket: "Bucket", lost: str
     assert len(bucket.listed()) == (3 if lost == FACTS else 1), "what may still be on its way stays"
 
 
-def test_damaged_rows_are_noticed(tmp_path: Path, bucket: "Bucket") -> None:
+def test_damaged_rows_are_reported(tmp_path: Path, bucket: "Bucket") -> None:
     store = DatasetStore(tmp_path, bucket=bucket)
     dataset = put(store, JSONL)
     (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(ROWS))
@@ -97,7 +97,7 @@ def test_damaged_rows_are_noticed(tmp_path: Path, bucket: "Bucket") -> None:
         list(store.rows(dataset.id))
 
 
-def test_a_damaged_one_hides_no_other(tmp_path: Path, bucket: "Bucket") -> None:
+def test_a_list_survives_a_damaged_data_set(tmp_path: Path, bucket: "Bucket") -> None:
     store = DatasetStore(tmp_path, bucket=bucket)
     damaged, sound = put(store, JSONL), put(store, b'{"text": "a"}\n')
     (key,) = (stored.key for stored in bucket.listed() if damaged.id in stored.key and stored.key.endswith(FACTS))
@@ -109,7 +109,7 @@ def test_a_damaged_one_hides_no_other(tmp_path: Path, bucket: "Bucket") -> None:
     assert list(store.rows(damaged.id)) == ROWS_OF_BOTH
 
 
-def test_another_machines_uploads_are_looked_at_too(tmp_path: Path, bucket: "Bucket") -> None:
+def test_uploads_of_other_machines_are_checked(tmp_path: Path, bucket: "Bucket") -> None:
     """Of projects, too, of which nothing has come to this one."""
     one, other = (Storage(Home(tmp_path / machine), bucket) for machine in ("a", "b"))
     ids = {}
@@ -122,14 +122,14 @@ def test_another_machines_uploads_are_looked_at_too(tmp_path: Path, bucket: "Buc
     }
 
 
-def test_two_machines_that_mend_at_once_both_do(tmp_path: Path, bucket: "Bucket") -> None:
+def test_two_machines_can_repair_concurrently(tmp_path: Path, bucket: "Bucket") -> None:
     """One takes away what it found damaged, and nothing that the other is just bringing."""
     stores = [DatasetStore(tmp_path / machine, bucket=bucket) for machine in ("a", "b")]
     dataset = put(stores[0], JSONL)
     (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(ROWS))
     rows = bucket.get(key)
     bucket.put(key, b"{}")
-    with stores[0]._records.renewed(dataset.id) as directory:
+    with stores[0]._renewed(dataset.id) as directory:
         (directory / ROWS).write_bytes(rows)
         write_json(directory / FACTS, dataset.to_document())
         assert put(stores[1], JSONL).id == dataset.id
@@ -139,17 +139,19 @@ def test_two_machines_that_mend_at_once_both_do(tmp_path: Path, bucket: "Bucket"
         assert list(store.rows(dataset.id)) == ROWS_OF_BOTH
 
 
-def test_a_mend_that_fails_takes_nothing_away(tmp_path: Path, bucket: "Bucket") -> None:
+def test_a_failing_repair_removes_nothing(tmp_path: Path, bucket: "Bucket") -> None:
     store = DatasetStore(tmp_path, bucket=bucket)
     dataset = put(store, JSONL)
     before = [stored.key for stored in bucket.listed()]
-    with pytest.raises(OSError, match="full"), store._records.renewed(dataset.id):
+    with pytest.raises(OSError, match="full"), store._renewed(dataset.id):
         raise OSError("the disk is full")
     assert [stored.key for stored in bucket.listed()] == before
     store.verify(dataset.id)
 
 
-def test_a_store_that_fails_is_a_503(tmp_path: Path, bucket: "Bucket", proxied: "Bucket", proxy: Proxy) -> None:
+def test_a_failing_bucket_is_unavailable(
+    tmp_path: Path, bucket: "Bucket", proxied: "Bucket", proxy: Proxy
+) -> None:
     store = DatasetStore(tmp_path, bucket=proxied)
     proxy.fail("500")
     with pytest.raises(BytesUnavailable):

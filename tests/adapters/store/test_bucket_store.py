@@ -1,4 +1,4 @@
-"""Machines that share a bucket: what one publishes all have, what one deletes others have to the end."""
+"""Machines with one bucket: all load what one publishes; running requests keep what another deletes."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from tests.kits.buckets import Failure, Proxy
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
-    from adapters.store.bucket_store import SharedAdapterStore
+    from adapters.store.bucket_store import BucketAdapterStore
 
 
 pytestmark = pytest.mark.cluster
@@ -32,7 +32,7 @@ class Machine(Protocol):
 
     def __call__(
         self, name: str, *, grace: float = -1.0, through: "Bucket | None" = None, cache_bytes: int | None = None
-    ) -> "SharedAdapterStore": ...
+    ) -> "BucketAdapterStore": ...
 
 
 ADAPTER = sample_adapter()
@@ -46,13 +46,13 @@ def nobody(digest: str) -> bool:
 
 @pytest.fixture
 def machine(tmp_path: Path, bucket: "Bucket") -> Machine:
-    from adapters.store.bucket_store import SharedAdapterStore
+    from adapters.store.bucket_store import BucketAdapterStore
 
     def on(
         name: str, *, grace: float = -1.0, through: "Bucket | None" = None, cache_bytes: int | None = None
-    ) -> SharedAdapterStore:
+    ) -> BucketAdapterStore:
         place = (through or bucket).under("adapters")
-        return SharedAdapterStore(tmp_path / name, place, cache_bytes, grace)
+        return BucketAdapterStore(tmp_path / name, place, cache_bytes, grace)
 
     return on
 
@@ -71,7 +71,7 @@ def publish(store: AdapterStore, in_use: Callable[[str], bool] = WANTED) -> int:
     return num_bytes
 
 
-def test_what_one_publishes_the_other_loads(machine: Machine, bucket: "Bucket") -> None:
+def test_other_machines_load_a_published_adapter(machine: Machine, bucket: "Bucket") -> None:
     a, b = machine("a"), machine("b")
     text = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}'
     with a.publishing(ADAPTER, WANTED, {CONFIG_NAME: text}) as num_bytes:
@@ -90,7 +90,9 @@ def test_what_one_publishes_the_other_loads(machine: Machine, bucket: "Bucket") 
     assert len(names(bucket)) == 3, "the same bytes are stored once"
 
 
-def test_a_deleted_adapter_is_there_for_who_may_want_it_and_then_swept(machine: Machine, bucket: "Bucket") -> None:
+def test_a_deleted_adapter_stays_for_running_requests_and_is_then_swept(
+    machine: Machine, bucket: "Bucket"
+) -> None:
     """B holds the digest, hasn't fetched it yet, and doesn't know of A's delete."""
     a, b, late = machine("a"), machine("b"), machine("late", grace=3600)
     publish(a)
@@ -138,7 +140,7 @@ def each_request(deed: Callable[[int], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_copy_that_a_sweep_takes_meanwhile_is_never_told_to_be_there(machine: Machine, number: int) -> None:
+def test_a_copy_that_a_sweep_deletes_meanwhile_is_not_reported_as_stored(machine: Machine, number: int) -> None:
     """The copy goes, and then its tombstone, which had been there until then."""
     a, b = machine("a"), machine("b")
     publish(a)
@@ -188,9 +190,7 @@ def test_publishing_wins_over_a_sweep_at_every_line(machine: Machine, bucket: "B
         round_of(step)
 
 
-def test_a_sweep_that_was_stopped_before_the_commit_and_goes_on_after_it(
-    machine: Machine, bucket: "Bucket"
-) -> None:
+def test_a_sweep_that_resumes_after_the_commit_deletes_nothing(machine: Machine, bucket: "Bucket") -> None:
     """It asked whether anybody wants the bytes just before they were published again, by who found them buried."""
     a, b = machine("a"), machine("b")
     publish(a)
@@ -207,7 +207,7 @@ def test_a_sweep_that_was_stopped_before_the_commit_and_goes_on_after_it(
     assert len(names(bucket)) == 3
 
 
-def test_a_publisher_that_is_overtaken_pushes_again(machine: Machine, bucket: "Bucket") -> None:
+def test_a_publisher_whose_copy_was_deleted_uploads_another(machine: Machine, bucket: "Bucket") -> None:
     """Between its put and its commit the only other version is deleted and swept, at once."""
     a, b = machine("a"), machine("b")
     publish(a)
@@ -269,7 +269,7 @@ def test_killed_at_any_request_leaves_garbage_at_most(machine: Machine, bucket: 
 
 
 @pytest.mark.parametrize("lost", [CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME])
-def test_half_a_push_is_never_loaded(lost: str, machine: Machine, bucket: "Bucket") -> None:
+def test_an_incomplete_upload_is_never_loaded(lost: str, machine: Machine, bucket: "Bucket") -> None:
     publish(machine("a"))
     (key,) = (key for key in keys(bucket, "bytes") if key.endswith(lost))
     bucket.delete([key])
@@ -283,7 +283,7 @@ def test_half_a_push_is_never_loaded(lost: str, machine: Machine, bucket: "Bucke
     d.verify(DIGEST)
 
 
-def test_damage_in_the_bucket_and_in_a_cache(machine: Machine, bucket: "Bucket", tmp_path: Path) -> None:
+def test_damage_in_the_bucket_or_a_cache_is_found(machine: Machine, bucket: "Bucket", tmp_path: Path) -> None:
     publish(machine("a"))
     b = machine("b")
     b.load(DIGEST)
@@ -300,7 +300,7 @@ def test_damage_in_the_bucket_and_in_a_cache(machine: Machine, bucket: "Bucket",
             ask(DIGEST)
 
 
-def test_a_changed_configuration_in_the_bucket_and_in_a_cache(
+def test_a_changed_configuration_in_the_bucket_or_a_cache_is_found(
     machine: Machine, bucket: "Bucket", tmp_path: Path
 ) -> None:
     publish(machine("a"))
@@ -318,7 +318,7 @@ def test_a_changed_configuration_in_the_bucket_and_in_a_cache(
             ask(DIGEST)
 
 
-def test_a_download_of_a_damaged_copy_is_fetched_anew(machine: Machine, tmp_path: Path) -> None:
+def test_a_damaged_cached_copy_is_downloaded_again(machine: Machine, tmp_path: Path) -> None:
     publish(machine("a"))
     b = machine("b")
     b.load(DIGEST)
@@ -335,7 +335,7 @@ def fetched(proxy: Proxy) -> int:
     return proxy.count("GET", WEIGHTS_NAME)
 
 
-def test_many_who_wait_fetch_once(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
+def test_concurrent_readers_download_once(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
     """Threads of two processes of one machine."""
     publish(machine("a"))
     stores = [machine("b", through=proxied) for _ in range(2)]
@@ -354,7 +354,7 @@ def published(store: AdapterStore, seeds: Iterable[int]) -> Iterator[tuple[str, 
             yield adapter.weights.digest, num_bytes
 
 
-def test_the_cache_keeps_what_was_used_last_and_what_is_pinned(
+def test_the_cache_evicts_the_least_recently_used_and_keeps_pinned_bytes(
     machine: Machine, proxied: "Bucket", proxy: Proxy, tmp_path: Path
 ) -> None:
     (first, size), *others = published(machine("a"), range(6))
@@ -385,7 +385,7 @@ def test_the_cache_keeps_what_was_used_last_and_what_is_pinned(
     assert fetched(proxy) == 7
 
 
-def test_packed_files_stay_on_the_machine_and_count_as_its_cache(
+def test_packed_files_are_not_uploaded_and_count_towards_the_cache(
     machine: Machine, bucket: "Bucket", tmp_path: Path
 ) -> None:
     """One that was loaded packed was used just now, though nobody read what it was made of."""
@@ -428,7 +428,7 @@ def test_a_store_that_fails_is_a_503_in_time_and_leaves_nothing_half_written(
 
 
 @pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("it went away"))])
-def test_what_was_published_in_doubt_is_told_so(machine: Machine, error: Exception) -> None:
+def test_an_unconfirmed_commit_is_reported_as_in_doubt(machine: Machine, error: Exception) -> None:
     """Though nobody can say whether the bytes are wanted: a sweep asks again."""
 
     def fails(_: str) -> bool:

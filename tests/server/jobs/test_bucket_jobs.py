@@ -1,4 +1,4 @@
-"""Jobs of machines that share a bucket: one goes on where another died, from its rows and its checkpoint."""
+"""Jobs of machines with one bucket: one resumes another's job from its rows and its checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def machine(tmp_path: Path, engine: sa.Engine, tiny_base: BaseModel, bucket: "Bu
 
 
 @pytest.mark.parametrize("how", ["leave", "kill"])
-def test_another_machine_goes_on(machine: Machine, bucket: "Bucket", how: Interruption) -> None:
+def test_another_machine_resumes_a_job(machine: Machine, bucket: "Bucket", how: Interruption) -> None:
     a, b, c = (machine(name) for name in "abc")
     data = job_data(a.base)
     a.submit(replace(SPEC, name="whole"), data, "whole")
@@ -71,7 +71,7 @@ def test_another_machine_goes_on(machine: Machine, bucket: "Bucket", how: Interr
     a.store.verify(expected_digest(a, "moved"))
     assert expected_digest(a, "moved") == expected_digest(a, "whole")
 
-    c.files.sweep_shared(lambda ids: {"moved": a.jobs.get("moved").status})
+    c.files.sweep_bucket(lambda ids: {"moved": a.jobs.get("moved").status})
     assert bucket.listed("jobs/moved/") == []
     left = sorted(stored.key.rsplit("/", 1)[1] for stored in bucket.listed("jobs/whole/rows/"))
     assert left == ["data.json", "train.safetensors", "validation.safetensors"]
@@ -85,7 +85,7 @@ def expected_digest(shop: Shop, name: str) -> str:
     return shop.catalog.get(name).versions[0].digest
 
 
-def test_a_cancelled_jobs_rows_go(machine: Machine, bucket: "Bucket") -> None:
+def test_rows_of_a_cancelled_job_are_removed(machine: Machine, bucket: "Bucket") -> None:
     a = machine("a")
     for job_id in ("ended", "waits"):
         a.submit(SPEC, job_data(a.base), job_id)
@@ -94,7 +94,7 @@ def test_a_cancelled_jobs_rows_go(machine: Machine, bucket: "Bucket") -> None:
     assert len(bucket.listed("jobs/waits/rows/")) == 3
 
 
-def test_removed_jobs_are_told_once(tmp_path: Path, engine: sa.Engine) -> None:
+def test_prune_reports_a_removed_job_once(tmp_path: Path, engine: sa.Engine) -> None:
     """Also where machines share a directory, in which a folder would outlive its files."""
     pytest.importorskip("obstore")
     from adapters.storage.bucket import Bucket as Real
@@ -109,7 +109,7 @@ def test_removed_jobs_are_told_once(tmp_path: Path, engine: sa.Engine) -> None:
     assert retention.prune(datetime.now(UTC)) == []
 
 
-def test_a_full_models_files_are_had_elsewhere(
+def test_other_machines_have_a_full_models_files(
     machine: Machine, tmp_path: Path, engine: sa.Engine, tiny_base: BaseModel
 ) -> None:
     a, b = machine("a"), machine("b")
@@ -137,7 +137,7 @@ def test_a_model_outlives_the_database(tmp_path: Path, bucket: "Bucket", monkeyp
     ):
         bucket.put(f"jobs/job-1/{name}", b"{}")
     monkeypatch.setattr("server.jobs.files._ORPHAN_SECONDS", -60.0)
-    JobFiles(tmp_path, bucket).sweep_shared(lambda ids: {})
+    JobFiles(tmp_path, bucket).sweep_bucket(lambda ids: {})
     assert [stored.key for stored in bucket.listed("jobs/")] == [
         "jobs/job-1/model-1/config.json",
         "jobs/job-1/model-1/model.safetensors",
@@ -146,10 +146,8 @@ def test_a_model_outlives_the_database(tmp_path: Path, bucket: "Bucket", monkeyp
 
 @pytest.fixture
 def open_checkpoints(tmp_path: Path, bucket: "Bucket") -> "OpenCheckpoints":
-    from server.training.checkpoint import SharedCheckpoints
-
     def on(name: str, token: int, through: "Bucket | None" = None) -> Checkpoints:
-        return SharedCheckpoints(tmp_path / name, token, through or bucket, "job")
+        return Checkpoints(tmp_path / name, token, through or bucket, "job")
 
     return on
 
@@ -175,7 +173,7 @@ def test_a_stale_worker_overwrites_nothing(open_checkpoints: "OpenCheckpoints", 
     assert {stored.key.split("/")[2] for stored in bucket.listed()} == {"checkpoint-2-11"}
 
 
-def test_half_a_checkpoint_was_never_there(open_checkpoints: "OpenCheckpoints", bucket: "Bucket") -> None:
+def test_an_incomplete_checkpoint_is_ignored(open_checkpoints: "OpenCheckpoints", bucket: "Bucket") -> None:
     a = open_checkpoints("a", 1)
     a.save(checkpoint(1, 1.0))
     bucket.put("jobs/job/checkpoint-1-2/state.safetensors", b"half")
@@ -186,7 +184,7 @@ def test_half_a_checkpoint_was_never_there(open_checkpoints: "OpenCheckpoints", 
     assert found.state["step"] == 1
 
 
-def test_training_goes_on_without_the_store(
+def test_training_continues_without_the_bucket(
     open_checkpoints: "OpenCheckpoints", proxied: "Bucket", proxy: Proxy
 ) -> None:
     a = open_checkpoints("a", 1, proxied)
@@ -207,7 +205,7 @@ def test_training_goes_on_without_the_store(
     assert found.step == 3
 
 
-def test_what_was_never_submitted_goes_once_it_is_old(
+def test_old_rows_that_were_never_submitted_are_removed(
     tmp_path: Path, engine: sa.Engine, bucket: "Bucket", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, jobs = JobFiles(tmp_path, bucket), Jobs(engine)
