@@ -1,1 +1,1 @@
-"""Continuous batching over one frozen model. No HTTP, no database, no paths."""
+"""Continuous batching over one frozen model, without HTTP, a database or file paths."""

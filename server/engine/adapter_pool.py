@@ -1,14 +1,8 @@
-"""Runs of neighbouring rows in a pool of fixed size: first fit, and neighbours join when released.
+"""The pool of resident adapters: load adapters for requests, and evict the least recently used ones.
 
-Reads of adapters. One that has begun can't be stopped: whoever asks for the same again waits for that one.
-
-One adapter of the pool, from its first reading until its rows are given to others.
-
-Which adapters are resident: least recently used out, never one that a request holds.
-
-A request's adapters are held all or none, as a `Hold`: one that had some and waited for others could wait for
-ever. A cold adapter is read and its rows are filled by executors' threads, while other requests run; the pool
-itself is touched by the engine's thread alone.
+A request holds all of its adapters or none (`AdapterHold`), because two requests with some adapters each could
+wait for each other forever. A held adapter is never evicted. Threads of executors read cold adapters and fill
+their rows while other requests run. Only the engine's thread uses the pool itself.
 """
 
 import logging
@@ -24,15 +18,23 @@ from typing import ParamSpec, TypeVar
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError, Unavailable
 from adapters.lora import AdapterRef, LoraWeights
-from server.engine.sequence import Hold
 from server.errors import GenerationFailed
 from server.model.device import is_out_of_memory
 from server.model.lora_batch import Parts
 from server.model.rank_rows import Needs, Placement, RankRows, Run, Stored
 
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+Load = Callable[[str], Stored]
+Space = tuple[str, str]
+"""A group and "rows" or "units": one of the pool's tensors."""
+NUM_READERS = 8
+"""Threads that read adapters. A read from an object store can take most of a minute."""
+
 
 class Extents:
-    """Hands out runs [start, start + length) of 0 … capacity - 1."""
+    """An allocator of runs [start, start + length) of 0 … capacity - 1. It uses the first gap that fits."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -40,7 +42,7 @@ class Extents:
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (start, length), in order
 
     def allocate(self, length: int) -> int | None:
-        """The start of a new run, or None where no gap is long enough. `length` is at least 1."""
+        """Return the start of a new run, or None if no gap is long enough. `length` is at least 1."""
         assert length > 0
         for i, (start, gap) in enumerate(self._free):
             if gap >= length:
@@ -53,7 +55,7 @@ class Extents:
         return None
 
     def release(self, start: int, length: int) -> None:
-        """Take a run back, exactly as it was handed out."""
+        """Free a run that `allocate` returned."""
         i = bisect_left(self._free, (start, 0))
         if i < len(self._free):
             assert start + length <= self._free[i][0], "released twice"
@@ -68,7 +70,7 @@ class Extents:
         self.num_free = sum(gap for _, gap in self._free)
 
     def reset(self, taken: Iterable[tuple[int, int]]) -> None:
-        """Have just these runs (start, length) be taken; they are in order and don't overlap."""
+        """Make exactly these runs (start, length) allocated. They are in order and don't overlap."""
         self._free, end = [], 0
         for start, length in (*taken, (self.capacity, 0)):
             if start > end:
@@ -77,21 +79,13 @@ class Extents:
         self.num_free = sum(gap for _, gap in self._free)
 
 
-Load = Callable[[str], Stored]
-NUM_READERS = 8
-"""Threads that read: one that must fetch its adapter from an object store may take most of a minute."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
 def started(num_threads: int, name: str) -> ThreadPoolExecutor:
-    """Return an executor whose threads have all been started: later there may be none to be had.
+    """Return an executor whose threads have all started, since the system may have no threads left later.
 
-    Raises RuntimeError if the system has too few now.
+    Raise RuntimeError if a thread can't start.
     """
     executor = ThreadPoolExecutor(num_threads, name)
-    all_started = threading.Barrier(num_threads)  # until then none is idle, so each job starts a thread
+    all_started = threading.Barrier(num_threads)  # keeps each thread busy, so that each job starts a new one
     try:
         jobs = [executor.submit(all_started.wait) for _ in range(num_threads)]
     except RuntimeError:
@@ -106,9 +100,9 @@ def started(num_threads: int, name: str) -> ThreadPoolExecutor:
 def submit(
     executor: Executor, wake: Callable[[], None], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> Future[T]:
-    """Have an executor's thread call the function, and `wake` when it has ended or was cancelled.
+    """Submit a call to an executor. `wake` is called when the call has ended or was cancelled.
 
-    If the executor takes no jobs, the future has failed with Unavailable.
+    If the executor accepts no calls, the future fails with Unavailable.
     """
     try:
         future = executor.submit(function, *args, **kwargs)
@@ -120,16 +114,19 @@ def submit(
 
 
 class Reads:
-    """`wake` is called, from another thread, when one has ended or was cancelled."""
+    """Reads of adapters. A read that has begun can't be stopped, so later requests for its adapter reuse it.
+
+    `wake` is called from another thread when a read has ended or was cancelled.
+    """
 
     def __init__(self, load: Load, readers: Executor, wake: Callable[[], None]) -> None:
         self._load = load
         self._readers = readers
         self._wake = wake
-        self._left: dict[str, Future[Stored]] = {}  # under way, and nobody waits for them
+        self._left: dict[str, Future[Stored]] = {}  # reads in progress that no request waits for
 
     def begin(self, digest: str) -> Future[Stored]:
-        """One that is awaited from now on: that which was left and is still under way, or a new one."""
+        """Return a read in progress that was left, or begin one."""
         self._forget_ended()
         reading = self._left.pop(digest, None)
         if reading is None:
@@ -137,7 +134,7 @@ class Reads:
         return reading
 
     def leave(self, digest: str, reading: Future[Stored]) -> None:
-        """Nobody awaits it any more. One that has not begun never does: others' may wait behind it."""
+        """Leave a read that no request waits for any more. If it hasn't begun, cancel it."""
         self._forget_ended()
         if not (reading.cancel() or reading.done()):
             self._left[digest] = reading
@@ -146,20 +143,16 @@ class Reads:
         self._left = {digest: reading for digest, reading in self._left.items() if not reading.done()}
 
 
-Space = tuple[str, str]
-"""A group and "rows" or "units": one of the pool's tensors."""
-
-
 @dataclass(eq=False)
 class Adapter:
-    """One adapter that is resident or on its way. It has rows exactly while `placement` is set.
+    """An adapter that is resident or being loaded. It has rows exactly while `placement` is set.
 
-    It is kept while any hold wants it, held or waiting, or while it has rows that nobody needs.
+    The pool keeps it while a hold wants it, and then while its rows aren't needed for other adapters.
     """
 
     digest: str
     reading: Future[Stored]
-    stored: Stored | None = None  # between being read and being placed
+    stored: Stored | None = None  # set after the read, until it is placed
     needs: Needs = field(default_factory=dict)
     placement: Placement | None = None
     placing: Future[None] | None = None
@@ -172,24 +165,24 @@ class Adapter:
 
     @property
     def is_idle(self) -> bool:
-        """Whether its rows can be given to others."""
+        """Whether it can be evicted."""
         return not self.num_holds and self.placing is not None and self.placing.done()
 
     @property
     def pending(self) -> Future[Stored] | Future[None] | None:
-        """What it waits for: to be read, or to be placed. None: for nothing."""
+        """The read or placement in progress, or None if there is none."""
         work = self.reading if self.placing is None else self.placing
         return None if work.done() else work
 
     def start(self, space: Space) -> int:
-        """Return where its run begins; only of an adapter that has one there."""
+        """Return the start of its run in a space. It must have one there."""
         group, kind = space
         assert self.placement is not None
         run = self.placement[group]
         return run.first_row if kind == "rows" else run.first_unit
 
     def move(self, space: Space, start: int) -> None:
-        """Note that its run begins elsewhere now."""
+        """Set the new start of its run in a space."""
         group, kind = space
         assert self.placement is not None
         run = self.placement[group]
@@ -198,7 +191,7 @@ class Adapter:
 
     @property
     def failure(self) -> SmoloraError | None:
-        """Why it could not be placed."""
+        """The error if it could not be placed."""
         reason = self.placing.exception() if self.placing is not None and self.placing.done() else None
         if isinstance(reason, SmoloraError):
             return reason
@@ -207,33 +200,32 @@ class Adapter:
         return None if reason is None else CorruptAdapter("An adapter of this request could not be loaded.")
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(eq=False)
 class AdapterHold:
-    """A hold on a set of adapters (`sequence.Hold`). Before `is_held`, `adapters` are only being read."""
+    """A hold on all adapters of one sequence. Before `is_held`, `adapters` are only being read."""
 
     pool: "AdapterPool" = field(repr=False)
     refs: tuple[AdapterRef, ...]
     adapters: tuple[Adapter, ...] = ()
-    is_held: bool = False
-    lacks_room: bool = False
-    error: SmoloraError | None = None
-    loading: tuple[float, float] | None = None
+    is_held: bool = False  # whether the adapters have rows, filled or not, which they keep until `release`
+    lacks_room: bool = False  # whether it only waits for other holds to free rows
+    error: SmoloraError | None = None  # why it can never become ready
+    loading: tuple[float, float] | None = None  # when the wait for cold adapters began and ended
     _cold_since: float | None = field(default=None, repr=False)
     _parts: Parts | None = field(default=None, repr=False)
-    _num_moves: int = 0  # of the pool, when `_parts` was made
-    _hurry_seconds: float = 0.02  # of waiting in all: less than a step of a full batch takes
+    _num_moves: int = 0  # the pool's, when `_parts` was made
+    _hurry_seconds: float = 0.02  # total time that `hurry` may wait: less than a step of a full batch
 
     @property
     def ready(self) -> bool:
+        """Whether the adapters' rows can be used."""
         return self.is_held and all(adapter.is_placed for adapter in self.adapters)
 
     def advance(self) -> bool:
+        """Continue the loading as far as possible without waiting, and return whether the hold is ready."""
         try:
             is_ready = self.pool.advance(self)
-        except Exception:  # the others in the step don't depend on it
+        except Exception:  # other sequences in the step don't depend on this hold
             log.exception("an adapter's load failed")
             self.error = GenerationFailed("the engine failed to load an adapter of this request; try it again")
             return False
@@ -244,6 +236,7 @@ class AdapterHold:
         return is_ready
 
     def hurry(self) -> None:
+        """Wait for the adapters to become ready, for up to `_hurry_seconds` in total."""
         end = self.pool.clock() + self._hurry_seconds
         while not (self.advance() or self.error or self.lacks_room) and self._hurry_seconds > 0:
             pending = next((work for adapter in self.adapters if (work := adapter.pending) is not None), None)
@@ -258,7 +251,7 @@ class AdapterHold:
 
     @property
     def parts(self) -> Parts:
-        """Where the adapters lie, with their weights; only of a hold that is ready."""
+        """The adapters' placements and weights. The hold must be ready."""
         if self._parts is None or self._num_moves != self.pool.num_moves:
             self._num_moves = self.pool.num_moves
             placements = [adapter.placement for adapter in self.adapters]
@@ -272,7 +265,7 @@ class AdapterHold:
 
 
 class AdapterPool:
-    """The resident adapters of one engine. `wake` is called, from another thread, when a load has moved on."""
+    """The resident adapters of one engine. Other threads call `wake` when a load has progressed."""
 
     def __init__(
         self,
@@ -287,15 +280,15 @@ class AdapterPool:
         self.clock = clock
         self.num_loads = 0
         self.num_evictions = 0
-        self.num_moves = 0  # times that adapters were moved together
+        self.num_moves = 0  # times that adapters were moved to join the free rows
         self._reads = Reads(load, readers, wake)
         self._placers = placers
         self._wake = wake
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._resident: frozenset[str] = frozenset()
-        self._filling: list[Adapter] = []  # perhaps placed since `_resident` was made
+        self._filling: list[Adapter] = []  # being placed, or placed since `_resident` was updated
         self._num_freed = 0
-        self._settling: list[Adapter] = []  # given up, perhaps while their rows were being filled
+        self._settling: list[Adapter] = []  # released, but their rows may still be being filled
         self._spaces: dict[Space, Extents] = {}
         for group in rows.layouts:
             self._spaces[group, "rows"] = Extents(rows.num_rows(group))
@@ -303,7 +296,7 @@ class AdapterPool:
 
     @property
     def resident(self) -> frozenset[str]:
-        """Digests of the adapters whose rows can be used at once."""
+        """Digests of the adapters whose rows can be used now."""
         filling: list[Adapter] = []
         placed: set[str] = set()
         for adapter in self._filling:
@@ -328,18 +321,21 @@ class AdapterPool:
 
     @property
     def num_freed(self) -> int:
-        """Grows whenever a hold that lacked room may fare otherwise: rows came free, or it lost some it had."""
+        """A counter that grows when a hold that lacked room should be tried again.
+
+        Either rows became free, or an adapter that the hold waits for was evicted.
+        """
         filling = [adapter for adapter in self._settling if not adapter.is_idle]
         self._num_freed += len(self._settling) - len(filling)
         self._settling = filling
         return self._num_freed
 
-    def share(self, holds: Iterable[Hold]) -> float:
+    def share(self, holds: Iterable[AdapterHold]) -> float:
         """Return the share of the rows (0 to 1) that the adapters of these holds take together."""
         adapters = self._of(holds)
         return max(_size(adapters, space) / max(extents.capacity, 1) for space, extents in self._spaces.items())
 
-    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
+    def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
         """Return whether a hold that lacks room would have it if the holds in `without` were released."""
         adapters = self._of([hold])
         num_released = Counter(ref.digest for other in without for ref in other.refs)
@@ -350,19 +346,19 @@ class AdapterPool:
         spare = released + [a for a in self._adapters.values() if a.is_idle and a not in adapters]
         return self._is_room_for(missing, spare)
 
-    def _of(self, holds: Iterable[Hold]) -> list[Adapter]:
+    def _of(self, holds: Iterable[AdapterHold]) -> list[Adapter]:
         """Return the adapters of these holds, each once."""
         digests = {ref.digest for hold in holds for ref in hold.refs}
         return [self._adapters[digest] for digest in digests if digest in self._adapters]
 
     def hold(self, refs: tuple[AdapterRef, ...]) -> AdapterHold:
-        """A new hold, which `advance` brings on its way and `release` ends."""
+        """Return a new hold, which isn't ready yet."""
         return AdapterHold(self, refs, is_held=not refs)
 
     def advance(self, hold: AdapterHold) -> bool:
-        """Do what can be done without waiting for the hold to become ready; whether it is.
+        """Continue loading a hold's adapters without waiting, and return whether the hold is ready.
 
-        Sets `error` where it never will be: an adapter can't be read, or the set is larger than the pool.
+        Set the hold's `error` if it can never be: an adapter can't be read, or the set is larger than the pool.
         """
         if hold.is_held:
             hold.error = next(filter(None, (adapter.failure for adapter in hold.adapters)), None)
@@ -386,7 +382,7 @@ class AdapterPool:
         return hold.ready
 
     def release(self, hold: AdapterHold) -> None:
-        """Give up the hold; the adapters stay resident until their room is needed."""
+        """Release a hold. Its adapters stay resident until their rows are needed."""
         for adapter in hold.adapters:
             adapter.num_wanting -= 1
             if hold.is_held:
@@ -396,14 +392,14 @@ class AdapterPool:
                     self._settling.append(adapter)
                 self._adapters.move_to_end(adapter.digest)  # it was in use until now
             elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
-                del self._adapters[adapter.digest]  # it was read for this hold alone
+                del self._adapters[adapter.digest]  # only this hold waited for its read
                 self._reads.leave(adapter.digest, adapter.reading)
         hold.adapters, hold.is_held, hold._parts = (), False, None
-        if self.rows.lacks_pages:  # not sooner: it would take a core from the steps up to a first token
+        if self.rows.lacks_pages:  # only now: earlier it would slow the steps before the first token
             submit(self._placers, lambda: None, self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
-        """The hold's adapters; those that are not there begin to be read."""
+        """Return the hold's adapters, and begin to read the missing ones."""
         adapters = tuple(self._find(ref.digest) for ref in hold.refs)
         for adapter in adapters:
             adapter.num_wanting += adapter not in hold.adapters
@@ -411,7 +407,7 @@ class AdapterPool:
         return adapters
 
     def _has(self, adapter: Adapter) -> bool:
-        """Whether it was not dropped, and perhaps read anew, since a hold found it."""
+        """Return whether the pool still has this adapter object, and not a newer one with its digest."""
         return self._adapters.get(adapter.digest) is adapter
 
     def _find(self, digest: str) -> Adapter:
@@ -440,7 +436,7 @@ class AdapterPool:
         return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
 
     def _has_room(self, adapters: Sequence[Adapter]) -> bool:
-        """Return whether the adapters would have rows if all that nobody holds were evicted."""
+        """Return whether the adapters would have rows if all idle adapters were evicted."""
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [adapter for adapter in self._adapters.values() if adapter.is_idle and adapter not in adapters]
         return self._is_room_for(missing, idle)
@@ -452,10 +448,10 @@ class AdapterPool:
         )
 
     def _take_rows(self, adapters: Sequence[Adapter]) -> bool:
-        """Place what is not placed, evicting the least recently used that nobody holds; all or none.
+        """Place all adapters that have no rows, or none. Evicts idle adapters, the least recently used first.
 
-        Those that a waiting hold wants go last: they would be read again. Returns False if the free rows are not
-        one run and an adapter between them is being filled, which ends soon.
+        Adapters that a waiting hold wants are evicted last, since they would have to be read again. Return False
+        if an adapter that is being filled separates the free rows. It is tried again soon.
         """
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]
@@ -469,7 +465,7 @@ class AdapterPool:
             evicted = idle.pop(0)
             self._drop(evicted)
             self.num_evictions += 1
-            self._num_freed += evicted.num_wanting > 0  # whoever waits must have it read again
+            self._num_freed += evicted.num_wanting > 0  # the waiting hold must read it again
         for adapter in missing:
             self._place(adapter)
         for adapter in adapters:
@@ -477,7 +473,7 @@ class AdapterPool:
         return True
 
     def _move_together(self) -> None:
-        """Make one run of the free rows. Adapters that are being filled stay where they are."""
+        """Move adapters so that the free rows form one run. Adapters that are being filled aren't moved."""
         self.num_moves += 1
         for space, extents in self._spaces.items():
             placed = [a for a in self._adapters.values() if a.placement is not None and _size([a], space)]
@@ -494,7 +490,7 @@ class AdapterPool:
             extents.reset(taken)
 
     def _allocate_all(self, adapters: Sequence[Adapter]) -> bool:
-        """Rows for all or none: whoever begins anew after an eviction can't be in its own way."""
+        """Allocate rows for all adapters or for none, so that a retry after an eviction finds all gaps."""
         for i, adapter in enumerate(adapters):
             if not self._allocate(adapter):
                 for other in adapters[:i]:
@@ -522,7 +518,7 @@ class AdapterPool:
         assert adapter.stored is not None
         assert adapter.placement is not None
         adapter.placing = submit(self._placers, self._wake, self.rows.place, adapter.stored, adapter.placement)
-        adapter.stored = None  # so that the file is unmapped once it is copied
+        adapter.stored = None  # so that the file is unmapped after the copy
         adapter.reading = Future()
         adapter.reading.set_result(LoraWeights({}))
         self._filling.append(adapter)

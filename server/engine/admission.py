@@ -1,10 +1,7 @@
-"""How long a request would wait for a place in the batch, by how fast places have become free. Plain arithmetic.
+"""Decide whether the engine accepts more sequences, and estimate how long they would wait for a place.
 
-Only time in which all places are taken counts: an idle server's answers say nothing of how fast it is.
-
-How many sequences are in flight, by project: whether more are taken, and how many must end before one begins.
-
-Nothing is kept of a project whose sequences have all ended, and nothing here takes longer the more there are.
+`InFlight` counts the sequences of each project. `QueueRate` measures how fast sequences end while all places in
+the batch are taken. Both are plain arithmetic, whose time doesn't depend on the number of sequences.
 """
 
 from collections import deque
@@ -12,17 +9,23 @@ from dataclasses import dataclass
 
 
 class QueueRate:
-    """Watches over so many places. Have it `observe` before and after each change of the number in flight."""
+    """The rate at which sequences end while all `num_places` places are taken.
+
+    Other times don't count, since the answers of an idle server don't show its throughput.
+    """
 
     def __init__(self, num_places: int) -> None:
         self.num_places = num_places
-        self._full_seconds = 0.0  # that all places were taken for
-        self._since: float | None = None  # when they came to be; None: they aren't
-        self._num_ended = 0  # within that time
-        self._ends = deque([(0.0, 0)])  # (`_full_seconds`, `_num_ended`), for about two batches
+        self._full_seconds = 0.0  # time in which all places were taken
+        self._since: float | None = None  # when the current such time began; None if a place is free
+        self._num_ended = 0  # sequences that ended in `_full_seconds`
+        self._ends = deque([(0.0, 0)])  # (`_full_seconds`, `_num_ended`) at each end, for about two batches
 
     def observe(self, now: float, num_in_flight: int, num_ended: int = 0) -> None:
-        """At `now` (seconds) so many sequences are in flight, after so many have just given up their places."""
+        """Record the number in flight at `now` (seconds), after `num_ended` sequences have left their places.
+
+        Call it after each change of the number.
+        """
         if self._since is not None:
             self._full_seconds += now - self._since
             self._num_ended += num_ended
@@ -33,7 +36,7 @@ class QueueRate:
         self._since = now if num_in_flight >= self.num_places else None
 
     def wait(self, now: float, num_ahead: int) -> float:
-        """Seconds until so many will have ended; 0 before a whole batch has: nobody knows."""
+        """Estimate the seconds until `num_ahead` sequences have ended. Return 0 until a whole batch has ended."""
         start, before = self._ends[0]
         if num_ahead <= 0 or self._num_ended < self.num_places:
             return 0.0
@@ -43,10 +46,10 @@ class QueueRate:
 
 @dataclass
 class _Counts:
-    """Of one project: its sequences, and how many of them have had a place in the batch."""
+    """The sequences of one project."""
 
     num: int = 0
-    num_begun: int = 0
+    num_begun: int = 0  # sequences that have had a place in the batch
 
     @property
     def num_waiting(self) -> int:
@@ -54,10 +57,10 @@ class _Counts:
 
 
 class InFlight:
-    """Counts of sequences, of which `num_places` run at once and `max_num` may be in flight.
+    """The number of sequences in flight by project. `num_places` run at once, and up to `max_num` are accepted.
 
-    Once so many are, a project is still given its share of `max_num`, by the number of projects with something in
-    flight, so that no other can keep it out. That ends at twice `max_num`.
+    When `max_num` are in flight, a project with less than its equal share may still add sequences, so that other
+    projects can't keep it out. The hard limit is twice `max_num`.
     """
 
     def __init__(self, num_places: int, max_num: int) -> None:
@@ -68,7 +71,7 @@ class InFlight:
         self._num_projects_waiting = 0
 
     def has_room(self, project: str, num: int) -> bool:
-        """Whether so many more of the project are taken. Where there are none at all, any number is."""
+        """Return whether `num` more sequences of the project are accepted: any number if none are in flight."""
         if not self.num or self.num + num <= self.max_num:
             return True
         own = self._projects.get(project, _Counts())
@@ -77,24 +80,24 @@ class InFlight:
         return is_below_share and own.num + num <= self.max_num and self.num + num <= 2 * self.max_num
 
     def add(self, project: str, num: int) -> None:
-        """So many of the project are in flight from now on."""
+        """Count `num` new sequences of the project."""
         self._change(project, num, 0)
 
     def begin(self, project: str, num: int) -> None:
-        """So many of its sequences in flight have got a place."""
+        """Record that `num` of the project's sequences have got a place."""
         self._change(project, 0, num)
 
     def end(self, project: str, num: int, num_begun: int) -> None:
-        """So many are in flight no more, of which so many had a place."""
+        """Remove `num` sequences of the project, of which `num_begun` had a place."""
         self._change(project, -num, -num_begun)
 
     def num_ahead(self, project: str) -> int:
-        """Return how many sequences will end before one more of the project has a place; 0: it begins at once.
+        """Return how many sequences will end before another one of the project gets a place.
 
-        A project gets its equal share of the places from projects that have more (`server.engine.scheduler`), so
-        its first sequences wait only if there are more projects than places. The others wait for their turns.
+        The scheduler gives a project its equal share of the places by preempting projects that have more. So its
+        first sequences wait only if there are more projects than places. The others wait for their turns.
         """
-        num_before = self.num + 1 - self.num_places  # if all of them came first
+        num_before = self.num + 1 - self.num_places  # if all others came first
         if num_before <= 0:
             return 0
         own = self._projects.get(project, _Counts())
@@ -112,6 +115,6 @@ class InFlight:
         own.num_begun += num_begun
         self.num += num
         self._num_projects_waiting += own.num_waiting > 0
-        assert 0 <= own.num_begun <= own.num, "ended twice, or never taken"
+        assert 0 <= own.num_begun <= own.num, "ended twice, or never accepted"
         if not own.num:
             del self._projects[project]

@@ -1,15 +1,8 @@
-"""A request's outputs on their way to whoever reads them, on one event loop.
+"""Run the engine on its own thread, behind an event loop that sends it requests and receives outputs.
 
-Tells a step that hangs from one that takes long, or whose process was stopped meanwhile. Plain arithmetic.
-
-A step's age is added up from regular looks, each of which counts for `_LONGEST_PAUSE` at most: while the whole
-process is stopped (SIGSTOP, a suspended machine, a debugger) nobody looks, and that time is nobody's.
-
-The engine behind an event loop: one thread steps it, others send it messages and await its news.
-
-The thread and the loop share an inbox, under a condition, and snapshots that are replaced whole; everything else
-of the engine is the thread's alone. Outputs go over to the loop a step at a time. The loop watches the thread:
-where it has died or hangs, everybody in flight is told so, and the engine is dead.
+The thread and the loop share an inbox, protected by a condition, and snapshots that are replaced as a whole. The
+rest of the engine belongs to the thread. It passes outputs to the loop once a step. The loop watches the thread.
+If it has died or hangs, all requests in flight fail, and the engine is dead.
 """
 
 import asyncio
@@ -29,20 +22,33 @@ from server.engine.engine import Engine, EngineConfig
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.errors import Draining, EngineDead, GenerationFailed, NotReady, QueueFull, ReadTooSlowly
 
+log = logging.getLogger(__name__)
 MAX_UNREAD = 1 << 18
-"""Tokens that may wait for a reader, and the likeliest ones beside them: some 30 MB."""
+"""Tokens, with the likeliest tokens of their log-probabilities, that a stream buffers: about 30 MB."""
+LEAST_SECONDS = 30.0
+"""A step counts as hung only after this time."""
+FACTOR = 20.0
+"""A step counts as hung only after this many times the longest earlier step."""
+_LONGEST_PAUSE = 1.0  # seconds: a longer time between two looks counts as this
+_WATCH_SECONDS = 0.25  # between two looks at the thread
+_STOP_SECONDS = 0.005  # between two looks whether the thread has ended
+_WAIT_ERROR = 1.25
+"""The 99th percentile of actual wait / estimated wait, measured at five times the peak load."""
+_STATS_INTERVAL = 0.05  # seconds between snapshots while steps follow each other
+Put = Callable[[SequenceOutput | SmoloraError], None]
+"""A function that receives each output of a request, or an error that ends all of it. It must be quick."""
 
 
 class OutputStream:
-    """The outputs of one request, until all its choices have ended. `aclose` aborts what is left."""
+    """The outputs of one request, until all its choices have ended. `aclose` aborts the unfinished choices."""
 
     def __init__(self, num_choices: int, abandon: Callable[[], None]) -> None:
-        """`abandon` tells whoever `put`s that nobody reads any more; it may be called after the end, and twice."""
-        self._num_unfinished = num_choices  # choices whose end the reader has not seen
+        """`abandon` is called when the reader has stopped, possibly after the end or twice."""
+        self._num_unfinished = num_choices  # choices whose end the reader hasn't received
         self._abandon = abandon
         self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
         self._num_unread = 0
-        self._is_over = False  # nothing more is taken
+        self._is_over = False  # whether further outputs are ignored
 
     def __aiter__(self) -> "OutputStream":
         return self
@@ -60,14 +66,14 @@ class OutputStream:
         return output
 
     async def aclose(self) -> None:
-        """Free what the request holds at the engine's next step. Closing twice is closing once."""
+        """Abort the request, whose resources are freed at the engine's next step. Closing twice is a no-op."""
         self._num_unfinished = 0
         self._abandon()
 
     def put(self, output: SequenceOutput | SmoloraError) -> None:
-        """Hand on news of a choice, or what ends all of them, and with them what the request holds.
+        """Pass an output of a choice, or an error that ends all choices, to the reader.
 
-        So does a reader who is too far behind.
+        If the reader is too far behind, end the request with ReadTooSlowly instead.
         """
         if self._is_over:
             return
@@ -75,42 +81,42 @@ class OutputStream:
             self._num_unread += _size(output)
             if self._num_unread > MAX_UNREAD:
                 output = ReadTooSlowly()
-                while not self._queue.empty():  # who reads little at a time would keep it for as long
+                while not self._queue.empty():  # a slow reader would keep this memory for long
                     self._queue.get_nowait()
         self._queue.put_nowait(output)
         if isinstance(output, SmoloraError):
             self._is_over = True
-            asyncio.get_running_loop().call_soon(self._abandon)  # whoever puts is at work on the request just now
+            asyncio.get_running_loop().call_soon(self._abandon)  # later: the caller is still handling the request
 
 
 def _size(output: SequenceOutput) -> int:
     return output.num_new_tokens + sum(len(entry.top) for entry in output.logprobs)
 
 
-LEAST_SECONDS = 30.0
-"""A step is never given up before it is so old."""
-FACTOR = 20.0
-"""Nor before it has taken so many times as long as the longest one before it."""
-_LONGEST_PAUSE = 1.0  # seconds between two looks that may have been work
-
-
 class Watchdog:
-    """Watches over one thread's steps. Have it `look` every fraction of a second."""
+    """A detector of steps that hang. Call `look` every fraction of a second.
+
+    The age of a step is the sum of the times between looks, each of which counts up to `_LONGEST_PAUSE`. So the
+    time for which the whole process is stopped (SIGSTOP, a suspended machine, a debugger) doesn't count.
+    """
 
     def __init__(self, least_seconds: float = LEAST_SECONDS) -> None:
         self._least_seconds = least_seconds
         self._looked_at: float | None = None
         self._step: int | None = None
         self._age = 0.0
-        self._longest = 0.0  # of the steps that have ended
+        self._longest = 0.0  # age of the longest step that has ended
 
     @property
     def limit(self) -> float:
-        """Seconds after which a step counts as stalled."""
+        """Seconds after which a step counts as hung."""
         return max(self._least_seconds, FACTOR * self._longest)
 
     def look(self, step: int | None, now: float) -> bool:
-        """Whether the step under way has stalled. `step`: its number, None between steps; `now`: seconds."""
+        """Return whether the current step hangs.
+
+        `step` is its number, or None between steps; `now` is a time in seconds.
+        """
         pause = 0.0 if self._looked_at is None else min(now - self._looked_at, _LONGEST_PAUSE)
         self._looked_at = now
         if step is not None and step == self._step:
@@ -121,31 +127,18 @@ class Watchdog:
         return self._age > self.limit
 
 
-log = logging.getLogger(__name__)
-
-_WATCH_SECONDS = 0.25  # between two looks at the thread
-_STOP_SECONDS = 0.005  # likewise, while it is awaited
-_WAIT_ERROR = 1.25
-"""By how much a wait exceeds its estimate in the worst of a hundred cases, as seen at five times the peak."""
-_STATS_INTERVAL = 0.05  # seconds between snapshots while steps follow each other
-
-
-Put = Callable[[SequenceOutput | SmoloraError], None]
-"""Is handed each output of a request, or what ends all of it. It must not take long."""
-
-
 @dataclass
 class _Taken:
-    """A request that was taken and has not ended."""
+    """A request that was accepted and has not ended."""
 
     request: GenerationRequest
     put: Put
-    num_undelivered: int  # choices whose end the engine has not told
+    num_undelivered: int  # choices whose end the engine hasn't reported
     has_begun: bool = False  # whether it has had a place in the batch
 
 
 class AsyncEngine:
-    """One engine and its thread. `start`, `submit` and the streams belong to one event loop."""
+    """One engine and its thread. Use `start`, `submit` and the streams on one event loop."""
 
     def __init__(
         self,
@@ -157,9 +150,9 @@ class AsyncEngine:
         watch_seconds: float = _WATCH_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`build(wake)` makes the engine, at once; it calls `wake` from any thread when it may have work.
+        """Build the engine with `build(wake)`. It calls `wake` from any thread when it may have work.
 
-        What would wait for a place longer than `queue_timeout` seconds is refused by `check_queue`.
+        `check_queue` refuses requests that would wait for a place longer than `queue_timeout` seconds.
         """
         self._engine = build(self._wake)
         num_places = self._engine.config.scheduler.max_num_seqs
@@ -185,32 +178,32 @@ class AsyncEngine:
 
     @property
     def ready(self) -> bool:
-        """Whether a request sent now would be taken and worked on."""
+        """Whether the engine accepts requests now."""
         return self._thread.is_alive() and not (self._is_dead or self._is_draining)
 
     @property
     def draining(self) -> bool:
-        """Whether it takes nothing new, for good: the process is about to end."""
+        """Whether it refuses new requests, because the process is about to end."""
         return self._is_draining
 
     @property
     def dead(self) -> bool:
-        """Whether the engine can't go on; the process should end."""
+        """Whether the engine can't go on, so that the process should end."""
         return self._is_dead
 
     @property
     def hung(self) -> bool:
-        """Whether it is dead because a step doesn't end: nobody may wait for its thread."""
+        """Whether it is dead because a step hangs. Don't wait for its thread then."""
         return self._is_hung
 
     @property
     def num_in_flight(self) -> int:
-        """Sequences that were taken and have not ended."""
+        """The number of sequences that were accepted and have not ended."""
         return self._in_flight.num
 
     @property
     def max_in_flight(self) -> int:
-        """As many as that may be, but for one request alone, which may have more."""
+        """The maximum of `num_in_flight`. A larger request is accepted if nothing else is in flight."""
         return self._in_flight.max_num
 
     @property
@@ -223,11 +216,11 @@ class AsyncEngine:
 
     @property
     def max_num_tokens(self) -> int:
-        """Of one sequence: its prompt and its answer."""
+        """The most tokens that one sequence can have: its prompt and its answer."""
         return self._engine.max_num_tokens
 
     def cached_blocks(self) -> list[bytes]:
-        """The keys of all blocks that a prompt could find in the cache now."""
+        """Return the keys of all blocks in the prefix cache."""
         return self._engine.blocks.cached_keys()
 
     def start(self) -> None:
@@ -237,7 +230,7 @@ class AsyncEngine:
         self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
-        """End what runs and the thread, but for one that hangs."""
+        """Fail all requests, and end the thread unless it hangs."""
         with self._news:
             self._is_stopping = True
             self._news.notify()
@@ -250,13 +243,13 @@ class AsyncEngine:
             await asyncio.to_thread(self._engine.close)
 
     def drain(self) -> None:
-        """Take no new requests; those in flight go on."""
+        """Refuse new requests from now on. Requests in flight continue."""
         self._is_draining = True
 
     def check_queue(self, num_sequences: int, project: str = "") -> None:
-        """Raise where so many of a project would be refused now, or wait for too long, whatever they are.
+        """Raise QueueFull if `num_sequences` of a project would be refused now or would wait for too long.
 
-        For whoever has work to do before there is a request: QueueFull, Draining, NotReady, EngineDead.
+        Also raise Draining, NotReady and EngineDead. Call this before the work of preparing a request.
         """
         self._check_room(num_sequences, project)
         wait = _WAIT_ERROR * self._rate.wait(self._clock(), self._in_flight.num_ahead(project))
@@ -265,13 +258,13 @@ class AsyncEngine:
             raise QueueFull(message, retry_after=wait - self._queue_timeout)
 
     def submit(self, request: GenerationRequest) -> OutputStream:
-        """Queue a request, or raise at once: QueueFull, Draining, NotReady, EngineDead, InvalidInput."""
+        """Queue a request. Raise QueueFull, Draining, NotReady, EngineDead or InvalidInput if it is refused."""
         stream = OutputStream(request.n, partial(self.abandon, request.request_id))
         self.submit_to(request, stream.put)
         return stream
 
     def submit_to(self, request: GenerationRequest, put: Put) -> None:
-        """The same for whoever collects outputs of many: `put` gets a step's one after the other, on the loop."""
+        """Queue a request like `submit`, but pass its outputs to `put`, on the event loop."""
         self._check_room(request.n, request.project)
         self._engine.check(request)
         self._taken[request.request_id] = _Taken(request, put, request.n)
@@ -280,7 +273,7 @@ class AsyncEngine:
         self._send(request)
 
     def abandon(self, request_id: str) -> None:
-        """Free what the request holds at the next step; nothing more is told of it. Nothing where it has ended."""
+        """Abort a request at the next step, without further outputs. A no-op if it has ended."""
         if request_id in self._taken:
             self._forget(request_id)
             self._send(request_id)
@@ -296,11 +289,11 @@ class AsyncEngine:
             raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)")
 
     def _observe(self, num_ended: int = 0) -> None:
-        """The number in flight has changed; so many had a place in the batch and have given it up."""
+        """Record a new number in flight, after `num_ended` sequences have left their places in the batch."""
         self._rate.observe(self._clock(), self._in_flight.num, num_ended)
 
     async def _watch(self) -> None:
-        """Notice what the thread itself can't tell: that it has died, or that it hangs."""
+        """Fail all requests if the thread has died or hangs."""
         while not (self._is_dead or self._is_stopping) or self._thread.is_alive():
             await asyncio.sleep(self._watch_seconds)
             self._is_hung = self._watchdog.look(self._step, self._clock())
@@ -330,7 +323,7 @@ class AsyncEngine:
                     self._forget(output.request_id)
 
     def _fail(self, request_id: str, error: SmoloraError) -> None:
-        """End a request with the reason, if it hasn't ended."""
+        """End a request with this error, unless it has ended."""
         taken = self._taken.get(request_id)
         if taken is not None:
             self._forget(request_id)
@@ -351,10 +344,10 @@ class AsyncEngine:
             self._news.notify()
 
     def _run(self) -> None:
-        """The thread: take messages, step, hand outputs over; wait where there is nothing to do."""
+        """Run the engine's thread: take messages, step, pass on outputs, and wait if there is no work."""
         try:
             self._step_until_stopped()
-        except BaseException:  # some of what libraries raise is no Exception
+        except BaseException:  # libraries also raise other exceptions than Exception
             log.exception("the engine's thread failed")
             self._is_dead = True
         if self._is_dead:
@@ -379,7 +372,7 @@ class AsyncEngine:
             now = time.monotonic()
             outputs = self._engine.step()
             self._step = None
-            # A step that computed nothing waits for an adapter: the loader wakes us, so does any message.
+            # After a step that computed nothing, wait for an adapter's load or a message, which wake this thread.
             has_changed = self._engine.num_steps > num_steps or self._engine.num_failures > num_failures
             has_progress = self._engine.has_work and (has_changed or bool(outputs))
             if not has_progress or now - last_snapshot > _STATS_INTERVAL:
@@ -403,12 +396,12 @@ class AsyncEngine:
             if not isinstance(message, str):
                 error = GenerationFailed("the engine failed to take this request; try it again")
                 self._call(partial(self._fail, message.request_id, error))
-                self._take_message(message.request_id)  # the choices that were added
+                self._take_message(message.request_id)  # abort the choices that were added
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Have the event loop call the function; nothing where the loop has ended."""
+        """Have the event loop call the function, unless the loop has ended."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except RuntimeError:  # the loop is closed
             log.debug("outputs after the end of the event loop")

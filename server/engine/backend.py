@@ -1,106 +1,154 @@
-"""What computes: how a backend stores keys, values and adapters, and its forward over them.
+"""The interface of a backend, which computes a base model's forward pass, and what all backends share.
 
-The engine knows a backend by this protocol alone. A backend that is written in another way (for a GPU, say) is one
-more class here, with a forward in `forwards.py`.
+`torch_backend` runs on any device and is the oracle of `native_backend`, which runs on CPUs. To support another
+kind of device, add one subclass of `Backend`.
 """
 
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 
-from server.engine.forwards import Forward, NativeForward, TorchForward
-from server.engine.paged_attention import PagedCache
+from server.engine.sampling import LogitsRow, Sampled
+from server.engine.sequence import Chunk
 from server.model.base.config import ModelConfig
-from server.model.native.model import ROW_FORMAT, NativeModel
+from server.model.lora_batch import TokenRun
 from server.model.rank_rows import RankRows, RowFormat
-from server.model.smollm import SmolLM
+
+T = TypeVar("T")
 
 
-class Backend(Protocol):
-    """A base's forward with its stores."""
+class PagedCache:
+    """Keys and values of every layer: (layers, num_blocks, block_size, kv_heads, head_dim) each.
 
-    @property
-    def config(self) -> ModelConfig:
-        """The base's."""
-        ...
+    The memory is zeroed, so padding is finite. A CPU's system provides each page when it is first written.
+    With `by_block` the shape is (num_blocks, layers, ...). A block's numbers are then contiguous, so its pages
+    contain little else.
+    """
 
-    @property
-    def is_batch_invariant(self) -> bool:
-        """Whether a token's bits depend on those before it alone, not on how many are computed with it: what
-        drafted tokens need to change nothing."""
-        ...
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        by_block: bool = False,
+    ) -> None:
+        self.config = config
+        self.block_size = block_size
+        first = (num_blocks, config.num_layers) if by_block else (config.num_layers, num_blocks)
+        shape = (*first, block_size, config.num_kv_heads, config.head_dim)
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
 
-    @property
-    def row_format(self) -> RowFormat:
-        """How it stores adapters."""
-        ...
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * config.num_layers * block_size * config.kv_size * dtype.itemsize
+
+
+class Backend(ABC):
+    """A base model's forward pass, with its key/value cache and the rank rows of adapters.
+
+    A step's chunks are `decodes`, of one token each, and then `prefills`. Only decodes can have drafts, and only
+    in a backend that is batch invariant.
+    """
+
+    is_batch_invariant: ClassVar[bool]
+    """Whether a token's bits depend only on the tokens before it, not on what else is in its step."""
+    _caches_by_block: ClassVar[bool] = False
+    rows: RankRows
+    cache: PagedCache
+
+    def __init__(
+        self, config: ModelConfig, row_format: RowFormat, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`row_format`: how adapters are stored; `dtype`: of keys and values. Call `allocate` before a step."""
+        self.config = config
+        self.row_format = row_format
+        self._dtype = dtype
+        self._device = device
 
     @property
     def bytes_per_rank(self) -> int:
-        """Of the device's memory, for one rank on all linear modules."""
-        ...
-
-    def bytes_per_block(self, block_size: int) -> int:
-        """Of the device's memory, for so many positions' keys and values."""
-        ...
-
-    def rank_rows(self, max_rank: int) -> RankRows:
-        """Room for adapters whose ranks, rounded as the rows want it, add up to `max_rank`."""
-        ...
-
-    def forward(self, num_blocks: int, block_size: int, rows: RankRows) -> Forward:
-        """Over a new cache of `num_blocks` blocks, and these rows."""
-        ...
-
-
-class TorchBackend:
-    """`SmolLM` on any device: the oracle of the others."""
-
-    is_batch_invariant = False  # torch's products round one way for a row, another for several
-
-    def __init__(self, model: SmolLM) -> None:
-        self.config = model.config
-        self._model = model
-        self.row_format = RowFormat.of_torch(model.dtype, model.device)
-
-    @property
-    def bytes_per_rank(self) -> int:
+        """Bytes of device memory for one rank on all linear modules."""
         return self.row_format.bytes_per_rank(self.config.shape)
 
     def bytes_per_block(self, block_size: int) -> int:
-        return PagedCache.bytes_per_block(self.config, block_size, self._model.dtype)
+        """Return the bytes of device memory for the keys and values of `block_size` positions."""
+        return PagedCache.bytes_per_block(self.config, block_size, self._dtype)
 
-    def rank_rows(self, max_rank: int) -> RankRows:
-        return RankRows(
-            self.config.shape, max_rank=max_rank, row_format=self.row_format, device=self._model.device
+    def allocate(self, num_blocks: int, block_size: int, max_rank: int) -> None:
+        """Allocate the cache, and rank rows for adapters whose rounded ranks add up to `max_rank`."""
+        self.rows = RankRows(self.config.shape, max_rank=max_rank, row_format=self.row_format, device=self._device)
+        self.cache = PagedCache(
+            self.config, num_blocks, block_size, self._dtype, self._device, by_block=self._caches_by_block
         )
 
-    def forward(self, num_blocks: int, block_size: int, rows: RankRows) -> Forward:
-        cache = PagedCache(self.config, num_blocks, block_size, self._model.dtype, self._model.device)
-        return TorchForward(self._model, cache, rows)
+    @abstractmethod
+    def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
+        """Cache the chunks' keys and values, and return their final hidden states (rows, hidden).
+
+        The rows are each chunk's last `num_hidden` tokens, in the order of the chunks.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return fp32 logits (rows, vocab) for some rows of `hidden`."""
+
+    @abstractmethod
+    def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
+        """Return the next token after each of some rows of `hidden`."""
+
+    @abstractmethod
+    def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
+        """Return the next token after every row of `hidden`: `hidden` and `sample` in one call."""
 
 
-class NativeBackend:
-    """A CPU's native code, in bf16."""
+class StepAdapters(Generic[T]):
+    """The adapters of a step's tokens, built for the backend and kept while consecutive steps have the same."""
 
-    is_batch_invariant = True
-    row_format = ROW_FORMAT
+    def __init__(self, build: Callable[[Seq[TokenRun]], T]) -> None:
+        self._build = build
+        self._runs: list[TokenRun] = []
+        self._built: T | None = None
 
-    def __init__(self, model: NativeModel) -> None:
-        self.config = model.config
-        self._model = model
+    def of(self, chunks: Seq[Chunk]) -> T:
+        runs = _token_runs(chunks)
+        if self._built is None or not _are_same(runs, self._runs):
+            self._built, self._runs = self._build(runs), runs
+        return self._built
 
-    @property
-    def bytes_per_rank(self) -> int:
-        return ROW_FORMAT.bytes_per_rank(self.config.shape)
 
-    def bytes_per_block(self, block_size: int) -> int:
-        return PagedCache.bytes_per_block(self.config, block_size, torch.bfloat16)
+def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:
+    """Return the runs of tokens that have adapters. Neighbours with the same adapters form one run."""
+    runs: list[TokenRun] = []
+    start, key = 0, b""
+    for chunk in chunks:
+        hold = chunk.sequence.hold
+        assert hold is not None
+        stop = start + chunk.num_tokens
+        if hold.refs and runs and chunk.sequence.adapter_key == key and runs[-1].stop == start:
+            runs[-1] = TokenRun(runs[-1].start, stop, hold.parts)
+        elif hold.refs:
+            runs.append(TokenRun(start, stop, hold.parts))
+        start, key = stop, chunk.sequence.adapter_key
+    return runs
 
-    def rank_rows(self, max_rank: int) -> RankRows:
-        return RankRows(self.config.shape, max_rank=max_rank, row_format=ROW_FORMAT, device=torch.device("cpu"))
 
-    def forward(self, num_blocks: int, block_size: int, rows: RankRows) -> Forward:
-        device = torch.device("cpu")
-        cache = PagedCache(self.config, num_blocks, block_size, torch.bfloat16, device, by_block=True)
-        return NativeForward(self._model, cache, rows)
+def _are_same(first: list[TokenRun], second: list[TokenRun]) -> bool:
+    return len(first) == len(second) and all(
+        (a.start, a.stop) == (b.start, b.stop) and a.parts is b.parts for a, b in zip(first, second, strict=True)
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page. The system clears the pages of numpy's zeros when they are first used.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,14 +1,14 @@
-"""What a token more costs: how much longer a step takes for it, by the steps measured lately.
+"""Estimate from recent steps how much time an extra token adds to a step, and size prompts' chunks by that.
 
-For each number of decoding sequences, up to a power of two, a line is fitted to the steps' seconds over their
-numbers of other tokens, drafted ones or those of prompts. Old steps fade; where recent ones tell little, the cost
-goes back to what is assumed at first, so that one that was found too high is tried again.
+`RowCosts` fits a line to steps' times over their numbers of extra tokens, which are drafted tokens or tokens of
+prompts. There is a line for each power of two of decoding sequences. Old steps lose weight. Without recent steps
+that show the cost, the estimate returns to the initial assumption, so that a cost that was too high is measured
+again.
 
-How much of prompts a step reads beside sequences that decode, whose next tokens wait for all of it.
-
-Prompts take a fixed share of the step's time, by the steps measured lately. A fixed number of tokens would be a
-short moment on one machine and a long one on another, or with other adapters. At a share of 0.6 long prompts took
-a fifth longer than at 0.71, and the longest pauses a quarter less (docs/performance.md).
+`PromptRoom` limits the prompt tokens of a step to a fixed share of its time, since decoding sequences wait for the
+whole step. A fixed number of tokens would take a different time on each machine and with other adapters. With a
+share of 0.6 long prompts take a fifth longer than with 0.71, and the longest pauses are a quarter shorter
+(docs/performance.md).
 """
 
 from collections.abc import Sequence as Seq
@@ -16,27 +16,33 @@ from dataclasses import dataclass
 
 from server.engine.sequence import Chunk
 
-_MEMORY = 0.99  # what a step still weighs after the next one
-_ASSUMED_WEIGHT = 10.0  # as much as so many steps tell, with one token more or less than the mean
-_OUTLIER = 2.0  # times what a step should take: others held it up
-_LEAST = 0.01
+_MEMORY = 0.99  # factor by which a step loses weight with each later step
+_ASSUMED_WEIGHT = 10.0  # weight of the assumption, in steps with one token more or less than the mean
+_OUTLIER = 2.0  # a step counts as at most this many times its expected time; another process may have delayed it
+_LEAST = 0.01  # minimum cost of an extra token
+_LEAST_TOKENS = 16  # prompt tokens in a step; fewer are hardly quicker
+_ASSUMED_TOKEN = 0.001  # seconds for a prompt's token until a step of prompts alone was measured
+_RATIO_MEMORY = 0.8  # factor on the estimate of that time with each new step; the time grows with the context
+_ASSUMED_STEP = 16  # prompt tokens that are assumed to take the time of a step of one sequence
 
 
 class RowCosts:
-    """Costs of tokens beside those of decoding sequences, as shares of a step without any."""
+    """The costs of extra tokens besides decoding sequences' own, as shares of the time of a step without any."""
 
     def __init__(self, max_num_seqs: int, assumed_step: int = 10) -> None:
-        """Before anything is measured, `assumed_step` such tokens are taken to cost what a step of one sequence
-        does, and a further sequence what one of them does."""
+        """Assume at first that `assumed_step` extra tokens cost a step of one sequence.
+
+        Another decoding sequence is assumed to cost as much as an extra token.
+        """
         bands = {_band(num) for num in range(1, max_num_seqs + 1)}
         self._lines = {band: _Line(1 / (assumed_step - 1 + band)) for band in bands}
 
     def of(self, num_sequences: int) -> float:
-        """Of one more token, in a step of so many decoding sequences."""
+        """Return the cost of an extra token in a step of `num_sequences` decoding sequences."""
         return self._lines[_band(num_sequences)].fit()[1]
 
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
-        """A step of so many decoding sequences with so many other tokens took so long."""
+        """Learn from a step of `num_sequences` decoding sequences and `num_tokens` extra tokens."""
         line = self._lines[_band(num_sequences)]
         start, share = line.fit()
         usual = start * (1 + share * num_tokens)
@@ -44,15 +50,15 @@ class RowCosts:
 
 
 def _band(num_sequences: int) -> int:
-    """The power of two that isn't below."""
+    """Return the smallest power of two that is at least `num_sequences`."""
     return 1 << (num_sequences - 1).bit_length()
 
 
 @dataclass
 class _Line:
-    """Faded sums over steps, of x tokens and y seconds."""
+    """A line of y seconds over x tokens, fitted to weighted sums over steps."""
 
-    assumed: float  # slope, as a share of y where x is 0
+    assumed: float  # assumed slope, as a share of the seconds at x = 0
     n: float = 0.0
     x: float = 0.0
     y: float = 0.0
@@ -67,7 +73,10 @@ class _Line:
         self.xy = _MEMORY * self.xy + x * y
 
     def fit(self) -> tuple[float, float]:
-        """Seconds where x is 0, and the slope as a share of them: least squares, drawn towards what is assumed."""
+        """Return the seconds at x = 0, and the slope as a share of them.
+
+        The fit is by least squares, with the assumed slope as a prior.
+        """
         if not self.y:
             return 0.0, self.assumed
         mean_x, mean_y = self.x / self.n, self.y / self.n
@@ -78,30 +87,25 @@ class _Line:
         return start, max(slope / start, _LEAST)
 
 
-_LEAST_TOKENS = 16  # tokens: fewer take hardly less
-_ASSUMED_TOKEN = 0.001  # seconds, before a step of prompts alone was seen
-_RATIO_MEMORY = 0.8  # of the time of a prompt's token, which grows with what comes before it
-_ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
-
-
 class PromptRoom:
-    """Learns from every step."""
+    """The number of prompt tokens that a step should compute. It learns from every step."""
 
     def __init__(self, max_num_seqs: int, share: float) -> None:
+        """Let prompts take up to `share` of a step's time while sequences decode."""
         self._costs = RowCosts(max_num_seqs, _ASSUMED_STEP)
-        self._slower = share / (1 - share)  # by how many steps without prompts a step with them may be longer
+        self._slower = share / (1 - share)  # time for prompts, relative to a step without any
         self._token_seconds = _ASSUMED_TOKEN
 
-    def beside(self, num_decoding: int) -> int:
-        """Tokens of prompts in a step of so many decoding sequences, one or more."""
+    def with_decodes(self, num_decoding: int) -> int:
+        """Return the number of prompt tokens in a step of `num_decoding` decoding sequences (at least one)."""
         return max(_LEAST_TOKENS, int(self._slower / self._costs.of(num_decoding)))
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:
-        """Return how many tokens of prompts make a step of about this time, with `num_decoding` others."""
+        """Return the number of prompt tokens in a step of about `seconds` with `num_decoding` decodes."""
         return max(_LEAST_TOKENS, int(seconds / self._token_seconds) - num_decoding)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """Note that a step of these chunks took so long. Drafts belong to the decodes."""
+        """Learn from a step of these chunks that took `seconds`. Drafts count as decodes."""
         num_decoding = sum(chunk.is_decode for chunk in chunks)
         num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         if num_decoding:

@@ -1,7 +1,8 @@
-"""The core loop: schedule, run, postprocess. One thread owns it; see `async_engine` for how others reach it.
+"""The core loop of a step: schedule, run, postprocess.
 
-It gets adapters as digests and an injected `load`, tokens as ids and an injected `TokenBytes`. A step that
-fails ends the sequences in it; several in a row mean that the engine can't go on (`is_dead`).
+One thread owns an engine. `async_engine` connects it to others. The engine knows adapters by digest and reads them
+with an injected `load`. It knows tokens by id and converts them with an injected `TokenBytes`. A failed step ends
+the sequences in it. After several failures in a row the engine is dead (`is_dead`).
 """
 
 import logging
@@ -35,7 +36,7 @@ _STEP_FAILED = "the engine failed in a step of this request; try it again"
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The engine's limits. Bytes are of the device's memory."""
+    """The engine's limits. Bytes are device memory."""
 
     max_model_len: int  # tokens of a prompt and its answer together
     kv_cache_bytes: int
@@ -45,7 +46,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Generates for many requests at once over one frozen model."""
+    """The core loop with its queues, caches and counters. It generates for many requests at once."""
 
     def __init__(
         self,
@@ -58,13 +59,13 @@ class Engine:
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`load(digest)` reads an adapter, on a thread of the engine's; `wake` is called when one has moved on, or
-        when masks have come that sequences sat steps out for.
+        """Allocate the backend's memory, and start the threads that load adapters.
 
-        Without `guidance`, requests with a grammar are refused; nor is one taken that it hasn't checked.
+        They read an adapter with `load(digest)`. Other threads call `wake` when a load has progressed or masks
+        that sequences wait for are ready. Requests with a grammar need `guidance` that has checked the grammar.
         """
         block_bytes = backend.bytes_per_block(config.block_size)
-        num_blocks = config.kv_cache_bytes // block_bytes + 1  # and the padding block
+        num_blocks = config.kv_cache_bytes // block_bytes + 1  # one more for padding
         self.config = config
         self.blocks = BlockManager(max(num_blocks, 2), config.block_size)
         self._eos = frozenset(backend.config.eos_token_ids)
@@ -73,17 +74,18 @@ class Engine:
         self._guidance = guidance
         self._masks = None if guidance is None else Masks(self._vocab_size, wake)
         self._clock = clock
-        rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
+        max_rank = max(config.adapter_cache_bytes // backend.bytes_per_rank, 1)
+        backend.allocate(self.blocks.num_blocks, config.block_size, max_rank)
         self._loaders = started(NUM_READERS, "adapter-reader"), started(2, "adapter-placer")
-        self.pool = AdapterPool(rows, load, *self._loaders, wake, clock)
+        self.pool = AdapterPool(backend.rows, load, *self._loaders, wake, clock)
         num_seqs = config.scheduler.max_num_seqs
         is_invariant = backend.is_batch_invariant
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock, cuts_anywhere=is_invariant)
-        self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
+        self.runner = Runner(backend)
         self.speculator = Speculator(self.blocks, self._eos, num_seqs, is_on=is_invariant)
         self._streams: dict[Sequence, TextStream] = {}
-        self._requests: dict[str, list[Sequence]] = {}  # what of each hasn't ended, by its id
-        self.num_failures = 0  # steps that failed since the last one that didn't
+        self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
+        self.num_failures = 0  # failed steps since the last successful one
         self.num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -96,12 +98,12 @@ class Engine:
 
     @property
     def max_num_tokens(self) -> int:
-        """Of one sequence: its prompt and its answer."""
+        """The most tokens that one sequence can have: its prompt and its answer."""
         return min(self.config.max_model_len, self.blocks.num_usable_blocks * self.config.block_size)
 
     @property
     def is_dead(self) -> bool:
-        """Whether so many steps failed in a row that the engine can't go on."""
+        """Whether the engine can't go on, because several steps failed in a row."""
         return self.num_failures >= _MAX_FAILURES
 
     @property
@@ -130,7 +132,7 @@ class Engine:
         )
 
     def check(self, request: GenerationRequest) -> None:
-        """InvalidInput where the request could never run, however long it waited."""
+        """Raise InvalidInput if the request could never run, and NotReady if its grammar wasn't checked."""
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
         if not request.prompt_token_ids:
             raise InvalidInput.of("prompt", "the prompt has no tokens; give at least one character")
@@ -146,7 +148,7 @@ class Engine:
             raise NotReady("the grammar is not compiled")
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request that `check` has passed: `n` sequences."""
+        """Queue the `n` sequences of a request that `check` has accepted."""
         arrival = self._clock()
         for index in range(request.n):
             sequence = Sequence(request, index, arrival, self.config.block_size)
@@ -158,22 +160,22 @@ class Engine:
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Drop what is left of a request; nothing more comes out for it."""
+        """Remove the unfinished sequences of a request. They have no further outputs."""
         for sequence in list(self._requests.get(request_id, ())):
             self._remove(sequence)
 
     def abort_all(self, error: SmoloraError) -> list[SequenceOutput]:
-        """End everything, with the reason."""
+        """End all sequences with this error."""
         return [self._fail(sequence, error) for sequence in list(self.scheduler.sequences())]
 
     def step(self) -> list[SequenceOutput]:
-        """Advance every scheduled sequence by one step; return what is new."""
+        """Run one step, and return its outputs."""
         try:
             if self._masks is not None:
                 self._masks.prepare(self.scheduler.running)
             step = self.scheduler.schedule()
         except Exception as reason:
-            # what `schedule` failed before was in the step that is lost
+            # Sequences that `schedule` had already failed were in the step that is lost.
             lost = [s for s in self._streams if s.status is Status.FINISHED]
             culprit = self.scheduler.at_work
             if culprit is None:
@@ -203,14 +205,14 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """Stop the engine's threads. The engine is not used again."""
+        """Stop the engine's threads. The engine can't be used afterwards."""
         if self._masks is not None:
             self._masks.close()
         for executor in self._loaders:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _fail_step(self, reason: Exception, sequences: Seq[Sequence]) -> list[SequenceOutput]:
-        """Log why a step failed, and end the sequences in it; if too many steps failed in a row, end all."""
+        """Log why a step failed, and end its sequences. If too many steps failed in a row, end all sequences."""
         log.error("a step failed", exc_info=reason)
         self.num_failures += 1
         error = reason if isinstance(reason, GenerationFailed) else GenerationFailed(_STEP_FAILED)
@@ -219,7 +221,7 @@ class Engine:
 
     @contextmanager
     def _containing(self, sequence: Sequence, outputs: list[SequenceOutput]) -> Iterator[None]:
-        """A block about one sequence: an exception fails that sequence alone."""
+        """Fail only this sequence if the block raises."""
         try:
             yield
         except Exception:
@@ -227,21 +229,21 @@ class Engine:
             outputs.append(self._fail(sequence, GenerationFailed(_STEP_FAILED)))
 
     def _mark_computed(self, chunk: Chunk) -> None:
-        """Note that a chunk's keys and values are in the cache."""
+        """Record that a chunk's keys and values are in the cache."""
         sequence = chunk.sequence
-        if chunk.samples and sequence.num_output_tokens == 0:  # once, however often it was preempted before
+        if chunk.samples and sequence.num_output_tokens == 0:  # count a prompt once, even after preemptions
             self._num_prefix_tokens += sequence.num_cached_tokens
             self._num_prompt_tokens += sequence.num_prompt_tokens
         sequence.num_computed_tokens = chunk.stop
         self.blocks.mark_computed(sequence)
 
     def _take(self, drawn: Drawn, outputs: list[SequenceOutput]) -> None:
-        """Add what was drawn to its sequence, one token after the other until one ends it."""
+        """Append the drawn tokens to their sequence until one ends it."""
         sequence = drawn.chunk.sequence
         if sequence not in self._streams:  # it failed after the step
             return
         for num, token in enumerate(drawn.agreed()):
-            if num:  # the token before it was drafted, and computed with the step
+            if num:  # the token before this one was drafted, so the step has computed it
                 self._num_accepted_tokens += 1
                 sequence.num_computed_tokens += 1
                 self.blocks.mark_computed(sequence)
@@ -251,7 +253,7 @@ class Engine:
         self.blocks.trim(sequence)
 
     def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
-        """Add the new token to its sequence, which may end it."""
+        """Append a token to its sequence, end the sequence if it is complete, and return the output."""
         if sequence.request.scored_from is not None:
             return self._finish_scoring(sequence)
         constraint = sequence.constraint
@@ -270,7 +272,7 @@ class Engine:
             text = stream.push(token.token_id)
             if constraint is not None:
                 constraint.accept(token.token_id)
-                if constraint.error is not None:  # said even where this token would have been the last
+                if constraint.error is not None:  # reported even if this token would have been the last
                     return self._fail(sequence, constraint.error)
             if stream.stopped or (constraint is not None and constraint.is_complete):
                 reason = "stop"
@@ -280,11 +282,11 @@ class Engine:
             text += stream.finish()
             reason = "stop" if stream.stopped else reason
             self._remove(sequence)
-        logprobs = () if token.logprobs is None else (self._token_bytes.told(token.token_id, token.logprobs),)
+        logprobs = () if token.logprobs is None else (self._token_bytes.describe(token.token_id, token.logprobs),)
         return self._output(sequence, text=text, num_new_tokens=1, logprobs=logprobs, finish_reason=reason)
 
     def _finish_scoring(self, sequence: Sequence) -> SequenceOutput:
-        """End a sequence whose tokens have all been scored; what was drawn after them is nobody's."""
+        """End a sequence whose tokens have all been scored. The token drawn after them is ignored."""
         found = sorted(sequence.scores.items())
         assert len(found) == sequence.num_tokens - (sequence.request.scored_from or 0)
         scores = tuple(score.chosen for _, score in found)
@@ -292,8 +294,8 @@ class Engine:
             return self._fail(sequence, _overflow(sequence))
         logprobs: tuple[SampledLogprob, ...] = ()
         if sequence.request.sampling.logprobs:
-            told = self._token_bytes.told
-            logprobs = tuple(told(sequence.token_ids[position], score) for position, score in found)
+            describe = self._token_bytes.describe
+            logprobs = tuple(describe(sequence.token_ids[position], score) for position, score in found)
         self._remove(sequence)
         return self._output(sequence, scores=scores, logprobs=logprobs, finish_reason="length")
 
@@ -337,7 +339,7 @@ class Engine:
 
 
 def _overflow(sequence: Sequence) -> SmoloraError:
-    """Return why a sequence has no finite numbers: its adapters are at fault, or, without any, the server is."""
+    """Return the error for logits that aren't finite. It blames the adapters, or the server if there are none."""
     if sequence.request.adapters:
         message = "the model's numbers overflowed under these adapters; use smaller adapters or weights"
         return InvalidInput.of("adapter", message)

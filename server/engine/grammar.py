@@ -1,15 +1,13 @@
-"""JSON Schemas as they are walked and put in other words before llguidance reads them.
+"""Compile JSON schemas and regular expressions to llguidance's matchers, or say why they aren't supported.
 
-Leaves to `grammar` what is refused. Formats of days and times are spelt out here: llguidance's own also take days
-that the calendar hasn't (2023-02-29, 0000-01-01) and leap seconds at any time, which readers of answers don't.
+Answers are compact JSON, without whitespace. Formats of dates and times are replaced by patterns, because
+llguidance's own formats accept impossible dates (2023-02-29, 0000-01-01) and leap seconds at any time. Limits keep
+the work for one token at a few milliseconds. A grammar that needs more fails during an answer. llguidance's own
+forcing of text is off, because it has no limit: a few dozen characters (`x|y((a{1000}){1000}){1000}`) would keep a
+thread busy for minutes.
 
-Grammars as llguidance reads them: what is taken, and the matcher that it compiles to.
-
-Light to import, for `grammar_check` compiles in a process of its own what nobody has vetted yet: some small
-schemas keep the compiler busy for hours. JSON is compact, without whitespace. Limits hold the work of a single
-token to a few milliseconds; a grammar that needs more fails while it is followed. Leaves to others: when to
-compile, and what becomes of tokens. llguidance isn't let force text by itself: it does so without end, for as long
-as there is any, so that a few dozen characters (`x|y((a{1000}){1000}){1000}`) keep a thread busy for minutes.
+Importing this module is quick, since `grammar_check` compiles unvetted grammars in another process: some small
+schemas keep the compiler busy for hours.
 """
 
 import json
@@ -25,11 +23,33 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.engine.request import Grammar
 
-_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions"})
-"""Keywords whose keys are names, and whose values are schemas."""
-_VALUES = frozenset({"const", "enum", "default", "example", "examples"})
-"""Keywords that hold values, in which nothing is a keyword."""
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions  # only exists in llguidance's type stubs
 
+MAX_SCHEMA_BYTES = 1 << 16
+MAX_REGEX_BYTES = 1 << 13
+WALK = 32
+"""Tokens of a trial answer. Most grammars that are too complex to follow fail within a few tokens."""
+_LIMITS = LLParserLimits(
+    step_lexer_fuel=20_000,  # about 3 ms
+    step_max_items=10_000,
+    max_lexer_states=10_000,  # 1 to 2 kB each; copies of a matcher share them
+    max_grammar_size=100_000,
+    verbose_errors=False,  # verbose errors quote the answer
+)
+_JSON: "JsonCompileOptions" = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
+_OPTIONS = '%llguidance {"no_forcing": true}'
+_MAX_MESSAGE = 300
+_PLACE_SECONDS = 0.1  # processor time for finding the unsupported part of a schema
+_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions"})
+"""Keywords whose values map names to schemas."""
+_VALUES = frozenset({"const", "enum", "default", "example", "examples"})
+"""Keywords whose values contain no schemas."""
+_NESTED = frozenset(
+    {"$ref", "allOf", "anyOf", "oneOf", "properties", "patternProperties", "additionalProperties"}
+    | {"items", "prefixItems", "additionalItems", "$defs", "definitions"}
+)
+"""Keywords that llguidance follows to further schemas."""
 _DAY = (
     r"(?:(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
     r"|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
@@ -41,20 +61,149 @@ _PATTERNS: Mapping[str, str] = {
     "date": f"^{_DAY}$",
     "time": f"^{_TIME}$",
     "date-time": f"^{_DAY}T{_TIME}$",
-    **{f"uuid{version}": f"^{_UUID.format(version)}$" for version in range(1, 9)},  # Pydantic's
+    **{f"uuid{version}": f"^{_UUID.format(version)}$" for version in range(1, 9)},  # Pydantic's formats
 }
-_ANY_STRING = frozenset({"password", "binary", "path"})  # OpenAPI's and Pydantic's, which restrict nothing
+_ANY_STRING = frozenset({"password", "binary", "path"})  # formats of OpenAPI and Pydantic that allow any string
+_COMPILER = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+_ONE_OF = (
+    "oneOf is only supported if its schemas show that no value matches two of them, "
+    "which a plain $ref doesn't: use anyOf"
+)
+_REF = "$ref must name a schema that isn't inside const, default, enum, example or examples"
+_ALLOWED = bytes([200])  # llguidance's masks have this byte for an allowed token, and 0 for a forbidden one
+
+
+class GrammarRefused(Exception):
+    """The grammar isn't supported. The message is for its author."""
+
+
+def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    """Return a matcher at the answer's beginning, for copies to follow answers. Raise GrammarRefused.
+
+    Releases the GIL.
+    """
+    if grammar.kind == "regex":
+        if len(grammar.source.encode()) > MAX_REGEX_BYTES:
+            raise GrammarRefused(f"is longer than {MAX_REGEX_BYTES} bytes")
+        part = _part(LLMatcher.grammar_from_regex(grammar.source))
+        matcher = _matcher(tokenizer, str(part["lark_grammar"]))
+        if matcher.is_error():
+            raise GrammarRefused(_reason(matcher.get_error()))
+        return matcher
+    if len(grammar.source.encode()) > MAX_SCHEMA_BYTES:
+        raise GrammarRefused(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes")
+    schema = json.loads(grammar.source)
+    _check(schema)
+    spell_out(schema)
+    matcher = _of_schema(tokenizer, schema)
+    if matcher.is_error():
+        message = _reason(matcher.get_error())
+        raise GrammarRefused(f"{message}{_place(tokenizer, schema, message)}"[:_MAX_MESSAGE])
+    return matcher
+
+
+def _of_schema(tokenizer: LLTokenizer, schema: dict[str, object]) -> LLMatcher:
+    part = _part(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON))
+    return _matcher(tokenizer, f"start: %json {json.dumps(part['json_schema'])}")
+
+
+def _matcher(tokenizer: LLTokenizer, start: str) -> LLMatcher:
+    return LLMatcher(tokenizer, f"{_OPTIONS}\n{start}", log_level=0, limits=_LIMITS)
+
+
+def _part(text: str) -> dict[str, object]:
+    """Return the only part of a grammar in llguidance's JSON form."""
+    (part,) = json.loads(text)["grammars"]
+    return dict(part)
+
+
+def _place(tokenizer: LLTokenizer, schema: dict[str, object], message: str) -> str:
+    """Return the place, in parentheses, of the first part of the schema that fails alone with the same message.
+
+    Return an empty string if none is found in `_PLACE_SECONDS`.
+    """
+    if message == _ONE_OF:
+        places = [place for place, node in nodes(schema) if "oneOf" in node]
+        return f" (at {places[0]})" if len(places) == 1 else ""
+    until = time.thread_time() + _PLACE_SECONDS
+    for place, node in nodes(schema):
+        if time.thread_time() > until:
+            break
+        alone = {key: value for key, value in node.items() if key not in _NESTED}
+        if _reason(_of_schema(tokenizer, alone).get_error()) == message:
+            return f" (at {place})"
+    return ""
+
+
+def _check(schema: object) -> None:
+    """Raise GrammarRefused for keywords that llguidance accepts but doesn't implement exactly."""
+    for place, node in nodes(schema):
+        if "x-guidance" in node:
+            raise GrammarRefused("x-guidance is not supported")
+        ref = node.get("$ref")
+        if isinstance(ref, str) and not names_schema(ref):
+            raise GrammarRefused(f"{_REF} (at {place})"[:_MAX_MESSAGE])
+        least, required = node.get("minProperties"), node.get("required")
+        num_required = len(set(map(str, required))) if isinstance(required, list) else 0
+        # llguidance may repeat a key that `properties` doesn't name. A JSON parser counts it once.
+        if isinstance(least, int) and least > max(num_required, 1):
+            message = "minProperties is supported up to the number of required properties, or 1"
+            raise GrammarRefused(f"{message} (at {place})"[:_MAX_MESSAGE])
+
+
+def _reason(message: str) -> str:
+    """Return the informative line of llguidance's message, rewritten for the schema's author and truncated."""
+    lines = [line.strip() for line in message.splitlines()]
+    first = next((line for line in lines if line.startswith("error:")), None) or next(filter(None, lines), "")
+    reason = _COMPILER.sub("", first.removeprefix("error:").strip())
+    if reason.startswith("oneOf constraints are not supported"):
+        return _ONE_OF
+    if reason.startswith("Unimplemented keys: "):
+        names = re.findall('"([^"]*)"', reason)
+        reason = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not supported"
+    elif reason.startswith("Unknown format: "):
+        reason = f"the format {reason.removeprefix('Unknown format: ')} is not supported"
+    return reason[:_MAX_MESSAGE] or "can't be compiled"
+
+
+def try_out(matcher: LLMatcher, eos_token_ids: frozenset[int]) -> None:
+    """Follow the grammar for some random tokens. Raise GrammarRefused if it matches nothing or is too complex."""
+    rng = random.Random(0)
+    copy = matcher.deep_copy()
+    for _ in range(WALK):
+        mask = copy.compute_logit_bias()
+        if copy.is_error():
+            raise GrammarRefused("matches nothing, or is too complex to follow")
+        token_id = _pick(mask, rng.randrange(len(mask)), eos_token_ids)
+        if token_id is None:
+            return
+        copy.consume_token(token_id)
+        if copy.is_stopped():
+            break
+    if copy.is_error():
+        raise GrammarRefused("is too complex to follow")
+
+
+def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
+    """Return the first allowed token that isn't an end token, from `start` or else from 0 on; None without any."""
+    for first in (start, 0):
+        token_id = mask.find(_ALLOWED, first)
+        while token_id in eos_token_ids:
+            token_id = mask.find(_ALLOWED, token_id + 1)
+        if token_id >= 0:
+            return token_id
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a node is in the document; written out only when told, for a key may be as long as the document."""
+    """The path of a node in the document. It is formatted only when needed, since keys may be very long."""
 
     parent: "Place | None"
     key: str | int
 
     def __str__(self) -> str:
-        """A JSON pointer (RFC 6901) after `#`."""
+        """Return `#` and a JSON pointer (RFC 6901)."""
         keys: list[str] = []
         place = self
         while place.parent is not None:
@@ -64,8 +213,10 @@ class Place:
 
 
 def nodes(schema: object) -> Iterator[tuple[Place, dict[str, object]]]:
-    """Each schema inside the document, itself first, and its place. Objects under unknown keywords count as
-    schemas, for a `$ref` may name them."""
+    """Yield each schema in the document with its place, the whole document first.
+
+    Objects under unknown keywords count as schemas, because a `$ref` may name them.
+    """
     todo = [(Place(None, ""), schema, False)]
     while todo:
         place, node, is_map = todo.pop()
@@ -86,8 +237,11 @@ def _is_nested(part: object) -> bool:
 
 
 def names_schema(ref: str) -> bool:
-    """Whether what this `$ref` names, if anything, counts as a schema to `nodes`: not as a value, nor as a map of
-    schemas. The keys of its pointer tell, whichever schema they begin in; anchors are found in schemas alone."""
+    """Return whether `nodes` would visit the target of this `$ref`, if it exists.
+
+    It doesn't visit values, and it doesn't count maps of schemas. The keys of the pointer decide, whatever the
+    schema in which they begin. Anchors only exist in schemas.
+    """
     is_map = False
     for key in unquote(ref.partition("#")[2]).split("/")[1:]:
         if not is_map and key in _VALUES:
@@ -97,7 +251,7 @@ def names_schema(ref: str) -> bool:
 
 
 def spell_out(schema: object) -> None:
-    """Change the schema in place: formats become patterns, and what restricts nothing is left out."""
+    """Replace formats by patterns, and remove keywords that restrict nothing. Changes the schema in place."""
     for _, node in nodes(schema):
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
@@ -105,158 +259,8 @@ def spell_out(schema: object) -> None:
         if not isinstance(form, str):
             continue
         if form in _PATTERNS:
-            both = node.setdefault("allOf", [])  # it may have a pattern of its own
+            both = node.setdefault("allOf", [])  # the node may have its own pattern
             if isinstance(both, list):
                 both.append({"pattern": _PATTERNS[form]})
         if form in _PATTERNS or form in _ANY_STRING:
             del node["format"]
-
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions  # of its types alone
-
-MAX_SCHEMA_BYTES = 1 << 16
-MAX_REGEX_BYTES = 1 << 13
-WALK = 32
-"""Tokens of a trial answer. A grammar that is too complex to follow mostly shows it within a few."""
-
-_LIMITS = LLParserLimits(
-    step_lexer_fuel=20_000,  # about 3 ms
-    step_max_items=10_000,
-    max_lexer_states=10_000,  # of 1 to 2 kB; copies of a matcher share them
-    max_grammar_size=100_000,
-    verbose_errors=False,  # they would quote what has been generated
-)
-_JSON: "JsonCompileOptions" = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
-_OPTIONS = '%llguidance {"no_forcing": true}'
-_MAX_MESSAGE = 300
-_PLACE_SECONDS = 0.1  # of the processor, to find which part of a schema is refused
-_NESTED = frozenset(
-    {"$ref", "allOf", "anyOf", "oneOf", "properties", "patternProperties", "additionalProperties"}
-    | {"items", "prefixItems", "additionalItems", "$defs", "definitions"}
-)
-"""Keywords that llguidance follows to further schemas."""
-_COMPILER = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
-_ONE_OF = (
-    "oneOf is supported where it is plain that no value fits two of its schemas, "
-    "which a $ref alone hides: use anyOf"
-)
-_REF = "$ref must name a schema, and none inside const, default, enum, example or examples"
-_ALLOWED = bytes([200])  # in llguidance's masks, which have a byte for each token; 0: forbidden
-
-
-class GrammarRefused(Exception):
-    """The grammar can't be followed, for a reason that its author may read."""
-
-
-def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    """A matcher at the answer's beginning; copies of it follow answers. Drops the GIL. Raises GrammarRefused."""
-    if grammar.kind == "regex":
-        if len(grammar.source.encode()) > MAX_REGEX_BYTES:
-            raise GrammarRefused(f"is longer than {MAX_REGEX_BYTES} bytes")
-        part = _part(LLMatcher.grammar_from_regex(grammar.source))
-        matcher = _matcher(tokenizer, str(part["lark_grammar"]))
-        if matcher.is_error():
-            raise GrammarRefused(_told(matcher.get_error()))
-        return matcher
-    if len(grammar.source.encode()) > MAX_SCHEMA_BYTES:
-        raise GrammarRefused(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes")
-    schema = json.loads(grammar.source)
-    _check(schema)
-    spell_out(schema)
-    matcher = _of_schema(tokenizer, schema)
-    if matcher.is_error():
-        message = _told(matcher.get_error())
-        raise GrammarRefused(f"{message}{_place(tokenizer, schema, message)}"[:_MAX_MESSAGE])
-    return matcher
-
-
-def _of_schema(tokenizer: LLTokenizer, schema: dict[str, object]) -> LLMatcher:
-    part = _part(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON))
-    return _matcher(tokenizer, f"start: %json {json.dumps(part['json_schema'])}")
-
-
-def _matcher(tokenizer: LLTokenizer, start: str) -> LLMatcher:
-    return LLMatcher(tokenizer, f"{_OPTIONS}\n{start}", log_level=0, limits=_LIMITS)
-
-
-def _place(tokenizer: LLTokenizer, schema: dict[str, object], message: str) -> str:
-    """Where the first part of the schema is that is refused for the same reason by itself; empty where none is
-    found soon."""
-    if message == _ONE_OF:
-        places = [place for place, node in nodes(schema) if "oneOf" in node]
-        return f" (at {places[0]})" if len(places) == 1 else ""
-    until = time.thread_time() + _PLACE_SECONDS
-    for place, node in nodes(schema):
-        if time.thread_time() > until:
-            break
-        alone = {key: value for key, value in node.items() if key not in _NESTED}
-        if _told(_of_schema(tokenizer, alone).get_error()) == message:
-            return f" (at {place})"
-    return ""
-
-
-def _part(text: str) -> dict[str, object]:
-    """The only one of a grammar that llguidance has written, as a document."""
-    (part,) = json.loads(text)["grammars"]
-    return dict(part)
-
-
-def try_out(matcher: LLMatcher, eos_token_ids: frozenset[int]) -> None:
-    """Follow the grammar for arbitrary tokens. Raises GrammarRefused where it leads nowhere or is too complex."""
-    rng = random.Random(0)
-    copy = matcher.deep_copy()
-    for _ in range(WALK):
-        mask = copy.compute_logit_bias()
-        if copy.is_error():
-            raise GrammarRefused("matches nothing, or is too complex to follow")
-        token_id = _pick(mask, rng.randrange(len(mask)), eos_token_ids)
-        if token_id is None:
-            return
-        copy.consume_token(token_id)
-        if copy.is_stopped():
-            break
-    if copy.is_error():
-        raise GrammarRefused("is too complex to follow")
-
-
-def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
-    """The first allowed token from `start` on, or else from 0 on, that is no end token; None without any."""
-    for first in (start, 0):
-        token_id = mask.find(_ALLOWED, first)
-        while token_id in eos_token_ids:
-            token_id = mask.find(_ALLOWED, token_id + 1)
-        if token_id >= 0:
-            return token_id
-    return None
-
-
-def _check(schema: object) -> None:
-    """Refuse what llguidance takes, but doesn't honour to the letter. Raises GrammarRefused."""
-    for place, node in nodes(schema):
-        if "x-guidance" in node:
-            raise GrammarRefused("x-guidance is not supported")
-        ref = node.get("$ref")
-        if isinstance(ref, str) and not names_schema(ref):
-            raise GrammarRefused(f"{_REF} (at {place})"[:_MAX_MESSAGE])
-        least, required = node.get("minProperties"), node.get("required")
-        num_required = len(set(map(str, required))) if isinstance(required, list) else 0
-        # Keys that no property names may come twice, which is one property to whoever reads the answer.
-        if isinstance(least, int) and least > max(num_required, 1):
-            message = "minProperties is supported up to the number of required properties, or 1"
-            raise GrammarRefused(f"{message} (at {place})"[:_MAX_MESSAGE])
-
-
-def _told(message: str) -> str:
-    """The first line of llguidance's message that says something, as the schema's author would say it, cut."""
-    lines = [line.strip() for line in message.splitlines()]
-    first = next((line for line in lines if line.startswith("error:")), None) or next(filter(None, lines), "")
-    said = _COMPILER.sub("", first.removeprefix("error:").strip())
-    if said.startswith("oneOf constraints are not supported"):
-        return _ONE_OF
-    if said.startswith("Unimplemented keys: "):
-        names = re.findall('"([^"]*)"', said)
-        said = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not supported"
-    elif said.startswith("Unknown format: "):
-        said = f"the format {said.removeprefix('Unknown format: ')} is not supported"
-    return said[:_MAX_MESSAGE] or "can't be compiled"

@@ -1,11 +1,11 @@
-"""Compiles grammars of strangers where they can do no harm: in a process of their own, within limits.
+"""Vet untrusted grammars in another process, with limits on time and memory.
 
-`python -m server.engine.grammar_check` reads a tokenizer and then grammars, and forks a child for each
-of them, which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child
-alone. What the machine's other work takes of that time is no fault of the grammar: a child that hardly got to run
-is waited for. Nobody waits for a child to die: on a busy machine one of low priority takes its time for that, too.
-A child is niced below serving once it took longer than real grammars do. The process ends when its standard input
-does. `GrammarChecker` is the other end. All speak lines of JSON.
+`python -m server.engine.grammar_check` reads a tokenizer and then grammars, as lines of JSON. For each grammar it
+forks a child, which compiles the grammar and tries it out. A limit on time or memory, or a stack overflow, only
+ends the child. The wall-clock limit doesn't apply to a child that hardly got to run on a busy machine. A child
+that takes longer than real grammars do is given a lower priority than serving. The process doesn't wait for a
+child to die, since that takes long at a low priority. It ends when its standard input ends. `GrammarChecker` is
+its client.
 """
 
 import json
@@ -29,28 +29,31 @@ from server.engine.request import Grammar
 from server.errors import NotReady
 
 CPU_SECONDS = 0.4
-"""Of one grammar. Real ones take 10 to 30 ms."""
+"""Limit on the processor time of one grammar. Real grammars take 10 to 30 ms."""
 WALL_SECONDS = 0.9
-"""Likewise, on a machine that is busy: of one that has had `_REAL_SECONDS` of the processor."""
+"""Limit on the time of one grammar that has had `_REAL_SECONDS` of processor time."""
 
-_REAL_SECONDS = 0.06  # of the processor: real grammars are through by then, and others give way to everybody
-_STARVED_SECONDS = 5.0  # what one may take that had less
-_LOOK_SECONDS = 0.05  # between two looks at how much it had
+_REAL_SECONDS = 0.06  # processor time: real grammars take less, and others get a low priority from then on
+_STARVED_SECONDS = 5.0  # limit on the time of a grammar that has had less
+_LOOK_SECONDS = 0.05  # between two looks at a child's processor time
 _MEMORY = 1 << 30  # bytes of address space
 _NICE = 15
-_NEWS_SECONDS = 0.7  # what the answer may take on a busy machine
+_NEWS_SECONDS = 0.7  # time for passing on the answer on a busy machine
 _START_SECONDS = 20.0
 _TOO_HARD = "takes too long to compile: make it simpler"
 _TOO_BUSY = "the machine is too busy to compile grammars now"
 
 
 class GrammarChecker:
-    """The process, started when asked to or when first needed, and again after it died. Safe in any thread."""
+    """The client of the process. It starts the process when first needed, and again after it died.
+
+    Any thread may call.
+    """
 
     def __init__(
         self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...], environment: Mapping[str, str]
     ) -> None:
-        """`tokenizer`: the text of a Hugging Face tokenizer.json; `environment`: the process's."""
+        """Take the text of a Hugging Face tokenizer.json, and the `environment` of the process."""
         self._environment = environment
         self._setup = _line([tokenizer, vocab_size, list(eos_token_ids)])
         self._lock = threading.Lock()
@@ -59,22 +62,24 @@ class GrammarChecker:
         self._closed = False
 
     def start(self) -> None:
-        """Have the process ready before the first grammar comes. Returns when it is."""
+        """Start the process, and wait until it is ready."""
         with self._lock, suppress(NotReady):
             self._running()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process for good."""
         with self._lock:
             self._closed = True
             self._kill()
 
     def check(self, grammar: Grammar) -> None:
-        """Blocks for about WALL_SECONDS at most (`_STARVED_SECONDS` where others take the processor), and for
-        those before it. Raises GrammarRefused or NotReady.
+        """Vet a grammar. Raise GrammarRefused or NotReady.
+
+        It blocks for up to WALL_SECONDS (`_STARVED_SECONDS` on a busy machine), and while earlier grammars are
+        vetted.
         """
         with self._lock:
-            for _ in range(2):  # it may have been killed since
+            for _ in range(2):  # the process may have died since the last grammar
                 process = self._running()
                 assert process.stdin is not None
                 with suppress(OSError):
@@ -102,7 +107,7 @@ class GrammarChecker:
         self._answers.clear()
         command = [sys.executable, "-P", "-m", "server.engine.grammar_check"]
         try:
-            process = subprocess.Popen(  # noqa: S603  # nothing of it comes from outside
+            process = subprocess.Popen(  # noqa: S603  # no argument comes from outside
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -122,10 +127,10 @@ class GrammarChecker:
         return process
 
     def _read(self, process: subprocess.Popen[bytes], seconds: float) -> str | None:
-        """The next answer; None where the process has died or takes too long."""
+        """Return the next answer, or None if the process has died or takes too long."""
         assert process.stdout is not None
         deadline = time.monotonic() + seconds
-        poll = select.poll()  # select.select takes no descriptors from 1024 on
+        poll = select.poll()  # select.select doesn't support descriptors from 1024 on
         poll.register(process.stdout, select.POLLIN)
         while b"\n" not in self._answers:
             left = deadline - time.monotonic()
@@ -159,8 +164,8 @@ def _has_died(process: subprocess.Popen[bytes]) -> bool:
 
 
 def serve() -> None:
-    """The process: a setup, then a grammar and its answer, until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's to act on
+    """Run the process: read a setup, then answer grammars until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lines = sys.stdin.buffer
     setup = lines.readline()
@@ -178,11 +183,11 @@ def serve() -> None:
         with os.fdopen(reader, "rb") as answer:
             os.write(1, _answer_of(child, answer))
         os.kill(child, signal.SIGKILL)
-        _bury()
+        _reap()
 
 
 def _answer_of(child: int, answer: BinaryIO) -> bytes:
-    """What the child says, or is to be said where it dies or time is up."""
+    """Return the child's answer, or the one for a child that dies or takes too long."""
     poll = select.poll()
     poll.register(answer, select.POLLIN)
     begun = time.monotonic()
@@ -203,31 +208,33 @@ def _answer_of(child: int, answer: BinaryIO) -> bytes:
 
 
 def _processor_seconds(child: int) -> float:
-    """What the child has had so far; infinite where nobody knows. A process's clock as clock_getcpuclockid(3) of
-    Linux names it."""
+    """Return the child's processor time so far, or infinity if it is unknown.
+
+    The id of a process's clock is computed as clock_getcpuclockid(3) of Linux does.
+    """
     with suppress(OSError):
         return time.clock_gettime(~child << 3 | 2)
     return math.inf
 
 
-def _bury() -> None:
-    """Take leave of the children that have died so far."""
+def _reap() -> None:
+    """Reap the children that have died so far."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int], writer: int) -> NoReturn:
-    """The child: writes its answer and ends, or is killed."""
+    """Run the child: vet the grammar, write the answer and exit. A limit kills it earlier."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, _STARVED_SECONDS + _NEWS_SECONDS)  # should nobody be left to end it
+    signal.setitimer(signal.ITIMER_REAL, _STARVED_SECONDS + _NEWS_SECONDS)  # in case the parent has died
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     try:
         try_out(compiled(tokenizer, grammar), eos_token_ids)
     except GrammarRefused as refusal:
         answer = str(refusal)
-    except BaseException:  # whatever it makes of it: llguidance's panics are no Exceptions
+    except BaseException:  # a panic of llguidance isn't an Exception
         answer = "can't be compiled"
     else:
         answer = ""

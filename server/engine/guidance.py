@@ -1,15 +1,15 @@
-"""Structured output: grammars checked and compiled off the engine's thread, and followed by each sequence on it.
+"""Structured output: check and compile grammars, and constrain sequences to them.
 
-`Guidance.check` is for requests before they are taken: it has a grammar vetted in another process
-(`grammar_check`), compiles it on a thread of low priority, and keeps it. `Guidance.constraint` puts a sequence at
-its beginning. llguidance's mask says which tokens may come next; end tokens may if the answer could end there. If
-only one text can follow, its longest token comes: that depends on the answer so far alone, and costs the same
-however much there is to follow. `masks` decides when and on which thread a mask is computed; `grammar`, what
-answers look like.
+`Guidance.check` runs before a request is accepted. It vets a grammar in another process (`grammar_check`),
+compiles it on a thread of low priority, and caches it. `Guidance.constraint` creates a sequence's `Constraint`.
+llguidance's mask says which tokens may come next. End tokens are allowed if the answer could end there. If only
+one text can follow, the longest token of that text is forced. The choice depends only on the answer so far, and
+its cost doesn't depend on the length of the text. `masks` decides when and on which thread a mask is computed.
+`grammar` decides which grammars are supported.
 
-llguidance keeps what it has learnt of a grammar behind one mutex, which all copies of a matcher share, and calls
-some of its functions with the GIL held. So all matchers of a grammar belong to one thread at a time: the engine's,
-or that of `masks` while `Constraint.awaits_mask` is set.
+llguidance keeps its state of a grammar behind one mutex, which all copies of a matcher share, and calls some
+functions with the GIL held. So all matchers of a grammar belong to one thread at a time: the engine's, or that of
+`masks` while `Constraint.awaits_mask` is set.
 """
 
 import math
@@ -33,14 +33,14 @@ from server.engine.request import Grammar
 from server.errors import QueueFull
 from server.system.threads import step_back
 
-_NUM_KEPT = 64  # compiled grammars
-_TURN_SECONDS = 5.0  # what a grammar may wait for others
+_NUM_KEPT = 64  # compiled grammars in the cache
+_TURN_SECONDS = 5.0  # maximum wait for other grammars' checks
 _MAX_SPLITS = 64
-"""Tokens that the same text may begin with: more are a choice."""
+"""Allowed tokens up to which it is examined whether all begin the same text."""
 _QUICK = 0.02
-"""Seconds of the processor: what compiles faster may be compiled again while an answer is followed."""
+"""Processor seconds. A grammar that compiles faster may be compiled again during an answer."""
 _RECENT = 0.1
-"""Weight of the latest mask in the running mean of a grammar's."""
+"""Weight of the latest mask in the running mean of a grammar's mask time."""
 
 Mask = NDArray[np.bool_]
 """(vocab,) True for tokens that may come next."""
@@ -48,23 +48,26 @@ Mask = NDArray[np.bool_]
 
 @dataclass(eq=False)
 class Compiled:
-    """A compiled grammar that was vetted. Copies of its matcher share what they have learnt of it so far, which is
-    limited: an answer that reaches the limit spoils it for all of them."""
+    """A vetted and compiled grammar.
+
+    Copies of its matcher share lexer states, whose number is limited. If one answer reaches the limit, all copies
+    are spoilt.
+    """
 
     matcher: LLMatcher
-    seconds: float  # of the processor, that compiling it took
+    seconds: float  # processor time of compiling it
     first_mask: Mask | None
-    mask_seconds: float = 0.0  # of the processor, that a mask takes: a running mean
-    num_pending: int = 0  # masks that are being computed on another thread than the engine's
+    mask_seconds: float = 0.0  # processor time of a mask: a running mean
+    num_pending: int = 0  # masks that the thread of `masks` has to compute
     is_spoilt: bool = False
 
     def observe(self, seconds: float) -> None:
-        """Count a mask that took this much processor time."""
+        """Add the processor time of one mask to the running mean."""
         self.mask_seconds += _RECENT * (seconds - self.mask_seconds)
 
 
 class Constraint:
-    """Where one sequence is in its grammar. One thread at a time owns it: see above."""
+    """The state of one sequence in its grammar. One thread at a time owns it (see the module's docstring)."""
 
     def __init__(
         self,
@@ -74,28 +77,28 @@ class Constraint:
         tokenizer: LLTokenizer,
         matcher: LLMatcher | None = None,
     ) -> None:
-        """Start at the answer's beginning, or where `matcher` is."""
+        """Start at the answer's beginning, or in the state of `matcher`."""
         self.compiled = compiled
-        self.spare_seconds = math.inf  # that masks of drafts may take in the next step
+        self.spare_seconds = math.inf  # budget for masks of drafts in the next step
         self._grammar = grammar
         self._compile_again = compile_again
         self._tokenizer = tokenizer
         self._matcher = (matcher or compiled.matcher).deep_copy()
         self._token_ids: list[int] = []
         self._mask = None if matcher else compiled.first_mask
-        self._is_asked = self._mask is not None  # for the mask, which stays None if there is an error
-        self._forced: tuple[int, ...] | None = None  # None: not looked up yet
-        self._is_alone = False
+        self._is_asked = self._mask is not None  # whether the mask was computed; it is None after an error
+        self._forced: tuple[int, ...] | None = None  # None: not computed yet
+        self._is_alone = False  # whether its matcher can't be replaced by a newly compiled one
         self._has_failed = False
 
     @property
     def awaits_mask(self) -> bool:
-        """Whether another thread computes masks of this grammar. Until it's done, call nothing else."""
+        """Whether another thread computes masks of this grammar. Use nothing else of the constraint meanwhile."""
         return self.compiled.num_pending > 0
 
     @property
     def matcher(self) -> LLMatcher:
-        """The matcher that the next mask is of."""
+        """The matcher that computes the next mask."""
         return self._matcher
 
     @property
@@ -105,23 +108,23 @@ class Constraint:
 
     @property
     def max_draft(self) -> int:
-        """How many drafted tokens, each of which needs a mask, this step has time for."""
+        """The number of drafted tokens, each of which needs a mask, that this step has time for."""
         return int(min(self.spare_seconds / max(self.compiled.mask_seconds, 1e-6), 1000))
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing can follow any more."""
+        """Whether no token can follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def error(self) -> InvalidInput | None:
-        """Why the grammar can't be followed any further."""
+        """The error if the grammar can't be followed any further."""
         if not (self._has_failed or self._matcher.is_error()):
             return None
         return refusal(self._grammar, "became too complex to follow: make it simpler")
 
     def forbidden(self) -> NDArray[np.bool_] | None:
-        """(vocab,) True for tokens that may not come next; None where there is an error."""
+        """Return a mask (vocab,) that is True for tokens that may not come next, or None if there is an error."""
         if forced := self.forced(1):
             but_one = np.ones(self._tokenizer.vocab_size, np.bool_)
             but_one[forced[0]] = False
@@ -130,14 +133,13 @@ class Constraint:
         return None if allowed is None else ~allowed
 
     def forced(self, max_tokens: int) -> tuple[int, ...]:
-        """Return up to `max_tokens` of the next tokens, each the only one that may come; none if it isn't."""
+        """Return up to `max_tokens` next tokens that the grammar forces."""
         if self._forced is None:
             self._forced = tuple(self._foreseen(max_tokens))
         return self._forced[:max_tokens]
 
     def compute_mask(self) -> bool:
-        """Compute the next mask on this thread, and return whether it's there: compiling the grammar again, which
-        it may need, is left to `receive`."""
+        """Compute the next mask on this thread. Return False if the grammar must be compiled again (`receive`)."""
         begun = time.thread_time()
         mask = mask_of(self._matcher, self._tokenizer.vocab_size)
         self.compiled.observe(time.thread_time() - begun)
@@ -147,8 +149,10 @@ class Constraint:
         return True
 
     def receive(self, mask: Mask | None) -> None:
-        """Take the next mask, and look up whether it leaves a choice. None, which an error left, starts again with
-        a matcher of its own if that is quick."""
+        """Set the next mask, and compute the forced tokens.
+
+        None means an error. Then try again with a newly compiled matcher if compiling is quick.
+        """
         if mask is None:
             self._restart()
             mask = mask_of(self._matcher, self._tokenizer.vocab_size)
@@ -156,11 +160,11 @@ class Constraint:
         self.forced(1)
 
     def give_up(self) -> None:
-        """Take it that the grammar can't be followed any further."""
+        """Fail: the grammar can't be followed any further."""
         self._mask, self._is_asked, self._forced, self._has_failed = None, True, (), True
 
     def accept(self, token_id: int) -> None:
-        """Move on by a token that isn't forbidden and doesn't end the answer."""
+        """Advance by a token that isn't forbidden and doesn't end the answer."""
         self._token_ids.append(token_id)
         self._matcher.consume_token(token_id)
         self._follow(token_id)
@@ -168,13 +172,13 @@ class Constraint:
             self._restart()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens may come next, one after the other."""
-        return self._matcher.deep_copy().validate_tokens(list(token_ids))  # which may fail, as the copy then has
+        """Return how many of these tokens are allowed, one after the other."""
+        return self._matcher.deep_copy().validate_tokens(list(token_ids))  # an error stays in the copy
 
     def after(self, token_ids: Sequence[int]) -> "Constraint":
-        """A copy that has moved on by these tokens, all of which may come next."""
+        """Return a copy that has advanced by these tokens, which must be allowed."""
         copy = Constraint(self._grammar, self.compiled, self._compile_again, self._tokenizer, self._matcher)
-        copy._is_alone = True  # if it can't be followed, the original decides
+        copy._is_alone = True  # only the original may compile the grammar again
         copy._mask, copy._is_asked, copy._forced = self._mask, self._is_asked, self._forced
         copy._matcher.consume_tokens(list(token_ids))
         for token_id in token_ids:
@@ -182,13 +186,13 @@ class Constraint:
         return copy
 
     def _follow(self, token_id: int) -> None:
-        """Forget what was known of the next token: the matcher has moved on by `token_id`."""
+        """Drop the mask, and the forced tokens unless `token_id`, which the matcher has consumed, was forced."""
         self._mask, self._is_asked = None, False
         is_foreseen = self._forced is not None and self._forced[:1] == (token_id,)
         self._forced = (self._forced[1:] or None) if self._forced and is_foreseen else None
 
     def _foreseen(self, max_tokens: int) -> Iterator[int]:
-        """What is forced, looked up token by token."""
+        """Yield the forced tokens, found token by token."""
         if self.is_complete or (token_id := self._only(self._matcher, self._asked())) is None:
             return
         yield token_id
@@ -200,11 +204,10 @@ class Constraint:
             yield token_id
 
     def _only(self, matcher: LLMatcher, allowed: Mask | None) -> int | None:
-        """The longest of the tokens `allowed` where its text is all that may follow; None where there is a choice,
-        or nothing.
+        """Return the longest token of `allowed` if only its text can follow, or else None.
 
-        Tokens that are all splits of one text don't say so: it may end, or go on otherwise, behind a shorter one
-        ("low" and "lower"). What follows begins with the shortest of them in any case.
+        It isn't enough that all allowed tokens begin the same text: after a shorter token the answer may end or
+        continue differently ("low" and "lower"). So follow the text by the shortest tokens.
         """
         splits = self._splits(allowed)
         if not splits:
@@ -219,8 +222,10 @@ class Constraint:
         return longest
 
     def _splits(self, allowed: Mask | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
-        """The tokens `allowed` with their texts, the shortest first, where all begin, or go on, the same `text`;
-        none otherwise, or where the answer may end."""
+        """Return the tokens of `allowed` with their texts, the shortest first, if all begin or extend one `text`.
+
+        Return none otherwise, or if the answer may end.
+        """
         if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
             return []
         token_ids = allowed.nonzero()[0].tolist()
@@ -230,7 +235,7 @@ class Constraint:
         return splits if are_one and not set(token_ids) & set(self._tokenizer.eos_tokens) else []
 
     def _asked(self) -> Mask | None:
-        """Return the next mask, computed first if need be; None if there is an error."""
+        """Return the next mask, and compute it if necessary; None if there is an error."""
         if not (self._is_asked or self.compute_mask()):
             self._restart()
             self._mask, self._is_asked = self._mask_of(self._matcher), True
@@ -244,7 +249,7 @@ class Constraint:
         return not self._is_alone and self.compiled.seconds < _QUICK
 
     def _restart(self) -> None:
-        """Follow the answer again with a matcher that shares nothing: others may have reached the limit."""
+        """Follow the answer again with a matcher that shares nothing: other answers may have reached the limit."""
         self.compiled.is_spoilt = True
         if self._may_restart:
             self._is_alone = True
@@ -253,14 +258,14 @@ class Constraint:
 
 
 def mask_of(matcher: LLMatcher, vocab_size: int) -> Mask | None:
-    """Return the matcher's next mask, or None if it's in error. Drops the GIL."""
+    """Return the matcher's next mask, or None if it has an error. Releases the GIL."""
     bits = np.zeros(-(-vocab_size // 32), np.uint32)
     matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
     return _unpacked(matcher, bits, vocab_size)
 
 
 def masks_of(executor: LLExecutor, matchers: Sequence[LLMatcher], vocab_size: int) -> list[Mask | None]:
-    """Return the matchers' next masks, computed on the executor's threads (a single one's on this thread)."""
+    """Return the matchers' next masks, computed by the executor's threads (a single mask by this thread)."""
     bits = np.zeros((len(matchers), -(-vocab_size // 32)), np.uint32)
     places = [(matcher, place) for place, matcher in enumerate(matchers)]
     executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, bits[0].nbytes, len(matchers))
@@ -274,24 +279,24 @@ def _unpacked(matcher: LLMatcher, bits: NDArray[np.uint32], vocab_size: int) -> 
 
 
 class Guidance:
-    """The grammars of one tokenizer."""
+    """A cache of checked and compiled grammars for one tokenizer."""
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """`tokenizer`: the text of a Hugging Face tokenizer.json; `vocab_size`: the width of the logits."""
+        """Take the text of a Hugging Face tokenizer.json. `vocab_size` is the width of the logits."""
         self._source = tokenizer
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._checker = GrammarChecker(tokenizer, vocab_size, eos_token_ids, without_secrets())
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler", step_back)
-        self._turn = threading.Lock()  # of who is having a grammar checked
-        self._lock = threading.Lock()  # of what is kept
+        self._turn = threading.Lock()  # one grammar is checked at a time
+        self._lock = threading.Lock()  # protects `_kept`
         self._tokenizer: LLTokenizer | None = None
-        self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()  # the one used last comes last
+        self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()  # least recently used first
 
     def start(self) -> None:
-        """Prepare, in the background, what the first grammar would wait for."""
+        """Prepare the tokenizer and the other process in the background."""
         self._compiler.submit(self._ready_tokenizer)
-        # Not on the compiler's thread: what a thread starts inherits its priority.
+        # Not on the compiler's thread, because the process would inherit its low priority.
         threading.Thread(target=self._checker.start, name="grammar-check", daemon=True).start()
 
     def close(self) -> None:
@@ -300,10 +305,10 @@ class Guidance:
         self._compiler.shutdown(wait=True, cancel_futures=True)
 
     def check(self, grammar: Grammar) -> None:
-        """Vet and compile, which may block for a second or two (longer on a machine that is too busy for it), and
-        for those before it. Safe in any thread.
+        """Vet, compile and cache a grammar. Any thread may call.
 
-        Raises InvalidInput on the grammar's field, or TryAgain.
+        It blocks for a second or two (longer on a busy machine), and while earlier grammars are checked. Raise
+        InvalidInput on the grammar's field, or TryAgain.
         """
         if self.is_usable(grammar):
             return
@@ -320,16 +325,16 @@ class Guidance:
             self._turn.release()
 
     def holds(self, grammar: Grammar) -> bool:
-        """Whether the grammar was checked lately."""
+        """Return whether the cache has this grammar."""
         return self._find(grammar) is not None
 
     def constraint(self, grammar: Grammar) -> Constraint:
-        """A new sequence's, of a grammar that `check` has passed."""
-        kept = self._find(grammar) or self._keep(grammar)  # it may have had to make room since
+        """Return the constraint of a new sequence, under a grammar that `check` has accepted."""
+        kept = self._find(grammar) or self._keep(grammar)  # compile it again if it was evicted since
         return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
 
     def is_usable(self, grammar: Grammar) -> bool:
-        """Whether `check` has nothing to do for it. At once, in any thread."""
+        """Return whether `check` would return at once. Any thread may call."""
         kept = self._find(grammar)
         return kept is not None and not kept.is_spoilt
 
@@ -361,6 +366,6 @@ class Guidance:
 
 
 def refusal(grammar: Grammar, message: str) -> InvalidInput:
-    """The grammar's fault, on the field that it came in."""
+    """Return an error on the request's field that contains the grammar."""
     loc = ("regex",) if grammar.kind == "regex" else ("response_format", "json_schema", "schema")
     return InvalidInput([FieldError(loc, message)])

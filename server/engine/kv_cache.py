@@ -1,11 +1,11 @@
-"""Who owns which block of the key/value cache. Plain Python; the tensors are `paged_attention`'s.
+"""Allocate the blocks of the key/value cache to sequences. Plain Python; the tensors are in `backend.PagedCache`.
 
-A block holds `block_size` positions of one sequence. Full blocks are known by a key that chains their tokens, the
-sequence's adapter set and its project, so sequences of one project that begin alike under the same adapters share
-them. A block that no sequence refers to keeps its content, and can be found again, until its room is needed: least
-recently used first.
+A block holds `block_size` positions of one sequence. The key of a full block is a hash of its tokens, all tokens
+before it, the adapter set and the project. Sequences of one project with the same adapters share the blocks of
+their common prefix. A block that no sequence refers to keeps its content for later prefix cache hits. It is
+reused least recently used first.
 
-Block 0 is never handed out: it pads block tables.
+Block 0 is never allocated, because it pads block tables.
 """
 
 from collections import OrderedDict
@@ -14,19 +14,19 @@ from server.engine.sequence import Sequence
 
 
 class BlockManager:
-    """Allocation, sharing and eviction of blocks. `used + free == num_blocks - 1` at every moment."""
+    """Allocation, sharing and eviction of blocks. `used + free == num_blocks - 1` always holds."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 2:
             raise ValueError("the cache needs at least one block besides the padding block")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_freed = 0  # times that a sequence gave blocks back: until then, whoever lacked some still does
+        self.num_freed = 0  # times that a sequence freed blocks; until it grows, a failed admission fails again
         self._references = [0] * num_blocks
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # oldest first
-        self._computing: dict[bytes, Sequence] = {}  # prompt blocks that a running sequence is about to fill
+        self._computing: dict[bytes, Sequence] = {}  # keys of prompt blocks that a running sequence will fill
 
     @property
     def num_usable_blocks(self) -> int:
@@ -34,7 +34,7 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence refers to; some still hold content that can be found."""
+        """The number of blocks that no sequence refers to. The prefix cache can still find some of them."""
         return len(self._free)
 
     @property
@@ -42,51 +42,52 @@ class BlockManager:
         return self.num_usable_blocks - len(self._free)
 
     def cached_keys(self) -> list[bytes]:
-        """Of all blocks that can be found. Any thread may ask: one call copies them, under the GIL."""
+        """Return the keys of all blocks that can be found. Any thread may call: the GIL makes the copy atomic."""
         return list(self._block_of)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold `num_tokens` positions."""
+        """Return how many blocks `num_tokens` positions take."""
         return -(-num_tokens // self.block_size)
 
     def num_own_blocks(self, sequence: Sequence) -> int:
-        """How many blocks would come free with this sequence: those that no other one shares."""
+        """Return how many blocks would be free without this sequence: those that no other sequence shares."""
         return sum(1 for block in sequence.block_table if self._references[block] == 1)
 
     def is_being_computed(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is about to fill a block that this one could share: worth a short wait."""
+        """Return whether another running sequence will soon fill a block that this sequence could share."""
         for key in self._prompt_keys(sequence):
             if key not in self._block_of:
                 return self._computing.get(key, sequence) is not sequence
         return False
 
     def admit(self, sequence: Sequence, *, num_spare_blocks: int) -> bool:
-        """Give the sequence its shared prefix, if the rest of its tokens would fit and leave the spare ones free.
+        """Give the sequence the cached blocks of its prefix, and return True, if the rest of its tokens would fit.
 
-        Sets `block_table` and `num_computed_tokens`. At least one token is always left to compute.
+        `num_spare_blocks` must stay free. Sets `block_table` and `num_computed_tokens`. At least one token is
+        always left to compute.
         """
         assert not sequence.block_table, "admitted twice"
-        shared = []
+        prefix = []
         for key in self._prompt_keys(sequence):
             block = self._block_of.get(key)
             if block is None:
                 break
-            shared.append(block)
-        num_idle_shared = sum(1 for block in shared if not self._references[block])
-        num_new = self.blocks_for(sequence.num_needed_tokens) - len(shared)
-        if num_new + num_idle_shared + num_spare_blocks > len(self._free):
+            prefix.append(block)
+        num_idle = sum(1 for block in prefix if not self._references[block])
+        num_new = self.blocks_for(sequence.num_needed_tokens) - len(prefix)
+        if num_new + num_idle + num_spare_blocks > len(self._free):
             return False
-        for block in shared:
+        for block in prefix:
             self._take(block)
-        sequence.block_table = shared
-        sequence.num_registered_blocks = len(shared)
-        sequence.num_computed_tokens = len(shared) * self.block_size
-        for key in self._prompt_keys(sequence)[len(shared) :]:
+        sequence.block_table = prefix
+        sequence.num_registered_blocks = len(prefix)
+        sequence.num_computed_tokens = len(prefix) * self.block_size
+        for key in self._prompt_keys(sequence)[len(prefix) :]:
             self._computing.setdefault(key, sequence)
         return True
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to `num_tokens` positions; False, and nothing changed, where blocks lack."""
+        """Extend the block table to `num_tokens` positions. If too few blocks are free, return False instead."""
         num_new = self.blocks_for(num_tokens) - len(sequence.block_table)
         if num_new > len(self._free):
             return False
@@ -100,7 +101,7 @@ class BlockManager:
         return True
 
     def trim(self, sequence: Sequence) -> None:
-        """Take back the blocks behind what is computed, which a draft was given. They are reused first."""
+        """Free the blocks after the computed tokens, which a draft needed. They are reused first."""
         for _ in range(len(sequence.block_table) - self.blocks_for(sequence.num_computed_tokens)):
             block = sequence.block_table.pop()
             self._references[block] = 0
@@ -108,7 +109,7 @@ class BlockManager:
             self._free.move_to_end(block, last=False)
 
     def mark_computed(self, sequence: Sequence) -> None:
-        """Make the sequence's newly filled blocks findable. Call after `num_computed_tokens` has moved on."""
+        """Register the sequence's newly filled blocks. Call after `num_computed_tokens` has grown."""
         num_full = sequence.num_computed_tokens // self.block_size
         if num_full <= sequence.num_registered_blocks:
             return
@@ -123,7 +124,7 @@ class BlockManager:
         sequence.num_registered_blocks = num_full
 
     def free(self, sequence: Sequence) -> None:
-        """Take all of a sequence's blocks back; its last ones are reused first."""
+        """Free all of a sequence's blocks. Its last blocks are reused first."""
         for key in self._prompt_keys(sequence):
             if self._computing.get(key) is sequence:
                 del self._computing[key]
@@ -138,7 +139,7 @@ class BlockManager:
         sequence.num_computed_tokens = 0
 
     def check(self, sequences: list[Sequence]) -> None:
-        """Assert that the counts are exactly those of `sequences`, which are all that hold blocks."""
+        """Assert that the reference counts match the block tables of `sequences`, which are all that have one."""
         counts = [0] * self.num_blocks
         for sequence in sequences:
             for block in sequence.block_table:
@@ -148,7 +149,7 @@ class BlockManager:
         assert {block: key for key, block in self._block_of.items()} == self._key_of
 
     def _prompt_keys(self, sequence: Sequence) -> list[bytes]:
-        """The keys of the full blocks that the sequence need not compute itself."""
+        """Return the keys of the full blocks that the sequence can share."""
         return sequence.full_block_keys()[: sequence.num_sharable_tokens // self.block_size]
 
     def _take(self, block: int) -> None:

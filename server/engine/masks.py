@@ -1,10 +1,10 @@
-"""When and where masks are computed: on the engine's thread within a budget, else on another thread.
+"""Compute the masks of constrained sequences, on the engine's thread within a budget, or else on another thread.
 
-A step waits for every mask that the engine's thread computes, and so does everybody in it. So that thread computes
-only what fits into a share of the step's time, divided equally among the projects whose sequences lack a mask. The
-rest is computed concurrently with the forward pass, on a thread that takes the projects in turn. All sequences
-under a grammar sit steps out while masks of it are computed there (`Constraint.awaits_mask`): that changes when
-their tokens come, and nothing else.
+All sequences of a step wait for the masks that the engine's thread computes. So it only computes masks that fit
+into a share of the step's time. The projects whose sequences lack a mask share this budget equally. The other
+thread computes the remaining masks concurrently with the forward pass, and takes the projects in turn. Meanwhile
+all sequences under the same grammar sit out steps (`Constraint.awaits_mask`). That delays their tokens, and
+changes nothing else.
 """
 
 import logging
@@ -27,27 +27,27 @@ from server.system.threads import step_back
 log = logging.getLogger(__name__)
 
 _SHARE = 0.1
-"""Of the last step's time: what masks may add to a step. Both are processor time of the engine's thread."""
+"""The budget as a share of the last step's time. Both are processor time of the engine's thread."""
 _LEAST_SECONDS = 1e-3
-"""What they may take in any case."""
-_BATCH = 4  # masks that the other thread computes before it looks who is next
+"""The minimum budget."""
+_BATCH = 4  # masks that the other thread computes at a time
 _FADE = 0.9
-"""What a grammar is still assumed to take, each time it goes to the other thread, which doesn't measure."""
+"""Factor on a grammar's estimated mask time each time it goes to the other thread, which doesn't measure."""
 
 
 class Masks:
-    """The budget and the other thread. The engine's thread calls it."""
+    """The budget and the other thread. Only the engine's thread calls it."""
 
     def __init__(self, vocab_size: int, wake: Callable[[], None]) -> None:
-        """`wake` is called, on the other thread, each time all masks of a grammar have come."""
+        """`wake` is called on the other thread when all requested masks of a grammar are ready."""
         self._vocab_size = vocab_size
         self._wake = wake
-        self._debts: dict[str, float] = {}  # seconds that projects took beyond their shares
-        self._step_begun = math.inf  # when the last step began, by the processor time of the engine's thread
+        self._debts: dict[str, float] = {}  # seconds that projects used beyond their shares
+        self._step_begun = math.inf  # processor time of the engine's thread when the last step began
         self._news = threading.Condition()
-        self._queues: OrderedDict[str, deque[_Asked]] = OrderedDict()  # whose turn is next: first
+        self._queues: OrderedDict[str, deque[_Asked]] = OrderedDict()  # by project; the next turn is first
         self._is_closed = False
-        # Masks are computed at low priority, and nothing that needs the GIL is: others would wait for it.
+        # The executor's threads have a low priority. A thread that needs the GIL must not: others wait for it.
         with ThreadPoolExecutor(1, initializer=step_back) as niced:
             self._executor = niced.submit(LLExecutor, 1).result()
         self._thread = threading.Thread(target=self._run, name="grammar-masks", daemon=True)
@@ -61,20 +61,20 @@ class Masks:
         self._thread.join()
 
     def prepare(self, running: Iterable[Sequence]) -> None:
-        """Have the masks computed that `running` sequences lack. Called before each step."""
+        """Compute or request the masks that `running` sequences lack. Call it before each step."""
         step_seconds = thread_time() - self._step_begun
         constraints: dict[str, list[Constraint]] = defaultdict(list)
         lacking: dict[str, dict[Compiled, list[_Asked]]] = defaultdict(lambda: defaultdict(list))
         for sequence in running:
             constraint, project = sequence.constraint, sequence.request.project
-            if isinstance(constraint, Constraint) and not constraint.awaits_mask:
+            if constraint is not None and not constraint.awaits_mask:
                 constraints[project].append(constraint)
                 if constraint.lacks_mask:
                     lacking[project][constraint.compiled].append(_Asked(sequence, constraint))
         share = max(_SHARE * step_seconds, _LEAST_SECONDS) / max(len(lacking), 1)
         left = {project: share - self._debts.get(project, 0.0) for project in {*lacking, *self._debts}}
         for project, grammars in lacking.items():
-            for compiled, asked in sorted(grammars.items(), key=_seconds_of):  # what takes least comes first
+            for compiled, asked in sorted(grammars.items(), key=_seconds_of):  # the quickest first
                 left[project] -= self._compute_here(project, compiled, asked, left[project])
         for project, members in constraints.items():
             for constraint in members:
@@ -83,8 +83,10 @@ class Masks:
         self._step_begun = thread_time()
 
     def _compute_here(self, project: str, compiled: Compiled, asked: Seq["_Asked"], seconds: float) -> float:
-        """Compute a grammar's masks if all fit into `seconds`, and leave the rest to the other thread. Return the
-        processor time that this took."""
+        """Compute a grammar's masks if all fit into `seconds`, and leave the rest to the other thread.
+
+        Return the processor time that this took.
+        """
         spent, todo = 0.0, deque(asked)
         if not compiled.num_pending and len(asked) * compiled.mask_seconds <= seconds:
             while todo and spent < seconds:
@@ -103,7 +105,7 @@ class Masks:
         return spent
 
     def _run(self) -> None:
-        """Compute masks until closed: the other thread."""
+        """Run the other thread: compute masks until closed."""
         while batch := self._next_batch():
             self._compute(batch)
             for one in batch:
@@ -114,7 +116,7 @@ class Masks:
                     self._wake()
 
     def _next_batch(self) -> Seq["_Asked"]:
-        """Wait for work, and take some from the projects in turn. Empty once closed."""
+        """Wait for requests, and return some from the projects in turn, or none if closed."""
         batch: list[_Asked] = []
         with self._news:
             while not (self._queues or self._is_closed):
@@ -123,7 +125,7 @@ class Masks:
                 project, queue = self._queues.popitem(last=False)
                 batch.append(queue.popleft())
                 if queue:
-                    self._queues[project] = queue  # behind the others
+                    self._queues[project] = queue  # after the other projects
         return batch
 
     def _compute(self, batch: Seq["_Asked"]) -> None:
@@ -153,16 +155,16 @@ def _is_computed(constraint: Constraint) -> bool:
 
 @contextmanager
 def _giving_up(*constraints: Constraint) -> Iterator[None]:
-    """Have the sequences of these constraints fail, and nobody else, if their masks can't be computed."""
+    """Fail only the sequences of these constraints if the block raises."""
     try:
         yield
-    except BaseException:  # a panic of llguidance is no Exception
+    except BaseException:  # a panic of llguidance isn't an Exception
         log.exception("a mask can't be computed")
         for constraint in constraints:
             constraint.give_up()
 
 
 def _seconds_of(grammar: tuple[Compiled, Seq[_Asked]]) -> float:
-    """Return how long all of a grammar's masks may take."""
+    """Estimate the processor time of all masks requested of a grammar."""
     compiled, asked = grammar
     return len(asked) * compiled.mask_seconds

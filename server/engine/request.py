@@ -1,6 +1,6 @@
-"""What goes into the engine and what comes out: frozen, picklable, without names or paths.
+"""The engine's requests and outputs: frozen, picklable, and without names or paths.
 
-The engine could live in a process of its own; nothing here refers to its memory.
+Nothing refers to the engine's memory, so the engine can run in another process.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. Bounds are checked at the API's edge; `seed` is always set by then."""
+    """How tokens are chosen. The API checks the bounds and always sets `seed`."""
 
     max_tokens: int = 64
     temperature: float = 0.7  # 0: greedy
@@ -23,31 +23,31 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
     repetition_penalty: float = 1.0  # 1: off
-    presence_penalty: float = 0.0  # off a token's logit once it is in the answer; 0: off
-    frequency_penalty: float = 0.0  # off a token's logit for each time that it is in the answer; 0: off
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    presence_penalty: float = 0.0  # subtracted from the logit of each token in the answer; 0: off
+    frequency_penalty: float = 0.0  # subtracted once for each occurrence in the answer; 0: off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, number added to its logit), each id once
     seed: int = 0
     stop: tuple[str, ...] = ()
-    logprobs: int = 0  # 0: none; k: the chosen token's and the k likeliest
+    logprobs: int = 0  # 0: none; k: those of the chosen token and of the k likeliest tokens
     ignore_eos: bool = False
-    speculates: bool = True  # whether tokens may be drafted, which changes none
+    speculates: bool = True  # whether tokens may be drafted; drafts don't change the answer
 
     @cached_property
     def penalizes(self) -> bool:
-        """Whether a penalty applies before a token is chosen."""
+        """Whether a penalty changes logits."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @cached_property
     def changes_logits(self) -> bool:
-        """Whether a penalty or a bias applies before a token is chosen."""
+        """Whether a penalty or a bias changes logits."""
         return bool(self.penalizes or self.logit_bias)
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must match: the text of a JSON schema, or a regular expression for the whole answer.
+    """A JSON schema, or a regular expression for the whole answer, that an answer must match.
 
-    `server.engine.guidance.Guidance.check` has passed it before it comes to the engine.
+    The engine takes only grammars that `server.engine.guidance.Guidance.check` has accepted.
     """
 
     kind: Literal["json_schema", "regex"]
@@ -56,14 +56,14 @@ class Grammar:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt under one set of adapters; `n` sequences are generated from it.
+    """One prompt under one set of adapters, from which `n` sequences are generated.
 
-    `adapters` is canonical: one entry for each digest, no zero weights, sorted. Empty: the frozen base.
-    `grammar` ends an answer by itself, so stop strings and `ignore_eos` don't go with it.
-    `scored_from`: generate nothing, but tell the log-probabilities of the prompt's tokens from this place (at
-    least 1) on; of `sampling` only `logprobs` has an effect, `max_tokens` must be 0, and `n` is 1.
-    `project`, of which nothing is known here but whether two are the same: it takes turns with the others, and
-    nobody else finds what it has left in the prefix cache.
+    `adapters` is canonical: sorted, one entry for each digest, no zero weights. An empty set is the frozen base.
+    `grammar` ends an answer by itself, so it can't be combined with stop strings or `ignore_eos`.
+    `scored_from` generates nothing. It scores the prompt's tokens from this position (at least 1) on. `max_tokens`
+    must then be 0 and `n` 1, and only `logprobs` of `sampling` has an effect.
+    `project` is an opaque tenant. Projects share engine time equally, and no project finds another's blocks in
+    the prefix cache.
     """
 
     request_id: str
@@ -78,7 +78,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities (nats) before temperature and penalties: of the chosen token, and the likeliest."""
+    """Log-probabilities (nats) of the chosen token and the likeliest tokens, before temperature and penalties."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
@@ -95,7 +95,7 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class SampledLogprob:
-    """The chosen token's log-probability and those of the likeliest ones, best first."""
+    """The log-probabilities of the chosen token and of the likeliest tokens, best first."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
@@ -108,14 +108,14 @@ class Timing:
     queue: float
     first_token: float
     total: float
-    load: tuple[float, float] | None = None  # from the first look at adapters that were cold to their being there
+    load: tuple[float, float] | None = None  # when the wait for cold adapters began and ended; None if none was
 
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """News of one choice of one request after one step: a piece of text, and perhaps its end.
+    """The output of one step for one choice of a request: a piece of text, and possibly the end.
 
-    `text` holds whole characters only and never a stop string or a special token; it may be empty.
+    `text` may be empty. It holds whole characters only, and never a stop string or a special token.
     `num_output_tokens` and `num_cached_tokens` are totals so far. `timing` is set with `finish_reason`.
     """
 
@@ -127,24 +127,24 @@ class SequenceOutput:
     num_cached_tokens: int
     logprobs: tuple[SampledLogprob, ...] = ()
     scores: tuple[float, ...] = ()
-    """Of a request with `scored_from`, with its `finish_reason` ("length"): nats; `logprobs` has more."""
+    """Log-probabilities (nats) of the scored tokens, if the request has `scored_from`. It ends with "length"."""
     finish_reason: FinishReason | None = None
-    error: SmoloraError | None = None  # why an "abort" happened
+    error: SmoloraError | None = None  # the reason for an "abort"
     timing: Timing | None = None
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for /metrics and /ready. Counters only grow."""
+    """A snapshot for /metrics and /ready. Counters never decrease."""
 
     num_running: int = 0
     num_waiting: int = 0
     kv_blocks_total: int = 0
-    kv_blocks_used: int = 0  # those that a request refers to
+    kv_blocks_used: int = 0  # blocks that a running sequence refers to
     adapters_resident: int = 0
     adapter_rows_total: int = 0
     adapter_rows_used: int = 0
-    max_adapter_rank: int = 0  # of one adapter on all linear modules that would take all rows
+    max_adapter_rank: int = 0  # the rank of an adapter on all linear modules that would take all rows
     adapter_loads: int = 0
     adapter_evictions: int = 0
     prefix_cached_tokens: int = 0
@@ -153,6 +153,6 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     drafted_tokens: int = 0
-    accepted_tokens: int = 0  # of the drafted ones
+    accepted_tokens: int = 0  # drafted tokens that were then drawn
     resident: frozenset[str] = frozenset()  # digests
-    waiting: frozenset[str] = frozenset()  # digests that requests wait with, of some where very many do
+    waiting: frozenset[str] = frozenset()  # digests of adapters of waiting requests; a sample if there are many

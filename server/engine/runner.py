@@ -1,7 +1,7 @@
-"""Runs one step's chunks through the model: chunks in, drawn tokens out.
+"""Run one step's chunks through the backend, and return the drawn tokens.
 
-All chunks go as one flat batch: decodes first, then prompts, each ordered so that sequences under the same
-adapters are neighbours and those that are alone come first.
+All chunks form one flat batch: first decodes, then prompts. In both, sequences with the same adapters are
+neighbours, and rare adapter sets come first.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from server.engine.forwards import Forward
+from server.engine.backend import Backend
 from server.engine.sampling import LogitsRow, Sampled, score
 from server.engine.sequence import Chunk
 from server.errors import GenerationFailed
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
-    """What was drawn behind a chunk: a token, and one more behind each token of its draft."""
+    """The tokens drawn after a chunk: one, and one more after each token of its draft."""
 
     chunk: Chunk
     tokens: tuple[Sampled, ...]
 
     def agreed(self) -> Seq[Sampled]:
-        """Those that would have been drawn one by one: as far as the draft foresaw them, and the one after.
+        """Return the tokens that steps without drafts would have drawn: the draft's correct part, and one more.
 
-        A token that could not be drawn behind a draft is left to the next step, which has the reason.
+        If a token after a correct draft couldn't be drawn, it is left to the next step, which reports why.
         """
         for num, guess in enumerate(self.chunk.draft, 1):
             if self.tokens[num - 1].token_id != guess or self.tokens[num].token_id is None:
@@ -40,23 +40,24 @@ class Drawn(NamedTuple):
 
 
 class Runner:
-    """Owns the device while a step runs. Called by the engine's thread alone."""
+    """The part of the engine that runs steps on a backend. Only the engine's thread calls it."""
 
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
     def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
-        """Compute the chunks; what is drawn for each one that reaches its sequence's end, in any order.
+        """Compute the chunks, and return the tokens drawn after each chunk that reaches its sequence's end.
 
-        Raises GenerationFailed where the device's memory runs out; its cache then begins anew.
+        The order is unspecified. If the device's memory runs out, empty torch's cache and raise GenerationFailed.
         """
         try:
             return self._run(chunks)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            log.exception("lower SMOLORA_MAX_NUM_SEQS, SMOLORA_KV_CACHE_BYTES or SMOLORA_ADAPTER_CACHE_BYTES")
-        empty_cache()  # now that the error is gone, and with it the step's tensors
+            settings = "SMOLORA_MAX_NUM_SEQS, SMOLORA_KV_CACHE_BYTES or SMOLORA_ADAPTER_CACHE_BYTES"
+            log.exception("the device's memory ran out in a step: lower %s", settings)
+        empty_cache()  # only now: the error's traceback kept the step's tensors alive
         raise GenerationFailed("the device's memory ran out in a step of this request; try it again")
 
     @torch.inference_mode()
@@ -69,26 +70,26 @@ class Runner:
         if any(chunk.sequence.request.scored_from is not None for chunk in ordered):
             found = self._score_and_draw(decodes, prefills, rows)
         else:
-            found = self.forward.draw(decodes, prefills, rows)
+            found = self.backend.draw(decodes, prefills, rows)
         tokens = iter(found)
         return [Drawn(chunk, tuple(islice(tokens, 1 + len(chunk.draft)))) for chunk in sampling]
 
     def _score_and_draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
-        """Note the scores of chunks that have any, whose hidden states no token is drawn from."""
+        """Store the scores of the chunks that have any, and draw tokens after the others' hidden states."""
         ordered = (*decodes, *prefills)
-        hidden = self.forward.hidden(decodes, prefills)
-        score(self.forward.logits, hidden, ordered)
-        places: list[int] = []  # of `hidden`, that a token is drawn from
+        hidden = self.backend.hidden(decodes, prefills)
+        score(self.backend.logits, hidden, ordered)
+        places: list[int] = []  # rows of `hidden` after which a token is drawn
         end = 0
         for chunk in ordered:
             end += chunk.num_hidden
             if chunk.samples:
                 places += range(end - 1 - len(chunk.draft), end)
-        return self.forward.sample(hidden[ints_beside(hidden, places)], rows) if rows else []
+        return self.backend.sample(hidden[ints_beside(hidden, places)], rows) if rows else []
 
 
 def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
-    """What decides the token behind the sequence's own, and behind each of the draft's if it is right so far."""
+    """Yield the sampling inputs of the token after the sequence, and of the token after each draft prefix."""
     sequence = chunk.sequence
     for num in range(1 + len(chunk.draft)):
         draft, constraint = chunk.draft[:num], sequence.constraint
@@ -96,10 +97,11 @@ def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
             constraint = constraint.after(draft)
         position = sequence.num_tokens + num
         params = sequence.request.sampling
-        yield LogitsRow(params, sequence.index, position, sequence.token_counts, draft, constraint)
+        forbidden = None if constraint is None else constraint.forbidden
+        yield LogitsRow(params, sequence.index, position, sequence.token_counts, draft, forbidden)
 
 
 def _neighbours(chunks: list[Chunk]) -> list[Chunk]:
-    """The chunks with those of one adapter set side by side, rare sets first."""
+    """Sort the chunks so that those of one adapter set are neighbours. Rare sets come first."""
     counts = Counter(chunk.sequence.adapter_key for chunk in chunks)
     return sorted(chunks, key=lambda chunk: (counts[chunk.sequence.adapter_key], chunk.sequence.adapter_key))

@@ -1,25 +1,16 @@
-"""What changes a step's logits before tokens are chosen from them: penalties, biases and constraints.
+"""Sample tokens from logits, and score given tokens.
 
-In this order, as Hugging Face's generation applies them: repetition penalty (Keskar et al. 2019,
-arXiv:1909.05858), presence and frequency penalty and logit bias (as OpenAI's API defines them), the mask of a
-constraint. Each is done for all rows at once, so that a device gets its numbers in one copy.
+Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): it chooses the token with the highest
+logit / temperature + g, where g is standard Gumbel noise. A token's noise is a hash of (seed, choice index,
+position, token id) only. So a request draws the same tokens whatever else is in its steps.
 
-Chooses each row's next token from its logits.
+Logits change in this order, which is that of Hugging Face's generation: repetition penalty (Keskar et al. 2019,
+arXiv:1909.05858), presence and frequency penalty and logit bias (as in OpenAI's API), the mask of a constraint,
+temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen et al. 2024,
+arXiv:2407.01082). Each change is made for all rows at once, so that its numbers are copied to a device once.
 
-Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): the token with the highest
-logit / temperature + g, where g is standard Gumbel noise. The noise of a token is a hash of (seed, choice index,
-position, token id) and of nothing else, so a request draws the same tokens in any company and on any schedule.
-
-Before it come the changes of `logits`, then temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and
-min-p (Nguyen et al. 2024, arXiv:2407.01082), in the order of Hugging Face's generation.
-
-The host waits for the device at most three times, whatever rows ask for: to know which of them top-p wants more
-of, for the tokens with the ids of likely ones, and for log-probabilities.
-
-Log-probabilities of given tokens, from the hidden states of the chunks that hold them.
-
-A sequence's scores come together chunk by chunk, in `Sequence.scores`; what is computed again after a preemption
-is written again. Leaves to others: which tokens are computed in which step.
+The host waits for the device at most three times in a step: to learn which rows need more tokens for top-p, for
+the chosen and likeliest token ids, and for log-probabilities.
 """
 
 import hashlib
@@ -29,7 +20,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -39,21 +30,19 @@ from server.engine.request import Logprobs, SamplingParams
 from server.engine.sequence import Chunk, TokenCounts
 from server.model.device import floats_beside, ints_beside, to_device
 
-
-class Restriction(Protocol):
-    """What of a `Constraint` decides one token."""
-
-    def forbidden(self) -> NDArray[np.bool_] | None:
-        """(vocab,) True for tokens that may not come; None where it has failed."""
-        ...
+MIN_TEMPERATURE = 1e-6
+"""Lower temperatures count as this one. A division by them could overflow, and the likeliest token wins anyway."""
+_MIN_CANDIDATES = 256  # tokens sorted for top-p; a row that needs more sorts the whole vocabulary
+_INT32 = 1 << 32
+_SLICE = 32  # rows of logits that are scored at a time: 6 MB for SmolLM2
 
 
 class Penalized(NamedTuple):
-    """Tokens whose logits penalties change; each token once."""
+    """The distinct tokens whose logits penalties change."""
 
-    seen: NDArray[np.int64]  # that the repetition penalty is for
-    used: NDArray[np.int64]  # that the presence and the frequency penalty are for
-    penalties: NDArray[np.float64]  # what these take off the logits of each of `used`
+    seen: NDArray[np.int64]  # tokens with a repetition penalty
+    used: NDArray[np.int64]  # tokens with a presence or frequency penalty
+    penalties: NDArray[np.float64]  # presence plus frequency penalty of each of `used`
 
     @classmethod
     def nothing(cls) -> Self:
@@ -62,18 +51,18 @@ class Penalized(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LogitsRow:
-    """What decides one row's token, besides its logits."""
+    """The inputs, besides its logits, that decide one row's token."""
 
     params: SamplingParams
     index: int  # of the choice
     position: int  # of the new token in its sequence
-    counts: TokenCounts  # of the prompt and the output so far
-    draft: Seq[int] = ()  # tokens that follow them
-    constraint: Restriction | None = None
+    counts: TokenCounts  # of the prompt and the answer so far
+    draft: Seq[int] = ()  # drafted tokens after these
+    forbidden: Callable[[], NDArray[np.bool_] | None] | None = None  # `Constraint.forbidden`, if constrained
 
     @property
     def penalized(self) -> Penalized:
-        """What the penalties change. Only asked if one applies."""
+        """The tokens that penalties change. Use it only if `params.penalizes`."""
         params = self.params
         tokens, counts = self.counts.of(self.draft)
         is_used = counts > 0
@@ -85,10 +74,193 @@ class LogitsRow:
         return Penalized(seen, used, penalties)
 
 
+class Sampled(NamedTuple):
+    """One row's token. It is None if the row's constraint has failed, or if a logit is NaN or infinite.
+
+    Adapters with very large weights can cause such logits.
+    """
+
+    token_id: int | None
+    logprobs: Logprobs | None
+
+
+def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
+    """Return the next token of each row of logits (rows, vocab), fp32 and contiguous, which are overwritten."""
+    assert logits.shape[0] == len(rows)
+    wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]
+    logprobs = _chosen(logits, wants_logprobs).log_softmax(-1) if wants_logprobs else None
+    penalize(logits, rows)
+    constrain(logits, rows)
+    random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if len(random) == len(rows):
+        tokens = _draw(logits, rows)
+    else:
+        tokens = logits.argmax(-1)
+        if random:
+            drawn = _draw(_chosen(logits, random), [rows[i] for i in random])
+            tokens[ints_beside(logits, random)] = drawn
+    # argmax prefers NaN and infinity to any number.
+    is_number = logits.gather(1, tokens[:, None])[:, 0].isfinite()
+    tokens = tokens.where(is_number, -1)
+    found: dict[int, Logprobs] = {}
+    if logprobs is None:
+        token_ids = tokens.tolist()
+    else:
+        token_ids, found = _with_logprobs(tokens, logprobs, wants_logprobs, rows)
+    return [
+        Sampled(None, None) if token_id < 0 else Sampled(token_id, found.get(i))
+        for i, token_id in enumerate(token_ids)
+    ]
+
+
+def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
+    """Draw token ids (rows,) from logits (rows, vocab) after the rows' filters."""
+    temperature = floats_beside(logits, [max(row.params.temperature, MIN_TEMPERATURE) for row in rows])
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for members, scores, token_ids in _candidates(logits / temperature[:, None], rows):
+        chosen = [rows[i] for i in members]
+        best = (_min_p(scores, chosen) + gumbel(chosen, token_ids)).argmax(-1, keepdim=True)
+        tokens[ints_beside(logits, members)] = token_ids.expand(len(members), -1).gather(1, best)[:, 0]
+    return tokens
+
+
+def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
+    """Return fp32 standard Gumbel noise (rows, n) for token_ids (rows, n) or (1, n), decided by row and token id.
+    A 32-bit hash mixes the token id and the two words of the row's key (multipliers of "lowbias32", Wellons 2018).
+    Its 23 highest bits make a uniform number strictly between 0 and 1.
+    """
+    words = [struct.unpack("<ii", noise_key(row)) for row in rows]
+    keys = to_device(torch.tensor(words, dtype=torch.int32), token_ids.device)  # (rows, 2)
+    x = token_ids.to(torch.int32) ^ keys[:, :1]
+    x = (x ^ _shift_right(x, 16)) * 0x7FEB352D
+    x = x ^ keys[:, 1:]
+    x = (x ^ _shift_right(x, 15)) * (0x846CA68B - _INT32)
+    x = x ^ _shift_right(x, 16)
+    uniform = (_shift_right(x, 9).float() + 0.5) * 2.0**-23
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return a logical shift. torch's own shift keeps the sign."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def noise_key(row: LogitsRow) -> bytes:
+    """Return the key of a row's noise: two words of 32 bits."""
+    data = struct.pack("<Qqq", row.params.seed, row.index, row.position)
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def _candidates(
+    logits: torch.Tensor, rows: Seq[LogitsRow]
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Yield the tokens that top-k and top-p leave of logits (rows, vocab), for groups of rows.
+
+    Rows that sort equally many tokens form a group. Each item is the rows' indices, their scores (rows, n), which
+    are -inf for filtered tokens, and token ids (rows or 1, n).
+    """
+    vocab = logits.shape[1]
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(_num_candidates(row.params, vocab), []).append(i)
+    if unfiltered := groups.pop(0, None):
+        yield unfiltered, _chosen(logits, unfiltered), torch.arange(vocab, device=logits.device)[None]
+    whole = groups.pop(vocab, [])
+    for num, members in groups.items():
+        scores, token_ids, is_short = _filtered(_chosen(logits, members), [rows[i].params for i in members], num)
+        if is_short is not None:  # only in the group without top-k, so the host waits once
+            flags = is_short.tolist()
+            whole += [i for i, short in zip(members, flags, strict=True) if short]
+            enough = [j for j, short in enumerate(flags) if not short]
+            members = [members[j] for j in enough]
+            scores, token_ids = _chosen(scores, enough), _chosen(token_ids, enough)
+        if members:
+            yield members, scores, token_ids
+    if whole:
+        whole.sort()
+        scores, token_ids, _ = _filtered(_chosen(logits, whole), [rows[i].params for i in whole], vocab)
+        yield whole, scores, token_ids
+
+
+def _num_candidates(params: SamplingParams, vocab: int) -> int:
+    """Return how many of the likeliest tokens are sorted first, or 0 if no filter needs it.
+
+    It depends only on the row's own parameters, because the number affects the order of ties and the rounding of
+    sums.
+    """
+    if not (params.top_k or params.top_p < 1):
+        return 0
+    return min(max(_MIN_CANDIDATES, 1 << (params.top_k - 1).bit_length()), vocab)
+
+
+def _filtered(
+    logits: torch.Tensor, params: Seq[SamplingParams], num: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return scores and ids of the `num` likeliest tokens of each row, best first, each (rows, num).
+
+    Filtered tokens score -inf. Also return which rows need more tokens for top-p, (rows,), or None if none can.
+    """
+    vocab = logits.shape[1]
+    top_ks = [min(one.top_k or vocab, vocab) for one in params]
+    top_k = ints_beside(logits, top_ks)[:, None]
+    top_p = floats_beside(logits, [one.top_p for one in params])[:, None]
+    scores, token_ids = logits.topk(num, dim=-1)
+    scores = scores.masked_fill(torch.arange(num, device=logits.device) >= top_k, float("-inf"))
+    # Top-p is relative to the mass that top-k left, or to the whole vocabulary's. Use softmax for it, which sums
+    # each row in one order. torch's sum splits a lone row among threads.
+    probabilities = scores.softmax(-1)
+    if num < max(top_ks):
+        probabilities = torch.where(top_k <= num, probabilities, logits.softmax(-1).gather(1, token_ids))
+    mass = probabilities.cumsum(-1)
+    is_short = ((mass[:, -1:] < top_p) & (top_k > num))[:, 0] if num < max(top_ks) else None
+    before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), -1)
+    return scores.masked_fill((before >= top_p) & (top_p < 1), float("-inf")), token_ids, is_short
+
+
+def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
+    """Filter tokens that are less likely than min_p times the likeliest token."""
+    if not any(row.params.min_p for row in rows):
+        return scores
+    least = [math.log(row.params.min_p) if row.params.min_p else float("-inf") for row in rows]
+    log_min_p = floats_beside(scores, least)[:, None]
+    return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + log_min_p, float("-inf"))
+
+
+def _with_logprobs(
+    tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[LogitsRow]
+) -> tuple[list[int], dict[int, Logprobs]]:
+    """Return all rows' tokens on the host, and the log-probabilities of `members`, the rows that want some.
+
+    `tokens` is (rows,), and `logprobs` (members, vocab).
+    """
+    groups: dict[int, list[int]] = {}  # by the number of log-probabilities
+    for place, i in enumerate(members):
+        groups.setdefault(min(rows[i].params.logprobs, logprobs.shape[1]), []).append(place)
+    own = _chosen(tokens, members).clamp(min=0)
+    ints, floats = [tokens], [logprobs.gather(1, own[:, None])[:, 0]]
+    for num, places in groups.items():
+        best = _chosen(logprobs, places).topk(num)
+        ints.append(best.indices.flatten())
+        floats.append(best.values.flatten())
+    next_ints, next_floats = iter(torch.cat(ints).tolist()), iter(torch.cat(floats).tolist())
+    token_ids, chosen = list(islice(next_ints, len(rows))), list(islice(next_floats, len(members)))
+    found: dict[int, Logprobs] = {}
+    for num, places in groups.items():
+        for place in places:
+            top = zip(islice(next_ints, num), islice(next_floats, num), strict=True)
+            found[members[place]] = Logprobs(chosen[place], tuple(top))
+    return token_ids, found
+
+
+def _chosen(tensor: torch.Tensor, members: list[int]) -> torch.Tensor:
+    """Return these rows of the tensor, in their order, or the tensor itself if they are all of its rows."""
+    return tensor if len(members) == tensor.shape[0] else tensor[ints_beside(tensor, members)]
+
+
 def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
-    """Apply the rows' penalties and biases to logits (rows, vocab), each kind of all rows at once."""
+    """Apply the rows' penalties and biases to logits (rows, vocab)."""
     flat, vocab = logits.view(-1), logits.shape[1]
-    seen, used, biased = _Places(), _Places(), _Places()  # with penalties, what is taken off, what is added
+    seen, used, biased = _Places(), _Places(), _Places()
     for i, row in enumerate(rows):
         params = row.params
         if not params.changes_logits:
@@ -113,14 +285,14 @@ def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 class _Places:
-    """Places in flat logits, with a number for each."""
+    """Indices into flattened logits, with a number for each."""
 
     def __init__(self) -> None:
         self._places: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.float64]] = []
 
     def add(self, start: int, token_ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-        """Of the row that begins at `start`."""
+        """Add tokens of the row that begins at `start`."""
         if token_ids.size:
             self._places.append(token_ids + start)
             self._values.append(values)
@@ -129,18 +301,18 @@ class _Places:
         return bool(self._values)
 
     def on(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The places and the numbers, where and as `logits` are."""
+        """Return the indices and the numbers on the device and in the dtype of `logits`."""
         places = torch.from_numpy(np.concatenate(self._places))
         values = torch.from_numpy(np.concatenate(self._values)).to(logits.dtype)
         return to_device(places, logits.device), to_device(values, logits.device)
 
 
 def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
-    """Leave of logits (rows, vocab) only those of tokens that may come next: none of a failed constraint's row."""
+    """Set the logits (rows, vocab) of forbidden tokens to -inf: the whole row if its constraint has failed."""
     masks: dict[int, NDArray[np.bool_]] = {}
     for i, row in enumerate(rows):
-        if row.constraint is not None:
-            forbidden = row.constraint.forbidden()
+        if row.forbidden is not None:
+            forbidden = row.forbidden()
             if forbidden is None:
                 logits[i].fill_(float("-inf"))
             else:
@@ -151,212 +323,25 @@ def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 def _together(arrays: Seq[NDArray[np.bool_]], device: torch.device) -> Seq[torch.Tensor]:
-    """The arrays, all of one shape, on the device: by one copy where that is another memory."""
+    """Return the arrays, all of one shape, on the device. Copies them to another memory at once."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return to_device(torch.from_numpy(np.stack(arrays)), device).unbind()
 
 
-_MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows for a row that wants more
-MIN_TEMPERATURE = 1e-6
-"""Below it a division would overflow; the likeliest token wins long before."""
-_INT32 = 1 << 32
-
-
-class Sampled(NamedTuple):
-    """One row's token. None if its constraint has failed, or if its logits are NaN or infinite, which adapters of
-    very large weights can cause."""
-
-    token_id: int | None
-    logprobs: Logprobs | None
-
-
-def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
-    """The next token of each row of logits (rows, vocab), fp32 and contiguous, which are overwritten."""
-    assert logits.shape[0] == len(rows)
-    wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]
-    logprobs = _chosen(logits, wants_logprobs).log_softmax(-1) if wants_logprobs else None
-    penalize(logits, rows)
-    constrain(logits, rows)
-    random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if len(random) == len(rows):
-        tokens = _draw(logits, rows)
-    else:
-        tokens = logits.argmax(-1)
-        if random:
-            drawn = _draw(_chosen(logits, random), [rows[i] for i in random])
-            tokens[ints_beside(logits, random)] = drawn
-    # NaN and infinity are the first that argmax finds.
-    is_number = logits.gather(1, tokens[:, None])[:, 0].isfinite()
-    tokens = tokens.where(is_number, -1)
-    found: dict[int, Logprobs] = {}
-    if logprobs is None:
-        token_ids = tokens.tolist()
-    else:
-        token_ids, found = _with_logprobs(tokens, logprobs, wants_logprobs, rows)
-    return [
-        Sampled(None, None) if token_id < 0 else Sampled(token_id, found.get(i))
-        for i, token_id in enumerate(token_ids)
-    ]
-
-
-def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise for token_ids (rows, n) or (1, n): (rows, n) fp32, decided by row and token alone.
-
-    A 32-bit mix of the token id and two words of the row's key (multipliers of "lowbias32", Wellons 2018). The
-    23 highest bits make a uniform strictly between 0 and 1.
-    """
-    words = [struct.unpack("<ii", noise_key(row)) for row in rows]
-    keys = to_device(torch.tensor(words, dtype=torch.int32), token_ids.device)  # (rows, 2)
-    x = token_ids.to(torch.int32) ^ keys[:, :1]
-    x = (x ^ _shift_right(x, 16)) * 0x7FEB352D
-    x = x ^ keys[:, 1:]
-    x = (x ^ _shift_right(x, 15)) * (0x846CA68B - _INT32)
-    x = x ^ _shift_right(x, 16)
-    uniform = (_shift_right(x, 9).float() + 0.5) * 2.0**-23
-    return uniform.log_().neg_().log_().neg_()
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """A logical shift; torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
-
-
-def noise_key(row: LogitsRow) -> bytes:
-    """The two words of 32 bits that a row's noise is hashed with."""
-    data = struct.pack("<Qqq", row.params.seed, row.index, row.position)
-    return hashlib.blake2b(data, digest_size=8).digest()
-
-
-def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
-    """Gumbel-max over what the rows' filters leave of logits (rows, vocab): token ids (rows,)."""
-    temperature = floats_beside(logits, [max(row.params.temperature, MIN_TEMPERATURE) for row in rows])
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    for members, scores, token_ids in _candidates(logits / temperature[:, None], rows):
-        chosen = [rows[i] for i in members]
-        best = (_min_p(scores, chosen) + gumbel(chosen, token_ids)).argmax(-1, keepdim=True)
-        tokens[ints_beside(logits, members)] = token_ids.expand(len(members), -1).gather(1, best)[:, 0]
-    return tokens
-
-
-def _candidates(
-    logits: torch.Tensor, rows: Seq[LogitsRow]
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """What top-k and top-p leave of logits (rows, vocab), for rows that sort out as many tokens together.
-
-    Yields the rows' indices, their scores (rows, n), -inf where filtered out, and token ids (rows or 1, n).
-    """
-    vocab = logits.shape[1]
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(_num_candidates(row.params, vocab), []).append(i)
-    if unfiltered := groups.pop(0, None):
-        yield unfiltered, _chosen(logits, unfiltered), torch.arange(vocab, device=logits.device)[None]
-    whole = groups.pop(vocab, [])
-    for num, members in groups.items():
-        scores, token_ids, is_short = _filtered(_chosen(logits, members), [rows[i].params for i in members], num)
-        if is_short is not None:  # of the group without top-k alone: the host waits once
-            flags = is_short.tolist()
-            whole += [i for i, short in zip(members, flags, strict=True) if short]
-            enough = [j for j, short in enumerate(flags) if not short]
-            members = [members[j] for j in enough]
-            scores, token_ids = _chosen(scores, enough), _chosen(token_ids, enough)
-        if members:
-            yield members, scores, token_ids
-    if whole:
-        whole.sort()
-        scores, token_ids, _ = _filtered(_chosen(logits, whole), [rows[i].params for i in whole], vocab)
-        yield whole, scores, token_ids
-
-
-def _num_candidates(params: SamplingParams, vocab: int) -> int:
-    """How many of the likeliest tokens are sorted out first; 0 where no filter wants it.
-
-    The row's alone to say: with another number, equals come in another order and sums are rounded otherwise.
-    """
-    if not (params.top_k or params.top_p < 1):
-        return 0
-    return min(max(_MIN_CANDIDATES, 1 << (params.top_k - 1).bit_length()), vocab)
-
-
-def _filtered(
-    logits: torch.Tensor, params: Seq[SamplingParams], num: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The `num` likeliest tokens of each row, best first, as scores (-inf where filtered out) and token ids, each
-    (rows, num); and which rows' top-p wants more than these, (rows,), or None where none can.
-    """
-    vocab = logits.shape[1]
-    top_ks = [min(one.top_k or vocab, vocab) for one in params]
-    top_k = ints_beside(logits, top_ks)[:, None]
-    top_p = floats_beside(logits, [one.top_p for one in params])[:, None]
-    scores, token_ids = logits.topk(num, dim=-1)
-    scores = scores.masked_fill(torch.arange(num, device=logits.device) >= top_k, float("-inf"))
-    # The mass that top-p divides: what top-k left, or the whole vocabulary's. By softmax, which sums up each row
-    # in one order; torch's sums share a row among threads where it is alone.
-    probabilities = scores.softmax(-1)
-    if num < max(top_ks):
-        probabilities = torch.where(top_k <= num, probabilities, logits.softmax(-1).gather(1, token_ids))
-    mass = probabilities.cumsum(-1)
-    is_short = ((mass[:, -1:] < top_p) & (top_k > num))[:, 0] if num < max(top_ks) else None
-    before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), -1)
-    return scores.masked_fill((before >= top_p) & (top_p < 1), float("-inf")), token_ids, is_short
-
-
-def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
-    """Drop what is less likely than min_p times the likeliest token."""
-    if not any(row.params.min_p for row in rows):
-        return scores
-    # A row without min-p keeps everything.
-    least = [math.log(row.params.min_p) if row.params.min_p else float("-inf") for row in rows]
-    log_min_p = floats_beside(scores, least)[:, None]
-    return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + log_min_p, float("-inf"))
-
-
-def _with_logprobs(
-    tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[LogitsRow]
-) -> tuple[list[int], dict[int, Logprobs]]:
-    """The tokens (rows,) of all rows; and what `members` of them want of log-probabilities (members, vocab)."""
-    groups: dict[int, list[int]] = {}  # by how many they want
-    for place, i in enumerate(members):
-        groups.setdefault(min(rows[i].params.logprobs, logprobs.shape[1]), []).append(place)
-    own = _chosen(tokens, members).clamp(min=0)
-    ints, floats = [tokens], [logprobs.gather(1, own[:, None])[:, 0]]
-    for num, places in groups.items():
-        best = _chosen(logprobs, places).topk(num)
-        ints.append(best.indices.flatten())
-        floats.append(best.values.flatten())
-    next_ints, next_floats = iter(torch.cat(ints).tolist()), iter(torch.cat(floats).tolist())
-    token_ids, chosen = list(islice(next_ints, len(rows))), list(islice(next_floats, len(members)))
-    found: dict[int, Logprobs] = {}
-    for num, places in groups.items():
-        for place in places:
-            top = zip(islice(next_ints, num), islice(next_floats, num), strict=True)
-            found[members[place]] = Logprobs(chosen[place], tuple(top))
-    return token_ids, found
-
-
-def _chosen(tensor: torch.Tensor, members: list[int]) -> torch.Tensor:
-    """These rows of the tensor, which are in order; itself where they are all."""
-    return tensor if len(members) == tensor.shape[0] else tensor[ints_beside(tensor, members)]
-
-
-_SLICE = 32
-"""Rows of logits at a time: 32 of SmolLM2's are 6 MB."""
-
-
 def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, chunks: Seq[Chunk]) -> None:
-    """Note the scores (nats) that follow from hidden (rows, hidden_size): each chunk's last `num_hidden` tokens',
-    chunk by chunk.
+    """Store scores (nats) of the chunks' tokens in `Sequence.scores`, from hidden (rows, hidden_size).
 
-    The token after position p is scored by the log-softmax of p's logits: before temperature and penalties. Beside
-    it come as many of the likeliest tokens as the request's sampling asks for.
+    The rows are each chunk's last `num_hidden` tokens, chunk by chunk. A token's score is its log-softmax under
+    the logits of the position before it, before temperature and penalties. The likeliest tokens are stored with it
+    if the request asks for `logprobs`. After a preemption the same scores are stored again.
     """
-    found: list[tuple[Chunk, int]] = []  # and the position whose token is scored
+    found: list[tuple[Chunk, int]] = []  # and the position of the scored token
     rows: list[int] = []
     start = 0
     for chunk in chunks:
         sequence = chunk.sequence
-        first = chunk.start + chunk.num_tokens - chunk.num_hidden  # the position of its first row
+        first = chunk.start + chunk.num_tokens - chunk.num_hidden  # position of the chunk's first row
         if (scored_from := sequence.request.scored_from) is not None:
             for position in range(max(chunk.start + 1, scored_from), min(chunk.stop + 1, sequence.num_tokens)):
                 found.append((chunk, position))

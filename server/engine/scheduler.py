@@ -1,26 +1,25 @@
-"""What the next step computes: admission, turns, chunks, preemption. Plain Python, no torch.
+"""Choose what the next step computes: admission, turns, chunks, preemption. Plain Python, no torch.
 
-A step first admits waiting sequences, then takes one token of each sequence that decodes and shares its prefill
-budget between the prompts. Chunk borders are multiples of `chunk_size`, whatever the load. If the backend allows
-borders anywhere, they are where the budget ends, and the budget follows the measured cost of prompts
-(`prompt_room`).
+A step admits waiting sequences, decodes one token of each decoding sequence, and shares its prefill budget among
+the prompts. Chunks end at multiples of `chunk_size`, whatever the load. If the backend allows chunks to end
+anywhere, they end where the budget does, and the budget follows the measured cost of prompts (`cost_model`).
 
-Prompts: while several projects send requests, steps with prompts take about `QUICK_STEP` at most, since a project
-that begins has to wait for the step that is under way. The oldest prompt gets at least half of the budget, so it
-can't starve. The rest goes to the project that has had the least engine time first, and of its prompts to the
-shortest remainders, so a short prompt doesn't wait behind a long one.
+Prompts: while several projects send requests, steps with prompts take about `QUICK_STEP` at most, because a
+project that begins has to wait for the current step. The oldest prompt gets at least half of the budget, so it
+can't starve. The rest goes first to the project that has had the least engine time, and first to its prompts with
+the shortest remainders. So a short prompt doesn't wait for a long one.
 
-Projects: engine time is shared equally (`shares`); a project that has had more than its share sits out. Waiting
-projects take turns, those with the fewest sequences running first, and so do the adapter sets of each
-(`waiting_queues`). If a waiting set lacks a place, blocks or rank rows and another project has more of them, that
-project's youngest sequences are preempted, as many as make room. A project's last sequence is preempted only for
-a project with nothing running, and only if the first project's engine time is ahead by the slack of `shares`.
-A sequence that was preempted isn't again for another project before it has got further than the last time.
+Projects: engine time is shared equally (`shares`). A project that has had more than its share sits out steps.
+Waiting projects take turns, and so do the adapter sets of each (`waiting`). Projects with the fewest running
+sequences come first. If a waiting set lacks a place, blocks or rank rows, and another project has more of them,
+the youngest sequences of that project are preempted until there is room. A project's last sequence is preempted
+only for a project with nothing running, and only if the first project's engine time is ahead by the slack of
+`shares`. A preempted sequence isn't preempted for another project again before it has made progress.
 
-Room: a set whose turn it is may be passed over if there is no room for it yet, at most `max_bypass` times;
-then nothing else is admitted before it, except of projects with nothing running. It is tried again only when
-something has been freed. When blocks run out, the youngest sequence of the project that holds the most of them is
-preempted. A preempted sequence gives everything back and is computed again, from what the prefix cache still has.
+Room: a set that has its turn but no room is passed over at most `max_bypass` times. Then nothing else is admitted
+before it, except sequences of projects with nothing running. It is tried again only after something was freed.
+When blocks run out, the youngest sequence of the project with the most blocks is preempted. A preempted sequence
+frees everything, and is computed again from what the prefix cache still has.
 """
 
 from collections import Counter
@@ -32,32 +31,33 @@ from itertools import islice
 from typing import Self
 
 from adapters.errors import SmoloraError
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.cost_model import PromptRoom
 from server.engine.kv_cache import BlockManager
-from server.engine.sequence import Chunk, Hold, Sequence, Status
+from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.shares import ProjectShares
-from server.engine.waiting import Adapters, Turn, WaitingQueues, WaitingSet
+from server.engine.waiting import Turn, WaitingQueues, WaitingSet
 
 QUICK_STEP = 0.04
 """Seconds that a step with prompts may take while several projects send requests."""
-_COMPANY_SECONDS = 60.0  # a project counts as one that sends requests for so long after its last one
+_COMPANY_SECONDS = 60.0  # a project counts as sending requests for this long after its last one
 _MAX_ROW_SHARE = 0.75
-"""Of the rank rows: a project that holds more gives way to another that needs some, however many those are."""
+"""Share of the rank rows. A project that holds more gives way to any other project that needs some."""
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """How much one step does."""
+    """Limits on the work of one step."""
 
     max_num_seqs: int = 32
-    chunk_size: int = 64  # tokens of one prompt, at most, in one step
-    max_prefill_tokens: int = 512  # of all prompts, in a step without decodes
-    max_bypass: int = 32  # admissions past a set that waits for room
-    prefill_share: float = 0.71  # of a step's time that prompts may take while others decode
+    chunk_size: int = 64  # maximum tokens of one prompt in one step
+    max_prefill_tokens: int = 512  # maximum tokens of all prompts in a step
+    max_bypass: int = 32  # maximum admissions before a set that waits for room
+    prefill_share: float = 0.71  # share of a step's time that prompts may take while sequences decode
 
     @classmethod
     def on(cls, device_type: str, max_num_seqs: int = 32, prefill_share: float = prefill_share) -> Self:
-        """The defaults suit "cpu"; on "cuda" eight times as much takes hardly longer."""
+        """Return the limits for a device type. On "cuda" eight times as many tokens hardly take longer."""
         if device_type == "cpu":
             return cls(max_num_seqs, prefill_share=prefill_share)
         return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096, prefill_share=prefill_share)
@@ -65,7 +65,7 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, eq=False)
 class Failed:
-    """A waiting sequence whose adapters can't be had; it has left the scheduler."""
+    """A waiting sequence whose adapters can't be loaded. It has left the scheduler."""
 
     sequence: Sequence
     error: SmoloraError
@@ -73,23 +73,23 @@ class Failed:
 
 @dataclass(frozen=True)
 class Step:
-    """One step's work. Empty if everything waits for adapters to load or for masks."""
+    """The work of one step. It is empty if all sequences wait for adapters or masks."""
 
     chunks: tuple[Chunk, ...]
     failed: tuple[Failed, ...]
 
 
 class _Verdict(Enum):
-    """What became of an attempt to admit a waiting sequence."""
+    """The result of an attempt to admit a waiting sequence."""
 
     ADMITTED = "admitted"
-    WAITS = "waits"  # for a load, a grammar's mask, or blocks that another is computing: this ends by itself
-    NO_ROOM = "no room"  # for its adapters or its blocks: others must finish first
+    WAITS = "waits"  # for a load, a mask, or blocks that another sequence is computing; all end by themselves
+    NO_ROOM = "no room"  # for its adapters or its blocks; other sequences must free some
     FAILED = "failed"
 
 
 class _Lack(Enum):
-    """What a waiting sequence can't have yet."""
+    """A resource that a waiting sequence lacks."""
 
     ROWS = "rank rows"
     BLOCKS = "blocks"
@@ -97,29 +97,29 @@ class _Lack(Enum):
 
 
 class Scheduler:
-    """Holds every sequence from `add` until `finish`, and decides who computes what."""
+    """All sequences from `add` until `finish`, and the choice of each step's work."""
 
     def __init__(
         self,
         limits: SchedulerLimits,
         blocks: BlockManager,
-        adapters: Adapters,
+        adapters: AdapterPool,
         clock: Callable[[], float],
         *,
         cuts_anywhere: bool = False,
     ) -> None:
-        """`cuts_anywhere`: chunks may end anywhere, which makes no difference to what they are computed to."""
+        """`cuts_anywhere` says that the ends of chunks don't affect results, so chunks may end anywhere."""
         self.limits = limits
         self.blocks = blocks
         self.num_preemptions = 0
         self.running: list[Sequence] = []  # in order of admission
-        self.at_work: Sequence | None = None  # whose turn it was, if `schedule` raised
+        self.at_work: Sequence | None = None  # the sequence that was being scheduled, if `schedule` raised
         self._adapters = adapters
         self._clock = clock
         self._prompt_room = PromptRoom(limits.max_num_seqs, limits.prefill_share) if cuts_anywhere else None
         self._waiting = WaitingQueues()
         self._shares = ProjectShares()
-        self._seen: dict[str, float] = {}  # when a project's last request came, the latest one last
+        self._seen: dict[str, float] = {}  # arrival of each project's last request, the latest one last
 
     @property
     def num_waiting(self) -> int:
@@ -134,19 +134,19 @@ class Scheduler:
         return bool(self.running or self._waiting)
 
     def sequences(self) -> Iterator[Sequence]:
-        """All that have not finished."""
+        """Yield all unfinished sequences."""
         yield from self.running
         yield from self._waiting
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. It must fit the cache alone: its prompt and all tokens that it may add."""
+        """Queue a new sequence. Its prompt and longest answer must fit into the cache."""
         self._waiting.add(sequence)
         now, project = self._clock(), sequence.request.project
         self._seen.pop(project, None)
         self._seen = {p: at for p, at in self._seen.items() if now - at < _COMPANY_SECONDS} | {project: now}
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give back what it holds."""
+        """Remove a running or waiting sequence, and free its resources."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING:
@@ -155,9 +155,9 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def observe(self, chunks: Seq[Chunk], seconds: float, worked: float) -> None:
-        """Note how long a step of these chunks took, and how long the engine's thread worked on it.
+        """Learn from a step that took `seconds`, and charge its projects for the `worked` seconds.
 
-        The projects are charged for the work alone: what else holds a step up isn't their fault.
+        `worked` is processor time of the engine's thread, so projects don't pay for other delays of a step.
         """
         self._shares.charge(chunks, worked, self._num_running())
         if self._prompt_room is not None:
@@ -172,13 +172,13 @@ class Scheduler:
         chunks = self._chunks({s: s.num_tokens for s in self._able(due) if s.is_decoding})
         if self._waiting and self.num_preemptions == num_preemptions:
             self._admit(chunks, failed, due)
-            due = self._due()  # projects that have begun come first
+            due = self._due()  # now with the projects that have begun
         chunks = [chunk for chunk in chunks if chunk.sequence.request.project in due]
         begun = {chunk.sequence for chunk in chunks}
         prompts = [sequence for sequence in self._able(due) if sequence not in begun]
         chunks += self._chunks(self._prefill_stops(prompts, len(chunks)))
         chunks = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
-        if not chunks:  # perhaps all that were due have been preempted
+        if not chunks:  # possibly all due sequences were preempted
             chunks = self._chunks(self._prefill_stops(self._able(self._num_running()), 0))
         if not self.has_work:
             self._shares.clear()
@@ -187,7 +187,7 @@ class Scheduler:
         return Step(tuple(chunks), tuple(failed))
 
     def _due(self) -> frozenset[str]:
-        """Return the projects whose turn it is, of those with anything to compute."""
+        """Return the projects that take part in this step, of those with something to compute."""
         return self._shares.due({s.request.project for s in self.running if not s.awaits_mask})
 
     def _able(self, projects: Collection[str]) -> list[Sequence]:
@@ -205,7 +205,10 @@ class Scheduler:
         return chunks
 
     def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
-        """Share the budget: at least half for the oldest prompt, the rest by project and remainder."""
+        """Share the budget among prompts, and return the end of each chunk.
+
+        The oldest prompt gets at least half, and the rest goes by project and remainder.
+        """
         if not prompts:
             return {}
         oldest, *others = prompts
@@ -233,14 +236,14 @@ class Scheduler:
         return Counter(sequence.request.project for sequence in self.running)
 
     def _prefill_budget(self, num_decodes: int) -> int:
-        """Return the prompt tokens of a step: the decodes' next tokens wait for all of them."""
+        """Return the number of prompt tokens in a step of `num_decodes` decodes, which wait for all of them."""
         room, most = self._prompt_room, self.limits.max_prefill_tokens
         if len(self._seen) > 1:
             most = min(most, self.limits.chunk_size if room is None else room.within(QUICK_STEP, num_decodes))
         if not num_decodes:
             return most
         return min(
-            max(self.limits.chunk_size, 4 * num_decodes) if room is None else room.beside(num_decodes), most
+            max(self.limits.chunk_size, 4 * num_decodes) if room is None else room.with_decodes(num_decodes), most
         )
 
     def _chunk_stop(self, sequence: Sequence, budget: int) -> int:
@@ -250,7 +253,7 @@ class Scheduler:
         return min((sequence.num_computed_tokens // size + 1) * size, sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Reserve blocks up to `num_tokens`, preempting others; return False if the sequence itself had to go."""
+        """Reserve blocks up to `num_tokens`, preempting sequences. Return False if it had to preempt this one."""
         while not self.blocks.reserve(sequence, num_tokens):
             victim = self._victim_for_blocks()
             self._preempt(victim)
@@ -261,7 +264,7 @@ class Scheduler:
     def _victim_for_blocks(self) -> Sequence:
         """Return the youngest sequence of the project with the most blocks, of those with several sequences.
 
-        The oldest sequence of all is never chosen while another one runs, so something always gets on.
+        The oldest sequence is never chosen while another one runs, so some sequence always makes progress.
         """
         num_running, num_blocks = self._num_running(), self._num_blocks()
         several = [project for project, num in num_running.items() if num > 1]
@@ -301,7 +304,7 @@ class Scheduler:
         resting = {s.request.project for s in self._able(num_running)} - set(due)
         turn = self._waiting.turn(num_running, lambda project: project not in resting)
         if num_running and (queue := turn.first) is not None and not num_running[queue.project]:
-            queue.hurry(self._adapters)  # else each stage of a load would wait for a step of the others
+            queue.hurry(self._adapters)  # otherwise each stage of a load would wait for a step of the others
         self._make_place(turn, num_running, chunks)
         able = self._able(due)
         prompts = [sequence for sequence in able if not sequence.is_decoding]
@@ -312,9 +315,9 @@ class Scheduler:
         lacking_room: list[WaitingSet] = []
         while len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
             sequence = queue.first
-            begins = not num_running[queue.project]  # the others sit out until it has caught up
+            begins = not num_running[queue.project]  # then others sit out until it has caught up
             if not begins and sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
-                break  # it would wait for shorter prompts in the batch, too
+                break  # in the batch it would also wait, for shorter prompts
             self.at_work = sequence
             verdict = self._try_admit(queue)
             self.at_work = None
@@ -332,7 +335,7 @@ class Scheduler:
                         turn.pass_over()
                     elif not self._give_way(sequence):
                         return
-                    # else it is tried again at once: if nothing runs, no later step would come by itself
+                    # Otherwise try it again at once. If nothing runs, no later step would try it.
                 case _Verdict.FAILED:
                     assert sequence.hold is not None
                     assert sequence.hold.error is not None
@@ -344,9 +347,9 @@ class Scheduler:
         self._look_ahead(turn)
 
     def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
-        """Preempt for the first waiting set whose project has less than another, if that alone lets it begin."""
+        """Preempt for the first waiting set whose project has less than another, if that lets it begin."""
         if len(num_running) < 2 and all(queue.project in num_running for queue in islice(turn, 1)):
-            return  # nobody else is there
+            return  # there is no other project
         num_free = self.blocks.num_free_blocks - self._num_promised_blocks(self.running)
         for queue in islice(turn, self.limits.max_num_seqs):
             hold = queue.first.hold or queue.advance(self._adapters)
@@ -361,16 +364,18 @@ class Scheduler:
                         else:
                             self._give_back(victim)
                     chunks[:] = [chunk for chunk in chunks if chunk.sequence not in victims]
-                    queue.hurry(self._adapters)  # before others take the rows that this has freed
+                    queue.hurry(self._adapters)  # before others take the freed rows
                     return
             if queue.num_bypassed >= self.limits.max_bypass:  # nothing may be admitted before it
                 return
 
-    def _lacks(self, sequence: Sequence, hold: Hold, num_free: int, without: Seq[Sequence] = ()) -> "_Lack | None":
-        """Return what a waiting sequence can't have, even if the sequences in `without` gave theirs back.
+    def _lacks(
+        self, sequence: Sequence, hold: AdapterHold, num_free: int, without: Seq[Sequence] = ()
+    ) -> "_Lack | None":
+        """Return what a waiting sequence lacks if the sequences in `without` were preempted.
 
-        `num_free` blocks are free and promised to nobody. What the sequence finds in the prefix cache is not
-        counted: if nothing of its project runs, that comes out of the free blocks, too.
+        `num_free` blocks are free and not promised. Cached blocks of the sequence's prefix count as new ones: if
+        nothing of its project runs, they are free blocks, too.
         """
         if hold.lacks_room and not self._adapters.fits(hold, [s.hold for s in without if s.hold is not None]):
             return _Lack.ROWS
@@ -381,12 +386,12 @@ class Scheduler:
         return _Lack.PLACE if len(self.running) - len(without) >= self.limits.max_num_seqs else None
 
     def _victims(
-        self, sequence: Sequence, hold: Hold, lacks: "_Lack", num_free: int, num_running: Counter[str]
+        self, sequence: Sequence, hold: AdapterHold, lacks: "_Lack", num_free: int, num_running: Counter[str]
     ) -> list[Sequence]:
-        """Return the youngest sequences of the project that has the most of what a waiting sequence lacks.
+        """Return the youngest sequences of the project with the most of what a waiting sequence `lacks`.
 
-        If rows lack, waiting sequences that hold some are among them. Returns none if the waiting sequence
-        couldn't begin without them, or if its project would then have more.
+        If it lacks rows, they may be waiting sequences that hold some. Return none if preempting them wouldn't
+        let the waiting sequence begin, or if its project would then have more.
         """
         project = sequence.request.project
         others = [other for other in num_running if other != project]
@@ -418,14 +423,14 @@ class Scheduler:
                     break
         else:
             return []
-        for victim in victims.copy():  # such as one without adapters, if only rows lack
+        for victim in victims.copy():  # spare the victims that aren't needed, such as one without adapters
             rest = [other for other in victims if other is not victim]
             if self._lacks(sequence, hold, num_free, rest) is None:
                 victims = rest
         return victims
 
-    def _row_share(self, project: str, *more: Hold) -> float:
-        """Return the share of the rows that a project's sequences hold, running and waiting ones."""
+    def _row_share(self, project: str, *more: AdapterHold) -> float:
+        """Return the share of the rows that a project's running and waiting sequences hold."""
         running = [sequence for sequence in self.running if sequence.request.project == project]
         holders = [*running, *self._waiting_with_rows(project)]
         return self._adapters.share([*(s.hold for s in holders if s.hold is not None), *more])
@@ -457,12 +462,12 @@ class Scheduler:
         return _Verdict.ADMITTED
 
     def _num_promised_blocks(self, running: Iterable[Sequence]) -> int:
-        """What running sequences still need for the tokens that they have, and one more block each to grow."""
+        """Return the number of blocks that running sequences still need for their tokens, or one each to grow."""
         blocks = self.blocks
         return sum(max(1, blocks.blocks_for(s.num_needed_tokens) - len(s.block_table)) for s in running)
 
     def _give_way(self, sequence: Sequence) -> bool:
-        """Let go of adapters that others hold while they wait, which the sequence may need; whether any did."""
+        """Release the adapters that other waiting sequences hold, and return whether there were any."""
         holds = []
         for other in self._waiting:
             if other is not sequence and other.hold is not None and other.hold.is_held:
@@ -473,7 +478,7 @@ class Scheduler:
         return bool(holds)
 
     def _look_ahead(self, turn: Turn) -> None:
-        """Have the adapters of the next sets read while others run, as many as could run at once."""
+        """Load the adapters of the next sets, as many as can run at once, while others run."""
         for queue in islice(turn, self.limits.max_num_seqs):
             if not queue.lacks_room:
                 queue.advance(self._adapters)

@@ -1,8 +1,6 @@
-"""Which tokens a sequence has, and how often each is in its answer: what penalties are computed from.
+"""The state of one sequence that is being generated, and its part of a step.
 
-One sequence being generated: its tokens, how many are computed, what it holds, and its share of a step.
-
-Pure state. The scheduler moves it along, the block manager fills its block table, the engine appends tokens.
+The scheduler changes the status, the block manager fills the block table, and the engine appends tokens.
 """
 
 import hashlib
@@ -12,40 +10,39 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from numpy.typing import NDArray
 
-from adapters.errors import SmoloraError
 from adapters.lora import AdapterRef
+from server.engine.adapter_pool import AdapterHold
+from server.engine.guidance import Constraint
 from server.engine.request import GenerationRequest, Logprobs, Timing
 
 Ints = npt.NDArray[np.int64]
 
 
 class TokenCounts:
-    """Counts of one sequence's tokens. A call counts only what was added since the last one."""
+    """The distinct tokens of one sequence and their counts, for penalties. A call only counts new tokens."""
 
     def __init__(self, token_ids: Seq[int], num_prompt_tokens: int) -> None:
-        """`token_ids` are a prompt and the answer so far; tokens may be appended at any time."""
+        """Take a prompt and its answer so far, `token_ids`, to which tokens may be appended at any time."""
         self._token_ids = token_ids
         self._num_prompt_tokens = num_prompt_tokens
-        self._num_counted = 0
-        self._places: dict[int, int] = {}  # of a token, in the two arrays
+        self._num_seen = 0
+        self._places: dict[int, int] = {}  # index of a token in the two arrays
         self._distinct = array("q")
         self._used = array("q")
 
     def of(self, draft: Seq[int] = ()) -> tuple[Ints, Ints]:
-        """Return the distinct tokens (n,), and how often each is in the answer (n,), which ends in `draft`."""
-        for position in range(self._num_counted, len(self._token_ids)):
+        """Return the distinct tokens (n,) and their counts in the answer (n,), including `draft` at its end."""
+        for position in range(self._num_seen, len(self._token_ids)):
             place = self._places.setdefault(self._token_ids[position], len(self._distinct))
             if place == len(self._distinct):
                 self._distinct.append(self._token_ids[position])
                 self._used.append(0)
             self._used[place] += position >= self._num_prompt_tokens
-        self._num_counted = len(self._token_ids)
+        self._num_seen = len(self._token_ids)
         distinct, used = np.array(self._distinct, np.int64), np.array(self._used, np.int64)
         new: Counter[int] = Counter()
         for token_id in draft:
@@ -59,124 +56,33 @@ class TokenCounts:
         return distinct, used
 
 
-class Constraint(Protocol):
-    """What an answer must match, and how far it has come; `guidance.Constraint`."""
-
-    @property
-    def awaits_mask(self) -> bool:
-        """Whether another thread computes masks of its grammar. Until it's done, nothing else may be called."""
-        ...
-
-    @property
-    def max_draft(self) -> int:
-        """How many drafted tokens, each of which needs a mask, this step has time for."""
-        ...
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing can follow any more."""
-        ...
-
-    @property
-    def error(self) -> SmoloraError | None:
-        """Why it can't be followed any further."""
-        ...
-
-    def forbidden(self) -> NDArray[np.bool_] | None:
-        """(vocab,) True for tokens that may not come next; None where there is an error."""
-        ...
-
-    def forced(self, max_tokens: int) -> Seq[int]:
-        """So many of the tokens that come next because each is the only one that may; none where there is a
-        choice."""
-        ...
-
-    def accept(self, token_id: int) -> None:
-        """Move on by a token that isn't forbidden and doesn't end the answer."""
-        ...
-
-    def num_allowed(self, token_ids: Seq[int]) -> int:
-        """How many of these tokens may come next, one after the other."""
-        ...
-
-    def after(self, token_ids: Seq[int]) -> "Constraint":
-        """A copy that has moved on by these tokens, all of which may come next."""
-        ...
-
-
 class Status(Enum):
-    """Where a sequence is in its life."""
+    """The status of a sequence."""
 
-    WAITING = "waiting"  # not admitted, or preempted
-    RUNNING = "running"  # holds blocks and its adapters
+    WAITING = "waiting"  # not admitted yet, or preempted
+    RUNNING = "running"  # has blocks, and its adapters are resident
     FINISHED = "finished"
-
-
-class Hold(Protocol):
-    """A hold on all of a sequence's adapters, or on none of them yet."""
-
-    @property
-    def refs(self) -> tuple[AdapterRef, ...]:
-        """The adapters."""
-        ...
-
-    @property
-    def ready(self) -> bool:
-        """Whether the adapters' rows can be used."""
-        ...
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the adapters have their rows, filled or not, and keep them until the release."""
-        ...
-
-    @property
-    def lacks_room(self) -> bool:
-        """Whether it waits only for others to give rows back."""
-        ...
-
-    @property
-    def loading(self) -> tuple[float, float] | None:
-        """From when to when they were awaited; None where they were there, or still are not."""
-        ...
-
-    @property
-    def error(self) -> SmoloraError | None:
-        """Why they never will be."""
-        ...
-
-    def advance(self) -> bool:
-        """Do what can be done without waiting; whether the hold is ready now."""
-        ...
-
-    def hurry(self) -> None:
-        """Wait for the adapters to become ready, for some milliseconds in all."""
-        ...
-
-    def release(self) -> None:
-        """Give the hold up."""
-        ...
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Choice `index` of a request. `token_ids` grows; `num_computed_tokens` follows, and may fall back."""
+    """Choice `index` of a request. `num_computed_tokens` follows `token_ids`; a preemption resets it."""
 
     request: GenerationRequest
     index: int
     arrival: float  # seconds of the scheduler's clock
     block_size: int
     token_ids: list[int] = field(init=False)
-    num_computed_tokens: int = 0  # their keys and values are in the cache
-    num_cached_tokens: int = 0  # of the prompt, found in the cache at the first admission
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
+    num_cached_tokens: int = 0  # prompt tokens that were in the cache at the first admission
     block_table: list[int] = field(default_factory=list)
-    num_registered_blocks: int = 0  # known to the prefix cache
-    hold: Hold | None = None
-    loading: tuple[float, float] | None = None  # from when to when its adapters were awaited
-    constraint: Constraint | None = None  # where it is in its grammar
-    scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position
+    num_registered_blocks: int = 0  # blocks that the prefix cache knows
+    hold: AdapterHold | None = None
+    loading: tuple[float, float] | None = None  # when the wait for its adapters began and ended
+    constraint: Constraint | None = None  # its state in its grammar
+    scores: dict[int, Logprobs] = field(default_factory=dict)  # of scored tokens, by position
     status: Status = Status.WAITING
-    num_lost_tokens: int = 0  # computed when it was last preempted; it isn't again before it has more
+    num_lost_tokens: int = 0  # computed tokens at its last preemption; the next one waits until it has more
     admitted_at: float | None = None
     first_token_at: float | None = None
     _block_keys: list[bytes] = field(default_factory=list)
@@ -201,27 +107,30 @@ class Sequence:
 
     @property
     def num_needed_tokens(self) -> int:
-        """How many tokens it needs room for to go on: its own, and the next one where it generates any."""
+        """The number of tokens that need blocks: its own, and the next one unless it is only scored."""
         return len(self.token_ids) + (self.request.scored_from is None)
 
     @property
     def num_sharable_tokens(self) -> int:
-        """How many of the first tokens need not be computed here: not the last one, nor what scores follow."""
+        """The number of first tokens whose cached blocks it may use.
+
+        Hidden states are needed from the last token, or from the token before the first scored one.
+        """
         scored_from = self.request.scored_from
         return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the newest token is left to compute, and some were computed before it."""
+        """Whether all tokens except the newest one are computed."""
         return self.num_computed_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
 
     @property
     def awaits_mask(self) -> bool:
-        """Whether it sits steps out until a mask is there (`masks`)."""
+        """Whether it sits out steps until another thread has computed a mask (`masks`)."""
         return self.constraint is not None and self.constraint.awaits_mask
 
     def timing(self, now: float) -> Timing:
-        """Of its whole life, which ends `now`."""
+        """Return the timing of a sequence that ends `now`."""
         start, load = self.arrival, self.loading
         return Timing(
             queue=(now if self.admitted_at is None else self.admitted_at) - start,
@@ -231,17 +140,17 @@ class Sequence:
         )
 
     def full_block_keys(self) -> list[bytes]:
-        """The keys of all full blocks of tokens so far, each chaining the ones before, adapters and project."""
+        """Return the keys of all full blocks. A key depends on its tokens, all before, adapters and project."""
         extend_block_keys(self._block_keys, self.prefix_root, self.token_ids, self.block_size)
         return self._block_keys
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tokens [start, stop) of a sequence, to be computed in a step, and a draft of those that follow.
+    """Tokens [start, stop) of a sequence that a step computes, and a draft of the tokens that follow.
 
-    What the step computes is `num_tokens` tokens, the draft's after the others. A draft comes behind all that is
-    known; its tokens are the sequence's once they have been drawn.
+    A step computes `num_tokens` tokens: the chunk's, then the draft's. Only a chunk that reaches the sequence's
+    end has a draft. Drafted tokens are added to the sequence when they have been drawn.
     """
 
     sequence: Sequence
@@ -259,12 +168,12 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the step reaches the end of what is known, so that a next token is drawn."""
+        """Whether the chunk reaches the sequence's end, so that the step draws a token."""
         return self.stop == len(self.sequence.token_ids)
 
     @property
     def num_hidden(self) -> int:
-        """Of how many of its last tokens final hidden states are needed: to draw what follows, or to score it."""
+        """The number of last tokens whose final hidden states are needed to draw or score the token after each."""
         num = int(self.samples)
         if (scored_from := self.sequence.request.scored_from) is not None:
             num = max(num, self.stop - max(self.start, scored_from - 1))
@@ -272,12 +181,12 @@ class Chunk:
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is one token behind others, a draft apart."""
+        """Whether it is a single token, without its draft, that isn't the sequence's first."""
         return self.stop - self.start == 1 and self.start > 0
 
 
 def extend_block_keys(keys: list[bytes], root: bytes, token_ids: Seq[int], block_size: int) -> None:
-    """Append the keys of the full blocks of `token_ids` that `keys` hasn't yet, each chaining the one before."""
+    """Append the missing keys of the full blocks of `token_ids` to `keys`. Each key hashes the key before it."""
     while (len(keys) + 1) * block_size <= len(token_ids):
         start = len(keys) * block_size
         tokens = array("q", token_ids[start : start + block_size]).tobytes()
@@ -286,13 +195,13 @@ def extend_block_keys(keys: list[bytes], root: bytes, token_ids: Seq[int], block
 
 
 def adapter_key(adapters: Seq[AdapterRef]) -> bytes:
-    """What tells one set of weighted adapters from another, whatever their names."""
+    """Return a key that identifies a set of weighted adapters."""
     parts = [f"{ref.digest}*".encode() + struct.pack("<d", ref.weight) for ref in sorted(adapters)]
     return hashlib.blake2b(b"+".join(parts), digest_size=16).digest()
 
 
 def prefix_root(adapter_key: bytes, project: str) -> bytes:
-    """What block keys begin with: another for each project, so that none finds another's blocks."""
+    """Return the first key in a chain of block keys. It differs by project, so that projects share no blocks."""
     if not project:
         return adapter_key
     return hashlib.blake2b(adapter_key + project.encode(), digest_size=16, person=b"project").digest()

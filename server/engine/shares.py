@@ -1,4 +1,4 @@
-"""Engine time by project: each gets an equal share while several have sequences running.
+"""Share engine time equally among the projects that have sequences running.
 
 A step's seconds of work are charged to its projects by their tokens, on a clock for each (start-time fair
 queueing; Sheng et al., "Fairness in Serving Large Language Models", 2024, count tokens). A project whose clock is
@@ -13,29 +13,29 @@ from collections.abc import Collection, Sequence
 from server.engine.sequence import Chunk
 
 SLACK = 0.25
-"""Seconds of engine time. A larger slack leaves more of a light project's answers undisturbed, and pauses heavy
+"""Seconds of engine time. A larger slack leaves more answers of a light project undisturbed, but pauses heavy
 projects for longer."""
-_AHEAD = 0.999 * SLACK  # clocks are sums of floats
-_MAX_LEAD = 1.0  # seconds: one long step must not silence its projects for long
-_MAX_IDLE = 64  # projects that are remembered although they have nothing running
+_AHEAD = 0.999 * SLACK  # allows for rounding, since clocks are sums of floats
+_MAX_LEAD = 1.0  # seconds; one long step must not pause its projects for long
+_MAX_IDLE = 64  # projects without running sequences whose clocks are kept
 
 
 class ProjectShares:
-    """The clocks, in seconds of engine time."""
+    """The projects' clocks, in seconds of engine time."""
 
     def __init__(self) -> None:
         self._used: dict[str, float] = {}
-        self._floor = 0.0  # the slowest running project's clock; it never goes back
+        self._floor = 0.0  # the slowest running project's clock; it never decreases
         self._resting: set[str] = set()  # projects that sit out until the slowest one has caught up
 
     def enter(self, project: str) -> None:
-        """Set the clock of a project that has nothing running and would begin."""
+        """Set the clock of a project that has nothing running, before it begins."""
         least = self._floor - SLACK
         self._used[project] = min(max(self._used.get(project, least), least), self._floor + _MAX_LEAD)
         self._resting.discard(project)
 
     def used(self, project: str) -> float:
-        """Return the clock of a project that has something running, or would begin."""
+        """Return the clock of a project that has something running or has entered."""
         return self._used[project]
 
     def lead(self, project: str, other: str) -> float:
@@ -47,7 +47,7 @@ class ProjectShares:
         return self.lead(project, other) >= _AHEAD
 
     def due(self, running: Collection[str]) -> frozenset[str]:
-        """Return which of the projects with sequences running take part in the next step; at least one does."""
+        """Return the projects, of those with sequences running, that take part in the next step: at least one."""
         if len(running) > 1:
             least = min(self._used[project] for project in running)
             for project in running:
@@ -60,7 +60,7 @@ class ProjectShares:
         return frozenset(running) - self._resting
 
     def charge(self, chunks: Sequence[Chunk], seconds: float, running: Collection[str]) -> None:
-        """Charge a step to its projects; `running` are all that have sequences running."""
+        """Charge a step to its projects by their tokens. `running` are all projects with sequences running."""
         tokens: Counter[str] = Counter()
         for chunk in chunks:
             tokens[chunk.sequence.request.project] += chunk.num_tokens

@@ -1,18 +1,14 @@
-"""How often a sequence's guesses come true, as far as has been seen.
+"""Speculative decoding: draft tokens for decoding sequences, so that one step can draw several tokens.
 
-Guesses of a sequence's next tokens from what it has already: prompt lookup (Saxena 2023).
+A step computes a draft's tokens, too, and draws a token after each. A token depends only on the tokens before it
+and on noise that its position decides. So after a correct draft it is the token that plain decoding would have
+drawn: drafts change the timing of tokens, and nothing else.
 
-The sequence's last tokens are looked for in what comes before them; what followed there is the guess. The latest
-place wins among those that agree longest, up to `MAX_MATCH` tokens. Four bytes a token is all that is kept.
-
-Drafts for a step's decoding sequences: guessed tokens that the step computes too, and draws behind.
-
-A token is drawn from what stands before it and from noise that its position decides, so behind a draft that came
-true it is the one that plain decoding would have drawn: drafts change when tokens come, and nothing else. A guess
-is what a grammar leaves no choice of, or what followed the last tokens before (`lookup`). Here is decided which
-guesses are worth their time: as many as bring more tokens a second, by how often the sequence's guesses came true
-(`acceptance`; a grammar's always do) and what a token more costs a step (`row_costs`). A draft takes blocks that
-are free for the length of a step, and rows that the batch leaves; nobody waits or gives way for it.
+A guess is a text that a grammar forces, or the tokens that followed the last few tokens earlier in the sequence
+(prompt lookup, Saxena 2023). `Speculator` drafts the guessed tokens that increase the throughput. It estimates
+that from the share of correct guesses (`Acceptance`; a grammar's are always correct) and from the time that an
+extra token adds to a step (`cost_model.RowCosts`). A draft only uses free blocks, for one step, and rows that the
+batch leaves free. No sequence waits or is preempted for it.
 """
 
 from array import array
@@ -25,20 +21,64 @@ from server.engine.cost_model import RowCosts
 from server.engine.kv_cache import BlockManager
 from server.engine.sequence import Chunk, Sequence
 
-_PRIOR = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85)  # of matches from MIN_MATCH to MAX_MATCH tokens
+MAX_DRAFT = 15  # tokens; with the token before them they fill a tile of 16 rows
+MIN_MATCH, MAX_MATCH = 2, 8
+_PRIOR = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85)  # acceptance after matches of MIN_MATCH to MAX_MATCH tokens
 _PRIOR_WEIGHT = 3.0  # in guesses
-_MEMORY = 0.9  # what a guess still weighs when the next one of its length has been seen
+_MEMORY = 0.9  # factor by which older guesses lose weight with each new one of their match length
+_SIZE = array("i").itemsize
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The tokens that followed an earlier occurrence of the sequence's last `match` tokens."""
+
+    token_ids: Seq[int]
+    match: int
+
+
+class PromptLookup:
+    """An index of one growing sequence's tokens, which takes four bytes for each."""
+
+    def __init__(self) -> None:
+        self._packed = bytearray()
+
+    def guess(self, token_ids: Seq[int], max_tokens: int) -> Guess | None:
+        """Guess the `max_tokens` (at least one) tokens after `token_ids`, which are all of the sequence's.
+
+        Of the longest matches, up to `MAX_MATCH` tokens, use the latest. Return None if the last tokens occur
+        nowhere else.
+        """
+        packed = self._packed
+        packed += array("i", token_ids[len(packed) // _SIZE :]).tobytes()
+        match, end = 0, len(packed) - _SIZE  # a match ends before the sequence does
+        for num in range(MIN_MATCH, MAX_MATCH + 1):
+            found = self._last_end(packed[-num * _SIZE :], end)
+            if found < 0:
+                break
+            match, end = num, found
+        if not match:
+            return None
+        followed = token_ids[end // _SIZE :]  # repeated if it reaches the sequence's end
+        return Guess([followed[i % len(followed)] for i in range(max_tokens)], match)
+
+    def _last_end(self, pattern: bytearray, stop: int) -> int:
+        """Return the end of the last occurrence before `stop`, or -1 if there is none."""
+        at = self._packed.rfind(pattern, 0, stop)
+        while at > 0 and at % _SIZE:  # a match of bytes that isn't aligned to tokens
+            at = self._packed.rfind(pattern, 0, at + len(pattern) - 1)
+        return at + len(pattern) if at >= 0 else -1
 
 
 class Acceptance:
-    """Shares of guessed tokens that were then drawn, by the length of the match behind each."""
+    """The shares of guessed tokens that were then drawn, by the length of the match before each."""
 
     def __init__(self) -> None:
         self._right = [_PRIOR_WEIGHT * share for share in _PRIOR]
         self._seen = [_PRIOR_WEIGHT] * len(_PRIOR)
 
     def chances(self, match: int, num_tokens: int) -> Iterator[float]:
-        """That the first guessed token is drawn, that the first two are, and so on."""
+        """Yield the probabilities that the first guessed token is drawn, that the first two are, and so on."""
         chance = 1.0
         for i in range(num_tokens):
             place = _place(match + i)
@@ -46,7 +86,7 @@ class Acceptance:
             yield chance
 
     def observe(self, match: int, is_right: bool) -> None:
-        """A token that was guessed behind so many that agreed was drawn, or another one."""
+        """Record whether a guess after a match of this many tokens was correct."""
         place = _place(match)
         self._right[place] = _MEMORY * self._right[place] + is_right
         self._seen[place] = _MEMORY * self._seen[place] + 1
@@ -56,55 +96,9 @@ def _place(match: int) -> int:
     return min(match, MAX_MATCH) - MIN_MATCH
 
 
-MIN_MATCH, MAX_MATCH = 2, 8
-
-_SIZE = array("i").itemsize
-
-
-@dataclass(frozen=True)
-class Guess:
-    """The tokens that may follow, because the last `match` tokens stood before them once."""
-
-    token_ids: Seq[int]
-    match: int
-
-
-class PromptLookup:
-    """The tokens of one sequence, which only grows."""
-
-    def __init__(self) -> None:
-        self._packed = bytearray()
-
-    def guess(self, token_ids: Seq[int], max_tokens: int) -> Guess | None:
-        """What may follow `token_ids`, all of the sequence's: `max_tokens` tokens, at least one. None where the
-        last ones stand nowhere else."""
-        packed = self._packed
-        packed += array("i", token_ids[len(packed) // _SIZE :]).tobytes()
-        match, end = 0, len(packed) - _SIZE  # the match's, which isn't that of the sequence
-        for num in range(MIN_MATCH, MAX_MATCH + 1):
-            found = self._last_end(packed[-num * _SIZE :], end)
-            if found < 0:
-                break
-            match, end = num, found
-        if not match:
-            return None
-        followed = token_ids[end // _SIZE :]  # and goes round, where it reaches the sequence's end
-        return Guess([followed[i % len(followed)] for i in range(max_tokens)], match)
-
-    def _last_end(self, pattern: bytearray, stop: int) -> int:
-        """Where the last occurrence before `stop` ends; -1 where there is none."""
-        at = self._packed.rfind(pattern, 0, stop)
-        while at > 0 and at % _SIZE:  # bytes of neighbours that look like the tokens
-            at = self._packed.rfind(pattern, 0, at + len(pattern) - 1)
-        return at + len(pattern) if at >= 0 else -1
-
-
-MAX_DRAFT = 15  # tokens: with the one before them they fill a tile of 16 rows
-
-
 @dataclass(frozen=True)
 class _Weighed:
-    """Tokens that may follow, and the chance that the first comes, the first two do, and so on."""
+    """Guessed tokens, with the probabilities that the first is drawn, that the first two are, and so on."""
 
     token_ids: Seq[int]
     chances: Seq[float]
@@ -112,21 +106,21 @@ class _Weighed:
 
 @dataclass
 class _State:
-    """What is known of a decoding sequence."""
+    """The speculator's state for one decoding sequence."""
 
     lookup: PromptLookup = field(default_factory=PromptLookup)
     acceptance: Acceptance = field(default_factory=Acceptance)
-    guess: Guess | None = None  # the last look-up's, drafted or not
-    position: int = 0  # of its first token
+    guess: Guess | None = None  # the last lookup's, whether drafted or not
+    position: int = 0  # of the guess's first token
 
 
 class Speculator:
-    """Extends steps. It knows a sequence from its first decode until `forget`."""
+    """The part of the engine that drafts. It keeps a state of each sequence from its first decode to `forget`."""
 
     def __init__(
         self, blocks: BlockManager, eos: Collection[int], max_num_seqs: int, *, is_on: bool = True
     ) -> None:
-        """A step draws at most `max_num_seqs` tokens, or those of one sequence with the longest draft."""
+        """Let a step draw up to `max_num_seqs` tokens, or the tokens of one sequence with the longest draft."""
         self.costs = RowCosts(max_num_seqs)
         self.num_drafted_tokens = 0
         self._blocks = blocks
@@ -136,7 +130,7 @@ class Speculator:
         self._states: dict[Sequence, _State] = {}
 
     def extend(self, chunks: Seq[Chunk]) -> Seq[Chunk]:
-        """The chunks, those of decoding sequences with a draft where that pays. Blocks for it are reserved."""
+        """Return the chunks, with drafts for decoding sequences if they pay. Reserves the drafts' blocks."""
         num_free = self._max_rows - sum(chunk.samples for chunk in chunks)
         if not self._is_on or num_free <= 0:
             return chunks
@@ -154,16 +148,16 @@ class Speculator:
         return [replace(chunk, draft=drafts[chunk]) if drafts.get(chunk) else chunk for chunk in chunks]
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """A step of these chunks took so long."""
+        """Learn the cost of drafted tokens from a step of these chunks that took `seconds`."""
         if self._is_on and all(chunk.is_decode and chunk.samples for chunk in chunks):
             self.costs.observe(len(chunks), sum(len(chunk.draft) for chunk in chunks), seconds)
 
     def forget(self, sequence: Sequence) -> None:
-        """It has ended."""
+        """Drop the state of a sequence that has ended."""
         self._states.pop(sequence, None)
 
     def _guess(self, chunk: Chunk) -> _Weighed | None:
-        """What may follow a decoding sequence, after a look at what became of the last guess."""
+        """Check the last guess against the tokens drawn since, and guess a decoding sequence's next tokens."""
         sequence, params = chunk.sequence, chunk.sequence.request.sampling
         max_tokens = min(params.max_tokens - sequence.num_output_tokens - 1, MAX_DRAFT)
         if sequence.constraint is not None:
@@ -179,7 +173,7 @@ class Speculator:
                     break
         if sequence.constraint is not None and (forced := sequence.constraint.forced(max_tokens)):
             state.guess = None
-            if sequence.constraint.after(forced).is_complete:  # behind the last one nothing is drawn
+            if sequence.constraint.after(forced).is_complete:  # no token is drawn after the last one
                 forced = forced[:-1]
             return _Weighed(forced, [1.0] * len(forced))
         state.guess = guess = state.lookup.guess(sequence.token_ids, max_tokens)
@@ -189,9 +183,9 @@ class Speculator:
         return _Weighed(guess.token_ids, list(state.acceptance.chances(guess.match, len(guess.token_ids))))
 
     def _draft(self, chunk: Chunk, token_ids: Seq[int]) -> tuple[int, ...]:
-        """As many of these tokens as may follow and find blocks, which are reserved."""
+        """Reserve blocks for these tokens, and return the ones that are allowed and have blocks."""
         sequence = chunk.sequence
-        # Behind what ends an answer nothing is drawn, and the end itself need not be drafted.
+        # No token follows an end token, and the end token itself needn't be drafted.
         draft = tuple(takewhile(lambda token_id: token_id not in self._eos, token_ids))
         if draft and sequence.constraint is not None:
             draft = draft[: sequence.constraint.num_allowed(draft)]
@@ -201,13 +195,13 @@ class Speculator:
 
 
 def draft_sizes(num_decoding: int, chances: Seq[Seq[float]], cost: float, max_tokens: int) -> list[int]:
-    """How many tokens of each guess to draft, so that all sequences together get the most tokens a second.
+    """Return how many tokens of each guess to draft for the highest total throughput.
 
-    `chances` of each guess: that its first token comes true, its first two, and so on. `cost` is what a drafted
-    token adds to a step's time, as a share of it; `max_tokens` bounds all drafts together.
+    `chances` are each guess's probabilities that its first token is correct, its first two are, and so on. `cost`
+    is the time that a drafted token adds to a step, as a share of the step's time. `max_tokens` limits the sum.
     """
     sizes = [0] * len(chances)
-    num_tokens, time = float(num_decoding), 1.0  # that a step brings, on the average, and takes
+    num_tokens, time = float(num_decoding), 1.0  # expected tokens of a step, and its relative time
     best_first = sorted(((chance, i) for i, of_guess in enumerate(chances) for chance in of_guess), reverse=True)
     for chance, i in best_first[:max_tokens]:
         if chance * time <= cost * num_tokens:

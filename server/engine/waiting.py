@@ -1,63 +1,36 @@
-"""The sequences of one project and adapter set that wait, and whether admitting one may succeed now.
+"""Order the waiting sequences by project, and within a project by adapter set.
 
-Whose turn it is: the waiting sequences by project, and within a project by adapter set.
-
-Projects take turns, and so do the sets of each, so neither a busy project nor a hot adapter can hold another back.
-Projects with fewer sequences running come before those with more. The scheduler decides whether a sequence can be
+Projects take turns, and so do the adapter sets of each project. So neither a busy project nor a hot adapter can
+starve others. Projects with fewer running sequences come first. The scheduler decides whether a sequence can be
 admitted.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
 
-from adapters.lora import AdapterRef
-from server.engine.sequence import Hold, Sequence
-
-
-class Room(Protocol):
-    """Something that sequences hold parts of: blocks, or adapters' rows."""
-
-    @property
-    def num_freed(self) -> int:
-        """Grows whenever a part comes free: until then, whoever lacked room is tried in vain."""
-        ...
-
-
-class Adapters(Room, Protocol):
-    """What the scheduler needs of `adapter_pool.AdapterPool`."""
-
-    def hold(self, refs: tuple[AdapterRef, ...]) -> Hold:
-        """A new hold on a set of adapters, not ready yet."""
-        ...
-
-    def share(self, holds: Iterable[Hold]) -> float:
-        """Return the share of the rows (0 to 1) that the adapters of these holds take together."""
-        ...
-
-    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
-        """Return whether a hold that lacks room would have it if the holds in `without` were released."""
-        ...
+from server.engine.adapter_pool import AdapterHold, AdapterPool
+from server.engine.kv_cache import BlockManager
+from server.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class _Refusal:
-    """A sequence that lacked room, of what, and how much had been freed of it by then."""
+    """A failed attempt to admit a sequence, for lack of blocks or of rank rows."""
 
     sequence: Sequence
-    room: Room
-    num_freed: int
+    room: BlockManager | AdapterPool
+    num_freed: int  # `room.num_freed` at the attempt
 
 
 @dataclass
 class WaitingSet:
-    """The waiting sequences of one adapter set of a project, in order of arrival; it is never empty."""
+    """The waiting sequences of one adapter set of a project, in order of arrival. It is never empty."""
 
     project: str
     adapter_key: bytes
-    sequences: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)  # of which any goes at once
+    sequences: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)  # an ordered set
     num_bypassed: int = 0
     _refusal: _Refusal | None = None
 
@@ -67,29 +40,29 @@ class WaitingSet:
 
     @property
     def lacks_room(self) -> bool:
-        """Whether the first one lacked room and nothing has been freed since: trying again would be in vain."""
+        """Whether the first sequence lacked room and nothing has been freed since, so that it would fail again."""
         refusal = self._refusal
         return (
             refusal is not None and refusal.sequence is self.first and refusal.num_freed == refusal.room.num_freed
         )
 
-    def lacks(self, room: Room, num_freed: int) -> None:
-        """The first one lacked `room`, of which so much had been freed when it was tried."""
+    def lacks(self, room: BlockManager | AdapterPool, num_freed: int) -> None:
+        """Record that the first sequence lacked `room` when this much of it had been freed."""
         self._refusal = _Refusal(self.first, room, num_freed)
 
-    def hurry(self, adapters: Adapters) -> None:
-        """Wait for the first one's adapters, for some milliseconds in all."""
+    def hurry(self, adapters: AdapterPool) -> None:
+        """Wait for the first sequence's adapters, for some milliseconds in total."""
         if not self.advance(adapters).ready:
             assert self.first.hold is not None
             self.first.hold.hurry()
             self.advance(adapters)
 
-    def advance(self, adapters: Adapters) -> Hold:
-        """Bring the first one's adapters on their way, as far as that goes without waiting."""
+    def advance(self, adapters: AdapterPool) -> AdapterHold:
+        """Continue loading the first sequence's adapters without waiting, and return its hold."""
         sequence = self.first
         if sequence.hold is None:
             sequence.hold = adapters.hold(sequence.request.adapters)
-        num_freed = adapters.num_freed  # before: the attempt may itself free what is in its way
+        num_freed = adapters.num_freed  # read before the attempt, which may itself free rows
         if sequence.hold.error is None:
             sequence.hold.advance()
             sequence.loading = sequence.hold.loading or sequence.loading
@@ -98,15 +71,15 @@ class WaitingSet:
         return sequence.hold
 
 
-_MAX_TOLD = 256  # sets, in a snapshot that is taken many times a second
+_MAX_LISTED = 256  # sets in a snapshot, which is taken many times a second
 
 
 class WaitingQueues:
-    """Every waiting sequence, of which `len` is the number; iterates over them in no particular order."""
+    """All waiting sequences. `len` is their number, and iteration has no particular order."""
 
     def __init__(self) -> None:
         self._num_sequences = 0
-        # By project, then by adapter key; who comes next is first, in both.
+        # By project, then by adapter key. The next turn is first in both.
         self._projects: OrderedDict[str, OrderedDict[bytes, WaitingSet]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -118,17 +91,17 @@ class WaitingQueues:
                 yield from queue.sequences
 
     def digests(self) -> frozenset[str]:
-        """Of the adapters that sequences wait with; of some sets where there are very many."""
-        every = (queue for sets in self._projects.values() for queue in sets.values())
-        return frozenset(ref.digest for queue in islice(every, _MAX_TOLD) for ref in queue.first.request.adapters)
+        """Return the digests of waiting sequences' adapters: a sample if there are many sets."""
+        listed = islice((queue for sets in self._projects.values() for queue in sets.values()), _MAX_LISTED)
+        return frozenset(ref.digest for queue in listed for ref in queue.first.request.adapters)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence, behind those of its set."""
+        """Queue a new sequence as the last of its set."""
         self.set_of(sequence).sequences[sequence] = None
         self._num_sequences += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Queue a preempted sequence, before all others of its project."""
+        """Requeue a preempted sequence before all others of its project."""
         sequences = self.set_of(sequence).sequences
         sequences[sequence] = None
         sequences.move_to_end(sequence, last=False)
@@ -136,14 +109,14 @@ class WaitingQueues:
         self._projects[sequence.request.project].move_to_end(sequence.adapter_key, last=False)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it waits."""
+        """Remove a waiting sequence."""
         queue = self.set_of(sequence)
         del queue.sequences[sequence]
         self._num_sequences -= 1
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Take the first one of a set out, whose turn is over then, and its project's."""
+        """Remove the first sequence of a set, and end the turns of the set and its project."""
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)
@@ -151,16 +124,16 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def turn(self, num_running: Mapping[str, int], may_begin: Callable[[str], bool] = lambda _: True) -> "Turn":
-        """Return the order to try the sets in, of the projects that may begin something in this step."""
+        """Return the order in which to try the sets of the projects that may begin a sequence in this step."""
         projects = [project for project in self._projects if may_begin(project)]
         return Turn(self, deque(sorted(projects, key=lambda project: num_running.get(project, 0))))
 
     def sets(self, project: str) -> Iterable[WaitingSet]:
-        """Return the sets of a project, the one whose turn is next first; none if it has none."""
+        """Return the sets of a project in the order of their turns."""
         return self._projects.get(project, {}).values()
 
     def set_of(self, sequence: Sequence) -> WaitingSet:
-        """The set that the sequence waits in, or will; a new one is the last of its project."""
+        """Return the sequence's set. A missing set is created as the last of its project."""
         project, key = sequence.request.project, sequence.adapter_key
         sets = self._projects.setdefault(project, OrderedDict())
         return sets.setdefault(key, WaitingSet(project, key))
@@ -174,16 +147,16 @@ class WaitingQueues:
 
 
 class Turn:
-    """The sets that a step may still try. What is said of one is said of the `first`."""
+    """The sets that a step may still try. The methods are about the `first` set."""
 
     def __init__(self, queues: WaitingQueues, projects: deque[str]) -> None:
         self._queues = queues
         self._projects = projects
-        self._left: dict[str, deque[WaitingSet]] = {}  # of the projects that have been looked at
+        self._left: dict[str, deque[WaitingSet]] = {}  # untried sets of the projects that had a turn
 
     @property
     def first(self) -> WaitingSet | None:
-        """The set to try next; None: all have been tried."""
+        """The set to try next, or None if all have been tried."""
         while self._projects:
             project = self._projects[0]
             if project not in self._left:
@@ -194,7 +167,7 @@ class Turn:
         return None
 
     def take_first(self) -> None:
-        """Its first sequence is admitted: other sets come before its next one, and other projects before those."""
+        """Remove the set's first sequence, which is admitted. Other projects and other sets come next."""
         queue = self._pop()
         self._queues.take_first(queue)
         if queue.sequences:
@@ -202,17 +175,20 @@ class Turn:
         self._projects.rotate(-1)
 
     def pass_over(self) -> None:
-        """It isn't tried again in this step. It keeps its place, and the project tries another."""
+        """Skip the set in this step. It keeps its place, and its project tries another set."""
         self._pop()
 
     def try_later(self) -> None:
-        """Its first sequence has left it otherwise; the next is tried after the project's other sets."""
+        """Try the set again after the project's other sets, since its first sequence has failed and left it."""
         queue = self._pop()
         if queue.sequences:
             self._left[queue.project].append(queue)
 
     def __iter__(self) -> Iterator[WaitingSet]:
-        """Those left, as they would come if each were admitted. Nothing may be queued or taken meanwhile."""
+        """Yield the untried sets in the order of their turns, as if all were admitted.
+
+        Don't queue or remove sequences meanwhile.
+        """
         projects = deque(iter(self._left[p] if p in self._left else self._queues.sets(p)) for p in self._projects)
         while projects:
             queue = next(projects[0], None)

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from adapters.lora import AdapterRef, LoraWeights
-from server.engine.backend import Backend, NativeBackend, TorchBackend
+from server.engine.backend import Backend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
+from server.engine.native_backend import NativeBackend
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
+from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel
 from server.model.rank_rows import RowFormat

@@ -1,1 +1,1 @@
-"""The process that serves: what it is built from, its sizes, its log, its beginning and its end."""
+"""The serving process: build its parts, listen, serve, and stop."""

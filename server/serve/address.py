@@ -1,4 +1,7 @@
-"""Where the server listens, and for whom. Quick to import: what can't be is known before anything slow begins."""
+"""Bind the server's address, and refuse to serve strangers without keys.
+
+Importing this module is quick, so that errors are reported before slow work begins.
+"""
 
 import errno
 import math
@@ -11,21 +14,21 @@ from server.errors import StartupError
 from server.storage.home import Home
 from server.system.messages import program
 
-_RETRY_SECONDS = 0.5  # less than asyncio waits
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 it is what is not shown
+_RETRY_SECONDS = 0.5  # less than asyncio's own delay
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 not bound here
 
 
 class Listener(socket.socket):
-    """A listening socket on which asyncio may accept several connections in a turn.
+    """A listening socket on which asyncio accepts several connections in a turn.
 
-    If no file is left for one, asyncio reports that and tries again after a second, but in the same turn it would
-    try, report and plan to try again for each of the others, too.
+    If no file descriptor is left, asyncio logs that and retries after a second. But it would try, log and schedule
+    a retry for each further connection of the turn, too. So a failed `accept` makes the next ones find none.
     """
 
     _failed_at = -math.inf
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. Raises BlockingIOError if there is none, or for a moment after another OSError."""
+        """Accept a connection. Raise BlockingIOError if there is none, or for a moment after another OSError."""
         if time.monotonic() - self._failed_at < _RETRY_SECONDS:
             raise BlockingIOError
         try:
@@ -38,12 +41,12 @@ class Listener(socket.socket):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the address, and refuses connections until the server listens. Raises StartupError."""
+    """Return a bound socket, which refuses connections until the server listens. Raise StartupError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise cannot_listen(host, port, error) from None
-    # Of a name with both, such as localhost, IPv4: that is where commands and health checks look for a server.
+    # Prefer IPv4 for a name with both, such as localhost. Commands and health checks use it.
     found.sort(key=lambda one: one[0] is not socket.AF_INET)
     for family, kind, protocol, _, address in found:
         bound = Listener(family, kind, protocol)
@@ -54,28 +57,25 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError as error:
             bound.close()
             fault = error
-            if error.errno != errno.EADDRNOTAVAIL:  # it is another machine's, say a router's before this one
+            if error.errno != errno.EADDRNOTAVAIL:  # another machine's address, such as a router's
                 break
     raise cannot_listen(host, port, fault)
 
 
 def url(bound: socket.socket, host: str) -> str:
-    """Where the server can be reached from this machine, by the port that the system chose where it was asked."""
+    """Return the URL of the server for this machine, with the actual port of the socket."""
     return url_of(host, bound.getsockname()[1])
 
 
 def url_of(host: str, port: int) -> str:
-    """Where one can be reached from this machine that listens there.
-
-    One that listens on all addresses does so on the loopback's, too, which a browser can open.
-    """
+    """Return the URL of a server for this machine: with the loopback address if it listens on all addresses."""
     reached = _LOOPBACK.get(host, host)
     shown = f"[{reached}]" if ":" in reached else reached
     return f"http://{shown}:{port}"
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
-    """The error of the system in the words of the settings."""
+    """Return a StartupError that explains the system's error and names the settings."""
     if error.errno == errno.EADDRINUSE:
         return StartupError(
             f"port {port} on {host} is taken: stop what listens there, or choose another (SMOLORA_PORT, --port)"
@@ -84,7 +84,7 @@ def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
 
 
 def refuse_strangers(settings: Settings) -> None:
-    """Raise StartupError if others could connect and nothing would ask them for a key."""
+    """Raise StartupError if other machines could connect without a key."""
     needs_key = settings.api_keys or Home(settings.home).keyed.exists()
     if not (needs_key or settings.allow_anonymous != "0" or is_loopback(settings.host) or _has_keys(settings)):
         raise StartupError(
@@ -95,7 +95,7 @@ def refuse_strangers(settings: Settings) -> None:
 
 
 def _has_keys(settings: Settings) -> bool:
-    """Whether a database elsewhere has some, of which HOME needn't know: any server on it may have made them."""
+    """Return whether a shared database has keys, which another server may have created."""
     if settings.database is None:
         return False
     from server.access.keys import Keys

@@ -1,8 +1,7 @@
-"""What a connection may do to the server: how many there are, and how long each may keep it waiting.
+"""Limit the number of connections, and the time for which each may keep the server waiting.
 
-uvicorn's own protocol for HTTP has no such bounds. A connection that is closed here loses nothing that is being
-worked on: only those are, whose client has to act next. Bodies that stop are
-`server.api.bodies.Body`'s part, which can still answer.
+uvicorn's HTTP protocol has no such limits. Only connections whose client has to act next are closed, so no work is
+lost. `server.api.bodies.Body` limits bodies that stop, because it can still answer.
 """
 
 import asyncio
@@ -23,9 +22,9 @@ from server.config import Limits
 from server.system.messages import plural
 
 _UNSENT_BYTES = 128 << 10
-"""Of an answer, in the kernel: without a bound it takes megabytes for a reader that has stopped."""
+"""Unsent bytes of an answer in the kernel. Without a limit it buffers megabytes for a reader that has stopped."""
 _READ_BYTES = 64 << 10
-"""Of a connection, before others have their turn: with asyncio's 256 KiB, 400 uploads keep everybody waiting."""
+"""Bytes read from a connection in its turn. With asyncio's 256 KiB, 400 uploads delay all other requests."""
 _OTHER_FILES = 512
 _LOOK_SECONDS = 1.0
 
@@ -33,13 +32,13 @@ log = logging.getLogger("smolora.api")
 
 
 class Connections:
-    """All connections of one server. `protocol` is what uvicorn makes of each; have `watch` run beside it."""
+    """All connections of one server. uvicorn uses `protocol`; run `watch` concurrently."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._limits = limits
-        self._open: OrderedDict[Connection, None] = OrderedDict()  # whose last event was longest ago comes first
-        self._num_crowded_out = 0  # closed since the last look
+        self._open: OrderedDict[Connection, None] = OrderedDict()  # least recently active first
+        self._num_crowded_out = 0  # connections closed for lack of room since the last look
 
     @property
     def protocol(self) -> type[H11Protocol]:
@@ -50,7 +49,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: "Connection") -> None:
-        """A new one; where it is one too many, the longest idle one goes, or itself where none is idle."""
+        """Add a new connection. If it is one too many, close the longest idle one, or itself if none is idle."""
         self._open[connection] = None
         if len(self._open) > self._limits.max_connections:
             idle = (other for other in self._open if other.is_idle and other is not connection)
@@ -58,7 +57,7 @@ class Connections:
             self._num_crowded_out += 1
 
     def touch(self, connection: "Connection") -> None:
-        """Something has just happened on it."""
+        """Mark a connection as the most recently active one."""
         if connection in self._open:
             self._open.move_to_end(connection)
 
@@ -66,7 +65,7 @@ class Connections:
         self._open.pop(connection, None)
 
     def look(self) -> None:
-        """Close those that are out of time; and tell how many were closed, for lack of room as well."""
+        """Close the connections that have timed out, and log how many were closed since the last look."""
         closed = {"HEADER_TIMEOUT": 0, "STALL_TIMEOUT": 0, "MAX_CONNECTIONS": self._num_crowded_out}
         self._num_crowded_out = 0
         now = self.clock()
@@ -82,7 +81,7 @@ class Connections:
                 log.info("closed %s: SMOLORA_%s", plural(number, "connection"), name)
 
     async def watch(self) -> None:
-        """Look, again and again."""
+        """Call `look` at regular intervals, forever."""
         every = min(_LOOK_SECONDS, self._limits.header_timeout / 4, self._limits.stall_timeout / 4)
         while True:
             await asyncio.sleep(every)
@@ -94,7 +93,7 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """One of them. What it knows of time are the moments at which something happened."""
+    """One connection. It stores when events happened; `Connections` closes it after a timeout."""
 
     all: ClassVar[Connections]
     _headers_due_since: float | None = None  # None: no request has begun, or one is being answered
@@ -103,7 +102,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         vars(transport)["max_size"] = _READ_BYTES  # asyncio has no other way to set it
-        # Nothing is added to what is unsent: it shrinks, or the reader takes nothing.
+        # Pause writing at once. Then unsent bytes shrink unless the reader has stopped.
         transport.set_write_buffer_limits(high=0)
         if (option := getattr(socket, "TCP_NOTSENT_LOWAT", None)) is not None:
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, _UNSENT_BYTES)
@@ -126,7 +125,7 @@ class Connection(H11Protocol):
         self._mark()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what isn't HTTP with a problem, unless a request's answer has begun; end the connection."""
+        """Answer invalid HTTP with a problem, unless an answer has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             own_id = uuid.uuid4().hex
             log.warning("not HTTP: request=%s client=%s", own_id, self.client[0] if self.client else "-")
@@ -140,25 +139,25 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
-        """To no protocol: who offers HTTP/2 or asks for a WebSocket is answered in HTTP/1.1, without a warning."""
+        """Return False: answer offers of HTTP/2 and requests for a WebSocket in HTTP/1.1, without a warning."""
         return False
 
     @property
     def is_idle(self) -> bool:
-        """Whether the server waits for the client: for a request, or for more of one's body."""
+        """Whether the server waits for the client: for a request, or for more of its body."""
         return not self._is_answering or (self.cycle.more_body and not self.flow.read_paused)
 
     def without_headers_for(self, now: float) -> float:
-        """Seconds that a request has begun for, or the connection, and its headers aren't complete."""
+        """Return the seconds since the request or the connection began, while its headers are incomplete."""
         return 0.0 if self._headers_due_since is None else now - self._headers_due_since
 
     def unsent_for(self, now: float) -> float:
-        """Seconds that the reader has taken nothing for, as far as was looked."""
+        """Return the seconds for which the reader has taken nothing, as seen by the calls of this method."""
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent != self._unsent:
             self._unsent, self._unsent_since = unsent, now
         if unsent and self._headers_due_since is not None:
-            self._headers_due_since = now  # it reads the last answer still
+            self._headers_due_since = now  # the client is still reading the last answer
         return now - self._unsent_since
 
     @property
@@ -166,7 +165,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _mark(self) -> None:
-        """Whether a next request has begun, or the rest of one that was answered before its end has to come."""
+        """Start the clock for headers if a request has begun, or if the rest of an answered request is missing."""
         if self._is_answering:
             self._headers_due_since = None
         elif self._headers_due_since is None and (
@@ -176,9 +175,9 @@ class Connection(H11Protocol):
 
 
 def allow_files(limits: Limits) -> Limits:
-    """Let this process open as many files as so many connections need, as far as the system does.
+    """Raise this process's limit on open files to what the connections need, as far as the system allows.
 
-    Returns the limits that hold then: with fewer files there are fewer connections, so that others can be opened.
+    If the system allows fewer files, return limits with fewer connections, so that other files can be opened.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = limits.max_connections + _OTHER_FILES
@@ -192,7 +191,7 @@ def allow_files(limits: Limits) -> Limits:
     if num_connections >= limits.max_connections:
         return limits
     log.warning(
-        "this process may open %d files: at most %s, whatever SMOLORA_MAX_CONNECTIONS says",
+        "this process may open only %d files, so it accepts at most %s, fewer than SMOLORA_MAX_CONNECTIONS",
         most,
         plural(num_connections, "connection"),
     )

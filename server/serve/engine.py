@@ -1,10 +1,8 @@
-"""How much memory the engine's two caches get where nobody says: by what the machine has free.
+"""Build an engine from the settings: load the base, choose the backend, and size the caches.
 
-On a CPU the system hands pages out as they are first written, so these are bounds, not what is taken at once.
-
-What an engine is made from: a base on its device, the backend, and caches of the sizes that there is room for.
-
-Whatever is missing on this machine raises StartupError, in one line.
+The default sizes of the key/value cache and the adapter cache depend on the free memory. On a CPU they are upper
+bounds, since the system provides pages when they are first written. If this machine lacks something, raise
+StartupError with a message of one line.
 """
 
 import os
@@ -18,12 +16,13 @@ from adapters.store.store import AdapterStore
 from server.config import Settings
 from server.engine.adapter_pool import Load
 from server.engine.async_engine import AsyncEngine, Watchdog
-from server.engine.backend import Backend, NativeBackend, TorchBackend
+from server.engine.backend import Backend, PagedCache
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
-from server.engine.paged_attention import PagedCache
+from server.engine.native_backend import NativeBackend
 from server.engine.scheduler import SchedulerLimits
+from server.engine.torch_backend import TorchBackend
 from server.errors import StartupError
 from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
@@ -38,25 +37,25 @@ from server.storage.home import Home
 from server.system.cgroups import memory_left
 
 _SHARE = 8
-"""On a CPU each cache takes at most one part in so many of the memory that is free: others live there, too."""
+"""On a CPU each cache takes at most 1 / _SHARE of the free memory, which other processes need, too."""
 _MIN_ADAPTER_BYTES, _MAX_ADAPTER_BYTES = 64 << 20, 8 << 30
 _PROCESS_BYTES = 512 << 20
-"""What each process takes of a GPU besides tensors: its context, and what lies between them."""
+"""GPU memory of each process besides tensors: its context, and fragmentation."""
 _MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Bytes for keys and values, and for resident adapters."""
+    """The sizes of an engine's caches, in bytes."""
 
     kv_cache: int
     adapter_cache: int
 
 
 def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
-    """The settings' sizes, else a share each of the `free` bytes.
+    """Return the settings' cache sizes. The default is a share of the `free` bytes for each cache.
 
-    For keys and values never less than `one` full sequence needs, nor more than all that run at once do.
+    The default key/value cache fits between one full sequence, which takes `one` bytes, and all that run at once.
     """
     share = free // _SHARE
     return CacheSizes(
@@ -66,10 +65,11 @@ def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
 
 
 def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -> CacheSizes:
-    """The settings' sizes, else two thirds and one third of what is left of a GPU's `free` bytes: without
-    training's share of the `total`, the `step` bytes that a step's tensors take, and what processes take.
+    """Return the settings' cache sizes. The defaults are two thirds and one third of a GPU's remaining memory.
 
-    At least and at most as much as of `cpu_caches`. Raises StartupError where that isn't left.
+    The remaining memory is the `free` bytes without training's share of the `total`, the `step` bytes for a step's
+    tensors, and the overhead of processes. The limits of `cpu_caches` apply. Raise StartupError if too little is
+    left.
     """
     left = free - int(settings.training_memory * total) - step - (1 + settings.workers) * _PROCESS_BYTES
     most = min(left * 2 // 3, left - _MIN_ADAPTER_BYTES)
@@ -87,20 +87,20 @@ def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -
 
 
 def gpu_share(settings: Settings, total: int) -> float:
-    """What part of a GPU of `total` bytes the server's tensors may take: what training leaves."""
+    """Return the share of a GPU of `total` bytes that training leaves to the server's tensors."""
     if not settings.workers:
         return 1.0
     return max(0.0, 1 - settings.training_memory - (1 + settings.workers) * _PROCESS_BYTES / total)
 
 
 def step_bytes(base: ModelConfig, itemsize: int, limits: SchedulerLimits, max_model_len: int) -> int:
-    """What a step's tensors take on a GPU, at most and all at once.
+    """Return the maximum bytes of a step's tensors on a GPU, as if all were allocated at once.
 
-    Decodes gather a layer's keys and values, padded to the longest; beside them lie their scores, and the widest
-    activations of all tokens.
+    They are a layer's keys and values of decodes, padded to the longest sequence, their attention scores, the
+    widest activations of all tokens, and logits.
     """
     rows, tokens = limits.max_num_seqs, limits.max_num_seqs + limits.max_prefill_tokens
-    gathered = 2 * base.kv_size + 3 * base.num_heads  # with scores, weights and a mask's copy, a position
+    gathered = 2 * base.kv_size + 3 * base.num_heads  # per position, with scores, weights and a mask's copy
     activations = 4 * base.hidden_size + 2 * (base.q_size + 2 * base.kv_size) + 5 * base.intermediate_size
     bias = 2 * limits.chunk_size * max_model_len * (base.num_heads // base.num_kv_heads)  # of one prompt's chunk
     logits = 6 * 4 * rows * base.vocab_size  # fp32, sorted, as probabilities, with noise
@@ -108,7 +108,7 @@ def step_bytes(base: ModelConfig, itemsize: int, limits: SchedulerLimits, max_mo
 
 
 def free_bytes() -> int:
-    """Return what the machine has free now, within the limits of the container or service."""
+    """Return the machine's free memory, within the limits of the container or service."""
     found = [size for size in (_meminfo(), memory_left()) if size is not None]
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
@@ -128,16 +128,16 @@ def _meminfo(file: Path = _MEMINFO) -> int | None:
 DEFAULT_MAX_MODEL_LEN = 8192
 
 Say = Callable[[str], None]
-"""Told, in a short line, before each thing that takes a while."""
+"""A function that receives a short message before each slow operation."""
 
 
 def base_directory(settings: Settings, say: Say) -> Path:
-    """The converted base; slow where it is converted the first time."""
+    """Return the directory of the converted base. Converting it the first time is slow."""
     return resolve_base(settings.model, settings.home, settings.base_dir, say)
 
 
 def guidance_of(base: BaseModel) -> Guidance:
-    """Grammars over the base's tokens."""
+    """Return a cache of grammars over the base's tokens."""
     return Guidance(tokenizer_json(base.tokenizer), base.config.vocab_size, tuple(base.config.eos_token_ids))
 
 
@@ -149,7 +149,7 @@ def make_engine(
     say: Say,
     watchdog: Watchdog | None = None,
 ) -> AsyncEngine:
-    """An engine that isn't started, which gets its adapters from the store."""
+    """Return an engine that isn't started. It loads adapters from the store."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
     backend = _backend(settings, base, max_model_len, say)
@@ -174,16 +174,16 @@ def make_engine(
 
 
 def _backend(settings: Settings, base: BaseModel, max_positions: int, say: Say) -> Backend:
-    """Native where settings, machine and base allow it, else torch's."""
+    """Return the native backend if settings, machine and base allow it, or else torch's."""
     native = load_native(base, Home(settings.home).native, max_positions, say) if settings.native else None
     if native is None:
         return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions, pack=True))
-    torch.set_num_threads(1)  # for what is left to torch: its threads would spin on cores that are taken
+    torch.set_num_threads(1)  # torch's threads would spin on cores that native code uses
     return NativeBackend(native)
 
 
 def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEngine:
-    """What `make` makes; StartupError where the caches don't fit into memory, which torch says in its own ways."""
+    """Return `make()`. Raise StartupError if the caches don't fit into memory."""
     try:
         return make()
     except (MemoryError, RuntimeError) as error:
@@ -196,7 +196,7 @@ def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEn
 
 
 def max_model_len_of(settings: Settings, base: BaseModel) -> int:
-    """The longest sequence, in tokens. Raises StartupError where the base ends before."""
+    """Return the length limit of a sequence, in tokens. Raise StartupError if the base's limit is lower."""
     longest = base.config.max_position_embeddings
     if settings.max_model_len is None:
         return min(longest, DEFAULT_MAX_MODEL_LEN)
@@ -224,5 +224,5 @@ def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> E
 
 
 def kv_bytes_per_token(base: BaseModel) -> int:
-    """What the keys and values of one token take."""
+    """Return the size of one token's keys and values."""
     return PagedCache.bytes_per_block(base.config, 1, base.dtype)

@@ -1,10 +1,10 @@
-"""The process around the app: uvicorn in this process, from the first connection to a clean end.
+"""Serve the app with uvicorn in this process, from the first connection to a clean exit.
 
-SIGTERM, SIGINT or SIGHUP drains: from that moment /ready says 503 and nothing new is taken; what runs or waits
-ends within DRAIN_SECONDS, or fails with a message; then exit code 0. A second signal waits HURRY_SECONDS at most:
-then exit code 1. Training workers start once everything is ready, and are asked to release their jobs as soon as
-draining begins. An engine that can't go on is shown on /ready for a moment, then exit
-code 1; where its thread hangs, nothing waits for that.
+SIGTERM, SIGINT or SIGHUP drains the server: /ready answers 503, and new requests are refused. Running and waiting
+requests may finish within DRAIN_SECONDS, and then fail. The exit code is 0. After a second signal the process
+exits within HURRY_SECONDS, with code 1. Training workers start when everything is ready, and are asked to release
+their jobs when draining begins. If the engine is dead, /ready shows it for a moment, and the exit code is 1. The
+process doesn't wait for an engine's thread that hangs.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ from server.system.messages import plural
 
 DRAIN_SECONDS = 30.0
 HURRY_SECONDS = 5.0
-_FLUSH_SECONDS = 3  # for answers that are on their way when nothing runs any more
-_DEAD_SECONDS = 2.0  # so that whoever probes /ready sees why
+_FLUSH_SECONDS = 3  # time for sending the last answers
+_DEAD_SECONDS = 2.0  # time for probes of /ready to see why the process exits
 KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it
 _POLL_SECONDS = 0.05
-_BACKLOG = 2048  # connections that the kernel keeps until they are taken, as far as it does
+_BACKLOG = 2048  # connections that the kernel queues until they are accepted; it may have a lower limit
 
 log = logging.getLogger("smolora.run")
 
@@ -50,9 +50,9 @@ def run(
     trusted_proxies: Sequence[str],
     limits: Limits,
 ) -> int:
-    """Serve until told to stop; the exit code. `announce` is called once everything is ready.
+    """Serve until a signal or the engine's death, and return the exit code. Call `announce` when all is ready.
 
-    `trusted_proxies` are those whose X-Forwarded-For and -Proto count.
+    X-Forwarded-For and -Proto are accepted from `trusted_proxies`.
     """
     limits = allow_files(limits)
     hurry = threading.Timer(HURRY_SECONDS, _leave, [1])
@@ -68,31 +68,31 @@ def run(
         on_hurry=hurry.start,
     )
     code = asyncio.run(process.run(announce))
-    if engine.hung or process.is_hurried:  # an ordinary exit would wait for its threads
+    if engine.hung or process.is_hurried:  # a normal exit would wait for threads
         _leave(code)
     _flush()
     return code
 
 
 def _leave(code: int) -> None:
-    """End the process now, whatever its threads do. The kernel ends its workers with it."""
+    """End the process at once, without waiting for threads. The kernel then ends its workers."""
     logging.shutdown()
     _flush()
     os._exit(code)
 
 
 def _flush() -> None:
-    """Write what was printed; what can't be written is dropped, and doesn't change the exit code."""
+    """Flush stdout and stderr. Output that can't be written is dropped, and doesn't change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # it is where whoever started this closed it
+            if stream is not None:  # it is None if the parent process closed it
                 stream.flush()
-        except OSError:  # a full disk, or a pipe that nobody reads: Python would try again at the very end
+        except OSError:  # a full disk or a closed pipe; without this Python would fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def as_seen(networks: Sequence[str]) -> list[str]:
-    """With IPv4's as a socket that listens on :: sees them, too: 10.0.0.1 is ::ffff:10.0.0.1 there."""
+    """Return the networks, and the IPv4 ones also in the form for a socket on `::`, such as ::ffff:10.0.0.1."""
     parsed = [ipaddress.ip_network(network) for network in networks]
     mapped = [f"::ffff:{net.network_address}/{96 + net.prefixlen}" for net in parsed if net.version == 4]
     return [*networks, *mapped]
@@ -106,12 +106,13 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # they are ours: uvicorn would stop listening at once and end by the signal
+        yield  # `Process` handles them; uvicorn would stop listening at once and end by the signal
 
 
 class Process:
-    """One run of the server. `drain_seconds` is the time that running requests get to end; `on_hurry` is called at
-    the second signal.
+    """One run of the server.
+
+    `drain_seconds` limits the time that running requests have to end. `on_hurry` is called at the second signal.
     """
 
     def __init__(
@@ -139,8 +140,8 @@ class Process:
             forwarded_allow_ips=as_seen(trusted_proxies),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
-            # The connections that asyncio accepts in a turn. With 1, a new one waited 2 s behind a burst of 400.
-            # `_Server` says how many may wait.
+            # asyncio accepts up to this many connections in a turn. With 1, one after a burst of 400 waited 2 s.
+            # `_Server` sets the length of the kernel's queue.
             backlog=16,
         )
         self._server = _Server(config)
@@ -154,11 +155,11 @@ class Process:
 
     @property
     def is_hurried(self) -> bool:
-        """Whether it was told to stop more than once."""
+        """Whether more than one signal has asked the process to stop."""
         return self._num_signals > 1
 
     async def run(self, announce: Callable[[], None]) -> int:
-        """Serve until told to stop; the exit code."""
+        """Serve until a signal or the engine's death, stop the workers, and return the exit code."""
         try:
             return await self._run(announce)
         finally:
@@ -171,9 +172,9 @@ class Process:
 
     async def _run(self, announce: Callable[[], None]) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the last: its terminal was closed
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # SIGHUP: the terminal was closed
             if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # as nohup has it
+                continue  # nohup ignores it
             loop.add_signal_handler(number, self._signalled)
         serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
         watching = asyncio.create_task(self._connections.watch())
@@ -202,7 +203,7 @@ class Process:
         return 1 if self._engine.dead else 0
 
     async def _tick(self) -> None:
-        """A moment, at whose start trainers are told how busy the engine is."""
+        """Report the engine's load to trainers, and wait for a moment."""
         if self._flag is not None:
             self._flag.set(self._engine.num_in_flight)
         await asyncio.sleep(_POLL_SECONDS)
@@ -214,21 +215,21 @@ class Process:
             self._on_hurry()
 
     async def _drain(self) -> None:
-        """Let what runs end; what doesn't in time is told so."""
+        """Wait for running requests to end. Requests that don't end in time fail."""
         left = self._engine.num_in_flight
         waits = (
             f"waiting at most {self._drain_seconds:.0f} s for {plural(left, 'running sequence')}"
             if left
-            else "no request runs"
+            else "no request is running"
         )
         log.info(
-            "told to stop: taking nothing new, %s; a job that trains goes back to the queue; a second signal "
-            "(Ctrl-C) stops at once",
+            "stopping: new requests are refused; %s; training jobs go back to the queue; a second signal (Ctrl-C) "
+            "stops at once",
             waits,
         )
         deadline = asyncio.get_running_loop().time() + self._drain_seconds
         while not self.is_hurried and asyncio.get_running_loop().time() < deadline:
-            is_busy = self._engine.num_in_flight or self._server.server_state.tasks  # uploads, say
+            is_busy = self._engine.num_in_flight or self._server.server_state.tasks  # such as uploads
             if not is_busy or self._engine.dead:
                 return
             await self._tick()

@@ -1,8 +1,7 @@
-"""What whoever started the server may try at once: something that a base of any size answers right.
+"""Build the app's services from the settings, and suggest first prompts.
 
-Builds everything that the app works with, from the settings; slow where a base is converted the first time.
-
-Whatever is missing on this machine raises StartupError, in one line.
+Building is slow if a base is converted the first time. If this machine lacks something, raise StartupError with a
+message of one line.
 """
 
 import json
@@ -56,11 +55,14 @@ _KEY = "YOUR_KEY"
 _OWN_URL = "http://{host}:{port}".format(
     **{name: Settings.model_fields[name].default for name in ("host", "port")}
 )
-"""Where commands look for a server that are told nothing."""
+"""The server that commands use by default."""
 
 
 def first_prompts(url: str, is_chat: bool, needs_key: bool) -> list[str]:
-    """The same in a command of ours and in one for curl. Where `is_chat` is False, a text to go on from."""
+    """Return a command of ours and a curl command that ask a question, or complete a text if not `is_chat`.
+
+    A base of any size answers it correctly.
+    """
     command = ["chat", _QUESTION] if is_chat else ["generate", _START]
     place = [] if url == _OWN_URL else ["--url", url]
     key = f"SMOLORA_API_KEY={_KEY} " if needs_key else ""
@@ -73,15 +75,15 @@ def first_prompts(url: str, is_chat: bool, needs_key: bool) -> list[str]:
 
 
 Connect = Callable[[BaseModel, AdapterStore], EngineClient]
-"""Makes a client of engines elsewhere."""
+"""A function that returns a client of engines in other processes."""
 
 
 def build(
     settings: Settings, say: Say, watchdog: Watchdog | None = None, connect: Connect | None = None
 ) -> Services:
-    """The services, with an engine that isn't started; with `connect`, the client that it makes is their engine.
+    """Return the services. Their engine isn't started; with `connect` it is the client that `connect` returns.
 
-    `say` is told before each thing that takes a while.
+    `say` is called before each slow operation.
     """
     database = connect_database(settings.home, url=settings.database)
     storage, commits = Storage.open(settings.home, settings), commits_of(database, settings.home)
@@ -152,7 +154,7 @@ def build(
 
 
 def _end_token(base: BaseModel) -> int:
-    """What training appends to rows."""
+    """Return the token that training appends to rows."""
     found = (base.tokenizer.eos_token_id, *base.config.eos_token_ids)
     ends = [token for token in found if token is not None]
     if not ends:

@@ -14,10 +14,11 @@ import torch
 from adapters.errors import SmoloraError
 from adapters.lora import MODULES, AdapterRef, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import AdapterPool, Load
-from server.engine.backend import Backend, NativeBackend, TorchBackend
+from server.engine.backend import Backend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
+from server.engine.native_backend import NativeBackend
 from server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -25,6 +26,7 @@ from server.engine.request import (
     SequenceOutput,
 )
 from server.engine.scheduler import SchedulerLimits
+from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel
 from server.model.rank_rows import Placement, RankRows, Run

@@ -42,7 +42,7 @@ class HangingRunner(Runner):
     """The engine's runner, with fits."""
 
     def __init__(self, runner: Runner, home: Path) -> None:
-        super().__init__(runner.forward)
+        super().__init__(runner.backend)
         self._home = home
 
     def run(self, chunks: Seq[Chunk]) -> list[Drawn]:

@@ -5,10 +5,11 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from server.engine.backend import PagedCache
 from server.engine.kv_cache import BlockManager
-from server.engine.paged_attention import PagedAttention, PagedCache
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Chunk, Sequence
+from server.engine.torch_backend import PagedAttention
 from server.model.lora_batch import LoraBatch, Parts, TokenRun
 from server.model.rank_rows import RankRows
 from server.model.smollm import NoAdapters, SmolLM

@@ -1,4 +1,4 @@
-"""An `AsyncEngine` over the tiny base, and what drives it."""
+"""An `AsyncEngine` over the tiny base, and helpers that drive it."""
 
 import asyncio
 import math

@@ -1,45 +1,16 @@
-"""A stand-in for the adapter pool: room for a few, loads that take some steps, and some that fail."""
+"""A fake adapter pool with little room, whose loads take some steps or fail."""
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
-from adapters.lora import AdapterRef
-from server.engine.sequence import Hold
+from adapters.errors import CorruptAdapter, InvalidInput
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 
 
 @dataclass(eq=False)
-class FakeHold:
-    """A hold in `FakeAdapters` (`sequence.Hold`)."""
-
-    gate: "FakeAdapters"
-    refs: tuple[AdapterRef, ...]
-    is_held: bool = False
-    lacks_room: bool = False
-    loading: tuple[float, float] | None = None
-    error: SmoloraError | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.is_held
-
-    def advance(self) -> bool:
-        return self.gate.advance(self)
-
-    def hurry(self) -> None:
-        pass
-
-    def release(self) -> None:
-        if self.is_held:
-            self.gate.num_freed += bool(self.refs)
-            self.gate.holds.subtract(ref.digest for ref in self.refs)
-            self.is_held = False
-
-
-@dataclass(eq=False)
-class FakeAdapters:
+class FakeAdapters(AdapterPool):
     """Room for `capacity` adapters at once; a load takes a random number of steps, and some fail."""
 
     capacity: int
@@ -50,16 +21,20 @@ class FakeAdapters:
     loaded: list[str] = field(default_factory=list)  # least recently loaded first
     loading: dict[str, int] = field(default_factory=dict)  # steps to go
     num_freed: int = 0
+    clock: Callable[[], float] = lambda: 0.0
 
-    def hold(self, refs: tuple[AdapterRef, ...]) -> FakeHold:
-        return FakeHold(self, refs, is_held=not refs)
-
-    def share(self, holds: Iterable[Hold]) -> float:
+    def share(self, holds: Iterable[AdapterHold]) -> float:
         return len({ref.digest for hold in holds for ref in hold.refs}) / self.capacity
 
-    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
-        held = +(self.holds - Counter(ref.digest for other in without for ref in other.refs))
-        return len(held.keys() | {ref.digest for ref in hold.refs}) <= self.capacity
+    def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
+        needed = +(self.holds - Counter(ref.digest for other in without for ref in other.refs))
+        return len(needed.keys() | {ref.digest for ref in hold.refs}) <= self.capacity
+
+    def release(self, hold: AdapterHold) -> None:
+        if hold.is_held:
+            self.num_freed += bool(hold.refs)
+            self.holds.subtract(ref.digest for ref in hold.refs)
+            hold.is_held = False
 
     def tick(self) -> None:
         for digest in list(self.loading):
@@ -68,7 +43,7 @@ class FakeAdapters:
                 del self.loading[digest]
                 self.loaded.append(digest)
 
-    def advance(self, hold: FakeHold) -> bool:
+    def advance(self, hold: AdapterHold) -> bool:
         digests = [ref.digest for ref in hold.refs]
         if hold.is_held or hold.error is not None:
             return hold.is_held
@@ -85,11 +60,11 @@ class FakeAdapters:
             self.loaded = [digest for digest in self.loaded if digest not in self.failing]
             hold.error = CorruptAdapter("it is broken")
             return False
-        held = {digest for digest, count in self.holds.items() if count} | set(digests)
-        hold.lacks_room = len(held) > self.capacity
+        needed = {digest for digest, count in self.holds.items() if count} | set(digests)
+        hold.lacks_room = len(needed) > self.capacity
         if not hold.lacks_room:
             self.holds.update(digests)
-            idle = [digest for digest in self.loaded if digest not in held]
+            idle = [digest for digest in self.loaded if digest not in needed]
             while len(self.loaded) > self.capacity and idle:
                 self.loaded.remove(idle.pop(0))
                 self.num_freed += 1  # whoever waits may have to load it again

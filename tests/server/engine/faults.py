@@ -1,4 +1,4 @@
-"""Parts of an engine that go wrong when they are told to."""
+"""Parts of an engine that fail on demand."""
 
 import math
 import threading
@@ -19,7 +19,7 @@ class FailingRunner(Runner):
     """The engine's runner, but steps named in `failing` (counted from 0) raise."""
 
     def __init__(self, runner: Runner, failing: set[int]) -> None:
-        super().__init__(runner.forward)
+        super().__init__(runner.backend)
         self.failing = failing
         self.num_runs = 0
 
@@ -47,7 +47,7 @@ class BrokenScheduler(Scheduler):
 
 
 class SlowLoad:
-    """Loads that end when they are told to, but for those of `quick` adapters."""
+    """Loads that wait for `go`, except those of `quick` adapters."""
 
     def __init__(self, base: BaseModel) -> None:
         self.adapters = library(base, 4)

@@ -1,4 +1,4 @@
-"""The scheduler's world without a model: sequences that grow, blocks whose content is simulated, adapters to load.
+"""Simulate the scheduler without a model: growing sequences, blocks with content, and adapter loads.
 
 After every step everything that must hold is checked: who owns which block, that each sequence reads only what it
 would have computed itself, that only sequences with ready adapters run, and that an empty step means that a load
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from adapters.lora import AdapterRef
+from server.engine.adapter_pool import AdapterPool
 from server.engine.kv_cache import BlockManager
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits, Step
 from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.speculation import Speculator
-from server.engine.waiting import Adapters
 from tests.server.engine.speculation.drafting import SetCosts
 
 Content = tuple[bytes, tuple[int, ...]]
@@ -23,11 +23,11 @@ Content = tuple[bytes, tuple[int, ...]]
 
 @dataclass(eq=False)
 class Simulation:
-    """Steps the scheduler and plays the model. `is_loading`: whether something will wake a sleeping engine."""
+    """A scheduler and a simulated model. `is_loading` says whether something will wake a sleeping engine."""
 
     limits: SchedulerLimits
     blocks: BlockManager
-    adapters: Adapters
+    adapters: AdapterPool
     is_loading: Callable[[], bool]
     rng: random.Random
     on_step: Callable[[], None] = lambda: None
@@ -60,7 +60,7 @@ class Simulation:
         n: int = 1,
         project: str = "",
     ) -> list[Sequence]:
-        """A request that `Engine.check` would pass: the prompt is cut to what fits."""
+        """Add a request that `Engine.check` would accept, with a prompt cut to fit."""
         max_tokens = min(max_tokens, self.max_total - 1)
         prompt = prompt[: self.max_total - max_tokens]
         self._num_requests += 1
@@ -85,7 +85,7 @@ class Simulation:
         self.check()
 
     def step(self, *, crash: bool = False) -> Step:
-        """One step; with `crash` the model fails, and all sequences of the step end."""
+        """Run one step. With `crash` the model fails, and all sequences of the step end."""
         before = list(self.scheduler.running)
         step = self.scheduler.schedule()
         self.num_steps += 1
@@ -108,7 +108,7 @@ class Simulation:
         return step
 
     def drain(self, max_steps: int) -> None:
-        """Step until everything has ended; no more than `max_steps`."""
+        """Step until everything has ended, at most `max_steps` times."""
         for _ in range(max_steps):
             if not self.scheduler.has_work:
                 break
@@ -118,11 +118,11 @@ class Simulation:
         assert not self.blocks._computing
 
     def bound(self) -> int:
-        """Far more steps than any fair schedule of what is live takes."""
+        """Return a number of steps that any fair schedule of the live sequences stays below."""
         return 100 + 20 * sum(s.num_prompt_tokens + s.request.sampling.max_tokens + 10 for s in self.live())
 
     def _compute(self, chunk: Chunk) -> None:
-        """Write the tokens and the draft; draw a token, and further ones as long as they are the draft's."""
+        """Write the tokens and the draft, and draw tokens while they match the draft."""
         sequence = chunk.sequence
         for i in range(chunk.num_tokens):
             block, place = self._place(sequence, chunk.start + i)
@@ -195,7 +195,7 @@ class Simulation:
             assert not scheduler.has_work or self.is_loading(), "the engine would sleep for ever"
 
     def check(self) -> None:
-        """Who holds what, right now."""
+        """Check which sequence has which blocks now."""
         running = self.scheduler.running
         self.blocks.check(running)
         waiting = [s for s in self.live() if s not in running]

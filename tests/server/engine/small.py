@@ -1,4 +1,4 @@
-"""Small simulations: few blocks, few places, few adapters."""
+"""Small simulations with few blocks, places and adapters."""
 
 import random
 
@@ -36,5 +36,5 @@ def prompt(rng: random.Random, length: int) -> tuple[int, ...]:
 
 
 def unlike(number: int, length: int) -> tuple[int, ...]:
-    """A prompt that shares nothing with another number's."""
+    """Return a prompt that shares no prefix with those of other numbers."""
     return tuple(1000 * number + i for i in range(length))

@@ -1,4 +1,4 @@
-"""Requests that make up one step each, whose rows ask for the same kind of thing; and an engine brought there."""
+"""Requests for one step, whose rows need the same kind of work, and an engine in that state."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def decoding(engine: Engine, requests: list[GenerationRequest]) -> None:
 def rows(
     sampling: SamplingParams = PLAIN, *, num_parts: int = 0, grammar: Grammar | None = None
 ) -> list[GenerationRequest]:
-    """As many requests, each with its own prompt, seed and adapters."""
+    """Return NUM_ROWS requests, each with its own prompt, seed and adapters."""
     found = []
     for i in range(NUM_ROWS):
         parts = {f"{(i + part) % 16:02}": 1.0 / num_parts for part in range(num_parts)}
@@ -44,7 +44,7 @@ def rows(
 
 
 def sharing(sampling: SamplingParams) -> list[GenerationRequest]:
-    """The same under one adapter, each asking for another number of likely tokens."""
+    """Return the same requests under one adapter, each with another number of log-probabilities."""
     return [
         replace(
             request,

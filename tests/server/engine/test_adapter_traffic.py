@@ -1,4 +1,4 @@
-"""The scheduler over the real pool: sets of adapters that compete for little room all end. No deadlock."""
+"""The scheduler over the real pool: competing adapter sets never deadlock."""
 
 import random
 
@@ -106,7 +106,7 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=num_examples(120), stateful_step_count=25, deadline=None)
 
 
-def test_sets_that_compete_for_a_small_pool_all_end() -> None:
+def test_competing_sets_all_finish_in_a_small_pool() -> None:
     """Many seeds of long traffic, without shrinking."""
     num_evictions = 0
     for seed in range(40):

@@ -1,4 +1,4 @@
-"""The engine's thread behind an event loop: limits, aborts, drain and death, over the tiny base."""
+"""The engine's thread behind an event loop, over the tiny base: limits, aborts, drain and death."""
 
 import asyncio
 import random
@@ -18,7 +18,7 @@ from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on
 from tests.server.engine.traffic import assert_same, library, requests_of_all_kinds
 
 
-def test_outputs_come_over_as_the_engine_makes_them(tiny_base: BaseModel) -> None:
+def test_outputs_arrive_in_the_engines_order(tiny_base: BaseModel) -> None:
     adapters, requests = library(tiny_base), requests_of_all_kinds(tiny_base, 16)
     expected = run(build_engine(tiny_base, adapters), requests)
     bench = Bench(tiny_base, adapters, num_blocks=16, limits=SchedulerLimits(chunk_size=8))
@@ -46,7 +46,7 @@ def test_not_ready_before_the_start(tiny_base: BaseModel) -> None:
         engine.submit(request())
 
 
-def test_a_request_that_can_never_run_takes_no_place(tiny_base: BaseModel) -> None:
+def test_an_invalid_request_takes_no_place_in_the_queue(tiny_base: BaseModel) -> None:
     async def main() -> None:
         async with Bench(tiny_base) as engine:
             with pytest.raises(InvalidInput):
@@ -79,7 +79,7 @@ def test_an_abort_midway_frees_its_blocks(tiny_base: BaseModel) -> None:
     check_idle(bench.engine)
 
 
-def test_an_abort_while_waiting(tiny_base: BaseModel) -> None:
+def test_a_waiting_request_can_be_aborted(tiny_base: BaseModel) -> None:
     bench = Bench(tiny_base, limits=SchedulerLimits(max_num_seqs=1))
 
     async def main() -> None:
@@ -97,7 +97,7 @@ def test_an_abort_while_waiting(tiny_base: BaseModel) -> None:
     check_idle(bench.engine)
 
 
-def test_fifty_clients_that_go_away_at_random_moments(tiny_base: BaseModel) -> None:
+def test_fifty_clients_disconnect_at_random_times(tiny_base: BaseModel) -> None:
     adapters = library(tiny_base)
     bench = Bench(tiny_base, adapters, num_blocks=24, limits=SchedulerLimits(max_num_seqs=6, chunk_size=16))
     rng = random.Random(0)
@@ -136,7 +136,7 @@ def test_fifty_clients_that_go_away_at_random_moments(tiny_base: BaseModel) -> N
     check_idle(bench.engine)
 
 
-def test_drain_takes_nothing_new_and_lets_the_rest_end(tiny_base: BaseModel) -> None:
+def test_drain_refuses_new_requests_and_finishes_the_others(tiny_base: BaseModel) -> None:
     async def main() -> None:
         async with Bench(tiny_base, limits=SchedulerLimits(max_num_seqs=1)) as engine:
             tasks = [asyncio.create_task(collect(engine.submit(request(str(i))))) for i in range(3)]
@@ -152,7 +152,7 @@ def test_drain_takes_nothing_new_and_lets_the_rest_end(tiny_base: BaseModel) -> 
     on_loop(main())
 
 
-def test_stop_ends_what_runs_with_a_reason(tiny_base: BaseModel) -> None:
+def test_stop_fails_running_requests_with_a_reason(tiny_base: BaseModel) -> None:
     async def main() -> None:
         bench = Bench(tiny_base)
         async with bench as engine:
@@ -175,7 +175,7 @@ def test_stop_without_a_start(tiny_base: BaseModel) -> None:
 
 
 def test_the_loop_may_end_first(tiny_base: BaseModel) -> None:
-    """A process that is on its way out: the thread goes on for a moment without anyone to tell."""
+    """When a process exits, the thread runs on for a moment without a loop."""
     bench = Bench(tiny_base)
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""The engine's thread when steps fail, adapters are slow or broken, or it hangs."""
+"""The engine's thread with failing steps, slow or broken adapters, and hanging steps."""
 
 import asyncio
 import threading
@@ -35,7 +35,7 @@ def test_a_failing_step_is_survived(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_three_failing_steps_end_everything_at_once(tiny_base: BaseModel) -> None:
+def test_three_failing_steps_end_all_requests(tiny_base: BaseModel) -> None:
     bench = Bench(tiny_base, failing={3, 4, 5}, limits=SchedulerLimits(max_num_seqs=2))
 
     async def main() -> None:
@@ -56,8 +56,8 @@ def test_three_failing_steps_end_everything_at_once(tiny_base: BaseModel) -> Non
     check_idle(bench.engine)
 
 
-def test_requests_that_come_while_it_dies_end_too(tiny_base: BaseModel) -> None:
-    """They lie in the inbox when the thread ends."""
+def test_requests_that_arrive_while_the_engine_dies_fail(tiny_base: BaseModel) -> None:
+    """The requests are in the inbox when the thread ends."""
     bench = Bench(tiny_base, failing={0, 1, 2})
 
     async def main() -> None:
@@ -75,7 +75,7 @@ def test_requests_that_come_while_it_dies_end_too(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_a_schedule_that_goes_on_failing_ends_everything(tiny_base: BaseModel) -> None:
+def test_repeated_scheduling_failures_end_all_requests(tiny_base: BaseModel) -> None:
     async def main() -> None:
         bench = Bench(tiny_base)
         async with bench as engine:
@@ -89,7 +89,7 @@ def test_a_schedule_that_goes_on_failing_ends_everything(tiny_base: BaseModel) -
     on_loop(main())
 
 
-def test_a_schedule_that_fails_twice_is_survived(tiny_base: BaseModel) -> None:
+def test_two_scheduling_failures_are_survived(tiny_base: BaseModel) -> None:
     """Nothing else wakes the thread: it tries again by itself."""
 
     class Failing(BrokenScheduler):
@@ -136,7 +136,7 @@ def test_a_request_that_cannot_be_added_fails_alone(
     check_idle(bench.engine)
 
 
-def test_a_request_that_cannot_be_aborted_stops_nobody(
+def test_a_request_that_cannot_be_aborted_affects_no_other(
     tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tiny_base)
@@ -173,7 +173,7 @@ def slow_load(tiny_base: BaseModel) -> Iterator[SlowLoad]:
 
 @asynccontextmanager
 async def let_go(load: SlowLoad, seconds: float) -> AsyncIterator[None]:
-    """Its loads end with what is done in here, or after so many seconds, whatever the event loop does."""
+    """Let the loads end after the block, or after some seconds, even if the event loop is blocked."""
     timer = threading.Timer(seconds, load.go.set)
     timer.start()
     try:
@@ -199,8 +199,8 @@ def test_a_cold_adapter_does_not_stall_the_others(tiny_base: BaseModel, slow_loa
     on_loop(main())
 
 
-def test_adapters_that_take_long_to_fetch_hold_up_no_others(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
-    """As those do that have to come from an object store that doesn't answer."""
+def test_slow_adapter_reads_delay_no_other_adapters(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    """An example is an adapter in an object store that doesn't answer."""
     slow_load.quick = frozenset({"03"})
 
     async def main() -> None:
@@ -221,10 +221,8 @@ def test_adapters_that_take_long_to_fetch_hold_up_no_others(tiny_base: BaseModel
     on_loop(main())
 
 
-def test_an_adapter_that_takes_long_to_fetch_while_the_process_ends(
-    tiny_base: BaseModel, slow_load: SlowLoad
-) -> None:
-    """It is waited for, but not by the event loop, which has answers to send and signals to hear."""
+def test_the_process_can_end_during_a_slow_adapter_read(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    """The process waits for the read, but not on the event loop, which still sends answers."""
 
     was_let_go: list[bool] = []
 
@@ -246,7 +244,7 @@ def test_an_adapter_that_takes_long_to_fetch_while_the_process_ends(
 
 
 class Watched(threading.Condition):
-    """Tells whether somebody waits for it."""
+    """An executor that knows whether a thread waits for it."""
 
     is_waiting = False
 
@@ -285,7 +283,7 @@ def test_the_engine_sleeps_while_it_waits_for_an_adapter(tiny_base: BaseModel, s
     on_loop(main())
 
 
-def test_an_abort_while_its_adapter_is_read(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+def test_a_request_can_be_aborted_while_its_adapter_is_read(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
     bench = Bench(tiny_base, slow_load)
 
     async def main() -> None:
@@ -328,7 +326,7 @@ def test_a_broken_adapter_fails_its_own_requests(tiny_base: BaseModel) -> None:
 
 
 def hang(bench: Bench, go: threading.Event) -> threading.Event:
-    """From now on its steps wait for `go`; what is returned is set when the first one does."""
+    """Make its steps wait for `go`, and return an event that is set when the first step does."""
     hangs = threading.Event()
 
     class Hanging(FailingRunner):
@@ -342,7 +340,7 @@ def hang(bench: Bench, go: threading.Event) -> threading.Event:
 
 
 class Clock:
-    """Half a second later at each look, once it goes."""
+    """A clock that advances by half a second at each look, once started."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -353,8 +351,8 @@ class Clock:
         return self.now
 
 
-def test_a_step_that_hangs_ends_everything(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
-    """Whoever runs or waits is told so, nothing new is taken, and nobody waits for the thread."""
+def test_a_hanging_step_ends_all_requests(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    """All requests fail, new ones are refused, and `stop` doesn't wait for the thread."""
     clock = Clock()
     bench = Bench(tiny_base, limits=SchedulerLimits(max_num_seqs=1), watch_seconds=0.001, clock=clock)
 
@@ -386,7 +384,7 @@ def test_a_step_that_hangs_ends_everything(tiny_base: BaseModel, slow_load: Slow
     bench.engine.close()
 
 
-def test_a_step_that_hangs_while_the_process_ends(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+def test_the_process_can_end_during_a_hanging_step(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
     clock = Clock()
     bench = Bench(tiny_base, watch_seconds=0.001, clock=clock)
 
@@ -408,8 +406,8 @@ def test_a_step_that_hangs_while_the_process_ends(tiny_base: BaseModel, slow_loa
     bench.engine.close()
 
 
-def test_a_thread_that_is_gone_is_noticed(tiny_base: BaseModel) -> None:
-    """By an exception that is none of Python's ordinary ones, as a panic in a library is."""
+def test_a_dead_engine_thread_is_detected(tiny_base: BaseModel) -> None:
+    """It dies by an exception that isn't an Exception, such as a panic in a library."""
 
     class Panic(BaseException):
         pass

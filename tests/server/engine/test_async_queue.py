@@ -1,4 +1,4 @@
-"""Who is taken behind those that wait, and who is refused, over the tiny base."""
+"""The admission of requests to the queue, over the tiny base."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,7 +16,7 @@ TWO_PLACES = SchedulerLimits(max_num_seqs=2)
 
 
 class Clock:
-    """Stands still until a test moves it."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -26,12 +26,12 @@ class Clock:
 
 
 def long(name: object, project: str = "") -> GenerationRequest:
-    """One whose answer ends after everything else."""
+    """Return a request whose answer ends after all others."""
     return replace(request(str(name)), sampling=LONG, project=project)
 
 
 async def serve_three(engine: AsyncEngine, clock: Clock) -> None:
-    """In 20 seconds, in which both places were taken: from then on one is free every 10."""
+    """Serve three requests in 20 s with both places taken, so that a place is free every 10 s."""
     streams = [engine.submit(request(str(i))) for i in range(3)]
     engine.check_queue(1)  # nobody knows yet
     clock.now = 20.0
@@ -65,7 +65,7 @@ def test_the_queue_is_bounded(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_what_would_wait_too_long_is_refused(tiny_base: BaseModel) -> None:
+def test_requests_that_would_wait_too_long_are_refused(tiny_base: BaseModel) -> None:
     clock = Clock()
 
     async def main() -> None:
@@ -87,8 +87,8 @@ def test_what_would_wait_too_long_is_refused(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_a_project_that_fills_the_queue_keeps_no_other_out(tiny_base: BaseModel) -> None:
-    """Five in all, so two and a half each."""
+def test_a_full_queue_of_one_project_accepts_another_project(tiny_base: BaseModel) -> None:
+    """Five may be in flight, so each project's share is two and a half."""
 
     async def main() -> None:
         async with Bench(tiny_base, limits=TWO_PLACES, max_queue=3) as engine:

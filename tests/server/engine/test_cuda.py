@@ -1,4 +1,4 @@
-"""The engine on a GPU: transformers' answers on the CPU, few waits, loads beside steps, and its memory."""
+"""The engine on a GPU: answers of transformers on the CPU, few waits, concurrent loads, and memory."""
 
 import random
 from collections.abc import Iterator
@@ -81,7 +81,7 @@ def test_bf16_ends_and_frees_everything(tiny_base: BaseModel) -> None:
         pytest.param(rows(EVERYTHING, num_parts=1, grammar=LETTERS), 5, id="everything"),
     ],
 )
-def test_a_step_waits_as_seldom_as_on_the_fake_card(
+def test_a_step_waits_as_rarely_as_on_the_fake_gpu(
     tiny: BaseModel, guidance: Guidance, requests: list[GenerationRequest], num_waits: int
 ) -> None:
     """By torch's own account, which sees waits within operations, too."""
@@ -93,7 +93,7 @@ def test_a_step_waits_as_seldom_as_on_the_fake_card(
 
 
 def cold_start(engine: Engine, cold: GenerationRequest) -> int:
-    """How many steps of others are done between the request's arrival and its admission."""
+    """Return the number of steps between the request's arrival and its admission."""
     before = engine.num_steps
     engine.add(cold)
     while engine.stats.num_waiting:
@@ -102,8 +102,8 @@ def cold_start(engine: Engine, cold: GenerationRequest) -> int:
 
 
 @pytest.mark.real
-def test_an_adapter_is_loaded_beside_steps(real: BaseModel) -> None:
-    """Others go on meanwhile; it takes the rows of one that nobody uses any more, and answers as when warm."""
+def test_an_adapter_is_loaded_during_steps(real: BaseModel) -> None:
+    """Others continue meanwhile. The adapter gets the rows of an idle one, and answers as when warm."""
     shape = real.config.shape
     adapters = {name: random_adapter(shape, seed, rank=64) for seed, name in enumerate(("cold", "other"))}
     warm = build_engine(real, adapters, max_rank=128)
@@ -124,7 +124,7 @@ def test_an_adapter_is_loaded_beside_steps(real: BaseModel) -> None:
 
 
 @pytest.mark.real
-def test_a_step_takes_no_more_memory_than_is_set_aside(real: BaseModel) -> None:
+def test_a_step_takes_no_more_memory_than_reserved(real: BaseModel) -> None:
     limits = SchedulerLimits.on("cuda", 8)
     engine = build_engine(real, num_blocks=1100, max_model_len=2048, limits=limits)
     requests = [

@@ -1,4 +1,4 @@
-"""Pieces of text against the tokenizer's own decoding, and stop strings against a search in the whole text."""
+"""Text pieces against the tokenizer's decoding, and stop strings against a search in the whole text."""
 
 # ruff: noqa: RUF001
 import random
@@ -47,7 +47,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
 
 
 def pieces(tokens: TokenBytes, token_ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
-    """What comes out after each token, and at the end."""
+    """Return the text after each token, and at the end."""
     stream = TextStream(tokens, stop)
     return [*(stream.push(token_id) for token_id in token_ids), stream.finish()]
 
@@ -86,7 +86,7 @@ def test_an_unknown_token_adds_nothing(tokens: TokenBytes) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_whole_characters_as_soon_as_they_are_whole(
+def test_characters_are_returned_as_soon_as_they_are_complete(
     tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes, text: str
 ) -> None:
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -119,7 +119,7 @@ NUM_PIECES = len(ALPHABET) + len(HALVES)
 
 
 def reference(token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, bool, int]:
-    """The text, whether a stop string ended it, and after how many tokens: by searching anew in the whole text."""
+    """Return the text, whether a stop string ended it, and after how many tokens: by a full search."""
     data = b""
     for count, token_id in enumerate(token_ids, 1):
         data += PIECES.bytes_of(token_id)
@@ -134,7 +134,7 @@ def reference(token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, bool,
 
 
 def decided(data: bytes) -> str:
-    """The characters of `data` that no further byte can change."""
+    """Return the characters of `data` that no further byte can change."""
     texts = {
         (data + tail).decode(errors="replace") for tail in (b"", b"a", b"\xa9", b"\x82", b"\xac", b"\x82\xac")
     }
@@ -182,16 +182,16 @@ def test_the_earliest_stop_wins() -> None:
     assert pieces(PIECES, [0, 0, 1], ["b", "aaa"]) == ["", "", "aa", ""]
 
 
-def test_what_may_begin_a_stop_is_held_back_only_as_long() -> None:
+def test_a_possible_stop_string_is_kept_back_only_while_undecided() -> None:
     assert pieces(PIECES, [0, 1, 0, 7, 0], ["abb"]) == ["", "", "ab", "a ", "", "a"]
 
 
-def test_nothing_follows_a_stop() -> None:
+def test_no_text_follows_a_stop_string() -> None:
     stream = TextStream(PIECES, ["b"])
     assert [stream.push(0), stream.push(1), stream.push(0), stream.finish()] == ["a", "", "", ""]
     assert stream.stopped
 
 
-def test_a_stop_string_in_the_middle_of_a_character_is_not_met() -> None:
+def test_a_stop_string_inside_a_characters_bytes_does_not_match() -> None:
     assert "".join(pieces(PIECES, [8, 9], ["\ufffd"])) == "é"
     assert "".join(pieces(PIECES, [8], ["\ufffd"])) == ""

@@ -1,4 +1,4 @@
-"""The engine as a whole: every request in any company equals itself alone, and what ends, ends cleanly."""
+"""The whole engine: concurrent requests answer as alone, and all resources are freed."""
 
 import hashlib
 import random
@@ -43,7 +43,7 @@ def check_blocks(engine: Engine) -> None:
 def alone(
     base: BaseModel, model: SmolLM, adapters: dict[str, LoraWeights], request: GenerationRequest
 ) -> list[Result]:
-    """The choices of one request in an engine of its own, with default limits and all the room."""
+    """Return the choices of one request that runs alone, with default limits."""
     engine = build_engine(base, adapters, model=model)
     results = run(engine, [request])
     check_idle(engine)
@@ -62,7 +62,7 @@ def assert_follows_the_merged_model(
         assert_greedy(theirs, len(request.prompt_token_ids), result.token_ids, tolerance=1e-3)
 
 
-def test_thirty_two_requests_at_once_equal_themselves_alone(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+def test_thirty_two_concurrent_requests_answer_as_alone(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     before = sha256(tiny_base)
     adapters, requests = library(tiny_base), requests_of_all_kinds(tiny_base, 32)
     model = SmolLM(tiny_base.config, tiny_base.weights, max_positions=512)
@@ -93,8 +93,8 @@ def test_thirty_two_requests_at_once_equal_themselves_alone(tiny_base: BaseModel
     assert sha256(tiny_base) == before
 
 
-def test_projects_that_give_each_other_places_equal_themselves_alone(tiny_base: BaseModel) -> None:
-    """Room for all but in places: whoever is preempted makes a place for a project that has none."""
+def test_preemption_between_projects_does_not_change_answers(tiny_base: BaseModel) -> None:
+    """Only places are scarce. A preemption makes a place for a project that has none."""
     adapters = library(tiny_base)
     requests = [
         replace(one, project="abcdefgh"[i // 2 % 8] if i % 2 else "a")
@@ -114,7 +114,7 @@ def test_projects_that_give_each_other_places_equal_themselves_alone(tiny_base: 
 
 @pytest.mark.real
 @pytest.mark.thorough  # answers beside PEFT's: end_to_end/test_adapter_life.py and test_blends.py
-def test_on_the_real_base_too(real_base: BaseModel, hf_base_dir: Path) -> None:
+def test_concurrent_requests_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     before = sha256(real_base)
     adapters = library(real_base, 5, strength=0.03)
     tokenizer = real_base.tokenizer
@@ -150,8 +150,8 @@ def test_on_the_real_base_too(real_base: BaseModel, hf_base_dir: Path) -> None:
     assert sha256(real_base) == before
 
 
-def test_many_short_lives(tiny_base: BaseModel) -> None:
-    """Requests of all kinds, a third of them aborted at random: the rest is right and nothing is held."""
+def test_random_aborts_affect_no_other_request(tiny_base: BaseModel) -> None:
+    """A third of the requests is aborted. The others' answers are correct, and everything is freed."""
     rng = random.Random(7)
     adapters = library(tiny_base)
     requests = requests_of_all_kinds(tiny_base, 30, seed=4)

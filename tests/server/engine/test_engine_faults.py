@@ -1,4 +1,4 @@
-"""Aborts, failing steps, broken adapters: who is concerned ends with a reason, and nobody else notices."""
+"""Aborts, failing steps and broken adapters end their own requests with a reason, and no others."""
 
 import math
 import threading
@@ -14,6 +14,7 @@ from adapters.errors import CorruptAdapter, InvalidInput, Unavailable
 from adapters.lora import LoraWeights
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.engine import Engine
+from server.engine.guidance import Constraint
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.engine.scheduler import SchedulerLimits, Step
 from server.engine.sequence import Sequence
@@ -55,7 +56,7 @@ def failing_engine(base: BaseModel, failing: set[int], limits: SchedulerLimits |
     return engine
 
 
-def test_a_failing_step_fails_the_requests_in_it_and_no_others(tiny_base: BaseModel) -> None:
+def test_a_failing_step_fails_only_its_own_requests(tiny_base: BaseModel) -> None:
     engine = failing_engine(tiny_base, {3}, SchedulerLimits(max_num_seqs=2))
     requests = [GenerationRequest(str(i), prompt(10, seed=i), GREEDY) for i in range(4)]
     results = run(engine, requests)
@@ -78,7 +79,7 @@ def test_blocks_of_a_failed_step_are_not_found(tiny_base: BaseModel) -> None:
     assert_same(again, run(build_engine(tiny_base), [request])["a", 0])
 
 
-def test_two_failures_in_a_row_are_survived_again_and_again(tiny_base: BaseModel) -> None:
+def test_two_failures_in_a_row_are_survived_repeatedly(tiny_base: BaseModel) -> None:
     engine = failing_engine(tiny_base, {0, 1, 3, 4})
     for i in range(6):
         run(engine, [GenerationRequest(str(i), prompt(5), replace(GREEDY, max_tokens=1))])
@@ -86,7 +87,7 @@ def test_two_failures_in_a_row_are_survived_again_and_again(tiny_base: BaseModel
     check_idle(engine)
 
 
-def test_three_failures_in_a_row_end_everything(tiny_base: BaseModel) -> None:
+def test_three_failures_in_a_row_end_all_requests(tiny_base: BaseModel) -> None:
     engine = failing_engine(tiny_base, {1, 2, 3}, SchedulerLimits(max_num_seqs=2))
     requests = [GenerationRequest(str(i), prompt(10, seed=i), GREEDY) for i in range(9)]
     results = run(engine, requests)
@@ -97,7 +98,7 @@ def test_three_failures_in_a_row_end_everything(tiny_base: BaseModel) -> None:
     check_idle(engine)
 
 
-def test_an_adapter_that_can_not_be_loaded_fails_its_own_requests_and_may_come_back(tiny_base: BaseModel) -> None:
+def test_an_unreadable_adapter_fails_its_requests_and_is_read_again(tiny_base: BaseModel) -> None:
     adapters = library(tiny_base, 2)
     broken = {"01"}
 
@@ -131,8 +132,8 @@ def test_an_adapter_that_can_not_be_loaded_fails_its_own_requests_and_may_come_b
     check_idle(engine)
 
 
-def test_an_adapter_that_turns_everything_to_nan_harms_nobody_else(tiny_base: BaseModel) -> None:
-    """Neither in the same batch nor through the blocks that it leaves behind."""
+def test_a_nan_adapter_affects_no_other_request(tiny_base: BaseModel) -> None:
+    """It affects neither its batch nor later sequences that reuse its blocks."""
     adapters = {"huge": random_adapter(tiny_base.config.shape, 0, strength=1e30), **library(tiny_base, 2)}
     fine = [
         GenerationRequest(f"fine{i}", prompt(13, seed=i), GREEDY, a)
@@ -155,14 +156,14 @@ def test_an_adapter_that_turns_everything_to_nan_harms_nobody_else(tiny_base: Ba
     check_idle(engine)
 
 
-def test_numbers_that_overflow_without_adapters_are_the_servers_fault(tiny_base: BaseModel) -> None:
+def test_an_overflow_without_adapters_is_a_server_error(tiny_base: BaseModel) -> None:
     engine = build_engine(tiny_base, model=overflowing(tiny_base))
     result = run(engine, [GenerationRequest("a", prompt(10), GREEDY)])["a", 0]
     assert isinstance(result.error, GenerationFailed)
     check_idle(engine)
 
 
-class BrokenConstraint:
+class BrokenConstraint(Constraint):
     """A grammar that allows everything and fails on the third token."""
 
     is_complete = False
@@ -177,7 +178,7 @@ class BrokenConstraint:
     def forbidden(self) -> NDArray[np.bool_]:
         return self.allowed
 
-    def forced(self, max_tokens: int) -> Seq[int]:
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
         return ()
 
     def accept(self, token_id: int) -> None:
@@ -243,10 +244,10 @@ def break_(engine: Engine, what: str) -> None:
     ("what", "num_tokens"),
     [("text", 2), ("end of the text", 15), ("grammar", 2), ("blocks", 2), ("room", 2), ("admission", 0)],
 )
-def test_what_fails_for_one_sequence_fails_no_other(
+def test_a_failure_of_one_sequence_affects_no_other(
     tiny_base: BaseModel, what: str, num_tokens: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The detokenizer, a grammar, and the cache's blocks, before a step's forward pass and after it."""
+    """Failures are in the detokenizer, a grammar and the cache's blocks, before and after the forward pass."""
     bad, *fine = [GenerationRequest(name, prompt(10, seed=ord(name[0])), GREEDY) for name in ("bad", "one", "two")]
     expected = run(build_engine(tiny_base), fine)
     engine = build_engine(tiny_base)
@@ -289,7 +290,7 @@ def failing_schedule(engine: Engine, failing: set[int]) -> None:
     vars(engine.scheduler)["schedule"] = fail
 
 
-def test_two_schedules_that_fail_are_survived(tiny_base: BaseModel) -> None:
+def test_two_failing_schedules_are_survived(tiny_base: BaseModel) -> None:
     requests = [GenerationRequest(str(i), prompt(10, seed=i), GREEDY) for i in range(4)]
     expected = run(build_engine(tiny_base), requests)
     engine = build_engine(tiny_base, limits=SchedulerLimits(max_num_seqs=2))
@@ -301,7 +302,7 @@ def test_two_schedules_that_fail_are_survived(tiny_base: BaseModel) -> None:
     check_idle(engine)
 
 
-def test_three_schedules_that_fail_in_a_row_end_everything(tiny_base: BaseModel) -> None:
+def test_three_failing_schedules_in_a_row_end_all_requests(tiny_base: BaseModel) -> None:
     engine = build_engine(tiny_base)
     failing_schedule(engine, {2, 3, 4})
     results = run(engine, [GenerationRequest(str(i), prompt(10), GREEDY) for i in range(3)])
@@ -309,8 +310,8 @@ def test_three_schedules_that_fail_in_a_row_end_everything(tiny_base: BaseModel)
     assert engine.is_dead
 
 
-def test_a_schedule_that_fails_loses_no_news_of_adapters(tiny_base: BaseModel) -> None:
-    """What it had given up on has ended for its client, too."""
+def test_a_failing_schedule_still_reports_failed_adapters(tiny_base: BaseModel) -> None:
+    """Sequences that the schedule had failed before it raised end for their clients, too."""
 
     def load(digest: str) -> LoraWeights:
         raise CorruptAdapter("its bytes are gone")
@@ -322,7 +323,7 @@ def test_a_schedule_that_fails_loses_no_news_of_adapters(tiny_base: BaseModel) -
     check_idle(engine)
 
 
-def test_an_adapter_that_the_pool_fails_on_fails_its_own_requests(
+def test_a_pool_failure_fails_only_the_adapters_requests(
     tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapters = library(tiny_base, 2)
@@ -346,7 +347,7 @@ def test_an_adapter_that_the_pool_fails_on_fails_its_own_requests(
 
 
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the system start no more threads, as with `ulimit -u`."""
+    """Make the system start no more threads, as with `ulimit -u`."""
 
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -363,9 +364,7 @@ def test_cold_adapters_need_no_new_thread(tiny_base: BaseModel, monkeypatch: pyt
     check_idle(engine)
 
 
-def test_an_engine_for_which_there_are_no_threads_is_not_made(
-    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_without_threads_is_not_created(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(threading.enumerate())
     start, num_started = threading.Thread.start, 0
 
@@ -383,7 +382,7 @@ def test_an_engine_for_which_there_are_no_threads_is_not_made(
 
 
 @pytest.mark.parametrize("executor", [0, 1], ids=["readers", "placers"])
-def test_a_job_that_no_thread_takes_fails_the_requests_of_its_adapter(tiny_base: BaseModel, executor: int) -> None:
+def test_a_load_without_a_thread_fails_the_adapters_requests(tiny_base: BaseModel, executor: int) -> None:
     engine = build_engine(tiny_base, library(tiny_base, 1))
     engine._loaders[executor].shutdown()
     requests = [

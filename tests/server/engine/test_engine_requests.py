@@ -1,4 +1,4 @@
-"""One request at a time: prefixes, choices, stops, ends, limits, log-probabilities, counts and times."""
+"""Single requests: prefixes, choices, stops, limits, log-probabilities, statistics and times."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 
 from adapters.errors import InvalidInput
 from adapters.lora import AdapterRef, LoraWeights
-from server.engine.backend import TorchBackend
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
+from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
 from tests.kits.engines import (
@@ -25,7 +25,7 @@ from tests.kits.oracles.hugging_face import load_reference, logits
 from tests.server.engine.traffic import SAMPLED, assert_same, library, prompt
 
 
-def test_a_shared_prefix_changes_nothing_and_is_told(tiny_base: BaseModel) -> None:
+def test_a_cached_prefix_is_reported_and_changes_nothing(tiny_base: BaseModel) -> None:
     adapters = library(tiny_base, 2)
     request = GenerationRequest("a", prompt(50), GREEDY, refs(**{"00": 1.0}))
     engine = build_engine(tiny_base, adapters)
@@ -44,7 +44,7 @@ def test_a_shared_prefix_changes_nothing_and_is_told(tiny_base: BaseModel) -> No
 
 
 @pytest.mark.parametrize("adapters", [{}, {"00": 1.0}])
-def test_a_prefix_is_found_by_its_own_project_alone(tiny_base: BaseModel, adapters: dict[str, float]) -> None:
+def test_a_prefix_is_only_found_by_its_own_project(tiny_base: BaseModel, adapters: dict[str, float]) -> None:
     engine = build_engine(tiny_base, library(tiny_base, 1))
     request = GenerationRequest("a", prompt(50), GREEDY, refs(**adapters), project="x")
     first = run(engine, [request])["a", 0]
@@ -54,7 +54,7 @@ def test_a_prefix_is_found_by_its_own_project_alone(tiny_base: BaseModel, adapte
         assert_same(found, first)
 
 
-def test_a_prefix_that_another_project_computes_is_not_waited_for(tiny_base: BaseModel) -> None:
+def test_a_sequence_does_not_wait_for_another_projects_prefix(tiny_base: BaseModel) -> None:
     engine = build_engine(tiny_base, limits=SchedulerLimits(chunk_size=64))
     requests = [GenerationRequest(name, prompt(50), GREEDY, project=name) for name in "ab"]
     for one in requests:
@@ -63,7 +63,7 @@ def test_a_prefix_that_another_project_computes_is_not_waited_for(tiny_base: Bas
     assert [sequence.request for sequence in engine.scheduler.running] == requests
 
 
-def test_generated_tokens_are_shared_too(tiny_base: BaseModel) -> None:
+def test_generated_tokens_are_cached(tiny_base: BaseModel) -> None:
     """The next turn of a conversation finds the last answer."""
     engine = build_engine(tiny_base)
     first = run(engine, [GenerationRequest("a", prompt(20), replace(GREEDY, max_tokens=30))])["a", 0]
@@ -75,7 +75,7 @@ def test_generated_tokens_are_shared_too(tiny_base: BaseModel) -> None:
 
 
 def test_prompts_are_counted_once_even_if_they_are_preempted(tiny_base: BaseModel) -> None:
-    """The first grows until nothing of the second, preempted while its prompt was read, is left in the cache."""
+    """The second is preempted during its prompt, and the first grows until it has evicted all its blocks."""
     limits = SchedulerLimits(chunk_size=4, max_prefill_tokens=4)
     engine = build_engine(tiny_base, num_blocks=14, block_size=4, limits=limits)
     lengths = {"a": (4, 52), "b": (40, 16)}
@@ -126,7 +126,7 @@ def greedy_tokens(base: BaseModel, ids: tuple[int, ...], num: int = 30) -> list[
     ].token_ids
 
 
-def test_stop_strings_end_it_before_they_are_shown(tiny_base: BaseModel) -> None:
+def test_an_answer_ends_before_a_stop_string(tiny_base: BaseModel) -> None:
     tokens = greedy_tokens(tiny_base, prompt(20))
     text = str(tiny_base.tokenizer.decode(tokens, skip_special_tokens=True))
     stop = text[12:15]
@@ -142,7 +142,7 @@ def test_stop_strings_end_it_before_they_are_shown(tiny_base: BaseModel) -> None
     check_idle(engine)
 
 
-def test_what_looked_like_the_beginning_of_a_stop_string_is_shown_at_the_end(tiny_base: BaseModel) -> None:
+def test_an_unfinished_stop_string_is_part_of_the_text(tiny_base: BaseModel) -> None:
     tokens = greedy_tokens(tiny_base, prompt(20))
     text = str(tiny_base.tokenizer.decode(tokens, skip_special_tokens=True))
     sampling = replace(GREEDY, max_tokens=30, stop=(text[-4:] + "!?",))
@@ -155,7 +155,7 @@ def eos_base(base: BaseModel, *token_ids: int) -> BaseModel:
     return replace(base, config=replace(base.config, eos_token_ids=token_ids))
 
 
-def test_the_end_token_ends_it_and_is_no_text(tiny_base: BaseModel) -> None:
+def test_the_end_token_ends_an_answer_and_adds_no_text(tiny_base: BaseModel) -> None:
     tokens = greedy_tokens(tiny_base, prompt(20))
     end = tokens[9]
     length = tokens.index(end) + 1
@@ -182,7 +182,9 @@ def test_one_token(tiny_base: BaseModel) -> None:
     ("length", "max_tokens", "fits"),
     [(0, 5, False), (1, 63, True), (1, 64, False), (63, 1, True), (64, 1, False), (30, 34, True), (30, 35, False)],
 )
-def test_what_can_never_run_is_refused(tiny_base: BaseModel, length: int, max_tokens: int, fits: bool) -> None:
+def test_requests_that_can_never_run_are_refused(
+    tiny_base: BaseModel, length: int, max_tokens: int, fits: bool
+) -> None:
     for engine in (build_engine(tiny_base, max_model_len=64), build_engine(tiny_base, num_blocks=4)):
         request = GenerationRequest("a", prompt(length), replace(GREEDY, max_tokens=max_tokens))
         if fits:
@@ -195,7 +197,7 @@ def test_what_can_never_run_is_refused(tiny_base: BaseModel, length: int, max_to
             assert caught.value.errors[0].loc == (("max_tokens" if length else "prompt"),)
 
 
-def test_stats_tell_what_happens(tiny_base: BaseModel) -> None:
+def test_stats_count_what_happens(tiny_base: BaseModel) -> None:
     engine = build_engine(tiny_base, library(tiny_base, 3), max_rank=16, limits=SchedulerLimits(max_num_seqs=2))
     assert (engine.stats.num_running, engine.stats.num_waiting, engine.stats.kv_blocks_total) == (0, 0, 256)
     for i in range(3):
@@ -213,7 +215,7 @@ def test_stats_tell_what_happens(tiny_base: BaseModel) -> None:
     assert engine.stats.adapter_loads == 1
 
 
-def test_timing_is_by_the_engines_clock(tiny_base: BaseModel) -> None:
+def test_timing_uses_the_engines_clock(tiny_base: BaseModel) -> None:
     now = [0.0]
     plain = build_engine(tiny_base, limits=SchedulerLimits(max_num_seqs=1))
     engine = Engine(

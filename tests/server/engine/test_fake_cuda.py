@@ -1,4 +1,4 @@
-"""The engine over a fake card: no mixed devices, and the CPU's answers."""
+"""The engine on a fake GPU: no mixed devices, and the CPU's answers."""
 
 import logging
 import random
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.engine.backend import Backend
 from server.engine.engine import Engine
 from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
@@ -36,7 +37,7 @@ def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
 
 
 def both(base: BaseModel, requests: list[GenerationRequest], **options: Any) -> tuple[Results, Results, Engine]:
-    """What the CPU answers, and what the fake card does, with the same engine's options."""
+    """Return the answers of the CPU and of the fake GPU, with the same options."""
     adapters = library(base)
     on_cpu = build_engine(base, adapters, **options)
     expected = run(on_cpu, requests, arrivals=random.Random(0))
@@ -76,10 +77,10 @@ def test_structured_and_penalized_answers(tiny_base: BaseModel, guidance: Guidan
     assert any(result.finish_reason == "stop" for result in found.values())
 
 
-def test_prefixes_are_found_again(tiny_base: BaseModel) -> None:
-    shared = prompt(100)
+def test_prefixes_are_cached(tiny_base: BaseModel) -> None:
+    prefix = prompt(100)
     requests = [
-        GenerationRequest(f"r{i}", (*shared, i), replace(GREEDY, max_tokens=4), refs(**{f"{i % 2:02}": 1.0}))
+        GenerationRequest(f"r{i}", (*prefix, i), replace(GREEDY, max_tokens=4), refs(**{f"{i % 2:02}": 1.0}))
         for i in range(6)
     ]
     found, expected, engine = both(tiny_base, requests)
@@ -141,8 +142,8 @@ def test_rows_are_not_read_before_their_copy_has_ended(tiny_base: BaseModel) -> 
     assert engine.stats.adapter_evictions == 1
 
 
-def test_a_step_without_memory_fails_its_requests_and_begins_anew(tiny_base: BaseModel) -> None:
-    """The next ones are answered; a load without memory is no damaged adapter."""
+def test_a_step_without_memory_fails_only_its_requests(tiny_base: BaseModel) -> None:
+    """Later requests are answered, and a load without memory doesn't count as a corrupt adapter."""
     adapters = library(tiny_base)
     request = GenerationRequest("r", prompt(20), GREEDY)
     adapted = replace(request, request_id="a", adapters=refs(**{"04": 1.0}))
@@ -162,16 +163,16 @@ def test_a_step_without_memory_fails_its_requests_and_begins_anew(tiny_base: Bas
     assert_all_same(found, run(build_engine(tiny_base, adapters), [request, adapted]))
 
 
-class Starved:
-    """A forward that holds a tensor when memory runs out, and a cache that looks whether it is still held."""
+class Starved(Backend):
+    """A backend that runs out of memory, and an `empty_cache` that checks whether its tensor is still alive."""
 
     def __init__(self) -> None:
-        self.held: weakref.ref[torch.Tensor] | None = None
-        self.was_held: list[bool] = []
+        self.hidden_ref: weakref.ref[torch.Tensor] | None = None
+        self.was_alive: list[bool] = []
 
     def hidden(self, decodes: Sequence[Chunk], prefills: Sequence[Chunk]) -> torch.Tensor:
         hidden = torch.zeros(8)
-        self.held = weakref.ref(hidden)
+        self.hidden_ref = weakref.ref(hidden)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -186,8 +187,8 @@ class Starved:
         return self.sample(self.hidden(decodes, prefills), rows)
 
     def empty_cache(self) -> None:
-        assert self.held is not None
-        self.was_held.append(self.held() is not None)
+        assert self.hidden_ref is not None
+        self.was_alive.append(self.hidden_ref() is not None)
 
 
 def test_the_cache_is_emptied_once_the_steps_tensors_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,4 +198,4 @@ def test_the_cache_is_emptied_once_the_steps_tensors_are_gone(monkeypatch: pytes
     sequence = SequenceState(GenerationRequest("r", (1, 2), PLAIN), 0, 0.0, 16)
     with pytest.raises(GenerationFailed, match="memory ran out"):
         Runner(starved).run([Chunk(sequence, 0, 2)])
-    assert starved.was_held == [False]
+    assert starved.was_alive == [False]

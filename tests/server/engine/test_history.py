@@ -1,4 +1,4 @@
-"""The engine over the native forward: a request gets the same bits whatever was computed before it, or how."""
+"""The native backend: a request's bits don't depend on earlier computations."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ NUM_TOKENS = 24
 
 
 class History:
-    """Engines over one base, and what requests come to on fresh ones."""
+    """Engines over one base, and the answers of fresh engines."""
 
     def __init__(self, base: BaseModel, num_tokens: int, strength: float) -> None:
         self.base, self.native = base, native_model(base)
@@ -55,7 +55,7 @@ class History:
         )
 
     def answers(self, requests: Sequence[GenerationRequest]) -> list[Result]:
-        """Each by itself, on an engine that has seen nothing."""
+        """Return the answers of requests that each run on a new engine."""
         return [run(self.engine(), [request])[request.request_id, 0] for request in requests]
 
 
@@ -68,20 +68,20 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
 
 
 def check(found: Sequence[Result], expected: Sequence[Result]) -> None:
-    """Tokens and log-probabilities, bit for bit."""
+    """Check tokens and log-probabilities bit for bit."""
     for one, other in zip(found, expected, strict=True):
         assert (one.token_ids, one.logprobs, one.text) == (other.token_ids, other.logprobs, other.text)
 
 
 def ordered(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Result]:
-    """The results of requests that run together."""
+    """Return the results of requests that run together."""
     found = run(engine, requests)
     return [found[request.request_id, 0] for request in requests]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 50, 512])
 def test_prompts_in_any_chunks(history: History, num_tokens: int) -> None:
-    """Of so many tokens a step, of all prompts: the last one of a step is cut anywhere."""
+    """A step has a limit on prompt tokens, so its last prompt is cut anywhere."""
     engine = history.engine(max_prefill_tokens=num_tokens)
     check(ordered(engine, history.requests), history.cold)
     num_prompt_tokens = sum(len(request.prompt_token_ids) for request in history.requests)
@@ -99,7 +99,7 @@ def check_repeats(history: History) -> None:
 
 
 def check_second_turns(history: History) -> None:
-    """What follows an answer: the answer's blocks were written a token at a time."""
+    """Check second turns over the blocks of an answer, which were written token by token."""
     engine = history.engine()
     first = ordered(engine, history.requests)
     check(first, history.cold)
@@ -109,8 +109,8 @@ def check_second_turns(history: History) -> None:
     ]
     second = [run(engine, [turn])[turn.request_id, 0] for turn in turns]
     for result, request, answer in zip(second, history.requests, first, strict=True):
-        told = len(request.prompt_token_ids) + len(answer.token_ids) - 1  # the last token was never an input
-        assert result.num_cached_tokens >= told // 16 * 16
+        num_known = len(request.prompt_token_ids) + len(answer.token_ids) - 1  # the last token was never an input
+        assert result.num_cached_tokens >= num_known // 16 * 16
     check(second, history.answers(turns))
 
 
@@ -122,7 +122,7 @@ def test_second_turns_over_what_was_decoded(history: History) -> None:
     check_second_turns(history)
 
 
-def test_preempted_and_computed_anew(history: History) -> None:
+def test_preempted_sequences_are_computed_again(history: History) -> None:
     num_preemptions = 0  # how many there are depends on how soon adapters have been read
     for num_blocks in (11, 13, 16, 18):
         engine = history.engine(num_blocks=num_blocks, max_num_seqs=16)

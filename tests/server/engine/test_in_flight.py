@@ -1,4 +1,4 @@
-"""Who is still taken, and who comes before, against counts made anew and against the scheduler itself."""
+"""Counts of sequences in flight, against recounts and against the scheduler."""
 
 import timeit
 from collections import Counter
@@ -18,7 +18,7 @@ PLACES, MAX = 4, 12
 
 
 class Machine(RuleBasedStateMachine):
-    """Requests of several projects come, begin and end in any order; what is refused doesn't come."""
+    """Requests of several projects arrive, begin and end in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ TestMachine.settings = settings(max_examples=num_examples(200), stateful_step_co
 
 
 @pytest.mark.parametrize("project", ["", "p"])
-def test_one_project_has_the_whole_queue_in_order_of_arrival(project: str) -> None:
+def test_one_project_can_use_the_whole_queue(project: str) -> None:
     counts = InFlight(PLACES, MAX)
     for num in range(MAX):
         assert counts.num_ahead(project) == max(num + 1 - PLACES, 0)
@@ -83,7 +83,7 @@ def test_one_project_has_the_whole_queue_in_order_of_arrival(project: str) -> No
     assert counts.num_ahead(project) == MAX + 1 - PLACES
 
 
-def test_a_project_that_fills_the_queue_keeps_nobody_out() -> None:
+def test_a_project_cannot_keep_others_out_of_the_queue() -> None:
     counts = InFlight(32, 288)
     num_taken: Counter[str] = Counter()
     for attempt in range(100_000):
@@ -99,7 +99,7 @@ def test_a_project_that_fills_the_queue_keeps_nobody_out() -> None:
     assert counts.num <= 2 * 288
 
 
-def test_more_projects_than_can_be_queued_are_taken_up_to_twice_the_bound() -> None:
+def test_many_projects_may_use_twice_the_queue() -> None:
     counts = InFlight(PLACES, MAX)
     num_taken = 0
     for i in range(1000):
@@ -109,8 +109,8 @@ def test_more_projects_than_can_be_queued_are_taken_up_to_twice_the_bound() -> N
     assert num_taken == 2 * MAX
 
 
-def counted(sim: Simulation) -> InFlight:
-    """What the event loop would know of the simulation: whoever has a token has begun."""
+def count(sim: Simulation) -> InFlight:
+    """Count the simulation's sequences as the event loop would. Sequences with a token have begun."""
     counts = InFlight(sim.limits.max_num_seqs, 10**6)
     for one in sim.live():
         counts.add(one.request.project, 1)
@@ -142,8 +142,8 @@ def num_ends_before(sim: Simulation, one: Sequence) -> int:
         ({"a": 8}, {"a": 2, "i": 1, "j": 1, "k": 1}, "l"),
     ],
 )
-def test_so_many_end_before_as_was_said(running: dict[str, int], waiting: dict[str, int], project: str) -> None:
-    """Answers of one length in a full batch; the estimate is off by a round of turns and a batch at most."""
+def test_the_number_ahead_is_exact(running: dict[str, int], waiting: dict[str, int], project: str) -> None:
+    """All answers have one length. The estimate is off by at most a round of turns and a batch."""
     sim, _ = simulation(num_blocks=2000, max_num_seqs=8, max_prefill_tokens=64)
     number = 0
 
@@ -160,12 +160,12 @@ def test_so_many_end_before_as_was_said(running: dict[str, int], waiting: dict[s
         for _ in range(num):
             add(name)
     sim.step()
-    expected = counted(sim).num_ahead(project)
+    expected = count(sim).num_ahead(project)
     found = num_ends_before(sim, add(project))
     assert abs(found - expected) <= 4, (found, expected)
 
 
-def test_asking_takes_no_longer_the_more_there_are() -> None:
+def test_the_cost_of_asking_does_not_depend_on_the_number_in_flight() -> None:
     counts = InFlight(32, 100_000)
     for i in range(50_000):
         counts.add(f"p{i % 5000}", 1)

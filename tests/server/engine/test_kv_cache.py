@@ -1,4 +1,4 @@
-"""Blocks: allocation, sharing by content and adapter set, eviction; against counts kept by hand."""
+"""Blocks: allocation, sharing by content and adapter set, and eviction."""
 
 from array import array
 
@@ -32,12 +32,12 @@ def test_blocks_for() -> None:
     assert [blocks.blocks_for(n) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
 
 
-def test_at_least_one_block_besides_the_padding() -> None:
+def test_a_cache_needs_a_block_besides_the_padding() -> None:
     with pytest.raises(ValueError, match="at least one block"):
         BlockManager(1, SIZE)
 
 
-def test_the_padding_block_is_never_handed_out() -> None:
+def test_the_padding_block_is_never_allocated() -> None:
     blocks = BlockManager(4, SIZE)
     holder = sequence(*range(12))
     assert blocks.reserve(holder, 12)
@@ -71,7 +71,7 @@ def test_only_filled_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "shared"),
+    ("mine", "theirs", "are_same"),
     [
         ((), (), True),
         ((AdapterRef("a"),), (AdapterRef("a"),), True),
@@ -84,16 +84,16 @@ def test_only_filled_blocks_are_found() -> None:
         ((AdapterRef("a", 0.1 + 0.2),), (AdapterRef("a", 0.3),), False),
     ],
 )
-def test_sharing_is_under_the_same_adapters_alone(
-    mine: tuple[AdapterRef, ...], theirs: tuple[AdapterRef, ...], shared: bool
+def test_blocks_are_only_shared_under_the_same_adapters(
+    mine: tuple[AdapterRef, ...], theirs: tuple[AdapterRef, ...], are_same: bool
 ) -> None:
     blocks = BlockManager(10, SIZE)
     first, second = sequence(*range(9), adapters=mine), sequence(*range(9), adapters=theirs)
-    assert (adapter_key(mine) == adapter_key(theirs)) is shared
+    assert (adapter_key(mine) == adapter_key(theirs)) is are_same
     assert admit(blocks, first)
     compute(blocks, first)
     assert admit(blocks, second)
-    assert second.num_computed_tokens == (8 if shared else 0)
+    assert second.num_computed_tokens == (8 if are_same else 0)
 
 
 @pytest.mark.parametrize("adapters", [(), (AdapterRef("a"),)])
@@ -124,7 +124,7 @@ def test_without_a_project_keys_are_those_of_the_adapters() -> None:
     ), "a project named like a block's tokens"
 
 
-def test_own_blocks_are_those_that_nobody_shares() -> None:
+def test_own_blocks_are_not_shared() -> None:
     blocks = BlockManager(20, SIZE)
     first, second = sequence(*range(12)), sequence(*range(12))
     assert admit(blocks, first)
@@ -138,7 +138,7 @@ def test_own_blocks_are_those_that_nobody_shares() -> None:
     assert blocks.num_own_blocks(first) == 3
 
 
-def test_a_block_is_found_only_behind_the_same_beginning() -> None:
+def test_a_block_is_only_found_after_the_same_prefix() -> None:
     blocks = BlockManager(20, SIZE)
     first, other_start = sequence(*range(9)), sequence(9, 9, 9, 9, 4, 5, 6, 7, 8)
     assert admit(blocks, first)
@@ -147,7 +147,7 @@ def test_a_block_is_found_only_behind_the_same_beginning() -> None:
     assert other_start.num_computed_tokens == 0
 
 
-def test_content_outlives_its_owner_until_room_is_needed() -> None:
+def test_freed_blocks_stay_cached_until_they_are_needed() -> None:
     blocks = BlockManager(6, SIZE)
     first = sequence(*range(9))
     assert admit(blocks, first)
@@ -168,7 +168,7 @@ def test_content_outlives_its_owner_until_room_is_needed() -> None:
     assert late.num_computed_tokens == 0
 
 
-def test_the_oldest_content_goes_first_and_of_one_sequence_its_end() -> None:
+def test_the_oldest_blocks_are_reused_first_from_a_sequences_end() -> None:
     blocks = BlockManager(5, SIZE)
     for start in (0, 100):
         owner = sequence(*range(start, start + 8))
@@ -191,7 +191,7 @@ def test_admission_leaves_spare_blocks() -> None:
 
 
 def test_idle_shared_blocks_count_as_needed() -> None:
-    """A prefix that nobody refers to comes out of the free blocks, too."""
+    """A cached prefix that no sequence refers to also uses free blocks."""
     blocks = BlockManager(4, SIZE)
     first = sequence(*range(8))
     assert admit(blocks, first)
@@ -206,7 +206,7 @@ def test_idle_shared_blocks_count_as_needed() -> None:
     blocks.check([second])
 
 
-def test_waiting_for_a_block_that_is_being_computed() -> None:
+def test_a_sequence_waits_for_a_block_that_is_being_computed() -> None:
     blocks = BlockManager(20, SIZE)
     first, second, other = (
         sequence(*range(9)),
@@ -224,7 +224,7 @@ def test_waiting_for_a_block_that_is_being_computed() -> None:
     assert not blocks.is_being_computed(second)
 
 
-def test_nobody_waits_for_one_that_is_gone() -> None:
+def test_no_sequence_waits_for_an_aborted_one() -> None:
     blocks = BlockManager(20, SIZE)
     first, second = sequence(*range(9)), sequence(*range(9))
     assert admit(blocks, first)
@@ -234,7 +234,7 @@ def test_nobody_waits_for_one_that_is_gone() -> None:
     assert blocks._computing == {}
 
 
-def test_freeing_twice_is_noticed() -> None:
+def test_freeing_twice_fails() -> None:
     blocks = BlockManager(4, SIZE)
     holder = sequence(*range(4))
     compute(blocks, holder)

@@ -1,4 +1,4 @@
-"""Random lives of blocks: counts stay right, and nobody reads what it would not have computed itself."""
+"""Random operations on blocks: counts stay correct, and no sequence reads wrong content."""
 
 import random
 
@@ -14,7 +14,7 @@ from tests.server.engine.test_kv_cache import SIZE, sequence
 
 
 class Blocks(RuleBasedStateMachine):
-    """Random lives of sequences with few tokens and few adapters, so that much is shared.
+    """Random operations on sequences with few tokens and few adapters, so that many blocks are shared.
 
     The content of every block is simulated: what a sequence finds must be what it would have computed.
     """
@@ -26,7 +26,7 @@ class Blocks(RuleBasedStateMachine):
         self.content: dict[tuple[int, int], tuple[bytes, tuple[int, ...]]] = {}  # (block, offset) → what it holds
 
     def truth(self, of: Sequence, position: int) -> tuple[bytes, tuple[int, ...]]:
-        """What keys and values depend on, adapters and every token up to this one; and whose they are."""
+        """Return what keys and values depend on: the project, the adapters and all tokens up to this one."""
         return of.prefix_root, tuple(of.token_ids[: position + 1])
 
     @rule(
@@ -94,8 +94,8 @@ TestBlocks = Blocks.TestCase
 TestBlocks.settings = settings(max_examples=num_examples(60), stateful_step_count=40, deadline=None)
 
 
-def test_a_long_random_life() -> None:
-    """As above, with more of everything and no shrinking."""
+def test_random_operations_keep_the_invariants() -> None:
+    """The same operations with larger numbers, without shrinking."""
     rng = random.Random(0)
     machine = Blocks()
     machine.blocks = BlockManager(40, SIZE)

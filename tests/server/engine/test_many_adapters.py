@@ -1,4 +1,4 @@
-"""Sixty adapters and room for a few; `python -m tests.stress.many_adapters` runs the same with a thousand."""
+"""Sixty adapters with room for a few. `python -m tests.stress.many_adapters` uses a thousand."""
 
 from pathlib import Path
 

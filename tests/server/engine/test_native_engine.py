@@ -1,4 +1,4 @@
-"""The engine over the native forward: a request gets the same in any company, bit for bit, in 16 bits."""
+"""The native backend: a request's bits don't depend on other requests, in 16 bits."""
 
 import random
 import subprocess
@@ -12,7 +12,7 @@ import torch
 
 import server.model.native.model as native_model_module
 from server.engine.engine import Engine
-from server.engine.forwards import NativeForward
+from server.engine.native_backend import NativeBackend
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
@@ -40,7 +40,7 @@ TWO_BLOCKS = """
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from server.engine.paged_attention import PagedCache
+from server.engine.backend import PagedCache
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -86,7 +86,7 @@ def requests(num_tokens: int) -> list[GenerationRequest]:
     ]
 
 
-def test_a_prompt_is_read_at_once_where_nobody_waits(base: BaseModel) -> None:
+def test_a_lone_prompt_is_computed_in_one_step(base: BaseModel) -> None:
     limits = SchedulerLimits(max_prefill_tokens=200)
     engine = build_engine(base, native=native_model(base, num_threads=2), limits=limits)
     engine.add(replace(requests(1)[0], prompt_token_ids=tuple(range(100, 500))))
@@ -97,7 +97,7 @@ def test_a_prompt_is_read_at_once_where_nobody_waits(base: BaseModel) -> None:
 
 
 def test_a_step_is_one_native_call(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts and decodes, adapters and blends, greedy or not; scores alone need hidden states outside."""
+    """This holds for prompts, decodes, adapters, blends and sampling. Only scores need more calls."""
     calls: list[str] = []
 
     def record(function: Callable[..., int], *arguments: object) -> None:
@@ -116,13 +116,13 @@ def test_a_step_is_one_native_call(base: BaseModel, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")
-def test_blocks_that_nobody_used_take_no_memory(base: BaseModel) -> None:
-    """In a process of its own, whose memory nobody had before."""
+def test_unused_blocks_take_no_memory(base: BaseModel) -> None:
+    """It is measured in a new process."""
     done = subprocess.run([sys.executable, "-c", TWO_BLOCKS], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) <= 4 * HUGE_PAGE
     engine = build_engine(base, native=native_model(base, num_threads=2))
-    assert isinstance(engine.runner.forward, NativeForward)
-    assert engine.runner.forward.cache.k.shape[:2] == (engine.blocks.num_blocks, base.config.num_layers)
+    assert isinstance(engine.runner.backend, NativeBackend)
+    assert engine.runner.backend.cache.k.shape[:2] == (engine.blocks.num_blocks, base.config.num_layers)
 
 
 def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:
@@ -135,14 +135,14 @@ def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:
         assert alone[own] == together[own]
 
 
-def test_a_request_gets_the_same_in_any_company(base: BaseModel) -> None:
+def test_an_answer_does_not_depend_on_other_requests(base: BaseModel) -> None:
     """Tokens and log-probabilities, bit for bit, in 16 bits."""
     check_company(base, strength=0.3, num_tokens=20)
 
 
 @pytest.mark.real
 @pytest.mark.thorough  # a tiny base above; on this one end_to_end/test_native_parity.py has the answers
-def test_a_request_gets_the_same_in_any_company_on_the_real_base(base_dir: Path) -> None:
+def test_an_answer_does_not_depend_on_other_requests_on_the_real_base(base_dir: Path) -> None:
     check_company(load_base(base_dir), strength=0.03, num_tokens=6)
 
 
@@ -166,7 +166,7 @@ def check_threads(base: BaseModel, threads: tuple[int, ...]) -> None:
     assert all(together[own].num_cached_tokens > LONG for own in alone)
 
 
-def test_long_contexts_by_any_number_of_threads(tmp_path: Path) -> None:
+def test_long_contexts_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     """Whose attention is shared out otherwise: of two heads of keys for three threads, each is in parts."""
     sizes = {
         "num_attention_heads": 4,
@@ -180,5 +180,5 @@ def test_long_contexts_by_any_number_of_threads(tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.thorough  # a tiny base above
-def test_long_contexts_by_any_number_of_threads_on_the_real_base(base_dir: Path) -> None:
+def test_long_contexts_do_not_depend_on_threads_on_the_real_base(base_dir: Path) -> None:
     check_threads(load_base(base_dir), (1, 2, 4))

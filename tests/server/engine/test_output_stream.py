@@ -1,4 +1,4 @@
-"""A reader that is behind: what waits for it has a bound, and what ends it gives its places back at once."""
+"""A slow reader: the buffer is limited, and an overflow frees the request at once."""
 
 import asyncio
 
@@ -20,8 +20,10 @@ def piece(with_logprobs: bool) -> SequenceOutput:
 
 
 @pytest.mark.parametrize(("with_logprobs", "num_kept"), [(True, 20), (False, 100)])
-async def test_only_so_much_waits(with_logprobs: bool, num_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing at all, once that was too much."""
+async def test_a_stream_buffers_a_limited_amount(
+    with_logprobs: bool, num_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an overflow the stream buffers nothing."""
     monkeypatch.setattr(async_engine, "MAX_UNREAD", 100)
     abandoned: list[int] = []
     stream = OutputStream(1, lambda: abandoned.append(1))
@@ -43,8 +45,8 @@ async def test_only_so_much_waits(with_logprobs: bool, num_kept: int, monkeypatc
         await anext(stream)
 
 
-async def test_who_waits_as_it_becomes_too_much_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was woken for the first piece, which is gone by the time that it looks."""
+async def test_a_waiting_reader_learns_of_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first output, which woke the reader, is dropped before it looks."""
     monkeypatch.setattr(async_engine, "MAX_UNREAD", 100)
     stream = OutputStream(1, lambda: None)
     reader = asyncio.ensure_future(anext(stream))
@@ -56,7 +58,7 @@ async def test_who_waits_as_it_becomes_too_much_is_told(monkeypatch: pytest.Monk
             await reader
 
 
-async def test_what_ends_it_frees_what_it_holds_whether_or_not_anybody_reads() -> None:
+async def test_an_error_frees_the_request_even_without_a_reader() -> None:
     abandoned: list[int] = []
     stream = OutputStream(1, lambda: abandoned.append(1))
     stream.put(piece(False))

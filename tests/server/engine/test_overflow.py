@@ -1,4 +1,4 @@
-"""A token whose value overflows fails the answers that it is part of, and nothing that comes before it."""
+"""An overflow fails the answers with the overflowing token, and doesn't affect cached tokens before it."""
 
 from dataclasses import replace
 

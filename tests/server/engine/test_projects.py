@@ -1,4 +1,4 @@
-"""Projects take turns, and each has a place of its own: what one asks for doesn't keep another from running."""
+"""Projects take turns, and each can have a place, whatever other projects request."""
 
 import random
 
@@ -13,7 +13,7 @@ from tests.server.engine.small import prompt, simulation, unlike
 
 
 def add(sim: Simulation, project: str, num: int, *, max_tokens: int = 4, digest: str = "") -> list[Sequence]:
-    """So many requests of a project, none of which begins like another."""
+    """Add requests of a project, whose prompts share no prefix."""
     digests = (digest,) if digest else ()
     return [
         sim.add(unlike(sim.rng.randrange(10**9), 4), max_tokens, digests, project=project)[0] for _ in range(num)
@@ -21,12 +21,12 @@ def add(sim: Simulation, project: str, num: int, *, max_tokens: int = 4, digest:
 
 
 def order(sim: Simulation) -> str:
-    """The projects of those admitted so far."""
+    """Return the projects of the sequences admitted so far."""
     return "".join(s.request.project for s in sim.admissions)
 
 
 @pytest.mark.parametrize("num_places", [1, 2, 4])
-def test_ten_thousand_waiting_do_not_keep_another_project_from_being_next(num_places: int) -> None:
+def test_ten_thousand_waiting_sequences_do_not_delay_another_project(num_places: int) -> None:
     sim, _ = simulation(max_num_seqs=num_places)
     add(sim, "a", 10_000)
     for _ in range(3):
@@ -48,8 +48,8 @@ def test_projects_take_turns() -> None:
     assert order(sim) == "abcabcabaaa"
 
 
-def test_the_sets_of_a_project_take_turns_among_themselves() -> None:
-    """The adapters that one project uses give it no more turns."""
+def test_the_sets_of_a_project_take_turns() -> None:
+    """A project with more adapters has no more turns."""
     sim, _ = simulation(max_num_seqs=1, capacity=10)
     for digest in "xyz":
         add(sim, "a", 2, digest=digest)
@@ -62,8 +62,8 @@ def test_the_sets_of_a_project_take_turns_among_themselves() -> None:
     assert of_a in (list("xyzxyz"), list("yzxyzx"), list("zxyzxy"))
 
 
-def test_with_one_project_the_order_is_that_of_adapter_sets_alone() -> None:
-    """Preempted sequences and those that lacked room are among them."""
+def test_with_one_project_only_adapter_sets_take_turns() -> None:
+    """Some of the sequences were preempted or lacked room."""
     for project in ("", "p"):
         sim, _ = simulation(num_blocks=9, max_num_seqs=3, capacity=2, max_load_steps=2)
         name = {}
@@ -75,7 +75,7 @@ def test_with_one_project_the_order_is_that_of_adapter_sets_alone() -> None:
         assert sim.scheduler.num_preemptions == 5
 
 
-def test_the_youngest_of_the_project_with_most_gives_its_place() -> None:
+def test_the_youngest_sequence_of_the_largest_project_is_preempted() -> None:
     sim, _ = simulation(max_num_seqs=5)
     few, many = add(sim, "few", 2, max_tokens=50), add(sim, "many", 5, max_tokens=50)
     for _ in range(4):
@@ -92,7 +92,7 @@ def test_the_youngest_of_the_project_with_most_gives_its_place() -> None:
     sim.drain(sim.bound())
 
 
-def test_only_one_is_preempted_in_a_step_and_nobody_loses_the_last_place() -> None:
+def test_a_step_preempts_one_sequence_and_never_a_projects_last() -> None:
     sim, _ = simulation(max_num_seqs=3)
     add(sim, "a", 6, max_tokens=60)
     for _ in range(3):
@@ -109,7 +109,7 @@ def test_only_one_is_preempted_in_a_step_and_nobody_loses_the_last_place() -> No
     sim.drain(sim.bound())
 
 
-def test_nobody_is_preempted_for_one_whose_adapter_is_still_read() -> None:
+def test_no_sequence_is_preempted_for_one_whose_adapter_is_loading() -> None:
     sim, gate = simulation(max_num_seqs=2, max_load_steps=9, seed=1)
     add(sim, "a", 4, max_tokens=60)
     sim.step()
@@ -127,8 +127,8 @@ def test_nobody_is_preempted_for_one_whose_adapter_is_still_read() -> None:
     sim.drain(sim.bound())
 
 
-def test_nobody_is_preempted_in_vain() -> None:
-    """What would come free with the youngest is not enough for the other's prompt, so all go on."""
+def test_no_sequence_is_preempted_in_vain() -> None:
+    """Preempting the youngest wouldn't free enough for the other prompt, so nothing is preempted."""
     sim, _ = simulation(num_blocks=12, max_num_seqs=2)
     add(sim, "a", 2, max_tokens=12)
     sim.step()
@@ -141,7 +141,7 @@ def test_nobody_is_preempted_in_vain() -> None:
     assert large in sim.finished
 
 
-def test_nobody_is_preempted_where_there_is_room() -> None:
+def test_no_sequence_is_preempted_if_there_is_room() -> None:
     sim, _ = simulation(max_num_seqs=4)
     add(sim, "a", 3, max_tokens=20)
     for _ in range(2):
@@ -153,8 +153,8 @@ def test_nobody_is_preempted_where_there_is_room() -> None:
     sim.drain(sim.bound())
 
 
-def test_nobody_is_preempted_for_one_that_may_not_pass_another() -> None:
-    """A large prompt has been passed over often enough, and no place that is given up would be room for it."""
+def test_no_sequence_is_preempted_for_one_that_may_not_pass_another() -> None:
+    """A large prompt was passed over `max_bypass` times, and preemption wouldn't give it room."""
     sim, _ = simulation(num_blocks=24, max_num_seqs=2, max_bypass=0)
     runners = [sim.add(unlike(i, 16), 20, project="a")[0] for i in range(2)]
     for _ in range(4):
@@ -169,7 +169,7 @@ def test_nobody_is_preempted_for_one_that_may_not_pass_another() -> None:
 
 
 def test_adapters_of_all_projects_are_read_ahead() -> None:
-    """Each has a place, so the others wait; the many adapters of one don't hold back the reading of another's."""
+    """All places are taken. One project's many adapters don't delay the reads of another's."""
     sim, gate = simulation(max_num_seqs=2, capacity=20)
     add(sim, "a", 1, max_tokens=60)
     add(sim, "b", 1, max_tokens=60)
@@ -184,7 +184,7 @@ def test_adapters_of_all_projects_are_read_ahead() -> None:
 
 
 def test_blocks_are_made_free_for_a_project_with_nothing_running() -> None:
-    """Places are left, but one project's answers fill the cache."""
+    """Places are free, but one project's answers fill the cache."""
     sim, _ = simulation(num_blocks=16, max_num_seqs=8)
     first, second = (sim.add(unlike(i, 24), 8, project="a")[0] for i in range(2))
     for _ in range(4):
@@ -198,8 +198,8 @@ def test_blocks_are_made_free_for_a_project_with_nothing_running() -> None:
     sim.drain(sim.bound())
 
 
-def test_a_large_prompt_of_a_busy_project_does_not_hold_others_back() -> None:
-    """It has been passed over as often as may be, and its own project goes no further; but another's runs."""
+def test_a_large_prompt_of_a_busy_project_does_not_delay_others() -> None:
+    """It was passed over `max_bypass` times, so its project waits, but another project runs."""
     sim, _ = simulation(num_blocks=20, max_num_seqs=8, max_bypass=1)
     sim.add(unlike(0, 16), 40, project="a")
     sim.step()
@@ -218,7 +218,7 @@ def test_a_large_prompt_of_a_busy_project_does_not_hold_others_back() -> None:
 
 
 def test_a_stream_of_other_projects_does_not_starve_a_large_prompt() -> None:
-    """Each of them has nothing running when it comes; nor has a project whose prompt needs almost all blocks."""
+    """Each new project has nothing running, and neither has the project whose prompt needs most blocks."""
     sim, _ = simulation(num_blocks=20, max_num_seqs=4, max_bypass=3)
     large = None
     for step in range(300):
@@ -232,8 +232,8 @@ def test_a_stream_of_other_projects_does_not_starve_a_large_prompt() -> None:
     sim.drain(sim.bound())
 
 
-def test_nobody_starves_behind_ever_new_projects() -> None:
-    """Those that come have nothing running and go first; one that has something running still gets on."""
+def test_no_project_starves_behind_new_projects() -> None:
+    """New projects have nothing running and come first, but a running project still makes progress."""
     sim, _ = simulation(max_num_seqs=2)
     busy = add(sim, "busy", 6, max_tokens=6)
     for step in range(400):
@@ -254,7 +254,7 @@ def test_nobody_starves_behind_ever_new_projects() -> None:
     num_projects=st.integers(2, 12),
     num=st.integers(15, 50),
 )
-def test_places_are_given_up_only_so_often(
+def test_the_number_of_preemptions_is_limited(
     seed: int,
     num_blocks: int,
     max_num_seqs: int,
@@ -263,7 +263,7 @@ def test_places_are_given_up_only_so_often(
     num_projects: int,
     num: int,
 ) -> None:
-    """At most once for each that comes, and for each that older ones took the blocks of; and everything ends."""
+    """There is at most one preemption per new sequence and per sequence that lost its blocks."""
     rng = random.Random(seed)
     sim, gate = simulation(
         seed=seed,
@@ -288,8 +288,8 @@ def test_places_are_given_up_only_so_often(
     assert len(sim.displaced) <= len(added) + num_for_blocks
 
 
-def test_who_was_displaced_is_not_again_by_the_same_project_before_that_has_ended() -> None:
-    """Each of many projects takes one place and keeps it, however long the others have been waiting."""
+def test_a_sequence_is_not_preempted_again_before_the_other_has_ended() -> None:
+    """Each of many projects takes one place and keeps it, however long others wait."""
     sim, _ = simulation(num_blocks=400, max_num_seqs=8)
     add(sim, "a", 8, max_tokens=100)
     for _ in range(2):

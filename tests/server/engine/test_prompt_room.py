@@ -1,4 +1,4 @@
-"""How much of prompts is read beside sequences that decode: what their pauses allow, by what steps took."""
+"""The number of prompt tokens in steps with decoding sequences, learnt from steps' times."""
 
 import random
 from dataclasses import replace
@@ -11,7 +11,7 @@ from server.engine.sequence import Chunk, Sequence
 
 
 def chunks(num_decoding: int, num_prompt_tokens: int) -> list[Chunk]:
-    """Of sequences that have computed five tokens, and of one that reads its prompt."""
+    """Return chunks of decoding sequences and of one prompt."""
     request = GenerationRequest("r", tuple(range(1000)), SamplingParams())
     decodes = [Chunk(Sequence(request, i, 0.0, 16), 5, 6) for i in range(num_decoding)]
     reads = [Chunk(Sequence(request, 0, 0.0, 16), 0, num_prompt_tokens)] if num_prompt_tokens else []
@@ -23,46 +23,46 @@ def chunks(num_decoding: int, num_prompt_tokens: int) -> list[Chunk]:
 def test_prompts_take_their_share_of_a_step(step: float, token: float, share: float) -> None:
     rng, room = random.Random(1), PromptRoom(32, share)
     for _ in range(300):
-        num_tokens = rng.choice((0, 0, room.beside(4)))
+        num_tokens = rng.choice((0, 0, room.with_decodes(4)))
         room.observe(chunks(4, num_tokens), (step + token * num_tokens) * rng.uniform(0.95, 1.05))
-    prompts = token * room.beside(4)
-    if room.beside(4) > 16:  # the least that a step reads
+    prompts = token * room.with_decodes(4)
+    if room.with_decodes(4) > 16:  # the least that a step reads
         assert prompts / (step + prompts) == pytest.approx(share, abs=0.05)
-    assert room.beside(4) > 16 or share == 0.3
+    assert room.with_decodes(4) > 16 or share == 0.3
 
 
 @pytest.mark.parametrize("num_drafted", [4, 12])
-def test_steps_with_drafts_say_what_prompts_cost(num_drafted: int) -> None:
-    """The step without prompts, which the pause is measured against, has drafts, too."""
+def test_the_cost_of_prompts_is_learnt_from_steps_with_drafts(num_drafted: int) -> None:
+    """The baseline, a step without prompts, also has drafts."""
     rng, room = random.Random(2), PromptRoom(32, 0.71)
     token, draft_token = 0.0001, 0.0004
     for _ in range(300):
-        num_tokens = rng.choice((0, 0, room.beside(1)))
+        num_tokens = rng.choice((0, 0, room.with_decodes(1)))
         drafted = rng.choice((num_drafted, num_drafted - 1))
         decode, *reads = chunks(1, num_tokens)
         seconds = 0.005 + draft_token * drafted + token * num_tokens
         room.observe([replace(decode, draft=(7,) * drafted), *reads], seconds * rng.uniform(0.95, 1.05))
     step = 0.005 + draft_token * num_drafted
-    prompts = token * room.beside(1)
+    prompts = token * room.with_decodes(1)
     assert prompts / (step + prompts) == pytest.approx(0.71, abs=0.05)
 
 
-def test_some_are_read_however_slow_it_is() -> None:
+def test_some_prompt_tokens_are_computed_on_any_machine() -> None:
     room = PromptRoom(8, 0.71)
     for number in range(300):
         room.observe(chunks(1, number % 2 * 16), 0.005 + number % 2 * 1.0)
-    assert room.beside(1) == 16
+    assert room.with_decodes(1) == 16
 
 
-def test_steps_without_streams_say_nothing() -> None:
+def test_steps_without_decodes_do_not_change_the_share() -> None:
     room = PromptRoom(8, 0.71)
-    before = room.beside(1)
+    before = room.with_decodes(1)
     for _ in range(100):
         room.observe(chunks(0, 512), 5.0)
-    assert room.beside(1) == before
+    assert room.with_decodes(1) == before
 
 
-def test_a_step_that_is_held_up_counts_little() -> None:
+def test_a_delayed_step_counts_little() -> None:
     room = PromptRoom(8, 0.71)
     for _ in range(100):
         room.observe(chunks(0, 100), 0.1)

@@ -1,4 +1,4 @@
-"""The wait for a place, against queues that are played through event by event."""
+"""The estimated wait for a place, against queues that are simulated event by event."""
 
 import heapq
 import random
@@ -9,7 +9,7 @@ from server.engine.admission import QueueRate
 
 
 def played(rate: QueueRate, seconds: list[float], places: int) -> float:
-    """Have so many sequences, all there at 0, run for so long each; when the last place was taken."""
+    """Run sequences that all arrive at 0, and return when the last one got a place."""
     running: list[float] = []
     num_left, now = len(seconds), 0.0
     rate.observe(0.0, num_left)
@@ -22,7 +22,7 @@ def played(rate: QueueRate, seconds: list[float], places: int) -> float:
     return now
 
 
-def test_nobody_waits_where_there_is_room() -> None:
+def test_the_wait_is_zero_if_there_is_room() -> None:
     rate = QueueRate(4)
     assert rate.wait(0.0, 0) == 0
     played(rate, [1.0] * 40, 4)
@@ -30,7 +30,7 @@ def test_nobody_waits_where_there_is_room() -> None:
     assert rate.wait(10.0, 1) > 0
 
 
-def test_nobody_knows_before_a_whole_batch_has_ended() -> None:
+def test_the_wait_is_unknown_before_a_whole_batch_has_ended() -> None:
     rate = QueueRate(4)
     rate.observe(0.0, 100)
     rate.observe(1.0, 97, 3)
@@ -39,7 +39,7 @@ def test_nobody_knows_before_a_whole_batch_has_ended() -> None:
     assert rate.wait(1.0, 93) == pytest.approx(93 / 4)
 
 
-def test_the_wait_is_what_it_turns_out_to_be() -> None:
+def test_the_estimate_matches_the_wait() -> None:
     draw = random.Random(1)
     lengths = [draw.uniform(0.5, 1.5) for _ in range(400)]
     rate = QueueRate(8)
@@ -49,8 +49,8 @@ def test_the_wait_is_what_it_turns_out_to_be() -> None:
     assert expected == pytest.approx(true, rel=0.2)
 
 
-def test_those_that_end_together_are_counted_once() -> None:
-    """All of a burst end at once: two batches' ends lie one batch's time apart."""
+def test_simultaneous_ends_are_counted_once() -> None:
+    """The sequences of a batch end together, so two batches' ends are one batch's time apart."""
     rate = QueueRate(4)
     rate.observe(0.0, 100)
     for number in range(1, 6):
@@ -58,7 +58,7 @@ def test_those_that_end_together_are_counted_once() -> None:
     assert rate.wait(25.0, 77) == pytest.approx(77 / 4 * 5.0)
 
 
-def test_idle_time_says_nothing_of_the_rate() -> None:
+def test_idle_time_does_not_affect_the_rate() -> None:
     rate = QueueRate(2)
     now = 0.0
     for _ in range(10):
@@ -69,7 +69,7 @@ def test_idle_time_says_nothing_of_the_rate() -> None:
     assert rate.wait(now, 1) == pytest.approx(1.0)
 
 
-def test_a_server_that_slows_down_is_noticed_before_anything_ends() -> None:
+def test_a_slowdown_raises_the_estimate_before_anything_ends() -> None:
     rate = QueueRate(2)
     now = played(rate, [1.0] * 20, 2)
     rate.observe(now, 10)

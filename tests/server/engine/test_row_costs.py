@@ -1,4 +1,4 @@
-"""The cost of a drafted token, from steps whose times are known."""
+"""The cost of an extra token, learnt from steps with known times."""
 
 import random
 
@@ -20,7 +20,7 @@ def test_the_slope_is_found_through_noise(share: float) -> None:
     assert costs.of(1) == pytest.approx(share, rel=0.25)
 
 
-def test_a_new_machine_or_a_slower_one_is_learnt_within_a_few_hundred_steps() -> None:
+def test_a_changed_speed_is_learnt_within_a_few_hundred_steps() -> None:
     rng, costs = random.Random(2), RowCosts(32)
     for share, step in ((0.05, 0.01), (0.3, 0.03), (0.05, 0.008)):
         for _ in range(600):
@@ -29,7 +29,7 @@ def test_a_new_machine_or_a_slower_one_is_learnt_within_a_few_hundred_steps() ->
         assert costs.of(1) == pytest.approx(share, rel=0.1)
 
 
-def test_steps_that_others_held_up_hardly_count() -> None:
+def test_delayed_steps_hardly_count() -> None:
     rng, costs = random.Random(3), RowCosts(32)
     for number in range(400):
         num_drafted = rng.choice((0, 4, 8))
@@ -38,7 +38,7 @@ def test_steps_that_others_held_up_hardly_count() -> None:
     assert costs.of(1) == pytest.approx(0.1, rel=0.5)
 
 
-def test_what_nobody_measures_any_more_goes_back_to_what_is_assumed() -> None:
+def test_without_measurements_the_cost_returns_to_the_assumption() -> None:
     costs = RowCosts(32)
     assumed = costs.of(1)
     for number in range(200):
@@ -49,7 +49,7 @@ def test_what_nobody_measures_any_more_goes_back_to_what_is_assumed() -> None:
     assert costs.of(1) == pytest.approx(assumed, rel=0.1)
 
 
-def test_numbers_of_sequences_are_told_apart() -> None:
+def test_numbers_of_sequences_have_their_own_costs() -> None:
     costs = RowCosts(32)
     for number in range(200):
         costs.observe(1, number % 2 * 8, seconds(number % 2 * 8, 0.05))
@@ -59,14 +59,14 @@ def test_numbers_of_sequences_are_told_apart() -> None:
     assert costs.of(32) < costs.of(16) == costs.of(9)
 
 
-def test_a_clock_that_stands_still_says_nothing() -> None:
+def test_a_stopped_clock_changes_nothing() -> None:
     costs = RowCosts(32)
     for number in range(50):
         costs.observe(1, number % 3, 0.0)
     assert costs.of(1) == RowCosts(32).of(1)
 
 
-def test_whatever_was_measured_the_cost_is_a_share_above_zero() -> None:
+def test_the_cost_is_always_a_positive_share() -> None:
     rng, costs = random.Random(4), RowCosts(32)
     for _ in range(2000):
         num_drafted = rng.choice((0, 0, 1, 15))

@@ -1,4 +1,4 @@
-"""Who is scheduled when: order, fairness, preemption, sharing, and adapters that load, fail or lack room."""
+"""The scheduler: order, fairness, preemption, sharing, and adapters that load, fail or lack room."""
 
 from adapters.lora import AdapterRef
 from tests.server.engine.small import simulation, unlike
@@ -30,8 +30,8 @@ def test_decodes_never_wait_for_prefills() -> None:
         assert set(runners) <= scheduled
 
 
-def test_a_cold_adapter_is_not_held_back_by_a_hot_one() -> None:
-    """However many wait for the hot one, the cold one is among the next to be admitted."""
+def test_a_cold_adapter_is_not_starved_by_a_hot_one() -> None:
+    """However many sequences wait for the hot adapter, the cold one is admitted soon."""
     sim, _ = simulation(num_blocks=400, max_num_seqs=2, max_load_steps=3)
     for i in range(100):
         sim.add(unlike(i, 4), 4, ("hot",))
@@ -58,7 +58,7 @@ def test_sets_take_turns() -> None:
     assert order.endswith("aaaa")
 
 
-def test_of_one_set_the_first_comes_first() -> None:
+def test_fifo_within_an_adapter_set() -> None:
     sim, _ = simulation(num_blocks=400, max_num_seqs=3)
     added = [sim.add(unlike(i, 4), 1 + i % 4, ("a",))[0] for i in range(20)]
     sim.drain(sim.bound())
@@ -66,7 +66,7 @@ def test_of_one_set_the_first_comes_first() -> None:
 
 
 def test_a_large_set_is_not_starved_by_a_stream_of_small_ones() -> None:
-    """It needs the whole pool; ever new sets of one adapter would keep some of it busy for ever."""
+    """It needs the whole pool, of which a stream of small sets would always use a part."""
     sim, _ = simulation(num_blocks=400, max_num_seqs=4, capacity=3, max_bypass=5)
     large = None
     for step in range(300):
@@ -105,7 +105,7 @@ def test_the_youngest_is_preempted_and_the_oldest_never() -> None:
 
 
 def test_prompts_that_do_not_fit_together_are_not_admitted_together() -> None:
-    """Blocks that an admitted prompt will need are taken into account, though it reserves them chunk by chunk."""
+    """Admission counts the blocks that admitted prompts will need, although they are reserved by chunk."""
     sim, _ = simulation(num_blocks=40, max_num_seqs=8, max_prefill_tokens=64)
     for i in range(8):
         sim.add(unlike(i, 62), 2)
@@ -116,7 +116,7 @@ def test_prompts_that_do_not_fit_together_are_not_admitted_together() -> None:
     assert computed == 8 * 63
 
 
-def test_who_was_preempted_comes_before_those_that_never_ran() -> None:
+def test_preempted_sequences_resume_first() -> None:
     sim, _ = simulation(num_blocks=8, max_num_seqs=2)
     sim.add(unlike(0, 8), 20)
     (second,) = sim.add(unlike(1, 8), 20, ("a",))
@@ -151,14 +151,14 @@ def test_choices_of_one_request_compute_the_prompt_once() -> None:
     assert [choice.num_cached_tokens for choice in choices] == [0, 32, 32, 32]
 
 
-def test_the_same_prompt_under_another_adapter_is_computed_anew() -> None:
+def test_the_same_prompt_under_another_adapter_is_computed_again() -> None:
     sim, _ = simulation(num_blocks=100, max_num_seqs=8)
     one, other = sim.add(unlike(0, 33), 3, ("a",))[0], sim.add(unlike(0, 33), 3, ("b",))[0]
     sim.drain(100)
     assert (one.num_cached_tokens, other.num_cached_tokens) == (0, 0)
 
 
-def test_when_the_one_that_computes_a_prefix_is_aborted_the_next_one_does() -> None:
+def test_a_prefix_is_computed_by_the_next_sequence_after_an_abort() -> None:
     sim, _ = simulation(num_blocks=100, max_num_seqs=8)
     choices = sim.add(unlike(0, 40), 3, n=3)
     sim.step()
@@ -201,7 +201,7 @@ def test_cold_adapters_load_while_others_run() -> None:
 
 
 def test_waiting_sequences_that_hold_adapters_give_way() -> None:
-    """All places are taken; waiting sets have read ahead and hold the pool; then all places come free at once."""
+    """Waiting sets have read ahead and hold the whole pool when all places become free at once."""
     sim, gate = simulation(num_blocks=400, max_num_seqs=4, capacity=4, max_bypass=2, max_load_steps=2)
     for i in range(4):
         sim.add(unlike(i, 4), 12)
@@ -229,7 +229,7 @@ def test_timestamps_and_counts_are_of_the_first_admission() -> None:
     assert second.admitted_at == admitted
 
 
-def test_adapter_refs_of_the_key_are_all_of_the_request() -> None:
+def test_the_adapter_key_depends_on_all_adapters() -> None:
     sim, _ = simulation()
     (one,) = sim.add((1, 2, 3), 2, ("b", "a"))
     assert one.request.adapters == (AdapterRef("a"), AdapterRef("b"))

@@ -1,4 +1,4 @@
-"""The scheduler under any traffic: nothing leaks, nobody starves, everything ends. See `simulation`."""
+"""The scheduler under random traffic: no leaks, no starvation, and everything ends."""
 
 import random
 
@@ -69,7 +69,7 @@ TestMachine.settings = settings(max_examples=num_examples(150), stateful_step_co
 
 
 def test_long_random_traffic() -> None:
-    """Many seeds, tight everything, no shrinking: finds what short runs don't."""
+    """Many seeds with tight limits and without shrinking find more than short runs."""
     num_preemptions = num_displaced = num_accepted = 0
     for seed in range(60):
         rng = random.Random(seed)
@@ -105,7 +105,7 @@ def test_long_random_traffic() -> None:
 
 
 def test_the_wait_for_room_is_bounded_for_every_set() -> None:
-    """Random sets of one to three adapters over a pool of three: nobody waits more than a bounded time."""
+    """With random sets of one to three adapters over a pool of three, every wait is bounded."""
     for seed in range(10):
         rng = random.Random(seed)
         sim, _ = simulation(num_blocks=60, max_num_seqs=6, capacity=3, max_bypass=4, max_load_steps=3, seed=seed)

@@ -1,4 +1,4 @@
-"""What waits for room is tried when something has been freed, and not before, however many wait."""
+"""Sets that lack room are tried only when something was freed, however many wait."""
 
 import random
 
@@ -14,7 +14,7 @@ NUM_SETS = 60
 
 
 class CountingPool(AdapterPool):
-    """Counts attempts to bring a hold on."""
+    """A pool that counts the attempts to advance a hold."""
 
     num_attempts = 0
 
@@ -24,7 +24,7 @@ class CountingPool(AdapterPool):
 
 
 class CountingBlocks(BlockManager):
-    """Counts attempts to admit a sequence."""
+    """A block manager that counts the attempts to admit a sequence."""
 
     num_attempts = 0
 
@@ -36,7 +36,7 @@ class CountingBlocks(BlockManager):
 def world(
     *, num_blocks: int = 400, max_rank: int = 1, max_num_seqs: int = 4, max_bypass: int = 10**6
 ) -> tuple[Simulation, CountingPool, CountingBlocks]:
-    """Adapters of rank 1, named 00 to 60, over the real pool; loads end with the step."""
+    """Return a simulation over the real pool, with adapters 00 to 60 of rank 1. Loads end with the step."""
     bench = Bench({f"{i:02}": adapter(float(i)) for i in range(NUM_SETS + 1)}, max_rank)
     pool = CountingPool(bench.pool.rows, bench.load, bench.executor, bench.executor, bench.wake)
     blocks = CountingBlocks(num_blocks + 1, SIZE)
@@ -51,8 +51,8 @@ def world(
     return sim, pool, blocks
 
 
-def test_sets_that_lack_rows_are_tried_once_for_each_that_is_freed() -> None:
-    """A pool of one, which one sequence holds: sixty others wait through its two hundred steps."""
+def test_sets_without_rows_are_retried_once_per_freed_adapter() -> None:
+    """One sequence holds the only adapter for two hundred steps, while sixty others wait."""
     sim, pool, _ = world()
     (hog,) = sim.add(unlike(0, 4), 200, ("00",))
     for _ in range(3):
@@ -70,7 +70,7 @@ def test_sets_that_lack_rows_are_tried_once_for_each_that_is_freed() -> None:
     assert pool.num_attempts < before + NUM_SETS * (NUM_SETS + 4)
 
 
-def test_sets_that_lack_blocks_are_tried_once_for_each_that_ends() -> None:
+def test_sets_without_blocks_are_retried_once_per_ended_sequence() -> None:
     sim, _, blocks = world(num_blocks=60, max_rank=NUM_SETS + 1)
     (hog,) = sim.add(unlike(0, 80), 150, ("00",))
     for _ in range(14):
@@ -88,8 +88,8 @@ def test_sets_that_lack_blocks_are_tried_once_for_each_that_ends() -> None:
     assert blocks.num_attempts < before + len(others) * (len(others) + 4)
 
 
-def test_reading_ahead_does_not_try_in_vain_either() -> None:
-    """All places are taken, so that nothing can be admitted: what could come next is read, and then left alone."""
+def test_reading_ahead_does_not_retry_in_vain() -> None:
+    """All places are taken. The next adapters are read once, and then not tried again."""
     sim, pool, _ = world(max_rank=2, max_num_seqs=2)
     for i in range(2):
         sim.add(unlike(i, 4), 200, (f"{i:02}",))
@@ -106,8 +106,8 @@ def test_reading_ahead_does_not_try_in_vain_either() -> None:
     sim.drain(sim.bound())
 
 
-def test_a_set_that_lacks_rows_may_still_be_passed_over_only_so_often() -> None:
-    """It is not tried when nothing was freed, and counts as passed over all the same."""
+def test_a_set_without_rows_is_passed_over_a_limited_number_of_times() -> None:
+    """A set that isn't tried because nothing was freed still counts as passed over."""
     sim, _, _ = world(max_rank=2, max_num_seqs=4, max_bypass=5)
     (hog,) = sim.add(unlike(0, 4), 60, ("00",))
     (large,) = sim.add(unlike(1, 4), 2, ("01", "02"))
@@ -124,8 +124,8 @@ def test_a_set_that_lacks_rows_may_still_be_passed_over_only_so_often() -> None:
     assert large in sim.finished
 
 
-def test_an_adapter_given_up_while_it_was_placed_makes_room_when_it_is() -> None:
-    """Its rows can't be given to others before they have been filled: then whoever lacked them is tried again."""
+def test_an_adapter_released_during_placement_makes_room_afterwards() -> None:
+    """Its rows become free only when they have been filled. Then waiting sets are tried again."""
     bench = Bench({"00": adapter(0.0), "01": adapter(1.0)}, 1)
     blocks = BlockManager(41, SIZE)
     sim = Simulation(
@@ -151,8 +151,8 @@ def test_an_adapter_given_up_while_it_was_placed_makes_room_when_it_is() -> None
     assert sim.finished == [waiting]
 
 
-def test_what_a_waiting_set_wants_is_evicted_last() -> None:
-    """Half of a set is resident and idle, and it lacks room for the other half: it keeps what it has."""
+def test_adapters_of_waiting_sets_are_evicted_last() -> None:
+    """A set lacks room for half of its adapters. Its other half, which is idle, stays resident."""
     bench = Bench({name: adapter(float(i), rank=i + 1) for i, name in enumerate("abcd")}, 6)
     bench.ready("a").release()  # rank 1, least recently used
     bench.ready("b").release()  # rank 2

@@ -1,4 +1,4 @@
-"""Engine time between projects: equal shares, nothing saved up, and light projects undisturbed by heavy ones."""
+"""Engine time by project: equal shares, no savings, and light projects undisturbed by heavy ones."""
 
 import random
 import time
@@ -75,7 +75,7 @@ def test_a_step_is_charged_by_tokens() -> None:
     assert shares.lead("a", "b") == pytest.approx(0.2 * 3 / 4 - 0.2 * 1 / 4)
 
 
-def test_a_project_that_leads_by_the_slack_sits_out_until_the_others_have_caught_up() -> None:
+def test_a_project_ahead_by_the_slack_sits_out_until_others_catch_up() -> None:
     shares = entered("a", "b")
     shares.charge([chunk("a")], SLACK * 0.9, ["a", "b"])
     assert shares.due(["a", "b"]) == {"a", "b"}
@@ -87,7 +87,7 @@ def test_a_project_that_leads_by_the_slack_sits_out_until_the_others_have_caught
     assert shares.due(["a", "b"]) == {"a", "b"}
 
 
-def test_a_project_that_begins_is_ahead_of_those_that_run_by_the_slack_however_many_begin() -> None:
+def test_a_new_project_starts_behind_the_running_ones_by_the_slack() -> None:
     shares = entered("heavy")
     shares.charge([chunk("heavy")], 100.0, ["heavy"])
     for number in range(50):
@@ -122,7 +122,7 @@ class HeldUp(Runner):
     """An engine's runner, but the first step of a project has to wait for longer than the slack."""
 
     def __init__(self, runner: Runner, project: str) -> None:
-        super().__init__(runner.forward)
+        super().__init__(runner.backend)
         self.project = project
         self.projects: list[set[str]] = []  # of each step since
 
@@ -135,7 +135,7 @@ class HeldUp(Runner):
         return super().run(chunks)
 
 
-def test_a_project_is_not_charged_for_what_else_holds_its_step_up(tiny_base: BaseModel) -> None:
+def test_a_project_is_not_charged_for_other_delays_of_its_step(tiny_base: BaseModel) -> None:
     engine = build_engine(tiny_base)
     engine.runner = runner = HeldUp(engine.runner, "light")
     long, short = (SamplingParams(max_tokens=num, ignore_eos=True) for num in (200, 8))
@@ -148,7 +148,7 @@ def test_a_project_is_not_charged_for_what_else_holds_its_step_up(tiny_base: Bas
     assert all("light" in projects for projects in runner.projects)
 
 
-def test_one_long_step_silences_nobody_for_long() -> None:
+def test_one_long_step_pauses_no_project_for_long() -> None:
     shares = entered("a", "b")
     shares.charge([chunk("a", 31), chunk("b")], 60.0, ["a", "b"])
     num = 0
@@ -158,7 +158,7 @@ def test_one_long_step_silences_nobody_for_long() -> None:
     assert num <= 110  # steps of 10 ms
 
 
-def test_only_running_projects_and_some_others_are_remembered() -> None:
+def test_a_limited_number_of_idle_projects_is_remembered() -> None:
     shares = entered("a")
     for number in range(1000):
         shares.enter(f"p{number}")
@@ -166,7 +166,7 @@ def test_only_running_projects_and_some_others_are_remembered() -> None:
     assert len(shares._used) <= 2 + 64 + 1
 
 
-def test_a_short_request_beside_a_full_batch_of_another_project_takes_little_longer_than_alone() -> None:
+def test_a_short_request_is_hardly_delayed_by_another_projects_full_batch() -> None:
     """Thirty-one long answers: each joint step takes eight times as long as one of the short request alone."""
     alone = timed(num_blocks=4000, max_num_seqs=32)
     (short,) = add(alone, "light", 1, 16)
@@ -179,7 +179,7 @@ def test_a_short_request_beside_a_full_batch_of_another_project_takes_little_lon
     assert seconds_to_finish(sim, short) <= 1.2 * seconds_alone
 
 
-def test_two_busy_projects_get_the_same_time_whatever_their_numbers_of_streams() -> None:
+def test_two_busy_projects_get_equal_time() -> None:
     sim = timed(num_blocks=4000, max_num_seqs=32)
     many, one = add(sim, "many", 24, 400), add(sim, "one", 1, 2000)
     while sim.seconds < 12.0:
@@ -205,7 +205,7 @@ def test_a_stream_that_fills_the_rank_rows_does_not_keep_another_projects_adapte
     assert hog in sim.finished
 
 
-def test_all_streams_that_hold_the_same_rows_give_way_together() -> None:
+def test_sequences_that_hold_the_same_rows_are_preempted_together() -> None:
     sim = timed(num_blocks=1000, capacity=4)
     hogs = add(sim, "hog", 2, 200, *"abcd")
     for _ in range(60):
@@ -217,7 +217,7 @@ def test_all_streams_that_hold_the_same_rows_give_way_together() -> None:
     assert set(hogs) <= set(sim.finished)
 
 
-def test_two_projects_whose_adapters_do_not_fit_together_take_turns_of_some_length() -> None:
+def test_projects_whose_adapters_do_not_fit_together_take_long_turns() -> None:
     """Each needs all rows for a long answer. Preempting at every step would read the adapters again each time."""
     sim = timed(num_blocks=1000, capacity=4)
     first, second = add(sim, "first", 1, 600, *"abcd")[0], add(sim, "second", 1, 600, *"efgh")[0]
@@ -241,8 +241,8 @@ def test_a_project_keeps_at_most_three_quarters_of_the_rows_while_another_waits_
     sim.limits = sim.scheduler.limits = type(sim.limits)(16, 8, 64, 3)
     for _ in range(30):
         sim.step()
-    held = {s.request.adapters for s in sim.scheduler.running if s.request.project == "hog"}
-    assert len(held) == 8
+    adapters = {s.request.adapters for s in sim.scheduler.running if s.request.project == "hog"}
+    assert len(adapters) == 8
     (first,) = add(sim, "light", 1, 400, "x")
     (second,) = add(sim, "light", 1, 400, "y")
     for _ in range(12):
@@ -318,7 +318,7 @@ def test_equal_projects_run_in_the_same_steps() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_everything_ends_under_any_traffic_with_shares(seed: int) -> None:
+def test_all_requests_end_under_random_traffic_with_shares(seed: int) -> None:
     rng = random.Random(seed)
     sim, gate = simulation(
         seed=seed,

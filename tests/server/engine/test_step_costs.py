@@ -1,4 +1,4 @@
-"""What a step costs on a card: how often the host waits for it, and how much it is told."""
+"""The cost of a step on a GPU: the host's waits and copies."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,7 +48,7 @@ def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
         pytest.param(rows(EVERYTHING, num_parts=1, grammar=LETTERS), 3, 276, id="everything"),
     ],
 )
-def test_what_a_decode_step_costs(
+def test_the_cost_of_a_decode_step(
     tiny_base: BaseModel,
     guidance: Guidance,
     requests: list[GenerationRequest],
@@ -96,7 +96,7 @@ def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: Bas
         engine.close()
 
 
-def test_an_adapter_comes_in_one_copy_a_pool(tiny_base: BaseModel) -> None:
+def test_an_adapter_is_copied_once_per_pool(tiny_base: BaseModel) -> None:
     """Of A and of B of four groups, pinned: only the thread that loads it waits, once, for the last of them."""
     with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), library(tiny_base))

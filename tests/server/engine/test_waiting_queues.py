@@ -1,4 +1,4 @@
-"""What is told of those that wait."""
+"""The digests of waiting sequences' adapters."""
 
 from adapters.lora import AdapterRef
 from server.engine.request import GenerationRequest
@@ -11,7 +11,7 @@ def waiting(project: str, *digests: str) -> Sequence:
     return Sequence(GenerationRequest(f"{project}-{digests}", (1, 2), adapters=refs, project=project), 0, 0.0, 4)
 
 
-def test_their_adapters_are_known_by_digest() -> None:
+def test_waiting_adapters_are_listed_by_digest() -> None:
     queues = WaitingQueues()
     assert queues.digests() == frozenset()
     for sequence in (base := waiting("a"), both := waiting("a", "x", "y"), waiting("b", "x"), waiting("b", "x")):
@@ -22,7 +22,7 @@ def test_their_adapters_are_known_by_digest() -> None:
     assert queues.digests() == {"x"}
 
 
-def test_a_snapshot_does_not_look_at_very_many() -> None:
+def test_a_snapshot_lists_a_limited_number_of_sets() -> None:
     queues = WaitingQueues()
     for number in range(1000):
         queues.add(waiting("a", str(number)))

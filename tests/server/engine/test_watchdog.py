@@ -1,4 +1,4 @@
-"""When a step counts as stalled: never one that works on, whatever the clock says."""
+"""The watchdog reports hanging steps, and never a working one, whatever the clock shows."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_a_step_is_stalled_after_half_a_minute() -> None:
     assert watched.run(0, 1.0)
 
 
-def test_it_is_given_twenty_times_the_longest_before_it() -> None:
+def test_a_step_may_take_twenty_times_the_longest_before_it() -> None:
     watched = Watched()
     for step, seconds in enumerate((0.5, 5.0)):
         assert not watched.run(step, seconds + TICK)
@@ -44,21 +44,21 @@ def test_it_is_given_twenty_times_the_longest_before_it() -> None:
     assert watched.run(3, 1.0)
 
 
-def test_a_step_is_no_measure_of_itself() -> None:
+def test_a_step_does_not_raise_its_own_limit() -> None:
     watched = Watched(least_seconds=2.0)
     assert watched.run(0, 3.0)
     assert watched.watchdog.limit == 2.0
 
 
 @pytest.mark.parametrize("step", [None, 7])
-def test_nothing_stalls_between_steps_or_in_short_ones(step: int | None) -> None:
+def test_idle_time_and_short_steps_do_not_count_as_stalled(step: int | None) -> None:
     watched = Watched(least_seconds=2.0)
     for number in range(100):
         assert not watched.run(None if step is None else number, 1.0)
     assert watched.watchdog.limit == (2.0 if step is None else 20 * (1.0 - TICK))
 
 
-def test_time_in_which_the_process_was_stopped_is_nobodys() -> None:
+def test_time_while_the_process_was_stopped_does_not_count() -> None:
     """It neither makes the step old nor, afterwards, a long one of it."""
     watched = Watched(least_seconds=10.0)
     assert not watched.run(0, 4.0)

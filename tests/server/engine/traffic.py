@@ -1,4 +1,4 @@
-"""Adapters and requests of all kinds, and what makes two results the same."""
+"""Adapters and requests of all kinds, and comparisons of results."""
 
 import random
 from dataclasses import replace

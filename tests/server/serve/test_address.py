@@ -1,4 +1,4 @@
-"""For whom a server may listen: off the loopback somebody is asked for a key, or it was said that nobody is."""
+"""Only the loopback may be served without keys, unless a setting allows more."""
 
 import socket
 from pathlib import Path
@@ -15,7 +15,7 @@ from server.storage.home import Home
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])
-def test_off_the_loopback_needs_keys_or_a_word(host: str, tmp_path: Path) -> None:
+def test_other_addresses_than_the_loopback_need_keys_or_a_setting(host: str, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="SMOLORA_API_KEYS"):
         refuse_strangers(load(Settings, home=tmp_path, host=host))
     refuse_strangers(load(Settings, home=tmp_path, host=host, api_keys="operators-0123456789"))
@@ -26,12 +26,12 @@ def test_off_the_loopback_needs_keys_or_a_word(host: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_loopback_needs_none(host: str, tmp_path: Path) -> None:
+def test_the_loopback_needs_no_keys(host: str, tmp_path: Path) -> None:
     refuse_strangers(load(Settings, home=tmp_path, host=host))
 
 
-def test_of_a_names_addresses_this_machines_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others may be a router's before it. One that is taken is no reason to listen elsewhere."""
+def test_an_address_of_this_machine_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other addresses may be a router's. A taken address doesn't lead to another one."""
     found = {
         address: socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         for address in ("192.0.2.1", "127.0.0.1")

@@ -1,4 +1,4 @@
-"""Connections of uvicorn's protocol on transports that are not there, by a clock that stands still."""
+"""Limits on connections, with fake transports and a fake clock."""
 
 import asyncio
 import json
@@ -95,14 +95,14 @@ class Bench:
         self.connections.look()
 
     async def answer(self) -> None:
-        """All requests."""
+        """Answer all requests."""
         self.go.set()
         for _ in range(5):
             await asyncio.sleep(0)
         self.go.clear()
 
 
-async def test_headers_a_byte_at_a_time() -> None:
+async def test_slow_headers_time_out() -> None:
     bench = Bench(header_timeout=10)
     (_, cut_silent), (slow, cut_slow), (whole, cut_whole) = (bench.connect() for _ in range(3))
     whole.data_received(GET)
@@ -119,7 +119,7 @@ async def test_headers_a_byte_at_a_time() -> None:
     assert len(bench.connections) == 1
 
 
-async def test_the_next_requests_headers() -> None:
+async def test_the_next_requests_headers_time_out() -> None:
     bench = Bench(header_timeout=10)
     connection, transport = bench.connect()
     connection.data_received(GET)
@@ -137,8 +137,8 @@ async def test_the_next_requests_headers() -> None:
     assert transport.is_closing()
 
 
-async def test_the_rest_of_a_body_after_its_answer() -> None:
-    """Which each byte of it would keep open for ever."""
+async def test_the_rest_of_an_answered_body_times_out() -> None:
+    """Otherwise each byte of it would keep the connection open."""
     bench = Bench(header_timeout=10)
     connection, transport = bench.connect()
     connection.data_received(POST + b"a")
@@ -150,8 +150,8 @@ async def test_the_rest_of_a_body_after_its_answer() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["alone", "after a part of it"])
-async def test_the_rest_of_an_answered_body_may_be_no_http(first: bool) -> None:
-    """Which isn't the server's fault: no answer can follow, and the log has no traceback."""
+async def test_the_rest_of_an_answered_body_may_be_invalid_http(first: bool) -> None:
+    """That is the client's error, so there is no answer and no traceback in the log."""
     bench = Bench()
     connection, transport = bench.connect()
     chunked = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEADERS
@@ -162,9 +162,7 @@ async def test_the_rest_of_an_answered_body_may_be_no_http(first: bool) -> None:
 
 
 @pytest.mark.parametrize("message", [b"GET /\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n"])
-async def test_what_is_no_http_is_a_problem_whose_id_is_logged(
-    message: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_invalid_http_is_answered_with_a_logged_id(message: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """The log's line has the client's address."""
     bench = Bench()
     connection, transport = bench.connect()
@@ -179,8 +177,10 @@ async def test_what_is_no_http_is_a_problem_whose_id_is_logged(
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
-async def test_an_offer_of_another_protocol_is_no_warning(caplog: pytest.LogCaptureFixture, protocol: str) -> None:
-    """Java's client makes one with each request."""
+async def test_an_offer_of_another_protocol_logs_no_warning(
+    caplog: pytest.LogCaptureFixture, protocol: str
+) -> None:
+    """Java's client offers HTTP/2 with each request."""
     bench = Bench()
     connection, transport = bench.connect()
     offer = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\n".encode()
@@ -193,7 +193,7 @@ async def test_an_offer_of_another_protocol_is_no_warning(caplog: pytest.LogCapt
     assert caplog.text == ""
 
 
-async def test_a_body_is_not_the_headers_concern() -> None:
+async def test_a_slow_body_is_not_a_header_timeout() -> None:
     bench = Bench(header_timeout=10)
     connection, transport = bench.connect()
     connection.data_received(POST)
@@ -201,7 +201,7 @@ async def test_a_body_is_not_the_headers_concern() -> None:
     assert not transport.is_closing()
 
 
-async def test_a_reader_that_takes_nothing() -> None:
+async def test_a_stalled_reader_times_out() -> None:
     bench = Bench(stall_timeout=30)
     connection, transport = bench.connect()
     connection.data_received(GET)
@@ -217,7 +217,7 @@ async def test_a_reader_that_takes_nothing() -> None:
     assert transport.is_closing()
 
 
-async def test_one_that_still_reads_the_last_answer_has_time() -> None:
+async def test_a_client_that_still_reads_does_not_time_out() -> None:
     bench = Bench(header_timeout=10, stall_timeout=30)
     connection, transport = bench.connect()
     connection.data_received(POST)
@@ -234,7 +234,7 @@ async def test_one_that_still_reads_the_last_answer_has_time() -> None:
     assert transport.is_closing()
 
 
-async def test_past_the_most_the_longest_idle_one_goes() -> None:
+async def test_the_longest_idle_connection_makes_room() -> None:
     bench = Bench(max_connections=4)
     (busy, cut_busy), (used, cut_used), (body, cut_body), (_, cut_new) = (bench.connect() for _ in range(4))
     busy.data_received(GET)
@@ -256,8 +256,8 @@ async def test_past_the_most_the_longest_idle_one_goes() -> None:
     assert len(bench.connections) == 4
 
 
-async def test_each_limit_that_closed_some_is_told_once_a_look(caplog: pytest.LogCaptureFixture) -> None:
-    """Else nobody who runs the server knows why clients are cut off."""
+async def test_closed_connections_are_logged_once_per_look(caplog: pytest.LogCaptureFixture) -> None:
+    """Without the log line operators couldn't know why clients are disconnected."""
     caplog.set_level(logging.INFO)
     bench = Bench(max_connections=2, header_timeout=10)
     for _ in range(2):
@@ -269,15 +269,15 @@ async def test_each_limit_that_closed_some_is_told_once_a_look(caplog: pytest.Lo
     await bench.answer()
     bench.connect()
     bench.pass_time(10)
-    told = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
-    assert told == [
+    messages = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
+    assert messages == [
         "closed 3 connections: SMOLORA_MAX_CONNECTIONS",
         "closed 1 connection: SMOLORA_HEADER_TIMEOUT",
         "closed 1 connection: SMOLORA_MAX_CONNECTIONS",
     ]
 
 
-async def test_one_that_leaves_makes_room() -> None:
+async def test_a_closed_connection_makes_room() -> None:
     bench = Bench(max_connections=1)
     first, _ = bench.connect()
     first.connection_lost(None)
@@ -286,19 +286,19 @@ async def test_one_that_leaves_makes_room() -> None:
     assert len(bench.connections) == 1
 
 
-def test_files_are_allowed_as_far_as_the_system_does(
+def test_the_file_limit_is_raised_as_far_as_allowed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: told.append(limits))
+    limits_set: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: limits_set.append(limits))
     for limits in ((1024, 4096), (4096, 4096), (resource.RLIM_INFINITY,) * 2):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
         assert allow_files(Limits(max_connections=1024)).max_connections == 1024
-    assert told == [(1536, 4096)]
+    assert limits_set == [(1536, 4096)]
     assert caplog.text == ""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
     assert allow_files(Limits(max_connections=1024)).max_connections == 512, "others need files, too"
-    assert told[1:] == [(1024, 1024)]
+    assert limits_set[1:] == [(1024, 1024)]
     assert "SMOLORA_MAX_CONNECTIONS" in caplog.text
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
     assert allow_files(Limits(max_connections=1024)).max_connections == 32
@@ -306,7 +306,7 @@ def test_files_are_allowed_as_far_as_the_system_does(
 
 
 async def test_large_bodies_are_read_in_small_pieces() -> None:
-    """So that many uploads at once delay no request for long."""
+    """Otherwise many concurrent uploads would delay other requests."""
     bench, sizes = Bench(), list[int]()
 
     class Counting(bench.connections.protocol):  # type: ignore[misc, name-defined]

@@ -1,4 +1,4 @@
-"""The process around the app: addresses, draining, dying. Real sockets and real signals, in this process."""
+"""The server process: addresses, draining, dying. It uses real sockets and signals in this process."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ class Running:
 
 @contextmanager
 def no_more_files() -> Iterator[None]:
-    """A block in which this process can open none."""
+    """Make this process unable to open files in the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(0)
     os.close(lowest_free)
@@ -68,7 +68,7 @@ async def serving(app: FastAPI, engine: FakeEngine, drain_seconds: float = 30.0)
                 await ended
 
 
-async def test_it_answers_and_ends_by_a_signal(app: FastAPI, engine: FakeEngine) -> None:
+async def test_the_server_answers_and_ends_by_a_signal(app: FastAPI, engine: FakeEngine) -> None:
     async with serving(app, engine) as server:
         assert engine.started
         answer = await server.client.post("/generate", json={"prompt": "a", "max_tokens": 2})
@@ -78,8 +78,8 @@ async def test_it_answers_and_ends_by_a_signal(app: FastAPI, engine: FakeEngine)
         assert engine.stopped
 
 
-async def test_connections_that_no_file_can_be_opened_for_wait(app: FastAPI, engine: FakeEngine) -> None:
-    """It says so once or twice a second, by Python's version, however many wait."""
+async def test_connections_wait_for_free_file_descriptors(app: FastAPI, engine: FakeEngine) -> None:
+    """It is logged once or twice a second, depending on Python's version, however many wait."""
     reports: list[str] = []
     loop = asyncio.get_running_loop()
     usual = loop.get_exception_handler()
@@ -103,7 +103,7 @@ async def test_connections_that_no_file_can_be_opened_for_wait(app: FastAPI, eng
                 assert (await asyncio.to_thread(client.recv, 100)).startswith(b"HTTP/1.1 200")
 
 
-async def test_nothing_is_announced_before_it_is_ready(app: FastAPI, engine: FakeEngine) -> None:
+async def test_nothing_is_announced_before_the_engine_is_ready(app: FastAPI, engine: FakeEngine) -> None:
     engine.loading = True
     bound = bind("127.0.0.1", 0)
     announced = asyncio.Event()
@@ -125,8 +125,10 @@ async def test_nothing_is_announced_before_it_is_ready(app: FastAPI, engine: Fak
 @pytest.mark.parametrize(
     ("stream", "number"), [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGHUP)]
 )
-async def test_draining_lets_what_runs_end(app: FastAPI, engine: FakeEngine, stream: bool, number: int) -> None:
-    """SIGHUP, too: a terminal was closed."""
+async def test_draining_lets_running_requests_end(
+    app: FastAPI, engine: FakeEngine, stream: bool, number: int
+) -> None:
+    """SIGHUP, which follows the closing of a terminal, also drains."""
     engine.hold_after = 1
     body = {"prompt": "a", "max_tokens": 3, "stream": stream}
     async with serving(app, engine) as server:
@@ -155,7 +157,7 @@ async def test_draining_lets_what_runs_end(app: FastAPI, engine: FakeEngine, str
         assert await server.exit_code() == 0
 
 
-async def test_what_does_not_end_in_time_is_told_so(app: FastAPI, engine: FakeEngine) -> None:
+async def test_requests_that_do_not_end_in_time_fail(app: FastAPI, engine: FakeEngine) -> None:
     engine.hold_after = 1
     async with serving(app, engine, drain_seconds=0.2) as server:
         streamed = asyncio.create_task(server.client.post("/generate", json={"prompt": "a", "stream": True}))
@@ -167,7 +169,7 @@ async def test_what_does_not_end_in_time_is_told_so(app: FastAPI, engine: FakeEn
         assert await server.exit_code() == 0
 
 
-async def test_a_second_signal_does_not_wait(app: FastAPI, engine: FakeEngine) -> None:
+async def test_a_second_signal_ends_the_drain(app: FastAPI, engine: FakeEngine) -> None:
     engine.hold_after = 0
     async with serving(app, engine) as server:
         running = asyncio.create_task(server.client.post("/generate", json={"prompt": "a"}))
@@ -180,26 +182,26 @@ async def test_a_second_signal_does_not_wait(app: FastAPI, engine: FakeEngine) -
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
-async def test_the_second_signal_of_either_kind_is_told_once(
+async def test_on_hurry_is_called_once(
     app: FastAPI, engine: FakeEngine, numbers: tuple[signal.Signals, signal.Signals]
 ) -> None:
     engine.hold_after = 0
-    told = list[bool]()
-    process = Process(app, engine, bind("127.0.0.1", 0), on_hurry=lambda: told.append(process.is_hurried))
+    was_hurried = list[bool]()
+    process = Process(app, engine, bind("127.0.0.1", 0), on_hurry=lambda: was_hurried.append(process.is_hurried))
     ended = asyncio.create_task(process.run(lambda: None))
     await until(lambda: engine.started)
     first, second = numbers
     os.kill(os.getpid(), first)
     await until(lambda: engine.draining)
-    assert told == []
+    assert was_hurried == []
     for number in (second, first):
         os.kill(os.getpid(), number)
     assert await asyncio.wait_for(ended, 25) == 0
-    assert told == [True]
+    assert was_hurried == [True]
 
 
-async def test_an_upload_that_has_begun_is_not_cut_off(app: FastAPI, engine: FakeEngine) -> None:
-    """It is taken to its end like what the engine runs, and longer than answers on their way are waited for."""
+async def test_a_running_upload_is_not_cut_off(app: FastAPI, engine: FakeEngine) -> None:
+    """The drain waits for uploads as for running requests, longer than for the last answers."""
     async with serving(app, engine) as server:
 
         async def body() -> AsyncIterator[bytes]:
@@ -215,7 +217,7 @@ async def test_an_upload_that_has_begun_is_not_cut_off(app: FastAPI, engine: Fak
         assert await server.exit_code() == 0
 
 
-async def test_a_dead_engine_fails_everything_and_the_process(app: FastAPI, engine: FakeEngine) -> None:
+async def test_a_dead_engine_fails_requests_and_ends_the_process(app: FastAPI, engine: FakeEngine) -> None:
     engine.hold_after = 0
     async with serving(app, engine) as server:
         running = asyncio.create_task(server.client.post("/generate", json={"prompt": "a"}))
@@ -226,7 +228,7 @@ async def test_a_dead_engine_fails_everything_and_the_process(app: FastAPI, engi
         assert await server.exit_code() == 1
 
 
-async def test_workers_start_when_it_is_ready_and_end_with_it(app: FastAPI, engine: FakeEngine) -> None:
+async def test_workers_start_and_end_with_the_server(app: FastAPI, engine: FakeEngine) -> None:
     supervisor = Supervisor(1, ("sleep", "60"))
     engine.loading = True
     process = Process(app, engine, bind("127.0.0.1", 0), supervisor=supervisor)
@@ -264,7 +266,7 @@ async def test_a_second_signal_does_not_wait_for_workers(app: FastAPI, engine: F
     assert await asyncio.wait_for(ended, 15) == 0  # they are given 25 s
 
 
-async def test_trainers_are_told_while_requests_run(app: FastAPI, engine: FakeEngine, tmp_path: Path) -> None:
+async def test_trainers_see_that_requests_run(app: FastAPI, engine: FakeEngine, tmp_path: Path) -> None:
     engine.hold_after = 0
     serving, training = BusyFlag(tmp_path), BusyFlag(tmp_path)
     bound = bind("127.0.0.1", 0)
@@ -280,7 +282,7 @@ async def test_trainers_are_told_while_requests_run(app: FastAPI, engine: FakeEn
     assert await asyncio.wait_for(ended, 25) == 0
 
 
-def test_a_taken_port_is_one_line() -> None:
+def test_a_taken_port_is_an_error_of_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"port {port} on 127.0.0.1 is taken"):
@@ -298,7 +300,7 @@ async def test_a_port_taken_between_binding_and_listening(app: FastAPI, engine: 
 
 
 @pytest.mark.parametrize("trusted", ["127.0.0.1", "127.0.0.0/8", "::ffff:127.0.0.1"])
-async def test_a_proxy_that_comes_by_ipv4_to_a_socket_for_both(
+async def test_an_ipv4_proxy_is_trusted_on_an_ipv6_socket(
     app: FastAPI, engine: FakeEngine, caplog: pytest.LogCaptureFixture, trusted: str
 ) -> None:
     """It is seen as ::ffff:127.0.0.1 there."""
@@ -315,8 +317,8 @@ async def test_a_proxy_that_comes_by_ipv4_to_a_socket_for_both(
     assert any("client=203.0.113.9" in str(record.msg) for record in caplog.records), caplog.text
 
 
-def test_a_name_of_both_kinds_is_ipv4s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As localhost is on most systems, the other one first; commands that are told nothing ask 127.0.0.1."""
+def test_ipv4_is_preferred_for_a_name_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On most systems localhost has both, IPv6 first, and commands use 127.0.0.1 by default."""
     known = {host: socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM) for host in ("::1", "127.0.0.1")}
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [*known["::1"], *known["127.0.0.1"]])
     with bind("localhost", 0) as bound:
@@ -324,7 +326,7 @@ def test_a_name_of_both_kinds_is_ipv4s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
-def test_an_address_that_is_not_ours(host: str) -> None:
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
     with pytest.raises(StartupError, match="can't listen on"):
         bind(host, 0)
 
@@ -337,8 +339,8 @@ def test_urls() -> None:
         assert url(bound, "::") == url(bound, "::1")
 
 
-def test_what_cannot_be_written_does_not_keep_it_from_ending() -> None:
-    """As after a second signal, with standard error on a full disk."""
+def test_unwritable_output_does_not_prevent_the_exit() -> None:
+    """An example is standard error on a full disk after a second signal."""
     code = (
         "import sys; from contextlib import suppress; from server.serve.process import _leave\n"
         "with suppress(OSError): print('stopped', file=sys.stderr)\n"

@@ -1,4 +1,4 @@
-"""Memory for the two caches where nobody says how much."""
+"""The default sizes of the two caches."""
 
 import re
 from dataclasses import replace
@@ -51,24 +51,24 @@ def of_gpu(free: int, total: int, **settings: object) -> tuple[int, int]:
     return found.kv_cache, found.adapter_cache
 
 
-def test_a_share_of_what_is_free() -> None:
+def test_caches_get_a_share_of_free_memory() -> None:
     assert of_cpu(16 * GIB) == (2 * GIB, 2 * GIB)
 
 
-def test_never_less_than_one_sequence_nor_more_than_all() -> None:
+def test_the_cache_fits_one_sequence_and_at_most_all() -> None:
     assert of_cpu(GIB // 2) == (SEQUENCE, 64 << 20)
     assert of_cpu(500 * GIB) == (32 * SEQUENCE, 8 * GIB)
     assert of_cpu(500 * GIB, max_num_seqs=4)[0] == 4 * SEQUENCE
     assert of_gpu(76 * GIB, 80 * GIB) == (32 * SEQUENCE, 8 * GIB)
 
 
-def test_settings_win() -> None:
+def test_settings_override_the_defaults() -> None:
     given = {"kv_cache_bytes": "1MiB", "adapter_cache_bytes": 5 << 20}
     assert of_cpu(16 * GIB, **given) == (1 << 20, 5 << 20)
     assert of_gpu(1 * GIB, 16 * GIB, **given) == (1 << 20, 5 << 20)
 
 
-def test_a_gpu_is_the_servers_where_nobody_trains_on_it() -> None:
+def test_the_server_has_the_whole_gpu_without_workers() -> None:
     left = 8 * GIB - STEP - _PROCESS_BYTES
     kv_cache, adapter_cache = of_gpu(8 * GIB, 80 * GIB, workers=0, max_num_seqs=1024)
     assert kv_cache == left * 2 // 3
@@ -79,7 +79,7 @@ def test_a_gpu_is_the_servers_where_nobody_trains_on_it() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("train_memory", [None, 0.25, 0.4])
 def test_the_shares_of_server_and_workers_add_up(total: int, workers: int, train_memory: float | None) -> None:
-    """Whatever lies on the card when the caches are sized: enough is left for the training of all workers."""
+    """However much memory is in use when the caches are sized, enough is left for all workers' training."""
     settings = Settings.model_validate({"workers": workers, "train_memory": train_memory})
     job = settings.of_a_worker.train_memory
     assert job is not None
@@ -92,13 +92,13 @@ def test_the_shares_of_server_and_workers_add_up(total: int, workers: int, train
     assert gpu_share(settings, total) * total > ours - GIB, "what was sized can be taken"
 
 
-def test_a_server_without_workers_may_take_it_all() -> None:
+def test_a_server_without_workers_may_use_all_memory() -> None:
     settings = Settings.model_validate({"workers": 0, "train_memory": 0.4})
     assert (settings.training_memory, settings.of_a_worker.train_memory) == (0.0, None)
     assert gpu_share(settings, 8 * GIB) == 1
 
 
-def test_too_little_left_is_one_line() -> None:
+def test_too_little_gpu_memory_is_an_error_of_one_line() -> None:
     with pytest.raises(
         StartupError, match=r"^the GPU has 4,295 MB free, and .* lower SMOLORA_MAX_MODEL_LEN"
     ) as caught:
@@ -108,7 +108,7 @@ def test_too_little_left_is_one_line() -> None:
     assert sum(of_gpu(4 * GIB, 8 * GIB, workers=0)) == 4 * GIB - STEP - _PROCESS_BYTES
 
 
-def test_what_a_steps_tensors_take() -> None:
+def test_the_size_of_a_steps_tensors() -> None:
     """Two gathered layers of 32 × 8,192 positions of 2,048 features, before all else."""
     limits = SchedulerLimits.on("cuda")
     needed = step_bytes(SMOL_1700M, 2, limits, 8192)
@@ -118,11 +118,11 @@ def test_what_a_steps_tensors_take() -> None:
     assert needed - halved > 1.07e9
 
 
-def test_what_the_system_says(tmp_path: Path) -> None:
+def test_free_memory_is_read_from_the_system(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:   64 kB\n")
     assert _meminfo(tmp_path / "meminfo") == 64 * 1024
     assert _meminfo(tmp_path / "absent") is None
 
 
-def test_this_machine_has_memory() -> None:
+def test_this_machine_has_free_memory() -> None:
     assert free_bytes() > 1 << 20

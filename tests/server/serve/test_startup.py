@@ -1,4 +1,4 @@
-"""Everything wired together, on a tiny base: from settings to an answer under an uploaded adapter."""
+"""The whole server on a tiny base: from settings to an answer under an uploaded adapter."""
 
 import time
 from collections.abc import AsyncIterator
@@ -62,7 +62,7 @@ async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def test_from_settings_to_answers(
+async def test_settings_lead_to_answers(
     client: httpx.AsyncClient, services: Services, said: list[str], tiny_base_dir: Path, tiny_base: BaseModel
 ) -> None:
     assert said[0] == "Converting tiny-llama"
@@ -81,7 +81,7 @@ async def test_from_settings_to_answers(
     assert (await client.get("/adapters/a/1")).json()["resident"] is True
 
 
-async def test_an_adapter_larger_than_the_pool(
+async def test_an_adapter_larger_than_the_pool_is_refused_at_use(
     client: httpx.AsyncClient, services: Services, tiny_base: BaseModel
 ) -> None:
     """A rank beyond the base's sizes is no reason to refuse an upload; what can't be served is told when it is
@@ -111,7 +111,7 @@ async def test_a_second_start_finds_everything(services: Services, said: list[st
 async def test_a_machine_without_a_compiler(
     tmp_path: Path, tiny_base_dir: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose processor has no bf16: it computes in fp32 then, several times as slowly, and says why."""
+    """Without bf16 in the processor torch computes in fp32, several times more slowly, and logs why."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("server.model.device.cpu_flags", lambda: frozenset({"avx2"}))
     auto = build(settings(tmp_path / "first", tiny_base_dir, dtype="auto"), said.append)
@@ -119,8 +119,8 @@ async def test_a_machine_without_a_compiler(
     await auto.engine.stop()
     del said[:]
     for dtype, native in (("fp32", True), ("auto", False)):
-        told = settings(tmp_path / dtype, tiny_base_dir, dtype=dtype, native=native)
-        await build(told, said.append).engine.stop()
+        asked = settings(tmp_path / dtype, tiny_base_dir, dtype=dtype, native=native)
+        await build(asked, said.append).engine.stop()
     assert "native" not in "".join(said), "nobody asked for it"
 
 
@@ -131,24 +131,24 @@ async def test_a_wheels_library_needs_no_compiler(
     monkeypatch.setattr(library, "PREBUILT", CACHE / "native")
     base = tiny_of(tmp_path, "grouped")
     monkeypatch.setenv("PATH", str(tmp_path))
-    told = settings(tmp_path / "home", base.directory, dtype="bf16")
-    services = build(told, said.append)
+    asked = settings(tmp_path / "home", base.directory, dtype="bf16")
+    services = build(asked, said.append)
     await services.engine.stop()
     assert [line for line in said if "native" in line] == []
-    worker = WorkerSettings.model_validate({name: getattr(told, name) for name in WorkerSettings.model_fields})
+    worker = WorkerSettings.model_validate({name: getattr(asked, name) for name in WorkerSettings.model_fields})
     _, loaded = _load(worker, JobSpec("trained"))
     assert loaded is not None
     assert serves_natively(worker.model_copy(update={"dtype": "auto"}))
 
 
-async def test_a_shorter_length(tmp_path: Path, tiny_base_dir: Path) -> None:
+async def test_a_shorter_model_length(tmp_path: Path, tiny_base_dir: Path) -> None:
     services = build(settings(tmp_path, tiny_base_dir, max_model_len=40), print)
     assert services.max_num_tokens == 40
     await services.engine.stop()
 
 
 async def test_a_cache_for_less_than_one_sequence(tmp_path: Path) -> None:
-    """Its whole blocks are what a sequence may have: as many tokens as are left, where nobody says how many."""
+    """The whole blocks of the cache limit a sequence's tokens, also by default."""
     model = save_tiny_base(tmp_path / "tiny", options={"max_position_embeddings": 4096})
     services = build(settings(tmp_path / "home", model, kv_cache_bytes="1MiB"), print)
     assert services.max_num_tokens == services.engine.stats.kv_blocks_total * 16 < 4096
@@ -164,7 +164,7 @@ async def test_a_cache_for_less_than_one_sequence(tmp_path: Path) -> None:
 
 
 async def test_replicas_with_room_for_less(tmp_path: Path, tiny_base_dir: Path, tiny_base: BaseModel) -> None:
-    """An API process goes by what they have, not by what its settings or the base would allow."""
+    """An API process uses the replicas' limits, not those of its settings or the base."""
     local = Local(tiny_base, limits=SchedulerLimits(max_num_seqs=1), max_queue=1, num_blocks=9)
     replica = local.benches["replica-0"].asynchronous
     services = build(settings(tmp_path, tiny_base_dir), print, connect=lambda base, store: local.client)
@@ -186,6 +186,6 @@ def test_caches_larger_than_any_memory(tmp_path: Path, tiny_base_dir: Path) -> N
         build(settings(tmp_path, tiny_base_dir, kv_cache_bytes=1 << 55), print)
 
 
-def test_longer_than_the_model(tmp_path: Path, tiny_base_dir: Path) -> None:
+def test_a_length_beyond_the_models_is_refused(tmp_path: Path, tiny_base_dir: Path) -> None:
     with pytest.raises(StartupError, match="ends at 512 tokens"):
         build(settings(tmp_path, tiny_base_dir, max_model_len=513), print)

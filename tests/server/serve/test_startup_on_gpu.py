@@ -1,4 +1,4 @@
-"""A server's start on a fake GPU: what it takes of it, and what it says where there isn't enough."""
+"""The start of a server on a fake GPU: the memory that it takes, and errors if there is too little."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def engine_of(services: Services) -> Engine:
     return services.engine._engine
 
 
-async def test_it_takes_its_share(tmp_path: Path, tiny_base_dir: Path) -> None:
+async def test_the_server_limits_its_gpu_memory(tmp_path: Path, tiny_base_dir: Path) -> None:
     """Caches of a size that was asked for, steps of a GPU's, everything on the card, in bf16."""
     given = settings(tmp_path, tiny_base_dir, kv_cache_bytes="4MiB", adapter_cache_bytes="4MiB")
     with fake_cuda() as card:
@@ -42,7 +42,7 @@ async def test_it_takes_its_share(tmp_path: Path, tiny_base_dir: Path) -> None:
         await services.engine.stop()
 
 
-async def test_caches_are_what_training_leaves(tmp_path: Path, tiny_base_dir: Path) -> None:
+async def test_caches_use_the_gpu_memory_that_training_leaves(tmp_path: Path, tiny_base_dir: Path) -> None:
     """Of 3 GiB, of which 2.8 are free: half is training's, 1 GiB the processes', and a step takes some."""
     with fake_cuda(Card(total_bytes=3 * GIB, free_bytes=int(2.8 * GIB))):
         services = build(settings(tmp_path, tiny_base_dir, max_num_seqs=1024), lambda line: None)
@@ -61,7 +61,9 @@ async def test_caches_are_what_training_leaves(tmp_path: Path, tiny_base_dir: Pa
     ],
     ids=["full", "little left", "too old", "missing"],
 )
-def test_what_is_lacking_is_one_line(card: Card, says: str, tmp_path: Path, tiny_base_dir: Path) -> None:
+def test_missing_gpu_memory_is_an_error_of_one_line(
+    card: Card, says: str, tmp_path: Path, tiny_base_dir: Path
+) -> None:
     with fake_cuda(card), pytest.raises(StartupError, match=says) as caught:
         build(settings(tmp_path, tiny_base_dir), lambda line: None)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The real pool over small rank rows, its loads stepped by hand."""
+"""The real pool over small rank rows, with loads run step by step."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future

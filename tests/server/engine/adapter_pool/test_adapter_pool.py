@@ -1,4 +1,4 @@
-"""The real pool: room, eviction, failures and aborts, one load at a time."""
+"""The adapter pool: room, eviction, failures and aborts."""
 
 import threading
 import time
@@ -50,14 +50,14 @@ def test_parts_have_each_adapters_place_and_weight() -> None:
         assert placement is bench.pool._adapters[digest].placement
 
 
-def test_what_stays_resident_is_not_read_again() -> None:
+def test_resident_adapters_are_not_read_again() -> None:
     bench = Bench({"a": adapter(1.0)}, 1)
     bench.ready("a").release()
     assert bench.hold("a").advance()
     assert bench.num_reads == 1
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_adapter_is_evicted_first() -> None:
     bench = Bench({name: adapter(float(i)) for i, name in enumerate("abcd")}, 3)
     for name in "abc":
         bench.ready(name).release()
@@ -76,7 +76,7 @@ def test_use_lasts_until_the_release() -> None:
     assert bench.pool.resident == {"a", "c"}
 
 
-def test_what_is_held_is_never_evicted() -> None:
+def test_adapters_in_use_are_never_evicted() -> None:
     bench = Bench({name: adapter(float(i)) for i, name in enumerate("abc")}, 2)
     first, second = bench.ready("a"), bench.ready("b")
     third = bench.hold("c")
@@ -124,7 +124,7 @@ def test_a_set_larger_than_the_pool_is_refused() -> None:
     bench.ready("a").release()
 
 
-def test_size_is_what_the_modules_need() -> None:
+def test_an_adapters_size_depends_on_its_modules() -> None:
     """Eight q-only adapters of rank 3 fill the rows that eight ranks of q, k and v have; one more evicts."""
     bench = Bench({str(i): adapter(float(i), rank=3, modules=("q_proj",)) for i in range(9)}, 8)
     for i in range(5):
@@ -136,7 +136,7 @@ def test_size_is_what_the_modules_need() -> None:
     bench.check()
 
 
-def test_an_adapter_in_the_way_of_its_own_set_does_not_block_it_for_ever() -> None:
+def test_an_adapter_does_not_block_its_own_set() -> None:
     """Room enough, but not in one piece: x lies in the middle, and is itself a part of what is asked for."""
     bench = Bench({"s": adapter(1.0, rank=3), "x": adapter(2.0, rank=4), "y": adapter(3.0, rank=6)}, 10)
     spacer = bench.ready("s")
@@ -169,7 +169,7 @@ def test_a_failed_read_fails_its_hold_and_the_next_one_tries_again() -> None:
 @pytest.mark.parametrize(
     "fault", [NotFound("no such adapter"), OSError("/secret/path"), KeyError("x"), MemoryError()]
 )
-def test_the_reason_shown_is_safe(fault: Exception) -> None:
+def test_the_error_reveals_no_secrets(fault: Exception) -> None:
     bench = Bench({"a": fault}, 2)
     hold = bench.hold("a")
     hold.advance()
@@ -204,7 +204,7 @@ def test_an_adapter_of_another_base_fails_and_leaves_no_rows_behind(misfit: Lora
     bench.check()
 
 
-def test_an_abort_does_not_restart_anothers_read() -> None:
+def test_an_abort_does_not_restart_another_read() -> None:
     """Clients that give up while a slow adapter is read must not keep the others waiting for ever."""
     bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 4)
     first, second = bench.hold("a"), bench.hold("a", "b")
@@ -221,7 +221,7 @@ def test_an_abort_does_not_restart_anothers_read() -> None:
     assert bench.num_reads == 2
 
 
-def test_what_was_read_for_an_aborted_request_alone_is_dropped() -> None:
+def test_a_read_for_an_aborted_request_is_dropped() -> None:
     bench = Bench({"a": adapter(1.0)}, 1)
     for num_done in (0, 1):
         hold = bench.hold("a")
@@ -234,7 +234,7 @@ def test_what_was_read_for_an_aborted_request_alone_is_dropped() -> None:
     bench.ready("a")
 
 
-def test_what_was_to_be_read_for_an_aborted_request_alone_is_not() -> None:
+def test_a_queued_read_for_an_aborted_request_is_cancelled() -> None:
     """Others' reads wait behind it, which may take long where it has to be fetched."""
     bench = Bench({name: adapter(1.0) for name in "abc"}, 2)
     gone, stays = bench.hold("a", "b"), bench.hold("b", "c")
@@ -250,7 +250,7 @@ def test_what_was_to_be_read_for_an_aborted_request_alone_is_not() -> None:
     bench.ready("a")
 
 
-def test_a_read_that_has_begun_is_no_other_beside_itself_when_its_request_comes_again() -> None:
+def test_a_read_in_progress_is_reused_after_an_abort() -> None:
     """A client that gives up and asks anew, again and again, took one thread more each time."""
     slow = Bench({"slow": adapter(1.0), "quick": adapter(2.0)}, 2)
     for _ in range(3):
@@ -270,7 +270,7 @@ def test_a_read_that_has_begun_is_no_other_beside_itself_when_its_request_comes_
     assert slow.num_reads == 1
 
 
-def test_a_read_that_fails_when_nobody_waits_for_it_fails_nobody() -> None:
+def test_a_failed_read_without_a_waiting_request_is_ignored() -> None:
     bench = Bench({"a": adapter(1.0)}, 1)
     hold = bench.hold("a")
     hold.advance()
@@ -282,7 +282,7 @@ def test_a_read_that_fails_when_nobody_waits_for_it_fails_nobody() -> None:
     bench.ready("a")
 
 
-def test_those_who_come_again_leave_threads_to_others() -> None:
+def test_repeated_requests_leave_threads_to_others() -> None:
     """With threads, of which a slow adapter may have but one."""
     began, go, quick = threading.Semaphore(0), threading.Event(), threading.Event()
 
@@ -309,7 +309,7 @@ def test_those_who_come_again_leave_threads_to_others() -> None:
             go.set()
 
 
-def test_an_abort_while_rows_are_filled_keeps_them_until_that_is_over() -> None:
+def test_an_abort_frees_rows_only_after_they_are_filled() -> None:
     bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 1)
     first = bench.hold("a")
     first.advance()
@@ -350,7 +350,7 @@ def test_holds_of_the_same_adapter_share_its_rows() -> None:
     assert bench.pool._adapters["a"].num_holds == 1
 
 
-def test_a_hold_says_for_how_long_its_adapters_were_awaited() -> None:
+def test_a_hold_records_how_long_its_adapters_loaded() -> None:
     """From the first look to the one that finds them there; nothing where they were there at once."""
     bench = Bench({"a": adapter(1.0)}, 2)
     now = [10.0]
@@ -371,7 +371,7 @@ def test_a_hold_says_for_how_long_its_adapters_were_awaited() -> None:
     assert warm.loading is None
 
 
-def test_held_adapters_are_moved_together_if_the_free_rows_are_not_one_run() -> None:
+def test_adapters_are_moved_if_the_free_rows_are_not_one_run() -> None:
     """A large set used to wait until long answers ended, though there were rows enough for it."""
     bench = Bench({name: adapter(float(i), rank=2) for i, name in enumerate("abcd")}, 8)
     bench.library["large"] = adapter(9.0, rank=4)
@@ -390,7 +390,7 @@ def test_held_adapters_are_moved_together_if_the_free_rows_are_not_one_run() -> 
     bench.check()
 
 
-def test_adapters_that_are_being_filled_are_not_moved_and_the_set_is_tried_again_afterwards() -> None:
+def test_adapters_that_are_being_filled_are_not_moved() -> None:
     bench = Bench({name: adapter(float(i), rank=2) for i, name in enumerate("abc")}, 6)
     bench.library["large"] = adapter(9.0, rank=4)
     first = bench.ready("a")
@@ -421,7 +421,7 @@ def test_the_share_of_the_rows_counts_each_adapter_once() -> None:
     assert bench.pool.share([q]) == 1 / (8 * 2), "units of q: the largest share of any space, 2 of 32"
 
 
-def test_a_hold_fits_once_all_that_hold_what_is_in_its_way_would_be_released() -> None:
+def test_a_hold_fits_if_all_holds_in_its_way_would_be_released() -> None:
     bench = Bench({"a": adapter(1.0, rank=3), "b": adapter(2.0), "c": adapter(3.0, rank=3)}, 4)
     first, second, other = bench.ready("a"), bench.ready("a"), bench.ready("b")
     waiting = bench.hold("c")
@@ -438,7 +438,7 @@ def test_a_hold_fits_once_all_that_hold_what_is_in_its_way_would_be_released() -
     assert waiting.is_held
 
 
-def test_what_is_resident_is_not_counted_again_at_each_look() -> None:
+def test_the_resident_set_is_updated_incrementally() -> None:
     """A snapshot is taken twenty times a second, however many adapters there are."""
     bench = Bench({str(i): adapter(float(i)) for i in range(6)}, 4)
     for i in range(6):
@@ -461,7 +461,7 @@ def test_a_hold_that_hurries_is_ready_at_once_if_its_adapters_load_quickly() -> 
         assert hold.ready
 
 
-def test_a_hold_hurries_for_some_milliseconds_in_all() -> None:
+def test_a_hold_hurries_for_some_milliseconds_in_total() -> None:
     bench = Bench({"a": adapter(1.0)}, 2)
     hold = bench.hold("a")
     hold.advance()

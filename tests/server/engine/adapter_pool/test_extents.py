@@ -1,4 +1,4 @@
-"""Runs of rows against a plain set of free indices."""
+"""The allocator of rows against a set of free indices."""
 
 import pytest
 from hypothesis import given, settings
@@ -15,20 +15,20 @@ def first_fit(free: set[int], capacity: int, length: int) -> int | None:
 @given(st.integers(0, 40), st.lists(st.integers(1, 12) | st.floats(0, 1, exclude_max=True), max_size=60))
 def test_first_fit_and_joining(capacity: int, actions: list[int | float]) -> None:
     """An int allocates so many; a float releases the run at that share of those held."""
-    extents, free, held = Extents(capacity), set(range(capacity)), list[tuple[int, int]]()
+    extents, free, allocated = Extents(capacity), set(range(capacity)), list[tuple[int, int]]()
     for action in actions:
         if isinstance(action, int):
             start = extents.allocate(action)
             assert start == first_fit(free, capacity, action)
             if start is not None:
-                held.append((start, action))
+                allocated.append((start, action))
                 free -= set(range(start, start + action))
-        elif held:
-            start, length = held.pop(int(action * len(held)))
+        elif allocated:
+            start, length = allocated.pop(int(action * len(allocated)))
             extents.release(start, length)
             free |= set(range(start, start + length))
         assert extents.num_free == len(free)
-    for start, length in held:
+    for start, length in allocated:
         extents.release(start, length)
     assert extents.num_free == capacity
     assert not capacity or extents.allocate(capacity) == 0
@@ -39,7 +39,7 @@ def test_an_empty_pool_has_nothing() -> None:
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 4), (4, 4), (2, 3), (3, 1), (5, 2), (0, 10)])
-def test_what_is_free_can_not_be_released(start: int, length: int) -> None:
+def test_a_free_run_cannot_be_released(start: int, length: int) -> None:
     extents = Extents(10)
     assert extents.allocate(10) == 0
     extents.release(0, 4)
@@ -49,7 +49,7 @@ def test_what_is_free_can_not_be_released(start: int, length: int) -> None:
 
 
 @given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6))))
-def test_reset_leaves_just_what_is_taken(capacity: int, gaps_and_lengths: list[tuple[int, int]]) -> None:
+def test_reset_allocates_exactly_the_given_runs(capacity: int, gaps_and_lengths: list[tuple[int, int]]) -> None:
     taken: list[tuple[int, int]] = []
     end = 0
     for gap, length in gaps_and_lengths:

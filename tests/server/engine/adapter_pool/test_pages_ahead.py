@@ -1,4 +1,4 @@
-"""When the pool takes pages ahead: once a request has ended, and where an adapter has some that nobody had had."""
+"""The pool allocates pages ahead after a request has ended, if an adapter has used new ones."""
 
 import torch
 
@@ -11,7 +11,7 @@ from tests.server.engine.adapter_pool.pool_bench import HandExecutor
 SHAPE = BaseShape(2, dict.fromkeys(MODULES, (64, 32)))
 
 
-def test_pages_are_taken_when_a_request_has_ended() -> None:
+def test_pages_are_allocated_after_a_request_has_ended() -> None:
     rows = RankRows(
         SHAPE,
         max_rank=12,

@@ -1,4 +1,4 @@
-"""Tests of what a sampler must do run on both."""
+"""Run tests of sampling on both samplers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A sampler in 64 bits that knows what rounding may decide.
+"""A sampler in 64 bits that knows which choices rounding may affect.
 
 It tells which tokens a sampler in 32 bits may choose: those that its filters may leave, for all that 32 bits and
 the order of equals can do, and whose scores lie so close to the best one's that they may be the best.
@@ -19,7 +19,7 @@ _NOISE = 20.0  # larger than any
 
 
 def exact_noise(row: LogitsRow, vocab: int) -> Doubles:
-    """Of each token."""
+    """Return the exact noise of each token."""
     first, second = (int(word) for word in np.frombuffer(noise_key(row), np.uint32))
     x = np.arange(vocab, dtype=np.uint64) ^ np.uint64(first)
     word = np.uint64(0xFFFFFFFF)

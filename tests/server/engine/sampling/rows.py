@@ -1,4 +1,4 @@
-"""Rows for the sampler, and what transformers' filters make of them."""
+"""Rows for the sampler, and the filters of transformers."""
 
 from collections.abc import Sequence
 from typing import Any

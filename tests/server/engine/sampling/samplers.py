@@ -1,4 +1,4 @@
-"""The two samplers in one form: torch's, and the native one over logits of any width."""
+"""Both samplers with one signature: torch's, and the native one over logits of any width."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from server.engine.native_sampling import sample_natively
+from server.engine.native_backend import sample_natively
 from server.engine.sampling import LogitsRow, Sampled
 from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights, LayerWeights

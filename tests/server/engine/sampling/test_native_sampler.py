@@ -1,21 +1,21 @@
-"""The native sampler against torch's: the same tokens, but for those that rounding decides, and log-probabilities.
+"""The native sampler against torch's: equal tokens except by rounding, and log-probabilities.
 
 What both must do stands in the other tests here; a row's answer has the same bits for any number of threads.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine import sampling
-from server.engine.native_sampling import sample_natively
+from server.engine.native_backend import sample_natively
 from server.engine.sampling import LogitsRow, Sampled, constrain, penalize
 from server.engine.sequence import TokenCounts
 from server.model.native.sampling import SampleTable
@@ -31,16 +31,6 @@ INF = float("inf")
 @pytest.fixture(scope="module")
 def native() -> Sample:
     return native_sample(num_threads=2)
-
-
-@dataclass(frozen=True, eq=False)
-class Forbids:
-    """A constraint that forbids some tokens; one that has failed forbids None."""
-
-    mask: npt.NDArray[np.bool_] | None
-
-    def forbidden(self) -> npt.NDArray[np.bool_] | None:
-        return self.mask
 
 
 def logits_like(kind: str, seed: int, vocab: int) -> torch.Tensor:
@@ -104,7 +94,8 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[LogitsRow]]:
         if draw(st.integers(0, 3)) == 0:
             generator = np.random.default_rng(draw(st.integers(0, 100)))
             mask = generator.random(vocab) < draw(st.sampled_from([0.1, 0.9, 0.999]))
-            one = replace(one, constraint=Forbids(draw(st.sampled_from([mask, mask, mask, None]))))
+            mask_or_failed = draw(st.sampled_from([mask, mask, mask, None]))
+            one = replace(one, forbidden=partial(lambda found: found, mask_or_failed))
         rows.append(one)
     return torch.stack(logits), rows
 
@@ -142,7 +133,7 @@ def check_logprobs(found: Sampled, logits: torch.Tensor, one: LogitsRow) -> None
 
 @settings(deadline=None, max_examples=num_examples(1000))
 @given(batches())
-def test_the_token_is_torchs(native: Sample, batch: tuple[torch.Tensor, list[LogitsRow]]) -> None:
+def test_native_tokens_equal_torchs(native: Sample, batch: tuple[torch.Tensor, list[LogitsRow]]) -> None:
     logits, rows = batch
     ours, overwritten = logits.clone(), changed(logits, rows)
     found, theirs = native(ours, rows), sampling.sample(logits.clone(), rows)
@@ -168,7 +159,7 @@ def test_the_token_is_torchs(native: Sample, batch: tuple[torch.Tensor, list[Log
     ],
     ids=str,
 )
-def test_rounding_hardly_ever_decides(native: Sample, params: dict[str, Any], vocab: int) -> None:
+def test_rounding_rarely_changes_a_token(native: Sample, params: dict[str, Any], vocab: int) -> None:
     num = 60
     logits = torch.stack([logits_like("a model's", seed, vocab) for seed in range(num)])
     rows = [row(seed=seed, logprobs=3, **params) for seed in range(num)]
@@ -186,7 +177,7 @@ def test_rounding_hardly_ever_decides(native: Sample, params: dict[str, Any], vo
 
 @settings(deadline=None, max_examples=num_examples(100))
 @given(batches())
-def test_threads_and_company_change_no_bit(batch: tuple[torch.Tensor, list[LogitsRow]]) -> None:
+def test_threads_and_other_rows_change_no_bit(batch: tuple[torch.Tensor, list[LogitsRow]]) -> None:
     logits, rows = batch
     expected = native_sample(num_threads=1)(logits.clone(), rows)
     for num_threads in (2, 3, 4):
@@ -197,7 +188,7 @@ def test_threads_and_company_change_no_bit(batch: tuple[torch.Tensor, list[Logit
         assert repr(native_sample(num_threads=2)(logits[i : i + 1].clone(), [one])) == repr(expected[i : i + 1])
 
 
-def test_equals_go_by_their_ids(native: Sample) -> None:
+def test_ties_are_broken_by_token_id(native: Sample) -> None:
     """Those on a filter's border with the lowest ids are left, and each is drawn."""
     logits = torch.zeros(500, 992)
     logits[:, 900] = 1.0
@@ -247,7 +238,7 @@ def table(**asked: Any) -> SampleTable:
         ({"num_top": -1}, "row 0 wants -1 likeliest tokens of 0"),
     ],
 )
-def test_what_can_not_be_is_refused(asked: dict[str, Any], message: str) -> None:
+def test_invalid_parameters_are_refused(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         any_model(64, 1).sample(torch.zeros(1, 64), table(**asked))
     assert any_model(64, 1).sample(torch.zeros(1, 64), table()).token_ids[0] >= 0

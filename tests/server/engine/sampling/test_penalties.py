@@ -43,7 +43,7 @@ def by_hand(logits: Sequence[float], params: SamplingParams, biases: Mapping[int
         ({"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 2.0}, {7: 4.0}),
     ],
 )
-def test_what_is_added_to_logits(
+def test_penalties_and_biases_of_logits(
     sample: Sample, penalties: Mapping[str, Any], biases: Mapping[int, float]
 ) -> None:
     params = SamplingParams(temperature=0.0, logit_bias=tuple(biases.items()), **penalties)
@@ -77,7 +77,7 @@ def test_counts_follow_a_sequence_as_it_grows() -> None:
 
 
 class Counted(Sequence[int]):
-    """Token ids that count how often one is read."""
+    """Token ids that count their reads."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
@@ -96,20 +96,20 @@ class Counted(Sequence[int]):
         return found
 
 
-def test_a_token_is_counted_once_however_many_follow() -> None:
+def test_each_token_is_counted_once() -> None:
     token_ids = list(range(8000))
-    counted = Counted(token_ids)
+    token_reads = Counted(token_ids)
     row = LogitsRow(
-        SamplingParams(repetition_penalty=1.1, frequency_penalty=0.5), 0, 0, TokenCounts(counted, 8000)
+        SamplingParams(repetition_penalty=1.1, frequency_penalty=0.5), 0, 0, TokenCounts(token_reads, 8000)
     )
     assert row.penalized.seen.size == 8000
-    assert counted.num_reads <= 2 * 8000
+    assert token_reads.num_reads <= 2 * 8000
     for token_id in range(20):
-        counted.num_reads = 0
+        token_reads.num_reads = 0
         token_ids.append(token_id)
         penalized = row.penalized
         assert penalized.penalties.tolist() == [0.5] * (token_id + 1)
-        assert counted.num_reads <= 2
+        assert token_reads.num_reads <= 2
 
 
 def test_a_penalty_waits_for_the_first_token(sample: Sample) -> None:
@@ -119,7 +119,7 @@ def test_a_penalty_waits_for_the_first_token(sample: Sample) -> None:
     assert torch.equal(logits, plain)
 
 
-def test_log_probabilities_are_the_models_own(sample: Sample) -> None:
+def test_log_probabilities_are_the_models(sample: Sample) -> None:
     """They are of the logits before anything is added."""
     logits = logits_of(5)
     expected = logits[0].log_softmax(-1)
@@ -134,7 +134,7 @@ def test_log_probabilities_are_the_models_own(sample: Sample) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("repetition_penalty", 1.1), ("presence_penalty", 0.1), ("frequency_penalty", -0.1)]
 )
-def test_the_common_case_is_told_apart(field: str, value: float) -> None:
+def test_requests_without_penalties_are_recognized(field: str, value: float) -> None:
     assert not SamplingParams().changes_logits
     params: dict[str, Any] = {field: value}
     assert SamplingParams(**params).changes_logits

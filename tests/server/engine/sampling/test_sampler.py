@@ -1,4 +1,4 @@
-"""Filters, penalty and log-probabilities against transformers' own."""
+"""Filters, penalties and log-probabilities against those of transformers."""
 
 import itertools
 import random
@@ -19,7 +19,7 @@ from tests.server.engine.sampling.samplers import Sample
 
 
 def kept(logits: torch.Tensor, one: LogitsRow) -> set[int]:
-    """The tokens that the row's filters leave."""
+    """Return the tokens that the row's filters leave."""
     scaled = logits / one.params.temperature
     ((_, scores, token_ids),) = _candidates(scaled[None], [one])
     scores = _min_p(scores, [one])
@@ -83,14 +83,14 @@ def test_filters_keep_what_transformers_keeps_at_random(
         assert len(differing) <= 1
 
 
-def test_the_likeliest_token_is_always_left() -> None:
+def test_filters_always_keep_the_likeliest_token() -> None:
     logits = logits_of(3)[0]
     for one in (row(top_p=1e-9), row(min_p=1.0), row(top_k=1), row(top_p=1e-9, min_p=1.0, top_k=1)):
         assert kept(logits, one) == {int(logits.argmax())}
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
-def test_repetition_penalty_is_transformers_own(sample: Sample, penalty: float) -> None:
+def test_the_repetition_penalty_matches_transformers(sample: Sample, penalty: float) -> None:
     rng = random.Random(0)
     logits = logits_of(4, rows=6, spread=1.0)
     histories = [[rng.randrange(VOCAB) for _ in range(n)] for n in (1, 2, 5, 300, 1500)] + [
@@ -134,7 +134,7 @@ def test_more_logprobs_than_tokens(sample: Sample) -> None:
 @pytest.mark.parametrize(
     "how", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"min_p": 0.1, "repetition_penalty": 1.3}]
 )
-def test_logits_that_are_no_numbers_have_no_token(sample: Sample, what: float, how: dict[str, Any]) -> None:
+def test_nan_and_infinite_logits_give_no_token(sample: Sample, what: float, how: dict[str, Any]) -> None:
     logits = logits_of(8, rows=4)
     logits[0], logits[2, 77] = what, what
     rows = [row(logprobs=2, **how), row(logprobs=2), row(logprobs=2, **how), row(temperature=0.0)]
@@ -146,7 +146,7 @@ def test_logits_that_are_no_numbers_have_no_token(sample: Sample, what: float, h
         assert found[i].token_id is not None
 
 
-def test_filters_do_not_change_the_stream(sample: Sample) -> None:
+def test_filters_do_not_change_the_noise(sample: Sample) -> None:
     """A filter that drops nothing leaves the same draws, though it computes them another way."""
     logits = logits_of(7, spread=1.0).expand(300, -1)
     plain = sample(logits.clone(), [row(seed=seed) for seed in range(300)])

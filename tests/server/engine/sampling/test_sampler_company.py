@@ -1,4 +1,4 @@
-"""No row depends on its company, bit for bit: neither on how many there are nor on what the others ask for.
+"""A row's bits don't depend on the other rows of its batch.
 
 Logits are coarse, so that many are equal, and top-p lies on the border of a token: the order of equals and the
 last bit of a sum decide what is left.
@@ -72,7 +72,7 @@ def plain(**asked: Any) -> Params:
 @example([plain(top_k=5), plain(top_k=400)])
 @example([plain(top_k=50, border=5), plain(border=2000, spread=0.3)])  # one falls back to the whole vocabulary
 @example([plain(top_k=2999), plain(border=300, spread=0.3), plain(top_k=2999)])  # to where the others begin
-def test_a_row_draws_the_same_in_any_company(sample: Sample, many: list[Params]) -> None:
+def test_a_row_draws_the_same_in_any_batch(sample: Sample, many: list[Params]) -> None:
     logits, rows = rows_of(many)
     together = sample(logits.clone(), rows)
     backwards = sample(logits.flip(0), rows[::-1])
@@ -94,7 +94,7 @@ def candidates_of(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> list[dict[
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_what_filters_leave_is_the_same_in_any_company(num_threads: int) -> None:
+def test_filters_leave_the_same_tokens_in_any_batch(num_threads: int) -> None:
     """For many borders. Alone, so long a row is summed up by all threads where the sum is torch's own."""
     torch.set_num_threads(num_threads)
     logits = coarse_logits(3, 2.0, vocab=40_000)
@@ -111,7 +111,7 @@ def test_what_filters_leave_is_the_same_in_any_company(num_threads: int) -> None
     assert len(sizes) > 20
 
 
-def test_one_row_that_needs_the_whole_vocabulary_needs_it_alone() -> None:
+def test_only_rows_that_need_it_sort_the_whole_vocabulary() -> None:
     """Sorting everything takes long: the others are not sorted with it."""
     logits = torch.stack([coarse_logits(1, 3.0), coarse_logits(2, 0.3), coarse_logits(3, 3.0)])
     shapes = [

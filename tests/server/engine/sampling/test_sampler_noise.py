@@ -17,7 +17,7 @@ from tests.server.engine.sampling.rows import kept_by_transformers, row
 from tests.server.engine.sampling.samplers import Sample
 
 
-def test_the_stream_is_decided_by_seed_choice_and_position_alone() -> None:
+def test_noise_depends_on_seed_choice_and_position_only() -> None:
     tokens = torch.arange(500)[None]
     same = [row(seed=7, index=1, position=3), row(seed=7, index=1, position=3, token_ids=[4, 5], temperature=0.1)]
     first, second = gumbel(same, tokens)
@@ -120,7 +120,7 @@ def test_draws_follow_the_softmax(sample: Sample, params: dict[str, Any], over: 
     assert chi_square(tokens, probabilities) < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
 
 
-def test_a_token_of_one_in_a_thousand_comes_up_as_often(sample: Sample) -> None:
+def test_a_rare_token_is_drawn_at_its_probability(sample: Sample) -> None:
     logits = torch.zeros(1001)
     rows = [row(seed=seed) for seed in range(20_000)]
     counts = Counter(s.token_id for s in sample(logits.repeat(20_000, 1), rows))

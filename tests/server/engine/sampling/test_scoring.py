@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens against Hugging Face's log-softmax, however their chunks fall."""
+"""Scores of given tokens against Hugging Face's log-softmax, in any chunks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -133,7 +133,7 @@ def test_scores_survive_preemption(tiny_base: BaseModel) -> None:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_those_who_generate_beside_it_notice_nothing(tiny_base: BaseModel) -> None:
+def test_scoring_does_not_affect_concurrent_generation(tiny_base: BaseModel) -> None:
     adapters = library(tiny_base, 2)
     requests = [GenerationRequest(f"g{n}", prompt(20, n), GREEDY, refs(**{f"{n % 2:02}": 1.0})) for n in range(4)]
     alone = run(build_engine(tiny_base, adapters), requests)
@@ -164,7 +164,7 @@ def test_scores_that_overflow_under_adapters_are_invalid_input(tiny_base: BaseMo
     assert outputs[-1].finish_reason == "abort"
 
 
-def test_scores_that_overflow_in_the_base_are_the_servers_fault(tiny_base: BaseModel) -> None:
+def test_scores_that_overflow_in_the_base_are_a_server_error(tiny_base: BaseModel) -> None:
     engine = build_engine(tiny_base, model=overflowing(tiny_base))
     engine.add(scoring("a", 20, 5))
     outputs = []
@@ -173,7 +173,7 @@ def test_scores_that_overflow_in_the_base_are_the_servers_fault(tiny_base: BaseM
     assert isinstance(outputs[-1].error, GenerationFailed)
 
 
-def test_generating_again_after_scoring_finds_its_blocks(tiny_base: BaseModel) -> None:
+def test_generating_after_scoring_uses_its_cached_blocks(tiny_base: BaseModel) -> None:
     """What scoring computed is shared like any other prefix."""
     engine = build_engine(tiny_base)
     score(engine, [scoring("s", 50, 10)])

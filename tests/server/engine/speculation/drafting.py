@@ -1,4 +1,4 @@
-"""Engines that draft whatever they can guess, or nothing, whatever the machine's speed says."""
+"""Engines that always draft or never draft, whatever the machine's speed."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,18 +23,18 @@ class SetCosts(RowCosts):
 
 
 def drafting(engine: Engine, cost: float = 0.0) -> Engine:
-    """The engine, from now on with this cost of a drafted token."""
+    """Set the cost of a drafted token, and return the engine."""
     engine.speculator.costs = SetCosts(cost)
     return engine
 
 
 def without(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-    """The requests with speculation "off"."""
+    """Return the requests with speculation off."""
     return [replace(r, sampling=replace(r.sampling, speculates=False)) for r in requests]
 
 
 def check_identity(plain: Engine, engine: Engine, requests: Sequence[GenerationRequest]) -> Results:
-    """What comes out of `engine`, which must be what `plain` makes of the requests without drafts, bit for bit.
+    """Return the answers of `engine`, and check that they equal those of `plain` without drafts bit for bit.
 
     Between steps nobody holds blocks for a draft.
     """
@@ -52,10 +52,10 @@ def check_identity(plain: Engine, engine: Engine, requests: Sequence[GenerationR
 
 
 class TimedRunner(Runner):
-    """The engine's runner, by whose clock a step takes a second, and each drafted token `cost` more."""
+    """A runner with a clock by which a step takes a second, and each drafted token `cost` more."""
 
     def __init__(self, runner: Runner, cost: float) -> None:
-        super().__init__(runner.forward)
+        super().__init__(runner.backend)
         self.cost = cost
         self.now = 0.0
 

@@ -1,4 +1,4 @@
-"""Drafts change no bit: tokens, log-probabilities, texts and ends are those of plain decoding, on a tiny base."""
+"""Drafts change no bit of tokens, log-probabilities, texts and ends, on a tiny base."""
 
 import json
 import random
@@ -79,7 +79,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def repeating(length: int, period: int, seed: int = 0) -> tuple[int, ...]:
-    """A prompt that says the same again and again."""
+    """Return a prompt that repeats itself."""
     phrase = random.Random(seed).choices(range(100, 500), k=period)
     return tuple(phrase[i % period] for i in range(length))
 
@@ -98,18 +98,18 @@ def requests_of_all_kinds(max_tokens: int = 60) -> list[GenerationRequest]:
     ]
 
 
-def test_in_company_under_all_kinds_of_sampling(bench: Bench) -> None:
+def test_drafts_change_no_answer_in_a_batch(bench: Bench) -> None:
     bench.check(requests_of_all_kinds(), max_num_seqs=64)
 
 
-def test_each_alone(bench: Bench) -> None:
+def test_drafts_change_no_answer_alone(bench: Bench) -> None:
     for request in requests_of_all_kinds():
         engine = drafting(bench.engine())
         check_identity(bench.engine(), engine, [request])
         check_idle(engine)
 
 
-def test_with_few_blocks_and_preemptions(bench: Bench) -> None:
+def test_drafts_with_few_blocks_and_preemptions(bench: Bench) -> None:
     num_preemptions = num_accepted = 0
     for num_blocks in (18, 24, 30):
         engine = drafting(bench.engine(num_blocks=num_blocks))
@@ -140,7 +140,7 @@ def test_stop_strings_and_limits_inside_a_draft(bench: Bench, period: int, seed:
 
 
 def test_the_prefix_cache_knows_the_same_blocks(bench: Bench) -> None:
-    """None of a draft that failed, and all of one that came true; what is in them is what decoding puts there."""
+    """Rejected drafts register no block, and accepted ones all, with the content of plain decoding."""
     num_drafted = num_accepted = 0
     for seed in range(4):
         sampling = replace(GREEDY, temperature=(0.3, 0.7)[seed % 2], max_tokens=100, seed=seed)
@@ -152,8 +152,8 @@ def test_the_prefix_cache_knows_the_same_blocks(bench: Bench) -> None:
         assert set(engine.blocks.cached_keys()) == set(plain.blocks.cached_keys())
         turn = replace(request, prompt_token_ids=(*request.prompt_token_ids, *answer.token_ids, 7, 8, 9))
         second = run(engine, without([turn]))["a", 0]
-        told = len(request.prompt_token_ids) + len(answer.token_ids) - 1
-        assert second.num_cached_tokens == told // 16 * 16
+        num_known = len(request.prompt_token_ids) + len(answer.token_ids) - 1
+        assert second.num_cached_tokens == num_known // 16 * 16
         fresh = run(bench.engine(), without([turn]))["a", 0]
         assert replace(second, num_cached_tokens=0) == replace(fresh, num_cached_tokens=0)
     assert num_drafted - num_accepted > num_accepted / 10 > 1
@@ -166,7 +166,7 @@ GRAMMARS = (
 )
 
 
-def test_grammars_are_followed_as_without(bench: Bench) -> None:
+def test_drafts_change_no_answer_under_a_grammar(bench: Bench) -> None:
     requests = []
     for number, grammar in enumerate(GRAMMARS):
         bench.guidance.check(grammar)
@@ -183,7 +183,7 @@ def test_grammars_are_followed_as_without(bench: Bench) -> None:
     assert {result.finish_reason for result in results.values()} == {"stop", "length"}
 
 
-def test_what_a_grammar_forces_takes_no_steps(bench: Bench) -> None:
+def test_forced_tokens_take_no_steps(bench: Bench) -> None:
     """An answer that is mostly keys and brackets comes several tokens a step, the same ones, of any prompt."""
     schema = {"type": "object", "properties": {name: {"type": "boolean"} for name in ("first", "second", "third")}}
     grammar = Grammar("json_schema", json.dumps({**schema, "required": [*schema["properties"]]}))
@@ -198,7 +198,7 @@ def test_what_a_grammar_forces_takes_no_steps(bench: Bench) -> None:
     assert engine.stats.steps < plain.stats.steps / 2
 
 
-def test_a_request_that_wants_none_gets_none_beside_others(bench: Bench) -> None:
+def test_a_request_can_opt_out_of_drafts(bench: Bench) -> None:
     request = GenerationRequest("a", repeating(60, 5), replace(GREEDY, max_tokens=40))
     engine = drafting(bench.engine())
     run(engine, without([request]))
@@ -209,15 +209,15 @@ def test_a_request_that_wants_none_gets_none_beside_others(bench: Bench) -> None
     assert engine.stats.steps < 2 * 40
 
 
-def test_where_a_row_is_dear_nothing_is_drafted(bench: Bench) -> None:
+def test_no_tokens_are_drafted_if_rows_are_expensive(bench: Bench) -> None:
     engine = drafting(bench.engine(), cost=1.0)
     check_identity(bench.engine(), engine, requests_of_all_kinds(30))
     assert engine.stats.drafted_tokens == 0
 
 
 @pytest.mark.parametrize(("cost", "most"), [(0.01, 0.75), (0.1, 0.9), (1.0, 1.03)])
-def test_what_a_row_is_measured_to_cost_decides(bench: Bench, cost: float, most: float) -> None:
-    """By the engine's clock: drafts save time, or lose little where each takes as long as a step."""
+def test_the_measured_cost_of_a_row_decides(bench: Bench, cost: float, most: float) -> None:
+    """Drafts save time by the engine's clock, or lose little if each takes as long as a step."""
     requests, took = requests_of_all_kinds(100), []
     for wanted in (without(requests), requests):
         engine = bench.engine()
@@ -229,8 +229,8 @@ def test_what_a_row_is_measured_to_cost_decides(bench: Bench, cost: float, most:
     assert took[1] < most * took[0]
 
 
-def test_torch_drafts_nothing(bench: Bench) -> None:
-    """Its products round one way for a row, another for several."""
+def test_the_torch_backend_does_not_draft(bench: Bench) -> None:
+    """Its products round differently for one row than for several."""
     engine = drafting(build_engine(bench.base))
     run(engine, [GenerationRequest("a", repeating(60, 5), GREEDY)])
     assert engine.stats.drafted_tokens == 0
@@ -238,7 +238,7 @@ def test_torch_drafts_nothing(bench: Bench) -> None:
 
 @settings(max_examples=num_examples(25), deadline=None)
 @given(data=st.data())
-def test_any_requests(bench: Bench, data: st.DataObject) -> None:
+def test_random_requests_with_drafts(bench: Bench, data: st.DataObject) -> None:
     """Hypothesis chooses prompts of few words, samplings, costs and limits."""
     draw = data.draw
     requests = []

@@ -1,4 +1,4 @@
-"""Guesses from what a sequence has already, against a search that looks at every place."""
+"""Guesses of prompt lookup against an exhaustive search."""
 
 import random
 
@@ -30,7 +30,7 @@ def found(lookup: PromptLookup, token_ids: list[int], max_tokens: int) -> tuple[
 
 
 @pytest.mark.parametrize("num_words", [1, 2, 3, 8, 20])
-def test_the_latest_of_the_longest_matches_is_gone_on_with(num_words: int) -> None:
+def test_the_latest_of_the_longest_matches_is_continued(num_words: int) -> None:
     """Token ids whose bytes look like others' when they are read from the middle of a token on."""
     words = [1 + 256**i % 65_000 * j for i in range(3) for j in range(1, 1 + -(-num_words // 3))][:num_words]
     num_found = 0
@@ -46,7 +46,7 @@ def test_the_latest_of_the_longest_matches_is_gone_on_with(num_words: int) -> No
     assert num_found > 30
 
 
-def test_bytes_that_are_no_tokens_are_not_found() -> None:
+def test_unaligned_bytes_do_not_match() -> None:
     """0x01010101 repeated: the pair's bytes also stand across the borders of others."""
     one, other = 0x01010101, 0x01010100
     assert found(PromptLookup(), [one, one, other, one, one], 2) == ([other, one], 2)
@@ -55,11 +55,11 @@ def test_bytes_that_are_no_tokens_are_not_found() -> None:
     assert found(PromptLookup(), [one, one, 0x01010102, 3, 0x02010101, one], 1) is None
 
 
-def test_a_guess_goes_round() -> None:
+def test_a_guess_repeats_at_the_sequences_end() -> None:
     assert found(PromptLookup(), [9, 1, 2, 3, 1, 2, 3, 1, 2], 7) == ([3, 1, 2, 3, 1, 2, 3], 5)
     assert found(PromptLookup(), [4, 4, 4], 3) == ([4, 4, 4], 2)
 
 
 @pytest.mark.parametrize("token_ids", [[1], [1, 1], [1, 2, 3], [1, 2, 1]])
-def test_without_two_tokens_that_stood_there_before_there_is_no_guess(token_ids: list[int]) -> None:
+def test_a_guess_needs_two_matching_tokens(token_ids: list[int]) -> None:
     assert found(PromptLookup(), token_ids, 4) is None

@@ -1,4 +1,4 @@
-"""The same on the real base, whose answers do repeat what they were asked: all kinds of requests."""
+"""Drafts change no bit on the real base, whose answers repeat parts of their prompts."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How many tokens are drafted: against all choices there are, and by how often guesses came true."""
+"""Draft sizes against all possible choices, and acceptance by correct guesses."""
 
 import itertools
 import random
@@ -9,12 +9,12 @@ from server.engine.speculation import Acceptance, draft_sizes
 
 
 def rate(num_decoding: int, chances: list[list[float]], cost: float, sizes: tuple[int, ...]) -> float:
-    """Tokens a step, by its time."""
+    """Return the tokens of a step per time."""
     tokens = sum(sum(of_guess[:size]) for of_guess, size in zip(chances, sizes, strict=True))
     return (num_decoding + tokens) / (1 + cost * sum(sizes))
 
 
-def test_the_sizes_bring_the_most_tokens_a_second() -> None:
+def test_draft_sizes_maximize_the_throughput() -> None:
     drafted = set()
     for seed in range(200):
         rng = random.Random(seed)
@@ -33,7 +33,7 @@ def test_the_sizes_bring_the_most_tokens_a_second() -> None:
     assert {0, 9} < drafted
 
 
-def test_the_likeliest_come_first_where_there_is_room_for_few() -> None:
+def test_the_likeliest_guesses_are_drafted_first() -> None:
     chances = [[0.9, 0.3], [0.8, 0.7], [0.2, 0.1]]
     assert [draft_sizes(3, chances, 0.01, num) for num in range(5)] == [
         [0, 0, 0],
@@ -44,7 +44,7 @@ def test_the_likeliest_come_first_where_there_is_room_for_few() -> None:
     ]
 
 
-def test_chances_follow_what_came_true() -> None:
+def test_acceptance_follows_correct_guesses() -> None:
     acceptance = Acceptance()
     (before,) = acceptance.chances(2, 1)
     for _ in range(40):
@@ -56,7 +56,7 @@ def test_chances_follow_what_came_true() -> None:
     assert seldom < 0.05 < before < 0.95 < often
 
 
-def test_a_token_behind_a_guessed_one_counts_with_the_longer_match() -> None:
+def test_each_guessed_token_lengthens_the_match() -> None:
     """Which is why the chances of a guess depend on what became of longer ones, but not on shorter ones."""
     acceptance = Acceptance()
     for _ in range(100):

@@ -1,9 +1,10 @@
-"""Which chunks get a draft, and of how many tokens; what it takes and gives back."""
+"""The chunks that get a draft, its length, and the blocks that it takes and frees."""
 
 from collections.abc import Sequence as Seq
 
 import pytest
 
+from server.engine.guidance import Constraint
 from server.engine.kv_cache import BlockManager
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Drawn
@@ -20,7 +21,7 @@ PROMPT = (*range(20), *range(4))
 def decoding(
     blocks: BlockManager, prompt: Seq[int] = PROMPT, max_tokens: int = 64, speculates: bool = True
 ) -> Sequence:
-    """A sequence that has computed its prompt but for the last token."""
+    """Return a sequence that has computed its prompt except the last token."""
     params = SamplingParams(max_tokens=max_tokens, speculates=speculates)
     sequence = Sequence(GenerationRequest("a", tuple(prompt), params), 0, 0.0, blocks.block_size)
     assert blocks.admit(sequence, num_spare_blocks=0)
@@ -44,7 +45,7 @@ def draft(blocks: BlockManager, sequence: Sequence, cost: float = 0.0) -> tuple[
     return chunk.draft
 
 
-def test_what_followed_the_last_tokens_is_drafted() -> None:
+def test_tokens_that_followed_before_are_drafted() -> None:
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks)
     speculator = speculator_of(blocks)
@@ -59,13 +60,13 @@ def test_what_followed_the_last_tokens_is_drafted() -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "num_drafted"), [(1, 0), (2, 1), (9, 8), (16, MAX_DRAFT), (64, MAX_DRAFT)])
-def test_no_more_is_drafted_than_may_follow(max_tokens: int, num_drafted: int) -> None:
-    """A token is drawn behind the draft, and it is the last one at the latest."""
+def test_a_draft_respects_max_tokens(max_tokens: int, num_drafted: int) -> None:
+    """The token drawn after the draft is at most the last one."""
     blocks = BlockManager(9, 16)
     assert len(draft(blocks, decoding(blocks, max_tokens=max_tokens))) == num_drafted
 
 
-def test_whoever_wants_none_gets_none() -> None:
+def test_drafts_can_be_turned_off() -> None:
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks, speculates=False)
     assert draft(blocks, sequence) == ()
@@ -74,20 +75,20 @@ def test_whoever_wants_none_gets_none() -> None:
     assert Speculator(blocks, [EOS], 32, is_on=False).extend(chunks) == chunks
 
 
-class Forcing:
+class Forcing(Constraint):
     """A grammar that leaves no choice of the next tokens, as far as a speculator sees it."""
 
     error = None
     awaits_mask = False
+    is_complete = False
     max_draft = 1000
 
     def __init__(self, *token_ids: int, end: int | None = None) -> None:
-        self._token_ids = token_ids
-        self._end = end  # what completes it
-        self.is_complete = False
+        self._left = token_ids
+        self._end = end  # the token that completes it
 
-    def forced(self, max_tokens: int) -> Seq[int]:
-        return self._token_ids[:max_tokens]
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
+        return self._left[:max_tokens]
 
     def num_allowed(self, token_ids: Seq[int]) -> int:
         return len(token_ids)
@@ -96,7 +97,7 @@ class Forcing:
         return None
 
     def accept(self, token_id: int) -> None:
-        self._token_ids = self._token_ids[1:]
+        self._left = self._left[1:]
 
     def after(self, token_ids: Seq[int]) -> "Forcing":
         moved = Forcing(end=self._end)
@@ -104,8 +105,8 @@ class Forcing:
         return moved
 
 
-def test_what_a_grammar_forces_is_drafted() -> None:
-    """In the place of what followed once, as far as tokens may follow, though a row costs nearly a step."""
+def test_forced_tokens_are_drafted() -> None:
+    """Forced tokens replace a guess, respect max_tokens, and are drafted even if rows are expensive."""
     blocks = BlockManager(9, 16)
     for max_tokens, token_ids, expected in (
         (64, (70, 71, 72), (70, 71, 72)),
@@ -119,8 +120,8 @@ def test_what_a_grammar_forces_is_drafted() -> None:
         blocks.free(sequence)
 
 
-def test_what_completes_a_grammar_is_not_drafted() -> None:
-    """It is drawn behind the token before it, and nothing is behind itself."""
+def test_the_completing_token_is_not_drafted() -> None:
+    """It is drawn after the token before it, and no token follows it."""
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks)
     sequence.constraint = Forcing(70, 71, 72, end=72)
@@ -130,7 +131,7 @@ def test_what_completes_a_grammar_is_not_drafted() -> None:
 
 
 def test_forced_tokens_teach_nothing() -> None:
-    """They come true whatever guesses are worth."""
+    """Forced tokens are always correct, so they don't show how good guesses are."""
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks)
     speculator = speculator_of(blocks)
@@ -143,21 +144,21 @@ def test_forced_tokens_teach_nothing() -> None:
     assert vars(speculator._states[sequence].acceptance) == vars(Acceptance())
 
 
-def test_prompts_are_read_without_drafts() -> None:
+def test_prompts_have_no_drafts() -> None:
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks)
     for chunk in (Chunk(sequence, 0, 20), Chunk(sequence, 0, 24), Chunk(sequence, 22, 23)):
         assert list(speculator_of(blocks).extend([chunk])) == [chunk]
 
 
-def test_an_end_is_not_drafted() -> None:
+def test_end_tokens_are_not_drafted() -> None:
     blocks = BlockManager(9, 16)
     prompt = (0, 1, 2, 3, EOS, 5, 0, 1)
     assert draft(blocks, decoding(blocks, prompt)) == (2, 3)
     assert draft(blocks, decoding(blocks, (0, 1, EOS, 2, 0, 1))) == ()
 
 
-def test_a_dear_row_is_not_drafted() -> None:
+def test_an_expensive_row_is_not_drafted() -> None:
     blocks = BlockManager(9, 16)
     sizes = [len(draft(blocks, decoding(BlockManager(9, 16)), cost=cost)) for cost in (0.0, 0.1, 0.3, 1.0)]
     assert sizes[0] == MAX_DRAFT > sizes[1] > sizes[2]
@@ -165,15 +166,15 @@ def test_a_dear_row_is_not_drafted() -> None:
 
 
 @pytest.mark.parametrize("num_usable", [2, 3])
-def test_a_draft_takes_free_blocks_alone(num_usable: int) -> None:
-    """Where there is none it ends with the block that the sequence has."""
+def test_a_draft_only_takes_free_blocks(num_usable: int) -> None:
+    """Without free blocks the draft ends with the sequence's last block."""
     blocks = BlockManager(num_usable + 1, 16)
     sequence = decoding(blocks)
     assert len(draft(blocks, sequence)) == (8 if num_usable == 2 else MAX_DRAFT)
     blocks.check([sequence])
 
 
-def test_a_block_of_a_draft_that_failed_goes_back_and_is_the_next_to_be_used() -> None:
+def test_a_rejected_drafts_block_is_reused_first() -> None:
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks)
     table = list(sequence.block_table)
@@ -199,8 +200,8 @@ def test_drafts_share_the_rows_that_the_batch_leaves() -> None:
     assert list(speculator_of(blocks, 16).extend(full)) == full
 
 
-def test_what_was_drawn_teaches_even_where_nothing_was_drafted() -> None:
-    """Guesses that fail are given up, and taken up again when they come true."""
+def test_acceptance_is_learnt_without_drafts() -> None:
+    """Drafting stops after wrong guesses, and resumes when guesses are correct again."""
     blocks = BlockManager(30, 16)
     sequence = decoding(blocks, (*range(50), *range(4)), max_tokens=200)
     speculator = speculator_of(blocks, cost=0.3)
@@ -242,7 +243,7 @@ def tokens(*token_ids: int | None) -> tuple[Sampled, ...]:
         ((5,), (None, 6), (None,)),
     ],
 )
-def test_what_plain_decoding_would_have_drawn(
+def test_agreed_tokens_equal_plain_decoding(
     draft: tuple[int, ...], drawn: tuple[int | None, ...], agreed: tuple[int | None, ...]
 ) -> None:
     sequence = decoding(BlockManager(9, 16))

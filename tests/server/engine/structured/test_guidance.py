@@ -1,4 +1,4 @@
-"""Grammars: which tokens they allow, against a language listed by hand, and which are refused, and how fast."""
+"""Grammars: allowed tokens against a listed language, refusals, and the time of checks."""
 
 import json
 import operator
@@ -35,7 +35,7 @@ EOS = (0, 2)
 
 @pytest.fixture(scope="module")
 def real_guidance(base_dir: Path) -> Iterator[Guidance]:
-    """Of SmolLM2's tokenizer, whose end token is 2."""
+    """Return a `Guidance` of SmolLM2's tokenizer, whose end token is 2."""
     guidance = Guidance((base_dir / "tokenizer.json").read_text(encoding="utf-8"), 49152, (2,))
     yield guidance
     guidance.close()
@@ -48,7 +48,7 @@ def guidance() -> Iterator[Guidance]:
     guidance.close()
 
 
-def test_masks_are_the_languages_own(guidance: Guidance) -> None:
+def test_masks_match_the_language(guidance: Guidance) -> None:
     """Along random walks, including through a character of two bytes."""
     names = token_bytes(own(tiny_tokenizer()))
     guidance.check(CODES.grammar)
@@ -74,7 +74,7 @@ def test_masks_are_the_languages_own(guidance: Guidance) -> None:
     assert ends == {True, False}  # by itself, and by an end token
 
 
-def test_each_sequence_has_its_own_place(guidance: Guidance) -> None:
+def test_each_sequence_has_its_own_state(guidance: Guidance) -> None:
     grammar = Grammar("regex", "[ab]c")
     guidance.check(grammar)
     first, second = guidance.constraint(grammar), guidance.constraint(grammar)
@@ -94,7 +94,7 @@ def mask(constraint: Constraint) -> list[bool]:
 
 
 @pytest.mark.thorough
-def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
+def test_a_forced_token_is_the_only_continuation(guidance: Guidance) -> None:
     """Along random walks: nothing else is allowed but other splits of the same text, whose longest token is told;
     where there is a choice, nothing is."""
     names = token_bytes(own(tiny_tokenizer()))
@@ -109,9 +109,9 @@ def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
             forced = constraint.forced(99)
             assert constraint.forced(2) == forced[:2]
             for place, token_id in enumerate(forced):
-                told = constraint.after(forced[:place])
-                assert allowed_by(told) == [token_id]
-                assert told.forced(99) == forced[place:]
+                moved = constraint.after(forced[:place])
+                assert allowed_by(moved) == [token_id]
+                assert moved.forced(99) == forced[place:]
                 splits = [names.bytes_of(split) for split in allowed_anew(constraint, forced[:place])]
                 assert max(splits, key=len) == names.bytes_of(token_id)
                 assert all(names.bytes_of(token_id).startswith(split) for split in splits)
@@ -131,7 +131,7 @@ def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
 
 
 def allowed_anew(constraint: Constraint, then: Sequence[int] = ()) -> list[int]:
-    """By a matcher that was never asked what is forced."""
+    """Return the allowed tokens of a matcher that was never asked for forced ones."""
     matcher = constraint._compile_again()
     matcher.consume_tokens([*constraint._token_ids, *then])
     allowed: list[int] = np.frombuffer(matcher.compute_logit_bias(), np.uint8).nonzero()[0].tolist()
@@ -208,7 +208,7 @@ ENDLESS = {"const": "ab" * 500}  # 30,000 tokens of it, of which nobody asks for
         ),
     ],
 )
-def test_what_is_forced_for_long_takes_no_longer(guidance: Guidance, grammar: Grammar, begins: str) -> None:
+def test_long_forced_text_costs_no_more_per_token(guidance: Guidance, grammar: Grammar, begins: str) -> None:
     """A few dozen characters are enough for megabytes of text without a choice, behind one that no trial makes."""
     guidance.check(grammar)
     constraint = guidance.constraint(grammar)
@@ -249,7 +249,7 @@ def allowed_by(constraint: Constraint) -> list[int]:
 
 
 def test_a_draft_is_followed_by_a_copy(guidance: Guidance) -> None:
-    """As far as it may be; the sequence's own place stays where it is."""
+    """The sequence's own state doesn't change."""
     grammar = Grammar("regex", "(ab|cd){3}")
     guidance.check(grammar)
     a, b, c, d, x = (tiny_tokenizer().encode(letter)[0] for letter in "abcdx")
@@ -266,7 +266,7 @@ def test_a_draft_is_followed_by_a_copy(guidance: Guidance) -> None:
     assert mask(constraint) == mask(guidance.constraint(grammar))
 
 
-def test_a_draft_that_can_not_be_followed_is_not_the_sequence_s_fault(guidance: Guidance) -> None:
+def test_a_failing_draft_does_not_fail_the_sequence(guidance: Guidance) -> None:
     grammar = Grammar("regex", "ab")
     guidance.check(grammar)
     a, x = (tiny_tokenizer().encode(letter)[0] for letter in "ax")
@@ -292,7 +292,7 @@ def test_a_draft_that_can_not_be_followed_is_not_the_sequence_s_fault(guidance: 
         HOSTILE_REGEX,
     ],
 )
-def test_a_regex_that_is_refused(guidance: Guidance, regex: str) -> None:
+def test_invalid_regexes_are_refused(guidance: Guidance, regex: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         guidance.check(Grammar("regex", regex))
     assert [error.loc for error in caught.value.errors] == [("regex",)]
@@ -323,13 +323,13 @@ def deep(levels: int) -> object:
         HOSTILE_SCHEMA,
     ],
 )
-def test_a_schema_that_is_refused(guidance: Guidance, schema: object) -> None:
+def test_unsupported_schemas_are_refused(guidance: Guidance, schema: object) -> None:
     with pytest.raises(InvalidInput) as caught:
         guidance.check(Grammar("json_schema", json.dumps(schema)))
     assert [error.loc for error in caught.value.errors] == [("response_format", "json_schema", "schema")]
 
 
-def test_what_was_hostile_leaves_nothing_behind(guidance: Guidance) -> None:
+def test_a_hostile_grammar_leaves_no_process_behind(guidance: Guidance) -> None:
     """It is given up in time, the next grammar goes through at once, and what passed is not checked again."""
     guidance.check(Grammar("regex", "warm"))
     bounds, took, end = (2.0, 1.0, 1.0), [9.0] * 3, time.monotonic() + 60
@@ -370,7 +370,7 @@ def test_the_process_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not names & {b"DATABASE_URL", b"AWS_SECRET_ACCESS_KEY"}
 
 
-def test_a_busy_machine_is_no_fault_of_the_grammar(guidance: Guidance) -> None:
+def test_a_busy_machine_does_not_refuse_a_grammar(guidance: Guidance) -> None:
     """The other process doesn't run for longer than a hostile grammar may take."""
     guidance.check(Grammar("regex", "quick"))
     process = guidance._checker._process
@@ -421,7 +421,7 @@ def test_the_other_process_is_started_with_our_own_priority() -> None:
         guidance.close()
 
 
-def test_the_folder_that_it_is_started_in_has_none_of_its_code(
+def test_the_process_imports_no_code_from_its_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever starts the server in a folder of his own may have a server.py there, or anybody's signal.py."""
@@ -435,7 +435,7 @@ def test_the_folder_that_it_is_started_in_has_none_of_its_code(
         guidance.close()
 
 
-def test_a_machine_that_stays_busy_is_said_to_be(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_stays_busy_is_reported(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its time, and by nobody else's fault; the next grammar goes through."""
     guidance.check(Grammar("regex", "first"))
     monkeypatch.setattr(grammar_check, "_STARVED_SECONDS", 0.2)
@@ -462,7 +462,7 @@ def test_a_child_that_never_gets_the_processor(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("takes_processor", "says"), [(False, "done"), (True, "takes too long to compile: make it simpler")]
 )
-def test_what_a_child_is_waited_for(takes_processor: bool, says: str) -> None:
+def test_how_long_a_child_is_waited_for(takes_processor: bool, says: str) -> None:
     """One that hasn't had the processor is; one that had it and says nothing is not."""
     reader, writer = os.pipe()
     child = subprocess.Popen(
@@ -500,7 +500,7 @@ def follow(constraint: Constraint, seed: int, max_tokens: int = 600, avoid: str 
     return max_tokens
 
 
-def test_what_grows_too_complex_says_so(guidance: Guidance) -> None:
+def test_a_grammar_that_becomes_too_complex_reports_it(guidance: Guidance) -> None:
     grammar = growing(61)
     guidance.check(grammar)
     constraint = guidance.constraint(grammar)
@@ -525,7 +525,7 @@ def test_an_answer_that_grew_too_complex_spoils_no_other(guidance: Guidance) -> 
     assert follow(guidance.constraint(grammar), 2) < 600, "the limit itself is as it was"
 
 
-def test_only_so_many_are_kept(guidance: Guidance) -> None:
+def test_the_cache_of_grammars_is_limited(guidance: Guidance) -> None:
     first = Grammar("regex", "first")
     guidance.check(first)
     for number in range(64):

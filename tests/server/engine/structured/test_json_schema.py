@@ -1,4 +1,4 @@
-"""JSON Schemas: which answers formats take, and how a refusal says what is refused and where."""
+"""JSON Schemas: accepted answers of formats, and refusals with their places."""
 
 import json
 import tracemalloc
@@ -29,7 +29,7 @@ def guidance() -> Iterator[Guidance]:
 
 
 def takes(guidance: Guidance, schema: Mapping[str, object], answer: object) -> bool:
-    """Whether this may be the whole answer."""
+    """Return whether this text can be the whole answer."""
     grammar = Grammar("json_schema", json.dumps(schema))
     guidance.check(grammar)
     constraint = guidance.constraint(grammar)
@@ -125,7 +125,7 @@ def test_only_formats_of_schemas_are_read(guidance: Guidance) -> None:
     assert not takes(guidance, schema, {"format": "date", "const": "2023-02-29"})
 
 
-def test_unique_items_that_need_not_be(guidance: Guidance) -> None:
+def test_unique_items_false_is_accepted(guidance: Guidance) -> None:
     assert takes(guidance, {"type": "array", "items": {"const": 1}, "uniqueItems": False}, [1, 1])
 
 
@@ -145,8 +145,8 @@ SET = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
         ),
         (
             {"oneOf": [{"type": "integer"}, {"type": "number"}]},
-            "oneOf is supported where it is plain that no value fits two of its schemas, "
-            "which a $ref alone hides: use anyOf",
+            "oneOf is only supported if its schemas show that no value matches two of them, "
+            "which a plain $ref doesn't: use anyOf",
         ),
         (
             {"type": "object", "minProperties": 2},
@@ -154,7 +154,9 @@ SET = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
         ),
     ],
 )
-def test_a_refusal_says_what_and_where(guidance: Guidance, part: Mapping[str, object], message: str) -> None:
+def test_a_refusal_names_the_keyword_and_its_place(
+    guidance: Guidance, part: Mapping[str, object], message: str
+) -> None:
     item = {"type": "object", "properties": {"name": {"type": "string"}, "a/b": part}}
     inline = {"type": "object", "properties": {"items": {"type": "array", "items": item}}}
     assert refused(guidance, inline) == f"{message} (at #/properties/items/items/properties/a~1b)"
@@ -198,8 +200,8 @@ HIDDEN: Mapping[str, Mapping[str, object]] = {
 
 
 @pytest.mark.parametrize("ref", HIDDEN)
-def test_a_ref_to_what_is_no_schema_is_refused(guidance: Guidance, ref: str) -> None:
-    message = "$ref must name a schema, and none inside const, default, enum, example or examples"
+def test_a_ref_to_a_value_is_refused(guidance: Guidance, ref: str) -> None:
+    message = "$ref must name a schema that isn't inside const, default, enum, example or examples"
     schema = {"type": "array", "items": {"$ref": ref}, **HIDDEN[ref]}
     assert refused(guidance, schema) == f"{message} (at #/items)"
 
@@ -267,7 +269,7 @@ def test_one_of_behind_refs_alone(guidance: Guidance) -> None:
     """Refused, though no value fits two; what the refusal names helps, as does a type beside it."""
     schemas = {"Cat": Cat.model_json_schema(), "Dog": Dog.model_json_schema()}
     refs = [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]
-    assert "which a $ref alone hides: use anyOf" in refused(guidance, {"$defs": schemas, "oneOf": refs})
+    assert "which a plain $ref doesn't: use anyOf" in refused(guidance, {"$defs": schemas, "oneOf": refs})
     for way in ({"anyOf": refs}, {"type": "object", "oneOf": refs}):
         assert takes(guidance, {"$defs": schemas, **way}, {"kind": "cat", "lives": 9})
         assert not takes(guidance, {"$defs": schemas, **way}, {"kind": "dog", "lives": 9})

@@ -1,4 +1,4 @@
-"""Where masks are computed: what a step may wait for, whose turn it is, and that answers don't depend on it."""
+"""The computation of masks: the budget of a step, projects' turns, and unchanged answers."""
 
 import threading
 from collections.abc import Iterator
@@ -82,7 +82,7 @@ def closing(engine: Engine, gate: Gate) -> Iterator[None]:
         engine.close()
 
 
-def test_others_get_their_tokens_while_a_slow_mask_is_computed(
+def test_a_slow_mask_does_not_delay_other_sequences(
     tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sequence whose mask it is sits out, whether it runs or is to be admitted, and loses nothing by that."""
@@ -140,7 +140,7 @@ def test_answers_are_the_same_wherever_masks_are_computed(
         assert there[key].finish_reason == result.finish_reason
 
 
-def test_one_whose_mask_fails_ends_alone(
+def test_a_failing_mask_only_fails_its_sequence(
     tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -179,7 +179,7 @@ def test_nothing_is_computed_for_a_sequence_that_has_ended(
 
 
 def lacking(guidance: Guidance, num: int, project: str, grammar: Grammar = FREE) -> list[Sequence]:
-    """Sequences that have one token of their answers."""
+    """Return sequences that have one token of their answers."""
     found = []
     for number in range(num):
         sequence = Sequence(asking(f"{project}{number}", grammar, project), 0, 0.0, 16)
@@ -232,7 +232,7 @@ def test_projects_have_equal_shares_of_a_step(
     all_masks.close()
 
 
-def test_a_grammar_known_to_be_slow_takes_nothing_of_a_step(
+def test_a_slow_grammar_takes_no_time_of_a_step(
     tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
@@ -252,7 +252,7 @@ def test_a_grammar_known_to_be_slow_takes_nothing_of_a_step(
 def test_the_other_thread_takes_the_projects_in_turn(
     tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A project that asks for one mask waits for four of those that asked for many before it."""
+    """A project with one mask waits for at most four of an earlier project's many masks."""
     gate = Gate(monkeypatch)
     all_masks = Masks(tiny_base.config.vocab_size, lambda: None)
     many, one = lacking(guidance, 12, "a"), lacking(guidance, 1, "b", OTHER)
@@ -275,7 +275,7 @@ def test_a_new_answer_needs_no_mask_at_first(guidance: Guidance) -> None:
         assert not guidance.constraint(grammar).lacks_mask
 
 
-def test_drafts_get_what_masks_leave_of_the_share(
+def test_drafts_use_the_rest_of_the_mask_budget(
     tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]

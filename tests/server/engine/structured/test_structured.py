@@ -1,4 +1,4 @@
-"""Structured answers from the engine: against Hugging Face's logits and listed languages, and beside others."""
+"""Structured answers against Hugging Face's logits and listed languages, alone and concurrently."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.errors import InvalidInput
 from server.engine.engine import Engine
-from server.engine.guidance import Guidance
+from server.engine.guidance import Constraint, Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.errors import NotReady
@@ -62,7 +62,7 @@ def test_greedy_answers_are_the_likeliest_that_match(
     assert found.text.encode() == text
 
 
-def test_beside_others_nothing_changes(tiny_base: BaseModel, guidance: Guidance) -> None:
+def test_other_requests_do_not_change_structured_answers(tiny_base: BaseModel, guidance: Guidance) -> None:
     """Constrained and free sequences, greedy and drawn, under adapters and none, in one batch and each alone."""
     adapters = library(tiny_base, 3)
     requests = []
@@ -81,7 +81,7 @@ def test_beside_others_nothing_changes(tiny_base: BaseModel, guidance: Guidance)
     assert any(result.finish_reason == "stop" for result in together.values())
 
 
-def test_a_preempted_sequence_goes_on_where_it_was(tiny_base: BaseModel, guidance: Guidance) -> None:
+def test_a_preempted_sequence_continues_its_grammar(tiny_base: BaseModel, guidance: Guidance) -> None:
     limits = SchedulerLimits(chunk_size=4, max_prefill_tokens=16)
     requests = [
         structured(
@@ -121,7 +121,7 @@ def test_an_answer_that_is_too_long_is_cut(tiny_base: BaseModel, guidance: Guida
 
 
 def test_the_last_token_may_be_the_end(tiny_base: BaseModel, guidance: Guidance) -> None:
-    """An answer that can't go on has stopped, even where max_tokens is reached with it."""
+    """An answer that can't continue ends with "stop", even if it also reaches max_tokens."""
     grammar = Grammar("regex", "[a-d]{3}")
     guidance.check(grammar)
     request = structured("a", replace(SAMPLED, max_tokens=3), grammar=grammar)
@@ -129,11 +129,12 @@ def test_the_last_token_may_be_the_end(tiny_base: BaseModel, guidance: Guidance)
     assert (found.finish_reason, len(found.text)) == ("stop", 3)
 
 
-class Failing:
-    """A grammar that can't be followed beyond so many tokens."""
+class Failing(Constraint):
+    """A grammar that fails after a number of tokens."""
 
     is_complete = False
     awaits_mask = False
+    lacks_mask = False
     max_draft = 1000
 
     def __init__(self, num_tokens: int, vocab_size: int) -> None:
@@ -151,7 +152,7 @@ class Failing:
     def accept(self, token_id: int) -> None:
         self._num_left -= 1
 
-    def forced(self, max_tokens: int) -> Sequence[int]:
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
         return ()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
@@ -162,8 +163,10 @@ class Failing:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])  # of at most three
-def test_what_becomes_too_complex_ends_alone(tiny_base: BaseModel, guidance: Guidance, num_tokens: int) -> None:
-    """A grammar that fails while it is followed is its request's fault, which is said; others go on."""
+def test_a_too_complex_grammar_only_ends_its_request(
+    tiny_base: BaseModel, guidance: Guidance, num_tokens: int
+) -> None:
+    """A grammar that fails during an answer fails its request with a reason. Others continue."""
     engine = build_engine(tiny_base, guidance=guidance)
     engine.add(structured("bad", replace(PLAIN, max_tokens=3, logit_bias=((EOS, -100.0),))))
     engine.add(structured("good"))
@@ -179,7 +182,7 @@ def test_what_becomes_too_complex_ends_alone(tiny_base: BaseModel, guidance: Gui
     assert good.num_output_tokens
 
 
-def test_a_grammar_that_nobody_checked_is_not_taken(tiny_base: BaseModel, guidance: Guidance) -> None:
+def test_an_unchecked_grammar_is_refused(tiny_base: BaseModel, guidance: Guidance) -> None:
     unchecked = structured("a", grammar=Grammar("regex", "unchecked"))
     engines: list[Engine] = [build_engine(tiny_base), build_engine(tiny_base, guidance=guidance)]
     for engine in engines:
@@ -187,7 +190,7 @@ def test_a_grammar_that_nobody_checked_is_not_taken(tiny_base: BaseModel, guidan
             engine.check(unchecked)
 
 
-def test_a_bias_for_no_token_is_refused(tiny_base: BaseModel) -> None:
+def test_a_bias_for_an_unknown_token_is_refused(tiny_base: BaseModel) -> None:
     engine = build_engine(tiny_base)
     size = tiny_base.config.vocab_size
     biased = replace(GREEDY, logit_bias=((size - 1, 1.0),))

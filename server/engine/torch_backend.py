@@ -1,15 +1,16 @@
-"""The tensors of the key/value cache, and one step's attention over them (`smollm.Attention`)."""
+"""The backend in torch, for any device. It is the oracle of the other backends."""
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
-import numpy as np
 import torch
 
+from server.engine.backend import Backend, PagedCache, StepAdapters
+from server.engine.sampling import LogitsRow, Sampled, sample
 from server.engine.sequence import Chunk
-from server.model.base.config import ModelConfig
-from server.model.device import to_device
+from server.model.device import ints_beside, to_device
+from server.model.lora_batch import LoraBatch
 from server.model.ops.attention import (
     DecodePlan,
     attend_decode,
@@ -17,50 +18,58 @@ from server.model.ops.attention import (
     causal_bias,
     plan_decode,
 )
+from server.model.rank_rows import RowFormat
+from server.model.smollm import Adapters, NoAdapters, SmolLM
 
 
-class PagedCache:
-    """Keys and values of every layer: (layers, num_blocks, block_size, kv_heads, head_dim) each.
+class TorchBackend(Backend):
+    """`SmolLM` over a paged cache."""
 
-    Zeroed, so that padding is finite; on a CPU the pages are taken from the system as they are written.
-    `by_block`: (num_blocks, layers, ...) in its place, so that a block's numbers lie together, and pages that are
-    taken for it hold hardly anything else.
-    """
+    is_batch_invariant = False  # torch's products round differently for one row than for several
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        by_block: bool = False,
-    ) -> None:
-        self.config = config
-        self.block_size = block_size
-        first = (num_blocks, config.num_layers) if by_block else (config.num_layers, num_blocks)
-        shape = (*first, block_size, config.num_kv_heads, config.head_dim)
-        self.k = _zeros(shape, dtype, device)
-        self.v = _zeros(shape, dtype, device)
+    def __init__(self, model: SmolLM) -> None:
+        super().__init__(model.config, RowFormat.of_torch(model.dtype, model.device), model.dtype, model.device)
+        self._model = model
+        self._adapters: StepAdapters[Adapters] = StepAdapters(
+            lambda runs: LoraBatch(self.rows, runs) if runs else NoAdapters()
+        )
 
-    @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        return 2 * config.num_layers * block_size * config.kv_size * dtype.itemsize
+    def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
+        chunks = (*decodes, *prefills)
+        positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
+        hidden = self._model.forward(
+            to_device(torch.tensor([i for chunk in chunks for i in chunk.token_ids]), self._device),
+            to_device(torch.tensor(positions), self._device),
+            PagedAttention(self.cache, decodes, prefills),
+            self._adapters.of(chunks),
+        )
+        ends = accumulate(chunk.num_tokens for chunk in chunks)
+        needed = [i for chunk, end in zip(chunks, ends, strict=True) for i in range(end - chunk.num_hidden, end)]
+        return hidden if len(needed) == len(positions) else hidden[ints_beside(hidden, needed)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)
+
+    def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
+        return sample(self._model.logits(hidden), rows)
+
+    def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
+        hidden = self.hidden(decodes, prefills)
+        return self.sample(hidden, rows) if rows else []
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """The tokens [start, stop) of the flat batch, all of one sequence, and what they attend to."""
+    """Tokens [start, stop) of the flat batch, all of one sequence, and what they attend to."""
 
     start: int
     stop: int
-    slots: torch.Tensor | None  # of all positions up to the last new one; None: the new ones are all there are
+    slots: torch.Tensor | None  # of all positions up to the last new token; None if there are only new tokens
     bias: torch.Tensor | None
 
 
 class PagedAttention:
-    """Attention of one flat batch: first the tokens of `decodes`, one each, then those of `prefills`."""
+    """The attention of one step (`smollm.Attention`): first the tokens of `decodes`, then those of `prefills`."""
 
     def __init__(self, cache: PagedCache, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> None:
         self._cache = cache
@@ -72,7 +81,7 @@ class PagedAttention:
             for position in range(chunk.start, chunk.stop)
         ]
         self._slots = to_device(torch.tensor(slots, dtype=torch.int64), device)
-        # A lone decode needs no padding: it goes like any other run of one sequence's tokens.
+        # A single decode needs no padding, so it is computed like a prompt's tokens.
         self._num_decodes = len(decodes) if len(decodes) > 1 else 0
         self._plan = self._plan_decodes(decodes) if self._num_decodes else None
         self._runs: list[_Run] = []
@@ -82,7 +91,10 @@ class PagedAttention:
             start = self._runs[-1].stop
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write the new k, v (tokens, kv_heads, head_dim) and attend with q (tokens, heads, head_dim); like q."""
+        """Cache the new k, v (tokens, kv_heads, head_dim), and return the attention output, shaped like q.
+
+        q is (tokens, heads, head_dim).
+        """
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (slots, kv_heads, head_dim)
         k_slots.index_copy_(0, self._slots, k)
@@ -92,7 +104,7 @@ class PagedAttention:
             parts.append(attend_decode(self._plan, q[: self._num_decodes], k_cache, v_cache))
         for run in self._runs:
             tokens = slice(run.start, run.stop)
-            # copies, which `attend_sequence` may overwrite
+            # `attend_sequence` may overwrite these copies.
             keys = k[tokens].clone() if run.slots is None else k_slots.index_select(0, run.slots)
             values = v[tokens].clone() if run.slots is None else v_slots.index_select(0, run.slots)
             parts.append(attend_sequence(q[tokens], keys, values, run.bias))
@@ -126,10 +138,3 @@ class PagedAttention:
             slots = to_device(table[position // size] * size + position % size, device)
         bias = causal_bias(chunk.start, new, self._cache.k.dtype, device)
         return _Run(start, start + new, slots, bias)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes every page; numpy's zeros are pages that the system clears when they are first touched.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
