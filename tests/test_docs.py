@@ -47,6 +47,16 @@ def test_pages_that_code_names_exist() -> None:
     assert not [(str(file), name) for file, name in named if not (ROOT / name).exists()]
 
 
+def test_files_that_the_map_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`(\w[\w/.-]+)`", text) if "/" in name or name.endswith(".py")}
+    rooms = [ROOT / room for room in ("server", "adapters", "docker", "tests")]
+    known = [f"/{file.relative_to(ROOT)}" for room in rooms for file in (room, *room.rglob("*"))] + ["/setup.py"]
+
+    assert len(named) > 50  # else the pattern finds nothing
+    assert [name for name in named if not any(file.endswith(f"/{name.rstrip('/')}") for file in known)] == []
+
+
 def _anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
