@@ -17,7 +17,7 @@ from server.engine.backend import Backend
 from server.engine.sampling import LogitsRow, Sampled, score
 from server.engine.sequence import Chunk
 from server.errors import GenerationFailed
-from server.model.device import empty_cache, ints_beside, is_out_of_memory
+from server.model.device import empty_cache, ints_on, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Runner:
             end += chunk.num_hidden
             if chunk.samples:
                 places += range(end - 1 - len(chunk.draft), end)
-        return self.backend.sample(hidden[ints_beside(hidden, places)], rows) if rows else []
+        return self.backend.sample(hidden[ints_on(hidden, places)], rows) if rows else []
 
 
 def _rows(chunk: Chunk) -> Iterator[LogitsRow]:

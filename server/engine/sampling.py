@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from server.engine.request import Logprobs, SamplingParams
 from server.engine.sequence import Chunk, TokenCounts
-from server.model.device import floats_beside, ints_beside, to_device
+from server.model.device import floats_on, ints_on, to_device
 
 MIN_TEMPERATURE = 1e-6
 """Lower temperatures count as this one. A division by them could overflow, and the likeliest token wins anyway."""
@@ -98,7 +98,7 @@ def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
         tokens = logits.argmax(-1)
         if random:
             drawn = _draw(_chosen(logits, random), [rows[i] for i in random])
-            tokens[ints_beside(logits, random)] = drawn
+            tokens[ints_on(logits, random)] = drawn
     # argmax prefers NaN and infinity to any number.
     is_number = logits.gather(1, tokens[:, None])[:, 0].isfinite()
     tokens = tokens.where(is_number, -1)
@@ -115,12 +115,12 @@ def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
 
 def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
     """Draw token ids (rows,) from logits (rows, vocab) after the rows' filters."""
-    temperature = floats_beside(logits, [max(row.params.temperature, MIN_TEMPERATURE) for row in rows])
+    temperature = floats_on(logits, [max(row.params.temperature, MIN_TEMPERATURE) for row in rows])
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for members, scores, token_ids in _candidates(logits / temperature[:, None], rows):
         chosen = [rows[i] for i in members]
         best = (_min_p(scores, chosen) + gumbel(chosen, token_ids)).argmax(-1, keepdim=True)
-        tokens[ints_beside(logits, members)] = token_ids.expand(len(members), -1).gather(1, best)[:, 0]
+        tokens[ints_on(logits, members)] = token_ids.expand(len(members), -1).gather(1, best)[:, 0]
     return tokens
 
 
@@ -202,8 +202,8 @@ def _filtered(
     """
     vocab = logits.shape[1]
     top_ks = [min(one.top_k or vocab, vocab) for one in params]
-    top_k = ints_beside(logits, top_ks)[:, None]
-    top_p = floats_beside(logits, [one.top_p for one in params])[:, None]
+    top_k = ints_on(logits, top_ks)[:, None]
+    top_p = floats_on(logits, [one.top_p for one in params])[:, None]
     scores, token_ids = logits.topk(num, dim=-1)
     scores = scores.masked_fill(torch.arange(num, device=logits.device) >= top_k, float("-inf"))
     # Top-p is relative to the mass that top-k left, or to the whole vocabulary's. Use softmax for it, which sums
@@ -222,7 +222,7 @@ def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
     if not any(row.params.min_p for row in rows):
         return scores
     least = [math.log(row.params.min_p) if row.params.min_p else float("-inf") for row in rows]
-    log_min_p = floats_beside(scores, least)[:, None]
+    log_min_p = floats_on(scores, least)[:, None]
     return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + log_min_p, float("-inf"))
 
 
@@ -254,7 +254,7 @@ def _with_logprobs(
 
 def _chosen(tensor: torch.Tensor, members: list[int]) -> torch.Tensor:
     """Return these rows of the tensor, in their order, or the tensor itself if they are all of its rows."""
-    return tensor if len(members) == tensor.shape[0] else tensor[ints_beside(tensor, members)]
+    return tensor if len(members) == tensor.shape[0] else tensor[ints_on(tensor, members)]
 
 
 def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
@@ -349,8 +349,8 @@ def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tenso
         start += chunk.num_hidden
     if not found:
         return
-    index = ints_beside(hidden, rows)
-    targets = ints_beside(hidden, [chunk.sequence.token_ids[position] for chunk, position in found])
+    index = ints_on(hidden, rows)
+    targets = ints_on(hidden, [chunk.sequence.token_ids[position] for chunk, position in found])
     num_top = max(chunk.sequence.request.sampling.logprobs for chunk, _ in found)
     scores, top_ids = [], []
     for part, chosen in zip(torch.split(index, _SLICE), torch.split(targets, _SLICE), strict=True):

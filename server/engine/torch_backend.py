@@ -9,7 +9,7 @@ import torch
 from server.engine.backend import Backend, PagedCache, StepAdapters
 from server.engine.sampling import LogitsRow, Sampled, sample
 from server.engine.sequence import Chunk
-from server.model.device import ints_beside, to_device
+from server.model.device import ints_on, to_device
 from server.model.lora_batch import LoraBatch
 from server.model.ops.attention import (
     DecodePlan,
@@ -45,7 +45,7 @@ class TorchBackend(Backend):
         )
         ends = accumulate(chunk.num_tokens for chunk in chunks)
         needed = [i for chunk, end in zip(chunks, ends, strict=True) for i in range(end - chunk.num_hidden, end)]
-        return hidden if len(needed) == len(positions) else hidden[ints_beside(hidden, needed)]
+        return hidden if len(needed) == len(positions) else hidden[ints_on(hidden, needed)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.logits(hidden)

@@ -237,12 +237,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def ints_beside(tensor: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
+def ints_on(tensor: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
     """Return the values as int64 on the tensor's device."""
     return to_device(torch.tensor(values, dtype=torch.int64), tensor.device)
 
 
-def floats_beside(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+def floats_on(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
     """Return the values in the tensor's dtype on its device."""
     return to_device(torch.tensor(values, dtype=tensor.dtype), tensor.device)
 

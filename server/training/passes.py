@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from server.model.base.weights import BaseModel
-from server.model.device import ints_beside, to_device, torch_on
+from server.model.device import ints_on, to_device, torch_on
 from server.model.native.abi import ROW_UNIT
 from server.model.native.library import computed_by
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
@@ -109,16 +109,14 @@ class TorchPass:
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         model = self._model
         attention = PackedAttention(batch.lengths, model.device)
-        return model.forward(
-            ints_beside(model.embed, batch.token_ids), attention.positions, attention, self._adapters
-        )
+        return model.forward(ints_on(model.embed, batch.token_ids), attention.positions, attention, self._adapters)
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
         hidden = self.forward(batch)
         loss = cross_entropy_sum(
-            hidden.index_select(0, ints_beside(hidden, batch.before)),
+            hidden.index_select(0, ints_on(hidden, batch.before)),
             self._model.lm_head.weight,
-            ints_beside(hidden, batch.targets),
+            ints_on(hidden, batch.targets),
         )
         torch.autograd.backward(loss * factor)
         self._collect()
@@ -127,8 +125,8 @@ class TorchPass:
     @torch.no_grad()
     def measure(self, batch: MicroBatch) -> Measured:
         hidden = self.forward(batch)
-        hidden = hidden.index_select(0, ints_beside(hidden, batch.before))  # (targets, hidden)
-        targets = ints_beside(hidden, batch.targets)
+        hidden = hidden.index_select(0, ints_on(hidden, batch.before))  # (targets, hidden)
+        targets = ints_on(hidden, batch.targets)
         losses, are_right = [], []
         for rows, chosen in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
             logits = self._model.logits(rows)  # (chunk, vocab), fp32
