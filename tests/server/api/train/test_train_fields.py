@@ -224,7 +224,7 @@ async def test_a_parent_of_a_huge_rank(client: httpx.AsyncClient, rank: int, may
     assert (await client.post("/adapters/up", files=files)).status_code == 201
     said = await errors_of(client, start_from="up")
     assert list(said) == ([] if may_train else [("start_from",)])
-    assert may_train or "512 at most: merge it into one of a smaller rank" in said["start_from",]
+    assert may_train or "512 at most: merge it into an adapter of smaller rank" in said["start_from",]
 
 
 async def test_nothing_of_a_row_comes_back(client: httpx.AsyncClient) -> None:
