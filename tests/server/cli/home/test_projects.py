@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ from adapters.names import Viewpoint
 from server.cli.main import app as commands
 from server.errors import StartupError
 from server.jobs.jobs import Jobs
+from server.training.job_data import DataFacts
 from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.cli.home.conftest import Run, bearer, refused
@@ -63,7 +65,9 @@ async def test_project_that_owns_something_is_not_deleted(
     assert refused(attempt("projects", "delete", "acme")) == "acme has adapters: tweets; delete them first"
     rows = {"file": ("rows.jsonl", b'{"text": "a"}\n')}
     dataset = (await client.post("/datasets", files=rows)).json()["id"]
-    jobs.of(Viewpoint("acme")).submit(JobSpec("codes"), job_id="job-1", data={})
+    jobs.of(Viewpoint("acme")).submit(
+        JobSpec("codes"), job_id="job-1", data=asdict(DataFacts("d" * 64, 1, 2, 1, 0))
+    )
     line = "acme has 1 data set, 1 unfinished job: delete or cancel them first"
     assert refused(attempt("projects", "delete", "acme")) == line
     assert (await client.get("/adapters")).status_code == 200  # its key is unchanged
