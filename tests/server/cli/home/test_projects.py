@@ -65,9 +65,9 @@ async def test_project_that_owns_something_is_not_deleted(
     assert refused(attempt("projects", "delete", "acme")) == "acme has adapters: tweets; delete them first"
     rows = {"file": ("rows.jsonl", b'{"text": "a"}\n')}
     dataset = (await client.post("/datasets", files=rows)).json()["id"]
-    jobs.of(Viewpoint("acme")).submit(
-        JobSpec("codes"), job_id="job-1", data=asdict(DataFacts("d" * 64, 1, 2, 1, 0))
-    )
+    facts = DataFacts("d" * 64, num_rows=1, num_tokens=2, num_targets=1, num_truncated=0)
+    data = {**asdict(facts), "total_steps": 1}
+    jobs.of(Viewpoint("acme")).submit(JobSpec("codes"), job_id="job-1", data=data)
     line = "acme has 1 data set, 1 unfinished job: delete or cancel them first"
     assert refused(attempt("projects", "delete", "acme")) == line
     assert (await client.get("/adapters")).status_code == 200  # its key is unchanged
