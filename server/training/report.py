@@ -89,8 +89,8 @@ class Environment:
     threads: int
     instructions: str  # of torch's CPU kernels
     versions: Mapping[str, str]
-    computed_by: Sequence[str] = ("torch",)  # or native source and its compiler; several if attempts differed
-    gpu: str | None = None  # the GPU's name; None on a CPU
+    computed_by: Sequence[str] = ("torch",)  # or "torch on" a GPU, or native source and compiler; all of them
+    gpu: str | None = None  # the GPU's name and compute capability; None on a CPU
 
     @classmethod
     def of(cls, base: BaseModel, computed_by: Sequence[str] = ("torch",)) -> "Environment":

@@ -77,7 +77,7 @@ class Counters:
     best_step: int = 0
     num_without_gain: int = 0  # evaluations since the best one
     stopped_early: bool = False
-    computed_by: list[str] = field(default_factory=list)  # "torch", or native source and compiler; one per change
+    computed_by: list[str] = field(default_factory=list)  # as in `report.Environment`; one per change
     base: Evaluation | None = None  # of the untouched base
     unreported: StepResult | None = None  # the last step's, until it is evaluated (if due) and reported
     train_curve: list[tuple[int, float]] = field(default_factory=list)
