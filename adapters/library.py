@@ -1,8 +1,9 @@
 """The adapters for one base: the catalog's names and the store's bytes together.
 
-A name resolves in the catalog, its bytes are in the store, and other processes may delete both in between. Names
-are deleted before bytes, and bytes that are pinned, or named again, stay. So the library pins the bytes first and
-then resolves the name again: if the name still means the same bytes, they stay until they are unpinned.
+A name resolves in the catalog, its bytes are in the store, and other processes may delete the name and the bytes
+in between. Names are deleted before bytes, and bytes stay if they are pinned or a name means them again. So the
+library pins the bytes first and then resolves the name again: if the name still means the same bytes, they stay
+until they are unpinned.
 
 All methods may block on disk, except those that say otherwise: call them in a thread.
 """
@@ -29,8 +30,8 @@ from adapters.store.store import AdapterStore
 
 Removal = Callable[[], None]
 
-_MAX_REMEMBERED = 10_000  # versions that were compared with the base
-_SHOWN = 200  # characters of a base's name, which may be the client's
+_MAX_REMEMBERED = 10_000  # results of comparing a version with the base
+_SHOWN = 200  # characters of a base's name, which may come from a client
 
 
 class Pinned:
@@ -42,7 +43,9 @@ class Pinned:
     def __init__(
         self, parts: tuple[Part, ...] = (), warnings: tuple[str, ...] = (), store: AdapterStore | None = None
     ) -> None:
-        """Pin the parts' bytes, without blocking. They exist if a name that means them is found afterwards."""
+        """Pin the parts' bytes, without blocking. If a name means the bytes after this call, they exist until
+        `release`.
+        """
         self.parts = parts
         self.warnings = warnings
         self._store = store
@@ -50,7 +53,8 @@ class Pinned:
             store.pin(self._digests)
 
     def release(self) -> None:
-        """Unpin the bytes, and remove those of deleted versions with their last pin. A second call is a no-op.
+        """Unpin the bytes. The bytes of deleted versions are removed with their last pin. A second call is a
+        no-op.
 
         Raise OSError or the database's error if the removal fails; the bytes are unpinned nevertheless.
         """
@@ -58,7 +62,9 @@ class Pinned:
             removal()
 
     def unpin(self) -> Removal | None:
-        """Do as `release` without blocking: return the removal, if one is due, to be called in a thread."""
+        """Unpin the bytes without blocking. Return the removal to call in a thread, or None if nothing is to be
+        removed.
+        """
         store, self._store = self._store, None
         return None if store is None else store.let_go(self._digests)
 
@@ -238,8 +244,8 @@ class Library:
         return [self.version(part.name, part.version) for part in self.catalog.resolve(terms, field)]
 
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
-        """Open the version's two PEFT files, with its own configuration. The caller closes them; they outlive a
-        delete.
+        """Open the version's two PEFT files, with its own configuration. The caller closes them. They stay
+        readable if the version is deleted.
 
         Raise NotFound, CorruptAdapter, or Conflict if it is a composition.
         """
@@ -341,14 +347,14 @@ class Library:
             self.discard(*digests)
 
     def _prepare_to_delete(self, name: str, versions: Sequence[Version]) -> None:
-        self.catalog.own_key(name)  # first: other projects don't learn which job needs the version
+        self.catalog.own_key(name)  # called first, so that other projects don't learn which job needs the version
         needed = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
         if needed:
             raise Conflict(f"a job needs {', '.join(needed)}: cancel it, or wait for its end")
         self.store.doubt(version.digest for version in versions if not version.parts)
 
     def _is_needed(self, version: Version) -> bool:
-        """Return whether a job of the version's project needs it. Other projects' jobs only need the bytes."""
+        """Return whether a job of the version's project needs it. Jobs of other projects need only the bytes."""
         return self._is_parent(version.digest, split_key(self.catalog.viewpoint.key(version.name))[0])
 
     def _is_wanted(self, digest: str) -> bool:
@@ -372,18 +378,21 @@ class Library:
 
 @dataclass(frozen=True)
 class ServedBase:
-    """The served base, and how it differs from the base that a version was made on, as far as is recorded.
+    """The served base, which is compared with the base that a version was made on, as far as that is recorded.
 
     Shapes fit or they don't, but no byte of an adapter shows which weights it was trained with. So every version
-    records the digest of its base, and an upload the name that its file gives. `digest` None: unknown, and nothing
-    is compared with it.
+    records the digest of its base, and an upload also records the base's name in its file. If `digest` is None,
+    the served base's digest is unknown, and no digest is compared with it.
     """
 
     name: str
     digest: str | None = None
 
     def upload_warnings(self, base_model: str | None) -> tuple[str, ...]:
-        """Return the warnings to store with an upload whose config names `base_model`. They hold for any base."""
+        """Return the warnings to store with an upload whose config names `base_model`.
+
+        The warnings stay true whichever base is served later.
+        """
         if not base_model:
             return ("its config doesn't say which base it was trained on",)
         if not self._is_named(base_model):
@@ -391,13 +400,19 @@ class ServedBase:
         return ()
 
     def warnings(self, version: Version) -> tuple[str, ...]:
-        """Return the version's stored warnings, with one if it was made on another base and one if it is worse
-        than the base it was made on.
+        """Return the version's stored warnings, and those that follow from its base.
+
+        There is one if the version was made on another base than the served one, and one if it is worse than the
+        base it was made on.
         """
         return (*self._base_warnings(version), *_quality_warnings(version))
 
     def _base_warnings(self, version: Version) -> tuple[str, ...]:
-        """Compare digests, or names for blends of parts from several bases, which have no digest."""
+        """Return the stored warnings, and one more if the version wasn't made on the served base.
+
+        Bases are compared by digest. A version without a base digest, such as a blend of parts from several bases,
+        is compared by the base's name, unless there are stored warnings.
+        """
         made_on = version.base_digest
         if made_on is not None:
             if self.digest is None or self.digest == made_on:

@@ -10,12 +10,13 @@ adapters, resolve conflicts of sign, or reduce the rank:
     magnitude_prune  keep each adapter's largest entries, sum
     svd              the best approximation of the weighted sum at the rank (Eckart and Young 1936)
 
-The names, and two variants of the first four, are those of PEFT's `add_weighted_adapter`. Without a rank, a method
-works on A and on B separately, each weighted by √|weight · scaling|. That is fast, but multiplies one adapter's B
-by other adapters' A. With a rank, it works on the products scaling · B A and factors the result (PEFT's "…_svd").
+The names are those of PEFT's `add_weighted_adapter`. As in PEFT, each of the first four methods has two variants.
+Without a rank, a method works on A and on B separately, each weighted by √|weight · scaling|. That is fast, but
+multiplies one adapter's B by other adapters' A. With a rank, it works on the products scaling · B A and factors
+the result (PEFT's "…_svd").
 
-Unlike in PEFT, a negative weight negates the adapter from the first step on, a single adapter is pruned as well,
-and mixed targets and rank-stabilized scalings are merged completely. Random choices depend on the seed, the
+Unlike in PEFT, a negative weight negates the adapter before anything else is done, a single adapter is pruned as
+well, and mixed targets and rank-stabilized scalings are merged completely. Random choices depend on the seed, the
 adapter and the module only.
 """
 

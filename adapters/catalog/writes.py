@@ -33,8 +33,10 @@ from adapters.sql import FAILURES, transact
 
 @contextmanager
 def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
-    """Surround a transaction that publishes. If the transaction fails, even in its commit, remove its records:
-    otherwise the next start would publish them as versions of a lost database. Raise as `Records.reach` does.
+    """Surround a transaction that publishes versions. Raise as `Records.reach` does.
+
+    If the transaction fails, even in its commit, the records that it wrote are removed. Otherwise the next start
+    would take them for versions of a lost database, and publish them.
     """
     recorder = None if records is None else Recorder(records)
     if records is not None:
@@ -50,8 +52,9 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
 
 
 def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
-    """Remove the written records whose versions don't exist. The transaction keeps others from using their
-    numbers.
+    """Remove the written records whose versions don't exist.
+
+    Meanwhile the transaction keeps others from using these versions' numbers.
     """
     for version in recorder.written:
         mine = (versions.c.name == version.name, versions.c.version == version.version)
@@ -114,7 +117,9 @@ def publish_unattended_in(
 
 
 def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
-    """Return why `latest` doesn't move to the new version, or None if it does. `row` is the name's."""
+    """Return why `latest` doesn't move to the new version, or None if it does. `row` is the name's row in the
+    table.
+    """
     if row.rolled_back:
         return f"latest stays at {row.latest}, where it was moved back to by hand"
     if not new.is_worse_than_base:
@@ -134,7 +139,9 @@ def compose_in(
     records: Recorder | None = None,
 ) -> tuple[Version, bool]:
     """Publish a composition as `Catalog.compose` does."""
-    number = _next_number(connection, name, "composition")  # first: it locks, so that the parts can't be deleted
+    number = _next_number(
+        connection, name, "composition"
+    )  # first: takes the lock, so that the parts can't be deleted meanwhile
     leaves = gather(resolve(connection, terms, field, viewpoint))
     if not combine(leaves):
         raise InvalidInput.of(field, "is equal to the base: give adapters whose weights don't cancel out")
@@ -230,7 +237,7 @@ def _refuse_parts_of_public(connection: sa.Connection, name: str, viewpoint: Vie
 def drop_in(
     connection: sa.Connection, name: str, version: int | None, force: bool, viewpoint: Viewpoint
 ) -> tuple[list[int], list[str]]:
-    """Delete one version or all (None), as `Catalog.delete` does.
+    """Delete one version, or all if `version` is None, as `Catalog.delete` does.
 
     Return the numbers of the deleted versions, and the digests that no version has any more.
     """
@@ -298,7 +305,7 @@ def _rows_of(
 
 
 def _repair_latest(connection: sa.Connection, name: str) -> None:
-    """If `latest` is a deleted version, make the highest remaining one the latest, which clears `rolled_back`.
+    """If `latest` is a deleted version, make the highest remaining version the latest, which clears `rolled_back`.
 
     A name without versions becomes private, so that later versions aren't public by accident.
     """
@@ -379,12 +386,12 @@ def _blend(
 
 
 def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
-    """Point the alias to the version, whether the alias exists or not."""
+    """Point the alias to the version. The alias is created if it doesn't exist."""
     moved = sa.update(aliases).where(aliases.c.name == name, aliases.c.alias == alias).values(version=version)
     if connection.execute(moved).rowcount == 0:
         connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
 
 
 def _bounded(version: int) -> int:
-    """Return the number, or 0, which no version has, if it is too large for a database's column."""
+    """Return the number, or 0 if it is too large for a database's column. No version has the number 0."""
     return version if version <= MAX_VERSION else 0

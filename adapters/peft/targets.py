@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 from adapters.lora import MODULES, BaseShape, ModuleKey
 
 CPU_SECONDS = 0.5
-WALL_SECONDS = 30.0  # on a busy machine
+WALL_SECONDS = 30.0  # enough for a busy machine
 MAX_PATTERNS = 1024
 MAX_PATTERN_LENGTH = 8192
 MAX_MATCHED_HERE = 16_384  # characters in one call; PEFT's own patterns for a large base have half as many
@@ -102,7 +102,7 @@ def find(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> l
 
 
 def _min_length(pattern: Pattern) -> int:
-    """Return a lower bound of the length of matching names: that of a plain name, 0 for other patterns."""
+    """Return a lower bound of matching names' lengths: the length of a plain name, or 0 for other patterns."""
     text = pattern.user_text
     return len(text) - text.count("\\") if _PLAIN.fullmatch(text) else 0
 
@@ -195,7 +195,9 @@ def other_modules(base: BaseShape) -> tuple[str, ...]:
 
 
 def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[ModuleKey]:
-    """Return the targeted modules. Raise BadTargetsError if there are none, or one isn't linear or in no layer."""
+    """Return the targeted modules. Raise BadTargetsError if there are none, or one isn't linear or isn't in a
+    layer.
+    """
     linear = linear_modules(base)
     if isinstance(targeting.target_modules, str) and targeting.target_modules.lower() == ALL_LINEAR:
         # PEFT replaces it by the list of the linear modules' paths, without the output embedding

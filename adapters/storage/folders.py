@@ -54,7 +54,7 @@ class Folders:
 
     @contextmanager
     def renewed(self, name: str) -> Iterator[Path]:
-        """Yield a directory to fill, whose files replace a damaged folder's on leaving. Raises OSError."""
+        """Yield a directory to fill. On leaving, its files replace those of a damaged folder. Raises OSError."""
         place = self._root / name
         with self._draft(name) as directory:
             yield directory
@@ -87,14 +87,14 @@ class Folders:
         return {name: partial(self.read, name) for name in names if self.has(name)}
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a folder, perhaps a damaged one."""
+        """Return whether the folder exists, even if it is damaged."""
         try:
             return (self._root / name).is_dir()
         except OSError:  # the disk is damaged
             return True
 
     def present(self, names: set[str]) -> set[str]:
-        """Return those of the names for which `has` is true."""
+        """Return the names for which `has` is true."""
         return set(filter(self.has, names))
 
     def delete(self, name: str) -> None:
@@ -102,7 +102,7 @@ class Folders:
         remove_directory(self._root / name)
 
     def clean(self) -> None:
-        """Remove what killed processes left, once it is old enough."""
+        """Remove what killed processes left, once it is old enough to count as abandoned."""
         remove_abandoned(self._root)
 
     @contextmanager
@@ -178,7 +178,7 @@ class BucketFolders(Folders):
         return bool(self._copies.whole(name))
 
     def present(self, names: set[str]) -> set[str]:
-        """As `Folders.present`. Several names take one listing of all folders."""
+        """Do as `Folders.present`. For several names, all folders are listed once."""
         return names & self.all().keys() if len(names) > 1 else super().present(names)
 
     def delete(self, name: str) -> None:
@@ -188,7 +188,7 @@ class BucketFolders(Folders):
         self._copies.remove(copies)
 
     def clean(self) -> None:
-        """As `Folders.clean`, and remove incomplete uploads from the bucket."""
+        """Do as `Folders.clean`, and remove incomplete uploads from the bucket."""
         super().clean()
         before = self._bucket.now() - timedelta(seconds=ABANDONED_AFTER)
         self._copies.remove(c for c in self._copies.all() if not c.is_whole and c.modified < before)

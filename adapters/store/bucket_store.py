@@ -138,7 +138,10 @@ class BucketAdapterStore(AdapterStore):
             store.delete_folders([temporary])
 
     def upload(self, digest: str) -> None:
-        """Upload this machine's copy, if the bucket has none. The caller knows that it is whole and stays here."""
+        """Upload this machine's copy, if the bucket has none.
+
+        The caller must know that the local copy is complete, and keep it from being deleted meanwhile.
+        """
 
         def put() -> int:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing")
@@ -158,13 +161,15 @@ class BucketAdapterStore(AdapterStore):
             self._deletions.doubt(digest)
 
     def discard(self, digest: str, in_use: InUse = store.never) -> None:
-        """Discard this machine's bytes as `AdapterStore.discard` does, and bury the bucket's copies."""
+        """Discard this machine's bytes as `AdapterStore.discard` does, and write tombstones for the bucket's
+        copies.
+        """
         super().discard(digest, in_use)
         try:
             if not in_use(digest):
                 self._deletions.bury(self._copies.of(digest))
             self._deletions.settle(digest)
-        except Exception as error:  # of the bucket or the catalog: the caller's work is done
+        except Exception as error:  # an error of the bucket or the catalog; the caller's work is done nevertheless
             log.warning("can't discard %s now, a sweep will: %s", digest[:12], error or type(error).__name__)
 
     def sweep(self, in_use: InUse) -> list[str]:
@@ -173,7 +178,10 @@ class BucketAdapterStore(AdapterStore):
         return self._deletions.sweep(in_use)
 
     def _push(self, digest: str, put: Callable[[], int]) -> None:
-        """Upload the directory, and hold it meanwhile. `put` writes it again if it was removed before."""
+        """Upload the directory, and hold it meanwhile so that nobody removes it.
+
+        If the directory was already removed, `put` is called to write it again.
+        """
         while (hold := store.lock_folder(self._place(digest), fcntl.LOCK_SH)) is None:
             put()
         try:
@@ -223,7 +231,7 @@ class BucketAdapterStore(AdapterStore):
 
     @contextmanager
     def _alone(self, digest: str) -> Iterator[None]:
-        """Exclude other downloads on this machine of digests with the same first two digits."""
+        """Exclude, on this machine, all other downloads of digests with the same first two digits."""
         shelf = self._place(digest).parent
         shelf.mkdir(exist_ok=True)
         until = time.monotonic() + self._patience
@@ -285,7 +293,7 @@ class _Deletions:
         for doubt in self._doubts.listed():
             if (now - doubt.modified).total_seconds() > self._grace:
                 digest = doubt.key.split("/")[0]
-                wanted = in_use(digest)  # if so, only incomplete copies go: nothing will use them
+                wanted = in_use(digest)  # if so, only incomplete copies get tombstones: nothing will use them
                 self.bury(copy for copy in self._copies.of(digest) if not (wanted and copy.is_whole))
                 self._doubts.delete([doubt.key])
         gone = []
@@ -301,7 +309,9 @@ class _Deletions:
         return gone
 
     def live(self, digest: str) -> Copy | None:
-        """Return a whole copy without a tombstone, or None. Tombstones must be listed first: see above."""
+        """Return a whole copy without a tombstone, or None. Tombstones must be listed before copies: see the
+        module's docstring.
+        """
         buried = self._buried(digest)
         return next((copy for copy in self._copies.whole(digest) if copy.id not in buried), None)
 

@@ -1,4 +1,5 @@
-"""A second form of stored adapters: one file each, with the bytes as an engine needs them in memory, to load fast.
+"""A second form of stored adapters, for fast loading: one file each, with the bytes as an engine needs them in
+memory.
 
     <root>/packed/<digest>
 
@@ -22,7 +23,10 @@ from adapters.storage.durable import UNFINISHED, new_file, remove_abandoned
 
 
 def open_all(paths: Mapping[str, Path]) -> dict[str, BinaryIO]:
-    """Open all files, or none, and return them by the same names. They outlive a removal. Raises OSError."""
+    """Open all files, or none, and return them by the names in `paths`. Raises OSError.
+
+    Open files stay readable after their removal.
+    """
     files: dict[str, BinaryIO] = {}
     with ExitStack() as opened:
         for name, path in paths.items():
