@@ -43,8 +43,9 @@ class Pinned:
     def __init__(
         self, parts: tuple[Part, ...] = (), warnings: tuple[str, ...] = (), store: AdapterStore | None = None
     ) -> None:
-        """Pin the parts' bytes, without blocking. If a name means the bytes after this call, they exist until
-        `release`.
+        """Pin the parts' bytes, without blocking.
+
+        If a name means the bytes after this call, they exist until `release`.
         """
         self.parts = parts
         self.warnings = warnings
@@ -53,8 +54,7 @@ class Pinned:
             store.pin(self._digests)
 
     def release(self) -> None:
-        """Unpin the bytes. The bytes of deleted versions are removed with their last pin. A second call is a
-        no-op.
+        """Unpin the bytes. Those of deleted versions are removed with their last pin. A second call is a no-op.
 
         Raise OSError or the database's error if the removal fails; the bytes are unpinned nevertheless.
         """
@@ -62,9 +62,7 @@ class Pinned:
             removal()
 
     def unpin(self) -> Removal | None:
-        """Unpin the bytes without blocking. Return the removal to call in a thread, or None if nothing is to be
-        removed.
-        """
+        """Unpin the bytes without blocking. Return the removal to call in a thread, or None if there is none."""
         store, self._store = self._store, None
         return None if store is None else store.let_go(self._digests)
 
@@ -155,7 +153,7 @@ class Library:
         self.check_name(name)
         adapter = peft_format.read(config_json, weights, self.shape)
         digest = adapter.weights.digest
-        self.store.pin([digest])  # a concurrent delete of the same bytes asks again after this
+        self.store.pin([digest])  # a concurrent discard waits for the unpin, then asks the catalog again
         try:
             original = {peft_format.CONFIG_NAME: config_json}
             with self.store.publishing(adapter, self._is_wanted, original) as num_bytes:
@@ -201,19 +199,23 @@ class Library:
             pinned.release()
 
     def point(self, name: str, alias: str, version: int) -> Adapter:
-        """Make the alias, or `latest`, mean that version. Raise NotFound, or InvalidInput on `alias`."""
+        """Make the alias, or `latest`, mean this version.
+
+        Raise NotFound if the version doesn't exist, or InvalidInput on `alias` if the alias is invalid.
+        """
         if fault := alias_fault(alias):
             raise InvalidInput.of("alias", fault)
         self.catalog.point(name, alias, version)
         return self.get(name)
 
     def unpoint(self, name: str, alias: str) -> None:
-        """Remove the alias. Raise NotFound, or Conflict for `latest`."""
+        """Remove the alias. Raise NotFound if it doesn't exist, or Conflict if it is `latest`."""
         self.catalog.unpoint(name, alias)
 
     def set_visibility(self, name: str, is_public: bool) -> Adapter:
-        """Let other projects use the name, or no longer. Raise NotFound, or Conflict if a public composition would
-        have a private part.
+        """Let other projects use the name, or no longer.
+
+        Raise NotFound, or Conflict if a public composition would have a private part.
         """
         self.catalog.set_visibility(name, is_public)
         return self.get(name)
@@ -229,11 +231,11 @@ class Library:
         return list(map(self._with_all_warnings, found)), last
 
     def get(self, name: str) -> Adapter:
-        """Return the adapter with all its versions. Raise NotFound."""
+        """Return the adapter with all its versions. Raise NotFound if it doesn't exist."""
         return self._with_all_warnings(self.catalog.get(name))
 
     def version(self, name: str, version: int) -> Version:
-        """Return one version. Raise NotFound."""
+        """Return one version. Raise NotFound if it doesn't exist."""
         return self._with_warnings(self.catalog.version(name, version))
 
     def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
@@ -244,10 +246,10 @@ class Library:
         return [self.version(part.name, part.version) for part in self.catalog.resolve(terms, field)]
 
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
-        """Open the version's two PEFT files, with its own configuration. The caller closes them. They stay
-        readable if the version is deleted.
+        """Open the version's two PEFT files, with its own configuration.
 
-        Raise NotFound, CorruptAdapter, or Conflict if it is a composition.
+        The caller closes the files. They stay readable if the version is deleted. Raise NotFound, CorruptAdapter,
+        or Conflict if the version is a composition.
         """
         if (found := self.catalog.version(name, version)).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
@@ -354,7 +356,7 @@ class Library:
         self.store.doubt(version.digest for version in versions if not version.parts)
 
     def _is_needed(self, version: Version) -> bool:
-        """Return whether a job of the version's project needs it. Jobs of other projects need only the bytes."""
+        """Return whether a job of its project needs the version. Jobs of other projects need only its bytes."""
         return self._is_parent(version.digest, split_key(self.catalog.viewpoint.key(version.name))[0])
 
     def _is_wanted(self, digest: str) -> bool:
@@ -381,8 +383,8 @@ class ServedBase:
     """The served base, which is compared with the base that a version was made on, as far as that is recorded.
 
     Shapes fit or they don't, but no byte of an adapter shows which weights it was trained with. So every version
-    records the digest of its base, and an upload also records the base's name in its file. If `digest` is None,
-    the served base's digest is unknown, and no digest is compared with it.
+    records the digest of its base, and an upload also records the name that its file gives for the base. If
+    `digest` is None, the served base's digest is unknown, and no digest is compared with it.
     """
 
     name: str

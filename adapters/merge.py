@@ -56,8 +56,9 @@ def check(parts: Iterable[Mapping[ModuleKey, int]], recipe: Recipe) -> None:
 def merge(
     adapters: WeightedAdapters, recipe: Recipe, between: Callable[[int, int], None] = lambda done, total: None
 ) -> LoraWeights:
-    """Merge the adapters on the CPU. The result targets every module that any part targets; the order of the parts
-    doesn't matter.
+    """Merge the adapters on the CPU.
+
+    The result targets every module that any part targets, and doesn't depend on the order of the parts.
 
     `between(done, total)` is called after each module and may raise. Raise InvalidInput as `check` does, or on
     `expression` if entries are too large for fp32.
@@ -89,7 +90,7 @@ def _default_rank(parts: WeightedAdapters) -> int:
 
 
 def config_of(weights: LoraWeights, num_layers: int | None) -> LoraConfig:
-    """Return the configuration of merged weights. `num_layers` is the base's; if None, each layer is named."""
+    """Return the configuration of merged weights. `num_layers` is the base's, or None if it is unknown."""
     assert all(module.scaling == 1.0 for module in weights.modules.values())
     rank = weights.max_rank
     return describe(weights, rank, float(rank), use_rslora=False, num_layers=num_layers)

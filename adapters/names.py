@@ -44,9 +44,7 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
 
 def slips(name: str) -> set[str]:
-    """Return the names that `name` may be a typo of. They are guessed from `name` alone, by undoing one common
-    typo.
-    """
+    """Return the names that `name` may be a typo of, guessed from `name` alone by undoing one common typo."""
     pairs = [(name[:i], name[i:]) for i in range(len(name))]
     doubled = {before + after[1:] for before, after in pairs}
     swapped = {before + after[1] + after[0] + after[2:] for before, after in pairs if len(after) > 1}

@@ -128,7 +128,7 @@ class Catalog:
             )
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
-        """Add the next version of the composition `name`. Each part is pinned to the version that its term means
+        """Add the next version of the composition `name`, with its terms pinned to the versions that they mean
         now.
 
         Return the version, and whether it is new: if the latest version has the same parts and weights, that
@@ -235,8 +235,9 @@ class Catalog:
         transact(self._engine, lambda connection: unpoint_in(connection, key, alias, viewpoint))
 
     def set_visibility(self, name: str, is_public: bool) -> None:
-        """Let other projects use the name, or no longer. Raise NotFound, or Conflict if a public composition would
-        have a private part.
+        """Let other projects use the name, or no longer.
+
+        Raise NotFound, or Conflict if a public composition would have a private part.
         """
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: set_visibility_in(connection, key, is_public, viewpoint))
@@ -250,8 +251,9 @@ class Catalog:
         return self._drop(name, None, force)
 
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
-        """Delete one version as `delete` does. If it was the latest, the highest remaining version becomes the
-        latest.
+        """Delete one version as `delete` does.
+
+        If it was the latest, the highest remaining version becomes the latest.
         """
         return self._drop(name, version, force)
 

@@ -168,9 +168,8 @@ def version_of(rows: Sequence[sa.RowMapping]) -> Version:
     """Return the version in the rows of one version."""
     fields = {column.name: rows[0][column.name] for column in versions.columns}
     fields |= {key: tuple(fields[key]) for key in ("target_modules", "warnings")}
-    found = {
-        row["place"]: row for row in rows if row["place"] is not None
-    }  # the rows have each part once for each alias
+    # the rows repeat each part for each alias
+    found = {row["place"]: row for row in rows if row["place"] is not None}
     return Version(**fields, parts=tuple(_part(found[place], 1.0) for place in sorted(found)))
 
 
@@ -314,9 +313,7 @@ def _part(row: sa.RowMapping, weight: float) -> Part:
 
 
 def _check_leaves(leaves: Sequence[Part], field: str) -> None:
-    """Raise InvalidInput if an expression, with its compositions expanded, has too many parts or too large
-    weights.
-    """
+    """Raise InvalidInput if an expression's compositions have together too many parts, or too large weights."""
     if (count := len(gather(leaves))) > MAX_PARTS:
         raise InvalidInput.of(field, f"its compositions have {count} parts together, the most is {MAX_PARTS}")
     if any(abs(part.weight) > MAX_WEIGHT for part in leaves):

@@ -47,8 +47,7 @@ class Found:
 
 
 class Records:
-    """The records of versions: in the bucket if there is one, otherwise below `root`, the root of an
-    `AdapterStore`.
+    """The records of versions: in the bucket if there is one, otherwise below an `AdapterStore`'s root.
 
     With a bucket, every method raises BytesUnavailable if the bucket fails, even within a transaction: a version
     is published with its record, or not at all.
@@ -116,10 +115,10 @@ class Records:
             self._blobs.clean(f"{folder}/")
 
     def _leaving(self, name: str, numbers: list[int]) -> tuple[list[int], int | None]:
-        """Return which of the versions have records, and what to write to the file `next` before removing these
-        records.
+        """Return which of the versions have records, and the number for the file `next` to write before their
+        removal.
 
-        The latter is None if a record that stays, or the file `next`, already implies it.
+        The number is None if a record that stays, or the file `next`, already implies it.
         """
         files = [key.rpartition("/")[2] for key in self._blobs.keys(f"{folder_of(name)}/")]
         there = {number for file in files if (number := _number(file)) is not None}
@@ -174,15 +173,13 @@ def decode(record: bytes) -> Version:
 
 
 def folder_of(key: str) -> str:
-    """Return the path of the folder with the records of a name, given by its key. The path is relative to the
-    root.
-    """
+    """Return the path, relative to the root, of the folder with the records of a name's key."""
     project, name = split_key(key)
     return f"{FOLDER}/{name}" if project == DEFAULT_PROJECT else f"{PROJECTS}/{project}/{name}"
 
 
 def _place_of(key: str) -> tuple[str, int, str] | None:
-    """Return the name, the version number and the blob's `key`, or None if it isn't the key of a record.
+    """Return the name, the version number and `key`, or None if `key` isn't that of a record.
 
     The number is 0 for the file `next`.
     """

@@ -31,8 +31,7 @@ from adapters.sql import transact
 class Recovered:
     """A report of what was repaired, with versions as "name@version".
 
-    The `adopted` versions were published again. The `lost` ones can't be, because their bytes or parts are
-    missing.
+    The `adopted` versions were published again. The `lost` ones can't be: their bytes or parts are missing.
     """
 
     adopted: tuple[str, ...] = ()

@@ -20,9 +20,7 @@ names = sa.Table(
     sa.Column("latest", sa.Integer),  # null: all versions were deleted
     # `latest` was moved back manually, so that publishing by a job doesn't move it
     sa.Column("rolled_back", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column(
-        "next_version", sa.Integer, nullable=False
-    ),  # kept if versions are deleted, so that no number is used twice
+    sa.Column("next_version", sa.Integer, nullable=False),  # kept without versions: no number is used twice
     sa.Index("ix_adapters_project_name", "project", "name"),
 )
 

@@ -117,8 +117,9 @@ def publish_unattended_in(
 
 
 def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
-    """Return why `latest` doesn't move to the new version, or None if it does. `row` is the name's row in the
-    table.
+    """Return why `latest` doesn't move to the new version, or None if it does.
+
+    `row` is the name's row in the table.
     """
     if row.rolled_back:
         return f"latest stays at {row.latest}, where it was moved back to by hand"
@@ -139,9 +140,8 @@ def compose_in(
     records: Recorder | None = None,
 ) -> tuple[Version, bool]:
     """Publish a composition as `Catalog.compose` does."""
-    number = _next_number(
-        connection, name, "composition"
-    )  # first: takes the lock, so that the parts can't be deleted meanwhile
+    # called first: it takes a lock, so that the parts can't be deleted meanwhile
+    number = _next_number(connection, name, "composition")
     leaves = gather(resolve(connection, terms, field, viewpoint))
     if not combine(leaves):
         raise InvalidInput.of(field, "is equal to the base: give adapters whose weights don't cancel out")

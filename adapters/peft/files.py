@@ -134,7 +134,7 @@ def describe(
 ) -> LoraConfig:
     """Return the configuration for the weights. Its patterns list the modules with another rank or scaling.
 
-    If `num_layers`, the base's number of layers, is None, modules are listed layer by layer.
+    `num_layers` is the base's, or None if it is unknown.
     """
     modules = weights.modules
     names, layers = targets_of(sorted(modules, key=in_forward_order), num_layers)
@@ -218,7 +218,7 @@ def targets_of(
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Return the `target_modules` and `layers_to_transform` that mean exactly `keys`.
 
-    If `num_layers` is None, the layers are listed even if they are all that the base has.
+    If `num_layers` is None (unknown), the layers are listed even if they are all that the base has.
     """
     layers: dict[str, set[int]] = {}
     for key in keys:

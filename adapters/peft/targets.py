@@ -30,7 +30,7 @@ MAX_MATCHED_HERE = 16_384  # characters in one call; PEFT's own patterns for a l
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_.-]|\\\.)*")
 
 # Does the same as `_match_here`, prints a line for each pattern, and finally the processor time. SIGPROF ends it
-# even in the middle of a match; so do 1 GiB of memory and a second limit on processor time.
+# even in the middle of a match; so do limits of 1 GiB of memory and, once more, of processor time.
 _MATCH_THERE = """
 import json, re, resource, signal, sys, time
 question = json.load(sys.stdin)
@@ -195,8 +195,9 @@ def other_modules(base: BaseShape) -> tuple[str, ...]:
 
 
 def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[ModuleKey]:
-    """Return the targeted modules. Raise BadTargetsError if there are none, or one isn't linear or isn't in a
-    layer.
+    """Return the targeted modules.
+
+    Raise BadTargetsError if there are none, or if one isn't linear or isn't in a layer.
     """
     linear = linear_modules(base)
     if isinstance(targeting.target_modules, str) and targeting.target_modules.lower() == ALL_LINEAR:

@@ -226,9 +226,7 @@ def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
 
 
 def _meant(name: str) -> str | None:
-    """Return PEFT's name of an A or B that was saved under another name, as from a live or compiled model, or
-    None.
-    """
+    """Return PEFT's name of an A or B that has another name, as from a live or compiled model, or None."""
     place = place_of(name)
     if place is None or place[1] not in MODULES:
         return None

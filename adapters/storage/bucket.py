@@ -125,9 +125,7 @@ class Bucket:
 
     def folders(self) -> list[str]:
         """Return the distinct first parts of all keys that contain a slash."""
-        if isinstance(
-            self._store, LocalStore
-        ):  # its listing of folders includes empty ones, which killed processes leave
+        if isinstance(self._store, LocalStore):  # it also lists empty folders, which killed processes leave
             return sorted({stored.key.split("/", 1)[0] for stored in self.listed() if "/" in stored.key})
         own, below = len(self._prefix), self._prefix.rstrip("/") or None
         found = self._ask(lambda: obstore.list_with_delimiter(self._store, below))
@@ -142,8 +140,7 @@ class Bucket:
                 self._ask(partial(obstore.delete, self._store, own[start : start + at_once]))
 
     def reach(self, num_bytes: int) -> None:
-        """Check that an object of `num_bytes` can be written now or, if `num_bytes` is 0, that an object can be
-        deleted.
+        """Check that an object of `num_bytes` can be written now or, with 0, that an object can be deleted.
 
         Writing an empty object wouldn't do as a check, since a full store may accept it.
         """

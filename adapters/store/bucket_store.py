@@ -161,9 +161,7 @@ class BucketAdapterStore(AdapterStore):
             self._deletions.doubt(digest)
 
     def discard(self, digest: str, in_use: InUse = store.never) -> None:
-        """Discard this machine's bytes as `AdapterStore.discard` does, and write tombstones for the bucket's
-        copies.
-        """
+        """Discard this machine's bytes as `AdapterStore.discard` does, and give the bucket's copies tombstones."""
         super().discard(digest, in_use)
         try:
             if not in_use(digest):
@@ -309,8 +307,9 @@ class _Deletions:
         return gone
 
     def live(self, digest: str) -> Copy | None:
-        """Return a whole copy without a tombstone, or None. Tombstones must be listed before copies: see the
-        module's docstring.
+        """Return a whole copy without a tombstone, or None.
+
+        The tombstones must be listed before the copies: see the module's docstring.
         """
         buried = self._buried(digest)
         return next((copy for copy in self._copies.whole(digest) if copy.id not in buried), None)

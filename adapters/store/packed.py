@@ -1,5 +1,4 @@
-"""A second form of stored adapters, for fast loading: one file each, with the bytes as an engine needs them in
-memory.
+"""A second form of stored adapters, to load fast: one file each, with the bytes as an engine has them in memory.
 
     <root>/packed/<digest>
 

@@ -323,8 +323,9 @@ class AdapterStore:
         self.verify(digest)
 
     def open(self, digest: str) -> dict[str, BinaryIO]:
-        """Open PEFT's two files, and return them by name. Open files stay readable after a discard. Raises
-        CorruptAdapter.
+        """Open PEFT's two files, and return them by name. Raises CorruptAdapter.
+
+        Open files stay readable after a discard.
         """
         place = self._place(digest)
         try:
@@ -349,9 +350,7 @@ class AdapterStore:
             removal()
 
     def let_go(self, digests: Iterable[str]) -> Callable[[], None] | None:
-        """Unpin without blocking, for event loops. Return the removal to call in a thread, or None if there is
-        none.
-        """
+        """Unpin without blocking, for event loops. Return the removal to call in a thread, if there is one."""
         doomed = self._pins.remove(digests)
         return partial(self._discard_all, doomed) if doomed else None
 

@@ -53,7 +53,7 @@ class Audit:
     ) -> None:
         """Record a change that was made elsewhere just now.
 
-        If the database fails, log the entry instead: that must not keep anybody from deleting.
+        If the database fails, log the entry instead, since a failing audit log must not prevent deletions.
         """
         try:
             transact(self._engine, lambda connection: record(connection, who, action, project, target, detail))

@@ -47,9 +47,9 @@ log = logging.getLogger("smolora.database")
 class Notices:
     """A number that changes whenever any process commits. A call takes a microsecond. Thread-safe.
 
-    This process's commits count immediately, other processes' when their notice arrives; the notices of this
-    process carry `own`. While the server doesn't answer, the number changes at each call, so that no cached value
-    is taken for current.
+    A commit of this process counts immediately, a commit of another process when its notice arrives. The notices
+    of this process carry `own`, and aren't counted again. While the server doesn't answer, the number changes at
+    each call, so that no cached value is taken for current.
     """
 
     def __init__(self, open_one: "Callable[[], psycopg.Connection[Any]]") -> None:
@@ -67,12 +67,12 @@ class Notices:
         return self._number
 
     def count(self) -> None:
-        """Count a commit, or a possible one."""
+        """Count a commit, or one that may have happened unnoticed."""
         with self._lock:
             self._number += 1
 
     def start(self) -> None:
-        """Start to listen; further calls have no effect."""
+        """Start to listen. Further calls have no effect."""
         with self._lock:
             if self._thread is None and not self._is_closed.is_set():
                 self._thread = threading.Thread(target=self._run, name="commits", daemon=True)
@@ -216,7 +216,7 @@ def num_sessions(url: str) -> int:
 
 
 class _Pool(QueuePool):
-    """A pool of connections that closes a returned connection after the engine was disposed of."""
+    """A pool of connections that, after the engine was disposed of, closes each connection returned to it."""
 
     _is_closed = False
 
@@ -382,7 +382,7 @@ def _explain(context: sa.engine.ExceptionContext) -> None:
 
 
 def _first(error: BaseException) -> BaseException:
-    """Return the driver's error."""
+    """Return the driver's error that caused `error`, or `error` itself if there is none."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         return error.orig
     return error.__cause__ or error

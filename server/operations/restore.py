@@ -1,8 +1,8 @@
 """Fills an empty HOME, whole or not at all; restores a backup that way.
 
 All parts are collected in a folder in HOME, and then renamed into their places, the database last. Until the
-folder is gone, no command works on that HOME. If the process is killed, the next one that fills HOME removes what
-it left.
+folder is gone, no command works on that HOME. If the process is killed, the next process that fills HOME removes
+what was left.
 
 A backup is unpacked, compared with its manifest, migrated, and examined as `smolora doctor` does, before the
 renames.

@@ -64,7 +64,9 @@ class Home:
 
     @property
     def keyed(self) -> Path:
-        """An empty file that exists once there was an API key. It is needed if the database is lost."""
+        """An empty file that exists once there was an API key. If the database is lost, it shows that clients
+        still need a key.
+        """
         return self.path / "keyed"
 
     @property
@@ -81,8 +83,9 @@ class Home:
 def make(home: Path, *, to_restore: bool = False) -> bool:
     """Create the folder if it doesn't exist, and restrict it to its owner. Return whether it is restricted.
 
-    Raise StartupError if that fails, or if a restore was interrupted there, unless the caller is `to_restore`
-    again. A folder that belongs to another user, such as a volume of a group, keeps its mode.
+    Raise StartupError if that fails, or if a restore or move is at work or was interrupted in the folder, except
+    with `to_restore`, which repeats it. A folder that belongs to another user, such as a volume of a group, keeps
+    its mode.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
         raise StartupError(
