@@ -47,7 +47,7 @@ class SmoloraError(Exception):
 
 @dataclass(frozen=True)
 class FieldError:
-    """One field at fault: its path, whose last part is the field's name, and a message that says how to fix it."""
+    """One field at fault: its path, which ends in the field's name, and a message that says how to fix it."""
 
     loc: tuple[str | int, ...]
     message: str

@@ -78,7 +78,8 @@ def _never(digest: str, project: str | None = None) -> bool:
 class Library:
     """The adapters for one base, as one project sees them.
 
-    `is_parent(digest, project)` returns whether a job of the project (None: of any) now trains on from an adapter.
+    `is_parent(digest, project)` returns whether an unfinished job of the project (None: of any project) uses this
+    adapter.
     """
 
     def __init__(
@@ -179,9 +180,9 @@ class Library:
         return version
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
-        """Publish a composition as the name's next version, pinned to what its terms mean now.
+        """Publish a composition as the name's next version, with its terms pinned to versions.
 
-        Return the version, and whether it is new: if the latest has the same parts and weights, nothing is
+        Return the version, and whether it is new: if the latest version has the same parts and weights, nothing is
         published. Raise NotFound, naming the missing terms; InvalidInput on `field`; or Conflict if an adapter has
         the name or a part doesn't fit the base's shapes.
         """
@@ -267,7 +268,7 @@ class Library:
         return self.store.put(adapter)
 
     def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
-        """Store the adapter's bytes for a block that commits their version. If the block fails, remove them."""
+        """Store the adapter's bytes for a block that commits their version, and remove them if the block fails."""
         return self.store.publishing(adapter, self._is_wanted)
 
     def discard(self, *digests: str) -> None:
@@ -310,8 +311,8 @@ class Library:
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
         """Repair what killed processes left, on the disk and in the catalog, and return what was repaired.
 
-        If other machines may be writing the catalog, it is left alone (`doctor --rebuild`). `is_known(job_id)`
-        returns whether the database has the job.
+        If other machines may be writing the catalog, only the disk is repaired; use `doctor --rebuild` for the
+        catalog. `is_known(job_id)` returns whether the database has the job.
         """
         found = Recovered() if self.store.is_in_bucket else self.catalog.recover(self.store.is_whole, is_known)
         self.sweep()
@@ -322,9 +323,9 @@ class Library:
         self.store.sweep(self._is_wanted)
 
     def _check_usable(self, parts: Iterable[Part]) -> tuple[str, ...]:
-        """Return the warnings of all parts, whose bytes are pinned.
+        """Return the warnings of all parts. The parts' bytes must be pinned.
 
-        Raise Conflict if the shapes of one don't fit the base, NotFound, or CorruptAdapter.
+        Raise Conflict if a part's shapes don't fit the base, NotFound if a version is gone, or CorruptAdapter.
         """
         viewpoint = self.catalog.viewpoint
         found: dict[str, tuple[str, ...] | None] = {}

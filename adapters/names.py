@@ -124,7 +124,10 @@ class Viewpoint:
     key_id: str | None = None
 
     def key(self, name: str) -> str:
-        """Return the key of `name`: "tweets" is the project's own adapter, "acme/tweets" that of `acme`."""
+        """Return the key of `name`.
+
+        "tweets" is the project's own adapter, "acme/tweets" is the adapter of the project `acme`.
+        """
         project, slash, own = name.rpartition("/")
         return key_of(project, own) if slash else key_of(self.project, name)
 

@@ -64,7 +64,8 @@ __all__ = [
 class Catalog:
     """Adapters by name, as one project sees them. Thread-safe; other processes may write the same tables.
 
-    `records` keeps a copy of every version outside the database. If None, a lost database can't be rebuilt.
+    `records` keeps a copy of every version outside the database. If `records` is None, a lost database can't be
+    rebuilt.
     """
 
     def __init__(self, engine: sa.Engine, records: Records | None = None, of: Viewpoint | None = None) -> None:
@@ -213,8 +214,8 @@ class Catalog:
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
         """Return what each term means now, in the order of the terms, by one indexed query.
 
-        A composition means its parts, whose weights are multiplied by the term's. Raise NotFound, naming every
-        missing term, or InvalidInput on `field` if there are too many parts or a weight is too large.
+        A composition means its parts, with their weights multiplied by the term's weight. Raise NotFound, naming
+        every missing term, or InvalidInput on `field` if there are too many parts or a weight is too large.
         """
         if not terms:
             return ()
@@ -258,7 +259,7 @@ class Catalog:
         return self._drop(name, version, force)
 
     def num_bytes(self, key_id: str | None = None) -> int:
-        """Return the bytes that the project's adapters take, or only those of the adapters that the key published.
+        """Return the bytes that the project's adapters take, or only those of adapters that one key published.
 
         Equal bytes count once.
         """

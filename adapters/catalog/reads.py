@@ -130,7 +130,7 @@ def _shown(viewpoint: Viewpoint) -> sa.ColumnElement[str]:
 
 
 def select_visible(name: str, viewpoint: Viewpoint) -> "sa.Select[str]":
-    """Select another project's name if the project may see it: it is public, or the project sees all."""
+    """Select another project's name if the project may see it: the name is public, or the project sees all."""
     query = sa.select(names.c.name).where(names.c.name == name)
     return query if viewpoint.sees_all else query.where(names.c.is_public)
 
@@ -228,10 +228,10 @@ def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
 
 
 def why_missing(connection: sa.Connection, viewpoint: Viewpoint, *terms: Term) -> list[str]:
-    """Return a message for each missing term, once each; the first ones suggest what was meant.
+    """Return one message for each missing term. The first messages suggest what was meant.
 
     Other projects' private adapters count as missing. The number of queries depends neither on the number of
-    adapters nor on that of terms.
+    adapters nor on the number of terms.
     """
     asked = {term.name: term.name for term in terms}
     rows = connection.execute(_LATEST, {"names": list(asked.keys() - _hidden(connection, asked, viewpoint))})

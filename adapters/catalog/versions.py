@@ -97,7 +97,7 @@ class Origin:
 
     @classmethod
     def of(cls, versions: Iterable[Version]) -> "Origin":
-        """Return the common base of `versions`, with the warnings of all of them."""
+        """Return the common base of `versions`, with the warnings of all the versions."""
         found = tuple(versions)
         warnings = [f"{version.name}@{version.version}: {text}" for version in found for text in version.warnings]
         models, digests = {version.base_model for version in found}, {version.base_digest for version in found}

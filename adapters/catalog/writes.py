@@ -1,7 +1,8 @@
 """The catalog's writes, each within a transaction of `adapters.sql.transact`.
 
-They are for callers that write their own tables in the same transaction; others use `catalog.Catalog`. A `name` is
-a key here (see `adapters.names`). Records are written before the commit (see `adapters.catalog.records`).
+They are for callers that write their own tables in the same transaction; other callers use `catalog.Catalog`. A
+`name` is a key here (see `adapters.names`). Records are written before the commit (see
+`adapters.catalog.records`).
 """
 
 import math
@@ -160,7 +161,10 @@ def compose_in(
 def insert_in(
     connection: sa.Connection, version: Version, records: Recorder | None, moves_latest: bool = True
 ) -> None:
-    """Insert a numbered version and make it the latest; without `moves_latest`, only if there is no latest yet."""
+    """Insert a numbered version and make it the latest.
+
+    Without `moves_latest`, the version becomes the latest only if there is no latest yet.
+    """
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
     del row["parts"]
     connection.execute(sa.insert(versions).values(row))
@@ -264,8 +268,8 @@ def _refuse_needed(
 ) -> None:
     """Raise Conflict, naming the aliases and compositions that need the version, or any version of the name.
 
-    `force` ignores aliases. Only the operator learns the names of other projects' compositions; others learn how
-    many there are.
+    `force` ignores aliases. Only the operator learns the names of other projects' compositions; everybody else
+    learns their number.
     """
     named: list[str] = []
     if not force:

@@ -3,10 +3,10 @@
 The rules are those of `check_target_module_exists`, `_maybe_include_all_linear_layers` and `get_pattern_key` in
 PEFT 0.21, for the module names of Hugging Face's Llama and SmolLM3.
 
-Configurations may have regular expressions, and one of a dozen characters can keep `re` busy for years. Plain
-names are matched in this process if there are few of them. Other expressions are matched in a short-lived process,
-which the kernel ends when the budget of processor time is used up. A budget of processor time, unlike one of wall
-time, doesn't depend on the machine's load.
+Configurations may have regular expressions, and an expression of a dozen characters can keep `re` busy for years.
+Plain names are matched in this process if there are few of them. Other expressions are matched in a short-lived
+process, which the kernel ends when the budget of processor time is used up. A budget of processor time, unlike one
+of wall time, doesn't depend on the machine's load.
 """
 
 import json

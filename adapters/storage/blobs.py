@@ -33,7 +33,7 @@ class Blobs(Protocol):
     """A store of blobs. A bucket raises BytesUnavailable from every method; a directory raises OSError."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Store the blob, durably. A blob of the same key is replaced."""
+        """Store the blob, durably. An existing blob with this key is replaced."""
 
     def get(self, key: str) -> bytes:
         """Return the blob's bytes. Raise Missing if there is no such blob."""

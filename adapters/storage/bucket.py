@@ -88,7 +88,7 @@ class Bucket:
         return Bucket(self._store, self._patience, f"{self._prefix}{prefix}/")
 
     def put(self, key: str, data: bytes) -> None:
-        """Store the object. An object of the same key is replaced."""
+        """Store the object. An existing object with this key is replaced."""
         self._ask(lambda: obstore.put(self._store, self._prefix + key, data))
 
     def put_file(self, key: str, path: Path) -> None:

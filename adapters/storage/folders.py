@@ -45,7 +45,7 @@ class Folders:
 
     @contextmanager
     def new(self, name: str) -> Iterator[Path]:
-        """Yield a directory to fill, and store it on leaving, unless there is a folder of that name by then.
+        """Yield a directory to fill, and store it on leaving, unless a folder of that name exists by then.
 
         Raises OSError.
         """
@@ -64,7 +64,7 @@ class Folders:
                     path.replace(file)
 
     def open(self, name: str, file: str) -> BinaryIO:
-        """Open one of the folder's files, which outlives a delete while it is open. Raises FileNotFoundError."""
+        """Open one of the folder's files. An open file stays readable after a delete. Raises FileNotFoundError."""
         return (self._root / name / file).open("rb")
 
     def digest(self, name: str, file: str) -> str:
@@ -119,8 +119,8 @@ class Folders:
 class BucketFolders(Folders):
     """The folders in a bucket, as `Copies` keeps them. All methods raise BytesUnavailable.
 
-    The root has only what is being written or read. If two machines stored a folder at once, there are two copies,
-    and all machines read the older one.
+    The local root has only the files that are being written or read. If two machines stored a folder at once,
+    there are two copies, and all machines read the older one.
     """
 
     def __init__(self, root: Path, mark: str, bucket: "Bucket") -> None:

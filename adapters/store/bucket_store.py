@@ -5,8 +5,9 @@
     tombstones/<digest>/<copy>     this copy is to be deleted, once all requests that may need it have ended
 
 `put` writes the files into the cache, as a directory store does, and uploads them, before a version names them. If
-`load` doesn't find a digest in the cache, one thread downloads it for all that wait. Holds and pins keep bytes in
-the cache. In the bucket, where no machine knows what others use, doubts and tombstones take their place:
+`load` doesn't find a digest in the cache, one thread downloads it for all threads that wait. Locks and pins keep
+bytes in the cache. In the bucket, where no machine knows what other machines use, doubts and tombstones serve
+instead:
 
 - A process writes a doubt before it uploads a copy, and before it deletes a version. It removes the doubt when it
   is done. If it is killed, a sweep settles the doubt after `grace`: unwanted copies get tombstones.
@@ -17,11 +18,11 @@ the cache. In the bucket, where no machine knows what others use, doubts and tom
 Any process may sweep at any time, stop anywhere, and go on an hour later: a published version keeps its bytes.
 This holds because a publisher looks again *after* the commit, first for tombstones and then for a whole copy
 without one, and uploads another copy if there is none. Suppose that a sweep deletes a copy because the digest is
-unwanted. If it asked the catalog after the commit, the answer was "wanted". If it asked before, the tombstone
-existed before the commit, and exists until the copy is gone. So the publisher either sees the tombstone or misses
-the copy. A copy that is uploaded later has another name, and a late sweep can't delete it. (The exception: a
-publisher that was stopped for longer than `grace` before the commit, and is killed before it looks again.
-`smolora doctor` names its version.)
+unwanted. If the sweep asked the catalog after the commit, the answer was "wanted". If it asked before, the
+tombstone existed before the commit, and exists until the copy is gone. So the publisher either sees the tombstone
+or misses the copy. A copy that is uploaded later has another name, and a late sweep can't delete it. (The
+exception: a publisher that was stopped for longer than `grace` before the commit, and is killed before it looks
+again. `smolora doctor` names its version.)
 """
 
 import fcntl

@@ -56,7 +56,7 @@ class PackedFiles:
         """Bytes of the disk that must stay free for other uses."""
 
     def add(self, weights: LoraWeights) -> None:
-        """Store the file of an adapter that was just stored, if `make` returns one, and if there is room."""
+        """Store the file of an adapter that was just stored, if `make` returns a file and there is room."""
         if self.make is not None:
             with suppress(OSError, ValueError, RuntimeError):
                 if (pieces := self.make(weights.digest, weights)) is not None:

@@ -37,9 +37,9 @@ from adapters.store.packed import PackedFiles, open_all
 
 
 def lock_folder(directory: Path, how: int) -> int | None:
-    """Lock the directory, and return a handle; closing it unlocks.
+    """Lock the directory, and return a handle. Closing the handle unlocks the directory.
 
-    Return None if it is missing, or locked already.
+    Return None if the directory is missing, or locked already.
     """
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -190,7 +190,7 @@ def load_weights(directory: Path, digest: str) -> LoraWeights:
 
 
 def check_weights(directory: Path, digest: str, weights: LoraWeights) -> None:
-    """Raise CorruptAdapter unless the loaded weights have the digest, and the configuration has its own."""
+    """Raise CorruptAdapter unless the weights match `digest`, and the configuration matches the sidecar."""
     if weights.digest != digest:
         raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
     try:
@@ -227,7 +227,7 @@ class AdapterStore:
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         """Store the adapter under its weights' digest, unless it is stored already, and return its size in bytes.
 
-        `original` may have the uploaded adapter_config.json, which is stored unchanged. The tensors are always
+        If `original` has the uploaded adapter_config.json, the file is stored unchanged. The tensors are always
         written in our order. If the digest is stored and undamaged, the stored files stay.
         """
         digest = adapter.weights.digest

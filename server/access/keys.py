@@ -296,7 +296,7 @@ class KeyRing:
                 raise self._fault
 
     def refresh_now(self) -> None:
-        """Bring the cache up to date, and block meanwhile."""
+        """Bring the cache up to date, blocking the caller's thread."""
         if (seen := self._commits()) != self._seen:
             self._take(self._read(), seen)
 

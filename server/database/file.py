@@ -230,7 +230,7 @@ def faults(home: Path) -> list[str]:
 def copy(home: Path, target: Path) -> None:
     """Write a snapshot of the database to the new file `target` while other processes use it.
 
-    No migration is run. Raise StartupError if there is no database, or it is damaged.
+    No migration is run. Raise StartupError if there is no database, or if it is damaged.
     """
     path = existing(home)
     try:
@@ -245,7 +245,7 @@ def copy(home: Path, target: Path) -> None:
 
 
 def copy_alone(home: Path, target: Path) -> None:
-    """Copy the database as `copy` does, for a caller that knows that no process sets it aside meanwhile."""
+    """Copy the database as `copy` does. The caller must make sure that no process sets it aside meanwhile."""
     path = existing(home)
     try:
         with (

@@ -168,7 +168,8 @@ def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
 def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
     """Return the records of versions, stored with their bytes, from which a lost catalog is rebuilt.
 
-    Return None on PostgreSQL: it has backups of its own (pg_dump, replicas), and several servers share no folder.
+    Return None on PostgreSQL: it has its own backups (pg_dump, replicas), and several smolora servers don't share
+    a folder.
     """
     return Records(adapters) if is_file(engine) else None
 

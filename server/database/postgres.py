@@ -8,7 +8,7 @@ If the server can't be reached, a new connection is retried for `patience` secon
 most, so that a worker that only reads can be stopped. If the connection is lost in a transaction, the transaction
 has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
 
-Only the outcome of a commit without an answer is unknown. So each transaction writes its number to its
+The outcome is unknown only if the connection is lost during a commit. So each transaction writes its number to its
 connection's row in `marks`. After a lost commit the process takes the lock, which shows that the old session has
 ended, and looks for the number. Each commit also notifies all processes (LISTEN and NOTIFY).
 """
@@ -242,7 +242,7 @@ class _Pool(QueuePool):
 
 
 class _Dialect(PGDialect_psycopg):
-    """psycopg's dialect, with commits whose outcome is known."""
+    """psycopg's dialect, which finds out whether a commit succeeded if the connection was lost."""
 
     supports_statement_cache = True
     open: Open
@@ -366,7 +366,7 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def _explain(context: sa.engine.ExceptionContext) -> None:
-    """Replace psycopg's errors by those that callers handle."""
+    """Replace psycopg's errors by the errors that callers handle."""
     error = context.original_exception
     if context.is_pre_ping:
         return

@@ -179,7 +179,7 @@ class _Backup:
     def _needs_of(self, copied: Path) -> _Needs:
         """Return what a copy of the database needs.
 
-        Raise StartupError if it is damaged, or its bytes are in a bucket.
+        Raise StartupError if the database is damaged, or its bytes are in a bucket.
         """
         with opened_copy(copied, self._space) as (engine, place):
             if found := faults(place):

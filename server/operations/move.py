@@ -163,7 +163,7 @@ def _fill_cluster(home: Home, rows: sa.Engine, cluster: sa.Engine, target: Stora
 
 
 def _begin(cluster: sa.Engine, target: Storage) -> str:
-    """Check that the target is empty, except for what a killed move left, and keep servers from starting there.
+    """Check that the target is empty, except for what a killed move left, and keep servers from starting on it.
 
     Return the id that the place has during the move.
     """

@@ -60,7 +60,7 @@ def filled(home: Path) -> Iterator[Path]:
 
 
 def _clear(home: Path) -> None:
-    """Remove what a killed process was filling `home` with. Raise StartupError if there is anything else."""
+    """Remove what a killed process had put into `home`. Raise StartupError if `home` has anything else."""
     if any(home.glob(f"{RESTORING}*")):
         moved = [home / name for name in _PARTS] + list(home.glob(f"{FILE_NAME}*"))
         for path in [*moved, *home.glob(f"{RESTORING}*")]:  # the folder that marks the interruption goes last
@@ -155,7 +155,7 @@ def _check(header: Header) -> None:
 
 
 def _unpack(reader: Reader, staging: Path) -> None:
-    """Write the members that the manifest names, and compare them with it."""
+    """Write the members that the manifest names, and compare their digests and sizes with the manifest."""
     found = {}
     for name, content in reader.members():
         place = staging / name

@@ -29,8 +29,8 @@ ROWS_COPY, MODEL_COPY, CHECKPOINT_COPY = "rows", "model-", "checkpoint-"
 class Home:
     """The paths below HOME, except those of the database, the reserve and the file that says how busy a server is.
 
-    Each project has its own uploads: those of the default project directly below HOME, those of any other project
-    below `projects/<name>`.
+    Each project has its own uploads: the default project's are directly below HOME, any other project's are below
+    `projects/<name>`.
     """
 
     path: Path
@@ -107,7 +107,7 @@ def serving(home: Path) -> Iterator[None]:
     """Lock `home` for the block. Raise StartupError if another process serves it.
 
     Two servers would delete each other's bytes, since only a process itself knows what its requests and uploads
-    use. The lock ends with this process, even if it is killed: children don't inherit the handle.
+    use. The lock ends with this process, even if it is killed, since child processes don't inherit the handle.
     """
     try:
         handle = os.open(home / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
