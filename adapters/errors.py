@@ -47,7 +47,7 @@ class SmoloraError(Exception):
 
 @dataclass(frozen=True)
 class FieldError:
-    """One field at fault: its path, whose last part is the field's name, and a message that says how to fix it."""
+    """One field at fault: its path, which ends in the field's name, and a message that says how to fix it."""
 
     loc: tuple[str | int, ...]
     message: str
@@ -57,12 +57,15 @@ class FieldError:
 
 
 def sentence(loc: Sequence[str | int], message: str) -> str:
-    """Return the message with the field's path; without it within a file, since the message then has the line."""
+    """Return the message, preceded by the field's path.
+
+    For a fault within a file, the path is left out, because the message already names the line.
+    """
     return message if len(loc) > 1 and loc[0] == "file" else f"{'.'.join(map(str, loc))}: {message}"
 
 
 class InvalidInput(SmoloraError):
-    """A request with mistakes; `errors` names fields at fault, `num_more` is the number of further ones."""
+    """A request with mistakes; `errors` names fields at fault, `num_more` is the number of further errors."""
 
     def __init__(self, errors: Sequence[FieldError], num_more: int = 0) -> None:
         if not errors:
@@ -146,7 +149,7 @@ def _restored(
 
 
 def _portable(cause: BaseException | None) -> BaseException | None:
-    """Return a cause that can be pickled: libraries' errors are replaced by their text, as not all of them can."""
+    """Return a cause that can be pickled. A library's error may not allow it, so its text replaces it."""
     if cause is None or isinstance(cause, SmoloraError) or type(cause).__module__ == "builtins":
         return cause
     return RuntimeError(f"{type(cause).__name__}: {cause}")

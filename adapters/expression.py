@@ -29,7 +29,7 @@ _DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 class Term:
     """One weighted reference: to the version, else to the alias, else to the latest version of `name`.
 
-    `str` returns the term in the grammar.
+    `str` returns the term as text that `parse` reads.
     """
 
     name: str  # or project/name

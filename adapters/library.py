@@ -1,8 +1,9 @@
 """The adapters for one base: the catalog's names and the store's bytes together.
 
-A name resolves in the catalog, its bytes are in the store, and other processes may delete both in between. Names
-are deleted before bytes, and bytes that are pinned, or named again, stay. So the library pins the bytes first and
-then resolves the name again: if the name still means the same bytes, they stay until they are unpinned.
+A name resolves in the catalog, its bytes are in the store, and other processes may delete the name and the bytes
+in between. Names are deleted before bytes, and bytes stay if they are pinned or a name means them again. So the
+library pins the bytes first and then resolves the name again: if the name still means the same bytes, they stay
+until they are unpinned.
 
 All methods may block on disk, except those that say otherwise: call them in a thread.
 """
@@ -29,8 +30,8 @@ from adapters.store.store import AdapterStore
 
 Removal = Callable[[], None]
 
-_MAX_REMEMBERED = 10_000  # versions that were compared with the base
-_SHOWN = 200  # characters of a base's name, which may be the client's
+_MAX_REMEMBERED = 10_000  # results of comparing a version with the base
+_SHOWN = 200  # characters of a base's name, which may come from a client
 
 
 class Pinned:
@@ -42,7 +43,10 @@ class Pinned:
     def __init__(
         self, parts: tuple[Part, ...] = (), warnings: tuple[str, ...] = (), store: AdapterStore | None = None
     ) -> None:
-        """Pin the parts' bytes, without blocking. They exist if a name that means them is found afterwards."""
+        """Pin the parts' bytes, without blocking.
+
+        If a name means the bytes after this call, they exist until `release`.
+        """
         self.parts = parts
         self.warnings = warnings
         self._store = store
@@ -50,7 +54,7 @@ class Pinned:
             store.pin(self._digests)
 
     def release(self) -> None:
-        """Unpin the bytes, and remove those of deleted versions with their last pin. A second call is a no-op.
+        """Unpin the bytes. Those of deleted versions are removed with their last pin. A second call is a no-op.
 
         Raise OSError or the database's error if the removal fails; the bytes are unpinned nevertheless.
         """
@@ -58,7 +62,7 @@ class Pinned:
             removal()
 
     def unpin(self) -> Removal | None:
-        """Do as `release` without blocking: return the removal, if one is due, to be called in a thread."""
+        """Unpin the bytes without blocking. Return the removal to call in a thread, or None if there is none."""
         store, self._store = self._store, None
         return None if store is None else store.let_go(self._digests)
 
@@ -74,7 +78,8 @@ def _never(digest: str, project: str | None = None) -> bool:
 class Library:
     """The adapters for one base, as one project sees them.
 
-    `is_parent(digest, project)` returns whether a job of the project (None: of any) now trains on from an adapter.
+    `is_parent(digest, project)` returns whether an unfinished job of the project (None: of any project) uses this
+    adapter.
     """
 
     def __init__(
@@ -149,7 +154,7 @@ class Library:
         self.check_name(name)
         adapter = peft_format.read(config_json, weights, self.shape)
         digest = adapter.weights.digest
-        self.store.pin([digest])  # a concurrent delete of the same bytes asks again after this
+        self.store.pin([digest])  # a concurrent discard waits for the unpin, then asks the catalog again
         try:
             original = {peft_format.CONFIG_NAME: config_json}
             with self.store.publishing(adapter, self._is_wanted, original) as num_bytes:
@@ -175,9 +180,9 @@ class Library:
         return version
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
-        """Publish a composition as the name's next version, pinned to what its terms mean now.
+        """Publish a composition as the name's next version, with its terms pinned to versions.
 
-        Return the version, and whether it is new: if the latest has the same parts and weights, nothing is
+        Return the version, and whether it is new: if the latest version has the same parts and weights, nothing is
         published. Raise NotFound, naming the missing terms; InvalidInput on `field`; or Conflict if an adapter has
         the name or a part doesn't fit the base's shapes.
         """
@@ -195,19 +200,23 @@ class Library:
             pinned.release()
 
     def point(self, name: str, alias: str, version: int) -> Adapter:
-        """Make the alias, or `latest`, mean that version. Raise NotFound, or InvalidInput on `alias`."""
+        """Make the alias, or `latest`, mean this version.
+
+        Raise NotFound if the version doesn't exist, or InvalidInput on `alias` if the alias is invalid.
+        """
         if fault := alias_fault(alias):
             raise InvalidInput.of("alias", fault)
         self.catalog.point(name, alias, version)
         return self.get(name)
 
     def unpoint(self, name: str, alias: str) -> None:
-        """Remove the alias. Raise NotFound, or Conflict for `latest`."""
+        """Remove the alias. Raise NotFound if it doesn't exist, or Conflict if it is `latest`."""
         self.catalog.unpoint(name, alias)
 
     def set_visibility(self, name: str, is_public: bool) -> Adapter:
-        """Let other projects use the name, or no longer. Raise NotFound, or Conflict if a public composition would
-        have a private part.
+        """Let other projects use the name, or no longer.
+
+        Raise NotFound, or Conflict if a public composition would have a private part.
         """
         self.catalog.set_visibility(name, is_public)
         return self.get(name)
@@ -223,11 +232,11 @@ class Library:
         return list(map(self._with_all_warnings, found)), last
 
     def get(self, name: str) -> Adapter:
-        """Return the adapter with all its versions. Raise NotFound."""
+        """Return the adapter with all its versions. Raise NotFound if it doesn't exist."""
         return self._with_all_warnings(self.catalog.get(name))
 
     def version(self, name: str, version: int) -> Version:
-        """Return one version. Raise NotFound."""
+        """Return one version. Raise NotFound if it doesn't exist."""
         return self._with_warnings(self.catalog.version(name, version))
 
     def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
@@ -238,10 +247,10 @@ class Library:
         return [self.version(part.name, part.version) for part in self.catalog.resolve(terms, field)]
 
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
-        """Open the version's two PEFT files, with its own configuration. The caller closes them; they outlive a
-        delete.
+        """Open the version's two PEFT files, with its own configuration.
 
-        Raise NotFound, CorruptAdapter, or Conflict if it is a composition.
+        The caller closes the files. They stay readable if the version is deleted. Raise NotFound, CorruptAdapter,
+        or Conflict if the version is a composition.
         """
         if (found := self.catalog.version(name, version)).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
@@ -259,7 +268,7 @@ class Library:
         return self.store.put(adapter)
 
     def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
-        """Store the adapter's bytes for a block that commits their version. If the block fails, remove them."""
+        """Store the adapter's bytes for a block that commits their version, and remove them if the block fails."""
         return self.store.publishing(adapter, self._is_wanted)
 
     def discard(self, *digests: str) -> None:
@@ -302,8 +311,8 @@ class Library:
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
         """Repair what killed processes left, on the disk and in the catalog, and return what was repaired.
 
-        If other machines may be writing the catalog, it is left alone (`doctor --rebuild`). `is_known(job_id)`
-        returns whether the database has the job.
+        If other machines may be writing the catalog, only the disk is repaired; use `doctor --rebuild` for the
+        catalog. `is_known(job_id)` returns whether the database has the job.
         """
         found = Recovered() if self.store.is_in_bucket else self.catalog.recover(self.store.is_whole, is_known)
         self.sweep()
@@ -314,9 +323,9 @@ class Library:
         self.store.sweep(self._is_wanted)
 
     def _check_usable(self, parts: Iterable[Part]) -> tuple[str, ...]:
-        """Return the warnings of all parts, whose bytes are pinned.
+        """Return the warnings of all parts. The parts' bytes must be pinned.
 
-        Raise Conflict if the shapes of one don't fit the base, NotFound, or CorruptAdapter.
+        Raise Conflict if a part's shapes don't fit the base, NotFound if a version is gone, or CorruptAdapter.
         """
         viewpoint = self.catalog.viewpoint
         found: dict[str, tuple[str, ...] | None] = {}
@@ -341,14 +350,14 @@ class Library:
             self.discard(*digests)
 
     def _prepare_to_delete(self, name: str, versions: Sequence[Version]) -> None:
-        self.catalog.own_key(name)  # first: other projects don't learn which job needs the version
+        self.catalog.own_key(name)  # called first, so that other projects don't learn which job needs the version
         needed = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
         if needed:
             raise Conflict(f"a job needs {', '.join(needed)}: cancel it, or wait for its end")
         self.store.doubt(version.digest for version in versions if not version.parts)
 
     def _is_needed(self, version: Version) -> bool:
-        """Return whether a job of the version's project needs it. Other projects' jobs only need the bytes."""
+        """Return whether a job of its project needs the version. Jobs of other projects need only its bytes."""
         return self._is_parent(version.digest, split_key(self.catalog.viewpoint.key(version.name))[0])
 
     def _is_wanted(self, digest: str) -> bool:
@@ -372,18 +381,21 @@ class Library:
 
 @dataclass(frozen=True)
 class ServedBase:
-    """The served base, and how it differs from the base that a version was made on, as far as is recorded.
+    """The served base, which is compared with the base that a version was made on, as far as that is recorded.
 
     Shapes fit or they don't, but no byte of an adapter shows which weights it was trained with. So every version
-    records the digest of its base, and an upload the name that its file gives. `digest` None: unknown, and nothing
-    is compared with it.
+    records the digest of its base, and an upload also records the name that its file gives for the base. If
+    `digest` is None, the served base's digest is unknown, and no digest is compared with it.
     """
 
     name: str
     digest: str | None = None
 
     def upload_warnings(self, base_model: str | None) -> tuple[str, ...]:
-        """Return the warnings to store with an upload whose config names `base_model`. They hold for any base."""
+        """Return the warnings to store with an upload whose config names `base_model`.
+
+        The warnings stay true whichever base is served later.
+        """
         if not base_model:
             return ("its config doesn't say which base it was trained on",)
         if not self._is_named(base_model):
@@ -391,13 +403,19 @@ class ServedBase:
         return ()
 
     def warnings(self, version: Version) -> tuple[str, ...]:
-        """Return the version's stored warnings, with one if it was made on another base and one if it is worse
-        than the base it was made on.
+        """Return the version's stored warnings, and those that follow from its base.
+
+        There is one if the version was made on another base than the served one, and one if it is worse than the
+        base it was made on.
         """
         return (*self._base_warnings(version), *_quality_warnings(version))
 
     def _base_warnings(self, version: Version) -> tuple[str, ...]:
-        """Compare digests, or names for blends of parts from several bases, which have no digest."""
+        """Return the stored warnings, and one more if the version wasn't made on the served base.
+
+        Bases are compared by digest. A version without a base digest, such as a blend of parts from several bases,
+        is compared by the base's name, unless there are stored warnings.
+        """
         made_on = version.base_digest
         if made_on is not None:
             if self.digest is None or self.digest == made_on:

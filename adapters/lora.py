@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    import torch  # takes a second to import, which users of names and settings don't need
+    import torch  # importing torch takes a second, and users of names and settings don't need it
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear modules of a Llama layer, in the order of the forward pass."""
@@ -140,7 +140,7 @@ class LoraWeights:
 
 
 class AdapterRef(NamedTuple):
-    """A stored adapter by the digest of its weights, and the weight at which its update is added."""
+    """A stored adapter, identified by its weights' digest, and the weight with which its update is added."""
 
     digest: str
     weight: float = 1.0

@@ -10,12 +10,13 @@ adapters, resolve conflicts of sign, or reduce the rank:
     magnitude_prune  keep each adapter's largest entries, sum
     svd              the best approximation of the weighted sum at the rank (Eckart and Young 1936)
 
-The names, and two variants of the first four, are those of PEFT's `add_weighted_adapter`. Without a rank, a method
-works on A and on B separately, each weighted by √|weight · scaling|. That is fast, but multiplies one adapter's B
-by other adapters' A. With a rank, it works on the products scaling · B A and factors the result (PEFT's "…_svd").
+The names are those of PEFT's `add_weighted_adapter`. As in PEFT, each of the first four methods has two variants.
+Without a rank, a method works on A and on B separately, each weighted by √|weight · scaling|. That is fast, but
+multiplies one adapter's B by other adapters' A. With a rank, it works on the products scaling · B A and factors
+the result (PEFT's "…_svd").
 
-Unlike in PEFT, a negative weight negates the adapter from the first step on, a single adapter is pruned as well,
-and mixed targets and rank-stabilized scalings are merged completely. Random choices depend on the seed, the
+Unlike in PEFT, a negative weight negates the adapter before anything else is done, a single adapter is pruned as
+well, and mixed targets and rank-stabilized scalings are merged completely. Random choices depend on the seed, the
 adapter and the module only.
 """
 
@@ -55,8 +56,9 @@ def check(parts: Iterable[Mapping[ModuleKey, int]], recipe: Recipe) -> None:
 def merge(
     adapters: WeightedAdapters, recipe: Recipe, between: Callable[[int, int], None] = lambda done, total: None
 ) -> LoraWeights:
-    """Merge the adapters on the CPU. The result targets every module that any part targets; the order of the parts
-    doesn't matter.
+    """Merge the adapters on the CPU.
+
+    The result targets every module that any part targets, and doesn't depend on the order of the parts.
 
     `between(done, total)` is called after each module and may raise. Raise InvalidInput as `check` does, or on
     `expression` if entries are too large for fp32.
@@ -88,7 +90,7 @@ def _default_rank(parts: WeightedAdapters) -> int:
 
 
 def config_of(weights: LoraWeights, num_layers: int | None) -> LoraConfig:
-    """Return the configuration of merged weights. `num_layers` is the base's; if None, each layer is named."""
+    """Return the configuration of merged weights. `num_layers` is the base's, or None if it is unknown."""
     assert all(module.scaling == 1.0 for module in weights.modules.values())
     rank = weights.max_rank
     return describe(weights, rank, float(rank), use_rslora=False, num_layers=num_layers)

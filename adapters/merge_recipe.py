@@ -11,7 +11,7 @@ MergeMethod = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune", "sv
 class Recipe:
     """How to merge. `density` is the share of entries to keep, above 0 and at most 1; svd keeps all of them.
 
-    `rank` is that of the result. If it is given, the products B·A are merged, otherwise A and B separately. With
+    `rank` is the result's rank. If it is given, the products B·A are merged, otherwise A and B separately. With
     svd, None means the largest rank of any part, limited by the module's features.
     """
 

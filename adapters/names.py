@@ -28,10 +28,10 @@ _MAX_COMPARED = 4
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to `name`, or None. One that differs only in case comes first.
+    """Return the known name that is most similar to `name`, or None. A name that differs only in case comes first.
 
     Only the names with the most characters in common at both ends are compared, since a typo leaves the characters
-    before and after it. Text of more than twice the maximum length is similar to none, which bounds the time.
+    before and after it. Text of more than twice the maximum length is similar to no name, which bounds the time.
     """
     if len(name) > 2 * MAX_NAME:
         return None
@@ -44,7 +44,7 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
 
 def slips(name: str) -> set[str]:
-    """Return the names that `name` may be a typo of: those that one edit restores without knowing the names."""
+    """Return the names that `name` may be a typo of, guessed from `name` alone by undoing one common typo."""
     pairs = [(name[:i], name[i:]) for i in range(len(name))]
     doubled = {before + after[1:] for before, after in pairs}
     swapped = {before + after[1] + after[0] + after[2:] for before, after in pairs if len(after) > 1}
@@ -124,7 +124,10 @@ class Viewpoint:
     key_id: str | None = None
 
     def key(self, name: str) -> str:
-        """Return the key of `name`: "tweets" is the project's own adapter, "acme/tweets" that of `acme`."""
+        """Return the key of `name`.
+
+        "tweets" is the project's own adapter, "acme/tweets" is the adapter of the project `acme`.
+        """
         project, slash, own = name.rpartition("/")
         return key_of(project, own) if slash else key_of(self.project, name)
 

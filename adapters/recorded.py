@@ -1,4 +1,4 @@
-"""The configuration of a version, by the version's own record.
+"""The configuration of a version, according to the version's own record.
 
 Versions with equal weights share stored bytes, whose adapter_config.json is the one that was published first.
 Equal weights don't imply equal configurations: ranks and alphas may be in patterns, and the base's name may
@@ -27,13 +27,13 @@ def of_upload(config: LoraConfig, file: bytes) -> dict[str, object]:
 
 
 def config_of(version: NewVersion, stored: PeftAdapter, num_layers: int) -> LoraConfig:
-    """Return the version's configuration. `stored` has its bytes; `num_layers` is the base's."""
+    """Return the version's configuration. `stored` has the version's weights; `num_layers` is the base's."""
     use_rslora = _uses_rslora(version, stored.config.use_rslora, stored.weights)
     return shaped(stored, version.rank, version.alpha, use_rslora, num_layers)
 
 
 def shaped(stored: PeftAdapter, rank: int, alpha: float, use_rslora: bool, num_layers: int) -> LoraConfig:
-    """Return the stored configuration if it has this rank and alpha, otherwise an equivalent one that has."""
+    """Return the stored configuration if it has these settings, otherwise an equivalent one that has them."""
     if _is_of(stored.config, rank, alpha, use_rslora):
         return stored.config
     return describe(stored.weights, rank, alpha, use_rslora, num_layers)
@@ -51,7 +51,7 @@ def own_files(version: NewVersion, store: AdapterStore) -> dict[str, BinaryIO]:
                 pass
     weights = store.load(version.digest)
     if weights.digest != version.digest:
-        store.verify(version.digest)  # raises, or fetches a machine's local copy again
+        store.verify(version.digest)  # raises, or downloads a damaged local copy again
         weights = store.load(version.digest)
     stored = store.open(version.digest)
     with stored[CONFIG_NAME] as file:
@@ -66,7 +66,7 @@ def own_files(version: NewVersion, store: AdapterStore) -> dict[str, BinaryIO]:
 
 
 def _is_own(version: NewVersion, content: bytes, config: PeftConfig, use_rslora: bool) -> bool:
-    """Return whether the stored file is the version's: the one that was uploaded, or one that says the same."""
+    """Return whether the stored file is the one that the version was uploaded with, or has the same settings."""
     if (digest := version.config.get(FILE_DIGEST)) is not None:
         return digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
     is_same_base = config.base_model == version.base_model
@@ -78,8 +78,10 @@ def _is_of(config: LoraConfig | PeftConfig, rank: int, alpha: float, use_rslora:
 
 
 def _uses_rslora(version: NewVersion, stored: bool, weights: LoraWeights) -> bool:
-    """Return the recorded value. Merges and other projects' versions have none: then return the file's, unless
-    only the opposite value explains the scalings by the version's alpha.
+    """Return whether the version uses rank-stabilized LoRA.
+
+    The version's record says so, except for merges and other projects' versions. For these, return what the stored
+    file says, unless only the opposite explains the scalings with the version's alpha.
     """
     lora = version.config.get("lora")
     recorded = lora.get("use_rslora") if isinstance(lora, Mapping) else None

@@ -1,6 +1,6 @@
-"""Transactions and column types that every table builds on: the catalog's here, and the server's.
+"""Transactions and column types that all tables build on: the catalog's tables, and the server's.
 
-The SQL of both is what SQLite and PostgreSQL have in common.
+The SQL for all of them is what SQLite and PostgreSQL have in common.
 """
 
 import random
@@ -38,8 +38,8 @@ def reader_of(engine: sa.Engine) -> sa.Engine:
 def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
     """Run `work` in one transaction, and return its result.
 
-    The transaction is repeated, up to MAX_ATTEMPTS times, if another one took the same name or number first. If
-    the database interrupted it, it is repeated for PATIENCE seconds.
+    The transaction is repeated, up to MAX_ATTEMPTS times, if another transaction took the same name or number
+    first. If the database interrupted it, it is repeated for PATIENCE seconds.
     """
     until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
     num_left = MAX_ATTEMPTS
@@ -75,7 +75,7 @@ def back_off() -> None:
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A moment in UTC, also if the database drops time zones, as SQLite does."""
+    """A moment in UTC, even if the database drops time zones, as SQLite does."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True

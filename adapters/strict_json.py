@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class BadJsonError(ValueError):
-    """Text that isn't strict JSON. The message is safe to show and follows the name of what was read."""
+    """Text that isn't strict JSON. The message is safe to show, after the name of what was read."""
 
 
 def parse(text: str) -> object:

@@ -1,8 +1,8 @@
 """Names, versions, aliases and compositions of adapters, in tables of a given database engine.
 
-A catalog is one project's view of them: a plain name means the project's own adapter. Every write is one
-transaction, repeated if it clashes with another one; nearly every read is one statement. The SQL works with SQLite
-and PostgreSQL. The bytes are in the store: the catalog only knows their digests.
+A catalog is one project's view of the tables: a plain name means the project's own adapter. Every write is one
+transaction, repeated if it clashes with another transaction; nearly every read is one statement. The SQL works
+with SQLite and PostgreSQL. The bytes are in the store: the catalog only knows their digests.
 """
 
 import builtins
@@ -64,7 +64,8 @@ __all__ = [
 class Catalog:
     """Adapters by name, as one project sees them. Thread-safe; other processes may write the same tables.
 
-    `records` keeps a copy of every version outside the database. If None, a lost database can't be rebuilt.
+    `records` keeps a copy of every version outside the database. If `records` is None, a lost database can't be
+    rebuilt.
     """
 
     def __init__(self, engine: sa.Engine, records: Records | None = None, of: Viewpoint | None = None) -> None:
@@ -101,7 +102,7 @@ class Catalog:
     ) -> Version:
         """Add the next version of `name`, which may be new, and make it the latest.
 
-        Raise InvalidInput if the name is invalid, or Conflict if a composition has it.
+        Raise InvalidInput if the name is invalid, or Conflict if a composition has the name.
         """
         new = NewVersion(
             name=self._new_key(name),
@@ -128,10 +129,11 @@ class Catalog:
             )
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
-        """Add the next version of the composition `name`, its parts pinned to the versions that they mean now.
+        """Add the next version of the composition `name`, with its terms pinned to the versions that they mean
+        now.
 
-        Return the version, and whether it is new: if the latest version has the same parts and weights, it is
-        returned and nothing is added. Compositions among the terms are replaced by their own parts.
+        Return the version, and whether it is new: if the latest version has the same parts and weights, that
+        version is returned and nothing is added. Compositions among the terms are replaced by their own parts.
 
         Raise NotFound as `resolve` does, InvalidInput on `field`, or Conflict if an adapter has the name.
         """
@@ -153,8 +155,8 @@ class Catalog:
     ) -> list[Adapter]:
         """Return the project's adapters, sorted by name; with `public`, the public adapters of all projects.
 
-        `name` selects one adapter, `after` those after that name, and `contains` those whose names, as the project
-        sees them, have that text in them, in upper or lower case.
+        `name` selects one adapter, `after` the adapters whose names sort after it, and `contains` the adapters
+        whose names, as the project sees them, contain this text, in upper or lower case.
         """
         chosen = reads.select_listed(self.viewpoint, after, contains, public)
         if name is not None:
@@ -176,14 +178,14 @@ class Catalog:
             return {self.viewpoint.shown(row.name): row.created_at for row in connection.execute(query)}
 
     def get(self, name: str) -> Adapter:
-        """Return the adapter. Raise NotFound."""
+        """Return the adapter. Raise NotFound if it doesn't exist."""
         if self._is_visible(name) and (found := self.list(name) or self.list(name, public=True)):
             return found[0]
         with self._reader.connect() as connection:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(self.viewpoint.key(name))))
 
     def version(self, name: str, version: int) -> Version:
-        """Return one version. Raise NotFound."""
+        """Return one version. Raise NotFound if it doesn't exist."""
         key = self.viewpoint.key(name)
         if version <= MAX_VERSION and self._is_visible(name):
             query = select_versions(versions.c.name == key, versions.c.version == version)
@@ -195,7 +197,7 @@ class Catalog:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
     def twin(self, version: Version) -> int | None:
-        """Return the number of the newest earlier version of its name with the same weights, or None."""
+        """Return the number of the newest earlier version that has the same name and weights, or None."""
         same = (versions.c.name == self.viewpoint.key(version.name), versions.c.digest == version.digest)
         query = sa.select(sa.func.max(versions.c.version)).where(*same, versions.c.version < version.version)
         with self._reader.connect() as connection:
@@ -212,8 +214,8 @@ class Catalog:
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
         """Return what each term means now, in the order of the terms, by one indexed query.
 
-        A composition means its parts, whose weights are multiplied by the term's. Raise NotFound, naming every
-        missing term, or InvalidInput on `field` if there are too many parts or a weight is too large.
+        A composition means its parts, with their weights multiplied by the term's weight. Raise NotFound, naming
+        every missing term, or InvalidInput on `field` if there are too many parts or a weight is too large.
         """
         if not terms:
             return ()
@@ -222,20 +224,21 @@ class Catalog:
         return tuple(show_part(self.viewpoint, part) for part in found)
 
     def point(self, name: str, alias: str, version: int) -> None:
-        """Make the alias, or `latest`, mean that version. Raise NotFound."""
+        """Make the alias, or `latest`, mean this version. Raise NotFound if the version doesn't exist."""
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: point_in(connection, key, alias, version, viewpoint))
 
     def unpoint(self, name: str, alias: str) -> None:
-        """Remove the alias. Raise NotFound, or Conflict for `latest`."""
+        """Remove the alias. Raise NotFound if it doesn't exist, or Conflict if it is `latest`."""
         if alias == LATEST:
             raise Conflict("latest can't be removed: point it at another version")
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: unpoint_in(connection, key, alias, viewpoint))
 
     def set_visibility(self, name: str, is_public: bool) -> None:
-        """Let other projects use the name, or no longer. Raise NotFound, or Conflict if a public composition would
-        have a private part.
+        """Let other projects use the name, or no longer.
+
+        Raise NotFound, or Conflict if a public composition would have a private part.
         """
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: set_visibility_in(connection, key, is_public, viewpoint))
@@ -243,18 +246,22 @@ class Catalog:
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:
         """Delete all versions of `name`, and return the digests that no version has any more.
 
-        Raise NotFound, or Conflict, naming the aliases and compositions that need one of the versions. `force`
-        deletes the aliases, too.
+        Raise NotFound, or Conflict, naming the aliases and compositions that need one of the versions. With
+        `force`, the aliases are deleted, too.
         """
         return self._drop(name, None, force)
 
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
-        """Delete one version as `delete` does. If it was the latest, the highest remaining version becomes it."""
+        """Delete one version as `delete` does.
+
+        If it was the latest, the highest remaining version becomes the latest.
+        """
         return self._drop(name, version, force)
 
     def num_bytes(self, key_id: str | None = None) -> int:
-        """Return the bytes that the project's adapters take, or those that a key published. Equal bytes count
-        once.
+        """Return the bytes that the project's adapters take, or only those of adapters that one key published.
+
+        Equal bytes count once.
         """
         with self._reader.connect() as connection:
             return reads.num_bytes(connection, self.viewpoint.project, key_id)
@@ -284,7 +291,7 @@ class Catalog:
         return digests
 
     def _new_key(self, name: str) -> str:
-        """Return the key of a name that gets a version. Raise InvalidInput."""
+        """Return the key of a name to which a version will be added. Raise InvalidInput if the name is invalid."""
         if fault := name_fault(name):
             raise InvalidInput.of("name", fault)
         return self.viewpoint.key(name)

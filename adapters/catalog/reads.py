@@ -1,7 +1,7 @@
 """The catalog's reads: each is one statement, whose rows become plain values.
 
 A `name` here is a key (see `adapters.names`), in arguments and in results. The `show_…` functions turn results
-into what a project sees. Messages for people have names as their project sees them.
+into what a project sees. In messages, names are as the user's project sees them.
 """
 
 import re
@@ -23,13 +23,13 @@ LATEST = "latest"
 MAX_VERSION = 2**31 - 1
 _NEIGHBOURS = 8  # names on either side of a misspelt one, in sorted order
 _SHOWN_VERSIONS = 10
-_MAX_HINTS = 2  # of each kind in one answer: the name that was meant, the versions, the aliases
+_MAX_HINTS = 2  # of each kind in one answer; the kinds are a similar name, the versions and the aliases
 _SHOWN_ALIASES = 10
 
 _PART = (parts.c.place, parts.c.part_name, parts.c.part_version, parts.c.part_digest, parts.c.weight)
 _OF_VERSION = sa.and_(parts.c.name == versions.c.name, parts.c.version == versions.c.version)
 
-# built once, as that takes longer than to run them
+# built once, since building a statement takes longer than running it
 _LATEST = sa.select(names.c.name, names.c.latest).where(names.c.name.in_(sa.bindparam("names", expanding=True)))
 _ALIASES = (
     sa.select(aliases.c.alias)
@@ -40,8 +40,9 @@ _ALIASES = (
 
 
 def _near() -> "sa.CompoundSelect[str]":
-    """Select the project's names just before and after `name` in sorted order, and those among `slips`: public
-    names only, unless `sees_private`.
+    """Select the project's names just before and after `name` in sorted order, and its names among `slips`.
+
+    Only public names are selected, unless `sees_private` is true.
     """
     name = sa.bindparam("name", type_=sa.String)
     may_see = sa.or_(sa.bindparam("sees_private", type_=sa.Boolean), names.c.is_public)
@@ -129,7 +130,7 @@ def _shown(viewpoint: Viewpoint) -> sa.ColumnElement[str]:
 
 
 def select_visible(name: str, viewpoint: Viewpoint) -> "sa.Select[str]":
-    """Select another project's name if the project may see it: it is public, or the project sees all."""
+    """Select another project's name if the project may see it: the name is public, or the project sees all."""
     query = sa.select(names.c.name).where(names.c.name == name)
     return query if viewpoint.sees_all else query.where(names.c.is_public)
 
@@ -167,7 +168,8 @@ def version_of(rows: Sequence[sa.RowMapping]) -> Version:
     """Return the version in the rows of one version."""
     fields = {column.name: rows[0][column.name] for column in versions.columns}
     fields |= {key: tuple(fields[key]) for key in ("target_modules", "warnings")}
-    found = {row["place"]: row for row in rows if row["place"] is not None}  # each part comes once for each alias
+    # the rows repeat each part for each alias
+    found = {row["place"]: row for row in rows if row["place"] is not None}
     return Version(**fields, parts=tuple(_part(found[place], 1.0) for place in sorted(found)))
 
 
@@ -200,10 +202,10 @@ _T = TypeVar("_T")
 
 
 def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpoint) -> set[_T]:
-    """Return the items whose keys are other projects' and not public.
+    """Return the items whose keys belong to other projects and aren't public.
 
-    Other projects' names need one query. Private and missing names are treated alike, so that the time of an
-    answer doesn't reveal which of the two a name is.
+    If there are keys of other projects, this takes one query. Private and missing names are treated alike, so that
+    the time of an answer doesn't reveal whether a name is private or missing.
     """
     others = set() if viewpoint.sees_all else {key for key in keys.values() if not viewpoint.owns(key)}
     if not others:
@@ -226,10 +228,10 @@ def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
 
 
 def why_missing(connection: sa.Connection, viewpoint: Viewpoint, *terms: Term) -> list[str]:
-    """Return a message for each missing term, once each; the first ones suggest what was meant.
+    """Return one message for each missing term. The first messages suggest what was meant.
 
     Other projects' private adapters count as missing. The number of queries depends neither on the number of
-    adapters nor on that of terms.
+    adapters nor on the number of terms.
     """
     asked = {term.name: term.name for term in terms}
     rows = connection.execute(_LATEST, {"names": list(asked.keys() - _hidden(connection, asked, viewpoint))})
@@ -256,7 +258,10 @@ def why_missing(connection: sa.Connection, viewpoint: Viewpoint, *terms: Term) -
 
 
 def _meant(connection: sa.Connection, key: str, viewpoint: Viewpoint) -> str:
-    """Suggest the project's most similar name, if there is one, among its neighbours and by undoing one typo."""
+    """Return a hint with the project's existing name that is most similar to the key's, or "" if there is none.
+
+    The candidates are the key's neighbours in sorted order, and the names from which one typo leads to the key's.
+    """
     project, name = split_key(key)
     values = {"name": key, "project": project, "sees_private": viewpoint.sees_all or viewpoint.owns(key)}
     rows = connection.execute(_NEAR, values | {"slips": [key_of(project, slip) for slip in slips(name)]})
@@ -265,7 +270,7 @@ def _meant(connection: sa.Connection, key: str, viewpoint: Viewpoint) -> str:
 
 
 def _versions(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str:
-    """List the existing versions, or the newest ones if there are many."""
+    """Return a hint that lists the existing versions, or the newest ones if there are many."""
     query = sa.select(versions.c.version).where(versions.c.name == name).order_by(versions.c.version.desc())
     found = list(connection.execute(query.limit(_SHOWN_VERSIONS + 1)).scalars())
     more = ["…"] if len(found) > _SHOWN_VERSIONS else []
@@ -274,13 +279,16 @@ def _versions(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str
 
 
 def _others(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str:
-    """List the existing aliases."""
+    """Return a hint that lists the existing aliases."""
     mine = ", ".join(connection.execute(_ALIASES, {"name": name}).scalars())
     return f" ({viewpoint.shown(name)} has {mine or 'none but latest'})"
 
 
 def num_bytes(connection: sa.Connection, project: str, key_id: str | None) -> int:
-    """Return the bytes that the project's versions take, or those of one API key. Equal bytes count once."""
+    """Return the bytes that the project's versions take, or only those of the versions that one API key published.
+
+    Equal bytes count once.
+    """
     query = sa.select(versions.c.digest, versions.c.bytes).distinct().join(names, names.c.name == versions.c.name)
     query = query.where(names.c.project == project)
     if key_id is not None:
@@ -305,9 +313,7 @@ def _part(row: sa.RowMapping, weight: float) -> Part:
 
 
 def _check_leaves(leaves: Sequence[Part], field: str) -> None:
-    """Raise InvalidInput if the compositions within an expression have too many parts or too large weights
-    together.
-    """
+    """Raise InvalidInput if an expression's compositions have together too many parts, or too large weights."""
     if (count := len(gather(leaves))) > MAX_PARTS:
         raise InvalidInput.of(field, f"its compositions have {count} parts together, the most is {MAX_PARTS}")
     if any(abs(part.weight) > MAX_WEIGHT for part in leaves):
@@ -319,9 +325,9 @@ _MAX_DIGESTS = 500  # in one statement
 
 
 class NamesByDigest:
-    """The names in one database of adapters by digest, for metrics of the whole server. Thread-safe.
+    """Looks up adapters' names in one database by digest, for metrics of the whole server. Thread-safe.
 
-    Names of other projects than `default` are keys.
+    Names of projects other than `default` are keys, such as "acme/tweets".
     """
 
     def __init__(self, engine: sa.Engine) -> None:

@@ -30,7 +30,7 @@ PROJECTS = "projects"
 FORMAT = 1
 NEXT = "next"
 _TUPLES = ("target_modules", "warnings")
-_AT_ONCE = 16  # records that are read concurrently: a bucket takes its time for each
+_AT_ONCE = 16  # records that are read concurrently, since each read from a bucket takes a while
 _MAX_BYTES = 16 << 10  # about twice as much as a record of 16 parts with a job's settings takes
 
 
@@ -47,10 +47,10 @@ class Found:
 
 
 class Records:
-    """The records below the root of an `AdapterStore`, or in a bucket, and then nothing is below the root.
+    """The records of versions: in the bucket if there is one, otherwise below an `AdapterStore`'s root.
 
-    With a bucket all methods raise BytesUnavailable, in a transaction too: a version is published with its record,
-    or not at all.
+    With a bucket, every method raises BytesUnavailable if the bucket fails, even within a transaction: a version
+    is published with its record, or not at all.
     """
 
     def __init__(self, root: Path, bucket: "Bucket | None" = None) -> None:
@@ -68,11 +68,11 @@ class Records:
         self._blobs.put(f"{folder_of(version.name)}/{version.version}.json", encode(version))
 
     def count_up(self, name: str, number: int) -> None:
-        """Store that all of the name's numbers below `number` were given out."""
+        """Record that all version numbers of the name below `number` were given out."""
         self._blobs.put(f"{folder_of(name)}/{NEXT}", b"%d" % number)
 
     def remove(self, name: str, numbers: list[int]) -> None:
-        """Remove the versions' records, but keep the fact that their numbers were given out."""
+        """Remove the versions' records, but remember that their numbers were given out."""
         gone, next_number = self._leaving(name, numbers)
         if next_number is not None:
             self.count_up(name, next_number)
@@ -110,14 +110,15 @@ class Records:
         return Found(tuple(versions), next_versions, tuple(unreadable))
 
     def clean(self) -> None:
-        """Remove what killed writers left. Only for a caller who knows that nobody is writing."""
+        """Remove the files that killed writers left. Call this only if nothing else can be writing."""
         for folder in (FOLDER, PROJECTS):
             self._blobs.clean(f"{folder}/")
 
     def _leaving(self, name: str, numbers: list[int]) -> tuple[list[int], int | None]:
-        """Return which of the versions have records, and the value of `next` to write before those go.
+        """Return which of the versions have records, and the number for the file `next` to write before their
+        removal.
 
-        The value is None if a record that stays, or the file `next`, implies it.
+        The number is None if a record that stays, or the file `next`, already implies it.
         """
         files = [key.rpartition("/")[2] for key in self._blobs.keys(f"{folder_of(name)}/")]
         there = {number for file in files if (number := _number(file)) is not None}
@@ -172,13 +173,16 @@ def decode(record: bytes) -> Version:
 
 
 def folder_of(key: str) -> str:
-    """Return the path of the folder, below the root, that has the records of a name's key."""
+    """Return the path, relative to the root, of the folder with the records of a name's key."""
     project, name = split_key(key)
     return f"{FOLDER}/{name}" if project == DEFAULT_PROJECT else f"{PROJECTS}/{project}/{name}"
 
 
 def _place_of(key: str) -> tuple[str, int, str] | None:
-    """Return the name, the number (0: the file `next`) and the key; None if `key` isn't that of a record."""
+    """Return the name, the version number and `key`, or None if `key` isn't that of a record.
+
+    The number is 0 for the file `next`.
+    """
     folder, *parts = key.split("/")
     if folder == FOLDER:
         parts = [DEFAULT_PROJECT, *parts]

@@ -4,9 +4,9 @@ A version without a record gets one. If the records don't show a name's next ver
 For a record without a version there are two cases:
 
 - The catalog has given out its number. Then a delete was interrupted, and the record is removed.
-- The catalog has not. Then a publication was interrupted, or the database was lost or restored from an older copy.
-  The version is published if its bytes are there. The exception is a record whose job the database knows: the job
-  publishes it itself, or was ended before it could.
+- The catalog has not given it out. Then a publication was interrupted, or the database was lost or restored from
+  an older copy. The version is published if its bytes exist. The exception is a record of a job that is in the
+  database: the job publishes the version itself, or ended before it could.
 
 So the same code repairs a crash and rebuilds everything from the directories. Only the database has aliases, a
 `latest` that was moved back, jobs, and which adapters are public.
@@ -29,12 +29,15 @@ from adapters.sql import transact
 
 @dataclass(frozen=True)
 class Recovered:
-    """What was repaired. Versions, as "name@version", were published again (`adopted`) or can't be (`lost`)."""
+    """A report of what was repaired, with versions as "name@version".
+
+    The `adopted` versions were published again. The `lost` ones can't be: their bytes or parts are missing.
+    """
 
     adopted: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
-    num_written: int = 0  # records that versions lacked
-    num_dropped: int = 0  # records of deleted versions
+    num_written: int = 0  # records that were missing or differed, and were written
+    num_dropped: int = 0  # records of deleted versions that were removed
 
     def lines(self) -> tuple[str, ...]:
         """Return messages for people; none if nothing was missing."""
@@ -127,7 +130,10 @@ def _adopt(
     listed: set[tuple[str, int]],
     is_stored: Callable[[str], bool],
 ) -> tuple[list[Version], list[Version]]:
-    """Publish versions whose bytes or parts exist, compositions last. Return the published and the lost ones."""
+    """Publish versions whose bytes or parts exist, compositions last.
+
+    Return the published versions and the lost ones.
+    """
     adopted: list[Version] = []
     lost: list[Version] = []
     for version in sorted(owed, key=lambda version: (bool(version.parts), version.name, version.version)):

@@ -16,11 +16,11 @@ names = sa.Table(
     sa.Column("name", sa.String(MAX_KEY), primary_key=True),
     sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),  # as in the key
     sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),  # usable by other projects
-    sa.Column("kind", sa.String(16), nullable=False),  # "adapter" or "composition", of its versions
+    sa.Column("kind", sa.String(16), nullable=False),  # of its versions: "adapter" or "composition"
     sa.Column("latest", sa.Integer),  # null: all versions were deleted
     # `latest` was moved back manually, so that publishing by a job doesn't move it
     sa.Column("rolled_back", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
+    sa.Column("next_version", sa.Integer, nullable=False),  # kept without versions: no number is used twice
     sa.Index("ix_adapters_project_name", "project", "name"),
 )
 
@@ -57,7 +57,7 @@ parts = sa.Table(
     sa.Column("place", sa.Integer, primary_key=True),  # 0, 1, … in the order of the expression
     sa.Column("part_name", sa.String(MAX_KEY), nullable=False),
     sa.Column("part_version", sa.Integer, nullable=False),
-    sa.Column("part_digest", sa.String(64), nullable=False),  # the version's, which never changes
+    sa.Column("part_digest", sa.String(64), nullable=False),  # a copy of the version's digest, which never changes
     sa.Column("weight", sa.Float(53), nullable=False),
     sa.ForeignKeyConstraint(["name", "version"], ["adapter_versions.name", "adapter_versions.version"]),
     sa.ForeignKeyConstraint(["part_name", "part_version"], ["adapter_versions.name", "adapter_versions.version"]),
@@ -75,5 +75,5 @@ aliases = sa.Table(
 
 
 def lock(connection: sa.Connection, name: str) -> None:
-    """Keep other transactions from writing versions of `name` until the end of this one."""
+    """Keep other transactions from writing versions of `name` until this transaction ends."""
     connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

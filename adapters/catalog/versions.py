@@ -27,8 +27,8 @@ class NewVersion:
     """An adapter to publish.
 
     `bytes` is its size in the store, `parent` the expression that it was made from, pinned to versions,
-    `base_digest` the digest of the base's weights, `data_digest` that of its training rows, and `config` a JSON
-    document for people that says how it was made.
+    `base_digest` the digest of the base's weights, `data_digest` the digest of its training rows, and `config` a
+    JSON document for people that says how it was made.
     """
 
     name: str
@@ -50,7 +50,7 @@ class NewVersion:
 
     @property
     def is_worse_than_base(self) -> bool:
-        """Whether its loss on held-out rows was measured and is higher than that of its untouched base."""
+        """Whether the version's loss on held-out rows was measured, and is higher than its untouched base's."""
         tuned, base = self.metrics.get("eval_loss"), self.metrics.get("base_eval_loss")
         return tuned is not None and base is not None and tuned > base
 
@@ -59,7 +59,8 @@ class NewVersion:
 class Version(NewVersion):
     """A published version of an adapter, or of a composition, which has `parts` and no bytes.
 
-    A composition's digest covers its parts and their weights; its rank and parameters are the sums of theirs.
+    A composition's digest covers its parts and their weights; its rank and parameters are the sums of its parts'
+    ranks and parameters.
     """
 
     version: int
@@ -96,7 +97,7 @@ class Origin:
 
     @classmethod
     def of(cls, versions: Iterable[Version]) -> "Origin":
-        """Return the common base of `versions`, with the warnings of all of them."""
+        """Return the common base of `versions`, with the warnings of all the versions."""
         found = tuple(versions)
         warnings = [f"{version.name}@{version.version}: {text}" for version in found for text in version.warnings]
         models, digests = {version.base_model for version in found}, {version.base_digest for version in found}

@@ -1,7 +1,8 @@
 """The catalog's writes, each within a transaction of `adapters.sql.transact`.
 
-They are for callers that write their own tables in the same transaction; others use `catalog.Catalog`. A `name` is
-a key here (see `adapters.names`). Records are written before the commit (see `adapters.catalog.records`).
+They are for callers that write their own tables in the same transaction; other callers use `catalog.Catalog`. A
+`name` is a key here (see `adapters.names`). Records are written before the commit (see
+`adapters.catalog.records`).
 """
 
 import math
@@ -33,8 +34,10 @@ from adapters.sql import FAILURES, transact
 
 @contextmanager
 def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
-    """Surround a transaction that publishes. If the transaction fails, even in its commit, remove its records:
-    otherwise the next start would publish them as versions of a lost database. Raise as `Records.reach` does.
+    """Surround a transaction that publishes versions. Raise as `Records.reach` does.
+
+    If the transaction fails, even in its commit, the records that it wrote are removed. Otherwise the next start
+    would take them for versions of a lost database, and publish them.
     """
     recorder = None if records is None else Recorder(records)
     if records is not None:
@@ -50,8 +53,9 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
 
 
 def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
-    """Remove the written records whose versions don't exist. The transaction keeps others from using their
-    numbers.
+    """Remove the written records whose versions don't exist.
+
+    Meanwhile the transaction keeps others from using these versions' numbers.
     """
     for version in recorder.written:
         mine = (versions.c.name == version.name, versions.c.version == version.version)
@@ -114,7 +118,10 @@ def publish_unattended_in(
 
 
 def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
-    """Return why `latest` doesn't move to the new version, or None if it does. `row` is the name's."""
+    """Return why `latest` doesn't move to the new version, or None if it does.
+
+    `row` is the name's row in the table.
+    """
     if row.rolled_back:
         return f"latest stays at {row.latest}, where it was moved back to by hand"
     if not new.is_worse_than_base:
@@ -134,7 +141,8 @@ def compose_in(
     records: Recorder | None = None,
 ) -> tuple[Version, bool]:
     """Publish a composition as `Catalog.compose` does."""
-    number = _next_number(connection, name, "composition")  # first: it locks, so that the parts can't be deleted
+    # called first: it takes a lock, so that the parts can't be deleted meanwhile
+    number = _next_number(connection, name, "composition")
     leaves = gather(resolve(connection, terms, field, viewpoint))
     if not combine(leaves):
         raise InvalidInput.of(field, "is equal to the base: give adapters whose weights don't cancel out")
@@ -153,7 +161,10 @@ def compose_in(
 def insert_in(
     connection: sa.Connection, version: Version, records: Recorder | None, moves_latest: bool = True
 ) -> None:
-    """Insert a numbered version and make it the latest; without `moves_latest`, only if there is no latest yet."""
+    """Insert a numbered version and make it the latest.
+
+    Without `moves_latest`, the version becomes the latest only if there is no latest yet.
+    """
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
     del row["parts"]
     connection.execute(sa.insert(versions).values(row))
@@ -230,7 +241,7 @@ def _refuse_parts_of_public(connection: sa.Connection, name: str, viewpoint: Vie
 def drop_in(
     connection: sa.Connection, name: str, version: int | None, force: bool, viewpoint: Viewpoint
 ) -> tuple[list[int], list[str]]:
-    """Delete one version or all (None), as `Catalog.delete` does.
+    """Delete one version, or all if `version` is None, as `Catalog.delete` does.
 
     Return the numbers of the deleted versions, and the digests that no version has any more.
     """
@@ -257,8 +268,8 @@ def _refuse_needed(
 ) -> None:
     """Raise Conflict, naming the aliases and compositions that need the version, or any version of the name.
 
-    `force` ignores aliases. Only the operator learns the names of other projects' compositions; others learn how
-    many there are.
+    `force` ignores aliases. Only the operator learns the names of other projects' compositions; everybody else
+    learns their number.
     """
     named: list[str] = []
     if not force:
@@ -298,7 +309,7 @@ def _rows_of(
 
 
 def _repair_latest(connection: sa.Connection, name: str) -> None:
-    """If `latest` is a deleted version, make the highest remaining one the latest, which clears `rolled_back`.
+    """If `latest` is a deleted version, make the highest remaining version the latest, which clears `rolled_back`.
 
     A name without versions becomes private, so that later versions aren't public by accident.
     """
@@ -379,12 +390,12 @@ def _blend(
 
 
 def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
-    """Point the alias to the version, whether the alias exists or not."""
+    """Point the alias to the version. The alias is created if it doesn't exist."""
     moved = sa.update(aliases).where(aliases.c.name == name, aliases.c.alias == alias).values(version=version)
     if connection.execute(moved).rowcount == 0:
         connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
 
 
 def _bounded(version: int) -> int:
-    """Return the number, or 0, which no version has, if it is too large for a database's column."""
+    """Return the number, or 0 if it is too large for a database's column. No version has the number 0."""
     return version if version <= MAX_VERSION else 0

@@ -146,7 +146,7 @@ class _Reader:
         elif value not in _HARMLESS_INITS and name not in (
             "gaussian",
             "mica",
-        ):  # in any case
+        ):  # in upper or lower case
             self.refuse("init_lora_weights", f"must be true, false or one of {', '.join(_HARMLESS_INITS)}")
 
     def number(self, key: str, kind: type[Number]) -> Number:

@@ -132,10 +132,9 @@ def config_json(config: LoraConfig, base_model: str | None) -> bytes:
 def describe(
     weights: LoraWeights, rank: int, alpha: float, use_rslora: bool, num_layers: int | None
 ) -> LoraConfig:
-    """Return the configuration for the weights. Patterns list modules of another rank or scaling than the given
-    one.
+    """Return the configuration for the weights. Its patterns list the modules with another rank or scaling.
 
-    `num_layers` is the base's; if None, each layer is named.
+    `num_layers` is the base's, or None if it is unknown.
     """
     modules = weights.modules
     names, layers = targets_of(sorted(modules, key=in_forward_order), num_layers)
@@ -219,7 +218,7 @@ def targets_of(
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Return the `target_modules` and `layers_to_transform` that mean exactly `keys`.
 
-    If `num_layers` is None, each layer is named.
+    If `num_layers` is None (unknown), the layers are listed even if they are all that the base has.
     """
     layers: dict[str, set[int]] = {}
     for key in keys:
@@ -253,8 +252,9 @@ def _shortest(number: float) -> int | float:
 
 
 def _invalid_adapter(errors: Sequence[FieldError], guessed: str | None) -> InvalidAdapter:
-    """Return an error with the first errors of each file. If there are too many of tensors, the guess precedes
-    them.
+    """Return an error with the first errors of each file.
+
+    If there are too many errors of tensors, a guess at their cause precedes them.
     """
     of_config = [error for error in errors if error.loc[0] == "adapter_config"]
     of_tensors = [error for error in errors if error.loc[0] != "adapter_config"]

@@ -3,10 +3,10 @@
 The rules are those of `check_target_module_exists`, `_maybe_include_all_linear_layers` and `get_pattern_key` in
 PEFT 0.21, for the module names of Hugging Face's Llama and SmolLM3.
 
-Configurations may have regular expressions, and one of a dozen characters can keep `re` busy for years. Plain
-names are matched in this process if there are few of them. Other expressions are matched in a short-lived process,
-which the kernel ends when the budget of processor time is used up. A budget of processor time, unlike one of wall
-time, doesn't depend on the machine's load.
+Configurations may have regular expressions, and an expression of a dozen characters can keep `re` busy for years.
+Plain names are matched in this process if there are few of them. Other expressions are matched in a short-lived
+process, which the kernel ends when the budget of processor time is used up. A budget of processor time, unlike one
+of wall time, doesn't depend on the machine's load.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 from adapters.lora import MODULES, BaseShape, ModuleKey
 
 CPU_SECONDS = 0.5
-WALL_SECONDS = 30.0  # on a busy machine
+WALL_SECONDS = 30.0  # enough for a busy machine
 MAX_PATTERNS = 1024
 MAX_PATTERN_LENGTH = 8192
 MAX_MATCHED_HERE = 16_384  # characters in one call; PEFT's own patterns for a large base have half as many
@@ -30,7 +30,7 @@ MAX_MATCHED_HERE = 16_384  # characters in one call; PEFT's own patterns for a l
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_.-]|\\\.)*")
 
 # Does the same as `_match_here`, prints a line for each pattern, and finally the processor time. SIGPROF ends it
-# even in the middle of a match; so do 1 GiB of memory and a second limit on processor time.
+# even in the middle of a match; so do limits of 1 GiB of memory and, once more, of processor time.
 _MATCH_THERE = """
 import json, re, resource, signal, sys, time
 question = json.load(sys.stdin)
@@ -102,7 +102,7 @@ def find(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> l
 
 
 def _min_length(pattern: Pattern) -> int:
-    """Return a lower bound of the length of matching names: that of a plain name, 0 for other patterns."""
+    """Return a lower bound of matching names' lengths: the length of a plain name, or 0 for other patterns."""
     text = pattern.user_text
     return len(text) - text.count("\\") if _PLAIN.fullmatch(text) else 0
 
@@ -195,7 +195,10 @@ def other_modules(base: BaseShape) -> tuple[str, ...]:
 
 
 def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[ModuleKey]:
-    """Return the targeted modules. Raise BadTargetsError if there are none, or one isn't linear or in no layer."""
+    """Return the targeted modules.
+
+    Raise BadTargetsError if there are none, or if one isn't linear or isn't in a layer.
+    """
     linear = linear_modules(base)
     if isinstance(targeting.target_modules, str) and targeting.target_modules.lower() == ALL_LINEAR:
         # PEFT replaces it by the list of the linear modules' paths, without the output embedding

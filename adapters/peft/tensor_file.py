@@ -171,7 +171,7 @@ def tensor_name(key: ModuleKey, side: Side) -> str:
 
 @dataclass
 class FoundTensors:
-    """The tensors of a file that belong to modules of the base: all their names, and those that are valid."""
+    """The tensors of a file that belong to modules of the base: all their names, and the valid tensors."""
 
     names: dict[tuple[ModuleKey, Side], str] = field(default_factory=dict)
     tensors: dict[tuple[ModuleKey, Side], torch.Tensor] = field(default_factory=dict)  # A (r, in), B (out, r)
@@ -226,7 +226,7 @@ def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
 
 
 def _meant(name: str) -> str | None:
-    """Return PEFT's name of an A or B with another name, such as in a live or a compiled model, or None."""
+    """Return PEFT's name of an A or B that has another name, as from a live or compiled model, or None."""
     place = place_of(name)
     if place is None or place[1] not in MODULES:
         return None
@@ -255,7 +255,8 @@ _SHOWN = 3
 def guess(
     entries: Mapping[str, TensorEntry], base: BaseShape, ranks: Mapping[ModuleKey, int] | None
 ) -> str | None:
-    """Describe how the tensors differ from the configuration's `ranks` (None: it is invalid) and from the base.
+    """Describe how the tensors differ from the configuration's `ranks` (None if the configuration is invalid) and
+    from the base.
 
     If hundreds of tensors are wrong, the cause is one: another rank, other modules, or another base. It is guessed
     from names and shapes, which may be those of any model's adapter.

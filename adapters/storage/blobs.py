@@ -22,7 +22,7 @@ class Missing(SmoloraError):
 
 @dataclass(frozen=True)
 class Stored:
-    """A blob of a bucket. `key` is below the bucket's prefix, `modified` by the store's clock."""
+    """A blob of a bucket. `key` is relative to the bucket's prefix. `modified` is by the store's clock."""
 
     key: str
     size: int  # in bytes
@@ -33,7 +33,7 @@ class Blobs(Protocol):
     """A store of blobs. A bucket raises BytesUnavailable from every method; a directory raises OSError."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Store the blob, durably. A blob of the same key is replaced."""
+        """Store the blob, durably. An existing blob with this key is replaced."""
 
     def get(self, key: str) -> bytes:
         """Return the blob's bytes. Raise Missing if there is no such blob."""
@@ -45,10 +45,13 @@ class Blobs(Protocol):
         """Delete the blobs. Missing keys are ignored."""
 
     def reach(self, num_bytes: int) -> None:
-        """Raise BytesUnavailable if a blob of `num_bytes` can't be written now; if 0, if none can be deleted."""
+        """Raise BytesUnavailable if a blob of `num_bytes` can't be written now.
+
+        If `num_bytes` is 0, raise it if no blob can be deleted now.
+        """
 
     def clean(self, prefix: str) -> None:
-        """Remove what killed writers left below the prefix. Only for a caller who knows that nobody is writing."""
+        """Remove what killed writers left below the prefix. Call this only if nothing else can be writing."""
 
 
 class Directory:
@@ -88,14 +91,14 @@ class Directory:
                 sync(folder)
 
     def reach(self, num_bytes: int) -> None:
-        """Return at once: a disk keeps nobody waiting."""
+        """Do nothing: a disk answers at once, so there is no need to check it in advance."""
 
     def clean(self, prefix: str) -> None:
         for path in (self._root / prefix).rglob(f"{UNFINISHED}*"):
             path.unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
-        """Create the folder, and sync every folder that names a new one."""
+        """Create the folder and its parents, and sync every folder that has a new entry."""
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             parent = folder.parent

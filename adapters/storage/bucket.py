@@ -1,8 +1,8 @@
 """Blobs in an object store: one that speaks S3's protocol, or a directory that several machines mount.
 
 Credentials, region and endpoint come from the usual AWS_* variables, which obstore reads. A failed request is
-retried with jitter for `patience` seconds; a request that gets no answer by then takes at most as long again. All
-requests may be repeated: none is a conditional put, which not every store supports.
+retried with jitter for `patience` seconds; a request that still has no answer by then takes at most as long again.
+All requests may be repeated: none is a conditional put, which not every store supports.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Bucket:
                     "allow_http": allow_http,
                     "connect_timeout": timedelta(seconds=patience / 4),
                     "read_timeout": timedelta(seconds=patience / 2),
-                    "timeout": timedelta(seconds=4 * patience),  # of one piece, as long as bytes keep arriving
+                    "timeout": timedelta(seconds=4 * patience),  # for one piece, even if bytes keep arriving
                 },
                 retry_config={
                     "max_retries": 100,
@@ -88,7 +88,7 @@ class Bucket:
         return Bucket(self._store, self._patience, f"{self._prefix}{prefix}/")
 
     def put(self, key: str, data: bytes) -> None:
-        """Store the object. An object of the same key is replaced."""
+        """Store the object. An existing object with this key is replaced."""
         self._ask(lambda: obstore.put(self._store, self._prefix + key, data))
 
     def put_file(self, key: str, path: Path) -> None:
@@ -125,7 +125,7 @@ class Bucket:
 
     def folders(self) -> list[str]:
         """Return the distinct first parts of all keys that contain a slash."""
-        if isinstance(self._store, LocalStore):  # whose listing of folders has empty ones, too, which kills leave
+        if isinstance(self._store, LocalStore):  # it also lists empty folders, which killed processes leave
             return sorted({stored.key.split("/", 1)[0] for stored in self.listed() if "/" in stored.key})
         own, below = len(self._prefix), self._prefix.rstrip("/") or None
         found = self._ask(lambda: obstore.list_with_delimiter(self._store, below))
@@ -140,9 +140,9 @@ class Bucket:
                 self._ask(partial(obstore.delete, self._store, own[start : start + at_once]))
 
     def reach(self, num_bytes: int) -> None:
-        """Check that an object of `num_bytes` can be written now; if 0, that an object can be deleted.
+        """Check that an object of `num_bytes` can be written now or, with 0, that an object can be deleted.
 
-        A full store may accept an empty object, and deletes.
+        Writing an empty object wouldn't do as a check, since a full store may accept it.
         """
         key = f"clock/{secrets.token_hex(8)}"  # next to the probes of `now`: nothing reads this folder
         if num_bytes:
@@ -151,7 +151,7 @@ class Bucket:
             self._ask(lambda: obstore.delete(self._store, key))
 
     def clean(self, prefix: str) -> None:
-        """Return at once: an object is never half-written."""
+        """Do nothing: an object is never half-written."""
 
     def now(self) -> datetime:
         """Return the time by the store's clock, which `Stored.modified` uses too."""

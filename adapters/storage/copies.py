@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of a folder. `files` are by name. `is_whole`: its mark was there."""
+    """A copy of a folder. `files` are by name. `is_whole` says whether it had its mark when it was listed."""
 
     folder: str
     id: str
@@ -42,7 +42,7 @@ class Copy:
 class Copies:
     """All copies of the folders in a bucket, whose marks are files named `mark`.
 
-    Without a bucket there are no copies, and `push` does nothing: HOME has the only folder.
+    Without a bucket there are no copies, and `push` does nothing: the folders are only in HOME.
     """
 
     def __init__(self, bucket: "Bucket | None", mark: str) -> None:

@@ -86,7 +86,7 @@ def _mode(is_public: bool, *, is_directory: bool = False) -> int:
 
 
 def remove_directory(target: Path) -> None:
-    """Rename the directory away, then delete it, so that it is never seen in part. Raises FileNotFoundError.
+    """Rename the directory away, then delete it, so that nobody sees it half-deleted. Raises FileNotFoundError.
 
     This works on a full disk.
     """
@@ -96,13 +96,13 @@ def remove_directory(target: Path) -> None:
 
 
 def remove_unfinished(parent: Path, name: str) -> None:
-    """Remove what killed processes left of `name`. Only for a caller who knows that nobody is writing it."""
+    """Remove what killed processes left of `name`. Call this only if nothing else can be writing it."""
     for directory in parent.glob(f"{UNFINISHED}{name}-*"):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove what killed processes left, once it is old enough to count as abandoned."""
+    """Remove unfinished files and directories that are so old that they count as abandoned by killed processes."""
     for path in parent.glob(f"{UNFINISHED}*"):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > ABANDONED_AFTER:

@@ -45,7 +45,7 @@ class Folders:
 
     @contextmanager
     def new(self, name: str) -> Iterator[Path]:
-        """Yield a directory to fill, and store it on leaving, unless there is a folder of that name by then.
+        """Yield a directory to fill, and store it on leaving, unless a folder of that name exists by then.
 
         Raises OSError.
         """
@@ -54,7 +54,7 @@ class Folders:
 
     @contextmanager
     def renewed(self, name: str) -> Iterator[Path]:
-        """Yield a directory to fill, whose files replace a damaged folder's on leaving. Raises OSError."""
+        """Yield a directory to fill. On leaving, its files replace those of a damaged folder. Raises OSError."""
         place = self._root / name
         with self._draft(name) as directory:
             yield directory
@@ -64,7 +64,7 @@ class Folders:
                     path.replace(file)
 
     def open(self, name: str, file: str) -> BinaryIO:
-        """Open one of the folder's files, which outlives a delete while it is open. Raises FileNotFoundError."""
+        """Open one of the folder's files. An open file stays readable after a delete. Raises FileNotFoundError."""
         return (self._root / name / file).open("rb")
 
     def digest(self, name: str, file: str) -> str:
@@ -87,14 +87,14 @@ class Folders:
         return {name: partial(self.read, name) for name in names if self.has(name)}
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a folder, perhaps a damaged one."""
+        """Return whether the folder exists, even if it is damaged."""
         try:
             return (self._root / name).is_dir()
         except OSError:  # the disk is damaged
             return True
 
     def present(self, names: set[str]) -> set[str]:
-        """Return those of the names for which `has` is true."""
+        """Return the names for which `has` is true."""
         return set(filter(self.has, names))
 
     def delete(self, name: str) -> None:
@@ -102,7 +102,7 @@ class Folders:
         remove_directory(self._root / name)
 
     def clean(self) -> None:
-        """Remove what killed processes left, once it is old enough."""
+        """Remove what killed processes left, once it is old enough to count as abandoned."""
         remove_abandoned(self._root)
 
     @contextmanager
@@ -119,8 +119,8 @@ class Folders:
 class BucketFolders(Folders):
     """The folders in a bucket, as `Copies` keeps them. All methods raise BytesUnavailable.
 
-    The root has only what is being written or read. If two machines stored a folder at once, there are two copies,
-    and all machines read the older one.
+    The local root has only the files that are being written or read. If two machines stored a folder at once,
+    there are two copies, and all machines read the older one.
     """
 
     def __init__(self, root: Path, mark: str, bucket: "Bucket") -> None:
@@ -178,7 +178,7 @@ class BucketFolders(Folders):
         return bool(self._copies.whole(name))
 
     def present(self, names: set[str]) -> set[str]:
-        """As `Folders.present`. Several names take one listing of all folders."""
+        """Do as `Folders.present`. For several names, all folders are listed once."""
         return names & self.all().keys() if len(names) > 1 else super().present(names)
 
     def delete(self, name: str) -> None:
@@ -188,7 +188,7 @@ class BucketFolders(Folders):
         self._copies.remove(copies)
 
     def clean(self) -> None:
-        """As `Folders.clean`, and remove incomplete uploads from the bucket."""
+        """Do as `Folders.clean`, and remove incomplete uploads from the bucket."""
         super().clean()
         before = self._bucket.now() - timedelta(seconds=ABANDONED_AFTER)
         self._copies.remove(c for c in self._copies.all() if not c.is_whole and c.modified < before)

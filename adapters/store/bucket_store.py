@@ -5,8 +5,9 @@
     tombstones/<digest>/<copy>     this copy is to be deleted, once all requests that may need it have ended
 
 `put` writes the files into the cache, as a directory store does, and uploads them, before a version names them. If
-`load` doesn't find a digest in the cache, one thread downloads it for all that wait. Holds and pins keep bytes in
-the cache. In the bucket, where no machine knows what others use, doubts and tombstones take their place:
+`load` doesn't find a digest in the cache, one thread downloads it for all threads that wait. Locks and pins keep
+bytes in the cache. In the bucket, where no machine knows what other machines use, doubts and tombstones serve
+instead:
 
 - A process writes a doubt before it uploads a copy, and before it deletes a version. It removes the doubt when it
   is done. If it is killed, a sweep settles the doubt after `grace`: unwanted copies get tombstones.
@@ -17,11 +18,11 @@ the cache. In the bucket, where no machine knows what others use, doubts and tom
 Any process may sweep at any time, stop anywhere, and go on an hour later: a published version keeps its bytes.
 This holds because a publisher looks again *after* the commit, first for tombstones and then for a whole copy
 without one, and uploads another copy if there is none. Suppose that a sweep deletes a copy because the digest is
-unwanted. If it asked the catalog after the commit, the answer was "wanted". If it asked before, the tombstone
-existed before the commit, and exists until the copy is gone. So the publisher either sees the tombstone or misses
-the copy. A copy that is uploaded later has another name, and a late sweep can't delete it. (The exception: a
-publisher that was stopped for longer than `grace` before the commit, and is killed before it looks again.
-`smolora doctor` names its version.)
+unwanted. If the sweep asked the catalog after the commit, the answer was "wanted". If it asked before, the
+tombstone existed before the commit, and exists until the copy is gone. So the publisher either sees the tombstone
+or misses the copy. A copy that is uploaded later has another name, and a late sweep can't delete it. (The
+exception: a publisher that was stopped for longer than `grace` before the commit, and is killed before it looks
+again. `smolora doctor` names its version.)
 """
 
 import fcntl
@@ -138,7 +139,10 @@ class BucketAdapterStore(AdapterStore):
             store.delete_folders([temporary])
 
     def upload(self, digest: str) -> None:
-        """Upload this machine's copy, if the bucket has none. The caller knows that it is whole and stays here."""
+        """Upload this machine's copy, if the bucket has none.
+
+        The caller must know that the local copy is complete, and keep it from being deleted meanwhile.
+        """
 
         def put() -> int:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing")
@@ -158,13 +162,13 @@ class BucketAdapterStore(AdapterStore):
             self._deletions.doubt(digest)
 
     def discard(self, digest: str, in_use: InUse = store.never) -> None:
-        """Discard this machine's bytes as `AdapterStore.discard` does, and bury the bucket's copies."""
+        """Discard this machine's bytes as `AdapterStore.discard` does, and give the bucket's copies tombstones."""
         super().discard(digest, in_use)
         try:
             if not in_use(digest):
                 self._deletions.bury(self._copies.of(digest))
             self._deletions.settle(digest)
-        except Exception as error:  # of the bucket or the catalog: the caller's work is done
+        except Exception as error:  # an error of the bucket or the catalog; the caller's work is done nevertheless
             log.warning("can't discard %s now, a sweep will: %s", digest[:12], error or type(error).__name__)
 
     def sweep(self, in_use: InUse) -> list[str]:
@@ -173,7 +177,10 @@ class BucketAdapterStore(AdapterStore):
         return self._deletions.sweep(in_use)
 
     def _push(self, digest: str, put: Callable[[], int]) -> None:
-        """Upload the directory, and hold it meanwhile. `put` writes it again if it was removed before."""
+        """Upload the directory, and hold it meanwhile so that nobody removes it.
+
+        If the directory was already removed, `put` is called to write it again.
+        """
         while (hold := store.lock_folder(self._place(digest), fcntl.LOCK_SH)) is None:
             put()
         try:
@@ -223,7 +230,7 @@ class BucketAdapterStore(AdapterStore):
 
     @contextmanager
     def _alone(self, digest: str) -> Iterator[None]:
-        """Exclude other downloads on this machine of digests with the same first two digits."""
+        """Exclude, on this machine, all other downloads of digests with the same first two digits."""
         shelf = self._place(digest).parent
         shelf.mkdir(exist_ok=True)
         until = time.monotonic() + self._patience
@@ -285,7 +292,7 @@ class _Deletions:
         for doubt in self._doubts.listed():
             if (now - doubt.modified).total_seconds() > self._grace:
                 digest = doubt.key.split("/")[0]
-                wanted = in_use(digest)  # if so, only incomplete copies go: nothing will use them
+                wanted = in_use(digest)  # if so, only incomplete copies get tombstones: nothing will use them
                 self.bury(copy for copy in self._copies.of(digest) if not (wanted and copy.is_whole))
                 self._doubts.delete([doubt.key])
         gone = []
@@ -301,7 +308,10 @@ class _Deletions:
         return gone
 
     def live(self, digest: str) -> Copy | None:
-        """Return a whole copy without a tombstone, or None. Tombstones must be listed first: see above."""
+        """Return a whole copy without a tombstone, or None.
+
+        The tombstones must be listed before the copies: see the module's docstring.
+        """
         buried = self._buried(digest)
         return next((copy for copy in self._copies.whole(digest) if copy.id not in buried), None)
 

@@ -1,4 +1,4 @@
-"""A second form of stored adapters: one file each, with the bytes as an engine needs them in memory, to load fast.
+"""A second form of stored adapters, to load fast: one file each, with the bytes as an engine has them in memory.
 
     <root>/packed/<digest>
 
@@ -22,7 +22,10 @@ from adapters.storage.durable import UNFINISHED, new_file, remove_abandoned
 
 
 def open_all(paths: Mapping[str, Path]) -> dict[str, BinaryIO]:
-    """Open all files, or none, and return them by the same names. They outlive a removal. Raises OSError."""
+    """Open all files, or none, and return them by the names in `paths`. Raises OSError.
+
+    Open files stay readable after their removal.
+    """
     files: dict[str, BinaryIO] = {}
     with ExitStack() as opened:
         for name, path in paths.items():
@@ -53,7 +56,7 @@ class PackedFiles:
         """Bytes of the disk that must stay free for other uses."""
 
     def add(self, weights: LoraWeights) -> None:
-        """Store the file of an adapter that was just stored, if `make` returns one, and if there is room."""
+        """Store the file of an adapter that was just stored, if `make` returns a file and there is room."""
         if self.make is not None:
             with suppress(OSError, ValueError, RuntimeError):
                 if (pieces := self.make(weights.digest, weights)) is not None:

@@ -37,9 +37,9 @@ from adapters.store.packed import PackedFiles, open_all
 
 
 def lock_folder(directory: Path, how: int) -> int | None:
-    """Lock the directory, and return a handle; closing it unlocks.
+    """Lock the directory, and return a handle. Closing the handle unlocks the directory.
 
-    Return None if it is missing, or locked already.
+    Return None if the directory is missing, or locked already.
     """
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -77,15 +77,15 @@ InUse = Callable[[str], bool]
 class Pins:
     """The digests whose bytes this process uses, and those to discard once it doesn't. Thread-safe.
 
-    Event loops pin, so nothing here waits for a disk or a database. A pin doesn't wait for a discard of the same
-    bytes either: just after they were pinned they may still be removed, but only if no name refers to them. A
-    discard asks the catalog first and the pins second, and nothing publishes the bytes in between. So a pin that
-    precedes the second question keeps the bytes. A later pin comes after the names have gone, and its owner looks
-    for a name *after* pinning (`adapters.library`).
+    Event loops pin, so nothing here waits for a disk or a database. Nor does a pin wait for a discard of the same
+    bytes. So bytes may still be removed just after they were pinned, but only if no name refers to them. A discard
+    first asks the catalog whether the bytes are wanted, and then asks whether they are pinned. Nothing publishes
+    the bytes in between. So a pin that precedes the second question keeps the bytes. A later pin comes after the
+    names have gone, and its owner looks for a name *after* pinning (`adapters.library`).
     """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()  # guards both; no foreign code is called under it
+        self._mutex = threading.Lock()  # guards both dicts; no callback is called while it is held
         self._counts: Counter[str] = Counter()
         self._doomed: dict[str, InUse] = {}
 
@@ -99,9 +99,10 @@ class Pins:
             self._counts.update(digests)
 
     def remove(self, digests: Iterable[str]) -> dict[str, InUse]:
-        """Take back one `add` of each digest.
+        """Undo one `add` of each digest.
 
-        Return the doomed ones that are no longer pinned: discard them now.
+        Return the digests marked by `doom` that are no longer pinned, each with its `in_use`. The caller must
+        discard them.
         """
         freed = {}
         with self._mutex:
@@ -115,9 +116,9 @@ class Pins:
         return freed
 
     def doom(self, digest: str, in_use: InUse) -> bool:
-        """Return whether the digest is pinned.
+        """Return whether the digest is pinned. If so, mark it to be discarded later.
 
-        If so, its last `remove` returns it, unless `revive` is called before.
+        Its last `remove` then returns it, unless `revive` is called before.
         """
         with self._mutex:
             if digest in self._counts:
@@ -138,7 +139,7 @@ def describe_sidecar(weights: LoraWeights, directory: Path) -> bytes:
     """Return the sidecar of `weights`, whose two files are in `directory`.
 
     It holds what would otherwise have to be derived by PEFT's rules: the modules and their effective scalings. The
-    files' sizes tell a whole directory from one that lost something. The configuration is in no digest, so the
+    files' sizes show whether the directory is whole. The adapter's digest doesn't cover the configuration, so the
     sidecar has its SHA-256.
     """
     sizes = {name: (directory / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME)}
@@ -189,7 +190,7 @@ def load_weights(directory: Path, digest: str) -> LoraWeights:
 
 
 def check_weights(directory: Path, digest: str, weights: LoraWeights) -> None:
-    """Raise CorruptAdapter unless the loaded weights have the digest, and the configuration has its own."""
+    """Raise CorruptAdapter unless the weights match `digest`, and the configuration matches the sidecar."""
     if weights.digest != digest:
         raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
     try:
@@ -226,7 +227,7 @@ class AdapterStore:
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         """Store the adapter under its weights' digest, unless it is stored already, and return its size in bytes.
 
-        `original` may have the uploaded adapter_config.json, which is stored unchanged. The tensors are always
+        If `original` has the uploaded adapter_config.json, the file is stored unchanged. The tensors are always
         written in our order. If the digest is stored and undamaged, the stored files stay.
         """
         digest = adapter.weights.digest
@@ -272,7 +273,7 @@ class AdapterStore:
     def load(self, digest: str) -> LoraWeights:
         """Return the weights, mapped from the file without a copy. The digest isn't recomputed.
 
-        They outlive a discard. Raise CorruptAdapter if the bytes are missing or inconsistent.
+        The weights stay readable after a discard. Raise CorruptAdapter if the bytes are missing or inconsistent.
         """
         return load_weights(self._place(digest), digest)
 
@@ -322,7 +323,10 @@ class AdapterStore:
         self.verify(digest)
 
     def open(self, digest: str) -> dict[str, BinaryIO]:
-        """Open PEFT's two files, and return them by name. They outlive a discard. Raises CorruptAdapter."""
+        """Open PEFT's two files, and return them by name. Raises CorruptAdapter.
+
+        Open files stay readable after a discard.
+        """
         place = self._place(digest)
         try:
             return open_all({name: place / name for name in (CONFIG_NAME, WEIGHTS_NAME)})
@@ -330,14 +334,15 @@ class AdapterStore:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 
     def pin(self, digests: Iterable[str]) -> None:
-        """Keep the bytes of each digest until `unpin`, even if they are discarded. They needn't be stored yet.
+        """Protect the bytes of each digest from deletion until `unpin`, even if `discard` is called.
 
-        A discard that has begun may still remove them, unless a name that refers to them is found after this call.
+        The bytes needn't be stored yet. A `discard` that has already begun may still remove them. To rule that
+        out, look up a name that refers to the bytes after this call.
         """
         self._pins.add(digests)
 
     def unpin(self, digests: Iterable[str]) -> None:
-        """Take back one `pin` of each digest. Bytes that were discarded meanwhile are removed at their last one.
+        """Undo one `pin` of each digest. Bytes that were discarded meanwhile are removed with their last pin.
 
         Raises OSError, and what the discard's `in_use` raises. The next sweep removes what is left.
         """
@@ -345,22 +350,23 @@ class AdapterStore:
             removal()
 
     def let_go(self, digests: Iterable[str]) -> Callable[[], None] | None:
-        """Unpin without blocking, for event loops. Return the work to do in a thread, or None if there is none."""
+        """Unpin without blocking, for event loops. Return the removal to call in a thread, if there is one."""
         doomed = self._pins.remove(digests)
         return partial(self._discard_all, doomed) if doomed else None
 
     def discard(self, digest: str, in_use: InUse = never) -> None:
         """Remove the bytes now, or at the last `unpin` if they are pinned, unless `in_use(digest)` is true then.
 
-        A `put` before then revives them. Bytes that are being published stay; if that fails, the next sweep
-        removes them. Discarding missing bytes is a no-op.
+        Pinned bytes stay if `put` is called before then. Bytes that are being published stay; if the publication
+        fails, the next sweep removes them. Discarding missing bytes is a no-op.
         """
         self._discard(digest, in_use)
 
     def doubt(self, digests: Iterable[str]) -> None:
         """Announce that versions of these digests will be deleted, and the bytes discarded afterwards.
 
-        If this process is killed in between, a sweep can find the bytes. In a directory it finds them anyway.
+        If this process is killed in between, a sweep can find the bytes. A sweep of a directory finds them anyway,
+        so this does nothing here.
         """
 
     def sweep(self, in_use: InUse) -> list[str]:
@@ -412,7 +418,7 @@ class AdapterStore:
             self._discard(digest, in_use)
 
     def _publish(self, place: Path, fill: Callable[[Path], None], damaged: os.stat_result | None = None) -> int:
-        """Publish a directory that `fill` writes, unless there is a whole one by then.
+        """Publish a directory that `fill` writes, unless a whole one exists by then.
 
         Return its size in bytes.
         """
@@ -477,7 +483,7 @@ class AdapterStore:
     def _abandoned(self) -> list[Path]:
         """Return the temporary directories that no process holds.
 
-        Call it under `_locked`: none is created meanwhile.
+        Call it under `_locked`, so that no directory is created meanwhile.
         """
         found = []
         for path in self._root.glob(f"{TEMPORARY}*"):

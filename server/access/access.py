@@ -1,4 +1,4 @@
-"""Everything of access that a server works with, over one database."""
+"""Access to a server: its keys, projects, usage, rates and audit log together, over one database."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Access:
     audit: Audit
 
     def keep(self, used: Mapping[str, datetime]) -> None:
-        """Store the usage and the times at which keys were used last. Blocks on the disk."""
+        """Store the usage and when each key was last used. Blocks on the disk."""
         self.ledger.flush()
         if used:
             self.keys.used(used)
@@ -45,8 +45,8 @@ def open_access(
 ) -> Access:
     """Open access over one database.
 
-    `keyed` is as in `Keys`; `fixed_keys` and `allow_guests` are as in `KeyRing`. `commits` returns a number that
-    changes with every commit to the database, cheaply.
+    `keyed` is as in `Keys`; `fixed_keys` and `allow_guests` are as in `KeyRing`. `commits` is a cheap function: it
+    returns a number that changes with every commit to the database.
     """
     keys, projects = Keys(engine, keyed), Projects(engine)
     ring = KeyRing(

@@ -53,7 +53,7 @@ class Audit:
     ) -> None:
         """Record a change that was made elsewhere just now.
 
-        If the database fails, log the entry instead: that must not keep anybody from deleting.
+        If the database fails, log the entry instead, since a failing audit log must not prevent deletions.
         """
         try:
             transact(self._engine, lambda connection: record(connection, who, action, project, target, detail))
@@ -61,7 +61,10 @@ class Audit:
             log.error("not on the audit list: %s did %s of %s in %s", who, action, ascii(target), project)
 
     def list(self, limit: int, before: int | None = None) -> list[Entry]:
-        """Return at most `limit` entries, the newest first: those with a number below `before`, if given."""
+        """Return at most `limit` entries, the newest first.
+
+        If `before` is given, only entries with a lower number are included.
+        """
         query = sa.select(audit).order_by(audit.c.number.desc()).limit(limit)
         if before is not None:
             query = query.where(audit.c.number < before)

@@ -1,7 +1,7 @@
 """Rates that all servers of one PostgreSQL database count together; see `server.access.rates`.
 
-A window is a row, and its time is the database's. Counting is a short transaction that takes no writers' lock, on
-a thread, so the event loop doesn't wait. The headers show what this server saw last.
+A window is a row, timed by the database's clock. Counting is a short transaction that takes no writers' lock, on a
+thread, so the event loop doesn't wait. The headers show what this server saw last.
 """
 
 import time
@@ -71,7 +71,10 @@ class DatabaseRates:
         return Window(min(found.remaining, limit.most), found.ends_at)
 
     def _take(self, limits: list[Limit], amount: int) -> bool:
-        """Count against all limits, the key's before the project's, or none. Return whether it did."""
+        """Count against all limits, the key's before the project's. Return whether it was counted.
+
+        If too little is left of one limit, nothing is counted.
+        """
         if any(amount > limit.most for limit in limits):
             return False
 
@@ -115,7 +118,8 @@ class _TooLittleError(Exception):
 def _taken(limit: Limit, amount: int, *, is_bounded: bool = True) -> "ReturningInsert[int, float]":
     """Count in the window, or in a new one if it has ended.
 
-    The statement returns what is left and for how many seconds; no row if it `is_bounded` and too little is left.
+    The statement returns what is left and for how many seconds. With `is_bounded`, it returns no row if too little
+    is left.
     """
     now = database_time()
     new = insert(windows).values(name=_name(limit), used=amount, most=limit.most, until=now + WINDOW_SECONDS)

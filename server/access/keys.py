@@ -1,15 +1,15 @@
 """API keys: created once, stored as digests, revoked for good; and a running server's cache of them.
 
-Every change is one transaction with its audit entry. A secret has 256 random bits, so its plain SHA-256 can't be
-searched, and a slow hash would protect nothing more.
+Every change is one transaction with its audit entry. A secret has 256 random bits, so it can't be found by trying
+secrets against its plain SHA-256, and a slow hash would add no protection.
 
 A request reads one counter and makes no query. The database changes the counter with any commit; only then is
 `access_changes` read, which says whether keys or projects changed. So a key that was revoked, here or by a command
 on HOME, is refused from the next request on, and its open answers end within `WATCH_SECONDS`. With PostgreSQL,
 other servers notice within milliseconds; a server that doesn't know a key reads the database before it refuses it.
 
-The cache is for one event loop. Threads read a remote database, and read all keys, so that the event loop never
-waits; concurrent requests share one read.
+The cache is for one event loop. Reads of a remote database, and reads of all keys, run in threads, so that the
+event loop never waits. Concurrent requests share one read.
 """
 
 import asyncio
@@ -95,8 +95,8 @@ class Keys:
     ) -> tuple[ApiKey, str]:
         """Make a key, and its project if there is none. Return the key and its secret, which can't be read again.
 
-        `deliver` gets both before anything is stored; if it raises, no key is made. Raise InvalidInput for invalid
-        fields.
+        `deliver` is called with the key and the secret before anything is stored; if it raises, no key is made.
+        Raise InvalidInput for invalid fields.
         """
         now = datetime.now(UTC)
         expires_at = _in_utc(expires_at)
@@ -136,7 +136,7 @@ class Keys:
             return {row["secret_digest"]: _key(row) for row in rows}
 
     def revoke(self, key_id: str, *, who: str) -> ApiKey:
-        """Revoke the key from now on; repeated calls have no effect. Raise NotFound."""
+        """Revoke the key from now on. Repeated calls have no effect. Raise NotFound if there is no such key."""
 
         def work(connection: sa.Connection) -> ApiKey:
             mine = api_keys.c.id == key_id
@@ -154,12 +154,12 @@ class Keys:
 
     @transacted
     def used(self, connection: sa.Connection, last: Mapping[str, datetime]) -> None:
-        """Store the times at which keys were used last, by their ids."""
+        """Store when each key was last used, by key id."""
         for key_id, at in last.items():
             connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
 
     def are_there(self) -> bool:
-        """Return whether a key was ever made. Clients then need one."""
+        """Return whether a key was ever made. If so, clients need one."""
         if self._keyed.exists():
             return True
         with self._reader.connect() as connection:
@@ -216,11 +216,12 @@ class _Remembered:
 
 
 class KeyRing:
-    """Find principals by their secrets.
+    """Finds principals by their secrets.
 
-    `commits` returns a number that any commit changes, cheaply. `changes` reads that of `access_changes`; by
-    default it is `commits`. `fixed` is the setting API_KEYS, the operator's keys. With `allow_guests`, a client
-    without a key is a `GUEST` even if there are keys. If `is_remote`, threads read the database.
+    `commits` is a cheap function whose number changes with every commit. `changes` is a function whose number
+    changes when keys or projects change, by default the same function as `commits`. `fixed` is the setting
+    API_KEYS, the operator's keys. With `allow_guests`, a client without a key is a `GUEST` even if there are keys.
+    If `is_remote`, the database is read in threads.
     """
 
     def __init__(
@@ -267,7 +268,10 @@ class KeyRing:
         return None if self.has_keys else self._limited(EVERYBODY)
 
     async def refresh(self) -> None:
-        """Bring the cache up to date with the database and the operator's file. Raise Unavailable."""
+        """Bring the cache up to date with the database and the operator's file.
+
+        Raise Unavailable if the database can't be read.
+        """
         self._read_operators_keys()
         if (seen := self._commits()) == self._seen:
             return
@@ -286,13 +290,13 @@ class KeyRing:
                     self._fault = None
                 except Unavailable as error:
                     self._fault = error
-                    num_asked = self._num_asked  # requests that came meanwhile would wait as long again
+                    num_asked = self._num_asked  # else requests that came meanwhile would wait as long again
                 self._num_answered = num_asked
             if self._fault is not None:
                 raise self._fault
 
     def refresh_now(self) -> None:
-        """Bring the cache up to date, and block meanwhile."""
+        """Bring the cache up to date, blocking the caller's thread."""
         if (seen := self._commits()) != self._seen:
             self._take(self._read(), seen)
 
@@ -321,7 +325,10 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     async def principal(self, secret: str | None) -> Principal | None:
-        """Return the principal of a secret, or of a client without one; None if refused. Raise Unavailable."""
+        """Return the principal of a secret, or of a client without a secret. Return None if the client is refused.
+
+        Raise Unavailable if the database can't be read.
+        """
         await self.refresh()
         if secret is None:
             return self.anonymous
@@ -353,7 +360,10 @@ class KeyRing:
         return "expired" if key.revoked_at is None else "revoked"
 
     def within(self, principal: Principal, project: str) -> Principal | None:
-        """Return the operator as it works in one project, seeing what that project sees; None if there is none."""
+        """Return the operator's principal for work in one project: it sees only what the project sees.
+
+        Return None if there is no such project.
+        """
         if project not in self._known.quotas and project != DEFAULT_PROJECT:
             return None
         return replace(
@@ -369,16 +379,16 @@ class KeyRing:
         return end
 
     def take_used(self) -> dict[str, datetime]:
-        """Return the times at which keys were used last, by id: of keys used since the last call."""
+        """Return, by key id, when each key was last used. Only keys used since the last call are included."""
         used, self._used = self._used, {}
         return used
 
     def give_back(self, used: Mapping[str, datetime]) -> None:
-        """Return times to the cache that couldn't be stored."""
+        """Put times from `take_used` that couldn't be stored back into the cache."""
         self._used = {**used, **self._used}
 
     async def watch(self) -> None:
-        """Refresh the cache until cancelled, since open streams and /ready need changes without a request."""
+        """Refresh the cache until cancelled, since open streams and /ready need changes between requests, too."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             with suppress(Unavailable, SQLAlchemyError, OSError):  # the next check may succeed
@@ -401,5 +411,5 @@ class KeyRing:
 
 
 def _of_setting(digest: str) -> Principal:
-    """Return an operator's principal, named by the beginning of its digest."""
+    """Return the principal of an operator's key, named by the beginning of the key's digest."""
     return Principal(DEFAULT_PROJECT, f"{_OF_SETTING}{digest[:12]}", frozenset(SCOPES), sees_all=True)

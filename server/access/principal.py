@@ -1,5 +1,5 @@
-"""The principal of a request: made from its key at the edge, then used to resolve names, count usage and limit
-rates.
+"""The principal of a request: made from the request's key on arrival, then used to resolve names, count usage and
+limit rates.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ class Quota:
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts, and of answers at their maximum length
-    max_jobs: int | None = None  # unfinished ones
+    max_jobs: int | None = None  # unfinished jobs
     max_bytes: int | None = None  # stored: adapters, data sets, files
 
 
@@ -38,9 +38,9 @@ class Principal:
     project: str
     key_id: str
     scopes: frozenset[Scope]
-    quota: Quota = Quota()  # the key's
+    quota: Quota = Quota()  # of the key alone
     project_quota: Quota = Quota()
-    sees_all: bool = False  # things of other projects, too
+    sees_all: bool = False  # whether it sees other projects' things, too
 
     @property
     def is_operator(self) -> bool:
@@ -48,7 +48,7 @@ class Principal:
         return "admin" in self.scopes
 
     def may(self, scopes: Iterable[Scope]) -> bool:
-        """Return whether it has one of the scopes; `admin` includes all."""
+        """Return whether the principal has one of the scopes; `admin` includes all."""
         return self.is_operator or not self.scopes.isdisjoint(scopes)
 
     @property

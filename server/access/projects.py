@@ -41,12 +41,15 @@ class Projects:
             return [_project(row) for row in connection.execute(sa.select(projects).order_by("name")).mappings()]
 
     def get(self, name: str) -> Project:
-        """Return the project. Raise NotFound."""
+        """Return the project. Raise NotFound if it doesn't exist."""
         with self._reader.connect() as connection:
             return _get(connection, name)
 
     def put(self, name: str, quota: Quota, *, who: str) -> Project:
-        """Replace the project's limits; create it if there is none. Raise InvalidInput."""
+        """Replace the project's limits. The project is created if it doesn't exist.
+
+        Raise InvalidInput if its name is invalid.
+        """
         if fault := project_fault(name):
             raise InvalidInput.of("project", fault)
 

@@ -1,7 +1,7 @@
 """Requests and tokens a minute, of a key and of its project's keys together, with the headers of OpenAI's API.
 
-A window of a minute begins with the first request after the previous window, so within a minute of its first
-request a key gets its limit at most. Counts in memory are lost by a restart; `database_rates` counts the requests
+A window of a minute begins with the first request after the previous window, so in the minute after its first
+request a key gets at most its limit. Counts in memory are lost by a restart; `database_rates` counts the requests
 of several servers together. For one event loop.
 """
 
@@ -65,7 +65,10 @@ class Rates(Protocol):
         """Count `amount`, even if less is left."""
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        """Return `x-ratelimit-…` headers: for each kind, those of the limit of which least is left."""
+        """Return `x-ratelimit-…` headers for each kind.
+
+        If both the key and its project have a limit, the headers describe the one of which less is left.
+        """
 
 
 class MemoryRates:
@@ -79,7 +82,7 @@ class MemoryRates:
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
         limits = limits_of(principal, kind)
         now = time.time()
-        if now < self._seen - SMALL_STEP:  # windows would end that much later
+        if now < self._seen - SMALL_STEP:  # otherwise windows would last longer by that step
             self._counts.reset()
         self._seen = now
         for limit in sorted(limits, key=lambda limit: amount <= limit.most):  # amounts above a limit first
@@ -108,7 +111,7 @@ def limits_of(principal: Principal, kind: Kind) -> list[Limit]:
 
 
 def headers_of(principal: Principal, window_of: Callable[[Limit], Window]) -> dict[str, str]:
-    """Return the headers of `Rates.headers`, with the given windows."""
+    """Return the headers of `Rates.headers`, with each limit's window from `window_of`."""
     found: dict[str, str] = {}
     for kind in KINDS:
         if stats := [(window_of(limit), limit) for limit in limits_of(principal, kind)]:
@@ -128,7 +131,7 @@ def refusal(limit: Limit, amount: int, window: Window, headers: dict[str, str]) 
     else:
         unit = "requests" if limit.kind == "requests" else "tokens, prompt and max_tokens together"
         message = f"this asks for up to {amount} {unit}, and {whose} a minute: ask for less"
-        headers = headers | {"x-should-retry": "false"}  # OpenAI's client would wait a minute, twice
+        headers = headers | {"x-should-retry": "false"}  # else OpenAI's client retries twice, after a minute
     return RateLimited(message, retry_after=window.seconds_left, headers=headers)
 
 

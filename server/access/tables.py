@@ -31,7 +31,7 @@ api_keys = sa.Table(
     metadata,
     sa.Column("id", sa.String(64), primary_key=True),
     sa.Column("name", sa.String(MAX_NAME), nullable=False),
-    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # if it is deleted, its keys stay, revoked
+    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # if the project is deleted, its keys stay, revoked
     sa.Column("scopes", sa.JSON, nullable=False),
     sa.Column("secret_digest", sa.String(64), nullable=False, unique=True),  # SHA-256 (hex)
     sa.Column("created_at", UtcDateTime, nullable=False),

@@ -56,7 +56,7 @@ SUMS = tuple(field.name for field in fields(Usage))
 
 
 def add_in(connection: sa.Connection, account: Account, sums: Usage) -> None:
-    """Add to the account's row, within a transaction."""
+    """Add the usage to the account's row, within a transaction."""
     mine = sa.and_(*(usage.c[name] == value for name, value in asdict(account).items()))
     more = {name: usage.c[name] + value for name, value in asdict(sums).items()}
     if connection.execute(sa.update(usage).where(mine).values(more)).rowcount == 0:
@@ -117,7 +117,7 @@ class Ledger:
     ) -> list[dict[str, object]]:
         """Return sums for each value of `by`, from the day `first` to the day `last`, each included.
 
-        If `by` is empty, return one row of sums. `project` None: of all projects.
+        If `by` is empty, return one row of sums. If `project` is None, the sums cover all projects.
         """
         columns = [_COLUMNS[name].label(name) for name in by]
         sums = [_sum_of(usage.c[name]).label(name) for name in SUMS]

@@ -1,7 +1,7 @@
 """The database as one SQLite file under HOME, which is migrated when it is opened.
 
 Every committed write survives a power cut (synchronous=FULL), and a writer waits up to `BUSY_SECONDS` for another
-one. A transaction takes the write lock when it begins, so it can't fail halfway because another process wrote.
+writer. A transaction takes the write lock when it begins, so it can't fail halfway because another process wrote.
 Single reads run without a transaction (isolation level AUTOCOMMIT): with a write-ahead log they wait for no
 writer, with a rollback journal only while a writer commits.
 
@@ -96,7 +96,7 @@ USERS_NAME = "smolora.db.users"  # every process that has the database open lock
 BUSY_SECONDS = 15
 _DAMAGE = (1, 11, 26)  # SQLITE_ERROR (no such table), _CORRUPT and _NOTADB
 _IO_ERROR = 10
-_TOO_LITTLE_BYTES = 1 << 16  # for SQLite's log and its index
+_TOO_LITTLE_BYTES = 1 << 16  # too few for SQLite's log and the log's index
 
 log = logging.getLogger("smolora.database")
 
@@ -104,8 +104,8 @@ log = logging.getLogger("smolora.database")
 def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
     """Open and migrate the database in `home`, which is created if missing. The engine is thread-safe.
 
-    A process that opens the file alone chooses the journal mode, by default one that is safe with the driver;
-    others use the file's. Raise StartupError as `server.database.connect` does.
+    If no other process has the file open, `journal_mode` is set, by default a mode that is safe with the driver.
+    Otherwise the file's mode stays. Raise StartupError as `server.database.connect` does.
     """
     path = home / FILE_NAME
     make(home)
@@ -138,11 +138,11 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
 
 
 class _Doubt:
-    """Undo commits that failed on the disk, such as at the sync of the log (EIO), for good.
+    """Makes sure that a commit that failed on the disk, such as at the sync of the log (EIO), stays undone.
 
     SQLite rolls such a commit back, but all of it may be at the end of the log. The next process that opens the
-    database would find it there, unless another commit overwrites it. So a commit that changes nothing does that.
-    If it fails too, it is tried again before any other read or write.
+    database would find it there, unless another commit overwrites it. So this class overwrites it with a commit
+    that changes nothing. If that fails too, it is tried again before any other read or write.
     """
 
     def __init__(self) -> None:
@@ -182,7 +182,10 @@ class Commits:
         return self._last
 
     def now(self) -> int | None:
-        """Return the number, or None if it isn't known, as while another process commits without a log."""
+        """Return the number, or None if it isn't known.
+
+        For example, it isn't known while another process commits and there is no write-ahead log.
+        """
         try:
             (number,) = self._connection.execute("PRAGMA data_version").fetchone()
         except driver.Error:
@@ -202,9 +205,9 @@ def build_of(engine: sa.Engine) -> Build:
 
 
 def faults(home: Path) -> list[str]:
-    """Return what is wrong with the file, and nothing if it is sound. The rows' meaning isn't checked.
+    """Return the faults of the file, none if it is sound. The meaning of the rows isn't checked.
 
-    Raise StartupError if that can't be found out now: the disk is full, for example, or a foreign program has
+    Raise StartupError if the file can't be checked now: the disk is full, for example, or a foreign program has
     locked the file.
     """
     path = home / FILE_NAME
@@ -227,7 +230,7 @@ def faults(home: Path) -> list[str]:
 def copy(home: Path, target: Path) -> None:
     """Write a snapshot of the database to the new file `target` while other processes use it.
 
-    No migration is run. Raise StartupError if there is no database, or it is damaged.
+    No migration is run. Raise StartupError if there is no database, or if it is damaged.
     """
     path = existing(home)
     try:
@@ -242,7 +245,7 @@ def copy(home: Path, target: Path) -> None:
 
 
 def copy_alone(home: Path, target: Path) -> None:
-    """Copy the database as `copy` does, for a caller that knows that no process sets it aside meanwhile."""
+    """Copy the database as `copy` does. The caller must make sure that no process sets it aside meanwhile."""
     path = existing(home)
     try:
         with (
@@ -289,7 +292,10 @@ def existing(home: Path) -> Path:
 
 @contextmanager
 def nobody_has_it_open(home: Path) -> Iterator[None]:
-    """Keep all processes from opening the database in the block. Raise StartupError if one has it open."""
+    """Keep all other processes from opening the database during the block.
+
+    Raise StartupError if a process has it open.
+    """
     users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -321,15 +327,16 @@ def _is_full(home: Path) -> bool:
 
 
 def in_words(error: object, home: Path) -> str:
-    """Describe an error for a person: on a full disk SQLite reports an I/O error."""
+    """Describe an error for a person. If the disk is full, say so: SQLite only reports an I/O error."""
     return "the disk is full" if _is_full(home) else str(error)
 
 
 def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
-    """Return whether no other process has the database open, by the lock that all of them share.
+    """Return whether this process is the only one that has the database open.
 
-    If so, set the journal mode, unless a foreign program, which doesn't take the lock, has the file open. The
-    process keeps its share of the lock.
+    Every such process holds a shared lock, so an attempt to lock exclusively shows whether there are others. If
+    there are none, set the journal mode, unless a foreign program, which doesn't take the lock, has the file open.
+    In either case this process holds the shared lock afterwards.
     """
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Run the migrations of `server.database.migrations` on either database, one process at a time.
+"""Run the migrations of `server.database.migrations` on SQLite or PostgreSQL, one process at a time.
 
 Alembic takes a tenth of a second to import, so it is imported only if a migration is missing.
 """

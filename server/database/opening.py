@@ -1,9 +1,9 @@
 """Open the database, and check that its rows and the stored bytes belong together.
 
-The database is the file under HOME or, if SMOLORA_DATABASE_URL is set, on a PostgreSQL server. It has an id of the
-place of its bytes, and a mark of that id is in the place; the first server that starts writes both. So no server
-can use another bucket, or another HOME, than the others on its database. If the database is a file and the bytes
-are in the same HOME, no mark is needed.
+The database is the file under HOME or, if SMOLORA_DATABASE_URL is set, on a PostgreSQL server. The database stores
+an id for the place of its bytes, and the place has a mark with this id. The first server that starts writes the id
+and the mark. So no server can use another bucket, or another HOME, than the others on its database. If the
+database is a file and the bytes are in the same HOME, no mark is needed.
 """
 
 import secrets
@@ -40,7 +40,7 @@ places = sa.Table(
 
 
 class Place(Protocol):
-    """A place of stored bytes. `is_home`: it is HOME, with no bucket."""
+    """A place of stored bytes: HOME, if `is_home` is true, or a bucket."""
 
     @property
     def is_home(self) -> bool: ...
@@ -51,7 +51,10 @@ class Place(Protocol):
 
 
 def agree(engine: sa.Engine, place: Place) -> None:
-    """Check that the place is the database's; if the database has none yet, it becomes so. Raise StartupError."""
+    """Check that `place` is the database's place of bytes. If the database has none yet, it gets this place.
+
+    Raise StartupError if the database has another place.
+    """
 
     def work(connection: sa.Connection) -> None:
         row = connection.execute(sa.select(places)).one_or_none()
@@ -70,14 +73,20 @@ def agree(engine: sa.Engine, place: Place) -> None:
 
 
 def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
-    """Raise StartupError, which says `why`, if a HOME's bytes are in an object store."""
+    """Raise StartupError if a HOME's bytes are in an object store.
+
+    The message ends with `why`, the reason for the refusal.
+    """
     with engine.connect() as connection:
         if (where := connection.execute(sa.select(places.c.url)).scalar_one_or_none()) is not None:
             raise StartupError(f"this HOME's adapters and data are in {where}: {why}")
 
 
 def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
-    """Mark the place as the database's, within a transaction. Return the new id, which begins with `prefix`."""
+    """Make `place` the database's place of bytes, within a transaction.
+
+    Return the place's new id, which begins with `prefix`.
+    """
     made = prefix + secrets.token_hex(16)
     place.mark(made)  # first: if the commit fails, a spare mark does no harm
     connection.execute(sa.delete(places))
@@ -86,7 +95,10 @@ def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
 
 
 def place_in(connection: sa.Connection) -> str | None:
-    """Return the place's id; None before a server has started, or if the bytes are in the file's HOME."""
+    """Return the id of the database's place of bytes.
+
+    Return None before a server has started, or if the database is a file and the bytes are in its HOME.
+    """
     return connection.execute(sa.select(places.c.place)).scalar_one_or_none()
 
 
@@ -148,7 +160,7 @@ def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
 def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
     """Return a function like `commits_of`'s that misses no commit: it returns None whenever it can't be sure.
 
-    On PostgreSQL it always does, since other processes' commits are noticed a moment late.
+    On PostgreSQL it always returns None, since other processes' commits are noticed a moment late.
     """
     return file.Commits(home).now if is_file(engine) else lambda: None
 
@@ -156,7 +168,8 @@ def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
 def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
     """Return the records of versions, stored with their bytes, from which a lost catalog is rebuilt.
 
-    Return None on PostgreSQL: it has backups of its own (pg_dump, replicas), and several servers share no folder.
+    Return None on PostgreSQL: it has its own backups (pg_dump, replicas), and several smolora servers don't share
+    a folder.
     """
     return Records(adapters) if is_file(engine) else None
 

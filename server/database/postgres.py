@@ -8,7 +8,7 @@ If the server can't be reached, a new connection is retried for `patience` secon
 most, so that a worker that only reads can be stopped. If the connection is lost in a transaction, the transaction
 has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
 
-Only the outcome of a commit without an answer is unknown. So each transaction writes its number to its
+The outcome is unknown only if the connection is lost during a commit. So each transaction writes its number to its
 connection's row in `marks`. After a lost commit the process takes the lock, which shows that the old session has
 ended, and looks for the number. Each commit also notifies all processes (LISTEN and NOTIFY).
 """
@@ -47,9 +47,9 @@ log = logging.getLogger("smolora.database")
 class Notices:
     """A number that changes whenever any process commits. A call takes a microsecond. Thread-safe.
 
-    This process's commits count immediately, other processes' when their notice arrives; the notices of this
-    process carry `own`. While the server doesn't answer, the number changes at each call, so that no cached value
-    is taken for current.
+    A commit of this process counts immediately, a commit of another process when its notice arrives. The notices
+    of this process carry `own`, and aren't counted again. While the server doesn't answer, the number changes at
+    each call, so that no cached value is taken for current.
     """
 
     def __init__(self, open_one: "Callable[[], psycopg.Connection[Any]]") -> None:
@@ -67,12 +67,12 @@ class Notices:
         return self._number
 
     def count(self) -> None:
-        """Count a commit, or a possible one."""
+        """Count a commit, or one that may have happened unnoticed."""
         with self._lock:
             self._number += 1
 
     def start(self) -> None:
-        """Start to listen; further calls have no effect."""
+        """Start to listen. Further calls have no effect."""
         with self._lock:
             if self._thread is None and not self._is_closed.is_set():
                 self._thread = threading.Thread(target=self._run, name="commits", daemon=True)
@@ -216,7 +216,7 @@ def num_sessions(url: str) -> int:
 
 
 class _Pool(QueuePool):
-    """A pool of connections that closes a returned connection after the engine was disposed of."""
+    """A pool of connections that, after the engine was disposed of, closes each connection returned to it."""
 
     _is_closed = False
 
@@ -242,7 +242,7 @@ class _Pool(QueuePool):
 
 
 class _Dialect(PGDialect_psycopg):
-    """psycopg's dialect, with commits whose outcome is known."""
+    """psycopg's dialect, which finds out whether a commit succeeded if the connection was lost."""
 
     supports_statement_cache = True
     open: Open
@@ -366,7 +366,7 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def _explain(context: sa.engine.ExceptionContext) -> None:
-    """Replace psycopg's errors by those that callers handle."""
+    """Replace psycopg's errors by the errors that callers handle."""
     error = context.original_exception
     if context.is_pre_ping:
         return
@@ -382,7 +382,7 @@ def _explain(context: sa.engine.ExceptionContext) -> None:
 
 
 def _first(error: BaseException) -> BaseException:
-    """Return the driver's error."""
+    """Return the driver's error that caused `error`, or `error` itself if there is none."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         return error.orig
     return error.__cause__ or error

@@ -15,7 +15,7 @@ _MODULUS = 1 << 256
 
 @dataclass(frozen=True)
 class Content:
-    """A table's content: the number of rows, and a digest of them that doesn't depend on their order."""
+    """A table's content: the number of rows, and a digest of the rows that doesn't depend on their order."""
 
     num_rows: int
     digest: int

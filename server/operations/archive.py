@@ -137,7 +137,7 @@ def writing(file: IO[bytes], compressed: bool) -> Iterator[Writer]:
 def reading(file: io.BufferedReader) -> Iterator[Reader]:
     """Yield a reader of the backup in `file`, compressed or not.
 
-    The block too raises StartupError if it is damaged.
+    Raise StartupError if the backup is damaged, which may only show within the block.
     """
     is_compressed = file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP
     try:

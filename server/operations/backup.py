@@ -2,8 +2,8 @@
 
 The database is copied as it is at one moment, and then what the copy needs: adapters' bytes, jobs' rows and
 models, uploads. Bytes exist before a row names them, and never change. So only something that is deleted in
-between can be missing. Then there is another round: a newer copy of the database, which no longer needs it, and
-whatever else the newer copy needs. The manifest leaves out what became obsolete.
+between can be missing. Then another round adds a newer copy of the database, which no longer needs what was
+deleted, and whatever else the newer copy needs. The manifest leaves out what became obsolete.
 
 Checkpoints are copied before the database, since a job's events may be ahead of its checkpoint, but never behind.
 Records of versions aren't copied: a restore writes them from the database. Converted bases and native code are
@@ -50,7 +50,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Made:
-    """A report of a backup. `damaged` describes bytes that were damaged before, and are in it as they are."""
+    """A report of a backup.
+
+    `damaged` describes bytes that were already damaged in HOME. The backup has them unchanged.
+    """
 
     num_versions: int
     num_adapters: int
@@ -66,7 +69,8 @@ class Made:
 class _Needs:
     """What a copy of the database needs, as pairs of a user and what it uses. A deleted user never comes back.
 
-    Users are versions, jobs that haven't ended, and jobs whose files weren't removed: those use their own folders.
+    Users are versions, jobs that haven't ended, and jobs whose files weren't removed. A job of the last kind uses
+    its own folder.
     """
 
     uses: frozenset[tuple[str, str]]  # such as ("a@2", digest), ("job-7", "ds-1"), ("job-7", "job-7")
@@ -100,7 +104,7 @@ def back_up(home: Path, target: Path) -> Made:
 def stream(home: Path, target: IO[bytes]) -> Made:
     """Write a backup of `home` to an open file, uncompressed, as `back_up` does.
 
-    A truncated one has no manifest.
+    A truncated backup has no manifest.
     """
     existing(home)
     scratch = home / "tmp"
@@ -175,7 +179,7 @@ class _Backup:
     def _needs_of(self, copied: Path) -> _Needs:
         """Return what a copy of the database needs.
 
-        Raise StartupError if it is damaged, or its bytes are in a bucket.
+        Raise StartupError if the database is damaged, or its bytes are in a bucket.
         """
         with opened_copy(copied, self._space) as (engine, place):
             if found := faults(place):
@@ -192,9 +196,10 @@ class _Backup:
             return _Needs(frozenset(used), len(versions), jobs)
 
     def _was_overtaken(self, needs: _Needs, missing: set[str]) -> bool:
-        """Return whether something that is missing, or a job's folder, was being deleted when it was copied.
+        """Return whether something that is missing, or a job's folder, was deleted while this round copied it.
 
-        Jobs' folders aren't deleted by one rename. If something is missing and still used, it never existed.
+        A job's folder counts even if it isn't missing: it isn't deleted by one rename, so part of it may have been
+        copied. If something is missing but a new copy of the database still needs it, it never existed.
         """
         copied = self._copied()
         gone = needs.uses - self._needs_of(copied).uses
@@ -223,7 +228,7 @@ class _Backup:
         return kept, missing | of_jobs.difference(uploads, kept)
 
     def _rows_of(self, job_id: str) -> str:
-        """Return the name of the job's rows, which it needs until it ends."""
+        """Return the name of the file with the job's rows, which the job needs until it ends."""
         return (self._files.directory(job_id) / DATA_NAME).relative_to(self._home.path).as_posix()
 
     def _folders_of(self, job_id: str) -> Iterator[Path]:
@@ -254,7 +259,7 @@ class _Backup:
         """Add the folder's files, and their names to `kept`. Return False if the folder is gone.
 
         All files are opened before the first is read, so they are copied even if they are deleted meanwhile. A
-        folder that was added before is read again only if it `grows`.
+        folder that was added before is read again only if `grows` is true.
         """
         prefix = folder.relative_to(self._home.path).as_posix()
         if grows or prefix not in self._folders:
@@ -279,7 +284,7 @@ class _Backup:
     def _damaged(self, needs: _Needs) -> Iterator[str]:
         """Yield a message for each damaged adapter or upload that still exists.
 
-        What was deleted meanwhile was whole.
+        An adapter that was added to the backup and has been deleted since isn't reported.
         """
         for digest in needs.digests:
             place = self._home.adapters / digest[:2] / digest

@@ -1,7 +1,8 @@
 """Checks everything that is stored under a HOME byte by byte, and rebuilds the catalog if the database is lost.
 
-`examine` changes nothing, and may run while a server runs. `rebuild` needs the database for itself. It makes a new
-database only if there is none, or a damaged one, whose files it sets aside.
+`examine` changes nothing, and may run while a server runs. While `rebuild` runs, no other process may have the
+database open. It makes a new database only if there is none or a damaged one. It sets a damaged database's files
+aside.
 """
 
 from collections.abc import Iterator

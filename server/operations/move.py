@@ -1,8 +1,8 @@
 """Moves everything that is stored, between a HOME and a cluster: the tables, and the bytes that their rows name.
 
 To a cluster that has nothing yet, bytes go first, and are compared. Meanwhile no server starts on that database
-(`server.database.opening`). Then one transaction writes all rows and the place's name. If it is killed, the next
-run removes what is in the object store and begins again. HOME stays as it was.
+(`server.database.opening`). Then one transaction writes all rows and the place's name. If the move is killed, the
+next run removes what is in the object store and begins again. HOME stays as it was.
 
 To an empty HOME, rows come first, since they say which bytes are needed. At the end the cluster's rows must still
 be the same. HOME is filled whole or not at all, and the cluster stays as it was.
@@ -77,7 +77,7 @@ TABLES = [
     table
     for metadata in (catalog.metadata, access.metadata, queue.metadata)
     for table in metadata.sorted_tables
-    if table is not access.changes  # every database has its own
+    if table is not access.changes  # a counter of the database itself
 ]
 """All tables to move, in an order in which they can be filled."""
 
@@ -97,7 +97,7 @@ class Moved:
     num_uploads: int  # data sets and files
     num_rows: int
     going_on: tuple[str, ...]
-    damaged: tuple[str, ...] = ()  # uploads that were damaged before, and were moved as they are
+    damaged: tuple[str, ...] = ()  # uploads that were already damaged, and were moved unchanged
 
 
 def to_cluster(home: Path, url: str, target: Storage) -> Moved:
@@ -163,7 +163,7 @@ def _fill_cluster(home: Home, rows: sa.Engine, cluster: sa.Engine, target: Stora
 
 
 def _begin(cluster: sa.Engine, target: Storage) -> str:
-    """Check that the target is empty, except for what a killed move left, and keep servers from starting there.
+    """Check that the target is empty, except for what a killed move left, and keep servers from starting on it.
 
     Return the id that the place has during the move.
     """
@@ -230,7 +230,7 @@ class _Needs:
 
     @classmethod
     def of(cls, engine: sa.Engine) -> "_Needs":
-        """Read what a database needs."""
+        """Return what the database's rows refer to."""
         listed = Catalog(engine, of=Viewpoint(sees_all=True)).list()
         versions = [version for adapter in listed for version in adapter.versions]
         digests = {version.digest for version in versions if not version.parts}
@@ -238,7 +238,7 @@ class _Needs:
         return cls(len(versions), tuple(sorted(digests)), with_folders(engine))
 
     def moved(self, num_uploads: int, num_rows: int, going_on: list[str]) -> Moved:
-        """Report that all of it was moved."""
+        """Return the report of a complete move: everything that the rows refer to was moved."""
         return Moved(
             num_versions=self.num_versions,
             num_adapters=len(self.digests),
@@ -252,9 +252,9 @@ class _Needs:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of uploads or of a job: in HOME at `path`, in a bucket a copy of the folder `name` below `prefix`.
+    """A folder of uploads or of a job. In HOME it is at `path`; in a bucket it is a copy of `name` below `prefix`.
 
-    `mark` is the file that is uploaded last. `copy` is the copy's id; None: the id doesn't matter.
+    `mark` is the file that is uploaded last. `copy` is the copy's id, or None if any copy will do.
     """
 
     path: str

@@ -1,8 +1,8 @@
 """Fills an empty HOME, whole or not at all; restores a backup that way.
 
 All parts are collected in a folder in HOME, and then renamed into their places, the database last. Until the
-folder is gone, no command works on that HOME. If the process is killed, the next one that fills HOME removes what
-it left.
+folder is gone, no command works on that HOME. If the process is killed, the next process that fills HOME removes
+what was left.
 
 A backup is unpacked, compared with its manifest, migrated, and examined as `smolora doctor` does, before the
 renames.
@@ -60,7 +60,7 @@ def filled(home: Path) -> Iterator[Path]:
 
 
 def _clear(home: Path) -> None:
-    """Remove what a killed process was filling `home` with. Raise StartupError if there is anything else."""
+    """Remove what a killed process had put into `home`. Raise StartupError if `home` has anything else."""
     if any(home.glob(f"{RESTORING}*")):
         moved = [home / name for name in _PARTS] + list(home.glob(f"{FILE_NAME}*"))
         for path in [*moved, *home.glob(f"{RESTORING}*")]:  # the folder that marks the interruption goes last
@@ -155,7 +155,7 @@ def _check(header: Header) -> None:
 
 
 def _unpack(reader: Reader, staging: Path) -> None:
-    """Write the members that the manifest names, and compare them with it."""
+    """Write the members that the manifest names, and compare their digests and sizes with the manifest."""
     found = {}
     for name, content in reader.members():
         place = staging / name

@@ -29,8 +29,8 @@ ROWS_COPY, MODEL_COPY, CHECKPOINT_COPY = "rows", "model-", "checkpoint-"
 class Home:
     """The paths below HOME, except those of the database, the reserve and the file that says how busy a server is.
 
-    Each project has its own uploads: those of the default project directly below HOME, those of any other project
-    below `projects/<name>`.
+    Each project has its own uploads: the default project's are directly below HOME, any other project's are below
+    `projects/<name>`.
     """
 
     path: Path
@@ -64,7 +64,9 @@ class Home:
 
     @property
     def keyed(self) -> Path:
-        """An empty file that exists once there was an API key. It is needed if the database is lost."""
+        """An empty file that exists once there was an API key. If the database is lost, it shows that clients
+        still need a key.
+        """
         return self.path / "keyed"
 
     @property
@@ -81,8 +83,9 @@ class Home:
 def make(home: Path, *, to_restore: bool = False) -> bool:
     """Create the folder if it doesn't exist, and restrict it to its owner. Return whether it is restricted.
 
-    Raise StartupError if that fails, or if a restore was interrupted there, unless the caller is `to_restore`
-    again. A folder that belongs to another user, such as a volume of a group, keeps its mode.
+    Raise StartupError if that fails, or if a restore or move is at work or was interrupted in the folder, except
+    with `to_restore`, which repeats it. A folder that belongs to another user, such as a volume of a group, keeps
+    its mode.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
         raise StartupError(
@@ -104,7 +107,7 @@ def serving(home: Path) -> Iterator[None]:
     """Lock `home` for the block. Raise StartupError if another process serves it.
 
     Two servers would delete each other's bytes, since only a process itself knows what its requests and uploads
-    use. The lock ends with this process, even if it is killed: children don't inherit the handle.
+    use. The lock ends with this process, even if it is killed, since child processes don't inherit the handle.
     """
     try:
         handle = os.open(home / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)

@@ -1,4 +1,4 @@
-"""Where bytes are stored: in HOME only, or in a bucket that several machines use, and HOME caches."""
+"""Where bytes are stored: in HOME only, or in a bucket that several machines use, each with a HOME as cache."""
 
 from dataclasses import dataclass
 from pathlib import Path

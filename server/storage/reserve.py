@@ -75,13 +75,13 @@ class Reserve:
     def spend_on(self, work: Callable[[], _Result]) -> _Result:
         """Run `work`, which is short and idempotent, and return its result.
 
-        If the disk is full, release and retry.
+        If the disk is full, release the reserve and retry.
         """
         for wait in _WAITS:
             time.sleep(wait)
             try:
                 return work()
-            except SmoloraError:  # an answer, not a failed write
+            except SmoloraError:  # the result of `work`, not a failed write
                 raise
             except Exception as error:
                 if not self.is_disk_full(error):
