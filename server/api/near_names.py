@@ -25,17 +25,17 @@ _PEERS = {
     "eval_dataset": "validation",
     "save_steps": "checkpoint_steps",
 }
-"""Names of PEFT and TRL, and our fields; None if we have no such field, only one with a similar name."""
+"""PEFT's and TRL's names of fields, with ours; None if we have no such field, only one with a similar name."""
 
 _PEERS_OPTIONS = {"early_stopping_patience": "patience", "use_rslora": "rslora"}
-"""Names of PEFT and TRL for options of `smolora train` that differ from our fields."""
+"""PEFT's and TRL's names of more options, with those of `smolora train` that aren't named like our fields."""
 
 _PEER_UNITS = {
     "per_device_train_batch_size": "all rows of an optimizer step, accumulated ones too",
     "gradient_accumulation_steps": "all rows of an optimizer step, accumulated ones too",
     "warmup_steps": "a share of all steps",
 }
-"""Explains our field if it counts something else than the field of PEFT or TRL."""
+"""What our field counts, for names of PEFT and TRL whose fields count something else."""
 
 _PEER_PATHS = {
     "/v1/responses": "/v1/chat/completions",
@@ -44,7 +44,7 @@ _PEER_PATHS = {
     "/v1/moderations": None,
     "/v1/evals": None,
 }
-"""OpenAI's and Anthropic's paths, and the ones to use; None if there is none, only a similar path."""
+"""Paths of OpenAI and Anthropic, with our paths to use instead; None if we only have one with a similar name."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:
@@ -88,7 +88,7 @@ def _names(model: type[BaseModel]) -> set[str]:
 
 
 def _model_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """Return the model of the object at the path, or None if the path leads to no object."""
+    """Return the model of the object at `path` inside `model`, or None if there is no object at `path`."""
     for part in path:
         if isinstance(part, int):
             continue
