@@ -212,7 +212,7 @@ class Services:
 
     @property
     def max_num_tokens(self) -> int:
-        """The most tokens of a prompt and its answer together: `max_model_len`, or fewer if the KV cache is smaller."""
+        """The most tokens of a prompt and its answer together: `max_model_len`, or the engine's limit if lower."""
         most = self.engine.max_num_tokens
         return self.max_model_len if most is None else min(most, self.max_model_len)
 
