@@ -311,7 +311,7 @@ MAX_PAGE = 1000
 
 
 def _iso_day(given: object) -> object:
-    """Refuse dates that aren't written as YYYY-MM-DD: pydantic also accepts seconds since 1970, and times."""
+    """Refuse dates not written as YYYY-MM-DD: pydantic also accepts seconds since 1970, and times at midnight."""
     if isinstance(given, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", given) is None:
         raise ValueError("must be a day, such as 2027-01-31")
     return given

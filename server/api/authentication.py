@@ -47,7 +47,7 @@ class _Wrong:
 
 
 class Guesses:
-    """Counts of the wrong keys per address and minute. Beyond a limit, the address seen longest ago is dropped."""
+    """Counts of the wrong keys per address and minute, for the _MAX_ADDRESSES addresses seen most recently."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

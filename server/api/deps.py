@@ -110,7 +110,7 @@ class OutputStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """The part of `server.engine.async_engine.AsyncEngine` that the API needs. Tests use a double."""
+    """The part of `server.engine.async_engine.AsyncEngine` that the API needs. Tests use a test double."""
 
     def start(self) -> None: ...
     async def stop(self) -> None: ...

@@ -170,7 +170,10 @@ class GenerateAnswer(BaseModel):
 
 
 def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Grammar | None:
-    """Return the grammar that the fields ask for, or None if any text will do. Raise InvalidInput on a fault."""
+    """Return the grammar that the fields ask for, or None if they allow any text.
+
+    Raise InvalidInput if the fields contradict each other or a schema is invalid.
+    """
     if regex is not None:
         if form is not None and form.type != "text":
             message = "give regex or response_format, not both"
@@ -443,7 +446,7 @@ async def close_all(generations: Sequence[Generation]) -> None:
 
 
 async def begin(services: Services, body: GenerateBody) -> Generation:
-    """Submit the request of a body to the engine. If the request is refused, raise the reason."""
+    """Submit the request that `body` describes to the engine. If the request is refused, raise the reason."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
     ask_queue_for(services, body.n)
     token_ids = await encode_prompt(services, body, body.max_tokens)

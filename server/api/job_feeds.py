@@ -31,14 +31,17 @@ _NUM_THREADS = 2
 
 
 class JobSource(Protocol):
-    """The part of `server.jobs.jobs.Jobs` that feeds need. Tests use a double."""
+    """The part of `server.jobs.jobs.Jobs` that feeds need. Tests use a test double."""
 
     def standings(self, job_ids: Sequence[str]) -> Mapping[str, Standing]: ...
     def events(self, job_id: str, after: int, limit: int) -> list[Event]: ...
 
 
 class _Feed:
-    """One job's state, shared by its followers. If it changes, `changed` is set and replaced by a new Event."""
+    """One job's state, shared by its followers.
+
+    When the state changes, `changed` is set and replaced by a new `asyncio.Event`.
+    """
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
@@ -76,7 +79,10 @@ class Follower:
         self._closed = False
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yield server-sent events until the job ends or the server stops. Raise NotFound if there is no job."""
+        """Yield server-sent events until the job ends or the server stops.
+
+        Raise NotFound if there is no such job.
+        """
         feed, feeds = self._feed, self._feeds
         while feed.last is None and feed.error is None:
             await feed.changed.wait()

@@ -25,17 +25,19 @@ _PEERS = {
     "eval_dataset": "validation",
     "save_steps": "checkpoint_steps",
 }
-"""PEFT's and TRL's names of fields, with ours; None if we have no such field, only one with a similar name."""
+"""Names of fields in PEFT and TRL, with our names of these fields. None means that we have no such field, only
+one with a similar name."""
 
 _PEERS_OPTIONS = {"early_stopping_patience": "patience", "use_rslora": "rslora"}
-"""PEFT's and TRL's names of more options, with those of `smolora train` that aren't named like our fields."""
+"""Further names in PEFT and TRL, with our options of `smolora train` for them. No field of ours is named like
+these options."""
 
 _PEER_UNITS = {
     "per_device_train_batch_size": "all rows of an optimizer step, accumulated ones too",
     "gradient_accumulation_steps": "all rows of an optimizer step, accumulated ones too",
     "warmup_steps": "a share of all steps",
 }
-"""What our field counts, for names of PEFT and TRL whose fields count something else."""
+"""What our field counts, if the field with this name in PEFT or TRL counts something else."""
 
 _PEER_PATHS = {
     "/v1/responses": "/v1/chat/completions",
@@ -44,7 +46,8 @@ _PEER_PATHS = {
     "/v1/moderations": None,
     "/v1/evals": None,
 }
-"""Paths of OpenAI and Anthropic, with our paths to use instead; None if we only have one with a similar name."""
+"""Paths of OpenAI and Anthropic, with our paths to use instead. None means that we have no such path, only one
+with a similar name."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:

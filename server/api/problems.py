@@ -268,7 +268,10 @@ def _body_of(request: Request) -> type[BaseModel] | None:
 
 
 def _summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
-    """Return the first three errors in a line, and the number of the others, including `num_more` further ones."""
+    """Return the first three errors in a line, followed by the number of all other errors.
+
+    `num_more` is the number of errors that aren't in `errors`.
+    """
     first = "; ".join(map(str, errors[:3]))
     more = len(errors[3:]) + num_more
     return f"{first}; and {more} more" if more else first

@@ -27,7 +27,7 @@ async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, 
     """Await `work` and return its result. The caller must have read the request's body.
 
     If the client leaves before the work is done, cancel the work and raise ClientGoneError. If the request's key
-    is revoked or expires before, cancel the work and raise Unauthorized.
+    is revoked or expires first, cancel the work and raise Unauthorized.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(client_left(receive))

@@ -1,7 +1,7 @@
 """Read queries and JSON bodies strictly.
 
-A query parameter that the route doesn't declare, or that comes twice, is refused. Otherwise a typo
-such as `POST /train?dryrun=true` would queue a job.
+A query parameter that the route doesn't declare, or that comes twice, is refused. Otherwise a typo such
+as `POST /train?dryrun=true` would queue a job.
 
 Python's JSON parser accepts lone surrogates, bytes that aren't UTF-8 and any depth of nesting. Here, such
 bodies are refused as malformed. NaN and infinities are parsed, so that the schemas can refuse them by field.

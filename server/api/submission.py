@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 MAX_FAULTS = 20
 """The most faults of rows that one answer lists."""
 MAX_PARENT_RANK = 2 * MAX_TRAINED_RANK
-"""The highest rank of an adapter to continue from. The inits pissa and olora publish adapters with twice the rank
-that they train, and training can continue from these adapters, too."""
+"""The highest rank of an adapter to continue from. With the `init` pissa or olora, a job publishes an adapter with
+twice the rank that it trains, and another job can continue from that adapter."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ _TYPES = {
 _LAZY = frozenset({"vendor/uplot.mjs"})
 """Modules that aren't preloaded, since no view needs them at first."""
 _COMMENTS = re.compile(rb"^ */\*\*.*?\*/", re.MULTILINE | re.DOTALL)
-"""Matches JSDoc comments in our own modules. They are a sixth of the modules' bytes, and aren't sent."""
+"""A pattern for JSDoc comments in our own modules. They aren't sent, which saves a sixth of the bytes."""
 
 _POLICY = "; ".join(
     (

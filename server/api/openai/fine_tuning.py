@@ -278,7 +278,7 @@ def with_openai_field_names(error: InvalidInput) -> InvalidInput:
 
 
 def job_object(job: Job, has_results: bool, now: float) -> dict[str, object]:
-    """Return a job in OpenAI's form. `has_results`: its result file exists. `now` is in seconds since 1970."""
+    """Return a job in OpenAI's form. `has_results`: whether a result file exists; `now`: seconds since 1970."""
     kept, spec = cast("Mapping[str, object]", job.data[FINE_TUNING]), job.spec
     assert isinstance(spec, JobSpec), "merges have no job here"
     hyperparameters = {
@@ -360,7 +360,7 @@ def checkpoint_object(job: Job, step: int) -> dict[str, object] | None:
 
 
 def file_object(file: StoredFile) -> dict[str, object]:
-    """Return a file in OpenAI's form. Its status is `processed`: every line was checked before that."""
+    """Return a file in OpenAI's form. Its status is `processed`: lines are checked before it is stored."""
     return {
         "id": file.id,
         "object": "file",
@@ -403,7 +403,7 @@ def _hyperparameters(body: FineTuningBody) -> HyperparametersBody:
 
 
 def _new_name(idempotency_key: str | None) -> str:
-    """Return a unique name for a job without a suffix. The same idempotency key gives the same name."""
+    """Return a unique name for a job without a suffix. Equal idempotency keys give equal names."""
     if idempotency_key is None:
         return f"ft-{secrets.token_hex(4)}"
     return f"ft-{hashlib.sha256(idempotency_key.encode()).hexdigest()[:8]}"

@@ -54,12 +54,15 @@ def of_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object
 
 
 async def of_whole_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
-    """Return the form of `of_chat` for a whole answer. Other requests can run in between."""
+    """Do the same as `of_chat` for a whole answer, but let other requests run in between."""
     return {"content": await in_turns(partial(_sampled, num_top), entries), "refusal": None}
 
 
 class LegacyLogprobs:
-    """A choice's log-probabilities in the form of completions: parallel lists, also of offsets in the text."""
+    """A choice's log-probabilities in the form of completions: parallel lists of the tokens' properties.
+
+    One of the lists has the offset of each token in the choice's text.
+    """
 
     def __init__(self, num_top: int) -> None:
         self._num_top = num_top
