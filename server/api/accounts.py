@@ -1,6 +1,6 @@
-"""/keys, /projects, /usage and /audit, and the task that stores usage.
+"""The routes under /keys, /projects, /usage and /audit, and the background task that stores usage.
 
-All but /usage are for operators.
+All of these routes except /usage are for operators only.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class KeyAnswer(Answer):
 
     @classmethod
     def of(cls, key: ApiKey, **more: object) -> Self:
-        """Describe a key. `more` are the fields that a subclass adds."""
+        """Return the description of a key. `more` has the fields that a subclass adds."""
         return cls.model_validate({**vars(key), **vars(key.quota), **more})
 
 
@@ -158,7 +158,7 @@ async def keep_books(access: Access, interval: float = FLUSH_SECONDS) -> None:
 
 
 async def keep_now(access: Access) -> None:
-    """Store usage once. If the disk or the database fails, it is kept for the next time."""
+    """Store the usage once. If the disk or the database fails, keep the usage in memory for the next call."""
     used = access.ring.take_used()
     try:
         await to_thread.run_sync(access.keep, used)
@@ -219,7 +219,7 @@ async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_leng
 
 
 def _revoke(services: Services, key_id: str) -> ApiKey:
-    """Revoke a key, even on a full disk: the key's requests may have filled it."""
+    """Revoke a key, even if the disk is full: requests with this key may have filled the disk."""
     reserve = Reserve(services.settings.home)
     key = reserve.spend_on(lambda: services.access.keys.revoke(key_id, who=services.principal.key_id))
     reserve.fill()
@@ -311,7 +311,7 @@ MAX_PAGE = 1000
 
 
 def _iso_day(given: object) -> object:
-    """Refuse other forms that pydantic accepts as a date: seconds since 1970, and times at midnight."""
+    """Refuse dates not written as YYYY-MM-DD: pydantic also accepts seconds since 1970, and times at midnight."""
     if isinstance(given, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", given) is None:
         raise ValueError("must be a day, such as 2027-01-31")
     return given
@@ -369,6 +369,6 @@ def _rows(services: Services, first: date | None, to: date | None, by: By | None
 
 
 def _shown(services: Services, adapter: object) -> str:
-    """Return an adapter expression's names as the caller's project knows them."""
+    """Return an adapter expression, with each adapter under the name that the caller's project uses for it."""
     shown = services.principal.viewpoint.shown
     return "+".join(name if name == BASE else shown(name) for name in str(adapter).split("+"))

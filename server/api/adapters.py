@@ -54,7 +54,7 @@ class VersionAnswer(Answer):
 
     @classmethod
     def of(cls, version: Version, resident: Set[str]) -> Self:
-        """Describe a version. `resident` are the digests in the engine's memory."""
+        """Return the description of a version. `resident` has the digests of adapters in the engine's memory."""
         fields = {
             **vars(version),
             "kind": version.kind,
@@ -81,7 +81,7 @@ class AdapterAnswer(Answer):
 
     @classmethod
     def of(cls, adapter: Adapter, resident: Set[str]) -> Self:
-        """Describe an adapter with its versions. `resident` are the digests in the engine's memory."""
+        """Return the description of an adapter with its versions. `resident` is as in `VersionAnswer.of`."""
         versions = [VersionAnswer.of(version, resident) for version in adapter.versions]
         latest = next(version for version in versions if version.version == adapter.latest)
         answer = cls(
@@ -104,7 +104,7 @@ class AdapterList(Answer):
 
 
 def _is_resident(version: Version, resident: Set[str]) -> bool:
-    """Return whether the version is in memory; for a composition, whether all its parts are."""
+    """Return whether the version is in the engine's memory; for a composition, whether all its parts are."""
     if version.parts:
         return all(part.digest in resident for part in version.parts)
     return version.digest in resident
@@ -119,7 +119,7 @@ Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 
 
 def _decimal(given: object) -> object:
-    """Refuse other forms that `int` accepts, such as 01, +1 and 1.0: each version has one URL."""
+    """Refuse numbers in other forms that pydantic accepts, such as 01, +1 and 1.0, so each version has one URL."""
     if isinstance(given, str) and re.fullmatch(r"0|[1-9][0-9]*", given) is None:
         hint = f": another project's adapter is at {_SHARED}" if is_name(given) and not given[0].isdigit() else ""
         raise ValueError(f"must be a whole number{hint}")

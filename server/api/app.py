@@ -51,7 +51,7 @@ _ROUTERS = (
 ROUTES = Routes(_ROUTERS, folders=("/docs", "/web"), files=("/openapi.json",))
 
 _UNTRACED: dict[str, Any] = {"telemetry": dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False)}
-"""Turns off FastAPI's spans: they include exception texts, which may quote a prompt."""
+"""Options that turn off FastAPI's own spans, because they include exception texts, which may quote a prompt."""
 
 
 def create_app(services: Services) -> FastAPI:

@@ -1,7 +1,7 @@
 """Authenticate requests by `Authorization: Bearer`, and slow down addresses that guess keys.
 
 An operator's key works in the project that the header `OpenAI-Project` names. Valid keys are never delayed, even
-from an address that guesses.
+if their address has also sent wrong keys.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from server.errors import Forbidden, TryAgain, Unauthorized
 from server.metrics.metrics import HttpMetrics
 
 MAX_SECRETS = 10
-"""Different wrong keys of an address that are answered without delay in a minute."""
+"""Number of different wrong keys that an address may send in a minute without being delayed."""
 MAX_WRONG = 600
-"""Wrong keys of an address, equal or not, that are answered without delay in a minute."""
+"""Number of wrong keys, counting repetitions, that an address may send in a minute without being delayed."""
 DELAY_SECONDS = 1.0
 _WINDOW_SECONDS = 60.0
 _MAX_ADDRESSES = 4096
-_MAX_DELAYED = 64  # at a time, since each keeps a connection open
+_MAX_DELAYED = 64  # requests at a time, since each of them keeps a connection open
 
 
 class TooManyGuesses(TryAgain):
-    """The error for a wrong key while too many others are being delayed."""
+    """The error for a request with a wrong key if too many such requests are being delayed already."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _Wrong:
 
 
 class Guesses:
-    """The number of wrong keys by address and minute. The addresses seen longest ago are forgotten first."""
+    """Counts of the wrong keys per address and minute, for the _MAX_ADDRESSES addresses seen most recently."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -58,7 +58,10 @@ class Guesses:
         return len(self._wrong)
 
     async def wrong(self, address: str, secret: str) -> None:
-        """Count a wrong key; wait if its address sent too many. Raise TooManyGuesses if too many wait already."""
+        """Count a wrong key, and delay the request if its address has sent too many wrong keys.
+
+        Raise TooManyGuesses instead of the delay if too many requests are being delayed already.
+        """
         now = self._clock()
         key = _network(address)
         found = self._wrong.get(key)
@@ -83,7 +86,7 @@ class Guesses:
 
 
 def _network(address: str) -> str:
-    """Return an IPv4 address itself, or the first 64 bits of an IPv6 address, which belong to one client."""
+    """Return the part of an address that identifies a client: for IPv6 the first 64 bits, for IPv4 all of it."""
     try:
         found = ipaddress.IPv6Address(address)
     except ValueError:
@@ -93,7 +96,7 @@ def _network(address: str) -> str:
 
 PROJECT_HEADER = "OpenAI-Project"
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods that change nothing and don't count towards a rate limit."""
+"""HTTP methods that change nothing and don't count towards a rate limit."""
 _PRINCIPAL, _END = "principal", "end_of_key"
 _SEND_KEY = Hint("send_key", "Authorization: Bearer <key>")
 _OMIT_PROJECT = Hint("omit_project", "leave out OpenAI-Project")
@@ -106,13 +109,13 @@ def principal_of(scope: Scope) -> Principal | None:
 
 
 def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
-    """Return a future that is done once the request's key is revoked or expires; None if it needs no key."""
+    """Return a future that is done once the request's key is revoked or expires; None if no key is needed."""
     end = scope.get("state", {}).get(_END)
     return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
 
 
 class Authentication:
-    """The check of a request's key."""
+    """The checks of a request's key, scopes, project and rate limit."""
 
     def __init__(self, access: Access, metrics: HttpMetrics, routes: Routes) -> None:
         self._access = access
@@ -121,9 +124,10 @@ class Authentication:
         self._guesses = Guesses()
 
     async def admit(self, scope: Scope, resource: Resource) -> None:
-        """Store the principal in the scope, and count the request towards its rate.
+        """Check the request's key, store its principal in the scope, and count the request towards rate limits.
 
-        Raise Unauthorized, Forbidden, RateLimited, or NotFound if the key may not learn whether the path exists.
+        Raise Unauthorized, Forbidden or RateLimited if the request is refused, and NotFound if there is no such
+        path or project.
         """
         principal = await self._principal(scope, resource)
         end = partial(self._access.ring.end_of, principal)
@@ -131,7 +135,7 @@ class Authentication:
 
     async def _principal(self, scope: Scope, resource: Resource) -> Principal:
         method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
-        if _CONTROL.search(path):  # a route would match a path that ends in a line feed
+        if _CONTROL.search(path):  # without this check, a route would also match its path with a line feed added
             raise self._no_such_path(path)
         secret = _secret(headers)
         principal = await self._access.ring.principal(secret)
@@ -170,7 +174,7 @@ class Authentication:
 
 
 def _secret(headers: Headers) -> str | None:
-    """Return the request's key, None if it has none or an empty one, or \"\" if the scheme isn't Bearer."""
+    """Return the request's key, None if the key is missing or empty, or \"\" if the scheme isn't Bearer."""
     if (given := headers.get("authorization")) is None:
         return None
     scheme, _, secret = given.partition(" ")

@@ -1,4 +1,4 @@
-"""Limits on request bodies: the time and size of each, and the memory of all together."""
+"""Limits on request bodies: the time and size of each body, and the memory of all bodies together."""
 
 import asyncio
 import math
@@ -19,7 +19,7 @@ from server.system.memory import return_freed_memory
 
 LOST = "the key was revoked, or has expired"
 PROGRESS_BYTES = 16 << 10
-"""The least that must arrive within the time limit, unless less is left."""
+"""Bytes of a body that must arrive within the time limit, unless fewer bytes are left."""
 
 MAX_BYTES_IN_FLIGHT = 256 << 20
 SMALL_BODY_BYTES = 64 << 10
@@ -29,22 +29,25 @@ _DRAIN_SECONDS = 10.0
 
 
 class TooSlow(HTTPException):
-    """The error for a body that makes no progress. FastAPI lets only HTTPException pass while it reads one."""
+    """The error for a body that arrives too slowly.
+
+    It is an HTTPException because FastAPI replaces any other exception that is raised while it reads a body.
+    """
 
 
 class KeyEnded(HTTPException):
-    """The error for a key that is revoked or expires while the body comes in."""
+    """The error for a request whose key is revoked or expires while the body is being received."""
 
 
 class Body:
-    """A request's body as it comes in, with limits on time, size and memory, and only while its key is valid.
+    """The body of a request while it is received. It is refused beyond its limits, or once its key is invalid.
 
-    While it is being read, it must make progress every `seconds`. A JSON body is also refused if all bodies take
-    too much memory; uploads are spooled to disk.
+    While the body is being read, at least PROGRESS_BYTES must arrive every `seconds`. A JSON body is also refused
+    if all bodies together take too much memory. Uploads aren't, because they are spooled to disk.
     """
 
     end_of_key: "asyncio.Future[None] | None" = None
-    reserve: Callable[[int], None] | None = None  # of `BytesInFlight`
+    reserve: Callable[[int], None] | None = None  # the function that `BytesInFlight.reserving` yields
 
     def __init__(self, scope: Scope, receive: Receive, required: Requirements, seconds: float) -> None:
         self._scope = scope
@@ -58,7 +61,7 @@ class Body:
         self._is_whole = False
 
     def fault(self) -> tuple[int, str] | None:
-        """Return a status and a reason if the request's headers rule out its body, else None."""
+        """Return a status and a reason if the body must be refused for the request's headers, else None."""
         headers, limit = Headers(scope=self._scope), self._max_bytes
         if headers.get("content-encoding", "identity").lower() != "identity":
             return 415, "the body must come without Content-Encoding"
@@ -68,7 +71,11 @@ class Body:
         return None
 
     async def receive(self) -> Message:
-        """Return the next message. Raise HTTPException: 401, 408, 413 or 429."""
+        """Return the next message.
+
+        Raise HTTPException: 401 if the key is no longer valid, 408 if the body is too slow, 413 if the body is too
+        large, 429 if all bodies together take too much memory.
+        """
         message = await self._next()
         num_bytes = len(message.get("body", b""))
         self._num_bytes += num_bytes
@@ -85,7 +92,10 @@ class Body:
         return message
 
     async def drain(self) -> None:
-        """Read some of the rest, so that the client sees the answer. Raise HTTPException: 401 or 408."""
+        """Read and discard some of the rest of the body, so that the client sees the answer.
+
+        Raise HTTPException: 401 if the key is no longer valid, 408 if the body is too slow.
+        """
         await drain(self._scope, self._next)
 
     @property
@@ -94,7 +104,7 @@ class Body:
         return f"the body is larger than {self._max_bytes} bytes, the most that is accepted here{hint}"
 
     async def _next(self) -> Message:
-        if self._is_whole:  # the next message says that the client left
+        if self._is_whole:  # then the next message says that the client left
             return await self._receive()
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -114,10 +124,10 @@ class Body:
 
 
 class BytesInFlight:
-    """A limit on the memory of all bodies together. One project may use three quarters of it.
+    """A limit on the memory of all bodies together. A single project may use three quarters of that memory.
 
-    A body of up to SMALL_BODY_BYTES counts, but is never refused. After a burst, memory is returned to the system.
-    For one event loop.
+    A body of up to SMALL_BODY_BYTES counts towards the limit, but is never refused. After a burst of bodies, freed
+    memory is returned to the operating system. Use each instance from one event loop only.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES_IN_FLIGHT, metrics: LaneMetrics | None = None) -> None:
@@ -135,9 +145,10 @@ class BytesInFlight:
 
     @contextmanager
     def reserving(self, owner: str) -> Iterator[Callable[[int], None]]:
-        """Yield a function to call with the size of each piece of a body. The pieces count within the context.
+        """Yield a function that must be called with the size of each piece of a body of the project `owner`.
 
-        If bodies take too much memory, the function raises QueueFull and the piece doesn't count.
+        The pieces count towards the limit until the context ends. If all bodies together would take too much
+        memory, the function raises QueueFull, and the piece doesn't count.
         """
         own = 0
 

@@ -1,8 +1,8 @@
 """POST /compare: one prompt under several adapter expressions, side by side, with scores for given texts.
 
-Every answer and every score is a request to the engine. All are submitted together, so that they share steps, and
-those of one expression share the prompt's keys and values. All answers use the same random stream. A comparison is
-accepted as a whole or refused.
+Every answer and every score is a separate request to the engine. All requests are submitted together, so that they
+run in the same steps. Requests with the same expression share the prompt's keys and values. All answers use the
+same random stream. A comparison is accepted as a whole or refused as a whole.
 """
 
 import asyncio
@@ -104,7 +104,7 @@ class _Compared:
 
 
 class Comparison:
-    """An accepted comparison. Await `collect` once. `close` aborts what still runs."""
+    """An accepted comparison. Await `collect` only once. `close` aborts the requests that still run."""
 
     def __init__(
         self, compared: Sequence[_Compared], texts: Sequence[str] | None, num_top: int, model: str
@@ -115,7 +115,7 @@ class Comparison:
         self._model = model
 
     async def collect(self) -> dict[str, object]:
-        """Return the whole answer. Raise the error that the engine ends one of the requests with."""
+        """Return the whole answer. If the engine ends one of the requests with an error, raise that error."""
         tasks = [asyncio.ensure_future(self._result(place, one)) for place, one in enumerate(self._compared)]
         try:
             return {"results": await asyncio.gather(*tasks)}
@@ -124,7 +124,7 @@ class Comparison:
                 task.cancel()
 
     async def close(self) -> None:
-        """Abort what still runs, and release the adapters. Idempotent."""
+        """Abort the requests that still run, and release the adapters. Idempotent."""
         await close_all([generation for one in self._compared for generation in (one.answer, *one.scores)])
 
     async def _result(self, place: int, compared: _Compared) -> dict[str, object]:
@@ -140,7 +140,7 @@ class Comparison:
 
 
 async def compare(services: Services, body: CompareBody) -> Comparison:
-    """Submit everything to the engine. If it is refused, raise the reason and hold nothing."""
+    """Submit all requests of a comparison to the engine. If one is refused, abort all and raise the reason."""
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
     num_sequences = len(terms) * (body.n + len(body.score or ()))
     if num_sequences > body.n:
@@ -159,12 +159,12 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     compared: list[_Compared] = []
     try:
         for expression, named in zip(body.adapters, terms, strict=True):
-            num_taken = 0 if started else num_tokens  # the first takes the tokens of all
+            num_taken = 0 if started else num_tokens  # the first request is charged for the tokens of all requests
             answer = await start(
                 services, named, prompt, sampling, body.n, "adapters", grammar, num_taken=num_taken
             )
             started.append(answer)
-            # the scores use the same versions, even if an alias moves meanwhile
+            # the scores use the same versions as the answer, even if an alias moves meanwhile
             pinned = [Term(part.name, part.version, weight=part.weight) for part in answer.parts]
             scores = []
             for continuation in continuations:
@@ -189,7 +189,7 @@ def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
 
 @contextmanager
 def _faults_of_item(place: int) -> Iterator[None]:
-    """Turn errors of the field `adapter` into errors of item `place` of `adapters`."""
+    """Convert errors in the field `adapter` into errors in item `place` of the field `adapters`."""
     try:
         yield
     except InvalidInput as error:
@@ -238,7 +238,7 @@ async def compare_adapters(body: CompareBody, request: Request, services: Servic
     try:
         answer = await while_connected(request.scope, request.receive, comparison.collect())
     except ClientGoneError:
-        return Response(status_code=499)  # only the log shows it
+        return Response(status_code=499)  # the client has left, so only the log shows this status
     finally:
         await comparison.close()
     return wire.answer(answer)

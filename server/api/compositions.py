@@ -1,4 +1,4 @@
-"""POST /compositions/{name}: name a weighted sum of adapters, or queue a job that merges them into a new one.
+"""POST /compositions/{name}: name a weighted sum of adapters, or queue a job to merge them into one adapter.
 
 A merge job's parts are pinned to versions, which can't be deleted until the job has ended.
 """
@@ -79,7 +79,10 @@ SEEDED: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
 
 
 def recipe_of(body: CompositionBody) -> Recipe | None:
-    """Return how to merge, or None for an exact sum. Raise InvalidInput on fields that the method rules out."""
+    """Return how to merge, or None if the body names an exact sum.
+
+    Raise InvalidInput if fields are given that don't apply to the method.
+    """
     if body.method is None:
         given = [name for name in ("density", "seed", "rank") if getattr(body, name) is not None]
         if given:
@@ -106,10 +109,12 @@ def submit_merge(
     idempotency_key: str | None,
     require_room: Callable[[], None],
 ) -> Job:
-    """Queue a job that merges a new version of `name`, or return the one with the same idempotency key.
+    """Queue a job that merges adapters into a new version of `name`.
 
-    `require_room` is called before a new job. It blocks on disk: call it in a thread. Raise InvalidInput; NotFound
-    for a part; Conflict if a composition has the name, or a part was made for a base of other shapes; QueueFull.
+    If there is a job with the same idempotency key already, return that job. `require_room` is called before a new
+    job is queued. This does disk I/O, so call it in a thread. Raise InvalidInput if the body is invalid, NotFound
+    if a part doesn't exist, Conflict if a composition has the name or a part was made for a base of other shapes,
+    and QueueFull if too many jobs haven't ended.
     """
     library.check_name(name)
     digest = _digest(name, body)
@@ -136,7 +141,7 @@ def submit_merge(
 
 
 def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
-    """Return each part's ranks by module, without parts of weight 0. Raise InvalidInput if none is left."""
+    """Return the ranks by module of each part whose weight isn't 0. Raise InvalidInput if there is none."""
     weighted = combine(pinned.parts)
     if not weighted:
         message = "its weights cancel out, which leaves the base alone"
@@ -145,7 +150,7 @@ def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
 
 
 def _digest(name: str, body: CompositionBody) -> str:
-    """Return a digest that is equal for requests with the same meaning, and differs from every training job's."""
+    """Return a digest that is equal for requests with the same meaning, and differs from those of training."""
     document = json.dumps({"composition": name, **body.model_dump(mode="json")}, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()
 

@@ -1,7 +1,7 @@
 """The services that routes work with, which they receive as `ServicesDep`.
 
-They are built once at start-up. A route gets a view for the project that sends the request, so it can't read or
-change another project's things by mistake.
+The services are built once at start-up. A route gets a view of them for the project that sends the request, so it
+can't read or change another project's data by mistake.
 """
 
 import logging
@@ -51,20 +51,20 @@ log = logging.getLogger("smolora.api")
 
 
 class RecentPins:
-    """A cache of resolved adapter expressions, valid until the next commit to the database. For one event loop.
+    """A cache of resolved adapter expressions, valid until the next commit to the database.
 
-    Resolving is SQL in a thread, and delays the first token by a millisecond or two. Checking for commits takes
-    microseconds.
+    Resolving an expression runs SQL in a thread, which delays the first token by a millisecond or two. Checking
+    for commits takes microseconds. Use each instance from one event loop only.
     """
 
     def __init__(self, commits: Callable[[], int | None]) -> None:
-        """`commits` returns a number that changes with every commit, or None, which turns this off."""
+        """`commits` returns a number that changes with every commit, or None, which turns the cache off."""
         self._commits = commits
         self._seen: int | None = None
-        self._known: dict[tuple[Viewpoint, tuple[Term, ...]], Pinned] = {}  # released
+        self._known: dict[tuple[Viewpoint, tuple[Term, ...]], Pinned] = {}  # these hold no pins
 
     async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
-        """Pin as `Library.pin` does, but without SQL if the expression's versions are known."""
+        """Pin the versions that `terms` name, as `Library.pin` does, but without SQL if the cache has them."""
         if (seen := self._commits()) is None:
             return await to_thread.run_sync(library.pin, terms, field)
         key = (library.catalog.viewpoint, tuple(terms))
@@ -83,22 +83,24 @@ class RecentPins:
 
 
 async def release(pinned: Pinned) -> None:
-    """Release pins from the event loop. If that leaves bytes of a deleted version, remove them in a thread.
+    """Release a request's pins. If they were the last pins of a deleted version, remove its bytes in a thread.
 
-    A failure is only logged, since it doesn't affect the request's answer. The next sweep tries again.
+    If the removal fails, the error is only logged, since it doesn't affect the request's answer. The next sweep
+    tries again.
     """
     if (removal := pinned.unpin()) is not None:
         try:
-            with CancelScope(shield=True):  # only this call knows of the removal
+            with CancelScope(shield=True):  # until the next sweep, only this call can do the removal
                 await to_thread.run_sync(removal)
-        except Exception:  # of the disk or the database
+        except Exception:  # an error of the disk or the database
             log.exception("can't remove the bytes of a deleted version")
 
 
 class OutputStream(Protocol):
-    """A request's outputs, until all its choices have ended. `aclose` aborts the request at any time.
+    """An iterator over a request's outputs, until all its choices have ended.
 
-    An error that is `put` is raised after the outputs before it.
+    `aclose` may be called at any time, and aborts the request. An error passed to `put` is raised to the reader
+    after the outputs that came before it.
     """
 
     def __aiter__(self) -> "OutputStream": ...
@@ -108,7 +110,7 @@ class OutputStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """The part of `server.engine.async_engine.AsyncEngine` that the API needs; tests have a double."""
+    """The part of `server.engine.async_engine.AsyncEngine` that the API needs. Tests use a test double."""
 
     def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -135,7 +137,7 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class Limiters:
-    """Limits, over all routes, on concurrent work that takes processors, memory or disk from the engine."""
+    """Limits, across all routes, on concurrent work that takes processors, memory or disk away from the engine."""
 
     encoding: Lane
     grammars: Lane
@@ -153,8 +155,8 @@ class Limiters:
     def build(cls, queue_timeout: float, metrics: LaneMetrics) -> "Limiters":
         """Make the limiters. Work waits for a thread for at most `queue_timeout` seconds."""
         lane = partial(Lane, timeout=queue_timeout, metrics=metrics)
-        data = Turns(2)  # much of this work keeps the GIL, which the engine's steps need, too
-        return cls(  # a lane's last free thread is for another project
+        data = Turns(2)  # much of this work holds the GIL, which the engine's steps need, too
+        return cls(  # the last free thread is reserved for a project that has none
             encoding=lane("encoding", "long prompts", Turns(2), 64),
             # Guidance compiles one grammar at a time
             grammars=lane("grammars", "grammars", Turns(1), 16, steps_back=False),
@@ -199,7 +201,7 @@ class Services:
     _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)
 
     def of(self, principal: Principal) -> "Services":
-        """Return another principal's view of the same services."""
+        """Return the same services as `principal` sees them."""
         if principal == self.principal:
             return self
         if (view := self._views.get(principal)) is None:
@@ -210,7 +212,7 @@ class Services:
 
     @property
     def max_num_tokens(self) -> int:
-        """The most tokens of one prompt and answer: `max_model_len`, or less if the engine has less room."""
+        """The most tokens of a prompt and its answer together: `max_model_len`, or the engine's limit if lower."""
         most = self.engine.max_num_tokens
         return self.max_model_len if most is None else min(most, self.max_model_len)
 
@@ -220,7 +222,7 @@ class Services:
 
     @property
     def retention(self) -> Retention:
-        """The removal of jobs' files."""
+        """The object that removes the files of ended jobs."""
         return Retention(self.settings.home, self.jobs, self.bucket)
 
     def audited(
@@ -231,9 +233,10 @@ class Services:
         detail: Mapping[str, object] | None = None,
         project: str | None = None,
     ) -> T:
-        """Run `deed`, add it to the audit list, and return its result. Blocks on disk.
+        """Run `deed`, record the action in the audit list, and return the result of `deed`.
 
-        `project` owns the target; the default is the caller's project.
+        `project` is the owner of the target; the default is the caller's project. This does disk I/O, so it may
+        block.
         """
         result = deed()
         self.access.audit.add(self.principal.key_id, action, project or self.principal.project, target, detail)

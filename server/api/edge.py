@@ -1,7 +1,8 @@
-"""The middleware that every request passes before its route.
+"""The middleware that every request passes through before its route.
 
-In order, it handles the proxy's prefix, the request id, the span and log line, the site, CORS, the key, the queue
-and the body. It is one plain ASGI middleware, so each piece of a stream passes one wrapper in each direction.
+In order, it handles the proxy's path prefix, the request id, the span and log line, the allowed sites, CORS, the
+key, the queue and the body. It is a single ASGI middleware, because each piece of a stream passes
+through every layer.
 """
 
 import logging
@@ -34,7 +35,7 @@ from server.telemetry.logs import Fields, place_of, request_id
 
 _LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
 _EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
-"""Headers that pages of allowed sites may read."""
+"""Response headers that pages of allowed sites may read."""
 _ABSOLUTE = re.compile(r"https?://(?P<host>[^/]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 _LINK = re.compile(r"<(/[^>]*)>")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -51,9 +52,9 @@ log = logging.getLogger("smolora.api")
 class Edge:
     """Middleware that identifies, logs, counts and admits requests.
 
-    Every response has X-Request-Id, and headers against framing by other sites and against guessing its type. An
-    unexpected error is answered with 500. A full or failing disk, or a database locked by another process, is
-    answered with 503.
+    Every response has X-Request-Id, and headers that stop other sites from framing it and browsers from guessing
+    its type. An unexpected error is answered with 500. A full or failing disk, or a database locked by another
+    process, is answered with 503.
     """
 
     def __init__(self, app: ASGIApp, routes: Routes, services: Services) -> None:
@@ -154,10 +155,11 @@ class Edge:
             await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
 
     async def _refusal(self, scope: Scope, resource: Resource, body: Body) -> Response | None:
-        """Return the answer if the key, the queue or the body's headers rule the request out, else None.
+        """Return an error response if the request is refused for its key, the queue or its headers, else None.
 
-        The queue is checked for one place before the body is read, when a refusal costs least. The route then
-        checks for as many as the body needs. While the server drains, requests that change something are refused.
+        The queue must have one free place before the body is read, because an early refusal costs least. The route
+        then checks for as many places as the body needs. While the server drains, requests that change something
+        are refused.
         """
         form, method = form_of(scope["path"]), scope["method"]
         try:
@@ -179,7 +181,7 @@ class Edge:
         await send(message)
 
     def _unavailable(self, error: Exception) -> Unavailable | None:
-        """Return the 503 to answer if the error's cause is probably temporary, else None."""
+        """Return the error to answer with 503 if the cause of `error` is probably temporary, else None."""
         if self._reserve.is_disk_full(error):
             return _DISK_FULL
         if is_disk_failing(error):
@@ -188,9 +190,9 @@ class Edge:
 
 
 def _without_prefix(scope: Scope, root_path: str) -> Scope:
-    """Return the scope without `root_path`, which a proxy may have removed already.
+    """Return the scope with `root_path` removed from its path, unless a proxy has removed it already.
 
-    If the path is an absolute URL (RFC 9112, 3.2.2), its host replaces the header's.
+    If the path is an absolute URL (RFC 9112, 3.2.2), the URL's host replaces the `Host` header.
     """
     if absolute := _ABSOLUTE.fullmatch(scope["path"]):
         host = absolute["host"].encode("latin-1", "replace")

@@ -1,8 +1,8 @@
 """Estimate how long a training job takes.
 
-The speed is that of the last job with the same method, device and size of base. If there is none, it is derived
-from a timed matrix product, and the estimate is good to a factor of about two. Time that the job gives way to
-requests isn't included.
+The training speed is that of the last job with the same method, device and size of base. If there is no such job,
+the speed is derived from the time of a matrix product, and the estimate is accurate to a factor of about two. The
+time for which the job yields to requests isn't included.
 """
 
 import time
@@ -19,9 +19,9 @@ from server.training.job_data import JobData
 from server.training.spec import JobSpec, Method
 
 _PASSES = {"lora": 2, "full": 3}
-"""Matrix products of a training step for each parameter and token, with the forward pass as 1."""
+"""Cost of a training step by method, as a multiple of the cost of a forward pass over the same tokens."""
 _EFFICIENCY = 0.4
-"""Speed of a training step as a share of a large product's."""
+"""FLOPS of a training step, as a share of the FLOPS of a large matrix product."""
 _ROWS, _IN, _OUT = 1024, 576, 1536
 _SEEN_JOBS = 50
 
@@ -39,7 +39,7 @@ class Estimate:
 
 
 class Estimator:
-    """An estimator of training times on one base. It blocks: call it in a thread."""
+    """An estimator of training times on one base. Its methods block, so call them in a thread."""
 
     def __init__(self, jobs: Jobs, num_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
         self._jobs = jobs
@@ -75,7 +75,7 @@ class Estimator:
         return _EFFICIENCY * self._flops_per_second() / flops, "a matrix product"
 
     def _is_comparable(self, job: Job) -> bool:
-        """Return whether the job's card names a device like this one and a base of the same size."""
+        """Return whether the job's report names the same kind of device as ours, and a base of the same size."""
         card = self._jobs.report(job.id) or {}
         base = cast("Mapping[str, object]", card.get("base_model", {}))
         if base.get("parameters", self._num_parameters) != self._num_parameters:

@@ -1,6 +1,6 @@
 """POST /generate, and its answers: one JSON document, or events while the text is generated.
 
-The answers are plain dictionaries, because they are built for every piece of text of every stream.
+The answers are plain dictionaries instead of models, because one is built for every piece of text of every stream.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, 
 
 DONE = b"data: [DONE]\n\n"
 MIN_LOGPROB = -9999.0
-"""Replaces minus infinity, which JSON doesn't have."""
+"""The log-probability that stands for minus infinity, which JSON can't express."""
 _AT_ONCE = 64
-"""Tokens whose log-probabilities are formatted before other requests get a turn: some milliseconds."""
+"""Number of tokens whose log-probabilities are formatted, in some milliseconds, before other requests may run."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -63,7 +63,7 @@ async def generate(body: GenerateBody, request: Request, services: ServicesDep) 
     try:
         answer = await while_connected(request.scope, request.receive, collect(generation, services.base_name))
     except ClientGoneError:
-        return Response(status_code=499)  # only the log shows it
+        return Response(status_code=499)  # the client has left, so only the log shows this status
     finally:
         await generation.close()
     return wire.answer(answer)
@@ -96,10 +96,10 @@ class _Choice:
 async def collect(
     generation: Generation, model: str, *, sums: bool = False, num_top: int = 1
 ) -> dict[str, object]:
-    """Return the whole answer once every choice has ended.
+    """Wait until every choice has ended, and return the whole answer.
 
-    `sums`: each choice also has its log-probability, the sum over its tokens. The request must ask for logprobs
-    then. Those of single tokens are left out if `num_top` is 0.
+    If `sums`, each choice also has its log-probability, which is the sum over its tokens. The request must then
+    ask for log-probabilities. If `num_top` is 0, the log-probabilities of single tokens are left out.
     """
     choices = [_Choice() for _ in range(generation.request.n)]
     with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
@@ -122,7 +122,7 @@ async def collect(
         "usage": _usage(
             generation,
             sum(choice.num_tokens for choice in choices),
-            # choices share their prompt, so the later ones find in the cache what the first has computed
+            # choices share their prompt: the first choice computes it, and the others find it in the cache
             min(choice.num_cached for choice in choices),
         ),
         "timing": _timing(timings),
@@ -130,9 +130,9 @@ async def collect(
 
 
 async def stream(generation: Generation, model: str) -> AsyncIterator[bytes]:
-    """Yield server-sent events: each piece of text, a last event for each choice, then `[DONE]`.
+    """Yield server-sent events: one for each piece of text, a last one for each choice, and `[DONE]` at the end.
 
-    Log-probabilities are in the event of the text that their tokens completed, or in the last event.
+    A token's log-probability is in the event of the text that the token completed, or in the choice's last event.
     """
     with_logprobs = generation.request.sampling.logprobs > 0
     pending: dict[int, list[dict[str, object]]] = {}
@@ -180,7 +180,7 @@ def _usage(generation: Generation, num_tokens: int, num_cached: int) -> dict[str
 
 
 def _timing(timings: Sequence[Timing]) -> dict[str, float]:
-    """Return the times when the first choice began, when the first token came and when the last choice ended."""
+    """Return how long it took until the first choice began, the first token came and the last choice ended."""
     return {
         "queue_ms": _ms(min((timing.queue for timing in timings), default=0.0)),
         "ttft_ms": _ms(min((timing.first_token for timing in timings), default=0.0)),
@@ -193,7 +193,7 @@ def _ms(seconds: float) -> float:
 
 
 async def in_turns(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
-    """Map `make` over the items, and let other requests run in between: a long answer may take a second."""
+    """Return `make(item)` for each item. Other requests run in between, since a long answer may take a second."""
     made: list[Made] = []
     for start in range(0, len(items), _AT_ONCE):
         made += map(make, items[start : start + _AT_ONCE])

@@ -1,9 +1,9 @@
-"""From the body of POST /generate to a running request, and its outputs until they end.
+"""The life of a generation request, from the body of POST /generate to the last output.
 
-`begin` does everything that can be refused: it encodes the prompt, resolves and pins the adapters, and submits
-the request to the engine. `Generation` then times and counts the outputs; its owner closes it. The answers are
-built by `server.api.generate`. Their classes here only document them: a pydantic model for each token would cost
-more than the token.
+`begin` does everything that can refuse the request: it encodes the prompt, resolves and pins the adapters, and
+submits the request to the engine. `Generation` then times and counts the outputs, until the caller closes it.
+`server.api.generate` builds the answers as dictionaries. The pydantic models of answers here only document them:
+building a model for each token would cost more than generating the token.
 """
 
 import asyncio
@@ -37,17 +37,18 @@ from server.model.text.chat import ChatMessage
 from server.system.messages import plural
 
 MAX_LOGPROBS = 1 << 18
-"""Log-probabilities in one answer that isn't streamed. Each takes about 600 bytes while the answer is built, so 16
-choices of 8,000 tokens with their 20 likeliest alternatives would take 1.6 GB."""
+"""The most log-probabilities in one answer that isn't streamed. Each takes about 600 bytes while the answer is
+built, so 16 choices of 8,000 tokens with their 20 likeliest alternatives would take 1.6 GB."""
 _SHORT_TEXT = 2048
-"""Characters that are encoded on the event loop, in about a millisecond. Longer texts go to a thread."""
+"""Texts of up to this many characters are encoded on the event loop, which takes about a millisecond. Longer texts
+are encoded in a thread."""
 _BYTES_A_TOKEN = 4  # an estimate for ordinary text
 _ANY_OBJECT = '{"type":"object"}'
 
 T = TypeVar("T")
 
 Refusal = Callable[[tuple[FieldError, ...]], InvalidInput]
-"""Makes the error of an invalid prompt from the fields at fault."""
+"""A function that makes the error for an invalid prompt, given the faults of its fields."""
 
 
 class AdapterBody(Body):
@@ -169,7 +170,10 @@ class GenerateAnswer(BaseModel):
 
 
 def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Grammar | None:
-    """Return the grammar that the fields ask for, or None for any text. Raise InvalidInput."""
+    """Return the grammar that the fields ask for, or None if they allow any text.
+
+    Raise InvalidInput if the fields contradict each other or a schema is invalid.
+    """
     if regex is not None:
         if form is not None and form.type != "text":
             message = "give regex or response_format, not both"
@@ -195,7 +199,10 @@ def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Gra
 
 
 async def check_grammar(services: Services, grammar: Grammar, sampling: SamplingParams) -> None:
-    """Check and compile a request's grammar. Raise InvalidInput, or TryAgain if too many others wait for that."""
+    """Check and compile a request's grammar.
+
+    Raise InvalidInput if the grammar is invalid, or TryAgain if too many other grammars wait to be compiled.
+    """
     for name, is_given in (("stop", sampling.stop), ("ignore_eos", sampling.ignore_eos)):
         if is_given:
             raise InvalidInput.of(
@@ -207,12 +214,12 @@ async def check_grammar(services: Services, grammar: Grammar, sampling: Sampling
 
 
 def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> SamplingParams:
-    """Return the body's fields as the engine takes them, always with a seed. Raise InvalidInput."""
+    """Return the engine's sampling parameters for a body. Raise InvalidInput if a field is invalid."""
     top_p = 1.0 if body.top_p is None else body.top_p
     temperature = 1.0 if body.temperature is None else body.temperature
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=temperature if top_p else 0.0,  # with top_p 0 the likeliest token alone is left
+        temperature=temperature if top_p else 0.0,  # with top_p 0, only the likeliest token is left
         top_p=top_p or 1.0,
         top_k=body.top_k,
         min_p=body.min_p,
@@ -229,12 +236,12 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
 
 
 def seed_of(body: SamplingFields) -> int:
-    """Return the body's seed as the engine takes it, or a random one if it has none."""
+    """Return the body's seed, reduced to the engine's range, or a random seed if the body has none."""
     return secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1)
 
 
 def check_sequences(num: int, most: int | None, field: str) -> None:
-    """Raise InvalidInput if `num` sequences of one request can't fit even an empty queue, which takes `most`."""
+    """Raise InvalidInput if one request has `num` sequences, more than the `most` that an empty queue can take."""
     if most is not None and num > most:
         raise InvalidInput.of(
             field,
@@ -244,12 +251,12 @@ def check_sequences(num: int, most: int | None, field: str) -> None:
 
 
 def most_tokens(num_top: int) -> int:
-    """Return how many tokens an answer may have if each has `num_top` alternatives and nothing is streamed."""
+    """Return the most tokens of an answer that isn't streamed, if each token has `num_top` alternatives."""
     return MAX_LOGPROBS // (num_top + 1)
 
 
 def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> None:
-    """Raise InvalidInput if an answer of `num_tokens` would have too many log-probabilities."""
+    """Raise InvalidInput if `num_tokens` with `num_top` alternatives each are too many log-probabilities."""
     if num_top and num_tokens > most_tokens(num_top):
         raise InvalidInput.of(
             field,
@@ -268,8 +275,8 @@ async def check_length(
 ) -> None:
     """Raise `refusal` if a prompt of `num_prompt` tokens and `num_more` for the answer exceed the model's limit.
 
-    The first fault is on the prompt's field if the prompt leaves no room at all, else on the one that bounds the
-    answer.
+    If the prompt leaves no room for any answer, the error names `prompt_field` first. Otherwise it names only
+    `field`, the field that limits the answer's length.
     """
     limit = services.max_num_tokens
     if num_prompt + num_more <= limit:
@@ -283,7 +290,7 @@ async def check_length(
 
 
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    """Return (token id, bias) pairs. JSON writes the ids as strings."""
+    """Return (token id, bias) pairs. In JSON, the ids are strings. Raise InvalidInput if one isn't a number."""
     found: dict[int, float] = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 9):
@@ -294,23 +301,26 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 
 @dataclass(frozen=True)
 class LedgerAccount:
-    """The key and project whose usage a generation adds to. `is_request`: it is the first of its answer."""
+    """The key and the project that a generation's usage is charged to.
+
+    `is_request` is true for the first generation of an answer, which also counts as a request.
+    """
 
     ledger: Ledger
     principal: Principal
     is_request: bool = True
 
     def keys(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the catalog keys of the project's adapters with these names."""
+        """Return the catalog keys of the project's adapters with these names; without names, the base's key."""
         return frozenset(map(self.principal.viewpoint.key, names)) or frozenset({BASE})
 
     def add(self, keys: Iterable[str], usage: UsedTokens) -> None:
-        """Add what was used under these adapters."""
+        """Add usage to the ledger, under the adapters with these catalog keys."""
         self.ledger.add(self.principal.project, self.principal.key_id, "+".join(sorted(keys)), usage)
 
 
 class Generation:
-    """An accepted request. Iterate `outputs` once. `close` aborts it if it still runs."""
+    """An accepted request. Iterate over `outputs` only once. `close` aborts the request if it still runs."""
 
     def __init__(
         self,
@@ -322,7 +332,7 @@ class Generation:
         account: "LedgerAccount",
         trace: GenerationTrace | None = None,
     ) -> None:
-        """The outputs end within `timeout` seconds from now."""
+        """Start the timer: after `timeout` seconds, the outputs end with GenerationTimeout."""
         self.request = request
         self.parts = pinned.parts
         self.warnings = pinned.warnings
@@ -357,7 +367,8 @@ class Generation:
     async def outputs(self) -> AsyncIterator[SequenceOutput]:
         """Yield the outputs of every choice until all have ended.
 
-        Raise the error that the engine ends a choice with, GenerationFailed or GenerationTimeout.
+        If the engine ends a choice with an error, raise that error. Raise GenerationFailed if the engine ends the
+        request early, and GenerationTimeout if the request takes too long.
         """
         last: dict[int, float] = {}
         self._is_read = True
@@ -385,7 +396,7 @@ class Generation:
         self._book()
 
     async def close(self) -> None:
-        """Abort it if it still runs, and release the adapters. Idempotent."""
+        """Abort the request if it still runs, and release its adapters. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -406,8 +417,8 @@ class Generation:
     def _book(self) -> None:
         """Add the usage so far to the ledger. Idempotent.
 
-        If there was no token yet, the prompt counts only if the client left: the engine has computed it, or was
-        about to. It doesn't count if the server ended the request.
+        If the request ended before its first output, the prompt is counted only if the client left, since the
+        engine had computed the prompt or was about to. It isn't counted if the server ended the request.
         """
         has_left = self._is_read and self._outcome == "cancelled"
         if not self._is_booked and (self._num_cached or has_left):
@@ -427,7 +438,7 @@ class Generation:
 
 
 async def close_all(generations: Sequence[Generation]) -> None:
-    """Close all of them, and then raise the first error, if any."""
+    """Close all generations, and then raise the first error, if any."""
     results = await asyncio.gather(*(generation.close() for generation in generations), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -435,7 +446,7 @@ async def close_all(generations: Sequence[Generation]) -> None:
 
 
 async def begin(services: Services, body: GenerateBody) -> Generation:
-    """Submit the request to the engine. If it is refused, raise the reason and hold nothing."""
+    """Submit the request that `body` describes to the engine. If the request is refused, raise the reason."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
     ask_queue_for(services, body.n)
     token_ids = await encode_prompt(services, body, body.max_tokens)
@@ -458,11 +469,11 @@ async def start(
     is_request: bool = True,
     num_taken: int | None = None,
 ) -> Generation:
-    """Submit a request to the engine. `field` is the one to blame for unknown or unfit adapters.
+    """Submit a request to the engine. If it is refused, release its adapters and raise the reason.
 
-    With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated. `is_request` is as
-    in `LedgerAccount`. `num_taken` tokens count towards the key's rate; None: the prompt's and the most that the
-    answers may have.
+    `field` is the field that errors about adapters name. If `scored_from` is given, the prompt's tokens from this
+    index on are scored, and nothing is generated. `is_request` is as in `LedgerAccount`. `num_taken` tokens count
+    towards the key's rate limit; if it is None, the prompt's tokens and the most tokens of the answers count.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
@@ -484,7 +495,7 @@ async def start(
         )
         trace = None
         found = facts.get()
-        if found is not None and found.span is not None:  # before submit, from which the engine counts its times
+        if found is not None and found.span is not None:  # before `submit`, when the engine's clock starts
             trace = GenerationTrace(found.span, found.operation, request, services.base_name, pinned.parts)
         stream = services.engine.submit(request)
     except BaseException as error:
@@ -497,19 +508,19 @@ async def start(
 
 
 def ask_queue_for(services: Services, num_sequences: int) -> None:
-    """Raise like `ask_queue` if a request needs more places than the one that the edge has asked for."""
+    """Check the queue, as `ask_queue` does, if the request needs more places than the one that `Edge` checked."""
     if num_sequences > 1:
         ask_queue(services, num_sequences)
 
 
 def ask_queue(services: Services, num_sequences: int) -> None:
-    """Raise the error that the queue would refuse so many sequences with, before any work is done for them."""
+    """Raise the queue's error if it would refuse `num_sequences` now, before any work is done for the request."""
     with services.metrics.refusals():
         services.engine.check_queue(num_sequences, services.principal.project)
 
 
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
-    """Return the terms that a request names, none for the base. Raise InvalidInput."""
+    """Return the terms of a request's adapters, or no terms for the base alone. Raise InvalidInput on a fault."""
     if expression is not None and parts is not None:
         raise InvalidInput(
             [FieldError((name,), "give adapter or adapters, not both") for name in ("adapter", "adapters")]
@@ -534,7 +545,10 @@ def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
 
 
 async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -> tuple[int, ...]:
-    """Return the prompt's tokens. Raise InvalidInput if there isn't exactly one prompt, or it leaves no room."""
+    """Return the prompt's tokens.
+
+    Raise InvalidInput if the body doesn't have exactly one prompt, or the prompt leaves no room for `max_tokens`.
+    """
     encode: Callable[[], Sequence[int]]
     if body.messages is not None and body.prompt is None:
         turns = [ChatMessage(message.role, message.content) for message in body.messages]
@@ -553,7 +567,7 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
 
 
 def length_of(turns: Sequence[ChatMessage]) -> int:
-    """Estimate the characters that a chat template makes of the turns, with 32 around each."""
+    """Estimate the characters of the turns as a chat template renders them, adding 32 for each turn's markup."""
     return sum(len(turn.content) + 32 for turn in turns)
 
 
@@ -565,10 +579,11 @@ async def encoded(
     field: str,
     refusal: Refusal = InvalidInput,
 ) -> T:
-    """Return what `encode` makes of `texts`, which have `length` characters together.
+    """Return the result of `encode`, which encodes `texts`. All texts together have `length` characters.
 
-    Raise `refusal` on `field` if a text has too many bytes to fit as tokens, and charge an estimate of its tokens.
-    Raise RateLimited if the key has no tokens left this minute, QueueFull if many long prompts wait.
+    If a text has too many bytes to fit into the model's context, count an estimate of its tokens towards the key's
+    rate limit, and raise `refusal` about `field`. Raise RateLimited if the key has no tokens left this minute, and
+    QueueFull if too many long prompts wait.
     """
     if length <= _SHORT_TEXT:
         return encode()
@@ -587,5 +602,5 @@ async def encoded(
 
 
 async def charge_refused(services: Services, num_tokens: int) -> None:
-    """Count the tokens of a prompt that is refused for its length, because encoding it has cost the server."""
+    """Count a prompt that is refused for its length towards the key's token rate, since encoding it took time."""
     await services.access.rates.charge(services.principal, "tokens", num_tokens)

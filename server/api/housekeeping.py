@@ -1,4 +1,4 @@
-"""Periodic cleanup: files of ended jobs, and what killed processes left of uploads.
+"""Periodic cleanup of ended jobs' files, and of partial uploads that killed processes left behind.
 
 A job's rows are removed once it has ended. Its other files are removed after RETAIN_JOBS days, if that is set.
 """
@@ -27,20 +27,20 @@ async def keep_house(
 ) -> None:
     """Clean up now and every `interval` seconds, until cancelled.
 
-    `sweep` cleans up everything that isn't a job's, such as uploads and the bytes of deleted adapters.
+    `sweep` cleans up everything that doesn't belong to a job, such as uploads and the bytes of deleted adapters.
     """
     while True:
         try:
             await to_thread.run_sync(_clean_jobs, retention, retain_days)
             if sweep is not None:
                 await to_thread.run_sync(sweep)
-        except Exception:  # of the disk or the database, which may work the next time
+        except Exception:  # an error of the disk or the database, which may work the next time
             log.exception("cleanup failed")
         await asyncio.sleep(interval)
 
 
 def clean_uploads(storage: Storage) -> None:
-    """Remove old leftovers of killed processes from all projects' data sets and files."""
+    """Remove old files that killed processes left behind among all projects' data sets and files."""
     for project in storage.projects():
         sources = RowSources.of(storage, project)
         sources.datasets.clean()

@@ -1,8 +1,9 @@
-"""Stream jobs' events as they happen. All followers share one database poll.
+"""Stream jobs' events to clients as they happen.
 
-One task polls every followed job a few times a second and reads its new events. The task starts with the first
-follower and ends with the last. A follower that is too far behind reads older events by itself, page by page. The
-database is read in two threads of its own, so followers never delay other requests.
+A client that streams a job's events is called a follower. A single task polls the database for all followers: a
+few times a second, it reads the new events of every followed job. The task starts with the first follower and ends
+with the last. A follower that is too far behind reads older events by itself, page by page. The feeds have two
+threads of their own to read the database, so followers never delay other requests.
 """
 
 import asyncio
@@ -24,20 +25,23 @@ POLL_SECONDS = 0.3
 KEEP_ALIVE_SECONDS = 15.0
 MAX_FOLLOWERS = 256
 PAGE = 500
-"""The most events that are read at once, and that are kept of each job."""
+"""The most events that are read at once, and the most recent events that are kept in memory for each job."""
 
 _NUM_THREADS = 2
 
 
 class JobSource(Protocol):
-    """The part of `server.jobs.jobs.Jobs` that feeds need; tests have a double."""
+    """The part of `server.jobs.jobs.Jobs` that feeds need. Tests use a test double."""
 
     def standings(self, job_ids: Sequence[str]) -> Mapping[str, Standing]: ...
     def events(self, job_id: str, after: int, limit: int) -> list[Event]: ...
 
 
 class _Feed:
-    """One job's state, shared by its followers. On news, `changed` is set and replaced by a new event."""
+    """One job's state, shared by its followers.
+
+    When the state changes, `changed` is set and replaced by a new `asyncio.Event`.
+    """
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
@@ -65,7 +69,7 @@ class _Feed:
 
 
 class Follower:
-    """A client's view of one feed. Iterate `stream` once, and `close` at the end."""
+    """A client that follows one feed. Iterate over `stream` once, and call `close` at the end."""
 
     def __init__(self, feeds: "JobFeeds", feed: _Feed, after: int, project: str) -> None:
         self._feeds = feeds
@@ -75,14 +79,17 @@ class Follower:
         self._closed = False
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yield server-sent events until the job or the server ends. Raise NotFound if there is no such job."""
+        """Yield server-sent events until the job ends or the server stops.
+
+        Raise NotFound if there is no such job.
+        """
         feed, feeds = self._feed, self._feeds
         while feed.last is None and feed.error is None:
             await feed.changed.wait()
         if feed.error is None:
             yield b": the job's events\n\n"  # sends the headers before the first event
         while True:
-            changed = feed.changed  # taken before reading, so that no news is missed
+            changed = feed.changed  # taken before reading, so that no change is missed
             if feed.error is not None:
                 raise feed.error
             assert feed.last is not None
@@ -100,7 +107,7 @@ class Follower:
                 yield b": still there\n\n"
 
     async def close(self) -> None:
-        """Stop following. It is idempotent."""
+        """Stop following the job. Idempotent."""
         if not self._closed:
             self._closed = True
             self._feeds.leave(self._feed, self._project)
@@ -132,9 +139,9 @@ class JobFeeds:
         return self._task is not None and not self._task.done()
 
     def follow(self, job_id: str, after: int, project: str = "") -> Follower:
-        """Follow a job's events after the one numbered `after`. Raise QueueFull.
+        """Follow a job's events after the one numbered `after`. Raise QueueFull if there are too many followers.
 
-        The caller has checked that the project may see the job.
+        The caller must have checked that the project may see the job.
         """
         self._places.take(project)
         if (feed := self._feeds.get(job_id)) is None:
@@ -146,7 +153,7 @@ class JobFeeds:
         return Follower(self, feed, after, project)
 
     def leave(self, feed: _Feed, project: str) -> None:
-        """Count a project's follower out, and drop the feed if it was the last."""
+        """Remove a project's follower from a feed, and drop the feed if that was its last follower."""
         self._places.give_back(project)
         feed.num_followers -= 1
         if not feed.num_followers and self._feeds.get(feed.job_id) is feed:
@@ -166,7 +173,7 @@ class JobFeeds:
             feeds = dict(self._feeds)
             try:
                 has_more = await self._look(feeds)
-            except Exception as error:  # raised for the followers
+            except Exception as error:  # each follower raises it
                 has_more = False
                 for feed in feeds.values():
                     self._fail(feed, error)
@@ -176,7 +183,7 @@ class JobFeeds:
                         await self._wake.wait()
 
     async def _look(self, feeds: Mapping[str, _Feed]) -> bool:
-        """Notify the followers of new events. Return whether there are more to read at once."""
+        """Read new events and notify the followers. Return whether there are more events to read immediately."""
         lasts = {job_id: feed.last for job_id, feed in feeds.items()}
         found = await to_thread.run_sync(self._new_events, lasts, limiter=self._reading)
         has_more = False
@@ -188,7 +195,7 @@ class JobFeeds:
             before = feed.last
             if events:
                 feed.add(events)
-            else:  # at first, followers read older events themselves; later, nothing is new
+            else:  # at first, followers read the older events themselves; later, there are no new events
                 feed.last = standing.num_events
             assert feed.last is not None
             is_behind = feed.last < standing.num_events
@@ -199,7 +206,7 @@ class JobFeeds:
         return has_more
 
     def _new_events(self, lasts: Mapping[str, int | None]) -> dict[str, tuple[Standing, list[Event]]]:
-        # statuses first: a job that has ended by then gets no events after this read
+        # statuses are read first: a job that has ended by then gets no more events
         found = {}
         for job_id, standing in self._jobs.standings(list(lasts)).items():
             last = lasts[job_id]
@@ -208,7 +215,7 @@ class JobFeeds:
         return found
 
     def _fail(self, feed: _Feed, error: Exception) -> None:
-        """Raise `error` for the feed's followers, and drop the feed."""
+        """Make the feed's followers raise `error`, and drop the feed."""
         feed.error = error
         feed.notify()
         if self._feeds.get(feed.job_id) is feed:

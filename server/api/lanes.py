@@ -1,12 +1,13 @@
 """Limits on concurrent work. Requests beyond a limit get 429.
 
-`Places` counts things without a queue, and one project may take three quarters of the places.
+`Places` limits how many things there are at once, without a queue. A single project may take three quarters of the
+places.
 
 `Lane` runs one kind of slow work in threads. Waiting projects take turns, and a project's own work is done in
-order. The last free thread is reserved for a project that has none, so one project never uses all threads. Work
-that has waited for the lane's `timeout` is refused, and work whose client leaves while it waits is dropped. Work
-that has begun can't be interrupted, so its size must be limited in advance. Threads have a low priority, so that
-the engine's steps come first.
+order. The last free thread is reserved for a project that has no thread, so one project never uses all threads.
+Work that has waited for the lane's `timeout` is refused. If a client leaves while its work waits, the work is
+dropped. Work that has begun can't be interrupted, so its size must be limited in advance. The threads have a low
+priority, so that the engine's steps come first.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ RETRY_SECONDS = 5.0
 
 
 class Places:
-    """A limit on concurrent things. `what` is their plural in errors, `name` their label in metrics."""
+    """A limit on concurrent things. `what` names them in errors (a plural), and `name` in metrics (a label)."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Places:
 
     @contextmanager
     def taken(self, owner: str) -> Iterator[None]:
-        """Take a place for a project within the context. Raise QueueFull."""
+        """Hold a place for the project `owner` until the context ends. Raise QueueFull if none is left for it."""
         self.take(owner)
         try:
             yield
@@ -61,7 +62,7 @@ class Places:
             self.give_back(owner)
 
     def take(self, owner: str) -> None:
-        """Take a place for a project, which the caller must give back. Raise QueueFull."""
+        """Take a place for the project `owner`. The caller must give it back. Raise QueueFull if none is left."""
         if self._taken.total() >= self._num_places or self._taken[owner] >= self._share:
             if self._metrics is not None:
                 self._metrics.refused(self._name)
@@ -83,7 +84,7 @@ receiving: ContextVar[Receive | None] = ContextVar("receiving", default=None)
 
 
 class Turns:
-    """A number of threads that owners use in turn. For one event loop."""
+    """Permits for `num_threads` threads, which owners (projects) get in turn. Use from one event loop only."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
@@ -94,18 +95,18 @@ class Turns:
 
     @property
     def num_waiting(self) -> int:
-        """Number of waiting turns."""
+        """Number of turns that wait for a thread."""
         return sum(map(len, self._waiting.values()))
 
     def join(self, owner: str) -> asyncio.Future[None]:
-        """Queue for a thread. The future is done once the owner has one; `leave` gives it back."""
+        """Queue for a thread. The returned future is done once the owner has one. Call `leave` to give it back."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, OrderedDict())[turn] = None
         self._grant()
         return turn
 
     def leave(self, owner: str, turn: asyncio.Future[None]) -> None:
-        """Give the thread back, or leave the queue."""
+        """Give the turn's thread back, or leave the queue if the turn still waits."""
         if turn.done():
             self._running[owner] -= 1
             if not self._running[owner]:
@@ -126,7 +127,10 @@ class Turns:
             turn.set_result(None)
 
     def _next(self) -> str | None:
-        """Return the owner with the fewest threads, then the oldest turn; None if no owner may start."""
+        """Return the owner whose turn is next, or None if no waiting owner may start.
+
+        That is the owner with the fewest threads and, among equals, the one whose last turn was longest ago.
+        """
         num_idle = self.num_threads - self._running.total()
         candidates = (owner for owner in self._waiting if num_idle > (1 if self._running[owner] else 0))
         return min(
@@ -140,7 +144,7 @@ class Turns:
 
 
 class Lane:
-    """Threads for one kind of work. `name` is its label in metrics, `what` its plural in errors."""
+    """Threads for one kind of work. `what` names it in errors (a plural), and `name` in metrics (a label)."""
 
     def __init__(
         self,
@@ -153,7 +157,7 @@ class Lane:
         metrics: LaneMetrics | None = None,
         steps_back: bool = True,
     ) -> None:
-        """Lanes may share `threads`. With `steps_back`, threads and whatever they start have a low priority."""
+        """Lanes may share `threads`. If `steps_back`, the threads and all that they start have a low priority."""
         self._name = name
         self._what = what
         self._turns = threads
@@ -172,8 +176,8 @@ class Lane:
     async def run(self, owner: str, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run a project's work in a thread as soon as one is free, and return its result.
 
-        Work that has begun keeps its thread until its end, even if the caller is cancelled. Raise QueueFull, or
-        ClientDisconnect if the client left while the work waited.
+        Work that has begun keeps its thread until its end, even if the caller is cancelled. Raise QueueFull if
+        too much work waits or this work has waited too long, and ClientDisconnect if the client left meanwhile.
         """
         with self._places.taken(owner):
             turn = self._turns.join(owner)
@@ -190,7 +194,7 @@ class Lane:
             return await asyncio.shield(working)
 
     async def _wait(self, turn: asyncio.Future[None]) -> None:
-        """Wait for the turn. Raise QueueFull after the timeout, or ClientDisconnect."""
+        """Wait for the turn. Raise QueueFull after the timeout, or ClientDisconnect if the client leaves."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         receive = receiving.get()
@@ -232,6 +236,6 @@ class Lane:
 
 
 async def client_left(receive: Receive) -> None:
-    """Return once the client has left. The request's body must have been read."""
+    """Wait until the client has left. The caller must have read the request's body."""
     while (await receive())["type"] != "http.disconnect":
         pass

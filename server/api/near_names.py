@@ -25,17 +25,19 @@ _PEERS = {
     "eval_dataset": "validation",
     "save_steps": "checkpoint_steps",
 }
-"""Names of PEFT and TRL, and our fields; None if we have no such field, only one with a similar name."""
+"""Names of fields in PEFT and TRL, with our names of these fields. None means that we have no such field, only
+one with a similar name."""
 
 _PEERS_OPTIONS = {"early_stopping_patience": "patience", "use_rslora": "rslora"}
-"""Names of PEFT and TRL for options of `smolora train` that differ from our fields."""
+"""Further names in PEFT and TRL, with our options of `smolora train` for them. No field of ours is named like
+these options."""
 
 _PEER_UNITS = {
     "per_device_train_batch_size": "all rows of an optimizer step, accumulated ones too",
     "gradient_accumulation_steps": "all rows of an optimizer step, accumulated ones too",
     "warmup_steps": "a share of all steps",
 }
-"""Explains our field if it counts something else than the field of PEFT or TRL."""
+"""What our field counts, if the field with this name in PEFT or TRL counts something else."""
 
 _PEER_PATHS = {
     "/v1/responses": "/v1/chat/completions",
@@ -44,7 +46,8 @@ _PEER_PATHS = {
     "/v1/moderations": None,
     "/v1/evals": None,
 }
-"""OpenAI's and Anthropic's paths, and the ones to use; None if there is none, only a similar path."""
+"""Paths of OpenAI and Anthropic, with our paths to use instead. None means that we have no such path, only one
+with a similar name."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:
@@ -88,7 +91,7 @@ def _names(model: type[BaseModel]) -> set[str]:
 
 
 def _model_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """Return the model of the object at the path, or None if the path leads to no object."""
+    """Return the model of the object at `path` inside `model`, or None if there is no object at `path`."""
     for part in path:
         if isinstance(part, int):
             continue

@@ -31,7 +31,7 @@ READY = _problems({503: "Not ready, draining, or the engine is dead; see `Retry-
 READS = _problems({401: "No valid key", 422: "A bad field"})
 ADMIN_READS = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
 FULL_DISK = _problems({503: "The disk is full, or the server is shutting down; see `Retry-After`"})
-"""Errors of every route that writes."""
+"""The errors of every route that writes to the disk."""
 ADMIN_LOOKUPS = {**ADMIN_READS, **FULL_DISK, **_problems({404: "Nothing has this id or name"})}
 ADMIN_CHANGES = {**ADMIN_READS, **FULL_DISK, **_problems({413: "The body is too large"})}
 ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says what is left"})}
@@ -151,7 +151,7 @@ class App(FastAPI):
 
 
 def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, has_body: bool) -> None:
-    """Give an operation's errors their schema, and add the errors that every operation can answer with."""
+    """Set the schema of an operation's errors, and add the errors that any operation can be answered with."""
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
     if "4XX" not in responses:
         responses.setdefault("403", {"description": _FORBIDDEN, "content": dict(content)})

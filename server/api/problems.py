@@ -1,8 +1,8 @@
-"""Errors on the wire: RFC 9457 problems on native routes, and OpenAI's error object under /v1.
+"""The two formats of error responses: RFC 9457 problems on native routes, and OpenAI's error object under /v1.
 
-Errors of the trees in `adapters.errors` and `server.errors`, pydantic's validation errors and the framework's own
-(404, 405) become responses here. They repeat nothing that a client sent except the names of fields; the details of
-internal errors are only logged.
+This module converts the exceptions of `adapters.errors` and `server.errors`, pydantic's validation errors and the
+framework's errors (404, 405) into responses. Responses repeat nothing that a client sent except the names of
+fields. The details of internal errors are only logged.
 """
 
 import http
@@ -29,11 +29,11 @@ from server.telemetry.logs import place_of
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 32
-"""Fields that an answer names. A body can have any number of invalid ones."""
+"""The most invalid fields that a response names. A body can have any number of invalid fields."""
 _MAX_COMPARED = 4 * MAX_ERRORS
-"""Unknown fields that get a suggestion, each of which takes 0.1 ms; several may have the same one."""
+"""The most unknown fields for which a suggestion is searched, in 0.1 ms each. Equal errors are reported once."""
 MAX_NAME = 64
-"""Characters of a field's name in an answer. The client chooses unknown names."""
+"""The most characters of a field's name in a response: clients choose the names of unknown fields."""
 _INTERNAL = "something went wrong here; the log has it under this request's id"
 _STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
     (InvalidInput, 422),
@@ -54,7 +54,7 @@ _OPENAI_CODES: tuple[tuple[type[SmoloraError], str], ...] = (
     (TryAgain, "rate_limit_exceeded"),
 )
 _OPENAI_FIELDS: dict[tuple[str | int, ...], tuple[str | int, ...]] = {("adapter",): ("model",)}
-"""Our names of fields, and OpenAI's."""
+"""Our names of fields, with OpenAI's names for the same fields."""
 _WORDS = {
     "missing": "is missing",
     "string_type": "must be a text",
@@ -82,21 +82,21 @@ _WORDS = {
     "literal_error": "must be {expected}",
     "enum": "must be {expected}",
 }
-"""Messages for pydantic's types of errors. Types that aren't here keep pydantic's message."""
+"""Our messages, by pydantic's type of error. Other types keep pydantic's message."""
 
 log = logging.getLogger("smolora.api")
 
 
 class ModelNotFound(NotFound):
-    """`model` names an unknown adapter, version or alias."""
+    """The error for a `model` that names an unknown adapter, version or alias."""
 
 
 class ContextTooLong(InvalidInput):
-    """The prompt, or the prompt and the answer's limit together, exceed the model's context."""
+    """The error for a prompt that exceeds the model's context, alone or together with the answer's limit."""
 
 
 class Form(ABC):
-    """Turns errors into responses."""
+    """A format of errors. It converts errors into responses, or into events of a stream."""
 
     media_type: str
     event_name: str | None
@@ -121,14 +121,14 @@ class Form(ABC):
 
     @abstractmethod
     def _document(self, status: int, detail: str) -> dict[str, object]:
-        """Return an error that isn't of our trees as JSON."""
+        """Return the JSON document of an error that isn't a SmoloraError."""
 
     @abstractmethod
     def _of(self, status: int, error: SmoloraError) -> tuple[int, dict[str, object]]:
-        """Return the status and the JSON of an error whose native status is `status`."""
+        """Return an error's status and JSON in this format. `status` is the error's status on native routes."""
 
     def _described(self, error: Exception) -> tuple[int, dict[str, object]]:
-        """Return the status and the JSON of an error. Log internal ones."""
+        """Return the status and the JSON document of an error. Log the error if it is internal."""
         if not isinstance(error, SmoloraError):
             log.error("%s at %s", type(error).__name__, place_of(error))
             return 500, self._document(500, _INTERNAL)
@@ -177,11 +177,11 @@ class _Problems(Form):
 class _OpenAI(Form):
     """OpenAI's error object, `{"error": {message, type, param, code}}`.
 
-    An invalid field is a 400, which the official client raises as BadRequestError, instead of the native 422.
+    An invalid field is answered with 400, which the official client raises as BadRequestError, instead of our 422.
     """
 
     media_type = "application/json"
-    event_name = None  # the client raises an event with `error` as an APIError
+    event_name = None  # for an event with the field `error`, the client raises APIError
 
     def _document(
         self, status: int, detail: str, param: str | None = None, code: str | None = None
@@ -211,7 +211,7 @@ class _OpenAI(Form):
     def _headers(self, error: SmoloraError) -> dict[str, str]:
         headers = super()._headers(error)
         if isinstance(error, Conflict | InDoubt):
-            # the client would retry by itself: in vain after a conflict, and twice if a job was queued after all
+            # stops the client's automatic retry: a conflict would recur, and a job in doubt might be queued twice
             headers["x-should-retry"] = "false"
         return headers
 
@@ -221,12 +221,12 @@ OPENAI: Form = _OpenAI()
 
 
 def form_of(path: str) -> Form:
-    """Return the form of errors on a request's path."""
+    """Return the format of errors for a request's path."""
     return OPENAI if path == "/v1" or path.startswith("/v1/") else PROBLEMS
 
 
 def install(app: FastAPI, routes: Routes) -> None:
-    """Make every exception that a route raises a response in its path's form."""
+    """Convert every exception that a route raises into an error response, in the format for the request's path."""
 
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, SmoloraError)
@@ -240,13 +240,13 @@ def install(app: FastAPI, routes: Routes) -> None:
         assert isinstance(error, HTTPException)
         form = form_of(request.url.path)
         if isinstance(error.__cause__, ClientDisconnect):
-            return Response(status_code=499)  # only the log shows it
+            return Response(status_code=499)  # the client has left, so only the log shows this status
         if error.status_code == 400:  # the body couldn't be read at all
             return form.of_error(InvalidInput.of("body", "could not be read"))
         if error.status_code == 401:  # the key ended while the body arrived
             return form.of_error(Unauthorized(error.detail))
         detail, headers = error.detail, dict(error.headers or {})
-        if error.status_code == 404 and detail == http.HTTPStatus.NOT_FOUND.phrase:  # the framework's own
+        if error.status_code == 404 and detail == http.HTTPStatus.NOT_FOUND.phrase:  # the framework's own message
             detail = unknown_path(request.url.path, routes.static_paths)
         elif error.status_code == 405:
             # the framework knows the methods of one route only, even if several routes have the path
@@ -260,7 +260,7 @@ def install(app: FastAPI, routes: Routes) -> None:
 
 
 def _body_of(request: Request) -> type[BaseModel] | None:
-    """Return the model of the route's JSON body, or None if it has none."""
+    """Return the model of the route's JSON body, or None if the route has no JSON body."""
     route = request.scope.get("route")
     field = route.body_field if isinstance(route, APIRoute) else None
     annotation = None if field is None else field.field_info.annotation
@@ -268,17 +268,21 @@ def _body_of(request: Request) -> type[BaseModel] | None:
 
 
 def _summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
-    """Describe the first three errors in a line, and count the others; `num_more` aren't in `errors`."""
+    """Return the first three errors in a line, followed by the number of all other errors.
+
+    `num_more` is the number of errors that aren't in `errors`.
+    """
     first = "; ".join(map(str, errors[:3]))
     more = len(errors[3:]) + num_more
     return f"{first}; and {more} more" if more else first
 
 
 def _invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None = None) -> InvalidInput:
-    """Return pydantic's errors as ours: without inputs, and with list indices only before a field's name.
+    """Convert pydantic's errors into InvalidInput, without the invalid values.
 
-    The first `MAX_ERRORS` are named and the others counted. `body` is the model of the request's JSON, for
-    suggestions about unknown fields.
+    The first `MAX_ERRORS` errors are listed, and the others are counted. Each location ends in a field's name; an
+    index in a list after that name is moved into the message. `body` is the model of the request's JSON body, from
+    which names are suggested for unknown fields.
     """
     found: dict[FieldError, None] = {}
     num_unknown = 0
@@ -314,7 +318,7 @@ def _field_error(
 
 
 def _message(fault: Mapping[str, object]) -> str:
-    """Return a message for one of pydantic's errors, whose own messages are for programmers."""
+    """Return a message for users about one of pydantic's errors, whose own messages are for programmers."""
     kind, context = str(fault["type"]), fault.get("ctx")
     values = context if isinstance(context, Mapping) else {}
     if kind in ("string_too_short", "too_short") and (least := values.get("min_length")) != 1:

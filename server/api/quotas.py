@@ -1,7 +1,7 @@
-"""Checks before an upload is read or a job queued: free disk space, and the storage quotas of project and key.
+"""Checks of free disk space and of storage quotas, before an upload is read or a job is queued.
 
-Bytes that are being received count like stored ones, so that concurrent uploads can't exceed a quota together:
-each upload first adds its own bytes, and is then checked against those that were there before.
+Bytes that are being received count like stored bytes, so that concurrent uploads can't exceed a quota together.
+Each upload first adds its own bytes to the count. It is then checked against the count before that addition.
 """
 
 import shutil
@@ -16,12 +16,12 @@ from server.errors import Forbidden, Unavailable
 from server.system.messages import plural
 
 CHECK_BYTES = 16 << 20
-"""Bytes of an upload between two checks of the disk."""
+"""Bytes of an upload between two checks of the free disk space."""
 _RETRY_SECONDS = 60.0
 
 
 def require_space(settings: Settings, num_bytes: int = 0) -> None:
-    """Raise Unavailable if `num_bytes` more would leave less than SMOLORA_MIN_FREE_BYTES on HOME's disk."""
+    """Raise Unavailable if storing `num_bytes` would leave less than SMOLORA_MIN_FREE_BYTES on HOME's disk."""
     if shutil.disk_usage(settings.home).free - num_bytes < settings.min_free_bytes:
         message = "the server's disk is full"
         if settings.min_free_bytes:
@@ -31,7 +31,7 @@ def require_space(settings: Settings, num_bytes: int = 0) -> None:
 
 
 class Spooling:
-    """The bytes that uploads in flight still have to write to the disk. For one event loop."""
+    """A count of the bytes that uploads still have to write to the disk. Use it from one event loop only."""
 
     def __init__(self) -> None:
         self._num_pending = 0
@@ -40,8 +40,9 @@ class Spooling:
     def announced(self, settings: Settings, num_bytes: int) -> Iterator[Callable[[int], None]]:
         """Reserve disk space for an upload within the context. Yield a function to call with each piece's size.
 
-        `num_bytes` is the announced size, or 0. Raise Unavailable if the disk has no room for this upload and the
-        rest of the others. The function checks again every CHECK_BYTES, and raises as well.
+        `num_bytes` is the upload's announced size, or 0 if none was announced. Raise Unavailable if the disk has
+        no room for this upload and for what other uploads still have to write. The function checks this again
+        every CHECK_BYTES, and also raises Unavailable.
         """
         require_space(settings, self._num_pending + num_bytes)
         self._num_pending += num_bytes
@@ -68,20 +69,20 @@ if TYPE_CHECKING:  # `deps` imports this module
 
 
 class Incoming:
-    """The bytes that are being received, by owner. Thread-safe."""
+    """Counts of the bytes that are being received, by owner. Thread-safe."""
 
     def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()
         self._lock = RLock()
 
     def of(self, owners: tuple[str, ...]) -> Mapping[str, int]:
-        """Return each owner's bytes."""
+        """Return the number of bytes that are being received for each owner."""
         with self._lock:
             return {owner: self._bytes[owner] for owner in owners}
 
     @contextmanager
     def adding(self, owners: tuple[str, ...], num_bytes: int) -> Iterator[Mapping[str, int]]:
-        """Count `num_bytes` more within the context. Yield the bytes before, by owner."""
+        """Count `num_bytes` more for each owner until the context ends. Yield the counts from before, by owner."""
         with self._lock:
             before = self.of(owners)
             self._add(owners, num_bytes)
@@ -99,7 +100,10 @@ class Incoming:
 
 @contextmanager
 def reserved(services: "Services", num_bytes: int) -> Iterator[None]:
-    """Reserve `num_bytes` more of the caller's quotas within the context. Raise Forbidden. Blocks on disk."""
+    """Reserve `num_bytes` more of the caller's quotas until the context ends.
+
+    Raise Forbidden if a quota would be exceeded. This does disk I/O, so it may block.
+    """
     with services.limiters.incoming.adding(owners_of(services), num_bytes) as before:
         if num_bytes:  # 0 more bytes are allowed even if the quota is exactly full
             require_quota(services, num_bytes, before)
@@ -108,10 +112,11 @@ def reserved(services: "Services", num_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def growing(services: "Services", num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the current size of a growing file, of which `num_bytes` are reserved already.
+    """Yield a function that must be called with the file's size as the file grows.
 
-    The function reserves additional bytes until the end of the context. It raises Forbidden, or Unavailable if the
-    disk is nearly full. Blocks on disk.
+    `num_bytes` of the caller's quotas are reserved already. The function reserves the bytes beyond them until the
+    context ends. It raises Forbidden if a quota would be exceeded, or Unavailable if the disk is nearly full. It
+    does disk I/O, so it may block.
     """
     with ExitStack() as reservations:
 
@@ -126,9 +131,10 @@ def growing(services: "Services", num_bytes: int) -> Iterator[Callable[[int], No
 
 
 def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str, int] | None = None) -> None:
-    """Raise Forbidden if `num_bytes` more would exceed the quota of the project or the key. Blocks on disk.
+    """Raise Forbidden if `num_bytes` more would exceed the quota of the project or the key.
 
-    `before` are the bytes that were already being received, by owner; None means those being received now.
+    `before` has the number of bytes that were being received before, by owner. If it is None, the bytes that are
+    being received now count instead. This does disk I/O, so it may block.
     """
     principal = services.principal
     project, key = owners = owners_of(services)
@@ -155,12 +161,16 @@ def require_room(services: "Services") -> None:
 
 
 def owners_of(services: "Services") -> tuple[str, str]:
-    """Return the owners of the caller's uploads: its project and its key."""
+    """Return the owners of the caller's uploads: the caller's project and key."""
     return f"project {services.principal.project}", f"key {services.principal.key_id}"
 
 
 def stored_bytes(services: "Services", key_id: str | None = None) -> int:
-    """Return the bytes of the project's adapters, data sets and files, of all keys or of one. Blocks on disk."""
+    """Return the stored bytes of the project's adapters, data sets and files.
+
+    If `key_id` is given, only the things that were created with this key count. This does disk I/O, so it may
+    block.
+    """
     datasets = sum(d.stored_bytes for d in services.datasets.list() if key_id in (None, d.key_id))
     files = sum(file.bytes for file in services.files.list() if key_id in (None, file.key_id))
     return datasets + files + services.library.catalog.num_bytes(key_id)

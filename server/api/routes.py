@@ -1,7 +1,7 @@
 """Requirements that routes declare with `@requires`, and the table of all routes by path.
 
-The edge looks up a request's path in the table before any route sees the request. A route without requirements
-can't be in the table, so it isn't served.
+`Edge` looks up a request's path in the table before any route sees the request. Building the table fails if a
+route declares no requirements, so such a route is never served.
 """
 
 import re
@@ -25,7 +25,7 @@ TRAIN: Scopes = frozenset({"train"})
 METRICS: Scopes = frozenset({"metrics"})
 ADMIN: Scopes = frozenset({"admin"})
 OPEN = None
-"""No key is needed."""
+"""The `scopes` of routes that need no key."""
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., object])
 Watcher = Literal["probe", "scraper"]
@@ -53,11 +53,11 @@ DECLARED: dict[Callable[..., object], Requirements] = {}
 
 @dataclass(frozen=True)
 class Resource:
-    """The routes of one path template, such as /adapters/{name}. {name...} also matches slashes."""
+    """The routes of one path template, such as /adapters/{name}. A parameter {name...} also matches slashes."""
 
     template: str
     methods: Mapping[str, Requirements]
-    all: Requirements  # of all methods together; they apply to methods that the path doesn't have
+    all: Requirements  # of all methods together, for requests with a method that the path doesn't have
 
     @classmethod
     def of(cls, template: str, methods: Mapping[str, Requirements]) -> "Resource":
@@ -87,7 +87,10 @@ class Routes:
     def __init__(
         self, routers: Iterable[APIRouter], folders: Iterable[str] = (), files: Iterable[str] = ()
     ) -> None:
-        """`folders` and `files` are open paths outside the routers. Raise KeyError if a route declares nothing."""
+        """`folders` and `files` are paths outside the routers that need no key.
+
+        Raise KeyError if a route declares no requirements.
+        """
         methods: defaultdict[str, dict[str, Requirements]] = defaultdict(dict)
         self._documented: list[APIRoute] = []
         for route in (route for router in routers for route in router.routes):
@@ -111,7 +114,7 @@ class Routes:
         return self._static.keys()
 
     def find(self, path: str) -> Resource:
-        """Return the path's resource, or NOWHERE."""
+        """Return the path's resource, or NOWHERE if the path has no route."""
         if (found := self._static.get(path)) is not None:
             return found
         for folder, files in self._folders.items():
@@ -121,7 +124,7 @@ class Routes:
         return NOWHERE if match is None else self._patterned[int(str(match.lastgroup)[1:])]
 
     def methods(self, path: str) -> frozenset[str]:
-        """Return the documented methods of a path, from all templates that match it equally well."""
+        """Return a path's documented methods, from the matching templates that have the fewest parameters."""
         matching = [route for route in self._documented if route.path_regex.match(path)]
         fewest = min((len(route.param_convertors) for route in matching), default=0)
         return frozenset().union(*(r.methods or () for r in matching if len(r.param_convertors) == fewest))

@@ -1,4 +1,4 @@
-"""Schemas that several resources use. Bodies are strict: fields have bounds, and unknown ones are refused."""
+"""Schemas that several resources use. Bodies are strict: fields have bounds, and unknown fields are refused."""
 
 from datetime import datetime
 from typing import Annotated, Literal, Self
@@ -32,7 +32,7 @@ class Body(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _bound_faults(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Report only the number of errors if there are many: a list of a megabyte's errors takes a gigabyte."""
+        """Report only the number of errors if there are many: listing the errors of 1 MB takes 1 GB."""
         try:
             return handler(value)
         except ValidationError as error:
@@ -54,7 +54,7 @@ def _iso(value: object) -> object:
 
 
 Timestamp = Annotated[str, BeforeValidator(_iso)]
-"""A time in ISO 8601. It accepts a datetime."""
+"""A time in ISO 8601. A datetime is converted."""
 
 
 def _as_list(value: object) -> object:

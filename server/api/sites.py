@@ -1,9 +1,9 @@
 """Check a request's `Host` and `Origin` headers.
 
-A browser sends requests to a server on its own machine for any page that it shows. It sets two headers that the
-page can't choose. `Origin` is the page's site: requests from other sites are refused before their body is read.
-`Host` is the name that the request was sent to: a foreign name that was made to resolve to this machine (DNS
-rebinding) is refused.
+Any page that a browser shows can make it send requests to a server on the same machine. The browser sets two
+headers that the page can't choose. `Origin` is the page's site: requests from other sites are refused before
+their body is read. `Host` is the host name that the request was sent to: foreign names are refused, because
+somebody may have made them resolve to this machine (DNS rebinding).
 """
 
 import ipaddress
@@ -16,24 +16,24 @@ from server.api.routes import Watcher
 
 ANY = "*"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_SHOWN = 100  # characters of a header
+_SHOWN = 100  # characters of a header in an error message
 
 
 class Sites:
-    """A filter against requests to foreign host names, and from pages of other sites.
+    """A filter that refuses requests to foreign host names, and requests from pages of other sites.
 
-    A probe may use any host name, since it reaches a container in its own way. A scraper may use any IP address,
-    because a page can't rebind an address.
+    A health probe may use any host name, since the name by which it reaches a container isn't known here. A
+    metrics scraper may use any IP address, because DNS rebinding needs a name.
     """
 
     def __init__(self, hosts: Sequence[str], origins: Sequence[str], own_host: str) -> None:
-        """Take the settings' values. Without `hosts`, localhost, `own_host` and all IP addresses are allowed."""
+        """Take the settings. If `hosts` is empty, localhost, `own_host` and all IP addresses are allowed."""
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origins)
         self._own_names = frozenset({"localhost", own_host.lower()})
 
     def fault(self, headers: Headers, watcher: Watcher | None) -> str | None:
-        """Return why a request is refused, or None if it isn't."""
+        """Return why a request must be refused, or None if it is allowed."""
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if watcher != "probe" and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0], watcher)):
             return f"this server has no name {_shown(hosts)}: SMOLORA_ALLOWED_HOSTS sets its names"
@@ -56,7 +56,7 @@ class Sites:
             return True
         scheme, separator, rest = origin.partition("://")
         if not separator or scheme not in _DEFAULT_PORTS:
-            return False  # "null", among others
+            return False  # such as "null"
         site = _name_and_port(rest, scheme)
         return site[0] is not None and site == _name_and_port(host, scheme)
 

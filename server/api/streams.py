@@ -16,18 +16,18 @@ from server.errors import Unauthorized
 
 T = TypeVar("T")
 
-_reading = CapacityLimiter(4)  # a separate limit, so that downloads don't delay other threads
+_reading = CapacityLimiter(4)  # a separate limit, so that downloads don't delay other work in threads
 
 
 class ClientGoneError(Exception):
-    """The client has left."""
+    """The error raised if the client has left."""
 
 
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, None, T]) -> T:
-    """Await the work and return its result. The request's body must have been read.
+    """Await `work` and return its result. The caller must have read the request's body.
 
-    Cancel the work and raise ClientGoneError if the client leaves first, or Unauthorized if its key is revoked or
-    expires.
+    If the client leaves before the work is done, cancel the work and raise ClientGoneError. If the request's key
+    is revoked or expires first, cancel the work and raise Unauthorized.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(client_left(receive))
@@ -46,7 +46,7 @@ async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, 
 
 
 async def _cancel(task: "asyncio.Future[T]") -> None:
-    """Cancel the task and wait for its end."""
+    """Cancel the task and wait until it has ended."""
     if not task.done():
         task.cancel()
         await asyncio.wait({task})
@@ -55,9 +55,9 @@ async def _cancel(task: "asyncio.Future[T]") -> None:
 
 
 class Download(Response):
-    """A response of known length, whose pieces are read one at a time. `close` always runs at the end.
+    """A response of known length, whose pieces are read one at a time. `close` is always called at the end.
 
-    A failure before the first piece is an ordinary error response. A later failure cuts the response off.
+    A failure before the first piece becomes an ordinary error response. A later failure cuts the response off.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Download(Response):
 
 
 class EventStream(Response):
-    """A response of server-sent events. `close` always runs at the end, even if nothing was sent.
+    """A response of server-sent events. `close` is always called at the end, even if nothing was sent.
 
-    The status line is sent with the first event, so a failure before it is an ordinary error response. A later
-    failure ends the stream with an `event: error`, whose data is the problem.
+    The status line is sent with the first event, so a failure before that event becomes an ordinary error
+    response. A later failure ends the stream with an `event: error`, whose data describes the error.
     """
 
     media_type = "text/event-stream"

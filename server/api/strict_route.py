@@ -1,10 +1,10 @@
 """Read queries and JSON bodies strictly.
 
-A query parameter that the route doesn't declare, or that comes twice, is refused. Otherwise `POST
-/train?dryrun=true`, a typo, would queue a job.
+A query parameter that the route doesn't declare, or that comes twice, is refused. Otherwise a typo such
+as `POST /train?dryrun=true` would queue a job.
 
-Python's JSON parser accepts lone surrogates, bytes that aren't UTF-8 and any depth. Here such bodies are
-malformed. NaN and infinities are parsed, so that the schemas can refuse them by field.
+Python's JSON parser accepts lone surrogates, bytes that aren't UTF-8 and any depth of nesting. Here, such
+bodies are refused as malformed. NaN and infinities are parsed, so that the schemas can refuse them by field.
 """
 
 import gc
@@ -24,14 +24,14 @@ from server.api.problems import MAX_ERRORS, MAX_NAME
 from server.api.routes import DECLARED
 
 KEYED = {"x-keys": True}
-"""`json_schema_extra` of a parameter that may also come as `name[key]`, the form of objects in OpenAI's client."""
+"""Marks a query parameter that may also be sent as `name[key]`, which is how OpenAI's client sends objects."""
 
 
 async def closed_query(request: Request) -> None:
-    """Raise InvalidInput if the query has a parameter that the route doesn't declare, or one twice.
+    """Raise InvalidInput if the query has a parameter that the route doesn't declare, or has a parameter twice.
 
-    Pages accept any query, since other sites add parameters to links. This is a coroutine because FastAPI runs
-    ordinary functions in a thread.
+    The routes of web pages accept any query, since other sites add parameters to links. This is a coroutine
+    because FastAPI runs ordinary functions in a thread.
     """
     route = request.scope.get("route")
     if not request.scope["query_string"] or not isinstance(route, APIRoute) or not route.include_in_schema:
@@ -53,18 +53,18 @@ async def closed_query(request: Request) -> None:
 
 
 def _declared(route: APIRoute) -> dict[str, bool]:
-    """Return the endpoint's query parameters by name, and whether each may come as `name[key]`."""
+    """Return the names of the endpoint's query parameters, and whether each may be sent as `name[key]`."""
     return {field.alias: field.field_info.json_schema_extra == KEYED for field in route.dependant.query_params}
 
 
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-"""Names of UTF-8, which JSON must be encoded in (RFC 8259), and of its subset ASCII."""
+"""The accepted charsets: UTF-8, in which JSON must be encoded (RFC 8259), and its subset ASCII."""
 
 MAX_CONTAINERS = 100_000
 MAX_FIELDS = 100_000
 MAX_VALUES = 500_000
-"""Limits of one body. Parsing more would block the event loop for over 50 ms. 2 MiB of ordinary rows or token ids
-have fewer."""
+"""Limits on the values in one body. Parsing more values would block the event loop for over 50 ms. Even a body
+of 2 MiB has fewer values if it is made of ordinary rows or token ids."""
 
 
 class StrictRequest(Request):
@@ -94,7 +94,7 @@ class StrictRequest(Request):
 
 
 def check_shape(body: bytes, hint: str = "") -> None:
-    """Raise HTTPException (413) if a body, taken as JSON, has too many values to be parsed at once."""
+    """Raise HTTPException (413) if a JSON body has too many values to be parsed. `hint` ends the message."""
     if len(body) <= MAX_FIELDS:
         return
     text = body.replace(b"\\\\", b"").replace(b'\\"', b"")

@@ -1,9 +1,9 @@
 """Turn the body of POST /train into a queued job.
 
 `choose_rows` finds the rows to train on and to hold out, `build_spec` fills in defaults and resolves names, and
-`Submissions` tokenizes the rows, stores them and queues the job. Whatever POST /train refuses is refused here
-before anything is stored, and a job is queued only once its files are on disk. Everything here blocks, on disk or
-on the tokenizer: call it in a thread.
+`Submissions` tokenizes the rows, stores them and queues the job. Everything that POST /train refuses is refused
+here, before anything is stored. A job is queued only once its files are on disk. The functions here block, on disk
+I/O or on the tokenizer, so call them in a thread.
 """
 
 import dataclasses
@@ -42,15 +42,16 @@ if TYPE_CHECKING:
 MAX_FAULTS = 20
 """The most faults of rows that one answer lists."""
 MAX_PARENT_RANK = 2 * MAX_TRAINED_RANK
-"""pissa and olora publish adapters with twice the rank that they train, and those can be trained further."""
+"""The highest rank of an adapter to continue from. With the `init` pissa or olora, a job publishes an adapter with
+twice the rank that it trains, and another job can continue from that adapter."""
 
 
 @dataclass(frozen=True)
 class JobRows:
     """The rows of a job.
 
-    `name` is the field that `rows` came from. `validation_name` is the field of held-out rows, or None if these
-    are a share of `rows`.
+    `name` is the body's field that `rows` came from. `validation_name` is the field that the held-out rows came
+    from, or None if the held-out rows are a share of `rows`.
     """
 
     rows: CanonicalRows = field(repr=False)
@@ -119,14 +120,17 @@ def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> Canoni
 def _placed(error: InvalidInput, name: str, number: int) -> Iterator[FieldError]:
     """Yield a row's faults, located in the body's field `name`."""
     for fault in error.errors:
-        if fault.loc == ("row",):  # it isn't an object, so no field is at fault
+        if fault.loc == ("row",):  # the row isn't an object, so no field is at fault
             yield FieldError((name,), f"row {number} {fault.message}")
         else:
             yield FieldError((name, number, *fault.loc), fault.message)
 
 
 def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
-    """Return the adapter to continue from as a term, or no term for the base. Raise InvalidInput."""
+    """Return the term of the adapter to continue from, or no terms to start from the base.
+
+    Raise InvalidInput if `start_from` isn't a single adapter without a weight.
+    """
     text = body.start_from
     if text is None or text == base_name:
         return ()
@@ -137,9 +141,11 @@ def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
 
 
 def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: int) -> JobSpec:
-    """Return the job's specification. `pinned` has the parent, if any. `max_length` is the base's, in tokens.
+    """Return the job's specification.
 
-    Raise InvalidInput with every field at fault; NotFound or CorruptAdapter if the parent can't be read.
+    `pinned` has the adapter to continue from (the parent), if any. `max_length` is the base's limit, in tokens.
+    Raise InvalidInput, which lists every invalid field. Raise NotFound or CorruptAdapter if the parent can't be
+    read.
     """
     faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
     lora = LoraSpec(**body.lora.model_dump())
@@ -212,7 +218,7 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
 
 
 def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter) -> LoraSpec:
-    """Return `lora` with the parent's shape, which training keeps. Raise NotFound."""
+    """Return `lora` with the parent's shape, which training keeps. Raise NotFound if the parent was deleted."""
     version = library.version(parent.name, parent.version)
     config = recorded.config_of(version, stored, library.shape.num_layers)
     return dataclasses.replace(
@@ -225,7 +231,7 @@ def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter)
 
 
 def _contradictions(asked: LoraSpec, shaped: LoraSpec, given: Collection[str]) -> Iterator[FieldError]:
-    """Yield a fault for each given field that contradicts the parent, whose shape and weights are kept."""
+    """Yield a fault for each field in `given` that contradicts the parent: its shape and weights are kept."""
     if "init" in given:
         yield FieldError(("lora", "init"), "is for new adapters, not with start_from: leave it out")
     for name in given:
@@ -250,13 +256,13 @@ class Prepared:
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """The facts about the data that the job's record keeps."""
+        """The facts about the rows that are stored in the job's record."""
         return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
 
 
 @dataclass(frozen=True)
 class Submissions:
-    """The intake of training jobs for one base and one project. `max_length` is the base's, in tokens."""
+    """A submitter of training jobs for one base and one project. `max_length` is the base's limit, in tokens."""
 
     home: Path
     jobs: Jobs
@@ -278,11 +284,12 @@ class Submissions:
         fine_tuning: Mapping[str, object] | None = None,
         require_room: Callable[[], None] = lambda: None,
     ) -> Job:
-        """Queue a job, or return the one that was queued with the same idempotency key.
+        """Queue a job, or return the job that was queued with the same idempotency key before.
 
-        `require_room` is called before a new job. `fine_tuning` is stored with the job's data under FINE_TUNING.
-        Raise InvalidInput; NotFound for rows or the parent; Conflict if the parent, or the latest version to
-        improve on, was made for a base of other shapes; QueueFull; OSError if the disk fails.
+        `require_room` is called before a new job is prepared. `fine_tuning` is stored with the job's data under
+        FINE_TUNING. Raise InvalidInput if the body or the rows are invalid, NotFound if the rows or the parent
+        don't exist, Conflict if the parent or the version to improve on was made for a base of other shapes,
+        QueueFull if too many jobs haven't ended, and OSError if the disk fails.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
@@ -327,10 +334,11 @@ class Submissions:
 
     @contextmanager
     def prepared(self, body: TrainBody, max_bytes: int | None = None) -> Iterator[Prepared]:
-        """Do everything except store and queue the job. Raise as `submit` does.
+        """Check and tokenize a job, and yield it without storing or queuing it. Raise the same errors as `submit`.
 
-        With `max_bytes`, only the first rows, up to about that much text, are encoded: as many to train on, and as
-        many held out. Token counts are then scaled to all rows, and a warning says so.
+        The parent stays pinned until the context ends. If `max_bytes` is given, only the first rows are encoded:
+        up to about `max_bytes` of text from the training rows, and as much from the held-out rows. Token counts
+        are then scaled to all rows, and a warning says so.
         """
         terms = parent_terms(body, self.library.base_name)
         pinned = self.library.pin(terms) if terms else Pinned()
@@ -338,7 +346,7 @@ class Submissions:
             spec = build_spec(body, self.library, pinned, self.max_length)
             rows = choose_rows(body, self.sources)
             _check_rows(spec, rows)
-            if spec.publish_if == "improves_latest":  # it is evaluated, too, so it must fit the base
+            if spec.publish_if == "improves_latest":  # the latest version is evaluated, too, so it must fit
                 with suppress(NotFound):
                     self.library.pin([Term(spec.name)], "name").release()
             data, warnings = self._encode(spec.training, rows, max_bytes)
@@ -358,7 +366,7 @@ class Submissions:
             loc = (rows.validation_name or rows.name,)
             validation = self.encoder.encode_all(held_out, length, overlong, loc)
         except InvalidInput:
-            if rows.validation_name is None:  # a share: raise faults with the numbers of the rows as sent
+            if rows.validation_name is None:  # a share of `rows`: raise faults with the numbers in `rows`
                 self.encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
         scale = len(rows.train) / max(len(first), 1)
@@ -390,7 +398,7 @@ class Submissions:
 
 
 def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
-    """Return the first rows with up to `max_bytes` of text, at least one if there is any; all rows if None."""
+    """Return the first rows, up to `max_bytes` of text but at least one row; all rows if `max_bytes` is None."""
     if max_bytes is not None:
         num_bytes = 0
         for number, row in enumerate(rows):
@@ -401,7 +409,7 @@ def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
 
 
 def _truncation_warning(prepared: Prepared) -> Iterator[str]:
-    """Warn about truncated rows, which OpenAI's form of a job has no field for."""
+    """Yield a warning if rows were truncated, because OpenAI's form of a job has no field for their number."""
     facts = prepared.data.facts
     if number := facts.num_truncated + facts.num_validation_truncated:
         most = prepared.spec.training.max_length
@@ -412,7 +420,7 @@ def _truncation_warning(prepared: Prepared) -> Iterator[str]:
 
 
 def _check_rows(spec: JobSpec, rows: JobRows) -> None:
-    """Raise InvalidInput on fields that the number of rows rules out."""
+    """Raise InvalidInput if fields don't work with this number of rows."""
     faults = []
     training = spec.training
     if not rows.validation:

@@ -29,7 +29,7 @@ from server.metrics.metrics import METHODS
 from server.telemetry.spans import Span, Value
 
 _MAX_LISTED = 16
-"""The most adapters or generations in one line, which is the limit of /compare."""
+"""The most adapters or generations that one log line lists. It is also the most expressions of /compare."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class RequestFacts:
 
     span: Span | None = None  # None if the request isn't traced
     operation: str = "text_completion"  # a `gen_ai` operation
-    job_id: str | None = None  # the job that it submitted
+    job_id: str | None = None  # the job that the request submitted
     generations: list[str] = field(default_factory=list)  # their ids
     adapters: dict[str, None] = field(default_factory=dict)  # name@version, in order
     prompt_tokens: int = 0
@@ -152,7 +152,7 @@ class GenerationTrace:
                 self._timings.append(output.timing)
 
     def end(self, outcome: str, num_tokens: int, num_cached: int) -> None:
-        """Make the spans of the generation, which has ended or was aborted after `num_tokens`."""
+        """Make the spans of the generation, which has ended or was aborted after `num_tokens` tokens."""
         now = time.time_ns()
         terms = [Term(part.name, part.version, weight=part.weight) for part in self._parts]
         model = render(terms) if terms else self._base
@@ -187,7 +187,7 @@ class GenerationTrace:
             "gen_ai.request.seed": sampling.seed,
             "smolora.base": self._base,
         }
-        unless: Mapping[str, tuple[int | float, int | float]] = {  # the value, and its default, which is left out
+        unless: Mapping[str, tuple[int | float, int | float]] = {  # (value, default); defaults are left out
             "gen_ai.request.choice.count": (request.n, 1),
             "gen_ai.request.top_k": (sampling.top_k, 0),
             "gen_ai.request.frequency_penalty": (sampling.frequency_penalty, 0),
@@ -208,7 +208,7 @@ class GenerationTrace:
     def _phases(
         self, now: int, num_tokens: int, num_cached: int
     ) -> "list[tuple[str, tuple[int, int], Mapping[str, Value]]]":
-        """Return the phases, by the engine's timings if a choice has ended, else by when outputs arrived here."""
+        """Return the phases, timed by the engine if a choice has ended, else by the arrival of outputs here."""
         reading: Mapping[str, Value] = {"smolora.tokens": len(self._request.prompt_token_ids) - num_cached}
         writing: Mapping[str, Value] = {"smolora.tokens": num_tokens}
         if self._timings:

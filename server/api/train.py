@@ -1,4 +1,4 @@
-"""/train: submit jobs, follow and steer them, and read their results."""
+"""The routes under /train: submit, watch, pause, resume and cancel jobs, and read their results."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +28,7 @@ router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 MAX_PAGE = 1000
 MAX_EVENTS = 10_000
 DRY_RUN_BYTES = 1 << 20
-"""Bytes of text that a dry run tokenizes, which takes about a second of processor time."""
+"""The most bytes of text that a dry run tokenizes, which takes about a second of processor time."""
 _SSE = "text/event-stream"
 
 JobId = Annotated[str, Path(max_length=256)]
@@ -242,7 +242,7 @@ def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Re
 
 
 def check_after(jobs: Jobs, after: str) -> None:
-    """Raise InvalidInput if there is no job `after`, so that no page can begin after it."""
+    """Raise InvalidInput if there is no job with the id `after`, since no page can begin after it."""
     try:
         jobs.get(after)
     except NotFound as error:
@@ -280,7 +280,7 @@ def _report(jobs: Jobs, job_id: str) -> object:
     if report is None:
         job = jobs.get(job_id)
         _refuse_unfinished(job, "report")
-        report = jobs.report(job_id)  # it may have ended since
+        report = jobs.report(job_id)  # the job may have ended meanwhile
     return report
 
 

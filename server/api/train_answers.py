@@ -46,7 +46,7 @@ class PublishedAdapter(Answer):
 class RowCounts(Answer):
     """Counts of a job's tokenized rows."""
 
-    # made from `server.training.job_data.DataFacts`, which has other names
+    # the aliases are the names of the fields in `server.training.job_data.DataFacts`
 
     digest: str
     rows: int = Field(validation_alias="num_rows")
@@ -174,7 +174,7 @@ class DatasetList(Answer):
 
 
 def _config(spec: Spec, source: object) -> dict[str, object]:
-    """Return the job's body with all defaults, but without rows that were sent in it."""
+    """Return the body of the job's request, with all defaults filled in and without rows."""
     where = source if isinstance(source, Mapping) else {}
     return {**spec.to_document(), **where}
 

@@ -1,8 +1,8 @@
 """Extract an adapter's two files, or a file of rows, from an untrusted multipart body.
 
-The body is spooled to disk while it comes in, and an adapter's tensors are copied into a file of their own, which
-can be memory-mapped. `server.api.zips` reads archives; `adapters.peft.files` and `server.training.row_files` parse
-the files.
+The body is spooled to disk while it is received. An adapter's tensors are then copied into a separate file, which
+can be memory-mapped. `server.api.zips` reads archives; `adapters.peft.files` and `server.training.row_files`
+parse the files.
 """
 
 import shutil
@@ -41,7 +41,7 @@ _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")
 
 @dataclass(frozen=True)
 class UploadedFiles:
-    """The config's bytes, and the path of a temporary file with the tensors."""
+    """An uploaded adapter: the configuration's bytes, and the path of a temporary file with the tensors."""
 
     config_json: bytes
     weights: Path
@@ -54,11 +54,12 @@ class UploadedFiles:
 
 @asynccontextmanager
 async def received_form(request: Request, services: Services) -> AsyncIterator[FormData]:
-    """Yield the multipart body, spooled to disk, with its bytes reserved within the context.
+    """Yield the request's multipart form, spooled to disk. Its bytes count towards quotas until the context ends.
 
-    Raise InvalidInput if it isn't a form. Raise QueueFull, Unavailable or Forbidden before it is read, if there
-    are too many uploads, the disk is nearly full or a quota is used up; Unavailable while it is read, if the disk
-    fills up; Forbidden after it, if more came than was announced and a quota is exceeded.
+    Before the body is read, raise QueueFull if there are too many uploads, Unavailable if the disk is nearly full,
+    or Forbidden if a quota would be exceeded. While the body is read, raise Unavailable if the disk fills up, or
+    InvalidInput if the body isn't a form. Afterwards, raise Forbidden if the body was larger than announced, and a
+    quota would be exceeded.
     """
     incoming, owners = services.limiters.incoming, owners_of(services)
     with services.limiters.uploads.taken(services.principal.project):
@@ -84,7 +85,10 @@ def form_bytes(form: FormData) -> int:
 
 
 def _spooled(request: Request, received: Callable[[int], None]) -> Request:
-    """Return a request that reports the size of each piece. If `received` raises, the rest is discarded."""
+    """Return a request that passes the size of each piece of its body to `received`.
+
+    If `received` raises Unavailable, the rest of the body is read and discarded.
+    """
 
     async def receive() -> Message:
         message = await request.receive()
@@ -113,13 +117,16 @@ async def _read_form(request: Request) -> FormData:
 
 @contextmanager
 def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
-    """Yield the adapter's files, from two parts or one archive. Raise InvalidInput. Blocks on disk."""
+    """Yield an adapter's files, which were sent as two parts or as one archive.
+
+    Raise InvalidInput if the form doesn't have them. This does disk I/O, so it may block.
+    """
     _refuse_unknown(form, CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD)
     config, weights, archive = (
         None if part is None else part.file
         for part in (_part(form, name) for name in (CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD))
     )
-    # the next start removes directories with this prefix
+    # if this process is killed, the next start removes directories with this prefix
     with TemporaryDirectory(prefix="upload-", ignore_cleanup_errors=True) as scratch:
         target = Path(scratch) / WEIGHTS_NAME
         if archive is not None and config is None and weights is None:
@@ -139,7 +146,10 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
 
 
 def uploaded_rows(form: FormData, *others: str) -> tuple[BinaryIO, str]:
-    """Return the file of rows, and its name. `others` are further fields to allow. Raise InvalidInput."""
+    """Return the form's file of rows, and the file's name. `others` are the names of other fields to allow.
+
+    Raise InvalidInput if the file is missing or the form has any other field.
+    """
     _refuse_unknown(form, ROWS_FIELD, *others)
     part = _part(form, ROWS_FIELD)
     if part is None:

@@ -1,8 +1,9 @@
 """The web page at `/` and its files under `/web/`, and the API's documentation at /docs and /redoc.
 
-The URLs of files have the digest of all files, so browsers cache them forever; `/` has the current digest and is
-fetched each time. /docs and /redoc use scripts and styles from the package fastapi-offline. Each page's content
-security policy allows only the server's own files. Both viewers need inline styles.
+The URL of each file contains a digest of all files, so browsers may cache the files forever. The page at `/`
+contains the current digest, and is fetched each time. /docs and /redoc use scripts and styles from the package
+fastapi-offline. Each page's content security policy allows only the server's own files; at /docs and /redoc, it
+also allows inline styles, which both viewers need.
 """
 
 import base64
@@ -36,7 +37,7 @@ _TYPES = {
 _LAZY = frozenset({"vendor/uplot.mjs"})
 """Modules that aren't preloaded, since no view needs them at first."""
 _COMMENTS = re.compile(rb"^ */\*\*.*?\*/", re.MULTILINE | re.DOTALL)
-"""JSDoc comments in our own modules, a sixth of their bytes. They aren't sent."""
+"""A pattern for JSDoc comments in our own modules. They aren't sent, which saves a sixth of the bytes."""
 
 _POLICY = "; ".join(
     (
@@ -55,7 +56,7 @@ SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
 }
-"""Headers of each page, besides its policy and the headers that `server.api.edge` adds."""
+"""Headers of each page, in addition to its content security policy and the headers that `server.api.edge` adds."""
 _HEADERS = {**SECURITY, "Content-Security-Policy": _POLICY, "Vary": "Accept-Encoding"}
 _FOREVER = "public, max-age=31536000, immutable"
 
@@ -84,7 +85,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Page:
-    """All files of the page, in memory: some hundred kilobytes."""
+    """All files of the page. They are kept in memory, and take some hundred kilobytes."""
 
     digest: str
     index: _File
@@ -92,7 +93,7 @@ class _Page:
 
 
 def _sent(path: Path) -> bytes:
-    """Return the content to send: our modules without comments, with the same line numbers."""
+    """Return a file's content to send. Our modules lose their JSDoc comments, but keep their line numbers."""
     content = path.read_bytes()
     if path.suffix != ".js":
         return content

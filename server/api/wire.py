@@ -1,4 +1,4 @@
-"""JSON on the wire: compact, in UTF-8, without NaN and infinities."""
+"""Encode answers as JSON: compact, in UTF-8, without NaN and infinities."""
 
 import json
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ def _fields(answer: BaseModel) -> dict[str, object]:
 _strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_fields)
 
 _LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
-"""Unicode's line ends, which JSON needn't escape, and their escapes."""
+"""Unicode's line ends, which JSON allows unescaped, with their escapes."""
 
 
 def encode(document: object) -> bytes:
-    """Return the document, which may contain models, as JSON. Fields that a model doesn't set are left out.
+    """Return the document, which may contain models, as JSON. A model's fields that weren't set are left out.
 
     Raise ValueError for NaN and infinities.
     """
     encoded = _serializer.to_json(document, exclude_unset=True)
-    if b"NaN" in encoded or b"Infinity" in encoded:  # as a number, or in a text
+    if b"NaN" in encoded or b"Infinity" in encoded:  # as a number, which `_strict` refuses, or in a text
         return _strict.encode(document).encode()
     return encoded
 

@@ -1,12 +1,13 @@
-"""Write zip archives for downloads, and read an adapter's two files from an uploaded one.
+"""Write zip archives for downloads, and read an adapter's two files from an uploaded archive.
 
-Downloads follow PKWARE's APPNOTE.TXT, 4.3 and 4.5.3. Files are stored uncompressed, since weights hardly deflate,
-and streamed in little memory. Python's zipfile doesn't know an archive's length in advance. Without seeking, it
-also puts each file's size and checksum after the file, which many readers refuse for stored files. So each file is
-read twice: once for its checksum, and once to be sent.
+Downloads follow PKWARE's APPNOTE.TXT, 4.3 and 4.5.3. Files are stored uncompressed, since weights hardly
+compress, and are streamed, which takes little memory. Python's zipfile isn't used: it can't tell an archive's
+length in advance, and when it writes to a stream, it puts each file's size and checksum after the file, which
+many readers refuse for uncompressed files. Here, each file is read twice: once to compute its checksum, and once
+to send it.
 
-Uploads are untrusted and never unpacked. Two entries are read by name, within bounds that hold whatever the
-archive's headers claim.
+Uploads are untrusted, and never unpacked. Two entries are read by name, up to size limits that don't depend on
+what the archive's headers claim.
 """
 
 import struct
@@ -24,15 +25,15 @@ from server.api.streams import Download
 
 CHUNK = 1 << 18
 LARGEST = 0xFFFFFFFF
-"""From this value on, sizes and offsets go into the fields of the zip64 format."""
+"""Sizes and offsets of this value or more are written to the zip64 format's fields."""
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_64 = struct.Struct("<4sLQL")
-_UTF_8 = 0x800  # the encoding of names
-_DATE = 0x21  # 1 January 1980: equal files make equal archives
+_UTF_8 = 0x800  # flag: names are encoded in UTF-8
+_DATE = 0x21  # always 1 January 1980, so that equal files make equal archives
 _MADE_BY = 3 << 8 | 45  # Unix: attributes are file modes
 _MODE = 0o644 << 16
 
@@ -45,7 +46,7 @@ class _Entry:
     crc: int = 0
 
     def local(self, largest: int) -> bytes:
-        """Return the header before the file. Its length doesn't depend on the checksum."""
+        """Return the local header, which precedes the file. The header's length doesn't depend on the checksum."""
         extra = _extra(self.size, self.size) if self.size >= largest else b""
         size = LARGEST if extra else self.size
         version = 45 if extra else 20
@@ -69,7 +70,7 @@ def zip_download(archive: "StoredZip", name: str) -> Download:
 
 
 class StoredZip:
-    """A zip archive of open files, which it reads and closes. A small `largest` makes it use zip64 early."""
+    """A zip archive of open files, which `close` closes. A small `largest` makes small archives use zip64."""
 
     def __init__(self, files: Mapping[str, BinaryIO], largest: int = LARGEST) -> None:
         self._largest = largest
@@ -83,7 +84,10 @@ class StoredZip:
         self.length = at + len(self._tail(self._entries, at))
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the archive once. Empty pieces in between let the caller stop. Raise OSError."""
+        """Yield the archive in pieces. Iterate only once. Raise OSError if a file can't be read.
+
+        Empty pieces are yielded while a checksum is computed, so that the caller can stop during that time.
+        """
         done: list[_Entry] = []
         at = 0
         for entry, file in zip(self._entries, self._files.values(), strict=True):
@@ -129,7 +133,7 @@ def _read(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 FIELD = "archive"
 MAX_WEIGHTS_BYTES = 512 << 20
-"""The most bytes of inflated tensors. Weights hardly deflate, so no upload within the limit exceeds this."""
+"""The most bytes of decompressed tensors. Weights hardly compress, so the limit on uploads is reached first."""
 MAX_ENTRIES = 1000
 _MAX_DIRECTORY_BYTES = 1 << 20  # of the central directory, which Python reads into memory
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -137,7 +141,10 @@ _CHUNK = 1 << 20
 
 
 def read_archive(file: BinaryIO, weights: Path, max_config: int, max_weights: int = MAX_WEIGHTS_BYTES) -> bytes:
-    """Copy the tensors' file to `weights`, and return the config's bytes. Raise InvalidInput on `archive`."""
+    """Copy an archive's tensor file to `weights`, and return the configuration's bytes.
+
+    Raise InvalidInput if `file` isn't a valid archive, or if one of the two files is missing or too large.
+    """
     try:
         _check_directory(file)
         with zipfile.ZipFile(file) as archive:
@@ -160,7 +167,7 @@ def read_archive(file: BinaryIO, weights: Path, max_config: int, max_weights: in
 
 
 def _check_directory(file: BinaryIO) -> None:
-    """Refuse a central directory that would fill the memory, before Python reads it."""
+    """Raise InvalidInput if the archive's central directory is too large, before Python reads it into memory."""
     size = file.seek(0, 2)
     file.seek(max(0, size - _END.size - 0xFFFF))
     tail = file.read()
@@ -175,7 +182,7 @@ def _check_directory(file: BinaryIO) -> None:
 
 
 def _entries(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo]:
-    """Return the entries of config and tensors, from the archive's root or from one folder in it."""
+    """Return the entries of the configuration and the tensors, in the archive's root or in one folder."""
     # `is_dir` would fail on an empty name
     infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     if len(infos) > MAX_ENTRIES:

@@ -1,4 +1,4 @@
-"""The generations of one call to /v1, one for each prompt, and how their answer is sent: at once or as events."""
+"""The generations of one call to /v1, one for each prompt, and their answer as one document or as events."""
 
 import asyncio
 import time
@@ -22,7 +22,10 @@ _MAX_WARNINGS, _MAX_WARNING = 8, 400  # headers, and characters in each
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of a choice, the log-probabilities of the tokens that begin in it, and perhaps its end."""
+    """New text of a choice, with the log-probabilities of the tokens that begin in this text.
+
+    Only the last piece of a choice has a `finish_reason`.
+    """
 
     index: int
     text: str
@@ -32,7 +35,7 @@ class Piece:
 
 @dataclass
 class Choice:
-    """The whole of a choice."""
+    """A complete choice, joined from its pieces."""
 
     index: int
     text: str = ""
@@ -41,9 +44,9 @@ class Choice:
 
 
 class Batch:
-    """The generations of a call. Choices are numbered through all prompts: the second prompt's follow the first's.
+    """The generations of a call. Choices are numbered across prompts: the first prompt's, then the second's.
 
-    Iterate `pieces` once, or await `collect`. `close` aborts what still runs.
+    Either iterate over `pieces` once, or await `collect` once. `close` aborts the generations that still run.
     """
 
     def __init__(self, generations: Sequence[Generation], base_name: str) -> None:
@@ -60,7 +63,7 @@ class Batch:
 
     @property
     def id(self) -> str:
-        """Return a unique id, without a prefix."""
+        """A unique id, without a prefix."""
         return self._generations[0].id.removeprefix("gen-")
 
     @property
@@ -69,10 +72,10 @@ class Batch:
 
     @property
     def usage(self) -> dict[str, object]:
-        """Return the usage so far, in OpenAI's form."""
+        """The usage so far, in OpenAI's form."""
         num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
         num_tokens = sum(self._num_tokens)
-        # choices share their prompt, so the later ones find in the cache what the first has computed
+        # choices share their prompt: the first choice computes it, and the others find it in the cache
         starts = range(0, self.num_choices, self._n)
         num_cached = sum(min(self._num_cached[start : start + self._n]) for start in starts)
         return {
@@ -83,7 +86,7 @@ class Batch:
         }
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield the pieces of every choice until all have ended. Raise the error that the engine ends one with."""
+        """Yield the pieces of every choice until all choices have ended. If a choice fails, raise its error."""
         logprobs = [TextLogprobs() for _ in range(self.num_choices)]
         async for number, output in _merged([generation.outputs() for generation in self._generations]):
             index = number * self._n + output.index
@@ -92,7 +95,7 @@ class Batch:
             yield Piece(index, output.text, logprobs[index].push(output), output.finish_reason)
 
     async def collect(self) -> list[Choice]:
-        """Return every choice once all have ended. Raise as `pieces` does."""
+        """Wait until all choices have ended, and return them. Raise the same errors as `pieces`."""
         texts: list[list[str]] = [[] for _ in range(self.num_choices)]
         choices = [Choice(index) for index in range(self.num_choices)]
         async for piece in self.pieces():
@@ -104,17 +107,17 @@ class Batch:
         return choices
 
     async def close(self) -> None:
-        """Abort what still runs, and release the adapters. Idempotent."""
+        """Abort the generations that still run, and release the adapters. Idempotent."""
         await close_all(self._generations)
 
 
 async def _merged(streams: Sequence[AsyncIterator[SequenceOutput]]) -> AsyncIterator[tuple[int, SequenceOutput]]:
-    """Yield (index of the stream, output) as they arrive. Raise at once what one of the streams raises."""
+    """Yield (index of the stream, output) as the outputs arrive. If a stream fails, raise its error at once."""
     if len(streams) == 1:
         async for output in streams[0]:
             yield 0, output
         return
-    # a short queue: unread outputs wait in the streams, which bound them
+    # the queue is short, so that unread outputs wait in the streams, which limit their number
     news: asyncio.Queue[tuple[int, SequenceOutput | BaseException | None]] = asyncio.Queue(len(streams))
 
     async def feed(number: int) -> None:
@@ -151,18 +154,21 @@ async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, 
             response.headers.append(name, value)
         return response
     except ClientGoneError:
-        return Response(status_code=499)  # only the log shows it
+        return Response(status_code=499)  # the client has left, so only the log shows this status
     finally:
         await batch.close()
 
 
 def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
-    """Send the events, then `[DONE]`. A failure before the first event is an error response, else an event."""
+    """Return a response that sends the events, then `[DONE]`.
+
+    A failure before the first event becomes an ordinary error response. A later failure becomes the last event.
+    """
     return EventStream(_with_done(events), batch.close, _warnings(batch))
 
 
 def _warnings(batch: Batch) -> Iterator[tuple[str, str]]:
-    """Return the warnings as headers: in ASCII, and short enough for proxies."""
+    """Yield the warnings as headers: in ASCII, and short enough for proxies."""
     texts = batch.warnings[:_MAX_WARNINGS]
     if len(batch.warnings) > len(texts):
         texts = (*texts[:-1], f"and {len(batch.warnings) - len(texts) + 1} more: see GET /adapters")

@@ -1,4 +1,4 @@
-"""From the body of a call to /v1 to running generations."""
+"""Turn the body of a call to /v1 into running generations."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,11 +36,11 @@ from server.engine.request import Grammar, SamplingParams
 from server.model.text.chat import ChatMessage, meant_role
 
 DEFAULT_CHAT_TOKENS = 1024
-"""The most tokens of an answer if the client sets no limit. Small models may not end by themselves."""
+"""The most tokens of an answer if the client sets no limit. Small models may never end an answer by themselves."""
 
 
 async def begin_chat(services: Services, body: ChatBody) -> Batch:
-    """Submit the conversation to the engine. If it is refused, raise the reason and hold nothing."""
+    """Submit the conversation to the engine. If it is refused, raise the reason."""
     terms = terms_of(services, body.model)
     limit, field = _token_limit(body)
     num_top = _num_top(body)
@@ -62,7 +62,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
 
 
 async def begin_completions(services: Services, body: CompletionBody) -> Batch:
-    """Submit every prompt to the engine: all of them, or none. If one is refused, raise the reason."""
+    """Submit all prompts to the engine. If one is refused, abort the others and raise the reason."""
     terms = terms_of(services, body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidInput.of("best_of", "is not supported: leave it out, or set it to n")
@@ -79,12 +79,15 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
 
 
 def terms_of(services: Services, model: str) -> tuple[Term, ...]:
-    """Return the terms that `model` names, none for the base. Raise InvalidExpression on `model`."""
+    """Return the terms of the adapter expression `model`, or no terms if it names the base.
+
+    Raise InvalidExpression if it isn't a valid expression.
+    """
     return () if model == services.base_name else parse(model, "model")
 
 
 def _token_limit(body: ChatBody) -> tuple[int | None, str]:
-    """Return the limit of the answer's tokens, and the field that sets it."""
+    """Return the limit on the answer's tokens, if there is one, and the name of the field for it."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise InvalidInput.of("max_tokens", "is the older name of max_completion_tokens: give one of them")
@@ -132,9 +135,9 @@ async def _start(
     started: list[Generation] = []
     try:
         for ids in prompts:
-            # without a seed, the same prompt twice is two answers
+            # if no seed is given, each prompt gets its own, so equal prompts get different answers
             own = replace(sampling, seed=seed_of(body)) if started else sampling
-            is_first = not started  # its tokens towards the rate are those of all of them
+            is_first = not started  # the first generation is charged for the tokens of all
             generation = await start(
                 *(services, terms, ids, own, n, "model", grammar),
                 is_request=is_first,

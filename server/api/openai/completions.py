@@ -66,7 +66,7 @@ async def _whole_chat(batch: Batch, body: ChatBody) -> dict[str, object]:
 
 
 async def _chat_chunks(batch: Batch, body: ChatBody) -> AsyncIterator[bytes]:
-    """Yield each choice's role, pieces and end; then the usage, if it was asked for."""
+    """Yield events: each choice's role, pieces and end, and then the usage if the client asked for it."""
     head = _chat_head(batch, "chat.completion.chunk")
     tail: dict[str, object] = {"usage": None} if body.includes_usage else {}
 
@@ -124,7 +124,7 @@ async def _whole(batch: Batch, body: CompletionBody) -> dict[str, object]:
 
 
 async def _chunks(batch: Batch, body: CompletionBody) -> AsyncIterator[bytes]:
-    """Yield each choice's pieces, the last with its end; then the usage, if it was asked for."""
+    """Yield events: each choice's pieces, and then the usage if the client asked for it."""
     head, forms = _head(batch), _logprob_forms(body)
     tail: dict[str, object] = {"usage": None} if body.includes_usage else {}
     async for piece in batch.pieces():
@@ -144,7 +144,7 @@ def _choice(piece: Piece | Choice, forms: dict[int, LegacyLogprobs] | None) -> d
 
 
 def _logprob_forms(body: CompletionBody) -> dict[int, LegacyLogprobs] | None:
-    """Return the logprobs of each choice, which count its text, or None if no logprobs were asked for."""
+    """Return a LegacyLogprobs for each choice, or None if the client asked for no log-probabilities."""
     num_top = body.logprobs
     return None if num_top is None else defaultdict(lambda: LegacyLogprobs(num_top))
 

@@ -46,7 +46,7 @@ _BODY = {
         }
     },
 }
-"""Documents the form by hand: if the route declared it, FastAPI would read the file before calling the route."""
+"""The form's documentation. If the route declared the form, FastAPI would read the file before the route runs."""
 
 
 @router.post(
@@ -102,7 +102,7 @@ async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     """Download a file's content."""
     file, content = await to_thread.run_sync(_open, services.files, file_id)
     ending = "csv" if file.format == "csv" else "jsonl"
-    # not its own name, which may have any characters
+    # the file's id, since its own name may have any characters
     headers = {"Content-Disposition": f'attachment; filename="{file.id}.{ending}"'}
     pieces = iter(partial(content.read, _CHUNK), b"")
     return Download(pieces, file.bytes, _MEDIA_TYPES[file.format], headers, content.close)

@@ -1,7 +1,8 @@
 """/v1/fine_tuning/jobs: the jobs of /train in OpenAI's form. Disk and tokenizer work runs in threads.
 
-Fields that can't be honoured are refused by name. A body becomes one for POST /train; what OpenAI's form has in
-addition is stored with the job (`kept_fields`). The answers' classes document dictionaries that are built by hand.
+OpenAI's fields that aren't supported are refused by name. A body is converted into a body for POST /train. Fields
+that POST /train doesn't have are stored with the job (`kept_fields`). The answers are built as dictionaries; the
+models of answers here only document them.
 """
 
 import hashlib
@@ -227,7 +228,7 @@ _MEASURES = {
     "eval_loss": ("valid_loss", "full_valid_loss"),  # always of all held-out rows
     "eval_accuracy": ("valid_mean_token_accuracy", "full_valid_mean_token_accuracy"),
 }
-"""Our names of metrics, and OpenAI's."""
+"""Our names of metrics, with OpenAI's names for the same metrics."""
 _FIELDS = {
     ("name",): ("suffix",),
     ("start_from",): ("model",),
@@ -235,11 +236,11 @@ _FIELDS = {
     ("validation",): ("validation_file",),
     ("training", "epochs"): ("hyperparameters", "n_epochs"),
 }
-"""Prefixes of a field's location in the body of POST /train, and in OpenAI's."""
+"""Prefixes of a field's location in the body of POST /train, with the prefixes in OpenAI's body."""
 
 
 def train_body(body: FineTuningBody, base_name: str, idempotency_key: str | None) -> TrainBody:
-    """Return the body for POST /train. Raise InvalidInput."""
+    """Return the equivalent body for POST /train. Raise InvalidInput if the hyperparameters are given twice."""
     asked = _hyperparameters(body)
     training: dict[str, object] = {"seed": body.seed or 0}
     if asked.n_epochs is not None:
@@ -260,7 +261,7 @@ def train_body(body: FineTuningBody, base_name: str, idempotency_key: str | None
 
 
 def kept_fields(body: FineTuningBody, base_name: str) -> dict[str, object]:
-    """Return the fields to store with the job."""
+    """Return the fields that POST /train doesn't have, to store them with the job."""
     multiplier = _hyperparameters(body).learning_rate_multiplier
     return {
         "base": base_name,
@@ -277,7 +278,7 @@ def with_openai_field_names(error: InvalidInput) -> InvalidInput:
 
 
 def job_object(job: Job, has_results: bool, now: float) -> dict[str, object]:
-    """Return a job in OpenAI's form. `has_results`: its result file exists. `now`: seconds since 1970."""
+    """Return a job in OpenAI's form. `has_results`: whether a result file exists; `now`: seconds since 1970."""
     kept, spec = cast("Mapping[str, object]", job.data[FINE_TUNING]), job.spec
     assert isinstance(spec, JobSpec), "merges have no job here"
     hyperparameters = {
@@ -324,7 +325,7 @@ def event_object(job_id: str, event: Event) -> dict[str, object]:
 
 
 def event_seq(job_id: str, event_id: str) -> int:
-    """Return the number of the event with this id. Raise InvalidInput on `after`."""
+    """Return the number of the event with this id. Raise InvalidInput if it isn't the id of this job's event."""
     start, _, number = event_id.rpartition("-")
     if start != f"{EVENT}-{job_id}" or not (number.isascii() and number.isdigit()) or len(number) > 9:
         raise InvalidInput.of("after", "is not an event of this job")
@@ -332,9 +333,10 @@ def event_seq(job_id: str, event_id: str) -> int:
 
 
 def checkpoint_object(job: Job, step: int) -> dict[str, object] | None:
-    """Return the version that the job published, with the weights of `step`, or None if it published none.
+    """Return the version that the job published, as a checkpoint in OpenAI's form, or None if it published none.
 
-    Checkpoints that a job resumes from aren't models and have no names.
+    `step` is the step whose weights the version has. The checkpoints that a job resumes from aren't listed,
+    because they aren't models and have no names.
     """
     model = _published(job)
     if model is None:
@@ -358,7 +360,7 @@ def checkpoint_object(job: Job, step: int) -> dict[str, object] | None:
 
 
 def file_object(file: StoredFile) -> dict[str, object]:
-    """Return a file in OpenAI's form. It is `processed`, because every line was checked before it was stored."""
+    """Return a file in OpenAI's form. Its status is `processed`: lines are checked before it is stored."""
     return {
         "id": file.id,
         "object": "file",
@@ -385,7 +387,10 @@ def page_object(data: Sequence[Mapping[str, object]], has_more: bool) -> dict[st
 
 
 def _hyperparameters(body: FineTuningBody) -> HyperparametersBody:
-    """Return the hyperparameters of `method` or in the older place. Raise InvalidInput if both have some."""
+    """Return the hyperparameters in `method`, or in the older field `hyperparameters`.
+
+    Raise InvalidInput if both fields have some.
+    """
     if body.hyperparameters is None:
         return (
             HyperparametersBody.model_validate({})
@@ -398,7 +403,7 @@ def _hyperparameters(body: FineTuningBody) -> HyperparametersBody:
 
 
 def _new_name(idempotency_key: str | None) -> str:
-    """Return a unique name for a job without a suffix. A repeated request gets the same name."""
+    """Return a unique name for a job without a suffix. Equal idempotency keys give equal names."""
     if idempotency_key is None:
         return f"ft-{secrets.token_hex(4)}"
     return f"ft-{hashlib.sha256(idempotency_key.encode()).hexdigest()[:8]}"
@@ -537,7 +542,7 @@ def _has_rows(files: FileStore, file_id: str) -> bool:
 
 
 def _get(jobs: Jobs, job_id: str) -> Job:
-    """Return a job. Raise NotFound if there is none, or if it was created by /train: it has no files then."""
+    """Return a job that was created under /v1. Raise NotFound if it was created by /train: it has no file ids."""
     job = jobs.get(job_id)
     if FINE_TUNING not in job.data:
         raise NotFound(f"there is no job {job_id} under /v1; see /train")
@@ -557,7 +562,7 @@ def _answer(services: Services, job: Job) -> Response:
 
 
 def _objects(services: Services, found: Sequence[Job]) -> list[dict[str, object]]:
-    """Return jobs in OpenAI's form. If the object store can't be reached, all their results count as present."""
+    """Return jobs in OpenAI's form. If the object store can't be reached, assume that result files exist."""
     results = {results_id(job.id) for job in found if job.status is Status.SUCCEEDED}
     with suppress(BytesUnavailable):
         results = services.files.present(results)
@@ -580,7 +585,7 @@ def _all_jobs(jobs: Jobs, before: str | None) -> Iterator[Job]:
 
 
 def _metadata_filter(request: Request, is_null: bool) -> Callable[[Job], bool]:
-    """Return a filter of jobs by the metadata in the query. `is_null` selects jobs without any."""
+    """Return a filter of jobs by the metadata in the query. If `is_null`, it selects jobs without metadata."""
     start = "metadata["
     wanted = {
         name[len(start) : -1]: value for name, value in request.query_params.items() if name.startswith(start)
@@ -599,7 +604,7 @@ def _metadata_filter(request: Request, is_null: bool) -> Callable[[Job], bool]:
 
 def _events_page(jobs: Jobs, job_id: str, limit: int, after: str | None) -> Response:
     _get(jobs, job_id)
-    last = jobs.standings([job_id])[job_id].num_events  # they are numbered without gaps
+    last = jobs.standings([job_id])[job_id].num_events  # events are numbered without gaps
     if after is not None:
         last = min(last, event_seq(job_id, after) - 1)
     first = max(0, last - limit)

@@ -1,7 +1,7 @@
 """Log-probabilities in OpenAI's two forms, for exactly the tokens that make up the text.
 
-The engine also returns those of the end token or the stop string. They are left out here, so that the joined
-tokens are the text.
+The engine also returns the log-probabilities of the end token or of the stop string's tokens. They are left out
+here, so that joining the tokens gives the text.
 """
 
 import codecs
@@ -30,7 +30,7 @@ class _Places:
 
 
 class TextLogprobs:
-    """The log-probabilities of a choice, each returned with the piece of text that its token begins in."""
+    """The log-probabilities of a choice, each returned with the piece of text in which its token begins."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, SampledLogprob]] = deque()  # (offset, token)
@@ -49,24 +49,27 @@ class TextLogprobs:
 
 
 def of_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
-    """Return chat's form: a list of tokens, each with its likeliest alternatives."""
+    """Return log-probabilities in the form of chat answers: a list of tokens with their likeliest alternatives."""
     return {"content": [_sampled(num_top, entry) for entry in entries], "refusal": None}
 
 
 async def of_whole_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
-    """Return chat's form for a whole answer, in pieces that let other requests run."""
+    """Do the same as `of_chat` for a whole answer, but let other requests run in between."""
     return {"content": await in_turns(partial(_sampled, num_top), entries), "refusal": None}
 
 
 class LegacyLogprobs:
-    """Builds the form of completions: parallel lists, with each token's offset in the choice's text."""
+    """A choice's log-probabilities in the form of completions: parallel lists of the tokens' properties.
+
+    One of the lists has the offset of each token in the choice's text.
+    """
 
     def __init__(self, num_top: int) -> None:
         self._num_top = num_top
         self._places = _Places()
 
     def of(self, entries: Sequence[SampledLogprob]) -> dict[str, object]:
-        """Return the form of the next entries. `text_offset` counts characters from the choice's start."""
+        """Return the next entries in this form. `text_offset` counts characters from the start of the choice."""
         return {
             "tokens": [_name(entry.chosen) for entry in entries],
             "token_logprobs": [_logprob(entry.chosen) for entry in entries],
@@ -75,7 +78,7 @@ class LegacyLogprobs:
         }
 
     def _top(self, entry: SampledLogprob) -> dict[str, float]:
-        """Return the likeliest tokens, and always the chosen one."""
+        """Return the likeliest tokens, and the chosen token even if it isn't among them."""
         return {_name(token): _logprob(token) for token in (*entry.top[: self._num_top], entry.chosen)}
 
 

@@ -1,7 +1,7 @@
 """The bodies of /v1/chat/completions and /v1/completions, with OpenAI's fields and defaults.
 
-A field of OpenAI's that can't be honoured is refused by name, unless its value switches it off. `user`,
-`safety_identifier` and `prompt_cache_key` are accepted and ignored: they are labels.
+OpenAI's fields that aren't supported are refused by name, unless their value switches them off. `user`,
+`safety_identifier` and `prompt_cache_key` are accepted and ignored, because they are only labels.
 """
 
 from collections.abc import Mapping
@@ -43,13 +43,13 @@ _OFF: Mapping[str, tuple[object, ...]] = {
     "metadata": ({},),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
-    # of messages
+    # fields of messages
     "name": (),
     "refusal": (),
     "tool_calls": ([],),
     "tool_call_id": (),
     "annotations": ([],),
-    # of completions
+    # fields of completions
     "suffix": ("",),
     "echo": (False,),
 }
@@ -149,7 +149,7 @@ Prompt = str | tuple[int, ...]
 
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
-    """Return one or several prompts. Raise ValueError if they are anything else."""
+    """Return the prompts of the field `prompt`: one or several. Raise ValueError if it has another form."""
     if isinstance(value, str) or (isinstance(value, list) and value and _is_token(value[0])):
         value = [value]
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PROMPTS:
@@ -191,7 +191,7 @@ class CompletionBody(CallBody):
 
 
 WARNING = "X-Smolora-Warning"
-"""The header with a warning about an adapter, since OpenAI's answers have no field for it."""
+"""The header with a warning about an adapter, since OpenAI's answers have no field for warnings."""
 
 
 class ErrorBody(BaseModel):
@@ -221,7 +221,7 @@ REFUSALS: Responses = {
 
 
 def answers_with(example: object) -> dict[str, object]:
-    """Return the documentation of a route's status 200."""
+    """Return the OpenAPI description of a route's response with status 200."""
     return {
         "description": "The answer; with `stream`, its chunks as server-sent events",
         "content": {"application/json": {"example": example}},
