@@ -250,8 +250,8 @@ class AsyncEngine:
     def check_queue(self, num_sequences: int, project: str = "") -> None:
         """Raise QueueFull if `num_sequences` of a project would be refused now or would wait for too long.
 
-        Raise Draining, NotReady or EngineDead if the engine is in that state. Call this before preparing a request,
-        which takes time.
+        Raise Draining, NotReady or EngineDead if the engine is in that state. Call this before the slow work of
+        preparing a request.
         """
         self._check_room(num_sequences, project)
         wait = _WAIT_ERROR * self._rate.wait(self._clock(), self._in_flight.num_ahead(project))
@@ -291,7 +291,7 @@ class AsyncEngine:
             raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)")
 
     def _observe(self, num_ended: int = 0) -> None:
-        """Record the number in flight after a change: `num_ended` sequences have left their places in the batch."""
+        """Record the new number in flight, after `num_ended` sequences have left their places in the batch."""
         self._rate.observe(self._clock(), self._in_flight.num, num_ended)
 
     async def _watch(self) -> None:

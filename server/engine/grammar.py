@@ -242,8 +242,8 @@ def _is_nested(part: object) -> bool:
 def names_schema(ref: str) -> bool:
     """Return whether `nodes` would visit the target of this `$ref`, if it exists.
 
-    `nodes` doesn't visit the values of `_VALUES`, and doesn't yield the maps of `_MAPS`. The answer depends only on
-    the keys of the pointer, whichever schema the pointer starts in. Anchors only exist in schemas.
+    `nodes` doesn't visit the values of `_VALUES`, and doesn't yield the maps of `_MAPS`. The result depends only
+    on the keys of the pointer, whichever schema the pointer starts in. Anchors only exist in schemas.
     """
     is_map = False
     for key in unquote(ref.partition("#")[2]).split("/")[1:]:

@@ -12,10 +12,10 @@ the prompts with the shortest remainders. So a short prompt doesn't wait for a l
 
 Projects: engine time is shared equally (`shares`). A project that has had more than its share sits out steps.
 Waiting projects take turns, and so do the adapter sets of each (`waiting`). Projects with the fewest running
-sequences come first. If a waiting set lacks a place, blocks or rank rows, and another project has more of what the set
-lacks, the youngest sequences of that project are preempted until there is room. A project's last sequence is
-preempted only for a project with nothing running, and only if the latter's engine time is behind by `shares.SLACK`.
-A preempted sequence isn't preempted for another project again before it has made progress.
+sequences come first. If a waiting set lacks a place, blocks or rank rows, and another project has more of what the
+set lacks, the youngest sequences of that project are preempted until there is room. A project's last sequence is
+preempted only for a project with nothing running, whose engine time is behind by `shares.SLACK`. A preempted
+sequence isn't preempted for another project again before it has made progress.
 
 Room: a set that has its turn but no room is passed over at most `max_bypass` times. Then nothing else is admitted
 before it, except sequences of projects with nothing running. It is tried again only after something was freed.
@@ -237,7 +237,7 @@ class Scheduler:
         return Counter(sequence.request.project for sequence in self.running)
 
     def _prefill_budget(self, num_decodes: int) -> int:
-        """Return the maximum number of prompt tokens in a step with `num_decodes` decodes, which wait for the step."""
+        """Return the maximum number of prompt tokens in a step that also computes `num_decodes` decodes."""
         room, most = self._prompt_room, self.limits.max_prefill_tokens
         if len(self._seen) > 1:
             most = min(most, self.limits.chunk_size if room is None else room.within(QUICK_STEP, num_decodes))
@@ -265,7 +265,8 @@ class Scheduler:
     def _victim_for_blocks(self) -> Sequence:
         """Return the youngest sequence of the project with the most blocks.
 
-        Projects with a single running sequence are spared if possible. The oldest sequence is never chosen while another one runs, so some sequence always makes progress.
+        Projects with a single running sequence are spared if possible. The oldest sequence is never chosen while
+        another one runs, so some sequence always makes progress.
         """
         num_running, num_blocks = self._num_running(), self._num_blocks()
         several = [project for project, num in num_running.items() if num > 1]

@@ -55,7 +55,8 @@ class CacheSizes:
 def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
     """Return the settings' cache sizes. The default is a share of the `free` bytes for each cache.
 
-    The default key/value cache fits between one full sequence, which takes `one` bytes, and all that run at once.
+    The default key/value cache has room for at least one full sequence, which takes `one` bytes, and at most for
+    as many as can run at once.
     """
     share = free // _SHARE
     return CacheSizes(
@@ -96,8 +97,8 @@ def gpu_share(settings: Settings, total: int) -> float:
 def step_bytes(base: ModelConfig, itemsize: int, limits: SchedulerLimits, max_model_len: int) -> int:
     """Return the maximum bytes of a step's tensors on a GPU, as if all were allocated at once.
 
-    They are a layer's keys and values of decodes, padded to the longest sequence, their attention scores, the
-    widest activations of all tokens, and logits.
+    The tensors are a layer's keys and values of decodes, padded to the longest sequence, with attention scores;
+    the attention bias of a prompt's chunk; the widest activations of all tokens; and logits.
     """
     rows, tokens = limits.max_num_seqs, limits.max_num_seqs + limits.max_prefill_tokens
     gathered = 2 * base.kv_size + 3 * base.num_heads  # per position, with scores, weights and a mask's copy
@@ -132,7 +133,7 @@ Say = Callable[[str], None]
 
 
 def base_directory(settings: Settings, say: Say) -> Path:
-    """Return the directory of the converted base. Converting it the first time is slow."""
+    """Return the directory of the converted base. The first call converts it, which is slow."""
     return resolve_base(settings.model, settings.home, settings.base_dir, say)
 
 
