@@ -17,7 +17,7 @@ class QueueRate:
     def __init__(self, num_places: int) -> None:
         self.num_places = num_places
         self._full_seconds = 0.0  # time in which all places were taken
-        self._since: float | None = None  # when all places became taken; None if a place is free
+        self._since: float | None = None  # the last `observe` if all places were taken then; else None
         self._num_ended = 0  # sequences that ended in `_full_seconds`
         self._ends = deque([(0.0, 0)])  # (`_full_seconds`, `_num_ended`) after each end, for two batches
 
@@ -71,7 +71,10 @@ class InFlight:
         self._num_projects_waiting = 0
 
     def has_room(self, project: str, num: int) -> bool:
-        """Return whether `num` more sequences of the project are accepted. Any are if none are in flight."""
+        """Return whether `num` more sequences of the project are accepted.
+
+        If none are in flight, any number is accepted.
+        """
         if not self.num or self.num + num <= self.max_num:
             return True
         own = self._projects.get(project, _Counts())

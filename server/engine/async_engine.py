@@ -37,7 +37,7 @@ _WAIT_ERROR = 1.25
 """The 99th percentile of actual wait / estimated wait, measured at five times the peak load."""
 _STATS_INTERVAL = 0.05  # seconds between snapshots while steps follow each other
 Put = Callable[[SequenceOutput | SmoloraError], None]
-"""A function that receives each output of a request, or an error that ends the request. It must be quick."""
+"""A quick function that receives each output of a request, or an error that ends the request."""
 
 
 class OutputStream:

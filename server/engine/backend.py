@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class PagedCache:
-    """Keys and values of every layer. Either tensor is (layers, num_blocks, block_size, kv_heads, head_dim).
+    """Keys and values of every layer. Each tensor is (layers, num_blocks, block_size, kv_heads, head_dim).
 
     The memory is zeroed, so padding is finite. On a CPU the operating system provides each page of memory when it
     is first written. With `by_block` the shape is (num_blocks, layers, ...). A block's numbers are then
@@ -106,7 +106,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
-        """Return the next token after each of these hidden states (rows, hidden), drawn as `rows` say."""
+        """Return the next token after each of these hidden states (rows, hidden). `rows` are sampling inputs."""
 
     @abstractmethod
     def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:

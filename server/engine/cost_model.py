@@ -1,9 +1,9 @@
 """Estimate from recent steps how much time an extra token adds to a step, and size prompts' chunks accordingly.
 
 `RowCosts` fits a line to steps' times over their numbers of extra tokens, which are drafted tokens or tokens of
-prompts. It fits a separate line for up to 1, 2, 4, 8, ... decoding sequences. Old steps lose weight. Without recent
-steps that show the cost, the estimate returns to the initial assumption, so that a cost that was too high is
-measured again.
+prompts. It fits a separate line for up to 1, 2, 4, 8, ... decoding sequences. Old steps lose weight. Without
+recent steps that show the cost, the estimate returns to the initial assumption, so that a cost that was too high
+is measured again.
 
 `PromptRoom` limits the prompt tokens of a step to a fixed share of its time, since decoding sequences wait for the
 whole step. A fixed number of tokens would take a different time on each machine and with each set of adapters.
@@ -27,10 +27,10 @@ _ASSUMED_STEP = 16  # prompt tokens that are assumed to take the time of a step 
 
 
 class RowCosts:
-    """The costs of extra tokens besides decoding sequences' own, as shares of the time of a step without them."""
+    """The cost of an extra token, as a share of the time of a step without extra tokens."""
 
     def __init__(self, max_num_seqs: int, assumed_step: int = 10) -> None:
-        """Assume at first that `assumed_step` extra tokens cost a step of one sequence.
+        """Assume at first that `assumed_step` extra tokens cost as much as a step of one sequence.
 
         Another decoding sequence is assumed to cost as much as an extra token.
         """

@@ -4,8 +4,8 @@
 forks a child, which compiles the grammar and tries it out. A limit on time or memory, or a stack overflow, only
 kills the child. The wall-clock limit doesn't apply to a child that hardly got to run on a busy machine. A child
 that takes longer than real grammars do is given a lower priority than serving. The process doesn't wait for a
-child to die, since that takes long at a low priority. The process ends when its standard input
-ends. `GrammarChecker` is the client of the process.
+child to die, since that takes long at a low priority. The process ends when its standard input ends.
+`GrammarChecker` is the client of the process.
 """
 
 import json

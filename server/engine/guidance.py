@@ -207,8 +207,8 @@ class Constraint:
         """Return the longest token of `allowed` if only its text can follow, or else None.
 
         It isn't enough that all allowed tokens begin the same text: after a shorter token the answer may end or
-        continue differently ("low" and "lower"). So check again after each of the
-        shortest tokens of the text.
+        continue differently ("low" and "lower"). So go along the text by the shortest tokens,
+        and check again after each.
         """
         splits = self._splits(allowed)
         if not splits:

@@ -27,7 +27,7 @@ from server.system.threads import step_back
 log = logging.getLogger(__name__)
 
 _SHARE = 0.1
-"""The budget as a share of the last step's time. Both are processor time of the engine's thread."""
+"""The budget as a share of the last step's time. These times are processor time of the engine's thread."""
 _LEAST_SECONDS = 1e-3
 """The minimum budget."""
 _BATCH = 4  # masks that the other thread computes at a time

@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. The API checks the bounds and always sets `seed`."""
+    """The parameters by which tokens are chosen. The API checks the bounds and always sets `seed`."""
 
     max_tokens: int = 64
     temperature: float = 0.7  # 0: greedy
@@ -127,7 +127,7 @@ class SequenceOutput:
     num_cached_tokens: int
     logprobs: tuple[SampledLogprob, ...] = ()
     scores: tuple[float, ...] = ()
-    """Log-probabilities (nats) of the scored tokens, if the request has `scored_from`."""
+    """Log-probabilities (nats) of the scored tokens. A request with `scored_from` ends with "length"."""
     finish_reason: FinishReason | None = None
     error: SmoloraError | None = None  # the reason for an "abort"
     timing: Timing | None = None

@@ -329,7 +329,7 @@ def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 def _together(arrays: Seq[NDArray[np.bool_]], device: torch.device) -> Seq[torch.Tensor]:
-    """Return the arrays, which have one shape, as tensors on the device. Copy all of them at once."""
+    """Return the arrays, which have one shape, as tensors on the device. Make one copy for all."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return to_device(torch.from_numpy(np.stack(arrays)), device).unbind()

@@ -43,7 +43,7 @@ QUICK_STEP = 0.04
 """Seconds that a step with prompts may take while several projects send requests."""
 _COMPANY_SECONDS = 60.0  # a project counts as sending requests for this long after its last one
 _MAX_ROW_SHARE = 0.75
-"""A project that holds more than this share of the rank rows gives way to any other project that needs rows."""
+"""A project that holds more than this share of the rank rows may lose some to any project that needs rows."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Verdict(Enum):
     """The result of an attempt to admit a waiting sequence."""
 
     ADMITTED = "admitted"
-    WAITS = "waits"  # for a load, a mask, or blocks that another sequence computes; no wait needs freed room
+    WAITS = "waits"  # for a load, a mask, or blocks that another sequence computes; ends by itself
     NO_ROOM = "no room"  # for its adapters or its blocks; other sequences must free some
     FAILED = "failed"
 
@@ -208,7 +208,8 @@ class Scheduler:
     def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
         """Share the budget among prompts, and return the end of each chunk.
 
-        The oldest prompt gets at least half. The others get the rest, in the order of the module's docstring.
+        The oldest prompt gets at least half. The others get the rest, in order of their projects' engine
+        time and their remainders.
         """
         if not prompts:
             return {}
@@ -437,7 +438,7 @@ class Scheduler:
         return victims
 
     def _row_share(self, project: str, *more: AdapterHold) -> float:
-        """Return the share of the rows for `more` and the holds of a project's running and waiting sequences."""
+        """Return the share of the rows that a project's running and waiting sequences, and `more` holds, take."""
         running = [sequence for sequence in self.running if sequence.request.project == project]
         holders = [*running, *self._waiting_with_rows(project)]
         return self._adapters.share([*(s.hold for s in holders if s.hold is not None), *more])

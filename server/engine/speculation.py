@@ -46,8 +46,8 @@ class PromptLookup:
     def guess(self, token_ids: Seq[int], max_tokens: int) -> Guess | None:
         """Guess the next `max_tokens` tokens (at least one) of the sequence, which so far has `token_ids`.
 
-        Find the longest match, up to `MAX_MATCH` tokens, of the last tokens with earlier ones. If several matches
-        have this length, use the latest. Return None if there is no match.
+        Look for the longest suffix of `MIN_MATCH` to `MAX_MATCH` tokens that also occurs earlier. If it occurs
+        several times, use the latest occurrence. Return None if there is none.
         """
         packed = self._packed
         packed += array("i", token_ids[len(packed) // _SIZE :]).tobytes()

@@ -22,7 +22,7 @@ from server.config import Limits
 from server.system.messages import plural
 
 _UNSENT_BYTES = 128 << 10
-"""Maximum unsent bytes of an answer in the kernel, which else buffers megabytes for a reader that has stopped."""
+"""Maximum unsent bytes of an answer in the kernel. By default it buffers megabytes for a reader that stops."""
 _READ_BYTES = 64 << 10
 """Maximum bytes read from a connection at once. With asyncio's 256 KiB, 400 uploads delay all other requests."""
 _OTHER_FILES = 512
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
         self._mark()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer invalid HTTP with a problem, unless an answer has begun, and close the connection."""
+        """Answer invalid HTTP with an RFC 9457 problem, unless an answer has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             own_id = uuid.uuid4().hex
             log.warning("not HTTP: request=%s client=%s", own_id, self.client[0] if self.client else "-")
@@ -139,7 +139,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
-        """Return False: answer offers of HTTP/2 and requests for a WebSocket in HTTP/1.1, without a warning."""
+        """Return False, so that offers of HTTP/2 and of WebSockets are answered in HTTP/1.1 without a warning."""
         return False
 
     @property

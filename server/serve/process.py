@@ -1,8 +1,8 @@
 """Serve the app with uvicorn in this process, from the first connection to a clean exit.
 
 SIGTERM, SIGINT or SIGHUP drains the server: /ready answers 503, and new requests are refused. Running and waiting
-requests have DRAIN_SECONDS to finish, and then fail. The exit code is 0. After a second signal the process
-exits within HURRY_SECONDS, with code 1. Training workers start when everything is ready, and are asked to release
+requests fail unless they finish within DRAIN_SECONDS. The exit code is 0. After a second signal the process exits
+within HURRY_SECONDS, with code 1. Training workers start when everything is ready, and are asked to release
 their jobs when draining begins. If the engine is dead, /ready reports this for a moment, and the exit code is 1.
 The process doesn't wait for an engine's thread that hangs.
 """

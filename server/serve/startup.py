@@ -81,7 +81,7 @@ Connect = Callable[[BaseModel, AdapterStore], EngineClient]
 def build(
     settings: Settings, say: Say, watchdog: Watchdog | None = None, connect: Connect | None = None
 ) -> Services:
-    """Return the services, with an engine that isn't started. With `connect` it is the client that it returns.
+    """Return the services. Their engine isn't started. If `connect` is given, the engine is its result.
 
     `say` is called before each slow operation.
     """
