@@ -34,7 +34,7 @@ NUM_READERS = 8
 
 
 class Extents:
-    """An allocator of runs [start, start + length) below `capacity`. It uses the first gap that is long enough."""
+    """An allocator of integer ranges [start, start + length) below `capacity`, called runs, by first fit."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -134,7 +134,7 @@ class Reads:
         return reading
 
     def leave(self, digest: str, reading: Future[Stored]) -> None:
-        """Keep a read that no request waits for any more for the next `begin`. If it hasn't begun, cancel it."""
+        """Give back a read that no request waits for. Cancel it if it hasn't begun, else keep it for `begin`."""
         self._forget_ended()
         if not (reading.cancel() or reading.done()):
             self._left[digest] = reading

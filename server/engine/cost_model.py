@@ -88,7 +88,7 @@ class _Line:
 
 
 class PromptRoom:
-    """The number of prompt tokens that a step should compute. It learns from every step."""
+    """An estimate of how many prompt tokens a step should compute. It learns from every step."""
 
     def __init__(self, max_num_seqs: int, share: float) -> None:
         """Let prompts take up to `share` of a step's time while sequences decode."""

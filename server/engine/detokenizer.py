@@ -37,7 +37,7 @@ class TokenBytes:
         return self.bytes_of(token_id).decode(errors="replace")
 
     def describe(self, token_id: int, logprobs: Logprobs) -> SampledLogprob:
-        """Return log-probabilities with the text and bytes of their tokens."""
+        """Return the log-probabilities with the text and bytes of each token."""
         likeliest = (self._describe(other, logprob) for other, logprob in logprobs.top)
         return SampledLogprob(self._describe(token_id, logprobs.chosen), tuple(likeliest))
 

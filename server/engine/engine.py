@@ -37,7 +37,7 @@ _STEP_FAILED = "the engine failed in a step of this request; try it again"
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The engine's limits. Bytes are device memory."""
+    """The engine's limits. Sizes in bytes are of device memory."""
 
     max_model_len: int  # tokens of a prompt and its answer together
     kv_cache_bytes: int
@@ -240,7 +240,7 @@ class Engine:
         self.blocks.mark_computed(sequence)
 
     def _take(self, drawn: Drawn, outputs: list[SequenceOutput]) -> None:
-        """Append the drawn tokens to their sequence until one ends it."""
+        """Append the drawn tokens to their sequence until a token ends the sequence."""
         sequence = drawn.chunk.sequence
         if sequence not in self._streams:  # it failed after the step
             return

@@ -74,7 +74,7 @@ _ALLOWED = bytes([200])  # llguidance's masks have this byte for an allowed toke
 
 
 class GrammarRefused(Exception):
-    """The grammar isn't supported. The message is for its author."""
+    """The grammar isn't supported. The message is for the grammar's author."""
 
 
 def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:

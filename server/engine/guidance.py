@@ -93,7 +93,10 @@ class Constraint:
 
     @property
     def awaits_mask(self) -> bool:
-        """Whether another thread computes masks of this grammar. Use nothing else of the constraint meanwhile."""
+        """Whether another thread computes masks of this grammar.
+
+        While it does, don't use anything else of the constraint.
+        """
         return self.compiled.num_pending > 0
 
     @property

@@ -61,7 +61,7 @@ class BlockManager:
         return False
 
     def admit(self, sequence: Sequence, *, num_spare_blocks: int) -> bool:
-        """Assign the cached blocks of its prefix to a sequence, if blocks for the rest of its tokens are free.
+        """Assign a sequence the cached blocks of its prefix, if blocks for the rest of its tokens are free.
 
         Return whether they are. `num_spare_blocks` more blocks must be free. Set `block_table` and
         `num_computed_tokens`. At least one token is always left to compute.

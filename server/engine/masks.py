@@ -36,7 +36,7 @@ _FADE = 0.9
 
 
 class Masks:
-    """The computation of masks on the two threads. Only the engine's thread may call the methods."""
+    """The computation of masks on two threads. Only the engine's thread may call the methods."""
 
     def __init__(self, vocab_size: int, wake: Callable[[], None]) -> None:
         """`wake` is called on the other thread when all requested masks of a grammar are ready."""

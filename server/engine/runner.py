@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
     def agreed(self) -> Seq[Sampled]:
         """Return the tokens that steps without drafts would have drawn: the draft's correct part, and one more.
 
-        If a token after a correct draft couldn't be drawn, it is left to the next step, which reports why.
+        If a token after a correct draft couldn't be drawn, this token is left to the next step, which reports why.
         """
         for num, guess in enumerate(self.chunk.draft, 1):
             if self.tokens[num - 1].token_id != guess or self.tokens[num].token_id is None:

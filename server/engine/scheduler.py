@@ -230,7 +230,7 @@ class Scheduler:
 
     @staticmethod
     def _remainder(sequence: Sequence) -> int:
-        """Return how many known tokens of a sequence are still to be computed."""
+        """Return how many of a sequence's tokens are still to be computed."""
         return sequence.num_tokens - sequence.num_computed_tokens
 
     def _num_running(self) -> Counter[str]:
@@ -255,7 +255,10 @@ class Scheduler:
         return min((sequence.num_computed_tokens // size + 1) * size, sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Reserve blocks up to `num_tokens`, preempting sequences. Return False if it had to preempt this one."""
+        """Reserve blocks for `num_tokens` tokens, if necessary by preempting sequences.
+
+        Return False if `sequence` itself was preempted.
+        """
         while not self.blocks.reserve(sequence, num_tokens):
             victim = self._victim_for_blocks()
             self._preempt(victim)
@@ -277,7 +280,7 @@ class Scheduler:
         return next(s for s in reversed(self.running) if s.request.project == most)
 
     def _num_blocks(self) -> Counter[str]:
-        """Count the blocks in use by project; a block that two sequences share counts for each."""
+        """Count the blocks in use by project. A block that two sequences share counts twice."""
         num: Counter[str] = Counter()
         for sequence in self.running:
             num[sequence.request.project] += len(sequence.block_table)
@@ -396,10 +399,10 @@ class Scheduler:
     ) -> list[Sequence]:
         """Return the sequences to preempt so that a waiting sequence gets what it `lacks`.
 
-        They are the youngest ones of the other project that has the most of it, or waiting ones that hold rows.
-        Return none if the waiting sequence still couldn't begin. Return none, too, if its project would then have
-        at least as much as the other has now, unless nothing of its project runs and its engine time is behind by
-        the slack.
+        They are the youngest sequences of the other project that has the most of this resource. Waiting sequences
+        of that project come first if they hold rows. Return none if the waiting sequence still couldn't begin.
+        Return none, too, if its project would then have at least as much as the other has now, unless nothing of
+        its project runs and its engine time is behind by the slack.
         """
         project = sequence.request.project
         others = [other for other in num_running if other != project]

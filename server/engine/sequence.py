@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class TokenCounts:
-    """The distinct tokens of one sequence and their counts, for penalties. `of` only counts new tokens."""
+    """The distinct tokens of one sequence and their counts, for penalties. Each call counts only new tokens."""
 
     def __init__(self, token_ids: Seq[int], num_prompt_tokens: int) -> None:
         """`token_ids` are a prompt and its answer so far. Tokens may be appended to the list at any time."""

@@ -36,7 +36,7 @@ class ProjectShares:
         self._resting.discard(project)
 
     def used(self, project: str) -> float:
-        """Return the clock of a project that has something running or has entered."""
+        """Return the clock of a project that has running sequences or for which `enter` was called."""
         return self._used[project]
 
     def lead(self, project: str, other: str) -> float:

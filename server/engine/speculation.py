@@ -78,7 +78,7 @@ class Acceptance:
         self._seen = [_PRIOR_WEIGHT] * len(_PRIOR)
 
     def chances(self, match: int, num_tokens: int) -> Iterator[float]:
-        """Yield the probabilities that the first guessed token is drawn, that the first two are, and so on."""
+        """Yield for 1 to `num_tokens` the probability that this many guessed tokens are drawn."""
         chance = 1.0
         for i in range(num_tokens):
             place = _place(match + i)
@@ -98,7 +98,7 @@ def _place(match: int) -> int:
 
 @dataclass(frozen=True)
 class _Weighed:
-    """Guessed tokens, with the probabilities that the first is drawn, that the first two are, and so on."""
+    """Guessed tokens. `chances[i]` is the probability that the first i + 1 of them are drawn."""
 
     token_ids: Seq[int]
     chances: Seq[float]
@@ -200,8 +200,8 @@ class Speculator:
 def draft_sizes(num_decoding: int, chances: Seq[Seq[float]], cost: float, max_tokens: int) -> list[int]:
     """Return how many tokens of each guess to draft for the highest total throughput.
 
-    `chances` are each guess's probabilities that its first token is correct, its first two are, and so on. `cost`
-    is the time that a drafted token adds to a step, as a share of the step's time. `max_tokens` limits the sum of
+    `chances[i][j]` is the probability that the first j + 1 tokens of guess i are correct. `cost` is the time that
+    a drafted token adds to a step, as a share of the time of a step without drafts. `max_tokens` limits the sum of
     the numbers returned.
     """
     sizes = [0] * len(chances)

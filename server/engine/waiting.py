@@ -116,7 +116,7 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Remove the first sequence of a set. The set and its project then have their next turns last."""
+        """Remove the first sequence of a set. The next turns of the set and its project then come last."""
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)
@@ -167,7 +167,7 @@ class Turn:
         return None
 
     def take_first(self) -> None:
-        """Remove the set's first sequence, which is admitted. Other projects and other sets come next."""
+        """Remove the set's first sequence, which has been admitted. Other projects and other sets come next."""
         queue = self._pop()
         self._queues.take_first(queue)
         if queue.sequences:

@@ -53,7 +53,7 @@ class CacheSizes:
 
 
 def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
-    """Return the settings' cache sizes. The default is a share of the `free` bytes for each cache.
+    """Return the cache sizes that the settings give, or by default a share of the `free` bytes for each cache.
 
     The default key/value cache has room for at least one full sequence, which takes `one` bytes, and at most for
     as many as can run at once.
@@ -66,7 +66,7 @@ def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
 
 
 def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -> CacheSizes:
-    """Return the settings' cache sizes. The defaults are two thirds and one third of a GPU's remaining memory.
+    """Return the cache sizes that the settings give, by default 2/3 and 1/3 of a GPU's remaining memory.
 
     The remaining memory is the `free` bytes without training's share of the `total`, the `step` bytes for a step's
     tensors, and the overhead of processes. The limits of `cpu_caches` apply. Raise StartupError if too little is
@@ -138,7 +138,7 @@ def base_directory(settings: Settings, say: Say) -> Path:
 
 
 def guidance_of(base: BaseModel) -> Guidance:
-    """Return a cache of grammars over the base's tokens."""
+    """Return a cache of grammars for the base's tokenizer."""
     return Guidance(tokenizer_json(base.tokenizer), base.config.vocab_size, tuple(base.config.eos_token_ids))
 
 
@@ -197,7 +197,7 @@ def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEn
 
 
 def max_model_len_of(settings: Settings, base: BaseModel) -> int:
-    """Return the length limit of a sequence, in tokens. Raise StartupError if the base's limit is lower."""
+    """Return the length limit of a sequence, in tokens. Raise StartupError if it exceeds the base's."""
     longest = base.config.max_position_embeddings
     if settings.max_model_len is None:
         return min(longest, DEFAULT_MAX_MODEL_LEN)

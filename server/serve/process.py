@@ -50,9 +50,9 @@ def run(
     trusted_proxies: Sequence[str],
     limits: Limits,
 ) -> int:
-    """Serve until a signal or the engine's death, and return the exit code. Call `announce` when all is ready.
+    """Serve until a signal or the engine's death, and return the exit code.
 
-    X-Forwarded-For and -Proto are accepted from `trusted_proxies`.
+    `announce` is called when the server is ready. X-Forwarded-For and -Proto are accepted from `trusted_proxies`.
     """
     limits = allow_files(limits)
     hurry = threading.Timer(HURRY_SECONDS, _leave, [1])
