@@ -51,7 +51,7 @@ class QueueFull(TryAgain):
 
 
 class RateLimited(TryAgain):
-    """A key or its project has used up its rate. `headers` have the limits and what remains."""
+    """A key or its project has used up its rate. The response `headers` show the limits and what remains."""
 
     def __init__(self, message: str, retry_after: float, headers: Mapping[str, str]) -> None:
         super().__init__(message, retry_after)
@@ -59,7 +59,7 @@ class RateLimited(TryAgain):
 
 
 class GenerationTimeout(Unavailable):
-    """A generation took longer than allowed, and was ended."""
+    """A generation took longer than allowed, and was aborted."""
 
     default_message = "this took longer than SMOLORA_REQUEST_TIMEOUT"
 
@@ -105,4 +105,4 @@ class Forbidden(SmoloraError):
 
 
 class StartupError(SmoloraError):
-    """The server can't start: a line that says why, and how to fix it."""
+    """The server can't start. The message is one line, which says why and how to fix it."""

@@ -28,13 +28,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Load = Callable[[str], Stored]
 Space = tuple[str, str]
-"""A group and "rows" or "units": one of the pool's tensors."""
+"""The key of one of the pool's tensors: a group, and "rows" or "units"."""
 NUM_READERS = 8
 """Threads that read adapters. A read from an object store can take most of a minute."""
 
 
 class Extents:
-    """An allocator of runs [start, start + length) of 0 … capacity - 1. It uses the first gap that fits."""
+    """An allocator of integer ranges [start, start + length) below `capacity`, called runs, by first fit."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -70,7 +70,7 @@ class Extents:
         self.num_free = sum(gap for _, gap in self._free)
 
     def reset(self, taken: Iterable[tuple[int, int]]) -> None:
-        """Make exactly these runs (start, length) allocated. They are in order and don't overlap."""
+        """Make exactly these runs (start, length) allocated. The runs must be sorted and not overlap."""
         self._free, end = [], 0
         for start, length in (*taken, (self.capacity, 0)):
             if start > end:
@@ -80,7 +80,7 @@ class Extents:
 
 
 def started(num_threads: int, name: str) -> ThreadPoolExecutor:
-    """Return an executor whose threads have all started, since the system may have no threads left later.
+    """Return an executor whose threads have all started. Later the system may have no threads left.
 
     Raise RuntimeError if a thread can't start.
     """
@@ -126,7 +126,7 @@ class Reads:
         self._left: dict[str, Future[Stored]] = {}  # reads in progress that no request waits for
 
     def begin(self, digest: str) -> Future[Stored]:
-        """Return a read in progress that was left, or begin one."""
+        """Return a read of the adapter: one in progress that no request waits for, or a new one."""
         self._forget_ended()
         reading = self._left.pop(digest, None)
         if reading is None:
@@ -134,7 +134,7 @@ class Reads:
         return reading
 
     def leave(self, digest: str, reading: Future[Stored]) -> None:
-        """Leave a read that no request waits for any more. If it hasn't begun, cancel it."""
+        """Give back a read that no request waits for. Cancel it if it hasn't begun, else keep it for `begin`."""
         self._forget_ended()
         if not (reading.cancel() or reading.done()):
             self._left[digest] = reading
@@ -145,9 +145,9 @@ class Reads:
 
 @dataclass(eq=False)
 class Adapter:
-    """An adapter that is resident or being loaded. It has rows exactly while `placement` is set.
+    """An adapter that is resident or being loaded. It has rows if and only if `placement` is set.
 
-    The pool keeps it while a hold wants it, and then while its rows aren't needed for other adapters.
+    The pool keeps it while a hold wants it, and afterwards until its rows are needed for other adapters.
     """
 
     digest: str
@@ -165,7 +165,7 @@ class Adapter:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it can be evicted."""
+        """Whether the adapter can be evicted."""
         return not self.num_holds and self.placing is not None and self.placing.done()
 
     @property
@@ -175,14 +175,14 @@ class Adapter:
         return None if work.done() else work
 
     def start(self, space: Space) -> int:
-        """Return the start of its run in a space. It must have one there."""
+        """Return the start of the adapter's run in a space. The adapter must have a run in this space."""
         group, kind = space
         assert self.placement is not None
         run = self.placement[group]
         return run.first_row if kind == "rows" else run.first_unit
 
     def move(self, space: Space, start: int) -> None:
-        """Set the new start of its run in a space."""
+        """Set the new start of the adapter's run in a space."""
         group, kind = space
         assert self.placement is not None
         run = self.placement[group]
@@ -191,7 +191,7 @@ class Adapter:
 
     @property
     def failure(self) -> SmoloraError | None:
-        """The error if it could not be placed."""
+        """The error if the adapter could not be placed, or None."""
         reason = self.placing.exception() if self.placing is not None and self.placing.done() else None
         if isinstance(reason, SmoloraError):
             return reason
@@ -202,7 +202,7 @@ class Adapter:
 
 @dataclass(eq=False)
 class AdapterHold:
-    """A hold on all adapters of one sequence. Before `is_held`, `adapters` are only being read."""
+    """A hold on all adapters of one sequence. Until `is_held` is set, `adapters` are only being read."""
 
     pool: "AdapterPool" = field(repr=False)
     refs: tuple[AdapterRef, ...]
@@ -213,7 +213,7 @@ class AdapterHold:
     loading: tuple[float, float] | None = None  # when the wait for cold adapters began and ended
     _cold_since: float | None = field(default=None, repr=False)
     _parts: Parts | None = field(default=None, repr=False)
-    _num_moves: int = 0  # the pool's, when `_parts` was made
+    _num_moves: int = 0  # the pool's `num_moves` when `_parts` was made
     _hurry_seconds: float = 0.02  # total time that `hurry` may wait: less than a step of a full batch
 
     @property
@@ -265,7 +265,7 @@ class AdapterHold:
 
 
 class AdapterPool:
-    """The resident adapters of one engine. Other threads call `wake` when a load has progressed."""
+    """The resident adapters of one engine. `wake` is called from other threads when a load has progressed."""
 
     def __init__(
         self,
@@ -336,13 +336,13 @@ class AdapterPool:
         return max(_size(adapters, space) / max(extents.capacity, 1) for space, extents in self._spaces.items())
 
     def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
-        """Return whether a hold that lacks room would have it if the holds in `without` were released."""
+        """Return whether a hold that lacks room would have room if the holds in `without` were released."""
         adapters = self._of([hold])
         num_released = Counter(ref.digest for other in without for ref in other.refs)
         released = [a for a in self._of(without) if num_released[a.digest] == a.num_holds and a not in adapters]
         missing = [adapter for adapter in adapters if adapter.placement is None]
         if len(adapters) < len(hold.refs) or any(adapter.stored is None for adapter in missing):
-            return False  # one is being read again
+            return False  # an adapter is being read again
         spare = released + [a for a in self._adapters.values() if a.is_idle and a not in adapters]
         return self._is_room_for(missing, spare)
 
@@ -358,7 +358,8 @@ class AdapterPool:
     def advance(self, hold: AdapterHold) -> bool:
         """Continue loading a hold's adapters without waiting, and return whether the hold is ready.
 
-        Set the hold's `error` if it can never be: an adapter can't be read, or the set is larger than the pool.
+        Set the hold's `error` if it can never become ready: an adapter can't be loaded, or the adapters
+        together are larger than the pool.
         """
         if hold.is_held:
             hold.error = next(filter(None, (adapter.failure for adapter in hold.adapters)), None)
@@ -382,7 +383,7 @@ class AdapterPool:
         return hold.ready
 
     def release(self, hold: AdapterHold) -> None:
-        """Release a hold. Its adapters stay resident until their rows are needed."""
+        """Release a hold. Its adapters stay resident until their rows are needed for others."""
         for adapter in hold.adapters:
             adapter.num_wanting -= 1
             if hold.is_held:
@@ -436,7 +437,7 @@ class AdapterPool:
         return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
 
     def _has_room(self, adapters: Sequence[Adapter]) -> bool:
-        """Return whether the adapters would have rows if all idle adapters were evicted."""
+        """Return whether the adapters could get rows if all other idle adapters were evicted."""
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [adapter for adapter in self._adapters.values() if adapter.is_idle and adapter not in adapters]
         return self._is_room_for(missing, idle)
@@ -448,10 +449,11 @@ class AdapterPool:
         )
 
     def _take_rows(self, adapters: Sequence[Adapter]) -> bool:
-        """Place all adapters that have no rows, or none. Evicts idle adapters, the least recently used first.
+        """Give rows to all adapters that have none, and return True, or give rows to none and return False.
 
-        Adapters that a waiting hold wants are evicted last, since they would have to be read again. Return False
-        if an adapter that is being filled separates the free rows. It is tried again soon.
+        Evict idle adapters for this, the least recently used first. Adapters that a waiting hold wants are evicted
+        last, since they would have to be read again. It fails only if an adapter whose rows are being filled
+        separates the free rows. The next `advance` tries again.
         """
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]

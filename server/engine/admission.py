@@ -1,7 +1,7 @@
-"""Decide whether the engine accepts more sequences, and estimate how long they would wait for a place.
+"""Decide whether the engine accepts more sequences, and estimate how long they would wait to begin.
 
 `InFlight` counts the sequences of each project. `QueueRate` measures how fast sequences end while all places in
-the batch are taken. Both are plain arithmetic, whose time doesn't depend on the number of sequences.
+the batch are taken. Their methods are plain arithmetic, whose time doesn't depend on the number of sequences.
 """
 
 from collections import deque
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 class QueueRate:
     """The rate at which sequences end while all `num_places` places are taken.
 
-    Other times don't count, since the answers of an idle server don't show its throughput.
+    Times at which a place is free don't count, since they don't show the server's throughput.
     """
 
     def __init__(self, num_places: int) -> None:
         self.num_places = num_places
         self._full_seconds = 0.0  # time in which all places were taken
-        self._since: float | None = None  # when the current such time began; None if a place is free
+        self._since: float | None = None  # the last `observe` if all places were taken then; else None
         self._num_ended = 0  # sequences that ended in `_full_seconds`
-        self._ends = deque([(0.0, 0)])  # (`_full_seconds`, `_num_ended`) at each end, for about two batches
+        self._ends = deque([(0.0, 0)])  # (`_full_seconds`, `_num_ended`) after each end, for two batches
 
     def observe(self, now: float, num_in_flight: int, num_ended: int = 0) -> None:
-        """Record the number in flight at `now` (seconds), after `num_ended` sequences have left their places.
+        """Record how many sequences are in flight at `now` (seconds), after `num_ended` have left their places.
 
-        Call it after each change of the number.
+        Call this after each change of the number in flight.
         """
         if self._since is not None:
             self._full_seconds += now - self._since
@@ -71,7 +71,10 @@ class InFlight:
         self._num_projects_waiting = 0
 
     def has_room(self, project: str, num: int) -> bool:
-        """Return whether `num` more sequences of the project are accepted: any number if none are in flight."""
+        """Return whether `num` more sequences of the project are accepted.
+
+        If none are in flight, any number is accepted.
+        """
         if not self.num or self.num + num <= self.max_num:
             return True
         own = self._projects.get(project, _Counts())
@@ -92,10 +95,11 @@ class InFlight:
         self._change(project, -num, -num_begun)
 
     def num_ahead(self, project: str) -> int:
-        """Return how many sequences will end before another one of the project gets a place.
+        """Return how many sequences will end before one more sequence of the project gets a place.
 
-        The scheduler gives a project its equal share of the places by preempting projects that have more. So its
-        first sequences wait only if there are more projects than places. The others wait for their turns.
+        The scheduler gives a project its equal share of the places by preempting projects that have more. So the
+        project's first sequences wait only if there are more projects than places. Its other sequences wait for
+        the project's turns.
         """
         num_before = self.num + 1 - self.num_places  # if all others came first
         if num_before <= 0:

@@ -1,8 +1,8 @@
 """Run the engine on its own thread, behind an event loop that sends it requests and receives outputs.
 
 The thread and the loop share an inbox, protected by a condition, and snapshots that are replaced as a whole. The
-rest of the engine belongs to the thread. It passes outputs to the loop once a step. The loop watches the thread.
-If it has died or hangs, all requests in flight fail, and the engine is dead.
+rest of the engine belongs to the thread. The thread passes outputs to the loop once a step. The loop watches the
+thread. If the thread has died or hangs, all requests in flight fail, and the engine is dead.
 """
 
 import asyncio
@@ -24,7 +24,8 @@ from server.errors import Draining, EngineDead, GenerationFailed, NotReady, Queu
 
 log = logging.getLogger(__name__)
 MAX_UNREAD = 1 << 18
-"""Tokens, with the likeliest tokens of their log-probabilities, that a stream buffers: about 30 MB."""
+"""Maximum number of tokens that a stream buffers, about 30 MB. The likeliest tokens in log-probabilities count,
+too."""
 LEAST_SECONDS = 30.0
 """A step counts as hung only after this time."""
 FACTOR = 20.0
@@ -36,14 +37,14 @@ _WAIT_ERROR = 1.25
 """The 99th percentile of actual wait / estimated wait, measured at five times the peak load."""
 _STATS_INTERVAL = 0.05  # seconds between snapshots while steps follow each other
 Put = Callable[[SequenceOutput | SmoloraError], None]
-"""A function that receives each output of a request, or an error that ends all of it. It must be quick."""
+"""A quick function that receives each output of a request, or an error that ends the request."""
 
 
 class OutputStream:
     """The outputs of one request, until all its choices have ended. `aclose` aborts the unfinished choices."""
 
     def __init__(self, num_choices: int, abandon: Callable[[], None]) -> None:
-        """`abandon` is called when the reader has stopped, possibly after the end or twice."""
+        """`abandon` is called when the reader has stopped. It may be called after the end, or more than once."""
         self._num_unfinished = num_choices  # choices whose end the reader hasn't received
         self._abandon = abandon
         self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
@@ -94,7 +95,7 @@ def _size(output: SequenceOutput) -> int:
 
 
 class Watchdog:
-    """A detector of steps that hang. Call `look` every fraction of a second.
+    """A detector of steps that hang. Call `look` several times a second.
 
     The age of a step is the sum of the times between looks, each of which counts up to `_LONGEST_PAUSE`. So the
     time for which the whole process is stopped (SIGSTOP, a suspended machine, a debugger) doesn't count.
@@ -150,7 +151,7 @@ class AsyncEngine:
         watch_seconds: float = _WATCH_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Build the engine with `build(wake)`. It calls `wake` from any thread when it may have work.
+        """Build the engine with `build(wake)`. The engine calls `wake` from any thread when it may have work.
 
         `check_queue` refuses requests that would wait for a place longer than `queue_timeout` seconds.
         """
@@ -183,17 +184,17 @@ class AsyncEngine:
 
     @property
     def draining(self) -> bool:
-        """Whether it refuses new requests, because the process is about to end."""
+        """Whether the engine refuses new requests, because the process is about to end."""
         return self._is_draining
 
     @property
     def dead(self) -> bool:
-        """Whether the engine can't go on, so that the process should end."""
+        """Whether the engine can't continue, so that the process should end."""
         return self._is_dead
 
     @property
     def hung(self) -> bool:
-        """Whether it is dead because a step hangs. Don't wait for its thread then."""
+        """Whether the engine is dead because a step hangs. If so, don't wait for its thread."""
         return self._is_hung
 
     @property
@@ -230,7 +231,7 @@ class AsyncEngine:
         self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Fail all requests, and end the thread unless it hangs."""
+        """Fail all requests, and end the engine's thread unless a step hangs."""
         with self._news:
             self._is_stopping = True
             self._news.notify()
@@ -249,7 +250,8 @@ class AsyncEngine:
     def check_queue(self, num_sequences: int, project: str = "") -> None:
         """Raise QueueFull if `num_sequences` of a project would be refused now or would wait for too long.
 
-        Also raise Draining, NotReady and EngineDead. Call this before the work of preparing a request.
+        Raise Draining, NotReady or EngineDead if the engine is in that state. Call this before the slow work of
+        preparing a request.
         """
         self._check_room(num_sequences, project)
         wait = _WAIT_ERROR * self._rate.wait(self._clock(), self._in_flight.num_ahead(project))
@@ -273,7 +275,7 @@ class AsyncEngine:
         self._send(request)
 
     def abandon(self, request_id: str) -> None:
-        """Abort a request at the next step, without further outputs. A no-op if it has ended."""
+        """Abort a request at the next step, without further outputs. A no-op if the request has ended."""
         if request_id in self._taken:
             self._forget(request_id)
             self._send(request_id)
@@ -289,7 +291,7 @@ class AsyncEngine:
             raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)")
 
     def _observe(self, num_ended: int = 0) -> None:
-        """Record a new number in flight, after `num_ended` sequences have left their places in the batch."""
+        """Record the new number in flight, after `num_ended` sequences have left their places in the batch."""
         self._rate.observe(self._clock(), self._in_flight.num, num_ended)
 
     async def _watch(self) -> None:
@@ -323,7 +325,7 @@ class AsyncEngine:
                     self._forget(output.request_id)
 
     def _fail(self, request_id: str, error: SmoloraError) -> None:
-        """End a request with this error, unless it has ended."""
+        """End a request with this error, unless the request has ended already."""
         taken = self._taken.get(request_id)
         if taken is not None:
             self._forget(request_id)
@@ -399,7 +401,7 @@ class AsyncEngine:
                 self._take_message(message.request_id)  # abort the choices that were added
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Have the event loop call the function, unless the loop has ended."""
+        """Schedule a call of the function on the event loop, unless the loop is closed."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function)

@@ -1,7 +1,7 @@
-"""The interface of a backend, which computes a base model's forward pass, and what all backends share.
+"""The interface of backends, which compute a base model's forward pass, and the code that they share.
 
-`torch_backend` runs on any device and is the oracle of `native_backend`, which runs on CPUs. To support another
-kind of device, add one subclass of `Backend`.
+`torch_backend` runs on any device and is the test oracle of `native_backend`, which runs on CPUs. To support
+another kind of device, add one subclass of `Backend`.
 """
 
 import math
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class PagedCache:
-    """Keys and values of every layer: (layers, num_blocks, block_size, kv_heads, head_dim) each.
+    """Keys and values of every layer. Each tensor is (layers, num_blocks, block_size, kv_heads, head_dim).
 
-    The memory is zeroed, so padding is finite. A CPU's system provides each page when it is first written.
-    With `by_block` the shape is (num_blocks, layers, ...). A block's numbers are then contiguous, so its pages
-    contain little else.
+    The memory is zeroed, so padding is finite. On a CPU the operating system provides each page of memory when it
+    is first written. With `by_block` the shape is (num_blocks, layers, ...). A block's numbers are then
+    contiguous, so the pages of one block contain little of other blocks.
     """
 
     def __init__(
@@ -68,7 +68,10 @@ class Backend(ABC):
     def __init__(
         self, config: ModelConfig, row_format: RowFormat, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """`row_format`: how adapters are stored; `dtype`: of keys and values. Call `allocate` before a step."""
+        """`row_format` says how adapters are stored, and `dtype` is the type of keys and values.
+
+        Call `allocate` before the first step.
+        """
         self.config = config
         self.row_format = row_format
         self._dtype = dtype
@@ -99,19 +102,22 @@ class Backend(ABC):
 
     @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return fp32 logits (rows, vocab) for some rows of `hidden`."""
+        """Return the fp32 logits (rows, vocab) of these hidden states (rows, hidden)."""
 
     @abstractmethod
     def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
-        """Return the next token after each of some rows of `hidden`."""
+        """Return the next token after each of these hidden states (rows, hidden). `rows` are sampling inputs."""
 
     @abstractmethod
     def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
-        """Return the next token after every row of `hidden`: `hidden` and `sample` in one call."""
+        """Compute hidden states, and return the next token after each: `hidden` and `sample` in one call."""
 
 
 class StepAdapters(Generic[T]):
-    """The adapters of a step's tokens, built for the backend and kept while consecutive steps have the same."""
+    """The adapters of a step's tokens, in the form that the backend needs.
+
+    They are reused while consecutive steps have the same adapters.
+    """
 
     def __init__(self, build: Callable[[Seq[TokenRun]], T]) -> None:
         self._build = build
@@ -126,7 +132,7 @@ class StepAdapters(Generic[T]):
 
 
 def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:
-    """Return the runs of tokens that have adapters. Neighbours with the same adapters form one run."""
+    """Return the runs of tokens that have adapters. Neighbouring chunks with the same adapters form one run."""
     runs: list[TokenRun] = []
     start, key = 0, b""
     for chunk in chunks:

@@ -1,13 +1,13 @@
-"""Estimate from recent steps how much time an extra token adds to a step, and size prompts' chunks by that.
+"""Estimate from recent steps how much time an extra token adds to a step, and size prompts' chunks accordingly.
 
 `RowCosts` fits a line to steps' times over their numbers of extra tokens, which are drafted tokens or tokens of
-prompts. There is a line for each power of two of decoding sequences. Old steps lose weight. Without recent steps
-that show the cost, the estimate returns to the initial assumption, so that a cost that was too high is measured
-again.
+prompts. It fits a separate line for up to 1, 2, 4, 8, ... decoding sequences. Old steps lose weight. Without
+recent steps that show the cost, the estimate returns to the initial assumption, so that a cost that was too high
+is measured again.
 
 `PromptRoom` limits the prompt tokens of a step to a fixed share of its time, since decoding sequences wait for the
-whole step. A fixed number of tokens would take a different time on each machine and with other adapters. With a
-share of 0.6 long prompts take a fifth longer than with 0.71, and the longest pauses are a quarter shorter
+whole step. A fixed number of tokens would take a different time on each machine and with each set of adapters.
+With a share of 0.6 long prompts take a fifth longer than with 0.71, and the longest pauses are a quarter shorter
 (docs/performance.md).
 """
 
@@ -22,15 +22,15 @@ _OUTLIER = 2.0  # a step counts as at most this many times its expected time; an
 _LEAST = 0.01  # minimum cost of an extra token
 _LEAST_TOKENS = 16  # prompt tokens in a step; fewer are hardly quicker
 _ASSUMED_TOKEN = 0.001  # seconds for a prompt's token until a step of prompts alone was measured
-_RATIO_MEMORY = 0.8  # factor on the estimate of that time with each new step; the time grows with the context
+_RATIO_MEMORY = 0.8  # weight of the last estimate of that time at a new step; the time grows with the context
 _ASSUMED_STEP = 16  # prompt tokens that are assumed to take the time of a step of one sequence
 
 
 class RowCosts:
-    """The costs of extra tokens besides decoding sequences' own, as shares of the time of a step without any."""
+    """The cost of an extra token, as a share of the time of a step without extra tokens."""
 
     def __init__(self, max_num_seqs: int, assumed_step: int = 10) -> None:
-        """Assume at first that `assumed_step` extra tokens cost a step of one sequence.
+        """Assume at first that `assumed_step` extra tokens cost as much as a step of one sequence.
 
         Another decoding sequence is assumed to cost as much as an extra token.
         """
@@ -73,7 +73,7 @@ class _Line:
         self.xy = _MEMORY * self.xy + x * y
 
     def fit(self) -> tuple[float, float]:
-        """Return the seconds at x = 0, and the slope as a share of them.
+        """Return the seconds at x = 0, and the slope as a share of these seconds.
 
         The fit is by least squares, with the assumed slope as a prior.
         """
@@ -88,12 +88,12 @@ class _Line:
 
 
 class PromptRoom:
-    """The number of prompt tokens that a step should compute. It learns from every step."""
+    """An estimate of how many prompt tokens a step should compute. It learns from every step."""
 
     def __init__(self, max_num_seqs: int, share: float) -> None:
         """Let prompts take up to `share` of a step's time while sequences decode."""
         self._costs = RowCosts(max_num_seqs, _ASSUMED_STEP)
-        self._slower = share / (1 - share)  # time for prompts, relative to a step without any
+        self._slower = share / (1 - share)  # time for prompts, relative to a step without prompts
         self._token_seconds = _ASSUMED_TOKEN
 
     def with_decodes(self, num_decoding: int) -> int:

@@ -1,7 +1,7 @@
 """Convert tokens to text piece by piece, without partial characters or stop strings.
 
 `TokenBytes` maps token ids to bytes. It works for byte-level tokenizers, which all SmolLM models have.
-`TextStream` is the text of one sequence. It keeps back the bytes of an unfinished character, and text that may be
+`TextStream` is the text of one sequence. It holds back the bytes of an unfinished character, and text that may be
 the beginning of a stop string.
 """
 
@@ -12,10 +12,10 @@ from server.engine.request import Logprobs, SampledLogprob, TokenLogprob
 
 
 class TokenBytes:
-    """The bytes of each token of a byte-level vocabulary. Special tokens have none."""
+    """The bytes of each token of a byte-level vocabulary. Special tokens have no bytes."""
 
     def __init__(self, vocabulary: Mapping[str, int], added: Mapping[int, str], special: Sequence[int]) -> None:
-        """Take the tokenizer's `vocabulary` with token ids, its `added` plain-text tokens and `special` ids."""
+        """Take the tokenizer's `vocabulary` with token ids, its `added` tokens' texts, and `special` token ids."""
         decode = {character: byte for byte, character in _byte_characters().items()}
         self._bytes: dict[int, bytes] = {}
         for token, token_id in vocabulary.items():
@@ -27,7 +27,7 @@ class TokenBytes:
         self._described: dict[int, tuple[str, tuple[int, ...]]] = {}  # text and bytes by token id
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the bytes that the token adds to the text: none for a special or unknown token."""
+        """Return the bytes that the token adds to the text. A special or unknown token adds none."""
         return b"" if token_id in self._special else self._bytes.get(token_id, b"")
 
     def name_of(self, token_id: int) -> str:
@@ -37,7 +37,7 @@ class TokenBytes:
         return self.bytes_of(token_id).decode(errors="replace")
 
     def describe(self, token_id: int, logprobs: Logprobs) -> SampledLogprob:
-        """Return log-probabilities with the text and bytes of their tokens."""
+        """Return the log-probabilities with the text and bytes of each token."""
         likeliest = (self._describe(other, logprob) for other, logprob in logprobs.top)
         return SampledLogprob(self._describe(token_id, logprobs.chosen), tuple(likeliest))
 
@@ -59,7 +59,7 @@ class TextStream:
         self._pending = ""
 
     def push(self, token_id: int) -> str:
-        """Add a token, and return the new text: none after a stop string."""
+        """Add a token, and return the new text. It is empty once a stop string was found."""
         if self.stopped:
             return ""
         return self._decide(self._pending + self._decoder.decode(self._token_bytes.bytes_of(token_id)))

@@ -1,8 +1,9 @@
-"""The core loop of a step: schedule, run, postprocess.
+"""The core loop, which schedules, runs and postprocesses one step at a time.
 
-One thread owns an engine. `async_engine` connects it to others. The engine knows adapters by digest and reads them
-with an injected `load`. It knows tokens by id and converts them with an injected `TokenBytes`. A failed step ends
-the sequences in it. After several failures in a row the engine is dead (`is_dead`).
+One thread owns an engine. `async_engine` connects this thread to others. The engine identifies adapters by digest,
+and reads them with an injected `load`. It identifies tokens by id, and converts them to text with an injected
+`TokenBytes`. A failed step ends the sequences in the step. After several failures in a row the engine is dead
+(`is_dead`).
 """
 
 import logging
@@ -30,13 +31,13 @@ from server.errors import EngineDead, GenerationFailed, NotReady
 
 log = logging.getLogger(__name__)
 
-_MAX_FAILURES = 3  # steps that fail in a row
+_MAX_FAILURES = 3  # steps that fail in a row before the engine is dead
 _STEP_FAILED = "the engine failed in a step of this request; try it again"
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The engine's limits. Bytes are device memory."""
+    """The engine's limits. Sizes in bytes are of device memory."""
 
     max_model_len: int  # tokens of a prompt and its answer together
     kv_cache_bytes: int
@@ -61,8 +62,9 @@ class Engine:
     ) -> None:
         """Allocate the backend's memory, and start the threads that load adapters.
 
-        They read an adapter with `load(digest)`. Other threads call `wake` when a load has progressed or masks
-        that sequences wait for are ready. Requests with a grammar need `guidance` that has checked the grammar.
+        These threads read an adapter with `load(digest)`. Other threads call `wake` when a load has progressed,
+        and when masks that sequences wait for are ready. Requests with a grammar need a `guidance` that has
+        checked the grammar.
         """
         block_bytes = backend.bytes_per_block(config.block_size)
         num_blocks = config.kv_cache_bytes // block_bytes + 1  # one more for padding
@@ -103,7 +105,7 @@ class Engine:
 
     @property
     def is_dead(self) -> bool:
-        """Whether the engine can't go on, because several steps failed in a row."""
+        """Whether the engine can't continue, because several steps failed in a row."""
         return self.num_failures >= _MAX_FAILURES
 
     @property
@@ -160,12 +162,12 @@ class Engine:
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Remove the unfinished sequences of a request. They have no further outputs."""
+        """Remove the unfinished sequences of a request. They produce no further outputs."""
         for sequence in list(self._requests.get(request_id, ())):
             self._remove(sequence)
 
     def abort_all(self, error: SmoloraError) -> list[SequenceOutput]:
-        """End all sequences with this error."""
+        """End all sequences with this error, and return their last outputs."""
         return [self._fail(sequence, error) for sequence in list(self.scheduler.sequences())]
 
     def step(self) -> list[SequenceOutput]:
@@ -175,7 +177,7 @@ class Engine:
                 self._masks.prepare(self.scheduler.running)
             step = self.scheduler.schedule()
         except Exception as reason:
-            # Sequences that `schedule` had already failed were in the step that is lost.
+            # `schedule` has removed these failed sequences already, and its report of them is lost.
             lost = [s for s in self._streams if s.status is Status.FINISHED]
             culprit = self.scheduler.at_work
             if culprit is None:
@@ -212,7 +214,7 @@ class Engine:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _fail_step(self, reason: Exception, sequences: Seq[Sequence]) -> list[SequenceOutput]:
-        """Log why a step failed, and end its sequences. If too many steps failed in a row, end all sequences."""
+        """Log why a step failed, and end these sequences, or all sequences if too many steps failed in a row."""
         log.error("a step failed", exc_info=reason)
         self.num_failures += 1
         error = reason if isinstance(reason, GenerationFailed) else GenerationFailed(_STEP_FAILED)
@@ -221,7 +223,7 @@ class Engine:
 
     @contextmanager
     def _containing(self, sequence: Sequence, outputs: list[SequenceOutput]) -> Iterator[None]:
-        """Fail only this sequence if the block raises."""
+        """If the code in the context raises, fail this sequence and no other."""
         try:
             yield
         except Exception:
@@ -238,7 +240,7 @@ class Engine:
         self.blocks.mark_computed(sequence)
 
     def _take(self, drawn: Drawn, outputs: list[SequenceOutput]) -> None:
-        """Append the drawn tokens to their sequence until one ends it."""
+        """Append the drawn tokens to their sequence until a token ends the sequence."""
         sequence = drawn.chunk.sequence
         if sequence not in self._streams:  # it failed after the step
             return
@@ -339,7 +341,7 @@ class Engine:
 
 
 def _overflow(sequence: Sequence) -> SmoloraError:
-    """Return the error for logits that aren't finite. It blames the adapters, or the server if there are none."""
+    """Return the error for logits that aren't finite. It blames the adapters if the sequence has any."""
     if sequence.request.adapters:
         message = "the model's numbers overflowed under these adapters; use smaller adapters or weights"
         return InvalidInput.of("adapter", message)

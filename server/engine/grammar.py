@@ -3,11 +3,11 @@
 Answers are compact JSON, without whitespace. Formats of dates and times are replaced by patterns, because
 llguidance's own formats accept impossible dates (2023-02-29, 0000-01-01) and leap seconds at any time. Limits keep
 the work for one token at a few milliseconds. A grammar that needs more fails during an answer. llguidance's own
-forcing of text is off, because it has no limit: a few dozen characters (`x|y((a{1000}){1000}){1000}`) would keep a
-thread busy for minutes.
+forcing of text is off, because it has no limit: a grammar of a few dozen characters (`x|y((a{1000}){1000}){1000}`)
+would keep a thread busy for minutes.
 
-Importing this module is quick, since `grammar_check` compiles unvetted grammars in another process: some small
-schemas keep the compiler busy for hours.
+Importing this module is quick, since the process of `grammar_check` imports it. That process compiles unvetted
+grammars, because some small schemas keep the compiler busy for hours.
 """
 
 import json
@@ -49,7 +49,7 @@ _NESTED = frozenset(
     {"$ref", "allOf", "anyOf", "oneOf", "properties", "patternProperties", "additionalProperties"}
     | {"items", "prefixItems", "additionalItems", "$defs", "definitions"}
 )
-"""Keywords that llguidance follows to further schemas."""
+"""Keywords in whose values llguidance looks for further schemas."""
 _DAY = (
     r"(?:(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
     r"|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
@@ -74,13 +74,13 @@ _ALLOWED = bytes([200])  # llguidance's masks have this byte for an allowed toke
 
 
 class GrammarRefused(Exception):
-    """The grammar isn't supported. The message is for its author."""
+    """The grammar isn't supported. The message is for the grammar's author."""
 
 
 def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    """Return a matcher at the answer's beginning, for copies to follow answers. Raise GrammarRefused.
+    """Return a matcher at the beginning of an answer. Use a copy of it for each answer.
 
-    Releases the GIL.
+    Raise GrammarRefused if the grammar isn't supported. This releases the GIL.
     """
     if grammar.kind == "regex":
         if len(grammar.source.encode()) > MAX_REGEX_BYTES:
@@ -145,7 +145,7 @@ def _check(schema: object) -> None:
             raise GrammarRefused(f"{_REF} (at {place})"[:_MAX_MESSAGE])
         least, required = node.get("minProperties"), node.get("required")
         num_required = len(set(map(str, required))) if isinstance(required, list) else 0
-        # llguidance may repeat a key that `properties` doesn't name. A JSON parser counts it once.
+        # llguidance may repeat a key that `properties` doesn't name. A JSON parser counts such a key once.
         if isinstance(least, int) and least > max(num_required, 1):
             message = "minProperties is supported up to the number of required properties, or 1"
             raise GrammarRefused(f"{message} (at {place})"[:_MAX_MESSAGE])
@@ -185,7 +185,10 @@ def try_out(matcher: LLMatcher, eos_token_ids: frozenset[int]) -> None:
 
 
 def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
-    """Return the first allowed token that isn't an end token, from `start` or else from 0 on; None without any."""
+    """Return the first allowed token that isn't an end token, from `start` on, or else from 0 on.
+
+    Return None if there is none.
+    """
     for first in (start, 0):
         token_id = mask.find(_ALLOWED, first)
         while token_id in eos_token_ids:
@@ -239,8 +242,8 @@ def _is_nested(part: object) -> bool:
 def names_schema(ref: str) -> bool:
     """Return whether `nodes` would visit the target of this `$ref`, if it exists.
 
-    It doesn't visit values, and it doesn't count maps of schemas. The keys of the pointer decide, whatever the
-    schema in which they begin. Anchors only exist in schemas.
+    `nodes` doesn't visit the values of `_VALUES`, and doesn't yield the maps of `_MAPS`. The result depends only
+    on the keys of the pointer, whichever schema the pointer starts in. Anchors only exist in schemas.
     """
     is_map = False
     for key in unquote(ref.partition("#")[2]).split("/")[1:]:
@@ -251,7 +254,7 @@ def names_schema(ref: str) -> bool:
 
 
 def spell_out(schema: object) -> None:
-    """Replace formats by patterns, and remove keywords that restrict nothing. Changes the schema in place."""
+    """Replace formats by patterns, and remove keywords that restrict nothing. The schema is changed in place."""
     for _, node in nodes(schema):
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]

@@ -2,10 +2,10 @@
 
 `python -m server.engine.grammar_check` reads a tokenizer and then grammars, as lines of JSON. For each grammar it
 forks a child, which compiles the grammar and tries it out. A limit on time or memory, or a stack overflow, only
-ends the child. The wall-clock limit doesn't apply to a child that hardly got to run on a busy machine. A child
+kills the child. The wall-clock limit doesn't apply to a child that hardly got to run on a busy machine. A child
 that takes longer than real grammars do is given a lower priority than serving. The process doesn't wait for a
-child to die, since that takes long at a low priority. It ends when its standard input ends. `GrammarChecker` is
-its client.
+child to die, since that takes long at a low priority. The process ends when its standard input ends.
+`GrammarChecker` is the client of the process.
 """
 
 import json
@@ -31,29 +31,30 @@ from server.errors import NotReady
 CPU_SECONDS = 0.4
 """Limit on the processor time of one grammar. Real grammars take 10 to 30 ms."""
 WALL_SECONDS = 0.9
-"""Limit on the time of one grammar that has had `_REAL_SECONDS` of processor time."""
+"""Limit on the wall-clock time of a grammar that has had `_REAL_SECONDS` of processor time."""
 
 _REAL_SECONDS = 0.06  # processor time: real grammars take less, and others get a low priority from then on
-_STARVED_SECONDS = 5.0  # limit on the time of a grammar that has had less
+_STARVED_SECONDS = 5.0  # limit on the wall-clock time of a grammar that has had less
 _LOOK_SECONDS = 0.05  # between two looks at a child's processor time
 _MEMORY = 1 << 30  # bytes of address space
 _NICE = 15
-_NEWS_SECONDS = 0.7  # time for passing on the answer on a busy machine
+_NEWS_SECONDS = 0.7  # allowance for passing on the answer on a busy machine
 _START_SECONDS = 20.0
 _TOO_HARD = "takes too long to compile: make it simpler"
 _TOO_BUSY = "the machine is too busy to compile grammars now"
 
 
 class GrammarChecker:
-    """The client of the process. It starts the process when first needed, and again after it died.
+    """The client of the process that vets grammars.
 
-    Any thread may call.
+    It starts the process when it is first needed, and restarts a process that has died. Any thread may call the
+    methods.
     """
 
     def __init__(
         self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...], environment: Mapping[str, str]
     ) -> None:
-        """Take the text of a Hugging Face tokenizer.json, and the `environment` of the process."""
+        """`tokenizer` is the text of a Hugging Face tokenizer.json. The process gets this `environment`."""
         self._environment = environment
         self._setup = _line([tokenizer, vocab_size, list(eos_token_ids)])
         self._lock = threading.Lock()
@@ -73,10 +74,10 @@ class GrammarChecker:
             self._kill()
 
     def check(self, grammar: Grammar) -> None:
-        """Vet a grammar. Raise GrammarRefused or NotReady.
+        """Vet a grammar. Raise GrammarRefused if it is refused, or NotReady if it can't be vetted now.
 
-        It blocks for up to WALL_SECONDS (`_STARVED_SECONDS` on a busy machine), and while earlier grammars are
-        vetted.
+        It blocks while earlier grammars are vetted, and then for up to WALL_SECONDS (`_STARVED_SECONDS` on a busy
+        machine).
         """
         with self._lock:
             for _ in range(2):  # the process may have died since the last grammar
@@ -164,7 +165,7 @@ def _has_died(process: subprocess.Popen[bytes]) -> bool:
 
 
 def serve() -> None:
-    """Run the process: read a setup, then answer grammars until the input ends."""
+    """Run the process: read a setup, then vet grammars until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lines = sys.stdin.buffer
@@ -187,7 +188,7 @@ def serve() -> None:
 
 
 def _answer_of(child: int, answer: BinaryIO) -> bytes:
-    """Return the child's answer, or the one for a child that dies or takes too long."""
+    """Return the child's answer, or a refusal instead if the child dies or takes too long."""
     poll = select.poll()
     poll.register(answer, select.POLLIN)
     begun = time.monotonic()
@@ -225,7 +226,7 @@ def _reap() -> None:
 
 
 def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int], writer: int) -> NoReturn:
-    """Run the child: vet the grammar, write the answer and exit. A limit kills it earlier."""
+    """Run the child: vet the grammar, write the answer and exit. A limit may kill it earlier."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, _STARVED_SECONDS + _NEWS_SECONDS)  # in case the parent has died
     with suppress(OSError, ValueError):

@@ -2,14 +2,14 @@
 
 `Guidance.check` runs before a request is accepted. It vets a grammar in another process (`grammar_check`),
 compiles it on a thread of low priority, and caches it. `Guidance.constraint` creates a sequence's `Constraint`.
-llguidance's mask says which tokens may come next. End tokens are allowed if the answer could end there. If only
-one text can follow, the longest token of that text is forced. The choice depends only on the answer so far, and
-its cost doesn't depend on the length of the text. `masks` decides when and on which thread a mask is computed.
-`grammar` decides which grammars are supported.
+llguidance's mask says which tokens may come next. End tokens are allowed if the answer may end at this point.
+If only one text can follow, the longest token of that text is forced. Which token is forced depends only on the
+answer so far, and finding the token takes no longer if the text is long. `masks` decides when and on which thread
+a mask is computed. `grammar` decides which grammars are supported.
 
-llguidance keeps its state of a grammar behind one mutex, which all copies of a matcher share, and calls some
-functions with the GIL held. So all matchers of a grammar belong to one thread at a time: the engine's, or that of
-`masks` while `Constraint.awaits_mask` is set.
+All copies of an llguidance matcher share one mutex, and some of llguidance's functions run with the GIL held. So
+all matchers of a grammar belong to one thread at a time: the engine's thread, or the thread of `masks` while
+`Constraint.awaits_mask` is set.
 """
 
 import math
@@ -36,9 +36,9 @@ from server.system.threads import step_back
 _NUM_KEPT = 64  # compiled grammars in the cache
 _TURN_SECONDS = 5.0  # maximum wait for other grammars' checks
 _MAX_SPLITS = 64
-"""Allowed tokens up to which it is examined whether all begin the same text."""
+"""Forced tokens are looked for only if at most this many tokens are allowed."""
 _QUICK = 0.02
-"""Processor seconds. A grammar that compiles faster may be compiled again during an answer."""
+"""A grammar that compiled in fewer processor seconds may be compiled again during an answer."""
 _RECENT = 0.1
 """Weight of the latest mask in the running mean of a grammar's mask time."""
 
@@ -51,14 +51,14 @@ class Compiled:
     """A vetted and compiled grammar.
 
     Copies of its matcher share lexer states, whose number is limited. If one answer reaches the limit, all copies
-    are spoilt.
+    become unusable (`is_spoilt`).
     """
 
     matcher: LLMatcher
-    seconds: float  # processor time of compiling it
+    seconds: float  # processor time that compiling took
     first_mask: Mask | None
-    mask_seconds: float = 0.0  # processor time of a mask: a running mean
-    num_pending: int = 0  # masks that the thread of `masks` has to compute
+    mask_seconds: float = 0.0  # running mean of the processor time of a mask
+    num_pending: int = 0  # masks that the thread of `masks` still has to compute
     is_spoilt: bool = False
 
     def observe(self, seconds: float) -> None:
@@ -86,14 +86,17 @@ class Constraint:
         self._matcher = (matcher or compiled.matcher).deep_copy()
         self._token_ids: list[int] = []
         self._mask = None if matcher else compiled.first_mask
-        self._is_asked = self._mask is not None  # whether the mask was computed; it is None after an error
+        self._is_asked = self._mask is not None  # whether the mask was computed; after an error `_mask` is None
         self._forced: tuple[int, ...] | None = None  # None: not computed yet
         self._is_alone = False  # whether its matcher can't be replaced by a newly compiled one
         self._has_failed = False
 
     @property
     def awaits_mask(self) -> bool:
-        """Whether another thread computes masks of this grammar. Use nothing else of the constraint meanwhile."""
+        """Whether another thread computes masks of this grammar.
+
+        While it does, don't use anything else of the constraint.
+        """
         return self.compiled.num_pending > 0
 
     @property
@@ -108,17 +111,17 @@ class Constraint:
 
     @property
     def max_draft(self) -> int:
-        """The number of drafted tokens, each of which needs a mask, that this step has time for."""
+        """The maximum length of a draft in this step, given that each drafted token needs a mask."""
         return int(min(self.spare_seconds / max(self.compiled.mask_seconds, 1e-6), 1000))
 
     @property
     def is_complete(self) -> bool:
-        """Whether no token can follow."""
+        """Whether the answer is complete, so that no token can follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def error(self) -> InvalidInput | None:
-        """The error if the grammar can't be followed any further."""
+        """The error if the answer can't follow the grammar any further, or None."""
         if not (self._has_failed or self._matcher.is_error()):
             return None
         return refusal(self._grammar, "became too complex to follow: make it simpler")
@@ -139,7 +142,7 @@ class Constraint:
         return self._forced[:max_tokens]
 
     def compute_mask(self) -> bool:
-        """Compute the next mask on this thread. Return False if the grammar must be compiled again (`receive`)."""
+        """Compute the next mask on this thread. Return False if it failed and `receive(None)` must retry."""
         begun = time.thread_time()
         mask = mask_of(self._matcher, self._tokenizer.vocab_size)
         self.compiled.observe(time.thread_time() - begun)
@@ -151,7 +154,7 @@ class Constraint:
     def receive(self, mask: Mask | None) -> None:
         """Set the next mask, and compute the forced tokens.
 
-        None means an error. Then try again with a newly compiled matcher if compiling is quick.
+        If `mask` is None, computing it failed. Then retry with a newly compiled matcher if compiling is quick.
         """
         if mask is None:
             self._restart()
@@ -160,7 +163,7 @@ class Constraint:
         self.forced(1)
 
     def give_up(self) -> None:
-        """Fail: the grammar can't be followed any further."""
+        """Mark the constraint as failed, which sets `error`."""
         self._mask, self._is_asked, self._forced, self._has_failed = None, True, (), True
 
     def accept(self, token_id: int) -> None:
@@ -172,8 +175,8 @@ class Constraint:
             self._restart()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """Return how many of these tokens are allowed, one after the other."""
-        return self._matcher.deep_copy().validate_tokens(list(token_ids))  # an error stays in the copy
+        """Return how many of these tokens, from the first on, the grammar allows in this order."""
+        return self._matcher.deep_copy().validate_tokens(list(token_ids))  # an error affects only the copy
 
     def after(self, token_ids: Sequence[int]) -> "Constraint":
         """Return a copy that has advanced by these tokens, which must be allowed."""
@@ -186,13 +189,13 @@ class Constraint:
         return copy
 
     def _follow(self, token_id: int) -> None:
-        """Drop the mask, and the forced tokens unless `token_id`, which the matcher has consumed, was forced."""
+        """Drop the mask. Drop the forced tokens, too, unless the consumed `token_id` was the first of them."""
         self._mask, self._is_asked = None, False
         is_foreseen = self._forced is not None and self._forced[:1] == (token_id,)
         self._forced = (self._forced[1:] or None) if self._forced and is_foreseen else None
 
     def _foreseen(self, max_tokens: int) -> Iterator[int]:
-        """Yield the forced tokens, found token by token."""
+        """Yield up to `max_tokens` forced tokens."""
         if self.is_complete or (token_id := self._only(self._matcher, self._asked())) is None:
             return
         yield token_id
@@ -207,7 +210,8 @@ class Constraint:
         """Return the longest token of `allowed` if only its text can follow, or else None.
 
         It isn't enough that all allowed tokens begin the same text: after a shorter token the answer may end or
-        continue differently ("low" and "lower"). So follow the text by the shortest tokens.
+        continue differently ("low" and "lower"). So go along the text by the shortest tokens,
+        and check again after each.
         """
         splits = self._splits(allowed)
         if not splits:
@@ -222,9 +226,9 @@ class Constraint:
         return longest
 
     def _splits(self, allowed: Mask | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
-        """Return the tokens of `allowed` with their texts, the shortest first, if all begin or extend one `text`.
+        """Return the texts and ids of the allowed tokens, shortest first, if all begin or extend one text.
 
-        Return none otherwise, or if the answer may end.
+        `text` is the known part of that text. Return an empty sequence otherwise, or if the answer may end.
         """
         if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
             return []
@@ -235,7 +239,7 @@ class Constraint:
         return splits if are_one and not set(token_ids) & set(self._tokenizer.eos_tokens) else []
 
     def _asked(self) -> Mask | None:
-        """Return the next mask, and compute it if necessary; None if there is an error."""
+        """Return the next mask, computed now if necessary, or None if there is an error."""
         if not (self._is_asked or self.compute_mask()):
             self._restart()
             self._mask, self._is_asked = self._mask_of(self._matcher), True
@@ -249,7 +253,10 @@ class Constraint:
         return not self._is_alone and self.compiled.seconds < _QUICK
 
     def _restart(self) -> None:
-        """Follow the answer again with a matcher that shares nothing: other answers may have reached the limit."""
+        """If possible, compile the grammar again, and repeat the answer so far in the new matcher.
+
+        The new matcher shares no lexer states. Other answers may have reached the limit of the shared ones.
+        """
         self.compiled.is_spoilt = True
         if self._may_restart:
             self._is_alone = True
@@ -258,14 +265,14 @@ class Constraint:
 
 
 def mask_of(matcher: LLMatcher, vocab_size: int) -> Mask | None:
-    """Return the matcher's next mask, or None if it has an error. Releases the GIL."""
+    """Return the matcher's next mask, or None if the matcher has an error. This releases the GIL."""
     bits = np.zeros(-(-vocab_size // 32), np.uint32)
     matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
     return _unpacked(matcher, bits, vocab_size)
 
 
 def masks_of(executor: LLExecutor, matchers: Sequence[LLMatcher], vocab_size: int) -> list[Mask | None]:
-    """Return the matchers' next masks, computed by the executor's threads (a single mask by this thread)."""
+    """Return the matchers' next masks. The executor's threads compute several masks, this thread a single one."""
     bits = np.zeros((len(matchers), -(-vocab_size // 32)), np.uint32)
     places = [(matcher, place) for place, matcher in enumerate(matchers)]
     executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, bits[0].nbytes, len(matchers))
@@ -282,7 +289,7 @@ class Guidance:
     """A cache of checked and compiled grammars for one tokenizer."""
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """Take the text of a Hugging Face tokenizer.json. `vocab_size` is the width of the logits."""
+        """`tokenizer` is the text of a Hugging Face tokenizer.json, and `vocab_size` the width of the logits."""
         self._source = tokenizer
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
@@ -294,21 +301,22 @@ class Guidance:
         self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()  # least recently used first
 
     def start(self) -> None:
-        """Prepare the tokenizer and the other process in the background."""
+        """Prepare the tokenizer, and start the process that vets grammars, in the background."""
         self._compiler.submit(self._ready_tokenizer)
         # Not on the compiler's thread, because the process would inherit its low priority.
         threading.Thread(target=self._checker.start, name="grammar-check", daemon=True).start()
 
     def close(self) -> None:
-        """End the other process and the thread."""
+        """End the process that vets grammars and the thread that compiles them."""
         self._checker.close()
         self._compiler.shutdown(wait=True, cancel_futures=True)
 
     def check(self, grammar: Grammar) -> None:
-        """Vet, compile and cache a grammar. Any thread may call.
+        """Vet, compile and cache a grammar. Any thread may call this.
 
-        It blocks for a second or two (longer on a busy machine), and while earlier grammars are checked. Raise
-        InvalidInput on the grammar's field, or TryAgain.
+        It blocks while earlier grammars are checked, and then for a second or two (longer on a busy machine).
+        Raise InvalidInput on the grammar's field if the grammar is refused, or TryAgain if it can't be checked
+        now.
         """
         if self.is_usable(grammar):
             return
@@ -334,7 +342,7 @@ class Guidance:
         return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
 
     def is_usable(self, grammar: Grammar) -> bool:
-        """Return whether `check` would return at once. Any thread may call."""
+        """Return whether `check` would return at once. Any thread may call this."""
         kept = self._find(grammar)
         return kept is not None and not kept.is_spoilt
 

@@ -2,8 +2,8 @@
 
 A block holds `block_size` positions of one sequence. The key of a full block is a hash of its tokens, all tokens
 before it, the adapter set and the project. Sequences of one project with the same adapters share the blocks of
-their common prefix. A block that no sequence refers to keeps its content for later prefix cache hits. It is
-reused least recently used first.
+their common prefix. A block that no sequence refers to keeps its content for later prefix cache hits. Such
+blocks are reused in the order in which they were last used.
 
 Block 0 is never allocated, because it pads block tables.
 """
@@ -42,7 +42,7 @@ class BlockManager:
         return self.num_usable_blocks - len(self._free)
 
     def cached_keys(self) -> list[bytes]:
-        """Return the keys of all blocks that can be found. Any thread may call: the GIL makes the copy atomic."""
+        """Return the keys of all blocks in the prefix cache. Any thread may call this: the GIL makes it atomic."""
         return list(self._block_of)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -61,10 +61,10 @@ class BlockManager:
         return False
 
     def admit(self, sequence: Sequence, *, num_spare_blocks: int) -> bool:
-        """Give the sequence the cached blocks of its prefix, and return True, if the rest of its tokens would fit.
+        """Assign a sequence the cached blocks of its prefix, if blocks for the rest of its tokens are free.
 
-        `num_spare_blocks` must stay free. Sets `block_table` and `num_computed_tokens`. At least one token is
-        always left to compute.
+        Return whether they are. `num_spare_blocks` more blocks must be free. Set `block_table` and
+        `num_computed_tokens`. At least one token is always left to compute.
         """
         assert not sequence.block_table, "admitted twice"
         prefix = []
@@ -101,7 +101,7 @@ class BlockManager:
         return True
 
     def trim(self, sequence: Sequence) -> None:
-        """Free the blocks after the computed tokens, which a draft needed. They are reused first."""
+        """Free the blocks after the computed tokens, which were reserved for a draft. They are reused first."""
         for _ in range(len(sequence.block_table) - self.blocks_for(sequence.num_computed_tokens)):
             block = sequence.block_table.pop()
             self._references[block] = 0
@@ -139,7 +139,7 @@ class BlockManager:
         sequence.num_computed_tokens = 0
 
     def check(self, sequences: list[Sequence]) -> None:
-        """Assert that the reference counts match the block tables of `sequences`, which are all that have one."""
+        """Assert that the reference counts match the block tables of `sequences`: all that have blocks."""
         counts = [0] * self.num_blocks
         for sequence in sequences:
             for block in sequence.block_table:

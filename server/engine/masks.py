@@ -1,10 +1,10 @@
 """Compute the masks of constrained sequences, on the engine's thread within a budget, or else on another thread.
 
-All sequences of a step wait for the masks that the engine's thread computes. So it only computes masks that fit
-into a share of the step's time. The projects whose sequences lack a mask share this budget equally. The other
-thread computes the remaining masks concurrently with the forward pass, and takes the projects in turn. Meanwhile
-all sequences under the same grammar sit out steps (`Constraint.awaits_mask`). That delays their tokens, and
-changes nothing else.
+All sequences of a step wait for the masks that the engine's thread computes. So this thread only computes masks
+that fit into its budget, a share of the step's time. The projects whose sequences lack a mask share the budget
+equally. The other thread computes the remaining masks concurrently with the forward pass, and takes the projects
+in turn. Meanwhile all sequences under the same grammar sit out steps (`Constraint.awaits_mask`). This delays their
+tokens, but doesn't change them.
 """
 
 import logging
@@ -27,16 +27,16 @@ from server.system.threads import step_back
 log = logging.getLogger(__name__)
 
 _SHARE = 0.1
-"""The budget as a share of the last step's time. Both are processor time of the engine's thread."""
+"""The budget as a share of the last step's time. These times are processor time of the engine's thread."""
 _LEAST_SECONDS = 1e-3
 """The minimum budget."""
 _BATCH = 4  # masks that the other thread computes at a time
 _FADE = 0.9
-"""Factor on a grammar's estimated mask time each time it goes to the other thread, which doesn't measure."""
+"""Factor on a grammar's estimated mask time each time the other thread, which doesn't measure it, gets masks."""
 
 
 class Masks:
-    """The budget and the other thread. Only the engine's thread calls it."""
+    """The computation of masks on two threads. Only the engine's thread may call the methods."""
 
     def __init__(self, vocab_size: int, wake: Callable[[], None]) -> None:
         """`wake` is called on the other thread when all requested masks of a grammar are ready."""
@@ -47,14 +47,15 @@ class Masks:
         self._news = threading.Condition()
         self._queues: OrderedDict[str, deque[_Asked]] = OrderedDict()  # by project; the next turn is first
         self._is_closed = False
-        # The executor's threads have a low priority. A thread that needs the GIL must not: others wait for it.
+        # The executor's threads have a low priority. `_thread` must not have one: it holds the GIL at times, and
+        # other threads wait for the GIL.
         with ThreadPoolExecutor(1, initializer=step_back) as niced:
             self._executor = niced.submit(LLExecutor, 1).result()
         self._thread = threading.Thread(target=self._run, name="grammar-masks", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the other thread."""
         with self._news:
             self._is_closed = True
             self._news.notify()
@@ -83,9 +84,9 @@ class Masks:
         self._step_begun = thread_time()
 
     def _compute_here(self, project: str, compiled: Compiled, asked: Seq["_Asked"], seconds: float) -> float:
-        """Compute a grammar's masks if all fit into `seconds`, and leave the rest to the other thread.
+        """Compute a grammar's masks on this thread if all are expected to fit into `seconds`.
 
-        Return the processor time that this took.
+        Leave the masks that aren't computed to the other thread. Return the processor time used.
         """
         spent, todo = 0.0, deque(asked)
         if not compiled.num_pending and len(asked) * compiled.mask_seconds <= seconds:
@@ -116,7 +117,7 @@ class Masks:
                     self._wake()
 
     def _next_batch(self) -> Seq["_Asked"]:
-        """Wait for requests, and return some from the projects in turn, or none if closed."""
+        """Wait for requests of masks, and return some, taking the projects in turn. Return none if closed."""
         batch: list[_Asked] = []
         with self._news:
             while not (self._queues or self._is_closed):
@@ -155,7 +156,7 @@ def _is_computed(constraint: Constraint) -> bool:
 
 @contextmanager
 def _giving_up(*constraints: Constraint) -> Iterator[None]:
-    """Fail only the sequences of these constraints if the block raises."""
+    """If the code in the context raises, fail the sequences of these constraints and no others."""
     try:
         yield
     except BaseException:  # a panic of llguidance isn't an Exception
@@ -165,6 +166,6 @@ def _giving_up(*constraints: Constraint) -> Iterator[None]:
 
 
 def _seconds_of(grammar: tuple[Compiled, Seq[_Asked]]) -> float:
-    """Estimate the processor time of all masks requested of a grammar."""
+    """Estimate the processor time for all masks that were requested for a grammar."""
     compiled, asked = grammar
     return len(asked) * compiled.mask_seconds

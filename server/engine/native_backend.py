@@ -1,8 +1,8 @@
 """The backend in native code, for CPUs, in bf16.
 
-Its sampler does in one call what `sampling.sample` does, which is its oracle. The noise is the same. A token can
-differ if two scores are almost equal, or if equal scores meet at the border of a filter: native code then prefers
-the lower token id.
+Its sampler does in one call what `sampling.sample`, its test oracle, does, and with the same noise. A drawn token
+can differ if two scores are almost equal, or if a filter must choose between tokens with equal scores: native code
+then prefers the lower token id.
 """
 
 from collections.abc import Sequence as Seq
@@ -44,7 +44,7 @@ class NativeBackend(Backend):
         return _sampled(self._model.draw(self._tables((*decodes, *prefills)), table), rows, vocab_size)
 
     def _tables(self, chunks: Seq[Chunk]) -> StepTables:
-        """Return the step of these chunks as the model reads it."""
+        """Return the tables that describe a step of these chunks to the model."""
         token_ids: list[int] = []
         runs: list[tuple[int, ...]] = []
         blocks: list[int] = []
@@ -66,7 +66,7 @@ class NativeBackend(Backend):
 def sample_natively(model: NativeModel, rows: Seq[LogitsRow], given: torch.Tensor) -> list[Sampled]:
     """Return each row's next token.
 
-    `given` is hidden states (rows, hidden) in bf16, or logits (rows, vocab) in fp32, which are overwritten.
+    `given` is hidden states (rows, hidden) in bf16, or logits (rows, vocab) in fp32. Logits are overwritten.
     """
     vocab_size = model.config.vocab_size
     return _sampled(model.sample(given, _sample_table(rows, vocab_size)), rows, vocab_size)

@@ -1,6 +1,6 @@
 """The engine's requests and outputs: frozen, picklable, and without names or paths.
 
-Nothing refers to the engine's memory, so the engine can run in another process.
+They don't refer to the engine's memory, so the engine can run in another process.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. The API checks the bounds and always sets `seed`."""
+    """The parameters by which tokens are chosen. The API checks the bounds and always sets `seed`."""
 
     max_tokens: int = 64
     temperature: float = 0.7  # 0: greedy
@@ -60,8 +60,8 @@ class GenerationRequest:
 
     `adapters` is canonical: sorted, one entry for each digest, no zero weights. An empty set is the frozen base.
     `grammar` ends an answer by itself, so it can't be combined with stop strings or `ignore_eos`.
-    `scored_from` generates nothing. It scores the prompt's tokens from this position (at least 1) on. `max_tokens`
-    must then be 0 and `n` 1, and only `logprobs` of `sampling` has an effect.
+    With `scored_from` nothing is generated. Instead the prompt's tokens from this position (at least 1) on are
+    scored. Then `max_tokens` must be 0 and `n` 1, and of `sampling` only `logprobs` has an effect.
     `project` is an opaque tenant. Projects share engine time equally, and no project finds another's blocks in
     the prefix cache.
     """
@@ -108,12 +108,12 @@ class Timing:
     queue: float
     first_token: float
     total: float
-    load: tuple[float, float] | None = None  # when the wait for cold adapters began and ended; None if none was
+    load: tuple[float, float] | None = None  # start and end of the wait for cold adapters; None if there was none
 
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """The output of one step for one choice of a request: a piece of text, and possibly the end.
+    """The output of one step for one choice of a request: a piece of text, and possibly the end of the choice.
 
     `text` may be empty. It holds whole characters only, and never a stop string or a special token.
     `num_output_tokens` and `num_cached_tokens` are totals so far. `timing` is set with `finish_reason`.
@@ -127,7 +127,7 @@ class SequenceOutput:
     num_cached_tokens: int
     logprobs: tuple[SampledLogprob, ...] = ()
     scores: tuple[float, ...] = ()
-    """Log-probabilities (nats) of the scored tokens, if the request has `scored_from`. It ends with "length"."""
+    """Log-probabilities (nats) of the scored tokens. A request with `scored_from` ends with "length"."""
     finish_reason: FinishReason | None = None
     error: SmoloraError | None = None  # the reason for an "abort"
     timing: Timing | None = None

@@ -1,7 +1,7 @@
 """Run one step's chunks through the backend, and return the drawn tokens.
 
-All chunks form one flat batch: first decodes, then prompts. In both, sequences with the same adapters are
-neighbours, and rare adapter sets come first.
+All chunks form one flat batch: first decodes, then prompts. In each of these two groups, sequences with the same
+adapters are neighbours, and rare adapter sets come first.
 """
 
 import logging
@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
     def agreed(self) -> Seq[Sampled]:
         """Return the tokens that steps without drafts would have drawn: the draft's correct part, and one more.
 
-        If a token after a correct draft couldn't be drawn, it is left to the next step, which reports why.
+        If a token after a correct draft couldn't be drawn, this token is left to the next step, which reports why.
         """
         for num, guess in enumerate(self.chunk.draft, 1):
             if self.tokens[num - 1].token_id != guess or self.tokens[num].token_id is None:
@@ -48,7 +48,8 @@ class Runner:
     def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
         """Compute the chunks, and return the tokens drawn after each chunk that reaches its sequence's end.
 
-        The order is unspecified. If the device's memory runs out, empty torch's cache and raise GenerationFailed.
+        The order of the result is unspecified. If the device's memory runs out, empty torch's cache, and raise
+        GenerationFailed.
         """
         try:
             return self._run(chunks)
@@ -75,7 +76,7 @@ class Runner:
         return [Drawn(chunk, tuple(islice(tokens, 1 + len(chunk.draft)))) for chunk in sampling]
 
     def _score_and_draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
-        """Store the scores of the chunks that have any, and draw tokens after the others' hidden states."""
+        """Store the scores that are asked for, and draw the tokens whose sampling inputs are `rows`."""
         ordered = (*decodes, *prefills)
         hidden = self.backend.hidden(decodes, prefills)
         score(self.backend.logits, hidden, ordered)
@@ -89,7 +90,7 @@ class Runner:
 
 
 def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
-    """Yield the sampling inputs of the token after the sequence, and of the token after each draft prefix."""
+    """Yield the sampling inputs for the token after the sequence, and for the token after each drafted one."""
     sequence = chunk.sequence
     for num in range(1 + len(chunk.draft)):
         draft, constraint = chunk.draft[:num], sequence.constraint

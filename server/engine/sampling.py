@@ -31,18 +31,19 @@ from server.engine.sequence import Chunk, TokenCounts
 from server.model.device import floats_on, ints_on, to_device
 
 MIN_TEMPERATURE = 1e-6
-"""Lower temperatures count as this one. A division by them could overflow, and the likeliest token wins anyway."""
+"""Lower positive temperatures are raised to this one, because dividing logits by them could overflow. The
+likeliest token wins at this temperature, too."""
 _MIN_CANDIDATES = 256  # tokens sorted for top-p; a row that needs more sorts the whole vocabulary
 _INT32 = 1 << 32
 _SLICE = 32  # rows of logits that are scored at a time: 6 MB for SmolLM2
 
 
 class Penalized(NamedTuple):
-    """The distinct tokens whose logits penalties change."""
+    """The distinct tokens whose logits are changed by penalties."""
 
     seen: NDArray[np.int64]  # tokens with a repetition penalty
     used: NDArray[np.int64]  # tokens with a presence or frequency penalty
-    penalties: NDArray[np.float64]  # presence plus frequency penalty of each of `used`
+    penalties: NDArray[np.float64]  # presence plus frequency penalty of each token in `used`
 
     @classmethod
     def nothing(cls) -> Self:
@@ -51,18 +52,18 @@ class Penalized(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LogitsRow:
-    """The inputs, besides its logits, that decide one row's token."""
+    """The inputs that, together with the logits of a row, decide its token."""
 
     params: SamplingParams
-    index: int  # of the choice
-    position: int  # of the new token in its sequence
-    counts: TokenCounts  # of the prompt and the answer so far
-    draft: Seq[int] = ()  # drafted tokens after these
+    index: int  # index of the choice
+    position: int  # position of the new token in its sequence
+    counts: TokenCounts  # token counts of the prompt and the answer so far
+    draft: Seq[int] = ()  # drafted tokens after the answer so far
     forbidden: Callable[[], NDArray[np.bool_] | None] | None = None  # `Constraint.forbidden`, if constrained
 
     @property
     def penalized(self) -> Penalized:
-        """The tokens that penalties change. Use it only if `params.penalizes`."""
+        """The tokens whose logits are changed by penalties. Use it only if `params.penalizes`."""
         params = self.params
         tokens, counts = self.counts.of(self.draft)
         is_used = counts > 0
@@ -75,7 +76,7 @@ class LogitsRow:
 
 
 class Sampled(NamedTuple):
-    """One row's token. It is None if the row's constraint has failed, or if a logit is NaN or infinite.
+    """One row's token. `token_id` is None if the row's constraint has failed, or if a logit is NaN or infinite.
 
     Adapters with very large weights can cause such logits.
     """
@@ -85,7 +86,10 @@ class Sampled(NamedTuple):
 
 
 def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
-    """Return the next token of each row of logits (rows, vocab), fp32 and contiguous, which are overwritten."""
+    """Return the next token of each row.
+
+    `logits` (rows, vocab) must be fp32 and contiguous. They are overwritten.
+    """
     assert logits.shape[0] == len(rows)
     wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]
     logprobs = _chosen(logits, wants_logprobs).log_softmax(-1) if wants_logprobs else None
@@ -114,7 +118,7 @@ def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
 
 
 def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
-    """Draw token ids (rows,) from logits (rows, vocab) after the rows' filters."""
+    """Draw token ids (rows,) from logits (rows, vocab) by each row's temperature and filters."""
     temperature = floats_on(logits, [max(row.params.temperature, MIN_TEMPERATURE) for row in rows])
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for members, scores, token_ids in _candidates(logits / temperature[:, None], rows):
@@ -126,6 +130,7 @@ def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
 
 def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
     """Return fp32 standard Gumbel noise (rows, n) for token_ids (rows, n) or (1, n), decided by row and token id.
+
     A 32-bit hash mixes the token id and the two words of the row's key (multipliers of "lowbias32", Wellons 2018).
     Its 23 highest bits make a uniform number strictly between 0 and 1.
     """
@@ -141,7 +146,7 @@ def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a logical shift. torch's own shift keeps the sign."""
+    """Shift right logically. torch's own shift is arithmetic: it keeps the sign."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
@@ -154,10 +159,10 @@ def noise_key(row: LogitsRow) -> bytes:
 def _candidates(
     logits: torch.Tensor, rows: Seq[LogitsRow]
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Yield the tokens that top-k and top-p leave of logits (rows, vocab), for groups of rows.
+    """Apply top-k and top-p to logits (rows, vocab), and yield the remaining tokens for groups of rows.
 
-    Rows that sort equally many tokens form a group. Each item is the rows' indices, their scores (rows, n), which
-    are -inf for filtered tokens, and token ids (rows or 1, n).
+    The rows of a group sort the same number of tokens. Each item has the indices of a group's rows, the scores
+    (rows, n) of their tokens, and the token ids (rows or 1, n). The scores of filtered tokens are -inf.
     """
     vocab = logits.shape[1]
     groups: dict[int, list[int]] = {}
@@ -183,9 +188,9 @@ def _candidates(
 
 
 def _num_candidates(params: SamplingParams, vocab: int) -> int:
-    """Return how many of the likeliest tokens are sorted first, or 0 if no filter needs it.
+    """Return how many of the likeliest tokens are sorted at first, or 0 if no filter needs sorted tokens.
 
-    It depends only on the row's own parameters, because the number affects the order of ties and the rounding of
+    The number depends only on the row's own parameters, because it affects the order of ties and the rounding of
     sums.
     """
     if not (params.top_k or params.top_p < 1):
@@ -196,9 +201,10 @@ def _num_candidates(params: SamplingParams, vocab: int) -> int:
 def _filtered(
     logits: torch.Tensor, params: Seq[SamplingParams], num: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return scores and ids of the `num` likeliest tokens of each row, best first, each (rows, num).
+    """Return the scores (rows, num) and ids (rows, num) of the `num` likeliest tokens of each row, best first.
 
-    Filtered tokens score -inf. Also return which rows need more tokens for top-p, (rows,), or None if none can.
+    The scores of tokens that top-k or top-p filters are -inf. The third result (rows,) says which rows need more
+    tokens for top-p. It is None if no row can need more.
     """
     vocab = logits.shape[1]
     top_ks = [min(one.top_k or vocab, vocab) for one in params]
@@ -206,8 +212,8 @@ def _filtered(
     top_p = floats_on(logits, [one.top_p for one in params])[:, None]
     scores, token_ids = logits.topk(num, dim=-1)
     scores = scores.masked_fill(torch.arange(num, device=logits.device) >= top_k, float("-inf"))
-    # Top-p is relative to the mass that top-k left, or to the whole vocabulary's. Use softmax for it, which sums
-    # each row in one order. torch's sum splits a lone row among threads.
+    # Top-p is relative to the probability mass of the tokens that top-k leaves, or of all tokens without top-k.
+    # softmax always sums a row in the same order. torch's sum doesn't: it splits a single row among threads.
     probabilities = scores.softmax(-1)
     if num < max(top_ks):
         probabilities = torch.where(top_k <= num, probabilities, logits.softmax(-1).gather(1, token_ids))
@@ -218,7 +224,7 @@ def _filtered(
 
 
 def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
-    """Filter tokens that are less likely than min_p times the likeliest token."""
+    """Return the scores, with -inf for tokens that are less likely than min_p times the likeliest token."""
     if not any(row.params.min_p for row in rows):
         return scores
     least = [math.log(row.params.min_p) if row.params.min_p else float("-inf") for row in rows]
@@ -229,9 +235,9 @@ def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
 def _with_logprobs(
     tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[LogitsRow]
 ) -> tuple[list[int], dict[int, Logprobs]]:
-    """Return all rows' tokens on the host, and the log-probabilities of `members`, the rows that want some.
+    """Return the token ids of all rows, and by row the log-probabilities for the rows in `members`.
 
-    `tokens` is (rows,), and `logprobs` (members, vocab).
+    `tokens` is (rows,), and `logprobs` is (members, vocab). They are on the device, and the results on the host.
     """
     groups: dict[int, list[int]] = {}  # by the number of log-probabilities
     for place, i in enumerate(members):
@@ -253,7 +259,7 @@ def _with_logprobs(
 
 
 def _chosen(tensor: torch.Tensor, members: list[int]) -> torch.Tensor:
-    """Return these rows of the tensor, in their order, or the tensor itself if they are all of its rows."""
+    """Return the rows `members` of the tensor, or the tensor itself if `members` are all of its rows."""
     return tensor if len(members) == tensor.shape[0] else tensor[ints_on(tensor, members)]
 
 
@@ -285,14 +291,14 @@ def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 class _Places:
-    """Indices into flattened logits, with a number for each."""
+    """Indices into flattened logits, with a number for each index."""
 
     def __init__(self) -> None:
         self._places: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.float64]] = []
 
     def add(self, start: int, token_ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-        """Add tokens of the row that begins at `start`."""
+        """Add the tokens and numbers of the row that begins at index `start`."""
         if token_ids.size:
             self._places.append(token_ids + start)
             self._values.append(values)
@@ -308,7 +314,7 @@ class _Places:
 
 
 def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
-    """Set the logits (rows, vocab) of forbidden tokens to -inf: the whole row if its constraint has failed."""
+    """Set the logits (rows, vocab) of forbidden tokens to -inf, or a whole row if its constraint has failed."""
     masks: dict[int, NDArray[np.bool_]] = {}
     for i, row in enumerate(rows):
         if row.forbidden is not None:
@@ -323,20 +329,21 @@ def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 def _together(arrays: Seq[NDArray[np.bool_]], device: torch.device) -> Seq[torch.Tensor]:
-    """Return the arrays, all of one shape, on the device. Copies them to another memory at once."""
+    """Return the arrays, which have one shape, as tensors on the device. Make one copy for all."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return to_device(torch.from_numpy(np.stack(arrays)), device).unbind()
 
 
 def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, chunks: Seq[Chunk]) -> None:
-    """Store scores (nats) of the chunks' tokens in `Sequence.scores`, from hidden (rows, hidden_size).
+    """Compute the scores (nats) that the chunks' requests ask for, and store them in `Sequence.scores`.
 
-    The rows are each chunk's last `num_hidden` tokens, chunk by chunk. A token's score is its log-softmax under
-    the logits of the position before it, before temperature and penalties. The likeliest tokens are stored with it
-    if the request asks for `logprobs`. After a preemption the same scores are stored again.
+    The rows of `hidden` (rows, hidden_size) are each chunk's last `num_hidden` tokens, chunk by chunk. A token's
+    score is its log-softmax under the logits of the previous position, before temperature and penalties. If the
+    request asks for `logprobs`, the likeliest tokens are stored with the score. After a preemption the same scores
+    are stored again.
     """
-    found: list[tuple[Chunk, int]] = []  # and the position of the scored token
+    found: list[tuple[Chunk, int]] = []  # each chunk with the position of a scored token
     rows: list[int] = []
     start = 0
     for chunk in chunks:

@@ -2,19 +2,20 @@
 
 A step admits waiting sequences, decodes one token of each decoding sequence, and shares its prefill budget among
 the prompts. Chunks end at multiples of `chunk_size`, whatever the load. If the backend allows chunks to end
-anywhere, they end where the budget does, and the budget follows the measured cost of prompts (`cost_model`).
+anywhere, they end where the budget is used up, and the budget depends on the measured cost of prompts
+(`cost_model`).
 
 Prompts: while several projects send requests, steps with prompts take about `QUICK_STEP` at most, because a
 project that begins has to wait for the current step. The oldest prompt gets at least half of the budget, so it
-can't starve. The rest goes first to the project that has had the least engine time, and first to its prompts with
-the shortest remainders. So a short prompt doesn't wait for a long one.
+can't starve. The rest goes first to the project that has had the least engine time, and within a project first to
+the prompts with the shortest remainders. So a short prompt doesn't wait for a long one.
 
 Projects: engine time is shared equally (`shares`). A project that has had more than its share sits out steps.
 Waiting projects take turns, and so do the adapter sets of each (`waiting`). Projects with the fewest running
-sequences come first. If a waiting set lacks a place, blocks or rank rows, and another project has more of them,
-the youngest sequences of that project are preempted until there is room. A project's last sequence is preempted
-only for a project with nothing running, and only if the first project's engine time is ahead by the slack of
-`shares`. A preempted sequence isn't preempted for another project again before it has made progress.
+sequences come first. If a waiting set lacks a place, blocks or rank rows, and another project has more of what the
+set lacks, the youngest sequences of that project are preempted until there is room. A project's last sequence is
+preempted only for a project with nothing running, whose engine time is behind by `shares.SLACK`. A preempted
+sequence isn't preempted for another project again before it has made progress.
 
 Room: a set that has its turn but no room is passed over at most `max_bypass` times. Then nothing else is admitted
 before it, except sequences of projects with nothing running. It is tried again only after something was freed.
@@ -42,7 +43,7 @@ QUICK_STEP = 0.04
 """Seconds that a step with prompts may take while several projects send requests."""
 _COMPANY_SECONDS = 60.0  # a project counts as sending requests for this long after its last one
 _MAX_ROW_SHARE = 0.75
-"""Share of the rank rows. A project that holds more gives way to any other project that needs some."""
+"""A project that holds more than this share of the rank rows may lose some to any project that needs rows."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class SchedulerLimits:
     max_num_seqs: int = 32
     chunk_size: int = 64  # maximum tokens of one prompt in one step
     max_prefill_tokens: int = 512  # maximum tokens of all prompts in a step
-    max_bypass: int = 32  # maximum admissions before a set that waits for room
+    max_bypass: int = 32  # maximum number of admissions ahead of a set that waits for room
     prefill_share: float = 0.71  # share of a step's time that prompts may take while sequences decode
 
     @classmethod
     def on(cls, device_type: str, max_num_seqs: int = 32, prefill_share: float = prefill_share) -> Self:
-        """Return the limits for a device type. On "cuda" eight times as many tokens hardly take longer."""
+        """Return the limits for a device type. A step on "cuda" hardly takes longer with 8 times the tokens."""
         if device_type == "cpu":
             return cls(max_num_seqs, prefill_share=prefill_share)
         return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096, prefill_share=prefill_share)
@@ -83,7 +84,7 @@ class _Verdict(Enum):
     """The result of an attempt to admit a waiting sequence."""
 
     ADMITTED = "admitted"
-    WAITS = "waits"  # for a load, a mask, or blocks that another sequence is computing; all end by themselves
+    WAITS = "waits"  # for a load, a mask, or blocks that another sequence computes; ends by itself
     NO_ROOM = "no room"  # for its adapters or its blocks; other sequences must free some
     FAILED = "failed"
 
@@ -187,7 +188,7 @@ class Scheduler:
         return Step(tuple(chunks), tuple(failed))
 
     def _due(self) -> frozenset[str]:
-        """Return the projects that take part in this step, of those with something to compute."""
+        """Return which of the projects with something to compute take part in this step."""
         return self._shares.due({s.request.project for s in self.running if not s.awaits_mask})
 
     def _able(self, projects: Collection[str]) -> list[Sequence]:
@@ -195,7 +196,7 @@ class Scheduler:
         return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
-        """Make a chunk for each sequence up to its stop, unless it is preempted for an older one."""
+        """Return a chunk of each sequence up to its stop, except for sequences that are preempted meanwhile."""
         chunks = []
         for sequence, stop in stops.items():
             self.at_work = sequence
@@ -207,7 +208,8 @@ class Scheduler:
     def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
         """Share the budget among prompts, and return the end of each chunk.
 
-        The oldest prompt gets at least half, and the rest goes by project and remainder.
+        The oldest prompt gets at least half. The others get the rest, in order of their projects' engine
+        time and their remainders.
         """
         if not prompts:
             return {}
@@ -228,7 +230,7 @@ class Scheduler:
 
     @staticmethod
     def _remainder(sequence: Sequence) -> int:
-        """Return how many known tokens of a sequence are still to be computed."""
+        """Return how many of a sequence's tokens are still to be computed."""
         return sequence.num_tokens - sequence.num_computed_tokens
 
     def _num_running(self) -> Counter[str]:
@@ -236,7 +238,7 @@ class Scheduler:
         return Counter(sequence.request.project for sequence in self.running)
 
     def _prefill_budget(self, num_decodes: int) -> int:
-        """Return the number of prompt tokens in a step of `num_decodes` decodes, which wait for all of them."""
+        """Return the maximum number of prompt tokens in a step that also computes `num_decodes` decodes."""
         room, most = self._prompt_room, self.limits.max_prefill_tokens
         if len(self._seen) > 1:
             most = min(most, self.limits.chunk_size if room is None else room.within(QUICK_STEP, num_decodes))
@@ -253,7 +255,10 @@ class Scheduler:
         return min((sequence.num_computed_tokens // size + 1) * size, sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Reserve blocks up to `num_tokens`, preempting sequences. Return False if it had to preempt this one."""
+        """Reserve blocks for `num_tokens` tokens, if necessary by preempting sequences.
+
+        Return False if `sequence` itself was preempted.
+        """
         while not self.blocks.reserve(sequence, num_tokens):
             victim = self._victim_for_blocks()
             self._preempt(victim)
@@ -262,9 +267,10 @@ class Scheduler:
         return True
 
     def _victim_for_blocks(self) -> Sequence:
-        """Return the youngest sequence of the project with the most blocks, of those with several sequences.
+        """Return the youngest sequence of the project with the most blocks.
 
-        The oldest sequence is never chosen while another one runs, so some sequence always makes progress.
+        Projects with a single running sequence are spared if possible. The oldest sequence is never chosen while
+        another one runs, so some sequence always makes progress.
         """
         num_running, num_blocks = self._num_running(), self._num_blocks()
         several = [project for project, num in num_running.items() if num > 1]
@@ -274,7 +280,7 @@ class Scheduler:
         return next(s for s in reversed(self.running) if s.request.project == most)
 
     def _num_blocks(self) -> Counter[str]:
-        """Count the blocks in use by project; a block that two sequences share counts for each."""
+        """Count the blocks in use by project. A block that two sequences share counts twice."""
         num: Counter[str] = Counter()
         for sequence in self.running:
             num[sequence.request.project] += len(sequence.block_table)
@@ -295,10 +301,10 @@ class Scheduler:
             sequence.hold = None
 
     def _admit(self, chunks: list[Chunk], failed: list[Failed], due: Collection[str]) -> None:
-        """Admit waiting sequences, a set at a time in turn, while the step has room for their prompts.
+        """Admit waiting sequences, taking the sets in turn, while the step has room for their prompts.
 
-        Projects that have something to compute and aren't `due` begin nothing. Chunks of sequences that
-        are preempted for others are dropped.
+        Nothing is admitted for projects that have something to compute but aren't `due`. The chunks of sequences
+        that are preempted for others are removed from `chunks`.
         """
         num_running = self._num_running()
         resting = {s.request.project for s in self._able(num_running)} - set(due)
@@ -315,9 +321,9 @@ class Scheduler:
         lacking_room: list[WaitingSet] = []
         while len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
             sequence = queue.first
-            begins = not num_running[queue.project]  # then others sit out until it has caught up
+            begins = not num_running[queue.project]  # then the other projects sit out until this one has caught up
             if not begins and sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
-                break  # in the batch it would also wait, for shorter prompts
+                break  # in the batch it would wait, too, for shorter prompts
             self.at_work = sequence
             verdict = self._try_admit(queue)
             self.at_work = None
@@ -347,7 +353,10 @@ class Scheduler:
         self._look_ahead(turn)
 
     def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
-        """Preempt for the first waiting set whose project has less than another, if that lets it begin."""
+        """Preempt sequences of a project that has more than a waiting set's project, if the set can then begin.
+
+        Do this for the first waiting set that it helps. Remove the preempted sequences' chunks from `chunks`.
+        """
         if len(num_running) < 2 and all(queue.project in num_running for queue in islice(turn, 1)):
             return  # there is no other project
         num_free = self.blocks.num_free_blocks - self._num_promised_blocks(self.running)
@@ -372,10 +381,10 @@ class Scheduler:
     def _lacks(
         self, sequence: Sequence, hold: AdapterHold, num_free: int, without: Seq[Sequence] = ()
     ) -> "_Lack | None":
-        """Return what a waiting sequence lacks if the sequences in `without` were preempted.
+        """Return what a waiting sequence would lack if the sequences in `without` were preempted, or None.
 
-        `num_free` blocks are free and not promised. Cached blocks of the sequence's prefix count as new ones: if
-        nothing of its project runs, they are free blocks, too.
+        `num_free` blocks are free and not promised. Cached blocks of the sequence's prefix count as new ones,
+        because they are themselves free if nothing of its project runs.
         """
         if hold.lacks_room and not self._adapters.fits(hold, [s.hold for s in without if s.hold is not None]):
             return _Lack.ROWS
@@ -388,10 +397,12 @@ class Scheduler:
     def _victims(
         self, sequence: Sequence, hold: AdapterHold, lacks: "_Lack", num_free: int, num_running: Counter[str]
     ) -> list[Sequence]:
-        """Return the youngest sequences of the project with the most of what a waiting sequence `lacks`.
+        """Return the sequences to preempt so that a waiting sequence gets what it `lacks`.
 
-        If it lacks rows, they may be waiting sequences that hold some. Return none if preempting them wouldn't
-        let the waiting sequence begin, or if its project would then have more.
+        They are the youngest sequences of the other project that has the most of this resource. Waiting sequences
+        of that project come first if they hold rows. Return none if the waiting sequence still couldn't begin.
+        Return none, too, if its project would then have at least as much as the other has now, unless nothing of
+        its project runs and its engine time is behind by the slack.
         """
         project = sequence.request.project
         others = [other for other in num_running if other != project]
@@ -430,7 +441,7 @@ class Scheduler:
         return victims
 
     def _row_share(self, project: str, *more: AdapterHold) -> float:
-        """Return the share of the rows that a project's running and waiting sequences hold."""
+        """Return the share of the rows that a project's running and waiting sequences, and `more` holds, take."""
         running = [sequence for sequence in self.running if sequence.request.project == project]
         holders = [*running, *self._waiting_with_rows(project)]
         return self._adapters.share([*(s.hold for s in holders if s.hold is not None), *more])
@@ -462,7 +473,7 @@ class Scheduler:
         return _Verdict.ADMITTED
 
     def _num_promised_blocks(self, running: Iterable[Sequence]) -> int:
-        """Return the number of blocks that running sequences still need for their tokens, or one each to grow."""
+        """Return how many blocks running sequences still need for their tokens, at least one for each to grow."""
         blocks = self.blocks
         return sum(max(1, blocks.blocks_for(s.num_needed_tokens) - len(s.block_table)) for s in running)
 
@@ -478,7 +489,7 @@ class Scheduler:
         return bool(holds)
 
     def _look_ahead(self, turn: Turn) -> None:
-        """Load the adapters of the next sets, as many as can run at once, while others run."""
+        """Begin to load the adapters of the next sets, for as many sets as sequences can run at once."""
         for queue in islice(turn, self.limits.max_num_seqs):
             if not queue.lacks_room:
                 queue.advance(self._adapters)

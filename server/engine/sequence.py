@@ -23,10 +23,10 @@ Ints = npt.NDArray[np.int64]
 
 
 class TokenCounts:
-    """The distinct tokens of one sequence and their counts, for penalties. A call only counts new tokens."""
+    """The distinct tokens of one sequence and their counts, for penalties. Each call counts only new tokens."""
 
     def __init__(self, token_ids: Seq[int], num_prompt_tokens: int) -> None:
-        """Take a prompt and its answer so far, `token_ids`, to which tokens may be appended at any time."""
+        """`token_ids` are a prompt and its answer so far. Tokens may be appended to the list at any time."""
         self._token_ids = token_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._num_seen = 0
@@ -35,7 +35,7 @@ class TokenCounts:
         self._used = array("q")
 
     def of(self, draft: Seq[int] = ()) -> tuple[Ints, Ints]:
-        """Return the distinct tokens (n,) and their counts in the answer (n,), including `draft` at its end."""
+        """Return the distinct tokens (n,) and their counts in the answer (n,), as if `draft` were part of it."""
         for position in range(self._num_seen, len(self._token_ids)):
             place = self._places.setdefault(self._token_ids[position], len(self._distinct))
             if place == len(self._distinct):
@@ -66,7 +66,7 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """Choice `index` of a request. `num_computed_tokens` follows `token_ids`; a preemption resets it."""
+    """The sequence of choice `index` of a request. A preemption resets `num_computed_tokens` to 0."""
 
     request: GenerationRequest
     index: int
@@ -76,13 +76,13 @@ class Sequence:
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # prompt tokens that were in the cache at the first admission
     block_table: list[int] = field(default_factory=list)
-    num_registered_blocks: int = 0  # blocks that the prefix cache knows
+    num_registered_blocks: int = 0  # blocks that are registered in the prefix cache
     hold: AdapterHold | None = None
     loading: tuple[float, float] | None = None  # when the wait for its adapters began and ended
-    constraint: Constraint | None = None  # its state in its grammar
-    scores: dict[int, Logprobs] = field(default_factory=dict)  # of scored tokens, by position
+    constraint: Constraint | None = None  # the sequence's state in its grammar
+    scores: dict[int, Logprobs] = field(default_factory=dict)  # scores of tokens, by position
     status: Status = Status.WAITING
-    num_lost_tokens: int = 0  # computed tokens at its last preemption; the next one waits until it has more
+    num_lost_tokens: int = 0  # most computed tokens at a preemption; no project preempts it before it has more
     admitted_at: float | None = None
     first_token_at: float | None = None
     _block_keys: list[bytes] = field(default_factory=list)
@@ -107,14 +107,15 @@ class Sequence:
 
     @property
     def num_needed_tokens(self) -> int:
-        """The number of tokens that need blocks: its own, and the next one unless it is only scored."""
+        """The number of tokens that need blocks: the sequence's, and the next one if it is to be drawn."""
         return len(self.token_ids) + (self.request.scored_from is None)
 
     @property
     def num_sharable_tokens(self) -> int:
-        """The number of first tokens whose cached blocks it may use.
+        """The number of tokens, from the first on, whose cached blocks the sequence may use.
 
-        Hidden states are needed from the last token, or from the token before the first scored one.
+        The others are computed for their hidden states: the last token, or all from the one before the first
+        scored token on.
         """
         scored_from = self.request.scored_from
         return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
@@ -126,7 +127,7 @@ class Sequence:
 
     @property
     def awaits_mask(self) -> bool:
-        """Whether it sits out steps until another thread has computed a mask (`masks`)."""
+        """Whether the sequence sits out steps until another thread has computed a mask (`masks`)."""
         return self.constraint is not None and self.constraint.awaits_mask
 
     def timing(self, now: float) -> Timing:
@@ -140,7 +141,10 @@ class Sequence:
         )
 
     def full_block_keys(self) -> list[bytes]:
-        """Return the keys of all full blocks. A key depends on its tokens, all before, adapters and project."""
+        """Return the keys of all full blocks.
+
+        A key depends on the block's tokens, all tokens before the block, the adapters and the project.
+        """
         extend_block_keys(self._block_keys, self.prefix_root, self.token_ids, self.block_size)
         return self._block_keys
 
@@ -173,7 +177,7 @@ class Chunk:
 
     @property
     def num_hidden(self) -> int:
-        """The number of last tokens whose final hidden states are needed to draw or score the token after each."""
+        """The number of last tokens whose final hidden state is needed to draw or score the next token."""
         num = int(self.samples)
         if (scored_from := self.sequence.request.scored_from) is not None:
             num = max(num, self.stop - max(self.start, scored_from - 1))
@@ -181,7 +185,7 @@ class Chunk:
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is a single token, without its draft, that isn't the sequence's first."""
+        """Whether the chunk without its draft is a single token, other than the sequence's first."""
         return self.stop - self.start == 1 and self.start > 0
 
 
@@ -201,7 +205,7 @@ def adapter_key(adapters: Seq[AdapterRef]) -> bytes:
 
 
 def prefix_root(adapter_key: bytes, project: str) -> bytes:
-    """Return the first key in a chain of block keys. It differs by project, so that projects share no blocks."""
+    """Return the first key in a chain of block keys. Each project has its own, so projects share no blocks."""
     if not project:
         return adapter_key
     return hashlib.blake2b(adapter_key + project.encode(), digest_size=16, person=b"project").digest()

@@ -1,9 +1,10 @@
 """Share engine time equally among the projects that have sequences running.
 
-A step's seconds of work are charged to its projects by their tokens, on a clock for each (start-time fair
-queueing; Sheng et al., "Fairness in Serving Large Language Models", 2024, count tokens). A project whose clock is
-ahead of the slowest running project's by `SLACK` sits out until the others have caught up. A project that begins
-to run starts `SLACK` behind, so a short request of a light project runs as if it were alone. Unused time is not
+Each project has a clock. A step's seconds of work are divided among its projects in proportion to their tokens,
+and added to their clocks. This is start-time fair queueing (Sheng et al., "Fairness in Serving Large Language
+Models", 2024, charge tokens instead of seconds). A project whose clock is ahead of the slowest running project's
+clock by `SLACK` sits out steps until the slowest one has caught up. A project that has used nothing lately starts
+`SLACK` behind the slowest one, so a short request of a light project runs as if it were alone. Unused time is not
 saved up.
 """
 
@@ -16,8 +17,8 @@ SLACK = 0.25
 """Seconds of engine time. A larger slack leaves more answers of a light project undisturbed, but pauses heavy
 projects for longer."""
 _AHEAD = 0.999 * SLACK  # allows for rounding, since clocks are sums of floats
-_MAX_LEAD = 1.0  # seconds; one long step must not pause its projects for long
-_MAX_IDLE = 64  # projects without running sequences whose clocks are kept
+_MAX_LEAD = 1.0  # seconds ahead of the slowest project; one long step must not pause its projects for long
+_MAX_IDLE = 64  # number of clocks that are kept for projects without running sequences
 
 
 class ProjectShares:
@@ -29,13 +30,13 @@ class ProjectShares:
         self._resting: set[str] = set()  # projects that sit out until the slowest one has caught up
 
     def enter(self, project: str) -> None:
-        """Set the clock of a project that has nothing running, before it begins."""
+        """Set the clock of a project without running sequences, before one of its sequences starts."""
         least = self._floor - SLACK
         self._used[project] = min(max(self._used.get(project, least), least), self._floor + _MAX_LEAD)
         self._resting.discard(project)
 
     def used(self, project: str) -> float:
-        """Return the clock of a project that has something running or has entered."""
+        """Return the clock of a project that has running sequences or for which `enter` was called."""
         return self._used[project]
 
     def lead(self, project: str, other: str) -> float:
@@ -43,11 +44,11 @@ class ProjectShares:
         return self._used[project] - self._used[other]
 
     def is_ahead(self, project: str, other: str) -> bool:
-        """Return whether one project's clock is ahead of another's by the slack."""
+        """Return whether one project's clock is ahead of another's by at least `SLACK`."""
         return self.lead(project, other) >= _AHEAD
 
     def due(self, running: Collection[str]) -> frozenset[str]:
-        """Return the projects, of those with sequences running, that take part in the next step: at least one."""
+        """Return which of the projects with `running` sequences take part in the next step: at least one."""
         if len(running) > 1:
             least = min(self._used[project] for project in running)
             for project in running:
@@ -60,7 +61,10 @@ class ProjectShares:
         return frozenset(running) - self._resting
 
     def charge(self, chunks: Sequence[Chunk], seconds: float, running: Collection[str]) -> None:
-        """Charge a step to its projects by their tokens. `running` are all projects with sequences running."""
+        """Add a step's seconds to its projects' clocks, in proportion to their tokens.
+
+        `running` are all projects with running sequences.
+        """
         tokens: Counter[str] = Counter()
         for chunk in chunks:
             tokens[chunk.sequence.request.project] += chunk.num_tokens
@@ -73,7 +77,7 @@ class ProjectShares:
             self._used = {p: used for p, used in self._used.items() if p in running or used > self._floor}
 
     def clear(self) -> None:
-        """Forget all projects: nothing is running or waiting."""
+        """Forget all projects. Call this when nothing is running or waiting."""
         self._used.clear()
         self._resting.clear()
         self._floor = 0.0

@@ -1,14 +1,14 @@
 """Speculative decoding: draft tokens for decoding sequences, so that one step can draw several tokens.
 
-A step computes a draft's tokens, too, and draws a token after each. A token depends only on the tokens before it
-and on noise that its position decides. So after a correct draft it is the token that plain decoding would have
-drawn: drafts change the timing of tokens, and nothing else.
+A step also computes a draft's tokens, and draws a token after each of them. A token depends only on the tokens
+before it and on noise that its position decides. So the token after a correct draft is the one that plain decoding
+would have drawn: drafts change the timing of tokens, and nothing else.
 
 A guess is a text that a grammar forces, or the tokens that followed the last few tokens earlier in the sequence
 (prompt lookup, Saxena 2023). `Speculator` drafts the guessed tokens that increase the throughput. It estimates
-that from the share of correct guesses (`Acceptance`; a grammar's are always correct) and from the time that an
-extra token adds to a step (`cost_model.RowCosts`). A draft only uses free blocks, for one step, and rows that the
-batch leaves free. No sequence waits or is preempted for it.
+the throughput from the share of correct guesses (`Acceptance`; guesses from a grammar are always correct) and from
+the time that an extra token adds to a step (`cost_model.RowCosts`). A draft only uses free blocks, for one step,
+and rows that the batch leaves free. No sequence waits or is preempted for a draft.
 """
 
 from array import array
@@ -23,8 +23,8 @@ from server.engine.sequence import Chunk, Sequence
 
 MAX_DRAFT = 15  # tokens; with the token before them they fill a tile of 16 rows
 MIN_MATCH, MAX_MATCH = 2, 8
-_PRIOR = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85)  # acceptance after matches of MIN_MATCH to MAX_MATCH tokens
-_PRIOR_WEIGHT = 3.0  # in guesses
+_PRIOR = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85)  # acceptance assumed for matches of MIN_MATCH to MAX_MATCH
+_PRIOR_WEIGHT = 3.0  # weight of the assumption, in guesses
 _MEMORY = 0.9  # factor by which older guesses lose weight with each new one of their match length
 _SIZE = array("i").itemsize
 
@@ -38,16 +38,16 @@ class Guess:
 
 
 class PromptLookup:
-    """An index of one growing sequence's tokens, which takes four bytes for each."""
+    """An index of the tokens of one growing sequence. It takes four bytes for each token."""
 
     def __init__(self) -> None:
         self._packed = bytearray()
 
     def guess(self, token_ids: Seq[int], max_tokens: int) -> Guess | None:
-        """Guess the `max_tokens` (at least one) tokens after `token_ids`, which are all of the sequence's.
+        """Guess the next `max_tokens` tokens (at least one) of the sequence, which so far has `token_ids`.
 
-        Of the longest matches, up to `MAX_MATCH` tokens, use the latest. Return None if the last tokens occur
-        nowhere else.
+        Look for the longest suffix of `MIN_MATCH` to `MAX_MATCH` tokens that also occurs earlier. If it occurs
+        several times, use the latest occurrence. Return None if there is none.
         """
         packed = self._packed
         packed += array("i", token_ids[len(packed) // _SIZE :]).tobytes()
@@ -63,7 +63,7 @@ class PromptLookup:
         return Guess([followed[i % len(followed)] for i in range(max_tokens)], match)
 
     def _last_end(self, pattern: bytearray, stop: int) -> int:
-        """Return the end of the last occurrence before `stop`, or -1 if there is none."""
+        """Return the end of the last occurrence of `pattern` before `stop`, or -1 if there is none."""
         at = self._packed.rfind(pattern, 0, stop)
         while at > 0 and at % _SIZE:  # a match of bytes that isn't aligned to tokens
             at = self._packed.rfind(pattern, 0, at + len(pattern) - 1)
@@ -71,14 +71,14 @@ class PromptLookup:
 
 
 class Acceptance:
-    """The shares of guessed tokens that were then drawn, by the length of the match before each."""
+    """The shares of guessed tokens that were then drawn, by the length of the match before the token."""
 
     def __init__(self) -> None:
         self._right = [_PRIOR_WEIGHT * share for share in _PRIOR]
         self._seen = [_PRIOR_WEIGHT] * len(_PRIOR)
 
     def chances(self, match: int, num_tokens: int) -> Iterator[float]:
-        """Yield the probabilities that the first guessed token is drawn, that the first two are, and so on."""
+        """Yield for 1 to `num_tokens` the probability that this many guessed tokens are drawn."""
         chance = 1.0
         for i in range(num_tokens):
             place = _place(match + i)
@@ -98,7 +98,7 @@ def _place(match: int) -> int:
 
 @dataclass(frozen=True)
 class _Weighed:
-    """Guessed tokens, with the probabilities that the first is drawn, that the first two are, and so on."""
+    """Guessed tokens. `chances[i]` is the probability that the first i + 1 of them are drawn."""
 
     token_ids: Seq[int]
     chances: Seq[float]
@@ -110,17 +110,20 @@ class _State:
 
     lookup: PromptLookup = field(default_factory=PromptLookup)
     acceptance: Acceptance = field(default_factory=Acceptance)
-    guess: Guess | None = None  # the last lookup's, whether drafted or not
-    position: int = 0  # of the guess's first token
+    guess: Guess | None = None  # the last lookup's guess, whether drafted or not
+    position: int = 0  # position of the guess's first token
 
 
 class Speculator:
-    """The part of the engine that drafts. It keeps a state of each sequence from its first decode to `forget`."""
+    """The part of the engine that drafts tokens. It keeps each sequence's state until `forget`."""
 
     def __init__(
         self, blocks: BlockManager, eos: Collection[int], max_num_seqs: int, *, is_on: bool = True
     ) -> None:
-        """Let a step draw up to `max_num_seqs` tokens, or the tokens of one sequence with the longest draft."""
+        """Limit the tokens that a step draws.
+
+        The limit is `max_num_seqs`, or the tokens of one sequence with the longest draft if these are more.
+        """
         self.costs = RowCosts(max_num_seqs)
         self.num_drafted_tokens = 0
         self._blocks = blocks
@@ -130,7 +133,7 @@ class Speculator:
         self._states: dict[Sequence, _State] = {}
 
     def extend(self, chunks: Seq[Chunk]) -> Seq[Chunk]:
-        """Return the chunks, with drafts for decoding sequences if they pay. Reserves the drafts' blocks."""
+        """Return the chunks, with drafts that should increase the throughput. Reserve the drafts' blocks."""
         num_free = self._max_rows - sum(chunk.samples for chunk in chunks)
         if not self._is_on or num_free <= 0:
             return chunks
@@ -183,7 +186,7 @@ class Speculator:
         return _Weighed(guess.token_ids, list(state.acceptance.chances(guess.match, len(guess.token_ids))))
 
     def _draft(self, chunk: Chunk, token_ids: Seq[int]) -> tuple[int, ...]:
-        """Reserve blocks for these tokens, and return the ones that are allowed and have blocks."""
+        """Return the longest prefix of these tokens that can be drafted, and reserve blocks for it."""
         sequence = chunk.sequence
         # No token follows an end token, and the end token itself needn't be drafted.
         draft = tuple(takewhile(lambda token_id: token_id not in self._eos, token_ids))
@@ -197,8 +200,9 @@ class Speculator:
 def draft_sizes(num_decoding: int, chances: Seq[Seq[float]], cost: float, max_tokens: int) -> list[int]:
     """Return how many tokens of each guess to draft for the highest total throughput.
 
-    `chances` are each guess's probabilities that its first token is correct, its first two are, and so on. `cost`
-    is the time that a drafted token adds to a step, as a share of the step's time. `max_tokens` limits the sum.
+    `chances[i][j]` is the probability that the first j + 1 tokens of guess i are correct. `cost` is the time that
+    a drafted token adds to a step, as a share of the time of a step without drafts. `max_tokens` limits the sum of
+    the numbers returned.
     """
     sizes = [0] * len(chances)
     num_tokens, time = float(num_decoding), 1.0  # expected tokens of a step, and its relative time

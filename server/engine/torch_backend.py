@@ -1,4 +1,4 @@
-"""The backend in torch, for any device. It is the oracle of the other backends."""
+"""The backend in torch, for any device. It is the test oracle of the other backends."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class _Run:
 
     start: int
     stop: int
-    slots: torch.Tensor | None  # of all positions up to the last new token; None if there are only new tokens
+    slots: torch.Tensor | None  # cache slots of all positions up to the last new token; None if all are new
     bias: torch.Tensor | None
 
 

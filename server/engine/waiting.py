@@ -47,11 +47,11 @@ class WaitingSet:
         )
 
     def lacks(self, room: BlockManager | AdapterPool, num_freed: int) -> None:
-        """Record that the first sequence lacked `room` when this much of it had been freed."""
+        """Record that the first sequence lacked `room` when `room.num_freed` was `num_freed`."""
         self._refusal = _Refusal(self.first, room, num_freed)
 
     def hurry(self, adapters: AdapterPool) -> None:
-        """Wait for the first sequence's adapters, for some milliseconds in total."""
+        """Wait for the first sequence's adapters to become ready, for at most some milliseconds in total."""
         if not self.advance(adapters).ready:
             assert self.first.hold is not None
             self.first.hold.hurry()
@@ -91,7 +91,7 @@ class WaitingQueues:
                 yield from queue.sequences
 
     def digests(self) -> frozenset[str]:
-        """Return the digests of waiting sequences' adapters: a sample if there are many sets."""
+        """Return the digests of waiting sequences' adapters, or of a sample of them if there are many sets."""
         listed = islice((queue for sets in self._projects.values() for queue in sets.values()), _MAX_LISTED)
         return frozenset(ref.digest for queue in listed for ref in queue.first.request.adapters)
 
@@ -116,7 +116,7 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Remove the first sequence of a set, and end the turns of the set and its project."""
+        """Remove the first sequence of a set. The next turns of the set and its project then come last."""
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)
@@ -147,7 +147,7 @@ class WaitingQueues:
 
 
 class Turn:
-    """The sets that a step may still try. The methods are about the `first` set."""
+    """The sets that a step may still try. `take_first`, `pass_over` and `try_later` are about the `first` set."""
 
     def __init__(self, queues: WaitingQueues, projects: deque[str]) -> None:
         self._queues = queues
@@ -167,7 +167,7 @@ class Turn:
         return None
 
     def take_first(self) -> None:
-        """Remove the set's first sequence, which is admitted. Other projects and other sets come next."""
+        """Remove the set's first sequence, which has been admitted. Other projects and other sets come next."""
         queue = self._pop()
         self._queues.take_first(queue)
         if queue.sequences:
@@ -187,7 +187,7 @@ class Turn:
     def __iter__(self) -> Iterator[WaitingSet]:
         """Yield the untried sets in the order of their turns, as if all were admitted.
 
-        Don't queue or remove sequences meanwhile.
+        Don't queue or remove sequences while iterating.
         """
         projects = deque(iter(self._left[p] if p in self._left else self._queues.sets(p)) for p in self._projects)
         while projects:

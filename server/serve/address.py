@@ -1,4 +1,4 @@
-"""Bind the server's address, and refuse to serve strangers without keys.
+"""Bind the server's address, and refuse to serve other machines without keys.
 
 Importing this module is quick, so that errors are reported before slow work begins.
 """
@@ -19,10 +19,10 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 not bound here
 
 
 class Listener(socket.socket):
-    """A listening socket on which asyncio accepts several connections in a turn.
+    """A listening socket on which asyncio accepts several connections in one turn of the event loop.
 
-    If no file descriptor is left, asyncio logs that and retries after a second. But it would try, log and schedule
-    a retry for each further connection of the turn, too. So a failed `accept` makes the next ones find none.
+    If no file descriptor is left, asyncio logs the error and retries after a second. It would do the same for each
+    further connection of the turn. So for a moment after a failed `accept`, the next calls find no connection.
     """
 
     _failed_at = -math.inf
@@ -41,7 +41,10 @@ class Listener(socket.socket):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket, which refuses connections until the server listens. Raise StartupError."""
+    """Return a bound socket, which refuses connections until the server listens.
+
+    Raise StartupError if the address can't be bound.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -63,19 +66,22 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(bound: socket.socket, host: str) -> str:
-    """Return the URL of the server for this machine, with the actual port of the socket."""
+    """Return the URL at which this machine reaches the server, with the actual port of the socket."""
     return url_of(host, bound.getsockname()[1])
 
 
 def url_of(host: str, port: int) -> str:
-    """Return the URL of a server for this machine: with the loopback address if it listens on all addresses."""
+    """Return the URL at which this machine reaches a server.
+
+    If the server listens on all addresses, the URL has the loopback address.
+    """
     reached = _LOOPBACK.get(host, host)
     shown = f"[{reached}]" if ":" in reached else reached
     return f"http://{shown}:{port}"
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
-    """Return a StartupError that explains the system's error and names the settings."""
+    """Return a StartupError that explains the system's error, and names the settings to change."""
     if error.errno == errno.EADDRINUSE:
         return StartupError(
             f"port {port} on {host} is taken: stop what listens there, or choose another (SMOLORA_PORT, --port)"

@@ -1,7 +1,7 @@
 """Limit the number of connections, and the time for which each may keep the server waiting.
 
 uvicorn's HTTP protocol has no such limits. Only connections whose client has to act next are closed, so no work is
-lost. `server.api.bodies.Body` limits bodies that stop, because it can still answer.
+lost. `server.api.bodies.Body` limits the wait for the rest of a body, because it can still send an answer.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from server.config import Limits
 from server.system.messages import plural
 
 _UNSENT_BYTES = 128 << 10
-"""Unsent bytes of an answer in the kernel. Without a limit it buffers megabytes for a reader that has stopped."""
+"""Maximum unsent bytes of an answer in the kernel. By default it buffers megabytes for a reader that stops."""
 _READ_BYTES = 64 << 10
-"""Bytes read from a connection in its turn. With asyncio's 256 KiB, 400 uploads delay all other requests."""
+"""Maximum bytes read from a connection at once. With asyncio's 256 KiB, 400 uploads delay all other requests."""
 _OTHER_FILES = 512
 _LOOK_SECONDS = 1.0
 
@@ -49,7 +49,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: "Connection") -> None:
-        """Add a new connection. If it is one too many, close the longest idle one, or itself if none is idle."""
+        """Add a connection. If there are too many, close the longest idle one, or the new one if none is idle."""
         self._open[connection] = None
         if len(self._open) > self._limits.max_connections:
             idle = (other for other in self._open if other.is_idle and other is not connection)
@@ -96,13 +96,13 @@ class Connection(H11Protocol):
     """One connection. It stores when events happened; `Connections` closes it after a timeout."""
 
     all: ClassVar[Connections]
-    _headers_due_since: float | None = None  # None: no request has begun, or one is being answered
+    _headers_due_since: float | None = None  # None: no request has begun, or a request is being answered
     _unsent = 0  # bytes of the answer, at the last look
     _unsent_since = 0.0  # when that number last changed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         vars(transport)["max_size"] = _READ_BYTES  # asyncio has no other way to set it
-        # Pause writing at once. Then unsent bytes shrink unless the reader has stopped.
+        # Pause writing while any bytes are unsent. Then their number shrinks unless the reader has stopped.
         transport.set_write_buffer_limits(high=0)
         if (option := getattr(socket, "TCP_NOTSENT_LOWAT", None)) is not None:
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, _UNSENT_BYTES)
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
         self._mark()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer invalid HTTP with a problem, unless an answer has begun, and close the connection."""
+        """Answer invalid HTTP with an RFC 9457 problem, unless an answer has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             own_id = uuid.uuid4().hex
             log.warning("not HTTP: request=%s client=%s", own_id, self.client[0] if self.client else "-")
@@ -139,7 +139,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
-        """Return False: answer offers of HTTP/2 and requests for a WebSocket in HTTP/1.1, without a warning."""
+        """Return False, so that offers of HTTP/2 and of WebSockets are answered in HTTP/1.1 without a warning."""
         return False
 
     @property

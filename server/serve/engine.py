@@ -53,9 +53,10 @@ class CacheSizes:
 
 
 def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
-    """Return the settings' cache sizes. The default is a share of the `free` bytes for each cache.
+    """Return the cache sizes that the settings give, or by default a share of the `free` bytes for each cache.
 
-    The default key/value cache fits between one full sequence, which takes `one` bytes, and all that run at once.
+    The default key/value cache has room for at least one full sequence, which takes `one` bytes, and at most for
+    as many as can run at once.
     """
     share = free // _SHARE
     return CacheSizes(
@@ -65,7 +66,7 @@ def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
 
 
 def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -> CacheSizes:
-    """Return the settings' cache sizes. The defaults are two thirds and one third of a GPU's remaining memory.
+    """Return the cache sizes that the settings give, by default 2/3 and 1/3 of a GPU's remaining memory.
 
     The remaining memory is the `free` bytes without training's share of the `total`, the `step` bytes for a step's
     tensors, and the overhead of processes. The limits of `cpu_caches` apply. Raise StartupError if too little is
@@ -96,8 +97,8 @@ def gpu_share(settings: Settings, total: int) -> float:
 def step_bytes(base: ModelConfig, itemsize: int, limits: SchedulerLimits, max_model_len: int) -> int:
     """Return the maximum bytes of a step's tensors on a GPU, as if all were allocated at once.
 
-    They are a layer's keys and values of decodes, padded to the longest sequence, their attention scores, the
-    widest activations of all tokens, and logits.
+    The tensors are a layer's keys and values of decodes, padded to the longest sequence, with attention scores;
+    the attention bias of a prompt's chunk; the widest activations of all tokens; and logits.
     """
     rows, tokens = limits.max_num_seqs, limits.max_num_seqs + limits.max_prefill_tokens
     gathered = 2 * base.kv_size + 3 * base.num_heads  # per position, with scores, weights and a mask's copy
@@ -132,12 +133,12 @@ Say = Callable[[str], None]
 
 
 def base_directory(settings: Settings, say: Say) -> Path:
-    """Return the directory of the converted base. Converting it the first time is slow."""
+    """Return the directory of the converted base. The first call converts it, which is slow."""
     return resolve_base(settings.model, settings.home, settings.base_dir, say)
 
 
 def guidance_of(base: BaseModel) -> Guidance:
-    """Return a cache of grammars over the base's tokens."""
+    """Return a cache of grammars for the base's tokenizer."""
     return Guidance(tokenizer_json(base.tokenizer), base.config.vocab_size, tuple(base.config.eos_token_ids))
 
 
@@ -196,7 +197,7 @@ def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEn
 
 
 def max_model_len_of(settings: Settings, base: BaseModel) -> int:
-    """Return the length limit of a sequence, in tokens. Raise StartupError if the base's limit is lower."""
+    """Return the length limit of a sequence, in tokens. Raise StartupError if it exceeds the base's."""
     longest = base.config.max_position_embeddings
     if settings.max_model_len is None:
         return min(longest, DEFAULT_MAX_MODEL_LEN)

@@ -1,10 +1,10 @@
 """Serve the app with uvicorn in this process, from the first connection to a clean exit.
 
 SIGTERM, SIGINT or SIGHUP drains the server: /ready answers 503, and new requests are refused. Running and waiting
-requests may finish within DRAIN_SECONDS, and then fail. The exit code is 0. After a second signal the process
-exits within HURRY_SECONDS, with code 1. Training workers start when everything is ready, and are asked to release
-their jobs when draining begins. If the engine is dead, /ready shows it for a moment, and the exit code is 1. The
-process doesn't wait for an engine's thread that hangs.
+requests fail unless they finish within DRAIN_SECONDS. The exit code is 0. After a second signal the process exits
+within HURRY_SECONDS, with code 1. Training workers start when everything is ready, and are asked to release
+their jobs when draining begins. If the engine is dead, /ready reports this for a moment, and the exit code is 1.
+The process doesn't wait for an engine's thread that hangs.
 """
 
 import asyncio
@@ -50,9 +50,9 @@ def run(
     trusted_proxies: Sequence[str],
     limits: Limits,
 ) -> int:
-    """Serve until a signal or the engine's death, and return the exit code. Call `announce` when all is ready.
+    """Serve until a signal or the engine's death, and return the exit code.
 
-    X-Forwarded-For and -Proto are accepted from `trusted_proxies`.
+    `announce` is called when the server is ready. X-Forwarded-For and -Proto are accepted from `trusted_proxies`.
     """
     limits = allow_files(limits)
     hurry = threading.Timer(HURRY_SECONDS, _leave, [1])
@@ -75,7 +75,7 @@ def run(
 
 
 def _leave(code: int) -> None:
-    """End the process at once, without waiting for threads. The kernel then ends its workers."""
+    """End the process at once, without waiting for threads. The kernel then ends the process's workers."""
     logging.shutdown()
     _flush()
     os._exit(code)
@@ -92,7 +92,7 @@ def _flush() -> None:
 
 
 def as_seen(networks: Sequence[str]) -> list[str]:
-    """Return the networks, and the IPv4 ones also in the form for a socket on `::`, such as ::ffff:10.0.0.1."""
+    """Return the networks, and the IPv4 ones again in the form that a socket on `::` sees (::ffff:10.0.0.1)."""
     parsed = [ipaddress.ip_network(network) for network in networks]
     mapped = [f"::ffff:{net.network_address}/{96 + net.prefixlen}" for net in parsed if net.version == 4]
     return [*networks, *mapped]
@@ -106,7 +106,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # `Process` handles them; uvicorn would stop listening at once and end by the signal
+        yield  # `Process` handles signals; uvicorn would stop listening at once and end by the signal
 
 
 class Process:
@@ -140,8 +140,8 @@ class Process:
             forwarded_allow_ips=as_seen(trusted_proxies),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
-            # asyncio accepts up to this many connections in a turn. With 1, one after a burst of 400 waited 2 s.
-            # `_Server` sets the length of the kernel's queue.
+            # asyncio accepts up to this many connections in a turn. With 1, a client after a burst of 400
+            # waited 2 s. `_Server` sets the length of the kernel's queue.
             backlog=16,
         )
         self._server = _Server(config)

@@ -1,7 +1,7 @@
 """Build the app's services from the settings, and suggest first prompts.
 
-Building is slow if a base is converted the first time. If this machine lacks something, raise StartupError with a
-message of one line.
+Building is slow the first time, because the base is converted. If this machine lacks something, raise
+StartupError with a message of one line.
 """
 
 import json
@@ -55,13 +55,13 @@ _KEY = "YOUR_KEY"
 _OWN_URL = "http://{host}:{port}".format(
     **{name: Settings.model_fields[name].default for name in ("host", "port")}
 )
-"""The server that commands use by default."""
+"""The URL of the server that commands use by default."""
 
 
 def first_prompts(url: str, is_chat: bool, needs_key: bool) -> list[str]:
-    """Return a command of ours and a curl command that ask a question, or complete a text if not `is_chat`.
+    """Return a smolora command and a curl command that ask a question, or complete a text if not `is_chat`.
 
-    A base of any size answers it correctly.
+    A base of any size gives the correct answer.
     """
     command = ["chat", _QUESTION] if is_chat else ["generate", _START]
     place = [] if url == _OWN_URL else ["--url", url]
@@ -81,7 +81,7 @@ Connect = Callable[[BaseModel, AdapterStore], EngineClient]
 def build(
     settings: Settings, say: Say, watchdog: Watchdog | None = None, connect: Connect | None = None
 ) -> Services:
-    """Return the services. Their engine isn't started; with `connect` it is the client that `connect` returns.
+    """Return the services. Their engine isn't started. If `connect` is given, the engine is its result.
 
     `say` is called before each slow operation.
     """
