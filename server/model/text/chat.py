@@ -158,7 +158,7 @@ class PromptEncoder:
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._next_special = re.compile(rf"\s*+({self._special.pattern})")
-        # Whether special tokens are read in texts is a flag of a Tokenizer. Threads need both values: hence two copies.
+        # `encode_special_tokens` is a flag of a Tokenizer, and threads need both values. So there are two copies.
         self._marked = _fixed_copy(tokenizer.backend, specials_are_text=False)
         self._plain = _fixed_copy(tokenizer.backend, specials_are_text=True)
 
