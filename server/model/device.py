@@ -42,7 +42,7 @@ class Cuda:
 
     torch_version: str
     cuda_version: str | None  # the version that torch was built for; None: a build without CUDA
-    architectures: tuple[str, ...]  # the GPU types that torch has code for, such as sm_90; empty if unknown
+    architectures: tuple[str, ...]  # GPU architectures that torch has code for, such as sm_90; empty if unknown
     gpus: tuple[Gpu, ...]
     trouble: str = ""  # why torch finds no GPU
 
@@ -214,8 +214,8 @@ def training_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def multiplied_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to multiply weights in: fp32 on a CPU without bf16 products, since torch emulates
-    such products slowly."""
+    """Return the dtype to multiply weights in: fp32 on a CPU without bf16 products, since torch emulates such
+    products slowly."""
     is_lacking = device.type == "cpu" and dtype is torch.bfloat16 and not cpu_flags() & _BF16_FLAGS
     return torch.float32 if is_lacking else dtype
 

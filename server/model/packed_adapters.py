@@ -61,7 +61,8 @@ class PackedAdapters:
     def load(self, digest: str) -> Stored:
         """Return the adapter: its packed file, not yet read, or the published weights if it has none.
 
-        Neither takes memory of its own before the adapter is placed. Raise CorruptAdapter if it is damaged.
+        Neither takes memory of its own before the adapter is placed. Raise CorruptAdapter if the adapter is
+        damaged.
         """
         try:
             with self._store.packed.open(digest) as file:

@@ -57,7 +57,8 @@ class RowFormat:
         return cls(torch.float32 if device.type == "cpu" else dtype, dtype)
 
     def rounded(self, rank: int) -> int:
-        """Return the number of rows for a rank: packed rows come in pairs, so an odd rank gets a zero row more."""
+        """Return the number of rows for a rank. Packed rows come in pairs: an odd rank gets one more row, of
+        zeros."""
         return rank if self.tile is None else rank + rank % 2
 
     def bytes_per_rank(self, shape: BaseShape) -> int:
@@ -340,7 +341,7 @@ class RankRows:
             pool[group].narrow(dim, to * scale, length * scale).copy_(source.clone())
 
     def take_ahead(self) -> None:
-        """Have the system allocate pages for the next adapter, at its likely place and of the last one's size.
+        """Have the system allocate pages where the next adapter will likely be, assuming the last adapter's size.
 
         Otherwise placing it would allocate the pages, which takes longer than all other work of placing it.
         """

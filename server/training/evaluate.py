@@ -1,7 +1,7 @@
 """Loss and accuracy of a model on held-out rows, without dropout.
 
-The model predicts every counted token of a row from the true tokens before it. Exact match needs generated
-completions, so `server.jobs.exact_match` measures it with the engine.
+Counted tokens are those that training would train on. The model predicts each of them from the true tokens before
+it. Exact match needs generated completions, so `server.jobs.exact_match` measures it with the engine.
 """
 
 import math
@@ -59,9 +59,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure loss and accuracy over the counted tokens of `examples`. Raise ValueError if there are none.
 
-    `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs within the
-    context manager `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result
-    only by rounding in torch's passes, and not at all in native code.
+    `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs within the context
+    manager `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by
+    rounding in torch's passes, and not at all in native code.
     """
     losses, num_right = array("d"), 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):

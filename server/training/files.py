@@ -3,9 +3,9 @@
     <root>/file-.../content      the bytes as uploaded
                     file.json    name, purpose, size, date
 
-Unlike with data sets, two uploads of the same bytes are two files, and a download returns the uploaded
-bytes. All rows are checked when they are uploaded, and again when they are read. `delete` doesn't check whether a
-job uses the file: callers must check that.
+Unlike with data sets, two uploads of the same bytes are two files, and a download returns the uploaded bytes. All
+rows are checked when they are uploaded, and again when they are read. `delete` doesn't check whether a job uses
+the file: callers must check that.
 """
 
 import hashlib

@@ -183,7 +183,8 @@ class NativePass:
         return Measured(losses.tolist(), int((likeliest == targets).sum()))
 
     def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
-        """Return the final hidden states (tokens, hidden). With `has_backward`, keep what `accumulate` needs."""
+        """Return the final hidden states (tokens, hidden). With `has_backward`, keep what the backward pass
+        needs."""
         kept, factor = None, 1.0
         dropout = self._rows.dropout
         if dropout is not None:

@@ -114,11 +114,12 @@ class RecordStore(Generic[R]):
         return self._folders.new(self._checked(record_id))
 
     def _renewed(self, record_id: str) -> AbstractContextManager[Path]:
-        """Yield a directory to fill. When the block ends, its files replace a damaged record's. Raise OSError."""
+        """Yield a directory to fill. When the block ends, its files replace a damaged record's. Raise OSError if
+        that fails."""
         return self._folders.renewed(self._checked(record_id))
 
     def _open(self, record_id: str, name: str) -> BinaryIO:
-        """Open one of the record's files. It stays readable if it is deleted. Raise FileNotFoundError."""
+        """Open one of the record's files, which stays readable if it is deleted. Raise FileNotFoundError."""
         return self._folders.open(self._checked(record_id), name)
 
     def _digest(self, record_id: str, name: str) -> str:

@@ -230,8 +230,8 @@ def _thinned(curve: Curve) -> Curve:
 def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation | None) -> bytes:
     """Return the metrics of a finished run's steps as the CSV that OpenAI's clients read from a job's result file.
 
-    There is a line for each step of `train`. `tuned` is the evaluation of the kept weights, which `step` made.
-    Values that weren't measured are empty; accuracy in training isn't measured at all.
+    There is a line for each step of `train`. `tuned` is the evaluation of the weights that were kept, those after
+    step `step`. Values that weren't measured are empty; accuracy in training isn't measured at all.
     """
     losses = dict(held_out)
     accuracies: dict[int, float] = {}

@@ -167,7 +167,8 @@ class _Faults:
         self._length = 0
 
     def add(self, line: int, error: InvalidInput, length: int = 0) -> None:
-        """Add the faults of a line of `length` characters. At the limit, raise InvalidInput with all."""
+        """Add the faults of a line of `length` characters. At a limit, raise InvalidInput with all faults so
+        far."""
         self._length += length
         for fault in error.errors:
             if fault.loc == (FILE,):

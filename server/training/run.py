@@ -40,7 +40,7 @@ class Reporter(Protocol):
     """Receiver of the progress of a run or a merge. Any method may raise to end the run; checkpoints are kept."""
 
     def yield_or_leave(self) -> None:
-        """Yield to serving, or raise if the run should stop. It is called for each micro-batch or module."""
+        """Yield to serving, or raise if the run should stop. Called at least once per micro-batch or module."""
         ...
 
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
@@ -117,7 +117,7 @@ class Counters:
 class Outcome:
     """The result of a finished run: the weights of `step`, and their evaluation if rows were held out.
 
-    If the run evaluated its steps, `step` is the one with the lowest held-out loss, out of `num_steps`.
+    If the run was evaluated during training, `step` is the evaluated step with the lowest held-out loss.
     """
 
     weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
@@ -221,7 +221,7 @@ class Run:
 
     @property
     def _max_checkpoint_bytes(self) -> int:
-        """The size of masters, AdamW's two moments and the best masters, in fp32."""
+        """The maximum size of a checkpoint: masters, AdamW's two moments and the best masters, in fp32."""
         return 4 * 4 * self._trainable.masters.numel()
 
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
@@ -257,8 +257,8 @@ class Run:
     def _note_who_computes(self) -> None:
         """Record which code computes this attempt's steps.
 
-        If attempts used different code, the result has the bytes of none of them alone, and the model card lists
-        all.
+        If attempts used different code, the result has other bytes than with one of them alone, and the model card
+        lists all.
         """
         now, before = self._trainable.passes.computed_by, self._counters.computed_by
         if before and before[-1] != now:

@@ -229,8 +229,8 @@ class TrainedRows:
     each layer. Gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over
     micro-batches is rounded to 16 bits.
 
-    `dropout` is set for one micro-batch and unset when its gradients are collected, so evaluations have no
-    dropout.
+    `dropout` is set for one micro-batch and unset when the micro-batch's gradients are collected, so
+    evaluations have no dropout.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class TrainedRows:
     ) -> None:
         """Start from `weights` and keep their scalings; the forward pass computes in `dtype`.
 
-        `frozen` has A₀ and B₀, which are subtracted, of the same modules, ranks and scalings. A module's rows
+        `frozen` is subtracted: it has A₀ and B₀ for the same modules, ranks and scalings. A module's rows
         begin at a multiple of `row_unit` in their group's leaves; rows in between are zero.
         """
         self._row_unit = row_unit

@@ -72,7 +72,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step. The loss, in nats per counted token, is that before the step."""
+    """The result of one optimizer step. The loss is in nats per counted token, of the weights before the step."""
 
     step: int  # counted from 1
     loss: float

@@ -166,7 +166,7 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
 def write_quantized(
     directory: Path, config: ModelConfig, weights: BaseWeights, quantized: Mapping[str, Quantized]
 ) -> None:
-    """Add the quantized form of tensors to a converted directory, for tensors that it expands to bit by bit.
+    """Add the quantized form of tensors to a converted directory. If it expands to other bits, it is left out.
 
     The file is created by one rename. `quantized` is keyed by Hugging Face's names of tensors. Raise OSError.
     """

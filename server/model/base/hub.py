@@ -82,7 +82,7 @@ def fetch_adapter(
 ) -> HubAdapter:
     """Download an adapter's files at a revision (a branch, a tag or a commit; None: the newest commit).
 
-    `max_config` and `max_weights` are the most bytes that each file may have; `timeout` is in seconds. Raise
+    `max_config` and `max_weights` limit the bytes of each file; `timeout` is in seconds. Raise
     NotFound if the hub has no such adapter or revision, InvalidInput if the id is malformed or a file is too
     large, and Unavailable if the hub can't be reached or takes too long.
     """

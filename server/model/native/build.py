@@ -158,7 +158,7 @@ def _keep_others_out(directory: Path) -> None:
 
 
 def _link(compiler: str, arguments: Sequence[str], scratch: str) -> None:
-    """Link with a static C++ standard library if the system has one. Fedora's compiler comes without it."""
+    """Link with a static C++ standard library if the system has one. Fedora's compiler comes without one."""
     try:
         _run([[compiler, *_LINK, *arguments]], scratch)
     except subprocess.CalledProcessError:

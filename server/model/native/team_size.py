@@ -26,8 +26,10 @@ _RECENT_MEMORY, _USUAL_MEMORY = 0.8, 0.99  # weight of the earlier mean in the n
 _OUTLIER = 1.5  # a step counts as at most this many times as long as those that it is compared with
 
 _NUM_TRIALS, _FEW_TRIALS = 12, 4  # how many of the latest trials of two sizes are compared
-_LEAST_GAIN, _GREAT_GAIN = 0.95, 0.8  # the gain below which a larger team is chosen, after many and few trials
-_NO_GAIN, _GREAT_LOSS = 1.0, 1.25  # the gain from which on a smaller team is chosen, likewise
+# A larger team is chosen if `_Pair.gain` is below the first number, or after few trials below the second.
+_LEAST_GAIN, _GREAT_GAIN = 0.95, 0.8
+# A smaller team is chosen if `_Pair.gain` is at least the first number, or after few trials the second.
+_NO_GAIN, _GREAT_LOSS = 1.0, 1.25
 
 _FIRST_TOKENS = 9  # reading the weights takes as long as computing this number of tokens
 _POSITIONS_OF_A_TOKEN = 600  # positions that attention reads in the time that a token takes
@@ -154,7 +156,7 @@ class _Band:
         gain = self._pair(size).expected_gain
         cost = max((gain if size > self._best else 1 / gain) - 1, _FEE)
         if self._size_of_processors <= size < self._best and not self._pair(size).is_known:
-            cost = _FEE  # no more than `size` threads ran at a time anyway
+            cost = _FEE  # no more threads than this size has ran at a time anyway
         may_use_reserve = self._is_slow or cost == _FEE or not self._pair(size).is_known
         return savings >= cost or (may_use_reserve and self._reserve >= cost)
 

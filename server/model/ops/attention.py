@@ -132,8 +132,8 @@ def _replace_overflows(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Overwrite numbers in the new tokens' k and v (new, kv_heads, head_dim) that aren't finite. Return a mask
     (new,) of the tokens at or after the first position with such a number.
 
-    If they stayed, results of tokens before that position would be NaN, too: a weight of 0 times infinity is NaN,
-    and so is a bias of -inf added to NaN.
+    If such numbers were kept, the results of tokens before that position would be NaN, too: a weight of 0 times
+    infinity is NaN, and so is a bias of -inf added to NaN.
     """
     overflows = ~(k.isfinite() & v.isfinite()).flatten(1).all(1)
     for tensor in (k, v):

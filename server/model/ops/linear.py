@@ -37,7 +37,7 @@ class Linear:
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Return whether the weight, torch and the CPU allow packing: it needs bf16 on a CPU."""
+    """Return whether the weight, torch and the CPU allow packing. Packing needs bf16 on a CPU."""
     return (
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16

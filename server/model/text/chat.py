@@ -67,7 +67,7 @@ class Disguise:
     rendering of these messages was written by the template."""
 
     def __init__(self, messages: Sequence[ChatMessage], special: re.Pattern[str]) -> None:
-        """Replace all matches of `special` in the messages by placeholders."""
+        """Replace all matches of `special` in the messages with placeholders."""
         self._hidden: list[str] = []
         self._guard, self._mark = _unused_characters(messages, 2)
         self._placeholder = re.compile(f"{self._guard}([0-9]+){self._guard}")
@@ -206,7 +206,7 @@ class PromptEncoder:
         `end_token_ids`. The turn's header isn't covered. The ids are those of the rendered template, except that
         no token crosses a turn's border: the texts before and after a border are encoded separately, as they are
         when the assistant's turn is generated. Raise InvalidInput like `messages`, or if the template changes a
-        turn in any way but trimming.
+        turn in any way except trimming.
         """
         disguise = Disguise(messages, self._special)
         rendered = self._render(disguise.messages, is_whole=True)
