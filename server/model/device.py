@@ -42,7 +42,7 @@ class Cuda:
 
     torch_version: str
     cuda_version: str | None  # the version that torch was built for; None: a build without CUDA
-    architectures: tuple[str, ...]  # those that torch has code for, such as sm_90; empty if unknown
+    architectures: tuple[str, ...]  # GPU architectures that torch has code for, such as sm_90; empty if unknown
     gpus: tuple[Gpu, ...]
     trouble: str = ""  # why torch finds no GPU
 
@@ -86,8 +86,8 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def torch_on(device: torch.device) -> str:
-    """Describe what computes without native code: torch and the GPU's name, since kernels of GPUs round
-    differently."""
+    """Describe what computes if native code doesn't: torch, and the GPU's name, since results are rounded
+    differently on different GPUs."""
     return "torch" if device.type == "cpu" else f"torch on {gpu_of(device).name}"
 
 
@@ -109,7 +109,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def limit_memory(device: torch.device, share: float) -> None:
-    """Limit this process to a share of a GPU's memory. It has no effect on a CPU."""
+    """Limit this process to a share of a GPU's memory. Do nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, device.index)  # index None: the current GPU
 
@@ -121,7 +121,7 @@ def empty_cache() -> None:
 
 @contextmanager
 def room_for(what: str, device: torch.device) -> Iterator[None]:
-    """Raise StartupError if the block fails because a GPU has no room for `what`, or doesn't work."""
+    """Raise StartupError if the block fails because a GPU has no room for `what` or doesn't work."""
     try:
         yield
     except RuntimeError as error:
@@ -139,10 +139,10 @@ def room_for(what: str, device: torch.device) -> Iterator[None]:
 
 
 def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Return whether code for an architecture runs on a device.
+    """Return whether code for an architecture runs on a device with this compute capability.
 
-    `sm_86` runs on the same major version from that minor one on. `compute_90` runs on that version and later
-    ones, since the driver compiles it. A name that ends in `a` runs on that capability alone.
+    `sm_86` runs on capability 8.6 and on later minor versions of 8. `compute_90` runs on 9.0 and on all later
+    versions, since the driver compiles it. A name that ends in `a` runs on exactly that capability.
     """
     kind, _, number = code.partition("_")
     made_for = divmod(int(number.rstrip("af")), 10)
@@ -177,7 +177,8 @@ def choose_device(
     *,
     has_native: bool = False,
 ) -> tuple[torch.device, torch.dtype]:
-    """Turn the settings `auto`, `cpu`, `cuda`, `cuda:N` and `auto`, `fp32`, `bf16`, `fp16` into torch's.
+    """Return torch's device and dtype for the settings `device` (`auto`, `cpu`, `cuda` or `cuda:N`) and `dtype`
+    (`auto`, `fp32`, `bf16` or `fp16`).
 
     `flags` are the CPU's features and `cuda` the GPUs (None: this machine's). `has_native` means that native code
     computes on the CPU; it uses bf16 on every processor. Raise StartupError if the machine lacks what is asked
@@ -204,7 +205,7 @@ def choose_device(
 
 
 def training_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to train in if `dtype` serves: the same, but fp32 instead of fp16.
+    """Return the dtype to train in if serving uses `dtype`: the same, except fp32 instead of fp16.
 
     Gradients underflow in fp16 unless losses are scaled. Scaling needs a state in every checkpoint, and skips
     steps. fp32 needs neither, and `auto` chooses it for GPUs without bf16.
@@ -213,8 +214,8 @@ def training_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def multiplied_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to multiply weights in: fp32 on a CPU without bf16 products, since torch emulates them
-    slowly."""
+    """Return the dtype to multiply weights in: fp32 on a CPU without bf16 products, since torch emulates such
+    products slowly."""
     is_lacking = device.type == "cpu" and dtype is torch.bfloat16 and not cpu_flags() & _BF16_FLAGS
     return torch.float32 if is_lacking else dtype
 
@@ -231,7 +232,7 @@ def cpu_flags(text: str | None = None) -> frozenset[str]:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the tensor on the device. Copies to a GPU go through pinned memory and don't wait."""
+    """Return the tensor on the device. Copies to a GPU go through pinned memory and don't block."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -250,7 +251,7 @@ def floats_on(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
 class Uploads:
     """A CUDA stream for copies to `device`, so that they run while the default stream computes. Thread-safe.
 
-    The default stream must not read a destination while it is written.
+    The default stream must not read a destination while a copy writes to it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -258,7 +259,8 @@ class Uploads:
         self._stream = cast("Callable[[torch.device], torch.cuda.Stream]", torch.cuda.Stream)(device)
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy each pair's first tensor, which is pinned, into the second, of equal shape and dtype, and wait."""
+        """Copy each pair's first tensor into its second, and wait. The first is pinned; shapes and dtypes are
+        equal."""
         with torch.cuda.stream(self._stream):
             there = [(source.to(self._device, non_blocking=True), place) for source, place in pairs]
             # Kernels that were launched earlier may still read the previous content of these places.

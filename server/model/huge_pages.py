@@ -15,7 +15,7 @@ _SYSTEM = ctypes.CDLL(None)
 
 def in_huge_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Return an uninitialized CPU tensor, in huge pages if the system has them. Pages are allocated when they are
-    first written. Raise MemoryError if there is no room for it."""
+    first written. Raise MemoryError if there is no room for the tensor."""
     size = math.prod(shape) * dtype.itemsize
     try:
         # Private, unlike mmap's default: shared memory has no huge pages.
@@ -30,10 +30,11 @@ def in_huge_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def take_pages(part: torch.Tensor) -> None:
-    """Allocate the pages of a part of such a tensor now. Its content stays, even if other threads write to it.
+    """Allocate the pages of a part of an `in_huge_pages` tensor before they are written. The part's content is
+    kept, even if other threads write to it meanwhile.
 
-    If the system can't, or has no memory left, pages are allocated when they are written. ctypes releases the GIL
-    meanwhile.
+    If the system can't do this, or has no memory left, pages are allocated when they are first written. ctypes
+    releases the GIL meanwhile.
     """
     first = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = part.data_ptr() + part.nbytes - first

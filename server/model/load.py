@@ -1,4 +1,4 @@
-"""Choose a base's device and dtype by the settings, and load it there: for serving and for training."""
+"""Loads a base for serving or training, on the device and in the dtype that the settings ask for."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,8 @@ def load_on_device(
 ) -> BaseModel:
     """Load a converted base to the settings' device, and set how many threads compute with it.
 
-    `memory_share` returns the share of a GPU of that many bytes for this process; None: no limit. Raise
-    StartupError if the machine lacks what the settings ask for.
+    `memory_share` takes the bytes of a GPU's memory. It returns the share that this process may use, or None for
+    no limit. Raise StartupError if the machine lacks what the settings ask for.
     """
     use_threads(settings.threads)
     device, dtype, reason = _choose(settings)

@@ -1,10 +1,11 @@
 """The adapters of one flat batch: the rank rows that each token uses, and their weights.
 
-Tokens come in runs that share their adapters. A long run (`MIN_BLOCK`) uses dense products, one adapter after the
-other. Shorter runs are computed together. Their products with A are dense for runs of a few tokens, and sampled
-(token, row) pairs for single tokens. One sampled sum over the rows of B then serves all of them. The indices are
-built once per step and serve every layer. On 2 cores, for q·k·v at rank 16, the sum over B takes 7 µs for one
-token and 20 µs for 32 tokens; a bf16 matrix product takes 22–30 µs for each of q, k and v.
+Successive tokens that share their adapters are a run. A long run (`MIN_BLOCK`) uses dense products, one adapter
+after the other. Short runs are computed together. The product with A is dense for each run of `MIN_DENSE` tokens
+or more, and is computed for sampled (token, row) pairs for shorter runs. One sampled sum over the rows of B then
+serves all short runs. The indices are built once per step and serve every layer. On 2 cores, for q·k·v at rank 16,
+the sum over B takes 7 µs for one token and 20 µs for 32 tokens; a bf16 matrix product takes 22–30 µs for each of
+q, k and v.
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,10 @@ from server.model.ops.linear import Pairs, expand_sampled, shrink_block, shrink_
 from server.model.rank_rows import GroupLayout, Placement, RankRows, Run
 
 MIN_BLOCK = 64
-"""Runs of at least this many tokens use dense products for B, too."""
+"""Runs of at least this many tokens use dense products for both A and B."""
 
 MIN_DENSE = 4
-"""Runs of at least this many tokens use dense products for A. So does the only run of a step."""
+"""Runs of at least this many tokens use dense products for A. So does a short run if the step has no other."""
 
 Parts = tuple[tuple[Placement, float], ...]
 """A request's resident adapters and their weights; empty for the base."""
@@ -51,7 +52,10 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _DenseShrink:
-    """A run's tokens, counted from the first token of `_Short`, and the rows of A of each of its parts."""
+    """The dense product of a run's tokens with A. `rows` has the rows of each of the run's parts.
+
+    `tokens` are counted from the first token of all short runs.
+    """
 
     tokens: slice
     rows: tuple[slice, ...]
@@ -64,7 +68,7 @@ class _DenseShrink:
 
 @dataclass(frozen=True, eq=False)
 class _SampledShrink:
-    """Tokens of many short runs, and their (token, row) pairs."""
+    """The product with A of the tokens of many short runs, for (token, row) pairs."""
 
     tokens: slice
     pairs: Pairs
@@ -84,7 +88,7 @@ class _Short:
     bags: torch.Tensor  # (tokens * units_per_token + 1,)
 
     def share(self, x: torch.Tensor, a_rows: torch.Tensor, b_units: torch.Tensor) -> torch.Tensor:
-        """Return the adapters' share (tokens, out), in b_units' dtype, for the inputs x (tokens, in)."""
+        """Return what the adapters add (tokens, out), in b_units' dtype, for the inputs x (tokens, in)."""
         products = [shrink(x, a_rows) for shrink in self.shrinks]
         hidden = products[0] if len(products) == 1 else torch.cat(products)
         if self.weights is not None:
@@ -96,7 +100,7 @@ class _Short:
 
 
 class LoraBatch:
-    """Adds the adapters' share to each group's output for one flat batch; implements `smollm.Adapters`."""
+    """The adapters of one flat batch. Implements `smollm.Adapters`."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
         """Take `runs` in order of their tokens. Tokens outside the runs have no adapter."""

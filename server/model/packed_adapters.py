@@ -1,11 +1,11 @@
 """Packed files: stored adapters in the layout of the pools, which load without conversion
 (`adapters.store.packed`).
 
-A file is a header page and the result of `RowLayout.pack`. Loading the adapter checks the header; placing it reads
-each group's runs. The file is written when an adapter is put into the store, or in the background after an adapter
-without one was loaded. A file with another layout or length is deleted and written again. A load doesn't detect
-damaged content; `smolora doctor` reads all of it (`is_damaged`). Adapters without a packed file (`_is_wanted`) are
-placed from the published form, with the same bits.
+A packed file is a header page and the result of `RowLayout.pack`. Loading the adapter checks the header; placing
+it reads each group's runs. The file is written when the adapter is put into the store, or in the background when
+the adapter is loaded and has no packed file. A file with another layout or length is deleted and written again. A
+load doesn't detect damaged content, but `smolora doctor` does, since it reads the whole file (`is_damaged`). Some
+adapters get no packed file (`_is_wanted`). They are placed from their published form, with the same bits.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ _HEADER = 4096  # bytes; the content begins at a page
 _SUM = "sum"  # the header's key for `_sum_of`
 _MAX_GROWTH = 4
 """Limit of a packed form's size, as a multiple of the published size. Every layer has as many rows as the largest
-rank of any layer, so the packed form of an adapter of one layer is nearly all zeros. Quotas don't count packed
-files: the limit keeps a small upload from filling memory and disk."""
+rank of any layer, so if an adapter targets only one layer, its packed form is nearly all zeros. Quotas don't count
+packed files: the limit keeps a small upload from filling memory and disk."""
 _SMALL = 1 << 20
 """A packed form of up to this many bytes is always kept."""
 
@@ -45,7 +45,8 @@ class PackedAdapters:
     def __init__(
         self, store: AdapterStore, layout: RowLayout, min_free_bytes: int = 0, max_bytes: int | None = None
     ) -> None:
-        """Have the store write packed files of the adapters that are put from now on, if they are wanted.
+        """Have the store write a packed file of each adapter that is put from now on, if `_is_wanted` returns
+        true.
 
         `min_free_bytes` must stay free on the disk. `max_bytes` is the capacity of the pools, if known.
         """
@@ -60,7 +61,8 @@ class PackedAdapters:
     def load(self, digest: str) -> Stored:
         """Return the adapter: its packed file, not yet read, or the published weights if it has none.
 
-        Neither takes memory of its own before it is placed. Raise CorruptAdapter.
+        Neither takes memory of its own before the adapter is placed. Raise CorruptAdapter if the adapter is
+        damaged.
         """
         try:
             with self._store.packed.open(digest) as file:
@@ -70,7 +72,7 @@ class PackedAdapters:
         except (ValueError, KeyError, TypeError, AttributeError):
             self._store.packed.remove(digest)
         weights = self._store.load(digest)
-        # If another file is being written, a later load writes this one.
+        # If another packed file is being written now, a later load writes this adapter's.
         if self._is_wanted(digest, weights) and self._writing.acquire(blocking=False):
             args = (digest, weights)
             try:
@@ -108,7 +110,7 @@ class PackedAdapters:
             ) from error
 
     def _is_wanted(self, digest: str, weights: LoraWeights) -> bool:
-        """Return whether to write a packed file, before any memory is taken for it."""
+        """Return whether to write a packed file of the adapter. This takes no memory for the packed form."""
         num_bytes = self._layout.num_bytes(self._layout.needs_of(weights))
         published = sum(module.a.nbytes + module.b.nbytes for module in weights.modules.values())
         if num_bytes > max(_MAX_GROWTH * published, _SMALL):
@@ -150,8 +152,8 @@ def _fill(buffer: memoryview, file: FileIO) -> None:
 
 
 def is_damaged(file: torch.Tensor) -> bool:
-    """Return whether a packed file, given whole, was changed after it was written, and a server would still use
-    it."""
+    """Return whether a packed file was changed after it was written, and servers would still use it. `file` is its
+    whole content."""
     try:
         header = json.loads(file[:_HEADER].numpy().tobytes())
         expected = header.pop(_SUM)

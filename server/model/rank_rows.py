@@ -2,16 +2,16 @@
 
 Linear modules that read the same input form a group with one pool. A pool has `a` (layers, rows, in) and `b`
 (layers, units, unit). A resident adapter owns one run of rows and one run of units in the pool of each group that
-it targets. The run is the same in every layer, so one index describes a token's rows for all layers. If rows are
-packed, a run's layers are contiguous instead: the run of rows r to s begins at r · layers of `a` (layers · rows,
-in).
+it targets. A run has the same place in every layer, so one index describes a token's rows for all layers. If rows
+are packed (`RowFormat.tile`), a run's layers are contiguous instead, and `a` is (layers · rows, in): a run whose
+first row is r begins at row r · layers.
 
-`a` includes a row's scaling (α/r or α/√r, which patterns may vary by layer), so a request adds only its weight. A
-module's B, transposed, is (rank, out). Each of its rows fills out/unit units. `unit` divides the output sizes of
-all modules in the group, so a row of q and a row of k are in one pool without padding. `engine.adapter_pool`
-decides which adapter owns a run.
+`a` includes a row's scaling (α/r or α/√r, which may vary by layer), so a request adds only its weight. A module's
+B, transposed, is (rank, out). Each of its rows fills out/unit units. `unit` divides the output sizes of all
+modules in the group, so rows of q and rows of k share a pool without padding. `engine.adapter_pool` decides which
+adapter owns a run.
 
-`RowLayout.pack` makes an adapter's runs of all groups as one piece of memory, which can be stored
+`RowLayout.pack` writes an adapter's runs of all groups into one piece of memory, which can be stored
 (`packed_adapters`) and copied into the pools.
 """
 
@@ -32,7 +32,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-"""The modules that read the same input, in the order in which their outputs are fused."""
+"""The modules of each group, which read the same input, in the order in which their outputs are fused."""
 
 
 GroupKey = tuple[int, str]
@@ -53,15 +53,16 @@ class RowFormat:
 
     @classmethod
     def of_torch(cls, dtype: torch.dtype, device: torch.device) -> "RowFormat":
-        """Return the format of `lora_batch`. On a CPU, A is fp32, since torch's sampled product needs it."""
+        """Return the format for `lora_batch`. On a CPU, A is fp32, since torch's sampled product needs that."""
         return cls(torch.float32 if device.type == "cpu" else dtype, dtype)
 
     def rounded(self, rank: int) -> int:
-        """Return the number of rows for a rank: packed rows come in pairs, so an odd rank gets a row of zeros."""
+        """Return the number of rows for a rank. Packed rows come in pairs: an odd rank gets one more row, of
+        zeros."""
         return rank if self.tile is None else rank + rank % 2
 
     def bytes_per_rank(self, shape: BaseShape) -> int:
-        """Return the bytes that one rank on all linear modules takes in the pools."""
+        """Return the bytes in the pools for one rank of an adapter on all linear modules."""
         sizes = shape.features.values()
         per_layer = sum(self.a.itemsize * inputs + self.b.itemsize * outputs for outputs, inputs in sizes)
         return shape.num_layers * per_layer
@@ -95,7 +96,7 @@ class ModuleRows:
     rank: int  # rounded up by the format
     row: int  # relative to the run's first row
     unit: int  # relative to the run's first unit
-    out_start: int  # its first output in the group's fused output
+    out_start: int  # the module's first feature in the group's fused output
     out_features: int
 
 
@@ -109,7 +110,7 @@ class GroupRows:
 
 
 Needs = Mapping[str, GroupRows]
-"""The rows and units that an adapter needs, by group, without groups that it doesn't target."""
+"""The rows and units that an adapter needs, by group. Groups that it doesn't target are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,7 @@ class RowLayout:
         return content
 
     def fill(self, weights: LoraWeights, group: GroupRows, a_rows: torch.Tensor, b_units: torch.Tensor) -> None:
-        """Write a group's runs: a_rows (layers, rows, in) and b_units (layers, units, unit).
+        """Write an adapter into a group's runs: a_rows (layers, rows, in) and b_units (layers, units, unit).
 
         Raise ValueError or RuntimeError if the adapter is for another base.
         """
@@ -214,7 +215,7 @@ class RowLayout:
 
 
 def _pairs(numbers: torch.Tensor) -> torch.Tensor:
-    """View neighbouring 16-bit numbers as one 32-bit number, which is moved as a whole."""
+    """View each pair of neighbouring 16-bit numbers as one 32-bit number, to move them together."""
     return numbers.view(torch.int32)
 
 
@@ -235,14 +236,14 @@ Stored = LoraWeights | PackedFile
 
 
 _TYPICAL_RANK = 16
-"""The assumed rank of the first adapter, whose pages are taken before it is known."""
+"""The assumed rank of the first adapter. Its memory pages are allocated before its rank is known."""
 
 
 class RankRows:
     """The pools of all groups. Rows outside of every placement have arbitrary content."""
 
     def __init__(self, shape: BaseShape, *, max_rank: int, row_format: RowFormat, device: torch.device) -> None:
-        """Allocate room for adapters on all linear modules whose rounded ranks add up to `max_rank`."""
+        """Allocate room for adapters with rounded ranks of `max_rank` in total, on all linear modules."""
         max_rank = row_format.rounded(max_rank)
         self.shape = shape
         self.format = row_format
@@ -250,10 +251,10 @@ class RankRows:
         self.max_rank = max_rank
         self.layout = RowLayout(shape, row_format)
         self.layouts = self.layout.groups
-        self._ends: dict[str, tuple[int, int]] = {}  # the ends of the rows and units that were used so far
+        self._ends: dict[str, tuple[int, int]] = {}  # by group: the ends of the rows and units used so far
         self._last: Placement = {}
         self.lacks_pages = False
-        """Whether an adapter has used the pages that were taken ahead."""
+        """Whether an adapter has used the pages that `take_ahead` allocated."""
         self._uploads = None if device.type == "cpu" else Uploads(device)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
@@ -298,9 +299,9 @@ class RankRows:
 
     @torch.inference_mode()
     def place(self, stored: Stored, placement: Placement) -> None:
-        """Copy an adapter into its rows, which may be read after this returns.
+        """Copy an adapter into the rows of its placement, which may be read after this returns.
 
-        Other rows may be in use meanwhile. A GPU copies and computes at the same time. Raise ValueError or
+        Other rows may be used during the copy: a GPU copies and computes at the same time. Raise ValueError or
         RuntimeError if the adapter is for another base, and Unavailable if its file can't be read.
         """
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -328,8 +329,10 @@ class RankRows:
 
     @torch.inference_mode()
     def move(self, group: str, kind: str, start: int, length: int, to: int) -> None:
-        """Move a run of the group's "rows" or "units". Old and new place may overlap. No thread may write to
-        them."""
+        """Move a run of a group's rows or units (`kind`: "rows" or "units") from `start` to `to`.
+
+        The old and the new place may overlap. No thread may write to either of them meanwhile.
+        """
         pool, dim, scale = self.a if kind == "rows" else self.b, 1, 1
         if self.format.tile is not None:  # the layers of a run are contiguous
             dim, scale = 0, self.shape.num_layers
@@ -338,9 +341,9 @@ class RankRows:
             pool[group].narrow(dim, to * scale, length * scale).copy_(source.clone())
 
     def take_ahead(self) -> None:
-        """Have the system allocate pages for one more adapter of the last one's size, at its likely place.
+        """Have the system allocate pages where the next adapter will likely be, assuming the last adapter's size.
 
-        A page's first use takes longer than all other work of placing an adapter.
+        Otherwise placing it would allocate the pages, which takes longer than all other work of placing it.
         """
         self.lacks_pages = False
         layers = self.shape.num_layers

@@ -2,10 +2,10 @@
 
 A flat batch has tokens of any number of sequences. Serving and training pass in what differs between them:
 `Attention` selects the keys that each token sees (a paged cache, or packed rows), and `Adapters` adds the low-rank
-share of each token's adapters. The base's weights are never written.
+products of each token's adapters. The base's weights are never written.
 
-It covers Llama as SmolLM and SmolLM2 use it (grouped queries, tied or untied embeddings), and SmolLM3 (some layers
-without rotary embedding). Callers do dropout, sampling and losses.
+This module covers Llama as SmolLM and SmolLM2 use it (grouped queries, tied or untied embeddings), and SmolLM3
+(some layers without rotary embedding). Callers do dropout, sampling and losses.
 """
 
 from typing import Protocol
@@ -23,16 +23,16 @@ class Attention(Protocol):
     """Selects the keys and values that each token of the flat batch attends to."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return the attention of q (tokens, heads, head_dim), of q's shape, over older keys and values and the
-        new ones, k and v (tokens, kv_heads, head_dim)."""
+        """Return the attention of q (tokens, heads, head_dim), in q's shape, over the new keys and values k and v
+        (tokens, kv_heads, head_dim) and over earlier ones."""
         ...
 
 
 class Adapters(Protocol):
-    """The low-rank share of each token's adapters."""
+    """The low-rank products of each token's adapters."""
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return y (tokens, the group's out) plus the adapters' share for the inputs x (tokens, in).
+        """Return y (tokens, the group's out) plus the adapters' products for the inputs x (tokens, in).
 
         `group` is a key of `server.model.rank_rows.GROUPS`. y may be written in place if no gradient flows.
         """
@@ -80,7 +80,7 @@ class Layer:
 
 
 class SmolLM:
-    """The frozen base. `pack` rearranges the weights for faster inference; training needs it off."""
+    """The frozen base. `pack` rearranges the weights for faster inference; training needs `pack=False`."""
 
     def __init__(
         self, config: ModelConfig, weights: BaseWeights, *, max_positions: int, pack: bool = False

@@ -1,15 +1,16 @@
-"""A job's checkpoints: each whole or absent, whenever a process is killed.
+"""A job's checkpoints. Each is complete or absent, no matter when a process is killed.
 
     <checkpoints>/<token>-<step>/   state.safetensors   masters and moments, current and of the best evaluation
                                     state.json          the step, the best loss, patience, measures so far
     <checkpoints>/.unfinished-...   being written
 
 `token` is the fencing token of the worker's claim. A worker that lost its job writes under another name than its
-successor, and overwrites nothing. The newest checkpoint has the highest token, then the highest step. `save`
-removes older checkpoints once the new one is in place, and what killed attempts left unfinished before it writes.
+successor, so it overwrites nothing. The newest checkpoint has the highest token, then the highest step. Before
+`save` writes a checkpoint, it removes the unfinished files of killed attempts. Afterwards it removes older
+checkpoints.
 
-With a bucket each checkpoint is uploaded as well, so that a worker on another machine can go on from it: as the
-copy `checkpoint-<token>-<step>` of the folder `jobs/<id>`.
+With a bucket, each checkpoint is also uploaded, as the copy `checkpoint-<token>-<step>` of the folder `jobs/<id>`.
+A worker on another machine can then resume from it.
 """
 
 import json
@@ -45,7 +46,7 @@ log = logging.getLogger("smolora.training")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Everything that a run resumes from. `state` is JSON. There is no random state to store."""
+    """Everything that a run needs to resume. `state` is JSON. There is no random state to store."""
 
     step: int
     tensors: Mapping[str, torch.Tensor]
@@ -63,7 +64,7 @@ class Checkpoints:
         self._job_id = job_id
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Store the checkpoint, then remove older ones. Raise OSError, with nothing half-written left.
+        """Store the checkpoint, then remove older ones. If that fails, raise OSError and leave nothing unfinished.
 
         If the bucket can't be reached, the checkpoint stays on this machine, and training continues.
         """
@@ -89,9 +90,9 @@ class Checkpoints:
             )
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest readable checkpoint of all machines, or None if there is none.
+        """Return the newest readable checkpoint, on this machine or in the bucket, or None if there is none.
 
-        Raises BytesUnavailable.
+        Raise BytesUnavailable if the bucket can't be reached.
         """
         uploaded = self._uploaded()
         here = {(token, step) for token, step, _ in self.stored()}
@@ -116,7 +117,7 @@ class Checkpoints:
         return sorted((int(match[1]), int(match[2]), path) for match, path in found if match is not None)
 
     def _uploaded(self) -> dict[tuple[int, int], Copy]:
-        """Return the whole copies in the bucket by token and step."""
+        """Return the complete copies in the bucket, by token and step."""
         found = {}
         for copy in self._copies.whole(self._job_id):
             match = (
@@ -129,7 +130,7 @@ class Checkpoints:
         return found
 
     def _drop_unfinished(self) -> None:
-        """Remove what earlier attempts were writing when they were killed."""
+        """Remove the unfinished checkpoints of earlier attempts that were killed."""
         for path in self._directory.glob(f"{UNFINISHED}*"):
             match = _UNFINISHED_NAME.fullmatch(path.name)
             if match is not None and int(match[1]) < self._token:
@@ -137,7 +138,7 @@ class Checkpoints:
 
 
 def _read(place: Path, step: int) -> Checkpoint | None:
-    """Return the checkpoint of the directory, or None if it can't be read: another worker is removing it."""
+    """Return the checkpoint of the directory, or None if it can't be read, since another worker is removing it."""
     try:
         state = json.loads((place / STATE_NAME).read_text(encoding="utf-8"))
         return Checkpoint(step, load_file(place / _TENSORS), state)

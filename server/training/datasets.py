@@ -3,9 +3,9 @@
     <root>/ds-<32 hex digits>/rows.jsonl      a line of canonical JSON for each row
                               dataset.json    counts, dates, the digest of all rows
 
-The id has the first digits of the digest of all rows in order. So the same rows are one data set, whatever the
-format of the upload; the facts of the first upload are kept. `delete` doesn't check whether a job uses the data
-set: callers do.
+The id contains the first digits of the digest of all rows, in order. So uploading the same rows again, even in
+another format, gives the same data set, with the facts of the first upload. `delete` doesn't check whether a job
+uses the data set: callers must check that.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Dataset:
     bytes: int
     created_at: datetime  # UTC
     kinds: Mapping[str, int]  # rows of each shape: completion, messages, text
-    digest: str  # as `CanonicalRows.digest` has it
+    digest: str  # as `CanonicalRows.digest` returns it
     filename: str | None = None
     key_id: str | None = None  # the API key that uploaded it
     rows_bytes: int | None = None  # size of the rows as stored
@@ -111,9 +111,9 @@ class DatasetStore(RecordStore[Dataset]):
     ) -> Dataset:
         """Check all rows and store them. The format follows from the file name's ending.
 
-        Unknown fields are counted in `ignored`. The rows may take `max_bytes` as stored. `grown` gets the number
-        of bytes so far, every 16 MiB and at the end, and may raise. Raises InvalidInput with the lines and fields
-        at fault, OSError if the disk is full. If anything raises, nothing is stored.
+        Unknown fields are counted in `ignored`. The stored rows may take at most `max_bytes`. `grown` is called
+        every 16 MiB and at the end, with the number of bytes so far, and may raise. Raise InvalidInput with the
+        lines and fields at fault, or OSError if the disk is full. If anything raises, nothing is stored.
         """
         file_format = format_of(filename)
         upload = MeasuredStream(stream)
@@ -158,15 +158,21 @@ class DatasetStore(RecordStore[Dataset]):
                 unfinished.unlink(missing_ok=True)
 
     def rows(self, dataset_id: str) -> CanonicalRows:
-        """Return the rows in order. Raises NotFound, CorruptDataset."""
+        """Return the rows in order. Raise NotFound, or CorruptDataset if they don't match their digest."""
         return CanonicalRows(self.lines(dataset_id))
 
     def lines(self, dataset_id: str) -> Iterator[bytes]:
-        """Yield each row's canonical JSON. Raises NotFound at once, CorruptDataset at the end at the latest."""
+        """Yield each row's canonical JSON. Raise NotFound at once if there is no such data set.
+
+        If the rows don't match their digest, raise CorruptDataset, but perhaps only after the last row.
+        """
         return _checked_lines(partial(self._open, dataset_id, ROWS), self.get(dataset_id))
 
     def verify(self, dataset_id: str) -> Dataset:
-        """Read all rows, and return the data set's facts. Raises NotFound, CorruptDataset."""
+        """Read all rows, compare them with their digest, and return the data set's facts.
+
+        Raise NotFound, or CorruptDataset if the rows don't match.
+        """
         dataset = self.get(dataset_id)
         try:
             is_whole = self._digest(dataset_id, ROWS) == dataset.digest
@@ -191,7 +197,7 @@ class DatasetStore(RecordStore[Dataset]):
 
 
 class MeasuredStream:
-    """Counts and hashes a stream's bytes as they are read."""
+    """A stream that counts and hashes its bytes as they are read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.num_bytes = 0

@@ -29,16 +29,16 @@ from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from server.training.spec import Overlong
 
 MAX_TOKENS = 1 << 26
-"""Tokens of all rows of a job: 320 MiB of memory."""
+"""The most tokens that all rows of a job may have together. They take 320 MiB of memory."""
 MAX_FAULTS = 20
-"""Rows whose faults are reported."""
+"""The most faults that are reported."""
 MAX_REFERENCES = 200
 _SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens. If is_target[i], token i is trained on, given the tokens before it; never the first."""
+    """One row's tokens. If is_target[i], token i is trained on, given the tokens before it. The first never is."""
 
     token_ids: tuple[int, ...]
     is_target: tuple[bool, ...]
@@ -49,10 +49,10 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Many examples in 5 bytes a token; each `Example` is made on access.
+    """Many examples, stored in 5 bytes a token. Each `Example` is created on access.
 
-    The file is safetensors of three flat tensors: `token_ids` int32 and `is_target` uint8 with an entry for each
-    token, and `offsets` int64 with the start of each row and the end of the last.
+    `save` writes a safetensors file with three flat tensors. `token_ids` (int32) and `is_target` (uint8) have an
+    entry for each token. `offsets` (int64) has the start of each row, and the end of the last row.
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
@@ -69,7 +69,7 @@ class Examples(Sequence[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each example."""
+        """The number of tokens of each example."""
         return [end - start for start, end in zip(self._offsets, self._offsets[1:], strict=False)]
 
     @property
@@ -78,8 +78,8 @@ class Examples(Sequence[Example]):
 
     @property
     def num_targets(self) -> int:
-        """Return the number of tokens that are trained on."""
-        # array's own `count` makes an int of each item, and holds the GIL all the time
+        """The number of tokens that are trained on."""
+        # array's own `count` creates an int for each item, and holds the GIL meanwhile
         return int(np.count_nonzero(np.asarray(self._is_target).view(np.bool_)))
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class Examples(Sequence[Example]):
 
 @dataclass(frozen=True)
 class Reference:
-    """A prompt and the text that a greedy completion of it is compared with."""
+    """A prompt, and the text that the prompt's greedy completion is compared with."""
 
     prompt: tuple[int, ...]
     text: str
@@ -142,7 +142,7 @@ class RowEncoder:
     """Encodes rows for one base. Safe to call from several threads at once."""
 
     def __init__(self, encoder: PromptEncoder, eos_token_id: int, end_token_ids: Collection[int] = ()) -> None:
-        """Append `eos_token_id` to rows; any of `end_token_ids` may end an assistant's turn, too."""
+        """Use `eos_token_id` as the end token of rows. Any of `end_token_ids` may end an assistant's turn, too."""
         self._encoder = encoder
         self._eos = eos_token_id
         self._ends = frozenset({eos_token_id, *end_token_ids})
@@ -150,8 +150,8 @@ class RowEncoder:
     def encode(self, row: Row, max_length: int, overlong: Overlong = "truncate") -> Example:
         """Encode the row in at most `max_length` tokens.
 
-        Raise InvalidInput on the row's field if the row is longer and `overlong` is refuse, if nothing is left to
-        train on, or if the base's chat template rejects the messages.
+        Raise InvalidInput on the row's field if the row is longer and `overlong` is "refuse", if nothing is left
+        to train on, or if the base's chat template rejects the messages.
         """
         return self._encode(row, max_length, overlong)[0]
 
@@ -162,7 +162,10 @@ class RowEncoder:
         overlong: Overlong = "truncate",
         loc: tuple[str | int, ...] = ("data",),
     ) -> EncodedRows:
-        """Encode all rows. Raise InvalidInput with the rows at fault, counted from 0, as (*loc, row, field)."""
+        """Encode all rows. Raise InvalidInput if rows have faults.
+
+        The location of a fault is (*loc, row, field), and rows are counted from 0.
+        """
         examples = Examples()
         num_truncated = 0
         spelled = Counter[str]()
@@ -186,9 +189,9 @@ class RowEncoder:
         return EncodedRows(examples, num_truncated, tuple(warnings))
 
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
-        """Return the completion, or the last turn that is trained on, and its prompt; None for a text.
+        """Return a row's completion, or its last turn that is trained on, with its prompt. Return None for a text.
 
-        The prompt is cut after `max_prompt` tokens: beyond that, the base has no room for an answer anyway.
+        The prompt is cut after `max_prompt` tokens: after a longer one, the base has no room for an answer anyway.
         """
         if isinstance(row, CompletionRow):
             prompt, text = self._encoder.prompt(row.prompt), row.completion
@@ -253,7 +256,7 @@ def texts_of(row: Row) -> Sequence[str]:
 def preview(example: Example, decode: Callable[[list[int]], str]) -> list[tuple[str, bool]]:
     """Return the tokens for display, in order: (text, whether it is trained on). Special tokens appear by name.
 
-    `decode` is the tokenizer's. Tokens that are parts of one character are shown as one.
+    `decode` is the tokenizer's. Tokens that are parts of one character are shown as one text.
     """
     shown: list[tuple[str, bool]] = []
     pending: list[int] = []

@@ -1,7 +1,7 @@
 """Loss and accuracy of a model on held-out rows, without dropout.
 
-The model predicts every counted token of a row from the true tokens before it. Exact match needs completions, so
-`server.jobs.exact_match` measures it with the engine.
+Counted tokens are those that training would train on. The model predicts each of them from the true tokens before
+it. Exact match needs generated completions, so `server.jobs.exact_match` measures it with the engine.
 """
 
 import math
@@ -16,7 +16,7 @@ from server.training.passes import MicroBatch, Pass
 from server.training.trainer import pack
 
 MAX_TOKENS = 2048
-"""Tokens of a micro-batch; a longer row has its own micro-batch."""
+"""The most tokens of a micro-batch. A longer row has its own micro-batch."""
 MAX_LOSS = 700.0
 """Nats. The perplexity of a higher loss isn't a finite number."""
 
@@ -27,7 +27,7 @@ class LossNotFinite(SmoloraError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements on held-out rows. `exact_match` is a share of completions, or None if there were none."""
+    """Measurements on held-out rows. `exact_match` is a share of completions, or None if there are none."""
 
     loss: float  # nats per counted token
     accuracy: float  # share of counted tokens that the model finds the likeliest
@@ -37,7 +37,7 @@ class Evaluation:
 
     @property
     def is_finite(self) -> bool:
-        """Return whether other losses can be compared with this one."""
+        """Whether other losses can be compared with this loss."""
         return math.isfinite(self.loss)
 
     @property
@@ -59,9 +59,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure loss and accuracy over the counted tokens of `examples`. Raise ValueError if there are none.
 
-    `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs in a block of
-    `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by rounding
-    in torch's passes, and not at all in native code.
+    `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs within the context
+    manager `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by
+    rounding in torch's passes, and not at all in native code.
     """
     losses, num_right = array("d"), 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):

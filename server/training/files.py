@@ -1,11 +1,11 @@
-"""Files as OpenAI's clients know them: uploaded bytes, or a job's results, under an id of their own.
+"""Files as OpenAI's clients expect them: uploaded bytes or a job's results, each under an id of its own.
 
-    <root>/file-.../content      the bytes as they came
+    <root>/file-.../content      the bytes as uploaded
                     file.json    name, purpose, size, date
 
-Unlike with data sets, two uploads of the same bytes are two files, and a download has the uploaded bytes. All rows
-are checked when they are uploaded, and again when they are read. `delete` doesn't check whether a job uses the
-file: callers do.
+Unlike with data sets, two uploads of the same bytes are two files, and a download returns the uploaded bytes. All
+rows are checked when they are uploaded, and again when they are read. `delete` doesn't check whether a job uses
+the file: callers must check that.
 """
 
 import hashlib
@@ -85,9 +85,9 @@ class FileStore(RecordStore[StoredFile]):
         self._key_id = key_id
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
-        """Store rows to train on, as CSV if the name ends in .csv, else as JSONL.
+        """Store an upload of rows to train on. It is read as CSV if the name ends in .csv, else as JSONL.
 
-        Raises InvalidInput with the lines and fields at fault, OSError if the disk is full. If anything raises,
+        Raise InvalidInput with the lines and fields at fault, or OSError if the disk is full. If anything raises,
         nothing is stored.
         """
         name = short_name(filename) or "rows.jsonl"
@@ -110,7 +110,7 @@ class FileStore(RecordStore[StoredFile]):
         return file
 
     def put_results(self, job_id: str, content: bytes) -> StoredFile:
-        """Store a job's results, a CSV, unless an earlier attempt did; return the stored file."""
+        """Store a job's results, a CSV file, unless an earlier attempt stored them. Return the stored file."""
         file_id = results_id(job_id)
         digest = hashlib.sha256(content).hexdigest()
         name, size = f"{job_id}.csv", len(content)
@@ -122,7 +122,7 @@ class FileStore(RecordStore[StoredFile]):
         return self.get(file_id)
 
     def open(self, file_id: str) -> BinaryIO:
-        """Open the file's bytes, which outlive a delete. Raises NotFound."""
+        """Open the file's content, which stays readable if the file is deleted. Raise NotFound if it's missing."""
         try:
             return self._open(file_id, CONTENT)
         except FileNotFoundError:
@@ -131,7 +131,8 @@ class FileStore(RecordStore[StoredFile]):
     def rows(self, file_id: str, ignored: IgnoredFields | None = None) -> Iterator[Row]:
         """Yield the rows in order, and count unknown fields in `ignored`.
 
-        Raises NotFound at once, CorruptFile at the end at the latest.
+        Raise NotFound at once if there is no such file. If the rows are unreadable or don't match their digest,
+        raise CorruptFile, but perhaps only after the last row.
         """
         file = self.get(file_id)
         if file.purpose != "fine-tune":
@@ -139,7 +140,7 @@ class FileStore(RecordStore[StoredFile]):
         return _checked_rows(self.open(file_id), file, ignored)
 
     def verify(self, file_id: str) -> None:
-        """Read all bytes, and compare them with their digest. Raises NotFound, CorruptFile."""
+        """Compare all bytes with their digest. Raise NotFound, or CorruptFile if they don't match."""
         file = self.get(file_id)
         try:
             is_whole = self._digest(file_id, CONTENT) == file.sha256
@@ -158,7 +159,7 @@ class RowSources:
 
     @classmethod
     def of(cls, storage: Storage, project: str, key_id: str | None = None) -> Self:
-        """Return a project's data sets and files. `key_id` is kept with what is put into them."""
+        """Return a project's data sets and files. `key_id` is stored with each new data set and file."""
         datasets, files = storage.home.datasets(project), storage.home.files(project)
         return cls(
             DatasetStore(datasets, key_id, storage.at(datasets)), FileStore(files, key_id, storage.at(files))
@@ -167,7 +168,7 @@ class RowSources:
     def rows(self, source_id: str, ignored: IgnoredFields | None = None) -> CanonicalRows:
         """Return the rows in order, and count a file's unknown fields in `ignored`.
 
-        Raises NotFound, CorruptDataset, CorruptFile.
+        Raise NotFound if there is no such file or data set, and CorruptDataset or CorruptFile if it is damaged.
         """
         if source_id.startswith(PREFIX):
             return CanonicalRows.of(self.files.rows(source_id, ignored))
@@ -191,9 +192,9 @@ def _checked_rows(content: BinaryIO, file: StoredFile, ignored: IgnoredFields | 
 
 
 def checked_uploads(storage: Storage) -> Iterator[tuple[str, str | None]]:
-    """Yield the path below HOME of every data set and file, with what is wrong and the remedy, or None if intact.
+    """Verify every data set and file. Yield its path below HOME, and its fault with a remedy, or None if intact.
 
-    All bytes are read, on this machine or from the bucket.
+    All bytes are read, from this machine or from the bucket.
     """
     home = storage.home
     for project in storage.projects():

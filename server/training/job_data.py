@@ -1,8 +1,8 @@
-"""A job's rows on disk. They are tokenized once, when the job is submitted, and are all that its worker reads.
+"""A job's rows on disk. They are tokenized once, when the job is submitted. The worker reads no other rows.
 
 HOME/jobs/<id>/train.safetensors        rows to train on
                validation.safetensors   held-out rows, if there are any
-               data.json                facts about the data for the report, references of exact match, and the
+               data.json                facts about the data for the report, references for exact match, and the
                                         digest of the base that the rows were tokenized for
 """
 
@@ -35,8 +35,8 @@ class DataFacts:
 
     digest: str
     num_rows: int
-    num_tokens: int  # inputs of one pass
-    num_targets: int  # counted tokens
+    num_tokens: int  # of one pass over the rows
+    num_targets: int  # tokens that are trained on
     num_truncated: int
     validation_digest: str | None = None
     num_validation_rows: int = 0

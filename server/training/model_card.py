@@ -1,6 +1,6 @@
-"""The model card: a README.md made from an adapter's report, which people download with its files.
+"""The model card: a README.md that is made from an adapter's report, and downloaded with the adapter's files.
 
-Model hubs read the front matter. Description and names come from users and are escaped, so that they show as text.
+Model hubs read the front matter. Users write the description and names, so they are escaped and appear as text.
 """
 
 import json
@@ -19,7 +19,7 @@ _MEASURES = {"loss": "{:.4f}", "perplexity": "{:.3f}", "accuracy": "{:.2%}", "ex
 
 
 def model_card(report: Fields) -> str:
-    """Return Markdown for the report of a training job or a merge, also after a trip through JSON."""
+    """Return the Markdown for the report of a training job or a merge. The report may have been stored as JSON."""
     if report.get("kind") == "merge":
         return _merge_card(report)
     parts = [_front_matter(report), f"# {_text(report['name'])}"]
@@ -121,7 +121,7 @@ def _count(fields: Fields, name: str, noun: str) -> str:
 
 
 def _kept(report: Fields) -> str:
-    """Return a remark if the weights aren't those of the last step."""
+    """Return a remark if the weights aren't those of the last step, else an empty text."""
     kept = report.get("kept_step", report["steps"])
     return "" if kept == report["steps"] else f"; the weights are those of step {kept:,}, the best one"
 

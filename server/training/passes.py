@@ -24,14 +24,14 @@ from server.training.encoding import Example
 from server.training.trained_rows import TrainedGroup, TrainedRows
 
 CHUNK = 256
-"""Tokens whose logits exist at one time."""
+"""The number of tokens whose logits are in memory at one time."""
 TILE, GPU_TILE = 128, 1024
-"""Queries in a tile of attention. A batch of up to twice as many is one tile. On a GPU, computing masked scores is
-cheaper than starting another tile."""
+"""The number of queries in a tile of attention. A batch of up to twice as many queries is one tile. A GPU's
+tiles are larger, since computing masked scores is cheaper there than starting another tile."""
 
 
 def max_tokens(device: torch.device) -> int:
-    """Return the most tokens that a micro-batch has, unless one example is longer. More would save no time."""
+    """Return the most tokens of a micro-batch, unless a single example has more. A higher limit saves no time."""
     return 512 if device.type == "cpu" else 4096
 
 
@@ -71,11 +71,11 @@ class Measured:
 
 
 class Pass(Protocol):
-    """Computation of gradients and losses of a trainable. `TorchPass` is the oracle of other implementations."""
+    """Computation of a trainable's gradients and losses. Tests compare other implementations with `TorchPass`."""
 
     @property
     def computed_by(self) -> str:
-        """Return the code that computes: equal code gives equal bytes on the same machine."""
+        """A description of the code that computes. Equal code gives equal bytes on the same machine."""
         ...
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -83,9 +83,9 @@ class Pass(Protocol):
         ...
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to the trainable's.
+        """Add `factor` times the gradients of the batch's summed loss to the trainable's gradients.
 
-        Return the loss in nats.
+        Return the summed loss in nats.
         """
         ...
 
@@ -95,7 +95,10 @@ class Pass(Protocol):
 
 
 class TorchPass:
-    """A pass by torch's autograd, on any device. `collect` takes the leaves' gradients after a backward pass."""
+    """A pass by torch's autograd, on any device.
+
+    `collect` is called after each backward pass, to add up the gradients of the leaf tensors.
+    """
 
     def __init__(self, model: SmolLM, adapters: Adapters, collect: Callable[[], None]) -> None:
         self._model = model
@@ -136,9 +139,9 @@ class TorchPass:
 
 
 class NativePass:
-    """A pass in native code, for rows in units of `ROW_UNIT`; it reads their leaves in place.
+    """A pass in native code. It reads the leaf tensors of `rows` in place; their row unit must be `ROW_UNIT`.
 
-    In full fine-tuning there are no rows, and gradients of the base's weights are added to `d_weights`.
+    In full fine-tuning `rows` is empty, and gradients of the base's weights are added to `d_weights`.
     """
 
     def __init__(
@@ -150,7 +153,7 @@ class NativePass:
         max_length: int,
         d_weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Raise NativeUnavailable if native code doesn't cover the base, or MemoryError."""
+        """Raise NativeUnavailable if native code doesn't support the base, or MemoryError."""
         self.computed_by = computed_by(library)
         self._rows = rows
         self._groups = {key: _native(group) for key, group in rows.groups.items()}
@@ -180,7 +183,8 @@ class NativePass:
         return Measured(losses.tolist(), int((likeliest == targets).sum()))
 
     def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
-        """Return the final hidden states (tokens, hidden). `has_backward`: keep what a backward pass needs."""
+        """Return the final hidden states (tokens, hidden). With `has_backward`, keep what the backward pass
+        needs."""
         kept, factor = None, 1.0
         dropout = self._rows.dropout
         if dropout is not None:
@@ -227,9 +231,9 @@ class _Tile:
 class PackedAttention:
     """`smollm.Attention` for texts of `lengths` tokens (1 or more), in order, in one flat batch.
 
-    The batch is cut into tiles of queries. Each tile meets the keys from the start of its first text to its own
-    end, so there are few products, each of a good size, and the mask discards little. The backward pass
-    recomputes a tile's weights, so that only q, k and v are kept.
+    The batch is cut into tiles of queries. A tile's queries are multiplied by the keys from the start of the
+    tile's first text to the tile's end. So there are few products of a suitable size, and the mask discards few
+    scores. The backward pass recomputes a tile's weights, so that only q, k and v are kept.
 
     Differentiable once. `positions` (tokens,) are the positions that the forward pass needs.
     """
@@ -261,7 +265,7 @@ class PackedAttention:
 
 
 class _Attend(torch.autograd.Function):
-    """softmax(q kᵀ / √head_dim) v over the tiles; the heads of a group are further queries of its kv head.
+    """softmax(q kᵀ / √head_dim) v, tile by tile. The heads of a group count as more queries of its kv head.
 
     The division by √head_dim is applied to k.
     """
@@ -303,7 +307,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, tile: _Tile) -> torch.Tensor:
-    """Return softmax(q kᵀ) (kv_heads, …, the tile's keys), for q (kv_heads, heads of one * queries, head_dim)."""
+    """Return softmax(q kᵀ) (kv_heads, …, the tile's keys), for q as `_grouped` returns it."""
     scores = torch.bmm(q, k[:, tile.keys].transpose(1, 2))
     scores.view(-1, *tile.bias.shape).add_(tile.bias.to(scores.dtype))
     return scores.softmax(-1)
@@ -315,7 +319,7 @@ def _by_head(x: torch.Tensor) -> torch.Tensor:
 
 
 def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Reshape x (queries, heads, head_dim) to (kv_heads, heads of one * queries, head_dim)."""
+    """Reshape x (queries, heads, head_dim) to (kv_heads, heads / kv_heads * queries, head_dim)."""
     queries, heads, dim = x.shape
     return x.view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
 

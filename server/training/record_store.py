@@ -1,4 +1,4 @@
-"""What the stores of data sets and of files have in common: folders by id, each with a record in JSON."""
+"""The common part of the stores of data sets and of files: folders by id, each with a record in JSON."""
 
 import builtins
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger("smolora.training")
 
 
 class StoredRecord(Protocol):
-    """What every record says."""
+    """The fields that every record has."""
 
     @property
     def id(self) -> str: ...
@@ -34,7 +34,8 @@ R = TypeVar("R", bound=StoredRecord)
 class RecordStore(Generic[R]):
     """Records under one root, or in a bucket. Thread-safe; several processes may use one root.
 
-    With a bucket, all methods raise BytesUnavailable, and the root has only what is being written or read.
+    With a bucket, all methods raise BytesUnavailable if it can't be reached, and the root has only the files that
+    are being written or read.
     """
 
     def __init__(
@@ -50,15 +51,16 @@ class RecordStore(Generic[R]):
     ) -> None:
         """Open the store; `root` needn't exist yet.
 
-        `ids` matches valid ids. `decode` turns the JSON of the file `file_name` into a record, and raises
-        ValueError. `missing` makes the error for an unknown id; `corrupt` is that for a damaged record.
+        `ids` matches valid ids. `decode` turns the JSON of the file `file_name` into a record, or raises
+        ValueError. `missing` returns the error for an unknown id; `corrupt` is the error's type for a damaged
+        record.
         """
         self._folders = Folders(root, file_name) if bucket is None else BucketFolders(root, file_name, bucket)
         self._ids = ids
         self._decode = decode
         self._missing = missing
         self._corrupt = corrupt
-        self._logged: set[str] = set()  # ids of damaged records that the log has a line about already
+        self._logged: set[str] = set()  # ids of damaged records that have been logged
 
     def get(self, record_id: str) -> R:
         """Return the record. Raise NotFound, or the error for damaged records."""
@@ -68,11 +70,11 @@ class RecordStore(Generic[R]):
         return record
 
     def has(self, record_id: str) -> bool:
-        """Return whether there is such a record, perhaps a damaged one. Raise NotFound if the id is malformed."""
+        """Return whether the record exists, even if it is damaged. Raise NotFound if the id is malformed."""
         return self._folders.has(self._checked(record_id))
 
     def present(self, record_ids: set[str]) -> set[str]:
-        """Return those of the ids for which `has` is true."""
+        """Return the ids in `record_ids` for which `has` is true."""
         return self._folders.present(record_ids)
 
     def ids(self) -> set[str]:
@@ -97,30 +99,31 @@ class RecordStore(Generic[R]):
         return sorted(found, key=lambda record: (record.created_at, record.id), reverse=True)
 
     def delete(self, record_id: str) -> None:
-        """Delete the record and its files. Open readers are unaffected. Raise NotFound."""
+        """Delete the record and its files. Open readers are unaffected. Raise NotFound if it doesn't exist."""
         try:
             self._folders.delete(self._checked(record_id))
         except FileNotFoundError:
             raise self._missing() from None
 
     def clean(self) -> None:
-        """Remove what killed processes left, once it is old enough."""
+        """Remove the unfinished files of killed processes, once they are old enough."""
         self._folders.clean()
 
     def _new(self, record_id: str) -> AbstractContextManager[Path]:
-        """Yield a directory to fill, and store it on leaving, unless the record exists by then."""
+        """Yield a directory to fill. When the block ends, store it, unless the record exists by then."""
         return self._folders.new(self._checked(record_id))
 
     def _renewed(self, record_id: str) -> AbstractContextManager[Path]:
-        """Yield a directory to fill, whose files replace a damaged record's on leaving. Raises OSError."""
+        """Yield a directory to fill. When the block ends, its files replace a damaged record's. Raise OSError if
+        that fails."""
         return self._folders.renewed(self._checked(record_id))
 
     def _open(self, record_id: str, name: str) -> BinaryIO:
-        """Open one of the record's files, which outlives a delete. Raises FileNotFoundError."""
+        """Open one of the record's files, which stays readable if it is deleted. Raise FileNotFoundError."""
         return self._folders.open(self._checked(record_id), name)
 
     def _digest(self, record_id: str, name: str) -> str:
-        """Return the SHA-256 of one of the record's files. Raises FileNotFoundError, OSError."""
+        """Return the SHA-256 of one of the record's files. Raise FileNotFoundError or another OSError."""
         return self._folders.digest(self._checked(record_id), name)
 
     def _find(self, record_id: str) -> R | None:

@@ -1,7 +1,7 @@
 """The report on a training job: its adapter, data and cost, and an evaluation against the base.
 
-`build_report` makes the JSON of GET /train/{id}/report from a job's findings; `model_card` makes a README.md from
-it for people who download the adapter. Neither contains a row's text. Storing them is left to the caller.
+`build_report` makes the JSON of GET /train/{id}/report from a job's findings. `model_card` makes a README.md from
+that report, for people who download the adapter. Neither contains a row's text. The caller stores both.
 """
 
 import csv
@@ -68,7 +68,7 @@ def decide(
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a job."""
+    """The steps, tokens, time, memory and storage that a job took."""
 
     num_steps: int  # optimizer steps
     kept_step: int  # the step whose weights were kept: the last, or the best by evaluation
@@ -87,7 +87,7 @@ class Environment:
     device: str
     dtype: str
     threads: int
-    instructions: str  # of torch's CPU kernels
+    instructions: str  # the instruction set of torch's CPU kernels
     versions: Mapping[str, str]
     computed_by: Sequence[str] = ("torch",)  # or "torch on" a GPU, or native source and compiler; all of them
     gpu: str | None = None  # the GPU's name and compute capability; None on a CPU
@@ -117,7 +117,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """The adapter's files. `config` is the published one, with twice the rank for pissa and olora."""
+    """The adapter's files. `config` is the published adapter's, with twice the rank for pissa and olora."""
 
     digest: str
     config: LoraConfig
@@ -126,7 +126,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that a job found out. Evaluations are None without held-out rows, `latest` also if not needed."""
+    """The results of a job. Evaluations are None without held-out rows; `latest` is also None if unneeded."""
 
     data: DataFacts
     cost: Cost
@@ -141,7 +141,7 @@ class Findings:
 
 
 def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, object]:
-    """Return the JSON-ready report. Losses must be finite; a job with another loss has failed before."""
+    """Return the JSON-ready report. Losses must be finite: a job with any other loss fails earlier."""
     num_base = base.weights.num_parameters
     lineage = {"start_from": spec.start_from, "digest": spec.start_from_digest} if spec.start_from else None
     return {
@@ -228,10 +228,10 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation | None) -> bytes:
-    """Return a finished run step by step, as the CSV that OpenAI's clients read from a job's result file.
+    """Return the metrics of a finished run's steps as the CSV that OpenAI's clients read from a job's result file.
 
-    There is a line for each step of `train`. `tuned` is the evaluation of the kept weights, those of `step`.
-    Values that weren't measured are empty; accuracy in training isn't measured at all.
+    There is a line for each step of `train`. `tuned` is the evaluation of the weights that were kept, those after
+    step `step`. Values that weren't measured are empty; accuracy in training isn't measured at all.
     """
     losses = dict(held_out)
     accuracies: dict[int, float] = {}
@@ -247,11 +247,11 @@ def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation
 
 
 def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
-    """Return this process's peak memory: reserved on the GPU, or resident, including mapped weights."""
+    """Return this process's peak memory: on a GPU what torch reserved, else resident, including mapped weights."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     try:
-        # This is of this program alone; getrusage's value includes the process before its exec.
+        # VmHWM is this program's alone; getrusage's value includes the process before its exec.
         found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
     except OSError:
         found = None

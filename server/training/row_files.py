@@ -46,7 +46,7 @@ _BEGINNINGS = {
 _ARRAY = re.compile(r"\s*\[\s*(\{|$)")  # of objects
 _OF_ARRAY = f"begins an array, but each line must be a row: {_ENDINGS['json']}"
 FILE = "file"
-"""The place of faults that belong to no field; also the name of an upload's form field."""
+"""The location of faults that belong to no field. It is also the name of an upload's form field."""
 
 
 def format_of(filename: str) -> Format:
@@ -66,10 +66,10 @@ def short_name(filename: str) -> str:
 
 
 def read_rows(stream: BinaryIO, file_format: Format, ignored: IgnoredFields | None = None) -> Iterator[Row]:
-    """Yield the rows of a file, and count other fields in `ignored`.
+    """Yield the rows of a file. Fields that aren't part of a row are counted in `ignored`.
 
-    Raise InvalidInput if the file has faults, but only after the valid rows between the first fault and the last.
-    So don't use any row before the iterator has ended.
+    If the file has faults, raise InvalidInput, but only after collecting them: valid rows after the first fault
+    are still yielded. So don't use any row before the iterator has ended.
     """
     return read_jsonl(stream, ignored) if file_format == "jsonl" else read_csv(stream, ignored)
 
@@ -95,8 +95,8 @@ def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterat
 def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
     """Yield the rows of a CSV file, comma-separated, quoted by `"`, in UTF-8; skip blank records. See `read_rows`.
 
-    Columns may be in any order, and there may be others; `messages` are JSON. A field has at most 131,072
-    characters, the csv module's limit.
+    Columns may be in any order, and other columns are allowed. The column `messages` has JSON. A field has at most
+    131,072 characters, the csv module's limit.
     """
     faults = _Faults()
     lines = _Lines(stream, faults, stops=True)
@@ -124,7 +124,7 @@ def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator
 
 
 def _header_fault(names: Sequence[str]) -> str | None:
-    """Return the fault of the column names, or None. Exactly one shape's columns must be there, each once."""
+    """Return what is wrong with the column names, or None. They need exactly one shape's columns, each once."""
     needed = {name for shape in FIELDS for name in shape}
     there = {name for name in names if name in needed}
     if there in map(set, FIELDS):
@@ -141,7 +141,7 @@ def _header_fault(names: Sequence[str]) -> str | None:
 
 
 def _begins_array_of_rows(line: str) -> bool:
-    """Return whether a file with this first line seems to be an array of rows. A list of turns isn't one."""
+    """Return whether a file with this first line seems to be an array of rows, not of turns."""
     if not _ARRAY.match(line):
         return False
     try:
@@ -167,7 +167,8 @@ class _Faults:
         self._length = 0
 
     def add(self, line: int, error: InvalidInput, length: int = 0) -> None:
-        """Add the faults of a line of `length` characters. Raise InvalidInput with all faults at the limit."""
+        """Add the faults of a line of `length` characters. At a limit, raise InvalidInput with all faults so
+        far."""
         self._length += length
         for fault in error.errors:
             if fault.loc == (FILE,):
@@ -180,7 +181,7 @@ class _Faults:
             raise InvalidInput([*self._found[:MAX_FAULTS], more])
 
     def stop(self, line: int, message: str) -> NoReturn:
-        """Raise InvalidInput with this fault and all others: the rest of the file can't be read."""
+        """Raise InvalidInput with this fault and all earlier ones, since the rest of the file can't be read."""
         self.add(line, InvalidInput.of(FILE, message))
         raise InvalidInput(self._found)
 
@@ -190,13 +191,13 @@ class _Faults:
 
 
 class _Lines:
-    """The lines of a file as text, with line ends. Faulty lines are skipped; with `stops` they end the reading."""
+    """A file's lines as text, with line breaks. Faulty lines are skipped; with `stops`, the first ends reading."""
 
     def __init__(self, stream: BinaryIO, faults: _Faults, stops: bool = False) -> None:
         self.number = 0
-        """The number of the last line."""
+        """The number of the line that was read last."""
         self.first = 1
-        """The number of the current record's first line, after `begin_record`."""
+        """The number of the first line of the record that `begin_record` started."""
         self._num_blank = 0
         self._record_bytes = 0
         self._stream = stream
@@ -241,7 +242,7 @@ class _Lines:
 
     @property
     def is_first(self) -> bool:
-        """Return whether the last line is the first that isn't blank."""
+        """Whether the line that was read last is the file's first line that isn't blank."""
         return self.number == self._num_blank + 1
 
     def begin_record(self) -> None:
@@ -259,7 +260,7 @@ def _records(lines: _Lines, faults: _Faults) -> Iterator[list[str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            # the csv module's own messages are for programmers
+            # the csv module's own messages are written for programmers
             reason = _CSV_FAULTS.get(str(error).partition(" - ")[0], str(error))
             faults.stop(lines.first, f"is not CSV: {reason}")
         yield fields

@@ -5,7 +5,7 @@
     {"text": "…"}                           trained on all of it
 
 A turn's content may be a list of OpenAI's text parts, which are joined; the role `developer` is read as `system`.
-Tokens are left to `encoding.py` and uploaded files to `row_files.py`.
+`encoding.py` turns rows into tokens, and `row_files.py` reads uploaded files.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from server.system.messages import plural
 ROLES = ("system", "user", "assistant")
 MAX_TURNS = 1024
 MAX_FAULTS = 8
-"""Faults that are reported of one row."""
+"""The most faults of one row that are reported."""
 SHAPES = "a row has prompt and completion, or messages, or text"
 FIELDS = (("prompt", "completion"), ("messages",), ("text",))
 """The fields of each shape. A row has the fields of exactly one shape."""
 _KNOWN = tuple(name for shape in FIELDS for name in shape)
-_COMPARED = 64  # unknown names that are compared with known ones
+_COMPARED = 64  # the most unknown names that are compared with known ones
 MAX_NAMED = 8
-"""Names of unknown fields that a message lists."""
+"""The most names of unknown fields that a message lists."""
 MAX_NAME = 64
-"""Characters of a client's field name that a message quotes."""
+"""The most characters of a client's field name that a message quotes."""
 DEFAULT_SHARE = 0.1
 MIN_ROWS = 20
 """With at least this many rows, `DEFAULT_SHARE` is held out unless the request says otherwise."""
@@ -52,7 +52,7 @@ class CompletionRow:
 
 @dataclass(frozen=True)
 class MessagesRow:
-    """A conversation that ends with the assistant's turn; none of the assistant's turns is empty.
+    """A conversation that ends with a turn of the assistant. None of the assistant's turns is empty.
 
     `untrained` are the indices of the assistant's turns that aren't trained on: those with weight 0, as in
     OpenAI's fine-tuning. At least one turn is trained on.
@@ -63,7 +63,7 @@ class MessagesRow:
 
     @property
     def assistant(self) -> list[int]:
-        """Return the indices of the assistant's turns."""
+        """The indices of the assistant's turns."""
         return [place for place, turn in enumerate(self.messages) if turn.role == "assistant"]
 
 
@@ -79,7 +79,7 @@ Kind = Literal["completion", "messages", "text"]
 
 
 class IgnoredFields:
-    """Counts of rows by fields that aren't trained on. Names beyond the first `MAX_NAMED` are counted together."""
+    """The number of rows with each unknown field. Names beyond the first `MAX_NAMED` are counted together."""
 
     def __init__(self) -> None:
         self._rows: Counter[str] = Counter()
@@ -93,7 +93,7 @@ class IgnoredFields:
             self._num_others += 1
 
     def warnings(self) -> list[str]:
-        """Return a warning of one line, or nothing."""
+        """Return a list of one warning of one line, or an empty list."""
         found = [f"{shown(name)} in {plural(number, 'row')}" for name, number in self._rows.items()]
         if self._num_others:
             found.append(f"{self._num_others} times others")
@@ -110,9 +110,9 @@ def kind_of(row: Row) -> Kind:
 def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
     """Make a row from parsed JSON. Raise InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
 
-    No message quotes a row's text. Fields of no shape, such as ids and labels, are skipped and counted in
-    `ignored`. Null is ignored in fields of another shape and in optional fields of turns, since tables contain it
-    there.
+    No message quotes a row's text. Fields that belong to no shape, such as ids and labels, are skipped and
+    counted in `ignored`. Null is ignored in fields of another shape and in optional fields of turns, since rows
+    from a table have null there.
     """
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
@@ -159,7 +159,7 @@ def canonical_json(row: Row) -> bytes:
 
 
 def misspelt(strange: Sequence[str], name: str) -> str | None:
-    """Return the unknown name that is probably a misspelt `name`, or None."""
+    """Return the name in `strange` that is probably a misspelling of `name`, or None."""
     return near(name, [other for other in strange[:_COMPARED] if len(other) <= MAX_NAME])
 
 
@@ -171,8 +171,8 @@ def shown(name: str) -> str:
 class CanonicalRows(Sequence[Row]):
     """Immutable rows, stored as canonical JSON and parsed on access.
 
-    Python would keep a text with one character beyond Unicode's first 65,536 in four bytes a character. And
-    splitting and hashing need no parsing, so they hold the GIL for a tenth of the time.
+    This saves memory: Python stores a text with any character beyond Unicode's first 65,536 in four bytes a
+    character. It also saves time: splitting and hashing need no parsing, so they hold the GIL a tenth as long.
     """
 
     def __init__(self, lines: Iterable[bytes] = ()) -> None:
@@ -181,11 +181,11 @@ class CanonicalRows(Sequence[Row]):
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Self:
-        """Store these rows."""
+        """Return these rows as `CanonicalRows`."""
         return cls(map(canonical_json, rows))
 
     def chosen(self, is_chosen: Iterable[bool]) -> Self:
-        """Return the rows with a true flag, in their order, without copying their bytes."""
+        """Return the rows whose flag is true, in their order, without copying their bytes."""
         return type(self)(compress(self._lines, is_chosen))
 
     def digests(self) -> list[bytes]:
@@ -227,8 +227,8 @@ def default_share(num_rows: int) -> float:
 def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, CanonicalRows]:
     """Split rows into (train, validation), both in the given order, with no row in both.
 
-    The max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON are held out, and all
-    their duplicates, so that the same rows always give the same split. A share of 0 holds out none. Raise
+    The max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON are held out, with all
+    their duplicates. So the same rows always give the same split. A share of 0 holds out none. Raise
     InvalidInput on `validation` if no row is left to train on.
     """
     if not 0 <= share < 1 or not math.isfinite(share):
@@ -270,7 +270,7 @@ def _hint(name: str, strange: Sequence[str]) -> str:
 
 
 def _instead(strange: Sequence[str]) -> str:
-    """Return a hint that lists the row's unknown fields: other trainers' rows have other names."""
+    """Return a hint that lists the row's unknown fields, since rows for other trainers use other names."""
     return f"; this one has {', '.join(map(shown, strange[:MAX_NAMED]))}" if strange else ""
 
 
@@ -327,7 +327,7 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 
 
 def _field_fault(value: object) -> str | None:
-    """Return the fault of a text field, or None. Other trainers' rows may have a conversation there."""
+    """Return the fault of a text field, or None. Rows for other trainers may have a conversation in it."""
     return "must be a text: turns go into messages" if isinstance(value, list) else _text_fault(value)
 
 

@@ -32,23 +32,23 @@ CHECKPOINT_SECONDS = 30.0
 """Seconds between checkpoints, if the job doesn't set `checkpoint_steps`."""
 
 ExactMatch = Callable[[BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], float | None]
-"""Measures the share of references that the base with the weights completes exactly. The last argument is called
+"""Returns the share of references that the base with the weights completes exactly. The last argument is called
 before each step of the engine."""
 
 
 class Reporter(Protocol):
-    """Receiver of a run's, or a merge's, progress. Any method may raise to end the run; checkpoints stay."""
+    """Receiver of the progress of a run or a merge. Any method may raise to end the run; checkpoints are kept."""
 
     def yield_or_leave(self) -> None:
-        """Yield to serving, or raise if the run should stop. Called at least once a micro-batch or module."""
+        """Yield to serving, or raise if the run should stop. Called at least once per micro-batch or module."""
         ...
 
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
-        """Return a block for reading or writing `num_bytes` in calls that can't report progress."""
+        """Return a context manager for reading or writing `num_bytes` in calls that can't report progress."""
         ...
 
     def computing(self, num_tokens: int) -> AbstractContextManager[None]:
-        """Return a block for training on or evaluating `num_tokens` in calls that can't report progress."""
+        """Return a context manager for computing with `num_tokens` in calls that can't report progress."""
         ...
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
@@ -79,7 +79,7 @@ class Counters:
     stopped_early: bool = False
     computed_by: list[str] = field(default_factory=list)  # as in `report.Environment`; one per change
     base: Evaluation | None = None  # of the untouched base
-    unreported: StepResult | None = None  # the last step's, until it is evaluated (if due) and reported
+    unreported: StepResult | None = None  # the last step, until it is evaluated (if due) and reported
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -89,7 +89,7 @@ class Counters:
 
     @property
     def newest_losses(self) -> dict[str, object]:
-        """Return the newest losses, by their names in `GET /train/{id}`."""
+        """The newest losses, by their names in `GET /train/{id}`."""
         found: dict[str, object] = {}
         if self.train_curve:
             found["train_loss"] = self.train_curve[-1][1]
@@ -117,7 +117,7 @@ class Counters:
 class Outcome:
     """The result of a finished run: the weights of `step`, and their evaluation if rows were held out.
 
-    If the run was evaluated on its way, `step` is the best of the `num_steps` steps.
+    If the run was evaluated during training, `step` is the evaluated step with the lowest held-out loss.
     """
 
     weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
@@ -132,9 +132,9 @@ class Outcome:
 
 
 class Run:
-    """One attempt at a job. `start` is the adapter that the job continues, if it names one.
+    """One attempt at a job. `start` is the adapter that the job continues, if the job names one.
 
-    `library` is the native code, if this machine has it and it covers the base. The constructor may take minutes
+    `library` is the native code, if this machine has it and it supports the base. The constructor may take minutes
     (see `initial_weights`); it calls the reporter meanwhile.
     """
 
@@ -201,7 +201,7 @@ class Run:
 
     @property
     def progress(self) -> dict[str, object]:
-        """Return the progress as `GET /train/{id}` shows it."""
+        """The progress, as `GET /train/{id}` shows it."""
         trainer, counters = self._trainer, self._counters
         left = (trainer.total_steps - trainer.step) * (counters.num_tokens / max(1, trainer.step))
         rate = counters.tokens_per_second
@@ -216,12 +216,12 @@ class Run:
 
     @property
     def _longest(self) -> int:
-        """Return the number of positions that the model needs."""
+        """The number of positions that the model needs."""
         return self._spec.training.max_length
 
     @property
     def _max_checkpoint_bytes(self) -> int:
-        """Return the size of masters, AdamW's two moments and the best masters, in fp32."""
+        """The maximum size of a checkpoint: masters, AdamW's two moments and the best masters, in fp32."""
         return 4 * 4 * self._trainable.masters.numel()
 
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
@@ -257,7 +257,8 @@ class Run:
     def _note_who_computes(self) -> None:
         """Record which code computes this attempt's steps.
 
-        If attempts differ in it, the bytes are those of neither alone, and the card lists all of them.
+        If attempts used different code, the result has other bytes than with one of them alone, and the model card
+        lists all.
         """
         now, before = self._trainable.passes.computed_by, self._counters.computed_by
         if before and before[-1] != now:
@@ -273,7 +274,7 @@ class Run:
     def _report_step(self) -> None:
         """Evaluate the last step's weights if due, and report the step, unless that has been done.
 
-        An attempt may end halfway through this. The next attempt then starts it again.
+        If an attempt ends halfway through this, the next attempt repeats all of it.
         """
         counters, result = self._counters, self._counters.unreported
         if result is None:
@@ -338,7 +339,7 @@ class Run:
         if self._data.validation is not None:
             tuned = self._measure(trainable.passes, weights, tuned_base)
             self._check_finite(tuned)
-        if not bool(trainable.masters.isfinite().all()):  # without held-out rows, no loss has shown it
+        if not bool(trainable.masters.isfinite().all()):  # without held-out rows, no loss has revealed it
             raise TrainingDiverged.found(f"the weights are not finite after step {step}", self._spec.training)
         self._note_time()
         counters = self._counters

@@ -1,7 +1,7 @@
 """The specification of a training job: plain values that are stored with the job and never change.
 
 `to_document` and `from_document` are inverse, so that a worker reads exactly what was submitted. Every value is
-resolved: no field means "the default".
+resolved: no field stands for a default that is chosen later.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from adapters.lora import MODULES
 
 _Kind = TypeVar("_Kind")
 _readers: dict[object, object] = {}
-"""Cached by kind: creating one takes milliseconds."""
+"""Type adapters, cached by kind: creating one takes milliseconds."""
 
 
 def read_document(kind: type[_Kind], document: object) -> _Kind:
-    """Read a `kind` from what `dataclasses.asdict` made of it, also after a trip through JSON.
+    """Return the `kind` whose `dataclasses.asdict` is `document`, which may have been stored as JSON meanwhile.
 
-    Lists become tuples again, and texts dates. Unknown fields are ignored. Raise ValueError if a field is missing
-    or has another type.
+    Lists become tuples again, and texts become dates. Unknown fields are ignored. Raise ValueError if a field is
+    missing or has another type.
     """
     if kind not in _readers:
         _readers[kind] = TypeAdapter(kind)
@@ -35,7 +35,7 @@ Overlong = Literal["truncate", "refuse"]
 PublishIf = Literal["always", "improves_base", "improves_latest"]
 
 LEARNING_RATES: Mapping[Method, float] = {"lora": 1e-3, "full": 3e-5}
-"""Defaults by method."""
+"""The default learning rate of each method."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """The training loop's settings. `batch_size` is rows of an optimizer step, `max_length` tokens of a row."""
+    """The training loop's settings. `batch_size` is rows per optimizer step, `max_length` tokens per row."""
 
     epochs: int = 3
     max_steps: int | None = None  # overrides epochs
@@ -91,7 +91,7 @@ class JobSpec:
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """Return the digests of the adapters whose bytes the job needs."""
+        """The digests of the adapters whose bytes the job needs."""
         return () if self.start_from_digest is None else (self.start_from_digest,)
 
     def to_document(self) -> dict[str, object]:

@@ -15,7 +15,7 @@ from server.training.trained_rows import Dropout, TrainedRows
 
 
 class TrainableRows:
-    """An adapter on a frozen base. `passes` computes; None: torch."""
+    """An adapter on a frozen base. `passes` computes its gradients and losses; None selects torch."""
 
     def __init__(
         self, base: BaseModel, rows: TrainedRows, *, max_length: int, dropout: float, passes: Pass | None = None
@@ -71,7 +71,7 @@ def trainable_rows(
     dropout: float,
     library: ctypes.CDLL | None = None,
 ) -> TrainableRows:
-    """Return an adapter that begins as `start` less `subtracted`. It is native if `library` is given."""
+    """Return an adapter that begins as `start` minus `subtracted`. Native code trains it if `library` is given."""
     row_unit = 1 if library is None else ROW_UNIT
     rows = TrainedRows(start, base.config.shape, base.dtype, base.device, subtracted, row_unit=row_unit)
     passes = None if library is None else NativePass(library, base, rows, max_length=max_length)
@@ -79,9 +79,9 @@ def trainable_rows(
 
 
 class TrainableModel:
-    """Full fine-tuning: every weight of a private copy of the base, in its dtype, with fp32 masters.
+    """Full fine-tuning: every weight of a private copy of the base, in the base's dtype, with fp32 masters.
 
-    It is native if `library` is given.
+    Native code trains the copy if `library` is given.
     """
 
     def __init__(self, base: BaseModel, *, max_length: int, library: ctypes.CDLL | None = None) -> None:
@@ -97,7 +97,7 @@ class TrainableModel:
 
     @property
     def undecayed(self) -> Sequence[slice]:
-        """Return the gains of the norms, as transformers' Trainer does: pulling them towards 0 has no benefit."""
+        """The gains of the norms, as in transformers' Trainer: pulling them towards 0 has no benefit."""
         stretches, end = [], 0
         for name, tensor in self.weights.tensors():
             start, end = end, end + tensor.numel()
@@ -122,7 +122,7 @@ class TrainableModel:
         """Do nothing."""
 
     def tuned(self, base: BaseModel) -> BaseModel:
-        """Return the base with the current weights (not copies)."""
+        """Return the base with the current weights, which aren't copied."""
         return dataclasses.replace(base, weights=self.weights)
 
     def _torch_pass(self) -> Pass:
@@ -136,7 +136,7 @@ class TrainableModel:
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        """Add the leaves' gradients to `gradients`, and clear them."""
+        """Add the leaf tensors' gradients to `gradients`, and reset the leaves' own gradients."""
         for name, leaf in self._leaves.items():
             if leaf.grad is not None:
                 self._d_leaves[name] += leaf.grad

@@ -10,10 +10,10 @@ The start depends on the seed and the base's weights alone:
 Random streams are named, not continued: a draw depends on the stream's name alone. Each module has its own
 stream, so the order of modules doesn't matter.
 
-PiSSA and OLoRA start with a part B₀A₀ of W itself, which frozen rows subtract again, so that W stays as it is
-and training starts at the base. Computing B A - B₀A₀ directly would be a difference of two large terms, of which
-16 bits keep little. The model reads the same difference without the large terms, as an ordinary LoRA of twice
-the rank:
+In PiSSA and OLoRA, B A starts as a part B₀A₀ of W itself. Frozen rows subtract B₀A₀ again, so W stays as it is,
+and training starts at the base. Computed directly, B A - B₀A₀ would be a small difference of two large terms, and
+inexact in 16 bits. So the model computes the same difference without the large terms, as an ordinary LoRA of
+twice the rank:
 
     B A - B₀A₀  =  (B - B₀) A + B₀ (A - A₀)  =  [B - B₀, B₀] · [A; A - A₀]
 
@@ -37,11 +37,11 @@ from server.model.rank_rows import GROUPS, GroupKey
 from server.training.spec import Init, LoraSpec
 
 SUBTRACTED: frozenset[Init] = frozenset({"pissa", "olora"})
-"""Inits that start with a part of W, and are published with twice the rank."""
+"""Inits in which B A starts as a part of W. Their adapters are published with twice the rank."""
 
 
 def adapter_config(spec: LoraSpec) -> LoraConfig:
-    """Return the published adapter's shape: twice the rank, with the same scaling, if `init` subtracts rows."""
+    """Return the published adapter's shape: twice the rank, with the same scaling, if `init` is in SUBTRACTED."""
     rank, alpha = spec.rank, float(spec.alpha)
     if spec.init in SUBTRACTED:
         rank, alpha = 2 * rank, alpha * (math.sqrt(2) if spec.use_rslora else 2)
@@ -51,7 +51,7 @@ def adapter_config(spec: LoraSpec) -> LoraConfig:
 def initial_weights(
     spec: LoraSpec, base: BaseModel, seed: int, yield_or_leave: Callable[[], None] = lambda: None
 ) -> tuple[LoraWeights, LoraWeights | None]:
-    """Return A and B of every targeted module, in fp32 on the CPU, and what `TrainedRows` subtracts, or None.
+    """Return A and B of every targeted module, in fp32 on the CPU, and the weights to subtract, or None.
 
     pissa takes some 15 s on the 135M base and two cores, and minutes on larger bases; the others take a second at
     most. `yield_or_leave` is called before each module that is decomposed, and may raise.
@@ -89,9 +89,10 @@ def _start(
 
 
 def _principal(w: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B with scaling · B A = U S Vᵀ of the r largest singular values; each has a factor √S.
+    """Return A and B such that scaling · B A = U S Vᵀ for the r largest singular values. Each has a factor √S.
 
-    They come from the eigenvectors of the smaller of WᵀW and WWᵀ, in a third of the time of decomposing W itself.
+    A and B are computed from the eigenvectors of the smaller of WᵀW and WWᵀ, in a third of the time of decomposing
+    W itself.
     """
     is_tall = w.shape[0] >= w.shape[1]
     gram = w.t() @ w if is_tall else w @ w.t()
@@ -104,7 +105,7 @@ def _principal(w: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor
 
 
 def _triangular(w: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B from W = Q R; the first r columns of Q depend on the first r columns of W alone."""
+    """Return A and B from W = Q R. The first r columns of Q depend only on the first r columns of W."""
     q = torch.linalg.qr(w[:, :rank]).Q  # (out, r)
     return q.t() @ w, q
 
@@ -130,12 +131,12 @@ Stream = tuple[int | str, ...]
 
 
 class Dropout:
-    """Dropout of A's inputs in one micro-batch: texts of `lengths` tokens, each with a stream, as (seed, step,
-    row).
+    """Dropout of A's inputs in one micro-batch.
 
-    Masks depend on the row's stream, the layer and the group alone, not on packing or earlier steps. Modules that
-    read the same input share a mask (PEFT draws one for each). Kept features are multiplied by `factor` (inverted
-    dropout: Srivastava et al. 2014).
+    The micro-batch has texts of `lengths` tokens. `streams` has the name of each text's random stream: (seed,
+    step, row). Masks depend only on that name, the layer and the group, not on packing or earlier steps. Modules
+    that read the same input share a mask (PEFT draws one for each). Kept features are multiplied by `factor`
+    (inverted dropout: Srivastava et al. 2014).
     """
 
     def __init__(self, probability: float, streams: Sequence[Stream], lengths: Sequence[int]) -> None:
@@ -156,7 +157,7 @@ class Dropout:
 
 @dataclass(frozen=True, eq=False)
 class TrainedModule:
-    """One module: its slices of the group's leaves, and its parts of `masters` and `gradients` as views."""
+    """One module: its slices of the group's leaf tensors, and views of its parts of `masters` and `gradients`."""
 
     key: ModuleKey
     rows: slice  # of the group's A
@@ -171,7 +172,7 @@ class TrainedModule:
 
 @dataclass(frozen=True, eq=False)
 class TrainedGroup:
-    """One layer's group and its leaves: all its A (rows, in) and all its Bᵀ (rows, out).
+    """One layer's group with two leaf tensors: A (rows, in) and Bᵀ (rows, out) of all its modules.
 
     The leaf of A includes the scalings, as served rows do. The leaf of B is block diagonal with a block for each
     module: one product for the whole group is cheaper than a narrow product for each module.
@@ -224,11 +225,12 @@ class TrainedRows:
     """The parameters of one adapter in training, as `smollm.Adapters`.
 
     `masters` is one flat fp32 vector of every module's A and B, which the optimizer updates in place. The
-    forward pass reads copies in the compute dtype, the leaves: for each layer's group one of its A and one of
-    its B. Gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over
+    forward pass reads copies in the compute dtype. These are the leaves: one of A and one of B for each group of
+    each layer. Gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over
     micro-batches is rounded to 16 bits.
 
-    `dropout` is set for one micro-batch and unset when its gradients are collected, so evaluations run without it.
+    `dropout` is set for one micro-batch and unset when the micro-batch's gradients are collected, so
+    evaluations have no dropout.
     """
 
     def __init__(
@@ -243,8 +245,8 @@ class TrainedRows:
     ) -> None:
         """Start from `weights` and keep their scalings; the forward pass computes in `dtype`.
 
-        `frozen` is subtracted: A₀ and B₀ of the same modules, ranks and scalings. A module's rows begin at a
-        multiple of `row_unit` in their group's leaves; rows in between are zero.
+        `frozen` is subtracted: it has A₀ and B₀ for the same modules, ranks and scalings. A module's rows
+        begin at a multiple of `row_unit` in their group's leaves; rows in between are zero.
         """
         self._row_unit = row_unit
         self.dropout: Dropout | None = None
@@ -262,7 +264,7 @@ class TrainedRows:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """Return the tensors that the forward pass reads and autograd fills."""
+        """The tensors that the forward pass reads, and whose gradients autograd computes."""
         return [leaf for group in self.groups.values() for leaf in (group.a, group.b)]
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -286,7 +288,7 @@ class TrainedRows:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """Add the leaves' gradients to `gradients`, and clear them and the dropout."""
+        """Add the leaf tensors' gradients to `gradients`. Then reset the leaves' own, and unset `dropout`."""
         self.dropout = None
         for group in self.groups.values():
             d_a, d_b = group.a.grad, group.b.grad
@@ -354,7 +356,7 @@ class TrainedRows:
 
 
 def _published(module: TrainedModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B of the ordinary LoRA that equals the masters (less frozen rows, if there are any)."""
+    """Return A and B of the ordinary LoRA that equals the masters, minus frozen rows if there are any."""
     a, b, start = module.a, module.b, module.start
     if start is None:
         return a, b

@@ -45,12 +45,12 @@ class Trainable(Protocol):
     def gradients(self) -> torch.Tensor: ...
     @property
     def undecayed(self) -> Sequence[slice]:
-        """Return the slices of `masters` that weight decay leaves alone, in order."""
+        """The slices of `masters` that have no weight decay, in order."""
         ...
 
     @property
     def has_own_threads(self) -> bool:
-        """Return whether it computes in its own threads, so that torch needs only one."""
+        """Whether the trainable computes in its own threads, so that torch needs only one."""
         ...
 
     def refresh(self) -> None:
@@ -72,7 +72,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step. The loss is nats per counted token, before the step."""
+    """The result of one optimizer step. The loss is in nats per counted token, of the weights before the step."""
 
     step: int  # counted from 1
     loss: float
@@ -100,7 +100,7 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        """Return the passes over the data so far."""
+        """The number of passes over the data so far."""
         return self.step / self._steps_per_epoch
 
     def run_step(
@@ -111,7 +111,7 @@ class Trainer:
         """Run one optimizer step. Raise TrainingDiverged if the loss or a gradient isn't finite.
 
         `yield_or_leave` is called before each micro-batch; if it raises, the step has changed nothing. Each
-        micro-batch runs in a block of `computing(number of tokens)`.
+        micro-batch runs within the context manager `computing(number of tokens)`.
         """
         with _one_torch_thread() if self.trainable.has_own_threads else nullcontext():
             return self._run_step(yield_or_leave, computing)
@@ -184,7 +184,7 @@ class Trainer:
         return self.trainable.accumulate(batch, 1 / num_targets) / num_targets
 
     def _clip(self) -> float:
-        """Scale the gradients to a norm of at most `max_grad_norm`. Return the norm before."""
+        """Scale the gradients to a norm of at most `max_grad_norm`. Return the norm before scaling."""
         gradients = self.trainable.gradients
         norm = float(gradients.norm())
         if norm > self.spec.max_grad_norm:
@@ -268,7 +268,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack `lengths` into bins of at most `capacity`. Return each bin's indices; a longer item has its own bin.
 
     First-fit decreasing: longest first, equal lengths in their order, each into the first bin with room. It takes
-    O(n log n) time and at most 11/9 of the fewest bins, plus 6/9 (Dósa 2007). Lengths and capacity are at least 1.
+    O(n log n) time, and at most 11/9 of the minimum number of bins, plus 6/9 (Dósa 2007). Lengths and capacity are
+    at least 1.
     """
     assert capacity >= 1, "a bin must hold something"
     assert min(lengths, default=1) >= 1, "every row has a token"
@@ -288,10 +289,10 @@ class _Room:
 
     def __init__(self, num_bins: int, capacity: int) -> None:
         self._first_leaf = 1 << max(0, num_bins - 1).bit_length()
-        self._most = [capacity] * (2 * self._first_leaf)  # of node i, whose children are 2i and 2i + 1
+        self._most = [capacity] * (2 * self._first_leaf)  # the maximum of node i, whose children are 2i and 2i + 1
 
     def take_first(self, needed: int) -> int:
-        """Take `needed` from the first bin that has it, and return that bin's index. Some bin must have it."""
+        """Take `needed` from the first bin that has enough room, and return its index. Some bin must have it."""
         node = 1
         while node < self._first_leaf:
             node = 2 * node + (self._most[2 * node] < needed)

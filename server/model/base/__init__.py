@@ -1,1 +1,1 @@
-"""The base's weights: found, converted once, and mapped from then on."""
+"""The base's weights: they are found, converted once, and then mapped from the converted file."""

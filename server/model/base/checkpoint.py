@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 def open_directory(directory: Path) -> Checkpoint:
-    """Open a Hugging Face directory. Raise StartupError, in one line, if it is incomplete."""
+    """Open a Hugging Face directory. Raise StartupError, with a message of one line, if it is incomplete."""
     if not (directory / "config.json").is_file():
         raise StartupError(f"{directory.name} is not a Hugging Face model directory: it has no config.json")
     generation = directory / "generation_config.json"
@@ -58,8 +58,8 @@ def open_directory(directory: Path) -> Checkpoint:
 
 
 def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Return the directory's tokenizer with its special tokens and chat template. Raise StartupError if there is
-    none, or if it isn't byte-level."""
+    """Return the directory's tokenizer with its special tokens and chat template. Raise StartupError if the
+    directory has no readable tokenizer, or if it isn't byte-level."""
     if not (directory / "tokenizer.json").is_file():
         raise StartupError(f"{directory.name} has no tokenizer.json")
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # only for a conversion
@@ -75,7 +75,7 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Return a file's JSON object. Raise StartupError if there is none."""
+    """Return a file's JSON object. Raise StartupError if the file can't be read or has none."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

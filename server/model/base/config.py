@@ -1,8 +1,8 @@
 """A base model's sizes and constants, from a Hugging Face config.
 
 `ModelConfig` has everything that the forward pass and adapters need to know about a base. `ModelConfig.of`
-refuses, by name, every architecture and option that the forward pass doesn't compute exactly. transformers'
-configuration classes resolve defaults and older spellings.
+refuses every architecture and option that the forward pass doesn't compute exactly, and names it in the error.
+transformers' configuration classes resolve defaults and older spellings.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from adapters.lora import BaseShape
 from server.errors import StartupError
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "SmolLM3ForCausalLM": "smollm3"}
-"""Each architecture that the forward computes, and its `model_type`."""
+"""Each architecture that the forward pass computes, and its `model_type`."""
 
 _MUST_BE: Mapping[str, tuple[object, ...]] = {
     "attention_bias": (None, False),
@@ -24,7 +24,7 @@ _MUST_BE: Mapping[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
-"""Options that change the result, and the values for which they don't."""
+"""Options that can change the result, and the values with which they don't change it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ModelConfig:
 
     @classmethod
     def from_stored(cls, stored: object) -> "ModelConfig | None":
-        """Return the config that `stored` describes, or None if it has other fields."""
+        """Return the config that `stored` describes, or None if its fields differ from this class's."""
         if not isinstance(stored, dict) or stored.keys() != {field.name for field in dataclasses.fields(cls)}:
             return None
         tuples = {"nope_layers": frozenset(stored["nope_layers"]), "eos_token_ids": tuple(stored["eos_token_ids"])}
@@ -179,8 +179,8 @@ def _nope_layers(no_rope_layers: object, num_layers: int) -> frozenset[int]:
 
 
 def _eos_token_ids(vocab_size: int, *sources: object) -> tuple[int, ...]:
-    """Return the end tokens of all sources, ascending, without duplicates and without ids outside the vocabulary,
-    such as -1 for none."""
+    """Return the end tokens of all sources, in ascending order and without duplicates. Ids outside the vocabulary,
+    such as -1 for none, are left out."""
     found: set[int] = set()
     for source in sources:
         ids = source if isinstance(source, list) else [source]

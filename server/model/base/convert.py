@@ -4,8 +4,8 @@ The directory has the original config.json, generation_config.json and tokenizer
 gate·up stacked, and a manifest. It is created by one rename and never changes afterwards.
 
 In its safetensors file all tensors start at multiples of 64 bytes, so that vector instructions can use the mapped
-tensors directly. The format allows no gaps between tensors: a tensor that doesn't end at a multiple is followed by
-a named filler.
+tensors directly. The format allows no gaps between tensors: a tensor that doesn't end at such a multiple is
+followed by a filler tensor.
 """
 
 import json
@@ -85,7 +85,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF1
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written. `make` builds it just before that, so only one is in memory at a time."""
+    """A tensor to be written. `make` builds it just before it is written, so only one is in memory at a time."""
 
     name: str
     shape: tuple[int, ...]
@@ -166,9 +166,9 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
 def write_quantized(
     directory: Path, config: ModelConfig, weights: BaseWeights, quantized: Mapping[str, Quantized]
 ) -> None:
-    """Add the stored form of tensors to a converted directory, if it expands to exactly the same bits.
+    """Add the quantized form of tensors to a converted directory. If it expands to other bits, it is left out.
 
-    The file is created by one rename. `quantized` has Hugging Face's names. Raise OSError.
+    The file is created by one rename. `quantized` is keyed by Hugging Face's names of tensors. Raise OSError.
     """
     if not quantized:
         return
@@ -190,7 +190,8 @@ def write_quantized(
 
 
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Save the tokenizer as a class that every version of transformers reads from tokenizer.json unchanged."""
+    """Save the tokenizer with a class name for which every version of transformers reads tokenizer.json as it
+    is."""
     tokenizer.save_pretrained(directory)
     options = read_json(directory / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only"):  # facts about this process, not the tokenizer

@@ -1,7 +1,8 @@
 """Reads a base from a GGUF file: SmolLM2, or another base with its architecture and tokenizer type.
 
-GGUF lacks the tokenizer's digit splitting, and rounds constants to single precision: both are restored. Weights
-are rounded to bf16. Weights in 4-bit or 8-bit blocks are kept in their stored form, too.
+GGUF lacks the tokenizer's digit splitting, and rounds constants to single precision. This module restores the
+splitting and the exact constants. Weights are rounded to bf16. Weights in 4-bit or 8-bit blocks are kept in their
+stored form, too.
 """
 
 import json
@@ -32,7 +33,8 @@ PRE_TOKENIZER = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ],
 }
-"""SmolLM2's pre-tokenizer. Without its first step, spaces before a number are split differently from training."""
+"""SmolLM2's pre-tokenizer. Without its first step, spaces before a number are split in another way than in
+training."""
 
 _READ = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 _MUST_BE: Mapping[str, tuple[object, ...]] = {
@@ -42,7 +44,7 @@ _MUST_BE: Mapping[str, tuple[object, ...]] = {
     "tokenizer.ggml.add_bos_token": (None, False),
     "tokenizer.ggml.add_eos_token": (None, False),
 }
-"""Fields that change the result, and the values for which they don't."""
+"""Fields that can change the result, and the values with which they don't change it."""
 _CONTROL = 3  # the type of special tokens
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # Hugging Face's name: GGUF's name
 _NAMES = {
@@ -110,7 +112,7 @@ def _checkpoint(reader: "GGUFReader", fields: Mapping[str, Any]) -> Checkpoint:
 
 
 def _config(fields: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
-    """Return config.json. Raise KeyError, with the field's name, if a field is missing."""
+    """Return the content of config.json. Raise KeyError, with the field's name, if a field is missing."""
     from transformers import LlamaConfig
 
     special: dict[str, Any] = {  # None if the file has none
@@ -181,7 +183,7 @@ def _token(fields: Mapping[str, Any], name: str) -> str:
 
 
 def _name(name: str) -> str:
-    """Return Hugging Face's name of a tensor. An unknown one keeps its name, and the conversion refuses it."""
+    """Return Hugging Face's name of a tensor. An unknown tensor keeps its name, and the conversion refuses it."""
     stem, _, end = name.rpartition(".")
     if stem == "output":
         return f"lm_head.{end}"
@@ -191,8 +193,8 @@ def _name(name: str) -> str:
 
 
 def _halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Return rows (heads · dim, ·) in Hugging Face's order: it rotates halves of a head, llama.cpp rotates
-    neighbours."""
+    """Return rows (heads · dim, ·) in Hugging Face's order. To rotate, Hugging Face pairs features of a head's two
+    halves, and llama.cpp pairs neighbouring features."""
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 

@@ -1,7 +1,7 @@
 """Downloads base models and adapters from the Hugging Face hub.
 
-A model's download has the safetensors, JSON and chat template files of one commit. An adapter's download has its
-two files of one commit, sends no credentials, and leaves nothing in the hub's cache.
+A model's download has the safetensors, JSON and chat template files of one commit. An adapter's download has the
+adapter's two files of one commit. It sends no credentials, and leaves nothing in the hub's cache.
 """
 
 import errno
@@ -28,8 +28,8 @@ class Snapshot:
 def download(repo_id: str, endpoint: str | None = None, cache: Path | None = None) -> Snapshot:
     """Return the files of the model's newest commit, or of the newest cached one if the hub can't be reached.
 
-    None for `endpoint` and `cache` selects the hub client's defaults and environment variables. Raise
-    StartupError.
+    If `endpoint` or `cache` is None, the hub client's defaults and environment variables apply. Raise StartupError
+    if neither the hub nor the cache has the model.
     """
     from huggingface_hub import HfApi  # takes 0.1 s, so only if needed
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -49,7 +49,7 @@ def download(repo_id: str, endpoint: str | None = None, cache: Path | None = Non
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first line of the network's error, without the client's explanations."""
+    """Return the first line of the network's error, without what the hub's client adds to it."""
     while error.__cause__ is not None and "httpcore" not in type(error.__cause__).__module__:
         error = error.__cause__
     lines = str(error).splitlines()
@@ -80,10 +80,11 @@ def fetch_adapter(
     timeout: float,
     endpoint: str | None = None,
 ) -> HubAdapter:
-    """Download an adapter's current files at a revision (a branch, a tag or a commit; None: the newest commit).
+    """Download an adapter's files at a revision (a branch, a tag or a commit; None: the newest commit).
 
-    `max_config` and `max_weights` are bytes, `timeout` is seconds. Raise NotFound, InvalidInput if a file is too
-    large, or Unavailable.
+    `max_config` and `max_weights` limit the bytes of each file; `timeout` is in seconds. Raise
+    NotFound if the hub has no such adapter or revision, InvalidInput if the id is malformed or a file is too
+    large, and Unavailable if the hub can't be reached or takes too long.
     """
     from huggingface_hub import HfApi, hf_hub_url  # takes 0.1 s, so only if needed
     from huggingface_hub.errors import (
@@ -125,8 +126,8 @@ def fetch_adapter(
 
 
 def _download(url: str, path: Path, limit: int, deadline: float) -> bool:
-    """Download `url` to `path`. Return False if it isn't complete by `deadline`. Raise InvalidInput if it has over
-    `limit` bytes.
+    """Download `url` to `path`. Return False if the download isn't complete by `deadline`. Raise InvalidInput if
+    the file has over `limit` bytes.
 
     The hub client's functions check neither time nor size during a download.
     """

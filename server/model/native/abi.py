@@ -1,7 +1,8 @@
-"""The seam between Python and C++: structs, constants and entries as `seam/abi.h` declares them.
+"""The interface between Python and C++: the structs, constants and entries that `seam/abi.h` declares.
 
 This module parses the header, so nothing is declared twice. Every field takes eight bytes, so structs have no
-padding. A library contains the digest of its source, and `library.py` loads it only if that is this source's.
+padding. A compiled library contains the digest of its source, and `library.py` loads it only if the source still
+has that digest.
 
 A failed call raises MemoryError if memory or threads ran out, ValueError if its arguments would cause an access
 out of bounds, and RuntimeError for other failures. The object can be used again after each of them.
@@ -34,7 +35,7 @@ def find_declared(pattern: str) -> str:
 
 
 def parse_fields(declarations: str) -> list[tuple[str, _Type]]:
-    """Return the names and types of C declarations that end in semicolons. Raise KeyError for a type other than a
+    """Return the names and types of C declarations that end in semicolons. Raise KeyError if a type isn't a
     pointer, int64_t or double."""
     fields: list[tuple[str, _Type]] = []
     for type_name, declarators in re.findall(r"(?:const )?(\w+)([^;]+)", declarations):
@@ -135,13 +136,14 @@ def columns(structure: type[ctypes.Structure]) -> int:
 
 
 def packing(structure: type[ctypes.Structure]) -> struct.Struct:
-    """Return a packer of a structure's numbers, in order. It is three times as fast as creating the structure."""
+    """Return a packer for a structure's numbers, in order. Packing is three times as fast as creating the
+    structure."""
     codes = {ctypes.c_int64: "q", ctypes.c_double: "d", ctypes.c_void_p: "P"}
     return struct.Struct("".join(codes[field[1]] for field in structure._fields_))
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Set the types of the library's entries. Raise AttributeError if it lacks one."""
+    """Set the types of the library's entries. Raise AttributeError if the library lacks an entry."""
     for result, name, parameters in re.findall(_ENTRY, _HEADER, re.MULTILINE | re.DOTALL):
         entry = getattr(library, name)
         entry.restype = _RESULTS[result]
@@ -157,7 +159,7 @@ def call(function: Callable[..., int], *arguments: object) -> None:
 
 
 def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
-    """Return each phase's seconds. `function` is an entry that fills in nanoseconds."""
+    """Return the seconds of each of the phases `names`. `function` is the entry that returns their nanoseconds."""
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
     return dict(zip(names, (spent / 1e9).tolist(), strict=True))

@@ -1,8 +1,8 @@
 """Compiles the native code, for a wheel or at a server's first start.
 
-A library's name contains the digest of its source and flags, so a stale one is never loaded. It is compiled in a
-scratch directory and renamed when it is complete. This module imports only the standard library: setup.py uses it
-before any dependency is installed.
+A library's name contains the digest of its source and flags, so a library of an older source is never loaded. It
+is compiled in a scratch directory and renamed when it is complete. This module imports only the standard library:
+setup.py uses it before any dependency is installed.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ _WRITABLE = 0o022  # by a group or by everyone
 
 
 class NativeUnavailable(Exception):
-    """The native code can't be used here, for the reason given; torch can."""
+    """The native code can't be used, for the reason in the message. torch computes instead."""
 
 
 def machine_instructions() -> Sequence[str]:
@@ -73,8 +73,8 @@ def flags_for(name: str) -> tuple[str, ...]:
 
 
 def unit_flags(name: str, *more: str) -> list[str]:
-    """Return the flags to compile a unit for one of INSTRUCTIONS, and `more`. Macros pass its flags and
-    its source's digest to the library."""
+    """Return the flags to compile a unit for one of INSTRUCTIONS, followed by `more`. They include two macros,
+    which tell the library its own flags and the digest of its source."""
     flags = (*flags_for(name), *more)
     return [*flags, f'-DSMOLORA_FLAGS="{" ".join(flags)}"', f'-DSMOLORA_SOURCE="{source_digest(name)}"']
 
@@ -94,14 +94,14 @@ def library_name(name: str) -> str:
 
 def compile_libraries(directory: Path) -> None:
     """Compile a library into the directory for each of this machine's INSTRUCTIONS, even those that this processor
-    lacks. Raise NativeUnavailable if that fails."""
+    lacks. Raise NativeUnavailable if compiling fails."""
     for name in machine_instructions():
         compile_library(directory, name, lambda path: None)
 
 
 def compile_library(directory: Path, name: str, use: Callable[[Path], T]) -> T:
-    """Compile into the directory for one of INSTRUCTIONS, and return what `use` returns for the new file. The file
-    gets its name after that. Raise NativeUnavailable if that fails."""
+    """Compile a library for one of INSTRUCTIONS into the directory. Call `use` with the new file, then give the
+    file its name, and return the result of `use`. Raise NativeUnavailable if compiling fails."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailable(NO_COMPILER)
@@ -135,7 +135,8 @@ def compile_library(directory: Path, name: str, use: Callable[[Path], T]) -> T:
 
 
 def check_owners(*paths: Path) -> None:
-    """Raise NativeUnavailable if a user other than this one and root may write to a path. Links are followed."""
+    """Raise NativeUnavailable if a user other than this one and root may write to a path. Symbolic links are
+    followed."""
     try:
         for place in (path.resolve(strict=True) for path in paths):
             for real in (place, place.parent) if place.is_file() else (place,):
@@ -149,7 +150,7 @@ def check_owners(*paths: Path) -> None:
 
 
 def _keep_others_out(directory: Path) -> None:
-    """Revoke others' write permission on a directory of this user. Raise NativeUnavailable for another user's."""
+    """Revoke others' write permission on the directory. Raise NativeUnavailable if it belongs to another user."""
     status = directory.stat()
     if status.st_uid == os.geteuid() and status.st_mode & _WRITABLE:
         directory.chmod(status.st_mode & 0o7777 & ~_WRITABLE)
@@ -157,7 +158,7 @@ def _keep_others_out(directory: Path) -> None:
 
 
 def _link(compiler: str, arguments: Sequence[str], scratch: str) -> None:
-    """Link the C++ library statically if the system has a static one: Fedora's compiler comes without."""
+    """Link with a static C++ standard library if the system has one. Fedora's compiler comes without one."""
     try:
         _run([[compiler, *_LINK, *arguments]], scratch)
     except subprocess.CalledProcessError:
@@ -186,6 +187,6 @@ def _run(commands: Sequence[Sequence[str]], scratch: str) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and its children, unless it has ended."""
+    """Kill the process and its children, unless the process has ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)

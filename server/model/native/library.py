@@ -1,9 +1,9 @@
 """Finds the native library for this processor, and loads it.
 
 A wheel contains a library for every instruction set of its kind of machine. A checkout has none: the library is
-compiled once, into HOME. A file there that other users may have written is refused. A library that can't be loaded
-(half a file, another system's C library) is compiled again. Each instruction set has a
-library of its own, so machines with different processors can share a HOME. If no library is possible (no compiler,
+compiled once, into HOME. A file in HOME that other users may have written is refused. A library that can't be
+loaded (half a file, another system's C library) is compiled again. Each instruction set has a library of its own,
+so machines with different processors can share a HOME. If no library is possible (no compiler,
 another kind of processor), `NativeUnavailable` says why, and torch computes instead.
 """
 
@@ -35,13 +35,16 @@ PREBUILT = SOURCE / "prebuilt"
 
 
 def load_library(directory: Path, say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
-    """Load the prebuilt library or the directory's, or compile one into the directory. Raise NativeUnavailable."""
+    """Load the prebuilt library or the directory's. If neither can be loaded, compile one into the directory.
+
+    Raise NativeUnavailable if that fails.
+    """
     name = library_name(instructions())
     for place in (PREBUILT, directory):
         if not os.path.lexists(place / name):
             continue
         try:
-            if place != PREBUILT:  # a user who may write there may change our Python code, too
+            if place != PREBUILT:  # a user who may write to PREBUILT may change our Python code, too
                 check_owners(place, place / name)
             return _load(place / name)
         except NativeUnavailable as reason:
@@ -61,8 +64,8 @@ def why_unavailable(directory: Path) -> str | None:
 
 
 def instructions() -> str:
-    """Return the best of INSTRUCTIONS that this processor has, or the ones that NATIVE_INSTRUCTIONS names. Raise
-    NativeUnavailable if it doesn't have them."""
+    """Return the best of INSTRUCTIONS that this processor has, or those that NATIVE_INSTRUCTIONS names. Raise
+    NativeUnavailable if the processor doesn't have them."""
     candidates, wanted = machine_instructions(), wanted_instructions()
     features = frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     for name in candidates if wanted is None else [wanted]:
@@ -74,8 +77,8 @@ def instructions() -> str:
 
 
 def computed_by(library: ctypes.CDLL) -> str:
-    """Describe everything that the bits of its results depend on: the source, the compiler with its version and
-    flags, and whether the processor has AMX."""
+    """Describe everything that the bits of the library's results depend on: the source, the compiler with its
+    version and flags, and whether the processor has AMX."""
     return f"{source_digest(instructions())} ({library.smolora_compiler().decode()})"
 
 
@@ -95,6 +98,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether the file ends in its own digest: half a library may load, and end the process later."""
+    """Return whether the file ends in its own digest. A truncated library may load, and crash the process
+    later."""
     content = path.read_bytes()
     return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]

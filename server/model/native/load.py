@@ -1,4 +1,4 @@
-"""Loads the native code and a base's native form, if the machine and the base support it."""
+"""Loads the native code, and a base as a `NativeModel`, if the machine and the base support native code."""
 
 import ctypes
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from server.model.native.model import NativeModel, check_base
 
 
 def find_library(base: BaseModel, directory: Path, say: Callable[[str], None]) -> ctypes.CDLL | None:
-    """Return the library for a base in bf16 on a CPU. If there is none, or it doesn't support the base, say why
-    and return None: torch computes instead.
+    """Return the library for a base, or None, which means that torch computes instead. If the base is in bf16 on a
+    CPU, `say` also gets the reason why there is no library for it.
 
     The library is a prebuilt one or the directory's, or it is compiled into the directory.
     """
@@ -31,9 +31,9 @@ def find_library(base: BaseModel, directory: Path, say: Callable[[str], None]) -
 def load_native(
     base: BaseModel, directory: Path, max_positions: int, say: Callable[[str], None]
 ) -> NativeModel | None:
-    """Return a base's native form for serving, or None, like `find_library`.
+    """Return the base as a `NativeModel` for serving, or None if `find_library` returns None or memory runs out.
 
-    It has as many threads as torch, and uses fewer while fewer are faster.
+    The model has as many threads as torch, and uses fewer of them if that is faster.
     """
     library = find_library(base, directory, say)
     if library is None:

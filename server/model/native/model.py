@@ -1,8 +1,9 @@
 """The native forward pass for serving: passes a base's weights and a step's tables to `serve.cpp`.
 
-One call computes what `SmolLM.forward` computes with `PagedAttention` and `LoraBatch`. It releases the GIL, and
-uses its own threads. Weights and caches are bf16; sums and the residual stream are fp32, so results are closer to
-fp32's than torch's bf16 results are. A token's result doesn't depend on the other tokens of its step.
+One call computes what `SmolLM.forward` computes with `PagedAttention` and `LoraBatch`. The call releases the GIL,
+and uses the native code's own threads. Weights and caches are bf16; sums and the residual stream are fp32, so
+results are closer to fp32 results than torch's bf16 results are. A token's result doesn't depend on the other
+tokens of its step.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ def create(
 ) -> int:
     """Call `smolora_create` or `smolora_training_create` for a base, and return the new object. Raise MemoryError.
 
-    `rotary` is a whole `rotary_table`. The caller keeps it and the weights for as long as the object exists.
+    `rotary` is a whole `rotary_table`. The caller must keep it and the weights as long as the object exists.
     """
     tensors = dict(weights.tensors())
     names = tensor_names(weights)
@@ -75,7 +76,7 @@ def create(
 
 
 def tensor_names(weights: BaseWeights) -> list[str]:
-    """Return all tensors' names in the order of `smolora_create`, a tied head's included."""
+    """Return all tensors' names in the order of `smolora_create`. A tied head is named, too: it is `embed`."""
     names = [name for name, _ in weights.tensors()]
     return names if weights.lm_head is not weights.embed else [*names, "embed"]
 
@@ -87,7 +88,7 @@ def _tensor(values: torch.Tensor, stored: Quantized | None) -> BaseTensor:
 
 
 def check_base(config: ModelConfig, weights: BaseWeights) -> None:
-    """Raise NativeUnavailable if the native code doesn't cover a base."""
+    """Raise NativeUnavailable if the native code doesn't support the base."""
     if any(tensor.dtype is not torch.bfloat16 or tensor.device.type != "cpu" for _, tensor in weights.tensors()):
         raise NativeUnavailable("it computes only in bf16 on a CPU")
     if any(not tensor.is_contiguous() for _, tensor in weights.tensors()):
@@ -118,7 +119,7 @@ ROW_FORMAT = RowFormat(torch.bfloat16, torch.bfloat16, TILE)
 
 
 class NativeLora:
-    """The places of one flat batch's adapters in memory; the native counterpart of `LoraBatch`."""
+    """Tables of one flat batch's adapters and where they are in memory. The native counterpart of `LoraBatch`."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
         """Take `runs` in order of their tokens. Tokens outside the runs have no adapter."""
@@ -170,9 +171,9 @@ class NativeLora:
 class StepTables(NamedTuple):
     """A step's tokens, and their sequences' keys and values.
 
-    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is a `ServeRun`: its tokens' start and
-    stop, the first token's position, the start of its sequence's block table in `blocks`, and the number of last
-    tokens whose hidden states are wanted.
+    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is a `ServeRun`: the start and stop of
+    its tokens, the first token's position, the start of its sequence's block table in `blocks`, and how many of
+    its last tokens are wanted tokens, whose hidden states are returned.
     """
 
     token_ids: Ints  # (tokens,)
@@ -196,9 +197,9 @@ class NativeModel:
         num_threads: int,
         adapts: bool = False,
     ) -> None:
-        """Pack the weights. Raise NativeUnavailable for a base that native code doesn't cover, and MemoryError.
+        """Pack the weights. Raise NativeUnavailable if native code doesn't support the base, and MemoryError.
 
-        A step is computed by `num_threads`, or, if it `adapts`, by fewer of them while fewer are faster.
+        `num_threads` threads compute a step. With `adapts`, fewer of them compute it if that is faster.
         """
         check_base(config, weights)
         self._library = library
@@ -213,10 +214,11 @@ class NativeModel:
         weakref.finalize(self, library.smolora_destroy, self._model).atexit = False
 
     def forward(self, tables: StepTables) -> torch.Tensor:
-        """Return the final hidden states (wanted, hidden), bf16. All tokens' keys and values go into the caches.
+        """Return the wanted tokens' final hidden states (wanted, hidden), bf16. Write all tokens' keys and values
+        to the caches.
 
         Raise ValueError if the tables would cause an access out of bounds, and MemoryError. The model stays usable
-        after either.
+        after either error.
         """
         step, num_tokens = self._step(tables), tables.token_ids.size
         num_wanted = min(int(tables.runs[:, -1].clip(0, num_tokens).sum()), num_tokens)
@@ -256,7 +258,7 @@ class NativeModel:
     def take_phases(self, *, count: bool = True) -> dict[str, float]:
         """Return the calling thread's seconds in each of PHASES since the last call, without Python's own time.
 
-        Counting is off at first; `count` says whether it is on from now on.
+        Measuring is off at first. `count` turns it on or off from now on.
         """
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 

@@ -57,9 +57,10 @@ class SampleTable:
     ) -> None:
         """Add a row. Temperature 0 chooses the likeliest token; else `key` (64 bits) seeds the draw.
 
-        Logits change in this order: the repetition penalty on `seen` tokens, `added` to the logits of
-        `added_ids`, and the `forbidden` mask (vocab,). Then come top-k (0: off), top-p (1: off) and min-p (0:
-        off). If `num_top` is positive, log-probabilities are returned: the chosen token's and the top `num_top`.
+        Logits are changed in this order: the repetition penalty is applied to `seen` tokens, `added` is added to
+        the logits of `added_ids`, and tokens in the mask `forbidden` (vocab,) are excluded. Then come the filters
+        top-k (0: off), top-p (1: off) and min-p (0: off). If `num_top` is positive, log-probabilities are
+        returned: the chosen token's and the top `num_top`.
         """
         mask = 0
         if forbidden is not None:
@@ -79,8 +80,8 @@ class SampleTable:
         self._added.append(added)
 
     def step(self, *, hidden: int | None = None, logits: int | None = None) -> tuple[SampleStep, Choices]:
-        """Return the step for native code, for hidden states or logits at an address, and its results, which the
-        call fills in. The caller keeps the table alive until then."""
+        """Return a step for native code, and the `Choices` that the native call will fill in. The step's input is
+        at the address `hidden` or `logits`. The caller must keep this table alive until the call has returned."""
         num_rows = len(self._rows)
         rows = np.frombuffer(b"".join(self._rows), np.uint8)
         seen = np.concatenate([_NO_INTS, *self._seen])

@@ -1,12 +1,14 @@
-"""Chooses how many threads compute a step, by how long steps took. The bits of an answer don't depend on it.
+"""Chooses how many threads compute a step (the team size), from how long earlier steps took. The choice doesn't
+change the bits of an answer.
 
 On a quiet machine more threads are faster. If another process keeps a processor busy, threads wait for each other
-in each phase, and fewer threads are faster. So a step tries the next smaller or larger size now and then. If the
-threads got the time of far fewer processors than there are threads, it tries that number. The cost of trials is
-bounded: a budget grows by SHARE of a step with each step, and a trial is charged the time that it took longer than
-steps usually take. Part of the budget is saved for the moment when steps become slow.
+in each phase, and fewer threads are faster. So now and then a step is a trial: it uses the next smaller or larger
+team size. If the threads together got the time of far fewer processors than there are threads, the trial uses that
+many threads. A budget bounds the cost of trials. It grows by SHARE of a step with each step. A trial is charged
+for the time that it took longer than steps usually take. Part of the budget is saved for the moment when steps
+become slow.
 
-Steps are compared only with steps of similar size, a band.
+Steps are compared only with steps of similar size. These form a band.
 """
 
 from bisect import bisect_right
@@ -20,12 +22,14 @@ _FIRST_RESERVE = 2.0  # in a new band
 _LONG_BAND, _FIRST_RESERVE_OF_LONG = 4, 1.0  # steps of 128 tokens or more: prompts that somebody waits for
 _FEE = 0.05  # in steps: the least that a trial is charged, so that equal sizes aren't tried all the time
 _SLOW = 1.25  # a band is slow if its recent steps took this many times as long as its usual ones
-_RECENT_MEMORY, _USUAL_MEMORY = 0.8, 0.99  # weight of a mean after the next step
+_RECENT_MEMORY, _USUAL_MEMORY = 0.8, 0.99  # weight of the earlier mean in the new mean
 _OUTLIER = 1.5  # a step counts as at most this many times as long as those that it is compared with
 
-_NUM_TRIALS, _FEW_TRIALS = 12, 4  # the latest ones of two sizes, by which they are compared
-_LEAST_GAIN, _GREAT_GAIN = 0.95, 0.8  # a larger team is chosen after many trials, and after few
-_NO_GAIN, _GREAT_LOSS = 1.0, 1.25  # a smaller team, likewise
+_NUM_TRIALS, _FEW_TRIALS = 12, 4  # how many of the latest trials of two sizes are compared
+# A larger team is chosen if `_Pair.gain` is below the first number, or after few trials below the second.
+_LEAST_GAIN, _GREAT_GAIN = 0.95, 0.8
+# A smaller team is chosen if `_Pair.gain` is at least the first number, or after few trials the second.
+_NO_GAIN, _GREAT_LOSS = 1.0, 1.25
 
 _FIRST_TOKENS = 9  # reading the weights takes as long as computing this number of tokens
 _POSITIONS_OF_A_TOKEN = 600  # positions that attention reads in the time that a token takes
@@ -45,9 +49,10 @@ class TeamSize:
     def observe(
         self, num_threads: int, num_tokens: int, num_positions: int, seconds: float, processor_seconds: float
     ) -> None:
-        """Note how long a step took with the chosen number of threads, and the processor time of all of them.
+        """Note how long a step took with the chosen number of threads, and the processor time of all these
+        threads.
 
-        Its tokens saw `num_positions` in all.
+        `num_positions` is the total number of positions that the step's tokens attended to.
         """
         work = _FIRST_TOKENS + num_tokens + num_positions / _POSITIONS_OF_A_TOKEN
         size = self._sizes.index(num_threads)
@@ -69,10 +74,11 @@ def team_sizes(num_threads: int) -> list[int]:
 
 
 class _Pair:
-    """The latest trials of two sizes: times of both for the same work, taken one after the other."""
+    """The latest trials of two sizes. A trial has the times of both sizes for the same work, one soon after the
+    other."""
 
     def __init__(self, assumed_gain: float) -> None:
-        self.expected_gain = assumed_gain  # that of the latest trial, which is the first to show a change
+        self.expected_gain = assumed_gain  # the gain of the latest trial, which is the first to show a change
         self._trials: deque[tuple[float, float]] = deque(maxlen=_NUM_TRIALS)
 
     def add(self, smaller: float, larger: float) -> None:
@@ -98,13 +104,14 @@ class _Pair:
 
 
 class _Band:
-    """Steps of similar size. Team sizes are indices here, and times are seconds for a unit of work."""
+    """Steps of similar size. Here, team sizes are indices into `sizes`, and times are seconds for a unit of
+    work."""
 
     def __init__(self, sizes: list[int], reserve: float) -> None:
         self._sizes = sizes
         self._pairs: dict[tuple[int, int], _Pair] = {}  # of a smaller and a larger size
         self._best = self._last_trial = len(sizes) - 1
-        self._processors = float(sizes[-1])  # recent mean of the processors that the best size got
+        self._processors = float(sizes[-1])  # recent mean of how many processors the best size's threads used
         self._trial: tuple[int, float] | None = None  # size and time, kept until the next step of the best size
         self._recent = self._usual = 0.0  # mean times of steps of the best size
         self._reserve, self._savings = reserve, 0.0
@@ -123,7 +130,7 @@ class _Band:
         if size != self._best:
             self._trial = size, seconds
             return
-        if self._trial is not None:  # compare with this step: the one before may have caused the trial
+        if self._trial is not None:  # compare with this step: the step before the trial may have caused it
             trial, self._trial = self._trial, None
             if self._compare(*trial, seconds):
                 return
@@ -149,12 +156,13 @@ class _Band:
         gain = self._pair(size).expected_gain
         cost = max((gain if size > self._best else 1 / gain) - 1, _FEE)
         if self._size_of_processors <= size < self._best and not self._pair(size).is_known:
-            cost = _FEE  # no more threads than that ran at a time anyway
+            cost = _FEE  # no more threads than this size has ran at a time anyway
         may_use_reserve = self._is_slow or cost == _FEE or not self._pair(size).is_known
         return savings >= cost or (may_use_reserve and self._reserve >= cost)
 
     def _compare(self, size: int, seconds: float, best_seconds: float) -> bool:
-        """Charge a trial. Change to its size and return True if that is the better one."""
+        """Charge the budget for a trial. If its size is better than the best so far, change to it and return
+        True."""
         self._last_trial = size
         cost = max(seconds / max(best_seconds, self._recent) - 1, _FEE)
         from_savings = min(cost, max(self._savings, 0.0))

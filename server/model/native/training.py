@@ -1,8 +1,8 @@
 """The native forward and backward pass of a training batch: passes tensors to `train.cpp`.
 
-They compute what `SmolLM.forward` computes with `PackedAttention` and `TrainedRows`, and its gradients. Operands
-of products are bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32's than
-torch's bf16 results are. Results are deterministic and don't depend on the number of threads.
+These passes compute what `SmolLM.forward` computes with `PackedAttention` and `TrainedRows`, and its gradients.
+Operands of products are bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32
+results than torch's bf16 results are. Results are deterministic and don't depend on the number of threads.
 """
 
 import ctypes
@@ -33,12 +33,12 @@ class NativeRows:
     a_start: int  # the start of A's gradient (trained, in) in the flat gradients
     b_start: int  # the start of B's gradient (out_features, trained)
     scaling: float  # A includes it
-    repeats: int = 1  # 2 if as many rows of A follow, equal to the first except for a constant
+    repeats: int = 1  # 2 if these rows of A are followed by the same rows minus a constant
 
 
 @dataclass(frozen=True, eq=False)
 class NativeGroup:
-    """One layer's group: bf16 a (rows, in), scalings included, and b (rows, out), zero outside of its modules."""
+    """One layer's group, in bf16: a (rows, in) includes scalings; b (rows, out) is zero outside of its modules."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -60,14 +60,14 @@ class NativeTraining:
         gradients: torch.Tensor | None = None,
         d_weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Keep weights and groups, which are read in place. Raise NativeUnavailable if the base isn't covered.
+        """Keep weights and groups, which are read in place. Raise NativeUnavailable if the base isn't supported.
 
         The gradients of A and B are added to `gradients`, fp32 and flat (None if there are no groups). The
-        weights' gradients are added to `d_weights`, fp32 tensors by the names of `weights.tensors()`; without
-        them the base is frozen.
+        weights' gradients are added to `d_weights`, fp32 tensors by the names of `weights.tensors()`. If
+        `d_weights` is None, the base is frozen.
 
         All methods raise MemoryError, and ValueError for an access out of bounds. They can be called again after
-        either.
+        either error.
         """
         check_base(config, weights)
         self._library = library
@@ -102,7 +102,7 @@ class NativeTraining:
         *,
         has_backward: bool = True,
     ) -> torch.Tensor:
-        """Return the final hidden states (tokens, hidden), bf16, of texts of `lengths` tokens in a row.
+        """Return the final hidden states (tokens, hidden), bf16, of successive texts of `lengths` tokens.
 
         `kept` has a mask (tokens, in) for each group: the features of A's input that dropout keeps and
         multiplies by `factor`. Without `has_backward` nothing is saved, and no `backward` may follow.
@@ -155,7 +155,8 @@ class NativeTraining:
         return loss.value, d_hidden
 
     def measure(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each row's cross-entropy as `loss` sums it, fp64, and its likeliest token, int64."""
+        """Return each row's cross-entropy (`loss` returns the sum), in fp64, and each row's likeliest token,
+        int64."""
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
         self._check_ids(targets)
@@ -172,8 +173,8 @@ class NativeTraining:
         return losses, likeliest
 
     def backward(self, d_hidden: torch.Tensor) -> None:
-        """Add all gradients except the head's, given the gradient of the last `forward`'s result. Call it once per
-        `forward`."""
+        """Add all gradients except the head's, given the gradient of the last `forward`'s result. After each
+        `forward`, this may be called once."""
         d_hidden = d_hidden.contiguous()
         self._check_hidden(d_hidden, self._num_tokens)
         call(self._library.smolora_training_backward, self._training, d_hidden.data_ptr())

@@ -1,4 +1,4 @@
 """Single operations of the forward pass in torch, for every device.
 
-They take tensors only, and know no sequences, adapters or requests.
+They take only tensors, and don't depend on sequences, adapters or requests.
 """

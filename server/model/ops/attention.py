@@ -7,9 +7,9 @@ cases:
 - `attend_sequence`: any number of new tokens of one sequence over that sequence's keys.
 - `attend_decode`: one new token for each of many sequences, with block tables of different lengths.
 
-`plan_decode` builds the indices of every layer's `attend_decode` once per step. A CPU sums values in place. A GPU
-gathers them first, like keys, and multiplies, since its kernel for sums in place walks through all positions of a
-head in one thread.
+`plan_decode` builds the indices for `attend_decode` once per step, for all layers. On a CPU, `embedding_bag` reads
+the values from the cache and sums them. On a GPU, values are gathered into one tensor first, as keys are, and then
+multiplied: `embedding_bag` would process all positions of a head in one thread there.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, eq=False)
 class ValueRows:
-    """The places of every head's values in a layer's cache, viewed as (slots * kv_heads, head_dim)."""
+    """The rows of every head's values in a layer's cache, viewed as a tensor (slots * kv_heads, head_dim)."""
 
     rows: torch.Tensor  # (sequences * heads * max_positions,)
     bags: torch.Tensor  # (sequences * heads + 1,): each head's first index in `rows`
@@ -31,10 +31,10 @@ class DecodePlan:
     """Indices of one step's decode attention, the same for all layers."""
 
     block_table: torch.Tensor  # (sequences * max_blocks,): padded with block 0
-    beyond: torch.Tensor  # (sequences, 1, max_positions): whether a position does not exist
+    beyond: torch.Tensor  # (sequences, 1, max_positions): whether a position is past its sequence's end
     kv_of_head: torch.Tensor  # (heads,)
     head_of: torch.Tensor  # (heads, kv_heads, 1): the softmax scale at the head's kv head, else 0
-    value_rows: ValueRows | None  # None: values are gathered
+    value_rows: ValueRows | None  # None: values are gathered instead
 
 
 def plan_decode(
@@ -48,7 +48,7 @@ def plan_decode(
     dtype: torch.dtype,
     gather_values: bool,
 ) -> DecodePlan:
-    """Return the plan for sequences of `lengths` (sequences,) positions in block_table (sequences, max_blocks)."""
+    """Return the plan for sequences with `lengths` (sequences,) and a block_table (sequences, max_blocks)."""
     device = block_table.device
     num_sequences, max_blocks = block_table.shape
     positions = torch.arange(max_blocks * block_size, device=device)
@@ -60,7 +60,7 @@ def plan_decode(
     value_rows = None
     if not gather_values:
         slots = block_table.repeat_interleave(block_size, dim=1) * block_size + positions % block_size
-        slots.masked_fill_(beyond, 0)  # weights are 0 there, but an earlier owner may have left NaN beyond the end
+        slots.masked_fill_(beyond, 0)  # these weights are 0, but a block may still have another sequence's NaN
         rows = slots[:, None] * num_kv_heads + kv_of_head[:, None]  # (sequences, heads, positions)
         bags = torch.arange(num_sequences * num_heads + 1, device=device) * positions.shape[0]
         value_rows = ValueRows(rows.flatten(), bags)
@@ -68,10 +68,10 @@ def plan_decode(
 
 
 def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-    """Return the attention of q (sequences, heads, head_dim), one token each, over a layer's caches; of q's shape.
+    """Return the attention of q (sequences, heads, head_dim), one token each, over a layer's caches, in q's shape.
 
-    Each query is expanded to all kv heads, with zeros except at its own. So one batched product with the gathered
-    keys, which stay contiguous as in the cache, gives the scores of all heads.
+    Each query is expanded to all kv heads, with zeros for all except its own kv head. So one batched product with
+    the gathered keys, which keep the cache's order, gives the scores of all heads.
     """
     num_sequences, heads, dim = q.shape
     keys = _gather(plan, k_cache)
@@ -92,7 +92,7 @@ def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_ca
 
 
 def _sum_gathered(plan: DecodePlan, weights: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sums of gathered values (sequences, heads, head_dim)."""
+    """Gather the values, and return their weighted sums (sequences, heads, head_dim)."""
     num_sequences, heads, _ = weights.shape
     values = _gather(plan, v_cache)
     values.masked_fill_(plan.beyond.transpose(1, 2), 0)  # 0 times NaN is NaN
@@ -111,8 +111,9 @@ def attend_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: tor
     """Return the attention of q (new, heads, head_dim), of q's shape, over one sequence's k and v (positions,
     kv_heads, head_dim).
 
-    `bias` (new, positions) is added to the scores; None lets every token see every position. With a bias, keys and
-    values of new tokens are overwritten if they aren't finite, and every token that sees such a position is NaN.
+    `bias` (new, positions) is added to the scores; None lets every token see every position. With a bias,
+    numbers in the new tokens' k and v that aren't finite are overwritten in place. The result of every token that
+    sees such a position is NaN.
     """
     new, heads, dim = q.shape
     kv_heads = k.shape[1]
@@ -128,11 +129,11 @@ def attend_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: tor
 
 
 def _replace_overflows(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Overwrite values that aren't finite in new tokens' k and v (new, kv_heads, head_dim). Return a mask (new,)
-    of the tokens that see such a position: their own or an earlier one.
+    """Overwrite numbers in the new tokens' k and v (new, kv_heads, head_dim) that aren't finite. Return a mask
+    (new,) of the tokens at or after the first position with such a number.
 
-    Otherwise, tokens before the position would be NaN, too: a weight of 0 times infinity is NaN, and so is a bias
-    of -inf added to NaN.
+    If such numbers were kept, the results of tokens before that position would be NaN, too: a weight of 0 times
+    infinity is NaN, and so is a bias of -inf added to NaN.
     """
     overflows = ~(k.isfinite() & v.isfinite()).flatten(1).all(1)
     for tensor in (k, v):
@@ -141,8 +142,10 @@ def _replace_overflows(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def causal_bias(start: int, new: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """Return the bias (new, start + new) that lets the token at position start + i see positions 0 to start +
-    i."""
+    """Return the bias (new, start + new) that lets the token at position start + i see positions 0 to start + i.
+
+    Return None if `new` is 1: a single token sees every position.
+    """
     if new == 1:
         return None
     bias = torch.full((new, start + new), float("-inf"), dtype=dtype, device=device)

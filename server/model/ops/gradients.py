@@ -1,8 +1,8 @@
 """RMSNorm, rotation and SwiGLU for training, with explicit backward passes.
 
-Autograd's own versions each save several fp32 copies of their input, a few times the memory of all matrix
-products. These save only the input, and recompute the rest. Their forward passes have the bits of
-`server.model.ops.norms`.
+In autograd's own versions, each operation saves several fp32 copies of its input. Together these take a few times
+the memory of all matrix products. The versions here save only the input, and recompute the rest. Their forward
+passes give the same bits as those in `server.model.ops.norms`.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def apply(function: type[torch.autograd.Function], *inputs: object) -> torch.Tensor:
-    """Return `function.apply(*inputs)`, typed, of a function that returns one tensor."""
+    """Return `function.apply(*inputs)` with a static type. `function` must return one tensor."""
     return cast("Callable[..., torch.Tensor]", function.apply)(*inputs)
 
 

@@ -1,15 +1,15 @@
 """The product with a frozen matrix W, and the low-rank products of adapters: y = W x + ((x · A_rowsᵀ) ∘ gates) ·
 B_rows.
 
-On a CPU with bf16 arithmetic, oneDNN spends much of a small product on reordering W. `Linear` does that once,
+On a CPU with bf16 arithmetic, oneDNN spends much of a small product on reordering W. `Linear` reorders W once,
 which makes a decode step's products about 1.5 times as fast. Inference uses the packed copy. Training uses the
 plain matrix, which autograd can differentiate through.
 
-`add_dense` computes the low-rank term for every row of the pool; it is the oracle of tests. Serving computes only
-the rows in use: `shrink_block` multiplies a run of tokens by one adapter's rows, and `shrink_sampled` computes
-(token, row) pairs, for tokens that share their adapters with few others. All are differentiable. For 32 tokens of
-32 adapters on 2 cores (AVX-512), pairs take a quarter of the time of `add_dense`, and half of that of a batched
-product over gathered rows, since they copy nothing.
+`add_dense` computes the low-rank term for every row of the pool; tests compare other results with it. Serving
+computes only the rows in use: `shrink_block` multiplies successive tokens by one adapter's rows, and
+`shrink_sampled` computes (token, row) pairs, for tokens that share their adapters with few others. All are
+differentiable. For 32 tokens of 32 adapters on 2 cores (AVX-512), `shrink_sampled` takes a quarter of the time of
+`add_dense`. It takes half the time of a batched product over gathered rows, since it copies nothing.
 """
 
 import warnings
@@ -37,7 +37,7 @@ class Linear:
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Return whether this build of torch and this CPU multiply packed weights of the weight's dtype."""
+    """Return whether the weight, torch and the CPU allow packing. Packing needs bf16 on a CPU."""
     return (
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
@@ -71,7 +71,7 @@ def shrink_block(x: torch.Tensor, a_rows: torch.Tensor, weight: float, dtype: to
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs (token, row): token t has rows[offsets[t] : offsets[t + 1]] of a pool of `num_rows` rows."""
+    """(token, row) pairs: token t has rows[offsets[t] : offsets[t + 1]] of a pool of `num_rows` rows."""
 
     offsets: torch.Tensor  # (tokens + 1,)
     rows: torch.Tensor  # (num_pairs,)
@@ -86,7 +86,7 @@ class Pairs:
 
     @cached_property
     def csr(self) -> torch.Tensor:
-        """The pairs as a sparse tensor (tokens, num_rows) of zeros."""
+        """A sparse CSR tensor (tokens, num_rows) with an entry of 0 for each pair. Only the positions matter."""
         values = torch.zeros(self.rows.shape[0], device=self.rows.device)
         size = (self.offsets.shape[0] - 1, self.num_rows)
         with warnings.catch_warnings():  # torch announces once that CSR is in beta
@@ -109,8 +109,9 @@ def shrink_sampled(x: torch.Tensor, a_rows: torch.Tensor, pairs: Pairs) -> torch
 def expand_sampled(
     hidden: torch.Tensor, b_units: torch.Tensor, unit_index: torch.Tensor, bags: torch.Tensor
 ) -> torch.Tensor:
-    """Return the sums of hidden[i] · b_units[unit_index[i]] over each bag i ∈ [bags[j], bags[j+1]): (num_bags,
-    unit).
+    """Return, for each bag j, the sum of hidden[i] · b_units[unit_index[i]] over i ∈ [bags[j], bags[j+1]).
+
+    The result is (num_bags, unit).
 
     hidden (num_entries,) of b_units' dtype, b_units (num_units, unit), unit_index (num_entries,), bags (num_bags +
     1,), from 0 to num_entries. Accumulates in fp32.

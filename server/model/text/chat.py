@@ -1,8 +1,9 @@
 """Encodes texts and chat messages as token ids.
 
-Ordinary texts and messages give exactly the ids of the base's tokenizer and chat template. Special tokens of the
-template are real ones. Text of a message that looks like a special token is encoded as plain text, so no message
-can end its own turn. Encoding releases the GIL, so other threads, such as the engine's, go on meanwhile.
+Ordinary texts and messages get exactly the ids that the base's tokenizer and chat template give. If the template
+writes a special token, it is encoded as one. If a message has text that looks like a special token, it is encoded
+as plain text, so no message can end its own turn. Encoding releases the GIL, so other threads, such as the
+engine's, keep running.
 """
 
 import json
@@ -22,7 +23,7 @@ from server.model.text.tokenizer import BaseTokenizer
 MAX_TEXT_PARTS = 1024
 
 _PRIVATE_USE = range(0x100000, 0x10FFFE)  # Unicode's plane 16: characters without a meaning
-_UNASSIGNED = range(0x40000, 0xE0000)  # planes 4 to 13; a text with all of these, too, has megabytes
+_UNASSIGNED = range(0x40000, 0xE0000)  # planes 4 to 13; a text that uses all of these has megabytes
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ DEVELOPER = "developer"
 
 
 def meant_role(role: str) -> str:
-    """Return a role's name in chat templates."""
+    """Return the name that chat templates have for a role."""
     return "system" if role == DEVELOPER else role
 
 
@@ -62,11 +63,11 @@ def joined_parts(content: object) -> object:
 
 
 class Disguise:
-    """Messages with placeholders for spellings of special tokens. All special tokens of a rendering are then the
-    template's."""
+    """Messages in which placeholders replace text that looks like a special token. So every special token in a
+    rendering of these messages was written by the template."""
 
     def __init__(self, messages: Sequence[ChatMessage], special: re.Pattern[str]) -> None:
-        """Replace all matches of `special` in the messages."""
+        """Replace all matches of `special` in the messages with placeholders."""
         self._hidden: list[str] = []
         self._guard, self._mark = _unused_characters(messages, 2)
         self._placeholder = re.compile(f"{self._guard}([0-9]+){self._guard}")
@@ -77,11 +78,11 @@ class Disguise:
         return not self._hidden
 
     def restore(self, text: str) -> str:
-        """Return the text with the original spellings instead of placeholders."""
+        """Return the text with each placeholder replaced by the original text."""
         return self._placeholder.sub(lambda found: self._hidden[int(found.group(1))], text)
 
     def restore_at(self, text: str, points: Iterable[int]) -> tuple[str, dict[int, int]]:
-        """Return the restored text, and the new position of each of `points`, which may not be inside a
+        """Return the restored text, and a map from each of `points` to its new position. No point may be inside a
         placeholder."""
         pieces: list[str] = []
         moved = {0: 0}
@@ -93,7 +94,7 @@ class Disguise:
         return "".join(pieces), moved
 
     def outline(self) -> list[ChatMessage]:
-        """Return the messages with a mark instead of each of the assistant's texts, for `find_turns`."""
+        """Return the messages with a mark instead of each assistant text. `find_turns` takes their rendering."""
         return [
             ChatMessage(turn.role, f"{self._mark}{index}{self._mark}") if turn.role == "assistant" else turn
             for index, turn in enumerate(self.messages)
@@ -102,7 +103,7 @@ class Disguise:
     def find_turns(self, rendered: str, outline: str) -> list[tuple[int, int]] | None:
         """Return each assistant text's span in `rendered`, given the rendering of `outline()`.
 
-        The text between the spans must equal the outline's, and a span must be the message's text, possibly
+        The text between the spans must equal the outline's. Each span must be the message's text, possibly
         trimmed. Return None if the template changes a text in any other way.
         """
         contents = {index: turn.content for index, turn in enumerate(self.messages) if turn.role == "assistant"}
@@ -126,8 +127,8 @@ class Disguise:
 
 
 def _trimmed(text: str) -> list[str]:
-    """Return the forms of a text in templates: unchanged, or with white space or line breaks trimmed; longest
-    first."""
+    """Return the forms in which a template may render a text, longest first: unchanged, or with white space or
+    line breaks trimmed."""
     starts = {text, text.lstrip("\n"), text.lstrip()}
     return sorted({form for start in starts for form in (start, start.rstrip("\n"), start.rstrip())}, key=len)[
         ::-1
@@ -157,7 +158,7 @@ class PromptEncoder:
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._next_special = re.compile(rf"\s*+({self._special.pattern})")
-        # A Tokenizer has one flag for special tokens in texts. Threads can't share it, so there are two copies.
+        # `encode_special_tokens` is a flag of a Tokenizer, and threads need both values. So there are two copies.
         self._marked = _fixed_copy(tokenizer.backend, specials_are_text=False)
         self._plain = _fixed_copy(tokenizer.backend, specials_are_text=True)
 
@@ -174,8 +175,8 @@ class PromptEncoder:
         return _encode(self._plain, text, add_special_tokens=False)
 
     def spelled(self, text: str, token_ids: Collection[int]) -> str | None:
-        """Return the name of a special token of `token_ids` that the text spells, or None. It is encoded as plain
-        text."""
+        """Return the name of a special token in `token_ids` that occurs in the text, or None. Such text is encoded
+        as plain text."""
         found = (name for name, number in self._specials.items() if number in token_ids and name in text)
         return next(found, None)
 
@@ -201,10 +202,11 @@ class PromptEncoder:
     ) -> tuple[list[int], list[range]]:
         """Return the ids of a whole conversation, and the range of tokens of each of the assistant's turns.
 
-        A range has the turn's text and the template's end token after it, if that is one of `end_token_ids`. It
-        doesn't have the turn's header. The ids are the template's, except that no token crosses a turn's border:
-        both sides are encoded separately, as they are when the assistant's turn is generated. Raise InvalidInput
-        like `messages`, and if the template changes a turn in other ways than trimming it.
+        A range covers the turn's text, and the template's end token after that text if it is one of
+        `end_token_ids`. The turn's header isn't covered. The ids are those of the rendered template, except that
+        no token crosses a turn's border: the texts before and after a border are encoded separately, as they are
+        when the assistant's turn is generated. Raise InvalidInput like `messages`, or if the template changes a
+        turn in any way except trimming.
         """
         disguise = Disguise(messages, self._special)
         rendered = self._render(disguise.messages, is_whole=True)
@@ -246,16 +248,16 @@ class PromptEncoder:
         return ids, starts
 
     def _after_end_token(self, rendered: str, position: int, end_token_ids: Collection[int]) -> int:
-        """Return the end of an end token at `position`, possibly after white space, or `position` if there is
-        none."""
+        """Return the position after the end token that begins at `position`, possibly after white space. Return
+        `position` if no end token begins there."""
         match = self._next_special.match(rendered, position)
         return match.end() if match and self._specials[match.group(1)] in end_token_ids else position
 
     def _cut(self, rendered: str) -> Iterator[tuple[str, bool]]:
         """Yield a rendering's special tokens and the texts between them, as (text, whether it is a special token).
 
-        A tokenizer, too, first splits a text at special tokens and encodes the pieces separately. So the ids
-        differ from those of the whole text only in which spellings count as special tokens.
+        A tokenizer also splits a text at special tokens first, and encodes the pieces separately. So encoding
+        these pieces gives the ids of the whole text, except for text that only looks like a special token.
         """
         start = 0
         for match in self._special.finditer(rendered):
@@ -277,8 +279,8 @@ class PromptEncoder:
 
 
 def _longest(tokenizer: BaseTokenizer) -> int | None:
-    """Return the number of bytes of the longest token, or None if a normalizer may shorten texts before they are
-    split."""
+    """Return the number of bytes of the longest token, or None if the tokenizer has a normalizer, which may
+    shorten texts before they are split."""
     if tokenizer.backend.normalizer is not None:
         return None
     added = {token.content for token in tokenizer.added_tokens.values()}
@@ -287,9 +289,9 @@ def _longest(tokenizer: BaseTokenizer) -> int | None:
 
 
 def _fixed_copy(tokenizer: Tokenizer, specials_are_text: bool) -> Tokenizer:
-    """Return a copy without truncation and padding, in whose offsets a token includes its white space.
+    """Return a copy without truncation and padding. Its offsets count white space as part of a token.
 
-    It shares the tokenizer's model, which is read-only and has nearly all of its memory.
+    The copy shares the tokenizer's model, which is read-only and takes nearly all of the memory.
     """
     steps = Tokenizer(BPE())  # everything but the model and added tokens
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):

@@ -28,13 +28,13 @@ class ChatTemplate:
     """A template, compiled at its first use. Thread-safe."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Take the template's source. It sees `special_tokens` as variables by their names, such as
+        """Take the template's source. `special_tokens` are variables in the template, by their names, such as
         `eos_token`."""
         self._source = source
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """Return the text. Raise TemplateError if the template is invalid or rejects the messages."""
+        """Return the rendered text. Raise TemplateError if the template is invalid or rejects the messages."""
         return self._template.render(
             **self._special_tokens,
             messages=[dict(message) for message in messages],
@@ -59,7 +59,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` around the assistant's text. It renders its content."""
+    """The block `{% generation %}…{% endgeneration %}` around the assistant's text. Its content is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 

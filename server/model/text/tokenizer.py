@@ -1,9 +1,9 @@
 """The tokenizer of a converted base: texts to ids, ids to texts, and the vocabulary.
 
 It gives the same ids and texts as transformers for the same directory, but uses only the library `tokenizers`,
-since importing transformers takes longer than everything else that a start does with a tokenizer. A tokenizer.json
-lacks the names of special tokens and the chat template, so they are added here. `server.model.base.checkpoint`
-reads directories that aren't converted, which may have older formats.
+since importing transformers takes longer than all else that a server does with the tokenizer when it starts. A
+tokenizer.json lacks the names of special tokens and the chat template, so this module adds them.
+`server.model.base.checkpoint` reads directories that aren't converted, which may have older formats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from server.model.text.template import ChatTemplate
 
 
 def require_byte_level(name: str, backend: Tokenizer) -> None:
-    """Raise StartupError, naming the base, if the vocabulary isn't byte-level: one character per byte, as SmolLM's
-    is and SentencePiece's isn't."""
+    """Raise StartupError, naming the base, if the vocabulary isn't byte-level. A byte-level vocabulary, such as
+    SmolLM's but not SentencePiece's, has one character for each byte."""
     if backend.decoder is None or backend.decoder.decode(["Ġ", "Ċ", "Ã", "©"]) != " \né":
         raise StartupError(
             f"{name}: the tokenizer is not byte-level, as those of SmolLM and GPT-2 are: others are not read"
@@ -28,7 +28,7 @@ class BaseTokenizer:
     """One base's tokenizer. Immutable, so several threads may use it at once."""
 
     def __init__(self, backend: Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None) -> None:
-        """Take over `backend`, and turn off its truncation and padding.
+        """Take ownership of `backend`, and turn off its truncation and padding.
 
         `special_tokens` maps names such as `eos_token` to the tokens' texts.
         """
@@ -44,7 +44,7 @@ class BaseTokenizer:
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """Each token in the tokenizer's spelling, and its id. Computed again at each access."""
+        """A map from each token, in the tokenizer's spelling, to its id. It is computed again at each access."""
         return self.backend.get_vocab(with_added_tokens=True)
 
     @cached_property
@@ -54,7 +54,7 @@ class BaseTokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The id of the end token, if one is named."""
+        """The id of the end token, or None if the tokenizer names none."""
         return None if self._eos_token is None else self.backend.token_to_id(self._eos_token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -62,7 +62,7 @@ class BaseTokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of a sequence, with all of its spaces."""
+        """Return the text of a sequence. No spaces are removed from it."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
