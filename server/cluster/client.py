@@ -116,7 +116,7 @@ class ReplicatedEngine:
         fleet.check_queues(self._ready_links())
 
     def submit(self, request: GenerationRequest) -> OutputStream:
-        """Send a request, and return its stream. Raise QueueFull, Draining, NotReady or InvalidInput if it is refused.
+        """Send a request, and return its stream. Raise QueueFull, Draining, NotReady or InvalidInput on refusal.
 
         If the replicas refuse the request later, the stream raises their error.
         """
