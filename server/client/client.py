@@ -126,7 +126,7 @@ class Client(Connection):
     def delete_adapter(self, name: str, version: int | None = None, force: bool = False) -> None:
         """Delete a version, or an adapter with all its versions.
 
-        With `force`, also delete aliases that point there.
+        With `force`, also delete the aliases that point to it.
         """
         path, headers = self._place(name, *(() if version is None else (str(version),)))
         self.nothing("DELETE", path, params={"force": "true"} if force else {}, headers=headers)
@@ -220,9 +220,8 @@ class Client(Connection):
         """Return the path of an adapter's resource, and a header that selects its project if the name has one."""
         project, _, own = name.rpartition("/")
         if project:
-            self.adapter(
-                name
-            )  # raises if the adapter doesn't exist: a server without keys ignores unknown projects
+            # Raise if the adapter doesn't exist: a server without keys would ignore the unknown project.
+            self.adapter(name)
         return path_of("adapters", own, *parts), {"OpenAI-Project": project} if project else {}
 
     def _documents(self, page: Document, name: str) -> list[Document]:

@@ -153,7 +153,7 @@ def _has_proxy(url: httpx.URL) -> bool:
 
 
 def path_of(*parts: str) -> str:
-    """Join the parts to a URL path, and escape them. Raise ClientError for `..` and other parts with a meaning."""
+    """Escape the parts, and join them to a URL path. Raise ClientError if a part is empty, `.` or `..`."""
     for part in parts:
         if part in ("", ".", ".."):
             raise ClientError(f'"{part}" names nothing')

@@ -66,7 +66,7 @@ class Scale:
 
 
 class Engine:
-    """The actor that Serve runs, with an `EngineReplica`. The argument `replica`, its id, is for the router."""
+    """The actor that Serve runs. It passes calls to an `EngineReplica`; only the router reads the replica's id."""
 
     def __init__(self, settings: Settings) -> None:
         switch_quickly()

@@ -67,7 +67,7 @@ class Counts:
         self.max_in_flight = 0  # the most unfinished sequences that ready replicas ever allowed together
 
     def grow(self, before: EngineStats | None, now: EngineStats) -> None:
-        """Add the growth of a replica's counters since its previous report, `before`; None if there was none."""
+        """Add the growth of a replica's counters since its previous report. `before` is None if there was none."""
         if before is not None:
             for name in COUNTERS:
                 old, new = getattr(before, name), getattr(now, name)

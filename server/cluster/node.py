@@ -141,7 +141,7 @@ def refuse_unreachable(address: str) -> None:
 
 
 def mark_of(pid: int) -> str:
-    """Return a text that tells a process from later ones with the same id, also after a reboot; "" if unknown."""
+    """Return a text that differs between processes that get the same id, also after a reboot; "" if unknown."""
     try:
         began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # starttime of proc(5)
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {began}"

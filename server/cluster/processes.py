@@ -143,7 +143,7 @@ class Processes:
 
 
 def restart(home: Path, say: Callable[[str], None]) -> None:
-    """Make `up` restart its API processes and workers, and wait until it has. Raise StartupError if that fails."""
+    """Make `up` restart its API processes and workers, and wait for the end. Raise StartupError if that fails."""
     before = read_state(home)
     if not node.is_alive(before.pid, before.mark):
         raise StartupError("smolora cluster up has ended: start it again")
@@ -177,7 +177,7 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 
 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
-    """Raise StartupError if the settings are invalid for a cluster: nothing is shared, or a port can't be used."""
+    """Raise StartupError if processes would share no database or bytes, or an API process couldn't start."""
     if (num_apis > 1 or address is not None) and not (settings.database_url and settings.bytes_url):
         raise StartupError(
             "several API processes or machines need SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL: what they share "

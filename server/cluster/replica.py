@@ -93,7 +93,7 @@ class EngineReplica:
     async def submit(self, client: str, request: GenerationRequest) -> SmoloraError | None:
         """Queue a request from a client that is subscribed by `follow`.
 
-        Return the error if it is refused, else None.
+        Return the error if the request is refused, else None.
         """
         try:
             if request.grammar is not None:

@@ -63,7 +63,7 @@ class Attempt:
         return self._clock() - self._began_at if self._has_stepped else 0.0
 
     def note(self, progress: Mapping[str, object] | None, metrics: Mapping[str, object] | None) -> None:
-        """Store what the process has reported. Both are None before its first step."""
+        """Store the progress and metrics that the process has reported. Both are None before its first step."""
         self.progress, self.metrics = progress, metrics
         self._has_stepped |= progress is not None
 
@@ -81,8 +81,7 @@ class Attempt:
     def give_way_if_awaited(self) -> None:
         """Make the job give way if its time slice is over and another project's job has to wait for it.
 
-        Another job has to wait if it was waiting at the last call, too: an idle worker would have claimed it
-        since.
+        A job has to wait if one was waiting at the last call, too: an idle worker would have claimed it since.
         """
         if not self._leases.time_slice or self.directive is not Directive.GO_ON:
             return

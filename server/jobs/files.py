@@ -93,9 +93,8 @@ class JobFiles:
                 directory.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=directory) as name:
                     self._copies.fetch(copy, Path(name))
-                    for file in sorted(
-                        copy.files, key=lambda file: file == DATA_NAME
-                    ):  # last: it marks all as complete
+                    # Move DATA_NAME last, since its presence marks the rows as complete.
+                    for file in sorted(copy.files, key=lambda file: file == DATA_NAME):
                         os.replace(Path(name) / file, directory / file)
 
     def keep_model(self, job_id: str, token: int) -> None:
@@ -107,7 +106,7 @@ class JobFiles:
     def fetch_model(self, job_id: str) -> Path:
         """Return the model's directory.
 
-        Download the model if necessary. The directory may not exist: no model was made.
+        Download the model if necessary. If no attempt made a model, the directory doesn't exist.
         """
         model = self.model(job_id)
         if not model.is_dir():

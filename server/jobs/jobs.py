@@ -301,7 +301,7 @@ class Jobs:
         if (status := Status(row.status)) not in moves:
             raise Conflict(f"the job has ended already: {status}")
         move = moves[status]
-        if move is not None and move[0] != {"wants_pause": row.wants_pause}:  # not requested already
+        if move is not None and move[0] != {"wants_pause": row.wants_pause}:  # the move isn't done already
             values, message = move
             connection.execute(sa.update(jobs).where(mine).values(dict(values)))
             job_events.append(connection, job_id, message)

@@ -56,7 +56,7 @@ HINDRANCES = {
 }
 """What the job's events say about a hindered attempt, by exit code."""
 
-MAX_LINE = 4096  # bytes; a write of so many bytes is atomic (PIPE_BUF)
+MAX_LINE = 4096  # bytes; a write to a pipe is atomic up to this size (PIPE_BUF)
 MAX_REASON = 600  # characters; JSON encodes each in up to six bytes
 
 

@@ -76,7 +76,7 @@ jobs = sa.Table(
     sa.Column("wants_pause", sa.Boolean, nullable=False),  # a running job's worker should release it
     sa.Column(
         "gives_way", sa.Boolean, nullable=False, server_default=sa.false()
-    ),  # its worker should release it after the current step
+    ),  # a running job's worker should release it after the current step
     sa.Column("stalled_attempts", sa.Integer, nullable=False),  # claims since the last new checkpoint
     sa.Column("crash", sa.Text),  # why the last failed attempt ended
     sa.Column("checkpoint_step", sa.Integer, nullable=False),  # the newest checkpoint's; -1: none

@@ -138,9 +138,7 @@ class Worker:
     def _work(self) -> None:
         has_room = self._reserve.fill() and not self._reserve.is_needed
         if time.monotonic() >= self._sweep_due:
-            self._sweep_due = (
-                time.monotonic() + self._timing.sweep
-            )  # set first, so that a failing sweep delays jobs only once
+            self._sweep_due = time.monotonic() + self._timing.sweep  # first: a failing sweep isn't retried at once
             self._retention.sweep()
         if self._has_peers and not has_room:
             log.warning("SMOLORA_HOME has no room, or can't be written: this worker takes no jobs")

@@ -249,7 +249,7 @@ class Metrics:
     def render(self) -> bytes:
         """Return the metrics in Prometheus' text format.
 
-        This takes milliseconds, may do disk I/O, isn't thread-safe.
+        This takes milliseconds, may do disk I/O, and isn't thread-safe.
         """
         if (started := self._clock()) >= self._keep_until:
             self._counts = generate_latest(self._registry)

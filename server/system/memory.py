@@ -36,7 +36,7 @@ def loading() -> Iterator[None]:
 
     A server's libraries create half a million objects that live as long as the process. Scanning them would take a
     quarter of the start-up time, and as long again in each later full collection, during which no thread, not even
-    the engine's, runs Python. Reference counting still frees objects; only garbage cycles in them are never freed.
+    the engine's, runs Python. Reference counting still frees objects; only reference cycles stay.
     """
     gc.disable()
     try:
