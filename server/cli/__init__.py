@@ -1,1 +1,1 @@
-"""The command line, a file for each command; those that work on HOME itself have a room, `home`."""
+"""The command line: a module for each group of commands, and helpers in `common` and `home`."""

@@ -1,7 +1,7 @@
 """`smolora keys` and `smolora projects`: the API keys and projects of a HOME, and their limits.
 
-No server needs to run; a running one applies changes at its next request. Only a new key's secret goes to stdout,
-for `KEY=$(smolora keys create ci)`. Slow modules are imported when they are needed.
+No server needs to run. A running server applies changes at its next request. Only a new key's secret goes to
+stdout, for `KEY=$(smolora keys create ci)`. Slow modules are imported when they are needed.
 """
 
 import os
@@ -170,7 +170,7 @@ def _hand_over(as_json: bool, key: "ApiKey", secret: str) -> None:
         print_json(key.to_document() | {"secret": secret}) if as_json else typer.echo(secret)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python has buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what Python has buffered
         reason = error.strerror or error
         raise StartupError(f"can't write the secret to standard output ({reason}): no key was made") from None
 
@@ -182,7 +182,10 @@ def _keys(engine: Any, home: "Home") -> "Keys":  # noqa: ANN401 SQLAlchemy's, wh
 
 
 def _moment(text: str, now: datetime) -> datetime:
-    """Return the time of expiry in UTC; a time without an offset is in UTC. Raise InvalidInput."""
+    """Return the time of expiry in UTC.
+
+    A time without an offset is in UTC. Raise InvalidInput if it is malformed.
+    """
     try:
         if span := _SPAN.fullmatch(text):
             return now + int(span[1]) * _TIME_UNITS[span[2]]

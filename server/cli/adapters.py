@@ -83,7 +83,7 @@ def _table(adapters: Sequence[Document]) -> Table:
 
 
 def _parsed(reference: str) -> tuple[str, int | None]:
-    """Split a reference into a name and a version, if it has one. Raise BadParameter if that is no number."""
+    """Split a reference into a name and a version, if it has one. Raise BadParameter if that isn't a number."""
     name, _, version = reference.partition("@")
     if "@" in reference and not _VERSION.fullmatch(version):
         raise typer.BadParameter(f"{reference}: give a version's number behind the @, such as {name}@1")
@@ -91,7 +91,7 @@ def _parsed(reference: str) -> tuple[str, int | None]:
 
 
 def _meant(client: "Client", reference: str) -> tuple[str, int | None]:
-    """Split a reference into a name and a version, if it has one; an alias becomes the version it points to."""
+    """Split a reference into a name and a version, if it has one. An alias is replaced by its version."""
     name, _, alias = reference.partition("@")
     if alias_fault(alias):
         return _parsed(reference)
@@ -167,7 +167,7 @@ def _is_output(path: Path) -> bool:
         return True
     try:
         return os.path.samestat(path.stat(), os.fstat(1))
-    except OSError:  # it is closed
+    except OSError:  # stdout is closed
         return False
 
 

@@ -1,7 +1,7 @@
 """What the commands share: options, the connection to a server, output, and flags made from the settings.
 
-Commands that speak to a server work against any URL, with a key, and print JSON with --json. They report on stderr
-what the server refuses, and exit with code 1. Slow modules are imported when they are needed.
+Commands that call a server work with any URL, can send a key, and print JSON with --json. If the server refuses a
+request, they print the reason on stderr and exit with code 1. Slow modules are imported when they are needed.
 """
 
 import codecs
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 SCRIPTS_WIDTH = 1000
-"""The width of tables that no terminal shows: scripts get each row on one line."""
+"""The width of tables that aren't printed on a terminal, so that scripts get each row on one line."""
 _ADVICE = {
     "force_delete": "--force deletes aliases with it",
     "list_datasets": "`smolora datasets` lists them",
@@ -47,7 +47,7 @@ _ADVICE = {
     "omit_project": "the adapter is another project's",
     "send_key": "set SMOLORA_API_KEY, or give --api-key",
 }
-"""The command line's advice for each code of a hint."""
+"""The command line's advice, by the code of an error's hint."""
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
 _NAMES = ("adapter", "data set", "job", "key", "name", "project", "state", "status")
 _WHOLE = (*_NAMES, *_NUMBERS)  # columns that stay on one line
@@ -77,7 +77,7 @@ StopOption = Annotated[list[str] | None, typer.Option(help="End before this text
 
 @contextmanager
 def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
-    """Yield a client. End the command if the server refuses something, or the user interrupts it."""
+    """Yield a client. Exit if the server refuses a request or can't be reached, or if the user interrupts."""
     from server.client.client import Client
     from server.client.connection import ClientError
 
@@ -92,7 +92,7 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, so that stdout has nothing but what a script asked for."""
+    """Print a line on stderr, so that stdout has only what a script asked for."""
     typer.echo(f"smolora: {line}", err=True)
 
 
@@ -115,13 +115,13 @@ def advised(error: "ClientError | SmoloraError") -> str:
 
 
 def print_warnings(texts: Sequence[str]) -> None:
-    """Print the server's warnings on stderr, each of them once."""
+    """Print the server's warnings on stderr, without repetitions."""
     for text in dict.fromkeys(texts):
         say(text)
 
 
 def refuse_options_before(context: typer.Context) -> None:
-    """Raise BadParameter if options precede one of a group's commands, which would not see them."""
+    """Raise BadParameter if options precede a command of a group, since the command wouldn't get them."""
     for option in context.params:
         source = context.get_parameter_source(option)
         if context.invoked_subcommand is not None and source is not None and source.name == "COMMANDLINE":
@@ -131,7 +131,7 @@ def refuse_options_before(context: typer.Context) -> None:
 
 
 def suggestion(*arguments: str, client: "Client | None" = None) -> str:
-    """Return a command to paste. It has --url if it would reach another server than the client without it."""
+    """Return a command for users to paste. It has --url if that is needed to reach the same server as `client`."""
     place = [] if client is None or client.url == server_url().rstrip("/") else ["--url", client.url]
     return " ".join([program(), *map(shlex.quote, [*arguments, *place])])
 
@@ -163,13 +163,13 @@ def number(value: object) -> str:
 
 
 def part_of(document: Document, name: str) -> Document:
-    """Return an object within a document."""
+    """Return the object with this name within a document."""
     return cast("Document", document[name])
 
 
 def print_json(document: Document, err: bool = False) -> None:
     """Print a JSON document, in ASCII if stdout's encoding isn't UTF-8."""
-    is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "ascii").name == "utf-8"  # it may be closed
+    is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "ascii").name == "utf-8"  # None if closed
     typer.echo(json.dumps(document, indent=2, ensure_ascii=not is_utf8), err=err)
 
 
@@ -194,9 +194,10 @@ def show(table: Table) -> None:
 
 
 def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of `run(settings)`, with an optional flag for each field of `kind`.
+    """Return a decorator that makes a command of `run(settings)`, with an optional flag for each field of `kind`.
 
-    Typer reads the other parameters of `run`. The command raises StartupError if a setting is invalid.
+    The other parameters of `run` are declared as usual with Typer. The command raises StartupError if a setting is
+    invalid.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
@@ -228,7 +229,7 @@ def _parameter(kind: type[WorkerSettings], name: str) -> inspect.Parameter:
 
 
 def _type(of: type[WorkerSettings], name: str) -> type:
-    """Return the type of a flag: `str` for what only the settings can parse."""
+    """Return the type of a flag. It is `str` if only the settings can parse the value."""
     field = of.model_fields[name]
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
     return next((kind for kind in (bool, int, float, Path) if kinds == [kind]), str)
@@ -240,12 +241,12 @@ def _help(kind: type[WorkerSettings], name: str) -> str:
 
 
 class PeersOptions(TyperCommand):
-    """A command that suggests its own option if it is given PEFT's or TRL's."""
+    """A command that suggests its own option if the user gives the name that PEFT or TRL has for it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # its type is private to Typer
         try:
             return super().parse_args(ctx, args)
-        except Exception as error:  # its class is private to Typer, too
+        except Exception as error:  # the error's class is private to Typer, too
             from server.api.near_names import peers_option
 
             if hint := peers_option(str(getattr(error, "option_name", ""))):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from server.client.client import Client
 
 _MAX_COLUMNS = 3
-"""Answers that `compare` shows side by side; more are shown below each other."""
+"""The most answers that `compare` shows side by side. If there are more, it shows each on a line of its own."""
 
 
 def generate(
@@ -149,7 +149,7 @@ def _is_question(prompt: str) -> bool:
 
 
 def _next_message() -> str | None:
-    """Read a message from stdin; return None at the end."""
+    """Read a message from stdin. Return None at the end of the input."""
     while True:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)

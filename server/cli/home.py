@@ -1,4 +1,4 @@
-"""What the commands on a HOME share: where it is, its database, and how they report what is refused.
+"""What the commands that work on a HOME share: finding HOME, its database, and reporting errors.
 
 Slow modules are imported when they are needed.
 """
@@ -24,7 +24,7 @@ Built = TypeVar("Built")
 
 
 def place_of(home: Path | None) -> Path:
-    """Return HOME, as the settings have it. Raise StartupError if a setting is invalid."""
+    """Return the path of HOME: `home`, or else the setting. Raise StartupError if a setting is invalid."""
     return load(WorkerSettings, home=home).home
 
 
@@ -37,7 +37,7 @@ def storage_of(home: Path | None) -> "Storage":
 
 
 def storage_for(engine: Any, home: Path | None) -> "Storage":  # noqa: ANN401  # SQLAlchemy's
-    """Return the storage of an open database. Raise StartupError if its rows belong to another storage."""
+    """Return the storage for an open database. Raise StartupError if the database belongs to another storage."""
     from server.database import agree
 
     storage = storage_of(home)
@@ -46,20 +46,20 @@ def storage_for(engine: Any, home: Path | None) -> "Storage":  # noqa: ANN401  #
 
 
 def refuse_shared(why: str) -> None:
-    """Raise StartupError if the bytes are in an object store."""
+    """Raise StartupError, with the reason `why`, if SMOLORA_BYTES_URL is set."""
     if load(WorkerSettings).bytes_url is not None:
         raise StartupError(f"SMOLORA_BYTES_URL: {why}")
 
 
 def refuse_server(command: str, instead: str) -> None:
-    """Raise StartupError if the database is a PostgreSQL server's, as the command is for a file in HOME."""
+    """Raise StartupError if the database is a PostgreSQL server's: `command` is only for a database in HOME."""
     if load(WorkerSettings).database is not None:
         raise StartupError(f"{command} is for a database in HOME, and SMOLORA_DATABASE_URL is set: {instead}")
 
 
 @contextmanager
 def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
-    """Open the database of an existing HOME, and yield what `build` makes of both.
+    """Open the database of an existing HOME, and yield the result of `build(database, home)`.
 
     Raise StartupError if there is no such HOME.
     """
@@ -74,7 +74,7 @@ def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
 
 @contextmanager
 def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
-    """Work like `opened`, but create HOME if it is missing. Say on stderr which HOME it is."""
+    """Work like `opened`, but create HOME if it is missing. Print on stderr which HOME is used."""
     from server.database import FILE_NAME
 
     settings = load(WorkerSettings, home=home)
@@ -89,9 +89,10 @@ def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Bu
 
 @contextmanager
 def refusals(**options: str) -> Iterator[None]:
-    """End the command with a line on stderr if the block raises InvalidInput, NotFound or Conflict.
+    """Exit with a line on stderr if the block raises InvalidInput, NotFound or Conflict.
 
-    Fields at fault are named by their options. `options` has those that aren't spelled like the field.
+    Invalid fields are reported by their options' names. `options` maps fields to options that are spelled
+    otherwise.
     """
     try:
         yield

@@ -6,7 +6,7 @@ line on stderr, in JSON if the log is, and the exit code is 1.
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
+if sys.version_info < (3, 11):  # noqa: UP036  # pip checks this, but a checkout on the path may be run without pip
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 import logging
@@ -87,14 +87,14 @@ app.add_typer(projects_group, name="projects")
 
 
 def _exit_on_sigterm() -> None:
-    """Exit on SIGTERM, which a container's first process would ignore, until the server or worker handles it."""
+    """Exit on SIGTERM until the server or worker handles it: a container's first process ignores it by default."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def main() -> None:
     """Run the `smolora` script."""
     hide_keys()
-    if isinstance(sys.stdout, TextIOWrapper):  # as stderr does by itself
+    if isinstance(sys.stdout, TextIOWrapper):  # escape unencodable characters, as stderr does
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()

@@ -176,7 +176,7 @@ def move_to_home(home: NewHomeOption = None, as_json: JsonOption = False) -> Non
 
 
 def _cluster(home: Path | None) -> tuple[WorkerSettings, str, "Storage"]:
-    """Return the settings, the database's URL and the bucket. Raise StartupError if one is missing."""
+    """Return the settings, the database's URL and the storage. Raise StartupError if either URL isn't set."""
     from server.storage.places import Storage
 
     settings = load(WorkerSettings, home=home)

@@ -42,7 +42,7 @@ def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clie
         if is_json:
             log.info(line)
         else:
-            with suppress(OSError):  # the disk may be full, or the reader gone
+            with suppress(OSError):  # the disk may be full, or the reader may be gone
                 typer.echo(f"smolora: {line}", err=True)
 
     for line in unknown_variables():
@@ -57,7 +57,7 @@ def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clie
 def _serve_at(
     settings: Settings, say: Callable[[str], None], connect: "Connect | None", has_clients_key: bool
 ) -> int:
-    """Serve in a home that is prepared and locked."""
+    """Run a server in a HOME that is prepared and locked. Return its exit code."""
     refuse_strangers(settings)
     bound = bind(settings.host, settings.port)
     say("loading libraries")

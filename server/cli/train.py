@@ -271,7 +271,7 @@ def train(
 
 
 def watch(client: "Client", job: Document, as_json: bool) -> int:
-    """Follow a job until it ends, with a progress bar unless `as_json`. Return the exit code."""
+    """Wait until a job ends, and show a progress bar unless `as_json`. Return the exit code."""
     try:
         if as_json:
             for _ in client.events(str(job["id"])):
@@ -289,7 +289,7 @@ def watch(client: "Client", job: Document, as_json: bool) -> int:
 
 @contextmanager
 def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
-    """Yield a function that uploads a file and returns its id. Without `keep`, delete new data sets at the end."""
+    """Yield a function that uploads a file and returns its id. Unless `keep`, delete new data sets at the end."""
     before = set[object]() if keep else {dataset["id"] for dataset in client.datasets()}
     uploaded = set[str]()
 
@@ -307,7 +307,10 @@ def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
 
 
 def _dataset(upload: Callable[[Path], str], data: str, parameter: str = "DATA") -> str:
-    """Return the id of a data set: `data` itself, or the one made by uploading that file."""
+    """Return `data` if it is a data set's id.
+
+    Otherwise upload the file `data`, and return the new data set's id.
+    """
     path = Path(data)
     if data.startswith("ds-") and not path.exists():
         return data
@@ -404,7 +407,7 @@ def _show_end(client: "Client", job: Document) -> None:
 
 
 def _kept(progress: Document, report: Document) -> str:
-    """Say that a job stopped early, or kept the weights of a step before its last; else return an empty text."""
+    """Return a sentence if a job stopped early or kept the weights of an earlier step than its last, else ""."""
     step, total = progress["step"], cast("int", progress["total_steps"])
     kept = report.get("kept_step", step)
     stopped = "" if step == total else f"Stopped early after {step} of {plural(total, 'step')}"

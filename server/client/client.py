@@ -1,7 +1,8 @@
 """An HTTP client of a running server, for the command line and for scripts.
 
-It is blocking, with one method for each operation, and plain JSON in and out. If the server refuses a request or
-can't be reached, a method raises ClientError with a message for people.
+The client has a method for each operation, which takes and returns plain JSON and blocks until the response is
+complete. A method raises ClientError, with a message for users, if the server refuses the request or can't be
+reached.
 """
 
 import json
@@ -21,7 +22,7 @@ ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
 _SILENCE_SECONDS = 60.0  # the read timeout of event streams, which send keep-alives
 _LASTING_SECONDS = 5.0
-"""A stream that breaks after this long is resumed without counting as a failure: some proxies end long answers."""
+"""If a stream breaks after this long, that doesn't count as a failure: some proxies close long responses."""
 _PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
 
 
@@ -33,12 +34,15 @@ class Client(Connection):
         return self.json("GET", "/ready")
 
     def upload(self, path: Path) -> Document:
-        """Upload the rows of a JSONL or CSV file and return the data set. Raise OSError if it can't be read."""
+        """Upload the rows of a JSONL or CSV file and return the data set.
+
+        Raise OSError if the file can't be read.
+        """
         with path.open("rb") as file:
             return self.json("POST", "/datasets", files={"file": (path.name, file)})
 
     def train(self, body: Mapping[str, object], dry_run: bool = False) -> Document:
-        """Submit a job and return it. If the answer is lost, ask again with the same idempotency key."""
+        """Submit a job and return it. If the response is lost, retry with the same idempotency key."""
         headers = {"Idempotency-Key": uuid.uuid4().hex}
         params = {"dry_run": "true"} if dry_run else {}
 
@@ -66,7 +70,7 @@ class Client(Connection):
         return self._documents(self.json("GET", "/train", params=params), "jobs")
 
     def steer(self, job_id: str, move: str) -> Document:
-        """`cancel`, `pause` or `resume` a job, and return it."""
+        """Apply `move`, which is `cancel`, `pause` or `resume`, to a job. Return the job."""
         return self.json("POST", path_of("train", job_id, move))
 
     def remove_files(self, job_id: str) -> None:
@@ -74,7 +78,7 @@ class Client(Connection):
         self.nothing("DELETE", path_of("train", job_id))
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Document]:
-        """Yield a job's events as they happen, until it ends. Broken connections are resumed."""
+        """Yield a job's events as they happen, until the job ends. Broken connections are resumed."""
         last, num_failures = after, 0
         while True:
             try:
@@ -99,7 +103,10 @@ class Client(Connection):
             after = cast("str | None", page["next"])
 
     def adapter(self, name: str) -> Document:
-        """Return an adapter with its versions. Adapters of other projects, `acme/tweets`, are only in lists."""
+        """Return an adapter with its versions.
+
+        Other projects' adapters, such as `acme/tweets`, are found in lists.
+        """
         if "/" not in name:
             return self.json("GET", path_of("adapters", name))
         for more in ({}, {"public": "true"}):
@@ -117,15 +124,18 @@ class Client(Connection):
         raise ClientError(f"no such version: {name}@{version}", 404)
 
     def delete_adapter(self, name: str, version: int | None = None, force: bool = False) -> None:
-        """Delete a version, or an adapter with all its versions; with `force`, also the aliases that hold them."""
+        """Delete a version, or an adapter with all its versions.
+
+        With `force`, also delete the aliases that point to it.
+        """
         path, headers = self._place(name, *(() if version is None else (str(version),)))
         self.nothing("DELETE", path, params={"force": "true"} if force else {}, headers=headers)
 
     def download(self, name: str, version: int, target: Path) -> None:
-        """Download a version as a zip. PEFT reads the unpacked folder. Raise OSError if it can't be written.
+        """Download a version as a zip. PEFT reads the unpacked folder. Raise OSError if `target` can't be written.
 
-        A file is written next to the target and renamed. Devices, pipes and the targets of links are written to
-        directly.
+        An ordinary file is written under a temporary name and then renamed. Devices, pipes and the targets of
+        symbolic links are written directly.
         """
         path, headers = self._place(name, str(version), "download")
         if target.is_symlink() or (target.exists() and not target.is_file()):
@@ -149,7 +159,10 @@ class Client(Connection):
         self.nothing("DELETE", path, headers=headers)
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
-        """Name a blend and return its version; with a `method`, queue a merge and return its job."""
+        """Create a named blend and return its version.
+
+        If `body` has a `method`, queue a merge and return its job.
+        """
         return self.json("POST", path_of("compositions", _new(name)), json=dict(body))
 
     def datasets(self) -> list[Document]:
@@ -161,9 +174,9 @@ class Client(Connection):
         self.nothing("DELETE", path_of("datasets", dataset_id))
 
     def publish(self, name: str, path: Path) -> Document:
-        """Publish the adapter in a folder that PEFT saved, or in a zip of it, and return the version.
+        """Publish the adapter in a folder that PEFT saved, or in a zip of such a folder. Return the version.
 
-        Raise OSError if it can't be read, and ClientError if only folders within the folder have an adapter.
+        Raise OSError if a file can't be read, and ClientError if only subfolders of the folder have an adapter.
         """
         path_to = path_of("adapters", _new(name))
         with ExitStack() as opened:
@@ -172,20 +185,20 @@ class Client(Connection):
             return self.json("POST", path_to, files=files)
 
     def import_adapter(self, name: str, repo_id: str, revision: str | None = None) -> Document:
-        """Let the server publish an adapter from the hub, and return the version."""
+        """Make the server publish an adapter from the Hugging Face hub, and return the version."""
         body = {"repo_id": repo_id, "revision": revision}
         return self.json("POST", path_of("adapters", _new(name), "import"), json=body)
 
     def generate(self, body: Mapping[str, object]) -> Document:
-        """Return the whole answer."""
+        """Generate text, and return the complete answer."""
         return self.json("POST", "/generate", json=dict(body))
 
     def compare(self, body: Mapping[str, object]) -> Document:
-        """Return the answers under several adapter expressions."""
+        """Generate an answer with each of several adapter expressions, and return the answers."""
         return self.json("POST", "/compare", json=dict(body))
 
     def stream(self, body: Mapping[str, object]) -> Iterator[Document]:
-        """Yield the answer's events as they arrive. Raise ClientError if it fails midway."""
+        """Yield the answer's events as they arrive. Raise ClientError if generation fails midway."""
         with self.open("POST", "/generate", json={**body, "stream": True}) as response:
             if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
                 raise self.another_server()
@@ -207,7 +220,8 @@ class Client(Connection):
         """Return the path of an adapter's resource, and a header that selects its project if the name has one."""
         project, _, own = name.rpartition("/")
         if project:
-            self.adapter(name)  # raises if there is none: a server without keys ignores an unknown project
+            # Raise if the adapter doesn't exist: a server without keys would ignore the unknown project.
+            self.adapter(name)
         return path_of("adapters", own, *parts), {"OpenAI-Project": project} if project else {}
 
     def _documents(self, page: Document, name: str) -> list[Document]:
@@ -231,9 +245,9 @@ class Client(Connection):
 
 
 def _peft_files(folder: Path) -> dict[str, Path]:
-    """Return the two files of an adapter's folder by the names of their form fields.
+    """Return the paths of the two files in an adapter's folder, by the form fields in which they are sent.
 
-    Raise ClientError if only folders within it have a config, such as a trainer's checkpoints.
+    Raise ClientError if only subfolders, such as a trainer's checkpoints, have an adapter's config.
     """
     files = {field: folder / name for field, name in _PEFT_FILES.items()}
     config, weights = files["adapter_config"], files["adapter_model"]
@@ -250,7 +264,7 @@ def _peft_files(folder: Path) -> dict[str, Path]:
 
 
 def _new(name: str) -> str:
-    """Return the name if it is valid for a new adapter, else raise ClientError: a slash would change the path."""
+    """Return the name, or raise ClientError if a new adapter can't have it: a slash would change the path."""
     if not is_name(name):
         raise ClientError(f"name: {NAME_RULE}")
     return name

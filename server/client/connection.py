@@ -16,7 +16,7 @@ from server.system.messages import program
 _URL_VARIABLE = "SMOLORA_URL"
 CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 600.0
-_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server restarts within that time
+_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # together longer than a server's restart takes
 
 _NO_KEY = (
     "the API key (SMOLORA_API_KEY, --api-key) has characters that no key has, such as blanks or line ends: "
@@ -75,7 +75,7 @@ class Connection:
                 timeout=httpx.Timeout(_ANSWER_SECONDS, connect=CONNECT_SECONDS),
                 trust_env=uses_proxies,
             )
-        except (httpx.InvalidURL, ValueError, ImportError) as error:  # ImportError: SOCKS needs a package
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
             raise ClientError(f"{_PROXY_VARIABLES} of the environment can't be used: {error}") from None
 
     def __enter__(self) -> Self:
@@ -116,13 +116,16 @@ class Connection:
 
     @contextmanager
     def open(self, method: str, path: str, **options: Unpack[Options]) -> Iterator[httpx.Response]:
-        """Send a request and yield the response before its body is read. Raise ClientError if either fails."""
+        """Send a request and yield the response before its body is read.
+
+        Raise ClientError if either the request or the reading fails.
+        """
         try:
             with self._http.stream(method, path, **options) as response:
                 if response.is_error:
                     response.read()
                     raise _refused(response)
-                if response.has_redirect_location:  # not followed: the key is for this server alone
+                if response.has_redirect_location:  # not followed: another server mustn't get the key
                     place = response.headers["Location"]
                     raise ClientError(
                         f"{self.url} redirects to {place}: set {_URL_VARIABLE}, or --url, to that address"
@@ -150,7 +153,7 @@ def _has_proxy(url: httpx.URL) -> bool:
 
 
 def path_of(*parts: str) -> str:
-    """Join the escaped parts to a path. Raise ClientError if a part would change the path, such as `..`."""
+    """Escape the parts, and join them to a URL path. Raise ClientError if a part is empty, `.` or `..`."""
     for part in parts:
         if part in ("", ".", ".."):
             raise ClientError(f'"{part}" names nothing')
@@ -158,7 +161,7 @@ def path_of(*parts: str) -> str:
 
 
 def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
-    """Yield the name and data of each server-sent event, without comments."""
+    """Yield the name and data of each server-sent event. Comments are skipped."""
     name, data = "message", ""
     for line in lines:
         field, _, value = line.partition(":")
@@ -173,7 +176,10 @@ def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
 
 
 def _refused(response: httpx.Response) -> ClientError:
-    """Return a problem as an error: a line for each field at fault, or its detail."""
+    """Return the error for a refusal.
+
+    Its message has a line for each invalid field, or is the problem's detail.
+    """
     status = response.status_code
     try:
         problem = response.json()

@@ -1,9 +1,9 @@
 """All engine replicas as one `EngineClient`, which an API process in a cluster uses instead of an engine.
 
-Everything belongs to one event loop. A request goes to the best replica that accepts it (`fleet.best`). If its
-replica is lost before any output, the request is retried once on another replica; its seed goes along, so the
-answer is the same. A replica that is lost later ends the request with EngineDead. If there is no replica at the
-moment, accepted requests wait for one for a while.
+Everything here runs on one event loop. A request goes to the best replica that accepts it (`fleet.best`). If a
+replica is lost before a request's first output, the request is retried once on another replica, with the same seed
+and thus the same answer. If the replica is lost later, the request fails with EngineDead. While there is no
+replica, accepted requests wait for one, but not longer than _PATIENCE_SECONDS.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from server.errors import Draining, EngineDead, TryAgain
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 15.0  # without a message, after which a replica counts as lost; it sends one every half second
-_PATIENCE_SECONDS = 30.0  # of waiting for a replica if there is none
-_RETRY_SECONDS = 0.5  # between attempts to follow a replica that Serve lists
+SILENCE_SECONDS = 15.0  # a replica without a message for this long counts as lost; it sends one every 0.5 s
+_PATIENCE_SECONDS = 30.0  # that a request waits if there is no replica
+_RETRY_SECONDS = 0.5  # between attempts to subscribe to a replica that Serve lists
 _MAX_LOST = 1
 
 
 class ReplicatedEngine:
-    """The engines of all replicas as one. `start`, `submit` and the streams belong to one event loop."""
+    """The engines of all replicas as one engine. Use `start`, `submit` and the streams on the same event loop."""
 
     def __init__(self, transport: Transport, base_digest: str, size_of: Callable[[str], int]) -> None:
-        """Use only replicas of this base. `size_of(digest)` returns an adapter's bytes."""
+        """Use only replicas with the base `base_digest`. `size_of(digest)` returns an adapter's size in bytes."""
         self._transport = transport
         self._base_digest = base_digest
         self._size_of = size_of
@@ -54,45 +54,48 @@ class ReplicatedEngine:
 
     @property
     def draining(self) -> bool:
-        """Return whether it refuses new requests for good, since this process is about to end."""
+        """Return whether all new requests are refused, because this process is about to exit."""
         return self._is_draining
 
     @property
     def dead(self) -> bool:
-        """Return False: replicas that die are replaced, and this process waits for them."""
+        """Return False: replicas that die are replaced, and this process waits for the new ones."""
         return False
 
     @property
     def hung(self) -> bool:
-        """Return False: there is no engine's thread that could hang."""
+        """Return False: this process has no engine thread that could hang."""
         return False
 
     @property
     def num_in_flight(self) -> int:
-        """Return the number of this process's sequences that haven't ended."""
+        """Return the number of this process's unfinished sequences."""
         return sum(sent.num_unfinished for sent in self._sent.values())
 
     @property
     def max_in_flight(self) -> int | None:
-        """Return the sequences that all replicas accept together, including lost ones; None if unknown."""
+        """Return how many unfinished sequences all replicas, including lost ones, allow.
+
+        Return None if unknown.
+        """
         return fleet.max_in_flight(list(self._links.values()), self._base_digest, self._counts)
 
     @property
     def max_num_tokens(self) -> int | None:
-        """Return the most tokens of a sequence that any replica can run, or None if there is no replica."""
+        """Return the length in tokens of a sequence that every replica can run, or None if there is no replica."""
         return fleet.max_num_tokens(self._ready_links())
 
     @property
     def stats(self) -> EngineStats:
-        """Return the statistics of all replicas together; counters start with this process."""
+        """Return the statistics of all replicas together. Counters count from the start of this process."""
         return fleet.total(list(self._links.values()), self._counts)
 
     def start(self) -> None:
-        """Find the replicas, and follow them. Call it once, on the event loop."""
+        """Find the replicas, and subscribe to their outputs. Call it once, on the event loop."""
         self._transport.watch(self._update_replicas)
 
     async def stop(self) -> None:
-        """End all requests."""
+        """Fail all requests, and close the connections."""
         self._is_stopped = True
         for sent in list(self._sent.values()):
             self._finish(sent, Draining())
@@ -103,7 +106,7 @@ class ReplicatedEngine:
         await self._transport.close()
 
     def drain(self) -> None:
-        """Refuse new requests; those in flight continue."""
+        """Refuse new requests. Requests in flight continue."""
         self._is_draining = True
 
     def check_queue(self, num_sequences: int, project: str = "") -> None:
@@ -113,9 +116,9 @@ class ReplicatedEngine:
         fleet.check_queues(self._ready_links())
 
     def submit(self, request: GenerationRequest) -> OutputStream:
-        """Send a request, or raise QueueFull, Draining, NotReady or InvalidInput.
+        """Send a request, and return its stream. Raise QueueFull, Draining, NotReady or InvalidInput on refusal.
 
-        If the replicas refuse it later, its stream raises their error.
+        If the replicas refuse the request later, the stream raises their error.
         """
         self.check_queue(request.n, request.project)
         fleet.check(self._ready_links(), request)
@@ -125,9 +128,9 @@ class ReplicatedEngine:
         return stream
 
     def _ready_links(self) -> list[Link]:
-        """Return the replicas that may be sent requests.
+        """Return the replicas to which requests may be sent. Replicas that are leaving aren't among them.
 
-        If all are leaving and their successors haven't reported yet, return the leaving ones.
+        But if all replicas are leaving and their successors haven't reported yet, return the leaving replicas.
         """
         links = list(self._links.values())
         ready = [link for link in links if link.is_ready]
@@ -158,7 +161,10 @@ class ReplicatedEngine:
         self._finish(sent, error)
 
     async def _offer(self, sent: Sent, link: Link) -> SmoloraError | None:
-        """Return the replica's refusal, or None if it accepted the request or was lost (which `_fail` handles)."""
+        """Offer the request to a replica. Return its refusal, or None if it accepted the request or was lost.
+
+        If the replica was lost, `_fail` handles that.
+        """
         request = sent.request
         sent.tried.add(link.id)
         sent.link, sent.is_offered, sent.is_reported = link, True, False
@@ -178,7 +184,7 @@ class ReplicatedEngine:
                 self._abort(link, request.request_id)  # the replica may have accepted it
                 self._fail(sent, EngineDead())
             return None
-        if sent.link is not link:  # lost while it answered: another replica is asked already
+        if sent.link is not link:  # the replica was lost while it answered: another one is being asked
             return None
         sent.is_offered = False
         if (refused := call.result()) is not None:
@@ -198,7 +204,7 @@ class ReplicatedEngine:
 
     def _abort(self, link: Link, request_id: str) -> None:
         async def abort() -> None:
-            with suppress(Exception):  # the replica is gone, or the end of `follow` aborts the request
+            with suppress(Exception):  # the replica is gone, or aborts the request when `follow` ends
                 await self._transport.abort(link.id, self._client, request_id)
 
         self._spawn(abort())
@@ -216,7 +222,10 @@ class ReplicatedEngine:
             sent.put(error)
 
     def _fail(self, sent: Sent, error: SmoloraError) -> None:
-        """Handle a failure of the request's replica: retry on another one if there was no output, else end it."""
+        """Handle the failure of a request's replica.
+
+        If there was no output and no earlier failure, retry on another replica. Otherwise end the request.
+        """
         self._forget(sent)
         sent.num_lost += 1
         is_lost = isinstance(error, EngineDead | Draining) and not sent.has_output and sent.num_lost <= _MAX_LOST
@@ -226,7 +235,7 @@ class ReplicatedEngine:
             self._finish(sent, error)
 
     def _update_replicas(self, ids: frozenset[str]) -> None:
-        """Follow new replicas, and mark those that aren't in `ids` as leaving."""
+        """Subscribe to new replicas, and mark replicas that aren't in `ids` as leaving."""
         for name, link in self._links.items():
             link.is_leaving = name not in ids
         for name in ids - self._links.keys():
@@ -234,7 +243,7 @@ class ReplicatedEngine:
             self._followers[name] = asyncio.create_task(self._follow(link))
 
     async def _follow(self, link: Link) -> None:
-        """Receive a replica's messages until it is gone."""
+        """Receive a replica's messages until the replica has left. Reconnect if the connection is lost."""
         while not (link.is_leaving or self._is_stopped):
             try:
                 await self._listen(link)
@@ -247,7 +256,7 @@ class ReplicatedEngine:
         del self._links[link.id], self._followers[link.id]
 
     async def _listen(self, link: Link) -> None:
-        """Receive messages until the stream ends, or the replica is leaving and no request of ours needs it."""
+        """Receive messages until the stream ends, or the replica is leaving and none of our requests needs it."""
         async with aclosing(self._transport.follow(link.id, self._client)) as messages:
             while not link.is_leaving or link.sent or link in self._ready_links():
                 async with asyncio.timeout(SILENCE_SECONDS):

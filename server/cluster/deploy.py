@@ -33,10 +33,10 @@ from server.system.threads import switch_quickly
 from server.telemetry import logs
 
 _DRAIN_SECONDS = 20.0
-"""Seconds in which a replica must end, beyond the longest duration of a request."""
+"""Seconds that a replica gets for stopping, in addition to the longest duration of a request."""
 HEALTH_SECONDS = 2.0
 _HEALTH_TIMEOUT_SECONDS = 10.0  # after three timeouts in a row a replica is replaced
-_MAX_CALLS = 100_000  # at once: requests are refused by the engine's own queue, not by Serve
+_MAX_CALLS = 100_000  # concurrent calls of a replica: the engine's own queue refuses requests, not Serve
 _BUSY_BLOCKS = 0.9  # used share of a replica's blocks above which one more replica is wanted
 
 _OF_APIS = {
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scale:
-    """The number of replicas, and the resources of each. `most`: None turns autoscaling off."""
+    """The number of replicas, and the resources of each. If `most` is None, autoscaling is off."""
 
     replicas: int = 1
     most: int | None = None
@@ -61,12 +61,12 @@ class Scale:
     upscale_seconds: float = 5.0
     downscale_seconds: float = 300.0
     spare: bool | None = None
-    """Whether there is room for one more replica during an upgrade, so that a new one starts before an old one
-    ends. Otherwise the old one ends first. None: depends on Ray's free resources."""
+    """Whether there is room for one more replica during an upgrade, so that a new replica starts before an old one
+    stops. Otherwise the old one stops first. None: decide by Ray's free resources."""
 
 
 class Engine:
-    """Serve's actor, with an `EngineReplica`. The router needs each call's first argument, the replica's id."""
+    """The actor that Serve runs. It passes calls to an `EngineReplica`; only the router reads the replica's id."""
 
     def __init__(self, settings: Settings) -> None:
         switch_quickly()
@@ -78,7 +78,7 @@ class Engine:
         guidance = guidance_of(base)
         store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
         engine = make_engine(settings, base, store, guidance, log.info)
-        flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # 0 belongs to an API process
+        flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # place 0 is an API process's
         self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size, flag.set)
 
     async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
@@ -101,7 +101,7 @@ class Engine:
 def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
     """Return enough replicas for the sequences in flight, plus one if a replica's blocks are nearly used up.
 
-    Serve's own count of calls says nothing here: each API process always has one call to each replica.
+    Serve's own count of calls can't be used: each API process always has one call to each replica.
     """
     found = context.aggregated_metrics or {}
     in_flight = sum(found.get("in_flight", {}).values())
@@ -114,7 +114,7 @@ def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object
 
 
 def engine_app(settings: Settings, scale: Scale) -> serve.Application:
-    """Return the application for `serve.run`. Secrets are removed: replicas need no keys."""
+    """Return the application for `serve.run`. Its settings have no secrets, since replicas need none."""
     options: dict[str, object] = {"num_replicas": scale.replicas}
     if scale.most is not None and scale.most > scale.replicas:
         options = {
@@ -133,7 +133,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=_MAX_CALLS,
-        max_surge_percent=0 if scale.spare is False else 1,  # rounded up: one, of up to 100
+        max_surge_percent=0 if scale.spare is False else 1,  # rounded up to one replica, if there are at most 100
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=_HEALTH_TIMEOUT_SECONDS,
@@ -149,9 +149,9 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
 
 
 def version_of(settings: Settings) -> str:
-    """Return a hash of the settings and code of a replica. If it changes, Serve replaces all replicas.
+    """Return a hash of the settings and code of a replica. If the hash changes, Serve replaces all replicas.
 
-    Without a version Serve would draw a random one at each deployment.
+    Without a version, Serve would choose a random one at each deployment.
     """
     found = blake2b(repr(settings.model_dump(mode="json", exclude=_OF_APIS)).encode(), digest_size=16)
     for package in (adapters, server):
@@ -163,9 +163,9 @@ def version_of(settings: Settings) -> str:
 
 
 def build_app(flags: Mapping[str, Flag]) -> serve.Application:
-    """Build the application for a Serve config file, with settings by name as `args`.
+    """Build the application for a Serve config file whose `import_path` is server.cluster.deploy:build_app.
 
-    Its `import_path` is server.cluster.deploy:build_app.
+    `flags` are the file's `args`, which map the names of settings to values.
     """
     return engine_app(load(Settings, **flags), Scale())
 
@@ -173,7 +173,7 @@ def build_app(flags: Mapping[str, Flag]) -> serve.Application:
 def deploy(settings: Settings, scale: Scale, say: Callable[[str], None]) -> DeploymentHandle:
     """Deploy replicas, or upgrade running ones one at a time, and wait until all are healthy.
 
-    `say` gets a message if Ray lacks room. Raise StartupError if new replicas don't start.
+    `say` is called with a message if Ray has too few resources. Raise StartupError if new replicas don't start.
     """
     if is_too_small(scale.replicas * scale.num_cpus, scale.replicas * scale.num_gpus):
         say(

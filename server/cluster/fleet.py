@@ -1,8 +1,9 @@
-"""The replicas as one API process knows them: which exist, the state of each, and the requests sent to it.
+"""What one API process knows of the replicas: which exist, the state of each, and the requests sent to each.
 
-A replica's state may be half a second old. Requests that this process sent since then are added, multiplied by the
-number of API processes: the others know the same and choose alike, so they have probably sent as many. If each
-process counted only its own requests, all would fill the same replicas at once.
+A replica's known state may be half a second old. To estimate its queue, the requests that this process has sent
+since then are added, multiplied by the number of API processes. The other processes have the same information and
+choose alike, so each has probably sent as many requests. If each process counted only its own requests, all
+processes would fill the same replicas at once.
 
 `watch` and `notify` must not be in `transport`: Serve copies the router's class with its module's globals, but not
 the modules that it imports.
@@ -25,7 +26,7 @@ OnChange = Callable[[frozenset[str]], None]
 """Receives the ids of all replicas."""
 
 _MAX_BLOCKS = 256
-"""Leading blocks of a prompt that are compared with replicas' prefix caches."""
+"""The most leading blocks of a prompt that are compared with replicas' prefix caches."""
 
 COUNTERS = (
     "adapter_loads",
@@ -38,14 +39,14 @@ COUNTERS = (
     "drafted_tokens",
     "accepted_tokens",
 )
-"""The fields of `EngineStats` that only grow."""
+"""The fields of `EngineStats` that never decrease while an engine runs."""
 
 log = logging.getLogger(__name__)
 _watchers: list[OnChange] = []
 
 
 def watch(on_change: OnChange) -> None:
-    """Have `on_change` called whenever the set of replicas changes."""
+    """Register `on_change`, which is then called whenever the set of replicas changes."""
     _watchers.append(on_change)
 
 
@@ -56,21 +57,24 @@ def notify(ids: frozenset[str]) -> None:
 
 
 class Counts:
-    """Sums of replicas' counters since this process first saw them. They only grow, as replicas come and go."""
+    """Sums of all replicas' counters, counted since this process first saw each replica.
+
+    The sums never decrease, even if replicas are removed.
+    """
 
     def __init__(self) -> None:
         self.sums = dict.fromkeys(COUNTERS, 0)
-        self.max_in_flight = 0  # the most sequences that replicas accepted together at one time
+        self.max_in_flight = 0  # the most unfinished sequences that ready replicas ever allowed together
 
     def grow(self, before: EngineStats | None, now: EngineStats) -> None:
-        """Add a replica's growth from its last report to this one; `before` is None for its first report."""
+        """Add the growth of a replica's counters since its previous report. `before` is None if there was none."""
         if before is not None:
             for name in COUNTERS:
                 old, new = getattr(before, name), getattr(now, name)
                 self.sums[name] += new - old if new >= old else new  # lower: the replica was restarted
 
     def note(self, links: Sequence["Link"]) -> None:
-        """Record how many sequences the ready replicas accept together."""
+        """Record how many unfinished sequences the ready replicas allow together."""
         limits = [link.welcome.max_in_flight for link in links if link.welcome is not None]
         known = [limit for limit in limits if limit is not None]
         if len(known) == len(limits):
@@ -78,10 +82,10 @@ class Counts:
 
 
 class Transport(Protocol):
-    """Connection to the replicas. Failed calls may raise any exception."""
+    """A connection to the replicas. A call that fails may raise any exception."""
 
     def watch(self, on_change: OnChange) -> None:
-        """Have `on_change` called on the running loop, now and whenever the set of replicas changes."""
+        """Call `on_change` on the running event loop, with the present replicas and whenever the set changes."""
         ...
 
     def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]: ...
@@ -92,16 +96,16 @@ class Transport(Protocol):
 
 @dataclass(eq=False)
 class Sent:
-    """A request of this process that hasn't ended; `link` is the replica that processes it, if any."""
+    """A request of this process that hasn't ended. `link` is the replica that processes it, if any."""
 
     request: GenerationRequest
     put: Callable[[SequenceOutput | SmoloraError], None]
     num_unfinished: int  # choices
     link: "Link | None" = None
-    is_offered: bool = False  # the link hasn't accepted it yet
-    num_lost: int = 0  # replicas that were lost while they had it
-    tried: set[str] = field(default_factory=set)  # replicas that refused it, or were lost while they had it
-    is_reported: bool = False  # the link's last state includes it
+    is_offered: bool = False  # the replica hasn't accepted it yet
+    num_lost: int = 0  # number of replicas that were lost while they had the request
+    tried: set[str] = field(default_factory=set)  # replicas that refused it, or were lost
+    is_reported: bool = False  # the replica's last report includes this request
     has_output: bool = False
     is_abandoned: bool = False
 
@@ -112,33 +116,33 @@ class Link:
 
     id: str
     welcome: Welcome | None = None
-    counts: Counts = field(default_factory=Counts)  # of all links of this process
-    last_stats: EngineStats | None = None  # of its last report, also after it is lost
+    counts: Counts = field(default_factory=Counts)  # shared by all links of this process
+    last_stats: EngineStats | None = None  # from its last report, also after the replica is lost
     state: ReplicaState | None = None
-    blocks: set[int] = field(default_factory=set)  # of its prefix cache, including prompts on their way to it
-    is_leaving: bool = False  # it ends when none of our requests runs there
-    is_new: bool = True  # it hasn't reported yet, but may
+    blocks: set[int] = field(default_factory=set)  # in its prefix cache, or in prompts being sent to it
+    is_leaving: bool = False  # Serve is stopping the replica, but its requests may finish
+    is_new: bool = True  # it hasn't reported yet, but is expected to
     sent: dict[str, Sent] = field(default_factory=dict)  # by the request's id
-    calls: set[asyncio.Task[SmoloraError | None]] = field(default_factory=set)  # of `submit`, unanswered
+    calls: set[asyncio.Task[SmoloraError | None]] = field(default_factory=set)  # unanswered calls of `submit`
 
     @property
     def is_ready(self) -> bool:
-        """Return whether it can be sent requests."""
+        """Return whether requests can be sent to the replica."""
         return self.state is not None and not self.is_leaving
 
     @property
     def is_coming(self) -> bool:
-        """Return whether it is about to be ready for the first time."""
+        """Return whether the replica is about to be ready for the first time."""
         return self.is_new and not self.is_leaving
 
     @property
     def num_own(self) -> int:
-        """Return the number of this process's sequences there."""
+        """Return how many unfinished sequences of this process the replica has."""
         return sum(sent.num_unfinished for sent in self.sent.values())
 
     @property
     def queue(self) -> int:
-        """Return the number of sequences there, of all processes (estimated since the last report)."""
+        """Estimate how many unfinished sequences of all processes the replica has now."""
         if (state := self.state) is None:
             return self.num_own
         others = max(0, state.num_in_flight - state.num_own)
@@ -146,7 +150,7 @@ class Link:
         return others + self.num_own + (state.num_followers - 1) * fresh
 
     def greet(self, welcome: Welcome, base_digest: str) -> None:
-        """Handle its first message. Raise ValueError if it has another base than `base_digest`."""
+        """Handle the replica's first message. Raise ValueError if its base isn't the one with `base_digest`."""
         is_new, self.welcome = self.welcome is None, welcome
         if welcome.base_digest != base_digest:
             if is_new:  # the connection is retried, with the same result: warn once
@@ -159,7 +163,7 @@ class Link:
             raise ValueError("it has another base")
 
     def take(self, state: ReplicaState) -> None:
-        """Store a report."""
+        """Store the replica's report."""
         self.state, self.is_new = state, False
         self.counts.grow(self.last_stats, state.stats)
         self.last_stats = state.stats
@@ -170,14 +174,15 @@ class Link:
 
 
 def max_num_tokens(links: Sequence[Link]) -> int | None:
-    """Return the most tokens of a sequence that any of the replicas can run."""
+    """Return the length in tokens of a sequence that every one of the replicas can run."""
     return min((link.welcome.max_num_tokens for link in links if link.welcome is not None), default=None)
 
 
 def max_in_flight(links: Sequence[Link], base_digest: str, counts: Counts) -> int | None:
-    """Return the most sequences in flight of all replicas with this base, including lost ones (they are replaced).
+    """Return how many unfinished sequences all replicas with this base allow together.
 
-    Return None if a replica hasn't reported yet, is lost at the moment, or is of a version without this number.
+    Replicas that were lost are included, since they are replaced. Return None if a replica hasn't reported yet, is
+    lost at the moment, or runs an older version that doesn't report its limit.
     """
     for link in links:
         welcome = link.welcome
@@ -217,7 +222,10 @@ def check(links: Sequence[Link], request: GenerationRequest) -> None:
 
 
 def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Link:
-    """Return the best replica for the request, and add the prompt's blocks to it. Tried replicas come last."""
+    """Return the best replica for the request, and record that its cache will have the prompt's blocks.
+
+    Replicas that haven't been tried yet are preferred.
+    """
     if len(links) == 1:
         return links[0]
     fresh = [link for link in links if link.id not in sent.tried] or links
@@ -248,7 +256,10 @@ def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
 
 
 def total(links: Sequence[Link], counts: Counts) -> EngineStats:
-    """Return the statistics of all replicas together: sums, unions of digests, and `counts`."""
+    """Return the statistics of all replicas together. Counters come from `counts`.
+
+    Of the other fields, numbers are added up (but of ranks, the maximum is taken), and sets of digests are united.
+    """
     states = [link.state for link in links]  # read once: /metrics calls from another thread
     found = [state.stats for state in states if state is not None]
     sums: dict[str, Any] = dict(counts.sums)  # by the fields' names

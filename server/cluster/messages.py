@@ -1,6 +1,7 @@
 """Messages from a replica to an API process. All can be pickled.
 
-While a cluster is upgraded, the two sides may have neighbouring versions, so a new field needs a default.
+While a cluster is upgraded, the sender and the receiver may run adjacent versions of the code, so a new field
+needs a default.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +19,14 @@ class Welcome:
     max_num_tokens: int  # of one sequence
     vocab_size: int
     block_size: int  # tokens of a block of the prefix cache
-    max_in_flight: int | None = None  # running and waiting sequences; None: an older version
+    max_in_flight: int | None = None  # running and waiting sequences; None: from an older version
 
 
 @dataclass(frozen=True)
 class ReplicaState:
-    """A replica's engine at one moment. `num_own` of the `num_in_flight` sequences belong to the receiver.
+    """The state of a replica's engine at one moment.
+
+    `num_own` of the `num_in_flight` sequences belong to the API process that receives this message.
 
     `num_followers` is the number of API processes that receive states, including the receiver.
     """
@@ -31,7 +34,7 @@ class ReplicaState:
     stats: EngineStats
     num_in_flight: int
     num_own: int
-    refusal: TryAgain | None = None  # the error for a project with nothing in flight, if it would be refused
+    refusal: TryAgain | None = None  # the error that a project with nothing in flight would get
     blocks: tuple[int, ...] | None = None  # `block_hash`es of the prefix cache; None: unchanged
     num_followers: int = 1
 
@@ -53,7 +56,7 @@ class Outbox:
     failures: list[tuple[str, SmoloraError]] = field(default_factory=list)
 
     def take(self, state: ReplicaState | None) -> Batch:
-        """Return everything, and empty the outbox."""
+        """Return a batch with everything in the outbox and with `state`, and empty the outbox."""
         batch = Batch(tuple(self.outputs), tuple(self.failures), state)
         self.outputs, self.failures = [], []
         return batch

@@ -1,8 +1,8 @@
 """This machine's part of a Ray cluster: Ray's process, and a file in HOME that says which processes run.
 
-`status` and `down` are other processes than `up`; they read the file. Ray's process outlives the process that
-started it and ends by a signal; Ray then moves its work to other nodes. Ray's dashboard and usage reports are
-off, and its object store, which smolora doesn't use, is as small as possible.
+`smolora cluster status` and `down` are other processes than `up`, so they read the file. Ray's process outlives
+the process that started it, and stops when it gets a signal; Ray then moves its work to other nodes. Ray's
+dashboard and usage reports are off, and its object store, which smolora doesn't use, is as small as possible.
 """
 
 import fcntl
@@ -34,8 +34,8 @@ class ClusterState:
     urls: tuple[str, ...]  # of the API processes
     num_workers: int
     num_restarts: int = 0  # finished restarts of all API processes and workers
-    fault: str = ""  # of the last restart
-    mark: str = ""  # `mark_of(pid)`: after a process has ended, another one may get its id
+    fault: str = ""  # why the last restart failed, or empty
+    mark: str = ""  # `mark_of(pid)`, since a later process may get the same id
     ray_mark: str = ""  # `mark_of(ray_pid)`
 
 
@@ -45,7 +45,7 @@ def write_state(home: Path, state: ClusterState) -> None:
 
 
 def read_state(home: Path) -> ClusterState:
-    """Read the file. Raise StartupError if no cluster was started from this HOME."""
+    """Read the cluster's state. Raise StartupError if no cluster was started from this HOME."""
     try:
         fields = json.loads((home / FILE_NAME).read_text(encoding="utf-8"))
         return ClusterState(**{**fields, "urls": tuple(fields["urls"])})
@@ -59,12 +59,12 @@ def remove_state(home: Path) -> None:
 
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """Lock HOME for one `up` during a block. Raise StartupError if another one, or its Ray, runs or starts."""
+    """Lock HOME for one `up` during the block. Raise StartupError if another `up`, or its Ray, runs or starts."""
     with (home / _LOCK_NAME).open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_free = True
-        except OSError as error:  # some file systems have no locks: assume that it is free
+        except OSError as error:  # some file systems have no locks: assume that HOME is free
             is_free = not isinstance(error, BlockingIOError)
         if (state := _state_of(home)) is not None:
             _refuse_running(home, state)
@@ -100,7 +100,7 @@ _START_SECONDS = 60.0
 _ANSWER_SECONDS = 10.0
 STOP_SECONDS = 45.0  # more than Ray itself takes to drain a node
 _TICK_SECONDS = 0.1
-_ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # how a traceback ends
+_ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # the last line of a traceback
 
 
 def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, str]:
@@ -141,7 +141,7 @@ def refuse_unreachable(address: str) -> None:
 
 
 def mark_of(pid: int) -> str:
-    """Return a text that differs for later processes with the same id, also after a reboot; "" if unknown."""
+    """Return a text that differs between processes that get the same id, also after a reboot; "" if unknown."""
     try:
         began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # starttime of proc(5)
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {began}"
@@ -150,10 +150,10 @@ def mark_of(pid: int) -> str:
 
 
 def is_alive(pid: int, mark: str = "") -> bool:
-    """Return whether the process runs, and has the mark, if one is given."""
+    """Return whether the process is running. If a mark is given, a process with another mark doesn't count."""
     if mark and mark_of(pid) != mark:
         return False
-    with suppress(OSError):  # on Linux, zombies have ended
+    with suppress(OSError):  # a zombie counts as ended
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             return False
     try:
@@ -168,7 +168,7 @@ def is_alive(pid: int, mark: str = "") -> bool:
 def end(pid: int, seconds: float = STOP_SECONDS, mark: str = "") -> bool:
     """Terminate a process that isn't our child, and wait for it. Return whether it ended in time.
 
-    A process without the mark counts as ended.
+    If a mark is given, a process with another mark counts as ended.
     """
     if is_alive(pid, mark):
         with suppress(ProcessLookupError):
@@ -203,7 +203,7 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
                     return process
             time.sleep(_TICK_SECONDS)
         raise StartupError(f"Ray doesn't start{_start_fault(log, begun)}: see {log}")
-    except BaseException:  # Ctrl-C, too: Ray's process doesn't get the signal and would stay
+    except BaseException:  # also at Ctrl-C: Ray's process doesn't get its signal and would keep running
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)

@@ -38,15 +38,16 @@ def up(
     num_cpus: float | None,
     say: Callable[[str], None],
 ) -> int:
-    """Start everything and supervise it until a signal. Return the exit code.
+    """Start Ray, engine replicas, API processes and workers, and supervise them until a signal.
 
-    With `address`, this machine joins that cluster. With `scale` None, replicas stay as they are.
+    If `address` is given, this machine joins the Ray cluster there. If `scale` is None, engine replicas aren't
+    started or changed. Return the exit code.
     """
     home = settings.home.absolute()
     with alone(home):
         _check(settings, num_apis, address, ray_port)
         log = home / "ray.log"
-        signal.signal(signal.SIGTERM, _give_up)  # while things start
+        signal.signal(signal.SIGTERM, _give_up)  # until everything has started
         say("starting Ray" if address is None else f"joining Ray at {address}")
         if address is None:
             ray, address = node.start_head(ray_port, log, num_cpus)
@@ -71,8 +72,8 @@ def up(
                 try:
                     deploy(settings, scale, say)
                 finally:
-                    leave()  # before Ray ends: afterwards it would wait for minutes
-            for number in (signal.SIGTERM, signal.SIGINT):  # only now, since Ray sets its own while it is joined
+                    leave()  # before Ray stops: afterwards, leaving would take minutes
+            for number in (signal.SIGTERM, signal.SIGINT):  # only now, since `join` sets Ray's own handlers
                 signal.signal(number, lambda *_: stopped.set())
             processes.start()
             awaited = list(urls)
@@ -98,7 +99,7 @@ def up(
 
 
 def _give_up(*_: object) -> None:
-    """Exit by an exception, so that started processes are ended."""
+    """Raise SystemExit, so that the processes started so far are stopped."""
     raise SystemExit(1)
 
 
@@ -106,7 +107,7 @@ class Processes:
     """API processes and workers, each with its own supervisor."""
 
     def __init__(self, apis: Mapping[str, Sequence[str]], workers: Sequence[Sequence[str]]) -> None:
-        """Take the commands of API processes, by URL, and of workers."""
+        """`apis` has the commands of API processes by their URLs, and `workers` the commands of workers."""
         self._commands = [(url, command, _API_GRACE_SECONDS) for url, command in apis.items()]
         self._commands += [("", command, GRACE_SECONDS) for command in workers]
         self._running = [Supervisor(1, command, grace) for _, command, grace in self._commands]
@@ -116,9 +117,9 @@ class Processes:
             supervisor.start()
 
     def replace(self, stopped: threading.Event, say: Callable[[str], None]) -> str:
-        """Restart each process, one after the other. Return the fault that ended this early, or "".
+        """Restart the processes one after the other. Return why this stopped early, or "" if it didn't.
 
-        There is a pause after each API process, in which load balancers notice that it is ready.
+        After each API process there is a pause, in which load balancers notice that it is ready again.
         """
         for index, (url, command, grace) in enumerate(self._commands):
             say(f"restarting {f'the API at {url}' if url else 'a worker'}")
@@ -142,7 +143,7 @@ class Processes:
 
 
 def restart(home: Path, say: Callable[[str], None]) -> None:
-    """Make `up` restart its API processes and workers, and wait for it. Raise StartupError if that fails."""
+    """Make `up` restart its API processes and workers, and wait for the end. Raise StartupError if that fails."""
     before = read_state(home)
     if not node.is_alive(before.pid, before.mark):
         raise StartupError("smolora cluster up has ended: start it again")
@@ -176,7 +177,7 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 
 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
-    """Raise StartupError if processes wouldn't share database and bytes, or an API process couldn't start."""
+    """Raise StartupError if processes would share no database or bytes, or an API process couldn't start."""
     if (num_apis > 1 or address is not None) and not (settings.database_url and settings.bytes_url):
         raise StartupError(
             "several API processes or machines need SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL: what they share "
@@ -195,7 +196,7 @@ def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int
 
 
 def _refuse_taken(host: str, port: int, index: int) -> None:
-    """Raise StartupError if an API process couldn't listen: its supervisor would restart it forever."""
+    """Raise StartupError if an API process couldn't listen on its port: it would be restarted forever."""
     if port == 0:
         raise StartupError("port 0 (SMOLORA_PORT, --port): API processes need ports that are known")
     if port + index > _MAX_PORT:
@@ -206,7 +207,7 @@ def _refuse_taken(host: str, port: int, index: int) -> None:
 
 
 def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:
-    """Wait until the API is ready. Return whether it is."""
+    """Wait until the API is ready, for `seconds` at most or until `stopped` is set. Return whether it is ready."""
     deadline = time.monotonic() + seconds
     while not stopped.wait(_TICK_SECONDS) and time.monotonic() < deadline:
         if is_ready(url):
@@ -224,7 +225,7 @@ def is_ready(url: str) -> bool:
 
 
 def queue_of(url: str) -> dict[str, int]:
-    """Return how many sequences run and wait on all replicas, if the API's /metrics needs no key; else {}."""
+    """Return how many sequences run and wait on all replicas, or {} if /metrics can't be read without a key."""
     try:
         with _DIRECT.open(f"{url}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()

@@ -1,8 +1,9 @@
 """Routing: which engine replica gets a request, as a pure function of the request and the replicas' states.
 
 It combines known methods:
-- Rendezvous hashing (Thaler and Ravishankar, 1998): each replica draws a number for each adapter, and the highest
-  number is the adapter's home. A replica that comes or goes moves only its own share of the adapters.
+- Rendezvous hashing (Thaler and Ravishankar, 1998): a hash gives each replica a number for each adapter, and the
+  replica with the highest number is the adapter's home. If a replica is added or removed, only its share of the
+  adapters moves.
 - Consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018): a replica with more than its
   share of the requests gets no more; they go to the next replica in the adapter's order. A hot adapter thus gets a
   second home automatically.
@@ -18,16 +19,16 @@ from hashlib import blake2b
 SPILL = 1.5
 """A replica gets requests up to this multiple of the mean queue.
 
-Queues vary by a factor of 1.25 by chance, so with 1.25 adapters that aren't hot move, too. With 2, queues grow
+Queues vary by a factor of 1.25 by chance, so 1.25 would move adapters that aren't hot, too. With 2, queues grow
 beyond a batch while other replicas have free places (simulated by `python -m benchmarks.routing`)."""
 ALWAYS_OPEN = 4
-"""A queue of fewer requests is never full: sharing a batch costs less than loading an adapter elsewhere."""
+"""A queue with fewer requests is never full: sharing a batch costs less than loading an adapter elsewhere."""
 GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
 class Part:
-    """A weighted digest of the request's expression, without the weight."""
+    """One adapter of the request's expression, without its weight."""
 
     digest: str
     num_bytes: int  # to load if it isn't resident
@@ -35,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Replica:
-    """A replica's known state. It may be outdated: that costs time, but never changes an answer."""
+    """A replica's known state. An outdated state costs time, but never changes an answer."""
 
     id: str
     resident: frozenset[str]  # digests
@@ -46,11 +47,13 @@ class Replica:
 def rank(
     parts: Sequence[Part], prefix: Sequence[int], replicas: Sequence[Replica], limit: int | None = None
 ) -> list[str]:
-    """Return the ids of all `replicas`, the best first. It is deterministic and doesn't depend on their order.
+    """Return the ids of all `replicas`, the best first. The order of the argument `replicas` doesn't matter.
 
     `prefix` has a hash for each of the prompt's leading full blocks. Hashes are chained: they are equal only if
-    all tokens up to there and the adapters are equal. Only a gapless run of blocks from the start counts. `limit`
-    is the `room` of all replicas, if `replicas` are only some of them; their order is then as among all.
+    all tokens up to there and the adapters are equal. Only a gapless run of blocks from the start counts. If
+    `replicas` are only some of all replicas, `limit` is the `room` of all, so that the order is as among all.
+
+    The groups of replicas, from best to worst, and the order within each:
 
     1. Warm, with room: the most resident bytes of the parts, the most blocks of the prefix, the shortest queue,
        then an order that differs between prompts, so that routers with the same knowledge don't choose alike.
@@ -82,7 +85,7 @@ def rank(
 
 
 def room(total: int, count: int) -> int:
-    """Return the queue length from which a replica is full, if `count` replicas have `total` requests.
+    """Return the queue length at which a replica counts as full, if `count` replicas have `total` requests.
 
     At least one replica always has room.
     """

@@ -1,11 +1,11 @@
 """An engine replica, which Ray Serve runs: one engine for many API processes.
 
-An API process has one long call of `follow`, which yields the outputs of all its requests, a message a step
-instead of a message a token. It sends requests by short calls of `submit`. If `follow` ends for any reason (the
-API process was killed, the connection is lost), all its requests are aborted.
+An API process subscribes with one long call of `follow`, which yields the outputs of all its requests: one message
+for each step instead of one for each token. The process sends requests by short calls of `submit`. If `follow`
+ends for any reason (the API process was killed, the connection is lost), all requests of the process are aborted.
 
-Serve calls `check_health` and `record_autoscaling_stats`. Before it stops a replica, it notifies the API
-processes: they send no new requests, and end `follow` when none of their requests runs there.
+Serve calls `check_health` and `record_autoscaling_stats`. Before Serve stops a replica, it notifies the API
+processes. They send no new requests, and end `follow` when none of their requests runs on the replica.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, NotReady, TryAgain
 
 STATE_SECONDS = 0.05
-"""The shortest time between two states."""
+"""The shortest time between two states that are sent to the same API process."""
 PULSE_SECONDS = 0.5
-"""The longest time between two messages."""
+"""The longest time between two messages to the same API process."""
 _BLOCKS_SECONDS = 1.0  # between two reads of the prefix cache's keys
 
 
 @dataclass
 class _Follower:
-    """An API process."""
+    """An API process that has subscribed to the replica's outputs."""
 
     outbox: Outbox = field(default_factory=Outbox)
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -43,7 +43,7 @@ class _Follower:
 
 
 class EngineReplica:
-    """An engine and the API processes that follow it. Everything belongs to one event loop."""
+    """An engine, and the API processes that have subscribed to its outputs. Use it on one event loop."""
 
     def __init__(
         self,
@@ -53,7 +53,10 @@ class EngineReplica:
         vocab_size: int,
         busy: Callable[[int], None] = lambda num_running: None,
     ) -> None:
-        """Start the engine on the running loop. Call `busy(sequences in flight)` at least every PULSE_SECONDS."""
+        """Start the engine on the running event loop.
+
+        `busy` is called with the number of sequences in flight at least every PULSE_SECONDS.
+        """
         self._engine = engine
         self._guidance = guidance
         self._busy = busy
@@ -68,7 +71,10 @@ class EngineReplica:
         self._pulse = asyncio.get_running_loop().create_task(self._beat())
 
     async def follow(self, client: str) -> AsyncGenerator[Welcome | Batch, None]:
-        """Yield messages on the client's requests until closed, or the engine is dead. Then abort the requests."""
+        """Yield messages about the client's requests until the iterator is closed or the engine is dead.
+
+        Then abort the requests.
+        """
         if (former := self._followers.pop(client, None)) is not None:
             self._end(former)
         follower = self._followers[client] = _Follower()
@@ -85,7 +91,10 @@ class EngineReplica:
             self._end(follower)
 
     async def submit(self, client: str, request: GenerationRequest) -> SmoloraError | None:
-        """Queue a request of a client that follows. Return the error if it is refused, else None."""
+        """Queue a request from a client that is subscribed by `follow`.
+
+        Return the error if the request is refused, else None.
+        """
         try:
             if request.grammar is not None:
                 await to_thread.run_sync(self._guidance.check, request.grammar)
@@ -101,7 +110,7 @@ class EngineReplica:
         return None
 
     async def abort(self, client: str, request_id: str) -> None:
-        """Abort a request at the engine's next step. A no-op if it has ended."""
+        """Abort a request at the engine's next step. This is a no-op if the request has ended."""
         follower = self._followers.get(client)
         if follower is not None and follower.requests.pop(request_id, None) is not None:
             self._engine.abandon(request_id)
@@ -174,7 +183,7 @@ class EngineReplica:
                 self._blocks = found
 
     async def _beat(self) -> None:
-        """Wake all followers regularly, so that they learn that the replica lives, or that the engine is dead."""
+        """Wake all calls of `follow` regularly, to report that the replica is alive or that the engine is dead."""
         while True:
             await asyncio.sleep(PULSE_SECONDS)
             self._busy(self._engine.num_in_flight)

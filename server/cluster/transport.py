@@ -1,10 +1,10 @@
 """`fleet.Transport` over Ray Serve, and Serve's router in an API process. Only this file uses Serve's handles.
 
-The router sends a call to the replica that the call's first argument names. `client` chooses the replica: reports
-arrive with a replica's outputs on the API process's own event loop, long before Serve's controller has them.
+The router sends a call to the replica that the call's first argument names. `client.py` chooses that replica,
+since replicas' reports arrive there with the outputs, long before Serve's controller has them.
 
-Calls go from this event loop over gRPC directly to the replica (`_by_reference=False`). Over Ray's object store a
-step's message costs five times as much, and a replica doesn't notice when an API process has died.
+Calls go from this event loop over gRPC directly to the replica (`_by_reference=False`). Over Ray's object store, a
+message for a step would cost five times as much, and a replica wouldn't notice when an API process has died.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from server.serve.startup import Connect
 APP = "smolora"
 DEPLOYMENT = "engine"
 NAMESPACE = "smolora"
-_MAX_SIZES = 100_000  # of adapters, cached
+_MAX_SIZES = 100_000  # cached sizes of adapters
 _MAX_LEAVING = 64  # stopping replicas that are remembered
 
 
@@ -39,12 +39,12 @@ class ReplicaGoneError(Exception):
 
 
 class AddressedRouter(RequestRouter):  # type: ignore[misc]  # mypy doesn't see Ray's types
-    """Ray Serve's router, with one instance a process: the process's only handle makes it."""
+    """Ray Serve's router. Each process has one instance, which the process's only handle makes."""
 
     _leaving: dict[str, RunningReplica] | None = None  # by id: replicas that Serve is stopping, the latest last
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Handle Serve's list of running replicas, which has no stopping ones."""
+        """Handle Serve's new list of running replicas. Replicas that are stopping aren't in the list."""
         former = list(self.curr_replicas.values())
         super().update_replicas(replicas)
         ids = frozenset(_id_of(replica) for replica in replicas)
@@ -62,15 +62,15 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # mypy doesn't see 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return the replica that the call names, even if it is stopping, since calls abort requests there.
+        """Return the replica that the call names. If the replica is gone, the call fails at once.
 
-        If the replica is gone, the call fails at once.
+        A replica that is stopping is returned, too, since the call may abort a request that the replica runs.
         """
         assert pending_request is not None
         meant = pending_request.args[0]
         for replica in candidate_replicas:
             if _id_of(replica) == meant:
-                pending_request.routing_context.should_backoff = True  # if it doesn't accept the call at once
+                pending_request.routing_context.should_backoff = True  # if the replica doesn't accept at once
                 return [[replica]]
         if not pending_request.future.done():
             leaving = (self._leaving or {}).get(meant)
@@ -79,7 +79,7 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # mypy doesn't see 
             else:
                 pending_request.future.set_result(leaving)
             self._remove_pending_request_from_indices(pending_request)
-        return [candidate_replicas]  # none is asked: the call has its answer
+        return [candidate_replicas]  # none is called: the call has its result already
 
 
 def _id_of(replica: RunningReplica) -> str:
@@ -96,18 +96,18 @@ def join(address: str) -> None:
 
 
 def leave() -> None:
-    """Leave the Ray cluster; deployments stay."""
+    """Leave the Ray cluster. Deployments keep running."""
     ray.shutdown()
 
 
 def has_room(num_cpus: float, num_gpus: float) -> bool:
-    """Return whether all machines together have so much free."""
+    """Return whether all machines together have this many CPUs and GPUs free."""
     free = ray.available_resources()
     return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
 
 
 def is_too_small(num_cpus: float, num_gpus: float) -> bool:
-    """Return whether all machines together have less than this, free or not."""
+    """Return whether all machines together have fewer CPUs or GPUs than this, free or in use."""
     there = ray.cluster_resources()
     return bool(there.get("CPU", 0.0) < num_cpus or there.get("GPU", 0.0) < num_gpus)
 
@@ -120,7 +120,7 @@ def replica_counts() -> dict[str, int]:
 
 
 def start_fault() -> str:
-    """Return the error of a replica that doesn't start: the last line of Serve's message, or ""."""
+    """Return why a replica doesn't start: the last line of Serve's message, or "" if there is no message."""
     deployment = _deployment()
     lines = [] if deployment is None else deployment.message.splitlines()
     return lines[-1].removeprefix(f"{StartupError.__module__}.{StartupError.__name__}: ") if lines else ""
@@ -132,7 +132,7 @@ def _deployment() -> DeploymentStatusOverview | None:
 
 
 class ServeTransport:
-    """`fleet.Transport` to the replicas of the deployment."""
+    """An implementation of `fleet.Transport` for the deployment's replicas."""
 
     def __init__(self) -> None:
         self._handle: DeploymentHandle | None = None
@@ -164,7 +164,7 @@ class ServeTransport:
             await self._handle.shutdown_async()
 
     async def _find(self) -> None:
-        """Get the handle, which creates the router, when the deployment exists."""
+        """Wait until the deployment exists, and then get its handle, which creates the router."""
         while self._handle is None:
             try:
                 handle = serve.get_deployment_handle(DEPLOYMENT, APP)
@@ -191,7 +191,7 @@ def connect_to(address: str) -> Connect:
     def connect(base: BaseModel, store: AdapterStore) -> ReplicatedEngine:
         @lru_cache(_MAX_SIZES)
         def size_of(digest: str) -> int:
-            return store.num_bytes(digest) or 1  # adapters that aren't here count alike
+            return store.num_bytes(digest) or 1  # adapters of unknown size count alike
 
         join(address)
         return ReplicatedEngine(ServeTransport(), base.digest, size_of)

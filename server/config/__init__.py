@@ -1,9 +1,9 @@
 """Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
 
-The command line builds the settings once, with a flag for each field, and passes them in; nothing else reads the
-environment. A flag wins over its variable, and an empty variable counts as unset. `server.model` and
-`server.engine` know the hardware and decide what `auto` and None mean. `--help` and docs/settings.md show the
-fields' descriptions.
+The command line builds the settings once, with a flag for each field, and passes them on; no other code reads
+settings from the environment. A flag overrides its variable, and an empty variable counts as unset.
+`server.model` and `server.engine` decide what `auto` and None mean on the machine's hardware. `--help` and
+docs/settings.md show the fields' descriptions.
 """
 
 import ipaddress
@@ -47,7 +47,7 @@ _PATTERN_MESSAGES = {
 
 
 class Limits(BaseModel):
-    """Limits of connections, requests and disk space. Times are seconds."""
+    """Limits on connections, requests and disk space. Times are in seconds."""
 
     max_connections: int = Field(
         default=1024,
@@ -100,9 +100,9 @@ class Limits(BaseModel):
 
 
 class StorageSettings(BaseModel):
-    """The object store or file system in which machines share their bytes.
+    """The object store or file system in which several machines share adapters, data sets, files and jobs.
 
-    obstore itself reads an object store's credentials, region and endpoint from the usual AWS_ variables.
+    The library obstore reads an object store's credentials, region and endpoint from the usual AWS_ variables.
     """
 
     bytes_url: str | None = Field(
@@ -121,7 +121,7 @@ class StorageSettings(BaseModel):
     @field_validator("bytes_url", mode="after")
     @classmethod
     def _place(cls, value: str | None) -> str | None:
-        if value is not None and not _BYTES_URL.fullmatch(value):  # it may contain a secret: don't quote it
+        if value is not None and not _BYTES_URL.fullmatch(value):  # the value may contain a secret: don't quote it
             raise ValueError("must be like s3://bucket/prefix or file:///directory; keys are AWS_ variables")
         return value
 
@@ -133,10 +133,10 @@ class BucketSettings(BaseSettings):
 
 
 class WorkerSettings(StorageSettings, BaseSettings):
-    """Settings of a training worker, which `serve` has, too.
+    """Settings of a training worker. `serve` has them, too.
 
-    `to_json` writes the document that a worker and its jobs' processes read. It has no secrets: these processes
-    find them in their environment.
+    `to_json` returns the document that a worker and its jobs' processes read. The document has no secrets: these
+    processes read secrets from their environment.
     """
 
     model_config = SettingsConfigDict(
@@ -227,7 +227,7 @@ class WorkerSettings(StorageSettings, BaseSettings):
 
 
 class Settings(Limits, WorkerSettings):
-    """Settings of `serve`: one field for each variable. Sizes in bytes also read "2GiB" and the like."""
+    """Settings of `serve`: one field for each variable. Sizes are in bytes, or have a unit, as in "2GiB"."""
 
     host: str = Field(
         "127.0.0.1",
@@ -335,13 +335,16 @@ class Settings(Limits, WorkerSettings):
     @field_validator("allow_anonymous", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:
-        """Accept what other switches accept, such as true and off, for 1 and 0."""
+        """Convert true, off and the like, which other switches accept, to 1 or 0."""
         return _SWITCHES.get(str(value).lower(), value)
 
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        """Split keys at commas. Check the file of `@FILE` but keep its name: the server reads it again later."""
+        """Split keys at commas.
+
+        Check the file of `@FILE`, but return `@FILE`: the server reads the file again later.
+        """
         if not isinstance(value, str):
             return value
         if value.startswith("@"):
@@ -403,7 +406,10 @@ def is_loopback(host: str) -> bool:
 
 
 def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
-    """Load the settings; flags that aren't None win. Raise StartupError with a one-line message on faults."""
+    """Load the settings.
+
+    Flags override variables unless they are None. Raise StartupError if a value is invalid.
+    """
     try:
         return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
@@ -412,7 +418,7 @@ def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
 
 
 def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
-    """Return a setting's meaning and its default as text; the default is empty if there is none."""
+    """Return a setting's meaning and its default as texts. The second text is empty if there is no default."""
     field = kind.model_fields[name]
     meaning, _, default = (field.description or "").removesuffix(".").partition(". Default: ")
     value: object = field.default
@@ -428,7 +434,7 @@ def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
 def to_flags(settings: WorkerSettings, kind: type[WorkerSettings] = WorkerSettings) -> list[str]:
     """Return the flags of `settings` that belong to `kind`, except for secrets. `load` is the inverse.
 
-    Defaults are included, since the environment may set something else.
+    Values that equal the default are included, since the environment may set another value.
     """
     found = []
     for name, field in kind.model_fields.items():
@@ -449,7 +455,7 @@ def _explain(loc: tuple[int | str, ...], message: str) -> str:
 
 
 def _in_words(fault: ErrorDetails) -> str:
-    """Return a short message for users instead of pydantic's, if there is one."""
+    """Return our short message for users if there is one, else pydantic's."""
     if fault["type"] == "int_parsing" and str(fault["input"]).startswith("tcp://"):
         return "is a service's address, by Kubernetes: set enableServiceLinks: false for the pod, or the port here"
     if fault["type"] == "string_pattern_mismatch":

@@ -1,4 +1,4 @@
-"""The environment variables that aren't settings, and secrets in flags and variables."""
+"""Environment variables that aren't settings, and the protection of secrets in flags and variables."""
 
 import os
 import sys
@@ -8,21 +8,21 @@ from server.config import PREFIX, Settings
 from server.errors import StartupError
 
 RAY_DEFAULTS = {
-    "RAY_AUTH_MODE": "token",  # without it anyone who reaches Ray's ports could run code
+    "RAY_AUTH_MODE": "token",  # without a token, anyone who reaches Ray's ports could run code
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else a hanging replica gets as much time as a draining one
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else a hung replica gets as much time as a draining one
     # Without this, replicas that started without autoscaling don't report its metrics once it is switched on.
     "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
-    # Ray asks a process to end and kills it if it doesn't answer, but not if the request itself fails first, which
-    # takes some 4.7 s. With Ray's own timeout of 5 s, a hanging process would stay and keep its memory.
+    # Ray asks a process to exit, and kills it after this timeout. But if the request itself fails first, after
+    # about 4.7 s, Ray doesn't kill the process. With Ray's default of 5 s, a hung process would keep its memory.
     "RAY_kill_worker_timeout_milliseconds": "2000",
 }
 _OTHER_VARIABLES = ("URL", "API_KEY")  # read by commands that call a server
 _KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
 _SECRET_FLAGS = {**_KEY_FLAGS, "--database-url": f"{PREFIX}DATABASE_URL"}
 _SERVERS = ("serve", "cluster", "worker")
-"""Commands without --api-key. They must reject that flag, so it isn't hidden from them."""
+"""Commands without --api-key. They must reject that flag, so it stays on their command line."""
 
 
 def server_url() -> str:
@@ -31,7 +31,7 @@ def server_url() -> str:
 
 
 def _local_url() -> str:
-    """Return the URL of a server that starts on this machine with these variables."""
+    """Return the URL of a server that is started on this machine with the same environment."""
     try:
         port = int(os.environ.get(f"{PREFIX}PORT") or Settings.model_fields["port"].default)
     except ValueError:
@@ -40,7 +40,7 @@ def _local_url() -> str:
 
 
 def log_format() -> str | None:
-    """Return the log format that is set, for use if the settings as a whole are invalid."""
+    """Return the log format in the environment, for use if the settings as a whole are invalid."""
     return os.environ.get(f"{PREFIX}LOG_FORMAT")
 
 
@@ -60,13 +60,13 @@ def unknown_variables() -> list[str]:
 def wanted_instructions() -> str | None:
     """Return the instruction set that NATIVE_INSTRUCTIONS names, or None for the processor's best.
 
-    Tests and benchmarks limit native code to a lesser instruction set by this variable.
+    With this variable, tests and benchmarks restrict native code to an older instruction set.
     """
     return os.environ.get("NATIVE_INSTRUCTIONS")
 
 
 def trace_exporters() -> tuple[str, ...]:
-    """Return the exporters that OpenTelemetry's own variables ask for, by their entry points' names."""
+    """Return the names (of entry points) of the exporters that OpenTelemetry's own variables ask for."""
     named = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
         return ()
@@ -79,7 +79,7 @@ def trace_exporters() -> tuple[str, ...]:
 
 
 def without_secrets() -> dict[str, str]:
-    """Return the environment for a Python process that handles users' input: without passwords and keys."""
+    """Return an environment without passwords and keys, for a Python process that handles users' input."""
     names = ("PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -118,9 +118,9 @@ def hide_keys() -> None:
 
 
 def forget_keys() -> bool:
-    """Remove keys from the environment, so that no child process inherits them; call it once settings are read.
+    """Remove keys from the environment, so that no child process inherits them. Call it after reading settings.
 
-    Return whether a client's key was among them.
+    Return whether a client's key was removed.
     """
     found = {name: os.environ.pop(name, "") for name in _KEY_FLAGS.values()}
     return bool(found[_KEY_FLAGS["--api-key"]])

@@ -1,4 +1,4 @@
-"""The operator's keys: the setting API_KEYS lists them, or names a file of them as `@FILE`.
+"""The operator's keys. The setting API_KEYS lists the keys, or names a file of keys as `@FILE`.
 
 A file that other users can read is refused, except under /run/secrets: container engines mount secrets there for
 one container alone, with modes that the container doesn't choose.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MIN_LENGTH = 16
-"""Characters. Operators choose these keys themselves; `openssl rand -hex 24` makes a good one."""
+"""In characters. Operators choose these keys themselves; `openssl rand -hex 24` makes a good one."""
 _SECRETS = Path("/run/secrets")
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -33,7 +33,10 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def read(path: Path) -> tuple[str, ...]:
-    """Return the keys in a file. Raise ValueError if it is unreadable or open to others, or a key is invalid."""
+    """Return the keys in a file.
+
+    Raise ValueError if it is unreadable, other users can read it, or a key is invalid.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -53,7 +56,7 @@ def read(path: Path) -> tuple[str, ...]:
 
 
 class OperatorKeys:
-    """The operator's keys that are valid now. `given` is the setting: keys, or one item `@FILE`."""
+    """The operator's keys that are valid now. `given` is the setting's value: keys, or one item `@FILE`."""
 
     def __init__(self, given: Sequence[str] = ()) -> None:
         self.are_given = bool(given)
@@ -64,8 +67,8 @@ class OperatorKeys:
     def refresh(self) -> bool:
         """Read the file again if it has changed; return whether it has.
 
-        If the file has become invalid, no key is accepted, so that a removed key can't stay valid by accident. The
-        log says so.
+        If the file has become invalid, no key is accepted, so that a removed key can't stay valid by accident.
+        This is logged.
         """
         if self._path is None:
             return False

@@ -1,1 +1,1 @@
-"""Durable jobs: submitted, queued, leased to workers, and run in a process of their own."""
+"""Durable jobs: submitted, queued, leased to workers, and each run in a process of its own."""

@@ -1,7 +1,7 @@
-"""A running attempt at a job, as its worker sees it: keep the lease, and read what the queue asks of the job.
+"""The worker's part of an attempt at a job: renew the lease, and read the queue's directive to the worker.
 
-The attempt also decides when the job gives way to another project's: after a time slice, but not before its first
-step. So each turn makes progress, however long a job takes to start.
+It also decides when the job gives way to another project's job: after a time slice, but not before the first step.
+So each turn makes progress, however long a job takes to start.
 """
 
 import logging
@@ -15,7 +15,10 @@ log = logging.getLogger("smolora.worker")
 
 
 class Attempt:
-    """A claim that is being worked on. Within `with`, a thread keeps the lease and reads the directive."""
+    """A claim that is being worked on.
+
+    In a `with` statement, a thread renews the lease and reads the directive.
+    """
 
     def __init__(
         self,
@@ -27,14 +30,14 @@ class Attempt:
         look: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Set the times in seconds: `lease` is what a heartbeat extends the lease to.
+        """Set the times, all in seconds. A heartbeat extends the lease to `lease` from now.
 
-        `heartbeat` is the time between two heartbeats, and `look` that between two reads of the directive.
+        `heartbeat` is the time between two heartbeats, and `look` the time between two reads of the directive.
         """
         self.claim = claim
         self.directive = Directive.GO_ON
         self.should_leave = False
-        self.gives_way = False  # the process was asked to leave after its step
+        self.gives_way = False  # the process was asked to leave after its current step
         self.hindrance = ""  # why the attempt couldn't go on, if that isn't the job's fault
         self.progress: Mapping[str, object] | None = None
         self.metrics: Mapping[str, object] | None = None
@@ -60,7 +63,7 @@ class Attempt:
         return self._clock() - self._began_at if self._has_stepped else 0.0
 
     def note(self, progress: Mapping[str, object] | None, metrics: Mapping[str, object] | None) -> None:
-        """Take over the progress that the process reports; None before its first step."""
+        """Store the progress and metrics that the process has reported. Both are None before its first step."""
         self.progress, self.metrics = progress, metrics
         self._has_stepped |= progress is not None
 
@@ -72,13 +75,13 @@ class Attempt:
         self._thread.join()
 
     def keep(self) -> None:
-        """Extend the lease, and store the progress."""
+        """Extend the lease, store the progress, and read the directive."""
         self.directive = self._leases.heartbeat(self.claim, self._lease, self.progress, self.metrics)
 
     def give_way_if_awaited(self) -> None:
-        """Have the job give way if its slice is over and another project's job waits for the second time in a row.
+        """Make the job give way if its time slice is over and another project's job has to wait for it.
 
-        By then an idle worker would have claimed that job.
+        A job has to wait if one was waiting at the last call, too: an idle worker would have claimed it since.
         """
         if not self._leases.time_slice or self.directive is not Directive.GO_ON:
             return

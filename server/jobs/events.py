@@ -1,4 +1,4 @@
-"""The events of a job, in order: messages for people, and the metrics of steps."""
+"""The events of a job, in order: messages for users, and the metrics of steps."""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Measure exact match: the share of held-out rows that a model completes exactly.
 
-The serving engine generates the completions, so that the measure is what users will get. `Run`, which knows no
-engine, gets the function as an argument.
+The serving engine generates the completions, so they are what users will get. `Run`, which doesn't depend on the
+engine, gets the function `exact_match` as an argument.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ from server.training.encoding import Reference
 MORE_TOKENS = 8
 """Tokens that a completion may have beyond its reference's length."""
 MAX_CACHED_TOKENS = 8192
-"""Memory for keys and values, unless a single completion needs more: 190 MB on the 135M base."""
+"""Tokens in the KV cache, unless a single completion needs more: 190 MB on the 135M base."""
 MAX_ADAPTER_BYTES = 4 << 30
-"""Memory for an adapter, with its largest rank on all linear modules: rank 3,500 on the 135M base."""
+"""The most memory for an adapter, if all linear modules had its largest rank: rank 3,500 on the 135M base."""
 
 log = logging.getLogger("smolora.training")
 
@@ -50,9 +50,9 @@ def exact_match(
 ) -> float | None:
     """Return the share of references that greedy completions equal, ignoring whitespace at both ends.
 
-    A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is stopped at the first
-    token after which it can't become equal. A prompt that leaves no room for a completion in the base's context
-    counts as missed. Return None if there are no references, or if the adapter needs more than
+    A completion ends at an end token, or `MORE_TOKENS` after the reference's length. It is stopped earlier if it
+    can't become equal to the reference any more. A prompt that leaves no room for a completion in the base's
+    context counts as not equal. Return None if there are no references, or if the adapter needs more than
     `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. If `library` is given, native
     code computes the steps.
     """
@@ -74,7 +74,7 @@ def exact_match(
 
 
 def _adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
-    """Return the size of the adapter's pools with torch; native code's are smaller."""
+    """Return the bytes that torch needs for the adapter. Native code needs less."""
     return weights.max_rank * RowFormat.of_torch(base.dtype, base.device).bytes_per_rank(base.config.shape)
 
 
@@ -113,7 +113,7 @@ def _count_matches(
 
 
 def _may_become(text: str, wanted: str) -> bool:
-    """Return whether more text can make `text` equal `wanted`, once it is stripped."""
+    """Return whether `text`, with more text appended and stripped, can equal `wanted`."""
     begun = text.lstrip()
     return wanted.startswith(begun) or begun.rstrip() == wanted
 
@@ -121,7 +121,7 @@ def _may_become(text: str, wanted: str) -> bool:
 def _engine(
     base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int], library: ctypes.CDLL | None
 ) -> Engine:
-    """Make an engine over the base in memory, for sequences of up to `lengths` tokens."""
+    """Make an engine for sequences of these lengths in tokens. It uses the base that is already in memory."""
     longest = max(lengths)
     backend = _backend(base, longest, library)
     cached = max(longest + EngineConfig.block_size, min(sum(lengths), MAX_CACHED_TOKENS))
@@ -140,7 +140,7 @@ def _engine(
 
 
 def _backend(base: BaseModel, max_positions: int, library: ctypes.CDLL | None) -> Backend:
-    """Return the native backend; torch's without a library, or if memory is short for native weights."""
+    """Return the native backend, or torch's if there is no library or too little memory for native weights."""
     if library is not None:
         try:
             return NativeBackend(

@@ -1,14 +1,14 @@
 """Jobs' files: where they are, what removes them, and how jobs move with their HOME.
 
 A job's folder is HOME/jobs/<id>/. Its rows and checkpoints are removed when the job ends, since it never runs
-again. Its model and log stay until somebody removes the job's files, or until they are old enough. Its record, its
-events, its card, the versions that it published and the data sets that it used stay even then.
+again. Its model and log stay until somebody removes the job's files, or until they are old enough. Even then, the
+job's record, events and card, the versions that it published and the data sets that it used stay.
 
-If there is a bucket, it has all of them except the log, as copies of the folder `jobs/<id>` that never change:
-`rows`, `checkpoint-<token>-<step>` and `model-<token>`. HOME then has what this machine is working on.
+If there is a bucket, it has all of a job's files except the log, as immutable copies under `jobs/<id>`: `rows`,
+`checkpoint-<token>-<step>` and `model-<token>`. HOME then has only the files that this machine is working on.
 
-The job's record says first that the files are gone, then they go. `sweep`, `finish` and `prune` remove what a kill
-leaves behind. Several processes may do all of this concurrently.
+A job's files are removed after its record says so. `sweep`, `finish` and `prune` remove the files that remain if a
+process is killed in between. Several processes may do all of this concurrently.
 """
 
 import os
@@ -43,9 +43,9 @@ LOG_NAME = "log.txt"
 CHECKPOINTS_NAME = "checkpoints"
 MODEL_NAME, MODEL_MARK = "model", "config.json"
 TRACEPARENT_NAME = "traceparent"
-"""The file with the span in which a traced job was submitted."""
+"""The file with the traceparent of the span in which a traced job was submitted."""
 
-_ROWS = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME)  # all are there as long as the first is
+_ROWS = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME)  # all of them exist as long as the first does
 _ORPHAN_SECONDS = 3600.0
 _AT_ONCE = 500  # jobs per query
 
@@ -54,7 +54,10 @@ Statuses = Callable[[Sequence[str]], Mapping[str, Status]]
 
 
 class JobFiles:
-    """The folders of all jobs, in one HOME and in the bucket if there is one. Raises BytesUnavailable."""
+    """The folders of all jobs, in one HOME and in the bucket if there is one.
+
+    Methods that use the bucket raise BytesUnavailable if that fails.
+    """
 
     def __init__(self, home: Path, bucket: "Bucket | None" = None) -> None:
         self._root = Home(home).jobs
@@ -66,7 +69,7 @@ class JobFiles:
         return self._root / job_id
 
     def log(self, job_id: str) -> Path:
-        """Return the path of the output of the job's processes, of all attempts in turn."""
+        """Return the path of the log, which has the output of all attempts one after the other."""
         return self.directory(job_id) / LOG_NAME
 
     def checkpoints(self, job_id: str) -> Path:
@@ -81,7 +84,7 @@ class JobFiles:
         self._copies.push(job_id, self.directory(job_id), ROWS_COPY)
 
     def fetch(self, job_id: str) -> None:
-        """Download the job's rows into its folder, if it has any that aren't there. Call it before an attempt."""
+        """Download the job's rows from the bucket unless its folder has them. Call it before an attempt."""
         directory = self.directory(job_id)
         if (directory / DATA_NAME).exists():
             return
@@ -90,7 +93,8 @@ class JobFiles:
                 directory.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=directory) as name:
                     self._copies.fetch(copy, Path(name))
-                    for file in sorted(copy.files, key=lambda file: file == DATA_NAME):  # the mark last
+                    # Move DATA_NAME last, since its presence marks the rows as complete.
+                    for file in sorted(copy.files, key=lambda file: file == DATA_NAME):
                         os.replace(Path(name) / file, directory / file)
 
     def keep_model(self, job_id: str, token: int) -> None:
@@ -100,7 +104,10 @@ class JobFiles:
                 remove_directory(self.model(job_id))
 
     def fetch_model(self, job_id: str) -> Path:
-        """Return the model's directory, downloaded if necessary. It doesn't exist if no attempt made a model."""
+        """Return the model's directory.
+
+        Download the model if necessary. If no attempt made a model, the directory doesn't exist.
+        """
         model = self.model(job_id)
         if not model.is_dir():
             copies = {
@@ -114,7 +121,7 @@ class JobFiles:
         return model
 
     def drop_rows(self, job_id: str) -> None:
-        """Remove the rows of a job that has ended: it never runs again."""
+        """Remove the rows of a job that has ended, since the job never runs again."""
         self._unlink_rows(job_id)
         self._copies.remove(copy for copy in self._copies.of(job_id) if copy.id == ROWS_COPY)
 
@@ -124,7 +131,7 @@ class JobFiles:
         self._copies.remove(copy for copy in self._copies.of(job_id) if copy.id.startswith(CHECKPOINT_COPY))
 
     def stored(self) -> list[str]:
-        """Return the jobs that have a folder."""
+        """Return the ids of the jobs that have a folder in HOME or in the bucket."""
         return sorted({path.name for path in self._root.glob("*/")}.union(self._copies.folders()))
 
     def num_bytes(self, job_id: str) -> int:
@@ -138,14 +145,14 @@ class JobFiles:
         return total
 
     def remove(self, job_id: str) -> None:
-        """Remove all files of a job whose record says that they are gone."""
+        """Remove all files of a job. Its record must say already that they are removed."""
         shutil.rmtree(self.directory(job_id), ignore_errors=True)
         self._copies.remove(self._copies.of(job_id))
 
     def sweep(self, statuses: Statuses) -> None:
-        """Remove what `sweep_ended` does, and old folders of jobs that were never submitted, from HOME only.
+        """Do what `sweep_ended` does, and remove old folders of jobs that were never submitted, from HOME only.
 
-        Folders with a model stay: a database that doesn't know their jobs is another one, or was lost.
+        Folders with a model stay, even if the database doesn't have their jobs: it may be the wrong database.
         """
         self.sweep_ended(statuses)
         folders = self._root.glob("*/")
@@ -156,12 +163,11 @@ class JobFiles:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_ended(self, statuses: Statuses) -> None:
-        """Remove rows and checkpoints of ended jobs, and abandoned halves of models, from HOME only.
+        """Remove rows and checkpoints of ended jobs, and unfinished copies of their models, from HOME only.
 
-        Usually they are gone: a cancellation drops the job's rows, and a worker drops the checkpoints of an
-        attempt that it ends. These are left by a kill, or by a job that ended on another machine or while no
-        worker had it. A process of such a job that is about to be killed may write one more checkpoint: the next
-        sweep removes it.
+        Usually these files are removed when a job ends: its rows by a cancellation, its checkpoints by its worker.
+        They remain if a process was killed, or if the job ended on another machine or while no worker had it. A
+        process of an ended job may write one more checkpoint before it is killed; the next sweep removes that.
         """
         names = [path.name for path in self._root.glob("*/") if _has_leftovers(path)]
         for job_id, status in statuses(names).items():
@@ -171,7 +177,7 @@ class JobFiles:
                 remove_abandoned(self.directory(job_id))
 
     def sweep_bucket(self, statuses: Statuses) -> None:
-        """Remove from the bucket what `sweep` removes from HOME. One request lists all jobs."""
+        """Remove from the bucket what `sweep` removes from HOME. A single request lists all jobs."""
         jobs: dict[str, list[Copy]] = {}
         for copy in self._copies.all():
             jobs.setdefault(copy.folder, []).append(copy)
@@ -185,12 +191,12 @@ class JobFiles:
 
     def _unlink_rows(self, job_id: str) -> None:
         for name in _ROWS:
-            with suppress(OSError):  # a sweep tries again
+            with suppress(OSError):  # the next sweep tries again
                 (self.directory(job_id) / name).unlink(missing_ok=True)
 
 
 def _has_leftovers(directory: Path) -> bool:
-    """Return whether the folder has anything that is removed when its job ends."""
+    """Return whether the folder has any files that should be removed when its job ends."""
     names = (*_ROWS, CHECKPOINTS_NAME)
     return any((directory / name).exists() for name in names) or any(directory.glob(f"{UNFINISHED}*"))
 
@@ -220,16 +226,19 @@ class Retention:
         self._reserve = Reserve(home)
 
     def cancel(self, job_id: str) -> Job:
-        """End the job, and remove its rows. Raises NotFound, Conflict."""
+        """Cancel the job, and remove its rows.
+
+        Raise NotFound if there is no such job, Conflict if it has ended.
+        """
         job = self._jobs.cancel(job_id)
-        with suppress(Unavailable):  # a sweep removes them
+        with suppress(Unavailable):  # a sweep removes the rows later
             self._files.drop_rows(job_id)
         return job
 
     def remove(self, job_id: str) -> int:
         """Remove an ended job's files, even if the disk is full, and return their size.
 
-        Raises NotFound, Conflict.
+        Raise NotFound if there is no such job, and Conflict if it hasn't ended.
         """
         self._reserve.spend_on(lambda: self._jobs.remove_files(job_id))
         num_bytes = self._files.num_bytes(job_id)
@@ -238,9 +247,9 @@ class Retention:
         return num_bytes
 
     def prune(self, before: datetime, dry_run: bool = False) -> list[Removal]:
-        """Remove the files of all jobs that ended before then, the oldest first, and report them.
+        """Remove the files of all jobs that ended before `before`, the oldest first. Return what was removed.
 
-        A dry run only reports what would be removed.
+        In a dry run, nothing is removed, and the result says what would be.
         """
         unfinished = self._jobs.without_files(self._files.stored())
         removals = []
@@ -252,7 +261,7 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove ended jobs' rows and checkpoints, orphaned folders and the rest of removed files, from HOME only.
+        """Remove ended jobs' rows and checkpoints, orphaned folders and interrupted removals' files, in HOME only.
 
         Servers and workers both call this, since either may have a HOME that the other doesn't use.
         """
@@ -279,7 +288,7 @@ _ENDED = [status for status in Status if status.has_ended]
 
 
 def used_by_unended(engine: sa.Engine) -> list[tuple[str, str]]:
-    """Return what unended jobs use, as pairs (job, digest of an adapter or id of a data set or file)."""
+    """Return what unfinished jobs use, as pairs (job, digest of an adapter or id of a data set or file)."""
     query = sa.select(uses.c.job_id, uses.c.used).join(jobs, jobs.c.id == uses.c.job_id)
     with engine.connect() as connection:
         found = connection.execute(query.where(jobs.c.status.not_in(_ENDED)))
@@ -304,9 +313,9 @@ def leased(engine: sa.Engine) -> list[str]:
 def requeue_running(engine: sa.Engine, reason: str) -> list[str]:
     """Requeue every running job of a database that was copied, and return their ids.
 
-    `reason` is the event's text. Each job is claimable at once, whatever this machine's clock says about its
-    lease, resumes from its newest checkpoint, and isn't charged for the time in between. A job that was to pause
-    is paused.
+    `reason` is the text of an event for each job. Each job can be claimed at once, whatever this machine's clock
+    says about its lease. It resumes from its newest checkpoint, and isn't charged for the time in between. If a
+    pause was requested, the job is paused instead.
     """
     with engine.begin() as connection:
         query = sa.select(jobs.c.id, jobs.c.wants_pause, jobs.c.stalled_attempts)

@@ -1,7 +1,7 @@
 """The client's side of the queue: submit, list and steer jobs. The worker's side is in `leases.py`.
 
-A project sees its own jobs alone: another project's job looks like one that doesn't exist. Every write is one
-transaction, and every read one statement. `files.py` has the files of jobs: rows, checkpoints and logs.
+A project sees only its own jobs: another project's job seems not to exist. Every write is one transaction, and
+every read one statement. `files.py` handles the files of jobs: rows, checkpoints, models and logs.
 """
 
 import builtins
@@ -46,7 +46,7 @@ _ENDED = [status for status in Status if status.has_ended]
 
 
 class Jobs:
-    """All jobs, or a project's. Thread-safe; other processes may write the same tables."""
+    """All jobs, or the jobs of one project. Thread-safe; other processes may write the same tables."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Jobs:
         of: Viewpoint | None = None,
         max_of_key: int | None = None,
     ) -> None:
-        """Allow a project `max_unfinished` jobs that haven't ended, and the viewpoint's key `max_of_key`."""
+        """Limit unfinished jobs: a project has at most `max_unfinished`, and a viewpoint's key `max_of_key`."""
         self._engine = engine
         self._reader = reader_of(engine)
         self._max_unfinished = max_unfinished
@@ -64,7 +64,7 @@ class Jobs:
         self._mine = sa.true() if of is None or of.sees_all else jobs.c.project == of.project
 
     def of(self, viewpoint: Viewpoint, max_of_project: int | None = None, max_of_key: int | None = None) -> "Jobs":
-        """Return the jobs that a project sees, with limits on its unfinished jobs and on those of its key."""
+        """Return the jobs that a viewpoint sees, with limits on unfinished jobs of its project and of its key."""
         most = self._max_unfinished if max_of_project is None else min(max_of_project, self._max_unfinished)
         return Jobs(self._engine, most, viewpoint, max_of_key)
 
@@ -81,9 +81,10 @@ class Jobs:
     ) -> Job:
         """Queue a job whose files are in place.
 
-        `used` are the ids and digests of what must not be deleted before the job ends. `warnings` become its first
-        events. If the idempotency key was used before, return the first job (the new files are unneeded); raise
-        InvalidInput if its body was different. Raise QueueFull if too many jobs haven't ended.
+        `used` are the ids of data sets and digests of adapters that must not be deleted before the job ends.
+        `warnings` become the job's first events. If the idempotency key was used before, return the job that was
+        submitted then; the new files aren't needed. But if that request's body was different, raise InvalidInput.
+        Raise QueueFull if there are too many unfinished jobs.
         """
 
         of = self._of or Viewpoint()
@@ -125,19 +126,25 @@ class Jobs:
         return transact(self._engine, work)
 
     def repeated(self, idempotency_key: str | None, body_digest: str) -> Job | None:
-        """Return the job that this idempotency key submitted, or None. Ask before preparing a job's files."""
+        """Return the job that was submitted with this idempotency key, or None.
+
+        Call it before preparing a job's files. Raise InvalidInput if that job's request body was different.
+        """
         with self._reader.connect() as connection:
             return repeated(connection, self._stored(idempotency_key), body_digest)
 
     def get(self, job_id: str) -> Job:
-        """Return the job. Raise NotFound."""
+        """Return the job. Raise NotFound if there is no such job."""
         with self._reader.connect() as connection:
             return get_job(connection, job_id, self._mine)
 
     def list(
         self, status: Status | None = None, limit: int = 100, before: str | None = None
     ) -> builtins.list[Job]:
-        """List at most `limit` jobs, the newest first. `status` and `before` (a job's id) restrict the list."""
+        """List at most `limit` jobs, the newest first. If given, `status` and `before` restrict the list.
+
+        `before` is a job's id: only older jobs are listed.
+        """
         query = select_jobs().where(self._mine).order_by(jobs.c.number.desc()).limit(limit)
         if status is not None:
             query = query.where(jobs.c.status == status)
@@ -149,14 +156,17 @@ class Jobs:
             return [job_of(row) for row in connection.execute(query).mappings()]
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
-        """Return at most `limit` of the job's events with a number above `after`. Raise NotFound."""
+        """Return at most `limit` of the job's events with a number above `after`.
+
+        Raise NotFound if there is no such job.
+        """
         with self._reader.connect() as connection:
             if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id, self._mine)).first() is None:
                 raise no_job(job_id)
             return job_events.read(connection, job_id, after, limit)
 
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
-        """Return the standing of each of these jobs that exists."""
+        """Return the standing of each of these jobs. Jobs that don't exist are left out."""
         query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events)
         query = query.where(jobs.c.id.in_(list(job_ids)), self._mine)
         with self._reader.connect() as connection:
@@ -164,7 +174,7 @@ class Jobs:
         return {row.id: Standing(Status(row.status), row.num_events) for row in rows}
 
     def report(self, job_id: str) -> Mapping[str, object] | None:
-        """Return the report of a job that succeeded, or None if it hasn't. Raise NotFound."""
+        """Return the report of a job, or None if it hasn't succeeded. Raise NotFound if there is no such job."""
         with self._reader.connect() as connection:
             row = connection.execute(sa.select(jobs.c.report).where(jobs.c.id == job_id, self._mine)).first()
         if row is None:
@@ -172,14 +182,20 @@ class Jobs:
         return cast("Mapping[str, object] | None", row.report)
 
     def cancel(self, job_id: str) -> Job:
-        """End the job now; a worker that runs it stops within a micro-step. Raise NotFound or Conflict."""
+        """Cancel the job now. A worker that runs the job stops within a micro-step.
+
+        Raise NotFound if there is no such job, and Conflict if it has ended.
+        """
         ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": database_now()}
         of_running = {**ended, **count_time(database_time())}
         moves = {status: (ended, "cancelled") for status in Status if not status.has_ended}
         return self._steer(job_id, {**moves, Status.RUNNING: (of_running, "cancelled")})
 
     def pause(self, job_id: str) -> Job:
-        """Pause the job until it is resumed; a running one ends its micro-step first. Raise NotFound, Conflict."""
+        """Pause the job until it is resumed. A running job finishes its micro-step first.
+
+        Raise NotFound if there is no such job, and Conflict if it has ended.
+        """
         return self._steer(
             job_id,
             {
@@ -190,7 +206,10 @@ class Jobs:
         )
 
     def resume(self, job_id: str) -> Job:
-        """Queue a paused job at its old place; no effect on one that isn't paused. Raise NotFound or Conflict."""
+        """Queue a paused job at its old place. If a pause of a running job was requested, cancel the pause.
+
+        Raise NotFound if there is no such job, and Conflict if it has ended.
+        """
         return self._steer(
             job_id,
             {
@@ -203,7 +222,7 @@ class Jobs:
     def in_use(self, used: str, project: str | None = None) -> bool:
         """Return whether an unfinished job needs `used`: a data set's id or an adapter's digest.
 
-        If `project` is given, only its jobs are asked.
+        If `project` is given, only its jobs are considered.
         """
         query = sa.select(uses.c.job_id).join(jobs, jobs.c.id == uses.c.job_id)
         query = query.where(uses.c.used == used, jobs.c.status.not_in(_ENDED)).limit(1)
@@ -239,7 +258,10 @@ class Jobs:
 
     @transacted
     def remove_files(self, connection: sa.Connection, job_id: str) -> None:
-        """Note that an ended job's files are removed, before they are; the first call's time is kept.
+        """Record that an ended job's files are removed. Call it before removing them.
+
+        If it is called again, the time of the first call is kept.
+
 
         Raise NotFound, or Conflict if the job hasn't ended.
         """
@@ -259,7 +281,7 @@ class Jobs:
             return list(connection.execute(query.order_by(jobs.c.finished_at)).scalars())
 
     def without_files(self, job_ids: Iterable[str]) -> builtins.list[str]:
-        """Return those of these jobs whose files were removed."""
+        """Return which of these jobs have had their files removed."""
         query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_not(None))
         with self._reader.connect() as connection:
             found = set(connection.execute(query).scalars())
@@ -267,7 +289,10 @@ class Jobs:
 
     @transacted
     def _steer(self, connection: sa.Connection, job_id: str, moves: _Moves) -> Job:
-        """Apply the move for the job's status, and add its event. Raise Conflict if there is no such move."""
+        """Apply the move for the job's status: change the job's row, and add the move's event.
+
+        Raise NotFound if there is no such job, and Conflict if there is no move for its status.
+        """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
         row = connection.execute(query).first()
@@ -276,7 +301,7 @@ class Jobs:
         if (status := Status(row.status)) not in moves:
             raise Conflict(f"the job has ended already: {status}")
         move = moves[status]
-        if move is not None and move[0] != {"wants_pause": row.wants_pause}:  # not asked for already
+        if move is not None and move[0] != {"wants_pause": row.wants_pause}:  # the move isn't done already
             values, message = move
             connection.execute(sa.update(jobs).where(mine).values(dict(values)))
             job_events.append(connection, job_id, message)
@@ -285,7 +310,10 @@ class Jobs:
         return get_job(connection, job_id, self._mine)
 
     def _stored(self, idempotency_key: str | None) -> str | None:
-        """Return an idempotency key as it is stored: with the project's name, since each project has its own."""
+        """Return the stored form of an idempotency key.
+
+        It has the project's name: each project has its own keys.
+        """
         project = (self._of or Viewpoint()).project
         return None if idempotency_key is None else f"{project}/{idempotency_key}"
 
@@ -301,7 +329,7 @@ class Jobs:
 
 
 def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:
-    """Raise Conflict if the project has data sets, files, or unfinished jobs. Blocks on the disk."""
+    """Raise Conflict if the project has data sets, files, or unfinished jobs. This does I/O, so it may block."""
     datasets, files = storage.home.datasets(project), storage.home.files(project)
     has = {
         "data set": len(DatasetStore(datasets, bucket=storage.at(datasets)).ids()),

@@ -1,8 +1,8 @@
-"""The worker's side of the queue: claim a job, keep the lease by heartbeats, end the job or release it.
+"""The worker's side of the queue: claim a job, renew the lease by heartbeats, end the job or release it.
 
-Every write names the claim's fencing token. If the job was cancelled or claimed again since, the write changes
-nothing and raises LeaseLost. So a worker that was stopped for an hour can't publish or overwrite anything, or do
-anything twice. The client's side of the queue is in `jobs.py`. Nothing here needs torch.
+Every write names the claim's fencing token. If the claim is void, because the job was cancelled or claimed again,
+the write changes nothing and raises LeaseLost. So a worker that was suspended for an hour can't publish or
+overwrite anything, or do anything twice. The client's side of the queue is in `jobs.py`. Nothing here needs torch.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Directive(Enum):
 
     GO_ON = auto()
     PAUSE = auto()  # checkpoint and release the job
-    GIVE_WAY = auto()  # checkpoint after the current step, then release the job for another project's
+    GIVE_WAY = auto()  # checkpoint after the current step, then release the job so that another project's runs
     ENDED = auto()  # this worker's own attempt has ended the job: clean up
     CANCEL = auto()  # the job was cancelled: drop everything
     LOST = auto()  # another worker has the job: drop everything
@@ -59,8 +59,8 @@ class Claim:
 class Leases:
     """The claims of all workers. Thread-safe; any number of processes may use the same tables.
 
-    `records` are the catalog's, and `now` is the clock of all workers. After `time_slice` seconds a job gives way
-    to another project's; 0: never.
+    `records` are those of the catalog. `now` is the clock that all workers share. After `time_slice` seconds a job
+    gives way to another project's job; 0: never.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Leases:
         self._reader = reader_of(engine)
 
     def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, kind: JobKind | None = None) -> Claim | None:
-        """Claim the first job in the queue that waits or whose lease has run out; return None if there is none.
+        """Claim the job whose turn is next, among those that are waiting or whose lease has expired.
 
-        If `kind` is None, jobs of every kind are claimed.
+        Return None if there is no such job. If `kind` is None, jobs of every kind are considered.
         """
 
         def work(connection: sa.Connection) -> Claim | None:
@@ -108,18 +108,21 @@ class Leases:
         return transact(self._engine, work)
 
     def directive(self, claim: Claim) -> Directive:
-        """Return what the queue asks of the claim's holder. It takes one read and no lock."""
+        """Return the queue's instruction to the claim's holder. This takes one read and no lock."""
         with self._reader.connect() as connection:
             return _directive(connection, claim)
 
     def is_awaited(self, claim: Claim) -> bool:
-        """Return whether the holder's worker should go to another project's job. It takes one read and no lock."""
+        """Return whether the job should give way to another project's job. This takes one read and no lock."""
         with self._reader.connect() as connection:
             return bool(connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none())
 
     @transacted
     def give_way(self, connection: sa.Connection, claim: Claim) -> None:
-        """Have the job give way if another project's job still waits for its worker. Raise LeaseLost."""
+        """Make the job give way if another project's job still waits for its worker.
+
+        Raise LeaseLost if the claim is void.
+        """
         _lock_claimed(connection, claim)
         if connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none():
             connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(gives_way=True))
@@ -157,10 +160,10 @@ class Leases:
         type: EventType = "message",  # noqa: A002 as in Event and in the API
         data: Mapping[str, object] | None = None,
     ) -> bool:
-        """Store an event, and return whether it was stored. Raise LeaseLost.
+        """Store an event, and return whether it was stored. Raise LeaseLost if the claim is void.
 
         A metrics event has `data["step"]`. It is dropped if metrics of the same or a later step are stored
-        already, by an attempt that went further than its last checkpoint.
+        already: an earlier attempt may have got further than its last checkpoint.
         """
         _lock_claimed(connection, claim)
         if type == "metrics":
@@ -173,7 +176,10 @@ class Leases:
 
     @transacted
     def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
-        """Note that a checkpoint is stored; a new one resets the count of stalled attempts. Raise LeaseLost."""
+        """Record that the checkpoint of `step` is stored. Raise LeaseLost if the claim is void.
+
+        If it is the job's newest checkpoint, the count of stalled attempts is reset.
+        """
         _lock_claimed(connection, claim)
         is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
         values = {"checkpoint_step": step, "stalled_attempts": 0}
@@ -190,11 +196,11 @@ class Leases:
         alias: str | None = None,
         better_than: int | None = None,
     ) -> Version | None:
-        """End the job with success and publish its adapter in one transaction. Raise LeaseLost.
+        """End the job with success and publish its adapter in one transaction.
 
-        The adapter's bytes are in the store already. If `publish` is None, no version is published, and the report
-        says why. For `alias`, `better_than` and LatestMoved see `publish_unattended_in`, whose warning becomes an
-        event.
+        Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
+        None, no version is published, and the report says why. For `alias`, `better_than` and LatestMoved see
+        `publish_unattended_in`, whose warning becomes an event.
         """
 
         def work(connection: sa.Connection) -> Version | None:
@@ -223,7 +229,10 @@ class Leases:
 
     @transacted
     def fail(self, connection: sa.Connection, claim: Claim, error: str) -> None:
-        """Fail the job, with a reason that is safe to show to clients. Raise LeaseLost."""
+        """Mark the job as failed.
+
+        `error` must be safe to show to clients. Raise LeaseLost if the claim is void.
+        """
         _lock_claimed(connection, claim)
         _end(connection, claim.job_id, Status.FAILED, self._now(), error=job_events.without_nul(error))
         job_events.append(connection, claim.job_id, error, level="error")
@@ -238,10 +247,11 @@ class Leases:
         crash: str = "",
         gave_way_after: float | None = None,
     ) -> None:
-        """Requeue the job at its old place after `delay` seconds, or pause it if asked to. Raise LeaseLost.
+        """Requeue the job at its old place after `delay` seconds, or pause it if a pause was requested.
 
-        `reason` becomes an event; so does the time after which the job gave way. The attempt counts as stalled
-        only if there is a `crash`, which is kept for the job's error.
+        `reason` becomes an event, and so does `gave_way_after`, the seconds after which the job gave way. The
+        attempt counts as stalled only if `crash` is given. That text is quoted in the job's error if too many
+        attempts stall. Raise LeaseLost if the claim is void.
         """
         _lock_claimed(connection, claim)
         if reason:
@@ -255,7 +265,10 @@ class Leases:
     def crashed(
         self, connection: sa.Connection, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY
     ) -> None:
-        """Requeue the job after a failed attempt, with a delay that doubles each time. Raise LeaseLost."""
+        """Requeue the job after a failed attempt, with a delay that doubles each time.
+
+        Raise LeaseLost if the claim is void.
+        """
         _lock_claimed(connection, claim)
         query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
         num_stalled = connection.execute(query).scalar_one()
@@ -274,8 +287,8 @@ def _start(
 ) -> None:
     """Store the claim in the job's row, with its lease.
 
-    `used` is the time that the job's project is charged with. `is_orphan`: the job's last worker stopped
-    answering.
+    `used` is the time, in seconds, that the job's project is charged with. `is_orphan` says that the job's last
+    worker stopped answering.
     """
     values = {
         "status": Status.RUNNING,
@@ -295,7 +308,7 @@ def _start(
 
 
 def _lock_claimed(connection: sa.Connection, claim: Claim) -> None:
-    """Lock the job's row until the end of the transaction. Raise LeaseLost."""
+    """Lock the job's row until the end of the transaction. Raise LeaseLost if the claim is void."""
     locked = sa.update(jobs).where(_is_claimed_by(claim)).values(owner=claim.owner)
     if connection.execute(locked).rowcount == 0:
         raise LeaseLost(f"job {claim.job_id} is no longer this worker's")
@@ -309,7 +322,10 @@ def _requeue(
     delay: float = 0.0,
     message: str = BACK,
 ) -> None:
-    """Requeue a claimed job with the event `message`, claimable after `delay` seconds; or pause it if asked to."""
+    """Requeue a claimed job with the event `message`. It can be claimed again after `delay` seconds.
+
+    If a pause was requested, pause the job instead.
+    """
     until = now + delay
     mine = jobs.c.id == job_id
     pauses = connection.execute(sa.select(jobs.c.wants_pause).where(mine)).scalar_one()
@@ -345,7 +361,7 @@ def _directive(connection: sa.Connection, claim: Claim) -> Directive:
 
 
 def _end(connection: sa.Connection, job_id: str, status: Status, now: Time | None, **values: object) -> None:
-    """End the job. `now` is given if a worker had it until now, whose time is then counted."""
+    """End the job. If a worker ran the job until now, `now` is given, and the worker's time is counted."""
     general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": database_now()}
     general |= {} if now is None else count_time(now)
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))

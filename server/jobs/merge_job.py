@@ -1,8 +1,8 @@
 """One attempt at a merge job: load the pinned parts, merge them, and publish the result with its report.
 
-A merge takes seconds to minutes and has no checkpoints: an interrupted attempt is repeated, and makes the same
-bytes. `run_job.py` starts the attempt and stores its failures. The report is the JSON of GET /train/{id}/report;
-`server.training.model_card` makes a README.md of it.
+A merge takes seconds to minutes and has no checkpoints: an interrupted attempt is repeated, and produces the same
+bytes. `run_job.py` starts the attempt and stores its failures. The report is the JSON of GET /train/{id}/report,
+from which `server.training.model_card` makes a README.md.
 """
 
 import math
@@ -24,10 +24,10 @@ from server.training.run import Reporter
 
 @dataclass(frozen=True, eq=False)
 class MergeFindings:
-    """The results of a merge. `distance` is `adapters.merge`'s; None if the exact sum is 0.
+    """The results of a merge. `distance` is from `adapters.merge.distance`, or None if the exact sum is 0.
 
-    `base_digest` is that of the base that the parts were trained on, which may not be the served one; None if the
-    parts have different ones.
+    `base_digest` is the digest of the base that the parts were trained on, which may not be the served base. It is
+    None if the parts were trained on different bases.
     """
 
     adapter: PeftAdapter
@@ -39,7 +39,10 @@ class MergeFindings:
 
 
 def build_merge_report(spec: MergeSpec, base: BaseModel, found: MergeFindings) -> dict[str, object]:
-    """Return the report, JSON-ready: what the adapter was made of and how, and its distance from the exact sum."""
+    """Return the report, JSON-ready.
+
+    It has the adapter's parts, the method, and the distance from the exact sum.
+    """
     weights = found.adapter.weights
     facts = AdapterFacts(weights.digest, found.adapter.config, weights.num_parameters)
     name = found.adapter.base_model or base.name
@@ -69,9 +72,10 @@ def run_merge(
     reporter: Reporter,
     origin: Origin,
 ) -> None:
-    """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter.
+    """Merge the parts and publish the result. Raise LeaseLost, CorruptAdapter, or any error of the reporter.
 
-    `origin` is the parts' origin when the job was submitted: they may have been deleted or withdrawn since.
+    `origin` is the base of the parts when the job was submitted: the parts may have been deleted or withdrawn
+    since.
     """
     started = time.monotonic()
     adapters = []

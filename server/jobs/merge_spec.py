@@ -1,6 +1,6 @@
-"""The specification of a merge job, as plain values that are stored with the job; and the two kinds of jobs.
+"""The specification of a merge job, as plain values that are stored with the job; and readers for either kind.
 
-A stored document with `"kind": "merge"` is a merge's; all others are trainings'.
+A stored document with `"kind": "merge"` specifies a merge, and any other document a training.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from server.jobs.tables import MERGE
 from server.training.spec import JobSpec, read_document
 
 ORIGIN = "origin"
-"""The key in a merge's `Job.data` of its parts' origin: the parts may be deleted when the job ends."""
+"""The key of the parts' origin in a merge's `Job.data`. The parts may be deleted before the job ends."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MergeSpec:
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> "MergeSpec":
-        """Read what `to_document` returned. Raise ValueError for anything else."""
+        """Convert a document from `to_document`. Raise ValueError for any other document."""
         recipe = {name: document.get(name) for name in Recipe.__dataclass_fields__}
         fields = {"name": document.get("name"), "parts": document.get("parts"), "recipe": recipe}
         return read_document(cls, fields)
@@ -60,7 +60,7 @@ Spec = JobSpec | MergeSpec
 
 
 def read_spec(document: Mapping[str, object]) -> Spec:
-    """Read what `to_document` of either kind returned. Raise ValueError for anything else."""
+    """Convert a document from `to_document` of either kind. Raise ValueError for any other document."""
     return MergeSpec.from_document(document) if document.get("kind") == MERGE else JobSpec.from_document(document)
 
 

@@ -1,11 +1,11 @@
 """The channel between a worker and the process in which a job runs. Standard library only.
 
 The worker passes the assignment as the last argument, and sends two signals: SIGTERM (checkpoint and leave) and
-SIGUSR1 (the same after the current step). The process writes lines to a pipe: each one shows that the process
-makes progress, and may say how far it is.
+SIGUSR1 (the same after the current step). The process writes lines to a pipe: each line shows that the process
+makes progress, and may say how far the job is.
 
 The process's exit code says how the attempt ended. EXIT_DONE: the job's end is stored. EXIT_LEFT: the process has
-left as asked. EXIT_NO_BASE: no process of this worker could run any job, for the reason that it has sent.
+left as asked. EXIT_NO_BASE: this worker can't run any job, for a reason that the process has sent.
 EXIT_NO_DATABASE, EXIT_NO_STORE and EXIT_NO_ROOM: the database, the object store or the disk failed, for now. After
 any other code there is another attempt. The process is killed if the worker dies or loses the job.
 """
@@ -28,8 +28,8 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent dies. Exit at once if `parent` has died already.
 
-    The kernel watches the thread that started this process, so that thread must stay alive. Where the kernel can't
-    do this (outside Linux), call `has_lost_parent` from time to time.
+    The kernel watches the thread that started this process, so that thread must stay alive. This works only on
+    Linux. On other systems, call `has_lost_parent` regularly.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -54,9 +54,9 @@ HINDRANCES = {
     EXIT_NO_STORE: "the object store can't be reached, or refuses",
     EXIT_NO_ROOM: NO_ROOM,
 }
-"""By exit code, what hindered the attempt, for the job's events."""
+"""What the job's events say about a hindered attempt, by exit code."""
 
-MAX_LINE = 4096  # bytes; a pipe takes such a line whole or not at all (PIPE_BUF)
+MAX_LINE = 4096  # bytes; a write to a pipe is atomic up to this size (PIPE_BUF)
 MAX_REASON = 600  # characters; JSON encodes each in up to six bytes
 
 
@@ -80,7 +80,7 @@ class Assignment:
 
 
 class WorkerLink:
-    """The process's end of the channel. Create it on the main thread at the start: it sets signal handlers."""
+    """The process's side of the channel. Create it on the main thread at the start: it sets signal handlers."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.should_leave = False
@@ -97,12 +97,15 @@ class WorkerLink:
     def beat(
         self, progress: Mapping[str, object] | None = None, metrics: Mapping[str, object] | None = None
     ) -> None:
-        """Report that there is progress, at least once a micro-step, and from time to time how far the job is."""
+        """Report that there is progress. Call it at least once a micro-step.
+
+        `progress` and `metrics` say how far the job is, and may be left out.
+        """
         news = {"progress": progress, "metrics": metrics}
         self._say({key: value for key, value in news.items() if value is not None})
 
     def cannot_work(self, reason: str) -> None:
-        """Report why the process ends with EXIT_NO_BASE or EXIT_NO_DATABASE. Only the worker's log shows it."""
+        """Report why the process exits with EXIT_NO_BASE or EXIT_NO_DATABASE."""
         self._say({"reason": reason[:MAX_REASON]})
 
     def _say(self, said: Mapping[str, object]) -> None:
@@ -124,7 +127,7 @@ class WorkerLink:
 
 
 class Child:
-    """The worker's end: a process that runs `command` with an assignment and appends its output to `log`."""
+    """The worker's side of the channel. Starts a process that runs `command` and appends its output to `log`."""
 
     def __init__(
         self,
@@ -161,7 +164,10 @@ class Child:
             os.close(theirs)
 
     def wait(self, seconds: float) -> int | None:
-        """Return the exit code (below 0: the signal that killed it), or None if it still runs after `seconds`."""
+        """Return the exit code, or None if the process still runs after `seconds`.
+
+        A negative code means that the signal with this number killed the process.
+        """
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -187,10 +193,10 @@ class Child:
         self._process.terminate()
 
     def ask_to_give_way(self) -> None:
-        """Have the process leave after its step.
+        """Ask the process to leave after its current step.
 
         Call it only after the process has reported progress: before that, the process may not handle the signal
-        yet, and would die of it.
+        yet, and the signal would kill it.
         """
         self._process.send_signal(signal.SIGUSR1)
 

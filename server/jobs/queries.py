@@ -1,4 +1,4 @@
-"""Jobs as values, and the statements that read them."""
+"""Jobs as values, and the SQL statements that read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from server.jobs.tables import JobKind, Status, jobs
 from server.jobs.turns import position
 
 FINE_TUNING = "fine_tuning"
-"""The key in `Job.data` of what a job has under /v1 alone. Jobs that weren't made under /v1 don't have it."""
+"""The key in `Job.data` for data that only jobs created under /v1 have."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job's current state. `position`, from 1, is its place in the order of turns; None unless it is queued."""
+    """A job's current state. `position` is a queued job's place, from 1, in the order of turns; else None."""
 
     id: str
     project: str
@@ -37,7 +37,7 @@ class Job:
     files_removed_at: datetime | None
     attempt: int
     position: int | None
-    is_pausing: bool  # it runs until its worker releases it
+    is_pausing: bool  # a pause was requested, but the job still runs
 
     @property
     def kind(self) -> JobKind:
@@ -45,7 +45,7 @@ class Job:
 
 
 class Standing(NamedTuple):
-    """A job's status and number of events. It changes whenever there is news of the job."""
+    """A job's status and number of events. It differs after each new event and each change of status."""
 
     status: Status
     num_events: int  # the last event's `seq`
@@ -64,7 +64,7 @@ def no_job(job_id: str) -> NotFound:
 
 
 def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]) -> Job:
-    """Return the job if the condition `mine` holds for it. Raise NotFound."""
+    """Return the job. Raise NotFound if it doesn't exist or if the condition `mine` doesn't hold for it."""
     row = connection.execute(select_jobs().where(jobs.c.id == job_id, mine)).mappings().first()
     if row is None:
         raise no_job(job_id)
@@ -72,9 +72,9 @@ def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]
 
 
 def repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Job | None:
-    """Return the job that this stored idempotency key submitted, or None.
+    """Return the job that was submitted with this stored idempotency key, or None.
 
-    Raise InvalidInput if its body was different.
+    Raise InvalidInput if that job's request body was different.
     """
     if key is None:
         return None
@@ -87,7 +87,7 @@ def repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Jo
 
 
 def job_of(row: sa.RowMapping) -> Job:
-    """Convert a row of `select_jobs`."""
+    """Convert a row of `select_jobs` to a job."""
     same = ("id", "project", "key_id", "name", "data", "progress", "metrics", "adapter", "error", "position")
     times = ("created_at", "started_at", "finished_at", "files_removed_at")
     return Job(

@@ -1,6 +1,6 @@
 """Report a job's progress while its process works: to the worker by a pipe, to clients by the database.
 
-It also records the attempt's trace spans: loading the base, groups of steps, and what follows them.
+Also record the attempt's trace spans: loading the base, groups of steps, and the work after the steps.
 """
 
 import threading
@@ -24,7 +24,7 @@ class JobTrace:
     """The spans of one attempt. Without a tracer every method is a no-op."""
 
     def __init__(self, tracer: Tracer | None, job: Job, attempt: int, directory: Path) -> None:
-        """Begin the trace; `directory` is the job's."""
+        """Begin the trace. `directory` is the job's folder."""
         self._span: Span | None = None
         self._since = time.time_ns()  # the end of the last span
         self._first_step: int | None = None
@@ -66,7 +66,7 @@ class JobTrace:
             self._record(name, start, {})
 
     def stepped(self, measured: Mapping[str, object]) -> None:
-        """Note that a step has ended, with its measurements."""
+        """Record that a step has ended, with its measurements."""
         if self._span is None:
             return
         step = measured["step"]
@@ -88,22 +88,22 @@ class JobTrace:
 SLOWEST_BYTES_PER_SECOND = 1_000_000
 """Speed of a disk or an object store. A slower transfer counts as hung."""
 SLOWEST_PASS = 1e9
-"""Tokens times parameters a second, forward and backward: about a thirtieth of the speed of two idle cores with
-AVX2 (docs/performance.md). A slower pass counts as hung.
+"""Speed of a forward and backward pass, in tokens times parameters per second: about a thirtieth of the speed of
+two idle cores with AVX2 (docs/performance.md). A slower pass counts as hung.
 """
 SLOWEST_PASS_ON_GPU = 100 * SLOWEST_PASS
 _BEAT_SECONDS = 1.0
 
 
 class Leave(Exception):
-    """The worker wants this process to checkpoint and end."""
+    """The worker wants this process to write a checkpoint and exit."""
 
 
 class JobReporter:
-    """`run.Reporter` over the worker's pipe and the database.
+    """An implementation of `run.Reporter` that writes to the worker's pipe and to the database.
 
     `yield_or_leave` raises Leave if the worker wants the process to leave. `progress`, which is called after each
-    step, raises it if the job gives way to another project's.
+    step, raises Leave if the job gives way to another project's job.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class JobReporter:
         *,
         is_on_gpu: bool,
     ) -> None:
-        """`num_parameters`, the base's, and `is_on_gpu` decide how long a pass may take."""
+        """`is_on_gpu` and the base's `num_parameters` decide how long a pass may take."""
         self._link = link
         self._num_parameters = num_parameters
         self._slowest_pass = SLOWEST_PASS_ON_GPU if is_on_gpu else SLOWEST_PASS
@@ -147,7 +147,7 @@ class JobReporter:
             raise Leave
 
     def keep_progress(self) -> None:
-        """Store the progress before the job fails. While it runs, the worker stores it from time to time."""
+        """Store the progress before the job is marked as failed. Until then the worker stores it regularly."""
         self._leases.heartbeat(self._claim, progress=self._progress, metrics=self._metrics)
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
@@ -165,9 +165,9 @@ class JobReporter:
 
 @contextmanager
 def beating(beat: Callable[[], None], seconds: float, every: float = _BEAT_SECONDS) -> Iterator[None]:
-    """Call `beat` every second on a thread while the block runs, since calls in the block take long.
+    """Call `beat` regularly on a thread while the block runs, for blocks in which a single call takes long.
 
-    It does so for `seconds` at most, so that a process that hangs in the block is found after that.
+    The thread stops after `seconds`, so that the worker notices a process that hangs in the block.
     """
     has_ended = threading.Event()
 

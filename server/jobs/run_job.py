@@ -1,10 +1,10 @@
 """The process in which one attempt at a job runs: `python -m server.jobs ASSIGNMENT`.
 
-`worker.py` starts it and keeps the lease. The process loads the base, has `train_job` or `merge_job` do the work,
-and stores how the job ended. Success and the new version are one transaction. A failure that another attempt would
-repeat fails the job. Any other failure becomes an exit code: the worker tries the job again, or ends if the base
-can't be loaded. A database or an object store that can't be used isn't the job's fault. After a full disk the
-worker decides, since other machines may have room.
+`worker.py` starts the process and renews the lease. The process loads the base, runs `train_job` or `merge_job`,
+and stores how the job ended. Success and the new version are stored in one transaction. If another attempt would
+fail in the same way, the job fails. Any other failure becomes an exit code: the worker tries the job again, or
+exits if the base can't be loaded. It isn't the job's fault if the database or the object store can't be used. If
+the disk is full, the worker decides what to do, since other machines may have room.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ OUT_OF_MEMORY = (
 )
 
 LONGEST_LOAD = 3600.0
-"""Seconds for fetching a job's rows and for loading its base. The process counts as hung after that."""
+"""The most seconds for fetching a job's rows, and for loading its base. After that the process counts as hung."""
 
 log = logging.getLogger("smolora.job")
 
@@ -125,7 +125,7 @@ def main(argument: str) -> int:
         return _cannot_work(link, "the base can't be loaded", error, EXIT_NO_BASE)
     except Exception as error:
         log.exception("the attempt failed")
-        if isinstance(error, TryAgain) or is_database_locked(error):  # whose own disk may be full
+        if isinstance(error, TryAgain) or is_database_locked(error):  # the database's disk may be full
             return EXIT_NO_DATABASE
         if reserve.is_disk_full(error):
             return EXIT_NO_ROOM
@@ -149,14 +149,14 @@ def _seconds_of_all(num_threads: int) -> float:
 
 
 def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: int) -> int:
-    """Report the error to the worker and not to the job, since it may name paths. Return the exit code."""
+    """Report the error to the worker, but not in the job's events, since it may name paths. Return `exit_code`."""
     log.error(what, exc_info=error)
     link.cannot_work(str(error))
     return exit_code
 
 
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """Load the served base, and the native code if settings and machine allow it. Raise StartupError.
+    """Load the served base, and the native code if settings and machine allow it. Raise StartupError on failure.
 
     A merge needs only the base's names and sizes, so its weights stay in their file.
     """

@@ -1,11 +1,11 @@
 """Start the worker processes and keep them running; and list the workers that are alive.
 
-A worker that dies is started again after a delay, which doubles while workers die young. If a worker ended because
-the base can't be loaded, the delay is longer, and the jobs' events mention each attempt. The workers are in this
-process's group, and end with it however it ends.
+A worker that dies is started again after a delay, which doubles as long as the worker dies soon after its start.
+If a worker exited because the base can't be loaded, the delay is longer, and the jobs' events mention each
+attempt. The workers are in this process's group, and end when this process ends for any reason.
 
-Each worker keeps a lock on a file of its own under HOME, which the kernel releases when the worker dies. So
-workers in other containers are known, idle ones too, and a killed one is known at once.
+Each worker keeps a lock on a file of its own under HOME. The kernel releases the lock when the worker dies. So
+idle workers and workers in other containers are listed, too, and a worker that was killed disappears at once.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from server.config import WorkerSettings
 from server.jobs.pipe import EXIT_NO_BASE
 
 _FOLDER = "workers"
-_PATIENCE_SECONDS = 2.0  # with a concurrent `workers_of`, which takes the lock for a moment
+_PATIENCE_SECONDS = 2.0  # that `_locked` waits for a concurrent `workers_of`, which takes the lock briefly
 _RETRY_SECONDS = 0.005
 _NUMBERS = Path("/proc/self/ns/pid")
 _MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
@@ -33,7 +33,7 @@ _MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
 def own_name() -> str:
     """Return this worker's name in its claims.
 
-    A container numbers its processes itself and may have the machine's host name, so its PID namespace is added.
+    A container has its own process ids and may have the machine's host name, so its PID namespace is added.
     """
     name = f"{socket.gethostname()}:{os.getpid()}"
     with suppress(OSError):  # not on Linux
@@ -68,7 +68,10 @@ def workers_of(home: Path) -> list[str]:
 
 
 def _locked(path: Path) -> int:
-    """Create and lock the file, and return its handle. Raise OSError, also if another process keeps the lock."""
+    """Create and lock the file, and return its handle.
+
+    Raise OSError if that fails, or another process has the lock.
+    """
     path.parent.mkdir(mode=0o700, exist_ok=True)
     until = time.monotonic() + _PATIENCE_SECONDS
     while True:
@@ -90,7 +93,7 @@ def _locked(path: Path) -> int:
 
 
 def _is_held(path: Path) -> bool:
-    """Return whether a process has the lock. If none has, remove the file."""
+    """Return whether a process has locked the file. If no process has, remove the file."""
     try:
         handle = os.open(path, os.O_RDWR)
     except OSError:
@@ -121,12 +124,12 @@ log = logging.getLogger("smolora.supervisor")
 
 
 def worker_command(settings: WorkerSettings) -> list[str]:
-    """Return the command of one worker with these settings that this process supervises."""
+    """Return the command that runs a worker with these settings, supervised by this process."""
     return [sys.executable, "-P", "-m", "server.jobs.worker", settings.to_json(), str(os.getpid())]
 
 
 class Supervisor:
-    """`num_workers` processes that run `command`. `start` starts them."""
+    """A supervisor of `num_workers` processes that run `command`. `start` starts them."""
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class Supervisor:
         self._clock = clock
         self._is_stopping = threading.Event()
         self._is_hurried = False
-        # The kernel watches the thread that starts a process, so this one must live as long as they.
+        # The kernel kills a worker when the thread that started it ends, so this thread must outlive the workers.
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
     @property
@@ -150,7 +153,7 @@ class Supervisor:
 
     @property
     def is_running(self) -> bool:
-        """Return whether there may be workers."""
+        """Return whether workers may still be running."""
         return self._thread.is_alive()
 
     def start(self) -> None:
@@ -159,7 +162,10 @@ class Supervisor:
             self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Have the workers release their jobs and end; kill those that don't in time. Return at once."""
+        """Make the workers release their jobs and exit.
+
+        Those that don't exit in time are killed. Return at once.
+        """
         self._is_stopping.set()
 
     def hurry(self) -> None:
@@ -197,7 +203,7 @@ class _Slot:
         self._delay = FIRST_DELAY
 
     def tend(self, now: float) -> None:
-        """Start a worker if none runs and its delay is over. Raise OSError."""
+        """Start a worker if none runs and the delay is over. Raise OSError if it can't be started."""
         if self.process is not None and (code := self.process.poll()) is not None:
             log.warning("worker %d ended with exit code %d", self.process.pid, code)
             first, most, young = FIRST_DELAY, MAX_DELAY, _YOUNG_SECONDS

@@ -1,7 +1,7 @@
 """The tables of jobs, and how a job's time is counted and charged.
 
-`number` is a job's place in the queue: a job that is requeued returns to its old place. Leases go by the
-database's clock. A job's usage is charged once, in the transaction that ends it.
+`number` is a job's place in the queue: a job that is requeued returns to its old place. Leases are timed by the
+database's clock. A job's usage is charged once, in the transaction that ends the job.
 """
 
 from datetime import UTC, datetime
@@ -18,11 +18,11 @@ from server.access.usage import Account, Usage, add_in
 JobKind = Literal["train", "merge"]
 TRAIN: JobKind = "train"
 MERGE: JobKind = "merge"
-"""`spec["kind"]`; a training job's spec has none."""
+"""The value of `spec["kind"]` for a merge. A training job's spec has no "kind"."""
 
 
 Time = sa.ColumnElement[float]
-"""Seconds since 1970 by the clock of all workers."""
+"""Seconds since 1970 by the clock that all workers share."""
 
 
 class Status(StrEnum):
@@ -68,21 +68,21 @@ jobs = sa.Table(
     sa.Column("owner", sa.String(255)),  # the worker that claimed it last
     sa.Column("token", sa.Integer, nullable=False),  # fencing token: how often the job was claimed
     sa.Column("lease_until", sa.Float(53), nullable=False),  # by `database_time`; the job can't be claimed before
-    sa.Column("timed_at", sa.Float(53)),  # the time up to which `run_seconds` is counted
+    sa.Column("timed_at", sa.Float(53)),  # the time until which `run_seconds` is counted
     sa.Column(
         "run_seconds", sa.Float(53), nullable=False, server_default="0"
     ),  # the time of all its attempts together
-    sa.Column("project_seconds", sa.Float(53)),  # its project's, at the job's last claim: see `turns.py`
+    sa.Column("project_seconds", sa.Float(53)),  # the time its project has used, according to this row
     sa.Column("wants_pause", sa.Boolean, nullable=False),  # a running job's worker should release it
     sa.Column(
         "gives_way", sa.Boolean, nullable=False, server_default=sa.false()
-    ),  # the same, after its current step
+    ),  # a running job's worker should release it after the current step
     sa.Column("stalled_attempts", sa.Integer, nullable=False),  # claims since the last new checkpoint
     sa.Column("crash", sa.Text),  # why the last failed attempt ended
     sa.Column("checkpoint_step", sa.Integer, nullable=False),  # the newest checkpoint's; -1: none
     sa.Column("metrics_step", sa.Integer, nullable=False),  # the newest metrics event's; -1: none
     sa.Column("num_events", sa.Integer, nullable=False),
-    sa.Column("files_removed_at", UtcDateTime),  # null while its model and log are there
+    sa.Column("files_removed_at", UtcDateTime),  # null while its model and log exist
     sa.Index("ix_jobs_status_number", "status", "number"),
     sa.Index("ix_jobs_project_number", "project", "number"),
     sa.Index("ix_jobs_project_seconds", "project", "project_seconds"),
@@ -131,7 +131,7 @@ def count_time(now: Time) -> dict[str, object]:
 
 
 def charge(connection: sa.Connection, job_id: str) -> None:
-    """Charge the job's tokens and time, as its row has them, to the account of the key that submitted it."""
+    """Charge the tokens and the time in the job's row to the account of the key that submitted the job."""
     columns = (jobs.c.project, jobs.c.key_id, jobs.c.name, jobs.c.progress, jobs.c.run_seconds)
     row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).one()
     adapter = key_of(row.project, row.name)

@@ -1,6 +1,6 @@
 """One attempt at a training job: `Run` trains, and the result is stored and published.
 
-The adapter's bytes are stored first. Then its version, its report and the job's end are one transaction.
+The adapter's bytes are stored first. Then its version, its report and the job's end are stored in one transaction.
 `server.jobs.run_job` starts the attempt and stores its failures.
 """
 
@@ -49,13 +49,13 @@ from server.training.trainables import trainable_rows
 from server.training.trained_rows import adapter_config
 
 MAX_DECISIONS = 5
-"""Max evaluations of a name's latest version, each because a newer one appeared. Then the job is requeued."""
+"""The most evaluations of a name's latest version. If a newer version appears each time, the job is requeued."""
 
 
 class TrainingAttempt:
-    """Train and publish, or raise Leave (with a checkpoint), LeaseLost, or an error.
+    """An attempt. `run` trains and publishes, or raises Leave (after a checkpoint), LeaseLost, or an error.
 
-    A SmoloraError, such as a Conflict about the name, would hit the next attempt as well.
+    If the error is a SmoloraError, such as a Conflict about the name, the next attempt would fail with it, too.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class TrainingAttempt:
         data = JobData.load(directory)
         data.check_base(self._base)
         if spec.method == "lora":
-            self._library.check_name(spec.name)  # it was valid when the job was submitted
+            self._library.check_name(spec.name)  # again: it was valid when the job was submitted
         parent = None
         if spec.start_from_digest is not None:
             parent = self._library.read(spec.start_from_digest)
@@ -157,13 +157,19 @@ class TrainingAttempt:
             self._library.discard(adapter.weights.digest)
 
     def _drop_results(self) -> None:
-        """Remove a failed or cancelled job's stored results. Until it has ended, another attempt may use them."""
+        """Remove the stored results if the job has failed or was cancelled.
+
+        Otherwise another attempt may use them.
+        """
         if self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
             with suppress(NotFound):
                 self._results.delete(results_id(self._job.id))
 
     def _config_of(self, parent: PeftAdapter) -> LoraConfig:
-        """Return the parent version's config; if that was deleted, the shape in the spec."""
+        """Return the parent version's config.
+
+        If that version was deleted, return a config of the spec's rank and alpha.
+        """
         num_layers = self._base.config.shape.num_layers
         assert self._spec.start_from is not None
         try:
@@ -174,7 +180,7 @@ class TrainingAttempt:
         return recorded.config_of(version, parent, num_layers)
 
     def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
-        """Store a fully trained model, and return its size in bytes."""
+        """Store the adapter, or the model if all its weights were trained. Return the size in bytes."""
         if adapter is not None:
             with self._reporter.transferring(4 * adapter.weights.num_parameters):
                 return self._library.keep(adapter)
@@ -190,9 +196,10 @@ class TrainingAttempt:
         return num_bytes
 
     def _latest_evaluation(self, data: JobData) -> tuple[Evaluation | None, int | None]:
-        """Evaluate the name's latest version on held-out rows if the gate asks for that.
+        """Evaluate the name's latest version on held-out rows if the gate compares with it.
 
-        Return the evaluation and the version's number (0: there is none).
+        Return the evaluation and the version's number, which is 0 if there is no version. Return None for both if
+        the gate doesn't compare with it.
         """
         if self._spec.publish_if != "improves_latest" or data.validation is None:
             return None, None

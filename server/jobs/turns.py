@@ -1,13 +1,14 @@
 """The order of turns: which job a worker claims next, which running job gives way, and where a waiting job stands.
 
-Projects share the workers by time. The next turn is that of the project with the fewest running jobs, and among
-those of the one that has used the fewest seconds; within a project the oldest job comes first. A project is
-charged for all attempts, however they end. It saves nothing up while it has no jobs: a claim raises its seconds to
-one time slice below those of the project that has used the most. So a project that uses less than its share waits
-for one running slice at most, and a project that trained alone for days doesn't pay for it later.
+Projects share the workers by time. The next turn is that of the project with the fewest running jobs. Among
+projects with equally few, it is that of the project that has used the fewest seconds. Within a project the oldest
+job comes first. A project is charged for all attempts, however they end. It can't save up time while it has no
+jobs: a claim raises its seconds to at least one time slice below those of the project that has used the most. So a
+project that uses less than its share waits for one running slice at most, and a project that trained alone for
+days doesn't pay for that later.
 
-Trainings and merges have lanes of their own, and are scheduled separately. If a clock was set back, a lease that
-is longer than any can be counts as over.
+Trainings and merges are scheduled separately: a worker runs one of each at a time. A lease that is longer than any
+real one counts as expired, since a clock must have been set back.
 """
 
 import sqlalchemy as sa
@@ -17,11 +18,11 @@ from server.jobs.tables import TRAIN, JobKind, Status, Time, jobs, kind_of
 LONGEST_LEASE = 300.0
 """Seconds: longer than any lease, and than any delay after a crash."""
 LEAST_SECONDS = 1.0
-"""The least that a turn costs, so that projects alternate even if their jobs take no time."""
+"""The least that a project is charged for a turn, so that projects alternate even if their jobs take no time."""
 
 
 def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
-    """Select the first job in the order of turns that waits, or whose lease has run out."""
+    """Select the job whose turn is next, among those that are waiting or whose lease has expired."""
     mine = _shares(now)
     columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
     query = sa.select(*columns).join(mine, _is_share_of(mine, jobs))
@@ -32,7 +33,10 @@ def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool
 
 
 def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) -> float:
-    """Return what the job's project is charged with as it claims the job; `time_slice` is in seconds."""
+    """Return how many seconds the job's project counts as having used from this claim on.
+
+    `time_slice` is in seconds.
+    """
     mine, other = jobs.alias(), jobs.alias()
     same = (other.c.project == mine.c.project, kind_of(other) == kind_of(mine))
     own = sa.select(sa.func.max(other.c.project_seconds)).where(*same).scalar_subquery()
@@ -44,8 +48,8 @@ def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) 
 def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
     """Select whether this running training should give way, so that another project's job takes the worker.
 
-    It should if another project would have the next turn, counting this job's project as having one fewer running,
-    and fewer jobs give way already than there are such projects. Merges never do: they have no checkpoints.
+    It should if another project would have the next turn once this job stopped, unless enough jobs for all such
+    projects are giving way already. Merges never give way, since they have no checkpoints.
     """
     mine, own = jobs.alias(), _shares(now)
     other, all_ = own.alias(), own.alias()
@@ -61,8 +65,8 @@ def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
 def position() -> sa.ColumnElement[int | None]:
     """Return a queued job's place in the order of turns, from 1; null for other jobs.
 
-    It counts the project's own older queued jobs, and other projects' jobs whose turn is earlier, with the running
-    jobs that have to end or give way first. A job counts once, however many turns it takes.
+    The place counts the project's own older queued jobs, and other projects' jobs whose turn is earlier, including
+    running jobs that have to end or give way first. A job counts once, however many turns it takes.
     """
     place = sa.func.row_number().over(partition_by=(jobs.c.project, kind_of(jobs)), order_by=jobs.c.number)
     queued = sa.select(jobs.c.id, place.label("place")).where(jobs.c.status == Status.QUEUED).subquery()
@@ -85,14 +89,14 @@ def position() -> sa.ColumnElement[int | None]:
 
 
 def is_over(lease_until: "sa.ColumnElement[float]", now: Time) -> sa.ColumnElement[bool]:
-    """Return whether a lease that ends at `lease_until` has run out."""
+    """Return whether a lease that ends at `lease_until` has expired."""
     return sa.or_(lease_until <= now, lease_until > now + LONGEST_LEASE)
 
 
 def _shares(now: Time | None) -> "sa.CTE":
     """Count each project's queued and running jobs of each kind, with the seconds that it has used.
 
-    A job whose lease has run out counts as waiting. If `now` is None, leases are ignored.
+    A job whose lease has expired counts as waiting. If `now` is None, leases are ignored.
     """
     job = jobs.alias()
     runs: sa.ColumnElement[bool] = job.c.status == Status.RUNNING

@@ -5,13 +5,13 @@ other.
 
 The worker itself stays small and never blocks. A training step may take longer than a lease, so a separate thread
 renews the lease. The worker asks the process to leave if the job is paused or the worker is stopped, and to leave
-after its step if the job gives way to another project's. It kills the process if the job was cancelled or lost, or
-if the process shows no progress.
+after its current step if the job gives way to another project's job. It kills the process if the job was cancelled
+or lost, or if the process shows no progress.
 
-If the base can't be loaded, the worker ends, and jobs wait for a worker that can load it. If the database, the
-object store or this machine's disk fails, the worker requeues the job and waits. A full disk fails the job if no
-other machine could have room. Only the process knows what training is (`server.jobs.run_job`); `server.jobs.pipe`
-is how the two communicate.
+If the base can't be loaded, the worker exits, and jobs wait for a worker that can load it. If the database, the
+object store or this machine's disk fails, the worker requeues the job and waits. But if the disk is full and no
+other machine could have room, the job fails. Only the process contains the code for training
+(`server.jobs.run_job`). The worker and the process communicate through `server.jobs.pipe`.
 """
 
 import logging
@@ -72,9 +72,9 @@ class Timing:
     poll: float = 0.5  # between polls of the queue
     hung: float = 300.0  # without progress, after which the process is killed
     leave: float = 20.0  # for a process to checkpoint and leave before it is killed, if the worker has to end
-    pause: float = 120.0  # the same if the worker goes on, and for a process to clean up after its job's end
+    pause: float = 120.0  # the same if the worker keeps running, and for a process to clean up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
-    trouble: float = 2.0  # after the database couldn't be used
+    trouble: float = 2.0  # of waiting after the worker failed, for example because of the database
     hindered: float = 30.0  # until the next attempt after a failure that isn't the job's fault
     sweep: float = 600.0  # between removals of ended jobs' files
 
@@ -98,8 +98,8 @@ class Worker:
     ) -> None:
         """`command` runs a job, and gets `settings`, the JSON of WorkerSettings.
 
-        The worker ends with the process `parent`. If `kind` is None, it takes jobs of every kind. `has_peers`:
-        there may be workers with their own HOME, which may have room for a job if this one doesn't.
+        The worker exits when the process `parent` dies. If `kind` is None, it takes jobs of every kind.
+        `has_peers`: there may be workers with other HOMEs, which may have room for a job if this HOME hasn't.
         """
         self._leases = leases
         self._settings = settings
@@ -117,7 +117,7 @@ class Worker:
         self._exit_code = 0
 
     def stop(self) -> None:
-        """Have `run` end once the current job is released. Safe in a signal handler."""
+        """Make `run` return once the current job is released. This is safe in a signal handler."""
         self._is_stopping = True
 
     def run(self) -> int:
@@ -138,7 +138,7 @@ class Worker:
     def _work(self) -> None:
         has_room = self._reserve.fill() and not self._reserve.is_needed
         if time.monotonic() >= self._sweep_due:
-            self._sweep_due = time.monotonic() + self._timing.sweep  # first: a failing sweep costs no job its turn
+            self._sweep_due = time.monotonic() + self._timing.sweep  # first: a failing sweep isn't retried at once
             self._retention.sweep()
         if self._has_peers and not has_room:
             log.warning("SMOLORA_HOME has no room, or can't be written: this worker takes no jobs")
@@ -179,7 +179,7 @@ class Worker:
         self._conclude(attempt, reason)
 
     def _watch(self, child: Child, attempt: Attempt) -> str | None:
-        """Wait for the process to end, or end it. Return how it failed, or None if it succeeded."""
+        """Wait until the process exits, or kill it. Return why it failed, or None if it succeeded."""
         timing = self._timing
         quiet = leaving = 0.0
         is_killed = False  # by this worker
@@ -269,7 +269,7 @@ class Worker:
             log.warning("the job is another worker's by now")
 
     def _sleep(self, seconds: float) -> None:
-        """Wait, but not once the worker is stopped. (An Event would deadlock if a signal handler set it.)"""
+        """Sleep, but return early if the worker is stopped. An Event would deadlock if a signal handler set it."""
         until = time.monotonic() + seconds
         while not self._is_stopping and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _TICK_SECONDS))
@@ -314,7 +314,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     training, merging = lanes
-    # The kernel watches the thread that starts a process, so this one must live as long as they.
+    # The kernel kills a process when the thread that started it ends, so each lane keeps its thread.
     second = threading.Thread(target=run, args=(merging,), name="merging", daemon=True)
     second.start()
     with present(settings.home):
@@ -325,7 +325,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
 
 
 def main(settings: str, parent: str) -> int:
-    """Run a worker that the process `parent` supervises, with the JSON of its settings. Return the exit code."""
+    """Run a worker that the process `parent` supervises. `settings` is JSON. Return the exit code."""
     os.umask(0o077)
     read = WorkerSettings.model_validate_json(settings)
     logs.set_up(read.log_format)

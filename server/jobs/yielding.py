@@ -1,10 +1,10 @@
-"""Serving first: a flag under HOME that says whether requests run, and a trainer's pauses while they do.
+"""Priority for serving: a file under HOME says whether requests are running, and training pauses while they are.
 
-Niceness has no effect across containers or sessions; a file on their common volume does. The file has 8 bytes for
-each serving process, which are written and read in one piece: a time by this machine's monotonic clock in ms, and
-the number of running sequences. An entry counts as none if it wasn't renewed for STALE_SECONDS, or is another
-machine's. (Reads and writes of the page cache take 1 µs. A mapping would save that, but would kill the server if a
-full disk has no room for the page.)
+Niceness has no effect across containers or sessions; a file on their common volume does. The file has an entry of
+8 bytes for each serving process, which is written and read in one piece: a time by this machine's monotonic clock
+in ms, and the number of running sequences. An entry is ignored if it wasn't renewed for STALE_SECONDS, or if
+another machine wrote it. (Reads and writes of the page cache take 1 µs. A memory mapping would save that time, but
+a full disk would then kill the server.)
 """
 
 import os
@@ -32,14 +32,20 @@ class BusyFlag:
     """The flag of one HOME, for serving and training processes."""
 
     def __init__(self, home: Path, clock: Clock = time.monotonic, place: int = 0) -> None:
-        """Make HOME's file if it is missing. `place`, below NUM_PLACES, is this process's own. Raise OSError."""
+        """Create the file if it is missing. Raise OSError if that fails.
+
+        `place`, below NUM_PLACES, is the place of this process's entry in the file.
+        """
         self._clock = clock
         self._offset = place * _FORMAT.size
         self._file = os.open(home / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._last = (0, float("-inf"))  # the last value and its time
 
     def set(self, num_running: int) -> None:
-        """Set the number of running sequences. Call it often while there are any; it writes only if necessary."""
+        """Set the number of running sequences.
+
+        Call it often while there are any. The file is written if necessary.
+        """
         now = self._clock()
         before, since = self._last
         if num_running == before and (not num_running or now - since < _RENEW_SECONDS):
@@ -63,7 +69,10 @@ class BusyFlag:
 
 
 class Yielding:
-    """A trainer's pauses: it gets at most `share` of the cores' time while requests run, and all otherwise."""
+    """The pauses of a training process.
+
+    The process gets at most `share` of the cores' time while requests run, and all of the time otherwise.
+    """
 
     def __init__(
         self,
@@ -77,8 +86,8 @@ class Yielding:
         """Begin the first piece of work.
 
         `num_running` is a BusyFlag's `read`. `work` returns the seconds that this process would have computed so
-        far with the cores to itself; while requests compute on the same cores, that is less than the elapsed time.
-        Without it, the time by `clock` counts.
+        far with the cores to itself. While requests compute on the same cores, that is less than the elapsed time.
+        Without `work`, the time by `clock` counts.
         """
         self._num_running = num_running
         self._share = share
@@ -86,13 +95,13 @@ class Yielding:
         self._clock = clock
         self._sleep = sleep
         self._since, self._worked = clock(), self._work()
-        self._debt = 0.0  # seconds to pause; below 0: what requests had beyond their share
+        self._debt = 0.0  # seconds to pause; below 0: seconds that requests got beyond their share
 
     def pause(self, go_on: Callable[[], bool] = lambda: True) -> float:
         """Sleep until the work so far is `share` of the time; return the seconds slept.
 
-        Call it after each micro-step. It ends early if no requests run, or if `go_on`, which is called every few
-        milliseconds, returns false.
+        Call it after each micro-step. The pause ends early if no requests run, or if `go_on`, which is called
+        every few milliseconds, returns false.
         """
         start = now = self._clock()
         elapsed = start - self._since

@@ -1,12 +1,12 @@
-"""Metrics of the engine's snapshot, read at each request: under our names, and under vLLM's names for gateways.
+"""Metrics of the engine's snapshot, which is read at each request: under our names, and under vLLM's for gateways.
 
-The Gateway API's inference extension reads vLLM's names to choose a server. `vllm:lora_requests_info` has its
-information in labels, and the time as its value: which adapters a request can use without loading, and which ones
-requests wait for. vLLM lists running adapters there; we list resident adapters by every name that a request may
-use: `tweets` for the latest version, `tweets@3`, `tweets@prod`, and compositions whose parts are all resident.
-Names of other projects come with the project.
+The Gateway API's inference extension reads vLLM's names to choose a server. The value of `vllm:lora_requests_info`
+is the time. Its labels say which adapters a request can use without loading, and for which adapters requests are
+waiting. vLLM lists the running adapters there. We list each resident adapter under every name that a request may
+use: `tweets` for the latest version, `tweets@3`, `tweets@prod`, and compositions whose parts are all resident. An
+adapter of another project is listed with its project.
 
-Gateways take each name for an adapter, and consider a server full if it lists `max_lora` names. So our `max_lora`
+Gateways count each name as an adapter, and consider a server full if it lists `max_lora` names. So our `max_lora`
 counts names, too.
 """
 
@@ -59,20 +59,20 @@ class EngineCollector(Collector):
 
 
 MAX_NAMES = 200
-"""Names in one label. Names without versions come first."""
+"""The most names in one label. Names without versions come first."""
 TYPICAL_RANK = 16
 """`max_lora` assumes adapters of this rank, on all linear modules."""
 
 Names = Callable[[frozenset[str]], list[str]]
-"""Returns the names of digests in requests, the most important first; from `adapters.catalog`."""
+"""Returns the names by which requests can refer to these digests, the most important first."""
 Moves = Callable[[], object]
-"""Returns another value whenever names may resolve to other digests than before."""
+"""Returns a value that changes whenever a name may have come to refer to another digest."""
 
 
 class GatewayCollector(Collector):
     """The engine's snapshot, which `stats` returns, under vLLM's names, with the names of adapters.
 
-    Names are looked up only if something has changed. If that fails, the old names stay.
+    Names are looked up only if something has changed. If the lookup fails, the old names are kept.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class GatewayCollector(Collector):
     def _loras(self, stats: EngineStats) -> Metric:
         state = (stats.resident, stats.waiting, self._moves())
         if state != self._seen:
-            with suppress(Exception):  # the database fails: `home` logs it
+            with suppress(Exception):  # the database failed, which `HomeCollector` logs
                 resident, waiting = self._named(stats.resident), self._named(stats.waiting - stats.resident)
                 self._labels = ",".join(resident), ",".join(waiting)
                 self._num_more = len(resident) + len(waiting) - len(stats.resident | stats.waiting)

@@ -1,7 +1,7 @@
 """Metrics of HOME: jobs, workers, and disk space.
 
-They are read at most once a second, however often gateways ask. If something can't be read, its metrics are left
-out and the log says so: the rest of /metrics is needed most when a disk fails.
+They are read at most once a second, however often gateways request them. If something can't be read, its metrics
+are omitted, and a warning is logged: the other metrics are needed most when a disk fails.
 """
 
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger("smolora.metrics")
 
 
 class HomeCollector(Collector):
-    """Metrics of one HOME. `min_free_bytes` is the setting. Use it from one thread at a time."""
+    """Metrics of one HOME. `min_free_bytes` is the setting of that name. Not thread-safe."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class HomeCollector(Collector):
         *,
         is_shared: bool = False,
     ) -> None:
-        """`is_shared`: workers with other HOMEs run these jobs, too, and count while they have a lease."""
+        """`is_shared`: workers with other HOMEs run these jobs, too. They are counted while they have a lease."""
         self._home = home
         self._jobs = jobs
         self._min_free_bytes = min_free_bytes

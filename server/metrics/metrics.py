@@ -1,7 +1,7 @@
-"""A server's metrics: HTTP requests, generation requests, lanes, its process, and those that collectors read.
+"""A server's metrics: HTTP requests, generation requests, lanes, the process, and what collectors read.
 
-Gateways ask many times a second and need current values, so collectors are read each time. Counters may be older,
-by MAX_AGE at most, so that rendering them takes at most RENDER_SHARE of the time.
+Gateways read /metrics many times a second and need current values, so collectors are read at each request. The
+other metrics may be up to MAX_AGE old, so that rendering them takes at most RENDER_SHARE of the time.
 
 Each server has its own registry. Labels are bounded: routes are templates, such as "/train/{job_id}", and paths
 without a route share one label; past MAX_ADAPTER_LABELS distinct adapters, the rest share the label "other".
@@ -44,7 +44,7 @@ _HTTP_SECONDS = (
     2.5,
     10.0,
     60.0,
-)  # of each route: few, since there are many routes
+)  # few buckets, since each of the many routes has them
 
 
 class HttpMetrics:
@@ -70,9 +70,9 @@ class HttpMetrics:
             ["reason"],
             registry=registry,
         )
-        for reason in get_args(KeyFault):  # Prometheus sees the first failure only as an increase from 0
+        for reason in get_args(KeyFault):  # start at 0, so that Prometheus sees the first failure as an increase
             self._auth_failures.labels(reason)
-        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  # so that counting is fast
+        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  # cached, to count fast
 
     def refused(self, reason: KeyFault) -> None:
         """Count a request with an invalid key."""
@@ -93,7 +93,10 @@ _WAIT_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 
 class LaneMetrics:
-    """Waits for a thread of a lane, and requests refused because a lane or another bound was full."""
+    """Metrics of lanes, which are limits on concurrent work: waits for a thread, and refused requests.
+
+    A request is refused if its lane, or another limit on concurrent work, is full.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._waits = Histogram(
@@ -111,7 +114,7 @@ class LaneMetrics:
         )
 
     def declare(self, name: str, *, is_lane: bool) -> None:
-        """Show the series from the start, since Prometheus sees the first refusal only as an increase from 0."""
+        """Create the series with value 0, so that Prometheus sees the first refusal as an increase."""
         self._refusals.labels(name)
         if is_lane:
             self._waits.labels(name)
@@ -129,7 +132,7 @@ _THREADS = "/proc/self/task"
 
 
 class ServerCollector(Collector):
-    """The server's version, base, readiness and threads. `is_ready` returns what /ready says."""
+    """The server's version, base, readiness and threads. `is_ready` returns whether /ready answers 200."""
 
     def __init__(self, base_name: str, is_ready: Callable[[], bool]) -> None:
         self._base_name = base_name
@@ -152,21 +155,21 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100
 RENDER_SHARE = 0.1
 MAX_AGE = 1.0
-"""Seconds. A bound is needed because rendering looks slow if other processes used its core meanwhile."""
+"""In seconds. Without this bound, counters could become stale: rendering looks slow if other processes compute."""
 
 Outcome = Literal["completed", "cancelled", "failed", "refused", "invalid"]
 """How a generation request ended.
 
-completed: all its choices ended. cancelled: the client left, or read too slowly. failed: by the engine's fault.
+completed: all its choices are complete. cancelled: the client left, or read too slowly. failed: the engine failed.
 refused: it was never accepted. invalid: its adapters are too large together, the model's numbers overflow under
-them, or its grammar is too complex.
+these adapters, or its grammar is too complex.
 """
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 def outcome_of(error: Exception) -> Outcome:
-    """Return the outcome of a request that the engine ended with this error."""
+    """Return the outcome of a request that ended with this error from the engine."""
     if isinstance(error, InvalidInput):
         return "invalid"
     if isinstance(error, ReadTooSlowly):
@@ -198,7 +201,7 @@ class Metrics:
         self._requests = Counter(
             "smolora_requests", "Requests to generate, by outcome", ["outcome"], registry=self._registry
         )
-        for outcome in get_args(Outcome):  # Prometheus sees the first failure only as an increase from 0
+        for outcome in get_args(Outcome):  # start at 0, so that Prometheus sees the first failure as an increase
             self._requests.labels(outcome)
         self._first_token = self._histogram("smolora_time_to_first_token_seconds", "Request to its first token")
         self._inter_token = self._histogram("smolora_inter_token_seconds", "Between tokens of one choice")
@@ -215,12 +218,15 @@ class Metrics:
         self.observe_queue = self._queue.observe
 
     def accepted(self, adapters: Iterable[str]) -> None:
-        """Count a request that goes to the engine, for each of its adapters ("base" if it has none)."""
+        """Count a request that is passed to the engine, once for each of its adapters ("base" if it has none)."""
         for name in {self._label(name) for name in adapters}:
             self._adapter_requests.labels(name).inc()
 
     def ended(self, outcome: Outcome, seconds: float, adapters: Iterable[str], num_tokens: int) -> None:
-        """Count a request's outcome, seconds and generated tokens; all tokens count for each of its adapters."""
+        """Count a request's outcome, seconds and generated tokens.
+
+        Each of its adapters is credited with all tokens.
+        """
         self._requests.labels(outcome).inc()
         if outcome == "completed":
             self._request.observe(seconds)
@@ -228,7 +234,7 @@ class Metrics:
             self._adapter_tokens.labels(name).inc(num_tokens)
 
     def refused(self) -> None:
-        """Count a valid request that wasn't accepted: the queue is full, or nothing is served now."""
+        """Count a valid request that wasn't accepted because the queue is full or the server isn't serving."""
         self._requests.labels("refused").inc()
 
     @contextmanager
@@ -241,7 +247,10 @@ class Metrics:
             raise
 
     def render(self) -> bytes:
-        """Return Prometheus' text format. It takes milliseconds, may block on disk, and isn't thread-safe."""
+        """Return the metrics in Prometheus' text format.
+
+        This takes milliseconds, may do disk I/O, and isn't thread-safe.
+        """
         if (started := self._clock()) >= self._keep_until:
             self._counts = generate_latest(self._registry)
             now = self._clock()

@@ -1,1 +1,1 @@
-"""The machine and this process: control groups, memory, threads, and parts of messages."""
+"""The machine and this process: control groups, memory and threads; and helpers for messages to users."""

@@ -1,4 +1,4 @@
-"""The limits of this process's cgroups, of both versions: containers and services have such limits.
+"""CPU and memory limits of this process's cgroups (v1 and v2). Containers and services have such limits.
 
 A limit applies to a cgroup and everything below it, so the lowest limit between the process's own cgroup and the
 root counts. In a container the visible root may be the container's own cgroup.
@@ -30,7 +30,7 @@ def cpu_quota(root: Path = _ROOT, own: Path = _OWN) -> float | None:
 def memory_left(root: Path = _ROOT, own: Path = _OWN) -> int | None:
     """Return the bytes that this process may still allocate, or None if its memory has no limit.
 
-    Cached files that weren't read lately count as free, since the kernel can drop them.
+    Cached files that weren't read recently count as free, since the kernel can drop them.
     """
     sizes = [_left(place) for place in _places("memory", root, own)]
     return min((size for size in sizes if size is not None), default=None)
@@ -44,14 +44,14 @@ def _places(controller: str, root: Path, own: Path) -> Iterator[Path]:
         lines = ["0::/", f"1:{controller}:/"]
     for line in lines:
         _, names, path = line.split(":", 2)
-        if not names:  # version 2, perhaps next to version 1
+        if not names:  # version 2, perhaps alongside version 1
             mounts = [root, root / "unified"]
         elif controller in names.split(","):
             mounts = [root / controller, root / names]
         else:
             continue
         parts = PurePosixPath(path).parts[1:]
-        if ".." in parts:  # outside of the mounted hierarchy
+        if ".." in parts:  # the cgroup is outside of the mounted hierarchy
             parts = ()
         for mount in mounts:
             for end in range(len(parts), -1, -1):

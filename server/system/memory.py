@@ -25,18 +25,18 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Return free memory to the kernel. It takes a while, and memory that is needed again is mapped again."""
+    """Return free memory to the kernel. This is slow, and memory that is needed again must be mapped again."""
     with suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Turn the garbage collector off during a block, and exempt all objects that exist at its end for good.
+    """Disable garbage collection during the block, and then permanently exempt all existing objects from it.
 
-    A server's libraries are half a million objects that live as long as the process. Collecting them takes a
-    quarter of the start, and again in each later full collection, during which no thread runs Python, not even
-    the engine's. Reference counting still frees objects in the block; only cycles that exist at its end stay.
+    A server's libraries create half a million objects that live as long as the process. Scanning them would take a
+    quarter of the start-up time, and as long again in each later full collection, during which no thread, not even
+    the engine's, runs Python. Reference counting still frees objects; only reference cycles stay.
     """
     gc.disable()
     try:

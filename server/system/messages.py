@@ -1,4 +1,4 @@
-"""Parts of messages to users: the command as it was called, and nouns with their number."""
+"""Helpers for messages to users: the command that runs this program, and nouns with a number."""
 
 import shlex
 import shutil
@@ -9,10 +9,10 @@ NAME = "smolora"
 
 
 def program() -> str:
-    """Return how a shell in the current folder calls this program, so that suggested commands can be pasted.
+    """Return the command that runs this program in the current folder, so that suggested commands can be pasted.
 
-    This is `smolora` if the shell finds this installation by that name, else its path: relative if it is below the
-    current folder, unless that is `/`, where services run but no user's shell does.
+    This is `smolora` if the shell finds this installation by that name, else the program's path. The path is
+    relative if it is below the current folder. But in `/` it is absolute: services run there, users' shells don't.
     """
     called = Path(sys.argv[0])
     if called.name != NAME:  # `python -m server.cli`, or a test
@@ -29,5 +29,5 @@ def program() -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Return `1 version`, `2 versions` or `1,000 rows`; only for nouns whose plural adds just an s."""
+    """Return `1 version`, `2 versions` or `1,000 rows`. The noun's plural must just add an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""How threads share the processors and the GIL with the engine's thread."""
+"""Helpers that give the engine's thread precedence over other threads for processors and the GIL."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ _SWITCH_SECONDS = 0.0005
 def step_back() -> None:
     """Give the calling thread, and threads that it starts, a low priority, so that the engine's steps come first.
 
-    Only Linux has priorities of threads.
+    Only Linux has priorities of threads; elsewhere this is a no-op.
     """
     if sys.platform == "linux":
         with suppress(OSError):

@@ -1,8 +1,8 @@
 """The log of the server, its workers and their jobs: one line for each event, on stderr.
 
-A line has the process and the id of the request, if any, as text or as a JSON object (SMOLORA_LOG_FORMAT). Lines
-contain no prompts or generated texts, and line ends within a message are escaped. uvicorn's lines have the same
-form.
+A line has the process's id and, while a request is handled, the request's id. Lines are text or JSON objects
+(SMOLORA_LOG_FORMAT). They contain no prompts or generated texts, and line ends within a message are escaped.
+uvicorn's lines have the same format.
 """
 
 import json
@@ -19,8 +19,8 @@ LogFormat = Literal["text", "json"]
 Value = str | int | float
 
 _URL_LOGGERS = ("httpx", "httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
-"""Loggers of URLs with their query strings, which may contain signatures."""
-for _name in _URL_LOGGERS:  # at import: a base is fetched before `set_up`
+"""Loggers that log URLs with their query strings, which may contain signatures."""
+for _name in _URL_LOGGERS:  # at import, since a base is downloaded before `set_up`
     logging.getLogger(_name).setLevel(logging.ERROR)
 _WORD = re.compile(r"[!-\[\]-~]+")  # ASCII without blanks and backslashes
 
@@ -28,7 +28,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 class Fields:
-    """A message of named values: `log.info(Fields(status=200))` logs `status=200`, or in JSON a member."""
+    """A message of named values: `log.info(Fields(status=200))` logs `status=200`, or in JSON `"status": 200`."""
 
     def __init__(self, **values: Value) -> None:
         self.values: Mapping[str, Value] = values
@@ -86,7 +86,7 @@ class JsonFormatter(_Formatter):
 
 
 def place_of(error: BaseException) -> str:
-    """Return where the error was raised, the innermost frame first, without its message: it may quote a prompt."""
+    """Return an error's stack frames, the innermost first, without its message, which may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
 
@@ -96,7 +96,7 @@ def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(**always) if log_format == "json" else LineFormatter(**always))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each step of a migration
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs each step of a migration
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat ours
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients get its warnings as errors
 

@@ -1,7 +1,7 @@
-"""Spans by OpenTelemetry's SDK, which reads its standard OTEL_ variables.
+"""Trace spans with OpenTelemetry's SDK, which reads its standard OTEL_ variables.
 
-Its log lines about headers are suppressed: they quote malformed headers of clients, and the collector's headers,
-which may contain a key.
+The SDK's log lines about headers are suppressed. They quote malformed headers of clients, and the headers for the
+collector, which may contain a key.
 """
 
 import logging
@@ -35,7 +35,7 @@ for _name in ("opentelemetry.baggage", "opentelemetry.trace"):
 
 
 def exporter_of(name: str) -> SpanExporter:
-    """Return the installed exporter with this name in OTEL_TRACES_EXPORTER, or raise LookupError."""
+    """Return the exporter that OTEL_TRACES_EXPORTER calls `name`. Raise LookupError if it isn't installed."""
     for found in entry_points(group=_GROUP, name=name):
         exporter: SpanExporter = found.load()()
         return exporter
@@ -45,7 +45,7 @@ def exporter_of(name: str) -> SpanExporter:
 
 
 class OtelSpan:
-    """`spans.Span`."""
+    """An implementation of `spans.Span`."""
 
     def __init__(self, span: trace.Span, tracer: trace.Tracer) -> None:
         self._span = span
@@ -78,10 +78,13 @@ class OtelSpan:
 
 
 class OtelTracer:
-    """`spans.Tracer`, with its own provider, so that other libraries' traces in this process stay separate."""
+    """An implementation of `spans.Tracer`.
+
+    Its own provider keeps other libraries' traces in this process separate.
+    """
 
     def __init__(self, exporters: Sequence[SpanExporter], processors: Sequence[SpanProcessor] = ()) -> None:
-        """Feed each exporter from its own thread; `processors` are for tests."""
+        """Send spans to each exporter from a thread of its own. `processors` are for tests."""
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         for processor in (*map(BatchSpanProcessor, exporters), *processors):
             self._provider.add_span_processor(processor)
@@ -97,7 +100,7 @@ class OtelTracer:
 
     def close(self) -> None:
         ending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
-        ending.start()  # it would wait for a collector that doesn't answer
+        ending.start()  # on a thread, since it waits for a collector that doesn't answer
         ending.join(_CLOSE_SECONDS)
 
     def _begun(
@@ -113,7 +116,7 @@ class OtelTracer:
 
 
 def _resource() -> Resource:
-    """Return our attributes, overridden by OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES."""
+    """Return the resource with our attributes, overridden by OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES."""
     given = Resource.create()
     own = {SERVICE_VERSION: __version__}
     if str(given.attributes[SERVICE_NAME]).startswith("unknown_service"):

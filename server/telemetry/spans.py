@@ -1,5 +1,4 @@
-"""The interface of spans for the rest of the server. Only `server.telemetry.otel`, its implementation, imports
-OpenTelemetry.
+"""The interface for trace spans. Its implementation, `server.telemetry.otel`, alone imports OpenTelemetry.
 
 If tracing is off there is no tracer, and callers create no spans. Attributes are numbers, names and ids, never a
 user's text. Times are nanoseconds since 1970.
@@ -22,12 +21,12 @@ class Span(Protocol):
 
     @property
     def trace_id(self) -> str:
-        """Return 32 hexadecimal digits."""
+        """Return the trace's id: 32 hexadecimal digits."""
         ...
 
     @property
     def traceparent(self) -> str:
-        """Return W3C's traceparent header, to continue the trace in another process."""
+        """Return the W3C traceparent header with which another process can continue the trace."""
         ...
 
     def child(self, name: str, start: int | None = None, attributes: Attributes | None = None) -> "Span":
@@ -43,15 +42,18 @@ class Tracer(Protocol):
     """Begins traces, and exports them from its own thread."""
 
     def request(self, headers: Mapping[str, str]) -> Span | None:
-        """Begin the span of an HTTP request, in the trace that `headers` name. Return None if it isn't sampled."""
+        """Begin the span of an HTTP request, in the trace that `headers` name.
+
+        Return None if that isn't sampled.
+        """
         ...
 
     def work(self, name: str, attributes: Attributes, because_of: str | None = None) -> Span | None:
-        """Begin the span of background work; `because_of` is the traceparent of its cause."""
+        """Begin the span of background work. `because_of` is the traceparent of the span that caused the work."""
         ...
 
     def close(self) -> None:
-        """Export the remaining spans, for a few seconds at most."""
+        """Export the remaining spans. Give up after a few seconds."""
         ...
 
 
