@@ -149,7 +149,7 @@ def _restored(
 
 
 def _portable(cause: BaseException | None) -> BaseException | None:
-    """Return a cause that can be pickled. A library's error may not allow it, so its text replaces it."""
+    """Return `cause` if it can be pickled, otherwise an error with the same text."""
     if cause is None or isinstance(cause, SmoloraError) or type(cause).__module__ == "builtins":
         return cause
     return RuntimeError(f"{type(cause).__name__}: {cause}")

@@ -268,7 +268,7 @@ class Library:
         return self.store.put(adapter)
 
     def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
-        """Store the adapter's bytes for a block that commits their version, and remove them if the block fails."""
+        """Store an adapter's bytes for the `with` block, which commits its version. Remove them if that fails."""
         return self.store.publishing(adapter, self._is_wanted)
 
     def discard(self, *digests: str) -> None:

@@ -327,7 +327,7 @@ _MAX_DIGESTS = 500  # in one statement
 class NamesByDigest:
     """Looks up adapters' names in one database by digest, for metrics of the whole server. Thread-safe.
 
-    Names of projects other than `default` are keys, such as "acme/tweets".
+    Adapters of projects other than `default` are named with their project, such as "acme/tweets".
     """
 
     def __init__(self, engine: sa.Engine) -> None:

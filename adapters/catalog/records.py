@@ -139,7 +139,7 @@ class Records:
 
 
 class Recorder:
-    """Writes the records of one transaction. `written` are their versions."""
+    """Writes the records of one transaction. `written` lists the versions whose records it wrote."""
 
     def __init__(self, records: Records) -> None:
         self.written: list[Version] = []

@@ -1,8 +1,8 @@
-"""Requests and tokens a minute, of a key and of its project's keys together, with the headers of OpenAI's API.
+"""Limits on requests and tokens a minute, of a key and of all keys of its project, with OpenAI's headers.
 
 A window of a minute begins with the first request after the previous window, so in the minute after its first
 request a key gets at most its limit. Counts in memory are lost by a restart; `database_rates` counts the requests
-of several servers together. For one event loop.
+of several servers together. Use it from one event loop.
 """
 
 import math

@@ -236,7 +236,7 @@ async def delete_version(
 ) -> Response:
     """Delete one version.
 
-    Its number is never used again; if it was the latest, the highest remaining one is now.
+    Its number is never used again. If it was the latest version, the highest remaining one becomes the latest.
     """
     deed = partial(services.library.delete_version, name, version, force)
     await to_thread.run_sync(services.audited, "adapter.delete", f"{name}@{version}", deed)

@@ -241,7 +241,7 @@ def seed_of(body: SamplingFields) -> int:
 
 
 def check_sequences(num: int, most: int | None, field: str) -> None:
-    """Raise InvalidInput if one request has `num` sequences, more than the `most` that an empty queue can take."""
+    """Raise InvalidInput if a request's `num` sequences exceed `most`, the number that an empty queue accepts."""
     if most is not None and num > most:
         raise InvalidInput.of(
             field,

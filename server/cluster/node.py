@@ -59,7 +59,7 @@ def remove_state(home: Path) -> None:
 
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """Lock HOME for one `up` during the block. Raise StartupError if another `up`, or its Ray, runs or starts."""
+    """Lock HOME during the `with` block. Raise StartupError if another `up` runs, or a Ray that it started."""
     with (home / _LOCK_NAME).open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -97,8 +97,8 @@ def _size(output: SequenceOutput) -> int:
 class Watchdog:
     """A detector of steps that hang. Call `look` several times a second.
 
-    The age of a step is the sum of the times between looks, each of which counts up to `_LONGEST_PAUSE`. So the
-    time for which the whole process is stopped (SIGSTOP, a suspended machine, a debugger) doesn't count.
+    The age of a step is the sum of the times between looks, each at most `_LONGEST_PAUSE`. So the time for which
+    the whole process is stopped (SIGSTOP, a suspended machine, a debugger) hardly counts.
     """
 
     def __init__(self, least_seconds: float = LEAST_SECONDS) -> None:

@@ -103,7 +103,7 @@ class LoraBatch:
     """The adapters of one flat batch. Implements `smollm.Adapters`."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
-        """Take `runs` in order of their tokens. Tokens outside the runs have no adapter."""
+        """`runs` must be in the order of their tokens. Tokens outside the runs have no adapter."""
         self._rows = rows
         short = [run for run in runs if run.parts and run.stop - run.start < MIN_BLOCK]
         self._tokens = _tokens(short, rows.device)

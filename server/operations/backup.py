@@ -67,10 +67,10 @@ class Made:
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a copy of the database needs, as pairs of a user and what it uses. A deleted user never comes back.
+    """What a copy of the database needs, as pairs of an owner and what the owner uses.
 
-    Users are versions, jobs that haven't ended, and jobs whose files weren't removed. A job of the last kind uses
-    its own folder.
+    Owners are versions, jobs that haven't ended, and jobs whose files weren't removed. A job of the last kind uses
+    its own folder only. Once an owner is deleted, it is never recreated.
     """
 
     uses: frozenset[tuple[str, str]]  # such as ("a@2", digest), ("job-7", "ds-1"), ("job-7", "job-7")
@@ -207,7 +207,7 @@ class _Backup:
         return any(what in missing or what in needs.jobs for _, what in gone)
 
     def _add_needed(self, needs: _Needs) -> tuple[set[str], set[str]]:
-        """Add everything that is needed. Return the members that count, and what is missing in HOME."""
+        """Add every needed file. Return the members of the archive that are still needed, and what HOME lacks."""
         kept: set[str] = set()
         missing: set[str] = set()
         for digest in needs.digests:

@@ -222,7 +222,7 @@ def _fill_home(home: Home, cluster: sa.Engine, source: Storage) -> Moved:
 
 @dataclass(frozen=True)
 class _Needs:
-    """What the rows of a database name: adapters by digest, and the jobs that have files."""
+    """What a database's rows refer to: adapters, by digest, and the jobs that have files."""
 
     num_versions: int
     digests: tuple[str, ...]

@@ -153,7 +153,7 @@ class NativePass:
         max_length: int,
         d_weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Raise NativeUnavailable if native code doesn't support the base, or MemoryError."""
+        """Raise NativeUnavailable if native code doesn't support the base, and MemoryError if memory runs out."""
         self.computed_by = computed_by(library)
         self._rows = rows
         self._groups = {key: _native(group) for key, group in rows.groups.items()}

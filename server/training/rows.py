@@ -258,7 +258,7 @@ def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:
 
 
 def _nothing_known(strange: Sequence[str]) -> FieldError:
-    """Return the fault of a row that has no field of any shape."""
+    """Return the fault of a row that has none of the fields of the three kinds of rows."""
     name = next((name for name in _KNOWN if misspelt(strange, name)), None)
     said = _hint(name, strange) if name else f": {SHAPES}{_instead(strange)}"
     return FieldError((name or _KNOWN[0],), f"is missing{said}")

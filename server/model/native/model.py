@@ -47,9 +47,10 @@ from server.model.rank_rows import GROUPS, Placement, RankRows, RowFormat
 def create(
     entry: Callable[..., int], config: ModelConfig, weights: BaseWeights, rotary: torch.Tensor, num_threads: int
 ) -> int:
-    """Call `smolora_create` or `smolora_training_create` for a base, and return the new object. Raise MemoryError.
+    """Call `smolora_create` or `smolora_training_create` for a base, and return the new object.
 
-    `rotary` is a whole `rotary_table`. The caller must keep it and the weights as long as the object exists.
+    `rotary` is the complete result of `rotary_table`. The caller must keep it and the weights as long as the object
+    exists. Raise MemoryError if memory runs out.
     """
     tensors = dict(weights.tensors())
     names = tensor_names(weights)
