@@ -50,7 +50,7 @@ class TensorEntry:
     end: int
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Return the tensor as a view of `buffer` (the whole file as uint8), or as a copy if its data isn't aligned."""
+        """Return the tensor as a view of `buffer` (the whole file, uint8), or as a copy if it isn't aligned."""
         dtype = DTYPES[self.dtype]
         part = buffer[self.start : self.end]
         if self.start % dtype.itemsize:

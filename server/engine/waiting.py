@@ -116,7 +116,7 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Remove a set's first sequence. The set becomes the last of its project, and the project the last of all."""
+        """Remove a set's first sequence. The set becomes the last of its project, and the project the last."""
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)

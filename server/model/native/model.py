@@ -49,7 +49,7 @@ def create(
 ) -> int:
     """Call `smolora_create` or `smolora_training_create` for a base, and return the new object.
 
-    `rotary` is the complete result of `rotary_table`. The caller must keep it and the weights as long as the object
+    `rotary` is the complete result of `rotary_table`. The caller must keep it and the weights while the object
     exists. Raise MemoryError if memory runs out.
     """
     tensors = dict(weights.tensors())
