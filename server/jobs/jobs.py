@@ -33,8 +33,7 @@ from server.jobs.tables import Status, charge, count_time, jobs, uses
 from server.jobs.turns import is_over
 from server.storage.places import Storage
 from server.system.messages import plural
-from server.training.datasets import DatasetStore
-from server.training.files import FileStore
+from server.training.files import RowSources
 
 __all__ = ["FINE_TUNING", "Event", "Job", "Jobs", "Standing", "Status", "no_job"]
 
@@ -330,10 +329,10 @@ class Jobs:
 
 def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:
     """Raise Conflict if the project has data sets, files, or unfinished jobs. This does I/O, so it may block."""
-    datasets, files = storage.home.datasets(project), storage.home.files(project)
+    sources = RowSources.of(storage, project)
     has = {
-        "data set": len(DatasetStore(datasets, bucket=storage.at(datasets)).ids()),
-        "file": len(FileStore(files, bucket=storage.at(files)).ids()),
+        "data set": len(sources.datasets.ids()),
+        "file": len(sources.files.ids()),
         "unfinished job": jobs.of(Viewpoint(project)).num_unfinished(),
     }
     if found := [plural(number, what) for what, number in has.items() if number]:

@@ -30,7 +30,7 @@ from server.model.base.weights import BaseModel
 from server.storage.places import Storage
 from server.training.checkpoint import Checkpoints
 from server.training.evaluate import Evaluation, LossNotFinite, evaluate
-from server.training.files import FileStore, results_id
+from server.training.files import RowSources, results_id
 from server.training.job_data import JobData
 from server.training.report import (
     AdapterFacts,
@@ -77,8 +77,7 @@ class TrainingAttempt:
         self._leases = leases
         self._library = library
         self._files = JobFiles(storage.home.path, storage.bucket)
-        results = storage.home.files(job.project)
-        self._results = FileStore(results, job.key_id, storage.at(results))
+        self._results = RowSources.of(storage, job.project, job.key_id).files
         directory = self._files.checkpoints(job.id)
         self._checkpoints = Checkpoints(directory, claim.token, storage.bucket, job.id)
         self._base = base

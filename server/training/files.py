@@ -198,10 +198,10 @@ def checked_uploads(storage: Storage) -> Iterator[tuple[str, str | None]]:
     """
     home = storage.home
     for project in storage.projects():
-        datasets, files = home.datasets(project), home.files(project)
+        sources = RowSources.of(storage, project)
         for root, store, remedy in (
-            (datasets, DatasetStore(datasets, bucket=storage.at(datasets)), "delete it, or upload the same rows"),
-            (files, FileStore(files, bucket=storage.at(files)), "delete it"),
+            (home.datasets(project), sources.datasets, "delete it, or upload the same rows"),
+            (home.files(project), sources.files, "delete it"),
         ):
             for upload in sorted(store.ids()):
                 place = (root / upload).relative_to(home.path).as_posix()
