@@ -173,7 +173,7 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
         }
     )
     flags = [f"--address={address}", f"--parent={os.getpid()}"]
-    return [sys.executable, "-P", "-m", "server.cli", "cluster", "api", *flags, *to_flags(own, Settings)]
+    return [sys.executable, "-P", "-m", "server.cli", "cluster", "api", *flags, *to_flags(own)]
 
 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:

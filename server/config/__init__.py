@@ -431,13 +431,13 @@ def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
     return f"{meaning}.", default
 
 
-def to_flags(settings: WorkerSettings, kind: type[WorkerSettings] = WorkerSettings) -> list[str]:
-    """Return the flags of `settings` that belong to `kind`, except for secrets. `load` is the inverse.
+def to_flags(settings: Settings) -> list[str]:
+    """Return the flags of all settings but secrets. `load` is the inverse.
 
     Values that equal the default are included, since the environment may set another value.
     """
     found = []
-    for name, field in kind.model_fields.items():
+    for name, field in Settings.model_fields.items():
         value, flag = getattr(settings, name), name.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{'' if value else 'no-'}{flag}")
