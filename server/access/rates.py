@@ -67,7 +67,7 @@ class Rates(Protocol):
     def headers(self, principal: Principal) -> dict[str, str]:
         """Return `x-ratelimit-…` headers for each kind.
 
-        If both the key and its project have a limit, the headers describe the one of which less is left.
+        If both the key and its project have a limit, the headers describe the one with less left.
         """
 
 

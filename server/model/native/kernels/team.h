@@ -180,7 +180,7 @@ class Team {
         if (num_sleepers_.load() > 0) number.notify_all();
     }
     void note_processor() { processors_[number_].value.store(sched_getcpu(), std::memory_order_relaxed); }
-    // If another of the team's threads was last seen on this processor, moves to one where none was.
+    // If another of the team's threads was last seen on this processor, moves to a processor without any of them.
     void leave_shared_processor() {
         const int here = sched_getcpu();
         bool is_shared = false;

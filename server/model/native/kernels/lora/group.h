@@ -133,7 +133,7 @@ class LoraGroup {
     }
 
   private:
-    static constexpr int kFewTokens = 8;  // for up to so many tokens, AMX's configuration takes too long
+    static constexpr int kFewTokens = 8;  // at most this many tokens: configuring AMX would take too long
     struct Piece {  // tokens [token, token + tokens) times rows [row, row + rows) of a part's A, to hidden_[hidden]
         int token, tokens, part, row, rows, hidden, width;
     };
