@@ -127,8 +127,11 @@ DATASET_BODY = {
 
 
 _REF = "#/components/schemas/"
-_LATE_BODY = "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds"
-_CODED = "The body has a `Content-Encoding`, or is JSON in another charset than UTF-8"
+_BAD_BODIES = {
+    "408": "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds",
+    "413": "The body is too large",
+    "415": "The body has a `Content-Encoding`, or is JSON in another charset than UTF-8",
+}
 _NO_PROJECT = "`OpenAI-Project` names no project"
 _RATE = "The key or its project has used up its minute; see `Retry-After`"
 _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `Origin`, or a setting rules it out"
@@ -143,14 +146,14 @@ class App(FastAPI):
             for name, path in schema["paths"].items():
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
                 for method, operation in path.items():
-                    _add_errors(operation["responses"], error, method != "get", "requestBody" in operation)
+                    _add_errors(operation["responses"], error, method != "get")
             for unused in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
         return self.openapi_schema
 
 
-def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, has_body: bool) -> None:
+def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool) -> None:
     """Set the schema of an operation's errors, and add the errors that any operation can be answered with."""
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
     if "4XX" not in responses:
@@ -159,9 +162,8 @@ def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, 
             responses.setdefault("404", {"description": _NO_PROJECT, "content": dict(content)})
         if "401" in responses and counts:  # requests that count towards the key's rate
             responses.setdefault("429", {"description": _RATE, "content": dict(content)})
-        if has_body:
-            responses.setdefault("415", {"description": _CODED, "content": dict(content)})
-            responses.setdefault("408", {"description": _LATE_BODY, "content": dict(content)})
+        for status, text in _BAD_BODIES.items():  # also of a body that the operation has no use for
+            responses.setdefault(status, {"description": text, "content": dict(content)})
     for status, response in responses.items():
         if status[0] in "45" and "application/json" in response.get("content", {}):
             if status == "422":

@@ -110,6 +110,18 @@ async def test_an_upload_over_its_bound(client: httpx.AsyncClient, length: str) 
     assert (await client.post("/adapters/a", content=b"", headers=headers)).status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "status"), [("Content-Length", "9" * 30, 413), ("Content-Encoding", "gzip", 415)]
+)
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_the_document_says_how_a_body_without_use_is_refused(
+    client: httpx.AsyncClient, method: str, name: str, value: str, status: int
+) -> None:
+    assert (await client.request(method, "/adapters/a/1", headers={name: value})).status_code == status
+    document = (await client.get("/openapi.json")).json()
+    assert str(status) in document["paths"]["/adapters/{name}/{version}"][method.lower()]["responses"]
+
+
 async def test_a_fault_nobody_foresaw_tells_nothing(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,15 +29,16 @@ def test_every_error_has_our_form(app: App) -> None:
 
 
 def test_what_any_key_may_meet(app: App) -> None:
-    """A foreign site, a project that there isn't, a rate that is used up: the middleware answers, on any route."""
-    without_key = {"/health": {"200", "403"}, "/ready": {"200", "403", "503"}}
+    """The errors that any route may answer with: a foreign site, a bad body, no such project, a used-up rate."""
+    every = {"403", "408", "413", "415"}
+    without_key = {"/health": {"200"} | every, "/ready": {"200", "503"} | every}
     for path, operations in app.openapi()["paths"].items():
         for method, operation in operations.items():
             told = set(operation["responses"])
             if path in without_key:
                 assert told == without_key[path]
             elif "4XX" not in told:
-                assert told >= ({"401", "403", "404"} | ({"429"} if method != "get" else set())), (method, path)
+                assert told >= every | ({"401", "404"} | ({"429"} if method != "get" else set())), (method, path)
 
 
 def test_the_page_has_every_status_of_an_error(app: App) -> None:

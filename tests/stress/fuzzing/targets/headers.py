@@ -49,7 +49,7 @@ NAMES = (
         b"accept-encoding",
         b"cookie",
     ),
-    *(b"forwarded", b"x-forwarded-host", b"transfer-encoding", b""),
+    *(b"forwarded", b"x-forwarded-host", b"transfer-encoding", b"", b"content-encoding"),
 )
 SITES = (
     *(
