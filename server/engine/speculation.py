@@ -120,9 +120,9 @@ class Speculator:
     def __init__(
         self, blocks: BlockManager, eos: Collection[int], max_num_seqs: int, *, is_on: bool = True
     ) -> None:
-        """Limit the tokens that a step draws.
+        """Limit how many tokens a step draws.
 
-        The limit is `max_num_seqs`, or the tokens of one sequence with the longest draft if these are more.
+        The limit is `max_num_seqs` or, if that is more, the tokens of one sequence with the longest draft.
         """
         self.costs = RowCosts(max_num_seqs)
         self.num_drafted_tokens = 0
