@@ -345,8 +345,7 @@ class Guidance:
         return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
 
     def is_usable(self, grammar: Grammar) -> bool:
-        """Return whether the grammar is cached and usable, so that `check` returns at once. Any thread may call
-        this."""
+        """Return whether `check` would return at once, since the grammar is cached. Any thread may call this."""
         kept = self._find(grammar)
         return kept is not None and not kept.is_spoilt
 

@@ -184,12 +184,11 @@ class Turn:
         self._projects.rotate(-1)
 
     def pass_over(self) -> None:
-        """Skip the first set in this step. It stays first for later steps; its project's next set is tried now."""
+        """Skip the first set in this step. The project's next set is tried instead. The queues don't change."""
         self._pop()
 
     def try_later(self) -> None:
-        """Try the first set again after its project's other sets, since its first sequence has failed and left
-        it."""
+        """Move the first set behind its project's other sets, since its first sequence has failed and left it."""
         queue = self._pop()
         if queue.sequences:
             self._left[queue.project].append(queue)

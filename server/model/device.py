@@ -57,8 +57,10 @@ class Cuda:
         return cls(torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list()), gpus, trouble)
 
     def check(self, setting: str, device: torch.device) -> Gpu:
-        """Return the GPU of the device that SMOLORA_DEVICE=`setting` names. Raise StartupError if torch can't use
-        it."""
+        """Return the GPU of the device that SMOLORA_DEVICE=`setting` names.
+
+        Raise StartupError if torch can't use it.
+        """
         asked, index = f"SMOLORA_DEVICE={setting}", device.index or 0
         if index >= len(self.gpus):
             finds = f"{asked}: torch {self.torch_version} finds {plural(len(self.gpus), 'CUDA device')}"
@@ -86,8 +88,10 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def torch_on(device: torch.device) -> str:
-    """Describe what computes if native code doesn't: torch, and the GPU's name, since results are rounded
-    differently on different GPUs."""
+    """Describe what computes if native code doesn't: torch, and the GPU's name.
+
+    The name matters, since results are rounded differently on different GPUs.
+    """
     return "torch" if device.type == "cpu" else f"torch on {gpu_of(device).name}"
 
 
@@ -163,8 +167,8 @@ _CPUINFO = Path("/proc/cpuinfo")
 def use_threads(num_threads: int | None) -> None:
     """Set the number of threads of torch, and of native code that is created later.
 
-    None: torch's own number, which OMP_NUM_THREADS sets, but at most one for each processor that this process may
-    use.
+    If it is None, use torch's own number, which OMP_NUM_THREADS sets, but at most one thread for each processor
+    that this process may use.
     """
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_processors()))
 
@@ -259,8 +263,10 @@ class Uploads:
         self._stream = cast("Callable[[torch.device], torch.cuda.Stream]", torch.cuda.Stream)(device)
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy each pair's first tensor into its second, and wait. The first is pinned; shapes and dtypes are
-        equal."""
+        """Copy each pair's first tensor, which is pinned, into its second, and wait until that is done.
+
+        The two tensors must have the same shape and dtype.
+        """
         with torch.cuda.stream(self._stream):
             there = [(source.to(self._device, non_blocking=True), place) for source, place in pairs]
             # Kernels that were launched earlier may still read the previous content of these places.

@@ -26,7 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that isn't read yet."""
+    """A tensor of a checkpoint, which is read when needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -75,7 +75,7 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Return a file's JSON object. Raise StartupError if the file can't be read or has none."""
+    """Return a file's JSON object. Raise StartupError if the file can't be read or has no JSON object."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

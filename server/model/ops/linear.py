@@ -71,7 +71,10 @@ def shrink_block(x: torch.Tensor, a_rows: torch.Tensor, weight: float, dtype: to
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """(token, row) pairs: token t has rows[offsets[t] : offsets[t + 1]] of a pool of `num_rows` rows."""
+    """(token, row) pairs: token t is in a pair with each of rows[offsets[t] : offsets[t + 1]].
+
+    The rows are indices into a pool of `num_rows` rows.
+    """
 
     offsets: torch.Tensor  # (tokens + 1,)
     rows: torch.Tensor  # (num_pairs,)
