@@ -179,13 +179,13 @@ class Commits:
         self._last = 0
 
     def __call__(self) -> int:
-        """Return the number, or the last known one if it isn't known now. For one thread at a time."""
+        """Return a number that changes with each commit, or the last known one. For one thread at a time."""
         if (number := self.now()) is not None:
             self._last = number
         return self._last
 
     def now(self) -> int | None:
-        """Return the number, or None if it isn't known.
+        """Return a number that changes with each commit, or None if it isn't known now.
 
         For example, it isn't known while another process commits and there is no write-ahead log.
         """
@@ -331,7 +331,7 @@ def _is_full(home: Path) -> bool:
 
 
 def in_words(error: object, home: Path) -> str:
-    """Describe an error for a person. If the disk is full, say so: SQLite only reports an I/O error."""
+    """Return an error's message, or "the disk is full" if that is so: SQLite only reports an I/O error then."""
     return "the disk is full" if _is_full(home) else str(error)
 
 

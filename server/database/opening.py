@@ -27,7 +27,7 @@ from server.storage.home import make
 from server.system.messages import plural
 
 MOVING = "moving-"
-"""Prefix of the id of a place that `smolora move` is filling, for a database without rows."""
+"""Prefix of the id of a bucket that `smolora move` is filling, for a database without rows."""
 
 metadata = sa.MetaData()
 

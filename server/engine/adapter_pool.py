@@ -43,7 +43,7 @@ class Extents:
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (start, length), in order
 
     def allocate(self, length: int) -> int | None:
-        """Return the start of a new run, or None if no gap is long enough. `length` is at least 1."""
+        """Return the start of a new range of `length` (at least 1) integers, or None if no gap is long enough."""
         assert length > 0
         for i, (start, gap) in enumerate(self._free):
             if gap >= length:
@@ -56,7 +56,7 @@ class Extents:
         return None
 
     def release(self, start: int, length: int) -> None:
-        """Free a run that `allocate` returned."""
+        """Free a range that `allocate` returned."""
         i = bisect_left(self._free, (start, 0))
         if i < len(self._free):
             assert start + length <= self._free[i][0], "released twice"
@@ -345,7 +345,10 @@ class AdapterPool:
         return max(_size(adapters, space) / max(extents.capacity, 1) for space, extents in self._spaces.items())
 
     def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
-        """Return whether a hold that lacks room would have room if the holds in `without` were released."""
+        """Return whether a hold's adapters would fit into the pool if the holds in `without` were released.
+
+        The hold must lack room now.
+        """
         adapters = self._of([hold])
         num_released = Counter(ref.digest for other in without for ref in other.refs)
         released = [a for a in self._of(without) if num_released[a.digest] == a.num_holds and a not in adapters]
@@ -361,7 +364,7 @@ class AdapterPool:
         return [self._adapters[digest] for digest in digests if digest in self._adapters]
 
     def hold(self, refs: tuple[AdapterRef, ...]) -> AdapterHold:
-        """Return a new hold, which isn't ready yet."""
+        """Return a new hold on these adapters. It isn't ready before `advance` has loaded them."""
         return AdapterHold(self, refs, is_held=not refs)
 
     def advance(self, hold: AdapterHold) -> bool:
@@ -392,7 +395,7 @@ class AdapterPool:
         return hold.ready
 
     def release(self, hold: AdapterHold) -> None:
-        """Release a hold. Its adapters stay resident until their rows are needed for others."""
+        """Release a hold. Its adapters stay resident until their rows are needed for other adapters."""
         for adapter in hold.adapters:
             adapter.num_wanting -= 1
             if hold.is_held:

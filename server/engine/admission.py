@@ -57,10 +57,11 @@ class _Counts:
 
 
 class InFlight:
-    """The number of sequences in flight by project. `num_places` run at once, and up to `max_num` are accepted.
+    """The number of sequences in flight by project.
 
-    When `max_num` are in flight, a project with less than its equal share may still add sequences, so that other
-    projects can't keep it out. The hard limit is twice `max_num`.
+    `num_places` sequences run at once, and up to `max_num` are accepted. When `max_num` are in flight, a project
+    with less than its equal share may still add sequences, so that other projects can't keep it out. The hard
+    limit is twice `max_num`.
     """
 
     def __init__(self, num_places: int, max_num: int) -> None:
@@ -73,7 +74,7 @@ class InFlight:
     def has_room(self, project: str, num: int) -> bool:
         """Return whether `num` more sequences of the project are accepted.
 
-        If none are in flight, any number is accepted.
+        If no sequences are in flight, any number is accepted.
         """
         if not self.num or self.num + num <= self.max_num:
             return True

@@ -111,7 +111,7 @@ class Constraint:
 
     @property
     def max_draft(self) -> int:
-        """The maximum length of a draft in this step, given that each drafted token needs a mask."""
+        """The maximum length of a draft in this step, limited by the time that its tokens' masks take."""
         return int(min(self.spare_seconds / max(self.compiled.mask_seconds, 1e-6), 1000))
 
     @property
@@ -317,7 +317,7 @@ class Guidance:
     def check(self, grammar: Grammar) -> None:
         """Vet, compile and cache a grammar. Any thread may call this.
 
-        It blocks while earlier grammars are checked, and then for a second or two (longer on a busy machine).
+        This blocks while earlier grammars are checked, and then for a second or two (longer on a busy machine).
         Raise InvalidInput on the grammar's field if the grammar is refused, or TryAgain if it can't be checked
         now.
         """

@@ -30,9 +30,9 @@ _SHARE = 0.1
 """The budget as a share of the last step's time. These times are processor time of the engine's thread."""
 _LEAST_SECONDS = 1e-3
 """The minimum budget."""
-_BATCH = 4  # masks that the other thread computes at a time
+_BATCH = 4  # masks that the mask thread computes at a time
 _FADE = 0.9
-"""Factor on a grammar's estimated mask time each time the other thread, which doesn't measure it, gets masks."""
+"""Factor on a grammar's estimated mask time each time the mask thread, which doesn't measure it, gets masks."""
 
 
 class Masks:

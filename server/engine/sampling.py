@@ -88,7 +88,7 @@ class Sampled(NamedTuple):
 def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
     """Return the next token of each row.
 
-    `logits` (rows, vocab) must be fp32 and contiguous. They are overwritten.
+    `logits` (rows, vocab) must be fp32 and contiguous, and are overwritten.
     """
     assert logits.shape[0] == len(rows)
     wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]

@@ -193,7 +193,10 @@ class Chunk:
 
 
 def extend_block_keys(keys: list[bytes], root: bytes, token_ids: Seq[int], block_size: int) -> None:
-    """Append the missing keys of the full blocks of `token_ids` to `keys`. Each key hashes the key before it."""
+    """Append the missing keys of the full blocks of `token_ids` to `keys`.
+
+    A key is a hash of the key before it and of the block's tokens. The first key is computed from `root`.
+    """
     while (len(keys) + 1) * block_size <= len(token_ids):
         start = len(keys) * block_size
         tokens = array("q", token_ids[start : start + block_size]).tobytes()

@@ -104,7 +104,7 @@ class WaitingQueues:
         self._num_sequences += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Requeue a preempted sequence before all others of its project."""
+        """Requeue a preempted sequence before all other sequences of its project."""
         sequences = self.set_of(sequence).sequences
         sequences[sequence] = None
         sequences.move_to_end(sequence, last=False)

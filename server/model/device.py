@@ -48,7 +48,7 @@ class Cuda:
 
     @classmethod
     def of_this_machine(cls) -> "Cuda":
-        """Ask torch which GPUs there are. Its warnings become `trouble`."""
+        """Ask torch which GPUs there are. torch's warnings become `trouble`."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -119,7 +119,7 @@ def limit_memory(device: torch.device, share: float) -> None:
 
 
 def empty_cache() -> None:
-    """Release the GPU memory that torch caches for later tensors, since it may be fragmented."""
+    """Return to the GPU the memory that torch keeps for later tensors, since it may be fragmented."""
     torch.cuda.empty_cache()
 
 
@@ -181,12 +181,11 @@ def choose_device(
     *,
     has_native: bool = False,
 ) -> tuple[torch.device, torch.dtype]:
-    """Return torch's device and dtype for the settings `device` (`auto`, `cpu`, `cuda` or `cuda:N`) and `dtype`
-    (`auto`, `fp32`, `bf16` or `fp16`).
+    """Return torch's device and dtype for the settings `device` and `dtype`.
 
-    `flags` are the CPU's features and `cuda` the GPUs (None: this machine's). `has_native` means that native code
-    computes on the CPU; it uses bf16 on every processor. Raise StartupError if the machine lacks what is asked
-    for.
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`, and `dtype` is `auto`, `fp32`, `bf16` or `fp16`. `flags` are the
+    CPU's features and `cuda` the GPUs (None: this machine's). `has_native` means that native code computes on the
+    CPU; it uses bf16 on every processor. Raise StartupError if the machine lacks what the settings ask for.
     """
     cuda = Cuda.of_this_machine() if cuda is None and device != "cpu" else cuda
     chosen = torch.device(device if device != "auto" else "cuda" if cuda and cuda.gpus else "cpu")
@@ -212,7 +211,7 @@ def training_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to train in if serving uses `dtype`: the same, except fp32 instead of fp16.
 
     Gradients underflow in fp16 unless losses are scaled. Scaling needs a state in every checkpoint, and skips
-    steps. fp32 needs neither, and `auto` chooses it for GPUs without bf16.
+    steps. fp32 needs no scaling, and `auto` chooses it for GPUs without bf16.
     """
     return torch.float32 if dtype is torch.float16 else dtype
 
@@ -248,7 +247,7 @@ def ints_on(tensor: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
 
 
 def floats_on(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
-    """Return the values in the tensor's dtype on its device."""
+    """Return the values in the tensor's dtype and on the tensor's device."""
     return to_device(torch.tensor(values, dtype=tensor.dtype), tensor.device)
 
 

@@ -119,7 +119,7 @@ class GroupRows:
 
 
 Needs = Mapping[str, GroupRows]
-"""The rows and units that an adapter needs, by group. Groups that it doesn't target are left out."""
+"""The rows and units that an adapter needs, by group. Groups that the adapter doesn't target are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,10 +242,10 @@ class Run:
 
 
 Placement = Mapping[str, Run]
-"""An adapter's place in each group's pool."""
+"""The rows and units that an adapter has in the pool of each group."""
 
 Stored = LoraWeights | PackedFile
-"""An adapter that isn't placed yet: as it was published, or in the layout of the pools."""
+"""An adapter outside of the pools: as it was published, or packed in the layout of the pools."""
 
 
 _TYPICAL_RANK = 16

@@ -58,8 +58,10 @@ def open_directory(directory: Path) -> Checkpoint:
 
 
 def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Return the directory's tokenizer with its special tokens and chat template. Raise StartupError if the
-    directory has no readable tokenizer, or if it isn't byte-level."""
+    """Return the directory's tokenizer with its special tokens and chat template.
+
+    Raise StartupError if the directory has no readable tokenizer, or if the tokenizer isn't byte-level.
+    """
     if not (directory / "tokenizer.json").is_file():
         raise StartupError(f"{directory.name} has no tokenizer.json")
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # only for a conversion

@@ -191,8 +191,7 @@ def write_quantized(
 
 
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Save the tokenizer with a class name for which every version of transformers reads tokenizer.json as it
-    is."""
+    """Save the tokenizer with a class name for which any version of transformers uses tokenizer.json unchanged."""
     tokenizer.save_pretrained(directory)
     options = read_json(directory / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only"):  # facts about this process, not the tokenizer

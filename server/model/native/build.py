@@ -140,8 +140,10 @@ def compile_library(directory: Path, name: str, use: Callable[[Path], T]) -> T:
 
 
 def check_owners(*paths: Path) -> None:
-    """Raise NativeUnavailable if a user other than this one and root may write to a path. Symbolic links are
-    followed."""
+    """Raise NativeUnavailable if anyone except this user and root may write to one of the paths.
+
+    Symbolic links are followed.
+    """
     try:
         for place in (path.resolve(strict=True) for path in paths):
             for real in (place, place.parent) if place.is_file() else (place,):

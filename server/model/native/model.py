@@ -229,7 +229,7 @@ class NativeModel:
         return hidden
 
     def draw(self, tables: StepTables, table: SampleTable) -> Choices:
-        """Return the next token after each wanted token: `forward` and `sample` in one call."""
+        """Return the next token after each wanted token of `tables`: `forward` and `sample` in one call."""
         step = self._step(tables)
         sampling, choices = table.step()
         self._compute(self._library.smolora_draw, step, ctypes.addressof(sampling))
@@ -243,8 +243,11 @@ class NativeModel:
         return logits
 
     def sample(self, given: torch.Tensor, table: SampleTable) -> Choices:
-        """Return each row's next token. `given` is `forward`'s result, bf16 (rows, hidden), or contiguous fp32
-        logits (rows, vocab), which are overwritten. Raise ValueError and MemoryError like `forward`."""
+        """Return each row's next token.
+
+        `given` is `forward`'s result, bf16 (rows, hidden), or contiguous fp32 logits (rows, vocab), which are
+        overwritten. Raise ValueError and MemoryError as `forward` does.
+        """
         if given.shape[:1] != (len(table),):
             raise ValueError(f"a table of {len(table)} rows for {given.shape[:1]}")
         if given.dtype is torch.float32:

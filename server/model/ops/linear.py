@@ -114,7 +114,7 @@ def expand_sampled(
 ) -> torch.Tensor:
     """Return, for each bag j, the sum of hidden[i] · b_units[unit_index[i]] over i ∈ [bags[j], bags[j+1]).
 
-    The result is (num_bags, unit).
+    The result is (num_bags, unit), where unit is the length of a row of b_units.
 
     hidden (num_entries,) of b_units' dtype, b_units (num_units, unit), unit_index (num_entries,), bags (num_bags +
     1,), from 0 to num_entries. Accumulates in fp32.

@@ -252,8 +252,10 @@ class PromptEncoder:
         return ids, starts
 
     def _after_end_token(self, rendered: str, position: int, end_token_ids: Collection[int]) -> int:
-        """Return the position after the end token that begins at `position`, possibly after white space. Return
-        `position` if no end token begins there."""
+        """Return the position after the end token at `position`. White space may precede the end token.
+
+        Return `position` if there is no such end token.
+        """
         match = self._next_special.match(rendered, position)
         return match.end() if match and self._specials[match.group(1)] in end_token_ids else position
 
