@@ -208,7 +208,7 @@ class Adapter:
 
 @dataclass(eq=False)
 class AdapterHold:
-    """A sequence's hold on all of its adapters. From when `is_held` is set, they aren't evicted.
+    """A sequence's hold on all of its adapters. Once `is_held` is set, none of its adapters is evicted.
 
     Before that, the `adapters` are only being read.
     """

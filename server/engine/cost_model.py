@@ -38,8 +38,10 @@ class RowCosts:
         self._lines = {band: _Line(1 / (assumed_step - 1 + band)) for band in bands}
 
     def of(self, num_sequences: int) -> float:
-        """Return the cost of an extra token, drafted or a prompt's, in a step of `num_sequences` decoding
-        sequences."""
+        """Return the cost of an extra token in a step of `num_sequences` decoding sequences.
+
+        An extra token is a drafted token or a token of a prompt.
+        """
         return self._lines[_band(num_sequences)].fit()[1]
 
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
@@ -98,8 +100,8 @@ class PromptRoom:
         self._token_seconds = _ASSUMED_TOKEN
 
     def with_decodes(self, num_decoding: int) -> int:
-        """Return how many prompt tokens to compute in a step with `num_decoding` decoding sequences (at least
-        1)."""
+        """Return how many prompt tokens to compute in a step that decodes `num_decoding` (at least 1)
+        sequences."""
         return max(_LEAST_TOKENS, int(self._slower / self._costs.of(num_decoding)))
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:

@@ -119,7 +119,7 @@ def limit_memory(device: torch.device, share: float) -> None:
 
 
 def empty_cache() -> None:
-    """Return to the GPU the memory that torch keeps for later tensors, since it may be fragmented."""
+    """Free the GPU memory that torch keeps for later tensors, since that memory may be fragmented."""
     torch.cuda.empty_cache()
 
 

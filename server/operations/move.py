@@ -169,7 +169,7 @@ def _fill_cluster(home: Home, rows: sa.Engine, cluster: sa.Engine, target: Stora
 def _begin(cluster: sa.Engine, target: Storage) -> str:
     """Check that the target is empty, except for what a killed move left, and keep servers from starting on it.
 
-    What a killed move left is removed. Return the id of the bucket's mark during this move.
+    What a killed move left is removed. Return the id that the database records for the bucket during this move.
     """
     bucket = _bucket(target)
     with cluster.begin() as connection:
@@ -274,7 +274,7 @@ class _Folder:
         self._compare(home, bucket, self._copy(bucket))
 
     def fetch(self, home: Path, bucket: "Bucket") -> None:
-        """Download the folder, and compare it with the copy. Raise StartupError if they differ.
+        """Download the folder, and compare it with the bucket's copy. Raise StartupError if they differ.
 
         Raise Missing if an object was deleted meanwhile, and OSError if the disk fails.
         """

@@ -260,10 +260,10 @@ class NativeModel:
         return choices
 
     def take_phases(self, *, count: bool = True) -> dict[str, float]:
-        """Return how many seconds the calling thread has spent in each of PHASES (parts of a step) since the last
-        call.
+        """Return for each of PHASES how many seconds the calling thread has spent in it since the last call.
 
-        Python's own time isn't included. Measuring is off at first. `count` turns it on or off from now on.
+        PHASES are the parts of a step in native code, so Python's own time isn't included. Measuring is off at
+        first. `count` turns it on or off from now on.
         """
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 
