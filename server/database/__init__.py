@@ -1,7 +1,8 @@
 """The database: a SQLite file under HOME, or PostgreSQL if SMOLORA_DATABASE_URL is set.
 
-`opening` chooses between them. `file` and `postgres` have what only one of them needs; no other module knows which
-one it uses. The SQL works with both databases. `clock` is the database's time, and `migrations` has the schema.
+`opening` chooses between them. `file` and `postgres` have the code for one database each; no other module knows
+which database it uses. The SQL works with both databases. `clock` has SQL expressions for the database's time, and
+`migrations` has the schema.
 """
 
 from server.database.file import (

@@ -12,7 +12,7 @@ from adapters.sql import UtcDateTime
 
 
 class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
-    """Seconds since 1970 by the database's clock, read when evaluated and not when the transaction began."""
+    """Seconds since 1970 by the database's clock, when evaluated and not when the transaction began."""
 
     type = sa.Float(53)
     inherit_cache = True

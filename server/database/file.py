@@ -43,13 +43,16 @@ _KINDS = {"wal": "a write-ahead log", "delete": "a rollback journal"}
 
 
 def has_wal_reset_bug(version: tuple[int, int, int]) -> bool:
-    """Return whether a release of SQLite has the bug. The branches 3.44 and 3.50 have the fix, too."""
+    """Return whether this release of SQLite has the WAL-reset bug. Late releases of 3.44 and 3.50 have the fix."""
     has_fix = (3, 44, 6) <= version < (3, 45) or (3, 50, 7) <= version < (3, 51)
     return (3, 7) <= version < (3, 51, 3) and not has_fix
 
 
 def choose_driver(standard: ModuleType, other: str) -> ModuleType:
-    """Return the module `other` if the build of `standard` has the bug and `other` is installed and fixed."""
+    """Return the module named `other` if it has the fix for the WAL-reset bug and `standard` doesn't.
+
+    Return `standard` otherwise, or if `other` isn't installed.
+    """
     if not has_wal_reset_bug(standard.sqlite_version_info):
         return standard
     try:
@@ -66,13 +69,13 @@ else:
 
 
 def safe_journal_mode(version: tuple[int, int, int]) -> JournalMode:
-    """Return the journal mode that is safe with a release."""
+    """Return the journal mode to use with this release of SQLite, so that the WAL-reset bug can't occur."""
     return "delete" if has_wal_reset_bug(version) else "wal"
 
 
 @dataclass(frozen=True)
 class Build:
-    """A database's software and its journal mode."""
+    """The SQLite release that has opened a database, and the database's journal mode."""
 
     version: str
     journal_mode: str
@@ -102,10 +105,10 @@ log = logging.getLogger("smolora.database")
 
 
 def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
-    """Open and migrate the database in `home`, which is created if missing. The engine is thread-safe.
+    """Open and migrate the database in `home`. A missing database is created. The engine is thread-safe.
 
-    If no other process has the file open, `journal_mode` is set, by default a mode that is safe with the driver.
-    Otherwise the file's mode stays. Raise StartupError as `server.database.connect` does.
+    If no other process has the file open, set `journal_mode` (None: a mode that is safe with the driver).
+    Otherwise keep the file's mode. Raise StartupError as `server.database.connect` does.
     """
     path = home / FILE_NAME
     make(home)
@@ -138,18 +141,18 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
 
 
 class _Doubt:
-    """Makes sure that a commit that failed on the disk, such as at the sync of the log (EIO), stays undone.
+    """Keeps a failed commit from reappearing, if the disk failed during it, such as at the log's sync (EIO).
 
-    SQLite rolls such a commit back, but all of it may be at the end of the log. The next process that opens the
-    database would find it there, unless another commit overwrites it. So this class overwrites it with a commit
-    that changes nothing. If that fails too, it is tried again before any other read or write.
+    SQLite rolls such a commit back, but the log on the disk may contain all of it. Then the next process that
+    opens the database would apply it, unless another commit overwrites it. So this class overwrites it with a
+    commit that changes nothing. If that fails, too, this class retries before any other read or write.
     """
 
     def __init__(self) -> None:
         self._is_left = False
 
     def look_at(self, context: sa.engine.ExceptionContext) -> None:
-        """Note a failed commit, before the caller gets the error."""
+        """If the error is that of a commit, overwrite the failed commit before the caller gets the error."""
         if context.statement is not None or not isinstance(context.original_exception, driver.OperationalError):
             return
         self._is_left = True
@@ -157,7 +160,7 @@ class _Doubt:
             self.settle(cast("sqlite3.Connection", context.connection.connection.dbapi_connection))
 
     def settle(self, connection: "sqlite3.Connection", *_: object) -> None:
-        """Overwrite the failed commit, if there is one."""
+        """Overwrite the failed commit, if there is one and `connection` isn't in a transaction."""
         if not self._is_left or connection.in_transaction:
             return
         with suppress(driver.Error):
@@ -167,7 +170,7 @@ class _Doubt:
 
 
 class Commits:
-    """A number that changes whenever any process commits. A call takes microseconds."""
+    """A callable that returns a number, which changes whenever any process commits. A call takes microseconds."""
 
     def __init__(self, home: Path) -> None:
         self._connection = driver.connect(
@@ -176,13 +179,13 @@ class Commits:
         self._last = 0
 
     def __call__(self) -> int:
-        """Return the number, or the last known one while another process commits. For one thread at a time."""
+        """Return a number that changes with each commit, or the last known one. For one thread at a time."""
         if (number := self.now()) is not None:
             self._last = number
         return self._last
 
     def now(self) -> int | None:
-        """Return the number, or None if it isn't known.
+        """Return a number that changes with each commit, or None if it isn't known now.
 
         For example, it isn't known while another process commits and there is no write-ahead log.
         """
@@ -198,14 +201,14 @@ class Commits:
 
 
 def build_of(engine: sa.Engine) -> Build:
-    """Return the database's software and journal mode."""
+    """Return the SQLite release and the database's journal mode."""
     with reader_of(engine).connect() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
     return Build(driver.sqlite_version, str(mode))
 
 
 def faults(home: Path) -> list[str]:
-    """Return the faults of the file, none if it is sound. The meaning of the rows isn't checked.
+    """Return the faults of the database's file, or an empty list if it is sound. The rows' meaning isn't checked.
 
     Raise StartupError if the file can't be checked now: the disk is full, for example, or a foreign program has
     locked the file.
@@ -245,7 +248,7 @@ def copy(home: Path, target: Path) -> None:
 
 
 def copy_alone(home: Path, target: Path) -> None:
-    """Copy the database as `copy` does. The caller must make sure that no process sets it aside meanwhile."""
+    """Copy the database as `copy` does. The caller must make sure that no process renames the file meanwhile."""
     path = existing(home)
     try:
         with (
@@ -258,7 +261,7 @@ def copy_alone(home: Path, target: Path) -> None:
 
 
 def schema_of(path: Path) -> str:
-    """Return the schema of a database's file. Raise StartupError."""
+    """Return the schema's revision in a database's file. Raise StartupError if the file can't be read."""
     try:
         with closing(driver.connect(path, timeout=BUSY_SECONDS)) as connection:
             (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -271,7 +274,8 @@ def schema_of(path: Path) -> str:
 def opened_copy(copied: Path, scratch: Path) -> Iterator[tuple[sa.Engine, Path]]:
     """Open and migrate a temporary copy of `copied`, a file that `copy` wrote.
 
-    Yield its engine and its folder below `scratch`. Raise StartupError.
+    Yield the temporary copy's engine, and its folder below `scratch`. Raise StartupError if the copy can't be
+    opened.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         shutil.copyfile(copied, Path(name) / FILE_NAME)
@@ -283,7 +287,7 @@ def opened_copy(copied: Path, scratch: Path) -> Iterator[tuple[sa.Engine, Path]]
 
 
 def existing(home: Path) -> Path:
-    """Return the database's file of a HOME. Raise StartupError if there is none."""
+    """Return the path of the database's file in a HOME. Raise StartupError if the file doesn't exist."""
     path = home / FILE_NAME
     if not path.exists():
         raise StartupError(f"{home} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
@@ -292,9 +296,9 @@ def existing(home: Path) -> Path:
 
 @contextmanager
 def nobody_has_it_open(home: Path) -> Iterator[None]:
-    """Keep all other processes from opening the database during the block.
+    """Keep all other processes from opening the database in `home` during the block.
 
-    Raise StartupError if a process has it open.
+    Raise StartupError if another process already has the database open.
     """
     users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -308,7 +312,7 @@ def nobody_has_it_open(home: Path) -> Iterator[None]:
 
 
 def set_aside(home: Path) -> list[str]:
-    """Rename the database's files, if any, so that the next `connect` makes new ones. Return their new names."""
+    """Rename the database's files, if any, so that the next `connect` creates a database. Return the new names."""
     number = 1
     while (home / f"{FILE_NAME}.damaged-{number}").exists():
         number += 1
@@ -327,16 +331,16 @@ def _is_full(home: Path) -> bool:
 
 
 def in_words(error: object, home: Path) -> str:
-    """Describe an error for a person. If the disk is full, say so: SQLite only reports an I/O error."""
+    """Return an error's message, or "the disk is full" if that is so: SQLite only reports an I/O error then."""
     return "the disk is full" if _is_full(home) else str(error)
 
 
 def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
-    """Return whether this process is the only one that has the database open.
+    """Return whether no other process has the database open, and set the journal mode if so.
 
-    Every such process holds a shared lock, so an attempt to lock exclusively shows whether there are others. If
-    there are none, set the journal mode, unless a foreign program, which doesn't take the lock, has the file open.
-    In either case this process holds the shared lock afterwards.
+    Each process that has the database open holds a shared lock, so only a process that is alone gets the exclusive
+    lock. A foreign program doesn't take the lock; if one has the file open, the journal mode stays. Afterwards
+    this process holds the shared lock.
     """
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,8 +25,8 @@ def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
 
     The transaction takes the writers' lock first, so of several processes that start at once only one migrates.
     Raise StartupError if the database has a schema that this version doesn't know. Also raise it if the schema is
-    an older one and `is_alone` stays false for `_LEAVING_SECONDS`: an older process that has the database open
-    would keep writing to the old schema.
+    older, and other processes still have the database open (`is_alone` returns False) after `_LEAVING_SECONDS`:
+    they would keep writing to the old schema.
     """
     if (schema := _schema(engine)) == newest_schema():
         return
@@ -55,19 +55,19 @@ def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
 
 
 def newest_schema() -> str:
-    """Return the newest revision: "0001" of a file `v0001_initial.py`."""
+    """Return the schema's newest revision, for example "0001" if the newest file is `v0001_initial.py`."""
     return max(path.name for path in (MIGRATIONS / "versions").glob("v*.py"))[1:5]
 
 
 def knows_schema(schema: str) -> bool:
-    """Return whether this version can migrate a database of that schema to the newest one."""
+    """Return whether this version can migrate a database from the schema's revision `schema` to the newest one."""
     from alembic.script import ScriptDirectory
 
     return any(script.revision == schema for script in ScriptDirectory.from_config(_config()).walk_revisions())
 
 
 def _schema(engine: sa.Engine) -> str | None:
-    """Return the database's revision, or None if the database is empty."""
+    """Return the revision of the database's schema, or None if the database is empty."""
     with engine.begin() as connection:
         if not sa.inspect(connection).has_table("alembic_version"):
             return None

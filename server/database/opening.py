@@ -1,9 +1,10 @@
 """Open the database, and check that its rows and the stored bytes belong together.
 
-The database is the file under HOME or, if SMOLORA_DATABASE_URL is set, on a PostgreSQL server. The database stores
-an id for the place of its bytes, and the place has a mark with this id. The first server that starts writes the id
-and the mark. So no server can use another bucket, or another HOME, than the others on its database. If the
-database is a file and the bytes are in the same HOME, no mark is needed.
+The database is the file under HOME or, if SMOLORA_DATABASE_URL is set, on a PostgreSQL server. The bytes of
+adapters, data sets and files are in a place: a HOME or a bucket. The database stores an id of this place, and the
+place contains a mark, which is an empty file with the id as its name. The first server that starts writes both. So
+no server can use another bucket, or another HOME, than the other servers on its database. If the database is a
+file and the bytes are in the same HOME, no mark is needed.
 """
 
 import secrets
@@ -26,7 +27,7 @@ from server.storage.home import make
 from server.system.messages import plural
 
 MOVING = "moving-"
-"""Prefix of the id of a place that `smolora move` is filling, for a database without rows."""
+"""Prefix of the id of a bucket that `smolora move` is filling, for a database without rows."""
 
 metadata = sa.MetaData()
 
@@ -40,7 +41,7 @@ places = sa.Table(
 
 
 class Place(Protocol):
-    """A place of stored bytes: HOME, if `is_home` is true, or a bucket."""
+    """Where stored bytes are: a HOME if `is_home` is true, else a bucket."""
 
     @property
     def is_home(self) -> bool: ...
@@ -51,9 +52,9 @@ class Place(Protocol):
 
 
 def agree(engine: sa.Engine, place: Place) -> None:
-    """Check that `place` is the database's place of bytes. If the database has none yet, it gets this place.
+    """Check that `place` is the HOME or bucket with the database's bytes. If none is recorded, record `place`.
 
-    Raise StartupError if the database has another place.
+    Raise StartupError if the database records another place, or if `smolora move` hasn't finished.
     """
 
     def work(connection: sa.Connection) -> None:
@@ -73,7 +74,7 @@ def agree(engine: sa.Engine, place: Place) -> None:
 
 
 def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
-    """Raise StartupError if a HOME's bytes are in an object store.
+    """Raise StartupError if the bytes of a HOME's database are in an object store.
 
     The message ends with `why`, the reason for the refusal.
     """
@@ -83,7 +84,7 @@ def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
 
 
 def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
-    """Make `place` the database's place of bytes, within a transaction.
+    """Record, within a transaction, that the database's bytes are in `place`.
 
     Return the place's new id, which begins with `prefix`.
     """
@@ -95,9 +96,9 @@ def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
 
 
 def place_in(connection: sa.Connection) -> str | None:
-    """Return the id of the database's place of bytes.
+    """Return the id of the HOME or bucket with the database's bytes.
 
-    Return None before a server has started, or if the database is a file and the bytes are in its HOME.
+    Return None if no server has started yet, or if the database is a file and the bytes are in its HOME.
     """
     return connection.execute(sa.select(places.c.place)).scalar_one_or_none()
 
@@ -119,8 +120,8 @@ def connect(
     """Open and migrate the database at `url` or, if that is None, the file in `home`.
 
     The engine is thread-safe. `journal_mode` is for the file, and `patience`, in seconds, for PostgreSQL. Raise
-    StartupError if the database can't be opened, has a schema that this version doesn't know, or has an older one
-    while an older process has the file open.
+    StartupError if the database can't be opened, has a schema that this version doesn't know, or has an older
+    schema while an older process has the file open.
     """
     if url is None:
         return file.connect_file(home, journal_mode)
@@ -149,7 +150,7 @@ def refuse_in_use(url: str) -> None:
 
 
 def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
-    """Return a function whose number changes whenever any process commits. A call takes microseconds."""
+    """Return a function whose result changes whenever any process commits. A call takes microseconds."""
     if is_file(engine):
         return file.Commits(home)
     from server.database.postgres import notices_of
@@ -158,15 +159,15 @@ def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
 
 
 def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
-    """Return a function like `commits_of`'s that misses no commit: it returns None whenever it can't be sure.
+    """Return a function whose result changes with each commit, or is None if a commit may have been missed.
 
-    On PostgreSQL it always returns None, since other processes' commits are noticed a moment late.
+    On PostgreSQL its result is always None, since other processes' commits are noticed a moment late.
     """
     return file.Commits(home).now if is_file(engine) else lambda: None
 
 
 def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
-    """Return the records of versions, stored with their bytes, from which a lost catalog is rebuilt.
+    """Return the records of adapters' versions in the folder `adapters`, from which a lost catalog is rebuilt.
 
     Return None on PostgreSQL: it has its own backups (pg_dump, replicas), and several smolora servers don't share
     a folder.
@@ -175,7 +176,7 @@ def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
 
 
 def without_writers_lock(engine: sa.Engine) -> sa.Engine:
-    """Return the engine for short transactions that wait for no writer, on PostgreSQL.
+    """Return an engine for short transactions on PostgreSQL that don't wait for other writers.
 
     A crash of the database server may lose these transactions.
     """
@@ -201,7 +202,7 @@ def as_startup_error(home: Path) -> Iterator[None]:
 
 
 def described(engine: sa.Engine) -> str:
-    """Describe the database's software for a person."""
+    """Describe the database's software and its release in words."""
     if is_file(engine):
         return str(file.build_of(engine))
     from server.database.postgres import release_of

@@ -1,16 +1,17 @@
 """The database on a PostgreSQL server, for any number of processes on any number of machines.
 
 A transaction takes one lock for the whole database when it begins, and the server releases it after the commit is
-visible. So there is one writer at a time, as with SQLite, and code for SQLite is correct here as well, under READ
-COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for no writer.
+visible. So there is one writer at a time, as with SQLite, and code for SQLite is correct on PostgreSQL as well,
+under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for no
+writer.
 
 If the server can't be reached, a new connection is retried for `patience` seconds, but for PATIENCE_SECONDS at
 most, so that a worker that only reads can be stopped. If the connection is lost in a transaction, the transaction
 has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
 
-The outcome is unknown only if the connection is lost during a commit. So each transaction writes its number to its
-connection's row in `marks`. After a lost commit the process takes the lock, which shows that the old session has
-ended, and looks for the number. Each commit also notifies all processes (LISTEN and NOTIFY).
+The outcome is unknown only if the connection is lost during a commit. So each transaction writes a number to its
+connection's row in the table `marks`. After a lost commit the process takes the lock, which shows that the old
+session has ended, and looks for the number. Each commit also notifies all processes (LISTEN and NOTIFY).
 """
 
 import logging
@@ -45,11 +46,11 @@ log = logging.getLogger("smolora.database")
 
 
 class Notices:
-    """A number that changes whenever any process commits. A call takes a microsecond. Thread-safe.
+    """A callable that returns a number, which changes whenever any process commits. Thread-safe.
 
-    A commit of this process counts immediately, a commit of another process when its notice arrives. The notices
-    of this process carry `own`, and aren't counted again. While the server doesn't answer, the number changes at
-    each call, so that no cached value is taken for current.
+    A call takes a microsecond. A commit of this process counts immediately, a commit of another process when its
+    notice arrives. The notices of this process carry the id `own`, and aren't counted a second time. While the
+    server doesn't answer, the number changes at each call, so that no cached value is taken for current.
     """
 
     def __init__(self, open_one: "Callable[[], psycopg.Connection[Any]]") -> None:
@@ -72,14 +73,14 @@ class Notices:
             self._number += 1
 
     def start(self) -> None:
-        """Start to listen. Further calls have no effect."""
+        """Start the thread that listens for other processes' commits. Further calls have no effect."""
         with self._lock:
             if self._thread is None and not self._is_closed.is_set():
                 self._thread = threading.Thread(target=self._run, name="commits", daemon=True)
                 self._thread.start()
 
     def close(self) -> None:
-        """Stop listening. The thread ends within a moment."""
+        """Stop listening, and wait until the thread has ended, which takes a moment."""
         self._is_closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -108,7 +109,7 @@ class Notices:
                     return
 
     def _hears(self, connection: "psycopg.Connection[Any]") -> bool:
-        """Wait a moment for a commit, and return whether another process made one."""
+        """Wait for a commit, for up to `_LOOK_SECONDS`, and return whether another process made one."""
         payloads = {notice.payload for notice in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1)}
         return bool(payloads - {self.own})
 
@@ -153,8 +154,8 @@ Open = Callable[[], "psycopg.Connection[Any]"]
 def connect_server(url: str, patience: float) -> sa.Engine:
     """Open and migrate the database at `url`. The engine is thread-safe.
 
-    A lost connection and an interrupted transaction are retried for `patience` seconds. Raise StartupError, which
-    never quotes the password.
+    A lost connection and an interrupted transaction are retried for `patience` seconds. Raise StartupError if the
+    database can't be opened or migrated. The message never quotes the password.
     """
     open_one = _opener(url)
     engine = sa.create_engine(
@@ -195,13 +196,16 @@ def notices_of(engine: sa.Engine) -> Notices:
 
 
 def release_of(engine: sa.Engine) -> str:
-    """Describe the server's release for a person."""
+    """Return the name and release of the database server, such as "PostgreSQL 16.2"."""
     with reader_of(engine).connect() as connection:
         return f"PostgreSQL {connection.exec_driver_sql('SHOW server_version').scalar_one()}"
 
 
 def num_sessions(url: str) -> int:
-    """Count the other sessions of servers, workers and commands on the database. Raise StartupError."""
+    """Count the sessions of other servers, workers and commands on the database.
+
+    Raise StartupError if the database can't be reached.
+    """
     query = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
         "AND application_name = current_setting('application_name')"
@@ -216,7 +220,7 @@ def num_sessions(url: str) -> int:
 
 
 class _Pool(QueuePool):
-    """A pool of connections that, after the engine was disposed of, closes each connection returned to it."""
+    """A pool of connections. After the engine is disposed of, each connection is closed when it is returned."""
 
     _is_closed = False
 
@@ -242,7 +246,7 @@ class _Pool(QueuePool):
 
 
 class _Dialect(PGDialect_psycopg):
-    """psycopg's dialect, which finds out whether a commit succeeded if the connection was lost."""
+    """psycopg's dialect. If the connection is lost during a commit, it finds out whether the commit succeeded."""
 
     supports_statement_cache = True
     open: Open
@@ -274,7 +278,10 @@ class _Dialect(PGDialect_psycopg):
             driven.close()
 
     def _was_committed(self, own: str, number: int) -> bool:
-        """Return whether the transaction of that number was committed. Raise InDoubt if that stays unknown."""
+        """Return whether transaction `number` of the connection `own` was committed.
+
+        Raise InDoubt if that can't be found out in `_DOUBT_SECONDS`.
+        """
         until = time.monotonic() + _DOUBT_SECONDS
         while time.monotonic() < until:
             try:
@@ -294,7 +301,10 @@ registry.register("postgresql.smolora", __name__, "_Dialect")
 
 
 def _opener(url: str) -> Open:
-    """Return a function that opens a connection. Raise StartupError, without the URL, if libpq can't parse it."""
+    """Return a function that opens a connection to `url`.
+
+    Raise StartupError, without quoting the URL, if libpq can't parse it.
+    """
     try:
         given = conninfo_to_dict(url)
         complete = make_conninfo("", **{**_DEFAULTS, **given})
@@ -334,7 +344,10 @@ def _retried(open_one: Open, seconds: float) -> Open:
 
 
 def _prepare(open_one: Open) -> None:
-    """Check the server's version and encoding, and make the table `marks`. Raise StartupError."""
+    """Create the table `marks` if it is missing.
+
+    Raise StartupError if the server's version is too old, or if the database's encoding isn't UTF8.
+    """
     with open_one() as connection:
         if connection.info.server_version < _MIN_VERSION:
             raise StartupError("SMOLORA_DATABASE_URL: PostgreSQL 13 or newer is needed")

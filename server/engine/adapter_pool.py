@@ -1,8 +1,9 @@
 """The pool of resident adapters: load adapters for requests, and evict the least recently used ones.
 
-A request holds all of its adapters or none (`AdapterHold`), because two requests with some adapters each could
-wait for each other forever. A held adapter is never evicted. Threads of executors read cold adapters and fill
-their rows while other requests run. Only the engine's thread uses the pool itself.
+A resident adapter has rows in the pool's memory (`server.model.rank_rows`). A request holds all of its adapters or
+none (`AdapterHold`), because two requests with some adapters each could wait for each other forever. A held
+adapter is never evicted. Threads of executors read cold adapters and fill their rows while other requests run.
+Only the engine's thread uses the pool itself.
 """
 
 import logging
@@ -34,7 +35,7 @@ NUM_READERS = 8
 
 
 class Extents:
-    """An allocator of integer ranges [start, start + length) below `capacity`, called runs, by first fit."""
+    """A first-fit allocator of runs, which are integer ranges [start, start + length) below `capacity`."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -42,7 +43,7 @@ class Extents:
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (start, length), in order
 
     def allocate(self, length: int) -> int | None:
-        """Return the start of a new run, or None if no gap is long enough. `length` is at least 1."""
+        """Return the start of a new range of `length` (at least 1) integers, or None if no gap is long enough."""
         assert length > 0
         for i, (start, gap) in enumerate(self._free):
             if gap >= length:
@@ -55,7 +56,7 @@ class Extents:
         return None
 
     def release(self, start: int, length: int) -> None:
-        """Free a run that `allocate` returned."""
+        """Free a range that `allocate` returned."""
         i = bisect_left(self._free, (start, 0))
         if i < len(self._free):
             assert start + length <= self._free[i][0], "released twice"
@@ -70,7 +71,7 @@ class Extents:
         self.num_free = sum(gap for _, gap in self._free)
 
     def reset(self, taken: Iterable[tuple[int, int]]) -> None:
-        """Make exactly these runs (start, length) allocated. The runs must be sorted and not overlap."""
+        """Mark exactly these runs (start, length) as allocated. The runs must be sorted and not overlap."""
         self._free, end = [], 0
         for start, length in (*taken, (self.capacity, 0)):
             if start > end:
@@ -80,7 +81,7 @@ class Extents:
 
 
 def started(num_threads: int, name: str) -> ThreadPoolExecutor:
-    """Return an executor whose threads have all started. Later the system may have no threads left.
+    """Return an executor whose threads have all started, since the system may have no threads left later.
 
     Raise RuntimeError if a thread can't start.
     """
@@ -114,9 +115,10 @@ def submit(
 
 
 class Reads:
-    """Reads of adapters. A read that has begun can't be stopped, so later requests for its adapter reuse it.
+    """Reads of adapters from disk or an object store. Each read is a future.
 
-    `wake` is called from another thread when a read has ended or was cancelled.
+    A read that has begun can't be stopped, so later requests for its adapter reuse it. `wake` is called from
+    another thread when a read has ended or was cancelled.
     """
 
     def __init__(self, load: Load, readers: Executor, wake: Callable[[], None]) -> None:
@@ -126,7 +128,7 @@ class Reads:
         self._left: dict[str, Future[Stored]] = {}  # reads in progress that no request waits for
 
     def begin(self, digest: str) -> Future[Stored]:
-        """Return a read of the adapter: one in progress that no request waits for, or a new one."""
+        """Return a read of the adapter: one in progress that no request waits for, or else a new one."""
         self._forget_ended()
         reading = self._left.pop(digest, None)
         if reading is None:
@@ -134,7 +136,7 @@ class Reads:
         return reading
 
     def leave(self, digest: str, reading: Future[Stored]) -> None:
-        """Give back a read that no request waits for. Cancel it if it hasn't begun, else keep it for `begin`."""
+        """Abandon a read that no request waits for. Cancel it if it hasn't begun, else keep it for `begin`."""
         self._forget_ended()
         if not (reading.cancel() or reading.done()):
             self._left[digest] = reading
@@ -145,9 +147,10 @@ class Reads:
 
 @dataclass(eq=False)
 class Adapter:
-    """An adapter that is resident or being loaded. It has rows if and only if `placement` is set.
+    """An adapter that is resident or being loaded. It has rows in the pool if and only if `placement` is set.
 
-    The pool keeps it while a hold wants it, and afterwards until its rows are needed for other adapters.
+    The pool keeps the adapter while a sequence's hold includes it, and then until its rows are needed for other
+    adapters.
     """
 
     digest: str
@@ -170,19 +173,22 @@ class Adapter:
 
     @property
     def pending(self) -> Future[Stored] | Future[None] | None:
-        """The read or placement in progress, or None if there is none."""
+        """The future of the adapter's read, or of its copy into the pool, if it is in progress; else None."""
         work = self.reading if self.placing is None else self.placing
         return None if work.done() else work
 
     def start(self, space: Space) -> int:
-        """Return the start of the adapter's run in a space. The adapter must have a run in this space."""
+        """Return the start of the adapter's run in a tensor of the pool (`space`).
+
+        A run is the range of rows or units that an adapter has there. The adapter must have a run in this tensor.
+        """
         group, kind = space
         assert self.placement is not None
         run = self.placement[group]
         return run.first_row if kind == "rows" else run.first_unit
 
     def move(self, space: Space, start: int) -> None:
-        """Set the new start of the adapter's run in a space."""
+        """Record the new start of the adapter's run in a tensor of the pool (`space`)."""
         group, kind = space
         assert self.placement is not None
         run = self.placement[group]
@@ -191,7 +197,7 @@ class Adapter:
 
     @property
     def failure(self) -> SmoloraError | None:
-        """The error if the adapter could not be placed, or None."""
+        """The error if the adapter couldn't be copied into the pool, or None."""
         reason = self.placing.exception() if self.placing is not None and self.placing.done() else None
         if isinstance(reason, SmoloraError):
             return reason
@@ -202,7 +208,10 @@ class Adapter:
 
 @dataclass(eq=False)
 class AdapterHold:
-    """A hold on all adapters of one sequence. Until `is_held` is set, `adapters` are only being read."""
+    """A sequence's hold on all of its adapters. Once `is_held` is set, none of its adapters is evicted.
+
+    Before that, the `adapters` are only being read.
+    """
 
     pool: "AdapterPool" = field(repr=False)
     refs: tuple[AdapterRef, ...]
@@ -218,11 +227,11 @@ class AdapterHold:
 
     @property
     def ready(self) -> bool:
-        """Whether the adapters' rows can be used."""
+        """Whether all adapters have been copied into the pool and can be used."""
         return self.is_held and all(adapter.is_placed for adapter in self.adapters)
 
     def advance(self) -> bool:
-        """Continue the loading as far as possible without waiting, and return whether the hold is ready."""
+        """Continue loading the adapters as far as possible without waiting. Return whether the hold is ready."""
         try:
             is_ready = self.pool.advance(self)
         except Exception:  # other sequences in the step don't depend on this hold
@@ -236,7 +245,7 @@ class AdapterHold:
         return is_ready
 
     def hurry(self) -> None:
-        """Wait for the adapters to become ready, for up to `_hurry_seconds` in total."""
+        """Wait for the adapters to become ready, for up to `_hurry_seconds` in all calls together."""
         end = self.pool.clock() + self._hurry_seconds
         while not (self.advance() or self.error or self.lacks_room) and self._hurry_seconds > 0:
             pending = next((work for adapter in self.adapters if (work := adapter.pending) is not None), None)
@@ -251,7 +260,7 @@ class AdapterHold:
 
     @property
     def parts(self) -> Parts:
-        """The adapters' placements and weights. The hold must be ready."""
+        """The adapters' placements in the pool, with their weights in the request. The hold must be ready."""
         if self._parts is None or self._num_moves != self.pool.num_moves:
             self._num_moves = self.pool.num_moves
             placements = [adapter.placement for adapter in self.adapters]
@@ -296,7 +305,7 @@ class AdapterPool:
 
     @property
     def resident(self) -> frozenset[str]:
-        """Digests of the adapters whose rows can be used now."""
+        """The digests of the adapters that are in the pool and can be used now."""
         filling: list[Adapter] = []
         placed: set[str] = set()
         for adapter in self._filling:
@@ -321,9 +330,9 @@ class AdapterPool:
 
     @property
     def num_freed(self) -> int:
-        """A counter that grows when a hold that lacked room should be tried again.
+        """A counter that grows when holds that lacked room should be tried again.
 
-        Either rows became free, or an adapter that the hold waits for was evicted.
+        Either rows became free, or an adapter that a hold waits for was evicted.
         """
         filling = [adapter for adapter in self._settling if not adapter.is_idle]
         self._num_freed += len(self._settling) - len(filling)
@@ -331,12 +340,15 @@ class AdapterPool:
         return self._num_freed
 
     def share(self, holds: Iterable[AdapterHold]) -> float:
-        """Return the share of the rows (0 to 1) that the adapters of these holds take together."""
+        """Return the share of the pool (0 to 1) that the adapters of these holds take together."""
         adapters = self._of(holds)
         return max(_size(adapters, space) / max(extents.capacity, 1) for space, extents in self._spaces.items())
 
     def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
-        """Return whether a hold that lacks room would have room if the holds in `without` were released."""
+        """Return whether a hold's adapters would fit into the pool if the holds in `without` were released.
+
+        The hold must lack room now.
+        """
         adapters = self._of([hold])
         num_released = Counter(ref.digest for other in without for ref in other.refs)
         released = [a for a in self._of(without) if num_released[a.digest] == a.num_holds and a not in adapters]
@@ -347,12 +359,12 @@ class AdapterPool:
         return self._is_room_for(missing, spare)
 
     def _of(self, holds: Iterable[AdapterHold]) -> list[Adapter]:
-        """Return the adapters of these holds, each once."""
+        """Return the adapters of these holds that are in the pool or being loaded, each once."""
         digests = {ref.digest for hold in holds for ref in hold.refs}
         return [self._adapters[digest] for digest in digests if digest in self._adapters]
 
     def hold(self, refs: tuple[AdapterRef, ...]) -> AdapterHold:
-        """Return a new hold, which isn't ready yet."""
+        """Return a new hold on these adapters. It isn't ready before `advance` has loaded them."""
         return AdapterHold(self, refs, is_held=not refs)
 
     def advance(self, hold: AdapterHold) -> bool:
@@ -383,7 +395,7 @@ class AdapterPool:
         return hold.ready
 
     def release(self, hold: AdapterHold) -> None:
-        """Release a hold. Its adapters stay resident until their rows are needed for others."""
+        """Release a hold. Its adapters stay resident until their rows are needed for other adapters."""
         for adapter in hold.adapters:
             adapter.num_wanting -= 1
             if hold.is_held:
@@ -400,7 +412,7 @@ class AdapterPool:
             submit(self._placers, lambda: None, self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
-        """Return the hold's adapters, and begin to read the missing ones."""
+        """Set and return the hold's adapters, and begin to read the missing ones."""
         adapters = tuple(self._find(ref.digest) for ref in hold.refs)
         for adapter in adapters:
             adapter.num_wanting += adapter not in hold.adapters
@@ -408,7 +420,7 @@ class AdapterPool:
         return adapters
 
     def _has(self, adapter: Adapter) -> bool:
-        """Return whether the pool still has this adapter object, and not a newer one with its digest."""
+        """Return whether the pool still has this adapter object, and not a newer object with the same digest."""
         return self._adapters.get(adapter.digest) is adapter
 
     def _find(self, digest: str) -> Adapter:
@@ -437,7 +449,7 @@ class AdapterPool:
         return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
 
     def _has_room(self, adapters: Sequence[Adapter]) -> bool:
-        """Return whether the adapters could get rows if all other idle adapters were evicted."""
+        """Return whether the adapters would fit into the pool if all other idle adapters were evicted."""
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [adapter for adapter in self._adapters.values() if adapter.is_idle and adapter not in adapters]
         return self._is_room_for(missing, idle)
@@ -449,11 +461,11 @@ class AdapterPool:
         )
 
     def _take_rows(self, adapters: Sequence[Adapter]) -> bool:
-        """Give rows to all adapters that have none, and return True, or give rows to none and return False.
+        """Allocate rows of the pool for all adapters that lack them. Return False, without any, if that fails.
 
         Evict idle adapters for this, the least recently used first. Adapters that a waiting hold wants are evicted
-        last, since they would have to be read again. It fails only if an adapter whose rows are being filled
-        separates the free rows. The next `advance` tries again.
+        last, since they would have to be read again. Given `_has_room`, this fails only if an adapter whose rows
+        are being filled separates the free rows. The next `advance` tries again.
         """
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]
@@ -475,7 +487,7 @@ class AdapterPool:
         return True
 
     def _move_together(self) -> None:
-        """Move adapters so that the free rows form one run. Adapters that are being filled aren't moved."""
+        """Move adapters so that the free rows are contiguous. Adapters that are being filled aren't moved."""
         self.num_moves += 1
         for space, extents in self._spaces.items():
             placed = [a for a in self._adapters.values() if a.placement is not None and _size([a], space)]
@@ -492,7 +504,7 @@ class AdapterPool:
             extents.reset(taken)
 
     def _allocate_all(self, adapters: Sequence[Adapter]) -> bool:
-        """Allocate rows for all adapters or for none, so that a retry after an eviction finds all gaps."""
+        """Allocate rows for all adapters, and return True, or for none if one doesn't fit, and return False."""
         for i, adapter in enumerate(adapters):
             if not self._allocate(adapter):
                 for other in adapters[:i]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class QueueRate:
-    """The rate at which sequences end while all `num_places` places are taken.
+    """The rate at which sequences end while all `num_places` places in the batch are taken.
 
     Times at which a place is free don't count, since they don't show the server's throughput.
     """
@@ -22,9 +22,9 @@ class QueueRate:
         self._ends = deque([(0.0, 0)])  # (`_full_seconds`, `_num_ended`) after each end, for two batches
 
     def observe(self, now: float, num_in_flight: int, num_ended: int = 0) -> None:
-        """Record how many sequences are in flight at `now` (seconds), after `num_ended` have left their places.
+        """Record at time `now` how many sequences are in flight, and that `num_ended` have left the batch.
 
-        Call this after each change of the number in flight.
+        Call this after each change of the number in flight. Times are in seconds.
         """
         if self._since is not None:
             self._full_seconds += now - self._since
@@ -36,7 +36,7 @@ class QueueRate:
         self._since = now if num_in_flight >= self.num_places else None
 
     def wait(self, now: float, num_ahead: int) -> float:
-        """Estimate the seconds until `num_ahead` sequences have ended. Return 0 until a whole batch has ended."""
+        """Estimate the seconds until `num_ahead` sequences have ended. Return 0 before a whole batch has ended."""
         start, before = self._ends[0]
         if num_ahead <= 0 or self._num_ended < self.num_places:
             return 0.0
@@ -46,7 +46,7 @@ class QueueRate:
 
 @dataclass
 class _Counts:
-    """The sequences of one project."""
+    """How many sequences of one project are in flight."""
 
     num: int = 0
     num_begun: int = 0  # sequences that have had a place in the batch
@@ -57,10 +57,11 @@ class _Counts:
 
 
 class InFlight:
-    """The number of sequences in flight by project. `num_places` run at once, and up to `max_num` are accepted.
+    """The number of sequences in flight by project.
 
-    When `max_num` are in flight, a project with less than its equal share may still add sequences, so that other
-    projects can't keep it out. The hard limit is twice `max_num`.
+    `num_places` sequences run at once, and up to `max_num` are accepted. When `max_num` are in flight, a project
+    with less than its equal share may still add sequences, so that other projects can't keep it out. The hard
+    limit is twice `max_num`.
     """
 
     def __init__(self, num_places: int, max_num: int) -> None:
@@ -73,7 +74,7 @@ class InFlight:
     def has_room(self, project: str, num: int) -> bool:
         """Return whether `num` more sequences of the project are accepted.
 
-        If none are in flight, any number is accepted.
+        If no sequences are in flight, any number is accepted.
         """
         if not self.num or self.num + num <= self.max_num:
             return True
@@ -87,15 +88,15 @@ class InFlight:
         self._change(project, num, 0)
 
     def begin(self, project: str, num: int) -> None:
-        """Record that `num` of the project's sequences have got a place."""
+        """Record that `num` of the project's sequences have got a place in the batch."""
         self._change(project, 0, num)
 
     def end(self, project: str, num: int, num_begun: int) -> None:
-        """Remove `num` sequences of the project, of which `num_begun` had a place."""
+        """Remove `num` sequences of the project, of which `num_begun` had a place in the batch."""
         self._change(project, -num, -num_begun)
 
     def num_ahead(self, project: str) -> int:
-        """Return how many sequences will end before one more sequence of the project gets a place.
+        """Return how many sequences will end before one more sequence of the project gets a place in the batch.
 
         The scheduler gives a project its equal share of the places by preempting projects that have more. So the
         project's first sequences wait only if there are more projects than places. Its other sequences wait for

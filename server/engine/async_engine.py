@@ -44,7 +44,7 @@ class OutputStream:
     """The outputs of one request, until all its choices have ended. `aclose` aborts the unfinished choices."""
 
     def __init__(self, num_choices: int, abandon: Callable[[], None]) -> None:
-        """`abandon` is called when the reader has stopped. It may be called after the end, or more than once."""
+        """`abandon` is called when the reader has stopped, possibly after the request's end, or more than once."""
         self._num_unfinished = num_choices  # choices whose end the reader hasn't received
         self._abandon = abandon
         self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
@@ -97,8 +97,8 @@ def _size(output: SequenceOutput) -> int:
 class Watchdog:
     """A detector of steps that hang. Call `look` several times a second.
 
-    The age of a step is the sum of the times between looks, each at most `_LONGEST_PAUSE`. So the time for which
-    the whole process is stopped (SIGSTOP, a suspended machine, a debugger) hardly counts.
+    The age of a step is the sum of the times between calls of `look`, each at most `_LONGEST_PAUSE`. So the time
+    for which the whole process is stopped (SIGSTOP, a suspended machine, a debugger) hardly counts.
     """
 
     def __init__(self, least_seconds: float = LEAST_SECONDS) -> None:
@@ -116,7 +116,7 @@ class Watchdog:
     def look(self, step: int | None, now: float) -> bool:
         """Return whether the current step hangs.
 
-        `step` is its number, or None between steps; `now` is a time in seconds.
+        `step` is the current step's number, or None between steps; `now` is a time in seconds.
         """
         pause = 0.0 if self._looked_at is None else min(now - self._looked_at, _LONGEST_PAUSE)
         self._looked_at = now
@@ -153,7 +153,8 @@ class AsyncEngine:
     ) -> None:
         """Build the engine with `build(wake)`. The engine calls `wake` from any thread when it may have work.
 
-        `check_queue` refuses requests that would wait for a place longer than `queue_timeout` seconds.
+        `check_queue` refuses requests that would wait longer than `queue_timeout` seconds for a place in the
+        batch.
         """
         self._engine = build(self._wake)
         num_places = self._engine.config.scheduler.max_num_seqs
@@ -250,8 +251,8 @@ class AsyncEngine:
     def check_queue(self, num_sequences: int, project: str = "") -> None:
         """Raise QueueFull if `num_sequences` of a project would be refused now or would wait for too long.
 
-        Raise Draining, NotReady or EngineDead if the engine is in that state. Call this before the slow work of
-        preparing a request.
+        Raise Draining, NotReady or EngineDead if the engine is draining, not ready or dead. Call this before the
+        slow work of preparing a request.
         """
         self._check_room(num_sequences, project)
         wait = _WAIT_ERROR * self._rate.wait(self._clock(), self._in_flight.num_ahead(project))

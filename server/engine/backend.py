@@ -53,10 +53,10 @@ class PagedCache:
 
 
 class Backend(ABC):
-    """A base model's forward pass, with its key/value cache and the rank rows of adapters.
+    """A base model's forward pass, with its key/value cache and the memory of resident adapters (rank rows).
 
-    A step's chunks are `decodes`, of one token each, and then `prefills`. Only decodes can have drafts, and only
-    in a backend that is batch invariant.
+    A step computes the chunks `decodes`, of one token each, and then the chunks `prefills`. Only decodes can have
+    drafts, and only in a backend that is batch invariant.
     """
 
     is_batch_invariant: ClassVar[bool]
@@ -79,7 +79,7 @@ class Backend(ABC):
 
     @property
     def bytes_per_rank(self) -> int:
-        """Bytes of device memory for one rank on all linear modules."""
+        """Bytes of device memory that an adapter of rank 1 takes, if it adapts all linear modules."""
         return self.row_format.bytes_per_rank(self.config.shape)
 
     def bytes_per_block(self, block_size: int) -> int:
@@ -87,7 +87,7 @@ class Backend(ABC):
         return PagedCache.bytes_per_block(self.config, block_size, self._dtype)
 
     def allocate(self, num_blocks: int, block_size: int, max_rank: int) -> None:
-        """Allocate the cache, and rank rows for adapters whose rounded ranks add up to `max_rank`."""
+        """Allocate the key/value cache, and memory for adapters whose rounded ranks add up to `max_rank`."""
         self.rows = RankRows(self.config.shape, max_rank=max_rank, row_format=self.row_format, device=self._device)
         self.cache = PagedCache(
             self.config, num_blocks, block_size, self._dtype, self._device, by_block=self._caches_by_block
@@ -95,7 +95,7 @@ class Backend(ABC):
 
     @abstractmethod
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
-        """Cache the chunks' keys and values, and return their final hidden states (rows, hidden).
+        """Write the chunks' keys and values to the cache, and return final hidden states (rows, hidden).
 
         The rows are each chunk's last `num_hidden` tokens, in the order of the chunks.
         """
@@ -116,7 +116,7 @@ class Backend(ABC):
 class StepAdapters(Generic[T]):
     """The adapters of a step's tokens, in the form that the backend needs.
 
-    They are reused while consecutive steps have the same adapters.
+    This form is built again only if a step's adapters differ from those of the previous step.
     """
 
     def __init__(self, build: Callable[[Seq[TokenRun]], T]) -> None:

@@ -27,22 +27,25 @@ _ASSUMED_STEP = 16  # prompt tokens that are assumed to take the time of a step 
 
 
 class RowCosts:
-    """The cost of an extra token, as a share of the time of a step without extra tokens."""
+    """The cost of an extra token, drafted or of a prompt, as a share of the time of a step without any."""
 
     def __init__(self, max_num_seqs: int, assumed_step: int = 10) -> None:
         """Assume at first that `assumed_step` extra tokens cost as much as a step of one sequence.
 
-        Another decoding sequence is assumed to cost as much as an extra token.
+        One more decoding sequence is assumed to cost as much as an extra token.
         """
         bands = {_band(num) for num in range(1, max_num_seqs + 1)}
         self._lines = {band: _Line(1 / (assumed_step - 1 + band)) for band in bands}
 
     def of(self, num_sequences: int) -> float:
-        """Return the cost of an extra token in a step of `num_sequences` decoding sequences."""
+        """Return the cost of an extra token in a step of `num_sequences` decoding sequences.
+
+        An extra token is a drafted token or a token of a prompt.
+        """
         return self._lines[_band(num_sequences)].fit()[1]
 
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
-        """Learn from a step of `num_sequences` decoding sequences and `num_tokens` extra tokens."""
+        """Learn from a step that decoded `num_sequences` sequences and computed `num_tokens` extra tokens."""
         line = self._lines[_band(num_sequences)]
         start, share = line.fit()
         usual = start * (1 + share * num_tokens)
@@ -97,11 +100,12 @@ class PromptRoom:
         self._token_seconds = _ASSUMED_TOKEN
 
     def with_decodes(self, num_decoding: int) -> int:
-        """Return the number of prompt tokens in a step of `num_decoding` decoding sequences (at least one)."""
+        """Return how many prompt tokens to compute in a step that decodes `num_decoding` (at least 1)
+        sequences."""
         return max(_LEAST_TOKENS, int(self._slower / self._costs.of(num_decoding)))
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:
-        """Return the number of prompt tokens in a step of about `seconds` with `num_decoding` decodes."""
+        """Return how many prompt tokens fit into a step of `seconds` with `num_decoding` decoding sequences."""
         return max(_LEAST_TOKENS, int(seconds / self._token_seconds) - num_decoding)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:

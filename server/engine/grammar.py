@@ -2,9 +2,9 @@
 
 Answers are compact JSON, without whitespace. Formats of dates and times are replaced by patterns, because
 llguidance's own formats accept impossible dates (2023-02-29, 0000-01-01) and leap seconds at any time. Limits keep
-the work for one token at a few milliseconds. A grammar that needs more fails during an answer. llguidance's own
-forcing of text is off, because it has no limit: a grammar of a few dozen characters (`x|y((a{1000}){1000}){1000}`)
-would keep a thread busy for minutes.
+the work for one token at a few milliseconds. If a grammar needs more work for a token, the answer fails.
+llguidance's own forcing of text is off, because it has no limit: a grammar of a few dozen characters
+(`x|y((a{1000}){1000}){1000}`) would keep a thread busy for minutes.
 
 Importing this module is quick, since the process of `grammar_check` imports it. That process compiles unvetted
 grammars, because some small schemas keep the compiler busy for hours.
@@ -112,15 +112,15 @@ def _matcher(tokenizer: LLTokenizer, start: str) -> LLMatcher:
 
 
 def _part(text: str) -> dict[str, object]:
-    """Return the only part of a grammar in llguidance's JSON form."""
+    """Parse a grammar in llguidance's JSON form, and return its single element."""
     (part,) = json.loads(text)["grammars"]
     return dict(part)
 
 
 def _place(tokenizer: LLTokenizer, schema: dict[str, object], message: str) -> str:
-    """Return the place, in parentheses, of the first part of the schema that fails alone with the same message.
+    """Return the path, in parentheses, of the first subschema that fails alone with the same message.
 
-    Return an empty string if none is found in `_PLACE_SECONDS`.
+    Return an empty string if no such subschema is found in `_PLACE_SECONDS`.
     """
     if message == _ONE_OF:
         places = [place for place, node in nodes(schema) if "oneOf" in node]
@@ -187,7 +187,7 @@ def try_out(matcher: LLMatcher, eos_token_ids: frozenset[int]) -> None:
 def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
     """Return the first allowed token that isn't an end token, from `start` on, or else from 0 on.
 
-    Return None if there is none.
+    Return None if there is no such token.
     """
     for first in (start, 0):
         token_id = mask.find(_ALLOWED, first)
@@ -200,7 +200,7 @@ def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The path of a node in the document. It is formatted only when needed, since keys may be very long."""
+    """The path of a node in a JSON schema. It is formatted only when needed, since keys may be very long."""
 
     parent: "Place | None"
     key: str | int
@@ -216,7 +216,7 @@ class Place:
 
 
 def nodes(schema: object) -> Iterator[tuple[Place, dict[str, object]]]:
-    """Yield each schema in the document with its place, the whole document first.
+    """Yield the whole schema and then each schema inside it, with its path.
 
     Objects under unknown keywords count as schemas, because a `$ref` may name them.
     """
@@ -240,10 +240,11 @@ def _is_nested(part: object) -> bool:
 
 
 def names_schema(ref: str) -> bool:
-    """Return whether `nodes` would visit the target of this `$ref`, if it exists.
+    """Return whether the target of this `$ref`, if it exists, is a schema that `nodes` yields.
 
-    `nodes` doesn't visit the values of `_VALUES`, and doesn't yield the maps of `_MAPS`. The result depends only
-    on the keys of the pointer, whichever schema the pointer starts in. Anchors only exist in schemas.
+    `nodes` doesn't visit the values of the keywords `_VALUES`, and doesn't yield the values of the keywords
+    `_MAPS`, which map names to schemas. The result depends only on the keys of the JSON pointer, whichever schema
+    it starts in. Anchors only exist in schemas.
     """
     is_map = False
     for key in unquote(ref.partition("#")[2]).split("/")[1:]:
@@ -254,7 +255,7 @@ def names_schema(ref: str) -> bool:
 
 
 def spell_out(schema: object) -> None:
-    """Replace formats by patterns, and remove keywords that restrict nothing. The schema is changed in place."""
+    """Replace `format` keywords by patterns, and remove keywords without effect. `schema` is changed in place."""
     for _, node in nodes(schema):
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]

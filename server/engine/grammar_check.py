@@ -74,10 +74,10 @@ class GrammarChecker:
             self._kill()
 
     def check(self, grammar: Grammar) -> None:
-        """Vet a grammar. Raise GrammarRefused if it is refused, or NotReady if it can't be vetted now.
+        """Vet a grammar. Raise GrammarRefused if the grammar is refused, or NotReady if it can't be vetted now.
 
-        It blocks while earlier grammars are vetted, and then for up to WALL_SECONDS (`_STARVED_SECONDS` on a busy
-        machine).
+        This blocks while earlier grammars are vetted, and then for up to WALL_SECONDS (`_STARVED_SECONDS` on a
+        busy machine).
         """
         with self._lock:
             for _ in range(2):  # the process may have died since the last grammar
@@ -226,7 +226,7 @@ def _reap() -> None:
 
 
 def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int], writer: int) -> NoReturn:
-    """Run the child: vet the grammar, write the answer and exit. A limit may kill it earlier."""
+    """Run the child: vet the grammar, write the answer and exit. A limit may kill the child earlier."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, _STARVED_SECONDS + _NEWS_SECONDS)  # in case the parent has died
     with suppress(OSError, ValueError):

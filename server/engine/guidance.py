@@ -67,7 +67,7 @@ class Compiled:
 
 
 class Constraint:
-    """The state of one sequence in its grammar. One thread at a time owns it (see the module's docstring)."""
+    """The state of one sequence in its grammar. One thread at a time may use it (see the module's docstring)."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Constraint:
     def awaits_mask(self) -> bool:
         """Whether another thread computes masks of this grammar.
 
-        While it does, don't use anything else of the constraint.
+        If so, don't use any other attribute or method of the constraint.
         """
         return self.compiled.num_pending > 0
 
@@ -111,7 +111,7 @@ class Constraint:
 
     @property
     def max_draft(self) -> int:
-        """The maximum length of a draft in this step, given that each drafted token needs a mask."""
+        """The maximum length of a draft in this step, limited by the time that its tokens' masks take."""
         return int(min(self.spare_seconds / max(self.compiled.mask_seconds, 1e-6), 1000))
 
     @property
@@ -142,7 +142,7 @@ class Constraint:
         return self._forced[:max_tokens]
 
     def compute_mask(self) -> bool:
-        """Compute the next mask on this thread. Return False if it failed and `receive(None)` must retry."""
+        """Compute the next mask on this thread. Return False if that failed and `receive(None)` must retry."""
         begun = time.thread_time()
         mask = mask_of(self._matcher, self._tokenizer.vocab_size)
         self.compiled.observe(time.thread_time() - begun)
@@ -154,7 +154,8 @@ class Constraint:
     def receive(self, mask: Mask | None) -> None:
         """Set the next mask, and compute the forced tokens.
 
-        If `mask` is None, computing it failed. Then retry with a newly compiled matcher if compiling is quick.
+        If `mask` is None, its computation has failed. Then retry with a newly compiled matcher if compiling is
+        quick.
         """
         if mask is None:
             self._restart()
@@ -207,11 +208,11 @@ class Constraint:
             yield token_id
 
     def _only(self, matcher: LLMatcher, allowed: Mask | None) -> int | None:
-        """Return the longest token of `allowed` if only its text can follow, or else None.
+        """Return the longest token of `allowed` if the answer can only continue with its text, else None.
 
         It isn't enough that all allowed tokens begin the same text: after a shorter token the answer may end or
-        continue differently ("low" and "lower"). So go along the text by the shortest tokens,
-        and check again after each.
+        continue differently ("low" and "lower"). So follow the text token by token, always by the shortest allowed
+        token, and check again after each.
         """
         splits = self._splits(allowed)
         if not splits:
@@ -226,9 +227,10 @@ class Constraint:
         return longest
 
     def _splits(self, allowed: Mask | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
-        """Return the texts and ids of the allowed tokens, shortest first, if all begin or extend one text.
+        """Return the texts and ids of the allowed tokens, shortest first, if all texts agree.
 
-        `text` is the known part of that text. Return an empty sequence otherwise, or if the answer may end.
+        They agree if each is a prefix or an extension of one text, whose known part is `text`. Return an empty
+        sequence otherwise, or if the answer may end.
         """
         if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
             return []
@@ -239,7 +241,7 @@ class Constraint:
         return splits if are_one and not set(token_ids) & set(self._tokenizer.eos_tokens) else []
 
     def _asked(self) -> Mask | None:
-        """Return the next mask, computed now if necessary, or None if there is an error."""
+        """Return the next mask, which is computed now if necessary, or None if there is an error."""
         if not (self._is_asked or self.compute_mask()):
             self._restart()
             self._mask, self._is_asked = self._mask_of(self._matcher), True
@@ -255,7 +257,8 @@ class Constraint:
     def _restart(self) -> None:
         """If possible, compile the grammar again, and repeat the answer so far in the new matcher.
 
-        The new matcher shares no lexer states. Other answers may have reached the limit of the shared ones.
+        The new matcher has its own lexer states. The old one shares them with other answers, which may have
+        reached the limit on their number.
         """
         self.compiled.is_spoilt = True
         if self._may_restart:
@@ -314,7 +317,7 @@ class Guidance:
     def check(self, grammar: Grammar) -> None:
         """Vet, compile and cache a grammar. Any thread may call this.
 
-        It blocks while earlier grammars are checked, and then for a second or two (longer on a busy machine).
+        This blocks while earlier grammars are checked, and then for a second or two (longer on a busy machine).
         Raise InvalidInput on the grammar's field if the grammar is refused, or TryAgain if it can't be checked
         now.
         """
@@ -342,7 +345,7 @@ class Guidance:
         return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
 
     def is_usable(self, grammar: Grammar) -> bool:
-        """Return whether `check` would return at once. Any thread may call this."""
+        """Return whether `check` would return at once, since the grammar is cached. Any thread may call this."""
         kept = self._find(grammar)
         return kept is not None and not kept.is_spoilt
 

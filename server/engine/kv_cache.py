@@ -14,7 +14,7 @@ from server.engine.sequence import Sequence
 
 
 class BlockManager:
-    """Allocation, sharing and eviction of blocks. `used + free == num_blocks - 1` always holds."""
+    """Allocation, sharing and eviction of blocks. Every block except block 0 is either used or free."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 2:
@@ -50,7 +50,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def num_own_blocks(self, sequence: Sequence) -> int:
-        """Return how many blocks would be free without this sequence: those that no other sequence shares."""
+        """Return how many blocks this sequence alone uses, which its preemption would free."""
         return sum(1 for block in sequence.block_table if self._references[block] == 1)
 
     def is_being_computed(self, sequence: Sequence) -> bool:
@@ -61,10 +61,10 @@ class BlockManager:
         return False
 
     def admit(self, sequence: Sequence, *, num_spare_blocks: int) -> bool:
-        """Assign a sequence the cached blocks of its prefix, if blocks for the rest of its tokens are free.
+        """Assign a sequence the cached blocks of its prefix, if enough blocks are free. Return whether they are.
 
-        Return whether they are. `num_spare_blocks` more blocks must be free. Set `block_table` and
-        `num_computed_tokens`. At least one token is always left to compute.
+        There must be free blocks for the rest of the sequence's tokens, and `num_spare_blocks` more. Set
+        `block_table` and `num_computed_tokens`. At least one token is always left to compute.
         """
         assert not sequence.block_table, "admitted twice"
         prefix = []
@@ -109,7 +109,7 @@ class BlockManager:
             self._free.move_to_end(block, last=False)
 
     def mark_computed(self, sequence: Sequence) -> None:
-        """Register the sequence's newly filled blocks. Call after `num_computed_tokens` has grown."""
+        """Add newly filled blocks to the prefix cache. Call this after `num_computed_tokens` has grown."""
         num_full = sequence.num_computed_tokens // self.block_size
         if num_full <= sequence.num_registered_blocks:
             return
@@ -139,7 +139,7 @@ class BlockManager:
         sequence.num_computed_tokens = 0
 
     def check(self, sequences: list[Sequence]) -> None:
-        """Assert that the reference counts match the block tables of `sequences`: all that have blocks."""
+        """Assert that reference counts match block tables. `sequences` must be all sequences that have blocks."""
         counts = [0] * self.num_blocks
         for sequence in sequences:
             for block in sequence.block_table:
@@ -149,7 +149,7 @@ class BlockManager:
         assert {block: key for key, block in self._block_of.items()} == self._key_of
 
     def _prompt_keys(self, sequence: Sequence) -> list[bytes]:
-        """Return the keys of the full blocks that the sequence can share."""
+        """Return the keys of the full blocks that the sequence can share with other sequences."""
         return sequence.full_block_keys()[: sequence.num_sharable_tokens // self.block_size]
 
     def _take(self, block: int) -> None:

@@ -30,16 +30,19 @@ _SHARE = 0.1
 """The budget as a share of the last step's time. These times are processor time of the engine's thread."""
 _LEAST_SECONDS = 1e-3
 """The minimum budget."""
-_BATCH = 4  # masks that the other thread computes at a time
+_BATCH = 4  # masks that the mask thread computes at a time
 _FADE = 0.9
-"""Factor on a grammar's estimated mask time each time the other thread, which doesn't measure it, gets masks."""
+"""Factor on a grammar's estimated mask time each time the mask thread, which doesn't measure it, gets masks."""
 
 
 class Masks:
-    """The computation of masks on two threads. Only the engine's thread may call the methods."""
+    """The computation of masks, on the engine's thread and on a mask thread.
+
+    Only the engine's thread may call the methods.
+    """
 
     def __init__(self, vocab_size: int, wake: Callable[[], None]) -> None:
-        """`wake` is called on the other thread when all requested masks of a grammar are ready."""
+        """`wake` is called on the mask thread when all requested masks of a grammar are ready."""
         self._vocab_size = vocab_size
         self._wake = wake
         self._debts: dict[str, float] = {}  # seconds that projects used beyond their shares
@@ -55,14 +58,17 @@ class Masks:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the other thread."""
+        """Stop the mask thread."""
         with self._news:
             self._is_closed = True
             self._news.notify()
         self._thread.join()
 
     def prepare(self, running: Iterable[Sequence]) -> None:
-        """Compute or request the masks that `running` sequences lack. Call it before each step."""
+        """Compute the masks that `running` sequences lack, or request them from the mask thread.
+
+        Call this before each step.
+        """
         step_seconds = thread_time() - self._step_begun
         constraints: dict[str, list[Constraint]] = defaultdict(list)
         lacking: dict[str, dict[Compiled, list[_Asked]]] = defaultdict(lambda: defaultdict(list))
@@ -84,9 +90,9 @@ class Masks:
         self._step_begun = thread_time()
 
     def _compute_here(self, project: str, compiled: Compiled, asked: Seq["_Asked"], seconds: float) -> float:
-        """Compute a grammar's masks on this thread if all are expected to fit into `seconds`.
+        """Compute a grammar's masks on the engine's thread if all are expected to fit into `seconds`.
 
-        Leave the masks that aren't computed to the other thread. Return the processor time used.
+        Request the remaining masks from the mask thread. Return the processor time used.
         """
         spent, todo = 0.0, deque(asked)
         if not compiled.num_pending and len(asked) * compiled.mask_seconds <= seconds:
@@ -106,7 +112,7 @@ class Masks:
         return spent
 
     def _run(self) -> None:
-        """Run the other thread: compute masks until closed."""
+        """Run the mask thread: compute masks until closed."""
         while batch := self._next_batch():
             self._compute(batch)
             for one in batch:
@@ -117,7 +123,10 @@ class Masks:
                     self._wake()
 
     def _next_batch(self) -> Seq["_Asked"]:
-        """Wait for requests of masks, and return some, taking the projects in turn. Return none if closed."""
+        """Wait until masks are requested, and return some of the requests, taking the projects in turn.
+
+        Return an empty list if closed.
+        """
         batch: list[_Asked] = []
         with self._news:
             while not (self._queues or self._is_closed):
@@ -141,7 +150,7 @@ class Masks:
 
 
 class _Asked(NamedTuple):
-    """A sequence that lacks a mask."""
+    """A request for a mask: a sequence that lacks a mask, and its constraint."""
 
     sequence: Sequence
     constraint: Constraint

@@ -19,7 +19,7 @@ from server.model.native.sampling import Choices, SampleTable
 
 
 class NativeBackend(Backend):
-    """`NativeModel` over a paged cache."""
+    """A backend that computes with `NativeModel` and a paged cache."""
 
     is_batch_invariant = True
     _caches_by_block = True
@@ -44,7 +44,7 @@ class NativeBackend(Backend):
         return _sampled(self._model.draw(self._tables((*decodes, *prefills)), table), rows, vocab_size)
 
     def _tables(self, chunks: Seq[Chunk]) -> StepTables:
-        """Return the tables that describe a step of these chunks to the model."""
+        """Return the tables that describe to the model a step of these chunks."""
         token_ids: list[int] = []
         runs: list[tuple[int, ...]] = []
         blocks: list[int] = []

@@ -103,6 +103,9 @@ def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
 
 
 def _neighbours(chunks: list[Chunk]) -> list[Chunk]:
-    """Sort the chunks so that those of one adapter set are neighbours. Rare sets come first."""
+    """Sort the chunks so that chunks with the same adapters are neighbours.
+
+    Chunks whose adapters few other chunks have come first.
+    """
     counts = Counter(chunk.sequence.adapter_key for chunk in chunks)
     return sorted(chunks, key=lambda chunk: (counts[chunk.sequence.adapter_key], chunk.sequence.adapter_key))

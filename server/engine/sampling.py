@@ -52,7 +52,7 @@ class Penalized(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LogitsRow:
-    """The inputs that, together with the logits of a row, decide its token."""
+    """The inputs that, together with a row of logits, determine the row's token."""
 
     params: SamplingParams
     index: int  # index of the choice
@@ -88,7 +88,7 @@ class Sampled(NamedTuple):
 def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
     """Return the next token of each row.
 
-    `logits` (rows, vocab) must be fp32 and contiguous. They are overwritten.
+    `logits` (rows, vocab) must be fp32 and contiguous, and are overwritten.
     """
     assert logits.shape[0] == len(rows)
     wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]
@@ -291,14 +291,14 @@ def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 class _Places:
-    """Indices into flattened logits, with a number for each index."""
+    """Indices into the flattened logits, and a number to apply at each index."""
 
     def __init__(self) -> None:
         self._places: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.float64]] = []
 
     def add(self, start: int, token_ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-        """Add the tokens and numbers of the row that begins at index `start`."""
+        """Add the tokens, and a number for each, of the row that begins at index `start`."""
         if token_ids.size:
             self._places.append(token_ids + start)
             self._values.append(values)

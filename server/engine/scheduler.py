@@ -10,17 +10,18 @@ project that begins has to wait for the current step. The oldest prompt gets at 
 can't starve. The rest goes first to the project that has had the least engine time, and within a project first to
 the prompts with the shortest remainders. So a short prompt doesn't wait for a long one.
 
-Projects: engine time is shared equally (`shares`). A project that has had more than its share sits out steps.
-Waiting projects take turns, and so do the adapter sets of each (`waiting`). Projects with the fewest running
-sequences come first. If a waiting set lacks a place, blocks or rank rows, and another project has more of what the
-set lacks, the youngest sequences of that project are preempted until there is room. A project's last sequence is
-preempted only for a project with nothing running, whose engine time is behind by `shares.SLACK`. A preempted
-sequence isn't preempted for another project again before it has made progress.
+Projects: engine time is shared equally (`shares`). A project that has had more than its share sits out steps. The
+waiting sequences of a project that use the same adapters form a waiting set (`waiting`). Waiting projects take
+turns, and so do the waiting sets of each project. Projects with the fewest running sequences come first. If a
+waiting set lacks a place in the batch, blocks or rank rows, and another project has more of this resource, the
+youngest sequences of that project are preempted until there is room. A project's last sequence is preempted only
+for a project with nothing running, whose engine time is behind by `shares.SLACK`. A preempted sequence isn't
+preempted for another project again before it has made progress.
 
-Room: a set that has its turn but no room is passed over at most `max_bypass` times. Then nothing else is admitted
-before it, except sequences of projects with nothing running. It is tried again only after something was freed.
-When blocks run out, the youngest sequence of the project with the most blocks is preempted. A preempted sequence
-frees everything, and is computed again from what the prefix cache still has.
+Room: a waiting set whose turn it is, but which lacks room, is passed over at most `max_bypass` times. Then nothing
+else is admitted before it, except sequences of projects with nothing running. It is tried again only after
+something was freed. When blocks run out, the youngest sequence of the project with the most blocks is preempted. A
+preempted sequence frees everything, and is computed again from what the prefix cache still has.
 """
 
 from collections import Counter
@@ -98,7 +99,7 @@ class _Lack(Enum):
 
 
 class Scheduler:
-    """All sequences from `add` until `finish`, and the choice of each step's work."""
+    """Keeps all sequences from `add` until `finish`, and chooses each step's work."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class Scheduler:
         *,
         cuts_anywhere: bool = False,
     ) -> None:
-        """`cuts_anywhere` says that the ends of chunks don't affect results, so chunks may end anywhere."""
+        """If `cuts_anywhere`, the ends of chunks don't affect results, so chunks may end anywhere."""
         self.limits = limits
         self.blocks = blocks
         self.num_preemptions = 0
@@ -156,7 +157,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def observe(self, chunks: Seq[Chunk], seconds: float, worked: float) -> None:
-        """Learn from a step that took `seconds`, and charge its projects for the `worked` seconds.
+        """Learn from a step that took `seconds`, and charge the step's projects for the `worked` seconds.
 
         `worked` is processor time of the engine's thread, so projects don't pay for other delays of a step.
         """
@@ -165,7 +166,7 @@ class Scheduler:
             self._prompt_room.observe(chunks, seconds)
 
     def schedule(self) -> Step:
-        """Return the next step. Blocks for its tokens are in the sequences' block tables."""
+        """Return the next step. The blocks for its tokens have been reserved."""
         failed: list[Failed] = []
         self.at_work = None
         num_preemptions = self.num_preemptions
@@ -188,7 +189,7 @@ class Scheduler:
         return Step(tuple(chunks), tuple(failed))
 
     def _due(self) -> frozenset[str]:
-        """Return which of the projects with something to compute take part in this step."""
+        """Return the projects that take part in this step, out of those with something to compute."""
         return self._shares.due({s.request.project for s in self.running if not s.awaits_mask})
 
     def _able(self, projects: Collection[str]) -> list[Sequence]:
@@ -196,7 +197,7 @@ class Scheduler:
         return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
-        """Return a chunk of each sequence up to its stop, except for sequences that are preempted meanwhile."""
+        """Return a chunk of each sequence, up to its stop. Sequences that are preempted meanwhile get none."""
         chunks = []
         for sequence, stop in stops.items():
             self.at_work = sequence
@@ -206,10 +207,10 @@ class Scheduler:
         return chunks
 
     def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
-        """Share the budget among prompts, and return the end of each chunk.
+        """Share the step's token budget among prompts, and return the end of each prompt's chunk.
 
-        The oldest prompt gets at least half. The others get the rest, in order of their projects' engine
-        time and their remainders.
+        The oldest prompt gets at least half. The rest goes first to the projects with the least engine time, and
+        within a project first to the prompts with the fewest remaining tokens.
         """
         if not prompts:
             return {}
@@ -225,7 +226,7 @@ class Scheduler:
         return stops
 
     def _num_reserved(self, oldest: Sequence, budget: int) -> int:
-        """Return the tokens of the budget that are kept for the oldest prompt."""
+        """Return how many tokens of the budget are reserved for the oldest prompt."""
         return min(self._remainder(oldest), (budget + 1) // 2)
 
     @staticmethod
@@ -301,10 +302,11 @@ class Scheduler:
             sequence.hold = None
 
     def _admit(self, chunks: list[Chunk], failed: list[Failed], due: Collection[str]) -> None:
-        """Admit waiting sequences, taking the sets in turn, while the step has room for their prompts.
+        """Admit waiting sequences while the step has room for their prompts. Projects and adapter sets take turns.
 
-        Nothing is admitted for projects that have something to compute but aren't `due`. The chunks of sequences
-        that are preempted for others are removed from `chunks`.
+        A project that has something to compute but isn't `due` sits out this step, and nothing is admitted for it.
+        Sequences may be preempted for other projects; their chunks are removed from `chunks`. Sequences whose
+        adapters can't be loaded are appended to `failed`.
         """
         num_running = self._num_running()
         resting = {s.request.project for s in self._able(num_running)} - set(due)
@@ -353,9 +355,10 @@ class Scheduler:
         self._look_ahead(turn)
 
     def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
-        """Preempt sequences of a project that has more than a waiting set's project, if the set can then begin.
+        """Preempt sequences of a project that has more than another one, so that the other one's can begin.
 
-        Do this for the first waiting set that it helps. Remove the preempted sequences' chunks from `chunks`.
+        Do this for the first waiting sequence in `turn` that can then begin. Remove the preempted sequences'
+        chunks from `chunks`.
         """
         if len(num_running) < 2 and all(queue.project in num_running for queue in islice(turn, 1)):
             return  # there is no other project
@@ -381,10 +384,11 @@ class Scheduler:
     def _lacks(
         self, sequence: Sequence, hold: AdapterHold, num_free: int, without: Seq[Sequence] = ()
     ) -> "_Lack | None":
-        """Return what a waiting sequence would lack if the sequences in `without` were preempted, or None.
+        """Return what a waiting sequence would lack if the sequences in `without` were preempted.
 
-        `num_free` blocks are free and not promised. Cached blocks of the sequence's prefix count as new ones,
-        because they are themselves free if nothing of its project runs.
+        Return None if the sequence could then begin. `num_free` is the number of blocks that are free and not
+        promised to running sequences. Cached blocks of the sequence's prefix count as new ones, because they are
+        themselves free if nothing of its project runs.
         """
         if hold.lacks_room and not self._adapters.fits(hold, [s.hold for s in without if s.hold is not None]):
             return _Lack.ROWS
@@ -397,12 +401,13 @@ class Scheduler:
     def _victims(
         self, sequence: Sequence, hold: AdapterHold, lacks: "_Lack", num_free: int, num_running: Counter[str]
     ) -> list[Sequence]:
-        """Return the sequences to preempt so that a waiting sequence gets what it `lacks`.
+        """Return the sequences to preempt so that a waiting sequence gets the resource that it `lacks`.
 
-        They are the youngest sequences of the other project that has the most of this resource. Waiting sequences
-        of that project come first if they hold rows. Return none if the waiting sequence still couldn't begin.
-        Return none, too, if its project would then have at least as much as the other has now, unless nothing of
-        its project runs and its engine time is behind by the slack.
+        They are the youngest sequences of the project that has the most of this resource, apart from the waiting
+        sequence's own project. That project's waiting sequences come first if they hold rows. Return an empty list
+        if the waiting sequence still couldn't begin. Also return an empty list if its project would then have at
+        least as much as the other project has now. The latter doesn't apply if nothing of its project runs, and
+        its engine time is behind by `shares.SLACK`.
         """
         project = sequence.request.project
         others = [other for other in num_running if other != project]
@@ -441,7 +446,7 @@ class Scheduler:
         return victims
 
     def _row_share(self, project: str, *more: AdapterHold) -> float:
-        """Return the share of the rows that a project's running and waiting sequences, and `more` holds, take."""
+        """Return the share of the adapter pool that a project's sequences, and the holds `more`, take together."""
         running = [sequence for sequence in self.running if sequence.request.project == project]
         holders = [*running, *self._waiting_with_rows(project)]
         return self._adapters.share([*(s.hold for s in holders if s.hold is not None), *more])
@@ -473,12 +478,12 @@ class Scheduler:
         return _Verdict.ADMITTED
 
     def _num_promised_blocks(self, running: Iterable[Sequence]) -> int:
-        """Return how many blocks running sequences still need for their tokens, at least one for each to grow."""
+        """Return how many blocks the running sequences still need, at least one each, since each grows."""
         blocks = self.blocks
         return sum(max(1, blocks.blocks_for(s.num_needed_tokens) - len(s.block_table)) for s in running)
 
     def _give_way(self, sequence: Sequence) -> bool:
-        """Release the adapters that other waiting sequences hold, and return whether there were any."""
+        """Release the adapters that other waiting sequences hold. Return whether there were any such adapters."""
         holds = []
         for other in self._waiting:
             if other is not sequence and other.hold is not None and other.hold.is_held:
@@ -489,7 +494,7 @@ class Scheduler:
         return bool(holds)
 
     def _look_ahead(self, turn: Turn) -> None:
-        """Begin to load the adapters of the next sets, for as many sets as sequences can run at once."""
+        """Begin to load the adapters of the next waiting sequences in `turn`, as many as can run at once."""
         for queue in islice(turn, self.limits.max_num_seqs):
             if not queue.lacks_room:
                 queue.advance(self._adapters)

@@ -23,7 +23,10 @@ Ints = npt.NDArray[np.int64]
 
 
 class TokenCounts:
-    """The distinct tokens of one sequence and their counts, for penalties. Each call counts only new tokens."""
+    """The distinct tokens of one sequence and their counts, for penalties.
+
+    Each call of `of` counts only the tokens that were added since the last call.
+    """
 
     def __init__(self, token_ids: Seq[int], num_prompt_tokens: int) -> None:
         """`token_ids` are a prompt and its answer so far. Tokens may be appended to the list at any time."""
@@ -112,10 +115,10 @@ class Sequence:
 
     @property
     def num_sharable_tokens(self) -> int:
-        """The number of tokens, from the first on, whose cached blocks the sequence may use.
+        """The number of tokens, from the first on, for which the sequence may use cached blocks.
 
-        The others are computed for their hidden states: the last token, or all from the one before the first
-        scored token on.
+        The other tokens must be computed, since their hidden states are needed. These are the last token or, if
+        the request scores tokens, all tokens from the one before the first scored token on.
         """
         scored_from = self.request.scored_from
         return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
@@ -127,11 +130,11 @@ class Sequence:
 
     @property
     def awaits_mask(self) -> bool:
-        """Whether the sequence sits out steps until another thread has computed a mask (`masks`)."""
+        """Whether the sequence sits out steps until the mask thread (`masks`) has computed a mask."""
         return self.constraint is not None and self.constraint.awaits_mask
 
     def timing(self, now: float) -> Timing:
-        """Return the timing of a sequence that ends `now`."""
+        """Return the timing of a sequence that ends at `now`."""
         start, load = self.arrival, self.loading
         return Timing(
             queue=(now if self.admitted_at is None else self.admitted_at) - start,
@@ -190,7 +193,10 @@ class Chunk:
 
 
 def extend_block_keys(keys: list[bytes], root: bytes, token_ids: Seq[int], block_size: int) -> None:
-    """Append the missing keys of the full blocks of `token_ids` to `keys`. Each key hashes the key before it."""
+    """Append the missing keys of the full blocks of `token_ids` to `keys`.
+
+    A key is a hash of the key before it and of the block's tokens. The first key is computed from `root`.
+    """
     while (len(keys) + 1) * block_size <= len(token_ids):
         start = len(keys) * block_size
         tokens = array("q", token_ids[start : start + block_size]).tobytes()
@@ -205,7 +211,10 @@ def adapter_key(adapters: Seq[AdapterRef]) -> bytes:
 
 
 def prefix_root(adapter_key: bytes, project: str) -> bytes:
-    """Return the first key in a chain of block keys. Each project has its own, so projects share no blocks."""
+    """Return the key before the first one in a chain of block keys.
+
+    It differs for each project, so projects share no blocks.
+    """
     if not project:
         return adapter_key
     return hashlib.blake2b(adapter_key + project.encode(), digest_size=16, person=b"project").digest()

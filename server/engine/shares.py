@@ -48,7 +48,7 @@ class ProjectShares:
         return self.lead(project, other) >= _AHEAD
 
     def due(self, running: Collection[str]) -> frozenset[str]:
-        """Return which of the projects with `running` sequences take part in the next step: at least one."""
+        """Return those projects with `running` sequences that take part in the next step: at least one."""
         if len(running) > 1:
             least = min(self._used[project] for project in running)
             for project in running:

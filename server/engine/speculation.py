@@ -47,7 +47,7 @@ class PromptLookup:
         """Guess the next `max_tokens` tokens (at least one) of the sequence, which so far has `token_ids`.
 
         Look for the longest suffix of `MIN_MATCH` to `MAX_MATCH` tokens that also occurs earlier. If it occurs
-        several times, use the latest occurrence. Return None if there is none.
+        several times, use the latest occurrence. Return None if no such suffix exists.
         """
         packed = self._packed
         packed += array("i", token_ids[len(packed) // _SIZE :]).tobytes()
@@ -63,7 +63,7 @@ class PromptLookup:
         return Guess([followed[i % len(followed)] for i in range(max_tokens)], match)
 
     def _last_end(self, pattern: bytearray, stop: int) -> int:
-        """Return the end of the last occurrence of `pattern` before `stop`, or -1 if there is none."""
+        """Return the end, in bytes, of the last occurrence of `pattern` before `stop`, or -1 if there is none."""
         at = self._packed.rfind(pattern, 0, stop)
         while at > 0 and at % _SIZE:  # a match of bytes that isn't aligned to tokens
             at = self._packed.rfind(pattern, 0, at + len(pattern) - 1)
@@ -120,9 +120,9 @@ class Speculator:
     def __init__(
         self, blocks: BlockManager, eos: Collection[int], max_num_seqs: int, *, is_on: bool = True
     ) -> None:
-        """Limit the tokens that a step draws.
+        """Limit how many tokens a step draws.
 
-        The limit is `max_num_seqs`, or the tokens of one sequence with the longest draft if these are more.
+        The limit is `max_num_seqs` or, if that is more, the tokens of one sequence with the longest draft.
         """
         self.costs = RowCosts(max_num_seqs)
         self.num_drafted_tokens = 0

@@ -23,7 +23,7 @@ from server.model.smollm import Adapters, NoAdapters, SmolLM
 
 
 class TorchBackend(Backend):
-    """`SmolLM` over a paged cache."""
+    """A backend that computes with `SmolLM` and a paged cache."""
 
     is_batch_invariant = False  # torch's products round differently for one row than for several
 

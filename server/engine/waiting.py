@@ -1,8 +1,8 @@
 """Order the waiting sequences by project, and within a project by adapter set.
 
-Projects take turns, and so do the adapter sets of each project. So neither a busy project nor a hot adapter can
-starve others. Projects with fewer running sequences come first. The scheduler decides whether a sequence can be
-admitted.
+The waiting sequences of a project that use the same adapters form a waiting set. Projects take turns, and so do
+the waiting sets of each project. So neither a busy project nor a hot adapter can starve others. Projects with
+fewer running sequences come first. The scheduler decides whether a sequence can be admitted.
 """
 
 from collections import OrderedDict, deque
@@ -26,7 +26,7 @@ class _Refusal:
 
 @dataclass
 class WaitingSet:
-    """The waiting sequences of one adapter set of a project, in order of arrival. It is never empty."""
+    """The waiting sequences of one project that use the same adapters, in order of arrival. It is never empty."""
 
     project: str
     adapter_key: bytes
@@ -40,14 +40,17 @@ class WaitingSet:
 
     @property
     def lacks_room(self) -> bool:
-        """Whether the first sequence lacked room and nothing has been freed since, so that it would fail again."""
+        """Whether the first sequence lacked room and would lack it again, since nothing has been freed."""
         refusal = self._refusal
         return (
             refusal is not None and refusal.sequence is self.first and refusal.num_freed == refusal.room.num_freed
         )
 
     def lacks(self, room: BlockManager | AdapterPool, num_freed: int) -> None:
-        """Record that the first sequence lacked `room` when `room.num_freed` was `num_freed`."""
+        """Record that the first sequence couldn't be admitted for lack of `room`: blocks or adapter memory.
+
+        `num_freed` is the value of `room.num_freed` at the attempt.
+        """
         self._refusal = _Refusal(self.first, room, num_freed)
 
     def hurry(self, adapters: AdapterPool) -> None:
@@ -91,17 +94,17 @@ class WaitingQueues:
                 yield from queue.sequences
 
     def digests(self) -> frozenset[str]:
-        """Return the digests of waiting sequences' adapters, or of a sample of them if there are many sets."""
+        """Return the digests of waiting sequences' adapters, or of a sample if there are many waiting sets."""
         listed = islice((queue for sets in self._projects.values() for queue in sets.values()), _MAX_LISTED)
         return frozenset(ref.digest for queue in listed for ref in queue.first.request.adapters)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence as the last of its set."""
+        """Queue a new sequence behind the sequences of its project that use the same adapters."""
         self.set_of(sequence).sequences[sequence] = None
         self._num_sequences += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Requeue a preempted sequence before all others of its project."""
+        """Requeue a preempted sequence before all other sequences of its project."""
         sequences = self.set_of(sequence).sequences
         sequences[sequence] = None
         sequences.move_to_end(sequence, last=False)
@@ -116,7 +119,7 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Remove a set's first sequence. The set becomes the last of its project, and the project the last."""
+        """Remove a waiting set's first sequence. Its project, and the set within the project, become the last."""
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)
@@ -124,16 +127,19 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def turn(self, num_running: Mapping[str, int], may_begin: Callable[[str], bool] = lambda _: True) -> "Turn":
-        """Return the order in which to try the sets of the projects that may begin a sequence in this step."""
+        """Return the order in which to try to admit sequences in this step.
+
+        Projects for which `may_begin` is false are left out.
+        """
         projects = [project for project in self._projects if may_begin(project)]
         return Turn(self, deque(sorted(projects, key=lambda project: num_running.get(project, 0))))
 
     def sets(self, project: str) -> Iterable[WaitingSet]:
-        """Return the sets of a project in the order of their turns."""
+        """Return the waiting sets of a project, the one to try next first."""
         return self._projects.get(project, {}).values()
 
     def set_of(self, sequence: Sequence) -> WaitingSet:
-        """Return the sequence's set. A missing set is created as the last of its project."""
+        """Return the waiting set for the sequence's project and adapters, created as the last if it is missing."""
         project, key = sequence.request.project, sequence.adapter_key
         sets = self._projects.setdefault(project, OrderedDict())
         return sets.setdefault(key, WaitingSet(project, key))
@@ -147,7 +153,10 @@ class WaitingQueues:
 
 
 class Turn:
-    """The sets that a step may still try. `take_first`, `pass_over` and `try_later` are about the `first` set."""
+    """The waiting sets from which a step may still admit sequences.
+
+    `take_first`, `pass_over` and `try_later` are about the set that is `first`.
+    """
 
     def __init__(self, queues: WaitingQueues, projects: deque[str]) -> None:
         self._queues = queues
@@ -156,7 +165,7 @@ class Turn:
 
     @property
     def first(self) -> WaitingSet | None:
-        """The set to try next, or None if all have been tried."""
+        """The waiting set to try next, or None if all have been tried."""
         while self._projects:
             project = self._projects[0]
             if project not in self._left:
@@ -167,7 +176,7 @@ class Turn:
         return None
 
     def take_first(self) -> None:
-        """Remove the set's first sequence, which has been admitted. Other projects and other sets come next."""
+        """Remove the first set's first sequence, which was admitted. Other projects and other sets come next."""
         queue = self._pop()
         self._queues.take_first(queue)
         if queue.sequences:
@@ -175,17 +184,17 @@ class Turn:
         self._projects.rotate(-1)
 
     def pass_over(self) -> None:
-        """Skip the set in this step. It keeps its place, and its project tries another set."""
+        """Skip the first set in this step. The project's next set is tried instead. The queues don't change."""
         self._pop()
 
     def try_later(self) -> None:
-        """Try the set again after the project's other sets, since its first sequence has failed and left it."""
+        """Move the first set behind its project's other sets, since its first sequence has failed and left it."""
         queue = self._pop()
         if queue.sequences:
             self._left[queue.project].append(queue)
 
     def __iter__(self) -> Iterator[WaitingSet]:
-        """Yield the untried sets in the order of their turns, as if all were admitted.
+        """Yield the sets that this step hasn't tried yet, in the order in which they would be tried if all fit.
 
         Don't queue or remove sequences while iterating.
         """

@@ -1,10 +1,10 @@
-"""Metrics of the engine's snapshot, which is read at each request: under our names, and under vLLM's for gateways.
+"""Metrics of the engine, from a snapshot at each request: under our names, and under vLLM's names for gateways.
 
 The Gateway API's inference extension reads vLLM's names to choose a server. The value of `vllm:lora_requests_info`
 is the time. Its labels say which adapters a request can use without loading, and for which adapters requests are
-waiting. vLLM lists the running adapters there. We list each resident adapter under every name that a request may
-use: `tweets` for the latest version, `tweets@3`, `tweets@prod`, and compositions whose parts are all resident. An
-adapter of another project is listed with its project.
+waiting. vLLM lists only running adapters in this metric. We list each resident adapter under every name that a
+request may use: `tweets` for the latest version, `tweets@3`, `tweets@prod`, and compositions whose parts are all
+resident. An adapter of another project is listed with its project.
 
 Gateways count each name as an adapter, and consider a server full if it lists `max_lora` names. So our `max_lora`
 counts names, too.
@@ -42,7 +42,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
 
 
 class EngineCollector(Collector):
-    """The engine's snapshot, which `stats` returns, under our names."""
+    """Collects metrics from the engine's snapshot, which `stats` returns, under our names."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
@@ -70,9 +70,9 @@ Moves = Callable[[], object]
 
 
 class GatewayCollector(Collector):
-    """The engine's snapshot, which `stats` returns, under vLLM's names, with the names of adapters.
+    """Collects metrics from the engine's snapshot, which `stats` returns, under vLLM's names.
 
-    Names are looked up only if something has changed. If the lookup fails, the old names are kept.
+    Adapters' names are looked up only if something has changed. If the lookup fails, the old names are kept.
     """
 
     def __init__(

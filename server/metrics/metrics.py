@@ -1,4 +1,4 @@
-"""A server's metrics: HTTP requests, generation requests, lanes, the process, and what collectors read.
+"""A server's metrics: requests, lanes (limits on concurrent work), the process, and the collectors' metrics.
 
 Gateways read /metrics many times a second and need current values, so collectors are read at each request. The
 other metrics may be up to MAX_AGE old, so that rendering them takes at most RENDER_SHARE of the time.
@@ -79,7 +79,7 @@ class HttpMetrics:
         self._auth_failures.labels(reason).inc()
 
     def ended(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a finished answer. `route` is a template, or empty if the path has no route."""
+        """Count an HTTP request that was answered. `route` is a template, or empty if the path has no route."""
         key = (method if method in METHODS else OTHER, route or OTHER, status)
         if (children := self._children.get(key)) is None:
             children = self._responses.labels(*map(str, key)), self._seconds.labels(key[1])
@@ -114,17 +114,20 @@ class LaneMetrics:
         )
 
     def declare(self, name: str, *, is_lane: bool) -> None:
-        """Create the series with value 0, so that Prometheus sees the first refusal as an increase."""
+        """Create the series of a lane or another limit with value 0.
+
+        Otherwise Prometheus wouldn't see the first refusal as an increase.
+        """
         self._refusals.labels(name)
         if is_lane:
             self._waits.labels(name)
 
     def waited(self, lane: str, seconds: float) -> None:
-        """Record a finished wait."""
+        """Record how long a request has waited for a thread of a lane."""
         self._waits.labels(lane).observe(seconds)
 
     def refused(self, reason: str) -> None:
-        """Count a refusal."""
+        """Count a request that was refused because the lane or limit named `reason` was full."""
         self._refusals.labels(reason).inc()
 
 
@@ -178,7 +181,7 @@ def outcome_of(error: Exception) -> Outcome:
 
 
 class Metrics:
-    """All metrics of one server. `stats` (the engine's snapshot) and `collectors` are read at each request."""
+    """All metrics of one server. The engine's snapshot, `stats`, and `collectors` are read at each request."""
 
     def __init__(
         self,
@@ -239,7 +242,7 @@ class Metrics:
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
-        """Count a refusal if the block raises TryAgain."""
+        """Count a refused request if the block raises TryAgain."""
         try:
             yield
         except TryAgain:

@@ -48,7 +48,7 @@ class Cuda:
 
     @classmethod
     def of_this_machine(cls) -> "Cuda":
-        """Ask torch which GPUs there are. Its warnings become `trouble`."""
+        """Ask torch which GPUs there are. torch's warnings become `trouble`."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -57,8 +57,10 @@ class Cuda:
         return cls(torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list()), gpus, trouble)
 
     def check(self, setting: str, device: torch.device) -> Gpu:
-        """Return the GPU of the device that SMOLORA_DEVICE=`setting` names. Raise StartupError if torch can't use
-        it."""
+        """Return the GPU of the device that SMOLORA_DEVICE=`setting` names.
+
+        Raise StartupError if torch can't use it.
+        """
         asked, index = f"SMOLORA_DEVICE={setting}", device.index or 0
         if index >= len(self.gpus):
             finds = f"{asked}: torch {self.torch_version} finds {plural(len(self.gpus), 'CUDA device')}"
@@ -86,8 +88,10 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def torch_on(device: torch.device) -> str:
-    """Describe what computes if native code doesn't: torch, and the GPU's name, since results are rounded
-    differently on different GPUs."""
+    """Describe what computes if native code doesn't: torch, and the GPU's name.
+
+    The name matters, since results are rounded differently on different GPUs.
+    """
     return "torch" if device.type == "cpu" else f"torch on {gpu_of(device).name}"
 
 
@@ -115,7 +119,7 @@ def limit_memory(device: torch.device, share: float) -> None:
 
 
 def empty_cache() -> None:
-    """Release the GPU memory that torch caches for later tensors, since it may be fragmented."""
+    """Free the GPU memory that torch keeps for later tensors, since that memory may be fragmented."""
     torch.cuda.empty_cache()
 
 
@@ -163,8 +167,8 @@ _CPUINFO = Path("/proc/cpuinfo")
 def use_threads(num_threads: int | None) -> None:
     """Set the number of threads of torch, and of native code that is created later.
 
-    None: torch's own number, which OMP_NUM_THREADS sets, but at most one for each processor that this process may
-    use.
+    If it is None, use torch's own number, which OMP_NUM_THREADS sets, but at most one thread for each processor
+    that this process may use.
     """
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_processors()))
 
@@ -177,12 +181,11 @@ def choose_device(
     *,
     has_native: bool = False,
 ) -> tuple[torch.device, torch.dtype]:
-    """Return torch's device and dtype for the settings `device` (`auto`, `cpu`, `cuda` or `cuda:N`) and `dtype`
-    (`auto`, `fp32`, `bf16` or `fp16`).
+    """Return torch's device and dtype for the settings `device` and `dtype`.
 
-    `flags` are the CPU's features and `cuda` the GPUs (None: this machine's). `has_native` means that native code
-    computes on the CPU; it uses bf16 on every processor. Raise StartupError if the machine lacks what is asked
-    for.
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`, and `dtype` is `auto`, `fp32`, `bf16` or `fp16`. `flags` are the
+    CPU's features and `cuda` the GPUs (None: this machine's). `has_native` means that native code computes on the
+    CPU; it uses bf16 on every processor. Raise StartupError if the machine lacks what the settings ask for.
     """
     cuda = Cuda.of_this_machine() if cuda is None and device != "cpu" else cuda
     chosen = torch.device(device if device != "auto" else "cuda" if cuda and cuda.gpus else "cpu")
@@ -208,7 +211,7 @@ def training_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to train in if serving uses `dtype`: the same, except fp32 instead of fp16.
 
     Gradients underflow in fp16 unless losses are scaled. Scaling needs a state in every checkpoint, and skips
-    steps. fp32 needs neither, and `auto` chooses it for GPUs without bf16.
+    steps. fp32 needs no scaling, and `auto` chooses it for GPUs without bf16.
     """
     return torch.float32 if dtype is torch.float16 else dtype
 
@@ -244,7 +247,7 @@ def ints_on(tensor: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
 
 
 def floats_on(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
-    """Return the values in the tensor's dtype on its device."""
+    """Return the values in the tensor's dtype and on the tensor's device."""
     return to_device(torch.tensor(values, dtype=tensor.dtype), tensor.device)
 
 
@@ -259,8 +262,10 @@ class Uploads:
         self._stream = cast("Callable[[torch.device], torch.cuda.Stream]", torch.cuda.Stream)(device)
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy each pair's first tensor into its second, and wait. The first is pinned; shapes and dtypes are
-        equal."""
+        """Copy each pair's first tensor, which is pinned, into its second, and wait until that is done.
+
+        The two tensors must have the same shape and dtype.
+        """
         with torch.cuda.stream(self._stream):
             there = [(source.to(self._device, non_blocking=True), place) for source, place in pairs]
             # Kernels that were launched earlier may still read the previous content of these places.

@@ -30,11 +30,10 @@ def in_huge_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def take_pages(part: torch.Tensor) -> None:
-    """Allocate the pages of a part of an `in_huge_pages` tensor before they are written. The part's content is
-    kept, even if other threads write to it meanwhile.
+    """Allocate the pages of a part of an `in_huge_pages` tensor before they are first written.
 
-    If the system can't do this, or has no memory left, pages are allocated when they are first written. ctypes
-    releases the GIL meanwhile.
+    The part's content is kept, even if other threads write to it meanwhile. If the system can't do this, or has no
+    memory left, pages are allocated when they are first written. ctypes releases the GIL meanwhile.
     """
     first = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = part.data_ptr() + part.nbytes - first

@@ -1,11 +1,11 @@
-"""The adapters of one flat batch: the rank rows that each token uses, and their weights.
+"""The adapters of one flat batch: the rows of A and B that each token uses, and the adapters' weights.
 
 Successive tokens that share their adapters are a run. A long run (`MIN_BLOCK`) uses dense products, one adapter
 after the other. Short runs are computed together. The product with A is dense for each run of `MIN_DENSE` tokens
 or more, and is computed for sampled (token, row) pairs for shorter runs. One sampled sum over the rows of B then
 serves all short runs. The indices are built once per step and serve every layer. On 2 cores, for q·k·v at rank 16,
 the sum over B takes 7 µs for one token and 20 µs for 32 tokens; a bf16 matrix product takes 22–30 µs for each of
-q, k and v.
+q, k and v. `rank_rows` explains rows, units and groups.
 """
 
 from collections.abc import Sequence
@@ -52,9 +52,9 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _DenseShrink:
-    """The dense product of a run's tokens with A. `rows` has the rows of each of the run's parts.
+    """The dense product of one run's tokens with its adapters' rows of A. `rows` has each adapter's rows.
 
-    `tokens` are counted from the first token of all short runs.
+    `tokens` are indices into the tokens of all short runs.
     """
 
     tokens: slice
@@ -68,7 +68,10 @@ class _DenseShrink:
 
 @dataclass(frozen=True, eq=False)
 class _SampledShrink:
-    """The product with A of the tokens of many short runs, for (token, row) pairs."""
+    """The products of many short runs' tokens with their adapters' rows of A, for (token, row) pairs.
+
+    `tokens` are indices into the tokens of all short runs.
+    """
 
     tokens: slice
     pairs: Pairs
@@ -79,7 +82,7 @@ class _SampledShrink:
 
 @dataclass(frozen=True, eq=False)
 class _Short:
-    """All short runs in one group: their products with A, and the sums of B's units."""
+    """The computation of all short runs for one group of modules: products with A, then sums over B."""
 
     shrinks: tuple[_DenseShrink | _SampledShrink, ...]
     weights: torch.Tensor | None  # (num_pairs,); None: all 1
@@ -218,8 +221,11 @@ def _plan_shrinks(
 
 
 def _entries(parts: Sequence[tuple[Run, float]], layout: GroupLayout) -> tuple[_Ints, _Ints, _Ints]:
-    """Return one token's entries in the order of its output units: each entry's pair (counted from 0), each
-    entry's unit of B, and the number of entries of each output unit."""
+    """Return one token's terms of the sums over B, in the order of the output units that they add to.
+
+    The arrays are each term's (token, row) pair, counted from 0; each term's unit of B; and the number of terms of
+    each output unit. A unit is `layout.unit` successive features of a module's output.
+    """
     hidden: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
     units: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
     first_pair = 0

@@ -1,11 +1,11 @@
-"""Packed files: stored adapters in the layout of the pools, which load without conversion
-(`adapters.store.packed`).
+"""Packed files: stored adapters in the layout of the pools, which load without conversion.
 
-A packed file is a header page and the result of `RowLayout.pack`. Loading the adapter checks the header; placing
-it reads each group's runs. The file is written when the adapter is put into the store, or in the background when
-the adapter is loaded and has no packed file. A file with another layout or length is deleted and written again. A
-load doesn't detect damaged content, but `smolora doctor` does, since it reads the whole file (`is_damaged`). Some
-adapters get no packed file (`_is_wanted`). They are placed from their published form, with the same bits.
+A packed file (`adapters.store.packed`) is a header page and the result of `RowLayout.pack`. Loading the adapter
+checks the header; placing it in the pools reads the rest. The file is written when the adapter is put into the
+store, or in the background when the adapter is loaded and has no packed file. A file with another layout or length
+is deleted and written again. A load doesn't detect damaged content, but `smolora doctor` does, since it reads the
+whole file (`is_damaged`). Some adapters get no packed file (`_is_wanted`). They are placed from their published
+form, with the same bits.
 """
 
 import hashlib
@@ -40,13 +40,12 @@ log = logging.getLogger(__name__)
 
 
 class PackedAdapters:
-    """The packed files of one store, for one layout. Thread-safe."""
+    """The packed files of one store, for one layout of the pools. Thread-safe."""
 
     def __init__(
         self, store: AdapterStore, layout: RowLayout, min_free_bytes: int = 0, max_bytes: int | None = None
     ) -> None:
-        """Have the store write a packed file of each adapter that is put from now on, if `_is_wanted` returns
-        true.
+        """Have the store write a packed file for each adapter that is put into it, if `_is_wanted` returns true.
 
         `min_free_bytes` must stay free on the disk. `max_bytes` is the capacity of the pools, if known.
         """
@@ -59,10 +58,10 @@ class PackedAdapters:
         store.packed.make = self._wanted_pieces
 
     def load(self, digest: str) -> Stored:
-        """Return the adapter: its packed file, not yet read, or the published weights if it has none.
+        """Return the adapter: its packed file, not yet read, or the published weights if it has no packed file.
 
-        Neither takes memory of its own before the adapter is placed. Raise CorruptAdapter if the adapter is
-        damaged.
+        Either takes no memory of its own until the adapter is placed in the pools. Raise CorruptAdapter if the
+        adapter is damaged.
         """
         try:
             with self._store.packed.open(digest) as file:
@@ -94,8 +93,10 @@ class PackedAdapters:
         return PackedFile(needs, partial(self._read, digest, page))
 
     def _read(self, digest: str, page: bytes, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers with the content after the header `page`. If that fails, delete the file and raise
-        Unavailable."""
+        """Fill the buffers with the file's content after the header `page`.
+
+        If that fails, delete the file and raise Unavailable.
+        """
         try:
             with self._store.packed.open(digest) as file:
                 if file.read(_HEADER) != page:
@@ -110,7 +111,7 @@ class PackedAdapters:
             ) from error
 
     def _is_wanted(self, digest: str, weights: LoraWeights) -> bool:
-        """Return whether to write a packed file of the adapter. This takes no memory for the packed form."""
+        """Return whether to write a packed file of the adapter. This doesn't create the packed form."""
         num_bytes = self._layout.num_bytes(self._layout.needs_of(weights))
         published = sum(module.a.nbytes + module.b.nbytes for module in weights.modules.values())
         if num_bytes > max(_MAX_GROWTH * published, _SMALL):
@@ -152,8 +153,10 @@ def _fill(buffer: memoryview, file: FileIO) -> None:
 
 
 def is_damaged(file: torch.Tensor) -> bool:
-    """Return whether a packed file was changed after it was written, and servers would still use it. `file` is its
-    whole content."""
+    """Return whether a packed file was changed after it was written, and servers would still use it.
+
+    `file` is the file's whole content.
+    """
     try:
         header = json.loads(file[:_HEADER].numpy().tobytes())
         expected = header.pop(_SUM)
@@ -163,7 +166,7 @@ def is_damaged(file: torch.Tensor) -> bool:
 
 
 def _sum_of(facts: Mapping[str, object], content: torch.Tensor) -> str:
-    """Return the SHA-256 (hex) of a header's facts and of the content."""
+    """Return the SHA-256 (hex) of a header's fields, except the checksum, and of the content."""
     sha = hashlib.sha256(json.dumps(facts).encode())
     sha.update(content.numpy().data)
     return sha.hexdigest()

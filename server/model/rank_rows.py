@@ -1,15 +1,18 @@
 """Rank rows: the memory of resident adapters' low-rank matrices, and the layout of an adapter in it.
 
-Linear modules that read the same input form a group with one pool. A pool has `a` (layers, rows, in) and `b`
-(layers, units, unit). A resident adapter owns one run of rows and one run of units in the pool of each group that
-it targets. A run has the same place in every layer, so one index describes a token's rows for all layers. If rows
-are packed (`RowFormat.tile`), a run's layers are contiguous instead, and `a` is (layers · rows, in): a run whose
-first row is r begins at row r · layers.
+Linear modules that read the same input form a group (`GROUPS`). Each group has one pool with `a` (layers, rows,
+in) and `b` (layers, number of units, unit). A unit is a part of a row of B: `unit` successive output features of a
+module. `unit` divides the output sizes of all modules in the group, so rows of q and rows of k share a pool
+without padding.
+
+A resident adapter has one run (contiguous range) of rows and one run of units in the pool of each group that it
+targets. A run has the same place in every layer, so one index describes a token's rows for all layers. If rows are
+packed (`RowFormat.tile`), a run's layers are contiguous instead, and `a` is (layers · rows, in): a run whose first
+row is r begins at row r · layers.
 
 `a` includes a row's scaling (α/r or α/√r, which may vary by layer), so a request adds only its weight. A module's
-B, transposed, is (rank, out). Each of its rows fills out/unit units. `unit` divides the output sizes of all
-modules in the group, so rows of q and rows of k share a pool without padding. `engine.adapter_pool` decides which
-adapter owns a run.
+B, transposed, is (rank, out). Each of its rows fills out/unit units. `engine.adapter_pool` decides which adapter
+has which run.
 
 `RowLayout.pack` writes an adapter's runs of all groups into one piece of memory, which can be stored
 (`packed_adapters`) and copied into the pools.
@@ -41,10 +44,10 @@ GroupKey = tuple[int, str]
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The dtypes and the layout of rank rows, chosen by a backend for its products.
+    """The dtypes and the layout of adapters' matrices in the pools, chosen by a backend for its products.
 
-    A run of A is (rows, in), and a module's B is (rank, out). With a `tile` they are packed for products of bf16
-    pairs: the run of A as (in / 2, rows, 2), and B as (out / tile, rank / 2, tile, 2).
+    An adapter's rows of A are (rows, in), and a module's B is (rank, out). With a `tile` they are packed for
+    products of bf16 pairs: A as (in / 2, rows, 2), and B as (out / tile, rank / 2, tile, 2).
     """
 
     a: torch.dtype
@@ -57,12 +60,11 @@ class RowFormat:
         return cls(torch.float32 if device.type == "cpu" else dtype, dtype)
 
     def rounded(self, rank: int) -> int:
-        """Return the number of rows for a rank. Packed rows come in pairs: an odd rank gets one more row, of
-        zeros."""
+        """Return the number of rows for a rank. If rows are packed, an odd rank gets one more row, of zeros."""
         return rank if self.tile is None else rank + rank % 2
 
     def bytes_per_rank(self, shape: BaseShape) -> int:
-        """Return the bytes in the pools for one rank of an adapter on all linear modules."""
+        """Return the bytes in the pools for an adapter of rank 1 on all linear modules."""
         sizes = shape.features.values()
         per_layer = sum(self.a.itemsize * inputs + self.b.itemsize * outputs for outputs, inputs in sizes)
         return shape.num_layers * per_layer
@@ -70,7 +72,11 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """The sizes, in features, of one group of a base."""
+    """The modules of one group, which read the same input, and their sizes in features.
+
+    `unit` is the number of output features in a unit, which is the part of a row of B that a pool stores in one
+    piece.
+    """
 
     modules: tuple[str, ...]
     in_features: int
@@ -90,7 +96,7 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class ModuleRows:
-    """One module's share of an adapter's run: its rank (the largest of all layers) and its first row and unit."""
+    """Where one module's matrices are within an adapter's rows and units, and their rank."""
 
     module: str
     rank: int  # rounded up by the format
@@ -102,7 +108,10 @@ class ModuleRows:
 
 @dataclass(frozen=True)
 class GroupRows:
-    """The rows and units that an adapter needs in one group's pool."""
+    """How many rows of A and units of B an adapter needs in the pool of one group of modules.
+
+    A unit is a part of a row of B; all units of a group have the same number of output features.
+    """
 
     modules: tuple[ModuleRows, ...]
     num_rows: int
@@ -110,7 +119,7 @@ class GroupRows:
 
 
 Needs = Mapping[str, GroupRows]
-"""The rows and units that an adapter needs, by group. Groups that it doesn't target are left out."""
+"""The rows and units that an adapter needs, by group. Groups that the adapter doesn't target are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +131,7 @@ class PackedFile:
 
 
 class RowLayout:
-    """The layout of adapters in the pools, for one base and one format."""
+    """The layout of adapters' matrices in the pools, for one base and one `RowFormat`."""
 
     def __init__(self, shape: BaseShape, row_format: RowFormat) -> None:
         self.shape = shape
@@ -130,7 +139,7 @@ class RowLayout:
         self.groups = {group: GroupLayout.of(group, shape) for group in GROUPS}
 
     def needs(self, ranks: Mapping[str, int]) -> dict[str, GroupRows]:
-        """Return the rows and units that an adapter takes in each group's pool, given its modules' ranks."""
+        """Return the rows and units that an adapter takes in the pool of each group, given its modules' ranks."""
         needs = {}
         for group, layout in self.groups.items():
             modules, row, unit, out_start = [], 0, 0, 0
@@ -146,8 +155,10 @@ class RowLayout:
         return needs
 
     def needs_of(self, weights: LoraWeights) -> dict[str, GroupRows]:
-        """Return the rows and units that an adapter takes. If a module's rank varies by layer, the largest
-        counts."""
+        """Return the rows and units that an adapter takes in the pool of each group.
+
+        If a module's rank varies by layer, the largest rank counts.
+        """
         ranks: dict[str, int] = {}
         for key, module in weights.modules.items():
             ranks[key.module] = max(ranks.get(key.module, 0), module.rank)
@@ -159,9 +170,10 @@ class RowLayout:
 
     @torch.inference_mode()
     def pack(self, weights: LoraWeights) -> torch.Tensor:
-        """Return an adapter in the layout of the pools (bytes,): the runs of A and B of each of its groups.
+        """Return an adapter in the layout of the pools (bytes,): for each group of modules A's rows, then B's
+        units.
 
-        Raise ValueError or RuntimeError if it is for another base.
+        Raise ValueError or RuntimeError if the adapter is for another base.
         """
         needs = self.needs_of(weights)
         content = rest = torch.empty(self.num_bytes(needs), dtype=torch.uint8)
@@ -173,9 +185,10 @@ class RowLayout:
         return content
 
     def fill(self, weights: LoraWeights, group: GroupRows, a_rows: torch.Tensor, b_units: torch.Tensor) -> None:
-        """Write an adapter into a group's runs: a_rows (layers, rows, in) and b_units (layers, units, unit).
+        """Write an adapter's matrices for one group of modules in the layout of the pools.
 
-        Raise ValueError or RuntimeError if the adapter is for another base.
+        a_rows is (layers, rows, in), and b_units is (layers, number of units, features of a unit). Raise
+        ValueError or RuntimeError if the adapter is for another base.
         """
         if any(key.layer >= self.shape.num_layers for key in weights.modules):
             raise ValueError("the adapter has more layers than the base")
@@ -208,7 +221,7 @@ class RowLayout:
                     b.copy_(_pairs(whole).view(-1, tile, rows.rank // 2).transpose(1, 2))
 
     def _sizes(self, group: str, rows: GroupRows) -> tuple[int, int]:
-        """Return the bytes of the runs of A and of B."""
+        """Return how many bytes an adapter's A and B take in the pool of one group of modules."""
         layers, layout = self.shape.num_layers, self.groups[group]
         num_a, num_b = rows.num_rows * layout.in_features, rows.num_units * layout.unit
         return layers * num_a * self.format.a.itemsize, layers * num_b * self.format.b.itemsize
@@ -221,7 +234,7 @@ def _pairs(numbers: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """An adapter's place in one group's pool."""
+    """The contiguous rows of A and units of B that an adapter has in the pool of one group of modules."""
 
     rows: GroupRows
     first_row: int
@@ -229,10 +242,10 @@ class Run:
 
 
 Placement = Mapping[str, Run]
-"""An adapter's place in each group's pool."""
+"""The rows and units that an adapter has in the pool of each group."""
 
 Stored = LoraWeights | PackedFile
-"""An adapter that isn't placed yet: as it was published, or in the layout of the pools."""
+"""An adapter outside of the pools: as it was published, or packed in the layout of the pools."""
 
 
 _TYPICAL_RANK = 16
@@ -240,10 +253,10 @@ _TYPICAL_RANK = 16
 
 
 class RankRows:
-    """The pools of all groups. Rows outside of every placement have arbitrary content."""
+    """The memory of resident adapters: one pool for each group of modules. Unused rows have arbitrary content."""
 
     def __init__(self, shape: BaseShape, *, max_rank: int, row_format: RowFormat, device: torch.device) -> None:
-        """Allocate room for adapters with rounded ranks of `max_rank` in total, on all linear modules."""
+        """Allocate room for adapters on all linear modules whose rounded ranks add up to `max_rank`."""
         max_rank = row_format.rounded(max_rank)
         self.shape = shape
         self.format = row_format
@@ -273,15 +286,18 @@ class RankRows:
             self.take_ahead()
 
     def num_rows(self, group: str) -> int:
-        """Return the number of rows of A that the group's pool has in each layer."""
+        """Return the number of rows of A that this group's pool has in each layer."""
         return self.max_rank * len(self.layouts[group].modules)
 
     def num_units(self, group: str) -> int:
-        """Return the number of units of B that the group's pool has in each layer."""
+        """Return the number of units of B (parts of rows) that this group's pool has in each layer."""
         return self.max_rank * self.layouts[group].units_per_token
 
     def run(self, group: str, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of a run: A (layers, rows, in) and B (layers, units, unit)."""
+        """Return views of an adapter's part of a pool.
+
+        These are A (layers, rows, in) and B (layers, number of units, features of a unit).
+        """
         num_rows, num_units, layers = run.rows.num_rows, run.rows.num_units, self.shape.num_layers
         if self.format.tile is None:
             return (
@@ -294,14 +310,14 @@ class RankRows:
         )
 
     def needs(self, stored: Stored) -> Needs:
-        """Return the rows and units that an adapter takes in each group's pool."""
+        """Return the rows and units that an adapter takes in the pool of each group of modules."""
         return self.layout.needs_of(stored) if isinstance(stored, LoraWeights) else stored.needs
 
     @torch.inference_mode()
     def place(self, stored: Stored, placement: Placement) -> None:
-        """Copy an adapter into the rows of its placement, which may be read after this returns.
+        """Copy an adapter into its part of the pools (`placement`), which may be read after this returns.
 
-        Other rows may be used during the copy: a GPU copies and computes at the same time. Raise ValueError or
+        Other parts may be used during the copy: a GPU copies and computes at the same time. Raise ValueError or
         RuntimeError if the adapter is for another base, and Unavailable if its file can't be read.
         """
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -329,9 +345,9 @@ class RankRows:
 
     @torch.inference_mode()
     def move(self, group: str, kind: str, start: int, length: int, to: int) -> None:
-        """Move a run of a group's rows or units (`kind`: "rows" or "units") from `start` to `to`.
+        """Move `length` rows or units (`kind`: "rows" or "units") of a group's pool from index `start` to `to`.
 
-        The old and the new place may overlap. No thread may write to either of them meanwhile.
+        The two ranges may overlap. No thread may write to either range meanwhile.
         """
         pool, dim, scale = self.a if kind == "rows" else self.b, 1, 1
         if self.format.tile is not None:  # the layers of a run are contiguous
@@ -341,9 +357,10 @@ class RankRows:
             pool[group].narrow(dim, to * scale, length * scale).copy_(source.clone())
 
     def take_ahead(self) -> None:
-        """Have the system allocate pages where the next adapter will likely be, assuming the last adapter's size.
+        """Have the system allocate memory pages where the next adapter will likely be placed.
 
-        Otherwise placing it would allocate the pages, which takes longer than all other work of placing it.
+        The next adapter is assumed to be as large as the last one. Otherwise copying it into the pools would
+        allocate the pages, which takes longer than the rest of the copy.
         """
         self.lacks_pages = False
         layers = self.shape.num_layers
@@ -354,7 +371,9 @@ class RankRows:
 
 
 def _buffers(run: torch.Tensor) -> list[memoryview]:
-    """Return a run's (layers, rows, …) memory in order: one buffer if its layers are contiguous, else one per
-    layer."""
+    """Return the memory of a part of a pool (layers, rows, …) in order.
+
+    This is one buffer if its layers are contiguous, else one for each layer.
+    """
     pieces = [run] if run.is_contiguous() else list(run)
     return [memoryview(piece.view(torch.uint8).numpy().data).cast("B") for piece in pieces]

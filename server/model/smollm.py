@@ -40,7 +40,7 @@ class Adapters(Protocol):
 
 
 class NoAdapters:
-    """The frozen base alone."""
+    """`Adapters` that add nothing: the frozen base alone."""
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y

@@ -1,12 +1,12 @@
-"""The file of a backup: a tar, compressed or not, whose manifest names every member that counts.
+"""The format of a backup's file: a tar, compressed or not, whose manifest names every valid member.
 
     backup.json        first: which smolora wrote it, and the database's schema
     ...                the files of HOME, by their paths there
-    manifest.json      last: the SHA-256 and size of every member that counts; a truncated file has none
+    manifest.json      last: the SHA-256 and size of every valid member
 
-A member that the manifest doesn't name became obsolete while the backup was being made. Any tar can read the file.
-A backup may come from anybody, so a reader refuses every member that isn't a regular file at a path that a HOME
-has.
+A truncated file has no manifest. A member that the manifest doesn't name became obsolete while the backup was
+being made. Any tar program can read the file. A backup may come from anybody, so a reader refuses every member
+that isn't a regular file at a path that can occur in a HOME.
 """
 
 import gzip
@@ -37,7 +37,7 @@ _GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class Header:
-    """The facts at the beginning of a backup."""
+    """What wrote a backup, and when: the first member of the backup."""
 
     smolora: str  # the release that wrote it
     schema: str  # the database's newest migration
@@ -47,7 +47,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Member:
-    """The expected content of a member."""
+    """The digest and size of a member's content."""
 
     sha256: str
     size: int
@@ -65,13 +65,13 @@ class Writer:
         self._add(HEADER, io.BytesIO(text := _json(asdict(header))), len(text), 0)
 
     def add(self, name: str, content: BinaryIO, size: int, modified: float = 0) -> None:
-        """Write `size` bytes of `content` as a new member. Raises OSError."""
+        """Write `size` bytes of `content` as a new member. Raise OSError if the file can't be written."""
         assert name not in self.members, name
         hashed = self._add(name, content, size, modified)
         self.members[name] = Member(hashed.digest.hexdigest(), size)
 
     def end(self, names: Collection[str]) -> None:
-        """Write the manifest, with the members that count. Call this last."""
+        """Write the manifest, in which only the members `names` are valid. Call this last."""
         kept = {name: asdict(self.members[name]) for name in sorted(names)}
         self._add(MANIFEST, io.BytesIO(text := _json({"members": kept})), len(text), 0)
 
@@ -95,7 +95,10 @@ class Reader:
         self.manifest: Mapping[str, Member] = {}
 
     def members(self) -> Iterator[tuple[str, IO[bytes]]]:
-        """Yield each name with its content, which must be read before the next one. Raises StartupError."""
+        """Yield each member's name and content. The content must be read before the next member.
+
+        Raise StartupError if a member isn't allowed, or if the backup has no manifest.
+        """
         seen = {HEADER}
         while (entry := self._tar.next()) is not None:
             if entry.name in seen:
@@ -137,7 +140,7 @@ def writing(file: IO[bytes], compressed: bool) -> Iterator[Writer]:
 def reading(file: io.BufferedReader) -> Iterator[Reader]:
     """Yield a reader of the backup in `file`, compressed or not.
 
-    Raise StartupError if the backup is damaged, which may only show within the block.
+    Raise StartupError if the backup is damaged. Some damage is found only when the block reads the members.
     """
     is_compressed = file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP
     try:
@@ -161,7 +164,7 @@ def copy_hashed(source: IO[bytes], target: BinaryIO) -> Member:
 
 
 def is_place(name: str) -> bool:
-    """Return whether a HOME may have a file at this relative path that a backup would keep."""
+    """Return whether `name` is a path, relative to HOME, that a file in a backup may have."""
     if name in _FILES:
         return True
     root, *rest = name.split("/")

@@ -1,13 +1,14 @@
 """Makes a backup of a HOME while servers and workers use it. None of them waits for the backup.
 
-The database is copied as it is at one moment, and then what the copy needs: adapters' bytes, jobs' rows and
-models, uploads. Bytes exist before a row names them, and never change. So only something that is deleted in
-between can be missing. Then another round adds a newer copy of the database, which no longer needs what was
-deleted, and whatever else the newer copy needs. The manifest leaves out what became obsolete.
+The database is copied as it is at one moment. Then the bytes that this copy refers to are copied: adapters, jobs'
+training rows and models, uploads. Bytes exist before a row of the database names them, and never change. So only
+bytes that are deleted in between can be missing. If some are, another round adds a newer copy of the database,
+which no longer refers to them, and other bytes that the newer copy refers to. The manifest leaves out what became
+obsolete.
 
 Checkpoints are copied before the database, since a job's events may be ahead of its checkpoint, but never behind.
 Records of versions aren't copied: a restore writes them from the database. Converted bases and native code are
-made again, too.
+created again, too.
 """
 
 import fcntl
@@ -67,7 +68,7 @@ class Made:
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a copy of the database needs, as pairs of an owner and what the owner uses.
+    """What a copy of the database refers to, as pairs of an owner and what the owner uses.
 
     Owners are versions, jobs that haven't ended, and jobs whose files weren't removed. A job of the last kind uses
     its own folder only. Once an owner is deleted, it is never recreated.
@@ -79,12 +80,12 @@ class _Needs:
 
     @property
     def digests(self) -> list[str]:
-        """The digests of adapters' bytes."""
+        """The digests of the adapters whose bytes are needed."""
         return sorted({what for _, what in self.uses if _DIGEST.fullmatch(what)})
 
 
 def back_up(home: Path, target: Path) -> Made:
-    """Write a backup of `home` to `target`, whole or not at all, compressed if the name ends in .gz or .tgz.
+    """Write a backup of `home` to `target`, whole or not at all. Compress it if its name ends in .gz or .tgz.
 
     Raise StartupError if that fails, for example because the disk is full.
     """
@@ -102,9 +103,9 @@ def back_up(home: Path, target: Path) -> Made:
 
 
 def stream(home: Path, target: IO[bytes]) -> Made:
-    """Write a backup of `home` to an open file, uncompressed, as `back_up` does.
+    """Write a backup of `home` to an open file, uncompressed. Raise StartupError if that fails.
 
-    A truncated backup has no manifest.
+    Then the backup is truncated, and has no manifest.
     """
     existing(home)
     scratch = home / "tmp"
@@ -126,7 +127,7 @@ def _startup_errors(target: object) -> Iterator[None]:
 
 
 class _Backup:
-    """Runs the rounds of a backup. Names are paths relative to HOME, with slashes."""
+    """Runs the rounds of a backup. File names are paths relative to HOME, with slashes."""
 
     def __init__(self, home: Path, space: Path, writer: Writer) -> None:
         self._home = Home(home)
@@ -140,7 +141,7 @@ class _Backup:
         self._numbers = count(1)
 
     def run(self) -> Made:
-        """Run all rounds, and finish the file."""
+        """Run all rounds, write the manifest, and return the report."""
         schema = schema_of(existing(self._home.path))
         self._writer.begin(Header(__version__, schema, datetime.now(UTC).isoformat(timespec="seconds")))
         num_rounds = 0
@@ -171,15 +172,15 @@ class _Backup:
         )
 
     def _copied(self) -> Path:
-        """Copy the database as it is now."""
+        """Copy the database as it is now. Return the path of the copy."""
         copied = self._space / f"database-{next(self._numbers)}"
         copy(self._home.path, copied)
         return copied
 
     def _needs_of(self, copied: Path) -> _Needs:
-        """Return what a copy of the database needs.
+        """Return what a copy of the database refers to.
 
-        Raise StartupError if the database is damaged, or its bytes are in a bucket.
+        Raise StartupError if the database is damaged, or if its bytes are in a bucket.
         """
         with opened_copy(copied, self._space) as (engine, place):
             if found := faults(place):
@@ -196,10 +197,10 @@ class _Backup:
             return _Needs(frozenset(used), len(versions), jobs)
 
     def _was_overtaken(self, needs: _Needs, missing: set[str]) -> bool:
-        """Return whether something that is missing, or a job's folder, was deleted while this round copied it.
+        """Return whether something missing, or a job's folder, was deleted while this round copied it.
 
         A job's folder counts even if it isn't missing: it isn't deleted by one rename, so part of it may have been
-        copied. If something is missing but a new copy of the database still needs it, it never existed.
+        copied. If something is missing but a new copy of the database still refers to it, it was missing before.
         """
         copied = self._copied()
         gone = needs.uses - self._needs_of(copied).uses
@@ -207,7 +208,7 @@ class _Backup:
         return any(what in missing or what in needs.jobs for _, what in gone)
 
     def _add_needed(self, needs: _Needs) -> tuple[set[str], set[str]]:
-        """Add every needed file. Return the members of the archive that are still needed, and what HOME lacks."""
+        """Add every needed file to the backup. Return the needed files' names, and what HOME lacks."""
         kept: set[str] = set()
         missing: set[str] = set()
         for digest in needs.digests:
@@ -228,7 +229,7 @@ class _Backup:
         return kept, missing | of_jobs.difference(uploads, kept)
 
     def _rows_of(self, job_id: str) -> str:
-        """Return the name of the file with the job's rows, which the job needs until it ends."""
+        """Return the name of the file with the job's training rows, which the job needs until it ends."""
         return (self._files.directory(job_id) / DATA_NAME).relative_to(self._home.path).as_posix()
 
     def _folders_of(self, job_id: str) -> Iterator[Path]:
@@ -248,7 +249,7 @@ class _Backup:
                     yield from sorted(path for path in root.glob("*/") if path.name[0] != ".")
 
     def _add_checkpoint(self, job_id: str) -> None:
-        """Add the job's newest checkpoint, if it has any. Its worker may be writing the next one."""
+        """Add the job's newest complete checkpoint, if any. The job's worker may be writing the next one."""
         for _, _, place in reversed(Checkpoints(self._files.checkpoints(job_id), 0).stored()):
             names: set[str] = set()
             if self._keep(place, names) and {Path(name).name for name in names} == FILE_NAMES:
@@ -256,7 +257,7 @@ class _Backup:
                 return
 
     def _keep(self, folder: Path, kept: set[str], grows: bool = False) -> bool:
-        """Add the folder's files, and their names to `kept`. Return False if the folder is gone.
+        """Add the folder's files to the backup, and their names to `kept`. Return False if the folder is gone.
 
         All files are opened before the first is read, so they are copied even if they are deleted meanwhile. A
         folder that was added before is read again only if `grows` is true.
@@ -275,7 +276,10 @@ class _Backup:
         return True
 
     def _add(self, name: str, file: BinaryIO) -> str:
-        """Add a file at its current size, since a log grows, unless it was added before. Return its name."""
+        """Add a file to the backup, unless it was added before. Return its name.
+
+        The file is added with its current size, since a log may grow meanwhile.
+        """
         if name not in self._writer.members:
             facts = os.fstat(file.fileno())
             self._writer.add(name, file, facts.st_size, facts.st_mtime)
@@ -304,7 +308,7 @@ def _private(path: str, flags: int) -> int:
 def workspace(target: Path) -> Iterator[Path]:
     """Yield a new private folder on the disk of `target`, and remove it on leaving.
 
-    Folders that killed processes left are removed first. Raises OSError.
+    Folders that killed processes left are removed first. Raise OSError if no folder can be created.
     """
     prefix = f"{UNFINISHED}for-{target.name}-"  # differs from a restore's prefix, whatever the target's name
     with _locked(target.parent):

@@ -1,8 +1,8 @@
 """Checks everything that is stored under a HOME byte by byte, and rebuilds the catalog if the database is lost.
 
 `examine` changes nothing, and may run while a server runs. While `rebuild` runs, no other process may have the
-database open. It makes a new database only if there is none or a damaged one. It sets a damaged database's files
-aside.
+database open. It creates a new database only if the old one is missing or damaged, and renames a damaged
+database's files.
 """
 
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ class Diagnosis:
         return not self.findings
 
     def line(self) -> str:
-        """Return the counts as a line of text."""
+        """Return the report's numbers as a line of text."""
         verdict = "sound" if self.is_sound else plural(len(self.findings), "finding")
         versions, adapters = plural(self.num_versions, "version"), plural(self.num_adapters, "stored adapter")
         return f"{verdict}: {versions}, {adapters}, {plural(self.num_uploads, 'upload')} checked"
@@ -69,8 +69,8 @@ class Diagnosis:
 class Rebuilt:
     """A report of a rebuild.
 
-    `set_aside` are the damaged database's files, `lost_jobs` the ids of jobs that left traces, and `models` the
-    folders below HOME of models that full fine-tuning made in those jobs.
+    `set_aside` are the new names of the damaged database's files, `lost_jobs` the ids of jobs that left traces,
+    and `models` the folders below HOME of models that full fine-tuning made in those jobs.
     """
 
     is_new: bool  # a new database was made; else the old one was sound
@@ -98,9 +98,9 @@ class Rebuilt:
 
 
 def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = True) -> Diagnosis:
-    """Check everything, or everything except data sets and files.
+    """Check everything that is stored. Without `with_uploads`, leave out data sets and files.
 
-    Raise StartupError if there is no such HOME, or a newer release wrote its database.
+    Raise StartupError if there is no such HOME, or if a newer release wrote its database.
     """
     storage = Storage(Home(home), bucket)
     _check_home(storage)
@@ -140,7 +140,10 @@ def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = 
 
 
 def rebuild(home: Path, bucket: "Bucket | None" = None) -> Rebuilt:
-    """Rebuild the catalog from the directories, if that is necessary. Raises StartupError."""
+    """Recover the catalog from the stored adapters, in a new database if the old one is missing or damaged.
+
+    Raise StartupError if there is no such HOME, or if another process uses it.
+    """
     storage = Storage(Home(home), bucket)
     _check_home(storage)
     with serving(home):  # no server may start meanwhile
@@ -177,7 +180,7 @@ def _check_home(storage: Storage) -> None:
 
 
 def _damaged(store: AdapterStore) -> dict[str, str]:
-    """Return the faults of stored adapters by digest."""
+    """Return a message for each damaged adapter in the store, by digest."""
     found = {}
     for digest in store.digests():
         try:
@@ -205,7 +208,10 @@ def _of_versions(versions: list[Version], stored: set[str], damaged: dict[str, s
 
 
 def _of_records(versions: list[Version], records: Records) -> Iterator[Finding]:
-    """Compare versions with their records. A publication that is under way may show up as an extra record."""
+    """Yield the differences between the catalog's versions and their records.
+
+    A version that is being published may show up as an extra record.
+    """
     found = records.read()
     recorded = {(version.name, version.version): version for version in found.versions}
     listed = {(version.name, version.version): version for version in versions}

@@ -1,11 +1,12 @@
 """Moves everything that is stored, between a HOME and a cluster: the tables, and the bytes that their rows name.
 
-To a cluster that has nothing yet, bytes go first, and are compared. Meanwhile no server starts on that database
-(`server.database.opening`). Then one transaction writes all rows and the place's name. If the move is killed, the
-next run removes what is in the object store and begins again. HOME stays as it was.
+A move to a cluster, which must be empty, copies the bytes first, and compares them. Meanwhile no server starts on
+the cluster's database (`server.database.opening`). Then one transaction writes all rows, and records where the
+bytes are. If the move is killed, the next run removes what is in the object store and begins again. HOME stays as
+it was.
 
-To an empty HOME, rows come first, since they say which bytes are needed. At the end the cluster's rows must still
-be the same. HOME is filled whole or not at all, and the cluster stays as it was.
+A move to an empty HOME copies the rows first, since they say which bytes are needed. At the end the cluster's rows
+must still be the same. HOME is filled whole or not at all, and the cluster stays as it was.
 
 A job's log stays where it was written, as in a cluster.
 """
@@ -101,7 +102,10 @@ class Moved:
 
 
 def to_cluster(home: Path, url: str, target: Storage) -> Moved:
-    """Fill the database at `url` and the target's bucket, both empty, from `home`. Raises StartupError."""
+    """Fill the database at `url` and the target's bucket, both empty, from `home`.
+
+    Raise StartupError if that fails.
+    """
     existing(home)
     make(home)
     refuse_in_use(url)
@@ -165,7 +169,7 @@ def _fill_cluster(home: Home, rows: sa.Engine, cluster: sa.Engine, target: Stora
 def _begin(cluster: sa.Engine, target: Storage) -> str:
     """Check that the target is empty, except for what a killed move left, and keep servers from starting on it.
 
-    Return the id that the place has during the move.
+    What a killed move left is removed. Return the id that the database records for the bucket during this move.
     """
     bucket = _bucket(target)
     with cluster.begin() as connection:
@@ -222,7 +226,7 @@ def _fill_home(home: Home, cluster: sa.Engine, source: Storage) -> Moved:
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a database's rows refer to: adapters, by digest, and the jobs that have files."""
+    """What a database's rows refer to: adapters, by digest, and jobs that have files."""
 
     num_versions: int
     digests: tuple[str, ...]
@@ -238,7 +242,7 @@ class _Needs:
         return cls(len(versions), tuple(sorted(digests)), with_folders(engine))
 
     def moved(self, num_uploads: int, num_rows: int, going_on: list[str]) -> Moved:
-        """Return the report of a complete move: everything that the rows refer to was moved."""
+        """Return the report of a move of everything that the rows refer to."""
         return Moved(
             num_versions=self.num_versions,
             num_adapters=len(self.digests),
@@ -252,9 +256,10 @@ class _Needs:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of uploads or of a job. In HOME it is at `path`; in a bucket it is a copy of `name` below `prefix`.
+    """A folder to move: of an upload, or of a job. In HOME its path is `path`.
 
-    `mark` is the file that is uploaded last. `copy` is the copy's id, or None if any copy will do.
+    In a bucket it is a copy of `name` below `prefix`. The file `mark` is uploaded last, so a copy that has this
+    file is complete. `copy` is the copy's id, or None if any complete copy will do.
     """
 
     path: str
@@ -264,12 +269,15 @@ class _Folder:
     copy: str | None = None
 
     def push(self, home: Path, bucket: "Bucket") -> None:
-        """Upload the folder, and compare the result. Raises StartupError."""
+        """Upload the folder, and compare the copy with it. Raise StartupError if they differ."""
         self._copies(bucket).push(self.name, home / self.path, self.copy, without=(LOG_NAME,))
         self._compare(home, bucket, self._copy(bucket))
 
     def fetch(self, home: Path, bucket: "Bucket") -> None:
-        """Download the folder, and compare the result. Raises StartupError, Missing, OSError."""
+        """Download the folder, and compare it with the bucket's copy. Raise StartupError if they differ.
+
+        Raise Missing if an object was deleted meanwhile, and OSError if the disk fails.
+        """
         copy = self._copy(bucket)
         (home / self.path).mkdir(parents=True, exist_ok=True)
         self._copies(bucket).fetch(copy, home / self.path)
@@ -290,7 +298,7 @@ class _Folder:
 
 
 def _uploads_of(home: Home) -> list[_Folder]:
-    """Return the data sets and files of all projects in HOME."""
+    """Return the folders of all projects' data sets and files in HOME."""
     found = []
     for project in home.projects():
         for root, mark in ((home.datasets(project), DATASET_FACTS), (home.files(project), FILE_FACTS)):
@@ -300,7 +308,7 @@ def _uploads_of(home: Home) -> list[_Folder]:
 
 
 def _uploads_in(bucket: "Bucket") -> list[_Folder]:
-    """Return the data sets and files of all projects in the bucket."""
+    """Return the folders of all projects' data sets and files in the bucket."""
     home, found = Home(Path()), []
     for project in [DEFAULT_PROJECT, *bucket.under(PROJECTS).folders()]:
         for root, mark in ((home.datasets(project), DATASET_FACTS), (home.files(project), FILE_FACTS)):
@@ -315,7 +323,7 @@ def _uploads(root: Path, names: list[str], mark: str) -> list[_Folder]:
 
 
 def _jobs_of(home: Home, needs: _Needs) -> Iterator[_Folder]:
-    """Yield the rows and models of jobs in HOME, and the checkpoints of jobs that haven't ended."""
+    """Yield the folders of jobs in HOME: training rows, models, and unfinished jobs' checkpoints."""
     files = JobFiles(home.path)
     for job_id, status in needs.jobs.items():
         if (files.directory(job_id) / DATA_NAME).exists():
@@ -328,7 +336,7 @@ def _jobs_of(home: Home, needs: _Needs) -> Iterator[_Folder]:
 
 
 def _jobs_in(bucket: "Bucket", needs: _Needs) -> Iterator[_Folder]:
-    """Yield the rows and models of jobs in the bucket, and the checkpoints of jobs that haven't ended."""
+    """Yield the folders of jobs in the bucket: training rows, models, and unfinished jobs' checkpoints."""
     copies = Copies(bucket.under("jobs"), DATA_NAME)
     for job_id, status in needs.jobs.items():
         folders = [(_job_folder(job_id, copy.id), copy) for copy in copies.of(job_id)]
@@ -357,7 +365,7 @@ def _bucket(storage: Storage) -> "Bucket":
 
 @contextmanager
 def _startup_errors() -> Iterator[None]:
-    """Raise errors of the block as StartupError, in one line for the person at the terminal."""
+    """Turn errors in the block into a StartupError with a message of one line."""
     try:
         yield
     except CorruptAdapter as error:

@@ -1,8 +1,8 @@
-"""Fills an empty HOME, whole or not at all; restores a backup that way.
+"""Fills an empty HOME, whole or not at all, for example from a backup.
 
-All parts are collected in a folder in HOME, and then renamed into their places, the database last. Until the
-folder is gone, no command works on that HOME. If the process is killed, the next process that fills HOME removes
-what was left.
+All contents are collected in a folder in HOME, and then renamed to their places in HOME, the database last. Until
+the folder is gone, no command works on that HOME. If the process is killed, the next process that fills HOME
+removes what was left.
 
 A backup is unpacked, compared with its manifest, migrated, and examined as `smolora doctor` does, before the
 renames.
@@ -38,9 +38,9 @@ _OTHERS = frozenset({LOCK_NAME, "lost+found"})  # a new file system has the latt
 
 @contextmanager
 def filled(home: Path) -> Iterator[Path]:
-    """Yield a folder, and rename its parts into `home` on leaving. If the block fails, `home` stays empty.
+    """Yield an empty folder, and move its contents into `home` on leaving. If the block fails, `home` stays empty.
 
-    Raise StartupError if `home` isn't empty or is being served; OSError.
+    Raise StartupError if `home` isn't empty or is being served, and OSError if the disk fails.
     """
     is_new = not home.exists()
     try:
@@ -60,7 +60,7 @@ def filled(home: Path) -> Iterator[Path]:
 
 
 def _clear(home: Path) -> None:
-    """Remove what a killed process had put into `home`. Raise StartupError if `home` has anything else."""
+    """Remove what a killed process left in `home`. Raise StartupError if `home` has anything else."""
     if any(home.glob(f"{RESTORING}*")):
         moved = [home / name for name in _PARTS] + list(home.glob(f"{FILE_NAME}*"))
         for path in [*moved, *home.glob(f"{RESTORING}*")]:  # the folder that marks the interruption goes last
@@ -85,7 +85,7 @@ def _put_in_place(staging: Path, home: Path) -> None:
 def recover_jobs_and_records(home: Home, engine: sa.Engine, reason: str) -> list[str]:
     """Requeue running jobs, and write the records of versions, in a HOME that has just been filled.
 
-    `reason` is the text of the jobs' events. Return the requeued jobs.
+    `reason` is the text of the event that each requeued job gets. Return the requeued jobs' ids.
     """
     requeued = requeue_running(engine, reason)
     store = AdapterStore(home.adapters)
@@ -105,8 +105,8 @@ class Restored:
 def restore(file: Path, home: Path) -> Restored:
     """Fill `home`, which must be empty or absent, from a backup.
 
-    Raise StartupError if that fails, and leave nothing. Damage that the diagnosis finds was in the backup, and was
-    reported when the backup was made.
+    Raise StartupError if that fails, and leave nothing in `home`. Damage that the diagnosis finds was in the
+    backup, and was reported when the backup was made.
     """
     try:
         with open(file, "rb") as backup:
@@ -116,7 +116,7 @@ def restore(file: Path, home: Path) -> Restored:
 
 
 def restore_from(backup: io.BufferedReader, home: Path, file: str) -> Restored:
-    """Restore an open file, which may be a pipe, as `restore` does. `file` is its name in messages."""
+    """Restore a backup from an open file, possibly a pipe, as `restore` does. `file` is its name in messages."""
     try:
         with filled(home) as staging:
             try:

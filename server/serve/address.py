@@ -21,14 +21,15 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 not bound here
 class Listener(socket.socket):
     """A listening socket on which asyncio accepts several connections in one turn of the event loop.
 
-    If no file descriptor is left, asyncio logs the error and retries after a second. It would do the same for each
-    further connection of the turn. So for a moment after a failed `accept`, the next calls find no connection.
+    If no file descriptor is left, asyncio logs the error and retries after a second. It would do this for each
+    further connection that it tries to accept in the same turn. So for a moment after an error, `accept` reports
+    that no connection is waiting.
     """
 
     _failed_at = -math.inf
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. Raise BlockingIOError if there is none, or for a moment after another OSError."""
+        """Accept a connection. Raise BlockingIOError if none is waiting, or for a moment after another OSError."""
         if time.monotonic() - self._failed_at < _RETRY_SECONDS:
             raise BlockingIOError
         try:
@@ -66,12 +67,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(bound: socket.socket, host: str) -> str:
-    """Return the URL at which this machine reaches the server, with the actual port of the socket."""
+    """Return the URL at which clients on this machine reach the server, with the actual port of the socket."""
     return url_of(host, bound.getsockname()[1])
 
 
 def url_of(host: str, port: int) -> str:
-    """Return the URL at which this machine reaches a server.
+    """Return the URL at which clients on this machine reach a server.
 
     If the server listens on all addresses, the URL has the loopback address.
     """
@@ -90,7 +91,7 @@ def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
 
 
 def refuse_strangers(settings: Settings) -> None:
-    """Raise StartupError if other machines could connect without a key."""
+    """Raise StartupError if other machines could connect without a key, unless the settings allow this."""
     needs_key = settings.api_keys or Home(settings.home).keyed.exists()
     if not (needs_key or settings.allow_anonymous != "0" or is_loopback(settings.host) or _has_keys(settings)):
         raise StartupError(
@@ -101,7 +102,7 @@ def refuse_strangers(settings: Settings) -> None:
 
 
 def _has_keys(settings: Settings) -> bool:
-    """Return whether a shared database has keys, which another server may have created."""
+    """Return whether the settings' PostgreSQL database has API keys. False if they name no database."""
     if settings.database is None:
         return False
     from server.access.keys import Keys

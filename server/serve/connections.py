@@ -65,7 +65,7 @@ class Connections:
         self._open.pop(connection, None)
 
     def look(self) -> None:
-        """Close the connections that have timed out, and log how many were closed since the last look."""
+        """Close the connections that have timed out, and log how many were closed since the last call."""
         closed = {"HEADER_TIMEOUT": 0, "STALL_TIMEOUT": 0, "MAX_CONNECTIONS": self._num_crowded_out}
         self._num_crowded_out = 0
         now = self.clock()
@@ -93,7 +93,7 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """One connection. It stores when events happened; `Connections` closes it after a timeout."""
+    """One connection. It records when events happen; `Connections` closes it after a timeout."""
 
     all: ClassVar[Connections]
     _headers_due_since: float | None = None  # None: no request has begun, or a request is being answered
@@ -144,15 +144,18 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether the server waits for the client: for a request, or for more of its body."""
+        """Whether the server is waiting for the client to send a request, or more of a request's body."""
         return not self._is_answering or (self.cycle.more_body and not self.flow.read_paused)
 
     def without_headers_for(self, now: float) -> float:
-        """Return the seconds since the request or the connection began, while its headers are incomplete."""
+        """Return for how many seconds a request's headers have been incomplete, or 0 if no headers are due."""
         return 0.0 if self._headers_due_since is None else now - self._headers_due_since
 
     def unsent_for(self, now: float) -> float:
-        """Return the seconds for which the reader has taken nothing, as seen by the calls of this method."""
+        """Return for how many seconds the client has received nothing although data is unsent.
+
+        Unsent data is noticed only when this method is called.
+        """
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent != self._unsent:
             self._unsent, self._unsent_since = unsent, now
@@ -165,7 +168,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _mark(self) -> None:
-        """Start the clock for headers if a request has begun, or if the rest of an answered request is missing."""
+        """Start the timeout for headers if a request has begun to arrive, or stop it while one is answered."""
         if self._is_answering:
             self._headers_due_since = None
         elif self._headers_due_since is None and (

@@ -55,8 +55,8 @@ class CacheSizes:
 def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
     """Return the cache sizes that the settings give, or by default a share of the `free` bytes for each cache.
 
-    The default key/value cache has room for at least one full sequence, which takes `one` bytes, and at most for
-    as many as can run at once.
+    `one` is how many bytes the keys and values of one sequence of maximum length take. The default key/value cache
+    has room for at least one such sequence, and at most for as many as can run at once.
     """
     share = free // _SHARE
     return CacheSizes(
@@ -66,11 +66,12 @@ def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
 
 
 def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -> CacheSizes:
-    """Return the cache sizes that the settings give, by default 2/3 and 1/3 of a GPU's remaining memory.
+    """Return the cache sizes that the settings give, or by default parts of a GPU's remaining memory.
 
-    The remaining memory is the `free` bytes without training's share of the `total`, the `step` bytes for a step's
-    tensors, and the overhead of processes. The limits of `cpu_caches` apply. Raise StartupError if too little is
-    left.
+    By default the key/value cache gets up to 2/3 of the remaining memory, and the adapter cache gets the rest. The
+    remaining memory is the `free` bytes without training's share of the `total`, the `step` bytes for a step's
+    tensors, and the overhead of the server's and the workers' processes. `one` and the limits are those of
+    `cpu_caches`. Raise StartupError if too little memory is left.
     """
     left = free - int(settings.training_memory * total) - step - (1 + settings.workers) * _PROCESS_BYTES
     most = min(left * 2 // 3, left - _MIN_ADAPTER_BYTES)
@@ -88,7 +89,7 @@ def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -
 
 
 def gpu_share(settings: Settings, total: int) -> float:
-    """Return the share of a GPU of `total` bytes that training leaves to the server's tensors."""
+    """Return the share of a GPU with `total` bytes of memory that training leaves to the server's tensors."""
     if not settings.workers:
         return 1.0
     return max(0.0, 1 - settings.training_memory - (1 + settings.workers) * _PROCESS_BYTES / total)
@@ -97,7 +98,7 @@ def gpu_share(settings: Settings, total: int) -> float:
 def step_bytes(base: ModelConfig, itemsize: int, limits: SchedulerLimits, max_model_len: int) -> int:
     """Return the maximum bytes of a step's tensors on a GPU, as if all were allocated at once.
 
-    The tensors are a layer's keys and values of decodes, padded to the longest sequence, with attention scores;
+    The tensors are one layer's keys and values for decodes, padded to the longest sequence, with attention scores;
     the attention bias of a prompt's chunk; the widest activations of all tokens; and logits.
     """
     rows, tokens = limits.max_num_seqs, limits.max_num_seqs + limits.max_prefill_tokens
@@ -150,7 +151,7 @@ def make_engine(
     say: Say,
     watchdog: Watchdog | None = None,
 ) -> AsyncEngine:
-    """Return an engine that isn't started. It loads adapters from the store."""
+    """Return an engine that loads adapters from the store. The caller starts it."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
     backend = _backend(settings, base, max_model_len, say)

@@ -203,7 +203,7 @@ class Process:
         return 1 if self._engine.dead else 0
 
     async def _tick(self) -> None:
-        """Report the engine's load to trainers, and wait for a moment."""
+        """Report the engine's load to the training processes, and wait for a moment."""
         if self._flag is not None:
             self._flag.set(self._engine.num_in_flight)
         await asyncio.sleep(_POLL_SECONDS)

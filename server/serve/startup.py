@@ -81,9 +81,9 @@ Connect = Callable[[BaseModel, AdapterStore], EngineClient]
 def build(
     settings: Settings, say: Say, watchdog: Watchdog | None = None, connect: Connect | None = None
 ) -> Services:
-    """Return the services. Their engine isn't started. If `connect` is given, the engine is its result.
+    """Return the app's services, with an engine that isn't started.
 
-    `say` is called before each slow operation.
+    If `connect` is given, it connects to an engine in another process. `say` is called before each slow operation.
     """
     database = connect_database(settings.home, url=settings.database)
     storage, commits = Storage.open(settings.home, settings), commits_of(database, settings.home)

@@ -19,7 +19,7 @@ LOCK_NAME = "server.lock"
 RESTORING = f"{UNFINISHED}restore-"
 """Prefix of the folder in which a restore or a move collects the parts of a new HOME."""
 PLACES = "places"
-"""The folder with an empty file for each PostgreSQL database whose bytes are here: `server.database.opening`."""
+"""The folder with an empty file for each PostgreSQL database whose bytes are in this HOME or bucket."""
 PROJECTS = "projects"
 ROWS_COPY, MODEL_COPY, CHECKPOINT_COPY = "rows", "model-", "checkpoint-"
 """Ids of copies in a bucket's folder `jobs/<id>`: rows, model-<token>, checkpoint-<token>-<step>."""
@@ -37,24 +37,24 @@ class Home:
 
     @property
     def adapters(self) -> Path:
-        """The adapters' bytes by digest, and their records by name."""
+        """The folder with the adapters' bytes, by digest, and the adapters' records, by name."""
         return self.path / "adapters"
 
     @property
     def jobs(self) -> Path:
-        """A folder for each job."""
+        """The folder with one folder for each job."""
         return self.path / "jobs"
 
     def datasets(self, project: str) -> Path:
-        """A folder for each data set that the project uploaded."""
+        """Return the folder with one folder for each data set that the project uploaded."""
         return self._of(project) / "datasets"
 
     def files(self, project: str) -> Path:
-        """A folder for each of the project's files of /v1, uploads and jobs' results."""
+        """Return the folder with one folder for each of the project's files: uploads to /v1, and jobs' results."""
         return self._of(project) / "files"
 
     def projects(self) -> list[str]:
-        """Return the projects that may have uploads here."""
+        """Return the projects that may have uploads in this HOME."""
         root = self.path / PROJECTS
         others = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
         return [DEFAULT_PROJECT, *sorted(others)]
@@ -64,28 +64,29 @@ class Home:
 
     @property
     def keyed(self) -> Path:
-        """An empty file that exists once there was an API key. If the database is lost, it shows that clients
-        still need a key.
+        """An empty file that exists if there has ever been an API key.
+
+        If the database is lost, the file shows that clients still need a key.
         """
         return self.path / "keyed"
 
     @property
     def models(self) -> Path:
-        """The converted bases, by name."""
+        """The folder with the converted bases, by name."""
         return self.path / "models"
 
     @property
     def native(self) -> Path:
-        """Native code that was compiled at a first start."""
+        """The folder with native code that was compiled at a first start."""
         return self.path / "native"
 
 
 def make(home: Path, *, to_restore: bool = False) -> bool:
     """Create the folder if it doesn't exist, and restrict it to its owner. Return whether it is restricted.
 
-    Raise StartupError if that fails, or if a restore or move is at work or was interrupted in the folder, except
-    with `to_restore`, which repeats it. A folder that belongs to another user, such as a volume of a group, keeps
-    its mode.
+    Raise StartupError if that fails, or if a restore or a move into the folder is running or was interrupted. With
+    `to_restore` the latter is no error: the caller is a restore or a move, which begins again. A folder that
+    belongs to another user, such as a volume of a group, keeps its mode.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
         raise StartupError(
@@ -104,7 +105,7 @@ def make(home: Path, *, to_restore: bool = False) -> bool:
 
 @contextmanager
 def serving(home: Path) -> Iterator[None]:
-    """Lock `home` for the block. Raise StartupError if another process serves it.
+    """Lock `home` during the block. Raise StartupError if another process has locked it.
 
     Two servers would delete each other's bytes, since only a process itself knows what its requests and uploads
     use. The lock ends with this process, even if it is killed, since child processes don't inherit the handle.
@@ -137,7 +138,7 @@ def serving(home: Path) -> Iterator[None]:
 def prepare(home: Path) -> None:
     """Check that HOME is writable, and remove uploads that killed servers left. Call it while `serving`.
 
-    Raises StartupError.
+    From then on Python's temporary files are in HOME. Raise StartupError if HOME isn't writable.
     """
     scratch = home.absolute() / "tmp"
     try:

@@ -26,7 +26,7 @@ class Storage:
 
     @classmethod
     def open(cls, home: Path, settings: StorageSettings, *, check: bool = True) -> "Storage":
-        """Open the storage that the settings name. Without a bucket, nothing is imported for one.
+        """Open the storage that the settings name. The bucket's library is imported only if they name a bucket.
 
         Raise StartupError if the bucket can't be opened or, with `check`, written to.
         """
@@ -53,13 +53,13 @@ class Storage:
 
     @property
     def place(self) -> "Place":
-        """The place of the bytes, for `server.database.agree`."""
+        """The HOME or bucket with the bytes, for `server.database.agree`."""
         if self.bucket is None:
             return Place(Directory(self.home.path), is_home=True, url=str(self.home.path.absolute()))
         return Place(self.bucket, is_home=False, url=self.url or "")
 
     def adapters(self, grace: float = 0.0) -> "AdapterStore":
-        """Open the store of the adapters' bytes. No request takes longer than `grace` seconds."""
+        """Open the store of the adapters' bytes. The caller's requests must take less than `grace` seconds."""
         if self.bucket is None:
             from adapters.store.store import AdapterStore  # imports torch, which a worker doesn't need
 
@@ -70,11 +70,14 @@ class Storage:
         return BucketAdapterStore(self.home.adapters, under, self.cache_bytes, max(grace, GRACE))
 
     def records(self) -> Records:
-        """Open the catalog's records."""
+        """Open the records of adapters' versions, from which a lost catalog is rebuilt."""
         return Records(self.home.adapters, self.at(self.home.adapters))
 
     def projects(self) -> list[str]:
-        """Return the projects that may have uploads, on any machine. Raises BytesUnavailable."""
+        """Return the projects that may have uploads, on any machine.
+
+        Raise BytesUnavailable if the bucket can't be read.
+        """
         found = self.home.projects()
         others = [] if self.bucket is None else self.bucket.under(PROJECTS).folders()
         return [*found, *(project for project in others if project not in found)]
@@ -86,9 +89,9 @@ class Storage:
 
 @dataclass(frozen=True)
 class Place:
-    """A place of bytes: HOME, or a bucket. Its marks are empty blobs below `places`.
+    """A HOME or a bucket that contains a database's bytes. Its marks are empty blobs below `places`.
 
-    `url` is the bucket's address, or HOME's path.
+    A mark's name is an id, which the database stores. `url` is the bucket's address, or HOME's path.
     """
 
     blobs: Blobs
@@ -96,9 +99,15 @@ class Place:
     url: str
 
     def has_mark(self, place: str) -> bool:
-        """Return whether the place has the mark of that id. Raises BytesUnavailable."""
+        """Return whether this HOME or bucket has a mark with the id `place`.
+
+        Raise BytesUnavailable if it can't be read.
+        """
         return f"{PLACES}/{place}" in self.blobs.keys(f"{PLACES}/")
 
     def mark(self, place: str) -> None:
-        """Add the mark of that id. Raises OSError, BytesUnavailable."""
+        """Add a mark with the id `place` to this HOME or bucket.
+
+        Raise OSError or BytesUnavailable if it can't be written.
+        """
         self.blobs.put(f"{PLACES}/{place}", b"")

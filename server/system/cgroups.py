@@ -37,7 +37,7 @@ def memory_left(root: Path = _ROOT, own: Path = _OWN) -> int | None:
 
 
 def _places(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """Yield the folders of this process's cgroups for a controller, and all folders above them."""
+    """Yield the folders of this process's cgroups for a controller, and the folders above them."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

@@ -54,7 +54,7 @@ class _Formatter(logging.Formatter):
 
 
 class LineFormatter(_Formatter):
-    """Lines such as
+    """Formats lines such as
     2026-01-31T12:00:00.123Z INFO smolora.api pid=7 request=4… method=GET path=/ status=200 ms=9.5 client=::1
     """
 
@@ -67,7 +67,7 @@ class LineFormatter(_Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """Lines such as {"time": …, "level": "INFO", "logger": "smolora.api", "pid": 7, "request": "4…", …}.
+    """Formats lines such as {"time": …, "level": "INFO", "logger": "smolora.api", "pid": 7, "request": "4…", …}.
 
     The text of messages that aren't `Fields` is in `message`; a traceback is in `exception`.
     """

@@ -84,7 +84,7 @@ class OtelTracer:
     """
 
     def __init__(self, exporters: Sequence[SpanExporter], processors: Sequence[SpanProcessor] = ()) -> None:
-        """Send spans to each exporter from a thread of its own. `processors` are for tests."""
+        """Send spans to each exporter, each from its own thread. `processors` are for tests."""
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         for processor in (*map(BatchSpanProcessor, exporters), *processors):
             self._provider.add_span_processor(processor)
@@ -116,7 +116,10 @@ class OtelTracer:
 
 
 def _resource() -> Resource:
-    """Return the resource with our attributes, overridden by OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES."""
+    """Return a resource with this service's attributes.
+
+    OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override them.
+    """
     given = Resource.create()
     own = {SERVICE_VERSION: __version__}
     if str(given.attributes[SERVICE_NAME]).startswith("unknown_service"):

@@ -34,7 +34,7 @@ class Span(Protocol):
         ...
 
     def end(self, at: int | None = None, attributes: Attributes | None = None, error: str | None = None) -> None:
-        """End the span, now or at `at`. `error` is an error's type, not its message. Call it once."""
+        """End the span, now or at `at`. `error` is an error's type, not its message. Call this method once."""
         ...
 
 
@@ -44,7 +44,7 @@ class Tracer(Protocol):
     def request(self, headers: Mapping[str, str]) -> Span | None:
         """Begin the span of an HTTP request, in the trace that `headers` name.
 
-        Return None if that isn't sampled.
+        Return None if the trace isn't sampled.
         """
         ...
 

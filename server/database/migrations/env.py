@@ -1,4 +1,4 @@
-"""Run by Alembic, on the connection and within the transaction that `server.database.migrating` passes in."""
+"""The script that Alembic runs, on the connection and in the transaction of `server.database.migrating`."""
 
 from alembic import context
 

@@ -26,7 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that isn't read yet."""
+    """A tensor of a checkpoint, which is read when needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,8 +58,10 @@ def open_directory(directory: Path) -> Checkpoint:
 
 
 def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Return the directory's tokenizer with its special tokens and chat template. Raise StartupError if the
-    directory has no readable tokenizer, or if it isn't byte-level."""
+    """Return the directory's tokenizer with its special tokens and chat template.
+
+    Raise StartupError if the directory has no readable tokenizer, or if the tokenizer isn't byte-level.
+    """
     if not (directory / "tokenizer.json").is_file():
         raise StartupError(f"{directory.name} has no tokenizer.json")
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # only for a conversion
@@ -75,7 +77,7 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Return a file's JSON object. Raise StartupError if the file can't be read or has none."""
+    """Return a file's JSON object. Raise StartupError if the file can't be read or has no JSON object."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

@@ -58,7 +58,7 @@ class ModelConfig:
 
     @property
     def shape(self) -> BaseShape:
-        """The shape that adapters must fit: (out, in) of every linear module."""
+        """The shape that adapters must fit: the sizes (out, in) of every linear module."""
         hidden, inner = self.hidden_size, self.intermediate_size
         features = {
             "q_proj": (self.q_size, hidden),

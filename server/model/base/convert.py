@@ -28,7 +28,7 @@ from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, BaseWeights, Ma
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor with its Hugging Face name."""
+    """A tensor of the checkpoint, by its Hugging Face name."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor of the converted file: its parts, concatenated along the first dimension."""
+    """A tensor of the converted file: tensors of the checkpoint, concatenated along the first dimension."""
 
     name: str
     parts: tuple[Part, ...]
@@ -98,7 +98,7 @@ class PlannedTensor:
 
 
 def write_aligned(path: Path, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> None:
-    """Write the tensors in order, and wait until they are on the disk. Raise OSError."""
+    """Write the tensors in order, and wait until they are on the disk. Raise OSError if that fails."""
     tensors = _with_fillers(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -166,9 +166,10 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
 def write_quantized(
     directory: Path, config: ModelConfig, weights: BaseWeights, quantized: Mapping[str, Quantized]
 ) -> None:
-    """Add the quantized form of tensors to a converted directory. If it expands to other bits, it is left out.
+    """Add the quantized form of tensors to a converted directory. The file is created by one rename.
 
-    The file is created by one rename. `quantized` is keyed by Hugging Face's names of tensors. Raise OSError.
+    A tensor whose quantized form doesn't expand to exactly the converted weights is left out. `quantized` is keyed
+    by Hugging Face's names of tensors. Raise OSError if the file can't be written.
     """
     if not quantized:
         return
@@ -190,8 +191,7 @@ def write_quantized(
 
 
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Save the tokenizer with a class name for which every version of transformers reads tokenizer.json as it
-    is."""
+    """Save the tokenizer with a class name for which any version of transformers uses tokenizer.json unchanged."""
     tokenizer.save_pretrained(directory)
     options = read_json(directory / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only"):  # facts about this process, not the tokenizer

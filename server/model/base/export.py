@@ -16,10 +16,10 @@ from server.model.base.weights import MANIFEST, WEIGHTS, BaseModel, BaseWeights
 
 
 def export_hugging_face(base: BaseModel, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `base` as the new directory `directory`, with weights in `dtype` (None: their own). Raise OSError.
+    """Write `base` as the new directory `directory`, with weights in `dtype` (None: the base's own).
 
     To export other weights of the same sizes, such as fine-tuned ones, pass `dataclasses.replace(base,
-    weights=...)`.
+    weights=...)`. Raise OSError if the directory can't be written.
     """
     dtype = dtype or base.dtype
     with new_directory(directory) as unfinished:

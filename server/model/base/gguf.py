@@ -193,8 +193,11 @@ def _name(name: str) -> str:
 
 
 def _halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Return rows (heads · dim, ·) in Hugging Face's order. To rotate, Hugging Face pairs features of a head's two
-    halves, and llama.cpp pairs neighbouring features."""
+    """Return rows (heads · dim, ·) in Hugging Face's order instead of llama.cpp's.
+
+    For the rotation, Hugging Face pairs a feature of a head's first half with one of its second half. llama.cpp
+    pairs neighbouring features.
+    """
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 

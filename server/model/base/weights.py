@@ -108,7 +108,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Return the directory's manifest, or None if it isn't a converted base of this format."""
+    """Return the directory's manifest, or None if the directory isn't a converted base of this format."""
     if not (directory / MANIFEST).is_file():
         return None
     fields = read_json(directory / MANIFEST)

@@ -1,11 +1,11 @@
-"""The interface between Python and C++: the structs, constants and entries that `seam/abi.h` declares.
+"""The interface between Python and C++: the structs, constants and functions that `seam/abi.h` declares.
 
 This module parses the header, so nothing is declared twice. Every field takes eight bytes, so structs have no
 padding. A compiled library contains the digest of its source, and `library.py` loads it only if the source still
 has that digest.
 
 A failed call raises MemoryError if memory or threads ran out, ValueError if its arguments would cause an access
-out of bounds, and RuntimeError for other failures. The object can be used again after each of them.
+out of bounds, and RuntimeError for other failures. The native object can be used again after any of these errors.
 """
 
 import ctypes
@@ -27,7 +27,10 @@ _RESULTS = {"int": ctypes.c_int, "const char*": ctypes.c_char_p, "void": None}
 
 
 def find_declared(pattern: str) -> str:
-    """Return the pattern's first group in the header. Raise LookupError if the header has no match."""
+    """Return what the first group of the regular expression `pattern` matches in the header.
+
+    Raise LookupError if the header has no match.
+    """
     found = re.search(pattern, _HEADER, re.MULTILINE | re.DOTALL)
     if found is None:
         raise LookupError(f"abi.h declares nothing like {pattern}")
@@ -35,8 +38,10 @@ def find_declared(pattern: str) -> str:
 
 
 def parse_fields(declarations: str) -> list[tuple[str, _Type]]:
-    """Return the names and types of C declarations that end in semicolons. Raise KeyError if a type isn't a
-    pointer, int64_t or double."""
+    """Return the names and types in C declarations that end in semicolons.
+
+    Raise KeyError if a type isn't a pointer, int64_t or double.
+    """
     fields: list[tuple[str, _Type]] = []
     for type_name, declarators in re.findall(r"(?:const )?(\w+)([^;]+)", declarations):
         for declarator in declarators.split(","):
@@ -46,8 +51,10 @@ def parse_fields(declarations: str) -> list[tuple[str, _Type]]:
 
 
 def enum_names(enum: str) -> tuple[str, ...]:
-    """Return an enum's names in order, such as "gate_up" for Phase's kGateUpPhase. A last enumerator that counts
-    the others, such as kPhases, is left out."""
+    """Return an enum's names in order, such as "gate_up" for Phase's kGateUpPhase.
+
+    A last enumerator that counts the others, such as kPhases, is left out.
+    """
     enumerators = [name.strip() for name in find_declared(rf"^enum {enum} {{(.*?)}}").split(",")]
     suffix = re.findall("[A-Z][a-z]+", enum)[-1]
     words = (name.removeprefix("k").removesuffix(suffix) for name in enumerators if name not in ("", f"k{enum}s"))
@@ -131,19 +138,18 @@ class TrainBatch(ctypes.Structure):
 
 
 def columns(structure: type[ctypes.Structure]) -> int:
-    """Return the number of a structure's fields, of eight bytes each."""
+    """Return the number of a structure's fields, each of which takes eight bytes."""
     return ctypes.sizeof(structure) // 8
 
 
 def packing(structure: type[ctypes.Structure]) -> struct.Struct:
-    """Return a packer for a structure's numbers, in order. Packing is three times as fast as creating the
-    structure."""
+    """Return a packer for a structure's numbers, in order. It is three times as fast as creating the structure."""
     codes = {ctypes.c_int64: "q", ctypes.c_double: "d", ctypes.c_void_p: "P"}
     return struct.Struct("".join(codes[field[1]] for field in structure._fields_))
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Set the types of the library's entries. Raise AttributeError if the library lacks an entry."""
+    """Set the types of the library's functions. Raise AttributeError if the library lacks a function."""
     for result, name, parameters in re.findall(_ENTRY, _HEADER, re.MULTILINE | re.DOTALL):
         entry = getattr(library, name)
         entry.restype = _RESULTS[result]
@@ -151,7 +157,10 @@ def declare(library: ctypes.CDLL) -> None:
 
 
 def call(function: Callable[..., int], *arguments: object) -> None:
-    """Call an entry that returns a status, with a buffer for the error's text as its last argument."""
+    """Call a native function that returns a status. Raise the exception for its status if it failed.
+
+    The call adds a buffer for the error's text as the last argument.
+    """
     error = ctypes.create_string_buffer(_ERROR_SIZE)
     status = _STATUSES[function(*arguments, error)]
     if status != "ok":
@@ -159,7 +168,7 @@ def call(function: Callable[..., int], *arguments: object) -> None:
 
 
 def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
-    """Return the seconds of each of the phases `names`. `function` is the entry that returns their nanoseconds."""
+    """Return the seconds of each of the phases `names`. The native `function` returns their nanoseconds."""
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
     return dict(zip(names, (spent / 1e9).tolist(), strict=True))

@@ -59,7 +59,10 @@ class NativeUnavailable(Exception):
 
 
 def machine_instructions() -> Sequence[str]:
-    """Return the INSTRUCTIONS of this kind of machine, best first. Raise NativeUnavailable if it has none."""
+    """Return the names in INSTRUCTIONS for this kind of machine, best first.
+
+    Raise NativeUnavailable if there are none.
+    """
     if platform.machine() not in MACHINES or platform.system() != "Linux":
         raise NativeUnavailable("it is written for Linux on x86-64 and 64-bit Arm")
     return MACHINES[platform.machine()]
@@ -73,8 +76,10 @@ def flags_for(name: str) -> tuple[str, ...]:
 
 
 def unit_flags(name: str, *more: str) -> list[str]:
-    """Return the flags to compile a unit for one of INSTRUCTIONS, followed by `more`. They include two macros,
-    which tell the library its own flags and the digest of its source."""
+    """Return the flags to compile a translation unit for one of INSTRUCTIONS, followed by `more`.
+
+    They include two macros, which tell the library its own flags and the digest of its source.
+    """
     flags = (*flags_for(name), *more)
     return [*flags, f'-DSMOLORA_FLAGS="{" ".join(flags)}"', f'-DSMOLORA_SOURCE="{source_digest(name)}"']
 
@@ -135,8 +140,10 @@ def compile_library(directory: Path, name: str, use: Callable[[Path], T]) -> T:
 
 
 def check_owners(*paths: Path) -> None:
-    """Raise NativeUnavailable if a user other than this one and root may write to a path. Symbolic links are
-    followed."""
+    """Raise NativeUnavailable if anyone except this user and root may write to one of the paths.
+
+    Symbolic links are followed.
+    """
     try:
         for place in (path.resolve(strict=True) for path in paths):
             for real in (place, place.parent) if place.is_file() else (place,):

@@ -35,9 +35,9 @@ PREBUILT = SOURCE / "prebuilt"
 
 
 def load_library(directory: Path, say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
-    """Load the prebuilt library or the directory's. If neither can be loaded, compile one into the directory.
+    """Load the prebuilt library or the one in `directory`, or compile one into `directory`.
 
-    Raise NativeUnavailable if that fails.
+    Raise NativeUnavailable if all of this fails.
     """
     name = library_name(instructions())
     for place in (PREBUILT, directory):
@@ -64,8 +64,10 @@ def why_unavailable(directory: Path) -> str | None:
 
 
 def instructions() -> str:
-    """Return the best of INSTRUCTIONS that this processor has, or those that NATIVE_INSTRUCTIONS names. Raise
-    NativeUnavailable if the processor doesn't have them."""
+    """Return the best of INSTRUCTIONS that this processor has, or the one that NATIVE_INSTRUCTIONS names.
+
+    Raise NativeUnavailable if the processor doesn't have it.
+    """
     candidates, wanted = machine_instructions(), wanted_instructions()
     features = frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     for name in candidates if wanted is None else [wanted]:

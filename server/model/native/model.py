@@ -47,7 +47,7 @@ from server.model.rank_rows import GROUPS, Placement, RankRows, RowFormat
 def create(
     entry: Callable[..., int], config: ModelConfig, weights: BaseWeights, rotary: torch.Tensor, num_threads: int
 ) -> int:
-    """Call `smolora_create` or `smolora_training_create` for a base, and return the new object.
+    """Call `smolora_create` or `smolora_training_create` for a base, and return the new object's address.
 
     `rotary` is the complete result of `rotary_table`. The caller must keep it and the weights while the object
     exists. Raise MemoryError if memory runs out.
@@ -120,7 +120,7 @@ ROW_FORMAT = RowFormat(torch.bfloat16, torch.bfloat16, TILE)
 
 
 class NativeLora:
-    """Tables of one flat batch's adapters and where they are in memory. The native counterpart of `LoraBatch`."""
+    """The adapters of one flat batch, as tables with addresses for native code. The counterpart of `LoraBatch`."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
         """Take `runs` in order of their tokens. Tokens outside the runs have no adapter."""
@@ -172,9 +172,9 @@ class NativeLora:
 class StepTables(NamedTuple):
     """A step's tokens, and their sequences' keys and values.
 
-    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is a `ServeRun`: the start and stop of
-    its tokens, the first token's position, the start of its sequence's block table in `blocks`, and how many of
-    its last tokens are wanted tokens, whose hidden states are returned.
+    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A row of the runs is a `ServeRun`: the start
+    and stop of the tokens of one sequence, the first token's position, the start of the sequence's block table in
+    `blocks`, and how many of the last tokens are wanted tokens, whose hidden states are returned.
     """
 
     token_ids: Ints  # (tokens,)
@@ -198,9 +198,10 @@ class NativeModel:
         num_threads: int,
         adapts: bool = False,
     ) -> None:
-        """Pack the weights. Raise NativeUnavailable if native code doesn't support the base, and MemoryError.
+        """Pack the weights. Raise NativeUnavailable if native code doesn't support the base.
 
-        `num_threads` threads compute a step. With `adapts`, fewer of them compute it if that is faster.
+        Raise MemoryError if memory runs out. `num_threads` threads compute a step. With `adapts`, fewer of them
+        compute it if that is faster.
         """
         check_base(config, weights)
         self._library = library
@@ -215,11 +216,10 @@ class NativeModel:
         weakref.finalize(self, library.smolora_destroy, self._model).atexit = False
 
     def forward(self, tables: StepTables) -> torch.Tensor:
-        """Return the wanted tokens' final hidden states (wanted, hidden), bf16. Write all tokens' keys and values
-        to the caches.
+        """Return the wanted tokens' final hidden states (wanted, hidden), bf16.
 
-        Raise ValueError if the tables would cause an access out of bounds, and MemoryError. The model stays usable
-        after either error.
+        All tokens' keys and values are written to the caches. Raise ValueError if the tables would cause an access
+        out of bounds, and MemoryError if memory runs out. The model stays usable after either error.
         """
         step, num_tokens = self._step(tables), tables.token_ids.size
         num_wanted = min(int(tables.runs[:, -1].clip(0, num_tokens).sum()), num_tokens)
@@ -229,7 +229,7 @@ class NativeModel:
         return hidden
 
     def draw(self, tables: StepTables, table: SampleTable) -> Choices:
-        """Return the next token after each wanted token: `forward` and `sample` in one call."""
+        """Return the next token after each wanted token of `tables`: `forward` and `sample` in one call."""
         step = self._step(tables)
         sampling, choices = table.step()
         self._compute(self._library.smolora_draw, step, ctypes.addressof(sampling))
@@ -243,8 +243,11 @@ class NativeModel:
         return logits
 
     def sample(self, given: torch.Tensor, table: SampleTable) -> Choices:
-        """Return each row's next token. `given` is `forward`'s result, bf16 (rows, hidden), or contiguous fp32
-        logits (rows, vocab), which are overwritten. Raise ValueError and MemoryError like `forward`."""
+        """Return each row's next token.
+
+        `given` is `forward`'s result, bf16 (rows, hidden), or contiguous fp32 logits (rows, vocab), which are
+        overwritten. Raise ValueError and MemoryError as `forward` does.
+        """
         if given.shape[:1] != (len(table),):
             raise ValueError(f"a table of {len(table)} rows for {given.shape[:1]}")
         if given.dtype is torch.float32:
@@ -257,14 +260,15 @@ class NativeModel:
         return choices
 
     def take_phases(self, *, count: bool = True) -> dict[str, float]:
-        """Return the calling thread's seconds in each of PHASES since the last call, without Python's own time.
+        """Return for each of PHASES how many seconds the calling thread has spent in it since the last call.
 
-        Measuring is off at first. `count` turns it on or off from now on.
+        PHASES are the parts of a step in native code, so Python's own time isn't included. Measuring is off at
+        first. `count` turns it on or off from now on.
         """
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 
     def _compute(self, entry: Callable[..., int], step: ServeStep, *more: int) -> None:
-        """Call an entry that computes a step, with the currently fastest team size."""
+        """Call a native function that computes a step, with the number of threads that `TeamSize` chooses."""
         if self._team_size is None:
             call(entry, self._model, ctypes.addressof(step), *more)
             return
@@ -277,7 +281,7 @@ class NativeModel:
         self._team_size.observe(step.num_threads, step.num_tokens, num_positions, seconds, worked)
 
     def _step(self, tables: StepTables) -> ServeStep:
-        """Return a step for native code. The arrays that it points to stay alive until the next call."""
+        """Return a step for native code. The arrays that it points to are kept until the next call."""
         k_cache, v_cache, lora = tables.k_cache, tables.v_cache, tables.lora
         token_ids, runs, blocks = map(np.ascontiguousarray, tables[:3])
         if token_ids.dtype != np.int64 or runs.dtype != np.int64 or blocks.dtype != np.int32:
@@ -326,7 +330,7 @@ class NativeModel:
 
 
 def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return one adapter's LoraPart in a group, and append its modules to `modules`."""
+    """Return the LoraPart of one adapter for a group of modules, and append its modules to `modules`."""
     run = placement.get(group)
     if run is None:
         return (0,) * columns(LoraPart)
@@ -347,5 +351,5 @@ def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tu
 
 
 def _table(rows: Sequence[tuple[int, ...]], structure: type[ctypes.Structure]) -> Ints:
-    """Return rows as an array of the structure, whose fields are all int64."""
+    """Return the rows as an array whose columns are the structure's fields, which all are int64."""
     return np.array(rows, np.int64).reshape(-1, columns(structure))

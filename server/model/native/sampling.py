@@ -80,8 +80,11 @@ class SampleTable:
         self._added.append(added)
 
     def step(self, *, hidden: int | None = None, logits: int | None = None) -> tuple[SampleStep, Choices]:
-        """Return a step for native code, and the `Choices` that the native call will fill in. The step's input is
-        at the address `hidden` or `logits`. The caller must keep this table alive until the call has returned."""
+        """Return a step for native code, and the `Choices` that the native call will fill in.
+
+        The step's input is at the address `hidden` or `logits`. The caller must keep this table alive until the
+        call has returned.
+        """
         num_rows = len(self._rows)
         rows = np.frombuffer(b"".join(self._rows), np.uint8)
         seen = np.concatenate([_NO_INTS, *self._seen])

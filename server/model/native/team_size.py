@@ -1,14 +1,13 @@
-"""Chooses how many threads compute a step (the team size), from how long earlier steps took. The choice doesn't
-change the bits of an answer.
+"""Chooses how many threads compute a step (the team size), from how long earlier steps took.
 
-On a quiet machine more threads are faster. If another process keeps a processor busy, threads wait for each other
-in each phase, and fewer threads are faster. So now and then a step is a trial: it uses the next smaller or larger
-team size. If the threads together got the time of far fewer processors than there are threads, the trial uses that
-many threads. A budget bounds the cost of trials. It grows by SHARE of a step with each step. A trial is charged
-for the time that it took longer than steps usually take. Part of the budget is saved for the moment when steps
-become slow.
+The choice doesn't change the bits of an answer. On a quiet machine more threads are faster. If another process
+keeps a processor busy, threads wait for each other in each phase, and fewer threads are faster. So now and then a
+step is a trial: it uses the next smaller or larger team size. If the threads together got the time of far fewer
+processors than there are threads, the trial uses one thread for each of those processors. A budget bounds the cost
+of trials. It grows by SHARE of a step with each step. A trial is charged for the time by which it was longer than
+steps usually are. Part of the budget is saved for the moment when steps become slow.
 
-Steps are compared only with steps of similar size. These form a band.
+Steps are compared only with steps of similar size, which form a band.
 """
 
 from bisect import bisect_right
@@ -36,23 +35,23 @@ _POSITIONS_OF_A_TOKEN = 600  # positions that attention reads in the time that a
 
 
 class TeamSize:
-    """The number of threads for each step: up to `num_threads`."""
+    """Chooses the number of threads for each step, up to `num_threads`, and learns from steps' times."""
 
     def __init__(self, num_threads: int) -> None:
         self._sizes = team_sizes(num_threads)
         self._bands: dict[int, _Band] = {}
 
     def choose(self, num_tokens: int) -> int:
-        """Return the number of threads for the next step, of `num_tokens`."""
+        """Return the number of threads for the next step, which has `num_tokens` tokens."""
         return self._sizes[self._band(num_tokens).choose()]
 
     def observe(
         self, num_threads: int, num_tokens: int, num_positions: int, seconds: float, processor_seconds: float
     ) -> None:
-        """Note how long a step took with the chosen number of threads, and the processor time of all these
-        threads.
+        """Learn from how long a step took with the chosen number of threads.
 
-        `num_positions` is the total number of positions that the step's tokens attended to.
+        `processor_seconds` is the processor time of all these threads. `num_positions` is the total number of
+        positions that the step's tokens attended to.
         """
         work = _FIRST_TOKENS + num_tokens + num_positions / _POSITIONS_OF_A_TOKEN
         size = self._sizes.index(num_threads)
@@ -74,8 +73,7 @@ def team_sizes(num_threads: int) -> list[int]:
 
 
 class _Pair:
-    """The latest trials of two sizes. A trial has the times of both sizes for the same work, one soon after the
-    other."""
+    """The latest trials of two team sizes. In a trial both sizes do the same work, one soon after the other."""
 
     def __init__(self, assumed_gain: float) -> None:
         self.expected_gain = assumed_gain  # the gain of the latest trial, which is the first to show a change
@@ -91,7 +89,7 @@ class _Pair:
 
     @property
     def gain(self) -> float:
-        """The larger size's time divided by the smaller size's."""
+        """The larger team size's time divided by the smaller one's, over the latest trials."""
         return sum(larger for _, larger in self._trials) / sum(smaller for smaller, _ in self._trials)
 
     @property
@@ -104,8 +102,10 @@ class _Pair:
 
 
 class _Band:
-    """Steps of similar size. Here, team sizes are indices into `sizes`, and times are seconds for a unit of
-    work."""
+    """The trials and times of steps of similar size.
+
+    In this class, team sizes are indices into `sizes`, and times are seconds for a unit of work.
+    """
 
     def __init__(self, sizes: list[int], reserve: float) -> None:
         self._sizes = sizes
@@ -141,7 +141,7 @@ class _Band:
         self._usual = _mean(self._usual, seconds, _USUAL_MEMORY)
 
     def _neighbours(self) -> list[int]:
-        """Return the next smaller and larger sizes to try, in the order of trials.
+        """Return the next smaller and the next larger team size, in the order in which to try them.
 
         No larger size is tried if the threads of the best size didn't have a processor each.
         """
@@ -161,8 +161,7 @@ class _Band:
         return savings >= cost or (may_use_reserve and self._reserve >= cost)
 
     def _compare(self, size: int, seconds: float, best_seconds: float) -> bool:
-        """Charge the budget for a trial. If its size is better than the best so far, change to it and return
-        True."""
+        """Charge the budget for a trial of the team size `size`. Return whether it becomes the best size."""
         self._last_trial = size
         cost = max(seconds / max(best_seconds, self._recent) - 1, _FEE)
         from_savings = min(cost, max(self._savings, 0.0))
@@ -184,11 +183,11 @@ class _Band:
 
     @property
     def _size_of_processors(self) -> int:
-        """The largest size whose threads each had a processor."""
+        """The largest team size whose threads would have had a processor each in recent steps."""
         return max(bisect_right(self._sizes, round(self._processors)) - 1, 0)
 
     def _pair(self, size: int) -> _Pair:
-        """Return the pair of this size and the best one."""
+        """Return the trials of this team size and the best one."""
         smaller, larger = sorted((size, self._best))
         assumed = _Pair(self._sizes[smaller] / self._sizes[larger])
         return self._pairs.setdefault((smaller, larger), assumed)

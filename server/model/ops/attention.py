@@ -28,7 +28,7 @@ class ValueRows:
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """Indices of one step's decode attention, the same for all layers."""
+    """The indices for one step's `attend_decode`, the same for all layers."""
 
     block_table: torch.Tensor  # (sequences * max_blocks,): padded with block 0
     beyond: torch.Tensor  # (sequences, 1, max_positions): whether a position is past its sequence's end

@@ -71,7 +71,10 @@ def shrink_block(x: torch.Tensor, a_rows: torch.Tensor, weight: float, dtype: to
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """(token, row) pairs: token t has rows[offsets[t] : offsets[t + 1]] of a pool of `num_rows` rows."""
+    """(token, row) pairs: token t is in a pair with each of rows[offsets[t] : offsets[t + 1]].
+
+    The rows are indices into a pool of `num_rows` rows.
+    """
 
     offsets: torch.Tensor  # (tokens + 1,)
     rows: torch.Tensor  # (num_pairs,)
@@ -111,7 +114,7 @@ def expand_sampled(
 ) -> torch.Tensor:
     """Return, for each bag j, the sum of hidden[i] · b_units[unit_index[i]] over i ∈ [bags[j], bags[j+1]).
 
-    The result is (num_bags, unit).
+    The result is (num_bags, unit), where unit is the length of a row of b_units.
 
     hidden (num_entries,) of b_units' dtype, b_units (num_units, unit), unit_index (num_entries,), bags (num_bags +
     1,), from 0 to num_entries. Accumulates in fp32.

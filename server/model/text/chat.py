@@ -39,7 +39,7 @@ DEVELOPER = "developer"
 
 
 def meant_role(role: str) -> str:
-    """Return the name that chat templates have for a role."""
+    """Return the name that chat templates use for a role."""
     return "system" if role == DEVELOPER else role
 
 
@@ -63,8 +63,10 @@ def joined_parts(content: object) -> object:
 
 
 class Disguise:
-    """Messages in which placeholders replace text that looks like a special token. So every special token in a
-    rendering of these messages was written by the template."""
+    """Messages in which placeholders replace text that looks like a special token.
+
+    So the template wrote every special token in a rendering of these messages.
+    """
 
     def __init__(self, messages: Sequence[ChatMessage], special: re.Pattern[str]) -> None:
         """Replace all matches of `special` in the messages with placeholders."""
@@ -94,7 +96,7 @@ class Disguise:
         return "".join(pieces), moved
 
     def outline(self) -> list[ChatMessage]:
-        """Return the messages with a mark instead of each assistant text. `find_turns` takes their rendering."""
+        """Return the messages with a mark instead of each assistant text, to be rendered for `find_turns`."""
         return [
             ChatMessage(turn.role, f"{self._mark}{index}{self._mark}") if turn.role == "assistant" else turn
             for index, turn in enumerate(self.messages)
@@ -103,8 +105,8 @@ class Disguise:
     def find_turns(self, rendered: str, outline: str) -> list[tuple[int, int]] | None:
         """Return each assistant text's span in `rendered`, given the rendering of `outline()`.
 
-        The text between the spans must equal the outline's. Each span must be the message's text, possibly
-        trimmed. Return None if the template changes a text in any other way.
+        The text between the spans must equal the outline's text between marks. Each span must be the message's
+        text, possibly trimmed. Return None if the template changes a text in any other way.
         """
         contents = {index: turn.content for index, turn in enumerate(self.messages) if turn.role == "assistant"}
         before, *rest = re.split(f"{self._mark}([0-9]+){self._mark}", outline)
@@ -175,8 +177,10 @@ class PromptEncoder:
         return _encode(self._plain, text, add_special_tokens=False)
 
     def spelled(self, text: str, token_ids: Collection[int]) -> str | None:
-        """Return the name of a special token in `token_ids` that occurs in the text, or None. Such text is encoded
-        as plain text."""
+        """Return the name of a special token in `token_ids` that occurs in the text, or None if none occurs.
+
+        Such text is encoded as plain text.
+        """
         found = (name for name, number in self._specials.items() if number in token_ids and name in text)
         return next(found, None)
 
@@ -248,8 +252,10 @@ class PromptEncoder:
         return ids, starts
 
     def _after_end_token(self, rendered: str, position: int, end_token_ids: Collection[int]) -> int:
-        """Return the position after the end token that begins at `position`, possibly after white space. Return
-        `position` if no end token begins there."""
+        """Return the position after the end token at `position`. White space may precede the end token.
+
+        Return `position` if there is no such end token.
+        """
         match = self._next_special.match(rendered, position)
         return match.end() if match and self._specials[match.group(1)] in end_token_ids else position
 

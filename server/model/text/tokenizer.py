@@ -44,7 +44,7 @@ class BaseTokenizer:
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """A map from each token, in the tokenizer's spelling, to its id. It is computed again at each access."""
+        """A map from each token, in the tokenizer's spelling, to its id. Each access computes the map again."""
         return self.backend.get_vocab(with_added_tokens=True)
 
     @cached_property
