@@ -79,7 +79,7 @@ SEEDED: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
 
 
 def recipe_of(body: CompositionBody) -> Recipe | None:
-    """Return how to merge, or None if the body names an exact sum.
+    """Return the settings of the merge, or None if the body asks for an exact sum instead.
 
     Raise InvalidInput if fields are given that don't apply to the method.
     """
@@ -141,7 +141,10 @@ def submit_merge(
 
 
 def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
-    """Return the ranks by module of each part whose weight isn't 0. Raise InvalidInput if there is none."""
+    """Return the ranks by module of each adapter whose total weight isn't 0.
+
+    Raise InvalidInput if there is no such adapter.
+    """
     weighted = combine(pinned.parts)
     if not weighted:
         message = "its weights cancel out, which leaves the base alone"

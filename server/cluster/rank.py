@@ -22,7 +22,7 @@ SPILL = 1.5
 Queues vary by a factor of 1.25 by chance, so 1.25 would move adapters that aren't hot, too. With 2, queues grow
 beyond a batch while other replicas have room in theirs (simulated by `python -m benchmarks.routing`)."""
 ALWAYS_OPEN = 4
-"""A queue with fewer requests is never full: sharing a batch costs less than loading the adapter into a replica."""
+"""A queue with fewer requests is never full: sharing a batch costs less than loading an adapter."""
 GOLDEN = 0x9E3779B97F4A7C15
 
 
