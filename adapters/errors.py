@@ -60,13 +60,13 @@ class FieldError:
 def sentence(loc: Sequence[str | int], message: str) -> str:
     """Return the message, preceded by the field's path.
 
-    For a fault within a file, the path is left out, because the message already names the line.
+    If the fault is within an uploaded file, the path is left out, because the message already names the line.
     """
     return message if len(loc) > 1 and loc[0] == "file" else f"{'.'.join(map(str, loc))}: {message}"
 
 
 class InvalidInput(SmoloraError):
-    """A request with mistakes. `errors` has an entry per mistake; `num_more` counts those that it leaves out."""
+    """A request with mistakes. `errors` has an entry per mistake; `num_more` counts mistakes without an entry."""
 
     def __init__(self, errors: Sequence[FieldError], num_more: int = 0) -> None:
         if not errors:

@@ -27,7 +27,7 @@ _DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 @dataclass(frozen=True)
 class Term:
-    """A weighted reference to an adapter: by `version` or by `alias` if given, else to the latest version.
+    """A weighted reference to a version of an adapter: its `version` or `alias`, or the latest if both are None.
 
     `str(term)` is text that `parse` reads.
     """

@@ -16,7 +16,7 @@ multiplies one adapter's B by other adapters' A. With a rank, it works on the pr
 the result (PEFT's "…_svd").
 
 Unlike in PEFT, a negative weight negates the adapter before anything else is done, a single adapter is pruned as
-well, and mixed targets and rank-stabilized scalings are merged completely. Random choices depend on the seed, the
+well, and adapters may differ in target modules and in rank stabilization. Random choices depend on the seed, the
 adapter and the module only.
 """
 
@@ -61,7 +61,7 @@ def merge(
 ) -> LoraWeights:
     """Merge the adapters on the CPU.
 
-    The result targets every module that any of the adapters targets, and doesn't depend on their order.
+    The result targets every module that any of the adapters targets. It doesn't depend on the adapters' order.
 
     `between(done, total)` is called after each module and may raise. Raise InvalidInput if `check` does, or if
     merged entries are too large for fp32.
@@ -209,8 +209,8 @@ def distance(adapters: WeightedAdapters, merged: LoraWeights, between: Callable[
 
     It is ‖Δ - Σ wᵢ Δᵢ‖ / ‖Σ wᵢ Δᵢ‖ over all modules, in Frobenius norms of Δ = scaling · B A, or inf if the sum
     is 0. It is computed in fp64 with a precision of about 1e-7, from ‖B A‖² = Σ BᵀB ∘ A Aᵀ if ranks are small.
-    It needs memory for the adapters' weights of one module and for a few of the module's dense weights. `between`
-    is called before each module and may raise.
+    Computing it needs memory for the adapters' weights of one module and for a few dense weights of that module.
+    `between` is called before each module and may raise.
     """
     difference = total = scale = 0.0
     for key in {key for weights in (merged, *(weights for weights, _ in adapters)) for key in weights.modules}:

@@ -25,7 +25,7 @@ Only this module uses it.
 
 
 def of_upload(config: LoraConfig, file: bytes) -> dict[str, object]:
-    """Return what to record with a version of its uploaded adapter_config.json: the settings and a digest."""
+    """Return what a version records about its uploaded adapter_config.json: the settings and a digest."""
     return {"lora": config.to_document(), FILE_DIGEST: f"sha256:{hashlib.sha256(file).hexdigest()}"}
 
 
@@ -90,7 +90,7 @@ def _uses_rslora(version: NewVersion, stored: bool, weights: LoraWeights) -> boo
     """Return whether the version uses rank-stabilized LoRA.
 
     The version's record says so, except for merges and other projects' versions. For these, return `stored`, which
-    is what the stored file says, unless the scalings follow from the version's alpha only with the opposite.
+    is what the stored file says, unless only its opposite explains the scalings with the version's alpha.
     """
     lora = version.config.get("lora")
     recorded = lora.get("use_rslora") if isinstance(lora, Mapping) else None

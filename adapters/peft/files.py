@@ -92,7 +92,7 @@ def read_ranks(config_json: bytes, base: BaseShape) -> dict[ModuleKey, int]:
 
 
 def write(directory: Path, adapter: PeftAdapter) -> None:
-    """Write both files and sync them to disk. Raise ValueError if the config doesn't describe the weights."""
+    """Write PEFT's two files and sync them to disk. Raise ValueError if the config contradicts the weights."""
     config, modules = adapter.config, adapter.weights.modules
     for key, module in modules.items():
         described = (config.rank_of(key), config.scaling_of(key))
@@ -219,7 +219,7 @@ def _check_pairs(keys: Iterable[ModuleKey], found: FoundTensors, errors: list[Fi
 def targets_of(
     keys: Iterable[ModuleKey], num_layers: int | None
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Return the `target_modules` and `layers_to_transform` that mean exactly `keys`.
+    """Return the `target_modules` and `layers_to_transform` that select exactly the modules `keys`.
 
     If `num_layers` is None (unknown), the layers are listed even if they are all layers of the base model.
     """

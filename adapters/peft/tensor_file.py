@@ -61,7 +61,8 @@ class TensorEntry:
 def map_file(path: Path) -> torch.Tensor:
     """Map the file as uint8: pages are read on first access, and writes stay in this process.
 
-    The file may be unlinked later, but must not shrink. Raise OSError, or TensorFileError if it is empty.
+    The file may be unlinked later, but must not shrink. Raise OSError if the file can't be read, or
+    TensorFileError if it is empty.
     """
     num_bytes = path.stat().st_size
     if num_bytes == 0:
@@ -229,9 +230,9 @@ def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
 
 
 def _meant(name: str) -> str | None:
-    """Return the name in PEFT's files of an A or B that `name` calls otherwise, or None if it is no A or B.
+    """Return the name that PEFT's files use for an A or B whose name in a model's state_dict is `name`.
 
-    Such names come from the state_dict of a model in memory, or from a compiled model.
+    The model may also be compiled. Return None if `name` isn't such a name.
     """
     place = place_of(name)
     if place is None or place[1] not in MODULES:

@@ -30,7 +30,7 @@ class Stored:
 
 
 class Blobs(Protocol):
-    """A store of blobs. If it fails, all methods raise BytesUnavailable (of a bucket) or OSError (a directory)."""
+    """A store of blobs. If it fails, a bucket's methods raise BytesUnavailable, a directory's raise OSError."""
 
     def put(self, key: str, data: bytes) -> None:
         """Store the blob, durably. An existing blob with this key is replaced."""
@@ -108,6 +108,6 @@ class Directory:
 
 
 def _raise(error: OSError) -> None:
-    """Raise the error of a folder that can't be listed, unless the folder doesn't exist."""
+    """Raise `error`, which listing a folder has raised, unless the folder doesn't exist."""
     if not isinstance(error, FileNotFoundError):
         raise error

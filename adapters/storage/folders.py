@@ -109,7 +109,7 @@ class Folders:
             return True
 
     def present(self, names: set[str]) -> set[str]:
-        """Return those names whose folders exist, even if they are damaged."""
+        """Return the names whose folders exist, even if the folders are damaged."""
         return set(filter(self.has, names))
 
     def delete(self, name: str) -> None:
@@ -193,7 +193,7 @@ class BucketFolders(Folders):
         return bool(self._copies.whole(name))
 
     def present(self, names: set[str]) -> set[str]:
-        """Return those names whose folders exist, even if they are damaged.
+        """Return the names whose folders exist, even if the folders are damaged.
 
         For several names, all folders are listed once.
         """

@@ -118,7 +118,7 @@ class BucketAdapterStore(AdapterStore):
         return self._cached(digest, super().open)
 
     def verify(self, digest: str) -> None:
-        """Verify this machine's copy. If it is damaged, download it again, and verify that."""
+        """Verify this machine's copy. If it is damaged, download it again, and verify the new copy."""
         try:
             super().verify(digest)
         except CorruptAdapter:
@@ -251,7 +251,7 @@ class BucketAdapterStore(AdapterStore):
         store.delete_folders(self._remove(digest, store.never))
 
     def _make_room(self, used: str) -> None:
-        """Evict the least recently used digests that aren't pinned, until the cache is within its bound."""
+        """Evict the least recently used digests, except `used` and pinned ones, until the cache is in its bound."""
         if self._cache_bytes is None:
             return
         entries = []

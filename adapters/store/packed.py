@@ -72,9 +72,9 @@ class PackedFiles:
         return disk.free - num_bytes >= self.min_free_bytes + disk.total // _FREE_SHARE
 
     def keep(self, digest: str, pieces: Pieces) -> None:
-        """Store the file, whole or not at all. A no-op if the adapter was discarded, or there is no room.
+        """Store an adapter's packed file, whole or not at all. Raise OSError if the disk fails.
 
-        Raise OSError if the disk fails.
+        If the adapter was discarded, or there is no room, this is a no-op.
         """
         if not self.has_room(sum(piece.nbytes for piece in pieces)):
             return
@@ -84,9 +84,10 @@ class PackedFiles:
             self.remove(digest)
 
     def open(self, digest: str) -> FileIO:
-        """Open the file, and record the time of its use. Raise FileNotFoundError if the adapter has no such file.
+        """Open an adapter's packed file, and record the time of this use.
 
-        Raise OSError if the disk fails. In a mapped file, an I/O error would end the process (SIGBUS) instead.
+        Raise FileNotFoundError if there is no such file, or another OSError if the disk fails. If the file were
+        mapped instead, an I/O error would end the process (SIGBUS).
         """
         file = FileIO(self._folder / digest)
         try:
@@ -104,12 +105,12 @@ class PackedFiles:
                     yield path.name, map_file(path)
 
     def remove(self, digest: str) -> None:
-        """Remove the file, if there is one."""
+        """Remove an adapter's packed file, if there is one."""
         with suppress(OSError):
             (self._folder / digest).unlink(missing_ok=True)
 
     def facts(self, digest: str) -> tuple[float, int]:
-        """Return the time of the file's last use and its size in bytes, or zeros if there is none."""
+        """Return the time of a packed file's last use and its size in bytes, or zeros if there is no such file."""
         try:
             found = (self._folder / digest).stat()
         except OSError:

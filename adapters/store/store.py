@@ -344,7 +344,7 @@ class AdapterStore:
         """Protect the bytes of each digest from deletion until `unpin`, even if `discard` is called.
 
         The bytes needn't be stored yet. A `discard` that has already begun may still remove them. To rule that
-        out, look up a name that refers to the bytes after this call.
+        out, call this first, and then look up a name that refers to the bytes.
         """
         self._pins.add(digests)
 
@@ -357,7 +357,7 @@ class AdapterStore:
             removal()
 
     def let_go(self, digests: Iterable[str]) -> Callable[[], None] | None:
-        """Unpin without blocking, for event loops.
+        """Undo one `pin` of each digest without blocking, for event loops.
 
         Return a function that removes discarded bytes, to call in a thread, or None if there are no such bytes.
         """
@@ -402,7 +402,10 @@ class AdapterStore:
         return sorted(path.name for path in paths if _DIGEST.fullmatch(path.name))
 
     def leftovers(self) -> list[str]:
-        """Return the names of directories that killed processes left half-written or half-removed, for `sweep`."""
+        """Return the names of directories that killed processes left half-written or half-removed.
+
+        `sweep` removes these directories.
+        """
         with self._locked():
             return sorted(path.name for path in self._abandoned())
 

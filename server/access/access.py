@@ -30,7 +30,7 @@ class Access:
     audit: Audit
 
     def keep(self, used: Mapping[str, datetime]) -> None:
-        """Store the usage, and the time of each key's last use, by key id. This blocks on the disk."""
+        """Store the usage, and `used`, the times of keys' last uses by key id. This blocks on the disk."""
         self.ledger.flush()
         if used:
             self.keys.used(used)

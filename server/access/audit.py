@@ -17,7 +17,7 @@ log = logging.getLogger("smolora.access")
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the log. `who` is a key's id, command-line, anonymous, or env-… for one of API_KEYS."""
+    """An entry of the log. `who` is a key's id, "command-line", "anonymous", or "env-…" for one of API_KEYS."""
 
     number: int
     at: datetime  # in UTC

@@ -158,7 +158,7 @@ class Keys:
 
     @transacted
     def used(self, connection: sa.Connection, last: Mapping[str, datetime]) -> None:
-        """Store when each key was last used, by key id."""
+        """Store the time of each key's last use. `last` has these times by key id."""
         for key_id, at in last.items():
             connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
 

@@ -46,7 +46,7 @@ class Principal:
         return "admin" in self.scopes
 
     def may(self, scopes: Iterable[Scope]) -> bool:
-        """Return whether the principal has one of the scopes; `admin` includes all."""
+        """Return whether the principal has one of the scopes. `admin` includes all scopes."""
         return self.is_operator or not self.scopes.isdisjoint(scopes)
 
     @property

@@ -65,7 +65,7 @@ class Rates(Protocol):
         """Count `amount`, even if less remains of a limit."""
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        """Return `x-ratelimit-…` headers for each kind.
+        """Return the `x-ratelimit-…` headers for requests and for tokens, each only if there is a limit.
 
         If both the key and its project have a limit, the headers describe the limit of which less remains.
         """

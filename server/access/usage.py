@@ -91,7 +91,7 @@ class Ledger:
     def flush(self) -> None:
         """Store the usage added since the last flush. This blocks on the disk. If it fails, the next one retries.
 
-        InDoubt is an exception: the sums may be stored already, so they are dropped rather than counted twice.
+        If it raises InDoubt, the sums may be stored already, so they are dropped rather than counted twice.
         """
         with self._lock:
             pending, self._pending = self._pending, {}

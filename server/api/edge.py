@@ -155,7 +155,7 @@ class Edge:
             await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
 
     async def _refusal(self, scope: Scope, resource: Resource, body: Body) -> Response | None:
-        """Return an error response if its key, its headers or the engine's queue rule the request out, else None.
+        """Return an error response if the request's key or headers, or the engine's queue, forbid it, else None.
 
         The queue must have one free place before the body is read, because an early refusal costs least. The route
         then checks for as many places as the body needs. While the server drains, requests that change something

@@ -273,10 +273,10 @@ async def check_length(
     prompt_field: str,
     refusal: Refusal = InvalidInput,
 ) -> None:
-    """Raise `refusal` if a prompt of `num_prompt` tokens and `num_more` for the answer exceed the model's limit.
+    """Raise an error if a prompt of `num_prompt` tokens and `num_more` for the answer exceed the model's limit.
 
-    If the prompt leaves no room for any answer, the error names `prompt_field` first. Otherwise it names only
-    `field`, the field that limits the answer's length.
+    `refusal` makes the error. If the prompt leaves no room for any answer, the error names `prompt_field` first.
+    Otherwise it names only `field`, the field that limits the answer's length.
     """
     limit = services.max_num_tokens
     if num_prompt + num_more <= limit:
@@ -589,8 +589,8 @@ async def encoded(
     """Return the result of `encode`, which encodes `texts`. All texts together have `length` characters.
 
     If a text has too many bytes for the model's context, count an estimate of its tokens towards the key's rate
-    limit, and raise `refusal` for `field`. Raise RateLimited if the key has no tokens left this minute, or
-    QueueFull if too many long prompts wait to be encoded.
+    limit, and raise the error that `refusal` makes. Raise RateLimited if the key has no tokens left this minute,
+    or QueueFull if too many long prompts wait to be encoded.
     """
     if length <= _SHORT_TEXT:
         return encode()

@@ -1,4 +1,4 @@
-"""The two formats of error responses: RFC 9457 problems on native routes, and OpenAI's error object under /v1.
+"""The two formats of error responses: OpenAI's error object under /v1, and RFC 9457 problems on other routes.
 
 This module converts the exceptions of `adapters.errors` and `server.errors`, pydantic's validation errors and the
 framework's errors (404, 405) into responses. Responses repeat nothing that a client sent except the names of
@@ -125,7 +125,7 @@ class Form(ABC):
 
     @abstractmethod
     def _of(self, status: int, error: SmoloraError) -> tuple[int, dict[str, object]]:
-        """Return an error's status and JSON in this format. `status` is the error's status on native routes."""
+        """Return an error's status and JSON in this format. `status` is the error's status outside /v1."""
 
     def _described(self, error: Exception) -> tuple[int, dict[str, object]]:
         """Return the status and the JSON document of an error. Log the error if it is internal."""

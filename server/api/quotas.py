@@ -69,7 +69,7 @@ if TYPE_CHECKING:  # `deps` imports this module
 
 
 class Incoming:
-    """Counts of the bytes that are being received, by owner. Thread-safe."""
+    """Counts the bytes that are being received for each owner, a project or a key. Thread-safe."""
 
     def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()

@@ -143,7 +143,7 @@ class GenerationTrace:
         self._first_token: int | None = None
 
     def note(self, output: SequenceOutput) -> None:
-        """Add an output of the engine."""
+        """Record when an output of the engine arrives, and how a choice ended."""
         if output.num_new_tokens and self._first_token is None:
             self._first_token = time.time_ns()
         if output.finish_reason is not None:

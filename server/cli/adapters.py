@@ -168,7 +168,7 @@ def download(
 
 
 def _is_output(path: Path) -> bool:
-    """Return whether the archive may go to stdout, so that no message must be printed there."""
+    """Return whether an archive at `path` may go to stdout, where no message may then be printed."""
     if not path.is_file():
         return True
     try:

@@ -137,7 +137,7 @@ def suggestion(*arguments: str, client: "Client | None" = None) -> str:
 
 
 def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, object]:
-    """Return a request's `prompt`, or its `messages` for a chat or with a system message."""
+    """Return a request's field `messages` if it is a chat or has a system message, else its field `prompt`."""
     turns = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*turns, {"role": "user", "content": prompt}]} if chat or turns else {"prompt": prompt}
 

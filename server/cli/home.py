@@ -1,4 +1,4 @@
-"""Code shared by the commands that work on a HOME: find HOME, open its database, and report errors.
+"""Find HOME (a server's data folder), open its database and report errors, for commands that need no server.
 
 Slow modules are imported when they are needed.
 """
@@ -24,7 +24,7 @@ Built = TypeVar("Built")
 
 
 def place_of(home: Path | None) -> Path:
-    """Return the path of HOME: `home`, or else the setting. Raise StartupError if a setting is invalid."""
+    """Return the path of HOME: `home` if given, else the setting. Raise StartupError if a setting is invalid."""
     return load(WorkerSettings, home=home).home
 
 

@@ -159,7 +159,7 @@ class Client(Connection):
         self.nothing("DELETE", path, headers=headers)
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
-        """Create a named blend and return its version.
+        """Name a weighted sum of adapters, and return the new version.
 
         If `body` has a `method`, queue a merge and return its job.
         """

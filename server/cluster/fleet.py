@@ -85,7 +85,7 @@ class Transport(Protocol):
     """A connection to the replicas. A call that fails may raise any exception."""
 
     def watch(self, on_change: OnChange) -> None:
-        """Call `on_change` on the running event loop, with the present replicas and whenever the set changes."""
+        """Call `on_change` on the running event loop, with all replicas, at first and whenever the set changes."""
         ...
 
     def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]: ...

@@ -159,7 +159,7 @@ def mark_of(pid: int) -> str:
 
 
 def is_alive(pid: int, mark: str = "") -> bool:
-    """Return whether the process is running. If `mark` is given, a process with another one doesn't count."""
+    """Return whether the process is running. If `mark` is given, a process with another mark doesn't count."""
     if mark and mark_of(pid) != mark:
         return False
     with suppress(OSError):  # a zombie counts as ended
@@ -177,7 +177,7 @@ def is_alive(pid: int, mark: str = "") -> bool:
 def end(pid: int, seconds: float = STOP_SECONDS, mark: str = "") -> bool:
     """Terminate a process that isn't a child of this one, and wait for it. Return whether it ended in time.
 
-    If `mark` is given, a process with another `mark_of` counts as ended.
+    If `mark` is given, a process with another mark (`mark_of`) counts as ended.
     """
     if is_alive(pid, mark):
         with suppress(ProcessLookupError):

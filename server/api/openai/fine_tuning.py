@@ -375,7 +375,7 @@ def file_object(file: StoredFile) -> dict[str, object]:
 
 
 def page_object(data: Sequence[Mapping[str, object]], has_more: bool) -> dict[str, object]:
-    """Return a page of objects."""
+    """Return one page of a list in OpenAI's form."""
     ids = [item["id"] for item in data]
     return {
         "object": "list",

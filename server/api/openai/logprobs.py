@@ -95,7 +95,7 @@ def _logprob(token: TokenLogprob) -> float:
 
 
 def _name(token: TokenLogprob) -> str:
-    """Return the token as a key: its text, or its bytes if they aren't whole characters."""
+    """Return the token as a key of a JSON object: its text, or its bytes if they aren't whole characters."""
     content = bytes(token.bytes)
     try:
         return content.decode() or token.text
