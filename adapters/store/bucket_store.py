@@ -251,7 +251,7 @@ class BucketAdapterStore(AdapterStore):
         store.delete_folders(self._remove(digest, store.never))
 
     def _make_room(self, used: str) -> None:
-        """Evict the least recently used digests, except `used` and pinned ones, until the cache is in its bound."""
+        """Evict the least recently used digests, except `used` and pinned ones, until `cache_bytes` suffices."""
         if self._cache_bytes is None:
             return
         entries = []

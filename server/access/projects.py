@@ -66,7 +66,7 @@ class Projects:
         """Delete a project and revoke its keys. They stay listed, so that access doesn't become anonymous.
 
         Raise NotFound if the project doesn't exist, or Conflict if it has adapters or is the default project.
-        `refuse` is called first: it raises if the project has other objects, such as jobs.
+        `refuse` must raise an error if the project has other objects that forbid this, such as unfinished jobs.
         """
         if name == DEFAULT_PROJECT:
             raise Conflict("the project default is always there")
