@@ -3,9 +3,9 @@
     SmoloraError
     ├── InvalidInput               a mistake in the request, with the fields at fault (HTTP 422)
     │   ├── InvalidExpression      an adapter expression that does not follow the grammar
-    │   └── InvalidAdapter         PEFT files that can't be reproduced exactly
+    │   └── InvalidAdapter         PEFT files whose effect can't be reproduced exactly
     ├── NotFound                   no adapter, version or alias of that name (HTTP 404)
-    ├── Conflict                   the name is taken, or something still needs it (HTTP 409)
+    ├── Conflict                   the name is taken, or what is to be deleted is in use (HTTP 409)
     ├── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
     └── TryAgain                   refused now, accepted later; has `retry_after` (HTTP 429)
         └── Unavailable            nothing can be served now (HTTP 503)
@@ -13,7 +13,8 @@
             ├── Interrupted        the database connection was lost before anything was changed
             └── InDoubt            the connection was lost during a commit, whose outcome is unknown
 
-`server.errors` adds the errors of a running server. One handler in `server.api` turns the whole tree into HTTP.
+`server.errors` adds the errors of a running server. One handler in `server.api` turns all of them into HTTP
+responses.
 Every error can be pickled, with its attributes and its cause.
 """
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hint:
-    """Advice that is part of an error's message. Clients replace `text` by their own advice for `code`."""
+    """Advice that is part of an error's message. A client may replace `text` by its own advice for `code`."""
 
     code: str
     text: str
@@ -59,13 +60,13 @@ class FieldError:
 def sentence(loc: Sequence[str | int], message: str) -> str:
     """Return the message, preceded by the field's path.
 
-    For a fault within a file, the path is left out, because the message already names the line.
+    If the fault is within an uploaded file, the path is left out, because the message already names the line.
     """
     return message if len(loc) > 1 and loc[0] == "file" else f"{'.'.join(map(str, loc))}: {message}"
 
 
 class InvalidInput(SmoloraError):
-    """A request with mistakes; `errors` names fields at fault, `num_more` is the number of further errors."""
+    """A request with mistakes. `errors` has an entry per mistake; `num_more` counts mistakes without an entry."""
 
     def __init__(self, errors: Sequence[FieldError], num_more: int = 0) -> None:
         if not errors:
@@ -85,7 +86,10 @@ class InvalidExpression(InvalidInput):
 
 
 class InvalidAdapter(InvalidInput):
-    """Adapter files that can't be reproduced exactly; `errors` has an entry for every key at fault."""
+    """Adapter files whose effect in PEFT the server can't reproduce exactly.
+
+    `errors` has an entry for every key at fault.
+    """
 
 
 class NotFound(SmoloraError):
@@ -93,7 +97,7 @@ class NotFound(SmoloraError):
 
 
 class Conflict(SmoloraError):
-    """The name is taken, or something still needs what is to be deleted."""
+    """The name is taken, or the object to delete is still in use."""
 
 
 class CorruptAdapter(SmoloraError):
@@ -123,13 +127,13 @@ class BytesUnavailable(Unavailable):
 
 
 class Interrupted(Unavailable):
-    """The database can't be reached, or rolled a transaction back. The transaction may be run again."""
+    """The database can't be reached, or rolled a transaction back. The transaction may be repeated."""
 
     default_message = "the database can't be reached just now"
 
 
 class InDoubt(Unavailable):
-    """The connection was lost during a commit, and the database didn't return in time to ask for the outcome."""
+    """The database connection was lost during a commit. The outcome is unknown."""
 
     default_message = "the database went away: look whether it was done before trying again"
 

@@ -5,8 +5,8 @@
 
 Decimals have no exponent and may be negative. Spaces are allowed around "+" and "*" only. Names of adapters and
 projects, and aliases, have 1 to 64 letters, digits, "_", "-" and ".", beginning with a letter or digit. An alias
-can't consist of digits only, as that is a version. The parser doesn't check whether the names exist; the catalog
-does.
+can't consist of digits only, since digits denote a version. The parser doesn't check whether the names exist; the
+catalog does.
 """
 
 import re
@@ -27,9 +27,9 @@ _DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted reference: to the version, else to the alias, else to the latest version of `name`.
+    """A weighted reference to a version of an adapter: its `version` or `alias`, or the latest if both are None.
 
-    `str` returns the term as text that `parse` reads.
+    `str(term)` is text that `parse` reads.
     """
 
     name: str  # or project/name
@@ -52,16 +52,16 @@ class Term:
 
 
 def parse(text: str, field: str = "adapter") -> tuple[Term, ...]:
-    """Return the terms of `text` in their order; none for "base".
+    """Parse an adapter expression into its terms, in order. "base" has no terms.
 
-    Raise InvalidExpression on `field`, saying what is wrong, at which character (counted from 1), and how to fix
-    it.
+    Raise InvalidExpression if the text doesn't follow the grammar. The error names `field`, and says what is
+    wrong, at which character (counted from 1), and how to fix it.
     """
     return _Parser(text, field).expression()
 
 
 def render(terms: Iterable[Term]) -> str:
-    """Return the terms as text, as the inverse of `parse`."""
+    """Return the terms as an adapter expression. This is the inverse of `parse`."""
     return "+".join(map(str, terms)) or BASE
 
 

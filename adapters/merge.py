@@ -8,7 +8,7 @@ adapters, resolve conflicts of sign, or reduce the rank:
     dare_linear      drop entries at random, scale the others by 1/density, sum (Yu et al. 2023, arXiv:2311.03099)
     dare_ties        drop entries at random in the same way, then elect signs and average as ties does
     magnitude_prune  keep each adapter's largest entries, sum
-    svd              the best approximation of the weighted sum at the rank (Eckart and Young 1936)
+    svd              the best approximation of the weighted sum by the given rank (Eckart and Young 1936)
 
 The names are those of PEFT's `add_weighted_adapter`. As in PEFT, each of the first four methods has two variants.
 Without a rank, a method works on A and on B separately, each weighted by √|weight · scaling|. That is fast, but
@@ -16,7 +16,7 @@ multiplies one adapter's B by other adapters' A. With a rank, it works on the pr
 the result (PEFT's "…_svd").
 
 Unlike in PEFT, a negative weight negates the adapter before anything else is done, a single adapter is pruned as
-well, and mixed targets and rank-stabilized scalings are merged completely. Random choices depend on the seed, the
+well, and adapters may differ in target modules and in rank stabilization. Random choices depend on the seed, the
 adapter and the module only.
 """
 
@@ -39,7 +39,10 @@ WeightedAdapters = Sequence[tuple[LoraWeights, float]]
 
 
 def check(parts: Iterable[Mapping[ModuleKey, int]], recipe: Recipe) -> None:
-    """Raise InvalidInput on `rank` if the parts' ranks differ, so that A and B can't be merged entry by entry."""
+    """Raise InvalidInput for `rank` if the recipe merges A and B entry by entry, but the adapters' ranks differ.
+
+    `parts` has the ranks of each adapter's modules.
+    """
     if recipe.merges_products:
         return
     ranks: dict[ModuleKey, int] = {}
@@ -58,10 +61,10 @@ def merge(
 ) -> LoraWeights:
     """Merge the adapters on the CPU.
 
-    The result targets every module that any part targets, and doesn't depend on the order of the parts.
+    The result targets every module that any of the adapters targets. It doesn't depend on the adapters' order.
 
-    `between(done, total)` is called after each module and may raise. Raise InvalidInput as `check` does, or on
-    `expression` if entries are too large for fp32.
+    `between(done, total)` is called after each module and may raise. Raise InvalidInput if `check` does, or if
+    merged entries are too large for fp32.
     """
     check((weights.ranks for weights, _ in adapters), recipe)
     parts = sorted(adapters, key=lambda part: (part[0].digest, part[1]))
@@ -83,14 +86,14 @@ def merge(
 
 
 def _default_rank(parts: WeightedAdapters) -> int:
-    """Return the largest rank of any part, limited by the largest possible rank of a product."""
+    """Return the largest rank of any adapter, limited by the largest rank that a module's B·A can have."""
     modules = [module for weights, _ in parts for module in weights.modules.values()]
     largest = max((module.rank for module in modules), default=0)
     return min(largest, max((min(len(module.b), module.a.shape[1]) for module in modules), default=0))
 
 
 def config_of(weights: LoraWeights, num_layers: int | None) -> LoraConfig:
-    """Return the configuration of merged weights. `num_layers` is the base's, or None if it is unknown."""
+    """Return the configuration of merged weights. `num_layers` is the base model's, or None if it is unknown."""
     assert all(module.scaling == 1.0 for module in weights.modules.values())
     rank = weights.max_rank
     return describe(weights, rank, float(rank), use_rslora=False, num_layers=num_layers)
@@ -105,7 +108,7 @@ def kept(recipe: Recipe, digest: str, key: ModuleKey, side: Side, shape: torch.S
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One adapter at one module."""
+    """One adapter's LoRA pair at one module, and the adapter's weight in the merge."""
 
     digest: str
     key: ModuleKey
@@ -122,7 +125,10 @@ class _Part:
 
 
 def _merged_factors(parts: Sequence[_Part], recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge A (r, in) and B (out, r) separately, both scaled by the weight's root, and A by its sign, too."""
+    """Merge the parts' A (r, in) and their B (out, r) separately.
+
+    Both are scaled by √|weight · scaling|, and A also by the sign of the weight.
+    """
     weights = [part.weight * part.module.scaling for part in parts]
     roots = [math.sqrt(abs(weight)) for weight in weights]
     signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
@@ -149,7 +155,7 @@ def _combined(
     recipe: Recipe,
     side: Side,
 ) -> torch.Tensor:
-    """Merge the parts' tensors, which have one shape, by the recipe's method."""
+    """Merge one tensor of each part by the recipe's method. The tensors have equal shapes."""
     pruned = []
     for tensor, weight, part in zip(tensors, weights, parts, strict=True):
         if recipe.method in ("ties", "magnitude_prune"):
@@ -175,9 +181,10 @@ def _largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def _factored(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (rank, in) and B (out, rank) whose product is nearest to b @ a, padded with zeros up to the rank.
+    """Return A (rank, in) and B (out, rank) whose product is nearest to b @ a.
 
-    B contains the singular values. The largest entry of each row of A is positive, which makes the factors unique.
+    Both are padded with zeros if `rank` is larger than needed. B contains the singular values. The largest entry
+    of each row of A is positive, which makes the factors unique.
     """
     q_in, r_in = torch.linalg.qr(a.T)  # a = r_inᵀ q_inᵀ
     q_out, r_out = torch.linalg.qr(b)
@@ -194,17 +201,16 @@ def _factored(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor
 
 
 _NEGLIGIBLE = 1e-13
-"""If the squared norm of a sum is below this share of its terms' squared norms, the terms cancel out except for
-rounding."""
+"""A sum counts as 0 if its squared norm is at most this share of its terms' squared norms: it is only rounding."""
 
 
 def distance(adapters: WeightedAdapters, merged: LoraWeights, between: Callable[[], None] = lambda: None) -> float:
-    """Return how far the merged adapter is from the exact weighted sum of its parts.
+    """Return the relative distance of the merged adapter from the exact weighted sum of `adapters`.
 
-    That is ‖Δ - Σ wᵢ Δᵢ‖ / ‖Σ wᵢ Δᵢ‖ over all modules, in Frobenius norms of Δ = scaling · B A, or inf if the sum
+    It is ‖Δ - Σ wᵢ Δᵢ‖ / ‖Σ wᵢ Δᵢ‖ over all modules, in Frobenius norms of Δ = scaling · B A, or inf if the sum
     is 0. It is computed in fp64 with a precision of about 1e-7, from ‖B A‖² = Σ BᵀB ∘ A Aᵀ if ranks are small.
-    Memory is needed for the adapters' weights of one module and a few of its dense weights. `between` is called
-    before each module and may raise.
+    Computing it needs memory for the adapters' weights of one module and for a few dense weights of that module.
+    `between` is called before each module and may raise.
     """
     difference = total = scale = 0.0
     for key in {key for weights in (merged, *(weights for weights, _ in adapters)) for key in weights.modules}:

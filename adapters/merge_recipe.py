@@ -1,18 +1,18 @@
-"""The settings of a merge as plain values, apart from `adapters.merge`, which imports torch."""
+"""The settings of a merge as plain values. They aren't in `adapters.merge` because that module imports torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 MergeMethod = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune", "svd"]
-"""The methods, which `adapters.merge` describes."""
+"""The merge methods. The docstring of `adapters.merge` describes each."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to merge. `density` is the share of entries to keep, above 0 and at most 1; svd keeps all of them.
+    """How to merge adapters. `density` is the share of entries to keep, above 0 and at most 1; svd keeps all.
 
     `rank` is the result's rank. If it is given, the products B·A are merged, otherwise A and B separately. With
-    svd, None means the largest rank of any part, limited by the module's features.
+    svd, a `rank` of None means the largest rank of any adapter, limited by the modules' features.
     """
 
     method: MergeMethod

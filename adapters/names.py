@@ -1,8 +1,8 @@
 """Names of adapters, aliases and projects: which are valid, which project a name belongs to, and similar names.
 
-Every adapter belongs to a project. A project calls its own adapters by plain names ("tweets"), and other projects'
-public adapters by the project, too ("acme/tweets"). Tables and records use an adapter's *key*: "tweets" in the
-project `default`, "acme/tweets" in any other project.
+Every adapter belongs to a project. A project calls its own adapters by plain names ("tweets"). It calls another
+project's public adapters by that project's name and theirs ("acme/tweets"). Tables and records use an adapter's
+*key*: "tweets" for an adapter of the project `default`, "acme/tweets" for one of the project `acme`.
 """
 
 import re
@@ -18,7 +18,7 @@ MAX_NAME = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 NAME_RULE = f'must be 1 to {MAX_NAME} letters, digits, "_", "-" or ".", the first a letter or digit'
 MAX_KEY = 2 * MAX_NAME + 1
-"""The length of a project's name and an adapter's, with a slash between them."""
+"""The maximum length of a key: a project's name, a slash and an adapter's name."""
 
 _CUTOFF = 0.7
 """The least ratio of difflib that counts as similar: it allows one typo in a word of five letters or more."""
@@ -28,9 +28,11 @@ _MAX_COMPARED = 4
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to `name`, or None. A name that differs only in case comes first.
+    """Return the known name that is most similar to `name`, or None if no name is similar.
 
-    Only the names with the most characters in common at both ends are compared, since a typo leaves the characters
+    A name that differs only in case is preferred.
+
+    Only the names with the longest common prefix and suffix are compared, since a typo leaves the characters
     before and after it. Text of more than twice the maximum length is similar to no name, which bounds the time.
     """
     if len(name) > 2 * MAX_NAME:
@@ -56,7 +58,7 @@ def slips(name: str) -> set[str]:
 
 
 def _agreement(name: str, other: str) -> float:
-    """Return the share of characters that agree, counted from both ends."""
+    """Return the length of the common prefix and suffix, as a share of the longer name's length."""
     before = _num_alike(name, other)
     after = _num_alike(name[before:][::-1], other[before:][::-1])
     return (before + after) / max(len(name), len(other), 1)
@@ -69,14 +71,14 @@ def _num_alike(name: str, other: str) -> int:
 
 
 def name_fault(name: str) -> str | None:
-    """Return why `name` is invalid for an adapter, or None."""
+    """Return why `name` is invalid as an adapter's name, or None if it is valid."""
     if name == BASE:
         return "is the base's own name: choose another"
     return None if is_name(name) else NAME_RULE
 
 
 def reference_fault(name: str) -> str | None:
-    """Return why `name` is invalid as a reference to an adapter, `name` or `project/name`, or None."""
+    """Return why `name` is invalid as a reference ("name" or "project/name"), or None if it is valid."""
     project, slash, own = name.rpartition("/")
     return NAME_RULE if slash and not is_name(project) else name_fault(own)
 
@@ -87,7 +89,7 @@ def is_name(name: str) -> bool:
 
 
 def alias_fault(alias: str) -> str | None:
-    """Return why `alias` is invalid, or None."""
+    """Return why `alias` is invalid, or None if it is valid."""
     if alias.isdigit():
         return "is a number, which names a version: an alias has a letter"
     return name_fault(alias)
@@ -97,7 +99,7 @@ DEFAULT_PROJECT = "default"
 
 
 def key_of(project: str, name: str) -> str:
-    """Return the key of the project's `name` in tables and records."""
+    """Return the key in tables and records of the project's adapter `name`."""
     return name if project == DEFAULT_PROJECT else f"{project}/{name}"
 
 
@@ -108,15 +110,16 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def project_fault(project: str) -> str | None:
-    """Return why `project` is invalid as a project's name, or None."""
+    """Return why `project` is invalid as a project's name, or None if it is valid."""
     return None if is_name(project) else NAME_RULE
 
 
 @dataclass(frozen=True)
 class Viewpoint:
-    """The project for which the catalog is read or written.
+    """The project for which the catalog of adapters is read or written.
 
-    `sees_all` includes other projects' private adapters. `key_id` is recorded with the versions that it publishes.
+    If `sees_all` is true, other projects' private adapters are visible, too. `key_id` identifies the API key, if
+    any: it is recorded with each published version.
     """
 
     project: str = DEFAULT_PROJECT
@@ -124,18 +127,15 @@ class Viewpoint:
     key_id: str | None = None
 
     def key(self, name: str) -> str:
-        """Return the key of `name`.
-
-        "tweets" is the project's own adapter, "acme/tweets" is the adapter of the project `acme`.
-        """
+        """Return the key of the adapter that this project calls `name`, such as "tweets" or "acme/tweets"."""
         project, slash, own = name.rpartition("/")
         return key_of(project, own) if slash else key_of(self.project, name)
 
     def shown(self, key: str) -> str:
-        """Return the name of a key for this project, as the inverse of `key`."""
+        """Return what this project calls the adapter with this key. This is the inverse of `key`."""
         project, name = split_key(key)
         return name if project == self.project else f"{project}/{name}"
 
     def owns(self, key: str) -> bool:
-        """Return whether the key belongs to the project."""
+        """Return whether the adapter with this key belongs to the project."""
         return split_key(key)[0] == self.project

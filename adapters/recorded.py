@@ -1,8 +1,8 @@
-"""The configuration of a version, according to the version's own record.
+"""The LoRA configuration of an adapter's version, as recorded for that version.
 
-Versions with equal weights share stored bytes, whose adapter_config.json is the one that was published first.
-Equal weights don't imply equal configurations: ranks and alphas may be in patterns, and the base's name may
-differ. So the stored file is used only if it agrees with the version's record; otherwise another one is written.
+Versions with equal weights share stored files, and the adapter_config.json is that of the first version. But
+equal weights don't imply equal configurations: ranks and alphas may be in patterns, and the base model's name may
+differ. So the stored file is used only if it agrees with the version's record. Otherwise a new one is made.
 """
 
 import hashlib
@@ -18,16 +18,22 @@ from adapters.peft.files import CONFIG_NAME, PeftAdapter, config_json, describe,
 from adapters.store.store import AdapterStore
 
 FILE_DIGEST = "adapter_config"
-"""The key of an uploaded file's digest in a version's configuration; only this module uses it."""
+"""The key, in a version's recorded configuration, of the digest of the uploaded adapter_config.json.
+
+Only this module uses it.
+"""
 
 
 def of_upload(config: LoraConfig, file: bytes) -> dict[str, object]:
-    """Return what a version stores of an uploaded adapter_config.json."""
+    """Return what a version records about its uploaded adapter_config.json: the settings and a digest."""
     return {"lora": config.to_document(), FILE_DIGEST: f"sha256:{hashlib.sha256(file).hexdigest()}"}
 
 
 def config_of(version: NewVersion, stored: PeftAdapter, num_layers: int) -> LoraConfig:
-    """Return the version's configuration. `stored` has the version's weights; `num_layers` is the base's."""
+    """Return the version's configuration.
+
+    `stored` is the stored adapter, which has the version's weights. `num_layers` is the base model's.
+    """
     use_rslora = _uses_rslora(version, stored.config.use_rslora, stored.weights)
     return shaped(stored, version.rank, version.alpha, use_rslora, num_layers)
 
@@ -40,10 +46,10 @@ def shaped(stored: PeftAdapter, rank: int, alpha: float, use_rslora: bool, num_l
 
 
 def own_files(version: NewVersion, store: AdapterStore) -> dict[str, BinaryIO]:
-    """Open PEFT's two stored files, with the version's own configuration.
+    """Open PEFT's two files of the version: the stored tensors, and the version's own configuration.
 
-    The tensors are read and checked first, since the client couldn't notice damage. Raise OSError or
-    CorruptAdapter.
+    The tensors are read and checked first, since the client couldn't notice damage. Raise OSError if they can't be
+    read, or CorruptAdapter if they are damaged or missing.
     """
     for file in store.open(version.digest).values():
         with file:  # a disk that can't be read raises OSError here; in mapped memory it would kill the process
@@ -66,7 +72,10 @@ def own_files(version: NewVersion, store: AdapterStore) -> dict[str, BinaryIO]:
 
 
 def _is_own(version: NewVersion, content: bytes, config: PeftConfig, use_rslora: bool) -> bool:
-    """Return whether the stored file is the one that the version was uploaded with, or has the same settings."""
+    """Return whether the stored adapter_config.json was uploaded with the version.
+
+    If no upload is recorded for the version, return whether the file has the version's settings.
+    """
     if (digest := version.config.get(FILE_DIGEST)) is not None:
         return digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
     is_same_base = config.base_model == version.base_model
@@ -80,8 +89,8 @@ def _is_of(config: LoraConfig | PeftConfig, rank: int, alpha: float, use_rslora:
 def _uses_rslora(version: NewVersion, stored: bool, weights: LoraWeights) -> bool:
     """Return whether the version uses rank-stabilized LoRA.
 
-    The version's record says so, except for merges and other projects' versions. For these, return what the stored
-    file says, unless only the opposite explains the scalings with the version's alpha.
+    The version's record says so, except for merges and other projects' versions. For these, return `stored`, which
+    is what the stored file says, unless only its opposite explains the scalings with the version's alpha.
     """
     lora = version.config.get("lora")
     recorded = lora.get("use_rslora") if isinstance(lora, Mapping) else None

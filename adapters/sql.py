@@ -1,6 +1,6 @@
-"""Transactions and column types that all tables build on: the catalog's tables, and the server's.
+"""Transactions and column types for all tables: those of the adapters' catalog and those of the server.
 
-The SQL for all of them is what SQLite and PostgreSQL have in common.
+All SQL is in the subset that SQLite and PostgreSQL share.
 """
 
 import random
@@ -18,7 +18,7 @@ MAX_ATTEMPTS = 20
 PATIENCE = "patience"
 """An engine's execution option: the seconds for which an interrupted transaction is repeated."""
 FAILURES = (OSError, DBAPIError, Unavailable)
-"""How a disk or a database fails. Cleanup after a completed write ignores these: the next cleanup retries it."""
+"""The errors of a disk or a database. Cleanup after a completed write ignores them: the next cleanup retries."""
 
 
 class _HasEngine(Protocol):
@@ -31,15 +31,15 @@ _Writer = TypeVar("_Writer", bound=_HasEngine)
 
 
 def reader_of(engine: sa.Engine) -> sa.Engine:
-    """Return the engine for single reads: without a transaction, they wait for no writer."""
+    """Return the engine in autocommit mode: single reads without a transaction don't wait for writers."""
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
     """Run `work` in one transaction, and return its result.
 
-    The transaction is repeated, up to MAX_ATTEMPTS times, if another transaction took the same name or number
-    first. If the database interrupted it, it is repeated for PATIENCE seconds.
+    If another transaction took the same name or number first, the transaction is repeated, up to MAX_ATTEMPTS
+    times. If it raises Interrupted, it is repeated for as long as the engine's option PATIENCE says.
     """
     until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
     num_left = MAX_ATTEMPTS
@@ -60,7 +60,7 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Re
 def transacted(
     method: Callable[Concatenate[_Writer, sa.Connection, _Given], _Result],
 ) -> Callable[Concatenate[_Writer, _Given], _Result]:
-    """Have `transact` run a method, with a connection of its object's engine as the first argument."""
+    """Decorate a method: `transact` runs it, and passes a connection of `self._engine` as its first argument."""
 
     def run(self: _Writer, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
         return transact(self._engine, lambda connection: method(self, connection, *given, **named))
@@ -75,7 +75,7 @@ def back_off() -> None:
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A moment in UTC, even if the database drops time zones, as SQLite does."""
+    """A column type for times in UTC. It also works if the database drops time zones, as SQLite does."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True

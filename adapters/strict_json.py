@@ -7,11 +7,11 @@ from typing import NoReturn
 
 
 class BadJsonError(ValueError):
-    """Text that isn't strict JSON. The message is safe to show, after the name of what was read."""
+    """Text that isn't strict JSON. The message is safe to show. It continues a subject, such as a file's name."""
 
 
 def parse(text: str) -> object:
-    """Return the value of `text`. Raise BadJsonError."""
+    """Return the JSON value in `text`. Raise BadJsonError if `text` isn't strict JSON."""
     if text.startswith("\ufeff"):
         raise BadJsonError("is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig) at character 1")
     try:
@@ -30,7 +30,7 @@ def parse(text: str) -> object:
 
 
 def parse_object(data: bytes) -> dict[str, object]:
-    """Return the object in `data`. Raise BadJsonError."""
+    """Return the JSON object in `data`. Raise BadJsonError if `data` isn't strict JSON, or no object."""
     try:
         value = parse(data.decode("utf-8"))
     except UnicodeDecodeError:
@@ -41,7 +41,7 @@ def parse_object(data: bytes) -> dict[str, object]:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Escape unprintable characters, and cut `text` after `limit` characters, for terminals and logs."""
+    """Make `text` safe for terminals and logs: escape unprintable characters, and cut it at `limit` characters."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return shown if len(text) <= limit else f"{shown}…"
 
@@ -67,5 +67,5 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique, parse_float=_finite)
-"""A decoder for all texts: `json.loads` would create one each time, which takes as long as to parse a short text.
+"""The decoder for all texts: `json.loads` would create one per text, which takes as long as parsing a short text.
 """

@@ -11,7 +11,7 @@
     │       ├── NotReady           the model isn't loaded yet
     │       ├── Draining           the process is shutting down
     │       └── EngineDead         the engine has failed or hangs; the process will exit
-    ├── GenerationFailed           a step failed for this request alone (HTTP 500)
+    ├── GenerationFailed           a step of the engine failed for this request alone (HTTP 500)
     ├── PayloadTooLarge            the body is too large (HTTP 413)
     ├── Unauthorized               no valid API key (HTTP 401)
     ├── Forbidden                  a setting, a scope or a quota forbids it (HTTP 403)
@@ -65,7 +65,7 @@ class GenerationTimeout(Unavailable):
 
 
 class ReadTooSlowly(GenerationTimeout):
-    """The client read too slowly: its output buffer overflowed."""
+    """The client read its answer too slowly, so that its output buffer overflowed."""
 
     default_message = "the answer was read too slowly: ask for fewer logprobs, or read faster"
 
@@ -89,11 +89,11 @@ class EngineDead(Unavailable):
 
 
 class GenerationFailed(SmoloraError):
-    """A step failed for this request; the engine and other requests continue."""
+    """A step of the engine failed for this request. The engine and other requests continue."""
 
 
 class PayloadTooLarge(SmoloraError):
-    """The body is too large."""
+    """The request's body is too large."""
 
 
 class Unauthorized(SmoloraError):
@@ -105,4 +105,4 @@ class Forbidden(SmoloraError):
 
 
 class StartupError(SmoloraError):
-    """The server can't start. The message is one line, which says why and how to fix it."""
+    """The server can't start. The message says in one line why, and how to fix it."""

@@ -1,6 +1,6 @@
 """Read adapter_config.json, as PEFT up to 0.21 writes it, and check each key.
 
-Keys of plain LoRA on linear modules are read. Keys without an effect on a loaded adapter are ignored. Every other
+Keys for plain LoRA on linear modules are read. Keys without an effect on a loaded adapter are ignored. Any other
 key is refused unless its value is null, false or empty.
 """
 
@@ -39,7 +39,7 @@ WHY_NOT = {
 """Error messages for keys that people do set."""
 
 CHANGES_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that subtract the initial update from the frozen W, so that the adapter needs another base."""
+"""Initializations that subtract the initial update from the frozen W, so that the adapter needs a changed base."""
 
 _NO_BIASES = (
     'must be "none": trained biases aren\'t supported. The base has none to train: if the file of tensors has '
@@ -55,7 +55,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The contents of adapter_config.json, not yet resolved against a base."""
+    """The contents of adapter_config.json. Its targets are not yet resolved to modules of a base model."""
 
     rank: int
     alpha: float
@@ -83,7 +83,7 @@ def parse(data: bytes, errors: list[FieldError]) -> PeftConfig | None:
 
 
 class _Reader:
-    """A reader of the keys in `members`, which collects errors and continues after each."""
+    """Reads the keys in `members`, and appends an error for each key at fault to `errors`."""
 
     def __init__(self, members: Mapping[str, object], errors: list[FieldError]) -> None:
         self.members = members
@@ -215,7 +215,7 @@ class _Reader:
 
 
 def _positive(value: object, kind: type[Number]) -> Number | None:
-    """Return `value` as a positive `kind`, or None. Integers are valid floats, and booleans aren't numbers."""
+    """Return `value` as a positive `kind`, or None if it isn't one. Integers are valid floats; booleans aren't."""
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         return None
     if not 0 < value <= _MAX_NUMBER:

@@ -1,7 +1,7 @@
 """Read, check and write PEFT's two files, adapter_config.json and adapter_model.safetensors.
 
-Plain LoRA on the layers' linear modules, saved by PEFT for a base of the same shape, is read exactly. Anything
-else is refused, with an error for each key at fault. PEFT loads the written files.
+Plain LoRA on the layers' linear modules, saved by PEFT for a base model of the same shape, is read exactly.
+Anything else is refused, with an error for each key at fault. PEFT can load the written files.
 """
 
 import json
@@ -34,14 +34,14 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_ERRORS = 32
 MAX_TENSOR_ERRORS = 10
-"""The tensors that one error names. If more are wrong, there is a common cause, which `guess` describes."""
+"""The number of tensors that one error names. If more are wrong, `guess` describes their common cause."""
 
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """An adapter to publish: `config` describes `weights`, `base_model` is the base's name in the file, if any."""
+    """An adapter with its configuration. `base_model` is the base model's name in the file, or None."""
 
     config: LoraConfig
     weights: LoraWeights
@@ -49,7 +49,7 @@ class PeftAdapter:
 
 
 def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdapter:
-    """Read an adapter that PEFT saved. Tensors from a file stay mapped to it.
+    """Read an adapter that PEFT saved. Tensors from a path are mapped from the file, not copied.
 
     Raise InvalidAdapter with one error for each key at fault: ("adapter_config", key) or ("adapter_model", name).
     """
@@ -81,7 +81,7 @@ def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdap
 
 
 def read_ranks(config_json: bytes, base: BaseShape) -> dict[ModuleKey, int]:
-    """Return the rank of each module that a configuration targets. Raise InvalidAdapter."""
+    """Return the rank of each module that a configuration targets. Raise InvalidAdapter if a key is at fault."""
     errors: list[FieldError] = []
     if (config := peft_config.parse(config_json, errors)) is not None:
         try:
@@ -92,7 +92,7 @@ def read_ranks(config_json: bytes, base: BaseShape) -> dict[ModuleKey, int]:
 
 
 def write(directory: Path, adapter: PeftAdapter) -> None:
-    """Write both files and sync them to disk. Raise ValueError if the config doesn't describe the weights."""
+    """Write PEFT's two files and sync them to disk. Raise ValueError if the config contradicts the weights."""
     config, modules = adapter.config, adapter.weights.modules
     for key, module in modules.items():
         described = (config.rank_of(key), config.scaling_of(key))
@@ -132,9 +132,9 @@ def config_json(config: LoraConfig, base_model: str | None) -> bytes:
 def describe(
     weights: LoraWeights, rank: int, alpha: float, use_rslora: bool, num_layers: int | None
 ) -> LoraConfig:
-    """Return the configuration for the weights. Its patterns list the modules with another rank or scaling.
+    """Return a configuration for the weights. Its patterns list the modules whose rank or alpha differs.
 
-    `num_layers` is the base's, or None if it is unknown.
+    `num_layers` is the base model's, or None if it is unknown.
     """
     modules = weights.modules
     names, layers = targets_of(sorted(modules, key=in_forward_order), num_layers)
@@ -144,7 +144,7 @@ def describe(
 
 
 def explains(alpha: float, use_rslora: bool, weights: LoraWeights) -> bool:
-    """Return whether any module has the scaling that follows from alpha and its rank."""
+    """Return whether any module has the scaling that follows from `alpha`, `use_rslora` and the module's rank."""
     modules = weights.modules.values()
     return any(scaling(alpha, module.rank, use_rslora) == module.scaling for module in modules)
 
@@ -157,7 +157,10 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def _ranks(config: PeftConfig, base: BaseShape, budget: Budget) -> dict[ModuleKey, int]:
-    """Return the rank of each targeted module, in the order of the forward pass. Raise BadTargetsError."""
+    """Return the rank of each targeted module, in the order of the forward pass.
+
+    Raise BadTargetsError if the targets or `rank_pattern` can't be resolved.
+    """
     keys = sorted(resolve(config.targeting, base, budget), key=in_forward_order)
     given = pick("rank_pattern", config.rank_pattern, keys, budget)
     return {key: given.get(key, config.rank) for key in keys}
@@ -173,7 +176,7 @@ def _assemble(
 ) -> PeftAdapter | None:
     """Return the adapter. If config and tensors disagree, append to `errors` and return None.
 
-    Raise BadTargetsError.
+    Raise BadTargetsError if `alpha_pattern` can't be resolved.
     """
     keys = list(ranks)
     given_alphas = pick("alpha_pattern", config.alpha_pattern, keys, budget)
@@ -216,9 +219,9 @@ def _check_pairs(keys: Iterable[ModuleKey], found: FoundTensors, errors: list[Fi
 def targets_of(
     keys: Iterable[ModuleKey], num_layers: int | None
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Return the `target_modules` and `layers_to_transform` that mean exactly `keys`.
+    """Return the `target_modules` and `layers_to_transform` that select exactly the modules `keys`.
 
-    If `num_layers` is None (unknown), the layers are listed even if they are all that the base has.
+    If `num_layers` is None (unknown), the layers are listed even if they are all layers of the base model.
     """
     layers: dict[str, set[int]] = {}
     for key in keys:
@@ -231,7 +234,10 @@ def targets_of(
 
 
 def exceptions_of(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[str, _Value]:
-    """Return a pattern of the values that differ from `default`: by name if all layers agree, else by path."""
+    """Return the values that differ from `default`, in the form of PEFT's `rank_pattern` and `alpha_pattern`.
+
+    A key is the module's name if all layers have the same value, else the module's path.
+    """
     by_name: dict[str, set[_Value]] = {}
     for key, value in values.items():
         by_name.setdefault(key.module, set()).add(value)
@@ -243,7 +249,7 @@ def exceptions_of(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[s
 
 
 def in_forward_order(key: ModuleKey) -> tuple[int, int]:
-    """Return the key that sorts modules in the order of the forward pass."""
+    """Return the sort key for modules in the order of the forward pass."""
     return key.layer, MODULES.index(key.module)
 
 
@@ -254,7 +260,7 @@ def _shortest(number: float) -> int | float:
 def _invalid_adapter(errors: Sequence[FieldError], guessed: str | None) -> InvalidAdapter:
     """Return an error with the first errors of each file.
 
-    If there are too many errors of tensors, a guess at their cause precedes them.
+    If there are more errors of tensors than it can name, `guessed`, the guess at their cause, precedes them.
     """
     of_config = [error for error in errors if error.loc[0] == "adapter_config"]
     of_tensors = [error for error in errors if error.loc[0] != "adapter_config"]
@@ -272,7 +278,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _alpha(module: LoraModule, usual: float, use_rslora: bool) -> float:
-    """Return an alpha that gives exactly the module's scaling: the usual one if possible, else a short decimal."""
+    """Return an alpha that gives exactly the module's scaling: `usual` if possible, else a short decimal."""
     # the scaling is a quotient, so dividing the rounded product gives the same quotient again
     exact = module.scaling * (float(module.rank) ** 0.5 if use_rslora else float(module.rank))
     likely = (usual, float(f"{exact:.15g}"))

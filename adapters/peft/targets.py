@@ -56,7 +56,7 @@ else:
 
 
 class BadPatternError(ValueError):
-    """A pattern that can't be used; `index` is its position among the given patterns."""
+    """A regular expression that can't be used; `index` is its position among the given patterns."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
@@ -65,7 +65,7 @@ class BadPatternError(ValueError):
 
 @dataclass(frozen=True)
 class Pattern:
-    """A regular expression, and the method of `re.Pattern` that matches it with a name."""
+    """A regular expression, and `how`: the method of `re.Pattern` that matches it with a module's name."""
 
     text: str
     how: Literal["match", "fullmatch"]
@@ -80,8 +80,9 @@ class Budget:
 
 
 def find(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> list[list[str | None]]:
-    """Match each pattern with each name. A result is None, or the match's group `idx` ("" if there is none).
+    """Match each pattern (rows of the result) with each name (columns).
 
+    An entry is None if the name doesn't match, else the text of the match's group `idx` ("" without such a group).
     Raise BadPatternError for the first pattern that doesn't compile, is too long, or exceeds the budget.
     """
     for index, pattern in enumerate(patterns):
@@ -102,7 +103,7 @@ def find(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> l
 
 
 def _min_length(pattern: Pattern) -> int:
-    """Return a lower bound of matching names' lengths: the length of a plain name, or 0 for other patterns."""
+    """Return a lower bound for the lengths of matching names: a plain name's length, or 0 for other patterns."""
     text = pattern.user_text
     return len(text) - text.count("\\") if _PLAIN.fullmatch(text) else 0
 
@@ -174,7 +175,10 @@ class BadTargetsError(ValueError):
 
 @dataclass(frozen=True)
 class Targeting:
-    """The keys of adapter_config.json that choose modules. A string is a regular expression (or "all-linear")."""
+    """The keys of adapter_config.json that choose modules. A value that is a string is a regular expression.
+
+    The string "all-linear" chooses all linear modules.
+    """
 
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...] = ()
@@ -189,7 +193,10 @@ def linear_modules(base: BaseShape) -> dict[str, ModuleKey]:
 
 
 def other_modules(base: BaseShape) -> tuple[str, ...]:
-    """Return the paths of the base's other modules, which PEFT would refuse or not adapt with plain LoRA."""
+    """Return the paths of the base model's modules that `linear_modules` doesn't return.
+
+    PEFT refuses these as targets, or doesn't adapt them with plain LoRA.
+    """
     layers = (f"model.layers.{layer}{end}" for layer in range(base.num_layers) for end in _IN_EACH_LAYER)
     return (*_OUTSIDE_LAYERS, *layers)
 
@@ -197,7 +204,7 @@ def other_modules(base: BaseShape) -> tuple[str, ...]:
 def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[ModuleKey]:
     """Return the targeted modules.
 
-    Raise BadTargetsError if there are none, or if one isn't linear or isn't in a layer.
+    Raise BadTargetsError if no module is targeted, or if a targeted module isn't linear or isn't in a layer.
     """
     linear = linear_modules(base)
     if isinstance(targeting.target_modules, str) and targeting.target_modules.lower() == ALL_LINEAR:
@@ -219,7 +226,10 @@ def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[
 def pick(
     field: str, pattern: Mapping[str, _Value], keys: Sequence[ModuleKey], budget: Budget
 ) -> dict[ModuleKey, _Value]:
-    """Return the value of each module in `rank_pattern` or `alpha_pattern`: the first matching entry wins."""
+    """Return each module's value in `pattern`, PEFT's `rank_pattern` or `alpha_pattern`: the first match wins.
+
+    Modules without a match are left out. Raise BadTargetsError, which names `field`, if a key can't be used.
+    """
     entries = list(pattern)
     patterns = [Pattern(rf"(.*\.)?({text})$", "match", text) for text in entries]
     rows = _find(field, patterns, [key.path for key in keys], budget)
@@ -255,7 +265,7 @@ def _listed(field: str, entries: str | tuple[str, ...], paths: Sequence[str], bu
 
 
 def _endings(path: str) -> Iterator[str]:
-    """Yield the path, and its suffixes after each dot."""
+    """Yield the path, and the rest of the path after each dot."""
     yield path
     while "." in path:
         _, _, path = path.partition(".")

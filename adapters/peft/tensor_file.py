@@ -1,4 +1,4 @@
-"""adapter_model.safetensors: the safetensors format, the check of each tensor, and a guess at what is wrong.
+"""Read, check and write adapter_model.safetensors, and guess what is wrong with an invalid file.
 
 The format is read strictly: 8 bytes with the header's length, the header in JSON, and the tensors' bytes without
 gaps. Reading copies nothing, as tensors are views of the given buffer. The file isn't trusted: anything that
@@ -30,7 +30,7 @@ _INSTEAD = {
     b"\x80\2": f"is an adapter_model.bin, and not a safetensors file: {SAVE_AGAIN}",
     b"version https://git-lfs": "is a Git LFS pointer instead of the file: run git lfs pull",
 }
-"""The first bytes of other files that people upload, each with its error message."""
+"""The first bytes of wrong files that people upload, each with an error message."""
 
 MAX_HEADER_BYTES = 8 << 20
 _ALIGNMENT = 64  # of the first tensor within the file
@@ -61,7 +61,8 @@ class TensorEntry:
 def map_file(path: Path) -> torch.Tensor:
     """Map the file as uint8: pages are read on first access, and writes stay in this process.
 
-    The file may be unlinked later, but must not shrink. Raise OSError, or TensorFileError if it is empty.
+    The file may be unlinked later, but must not shrink. Raise OSError if the file can't be read, or
+    TensorFileError if it is empty.
     """
     num_bytes = path.stat().st_size
     if num_bytes == 0:
@@ -77,7 +78,10 @@ def copy_bytes(data: bytes) -> torch.Tensor:
 
 
 def read_header(buffer: torch.Tensor) -> dict[str, TensorEntry]:
-    """Return the tensors of a file by name. `buffer` is the whole file as uint8. Raise TensorFileError."""
+    """Return the tensors of a file by name. `buffer` is the whole file as uint8.
+
+    Raise TensorFileError if the file doesn't follow the format.
+    """
     size = buffer.numel()
     if size < 8:
         raise TensorFileError("is too short for a safetensors file")
@@ -103,7 +107,7 @@ def read_header(buffer: torch.Tensor) -> dict[str, TensorEntry]:
 
 
 def write(file: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `tensors` in their order, but larger dtypes first, so that each tensor is aligned."""
+    """Write `tensors` in the given order, but larger dtypes first, so that each tensor is aligned."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -171,7 +175,7 @@ def tensor_name(key: ModuleKey, side: Side) -> str:
 
 @dataclass
 class FoundTensors:
-    """The tensors of a file that belong to modules of the base: all their names, and the valid tensors."""
+    """A file's tensors for modules of the base model: `names` has the names of all, `tensors` the valid ones."""
 
     names: dict[tuple[ModuleKey, Side], str] = field(default_factory=dict)
     tensors: dict[tuple[ModuleKey, Side], torch.Tensor] = field(default_factory=dict)  # A (r, in), B (out, r)
@@ -204,7 +208,7 @@ def tensor_error(name: str, message: str) -> FieldError:
 
 
 def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
-    """Return which module's A or B the tensor is, or an error message."""
+    """Return which module's A or B the tensor is, or an error message if it is none."""
     match = _NAME.fullmatch(name)
     if match is not None and match[3] in MODULES:
         key = ModuleKey(int(match[2]), match[3])
@@ -226,7 +230,10 @@ def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
 
 
 def _meant(name: str) -> str | None:
-    """Return PEFT's name of an A or B that has another name, as from a live or compiled model, or None."""
+    """Return the name that PEFT's files use for an A or B whose name in a model's state_dict is `name`.
+
+    The model may also be compiled. Return None if `name` isn't such a name.
+    """
     place = place_of(name)
     if place is None or place[1] not in MODULES:
         return None
@@ -255,11 +262,11 @@ _SHOWN = 3
 def guess(
     entries: Mapping[str, TensorEntry], base: BaseShape, ranks: Mapping[ModuleKey, int] | None
 ) -> str | None:
-    """Describe how the tensors differ from the configuration's `ranks` (None if the configuration is invalid) and
-    from the base.
+    """Describe how the tensors differ from the configuration and from the base model.
 
-    If hundreds of tensors are wrong, the cause is one: another rank, other modules, or another base. It is guessed
-    from names and shapes, which may be those of any model's adapter.
+    `ranks` are the configuration's, or None if it is invalid. If hundreds of tensors are wrong, they have one
+    cause: another rank, other modules, or another base model. The cause is guessed from the tensors' names and
+    shapes, which may be those of any model's adapter.
     """
     found: dict[str, set[int]] = {}
     layers: set[int] = set()
@@ -301,7 +308,7 @@ def guess(
 
 
 def place_of(name: str) -> tuple[int, str, bool] | None:
-    """Return (layer, module, whether it is A) of a LoRA tensor's name, or None.
+    """Return (layer, module, whether it is A) of a LoRA tensor's name, or None for any other name.
 
     The time is linear in the length of the name, which may be megabytes in an untrusted file.
     """

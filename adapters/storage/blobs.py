@@ -1,6 +1,6 @@
 """Blobs: bytes under keys, which are names with slashes between them.
 
-`Blobs` has two implementations: a directory of one machine, which is here, and a bucket that many machines use
+`Blobs` has two implementations: a directory of one machine (`Directory`), and a bucket that many machines use
 (`adapters.storage.bucket`). The bucket needs the library obstore, which this module doesn't import.
 """
 
@@ -22,7 +22,7 @@ class Missing(SmoloraError):
 
 @dataclass(frozen=True)
 class Stored:
-    """A blob of a bucket. `key` is relative to the bucket's prefix. `modified` is by the store's clock."""
+    """A blob in a bucket. `key` is relative to the bucket's prefix. `modified` is a time by the store's clock."""
 
     key: str
     size: int  # in bytes
@@ -30,7 +30,7 @@ class Stored:
 
 
 class Blobs(Protocol):
-    """A store of blobs. A bucket raises BytesUnavailable from every method; a directory raises OSError."""
+    """A store of blobs. If it fails, a bucket's methods raise BytesUnavailable, a directory's raise OSError."""
 
     def put(self, key: str, data: bytes) -> None:
         """Store the blob, durably. An existing blob with this key is replaced."""
@@ -39,7 +39,7 @@ class Blobs(Protocol):
         """Return the blob's bytes. Raise Missing if there is no such blob."""
 
     def keys(self, prefix: str) -> list[str]:
-        """Return all keys below the prefix, which ends in a slash, in order."""
+        """Return all keys below the prefix, sorted. The prefix ends in a slash."""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the blobs. Missing keys are ignored."""
@@ -47,15 +47,15 @@ class Blobs(Protocol):
     def reach(self, num_bytes: int) -> None:
         """Raise BytesUnavailable if a blob of `num_bytes` can't be written now.
 
-        If `num_bytes` is 0, raise it if no blob can be deleted now.
+        If `num_bytes` is 0, check instead that blobs can be deleted now.
         """
 
     def clean(self, prefix: str) -> None:
-        """Remove what killed writers left below the prefix. Call this only if nothing else can be writing."""
+        """Remove half-written files of killed processes below the prefix. Nothing else may be writing there."""
 
 
 class Directory:
-    """Blobs as files below `root`, which needn't exist yet. Each is whole or absent after a crash."""
+    """Blobs as files below `root`, which needn't exist yet. After a crash, each file is whole or absent."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -108,6 +108,6 @@ class Directory:
 
 
 def _raise(error: OSError) -> None:
-    """Raise the error of a folder that can't be listed, unless the folder doesn't exist."""
+    """Raise `error`, which listing a folder has raised, unless the folder doesn't exist."""
     if not isinstance(error, FileNotFoundError):
         raise error

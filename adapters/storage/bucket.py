@@ -1,8 +1,8 @@
 """Blobs in an object store: one that speaks S3's protocol, or a directory that several machines mount.
 
 Credentials, region and endpoint come from the usual AWS_* variables, which obstore reads. A failed request is
-retried with jitter for `patience` seconds; a request that still has no answer by then takes at most as long again.
-All requests may be repeated: none is a conditional put, which not every store supports.
+retried with jitter for `patience` seconds. The last attempt may take as long again. All requests may be repeated:
+none is a conditional put, which not every store supports.
 """
 
 import hashlib
@@ -44,7 +44,10 @@ log = logging.getLogger("smolora.bytes")
 
 
 class Bucket:
-    """The objects below one prefix, as `Blobs`. Thread-safe. All methods raise BytesUnavailable."""
+    """The objects below one prefix, as `Blobs`. Thread-safe.
+
+    All methods raise BytesUnavailable if the object store fails or doesn't answer in time.
+    """
 
     def __init__(self, store: "ObjectStore", patience: float, prefix: str = "") -> None:
         """`prefix` ends in a slash, or is empty."""
@@ -56,7 +59,8 @@ class Bucket:
     def open(cls, url: str, *, allow_http: bool = False, patience: float = PATIENCE) -> "Bucket":
         """Open `s3://bucket/prefix`, or `file:///directory`, which is created if it doesn't exist.
 
-        `allow_http` permits connections without encryption, over which credentials are sent. Raises ValueError.
+        `allow_http` permits unencrypted connections, over which credentials are sent. Raise ValueError if the URL
+        or the AWS_* variables are wrong.
         """
         if url.startswith(_FILE):
             return cls(LocalStore(url.removeprefix(_FILE), mkdir=True, automatic_cleanup=True), patience)
@@ -92,7 +96,7 @@ class Bucket:
         self._ask(lambda: obstore.put(self._store, self._prefix + key, data))
 
     def put_file(self, key: str, path: Path) -> None:
-        """Store a file's content as `put` does. Raise OSError if it can't be read."""
+        """Store a file's content as `put` does. Raise OSError if the file can't be read."""
         with path.open("rb"):
             self._ask(lambda: obstore.put(self._store, self._prefix + key, path))
 
@@ -101,7 +105,10 @@ class Bucket:
         return self._ask(lambda: bytes(obstore.get(self._store, self._prefix + key).bytes()))
 
     def copy_to(self, stored: Stored, file: BinaryIO) -> None:
-        """Write the object's bytes to the file. Raise Missing if it was deleted or replaced, or OSError."""
+        """Write the object's bytes to the file.
+
+        Raise Missing if the object was deleted or became shorter, or OSError if the file can't be written.
+        """
         for piece in self._pieces(stored):
             file.write(piece)
 
@@ -124,7 +131,7 @@ class Bucket:
         return [stored.key for stored in self.listed(prefix)]
 
     def folders(self) -> list[str]:
-        """Return the distinct first parts of all keys that contain a slash."""
+        """Return the names of the top-level folders: what precedes the first slash of each key that has one."""
         if isinstance(self._store, LocalStore):  # it also lists empty folders, which killed processes leave
             return sorted({stored.key.split("/", 1)[0] for stored in self.listed() if "/" in stored.key})
         own, below = len(self._prefix), self._prefix.rstrip("/") or None
@@ -140,9 +147,10 @@ class Bucket:
                 self._ask(partial(obstore.delete, self._store, own[start : start + at_once]))
 
     def reach(self, num_bytes: int) -> None:
-        """Check that an object of `num_bytes` can be written now or, with 0, that an object can be deleted.
+        """Raise BytesUnavailable if an object of `num_bytes` can't be written now.
 
-        Writing an empty object wouldn't do as a check, since a full store may accept it.
+        If `num_bytes` is 0, check instead that objects can be deleted now. Writing an empty object would check
+        nothing, since a full store may accept it.
         """
         key = f"clock/{secrets.token_hex(8)}"  # next to the probes of `now`: nothing reads this folder
         if num_bytes:
@@ -172,10 +180,11 @@ class Bucket:
             yield piece
 
     def _ask(self, question: Callable[[], T]) -> T:
-        """Return the store's answer. Raises Missing, BytesUnavailable.
+        """Return what `question`, one request to the store, returns.
 
-        obstore retries what it knows to be idempotent. All our requests are, so any request that got no answer is
-        sent again.
+        Raise Missing if there is no such object, or BytesUnavailable if the store fails or gives no answer.
+        obstore retries only requests that it knows to be idempotent. All of ours are, so a request without an
+        answer is sent again.
         """
         until = time.monotonic() + self._patience
         while True:

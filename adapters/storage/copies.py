@@ -2,7 +2,7 @@
 
     <folder>/<copy>/<file>      a copy is whole once it has its mark, the file that is written last
 
-Each upload makes a copy with a random id, unless the caller names it. So a process that listed the copies, and
+Each upload makes a copy with a random id, unless the caller chooses the id. So a process that lists copies, and
 removes them much later, can't remove a copy that was uploaded in between.
 """
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of a folder. `files` are by name. `is_whole` says whether it had its mark when it was listed."""
+    """A copy of a folder, as listed. `files` has its files by name.
+
+    `is_whole` is false if the mark, which is uploaded last, was missing.
+    """
 
     folder: str
     id: str
@@ -35,14 +38,14 @@ class Copy:
 
     @property
     def modified(self) -> datetime:
-        """The time of its newest file, by the store's clock."""
+        """The time of the copy's newest file, by the store's clock."""
         return max(stored.modified for stored in self.files.values())
 
 
 class Copies:
-    """All copies of the folders in a bucket, whose marks are files named `mark`.
+    """All copies of the folders in a bucket. A copy is whole once it has the file `mark`, which is uploaded last.
 
-    Without a bucket there are no copies, and `push` does nothing: the folders are only in HOME.
+    If `bucket` is None, there are no copies, and `push` does nothing: the folders are only in HOME.
     """
 
     def __init__(self, bucket: "Bucket | None", mark: str) -> None:
@@ -50,15 +53,15 @@ class Copies:
         self._mark = mark
 
     def of(self, folder: str) -> list[Copy]:
-        """Return the folder's copies, the oldest first, including those that aren't whole."""
+        """Return the folder's copies, the oldest first, including incomplete ones."""
         return self._gathered(f"{folder}/")
 
     def all(self) -> list[Copy]:
-        """Return the copies of all folders, ordered by folder and age, including those that aren't whole."""
+        """Return the copies of all folders, ordered by folder and age, including incomplete ones."""
         return self._gathered("")
 
     def whole(self, folder: str) -> list[Copy]:
-        """Return the folder's whole copies, the oldest first."""
+        """Return the folder's complete copies, the oldest first."""
         return [copy for copy in self.of(folder) if copy.is_whole]
 
     def folders(self) -> list[str]:
@@ -86,7 +89,10 @@ class Copies:
         return copy
 
     def fetch(self, copy: Copy, directory: Path) -> None:
-        """Download the copy's files into the directory, and sync them. Raises Missing, OSError."""
+        """Download the copy's files into the directory, and sync them to disk.
+
+        Raise Missing if a file was deleted from the bucket, or OSError if the directory can't be written.
+        """
         for name, stored in copy.files.items():
             with (directory / name).open("wb") as file:
                 self._of_copies.copy_to(stored, file)
@@ -94,11 +100,11 @@ class Copies:
         sync(directory)
 
     def read(self, copy: Copy, name: str) -> bytes:
-        """Return the content of one of the copy's files. Raises Missing."""
+        """Return the content of one of the copy's files. Raise Missing if the file was deleted."""
         return self._of_copies.get(f"{copy.folder}/{copy.id}/{name}")
 
     def remove(self, copies: Iterable[Copy]) -> None:
-        """Delete the copies, their marks first."""
+        """Delete the copies. Their marks are deleted first, so that no incomplete copy seems whole."""
         keys = [stored.key for copy in copies for stored in copy.files.values()]
         if keys:
             mark = f"/{self._mark}"

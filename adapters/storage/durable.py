@@ -1,7 +1,7 @@
 """Files and directories that are whole or absent, whenever a process is killed or the power fails.
 
-A new file is written under a temporary name, synced, and renamed; then its directory is synced, too. Only its
-owner may read it, whatever the umask, unless it `is_public`.
+A new file is written under a temporary name, synced, and renamed; then its directory is synced, too. Unless
+`is_public` is set, only its owner may read it, whatever the umask.
 """
 
 import json
@@ -30,9 +30,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_file(target: Path, *, is_public: bool = False) -> Iterator[Path]:
-    """Yield a file to fill, and rename it to `target` on leaving. Raises OSError.
+    """Yield an empty temporary file to fill. On leaving, rename it to `target`. Raise OSError if the disk fails.
 
-    If the block fails, the file is removed, and `target` is unchanged.
+    If the block fails, the temporary file is removed, and `target` is unchanged.
     """
     handle, name = tempfile.mkstemp(prefix=f"{UNFINISHED}{target.name}-", dir=target.parent)
     os.close(handle)
@@ -51,9 +51,9 @@ def new_file(target: Path, *, is_public: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(target: Path, *, is_public: bool = False) -> Iterator[Path]:
-    """Yield a directory to fill, and rename it to `target` on leaving. Raises OSError.
+    """Yield a temporary directory to fill. On leaving, rename it to `target`. Raise OSError if the disk fails.
 
-    If `target` exists by then, it is unchanged, and the new directory is removed.
+    If `target` exists by then, it is unchanged, and the temporary directory is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{target.name}-", dir=target.parent))
@@ -86,9 +86,9 @@ def _mode(is_public: bool, *, is_directory: bool = False) -> int:
 
 
 def remove_directory(target: Path) -> None:
-    """Rename the directory away, then delete it, so that nobody sees it half-deleted. Raises FileNotFoundError.
+    """Rename the directory, then delete it, so that no process sees it half-deleted. This works on a full disk.
 
-    This works on a full disk.
+    Raise FileNotFoundError if the directory doesn't exist.
     """
     aside = target.with_name(f"{UNFINISHED}{os.urandom(4).hex()}")
     target.rename(aside)
@@ -96,13 +96,16 @@ def remove_directory(target: Path) -> None:
 
 
 def remove_unfinished(parent: Path, name: str) -> None:
-    """Remove what killed processes left of `name`. Call this only if nothing else can be writing it."""
+    """Remove the unfinished directories that `new_directory(parent / name)` left when its process was killed.
+
+    Call this only if nothing else can be writing to such a directory.
+    """
     for directory in parent.glob(f"{UNFINISHED}{name}-*"):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove unfinished files and directories that are so old that they count as abandoned by killed processes."""
+    """Remove unfinished files and directories in `parent` that are older than ABANDONED_AFTER."""
     for path in parent.glob(f"{UNFINISHED}*"):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
@@ -113,5 +116,5 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write readable JSON with sorted keys."""
+    """Write indented JSON with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

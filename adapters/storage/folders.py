@@ -33,11 +33,17 @@ _MAX_REMEMBERED = 10_000
 
 Document = Mapping[str, object]
 Read = Callable[[], Document]
-"""Reads a folder's mark, which is JSON. Raises FileNotFoundError, OSError, ValueError."""
+"""Returns the JSON object in a folder's mark (the file that is written last).
+
+Raises FileNotFoundError if the mark is missing, OSError if it can't be read, or ValueError if it isn't valid.
+"""
 
 
 class Folders:
-    """The folders below one root, which needn't exist yet. Thread-safe; several processes may use one root."""
+    """The folders below one root, which needn't exist yet. Thread-safe; several processes may use one root.
+
+    `mark` is the name of the file that is written last.
+    """
 
     def __init__(self, root: Path, mark: str) -> None:
         self._root = root
@@ -45,16 +51,19 @@ class Folders:
 
     @contextmanager
     def new(self, name: str) -> Iterator[Path]:
-        """Yield a directory to fill, and store it on leaving, unless a folder of that name exists by then.
+        """Yield a temporary directory to fill. On leaving, store it, unless a folder of that name exists by then.
 
-        Raises OSError.
+        Raise OSError if the disk fails.
         """
         with new_directory(self._root / name) as directory:
             yield directory
 
     @contextmanager
     def renewed(self, name: str) -> Iterator[Path]:
-        """Yield a directory to fill. On leaving, its files replace those of a damaged folder. Raises OSError."""
+        """Yield a temporary directory to fill. On leaving, its files replace those of the damaged folder `name`.
+
+        Raise OSError if the disk fails.
+        """
         place = self._root / name
         with self._draft(name) as directory:
             yield directory
@@ -64,11 +73,17 @@ class Folders:
                     path.replace(file)
 
     def open(self, name: str, file: str) -> BinaryIO:
-        """Open one of the folder's files. An open file stays readable after a delete. Raises FileNotFoundError."""
+        """Open one of the folder's files. An open file stays readable after the folder is deleted.
+
+        Raise FileNotFoundError if there is no such file.
+        """
         return (self._root / name / file).open("rb")
 
     def digest(self, name: str, file: str) -> str:
-        """Return the SHA-256 of one of the folder's files. Raises FileNotFoundError, OSError."""
+        """Return the SHA-256 of one of the folder's files, in hexadecimal digits.
+
+        Raise FileNotFoundError if there is no such file, or OSError if it can't be read.
+        """
         digest = hashlib.sha256()
         with self.open(name, file) as opened:
             for piece in iter(partial(opened.read, _PIECE), b""):
@@ -76,7 +91,7 @@ class Folders:
         return digest.hexdigest()
 
     def read(self, name: str) -> Document:
-        """Return the content of the folder's mark, as `Read` does."""
+        """Return the JSON object in the folder's mark. Raise errors as `Read` does."""
         return _parsed((self._root / name / self._mark).read_bytes())
 
     def all(self) -> Mapping[str, Read]:
@@ -94,15 +109,15 @@ class Folders:
             return True
 
     def present(self, names: set[str]) -> set[str]:
-        """Return the names for which `has` is true."""
+        """Return the names whose folders exist, even if the folders are damaged."""
         return set(filter(self.has, names))
 
     def delete(self, name: str) -> None:
-        """Delete the folder. Open files of it stay readable. Raises FileNotFoundError."""
+        """Delete the folder. Its open files stay readable. Raise FileNotFoundError if it doesn't exist."""
         remove_directory(self._root / name)
 
     def clean(self) -> None:
-        """Remove what killed processes left, once it is old enough to count as abandoned."""
+        """Remove unfinished directories of killed processes that are older than ABANDONED_AFTER."""
         remove_abandoned(self._root)
 
     @contextmanager
@@ -117,7 +132,7 @@ class Folders:
 
 
 class BucketFolders(Folders):
-    """The folders in a bucket, as `Copies` keeps them. All methods raise BytesUnavailable.
+    """The folders in a bucket, as `Copies` keeps them. All methods raise BytesUnavailable if the bucket fails.
 
     The local root has only the files that are being written or read. If two machines stored a folder at once,
     there are two copies, and all machines read the older one.
@@ -178,7 +193,10 @@ class BucketFolders(Folders):
         return bool(self._copies.whole(name))
 
     def present(self, names: set[str]) -> set[str]:
-        """Do as `Folders.present`. For several names, all folders are listed once."""
+        """Return the names whose folders exist, even if the folders are damaged.
+
+        For several names, all folders are listed once.
+        """
         return names & self.all().keys() if len(names) > 1 else super().present(names)
 
     def delete(self, name: str) -> None:
@@ -188,7 +206,7 @@ class BucketFolders(Folders):
         self._copies.remove(copies)
 
     def clean(self) -> None:
-        """Do as `Folders.clean`, and remove incomplete uploads from the bucket."""
+        """Remove unfinished local directories and incomplete uploads that are older than ABANDONED_AFTER."""
         super().clean()
         before = self._bucket.now() - timedelta(seconds=ABANDONED_AFTER)
         self._copies.remove(c for c in self._copies.all() if not c.is_whole and c.modified < before)
@@ -219,7 +237,7 @@ def _parsed(content: bytes) -> Document:
 
 @contextmanager
 def _found(name: str) -> Iterator[None]:
-    """Raise FileNotFoundError if a blob that was listed has been deleted since."""
+    """Raise FileNotFoundError if the block raises Missing: a listed file was deleted meanwhile."""
     try:
         yield
     except Missing:

@@ -1,4 +1,4 @@
-"""The bytes of adapters in a bucket that several machines use; a root is one machine's cache of it.
+"""The bytes of adapters in a bucket that several machines use. Each machine's root directory is a cache.
 
     bytes/<digest>/<copy>/...      the files, as `adapters.storage.copies` keeps them; smolora.json is the mark
     doubts/<digest>/<token>        a process may be about to publish the digest, or to delete its last version
@@ -57,10 +57,10 @@ log = logging.getLogger("smolora.bytes")
 
 
 class BucketAdapterStore(AdapterStore):
-    """An `AdapterStore` in a bucket. All methods that need the bucket raise BytesUnavailable.
+    """An `AdapterStore` in a bucket. Methods that need the bucket raise BytesUnavailable if it fails.
 
-    `cache_bytes` bounds what is cached under `root`, except for pinned bytes. A reader waits up to `patience`
-    seconds for another reader's download.
+    `cache_bytes` bounds the size of the cache under `root`, except for pinned bytes. A reader waits up to
+    `patience` seconds for another reader's download.
     """
 
     is_in_bucket = True
@@ -118,7 +118,7 @@ class BucketAdapterStore(AdapterStore):
         return self._cached(digest, super().open)
 
     def verify(self, digest: str) -> None:
-        """Verify this machine's copy as `AdapterStore.verify` does. A damaged copy is downloaded again first."""
+        """Verify this machine's copy. If it is damaged, download it again, and verify the new copy."""
         try:
             super().verify(digest)
         except CorruptAdapter:
@@ -162,7 +162,10 @@ class BucketAdapterStore(AdapterStore):
             self._deletions.doubt(digest)
 
     def discard(self, digest: str, in_use: InUse = store.never) -> None:
-        """Discard this machine's bytes as `AdapterStore.discard` does, and give the bucket's copies tombstones."""
+        """Discard this machine's bytes as `AdapterStore.discard` does, and write tombstones for the copies.
+
+        A failure of the bucket is logged: the next sweep repeats the discard.
+        """
         super().discard(digest, in_use)
         try:
             if not in_use(digest):
@@ -172,14 +175,14 @@ class BucketAdapterStore(AdapterStore):
             log.warning("can't discard %s now, a sweep will: %s", digest[:12], error or type(error).__name__)
 
     def sweep(self, in_use: InUse) -> list[str]:
-        """Discard unwanted bytes, here and in the bucket. Return the digests that were deleted in the bucket."""
+        """Discard unwanted bytes on this machine and in the bucket. Return the digests deleted from the bucket."""
         super().sweep(in_use)
         return self._deletions.sweep(in_use)
 
     def _push(self, digest: str, put: Callable[[], int]) -> None:
-        """Upload the directory, and hold it meanwhile so that nobody removes it.
+        """Upload the digest's directory, which is locked meanwhile, so that no process removes it.
 
-        If the directory was already removed, `put` is called to write it again.
+        If the directory was already removed, call `put` to write it again.
         """
         while (hold := store.lock_folder(self._place(digest), fcntl.LOCK_SH)) is None:
             put()
@@ -189,7 +192,7 @@ class BucketAdapterStore(AdapterStore):
             os.close(hold)
 
     def _cached(self, digest: str, read: Callable[[str], T]) -> T:
-        """Return what `read` returns once the bytes are in the cache."""
+        """Download the bytes into the cache if needed, and return `read(digest)`."""
         for _ in range(_ATTEMPTS - 1):
             self._fill(digest)
             with suppress(OSError, CorruptAdapter):  # another process evicted it, or it is damaged
@@ -200,7 +203,7 @@ class BucketAdapterStore(AdapterStore):
         return read(digest)
 
     def _fill(self, digest: str) -> None:
-        """Download the bytes into the cache, unless they are there. Raise CorruptAdapter if no copy is intact."""
+        """Download the bytes into the cache, unless it has them. Raise CorruptAdapter if no copy is intact."""
         place = self._place(digest)
         if not store.matches_sidecar(place):
             with self._alone(digest):
@@ -222,7 +225,7 @@ class BucketAdapterStore(AdapterStore):
         raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable")
 
     def _fetch(self, copy: Copy, directory: Path) -> None:
-        """Download the copy. Raise Missing if it is incomplete, CorruptAdapter if it was changed."""
+        """Download the copy. Raise Missing if it is incomplete, or CorruptAdapter if its bytes have changed."""
         self._copies.fetch(copy, directory)
         if not store.matches_sidecar(directory):
             raise Missing(f"a copy of {copy.folder[:12]} is incomplete")
@@ -248,7 +251,7 @@ class BucketAdapterStore(AdapterStore):
         store.delete_folders(self._remove(digest, store.never))
 
     def _make_room(self, used: str) -> None:
-        """Evict the least recently used digests that aren't pinned, until the cache is within its bound."""
+        """Evict the least recently used digests, except `used` and pinned ones, until `cache_bytes` suffices."""
         if self._cache_bytes is None:
             return
         entries = []
@@ -268,7 +271,10 @@ class BucketAdapterStore(AdapterStore):
 
 
 class _Deletions:
-    """The doubts and tombstones in one bucket. Thread-safe."""
+    """The marks in one bucket for adapters that may be unused (doubts) and copies to delete (tombstones).
+
+    Thread-safe. The module's docstring describes both.
+    """
 
     def __init__(self, bucket: Bucket, copies: Copies, grace: float) -> None:
         self._bucket = bucket
@@ -284,9 +290,9 @@ class _Deletions:
         return sorted({c.folder for c in self._copies.all() if c.is_whole and f"{c.folder}/{c.id}" not in buried})
 
     def sweep(self, in_use: Callable[[str], bool]) -> list[str]:
-        """Settle old doubts, and delete copies with old tombstones, unless the catalog wants them.
+        """Write tombstones for unwanted copies of digests with old doubts, and delete copies with old tombstones.
 
-        Return the digests of deleted copies.
+        `in_use(digest)` says whether the catalog wants a digest. Return the digests of deleted copies.
         """
         now = self._bucket.now()
         for doubt in self._doubts.listed():
@@ -308,7 +314,7 @@ class _Deletions:
         return gone
 
     def live(self, digest: str) -> Copy | None:
-        """Return a whole copy without a tombstone, or None.
+        """Return a whole copy without a tombstone, or None if there is none.
 
         The tombstones must be listed before the copies: see the module's docstring.
         """
@@ -324,7 +330,7 @@ class _Deletions:
             self._tombstones.put(f"{copy.folder}/{copy.id}", b"")
 
     def doubt(self, digest: str) -> None:
-        """Write a doubt, so that a sweep takes care of the digest if this process is killed before `settle`."""
+        """Write a doubt, so that a sweep checks the digest if this process is killed before `settle`."""
         key = f"{digest}/{secrets.token_hex(8)}"
         self._doubts.put(key, b"")
         with self._mutex:

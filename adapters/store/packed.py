@@ -1,9 +1,9 @@
-"""A second form of stored adapters, to load fast: one file each, with the bytes as an engine has them in memory.
+"""A second form of stored adapters, which loads fast: one file per adapter, in an engine's memory layout.
 
     <root>/packed/<digest>
 
-The files are a cache on this machine, made from the first form. They are removed with the adapter's bytes, and
-made again if missing. The caller that makes them defines their content, and knows whether it is intact.
+The files are a cache on this machine, made from PEFT's files. They are removed with the adapter's bytes, and made
+again if missing. The caller that makes them (`PackedFiles.make`) defines their content, and must check it.
 """
 
 import os
@@ -22,9 +22,9 @@ from adapters.storage.durable import UNFINISHED, new_file, remove_abandoned
 
 
 def open_all(paths: Mapping[str, Path]) -> dict[str, BinaryIO]:
-    """Open all files, or none, and return them by the names in `paths`. Raises OSError.
+    """Open all files, and return them by the names in `paths`. Raise OSError if one can't be opened.
 
-    Open files stay readable after their removal.
+    Open files stay readable after they are removed from disk.
     """
     files: dict[str, BinaryIO] = {}
     with ExitStack() as opened:
@@ -41,40 +41,40 @@ _FREE_SHARE = 10  # a tenth of the disk stays free
 
 
 class PackedFiles:
-    """The files under one store's root. Thread-safe; several processes may use one root."""
+    """The packed files under one store's root. Thread-safe; several processes may use one root."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folder = root / "packed"
         self.make: Callable[[str, LoraWeights], Pieces | None] | None = None
-        """Makes the file of a stored adapter from its digest and weights.
+        """Makes the content of an adapter's packed file from the adapter's digest and weights.
 
         Returns None if the file isn't worth its space, or if there is no space (`has_room`). Raises ValueError or
-        RuntimeError if the adapter has no such form.
+        RuntimeError if the adapter can't be packed.
         """
         self.min_free_bytes = 0
-        """Bytes of the disk that must stay free for other uses."""
+        """Bytes of the disk that must stay free, in addition to a tenth of the disk."""
 
     def add(self, weights: LoraWeights) -> None:
-        """Store the file of an adapter that was just stored, if `make` returns a file and there is room."""
+        """Make and store the packed file of an adapter that was just stored. This is best effort."""
         if self.make is not None:
             with suppress(OSError, ValueError, RuntimeError):
                 if (pieces := self.make(weights.digest, weights)) is not None:
                     self.keep(weights.digest, pieces)
 
     def has_room(self, num_bytes: int) -> bool:
-        """Return whether a tenth of the disk, and `min_free_bytes`, would stay free after storing a file.
+        """Return whether a tenth of the disk and `min_free_bytes` would stay free after storing `num_bytes`.
 
-        Raises OSError.
+        Raise OSError if the disk fails.
         """
         self._folder.mkdir(exist_ok=True)
         disk = shutil.disk_usage(self._folder)
         return disk.free - num_bytes >= self.min_free_bytes + disk.total // _FREE_SHARE
 
     def keep(self, digest: str, pieces: Pieces) -> None:
-        """Store the file, whole or not at all. A no-op if the adapter is gone, or there is no room.
+        """Store an adapter's packed file, whole or not at all. Raise OSError if the disk fails.
 
-        Raises OSError.
+        If the adapter was discarded, or there is no room, this is a no-op.
         """
         if not self.has_room(sum(piece.nbytes for piece in pieces)):
             return
@@ -84,9 +84,10 @@ class PackedFiles:
             self.remove(digest)
 
     def open(self, digest: str) -> FileIO:
-        """Open the file, and record the time of its use. Raises OSError; FileNotFoundError if there is none.
+        """Open an adapter's packed file, and record the time of this use.
 
-        Files are read and not mapped: an I/O error while a map is read would end the process (SIGBUS).
+        Raise FileNotFoundError if there is no such file, or another OSError if the disk fails. If the file were
+        mapped instead, an I/O error would end the process (SIGBUS).
         """
         file = FileIO(self._folder / digest)
         try:
@@ -97,19 +98,19 @@ class PackedFiles:
         return file
 
     def contents(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each digest with its file's bytes, mapped, for a check. This doesn't count as a use."""
+        """Yield each file's digest and bytes, which are mapped, for a check. This doesn't count as a use."""
         for path in sorted(self._folder.glob("*")):
             if not path.name.startswith(UNFINISHED):
                 with suppress(OSError, RuntimeError, TensorFileError):
                     yield path.name, map_file(path)
 
     def remove(self, digest: str) -> None:
-        """Remove the file, if there is one."""
+        """Remove an adapter's packed file, if there is one."""
         with suppress(OSError):
             (self._folder / digest).unlink(missing_ok=True)
 
     def facts(self, digest: str) -> tuple[float, int]:
-        """Return the time of the file's last use and its size in bytes, or zeros if there is none."""
+        """Return the time of a packed file's last use and its size in bytes, or zeros if there is no such file."""
         try:
             found = (self._folder / digest).stat()
         except OSError:

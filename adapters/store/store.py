@@ -8,9 +8,9 @@
     <root>/.tmp-...                                           being written, or being removed
 
 A directory is whole or absent, whenever a process is killed. Several processes may use one root. The catalog
-decides which digests are wanted, and processes race. So a publisher holds the bytes until the version is committed
-(`publishing`), by a lock on their directory that ends with the process. Nobody else removes bytes that are held,
-or that the catalog names at the last moment.
+decides which digests are wanted, and processes race. So a publisher locks the directory until the version is
+committed (`publishing`). The lock ends with the process. Before a process removes a directory, it locks the
+directory too, and then asks the catalog once more whether the bytes are wanted.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ from adapters.store.packed import PackedFiles, open_all
 def lock_folder(directory: Path, how: int) -> int | None:
     """Lock the directory, and return a handle. Closing the handle unlocks the directory.
 
-    Return None if the directory is missing, or locked already.
+    Return None if the directory is missing, or if `how` has LOCK_NB and another process has locked it.
     """
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -66,7 +66,7 @@ def delete_folders(paths: Iterable[Path]) -> None:
 
 
 def folder_size(place: Path) -> int:
-    """Return the size of the folder's files in bytes. Raises OSError."""
+    """Return the size of the folder's files in bytes. Raise OSError if the folder can't be read."""
     return sum(path.stat().st_size for path in place.iterdir())
 
 
@@ -75,9 +75,9 @@ InUse = Callable[[str], bool]
 
 
 class Pins:
-    """The digests whose bytes this process uses, and those to discard once it doesn't. Thread-safe.
+    """The digests that this process uses (pins), and those to discard after their last pin. Thread-safe.
 
-    Event loops pin, so nothing here waits for a disk or a database. Nor does a pin wait for a discard of the same
+    Event loops pin, so no method waits for a disk or a database. Nor does a pin wait for a discard of the same
     bytes. So bytes may still be removed just after they were pinned, but only if no name refers to them. A discard
     first asks the catalog whether the bytes are wanted, and then asks whether they are pinned. Nothing publishes
     the bytes in between. So a pin that precedes the second question keeps the bytes. A later pin comes after the
@@ -116,9 +116,9 @@ class Pins:
         return freed
 
     def doom(self, digest: str, in_use: InUse) -> bool:
-        """Return whether the digest is pinned. If so, mark it to be discarded later.
+        """Return whether the digest is pinned. If it is, mark it to be discarded later.
 
-        Its last `remove` then returns it, unless `revive` is called before.
+        The `remove` that undoes its last pin then returns it, unless `revive` is called before.
         """
         with self._mutex:
             if digest in self._counts:
@@ -126,7 +126,7 @@ class Pins:
             return digest in self._counts
 
     def revive(self, digest: str) -> None:
-        """Undo `doom`."""
+        """Undo `doom`: don't discard the digest after its last pin."""
         with self._mutex:
             self._doomed.pop(digest, None)
 
@@ -150,7 +150,7 @@ def describe_sidecar(weights: LoraWeights, directory: Path) -> bytes:
 
 
 def matches_sidecar(directory: Path, damaged: os.stat_result | None = None) -> bool:
-    """Return whether all files have their full sizes, and the directory isn't the `damaged` one."""
+    """Return whether all files have their full sizes, and the directory isn't the one whose stat is `damaged`."""
     try:
         sizes = json.loads((directory / SIDECAR_NAME).read_bytes())["sizes"]
         has_all = all((directory / name).stat().st_size == sizes[name] for name in (CONFIG_NAME, WEIGHTS_NAME))
@@ -160,7 +160,7 @@ def matches_sidecar(directory: Path, damaged: os.stat_result | None = None) -> b
 
 
 def damaged_stat(directory: Path, digest: str) -> os.stat_result | None:
-    """Read all bytes, and return the directory's stat if they are damaged; None if they are intact or missing."""
+    """Read all bytes. Return the directory's stat if they are damaged, or None if they are intact or missing."""
     try:
         found = directory.stat()
         check_weights(directory, digest, load_weights(directory, digest))
@@ -213,10 +213,10 @@ def never(digest: str) -> bool:
 
 
 class AdapterStore:
-    """The adapters under one root. Thread-safe; pins count within this process."""
+    """The adapters under one root. Thread-safe. A pin protects bytes from this process only."""
 
     is_in_bucket = False
-    """Whether other machines use the same bytes, so that no process can know that it is alone."""
+    """Whether the bytes are in a bucket, which other machines may use at any time."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ class AdapterStore:
         """Store the adapter under its weights' digest, unless it is stored already, and return its size in bytes.
 
         If `original` has the uploaded adapter_config.json, the file is stored unchanged. The tensors are always
-        written in our order. If the digest is stored and undamaged, the stored files stay.
+        rewritten, in a fixed order. If the digest is stored and undamaged, the stored files stay.
         """
         digest = adapter.weights.digest
         place = self._place(digest)
@@ -253,9 +253,10 @@ class AdapterStore:
     def publishing(
         self, adapter: PeftAdapter, in_use: InUse, original: Mapping[str, bytes] | None = None
     ) -> Iterator[int]:
-        """Store the adapter as `put` does, and hold its bytes during the block, which commits the version.
+        """Store the adapter as `put` does, and yield its size in bytes. The block commits the version.
 
-        Nobody discards held bytes. If the block fails, the bytes are discarded, unless `in_use(digest)` is true.
+        During the block no process can discard the bytes. If the block fails, they are discarded, unless
+        `in_use(digest)` is true.
         """
         digest = adapter.weights.digest
         while True:
@@ -278,28 +279,34 @@ class AdapterStore:
         return load_weights(self._place(digest), digest)
 
     def num_bytes(self, digest: str) -> int:
-        """Return the adapter's size on this disk in bytes, or 0 if it isn't here."""
+        """Return the adapter's size on this machine's disk in bytes, or 0 if the disk doesn't have it."""
         try:
             return folder_size(self._place(digest))
         except OSError:
             return 0
 
     def read(self, digest: str, base: BaseShape) -> PeftAdapter:
-        """Return the adapter with its configuration, validated like an upload. Raises CorruptAdapter."""
+        """Return the adapter with its configuration, validated like an upload.
+
+        Raise CorruptAdapter if the bytes are missing or damaged, or don't fit the base model.
+        """
         try:
             return self._read(digest, base)
         except (OSError, InvalidAdapter) as error:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 
     def ranks(self, digest: str, base: BaseShape) -> dict[ModuleKey, int]:
-        """Return the rank of each module of the adapter, by its configuration. Raises CorruptAdapter."""
+        """Return the rank of each module according to the adapter's configuration. The tensors aren't read.
+
+        Raise CorruptAdapter if the configuration is missing or damaged.
+        """
         try:
             return read_ranks((self._place(digest) / CONFIG_NAME).read_bytes(), base)
         except (OSError, InvalidAdapter) as error:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 
     def fits(self, digest: str, base: BaseShape) -> bool:
-        """Return whether the adapter fits a base of these shapes. Raises CorruptAdapter."""
+        """Return whether the adapter fits a base model of these shapes. Raise CorruptAdapter if it is damaged."""
         self.load(digest)  # raises if it is damaged, which says nothing about shapes
         try:
             self._read(digest, base)
@@ -319,13 +326,13 @@ class AdapterStore:
         check_weights(self._place(digest), digest, weights)
 
     def verify_stored(self, digest: str) -> None:
-        """Verify the bytes that all machines use, not this machine's cached copy."""
+        """Verify the bytes as `verify` does, but those that all machines use, not this machine's cached copy."""
         self.verify(digest)
 
     def open(self, digest: str) -> dict[str, BinaryIO]:
-        """Open PEFT's two files, and return them by name. Raises CorruptAdapter.
+        """Open PEFT's two files, and return them by name. They stay readable after a discard.
 
-        Open files stay readable after a discard.
+        Raise CorruptAdapter if a file is missing or can't be opened.
         """
         place = self._place(digest)
         try:
@@ -337,42 +344,45 @@ class AdapterStore:
         """Protect the bytes of each digest from deletion until `unpin`, even if `discard` is called.
 
         The bytes needn't be stored yet. A `discard` that has already begun may still remove them. To rule that
-        out, look up a name that refers to the bytes after this call.
+        out, call this first, and then look up a name that refers to the bytes.
         """
         self._pins.add(digests)
 
     def unpin(self, digests: Iterable[str]) -> None:
         """Undo one `pin` of each digest. Bytes that were discarded meanwhile are removed with their last pin.
 
-        Raises OSError, and what the discard's `in_use` raises. The next sweep removes what is left.
+        Raise OSError if the removal fails, and any error of the discard's `in_use`. The next sweep retries.
         """
         if (removal := self.let_go(digests)) is not None:
             removal()
 
     def let_go(self, digests: Iterable[str]) -> Callable[[], None] | None:
-        """Unpin without blocking, for event loops. Return the removal to call in a thread, if there is one."""
+        """Undo one `pin` of each digest without blocking, for event loops.
+
+        Return a function that removes discarded bytes, to call in a thread, or None if there are no such bytes.
+        """
         doomed = self._pins.remove(digests)
         return partial(self._discard_all, doomed) if doomed else None
 
     def discard(self, digest: str, in_use: InUse = never) -> None:
-        """Remove the bytes now, or at the last `unpin` if they are pinned, unless `in_use(digest)` is true then.
+        """Remove the bytes now or, if they are pinned, at the last `unpin`. Keep them if `in_use(digest)` is true.
 
-        Pinned bytes stay if `put` is called before then. Bytes that are being published stay; if the publication
-        fails, the next sweep removes them. Discarding missing bytes is a no-op.
+        Pinned bytes also stay if `put` stores them again before the last `unpin`. Bytes that are being published
+        stay; if the publication fails, the next sweep removes them. Discarding missing bytes is a no-op.
         """
         self._discard(digest, in_use)
 
     def doubt(self, digests: Iterable[str]) -> None:
         """Announce that versions of these digests will be deleted, and the bytes discarded afterwards.
 
-        If this process is killed in between, a sweep can find the bytes. A sweep of a directory finds them anyway,
-        so this does nothing here.
+        If this process is killed in between, a sweep can find the bytes. This is needed in a bucket only: a sweep
+        of a directory finds all unwanted bytes, so this implementation does nothing.
         """
 
     def sweep(self, in_use: InUse) -> list[str]:
-        """Discard unwanted bytes, and return their digests.
+        """Discard bytes that killed processes left half-written or unpublished.
 
-        They were left by killed processes: half-written, or never published.
+        `in_use` says which digests the catalog wants. Return the discarded digests.
         """
         with self._locked():
             for path in self._abandoned():
@@ -392,7 +402,10 @@ class AdapterStore:
         return sorted(path.name for path in paths if _DIGEST.fullmatch(path.name))
 
     def leftovers(self) -> list[str]:
-        """Return the names of directories that killed processes left half-written or half-removed, for `sweep`."""
+        """Return the names of directories that killed processes left half-written or half-removed.
+
+        `sweep` removes these directories.
+        """
         with self._locked():
             return sorted(path.name for path in self._abandoned())
 
@@ -418,9 +431,9 @@ class AdapterStore:
             self._discard(digest, in_use)
 
     def _publish(self, place: Path, fill: Callable[[Path], None], damaged: os.stat_result | None = None) -> int:
-        """Publish a directory that `fill` writes, unless a whole one exists by then.
+        """Publish at `place` a directory that `fill` writes, unless an intact directory exists there by then.
 
-        Return its size in bytes.
+        Return the size of the directory at `place` in bytes.
         """
         temporary, hold = self._temporary()
         leftovers = [temporary]
@@ -441,7 +454,7 @@ class AdapterStore:
         return num_bytes  # measured earlier: it may have been discarded by now
 
     def _remove(self, digest: str, is_kept: InUse) -> list[Path]:
-        """Rename the directory away, unless `is_kept` is true. Return the paths that remain to be deleted."""
+        """Rename the directory, unless `is_kept(digest)` is true. Return the paths that remain to be deleted."""
         with self._locked():
             place = self._place(digest)
             hold = lock_folder(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -461,7 +474,7 @@ class AdapterStore:
         return [aside]
 
     def _temporary(self) -> tuple[Path, int]:
-        """Create a directory to write in, and lock it, so that no sweep takes it for abandoned."""
+        """Create a directory to write in. Return its path and a lock, without which a sweep would delete it."""
         with self._locked():
             path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
             hold = lock_folder(path, fcntl.LOCK_SH)
@@ -475,15 +488,15 @@ class AdapterStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Exclude all other processes, for a few file operations."""
+        """Lock the root against other threads and processes, for a few file operations."""
         with open(self._root / ".lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _abandoned(self) -> list[Path]:
-        """Return the temporary directories that no process holds.
+        """Return the temporary directories that no process has locked.
 
-        Call it under `_locked`, so that no directory is created meanwhile.
+        Call this under `_locked`, so that no directory is created meanwhile.
         """
         found = []
         for path in self._root.glob(f"{TEMPORARY}*"):

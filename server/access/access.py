@@ -1,4 +1,4 @@
-"""Access to a server: its keys, projects, usage, rates and audit log together, over one database."""
+"""Access to a server: its API keys, projects, usage, rate limits and audit log, in one database."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from server.database import is_file
 
 @dataclass(frozen=True)
 class Access:
-    """A server's keys, projects, usage, rates and audit log, over one database."""
+    """A server's API keys, projects, usage, rate limits and audit log, in one database."""
 
     keys: Keys
     projects: Projects
@@ -30,7 +30,7 @@ class Access:
     audit: Audit
 
     def keep(self, used: Mapping[str, datetime]) -> None:
-        """Store the usage and when each key was last used. Blocks on the disk."""
+        """Store the usage, and `used`, the times of keys' last uses by key id. This blocks on the disk."""
         self.ledger.flush()
         if used:
             self.keys.used(used)
@@ -43,7 +43,7 @@ def open_access(
     fixed_keys: Sequence[str] = (),
     allow_guests: bool = False,
 ) -> Access:
-    """Open access over one database.
+    """Create the `Access` of a server from its database.
 
     `keyed` is as in `Keys`; `fixed_keys` and `allow_guests` are as in `KeyRing`. `commits` is a cheap function: it
     returns a number that changes with every commit to the database.

@@ -17,7 +17,7 @@ log = logging.getLogger("smolora.access")
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the log. `who` is a key's id, command-line, anonymous, or env-… for one of API_KEYS."""
+    """An entry of the log. `who` is a key's id, "command-line", "anonymous", or "env-…" for one of API_KEYS."""
 
     number: int
     at: datetime  # in UTC
@@ -36,13 +36,13 @@ def record(
     target: str,
     detail: Mapping[str, object] | None = None,
 ) -> None:
-    """Add an entry within the transaction of the change itself."""
+    """Add an entry within the transaction that makes the change."""
     row = {"at": datetime.now(UTC), "who": who, "action": action, "project": project, "target": target}
     connection.execute(sa.insert(audit).values(row | {"detail": dict(detail or {})}))
 
 
 class Audit:
-    """All entries. Thread-safe."""
+    """The audit log. Thread-safe."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -51,7 +51,7 @@ class Audit:
     def add(
         self, who: str, action: str, project: str, target: str, detail: Mapping[str, object] | None = None
     ) -> None:
-        """Record a change that was made elsewhere just now.
+        """Record, in a transaction of its own, a change that has already been made.
 
         If the database fails, log the entry instead, since a failing audit log must not prevent deletions.
         """

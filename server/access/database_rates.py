@@ -1,7 +1,7 @@
-"""Rates that all servers of one PostgreSQL database count together; see `server.access.rates`.
+"""Rate limits that apply to all servers of one PostgreSQL database together; see `server.access.rates`.
 
-A window is a row, timed by the database's clock. Counting is a short transaction that takes no writers' lock, on a
-thread, so the event loop doesn't wait. The headers show what this server saw last.
+A window is a row, timed by the database's clock. Counting is a short transaction in a thread, so the event loop
+doesn't wait. The transaction takes no writers' lock. The headers show the counts that this server read last.
 """
 
 import time
@@ -32,7 +32,7 @@ windows = sa.Table(
 
 
 class DatabaseRates:
-    """The counts of all servers together. For one event loop."""
+    """Counts the requests and tokens of all servers together. Use it from one event loop."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = without_writers_lock(engine)
@@ -71,9 +71,9 @@ class DatabaseRates:
         return Window(min(found.remaining, limit.most), found.ends_at)
 
     def _take(self, limits: list[Limit], amount: int) -> bool:
-        """Count against all limits, the key's before the project's. Return whether it was counted.
+        """Count `amount` against all limits, the key's before the project's. Return whether it was counted.
 
-        If too little is left of one limit, nothing is counted.
+        If too little remains of any limit, nothing is counted.
         """
         if any(amount > limit.most for limit in limits):
             return False
@@ -112,14 +112,14 @@ class DatabaseRates:
 
 
 class _TooLittleError(Exception):
-    """Too little is left of a limit, so nothing is counted."""
+    """Too little remains of a limit. Raised to roll the transaction back."""
 
 
 def _taken(limit: Limit, amount: int, *, is_bounded: bool = True) -> "ReturningInsert[int, float]":
-    """Count in the window, or in a new one if it has ended.
+    """Return a statement that adds `amount` to the limit's window, or begins a new window if it has ended.
 
-    The statement returns what is left and for how many seconds. With `is_bounded`, it returns no row if too little
-    is left.
+    The statement returns the remaining amount, and the seconds until the window ends. If `is_bounded` is true and
+    too little remains, it counts nothing and returns no row.
     """
     now = database_time()
     new = insert(windows).values(name=_name(limit), used=amount, most=limit.most, until=now + WINDOW_SECONDS)

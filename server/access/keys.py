@@ -1,14 +1,15 @@
-"""API keys: created once, stored as digests, revoked for good; and a running server's cache of them.
+"""API keys: created once, stored as digests, and revoked permanently; and a running server's cache of them.
 
 Every change is one transaction with its audit entry. A secret has 256 random bits, so it can't be found by trying
 secrets against its plain SHA-256, and a slow hash would add no protection.
 
-A request reads one counter and makes no query. The database changes the counter with any commit; only then is
-`access_changes` read, which says whether keys or projects changed. So a key that was revoked, here or by a command
-on HOME, is refused from the next request on, and its open answers end within `WATCH_SECONDS`. With PostgreSQL,
-other servers notice within milliseconds; a server that doesn't know a key reads the database before it refuses it.
+Authenticating a request needs no query. A cheap counter changes with every commit to the database. Only if the
+counter has changed does the server read `access_changes`, which says whether keys or projects changed. So a
+revoked key is refused from the next request on, whether this server or a command on HOME revoked it. The key's
+open answers end within `WATCH_SECONDS`. With PostgreSQL, other servers notice within milliseconds; a server that
+doesn't know a key reads the database before it refuses the key.
 
-The cache is for one event loop. Reads of a remote database, and reads of all keys, run in threads, so that the
+Use the cache from one event loop. Reads of a remote database, and reads of all keys, run in threads, so that the
 event loop never waits. Concurrent requests share one read.
 """
 
@@ -42,7 +43,7 @@ PREFIX = "sk-smolora-"
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A key without its secret."""
+    """An API key without its secret."""
 
     id: str
     name: str
@@ -67,14 +68,14 @@ class ApiKey:
 
 
 def digest_of(secret: str) -> str:
-    """Return the SHA-256 (hex) that is stored instead of the secret."""
+    """Return the secret's SHA-256 (hex), which is stored instead of the secret."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 class Keys:
-    """All keys. Thread-safe; other processes may write the same tables.
+    """All API keys. Thread-safe; other processes may write the same tables.
 
-    `keyed` is a file that exists once a key was made: `server.storage.home.Home.keyed`.
+    `keyed` is the path of a file that is created with the first key: `server.storage.home.Home.keyed`.
     """
 
     def __init__(self, engine: sa.Engine, keyed: Path) -> None:
@@ -93,10 +94,10 @@ class Keys:
         quota: Quota | None = None,
         deliver: Callable[["ApiKey", str], None] = lambda key, secret: None,
     ) -> tuple[ApiKey, str]:
-        """Make a key, and its project if there is none. Return the key and its secret, which can't be read again.
+        """Create a key, and its project if that doesn't exist. Return the key and its secret, which isn't stored.
 
-        `deliver` is called with the key and the secret before anything is stored; if it raises, no key is made.
-        Raise InvalidInput for invalid fields.
+        `deliver` is called with the key and the secret before anything is stored; if it raises, no key is created.
+        `who` is for the audit log. Raise InvalidInput if a field is invalid.
         """
         now = datetime.now(UTC)
         expires_at = _in_utc(expires_at)
@@ -122,7 +123,7 @@ class Keys:
         return key, secret
 
     def list(self, project: str | None = None) -> list[ApiKey]:
-        """Return all keys, or a project's, the oldest first. Revoked and expired ones are included."""
+        """Return all keys, or those of `project`, the oldest first. Revoked and expired keys are included."""
         query = sa.select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
         if project is not None:
             query = query.where(api_keys.c.project == project)
@@ -136,7 +137,10 @@ class Keys:
             return {row["secret_digest"]: _key(row) for row in rows}
 
     def revoke(self, key_id: str, *, who: str) -> ApiKey:
-        """Revoke the key from now on. Repeated calls have no effect. Raise NotFound if there is no such key."""
+        """Revoke the key. Repeated calls have no effect. Raise NotFound if there is no such key.
+
+        `who` is for the audit log.
+        """
 
         def work(connection: sa.Connection) -> ApiKey:
             mine = api_keys.c.id == key_id
@@ -154,12 +158,12 @@ class Keys:
 
     @transacted
     def used(self, connection: sa.Connection, last: Mapping[str, datetime]) -> None:
-        """Store when each key was last used, by key id."""
+        """Store the time of each key's last use. `last` has these times by key id."""
         for key_id, at in last.items():
             connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
 
     def are_there(self) -> bool:
-        """Return whether a key was ever made. If so, clients need one."""
+        """Return whether a key was ever created. If so, clients need a key."""
         if self._keyed.exists():
             return True
         with self._reader.connect() as connection:
@@ -199,7 +203,7 @@ def _key(row: sa.RowMapping) -> ApiKey:
 
 
 WATCH_SECONDS = 0.1
-"""Between two checks for changes."""
+"""The time between two checks for changes."""
 _OF_SETTING = "env-"
 
 KeyFault = Literal["missing", "unknown", "expired", "revoked"]
@@ -207,7 +211,7 @@ KeyFault = Literal["missing", "unknown", "expired", "revoked"]
 
 @dataclass(frozen=True)
 class _Remembered:
-    """The keys and quotas in the database at a value of `access_changes`."""
+    """The keys and quotas that were in the database when `access_changes` had the value `number`."""
 
     number: int | None
     by_digest: Mapping[str, ApiKey]
@@ -216,12 +220,12 @@ class _Remembered:
 
 
 class KeyRing:
-    """Finds principals by their secrets.
+    """A cache of the database's keys, which finds the principal for a secret.
 
-    `commits` is a cheap function whose number changes with every commit. `changes` is a function whose number
-    changes when keys or projects change, by default the same function as `commits`. `fixed` is the setting
-    API_KEYS, the operator's keys. With `allow_guests`, a client without a key is a `GUEST` even if there are keys.
-    If `is_remote`, the database is read in threads.
+    `commits` is a cheap function that returns another number after every commit. `changes` returns another number
+    after a change of keys or projects; it is `commits` by default. `fixed` is the setting API_KEYS, the operator's
+    keys. With `allow_guests`, a client without a key is a `GUEST` even if there are keys. If `is_remote`, the
+    database is read in threads.
     """
 
     def __init__(
@@ -257,7 +261,7 @@ class KeyRing:
 
     @property
     def has_keys(self) -> bool:
-        """Return whether a key was ever made or API_KEYS has one. Revoked and expired keys count."""
+        """Return whether a key was ever created, or API_KEYS has a key. Revoked and expired keys count."""
         return self._operator.are_given or self._known.are_there
 
     @property
@@ -296,7 +300,7 @@ class KeyRing:
                 raise self._fault
 
     def refresh_now(self) -> None:
-        """Bring the cache up to date, blocking the caller's thread."""
+        """Bring the cache up to date. This blocks the caller's thread."""
         if (seen := self._commits()) != self._seen:
             self._take(self._read(), seen)
 
@@ -309,7 +313,7 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     def _read(self) -> _Remembered:
-        """Read keys and projects again if any has changed. For any thread."""
+        """Read keys and projects again if any has changed. This may run in any thread."""
         if (number := self._changes()) == self._known.number:
             return self._known
         quotas = {project.name: project.quota for project in self._projects.list()}
@@ -325,7 +329,7 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     async def principal(self, secret: str | None) -> Principal | None:
-        """Return the principal of a secret, or of a client without a secret. Return None if the client is refused.
+        """Return the principal of a secret, or that of clients without one. Return None if the client is refused.
 
         Raise Unavailable if the database can't be read.
         """
@@ -352,7 +356,7 @@ class KeyRing:
         return None if self.has_keys else self.anonymous
 
     def fault_of(self, secret: str | None) -> KeyFault:
-        """Return why the secret is refused."""
+        """Return why a secret for which `principal` returned None is refused."""
         if secret is None:
             return "missing"
         if (key := self._known.by_digest.get(digest_of(secret))) is None:
@@ -360,9 +364,9 @@ class KeyRing:
         return "expired" if key.revoked_at is None else "revoked"
 
     def within(self, principal: Principal, project: str) -> Principal | None:
-        """Return the operator's principal for work in one project: it sees only what the project sees.
+        """Return the operator's `principal` restricted to one project, or None if there is no such project.
 
-        Return None if there is no such project.
+        The result sees only the adapters that the project's own keys see.
         """
         if project not in self._known.quotas and project != DEFAULT_PROJECT:
             return None
@@ -379,16 +383,16 @@ class KeyRing:
         return end
 
     def take_used(self) -> dict[str, datetime]:
-        """Return, by key id, when each key was last used. Only keys used since the last call are included."""
+        """Return, by key id, when each key was last used, for the keys used since the last `take_used`."""
         used, self._used = self._used, {}
         return used
 
     def give_back(self, used: Mapping[str, datetime]) -> None:
-        """Put times from `take_used` that couldn't be stored back into the cache."""
+        """Return to the cache the times from `take_used` that the caller couldn't store."""
         self._used = {**used, **self._used}
 
     async def watch(self) -> None:
-        """Refresh the cache until cancelled, since open streams and /ready need changes between requests, too."""
+        """Refresh the cache regularly until cancelled: open streams and /ready need it even between requests."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             with suppress(Unavailable, SQLAlchemyError, OSError):  # the next check may succeed
@@ -411,5 +415,5 @@ class KeyRing:
 
 
 def _of_setting(digest: str) -> Principal:
-    """Return the principal of an operator's key, named by the beginning of the key's digest."""
+    """Return the principal of a key in API_KEYS. The principal's key id has the beginning of the key's digest."""
     return Principal(DEFAULT_PROJECT, f"{_OF_SETTING}{digest[:12]}", frozenset(SCOPES), sees_all=True)

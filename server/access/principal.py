@@ -1,6 +1,4 @@
-"""The principal of a request: made from the request's key on arrival, then used to resolve names, count usage and
-limit rates.
-"""
+"""The principal of a request: found by its API key, then used to resolve names, count usage and limit rates."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -15,12 +13,12 @@ DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "train")
 ANONYMOUS = "anonymous"
 """The key id of clients that need no key."""
 OPERATOR = "command-line"
-"""The key id of commands that work on HOME directly."""
+"""The key id of commands that read and write HOME directly, without a server."""
 
 
 @dataclass(frozen=True)
 class Quota:
-    """The limits of a key, or of a project's keys together. None: no limit."""
+    """The limits of a key, or of all keys of a project together. None means no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts, and of answers at their maximum length
@@ -33,7 +31,7 @@ LIMITS = tuple(field.name for field in fields(Quota))
 
 @dataclass(frozen=True)
 class Principal:
-    """A key and the project that it acts for. Without the scope `admin` it sees only that project's things."""
+    """A key and the project that it acts for. Only a key with the scope `admin` may act for other projects."""
 
     project: str
     key_id: str
@@ -44,20 +42,20 @@ class Principal:
 
     @property
     def is_operator(self) -> bool:
-        """Return whether it may do everything, in all projects."""
+        """Return whether the principal may do everything, in all projects."""
         return "admin" in self.scopes
 
     def may(self, scopes: Iterable[Scope]) -> bool:
-        """Return whether the principal has one of the scopes; `admin` includes all."""
+        """Return whether the principal has one of the scopes. `admin` includes all scopes."""
         return self.is_operator or not self.scopes.isdisjoint(scopes)
 
     @property
     def viewpoint(self) -> Viewpoint:
-        """Return the viewpoint from which names are resolved."""
+        """Return the viewpoint for resolving adapters' names."""
         return Viewpoint(self.project, self.sees_all, self.key_id)
 
 
 EVERYBODY = Principal(DEFAULT_PROJECT, ANONYMOUS, frozenset(SCOPES), sees_all=True)
-"""Any client before the first key is made."""
+"""The principal of any client before the first key is made."""
 GUEST = Principal(DEFAULT_PROJECT, ANONYMOUS, frozenset(DEFAULT_SCOPES))
-"""A client without a key under `ALLOW_ANONYMOUS=1`, even if there are keys. It is never the operator."""
+"""The principal of a client without a key if ALLOW_ANONYMOUS is 1, even if keys exist. It is never an operator."""

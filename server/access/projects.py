@@ -1,4 +1,4 @@
-"""Projects and their limits. A project is made with its first key, or when it is given limits."""
+"""Projects and their limits. A project is created with its first key, or when its limits are set."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from server.access.tables import api_keys, changed, projects
 
 @dataclass(frozen=True)
 class Project:
-    """A project's name, and the limits of its keys together."""
+    """A project's name, and the limits that its keys share."""
 
     name: str
     created_at: datetime  # in UTC
@@ -48,7 +48,7 @@ class Projects:
     def put(self, name: str, quota: Quota, *, who: str) -> Project:
         """Replace the project's limits. The project is created if it doesn't exist.
 
-        Raise InvalidInput if its name is invalid.
+        `who` is for the audit log. Raise InvalidInput if the project's name is invalid.
         """
         if fault := project_fault(name):
             raise InvalidInput.of("project", fault)
@@ -63,9 +63,10 @@ class Projects:
         return transact(self._engine, work)
 
     def delete(self, name: str, refuse: Callable[[], None], *, who: str) -> None:
-        """Delete a project and revoke its keys, which stay listed, so that access doesn't become anonymous.
+        """Delete a project and revoke its keys. They stay listed, so that access doesn't become anonymous.
 
-        Raise NotFound, Conflict if it still has adapters, or what `refuse` raises if it has other things.
+        Raise NotFound if the project doesn't exist, or Conflict if it has adapters or is the default project.
+        `refuse` must raise an error if the project has other objects that forbid this, such as unfinished jobs.
         """
         if name == DEFAULT_PROJECT:
             raise Conflict("the project default is always there")
@@ -87,7 +88,7 @@ class Projects:
 
 
 def ensure(connection: sa.Connection, name: str) -> None:
-    """Create the project within a transaction if there is none."""
+    """Create the project, within the connection's transaction, if it doesn't exist."""
     if connection.execute(sa.select(projects.c.name).where(projects.c.name == name)).first() is None:
         connection.execute(sa.insert(projects).values(name=name, created_at=datetime.now(UTC)))
 

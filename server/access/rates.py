@@ -1,8 +1,8 @@
 """Limits on requests and tokens a minute, of a key and of all keys of its project, with OpenAI's headers.
 
-A window of a minute begins with the first request after the previous window, so in the minute after its first
-request a key gets at most its limit. Counts in memory are lost by a restart; `database_rates` counts the requests
-of several servers together. Use it from one event loop.
+Counts are kept per window of a minute. A window begins with the first request after the previous window has ended.
+A restart loses counts in memory; `database_rates` counts the requests of several servers together. Use the classes
+from one event loop.
 """
 
 import math
@@ -42,7 +42,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Window:
-    """The rest of a limit's current minute; `ends_at` is in seconds since 1970."""
+    """How much of a limit remains in the current minute, which ends at `ends_at` (seconds since 1970)."""
 
     remaining: int
     ends_at: float
@@ -53,26 +53,26 @@ class Window:
 
 
 class Rates(Protocol):
-    """The counts against limits in the current minute."""
+    """Counts the requests and tokens of the current minute against the limits of keys and projects."""
 
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
-        """Count `amount`, or raise RateLimited and count nothing if less is left.
+        """Count `amount`. If less than that remains of a limit, raise RateLimited and count nothing.
 
-        An amount of 0 is refused if more was charged than the limit.
+        An `amount` of 0 is refused if `charge` has exceeded a limit.
         """
 
     async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
-        """Count `amount`, even if less is left."""
+        """Count `amount`, even if less remains of a limit."""
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        """Return `x-ratelimit-…` headers for each kind.
+        """Return the `x-ratelimit-…` headers for requests and for tokens, each only if there is a limit.
 
-        If both the key and its project have a limit, the headers describe the one with less left.
+        If both the key and its project have a limit, the headers describe the limit of which less remains.
         """
 
 
 class MemoryRates:
-    """The counts of one server. If the machine's clock is set back, all windows begin again."""
+    """Counts in the memory of one server. If the machine's clock is set back, all counts restart at 0."""
 
     def __init__(self) -> None:
         self._counts = MemoryStorage()
@@ -104,14 +104,14 @@ class MemoryRates:
 
 
 def limits_of(principal: Principal, kind: Kind) -> list[Limit]:
-    """Return the limits of the key and of its project, if they have any."""
+    """Return the limits for `kind` of the principal's key and project: none, one or two."""
     key, project = _LIMIT_OF[kind](principal.quota), _LIMIT_OF[kind](principal.project_quota)
     of_key = [] if key is None else [Limit(kind, "key", principal.key_id, key)]
     return of_key if project is None else [*of_key, Limit(kind, "project", principal.project, project)]
 
 
 def headers_of(principal: Principal, window_of: Callable[[Limit], Window]) -> dict[str, str]:
-    """Return the headers of `Rates.headers`, with each limit's window from `window_of`."""
+    """Return the headers that `Rates.headers` describes. `window_of` returns a limit's current window."""
     found: dict[str, str] = {}
     for kind in KINDS:
         if stats := [(window_of(limit), limit) for limit in limits_of(principal, kind)]:

@@ -1,7 +1,7 @@
-"""The tables of access. The migrations in `server.database.migrations` create them.
+"""The tables of API keys, projects, usage and the audit log. `server.database.migrations` creates them.
 
-Every change of a key or a project increments `changes` in its transaction. A server reads that one number to find
-out whether its cache is current.
+A transaction that changes a key or a project also increments `changes`. A server reads that one number to find out
+whether its cache is current.
 """
 
 import sqlalchemy as sa
@@ -13,7 +13,7 @@ metadata = sa.MetaData()
 
 
 def _limits() -> list["sa.Column[int]"]:
-    """Return the columns of `principal.Quota`; null: no limit."""
+    """Return a column for each field of `principal.Quota`. Null means no limit."""
     names = ("requests_per_minute", "tokens_per_minute", "max_jobs", "max_bytes")
     return [sa.Column(name, sa.BigInteger) for name in names]
 
@@ -77,5 +77,5 @@ usage = sa.Table(
 
 
 def changed(connection: sa.Connection) -> None:
-    """Increment `changes`, within the transaction that changed a key or a project."""
+    """Increment `changes`. Call this in every transaction that changes a key or a project."""
     connection.execute(sa.update(changes).values(number=changes.c.number + 1))

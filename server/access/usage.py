@@ -1,8 +1,8 @@
 """The ledger: what each project, key and adapter used on each day.
 
 A server adds up answers in memory and stores the sums twice a second. Each sum is added to its row in one
-transaction, so a kill loses at most the last second's answers, and none is counted twice. The transaction that
-ends a job stores the job's usage.
+transaction, so a kill loses at most the last second's answers, and no answer is counted twice. The transaction
+that ends a job stores the job's usage.
 """
 
 import threading
@@ -29,7 +29,7 @@ _COLUMNS = {"project": usage.c.project, "key": usage.c.key_id, "adapter": usage.
 
 @dataclass(frozen=True)
 class Account:
-    """The key of a row of the ledger."""
+    """The primary key of a row of the ledger: the use of an adapter by an API key on one day."""
 
     day: date  # in UTC
     project: str
@@ -39,7 +39,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Usage:
-    """A row's sums. `prompt_tokens` includes the cached tokens."""
+    """The sums in a row of the ledger. `prompt_tokens` includes the cached tokens."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -56,7 +56,7 @@ SUMS = tuple(field.name for field in fields(Usage))
 
 
 def add_in(connection: sa.Connection, account: Account, sums: Usage) -> None:
-    """Add the usage to the account's row, within a transaction."""
+    """Add the usage to the account's row, within the connection's transaction."""
     mine = sa.and_(*(usage.c[name] == value for name, value in asdict(account).items()))
     more = {name: usage.c[name] + value for name, value in asdict(sums).items()}
     if connection.execute(sa.update(usage).where(mine).values(more)).rowcount == 0:
@@ -69,12 +69,12 @@ def _add_all(pending: Mapping[Account, Usage], connection: sa.Connection) -> Non
 
 
 def _sum_of(column: "sa.Column[float]") -> "sa.Cast[float]":
-    """Sum a column in its own type: PostgreSQL sums integers to decimals."""
+    """Sum a column, and cast the sum to the column's type: PostgreSQL sums integers to decimals."""
     return sa.cast(sa.func.coalesce(sa.func.sum(column), 0), column.type)
 
 
 class Ledger:
-    """All accounts. Thread-safe; other processes may write the same table."""
+    """All rows of the ledger. Thread-safe; other processes may write the same table."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -83,15 +83,15 @@ class Ledger:
         self._lock = threading.Lock()
 
     def add(self, project: str, key_id: str, adapter: str, sums: Usage) -> None:
-        """Count an answer today; the next `flush` stores it."""
+        """Add the usage of one answer to today's sums. The next `flush` stores it."""
         account = Account(datetime.now(UTC).date(), project, key_id, adapter)
         with self._lock:
             self._pending[account] = self._pending.get(account, Usage()) + sums
 
     def flush(self) -> None:
-        """Store what was counted. Blocks on the disk. If it fails, the next flush stores all of it.
+        """Store the usage added since the last flush. This blocks on the disk. If it fails, the next one retries.
 
-        The exception is InDoubt: the sums may be stored already, and are dropped rather than counted twice.
+        If it raises InDoubt, the sums may be stored already, so they are dropped rather than counted twice.
         """
         with self._lock:
             pending, self._pending = self._pending, {}
@@ -108,16 +108,16 @@ class Ledger:
             raise
 
     def try_to_flush(self) -> None:
-        """Flush; ignore a failure, since the next flush stores all of it."""
+        """Flush, but ignore a failure, since the next flush retries."""
         with suppress(DBAPIError, OSError, Unavailable):
             self.flush()
 
     def rows(
         self, first: date | None, last: date | None, by: Sequence[By], project: str | None = None
     ) -> list[dict[str, object]]:
-        """Return sums for each value of `by`, from the day `first` to the day `last`, each included.
+        """Return the usage from the day `first` to the day `last`, inclusive, grouped by the columns `by`.
 
-        If `by` is empty, return one row of sums. If `project` is None, the sums cover all projects.
+        None for a day means no bound. If `by` is empty, return one row. None for `project` means all projects.
         """
         columns = [_COLUMNS[name].label(name) for name in by]
         sums = [_sum_of(usage.c[name]).label(name) for name in SUMS]

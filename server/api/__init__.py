@@ -1,1 +1,1 @@
-"""The HTTP edge: requests are checked and named things resolved here; the engine knows neither."""
+"""The HTTP API. It checks requests and resolves names, so that the engine needn't know either."""

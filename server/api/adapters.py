@@ -119,7 +119,7 @@ Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 
 
 def _decimal(given: object) -> object:
-    """Refuse numbers in other forms that pydantic accepts, such as 01, +1 and 1.0, so each version has one URL."""
+    """Refuse numbers such as 01, +1 and 1.0, which pydantic accepts, so that each version has one URL."""
     if isinstance(given, str) and re.fullmatch(r"0|[1-9][0-9]*", given) is None:
         hint = f": another project's adapter is at {_SHARED}" if is_name(given) and not given[0].isdigit() else ""
         raise ValueError(f"must be a whole number{hint}")

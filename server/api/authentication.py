@@ -1,7 +1,7 @@
 """Authenticate requests by `Authorization: Bearer`, and slow down addresses that guess keys.
 
-An operator's key works in the project that the header `OpenAI-Project` names. Valid keys are never delayed, even
-if their address has also sent wrong keys.
+An operator's key acts for the project that the header `OpenAI-Project` names. Valid keys are never delayed, even
+if the same address has also sent wrong keys.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class _Wrong:
 
 
 class Guesses:
-    """Counts of the wrong keys per address and minute, for the _MAX_ADDRESSES addresses seen most recently."""
+    """Counts wrong keys per address and minute, for the _MAX_ADDRESSES addresses seen most recently."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -109,7 +109,7 @@ def principal_of(scope: Scope) -> Principal | None:
 
 
 def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
-    """Return a future that is done once the request's key is revoked or expires; None if no key is needed."""
+    """Return a future that is done once the request's key is revoked or expires, or None if it needs no key."""
     end = scope.get("state", {}).get(_END)
     return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
 

@@ -31,7 +31,7 @@ _DRAIN_SECONDS = 10.0
 class TooSlow(HTTPException):
     """The error for a body that arrives too slowly.
 
-    It is an HTTPException because FastAPI replaces any other exception that is raised while it reads a body.
+    This is an HTTPException because FastAPI replaces any other exception that is raised while it reads a body.
     """
 
 
@@ -40,10 +40,10 @@ class KeyEnded(HTTPException):
 
 
 class Body:
-    """The body of a request while it is received. It is refused beyond its limits, or once its key is invalid.
+    """The body of a request while it is received. It is refused if it is too large, or its key becomes invalid.
 
-    While the body is being read, at least PROGRESS_BYTES must arrive every `seconds`. A JSON body is also refused
-    if all bodies together take too much memory. Uploads aren't, because they are spooled to disk.
+    At least PROGRESS_BYTES must arrive every `seconds`, or the body is refused. A JSON body is also refused if all
+    bodies together take too much memory. An upload isn't, because it is spooled to disk.
     """
 
     end_of_key: "asyncio.Future[None] | None" = None
@@ -61,7 +61,7 @@ class Body:
         self._is_whole = False
 
     def fault(self) -> tuple[int, str] | None:
-        """Return a status and a reason if the body must be refused for the request's headers, else None."""
+        """Return an HTTP status and a reason if the request's headers rule the body out, else None."""
         headers, limit = Headers(scope=self._scope), self._max_bytes
         if headers.get("content-encoding", "identity").lower() != "identity":
             return 415, "the body must come without Content-Encoding"

@@ -96,7 +96,7 @@ class CompareAnswer(BaseModel):
 
 @dataclass(frozen=True)
 class _Compared:
-    """The generations of one expression."""
+    """The generations for one adapter expression: an answer, and one generation for each text to score."""
 
     expression: str
     answer: Generation
@@ -140,7 +140,7 @@ class Comparison:
 
 
 async def compare(services: Services, body: CompareBody) -> Comparison:
-    """Submit all requests of a comparison to the engine. If one is refused, abort all and raise the reason."""
+    """Submit all requests of a comparison to the engine. If one is refused, abort all and raise its error."""
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
     num_sequences = len(terms) * (body.n + len(body.score or ()))
     if num_sequences > body.n:
@@ -182,7 +182,7 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
 
 
 def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
-    """Return the terms of the expression at index `place`."""
+    """Parse the adapter expression at index `place` of the field `adapters`."""
     with _faults_of_item(place):
         return adapter_terms(expression, None, services.base_name)
 

@@ -79,7 +79,7 @@ SEEDED: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
 
 
 def recipe_of(body: CompositionBody) -> Recipe | None:
-    """Return how to merge, or None if the body names an exact sum.
+    """Return the settings of the merge, or None if the body asks for an exact sum instead.
 
     Raise InvalidInput if fields are given that don't apply to the method.
     """
@@ -113,8 +113,8 @@ def submit_merge(
 
     If there is a job with the same idempotency key already, return that job. `require_room` is called before a new
     job is queued. This does disk I/O, so call it in a thread. Raise InvalidInput if the body is invalid, NotFound
-    if a part doesn't exist, Conflict if a composition has the name or a part was made for a base of other shapes,
-    and QueueFull if too many jobs haven't ended.
+    if an adapter doesn't exist, Conflict if a composition has the name or an adapter was made for a base model of
+    other shapes, and QueueFull if too many jobs haven't ended.
     """
     library.check_name(name)
     digest = _digest(name, body)
@@ -141,7 +141,10 @@ def submit_merge(
 
 
 def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
-    """Return the ranks by module of each part whose weight isn't 0. Raise InvalidInput if there is none."""
+    """Return the ranks by module of each adapter whose total weight isn't 0.
+
+    Raise InvalidInput if there is no such adapter.
+    """
     weighted = combine(pinned.parts)
     if not weighted:
         message = "its weights cancel out, which leaves the base alone"
@@ -150,7 +153,7 @@ def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
 
 
 def _digest(name: str, body: CompositionBody) -> str:
-    """Return a digest that is equal for requests with the same meaning, and differs from those of training."""
+    """Return a digest that is equal for requests with the same meaning, and that no training request has."""
     document = json.dumps({"composition": name, **body.model_dump(mode="json")}, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()
 

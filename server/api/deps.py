@@ -1,4 +1,4 @@
-"""The services that routes work with, which they receive as `ServicesDep`.
+"""The services that routes use, and receive as `ServicesDep`.
 
 The services are built once at start-up. A route gets a view of them for the project that sends the request, so it
 can't read or change another project's data by mistake.
@@ -64,7 +64,7 @@ class RecentPins:
         self._known: dict[tuple[Viewpoint, tuple[Term, ...]], Pinned] = {}  # these hold no pins
 
     async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
-        """Pin the versions that `terms` name, as `Library.pin` does, but without SQL if the cache has them."""
+        """Pin the adapter versions that `terms` name, as `Library.pin` does. Skip SQL if they are cached."""
         if (seen := self._commits()) is None:
             return await to_thread.run_sync(library.pin, terms, field)
         key = (library.catalog.viewpoint, tuple(terms))
@@ -83,7 +83,7 @@ class RecentPins:
 
 
 async def release(pinned: Pinned) -> None:
-    """Release a request's pins. If they were the last pins of a deleted version, remove its bytes in a thread.
+    """Release a request's pins. If these were the last pins of a deleted version, remove its bytes in a thread.
 
     If the removal fails, the error is only logged, since it doesn't affect the request's answer. The next sweep
     tries again.
@@ -110,7 +110,7 @@ class OutputStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """The part of `server.engine.async_engine.AsyncEngine` that the API needs. Tests use a test double."""
+    """The methods of `server.engine.async_engine.AsyncEngine` that the API calls. Tests use a test double."""
 
     def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -172,9 +172,9 @@ class Limiters:
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that routes need, as `principal` sees it.
+    """Everything that routes need, restricted to what `principal` may see.
 
-    `max_model_len` is in tokens, from the settings and the base. `decode` turns token ids into text.
+    `max_model_len` is in tokens, from the settings and the base model. `decode` turns token ids into text.
     """
 
     settings: Settings
@@ -201,7 +201,7 @@ class Services:
     _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)
 
     def of(self, principal: Principal) -> "Services":
-        """Return the same services as `principal` sees them."""
+        """Return the same services, restricted to what `principal` may see."""
         if principal == self.principal:
             return self
         if (view := self._views.get(principal)) is None:
@@ -259,7 +259,7 @@ class Services:
 
 
 async def get_services(request: Request) -> Services:
-    """Return the services as the request's principal sees them.
+    """Return the services, restricted to what the request's principal may see.
 
     This is a coroutine because FastAPI runs ordinary functions in a thread.
     """

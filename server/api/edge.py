@@ -1,7 +1,7 @@
 """The middleware that every request passes through before its route.
 
 In order, it handles the proxy's path prefix, the request id, the span and log line, the allowed sites, CORS, the
-key, the queue and the body. It is a single ASGI middleware, because each piece of a stream passes
+API key, the engine's queue and the body. It is a single ASGI middleware, because each piece of a stream would pass
 through every layer.
 """
 
@@ -155,7 +155,7 @@ class Edge:
             await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
 
     async def _refusal(self, scope: Scope, resource: Resource, body: Body) -> Response | None:
-        """Return an error response if the request is refused for its key, the queue or its headers, else None.
+        """Return an error response if the request's key or headers, or the engine's queue, forbid it, else None.
 
         The queue must have one free place before the body is read, because an early refusal costs least. The route
         then checks for as many places as the body needs. While the server drains, requests that change something

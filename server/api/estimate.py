@@ -1,8 +1,8 @@
 """Estimate how long a training job takes.
 
-The training speed is that of the last job with the same method, device and size of base. If there is no such job,
-the speed is derived from the time of a matrix product, and the estimate is accurate to a factor of about two. The
-time for which the job yields to requests isn't included.
+The training speed is that of the last job with the same method, kind of device and size of base model. If there is
+no such job, the speed is derived from the time of a matrix product, and the estimate is accurate to a factor of
+about two. The estimate doesn't include pauses in which the job lets requests run.
 """
 
 import time
@@ -31,7 +31,7 @@ Basis = Literal["an earlier job", "a matrix product"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A job's duration if it has the machine to itself."""
+    """A job's estimated duration if nothing else uses the machine."""
 
     seconds: float
     tokens_per_second: float
@@ -39,7 +39,7 @@ class Estimate:
 
 
 class Estimator:
-    """An estimator of training times on one base. Its methods block, so call them in a thread."""
+    """Estimates training times on one base model. The methods block, so call them in a thread."""
 
     def __init__(self, jobs: Jobs, num_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
         self._jobs = jobs
@@ -64,7 +64,7 @@ class Estimator:
         return Estimate(seconds, rate, basis)
 
     def _speed(self, method: Method) -> tuple[float, Basis]:
-        """Return trained tokens per second, and the source of that figure."""
+        """Return the training speed in tokens per second, and the source of that figure."""
         for job in self._jobs.list(Status.SUCCEEDED, _SEEN_JOBS):
             rate = job.progress.get("tokens_per_second")
             if job.spec.method != method or not isinstance(rate, int | float) or rate <= 0:
@@ -75,7 +75,7 @@ class Estimator:
         return _EFFICIENCY * self._flops_per_second() / flops, "a matrix product"
 
     def _is_comparable(self, job: Job) -> bool:
-        """Return whether the job's report names the same kind of device as ours, and a base of the same size."""
+        """Return whether the job ran on the same kind of device, and trained a base model of the same size."""
         card = self._jobs.report(job.id) or {}
         base = cast("Mapping[str, object]", card.get("base_model", {}))
         if base.get("parameters", self._num_parameters) != self._num_parameters:

@@ -22,9 +22,9 @@ from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, 
 
 DONE = b"data: [DONE]\n\n"
 MIN_LOGPROB = -9999.0
-"""The log-probability that stands for minus infinity, which JSON can't express."""
+"""The log-probability that is sent instead of minus infinity, which JSON can't express."""
 _AT_ONCE = 64
-"""Number of tokens whose log-probabilities are formatted, in some milliseconds, before other requests may run."""
+"""Number of log-probabilities to format, in some milliseconds, before other requests may run."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -180,7 +180,7 @@ def _usage(generation: Generation, num_tokens: int, num_cached: int) -> dict[str
 
 
 def _timing(timings: Sequence[Timing]) -> dict[str, float]:
-    """Return how long it took until the first choice began, the first token came and the last choice ended."""
+    """Return the times until the first choice was admitted, the first token came and the last choice ended."""
     return {
         "queue_ms": _ms(min((timing.queue for timing in timings), default=0.0)),
         "ttft_ms": _ms(min((timing.first_token for timing in timings), default=0.0)),
@@ -193,7 +193,7 @@ def _ms(seconds: float) -> float:
 
 
 async def in_turns(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
-    """Return `make(item)` for each item. Other requests run in between, since a long answer may take a second."""
+    """Return `make(item)` for each item. Let other requests run in between: a long answer may take a second."""
     made: list[Made] = []
     for start in range(0, len(items), _AT_ONCE):
         made += map(make, items[start : start + _AT_ONCE])

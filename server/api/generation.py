@@ -37,8 +37,8 @@ from server.model.text.chat import ChatMessage
 from server.system.messages import plural
 
 MAX_LOGPROBS = 1 << 18
-"""The most log-probabilities in one answer that isn't streamed. Each takes about 600 bytes while the answer is
-built, so 16 choices of 8,000 tokens with their 20 likeliest alternatives would take 1.6 GB."""
+"""The maximum number of log-probabilities in one answer that isn't streamed. Each takes about 600 bytes while the
+answer is built, so 16 choices of 8,000 tokens with their 20 likeliest alternatives would take 1.6 GB."""
 _SHORT_TEXT = 2048
 """Texts of up to this many characters are encoded on the event loop, which takes about a millisecond. Longer texts
 are encoded in a thread."""
@@ -170,7 +170,7 @@ class GenerateAnswer(BaseModel):
 
 
 def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Grammar | None:
-    """Return the grammar that the fields ask for, or None if they allow any text.
+    """Return the grammar that the two fields ask for, or None if they allow any text.
 
     Raise InvalidInput if the fields contradict each other or a schema is invalid.
     """
@@ -251,12 +251,12 @@ def check_sequences(num: int, most: int | None, field: str) -> None:
 
 
 def most_tokens(num_top: int) -> int:
-    """Return the most tokens of an answer that isn't streamed, if each token has `num_top` alternatives."""
+    """Return the maximum length of an answer that isn't streamed, with `num_top` alternatives for each token."""
     return MAX_LOGPROBS // (num_top + 1)
 
 
 def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> None:
-    """Raise InvalidInput if `num_tokens` with `num_top` alternatives each are too many log-probabilities."""
+    """Raise InvalidInput for `field` if the tokens and their alternatives are too many log-probabilities."""
     if num_top and num_tokens > most_tokens(num_top):
         raise InvalidInput.of(
             field,
@@ -273,10 +273,10 @@ async def check_length(
     prompt_field: str,
     refusal: Refusal = InvalidInput,
 ) -> None:
-    """Raise `refusal` if a prompt of `num_prompt` tokens and `num_more` for the answer exceed the model's limit.
+    """Raise an error if a prompt of `num_prompt` tokens and `num_more` for the answer exceed the model's limit.
 
-    If the prompt leaves no room for any answer, the error names `prompt_field` first. Otherwise it names only
-    `field`, the field that limits the answer's length.
+    `refusal` makes the error. If the prompt leaves no room for any answer, the error names `prompt_field` first.
+    Otherwise it names only `field`, the field that limits the answer's length.
     """
     limit = services.max_num_tokens
     if num_prompt + num_more <= limit:
@@ -290,7 +290,7 @@ async def check_length(
 
 
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    """Return (token id, bias) pairs. In JSON, the ids are strings. Raise InvalidInput if one isn't a number."""
+    """Return (token id, bias) pairs. The ids are strings in JSON. Raise InvalidInput if an id isn't a number."""
     found: dict[int, float] = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 9):
@@ -311,7 +311,7 @@ class LedgerAccount:
     is_request: bool = True
 
     def keys(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the catalog keys of the project's adapters with these names; without names, the base's key."""
+        """Return the catalog keys of the adapters with these names. Without names, return the base model's key."""
         return frozenset(map(self.principal.viewpoint.key, names)) or frozenset({BASE})
 
     def add(self, keys: Iterable[str], usage: UsedTokens) -> None:
@@ -446,7 +446,7 @@ async def close_all(generations: Sequence[Generation]) -> None:
 
 
 async def begin(services: Services, body: GenerateBody) -> Generation:
-    """Submit the request that `body` describes to the engine. If the request is refused, raise the reason."""
+    """Submit the request that `body` describes to the engine. Raise an error if the request is refused."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
     ask_queue_for(services, body.n)
     token_ids = await encode_prompt(services, body, body.max_tokens)
@@ -469,11 +469,11 @@ async def start(
     is_request: bool = True,
     num_taken: int | None = None,
 ) -> Generation:
-    """Submit a request to the engine. If it is refused, release its adapters and raise the reason.
+    """Submit a request to the engine. If it is refused, release its adapters and raise the error.
 
-    `field` is the field that errors about adapters name. If `scored_from` is given, the prompt's tokens from this
-    index on are scored, and nothing is generated. `is_request` is as in `LedgerAccount`. `num_taken` tokens count
-    towards the key's rate limit; if it is None, the prompt's tokens and the most tokens of the answers count.
+    Errors about adapters name `field`. If `scored_from` is given, the prompt's tokens from this index on are
+    scored, and nothing is generated. `is_request` is as in `LedgerAccount`. `num_taken` tokens count towards the
+    key's rate limit. By default these are the prompt's tokens, and `max_tokens` for each of the `n` answers.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
@@ -508,19 +508,26 @@ async def start(
 
 
 def ask_queue_for(services: Services, num_sequences: int) -> None:
-    """Check the queue, as `ask_queue` does, if the request needs more places than the one that `Edge` checked."""
+    """Call `ask_queue` if the request has several sequences. For a single one, `Edge` has checked the queue."""
     if num_sequences > 1:
         ask_queue(services, num_sequences)
 
 
 def ask_queue(services: Services, num_sequences: int) -> None:
-    """Raise the queue's error if it would refuse `num_sequences` now, before any work is done for the request."""
+    """Raise the engine's error if its queue would refuse `num_sequences` sequences now.
+
+    Call this before any other work is done for the request.
+    """
     with services.metrics.refusals():
         services.engine.check_queue(num_sequences, services.principal.project)
 
 
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
-    """Return the terms of a request's adapters, or no terms for the base alone. Raise InvalidInput on a fault."""
+    """Return the request's weighted adapters, or () for the base model alone.
+
+    `expression` and `parts` are the fields `adapter` and `adapters`. Raise InvalidInput if both are given, or if
+    one is invalid.
+    """
     if expression is not None and parts is not None:
         raise InvalidInput(
             [FieldError((name,), "give adapter or adapters, not both") for name in ("adapter", "adapters")]
@@ -545,7 +552,7 @@ def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
 
 
 async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -> tuple[int, ...]:
-    """Return the prompt's tokens.
+    """Return the prompt's token ids.
 
     Raise InvalidInput if the body doesn't have exactly one prompt, or the prompt leaves no room for `max_tokens`.
     """
@@ -567,7 +574,7 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
 
 
 def length_of(turns: Sequence[ChatMessage]) -> int:
-    """Estimate the characters of the turns as a chat template renders them, adding 32 for each turn's markup."""
+    """Estimate the characters of the turns in the chat template: their text, and 32 for each turn's markup."""
     return sum(len(turn.content) + 32 for turn in turns)
 
 
@@ -581,9 +588,9 @@ async def encoded(
 ) -> T:
     """Return the result of `encode`, which encodes `texts`. All texts together have `length` characters.
 
-    If a text has too many bytes to fit into the model's context, count an estimate of its tokens towards the key's
-    rate limit, and raise `refusal` about `field`. Raise RateLimited if the key has no tokens left this minute, and
-    QueueFull if too many long prompts wait.
+    If a text has too many bytes for the model's context, count an estimate of its tokens towards the key's rate
+    limit, and raise the error that `refusal` makes. Raise RateLimited if the key has no tokens left this minute,
+    or QueueFull if too many long prompts wait to be encoded.
     """
     if length <= _SHORT_TEXT:
         return encode()
@@ -602,5 +609,5 @@ async def encoded(
 
 
 async def charge_refused(services: Services, num_tokens: int) -> None:
-    """Count a prompt that is refused for its length towards the key's token rate, since encoding it took time."""
+    """Count the tokens of a refused prompt towards the key's rate limit, since encoding the prompt took time."""
     await services.access.rates.charge(services.principal, "tokens", num_tokens)

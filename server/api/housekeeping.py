@@ -40,7 +40,7 @@ async def keep_house(
 
 
 def clean_uploads(storage: Storage) -> None:
-    """Remove old files that killed processes left behind among all projects' data sets and files."""
+    """Remove partial uploads of data sets and files, of all projects, that killed processes left behind."""
     for project in storage.projects():
         sources = RowSources.of(storage, project)
         sources.datasets.clean()

@@ -38,9 +38,9 @@ class JobSource(Protocol):
 
 
 class _Feed:
-    """One job's state, shared by its followers.
+    """What is known of one job: its recent events, and whether it has ended. The job's followers share it.
 
-    When the state changes, `changed` is set and replaced by a new `asyncio.Event`.
+    When any of that changes, `changed` is set and replaced by a new `asyncio.Event`.
     """
 
     def __init__(self, job_id: str) -> None:
@@ -58,7 +58,7 @@ class _Feed:
             self.last = event.seq
 
     def kept(self, after: int) -> list[tuple[int, bytes]] | None:
-        """Return the events after the one numbered `after`, or None if some of them are no longer kept."""
+        """Return the events after the event `after`, or None if some of these are no longer in memory."""
         if not self._recent or after < self._recent[0][0] - 1:
             return None
         return list(islice(self._recent, after + 1 - self._recent[0][0], None))
@@ -139,7 +139,7 @@ class JobFeeds:
         return self._task is not None and not self._task.done()
 
     def follow(self, job_id: str, after: int, project: str = "") -> Follower:
-        """Follow a job's events after the one numbered `after`. Raise QueueFull if there are too many followers.
+        """Follow a job's events after the event `after`. Raise QueueFull if there are too many followers.
 
         The caller must have checked that the project may see the job.
         """
@@ -161,7 +161,7 @@ class JobFeeds:
             self._wake.set()
 
     async def read(self, job_id: str, after: int) -> list[tuple[int, bytes]]:
-        """Return a page of events, for a follower that is far behind. Raise NotFound if they were removed."""
+        """Return a page of events to a follower that is far behind. Raise NotFound if the events were removed."""
         found = await to_thread.run_sync(self._jobs.events, job_id, after, PAGE, limiter=self._reading)
         if not found:
             raise NotFound(f"the events of job {job_id} were removed")

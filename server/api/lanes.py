@@ -1,7 +1,7 @@
 """Limits on concurrent work. Requests beyond a limit get 429.
 
-`Places` limits how many things there are at once, without a queue. A single project may take three quarters of the
-places.
+`Places` limits how many things, such as uploads, there are at once. It has no queue. A single project may take
+three quarters of the places.
 
 `Lane` runs one kind of slow work in threads. Waiting projects take turns, and a project's own work is done in
 order. The last free thread is reserved for a project that has no thread, so one project never uses all threads.
@@ -32,7 +32,7 @@ RETRY_SECONDS = 5.0
 
 
 class Places:
-    """A limit on concurrent things. `what` names them in errors (a plural), and `name` in metrics (a label)."""
+    """A limit on concurrent things. Errors call them `what` (such as "uploads"), and metrics `name`."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Places:
 
     @contextmanager
     def taken(self, owner: str) -> Iterator[None]:
-        """Hold a place for the project `owner` until the context ends. Raise QueueFull if none is left for it."""
+        """Hold a place for the project `owner` until the context ends. Raise QueueFull if no place is left."""
         self.take(owner)
         try:
             yield
@@ -62,7 +62,7 @@ class Places:
             self.give_back(owner)
 
     def take(self, owner: str) -> None:
-        """Take a place for the project `owner`. The caller must give it back. Raise QueueFull if none is left."""
+        """Take a place for the project `owner` until `give_back` is called. Raise QueueFull if none is left."""
         if self._taken.total() >= self._num_places or self._taken[owner] >= self._share:
             if self._metrics is not None:
                 self._metrics.refused(self._name)
@@ -84,7 +84,7 @@ receiving: ContextVar[Receive | None] = ContextVar("receiving", default=None)
 
 
 class Turns:
-    """Permits for `num_threads` threads, which owners (projects) get in turn. Use from one event loop only."""
+    """Permits for `num_threads` threads, which owners (projects) get in turn. Use it from one event loop only."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
@@ -99,7 +99,10 @@ class Turns:
         return sum(map(len, self._waiting.values()))
 
     def join(self, owner: str) -> asyncio.Future[None]:
-        """Queue for a thread. The returned future is done once the owner has one. Call `leave` to give it back."""
+        """Queue for a thread. Return a future, the turn, which is done once the owner has a thread.
+
+        Call `leave` with the turn at the end.
+        """
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, OrderedDict())[turn] = None
         self._grant()
@@ -129,7 +132,7 @@ class Turns:
     def _next(self) -> str | None:
         """Return the owner whose turn is next, or None if no waiting owner may start.
 
-        That is the owner with the fewest threads and, among equals, the one whose last turn was longest ago.
+        The owner with the fewest threads is next. Among equals, it is the owner whose last turn was longest ago.
         """
         num_idle = self.num_threads - self._running.total()
         candidates = (owner for owner in self._waiting if num_idle > (1 if self._running[owner] else 0))
@@ -144,7 +147,7 @@ class Turns:
 
 
 class Lane:
-    """Threads for one kind of work. `what` names it in errors (a plural), and `name` in metrics (a label)."""
+    """Threads for one kind of slow work. Errors call it `what` (such as "imports"), and metrics `name`."""
 
     def __init__(
         self,
@@ -157,7 +160,7 @@ class Lane:
         metrics: LaneMetrics | None = None,
         steps_back: bool = True,
     ) -> None:
-        """Lanes may share `threads`. If `steps_back`, the threads and all that they start have a low priority."""
+        """Lanes may share `threads`. With `steps_back`, these and all that they start have a low priority."""
         self._name = name
         self._what = what
         self._turns = threads
@@ -170,7 +173,7 @@ class Lane:
 
     @property
     def num_waiting(self) -> int:
-        """Number of calls that wait for a thread."""
+        """Number of calls of `run` that wait for a thread."""
         return self._turns.num_waiting
 
     async def run(self, owner: str, work: Callable[[*Ts], T], *args: *Ts) -> T:

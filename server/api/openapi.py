@@ -138,7 +138,7 @@ _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `
 
 
 class App(FastAPI):
-    """An application whose OpenAPI document has our errors instead of FastAPI's."""
+    """An application whose OpenAPI document describes smolora's errors instead of FastAPI's."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -154,7 +154,10 @@ class App(FastAPI):
 
 
 def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool) -> None:
-    """Set the schema of an operation's errors, and add the errors that any operation can be answered with."""
+    """Set the schema of an operation's errors, and add the errors that any operation can return.
+
+    `counts` says whether the operation counts towards rate limits.
+    """
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
     if "4XX" not in responses:
         responses.setdefault("403", {"description": _FORBIDDEN, "content": dict(content)})

@@ -1,4 +1,4 @@
-"""The two formats of error responses: RFC 9457 problems on native routes, and OpenAI's error object under /v1.
+"""The two formats of error responses: OpenAI's error object under /v1, and RFC 9457 problems on other routes.
 
 This module converts the exceptions of `adapters.errors` and `server.errors`, pydantic's validation errors and the
 framework's errors (404, 405) into responses. Responses repeat nothing that a client sent except the names of
@@ -29,11 +29,11 @@ from server.telemetry.logs import place_of
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 32
-"""The most invalid fields that a response names. A body can have any number of invalid fields."""
+"""The maximum number of invalid fields that a response names. A body can have any number of invalid fields."""
 _MAX_COMPARED = 4 * MAX_ERRORS
-"""The most unknown fields for which a suggestion is searched, in 0.1 ms each. Equal errors are reported once."""
+"""The maximum number of unknown fields for which a similar name is searched, in 0.1 ms each."""
 MAX_NAME = 64
-"""The most characters of a field's name in a response: clients choose the names of unknown fields."""
+"""The maximum length of a field's name in a response: clients choose the names of unknown fields."""
 _INTERNAL = "something went wrong here; the log has it under this request's id"
 _STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
     (InvalidInput, 422),
@@ -125,7 +125,7 @@ class Form(ABC):
 
     @abstractmethod
     def _of(self, status: int, error: SmoloraError) -> tuple[int, dict[str, object]]:
-        """Return an error's status and JSON in this format. `status` is the error's status on native routes."""
+        """Return an error's status and JSON in this format. `status` is the error's status outside /v1."""
 
     def _described(self, error: Exception) -> tuple[int, dict[str, object]]:
         """Return the status and the JSON document of an error. Log the error if it is internal."""
@@ -268,7 +268,7 @@ def _body_of(request: Request) -> type[BaseModel] | None:
 
 
 def _summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
-    """Return the first three errors in a line, followed by the number of all other errors.
+    """Return one line with the first three errors, followed by the number of all other errors.
 
     `num_more` is the number of errors that aren't in `errors`.
     """

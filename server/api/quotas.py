@@ -38,7 +38,7 @@ class Spooling:
 
     @contextmanager
     def announced(self, settings: Settings, num_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Reserve disk space for an upload within the context. Yield a function to call with each piece's size.
+        """Reserve disk space for an upload during the context. Yield a function to call with each piece's size.
 
         `num_bytes` is the upload's announced size, or 0 if none was announced. Raise Unavailable if the disk has
         no room for this upload and for what other uploads still have to write. The function checks this again
@@ -69,7 +69,7 @@ if TYPE_CHECKING:  # `deps` imports this module
 
 
 class Incoming:
-    """Counts of the bytes that are being received, by owner. Thread-safe."""
+    """Counts the bytes that are being received for each owner, a project or a key. Thread-safe."""
 
     def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()
@@ -82,7 +82,7 @@ class Incoming:
 
     @contextmanager
     def adding(self, owners: tuple[str, ...], num_bytes: int) -> Iterator[Mapping[str, int]]:
-        """Count `num_bytes` more for each owner until the context ends. Yield the counts from before, by owner."""
+        """Add `num_bytes` to each owner's count until the context ends. Yield the counts before that, by owner."""
         with self._lock:
             before = self.of(owners)
             self._add(owners, num_bytes)
@@ -100,7 +100,7 @@ class Incoming:
 
 @contextmanager
 def reserved(services: "Services", num_bytes: int) -> Iterator[None]:
-    """Reserve `num_bytes` more of the caller's quotas until the context ends.
+    """Reserve `num_bytes` of the caller's quotas until the context ends.
 
     Raise Forbidden if a quota would be exceeded. This does disk I/O, so it may block.
     """
@@ -112,11 +112,11 @@ def reserved(services: "Services", num_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def growing(services: "Services", num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that must be called with the file's size as the file grows.
+    """Yield a function that must be called with a file's total size as the file grows.
 
-    `num_bytes` of the caller's quotas are reserved already. The function reserves the bytes beyond them until the
-    context ends. It raises Forbidden if a quota would be exceeded, or Unavailable if the disk is nearly full. It
-    does disk I/O, so it may block.
+    `num_bytes` of the caller's quotas are reserved already. The function reserves the bytes beyond `num_bytes`,
+    until the context ends. It raises Forbidden if a quota would be exceeded, or Unavailable if the disk is nearly
+    full. It does disk I/O, so it may block.
     """
     with ExitStack() as reservations:
 
@@ -131,10 +131,10 @@ def growing(services: "Services", num_bytes: int) -> Iterator[Callable[[int], No
 
 
 def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str, int] | None = None) -> None:
-    """Raise Forbidden if `num_bytes` more would exceed the quota of the project or the key.
+    """Raise Forbidden if `num_bytes` more would exceed the quota of the caller's project or key.
 
-    `before` has the number of bytes that were being received before, by owner. If it is None, the bytes that are
-    being received now count instead. This does disk I/O, so it may block.
+    `before` has the bytes of other uploads that also count, by owner. If it is None, all uploads that are being
+    received now count. This does disk I/O, so it may block.
     """
     principal = services.principal
     project, key = owners = owners_of(services)
@@ -168,8 +168,7 @@ def owners_of(services: "Services") -> tuple[str, str]:
 def stored_bytes(services: "Services", key_id: str | None = None) -> int:
     """Return the stored bytes of the project's adapters, data sets and files.
 
-    If `key_id` is given, only the things that were created with this key count. This does disk I/O, so it may
-    block.
+    If `key_id` is given, only what was created with this key counts. This does disk I/O, so it may block.
     """
     datasets = sum(d.stored_bytes for d in services.datasets.list() if key_id in (None, d.key_id))
     files = sum(file.bytes for file in services.files.list() if key_id in (None, file.key_id))

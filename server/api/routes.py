@@ -33,7 +33,7 @@ Watcher = Literal["probe", "scraper"]
 
 @dataclass(frozen=True)
 class Requirements:
-    """A route's requirements. Declare them with `@requires(…)` below the route's decorator."""
+    """What a route requires of requests. Declare it with `@requires(…)` below the route's decorator."""
 
     scopes: Scopes | None  # a key needs one of them; None: no key is needed
     upload: bool = False  # the body is spooled to disk, and may be up to MAX_UPLOAD_BYTES long

@@ -22,12 +22,12 @@ _SHOWN = 100  # characters of a header in an error message
 class Sites:
     """A filter that refuses requests to foreign host names, and requests from pages of other sites.
 
-    A health probe may use any host name, since the name by which it reaches a container isn't known here. A
-    metrics scraper may use any IP address, because DNS rebinding needs a name.
+    A health probe may use any host name, since the server can't know under which name a probe reaches its
+    container. A metrics scraper may use any IP address, because DNS rebinding needs a name.
     """
 
     def __init__(self, hosts: Sequence[str], origins: Sequence[str], own_host: str) -> None:
-        """Take the settings. If `hosts` is empty, localhost, `own_host` and all IP addresses are allowed."""
+        """Allow these hosts and origins. If `hosts` is empty, allow localhost, `own_host` and any IP address."""
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origins)
         self._own_names = frozenset({"localhost", own_host.lower()})

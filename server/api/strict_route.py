@@ -94,7 +94,7 @@ class StrictRequest(Request):
 
 
 def check_shape(body: bytes, hint: str = "") -> None:
-    """Raise HTTPException (413) if a JSON body has too many values to be parsed. `hint` ends the message."""
+    """Raise HTTPException (413) if a JSON body has too many values to be parsed. The message ends with `hint`."""
     if len(body) <= MAX_FIELDS:
         return
     text = body.replace(b"\\\\", b"").replace(b'\\"', b"")

@@ -10,8 +10,8 @@ OpenTelemetry's conventions for HTTP and `gen_ai`:
         prefill                        until its first token
         decode                         until its last token
 
-Choices of a generation share its spans: a phase begins with the first choice and ends with the last. Spans are
-made when the generation ends, so they cost nothing before.
+Choices of a generation share its spans: a span begins with the first choice and ends with the last. Spans are made
+when the generation ends, so they cost nothing before.
 """
 
 import time
@@ -143,7 +143,7 @@ class GenerationTrace:
         self._first_token: int | None = None
 
     def note(self, output: SequenceOutput) -> None:
-        """Add an output of the engine."""
+        """Record when an output of the engine arrives, and how a choice ended."""
         if output.num_new_tokens and self._first_token is None:
             self._first_token = time.time_ns()
         if output.finish_reason is not None:
@@ -152,7 +152,7 @@ class GenerationTrace:
                 self._timings.append(output.timing)
 
     def end(self, outcome: str, num_tokens: int, num_cached: int) -> None:
-        """Make the spans of the generation, which has ended or was aborted after `num_tokens` tokens."""
+        """Make the spans of the generation, which ended or was aborted after `num_tokens` tokens."""
         now = time.time_ns()
         terms = [Term(part.name, part.version, weight=part.weight) for part in self._parts]
         model = render(terms) if terms else self._base
@@ -208,7 +208,10 @@ class GenerationTrace:
     def _phases(
         self, now: int, num_tokens: int, num_cached: int
     ) -> "list[tuple[str, tuple[int, int], Mapping[str, Value]]]":
-        """Return the phases, timed by the engine if a choice has ended, else by the arrival of outputs here."""
+        """Return (name, (start, end), attributes) for the phases queue, prefill and decode, as far as reached.
+
+        The times are the engine's if a choice has ended, else those at which this process received outputs.
+        """
         reading: Mapping[str, Value] = {"smolora.tokens": len(self._request.prompt_token_ids) - num_cached}
         writing: Mapping[str, Value] = {"smolora.tokens": num_tokens}
         if self._timings:

@@ -48,7 +48,7 @@ class UploadedFiles:
 
     @property
     def num_bytes(self) -> int:
-        """Size of both files, which may be larger than their archive."""
+        """Size of both files in bytes. It may be larger than that of the archive that they were in."""
         return len(self.config_json) + self.weights.stat().st_size
 
 
@@ -146,7 +146,7 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
 
 
 def uploaded_rows(form: FormData, *others: str) -> tuple[BinaryIO, str]:
-    """Return the form's file of rows, and the file's name. `others` are the names of other fields to allow.
+    """Return the form's file of rows, and the file's name. `others` names the other fields that are allowed.
 
     Raise InvalidInput if the file is missing or the form has any other field.
     """

@@ -35,7 +35,7 @@ _TYPES = {
     ".LICENSE": "text/plain; charset=utf-8",
 }
 _LAZY = frozenset({"vendor/uplot.mjs"})
-"""Modules that aren't preloaded, since no view needs them at first."""
+"""Modules that aren't preloaded, since the page doesn't need them at first."""
 _COMMENTS = re.compile(rb"^ */\*\*.*?\*/", re.MULTILINE | re.DOTALL)
 """A pattern for JSDoc comments in our own modules. They aren't sent, which saves a sixth of the bytes."""
 
@@ -93,7 +93,7 @@ class _Page:
 
 
 def _sent(path: Path) -> bytes:
-    """Return a file's content to send. Our modules lose their JSDoc comments, but keep their line numbers."""
+    """Return a file's content to send. JSDoc comments are removed from .js files; line numbers stay the same."""
     content = path.read_bytes()
     if path.suffix != ".js":
         return content

@@ -20,9 +20,9 @@ _LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x8
 
 
 def encode(document: object) -> bytes:
-    """Return the document, which may contain models, as JSON. A model's fields that weren't set are left out.
+    """Return the document as JSON. It may contain pydantic models, whose unset fields are left out.
 
-    Raise ValueError for NaN and infinities.
+    Raise ValueError if the document has NaN or infinities.
     """
     encoded = _serializer.to_json(document, exclude_unset=True)
     if b"NaN" in encoded or b"Infinity" in encoded:  # as a number, which `_strict` refuses, or in a text

@@ -25,7 +25,7 @@ from server.api.streams import Download
 
 CHUNK = 1 << 18
 LARGEST = 0xFFFFFFFF
-"""Sizes and offsets of this value or more are written to the zip64 format's fields."""
+"""Sizes and offsets of at least this value are written to the fields of the zip64 format."""
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -117,7 +117,7 @@ class StoredZip:
 
 
 def _extra(*values: int) -> bytes:
-    """Return the zip64 extra field with the given values, or nothing if there are none."""
+    """Return the zip64 extra field with the given values, or b"" if there are no values."""
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
@@ -133,7 +133,7 @@ def _read(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 FIELD = "archive"
 MAX_WEIGHTS_BYTES = 512 << 20
-"""The most bytes of decompressed tensors. Weights hardly compress, so the limit on uploads is reached first."""
+"""The maximum size of decompressed tensors. Weights hardly compress, so uploads reach their own limit first."""
 MAX_ENTRIES = 1000
 _MAX_DIRECTORY_BYTES = 1 << 20  # of the central directory, which Python reads into memory
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

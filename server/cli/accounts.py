@@ -49,7 +49,7 @@ BytesOption = Annotated[
 def _quota(
     requests_per_minute: int | None, tokens_per_minute: int | None, max_jobs: int | None, max_bytes: str | None
 ) -> Quota:
-    """Return the limits that the options give. Raise InvalidInput naming the fields at fault."""
+    """Return the limits that the options give. Raise InvalidInput if a value is invalid."""
     from server.api.schemas import LimitFields
 
     num_bytes = None if max_bytes is None else _num_bytes(max_bytes)
@@ -182,9 +182,9 @@ def _keys(engine: Any, home: "Home") -> "Keys":  # noqa: ANN401 SQLAlchemy's, wh
 
 
 def _moment(text: str, now: datetime) -> datetime:
-    """Return the time of expiry in UTC.
+    """Return the time of expiry in UTC. `text` is a span from `now`, or a date or time.
 
-    A time without an offset is in UTC. Raise InvalidInput if it is malformed.
+    A time without an offset is in UTC. Raise InvalidInput if `text` is malformed.
     """
     try:
         if span := _SPAN.fullmatch(text):
@@ -255,7 +255,7 @@ def delete(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `smolora projects list` shows it.")],
     home: HomeOption = None,
 ) -> None:
-    """Delete a project without adapters, data sets, files and unfinished jobs.
+    """Delete a project. It must have no adapters, data sets, files or unfinished jobs.
 
     Its keys are revoked. Its finished jobs, usage and audit entries stay.
     """

@@ -83,7 +83,10 @@ def _table(adapters: Sequence[Document]) -> Table:
 
 
 def _parsed(reference: str) -> tuple[str, int | None]:
-    """Split a reference into a name and a version, if it has one. Raise BadParameter if that isn't a number."""
+    """Split `name` or `name@version` into a name and a version or None.
+
+    Raise BadParameter if the version isn't a number.
+    """
     name, _, version = reference.partition("@")
     if "@" in reference and not _VERSION.fullmatch(version):
         raise typer.BadParameter(f"{reference}: give a version's number behind the @, such as {name}@1")
@@ -91,7 +94,10 @@ def _parsed(reference: str) -> tuple[str, int | None]:
 
 
 def _meant(client: "Client", reference: str) -> tuple[str, int | None]:
-    """Split a reference into a name and a version, if it has one. An alias is replaced by its version."""
+    """Split `name`, `name@version` or `name@alias` into a name and a version or None.
+
+    The server is asked for the version of an alias.
+    """
     name, _, alias = reference.partition("@")
     if alias_fault(alias):
         return _parsed(reference)
@@ -162,7 +168,7 @@ def download(
 
 
 def _is_output(path: Path) -> bool:
-    """Return whether the target is stdout, whose output must not mix with the archive."""
+    """Return whether an archive at `path` may go to stdout, where no message may then be printed."""
     if not path.is_file():
         return True
     try:

@@ -171,7 +171,7 @@ _DOWN_SECONDS = 120.0
 
 
 def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> "Scale":
-    """Return the numbers of replicas. Raise StartupError if they contradict each other."""
+    """Return the replicas' number and resources as a `Scale`. Raise StartupError if `most` is below `replicas`."""
     from server.cluster.deploy import Scale
 
     if most is not None and most < (replicas or 1):
@@ -180,7 +180,7 @@ def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> 
 
 
 def _need_ray() -> None:
-    """Raise StartupError if Ray isn't installed, else set Ray's variables. Ray isn't imported here."""
+    """Raise StartupError if Ray isn't installed, else set Ray's variables. This doesn't import Ray."""
     if find_spec("ray") is None:
         raise StartupError("a cluster needs Ray: pip install -e '.[cluster]' in smolora's folder")
     set_up_ray()

@@ -1,4 +1,4 @@
-"""What the commands share: options, the connection to a server, output, and flags made from the settings.
+"""Code that commands share: options, the connection to a server, output, and flags made from the settings.
 
 Commands that call a server work with any URL, can send a key, and print JSON with --json. If the server refuses a
 request, they print the reason on stderr and exit with code 1. Slow modules are imported when they are needed.
@@ -137,7 +137,7 @@ def suggestion(*arguments: str, client: "Client | None" = None) -> str:
 
 
 def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, object]:
-    """Return a request's `prompt`, or its `messages` for a chat or with a system message."""
+    """Return a request's field `messages` if it is a chat or has a system message, else its field `prompt`."""
     turns = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*turns, {"role": "user", "content": prompt}]} if chat or turns else {"prompt": prompt}
 
@@ -194,10 +194,10 @@ def show(table: Table) -> None:
 
 
 def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that makes a command of `run(settings)`, with an optional flag for each field of `kind`.
+    """Return a decorator that turns `run(settings, ...)` into a command with a flag for each field of `kind`.
 
-    The other parameters of `run` are declared as usual with Typer. The command raises StartupError if a setting is
-    invalid.
+    All flags are optional. The other parameters of `run` are declared as usual with Typer. The command raises
+    StartupError if a setting is invalid.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
@@ -229,7 +229,7 @@ def _parameter(kind: type[WorkerSettings], name: str) -> inspect.Parameter:
 
 
 def _type(of: type[WorkerSettings], name: str) -> type:
-    """Return the type of a flag. It is `str` if only the settings can parse the value."""
+    """Return the type of the flag for a setting: `str` if only the settings class can parse the value."""
     field = of.model_fields[name]
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
     return next((kind for kind in (bool, int, float, Path) if kinds == [kind]), str)
@@ -241,7 +241,7 @@ def _help(kind: type[WorkerSettings], name: str) -> str:
 
 
 class PeersOptions(TyperCommand):
-    """A command that suggests its own option if the user gives the name that PEFT or TRL has for it."""
+    """A command that suggests its own option if the user gives an option by the name that PEFT or TRL uses."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # its type is private to Typer
         try:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from server.client.client import Client
 
 _MAX_COLUMNS = 3
-"""The most answers that `compare` shows side by side. If there are more, it shows each on a line of its own."""
+"""The most answers that `compare` shows side by side. If there are more, each answer is on a line of its own."""
 
 
 def generate(
@@ -199,7 +199,7 @@ def _lines(results: Sequence[Mapping[str, object]]) -> Table:
 
 
 def _scores(results: Sequence[Mapping[str, object]], texts: Sequence[str]) -> Table:
-    """Return the log-probability of each text under each adapter, with the highest of each text in bold."""
+    """Return a table of the log-probability of each text under each adapter, each text's highest in bold."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("text")
     for result in results:

@@ -1,4 +1,4 @@
-"""What the commands that work on a HOME share: finding HOME, its database, and reporting errors.
+"""Find HOME (a server's data folder), open its database and report errors, for commands that need no server.
 
 Slow modules are imported when they are needed.
 """
@@ -24,12 +24,12 @@ Built = TypeVar("Built")
 
 
 def place_of(home: Path | None) -> Path:
-    """Return the path of HOME: `home`, or else the setting. Raise StartupError if a setting is invalid."""
+    """Return the path of HOME: `home` if given, else the setting. Raise StartupError if a setting is invalid."""
     return load(WorkerSettings, home=home).home
 
 
 def storage_of(home: Path | None) -> "Storage":
-    """Return HOME and the bucket, if there is one. Raise StartupError if the bucket can't be reached."""
+    """Return the storage: HOME, and the bucket if one is set. Raise StartupError if the bucket is unreachable."""
     from server.storage.places import Storage
 
     settings = load(WorkerSettings, home=home)
@@ -52,7 +52,7 @@ def refuse_shared(why: str) -> None:
 
 
 def refuse_server(command: str, instead: str) -> None:
-    """Raise StartupError if the database is a PostgreSQL server's: `command` is only for a database in HOME."""
+    """Raise StartupError if the database is in PostgreSQL: `command` is only for a database in HOME."""
     if load(WorkerSettings).database is not None:
         raise StartupError(f"{command} is for a database in HOME, and SMOLORA_DATABASE_URL is set: {instead}")
 
@@ -91,8 +91,8 @@ def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Bu
 def refusals(**options: str) -> Iterator[None]:
     """Exit with a line on stderr if the block raises InvalidInput, NotFound or Conflict.
 
-    Invalid fields are reported by their options' names. `options` maps fields to options that are spelled
-    otherwise.
+    Invalid fields are reported as options. By default, the field `max_jobs` is the option --max-jobs; `options`
+    maps fields to other options.
     """
     try:
         yield
@@ -118,7 +118,7 @@ def _database(settings: WorkerSettings, build: Callable[..., Built]) -> Iterator
 
 
 def _connected(settings: WorkerSettings) -> Any:  # noqa: ANN401 SQLAlchemy's
-    """Connect to the database. On a full disk, release the reserve first: SQLite needs room to open its file."""
+    """Connect to the database. On a full disk, free reserved space first: SQLite needs room to open its file."""
     from server.database import connect
     from server.storage.reserve import Reserve
 

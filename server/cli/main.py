@@ -87,7 +87,7 @@ app.add_typer(projects_group, name="projects")
 
 
 def _exit_on_sigterm() -> None:
-    """Exit on SIGTERM until the server or worker handles it: a container's first process ignores it by default."""
+    """Exit on SIGTERM until the server or worker handles it. By default a container's first process ignores it."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 

@@ -176,7 +176,10 @@ def move_to_home(home: NewHomeOption = None, as_json: JsonOption = False) -> Non
 
 
 def _cluster(home: Path | None) -> tuple[WorkerSettings, str, "Storage"]:
-    """Return the settings, the database's URL and the storage. Raise StartupError if either URL isn't set."""
+    """Return the settings, the database's URL and the storage.
+
+    Raise StartupError if SMOLORA_DATABASE_URL or SMOLORA_BYTES_URL isn't set.
+    """
     from server.storage.places import Storage
 
     settings = load(WorkerSettings, home=home)

@@ -30,7 +30,7 @@ log = logging.getLogger("smolora.run")
 def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clients_key: bool = False) -> int:
     """Run a server and return its exit code. `connect` is as in `server.serve.startup.build`.
 
-    `has_clients_key`: SMOLORA_API_KEY is set, perhaps by mistake for SMOLORA_API_KEYS.
+    `has_clients_key` says whether SMOLORA_API_KEY is set, perhaps by mistake for SMOLORA_API_KEYS.
     """
     os.umask(0o077)
     switch_quickly()

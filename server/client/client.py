@@ -22,7 +22,7 @@ ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
 _SILENCE_SECONDS = 60.0  # the read timeout of event streams, which send keep-alives
 _LASTING_SECONDS = 5.0
-"""If a stream breaks after this long, that doesn't count as a failure: some proxies close long responses."""
+"""A stream that breaks after this time doesn't count as a failure: some proxies close long responses."""
 _PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
 
 
@@ -30,11 +30,11 @@ class Client(Connection):
     """A client with a method for each operation."""
 
     def about(self) -> Document:
-        """Return the base's name, and whether it has a chat template."""
+        """Return the base model's name, and whether it has a chat template."""
         return self.json("GET", "/ready")
 
     def upload(self, path: Path) -> Document:
-        """Upload the rows of a JSONL or CSV file and return the data set.
+        """Upload a JSONL or CSV file of rows, and return the new data set.
 
         Raise OSError if the file can't be read.
         """
@@ -42,7 +42,7 @@ class Client(Connection):
             return self.json("POST", "/datasets", files={"file": (path.name, file)})
 
     def train(self, body: Mapping[str, object], dry_run: bool = False) -> Document:
-        """Submit a job and return it. If the response is lost, retry with the same idempotency key."""
+        """Submit a training job and return it. If the response is lost, retry with the same idempotency key."""
         headers = {"Idempotency-Key": uuid.uuid4().hex}
         params = {"dry_run": "true"} if dry_run else {}
 
@@ -95,7 +95,7 @@ class Client(Connection):
             time.sleep(self.retries[max(0, num_failures - 1)])
 
     def adapters(self) -> Iterator[Document]:
-        """Yield all adapters by name, with their versions."""
+        """Yield all adapters with their versions, sorted by name."""
         after: str | None = ""
         while after is not None:
             page = self.json("GET", "/adapters", params={"limit": "500", "after": after})
@@ -105,7 +105,7 @@ class Client(Connection):
     def adapter(self, name: str) -> Document:
         """Return an adapter with its versions.
 
-        Other projects' adapters, such as `acme/tweets`, are found in lists.
+        If the name has a project, as in `acme/tweets`, look the adapter up in the list of adapters.
         """
         if "/" not in name:
             return self.json("GET", path_of("adapters", name))
@@ -126,7 +126,7 @@ class Client(Connection):
     def delete_adapter(self, name: str, version: int | None = None, force: bool = False) -> None:
         """Delete a version, or an adapter with all its versions.
 
-        With `force`, also delete the aliases that point to it.
+        With `force`, also delete the aliases that point to what is deleted.
         """
         path, headers = self._place(name, *(() if version is None else (str(version),)))
         self.nothing("DELETE", path, params={"force": "true"} if force else {}, headers=headers)
@@ -159,7 +159,7 @@ class Client(Connection):
         self.nothing("DELETE", path, headers=headers)
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
-        """Create a named blend and return its version.
+        """Name a weighted sum of adapters, and return the new version.
 
         If `body` has a `method`, queue a merge and return its job.
         """

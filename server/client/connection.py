@@ -38,7 +38,7 @@ class Options(TypedDict, total=False):
 
 
 class ClientError(Exception):
-    """The server refused a request or didn't answer. `status` is None if it didn't answer."""
+    """The server refused a request or didn't answer. `status` is its HTTP status, or None without an answer."""
 
     def __init__(self, message: str, status: int | None = None, hint: Hint | None = None) -> None:
         super().__init__(message)
@@ -88,7 +88,10 @@ class Connection:
         self._http.close()
 
     def again(self, work: Callable[[], Document]) -> Document:
-        """Retry `work` until the server is back, and return its result."""
+        """Retry `work`, waiting as long as `retries` says, until it succeeds, and return its result.
+
+        Raise ClientError if the last retry fails, or if a retry fails with an error that no retry can solve.
+        """
         for wait in self.retries:
             time.sleep(wait)
             try:
@@ -118,7 +121,7 @@ class Connection:
     def open(self, method: str, path: str, **options: Unpack[Options]) -> Iterator[httpx.Response]:
         """Send a request and yield the response before its body is read.
 
-        Raise ClientError if either the request or the reading fails.
+        Raise ClientError if the request is refused, or if sending it or reading the response fails.
         """
         try:
             with self._http.stream(method, path, **options) as response:

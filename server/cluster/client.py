@@ -1,6 +1,6 @@
 """All engine replicas as one `EngineClient`, which an API process in a cluster uses instead of an engine.
 
-Everything here runs on one event loop. A request goes to the best replica that accepts it (`fleet.best`). If a
+All of this runs on one event loop. A request goes to the best replica that accepts it (`fleet.best`). If a
 replica is lost before a request's first output, the request is retried once on another replica, with the same seed
 and thus the same answer. If the replica is lost later, the request fails with EngineDead. While there is no
 replica, accepted requests wait for one, but not longer than _PATIENCE_SECONDS.
@@ -30,10 +30,10 @@ _MAX_LOST = 1
 
 
 class ReplicatedEngine:
-    """The engines of all replicas as one engine. Use `start`, `submit` and the streams on the same event loop."""
+    """The engines of all replicas as one engine. Use `start`, `submit` and the streams on one event loop."""
 
     def __init__(self, transport: Transport, base_digest: str, size_of: Callable[[str], int]) -> None:
-        """Use only replicas with the base `base_digest`. `size_of(digest)` returns an adapter's size in bytes."""
+        """Use only replicas whose base model has this digest. `size_of(digest)` is an adapter's size in bytes."""
         self._transport = transport
         self._base_digest = base_digest
         self._size_of = size_of
@@ -74,9 +74,9 @@ class ReplicatedEngine:
 
     @property
     def max_in_flight(self) -> int | None:
-        """Return how many unfinished sequences all replicas, including lost ones, allow.
+        """Return how many unfinished sequences all replicas together allow, including replicas that were lost.
 
-        Return None if unknown.
+        Return None if it is unknown.
         """
         return fleet.max_in_flight(list(self._links.values()), self._base_digest, self._counts)
 
@@ -116,9 +116,10 @@ class ReplicatedEngine:
         fleet.check_queues(self._ready_links())
 
     def submit(self, request: GenerationRequest) -> OutputStream:
-        """Send a request, and return its stream. Raise QueueFull, Draining, NotReady or InvalidInput on refusal.
+        """Send a request, and return the stream of its outputs.
 
-        If the replicas refuse the request later, the stream raises their error.
+        Raise QueueFull, Draining, NotReady or InvalidInput if it is refused at once. If the replicas refuse it
+        later, the stream raises their error.
         """
         self.check_queue(request.n, request.project)
         fleet.check(self._ready_links(), request)
@@ -128,9 +129,9 @@ class ReplicatedEngine:
         return stream
 
     def _ready_links(self) -> list[Link]:
-        """Return the replicas to which requests may be sent. Replicas that are leaving aren't among them.
+        """Return the replicas to which requests may be sent, without those that are being stopped.
 
-        But if all replicas are leaving and their successors haven't reported yet, return the leaving replicas.
+        But if all replicas are being stopped and their successors haven't reported yet, return all of them.
         """
         links = list(self._links.values())
         ready = [link for link in links if link.is_ready]
@@ -235,7 +236,7 @@ class ReplicatedEngine:
             self._finish(sent, error)
 
     def _update_replicas(self, ids: frozenset[str]) -> None:
-        """Subscribe to new replicas, and mark replicas that aren't in `ids` as leaving."""
+        """Subscribe to new replicas. Mark replicas that aren't in `ids` as leaving: Serve is stopping them."""
         for name, link in self._links.items():
             link.is_leaving = name not in ids
         for name in ids - self._links.keys():
@@ -256,7 +257,7 @@ class ReplicatedEngine:
         del self._links[link.id], self._followers[link.id]
 
     async def _listen(self, link: Link) -> None:
-        """Receive messages until the stream ends, or the replica is leaving and none of our requests needs it."""
+        """Receive messages until the stream ends, or the replica is leaving and this process needs it no more."""
         async with aclosing(self._transport.follow(link.id, self._client)) as messages:
             while not link.is_leaving or link.sent or link in self._ready_links():
                 async with asyncio.timeout(SILENCE_SECONDS):
@@ -298,7 +299,7 @@ class ReplicatedEngine:
         sent.put(output)
 
     def _lose(self, link: Link) -> None:
-        """Handle the loss of a replica: fail its requests."""
+        """Handle the loss of a replica: call `_fail` for each of its requests."""
         link.state = None
         link.blocks = set()
         for call in link.calls:

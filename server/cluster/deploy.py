@@ -1,4 +1,4 @@
-"""The deployment of engine replicas on Ray Serve. `build_app` is for Serve's own config files."""
+"""The deployment of engine replicas on Ray Serve. Serve's own config files can use `build_app`."""
 
 import logging
 import math
@@ -66,7 +66,10 @@ class Scale:
 
 
 class Engine:
-    """The actor that Serve runs. It passes calls to an `EngineReplica`; only the router reads the replica's id."""
+    """The actor that Serve runs. It passes calls to an `EngineReplica`.
+
+    The argument `replica` is for the router, which sends the call to the replica with that id.
+    """
 
     def __init__(self, settings: Settings) -> None:
         switch_quickly()
@@ -99,7 +102,9 @@ class Engine:
 
 
 def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
-    """Return enough replicas for the sequences in flight, plus one if a replica's blocks are nearly used up.
+    """Return the wanted number of replicas: enough for the sequences in flight.
+
+    It is at least one more than now if a replica's KV cache is nearly full.
 
     Serve's own count of calls can't be used: each API process always has one call to each replica.
     """

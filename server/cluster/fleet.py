@@ -2,8 +2,8 @@
 
 A replica's known state may be half a second old. To estimate its queue, the requests that this process has sent
 since then are added, multiplied by the number of API processes. The other processes have the same information and
-choose alike, so each has probably sent as many requests. If each process counted only its own requests, all
-processes would fill the same replicas at once.
+choose in the same way, so each has probably sent as many requests as this one. If each process counted only its
+own requests, all processes would fill the same replicas at once.
 
 `watch` and `notify` must not be in `transport`: Serve copies the router's class with its module's globals, but not
 the modules that it imports.
@@ -26,7 +26,7 @@ OnChange = Callable[[frozenset[str]], None]
 """Receives the ids of all replicas."""
 
 _MAX_BLOCKS = 256
-"""The most leading blocks of a prompt that are compared with replicas' prefix caches."""
+"""The maximum number of a prompt's leading blocks that are compared with replicas' prefix caches."""
 
 COUNTERS = (
     "adapter_loads",
@@ -67,14 +67,14 @@ class Counts:
         self.max_in_flight = 0  # the most unfinished sequences that ready replicas ever allowed together
 
     def grow(self, before: EngineStats | None, now: EngineStats) -> None:
-        """Add the growth of a replica's counters since its previous report. `before` is None if there was none."""
+        """Add the growth of a replica's counters since its previous report, `before`. None: this is the first."""
         if before is not None:
             for name in COUNTERS:
                 old, new = getattr(before, name), getattr(now, name)
                 self.sums[name] += new - old if new >= old else new  # lower: the replica was restarted
 
     def note(self, links: Sequence["Link"]) -> None:
-        """Record how many unfinished sequences the ready replicas allow together."""
+        """Update `max_in_flight` from `links`, the ready replicas."""
         limits = [link.welcome.max_in_flight for link in links if link.welcome is not None]
         known = [limit for limit in limits if limit is not None]
         if len(known) == len(limits):
@@ -85,7 +85,7 @@ class Transport(Protocol):
     """A connection to the replicas. A call that fails may raise any exception."""
 
     def watch(self, on_change: OnChange) -> None:
-        """Call `on_change` on the running event loop, with the present replicas and whenever the set changes."""
+        """Call `on_change` on the running event loop, with all replicas, at first and whenever the set changes."""
         ...
 
     def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]: ...
@@ -96,7 +96,7 @@ class Transport(Protocol):
 
 @dataclass(eq=False)
 class Sent:
-    """A request of this process that hasn't ended. `link` is the replica that processes it, if any."""
+    """A request of this process that hasn't ended. `link` is the replica that processes it, or None."""
 
     request: GenerationRequest
     put: Callable[[SequenceOutput | SmoloraError], None]
@@ -112,7 +112,7 @@ class Sent:
 
 @dataclass(eq=False)
 class Link:
-    """A replica, as this process knows it."""
+    """What this process knows of one replica."""
 
     id: str
     welcome: Welcome | None = None
@@ -132,7 +132,7 @@ class Link:
 
     @property
     def is_coming(self) -> bool:
-        """Return whether the replica is about to be ready for the first time."""
+        """Return whether the replica hasn't reported yet, but is expected to."""
         return self.is_new and not self.is_leaving
 
     @property
@@ -142,7 +142,7 @@ class Link:
 
     @property
     def queue(self) -> int:
-        """Estimate how many unfinished sequences of all processes the replica has now."""
+        """Estimate the number of unfinished sequences, of all API processes, that the replica has now."""
         if (state := self.state) is None:
             return self.num_own
         others = max(0, state.num_in_flight - state.num_own)
@@ -150,7 +150,7 @@ class Link:
         return others + self.num_own + (state.num_followers - 1) * fresh
 
     def greet(self, welcome: Welcome, base_digest: str) -> None:
-        """Handle the replica's first message. Raise ValueError if its base isn't the one with `base_digest`."""
+        """Handle the replica's first message. Raise ValueError if its base model has another digest."""
         is_new, self.welcome = self.welcome is None, welcome
         if welcome.base_digest != base_digest:
             if is_new:  # the connection is retried, with the same result: warn once
@@ -174,12 +174,12 @@ class Link:
 
 
 def max_num_tokens(links: Sequence[Link]) -> int | None:
-    """Return the length in tokens of a sequence that every one of the replicas can run."""
+    """Return the length in tokens of the longest sequence that every replica can run, or None without replicas."""
     return min((link.welcome.max_num_tokens for link in links if link.welcome is not None), default=None)
 
 
 def max_in_flight(links: Sequence[Link], base_digest: str, counts: Counts) -> int | None:
-    """Return how many unfinished sequences all replicas with this base allow together.
+    """Return how many unfinished sequences all replicas with this base model allow together.
 
     Replicas that were lost are included, since they are replaced. Return None if a replica hasn't reported yet, is
     lost at the moment, or runs an older version that doesn't report its limit.
@@ -224,7 +224,7 @@ def check(links: Sequence[Link], request: GenerationRequest) -> None:
 def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Link:
     """Return the best replica for the request, and record that its cache will have the prompt's blocks.
 
-    Replicas that haven't been tried yet are preferred.
+    Replicas that this request hasn't tried yet are preferred.
     """
     if len(links) == 1:
         return links[0]
@@ -239,14 +239,14 @@ def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Li
 
 
 def resident_in(link: Link) -> frozenset[str]:
-    """Return the adapters that a replica has, or is about to load for requests of this process."""
+    """Return the digests of the adapters that a replica has loaded, or will load for requests of this process."""
     assert link.state is not None
     coming = {ref.digest for sent in link.sent.values() for ref in sent.request.adapters}
     return link.state.stats.resident | coming
 
 
 def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
-    """Return the hashes of the prompt's leading blocks, at most `_MAX_BLOCKS`."""
+    """Return the hashes of the prompt's leading full blocks, at most `_MAX_BLOCKS`."""
     assert link.welcome is not None
     keys: list[bytes] = []
     size = link.welcome.block_size
@@ -258,7 +258,7 @@ def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
 def total(links: Sequence[Link], counts: Counts) -> EngineStats:
     """Return the statistics of all replicas together. Counters come from `counts`.
 
-    Of the other fields, numbers are added up (but of ranks, the maximum is taken), and sets of digests are united.
+    Of the other fields, numbers are added up, except that `max_adapter_rank` is the maximum. Sets are united.
     """
     states = [link.state for link in links]  # read once: /metrics calls from another thread
     found = [state.stats for state in states if state is not None]

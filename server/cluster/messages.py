@@ -1,4 +1,4 @@
-"""Messages from a replica to an API process. All can be pickled.
+"""Messages from an engine replica to an API process. All can be pickled.
 
 While a cluster is upgraded, the sender and the receiver may run adjacent versions of the code, so a new field
 needs a default.
@@ -13,7 +13,7 @@ from server.errors import TryAgain
 
 @dataclass(frozen=True)
 class Welcome:
-    """The first message: a replica's constants."""
+    """The first message to an API process: what doesn't change while the replica runs."""
 
     base_digest: str
     max_num_tokens: int  # of one sequence
@@ -28,7 +28,7 @@ class ReplicaState:
 
     `num_own` of the `num_in_flight` sequences belong to the API process that receives this message.
 
-    `num_followers` is the number of API processes that receive states, including the receiver.
+    `num_followers` is the number of API processes that receive such messages, including this one.
     """
 
     stats: EngineStats
@@ -41,7 +41,7 @@ class ReplicaState:
 
 @dataclass(frozen=True)
 class Batch:
-    """Outputs of one or several steps for all requests of one API process."""
+    """The outputs of one or several engine steps, for all requests of one API process."""
 
     outputs: tuple[SequenceOutput, ...] = ()
     failures: tuple[tuple[str, SmoloraError], ...] = ()  # a request's id, and the error that ends it
@@ -63,5 +63,8 @@ class Outbox:
 
 
 def block_hash(key: bytes) -> int:
-    """Return a short hash of a block's key, so that a state can list all blocks. A collision only costs time."""
+    """Return a short hash of a block's key, so that a `ReplicaState` with all blocks stays small.
+
+    A collision only costs time.
+    """
     return int.from_bytes(key[:8])

@@ -1,8 +1,8 @@
 """This machine's part of a Ray cluster: Ray's process, and a file in HOME that says which processes run.
 
-`smolora cluster status` and `down` are other processes than `up`, so they read the file. Ray's process outlives
-the process that started it, and stops when it gets a signal; Ray then moves its work to other nodes. Ray's
-dashboard and usage reports are off, and its object store, which smolora doesn't use, is as small as possible.
+`smolora cluster up` writes the file; `smolora cluster status` and `smolora cluster down` read it. Ray's process
+outlives the process that started it, and stops when it gets a signal; Ray then moves its work to other nodes.
+Ray's dashboard and usage reports are off. Its object store, which smolora doesn't use, is as small as possible.
 """
 
 import fcntl
@@ -59,7 +59,10 @@ def remove_state(home: Path) -> None:
 
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """Lock HOME during the `with` block. Raise StartupError if another `up` runs, or a Ray that it started."""
+    """Lock HOME during the `with` block, so that only one `smolora cluster up` uses it.
+
+    Raise StartupError if another `smolora cluster up` runs, or if the Ray process that it started still runs.
+    """
     with (home / _LOCK_NAME).open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +107,10 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # the last line of a tracebac
 
 
 def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, str]:
-    """Start a cluster. Return Ray's process and address, or raise StartupError."""
+    """Start a Ray cluster. Return Ray's process and the cluster's address.
+
+    Raise StartupError if the port is taken or Ray doesn't start.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -120,7 +126,10 @@ def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, s
 
 
 def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
-    """Make this machine join the cluster at `address`. Return Ray's process, or raise StartupError."""
+    """Make this machine join the Ray cluster at `address`. Return Ray's process.
+
+    Raise StartupError if Ray doesn't start.
+    """
     return _start([f"--address={address}"], log, num_cpus)
 
 
@@ -141,7 +150,7 @@ def refuse_unreachable(address: str) -> None:
 
 
 def mark_of(pid: int) -> str:
-    """Return a text that differs between processes that get the same id, also after a reboot; "" if unknown."""
+    """Return a text that no later process with the same id has, even after a reboot; or "" if it is unknown."""
     try:
         began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # starttime of proc(5)
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {began}"
@@ -150,7 +159,7 @@ def mark_of(pid: int) -> str:
 
 
 def is_alive(pid: int, mark: str = "") -> bool:
-    """Return whether the process is running. If a mark is given, a process with another mark doesn't count."""
+    """Return whether the process is running. If `mark` is given, a process with another mark doesn't count."""
     if mark and mark_of(pid) != mark:
         return False
     with suppress(OSError):  # a zombie counts as ended
@@ -166,9 +175,9 @@ def is_alive(pid: int, mark: str = "") -> bool:
 
 
 def end(pid: int, seconds: float = STOP_SECONDS, mark: str = "") -> bool:
-    """Terminate a process that isn't our child, and wait for it. Return whether it ended in time.
+    """Terminate a process that isn't a child of this one, and wait for it. Return whether it ended in time.
 
-    If a mark is given, a process with another mark counts as ended.
+    If `mark` is given, a process with another mark (`mark_of`) counts as ended.
     """
     if is_alive(pid, mark):
         with suppress(ProcessLookupError):
@@ -211,7 +220,7 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
 
 
 def _start_fault(log: Path, begun: int) -> str:
-    """Return the error in Ray's log after `begun`, in parentheses, or ""."""
+    """Return the last error in Ray's log after the byte `begun`, in parentheses, or "" if there is no error."""
     with log.open("rb") as written:
         written.seek(begun)
         lines = written.read().decode(errors="replace").splitlines()

@@ -117,9 +117,9 @@ class Processes:
             supervisor.start()
 
     def replace(self, stopped: threading.Event, say: Callable[[str], None]) -> str:
-        """Restart the processes one after the other. Return why this stopped early, or "" if it didn't.
+        """Restart the processes one after the other. Return "" if all restarted, else why the rest didn't.
 
-        After each API process there is a pause, in which load balancers notice that it is ready again.
+        After each API process there is a pause, in which load balancers notice that the process is ready again.
         """
         for index, (url, command, grace) in enumerate(self._commands):
             say(f"restarting {f'the API at {url}' if url else 'a worker'}")
@@ -143,7 +143,10 @@ class Processes:
 
 
 def restart(home: Path, say: Callable[[str], None]) -> None:
-    """Make `up` restart its API processes and workers, and wait for the end. Raise StartupError if that fails."""
+    """Make the running `smolora cluster up` restart its API processes and workers, and wait for them.
+
+    Raise StartupError if it isn't running, or if a restart fails.
+    """
     before = read_state(home)
     if not node.is_alive(before.pid, before.mark):
         raise StartupError("smolora cluster up has ended: start it again")
@@ -163,7 +166,10 @@ def urls_of(settings: Settings, num_apis: int) -> tuple[str, ...]:
 
 
 def api_command(settings: Settings, index: int, num_apis: int, address: str) -> list[str]:
-    """Return the command of an API process. If there are several, each has its own HOME and port."""
+    """Return the command of the API process `index`.
+
+    Each process has its own port. If there are several, each has its own HOME, too.
+    """
     home = settings.home.absolute()
     own = settings.model_copy(
         update={
@@ -177,7 +183,10 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 
 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
-    """Raise StartupError if processes would share no database or bytes, or an API process couldn't start."""
+    """Raise StartupError if the processes need a shared database and object store but have none.
+
+    Raise it also if an API process couldn't start.
+    """
     if (num_apis > 1 or address is not None) and not (settings.database_url and settings.bytes_url):
         raise StartupError(
             "several API processes or machines need SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL: what they share "
@@ -196,7 +205,7 @@ def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int
 
 
 def _refuse_taken(host: str, port: int, index: int) -> None:
-    """Raise StartupError if an API process couldn't listen on its port: it would be restarted forever."""
+    """Raise StartupError if the API process `index` couldn't listen on its port. It would be restarted forever."""
     if port == 0:
         raise StartupError("port 0 (SMOLORA_PORT, --port): API processes need ports that are known")
     if port + index > _MAX_PORT:
@@ -216,7 +225,7 @@ def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:
 
 
 def is_ready(url: str) -> bool:
-    """Return whether the API is ready."""
+    """Return whether the API process at `url` is ready."""
     try:
         with _DIRECT.open(f"{url}/ready", timeout=5) as answer:
             return bool(answer.status == 200)
@@ -225,7 +234,10 @@ def is_ready(url: str) -> bool:
 
 
 def queue_of(url: str) -> dict[str, int]:
-    """Return how many sequences run and wait on all replicas, or {} if /metrics can't be read without a key."""
+    """Return the numbers of running and waiting sequences on all replicas.
+
+    Return {} if /metrics can't be read without a key.
+    """
     try:
         with _DIRECT.open(f"{url}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()

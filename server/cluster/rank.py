@@ -20,9 +20,9 @@ SPILL = 1.5
 """A replica gets requests up to this multiple of the mean queue.
 
 Queues vary by a factor of 1.25 by chance, so 1.25 would move adapters that aren't hot, too. With 2, queues grow
-beyond a batch while other replicas have free places (simulated by `python -m benchmarks.routing`)."""
+beyond a batch while other replicas have room in theirs (simulated by `python -m benchmarks.routing`)."""
 ALWAYS_OPEN = 4
-"""A queue with fewer requests is never full: sharing a batch costs less than loading an adapter elsewhere."""
+"""A queue with fewer requests is never full: sharing a batch costs less than loading an adapter."""
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -49,15 +49,18 @@ def rank(
 ) -> list[str]:
     """Return the ids of all `replicas`, the best first. The order of the argument `replicas` doesn't matter.
 
-    `prefix` has a hash for each of the prompt's leading full blocks. Hashes are chained: they are equal only if
-    all tokens up to there and the adapters are equal. Only a gapless run of blocks from the start counts. If
-    `replicas` are only some of all replicas, `limit` is the `room` of all, so that the order is as among all.
+    `parts` are the request's adapters. `prefix` has a hash for each of the prompt's leading full blocks. Hashes
+    are chained: they are equal only if the adapters and all tokens up to the block's end are equal. Only a gapless
+    run of cached blocks from the start counts. A replica has room if its queue is shorter than `limit`, by default
+    the `room` of `replicas`. If `replicas` are only some of all replicas, pass the `room` of all.
 
     The groups of replicas, from best to worst, and the order within each:
 
-    1. Warm, with room: the most resident bytes of the parts, the most blocks of the prefix, the shortest queue,
-       then an order that differs between prompts, so that routers with the same knowledge don't choose alike.
-    2. Cold, with room: the rendezvous order of the largest part; for the base alone the shortest queue.
+    1. With room, and with an adapter or a block of the request: the most resident bytes of the adapters, the most
+       blocks of the prefix, the shortest queue, then an order that differs between prompts, so that routers with
+       the same knowledge don't all choose the same replica.
+    2. With room, but without these: the rendezvous order of the largest adapter; without adapters the shortest
+       queue.
     3. Without room: the shortest queue.
     """
     if limit is None:
@@ -93,7 +96,7 @@ def room(total: int, count: int) -> int:
 
 
 def _run(prefix: Sequence[int], cached: Collection[int]) -> int:
-    """Return how many of the leading blocks are cached."""
+    """Return the number of blocks in `prefix` before the first one that isn't cached."""
     for count, block in enumerate(prefix):
         if block not in cached:
             return count

@@ -24,7 +24,7 @@ from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, NotReady, TryAgain
 
 STATE_SECONDS = 0.05
-"""The shortest time between two states that are sent to the same API process."""
+"""The shortest time between two `ReplicaState`s that are sent to the same API process."""
 PULSE_SECONDS = 0.5
 """The longest time between two messages to the same API process."""
 _BLOCKS_SECONDS = 1.0  # between two reads of the prefix cache's keys
@@ -93,7 +93,7 @@ class EngineReplica:
     async def submit(self, client: str, request: GenerationRequest) -> SmoloraError | None:
         """Queue a request from a client that is subscribed by `follow`.
 
-        Return the error if the request is refused, else None.
+        Return an error if the request is refused, or None if it is accepted.
         """
         try:
             if request.grammar is not None:
@@ -121,7 +121,7 @@ class EngineReplica:
             raise EngineDead
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the metrics for autoscaling: sequences in flight, and the share of blocks in use."""
+        """Return the metrics for autoscaling: sequences in flight, and the share of KV cache blocks in use."""
         stats = self._engine.stats
         used = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
         return {"in_flight": float(self._engine.num_in_flight), "kv_used": used}
@@ -155,7 +155,7 @@ class EngineReplica:
         follower.requests = {}
 
     def _state(self, follower: _Follower) -> ReplicaState | None:
-        """Return the engine's state, or None if the last one was sent less than STATE_SECONDS ago."""
+        """Return the engine's state, or None if the follower got a state less than STATE_SECONDS ago."""
         now = time.monotonic()
         if now - follower.state_sent_at < STATE_SECONDS:
             return None

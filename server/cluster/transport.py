@@ -1,7 +1,7 @@
 """`fleet.Transport` over Ray Serve, and Serve's router in an API process. Only this file uses Serve's handles.
 
 The router sends a call to the replica that the call's first argument names. `client.py` chooses that replica,
-since replicas' reports arrive there with the outputs, long before Serve's controller has them.
+since `client.py` receives the replicas' reports with the outputs, long before Serve's controller has them.
 
 Calls go from this event loop over gRPC directly to the replica (`_by_reference=False`). Over Ray's object store, a
 message for a step would cost five times as much, and a replica wouldn't notice when an API process has died.
@@ -39,7 +39,7 @@ class ReplicaGoneError(Exception):
 
 
 class AddressedRouter(RequestRouter):  # type: ignore[misc]  # mypy doesn't see Ray's types
-    """Ray Serve's router. Each process has one instance, which the process's only handle makes."""
+    """A router for Ray Serve. Each process has one instance, created by its only deployment handle."""
 
     _leaving: dict[str, RunningReplica] | None = None  # by id: replicas that Serve is stopping, the latest last
 
@@ -64,7 +64,7 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # mypy doesn't see 
     ) -> list[list[RunningReplica]]:
         """Return the replica that the call names. If the replica is gone, the call fails at once.
 
-        A replica that is stopping is returned, too, since the call may abort a request that the replica runs.
+        A call to a stopping replica still reaches it, since the call may abort a request that the replica runs.
         """
         assert pending_request is not None
         meant = pending_request.args[0]
@@ -88,7 +88,7 @@ def _id_of(replica: RunningReplica) -> str:
 
 
 def join(address: str) -> None:
-    """Join the Ray cluster at this address ("auto": this machine's), or raise StartupError."""
+    """Join the Ray cluster at this address ("auto": this machine's). Raise StartupError if that fails."""
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
@@ -107,13 +107,13 @@ def has_room(num_cpus: float, num_gpus: float) -> bool:
 
 
 def is_too_small(num_cpus: float, num_gpus: float) -> bool:
-    """Return whether all machines together have fewer CPUs or GPUs than this, free or in use."""
+    """Return whether all machines together have fewer CPUs or GPUs than these numbers, free or in use."""
     there = ray.cluster_resources()
     return bool(there.get("CPU", 0.0) < num_cpus or there.get("GPU", 0.0) < num_gpus)
 
 
 def replica_counts() -> dict[str, int]:
-    """Return the number of replicas in each of Serve's states."""
+    """Return the number of replicas in each of Ray Serve's replica states, such as "running"."""
     deployment = _deployment()
     states = {} if deployment is None else deployment.replica_states
     return {str(state).lower(): number for state, number in states.items()}
@@ -186,7 +186,10 @@ class ServeTransport:
 
 
 def connect_to(address: str) -> Connect:
-    """Return a function for `startup.build` that joins the Ray cluster at `address`, or raises StartupError."""
+    """Return a function for `startup.build` that joins the Ray cluster at `address` and returns its engines.
+
+    The function raises StartupError if it can't join.
+    """
 
     def connect(base: BaseModel, store: AdapterStore) -> ReplicatedEngine:
         @lru_cache(_MAX_SIZES)

@@ -1,7 +1,7 @@
 """Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
 
-The command line builds the settings once, with a flag for each field, and passes them on; no other code reads
-settings from the environment. A flag overrides its variable, and an empty variable counts as unset.
+The command line builds the settings once, with a flag for each field, and passes them to all other code, which
+reads no settings from the environment. A flag overrides its variable, and an empty variable counts as unset.
 `server.model` and `server.engine` decide what `auto` and None mean on the machine's hardware. `--help` and
 docs/settings.md show the fields' descriptions.
 """
@@ -328,7 +328,7 @@ class Settings(Limits, WorkerSettings):
 
     @property
     def of_a_worker(self) -> WorkerSettings:
-        """Return the settings of each worker."""
+        """Return the settings of one of the server's workers, with its share of the GPU memory for training."""
         share = self.training_memory / self.workers if self.workers else None
         return self.model_copy(update={"train_memory": share})
 
@@ -432,7 +432,7 @@ def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
 
 
 def to_flags(settings: Settings) -> list[str]:
-    """Return the flags of all settings but secrets. `load` is the inverse.
+    """Return the flags of all settings except secrets. `load` is the inverse.
 
     Values that equal the default are included, since the environment may set another value.
     """
@@ -455,7 +455,7 @@ def _explain(loc: tuple[int | str, ...], message: str) -> str:
 
 
 def _in_words(fault: ErrorDetails) -> str:
-    """Return our short message for users if there is one, else pydantic's."""
+    """Return smolora's message for an error of pydantic if there is one, else pydantic's message."""
     if fault["type"] == "int_parsing" and str(fault["input"]).startswith("tcp://"):
         return "is a service's address, by Kubernetes: set enableServiceLinks: false for the pod, or the port here"
     if fault["type"] == "string_pattern_mismatch":

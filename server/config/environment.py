@@ -26,7 +26,7 @@ _SERVERS = ("serve", "cluster", "worker")
 
 
 def server_url() -> str:
-    """Return the server's default URL for commands: SMOLORA_URL, else this machine's."""
+    """Return the default URL of the server that commands call: SMOLORA_URL, else one on this machine."""
     return os.environ.get(f"{PREFIX}URL") or _local_url()
 
 
@@ -40,7 +40,7 @@ def _local_url() -> str:
 
 
 def log_format() -> str | None:
-    """Return the log format in the environment, for use if the settings as a whole are invalid."""
+    """Return the log format in the environment, or None. It is for errors before the settings are valid."""
     return os.environ.get(f"{PREFIX}LOG_FORMAT")
 
 
@@ -66,7 +66,7 @@ def wanted_instructions() -> str | None:
 
 
 def trace_exporters() -> tuple[str, ...]:
-    """Return the names (of entry points) of the exporters that OpenTelemetry's own variables ask for."""
+    """Return the entry points' names of the exporters that OpenTelemetry's own variables ask for."""
     named = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
         return ()
@@ -118,9 +118,9 @@ def hide_keys() -> None:
 
 
 def forget_keys() -> bool:
-    """Remove keys from the environment, so that no child process inherits them. Call it after reading settings.
+    """Remove API keys from the environment, so that no child process inherits them.
 
-    Return whether a client's key was removed.
+    Call this after reading the settings. Return whether a client's key was removed.
     """
     found = {name: os.environ.pop(name, "") for name in _KEY_FLAGS.values()}
     return bool(found[_KEY_FLAGS["--api-key"]])

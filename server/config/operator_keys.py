@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MIN_LENGTH = 16
-"""In characters. Operators choose these keys themselves; `openssl rand -hex 24` makes a good one."""
+"""The minimum length of a key in characters. Operators choose these keys themselves."""
 _SECRETS = Path("/run/secrets")
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -35,7 +35,7 @@ def split(text: str) -> tuple[str, ...]:
 def read(path: Path) -> tuple[str, ...]:
     """Return the keys in a file.
 
-    Raise ValueError if it is unreadable, other users can read it, or a key is invalid.
+    Raise ValueError if the file is unreadable, other users can read or write it, or a key is invalid.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[str, ...]:
 
 
 class OperatorKeys:
-    """The operator's keys that are valid now. `given` is the setting's value: keys, or one item `@FILE`."""
+    """The operator's keys that are valid now. `given` is the setting API_KEYS: keys, or one `@FILE`."""
 
     def __init__(self, given: Sequence[str] = ()) -> None:
         self.are_given = bool(given)
@@ -65,10 +65,9 @@ class OperatorKeys:
         self._seen: object = None
 
     def refresh(self) -> bool:
-        """Read the file again if it has changed; return whether it has.
+        """Read the file of keys again if it has changed. Return whether it has changed.
 
-        If the file has become invalid, no key is accepted, so that a removed key can't stay valid by accident.
-        This is logged.
+        If the file has become invalid, log it and accept no key, so that a removed key can't stay valid.
         """
         if self._path is None:
             return False

@@ -40,7 +40,7 @@ DEFAULT_CHAT_TOKENS = 1024
 
 
 async def begin_chat(services: Services, body: ChatBody) -> Batch:
-    """Submit the conversation to the engine. If it is refused, raise the reason."""
+    """Submit the conversation to the engine. Raise an error if it is refused."""
     terms = terms_of(services, body.model)
     limit, field = _token_limit(body)
     num_top = _num_top(body)
@@ -62,7 +62,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
 
 
 async def begin_completions(services: Services, body: CompletionBody) -> Batch:
-    """Submit all prompts to the engine. If one is refused, abort the others and raise the reason."""
+    """Submit all prompts to the engine. If one is refused, abort the others and raise its error."""
     terms = terms_of(services, body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidInput.of("best_of", "is not supported: leave it out, or set it to n")
@@ -79,7 +79,7 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
 
 
 def terms_of(services: Services, model: str) -> tuple[Term, ...]:
-    """Return the terms of the adapter expression `model`, or no terms if it names the base.
+    """Parse the adapter expression `model` into its weighted adapters. Return () if it names the base model.
 
     Raise InvalidExpression if it isn't a valid expression.
     """
@@ -87,7 +87,7 @@ def terms_of(services: Services, model: str) -> tuple[Term, ...]:
 
 
 def _token_limit(body: ChatBody) -> tuple[int | None, str]:
-    """Return the limit on the answer's tokens, if there is one, and the name of the field for it."""
+    """Return the limit on the answer's tokens, or None, and the name of the field that sets it."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise InvalidInput.of("max_tokens", "is the older name of max_completion_tokens: give one of them")
@@ -95,7 +95,7 @@ def _token_limit(body: ChatBody) -> tuple[int | None, str]:
 
 
 def _num_top(body: ChatBody) -> int:
-    """Return how many likeliest tokens the engine must return: at least one if any logprobs are wanted."""
+    """Return how many likeliest tokens the engine must return: at least one if log-probabilities are wanted."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidInput.of("top_logprobs", "is only allowed with logprobs: true")
     return max(body.top_logprobs or 0, 1) if body.logprobs else 0

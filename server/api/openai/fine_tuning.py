@@ -278,7 +278,7 @@ def with_openai_field_names(error: InvalidInput) -> InvalidInput:
 
 
 def job_object(job: Job, has_results: bool, now: float) -> dict[str, object]:
-    """Return a job in OpenAI's form. `has_results`: whether a result file exists; `now`: seconds since 1970."""
+    """Return a job in OpenAI's form. `has_results`: a result file exists. `now` is in seconds since 1970."""
     kept, spec = cast("Mapping[str, object]", job.data[FINE_TUNING]), job.spec
     assert isinstance(spec, JobSpec), "merges have no job here"
     hyperparameters = {
@@ -375,7 +375,7 @@ def file_object(file: StoredFile) -> dict[str, object]:
 
 
 def page_object(data: Sequence[Mapping[str, object]], has_more: bool) -> dict[str, object]:
-    """Return a page of objects."""
+    """Return one page of a list in OpenAI's form."""
     ids = [item["id"] for item in data]
     return {
         "object": "list",

@@ -1,7 +1,7 @@
 """Log-probabilities in OpenAI's two forms, for exactly the tokens that make up the text.
 
-The engine also returns the log-probabilities of the end token or of the stop string's tokens. They are left out
-here, so that joining the tokens gives the text.
+The engine also returns the log-probabilities of the end token or of the stop string's tokens. This module leaves
+these out, so that joining the tokens gives the text.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
 
 
 class _Places:
-    """The offsets of a text's tokens, in characters. Invalid bytes count as U+FFFD."""
+    """Computes the offsets of a text's tokens, in characters. Invalid bytes count as U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -54,7 +54,7 @@ def of_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object
 
 
 async def of_whole_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
-    """Do the same as `of_chat` for a whole answer, but let other requests run in between."""
+    """Return the same as `of_chat` for a whole answer, but let other requests run in between."""
     return {"content": await in_turns(partial(_sampled, num_top), entries), "refusal": None}
 
 
@@ -95,7 +95,7 @@ def _logprob(token: TokenLogprob) -> float:
 
 
 def _name(token: TokenLogprob) -> str:
-    """Return the token as a key: its text, or its bytes if they aren't whole characters."""
+    """Return the token as a key of a JSON object: its text, or its bytes if they aren't whole characters."""
     content = bytes(token.bytes)
     try:
         return content.decode() or token.text
