@@ -5,7 +5,6 @@ complete. A method raises ClientError, with a message for users, if the server r
 reached.
 """
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -205,7 +204,7 @@ class Client(Connection):
             for name, data in server_sent(response.iter_lines()):
                 if data == "[DONE]":
                     return
-                document = cast("Document", json.loads(data))
+                document = self.parsed(data)
                 if name == "error":
                     raise ClientError(str(document.get("detail")), cast("int", document.get("status")))
                 yield document
@@ -238,7 +237,7 @@ class Client(Connection):
             try:
                 for name, data in server_sent(response.iter_lines()):
                     if name != "error":  # after an error the stream ends, and is resumed
-                        yield json.loads(data)
+                        yield self.parsed(data)
             except httpx.TransportError:
                 if time.monotonic() - opened_at < _LASTING_SECONDS:
                     raise

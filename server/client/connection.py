@@ -1,5 +1,6 @@
 """A connection to a server: requests, retries, error messages and server-sent events."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,13 @@ class Connection:
                 return cast("Document", response.json())
             except ValueError:
                 raise self.another_server() from None
+
+    def parsed(self, data: str) -> Document:
+        """Return the document of a server-sent event. Raise ClientError if it isn't JSON."""
+        try:
+            return cast("Document", json.loads(data))
+        except ValueError:
+            raise self.another_server() from None
 
     def another_server(self) -> ClientError:
         """Return the error for an answer that isn't smolora's."""

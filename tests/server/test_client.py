@@ -140,6 +140,12 @@ def test_answers_of_another_server_are_recognized(answer: tuple[int, str, bytes]
         client.job("a")
 
 
+def test_events_of_another_server_are_recognized() -> None:
+    answer = (200, "text/event-stream", b"data: {\n\n")
+    with scripted(Script(answer)) as client, pytest.raises(ClientError, match="doesn't speak"):
+        list(client.stream({"prompt": "a"}))
+
+
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://a", "http://", "http://a:b", "http://[::1"])
 def test_invalid_addresses_are_refused(url: str) -> None:
     with pytest.raises(ClientError, match="not a server's address"):
