@@ -14,8 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import merge
-from itertools import compress, islice
+from itertools import compress
 from typing import Literal, Self, overload
 
 from adapters.errors import FieldError, InvalidInput
@@ -39,7 +38,6 @@ MAX_NAME = 64
 DEFAULT_SHARE = 0.1
 MIN_ROWS = 20
 """With at least this many rows, `DEFAULT_SHARE` is held out unless the request says otherwise."""
-_RUN = 4096  # digests sorted in one call
 
 
 @dataclass(frozen=True)
@@ -227,28 +225,23 @@ def default_share(num_rows: int) -> float:
 def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, CanonicalRows]:
     """Split rows into (train, validation), both in the given order, with no row in both.
 
-    The max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON are held out, with all
-    their duplicates. So the same rows always give the same split. A share of 0 holds out none. Raise
-    InvalidInput on `validation` if no row is left to train on.
+    A row is held out if the SHA-256 of its canonical JSON, read as a number, is below share · 2²⁵⁶. So the same
+    row is always on the same side, whatever other rows there are. If no hash is below, the row with the smallest
+    hash and its duplicates are held out. A share of 0 holds out none. Raise InvalidInput on `validation` if no
+    row is left to train on.
     """
     if not 0 <= share < 1 or not math.isfinite(share):
         raise InvalidInput.of("validation", "a share is at least 0 and below 1")
     if share == 0:
         return rows, CanonicalRows()
     digests = rows.digests()
-    num_held_out = max(1, round(share * len(rows)))
-    last = nth_smallest(digests, num_held_out)
-    train = rows.chosen(digest > last for digest in digests)
+    end = int(share * 2.0**256).to_bytes(32, "big")  # exact: a double times a power of two
+    smallest = min(digests, default=b"")
+    is_held_out = [digest < end or digest == smallest for digest in digests]
+    train = rows.chosen(not flag for flag in is_held_out)
     if not train:
         raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
-    return train, rows.chosen(digest <= last for digest in digests)
-
-
-def nth_smallest(digests: Sequence[bytes], n: int) -> bytes:
-    """Return the n-th smallest digest, n at least 1, or b"" if there are fewer."""
-    # sorted in runs: one call that sorts all digests would block every other thread until it ends
-    runs = [sorted(digests[start : start + _RUN]) for start in range(0, len(digests), _RUN)]
-    return next(islice(merge(*runs), n - 1, None), b"")
+    return train, rows.chosen(is_held_out)
 
 
 def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:

@@ -54,7 +54,7 @@ def codes(server: ServerProcess, browser: Browser) -> str:
 
         page.get_by_role("button", name="Dry run").click()
         preview = page.get_by_role("status", name="Dry run")
-        expect(preview).to_contain_text("25 rows with 123 trained-on tokens")
+        expect(preview).to_contain_text("26 rows with 127 trained-on tokens")
         expect(preview.locator("mark").first).to_have_text(" OK")
         assert not server.client.get("/train").json()["jobs"], "a dry run queues nothing"
 

@@ -148,7 +148,7 @@ def test_train_until_the_job_ends(
     result = smolora("train", rows, "--name", "codes", "--rank", "8", "--epochs", "2")
     assert result.exit_code == 0, result.output
     for news in (
-        "18 rows to train on, 2 held out",
+        "16 rows to train on, 4 held out",
         "queued",
         "started",
         "succeeded: codes@1",
@@ -167,7 +167,7 @@ def test_train_until_the_job_ends(
     assert elsewhere.stdout.rstrip().endswith(f"--adapter codes@1 --url {server.url}")
     job = json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]
     assert (job["config"]["lora"]["rank"], job["config"]["training"]["epochs"]) == (8, 2)
-    assert (job["data"]["rows"], job["data"]["validation_rows"]) == (18, 2)
+    assert (job["data"]["rows"], job["data"]["validation_rows"]) == (16, 4)
     assert "codes@1" in smolora("adapters").stdout
     line = smolora("jobs", job["id"]).stdout.splitlines()[1]
     for part in (job["id"], "codes", "succeeded", "9/9", "0.5000", "0.7500", "3.0000", "codes@1"):
@@ -350,8 +350,8 @@ def test_target_modules_may_have_blanks(smolora: Run, rows: str) -> None:
 def test_dry_run_shows_the_rows(smolora: Run, rows: str) -> None:
     result = smolora("train", rows, "--name", "codes", "--validation", "0.5", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "10 rows to train on, 10 held out\n" in result.stdout
-    assert "6 steps: about" in result.stdout
+    assert "7 rows to train on, 13 held out\n" in result.stdout
+    assert "3 steps: about" in result.stdout
     assert "<|im_end|>" in result.stdout
 
 

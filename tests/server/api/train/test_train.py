@@ -21,15 +21,14 @@ from tests.server.api.train_kit import CONFIG, ROWS, StandIn, submit, train_body
 pytestmark = pytest.mark.anyio
 
 
-def held_out(rows: list[dict[str, object]], count: int) -> list[dict[str, object]]:
-    """The rows with the smallest SHA-256 of their canonical JSON, in their order: API.md's rule, done by hand."""
+def held_out(rows: list[dict[str, object]], share: float) -> list[dict[str, object]]:
+    """The rows whose SHA-256 of canonical JSON is below the share, in their order: API.md's rule, done by hand."""
 
-    def digest(row: dict[str, object]) -> bytes:
+    def place(row: dict[str, object]) -> float:
         text = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).digest()
+        return int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
 
-    chosen = sorted(rows, key=digest)[:count]
-    return [row for row in rows if row in chosen]
+    return [row for row in rows if place(row) < share]
 
 
 def tokens(row: dict[str, object]) -> list[int]:
@@ -45,7 +44,7 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
     assert response.headers["location"] == f"/train/{job['id']}"
     created = datetime.fromisoformat(job["created_at"])
     assert timedelta() <= datetime.now(UTC) - created < timedelta(minutes=1)
-    validation = held_out(ROWS, 2)
+    validation = held_out(ROWS, 0.1)
     train = [row for row in ROWS if row not in validation]
     assert job == {
         "id": job["id"],
@@ -58,7 +57,7 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
         "pausing": False,
         "progress": {
             "step": 0,
-            "total_steps": 3 * 3,
+            "total_steps": 3 * 2,
             "epoch": 0.0,
             "tokens": 0,
             "tokens_per_second": None,
@@ -74,12 +73,12 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
         "config": {**CONFIG, "dataset": None, "validation": 0.1},
         "data": {
             "digest": job["data"]["digest"],
-            "rows": 18,
+            "rows": 16,
             "tokens": sum(len(tokens(row)) for row in train),
             "trained_tokens": job["data"]["trained_tokens"],
             "truncated": 0,
             "validation_digest": job["data"]["validation_digest"],
-            "validation_rows": 2,
+            "validation_rows": 4,
             "validation_truncated": 0,
             "overlap": 0,
         },
@@ -121,7 +120,7 @@ async def test_everything_said(client: httpx.AsyncClient) -> None:
         "validation": 0.25,
     }
     assert job["progress"]["total_steps"] == 7
-    assert job["data"]["validation_rows"] == 5
+    assert job["data"]["validation_rows"] == 7
 
 
 async def test_full_has_its_own_rate(client: httpx.AsyncClient) -> None:
@@ -131,7 +130,7 @@ async def test_full_has_its_own_rate(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize(
     ("count", "validation", "expected"),
-    [(19, None, 0), (20, None, 2), (20, 0, 0), (20, 0.5, 10), (5, 0.01, 1), (20, ROWS[:3], 3)],
+    [(19, None, 0), (20, None, 4), (20, 0, 0), (20, 0.5, 13), (5, 0.01, 1), (20, ROWS[:3], 3)],
 )
 async def test_what_is_held_out(client: httpx.AsyncClient, count: int, validation: object, expected: int) -> None:
     body = train_body(data=ROWS[:count]) | ({} if validation is None else {"validation": validation})
@@ -229,6 +228,18 @@ async def test_a_dry_run(client: httpx.AsyncClient, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("jobs/*"))
 
 
+async def test_added_rows_move_no_row_to_the_other_side(client: httpx.AsyncClient) -> None:
+    """Rows that one version was trained on must not be held out for the next."""
+    kept = []
+    more: list[dict[str, object]] = [{"prompt": f"{number} ", "completion": "?"} for number in range(20)]
+    for rows in (ROWS, [*ROWS, *more]):
+        job = (await client.post("/train", json=train_body(data=rows))).json()
+        expected = held_out(rows, 0.1)
+        assert job["data"]["validation_rows"] == len(expected)
+        kept.append([row for row in expected if row in ROWS])
+    assert kept[0] == kept[1]
+
+
 async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,12 +259,12 @@ async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(
     assert len(encoded) == 10 + 10  # 7 bytes each
     assert sampled["warnings"] == ["only 20 of 200 rows were tokenized: counts of tokens are estimates"]
     assert whole["warnings"] == []
-    assert {"rows": 150, "validation_rows": 50, "truncated": 150}.items() <= whole["data"].items()
+    assert {"rows": 152, "validation_rows": 48, "truncated": 152}.items() <= whole["data"].items()
     assert sampled["data"] == whole["data"]  # since all rows have as many tokens
-    assert (sampled["steps"], sampled["preview"]) == (whole["steps"], whole["preview"]) == (30, whole["preview"])
+    assert (sampled["steps"], sampled["preview"]) == (whole["steps"], whole["preview"]) == (32, whole["preview"])
     for answer in (sampled, whole):
         told = answer["estimate"]
-        passes = 2 * answer["data"]["tokens"] + 2 * 50 * 4 / 2
+        passes = 2 * answer["data"]["tokens"] + 2 * 48 * 4 / 2
         assert told["seconds"] == pytest.approx(passes / told["tokens_per_second"])
 
 
@@ -265,7 +276,7 @@ async def test_an_estimate_from_an_earlier_job(client: httpx.AsyncClient, leases
     data, estimate = answer["data"], answer["estimate"]
     assert (estimate["tokens_per_second"], estimate["basis"]) == (250.0, "an earlier job")
     # three epochs, and the held-out rows twice, at twice the speed
-    num_held_out = sum(len(tokens(row)) for row in held_out(ROWS, 10))
+    num_held_out = sum(len(tokens(row)) for row in held_out(ROWS, 0.5))
     assert estimate["seconds"] == pytest.approx(3 * data["tokens"] / 250 + 2 * num_held_out / 500)
     full = await client.post("/train?dry_run=true", json=train_body(method="full"))
     assert full.json()["estimate"]["basis"] == "a matrix product"

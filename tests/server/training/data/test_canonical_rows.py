@@ -47,5 +47,5 @@ def test_rare_characters_take_no_more_memory(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert (len(rows.train), len(rows.validation)) == (12, 12)
+    assert (len(rows.train), len(rows.validation)) == (8, 16)
     assert peak < 2 * dataset.stored_bytes
