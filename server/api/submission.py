@@ -29,7 +29,6 @@ from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, TrainBody
 from server.errors import Unavailable
 from server.jobs.files import TRACEPARENT_NAME, JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
-from server.system.messages import plural
 from server.training.encoding import RowEncoder, texts_of
 from server.training.files import RowSources
 from server.training.job_data import DataFacts, JobData
@@ -313,9 +312,7 @@ class Submissions:
                     used=prepared.used,
                     idempotency_key=idempotency_key,
                     body_digest=digest,
-                    warnings=prepared.warnings
-                    if fine_tuning is None
-                    else (*prepared.warnings, *_truncation_warning(prepared)),
+                    warnings=prepared.warnings,
                 )
             except InDoubt:  # the job may be queued; if it isn't, a sweep removes the files
                 raise
@@ -358,7 +355,7 @@ class Submissions:
     def _encode(
         self, training: TrainingSpec, rows: JobRows, max_bytes: int | None
     ) -> tuple[JobData, tuple[str, ...]]:
-        """Return the encoded rows, and warnings about the training rows."""
+        """Return the encoded rows, and warnings about them. Raise InvalidInput if `overlong` leaves none."""
         length, overlong = training.max_length, training.overlong
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
         try:
@@ -369,20 +366,31 @@ class Submissions:
             if rows.validation_name is None:  # a share of `rows`: raise faults with the numbers in `rows`
                 self.encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
-        scale = len(rows.train) / max(len(first), 1)
+        if not train.examples or (held_out and not validation.examples):
+            if max_bytes is not None:  # later rows may fit
+                return self._encode(training, rows, None)
+            at, what = ("validation", "held-out row") if train.examples else (rows.name, "row")
+            fault = f"each {what} is dropped as longer than training.max_length ({length} tokens): raise it"
+            raise InvalidInput.of(at, fault)
+        scale = len(rows.train) / len(first)
+        held_out_scale = len(rows.validation) / max(len(held_out), 1)
+        long, held_out_long = train.long.scaled(scale), validation.long.scaled(held_out_scale)
+        all_long = long + held_out_long
         facts = DataFacts(
             digest=rows.train.digest(),
-            num_rows=len(rows.train),
+            num_rows=round(len(train.examples) * scale),
             num_tokens=round(train.examples.num_tokens * scale),
             num_targets=round(train.examples.num_targets * scale),
-            num_truncated=round(train.num_truncated * scale),
+            num_truncated=long.num_truncated,
             validation_digest=rows.validation.digest() if rows.validation else None,
-            num_validation_rows=len(rows.validation),
-            num_validation_truncated=round(
-                validation.num_truncated * len(rows.validation) / max(len(held_out), 1)
-            ),
+            num_validation_rows=round(len(validation.examples) * held_out_scale),
+            num_validation_truncated=held_out_long.num_truncated,
             num_overlapping=overlap(rows.train, rows.validation),
+            num_split=all_long.num_split,
+            num_dropped=all_long.num_dropped,
+            num_lost_tokens=all_long.num_lost_tokens,
         )
+        warnings = (*train.warnings, *all_long.warnings(length))
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
@@ -392,9 +400,9 @@ class Submissions:
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:
-            return data, train.warnings
+            return data, warnings
         sampled = f"only {num_encoded:,} of {num_rows:,} rows were tokenized: counts of tokens are estimates"
-        return data, (*train.warnings, sampled)
+        return data, (*warnings, sampled)
 
 
 def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
@@ -406,17 +414,6 @@ def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
             if num_bytes > max_bytes and number:
                 return rows[:number]
     return rows
-
-
-def _truncation_warning(prepared: Prepared) -> Iterator[str]:
-    """Yield a warning if rows were truncated, because OpenAI's form of a job has no field for their number."""
-    facts = prepared.data.facts
-    if number := facts.num_truncated + facts.num_validation_truncated:
-        most = prepared.spec.training.max_length
-        yield (
-            f"{plural(number, 'row')} cut after {plural(most, 'token')}: for longer rows, use POST /train with "
-            "the file's id as dataset, and training.max_length"
-        )
 
 
 def _check_rows(spec: JobSpec, rows: JobRows) -> None:

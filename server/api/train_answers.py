@@ -59,6 +59,9 @@ class RowCounts(Answer):
     overlap: int = Field(
         validation_alias="num_overlapping", description="held-out rows that are also training rows"
     )
+    split: int = Field(0, validation_alias="num_split", description="rows split into windows that count as rows")
+    dropped: int = Field(0, validation_alias="num_dropped", description="rows too long for max_length")
+    lost_tokens: int = Field(0, validation_alias="num_lost_tokens", description="of dropped and truncated rows")
 
 
 class JobAnswer(Answer):

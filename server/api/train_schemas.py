@@ -147,7 +147,11 @@ class TrainingBody(Body):
         description="end after this many evaluations without a lower loss; needs eval_steps",
     )
     packing: bool = Field(TrainingSpec.packing, description="pack several short rows into one sequence")
-    overlong: Overlong = Field(TrainingSpec.overlong, description="what to do with rows longer than max_length")
+    overlong: Overlong = Field(
+        "auto",
+        description="what to do with rows longer than max_length; auto: split texts into windows, cut other rows "
+        "at the end, and drop rows whose prompt leaves nothing to train on",
+    )
 
 
 class TrainBody(Body):

@@ -203,7 +203,9 @@ def train(
     ] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after this many evaluations without a gain.")] = None,
     packing: Annotated[bool, typer.Option(help="Compute several short rows together.")] = True,
-    overlong: Annotated[str | None, typer.Option(help="truncate or refuse. Default: truncate.")] = None,
+    overlong: Annotated[
+        str | None, typer.Option(help="auto, truncate, split, drop or refuse. Default: auto.")
+    ] = None,
     start_from: Annotated[str | None, typer.Option(help="An adapter to continue, such as tweets@2.")] = None,
     publish_if: Annotated[
         str | None, typer.Option(help="always, improves_base or improves_latest. Default: always.")
@@ -353,11 +355,15 @@ def _show_progress(client: "Client", job: Document) -> None:
 def _counts(data: Document) -> str:
     """Describe in a line how many rows are trained on and held out."""
     rows, held_out = cast("int", data["rows"]), cast("int", data["validation_rows"])
-    truncated = cast("int", data["truncated"]) + cast("int", data["validation_truncated"])
+    long = {
+        "truncated": cast("int", data["truncated"]) + cast("int", data["validation_truncated"]),
+        "split": cast("int", data["split"]),
+        "dropped": cast("int", data["dropped"]),
+    }
     counts = f"{plural(rows, 'row')} to train on, " + (
         f"{held_out:,} held out" if held_out else "none held out: nothing will say how good the adapter is"
     )
-    return f"{counts}; {plural(truncated, 'row')} truncated" if truncated else counts
+    return "; ".join([counts, *(f"{plural(count, 'row')} {what}" for what, count in long.items() if count)])
 
 
 def _update(progress: Progress, task: TaskID, job: Document) -> None:

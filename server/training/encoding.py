@@ -5,17 +5,18 @@
                          token, but no headers and no turns of weight 0
     text                 trained on: all of it, and the end token
 
-Rows that are too long are cut at the end, and so lose their end token, too. Text that looks like a special token
-is treated as plain text. The first token of a row is never trained on, since nothing precedes it.
+Rows longer than `max_length` are cut at the end, split, dropped or refused, as the job's `overlong` says. Text
+that looks like a special token is treated as plain text. The first token of a row is never trained on, since
+nothing precedes it.
 """
 
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import compress, islice
 from pathlib import Path
-from typing import overload
+from typing import Literal, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -130,11 +131,49 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class LongRows:
+    """Counts of the rows that are longer than `max_length`, by what happened to them."""
+
+    num_truncated: int = 0
+    num_cut_tokens: int = 0  # from the ends of truncated rows
+    num_dropped: int = 0
+    num_dropped_tokens: int = 0
+    num_split: int = 0
+    num_windows: int = 0  # that split rows became
+
+    @property
+    def num_lost_tokens(self) -> int:
+        return self.num_cut_tokens + self.num_dropped_tokens
+
+    def scaled(self, factor: float) -> Self:
+        """Return the counts times `factor`."""
+        return type(self)(*(round(factor * count) for count in astuple(self)))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def warnings(self, max_length: int) -> list[str]:
+        """Return a warning about each kind of rows that there are."""
+        limit = f"training.max_length ({plural(max_length, 'token')})"
+        counts = {
+            f"cut at {limit}: {plural(self.num_cut_tokens, 'token')} lost": self.num_truncated,
+            f"dropped as too long for {limit}: {plural(self.num_dropped_tokens, 'token')} lost": self.num_dropped,
+            f"longer than {limit} split into {plural(self.num_windows, 'window')}; each counts as a row": (
+                self.num_split
+            ),
+        }
+        return [f"{plural(count, 'row')} {what}" for what, count in counts.items() if count]
+
+
+@dataclass(frozen=True)
 class EncodedRows:
-    """All rows of a job, in their order, and warnings about likely mistakes in them."""
+    """All rows of a job, in their order, and warnings about likely mistakes in them.
+
+    A split row has an example for each window, and a dropped row has none.
+    """
 
     examples: Examples
-    num_truncated: int
+    long: LongRows
     warnings: tuple[str, ...]
 
 
@@ -147,13 +186,13 @@ class RowEncoder:
         self._eos = eos_token_id
         self._ends = frozenset({eos_token_id, *end_token_ids})
 
-    def encode(self, row: Row, max_length: int, overlong: Overlong = "truncate") -> Example:
+    def encode(self, row: Row, max_length: int, overlong: Literal["truncate", "refuse"] = "truncate") -> Example:
         """Encode the row in at most `max_length` tokens.
 
         Raise InvalidInput on the row's field if the row is longer and `overlong` is "refuse", if nothing is left
         to train on, or if the base's chat template rejects the messages.
         """
-        return self._encode(row, max_length, overlong)[0]
+        return self._fitted(row, max_length, overlong)[0][0]
 
     def encode_all(
         self,
@@ -167,26 +206,28 @@ class RowEncoder:
         The location of a fault is (*loc, row, field), and rows are counted from 0.
         """
         examples = Examples()
-        num_truncated = 0
+        long = LongRows()
         spelled = Counter[str]()
         faults: list[FieldError] = []
         for number, row in enumerate(rows):
             try:
-                example, is_truncated = self._encode(row, max_length, overlong)
+                fitted, too_long = self._fitted(row, max_length, overlong)
             except InvalidInput as error:
                 faults += [FieldError((*loc, number, *fault.loc), fault.message) for fault in error.errors]
                 if len(faults) >= MAX_FAULTS:
                     break
                 continue
-            examples.append(example)
-            num_truncated += is_truncated
+            for example in fitted:
+                examples.append(example)
+            if too_long is not None:
+                long += too_long
             spelled.update({name for text in texts_of(row) if (name := self._encoder.spelled(text, self._ends))})
             if examples.num_tokens > MAX_TOKENS:
                 raise InvalidInput([FieldError(loc, f"has more than {MAX_TOKENS} tokens")])
         if faults:
             raise InvalidInput(faults[:MAX_FAULTS])
         warnings = [_SPELLED.format(name, plural(number, "row")) for name, number in spelled.items()]
-        return EncodedRows(examples, num_truncated, tuple(warnings))
+        return EncodedRows(examples, long, tuple(warnings))
 
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
         """Return a row's completion, or its last turn that is trained on, with its prompt. Return None for a text.
@@ -208,23 +249,29 @@ class RowEncoder:
         found = (self.reference(row, max_prompt) for row in rows)
         return list(islice((reference for reference in found if reference is not None), limit))
 
-    def _encode(self, row: Row, max_length: int, overlong: Overlong) -> tuple[Example, bool]:
-        """Return (the example, whether it was truncated)."""
+    def _fitted(self, row: Row, max_length: int, overlong: Overlong) -> tuple[list[Example], LongRows | None]:
+        """Return examples of at most `max_length` tokens, and counts if the row is longer than that."""
         token_ids, targets, field = self._whole(row)
-        num_tokens = len(token_ids)
-        if num_tokens > max_length and overlong == "refuse":
-            raise InvalidInput.of(field, f"has {num_tokens} tokens, more than max_length {max_length}")
-        del token_ids[max_length:]
         is_target = [False] * len(token_ids)
         for span in targets:
-            kept = range(max(span.start, 1), min(span.stop, max_length))
+            kept = range(max(span.start, 1), span.stop)
             is_target[kept.start : kept.stop] = [True] * len(kept)
-        if not any(is_target):
-            within = f"within max_length {max_length} of {num_tokens} tokens"
-            raise InvalidInput.of(
-                field, f"leaves nothing to train on {within}: raise max_length, or shorten the row"
-            )
-        return Example(tuple(token_ids), tuple(is_target)), num_tokens > max_length
+        num_tokens, num_cut = len(token_ids), len(token_ids) - max_length
+        if num_cut > 0 and overlong == "refuse":
+            raise InvalidInput.of(field, f"has {num_tokens} tokens, more than max_length {max_length}")
+        dropped = LongRows(num_dropped=1, num_dropped_tokens=num_tokens)
+        if num_cut > 0 and overlong == "drop":
+            return [], dropped
+        if num_cut > 0 and (overlong == "split" or (overlong == "auto" and isinstance(row, TextRow))):
+            windows = _windows(token_ids, is_target, max_length)
+            return windows, LongRows(num_split=1, num_windows=len(windows))
+        if any(is_target[:max_length]):
+            example = Example(tuple(token_ids[:max_length]), tuple(is_target[:max_length]))
+            return [example], LongRows(num_truncated=1, num_cut_tokens=num_cut) if num_cut > 0 else None
+        if num_cut > 0 and overlong == "auto":
+            return [], dropped
+        within = f"within max_length {max_length} of {num_tokens} tokens"
+        raise InvalidInput.of(field, f"leaves nothing to train on {within}: raise max_length, or shorten the row")
 
     def _whole(self, row: Row) -> tuple[list[int], Sequence[range], str]:
         """Return (all tokens up to the last trained one, ranges of trained tokens, the field for errors)."""
@@ -244,6 +291,19 @@ class RowEncoder:
         prompt = self._encoder.prompt(row.prompt)
         token_ids = [*prompt, *self._encoder.continuation(row.completion), self._eos]
         return token_ids, [range(len(prompt), len(token_ids))], "completion"
+
+
+def _windows(token_ids: Sequence[int], is_target: Sequence[bool], max_length: int) -> list[Example]:
+    """Split a row into windows of at most `max_length` tokens, at least 2, and leave out those without targets.
+
+    A window begins with the last token of the window before, so that each target has a token before it.
+    """
+    windows = []
+    for start in range(0, len(token_ids) - 1, max_length - 1):
+        flags = (False, *is_target[start + 1 : start + max_length])
+        if any(flags):
+            windows.append(Example(tuple(token_ids[start : start + max_length]), flags))
+    return windows
 
 
 def texts_of(row: Row) -> Sequence[str]:

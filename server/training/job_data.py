@@ -31,7 +31,10 @@ class AnotherBase(SmoloraError):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Facts about the training rows and the held-out rows. Digests are those of `CanonicalRows.digest`."""
+    """Facts about the training rows and the held-out rows. Digests are those of `CanonicalRows.digest`.
+
+    Each window of a split row counts as a row, and a dropped row counts in `num_dropped` alone.
+    """
 
     digest: str
     num_rows: int
@@ -42,6 +45,9 @@ class DataFacts:
     num_validation_rows: int = 0
     num_validation_truncated: int = 0
     num_overlapping: int = 0  # held-out rows that are also training rows
+    num_split: int = 0  # rows split into windows, held-out rows included
+    num_dropped: int = 0  # rows, held-out rows included
+    num_lost_tokens: int = 0  # of dropped and truncated rows, held-out rows included
 
 
 @dataclass(frozen=True)

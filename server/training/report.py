@@ -216,6 +216,9 @@ def _data(facts: DataFacts) -> dict[str, object]:
         "validation_rows": facts.num_validation_rows,
         "validation_truncated": facts.num_validation_truncated,
         "overlap": facts.num_overlapping,
+        "split": facts.num_split,
+        "dropped": facts.num_dropped,
+        "lost_tokens": facts.num_lost_tokens,
     }
 
 

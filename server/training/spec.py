@@ -31,7 +31,9 @@ def read_document(kind: type[_Kind], document: object) -> _Kind:
 Method = Literal["lora", "full"]
 Init = Literal["gaussian", "kaiming", "pissa", "olora"]
 Schedule = Literal["cosine", "linear", "constant"]
-Overlong = Literal["truncate", "refuse"]
+Overlong = Literal["auto", "truncate", "split", "drop", "refuse"]
+"""What to do with rows longer than `max_length`. `auto` splits texts into windows, cuts other rows at the end, and
+drops rows whose prompt leaves nothing to train on."""
 PublishIf = Literal["always", "improves_base", "improves_latest"]
 
 LEARNING_RATES: Mapping[Method, float] = {"lora": 1e-3, "full": 3e-5}

@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
         "checkpoint_steps": None,
         "early_stopping_patience": None,
         "packing": True,
-        "overlong": "truncate",
+        "overlong": "auto",
     },
     "start_from": None,
     "start_from_digest": None,

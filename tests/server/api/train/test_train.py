@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def held_out(rows: list[dict[str, object]], share: float) -> list[dict[str, obje
     return [row for row in rows if place(row) < share]
 
 
-def tokens(row: dict[str, object]) -> list[int]:
+def tokens(row: Mapping[str, object]) -> list[int]:
     tokenizer = tiny_tokenizer()
     pieces = [tokenizer.encode(str(row[name]), add_special_tokens=False) for name in ("prompt", "completion")]
     return [*pieces[0], *pieces[1], tokenizer.eos_token_id]
@@ -81,6 +82,9 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
             "validation_rows": 4,
             "validation_truncated": 0,
             "overlap": 0,
+            "split": 0,
+            "dropped": 0,
+            "lost_tokens": 0,
         },
         "attempt": 0,
     }
@@ -228,6 +232,53 @@ async def test_a_dry_run(client: httpx.AsyncClient, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("jobs/*"))
 
 
+async def test_a_dry_run_counts_what_happens_to_long_rows(client: httpx.AsyncClient) -> None:
+    """A document was cut after its first 512 tokens without a warning, and an overlong prompt refused all rows."""
+    document, prompt = {"text": "404 Not Found " * 200}, {"prompt": "404 " * 100, "completion": "Not Found"}
+    body = train_body(data=[*ROWS[:3], document, prompt], training={"max_length": 64, "batch_size": 2})
+    answer = (await client.post("/train?dry_run=true", json=body)).json()
+    data = answer["data"]
+    num_windows = data["rows"] - 3
+    assert (data["truncated"], data["split"], data["dropped"]) == (0, 1, 1)
+    assert data["lost_tokens"] == len(tokens(prompt))
+    assert num_windows > 5
+    limit, num_lost = "training.max_length (64 tokens)", len(tokens(prompt))
+    assert answer["warnings"] == [
+        f"1 row dropped as too long for {limit}: {num_lost} tokens lost",
+        f"1 row longer than {limit} split into {num_windows} windows; each counts as a row",
+    ]
+    assert answer["steps"] == answer["config"]["training"]["epochs"] * -(-data["rows"] // 2)
+
+    job = (await client.post("/train", json=body)).json()
+    assert job["data"] == data
+    events = (await client.get(f"/train/{job['id']}/events")).json()
+    assert [event["message"] for event in events if event["level"] == "warning"] == answer["warnings"]
+
+
+@pytest.mark.parametrize("validation", [0, [ROWS[0]]])
+async def test_rows_that_are_all_too_long_are_refused(client: httpx.AsyncClient, validation: object) -> None:
+    rows = [{"prompt": f"{number} " * 40, "completion": "b"} for number in range(100, 103)]
+    data, validation = (rows, validation) if validation == 0 else (ROWS, rows)
+    body = train_body(data=data, validation=validation, training={"max_length": 16})
+    for route in ("/train", "/train?dry_run=true"):
+        response = await client.post(route, json=body)
+        assert response.status_code == 422
+        (error,) = response.json()["errors"]
+        assert error["loc"] == (["data"] if data is rows else ["validation"])
+        assert error["message"].endswith("is dropped as longer than training.max_length (16 tokens): raise it")
+
+
+async def test_a_dry_run_reads_on_if_its_sample_is_dropped(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "DRY_RUN_BYTES", 20)
+    rows = [{"prompt": "404 " * 40, "completion": "Not Found"}, *ROWS[:3]]
+    answer = (
+        await client.post("/train?dry_run=true", json=train_body(data=rows, training={"max_length": 16}))
+    ).json()
+    assert (answer["data"]["rows"], answer["data"]["dropped"]) == (3, 1)
+
+
 async def test_added_rows_move_no_row_to_the_other_side(client: httpx.AsyncClient) -> None:
     """Rows that one version was trained on must not be held out for the next."""
     kept = []
@@ -244,21 +295,23 @@ async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"text": f"row {number:03}"} for number in range(200)]
-    body = train_body(data=rows, validation=0.25, training={"epochs": 2, "batch_size": 10, "max_length": 4})
+    training = {"epochs": 2, "batch_size": 10, "max_length": 4, "overlong": "truncate"}
+    cut = "200 rows cut at training.max_length (4 tokens): 600 tokens lost"
+    body = train_body(data=rows, validation=0.25, training=training)
     whole = (await client.post("/train?dry_run=true", json=body)).json()
     encoded: list[object] = []
-    encode = RowEncoder._encode
+    encode = RowEncoder._fitted
 
     def noting(self: RowEncoder, row: Row, max_length: int, overlong: Overlong) -> object:
         encoded.append(row)
         return encode(self, row, max_length, overlong)
 
-    monkeypatch.setattr(RowEncoder, "_encode", noting)
+    monkeypatch.setattr(RowEncoder, "_fitted", noting)
     monkeypatch.setattr(train, "DRY_RUN_BYTES", 70)
     sampled = (await client.post("/train?dry_run=true", json=body)).json()
     assert len(encoded) == 10 + 10  # 7 bytes each
-    assert sampled["warnings"] == ["only 20 of 200 rows were tokenized: counts of tokens are estimates"]
-    assert whole["warnings"] == []
+    assert sampled["warnings"] == [cut, "only 20 of 200 rows were tokenized: counts of tokens are estimates"]
+    assert whole["warnings"] == [cut]
     assert {"rows": 152, "validation_rows": 48, "truncated": 152}.items() <= whole["data"].items()
     assert sampled["data"] == whole["data"]  # since all rows have as many tokens
     assert (sampled["steps"], sampled["preview"]) == (whole["steps"], whole["preview"]) == (32, whole["preview"])

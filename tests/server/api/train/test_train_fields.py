@@ -44,7 +44,7 @@ TRAINING: list[tuple[str, object]] = [
     *each("checkpoint_steps", 0, -1, "5", 1.5),
     *each("early_stopping_patience", 0, -1, "5", 1.5, 3),  # 3: without eval_steps
     *each("packing", 1, "true", None),
-    *each("overlong", "", "drop", None),
+    *each("overlong", "", "window", None),
     ("optimizer", "sgd"),
 ]
 OUTER: list[tuple[str, object]] = [
@@ -137,7 +137,7 @@ async def test_faults_of_many_rows(client: httpx.AsyncClient, tmp_path: Path) ->
 async def test_rows_are_counted_as_they_were_sent(client: httpx.AsyncClient, tmp_path: Path) -> None:
     """Whichever of them are held out."""
     rows = [{"prompt": f"{number} " * (30 if number % 3 else 1), "completion": "b"} for number in range(12)]
-    body = train_body(data=rows, validation=0.5, training={"max_length": 8})
+    body = train_body(data=rows, validation=0.5, training={"max_length": 8, "overlong": "truncate"})
     expected = [["data", number, "completion"] for number in range(12) if number % 3]
     assert await refused(client, body, tmp_path) == expected
 

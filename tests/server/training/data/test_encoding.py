@@ -13,8 +13,9 @@ from adapters.errors import InvalidInput
 from server.model.base.checkpoint import read_tokenizer
 from server.model.text.chat import ChatMessage, PromptEncoder
 from server.training import encoding
-from server.training.encoding import Example, Reference, RowEncoder, preview
+from server.training.encoding import Example, LongRows, Reference, RowEncoder, preview
 from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
+from server.training.spec import Overlong
 from tests.kits.oracles.hugging_face import decoded, templated
 from tests.kits.tiny import own, tiny_tokenizer
 from tests.server.training.data.test_rows import ROWS
@@ -133,7 +134,8 @@ def test_long_rows_are_cut_at_the_end(rows: RowEncoder, row: Row, max_length: in
     example = rows.encode(row, max_length)
     assert example == Example(whole.token_ids[:max_length], whole.is_target[:max_length])
     too_long = len(whole.token_ids) > max_length
-    assert rows.encode_all([row], max_length).num_truncated == too_long
+    cut = len(whole.token_ids) - max_length
+    assert rows.encode_all([row], max_length).long == (LongRows(1, cut) if too_long else LongRows())
     if too_long:
         with pytest.raises(InvalidInput, match="more than max_length"):
             rows.encode(row, max_length, "refuse")
@@ -144,15 +146,75 @@ def test_long_rows_are_cut_at_the_end(rows: RowEncoder, row: Row, max_length: in
 def test_a_row_that_just_fits_is_not_truncated(rows: RowEncoder) -> None:
     row = chat("404", "Not Found")
     length = len(rows.encode(row, LONG).token_ids)
-    assert rows.encode_all([row], length, "refuse").num_truncated == 0
-    assert rows.encode_all([row], length - 1).num_truncated == 1
+    assert rows.encode_all([row], length, "refuse").long == LongRows()
+    assert rows.encode_all([row], length - 1).long == LongRows(1, 1)
+
+
+@given(row=ROWS, max_length=st.integers(2, 60), overlong=st.sampled_from(["auto", "split", "drop"]))
+def test_rows_that_fit_are_the_same_under_each_rule(
+    rows: RowEncoder, row: Row, max_length: int, overlong: Overlong
+) -> None:
+    whole = rows.encode(row, LONG)
+    encoded = rows.encode_all([row], max_length, overlong)
+    if len(whole.token_ids) <= max_length:
+        assert list(encoded.examples) == [whole]
+        assert encoded.long == LongRows()
+    else:
+        assert encoded.long != LongRows()
+    assert all(len(example.token_ids) <= max_length for example in encoded.examples)
+
+
+@given(row=ROWS, max_length=st.integers(2, 20))
+def test_windows_train_on_each_token_once(rows: RowEncoder, row: Row, max_length: int) -> None:
+    whole = rows.encode(row, LONG)
+    examples = rows.encode_all([row], max_length, "split").examples
+    assert [token for example in examples for token in targets(example)] == targets(whole)
+
+
+def test_auto_splits_texts_into_windows(rows: RowEncoder) -> None:
+    """All but the first 512 tokens of a document were lost, and nobody was warned."""
+    document = TextRow("Not Found " * 400)
+    whole = rows.encode(document, LONG)
+    encoded = rows.encode_all([TextRow("OK"), document], 512, "auto")
+    assert [token for window in encoded.examples[1:] for token in targets(window)] == targets(whole)
+    assert [len(window.token_ids) for window in encoded.examples[1:-1]] == [512] * (len(encoded.examples) - 2)
+    assert encoded.long == LongRows(num_split=1, num_windows=len(encoded.examples) - 1)
+    (warning,) = encoded.long.warnings(512)
+    assert warning == (
+        f"1 row longer than training.max_length (512 tokens) split into {len(encoded.examples) - 1} windows; each "
+        "counts as a row"
+    )
+
+
+def test_auto_drops_rows_whose_prompt_leaves_no_room_and_cuts_others(rows: RowEncoder) -> None:
+    """One overlong prompt refused the whole data set."""
+    long_prompt, long_answer = CompletionRow("404 " * 40, "Not Found"), CompletionRow("404", "Not Found " * 40)
+    num_tokens = [len(rows.encode(row, LONG).token_ids) for row in (long_prompt, long_answer)]
+    encoded = rows.encode_all(
+        [long_prompt, CompletionRow("200", "OK"), long_answer, chat("1 " * 99, "2")], 20, "auto"
+    )
+    assert list(encoded.examples) == [rows.encode(CompletionRow("200", "OK"), 20), rows.encode(long_answer, 20)]
+    num_dropped = num_tokens[0] + len(rows.encode(chat("1 " * 99, "2"), LONG).token_ids)
+    assert encoded.long == LongRows(1, num_tokens[1] - 20, 2, num_dropped)
+    assert encoded.long.num_lost_tokens == num_tokens[1] - 20 + num_dropped
+    assert encoded.long.warnings(20) == [
+        f"1 row cut at training.max_length (20 tokens): {num_tokens[1] - 20} tokens lost",
+        f"2 rows dropped as too long for training.max_length (20 tokens): {num_dropped} tokens lost",
+    ]
+    assert (encoded.long + encoded.long).scaled(0.5) == encoded.long
+
+
+def test_drop_drops_all_long_rows(rows: RowEncoder) -> None:
+    encoded = rows.encode_all([TextRow("OK"), TextRow("OK " * 40), chat("1", "2 " * 40)], 20, "drop")
+    assert list(encoded.examples) == [rows.encode(TextRow("OK"), 20)]
+    assert encoded.long.num_dropped == 2
 
 
 def test_all_rows_in_their_order(rows: RowEncoder) -> None:
     given_rows: list[Row] = [CompletionRow("404", "Not Found"), TextRow("OK " * 40), chat("200", "OK")]
     encoded = rows.encode_all(given_rows, 80)
     assert list(encoded.examples) == [rows.encode(row, 80) for row in given_rows]
-    assert encoded.num_truncated == 1
+    assert encoded.long.num_truncated == 1
     assert list(rows.encode_all([], 50).examples) == []
 
 

@@ -79,6 +79,9 @@ def test_the_card(tiny_base: BaseModel) -> None:
         "validation_rows": 6,
         "validation_truncated": 1,
         "overlap": 3,
+        "split": 0,
+        "dropped": 0,
+        "lost_tokens": 0,
     }
     assert report["lineage"] == {"start_from": "tweets@2", "digest": "cd" * 32}
     assert JobSpec.from_document(report["config"]) == SPEC

@@ -332,29 +332,27 @@ async def test_results_are_nothing_to_train_on(client: httpx.AsyncClient, files:
     assert await refusal(client, training_file=results) == (400, "training_file", None)
 
 
-async def test_rows_that_the_base_can_not_take(client: httpx.AsyncClient) -> None:
-    """Known only once they are tokenized: the prompt leaves no room for what is to be learnt."""
-    long = await upload(client, b'{"text": "a"}\n{"prompt": "%s", "completion": "b"}\n' % (b"4 " * 600))
+async def test_rows_that_are_all_too_long_are_refused(client: httpx.AsyncClient) -> None:
+    """Known only once they are tokenized: the prompts leave no room for completions."""
+    long = await upload(client, b'{"prompt": "%s", "completion": "b"}\n' % (b"4 " * 600))
     status, param, _ = await refusal(client, training_file=long.id)
-    assert (status, param) == (400, "training_file[1].completion")
+    assert (status, param) == (400, "training_file")
 
 
-async def test_rows_that_are_cut_are_told_of(client: httpx.AsyncClient) -> None:
+async def test_cut_rows_raise_a_warning(client: httpx.AsyncClient) -> None:
     """OpenAI's form has no place for how many tokens a row may have, nor for how many rows have more."""
-    long = await upload(client, b'{"text": "404"}\n{"text": "%s"}\n' % (b"4 " * 600))
+    long = await upload(client, b'{"text": "404"}\n{"prompt": "4", "completion": "%s"}\n' % (b"4 " * 600))
     job = await create(client, training_file=long.id, validation_file=long.id)
     (event,) = [
         TypeAdapter(FineTuningJobEvent).validate_python(event)
         for event in (await client.get(f"{JOBS}/{job.id}/events")).json()["data"]
         if event["level"] == "warn"
     ]
-    assert event.message == (
-        "2 rows cut after 512 tokens: for longer rows, use POST /train with the file's id as dataset, and "
-        "training.max_length"
-    )
+    assert event.message.startswith("2 rows cut at training.max_length (512 tokens): ")
     native = (await client.post("/train", json={"name": "codes", "dataset": long.id})).json()
     assert native["data"]["truncated"] == 1
-    assert [event["message"] for event in (await client.get(f"/train/{native['id']}/events")).json()] == ["queued"]
+    messages = [event["message"] for event in (await client.get(f"/train/{native['id']}/events")).json()]
+    assert [message[:9] for message in messages] == ["queued", "1 row cut"]
 
 
 async def test_going_on_from_an_adapter(client: httpx.AsyncClient) -> None:
