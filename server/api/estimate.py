@@ -55,7 +55,7 @@ class Estimator:
         rate, basis = self._speed(spec.method)
         training, num_rows = spec.training, data.facts.num_rows
         steps = training.total_steps(num_rows)
-        epochs = steps / -(-num_rows // training.batch_size)
+        epochs = steps / training.steps_per_epoch(num_rows)
         seconds = epochs * data.facts.num_tokens / rate
         if data.validation is not None:
             num_evaluations = 2 + (steps // training.eval_steps if training.eval_steps else 0)

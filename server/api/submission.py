@@ -140,7 +140,7 @@ def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
 
 
 def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: int) -> JobSpec:
-    """Return the job's specification.
+    """Return the job's specification, whose epochs may still have to be chosen by the number of rows.
 
     `pinned` has the adapter to continue from (the parent), if any. `max_length` is the base's limit, in tokens.
     Raise InvalidInput, which lists every invalid field. Raise NotFound or CorruptAdapter if the parent can't be
@@ -166,7 +166,7 @@ def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: in
         raise InvalidInput(faults)
     rate = body.training.learning_rate
     training = TrainingSpec(
-        **body.training.model_dump(exclude={"learning_rate"}),
+        **body.training.model_dump(exclude={"learning_rate"}, exclude_none=True),
         learning_rate=LEARNING_RATES[body.method] if rate is None else rate,
     )
     return JobSpec(
@@ -347,6 +347,7 @@ class Submissions:
                 with suppress(NotFound):
                     self.library.pin([Term(spec.name)], "name").release()
             data, warnings = self._encode(spec.training, rows, max_bytes)
+            spec = _with_epochs(spec, body, data.facts.num_rows)
             warnings = (*pinned.warnings, *rows.warnings, *warnings)
             yield Prepared(spec, data, rows.source, rows.used, warnings)
         finally:
@@ -417,7 +418,7 @@ def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
 
 
 def _check_rows(spec: JobSpec, rows: JobRows) -> None:
-    """Raise InvalidInput if fields don't work with this number of rows."""
+    """Raise InvalidInput if fields need held-out rows and there are none."""
     faults = []
     training = spec.training
     if not rows.validation:
@@ -426,10 +427,19 @@ def _check_rows(spec: JobSpec, rows: JobRows) -> None:
             faults.append(FieldError(("publish_if",), needs))
         if training.eval_steps is not None:
             faults.append(FieldError(("training", "eval_steps"), needs))
-    if (steps := training.total_steps(len(rows.train))) > MAX_STEPS:
-        faults.append(FieldError(("training", "epochs"), f"come to {steps} steps; there may be {MAX_STEPS}"))
     if faults:
         raise InvalidInput(faults)
+
+
+def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
+    """Return the specification with a number of epochs. Raise InvalidInput if they come to too many steps."""
+    if body.training.epochs is None:
+        spec = dataclasses.replace(spec, training=spec.training.with_epochs(num_rows))
+    if (steps := spec.training.total_steps(num_rows)) > MAX_STEPS:
+        raise InvalidInput(
+            [FieldError(("training", "epochs"), f"come to {steps} steps; there may be {MAX_STEPS}")]
+        )
+    return spec
 
 
 def _digest(body: TrainBody, fine_tuning: Mapping[str, object] | None) -> str:

@@ -11,6 +11,8 @@ from adapters.lora import MODULES
 from adapters.names import MAX_NAME, near
 from server.api.schemas import MAX_SEED, Body
 from server.training.spec import (
+    AUTO_EPOCHS,
+    AUTO_STEPS,
     LEARNING_RATES,
     Init,
     JobSpec,
@@ -118,7 +120,13 @@ class LoraBody(Body):
 class TrainingBody(Body):
     """Hyperparameters of training."""
 
-    epochs: int = Field(TrainingSpec.epochs, ge=1, le=10_000)
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description=f"passes over the rows; null: about {AUTO_STEPS} optimizer steps, "
+        f"but at least {AUTO_EPOCHS[0]} and at most {AUTO_EPOCHS[1]} epochs",
+    )
     max_steps: Steps | None = Field(TrainingSpec.max_steps, description="optimizer steps, instead of epochs")
     learning_rate: float | None = Field(
         None,

@@ -185,7 +185,7 @@ def train(
     ] = None,
     init: Annotated[str | None, typer.Option(help="gaussian, kaiming, pissa or olora. Default: gaussian.")] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/√rank.")] = False,
-    epochs: Annotated[int | None, typer.Option(help="Default: 3.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default: about 100 steps, 3 to 20 epochs.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-3; full: 3e-5.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step. Default: 8.")] = None,
@@ -432,7 +432,9 @@ def _show_dry_run(answer: Document) -> None:
     )
     console.print(f"{plural(tokens, 'token')}, of which {trained:,} are trained on")
     seconds, rate = cast("float", estimate["seconds"]), cast("float", estimate["tokens_per_second"])
-    console.print(f"{plural(steps, 'step')}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
+    training = part_of(part_of(answer, "config"), "training")
+    epochs = "" if training["max_steps"] else f" in {plural(cast('int', training['epochs']), 'epoch')}"
+    console.print(f"{plural(steps, 'step')}{epochs}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
     for row in cast("list[Document]", answer["preview"]):
         text = Text(f"row {row['row']}: ", style="dim")
         for token in cast("list[Document]", row["tokens"]):

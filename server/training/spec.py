@@ -5,8 +5,8 @@ resolved: no field stands for a default that is chosen later.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Literal, TypeVar, cast
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal, Self, TypeVar, cast
 
 from pydantic import TypeAdapter
 
@@ -38,6 +38,10 @@ PublishIf = Literal["always", "improves_base", "improves_latest"]
 
 LEARNING_RATES: Mapping[Method, float] = {"lora": 1e-3, "full": 3e-5}
 """The default learning rate of each method."""
+AUTO_STEPS = 100
+"""The number of optimizer steps that chosen epochs come to, if `AUTO_EPOCHS` allow it."""
+AUTO_EPOCHS = (3, 20)
+"""The fewest and the most epochs that are chosen."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,21 @@ class TrainingSpec:
     early_stopping_patience: int | None = None  # evaluations without a lower loss
     packing: bool = True
     overlong: Overlong = "truncate"
+    auto_epochs: bool = False  # whether `epochs` were chosen by `with_epochs`
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Return the number of optimizer steps of a pass over `num_rows` training rows."""
+        return -(-num_rows // self.batch_size)
 
     def total_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps over `num_rows` training rows."""
-        return self.max_steps or self.epochs * -(-num_rows // self.batch_size)
+        return self.max_steps or self.epochs * self.steps_per_epoch(num_rows)
+
+    def with_epochs(self, num_rows: int) -> Self:
+        """Return the settings with as many epochs as take about `AUTO_STEPS` steps over `num_rows` rows."""
+        fewest, most = AUTO_EPOCHS
+        epochs = -(-AUTO_STEPS // self.steps_per_epoch(num_rows))
+        return replace(self, epochs=min(max(epochs, fewest), most), auto_epochs=True)
 
 
 @dataclass(frozen=True)

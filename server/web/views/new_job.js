@@ -133,7 +133,7 @@ export function NewJob({ onQueued }) {
     <h2>2. Adapter</h2>
     <div class="fields">
       <${TextField} label="Name" name="name" problem=${problem} hint="A name that exists gets a new version." value=${form.name} onChange=${change("name")} />
-      <${NumberField} label="Epochs" name="epochs" hint="times through the rows" placeholder="3" step="1" value=${form.epochs} problem=${problem} onChange=${change("epochs")} />
+      <${NumberField} label="Epochs" name="epochs" hint="times through the rows" placeholder="auto" step="1" value=${form.epochs} problem=${problem} onChange=${change("epochs")} />
       <${NumberField} label="Held out" name="validation" hint="share of the rows that measures, from 0 to 1" placeholder="0.1" value=${form.validation} problem=${problem} onChange=${change("validation")} />
     </div>
     <details open=${hasMore}>

@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
         "use_rslora": False,
     },
     "training": {
-        "epochs": 3,
+        "epochs": 20,
         "max_steps": None,
         "learning_rate": 1e-3,
         "batch_size": 8,
@@ -38,6 +38,7 @@ CONFIG: dict[str, Any] = {
         "early_stopping_patience": None,
         "packing": True,
         "overlong": "auto",
+        "auto_epochs": True,
     },
     "start_from": None,
     "start_from_digest": None,

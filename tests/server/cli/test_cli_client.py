@@ -333,7 +333,7 @@ def test_every_option_of_train_reaches_the_server(smolora: Run, rows: str, tmp_p
     lora = {"rank": 4, "alpha": 8, "dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "init": "kaiming"}
     assert config["lora"] == lora | {"use_rslora": True}
     training = {name.replace("-", "_"): value for name, value in options.items()}
-    training |= {"early_stopping_patience": 4, "packing": False}
+    training |= {"early_stopping_patience": 4, "packing": False, "auto_epochs": False}
     assert config["training"] == {name: training[name] for name in config["training"]}
     top = ("publish_if", "alias", "description")
     assert {name: config[name] for name in top} == {name: training[name] for name in top}
@@ -351,7 +351,7 @@ def test_dry_run_shows_the_rows(smolora: Run, rows: str) -> None:
     result = smolora("train", rows, "--name", "codes", "--validation", "0.5", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "7 rows to train on, 13 held out\n" in result.stdout
-    assert "3 steps: about" in result.stdout
+    assert "20 steps in 20 epochs: about" in result.stdout
     assert "<|im_end|>" in result.stdout
 
 

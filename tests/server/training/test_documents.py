@@ -47,6 +47,34 @@ def test_a_jobs_specification(spec: JobSpec) -> None:
     assert JobSpec.from_document(json.loads(json.dumps(spec.to_document()))) == spec
 
 
+def test_a_specification_from_before_epochs_were_chosen() -> None:
+    """A job that was queued before an upgrade does what it did."""
+    document = json.loads(json.dumps(JobSpec("codes").to_document()))
+    del document["training"]["auto_epochs"]
+    training = JobSpec.from_document(document).training
+    assert (training.epochs, training.overlong, training.auto_epochs) == (3, "truncate", False)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "epochs", "steps"),
+    [
+        (1, 8, 20, 20),
+        (25, 8, 20, 80),
+        (40, 8, 20, 100),
+        (41, 8, 17, 102),
+        (100, 8, 8, 104),
+        (272, 8, 3, 102),
+        (8000, 8, 3, 3000),
+        (8000, 4096, 20, 40),
+    ],
+)
+def test_epochs_come_to_about_a_hundred_steps(num_rows: int, batch_size: int, epochs: int, steps: int) -> None:
+    """Three epochs of 25 rows were 12 steps, after which the answers were wrong."""
+    chosen = TrainingSpec(batch_size=batch_size).with_epochs(num_rows)
+    assert (chosen.epochs, chosen.total_steps(num_rows)) == (epochs, steps)
+    assert chosen.auto_epochs
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -58,7 +58,7 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
         "pausing": False,
         "progress": {
             "step": 0,
-            "total_steps": 3 * 2,
+            "total_steps": 20 * 2,
             "epoch": 0.0,
             "tokens": 0,
             "tokens_per_second": None,
@@ -119,7 +119,7 @@ async def test_everything_said(client: httpx.AsyncClient) -> None:
         **CONFIG,
         **more,
         "lora": {**lora, "target_modules": ["q_proj", "v_proj"], "alpha": 16.0, "use_rslora": True},
-        "training": training,
+        "training": training | {"auto_epochs": False},
         "dataset": None,
         "validation": 0.25,
     }
@@ -212,11 +212,11 @@ async def test_a_dry_run(client: httpx.AsyncClient, tmp_path: Path) -> None:
     assert response.status_code == 200
     answer = response.json()
     assert answer["dry_run"] is True
-    assert answer["steps"] == 3 * 3
+    assert (answer["steps"], answer["config"]["training"]["epochs"]) == (20 * 3, 20)
     assert (answer["data"]["rows"], answer["data"]["truncated"]) == (5, 1)
     assert answer["data"]["tokens"] == sum(len(tokens(row)) for row in ROWS[:4]) + 16
     assert answer["estimate"]["seconds"] == pytest.approx(
-        3 * answer["data"]["tokens"] / answer["estimate"]["tokens_per_second"]
+        20 * answer["data"]["tokens"] / answer["estimate"]["tokens_per_second"]
     )
     assert answer["estimate"]["basis"] == "a matrix product"
     assert [row["row"] for row in answer["preview"]] == [0, 1, 2]
@@ -291,6 +291,14 @@ async def test_added_rows_move_no_row_to_the_other_side(client: httpx.AsyncClien
     assert kept[0] == kept[1]
 
 
+async def test_epochs_that_are_given_are_kept(client: httpx.AsyncClient) -> None:
+    job = (await client.post("/train", json=train_body(training={"epochs": 2}))).json()
+    training = job["config"]["training"]
+    assert (training["epochs"], training["auto_epochs"], job["progress"]["total_steps"]) == (2, False, 4)
+    job = (await client.post("/train", json=train_body(training={"max_steps": 5}))).json()
+    assert job["progress"]["total_steps"] == 5
+
+
 async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,9 +336,9 @@ async def test_an_estimate_from_an_earlier_job(client: httpx.AsyncClient, leases
     answer = response.json()
     data, estimate = answer["data"], answer["estimate"]
     assert (estimate["tokens_per_second"], estimate["basis"]) == (250.0, "an earlier job")
-    # three epochs, and the held-out rows twice, at twice the speed
+    # twenty epochs, and the held-out rows twice, at twice the speed
     num_held_out = sum(len(tokens(row)) for row in held_out(ROWS, 0.5))
-    assert estimate["seconds"] == pytest.approx(3 * data["tokens"] / 250 + 2 * num_held_out / 500)
+    assert estimate["seconds"] == pytest.approx(20 * data["tokens"] / 250 + 2 * num_held_out / 500)
     full = await client.post("/train?dry_run=true", json=train_body(method="full"))
     assert full.json()["estimate"]["basis"] == "a matrix product"
 

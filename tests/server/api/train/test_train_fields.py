@@ -30,7 +30,7 @@ LORA: list[tuple[str, object]] = [
     ("r", 8),
 ]
 TRAINING: list[tuple[str, object]] = [
-    *each("epochs", 0, -1, 1.5, "3", None, True, 10**6, 10**30),
+    *each("epochs", 0, -1, 1.5, "3", "auto", True, 10**6, 10**30),
     *each("max_steps", 0, -1, 1.5, "3", 10**6 + 1),
     *each("learning_rate", 0, -1e-3, "1e-3", True, float("nan"), float("inf"), 10**400),
     *each("batch_size", 0, -1, 1.5, "8", None, 4097),

@@ -102,7 +102,7 @@ async def test_hyperparameters(client: httpx.AsyncClient, place: str) -> None:
 async def test_auto_is_the_default(client: httpx.AsyncClient) -> None:
     auto = dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier"), "auto")
     job = await create(client, hyperparameters=auto, method={"type": "supervised"})
-    assert job.hyperparameters.to_dict() == {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
+    assert job.hyperparameters.to_dict() == {"n_epochs": 20, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert (await client.get(f"/train/{job.id}")).json()["config"]["training"]["learning_rate"] == 1e-3
 
 
