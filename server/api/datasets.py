@@ -17,7 +17,7 @@ from server.api.routes import MAX_UPLOAD_BYTES, TRAIN, requires
 from server.api.train_answers import DatasetAnswer, DatasetList, DatasetUploaded
 from server.api.uploads import form_bytes, received_form, uploaded_rows
 from server.training.datasets import no_dataset
-from server.training.rows import IgnoredFields
+from server.training.rows import RowNotes
 
 router = APIRouter(prefix="/datasets", tags=["train"])
 
@@ -83,10 +83,10 @@ async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Respon
 
 def _put(services: Services, form: FormData) -> DatasetUploaded:
     file, filename = uploaded_rows(form)
-    ignored = IgnoredFields()
+    notes = RowNotes()
     with growing(services, form_bytes(form)) as grown:
-        dataset = services.datasets.put(file, filename, ignored, max_bytes=MAX_UPLOAD_BYTES, grown=grown)
-    return DatasetUploaded(**vars(dataset), warnings=ignored.warnings())
+        dataset = services.datasets.put(file, filename, notes, max_bytes=MAX_UPLOAD_BYTES, grown=grown)
+    return DatasetUploaded(**vars(dataset), warnings=notes.warnings())
 
 
 def _delete(services: Services, dataset_id: str) -> None:

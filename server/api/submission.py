@@ -31,8 +31,9 @@ from server.jobs.files import TRACEPARENT_NAME, JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
 from server.training.encoding import RowEncoder, texts_of
 from server.training.files import RowSources
+from server.training.formats import RowFormat
 from server.training.job_data import DataFacts, JobData
-from server.training.rows import CanonicalRows, IgnoredFields, Row, default_share, hold_out, overlap, parse_row
+from server.training.rows import CanonicalRows, Row, RowNotes, default_share, hold_out, overlap, parse_row
 from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class JobRows:
     validation_name: str | None
     source: Mapping[str, object]  # the fields `dataset` and `validation`, without rows
     used: frozenset[str]  # ids of data sets and files
-    warnings: tuple[str, ...]  # about ignored fields
+    mapping: RowFormat | None  # as in `RowNotes`
+    warnings: tuple[str, ...]  # about ignored fields and other trainers' formats
 
 
 def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
@@ -68,44 +70,52 @@ def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
 
     Raise InvalidInput if rows have faults, or NotFound if a data set doesn't exist.
     """
-    ignored = IgnoredFields()
+    notes = RowNotes()
     if body.dataset is not None:
-        name, rows = "dataset", _stored(sources, body.dataset, "dataset", ignored)
+        name, rows = "dataset", _stored(sources, body.dataset, "dataset", notes)
     else:
         assert body.data is not None, "`build_spec` has checked that one of the two is given"
-        name, rows = "data", _sent(body.data, "data", ignored)
+        name, rows = "data", _sent(body.data, "data", notes)
     given = body.validation
     used = {named for named in (body.dataset, given) if isinstance(named, str)}
     train = rows
     validation_name: str | None = "validation"
     shown: object = given
     if isinstance(given, str):
-        validation = _stored(sources, given, "validation", ignored)
+        validation = _stored(sources, given, "validation", notes)
     elif isinstance(given, list):
-        validation, shown = _sent(given, "validation", ignored), "rows"
+        validation, shown = _sent(given, "validation", notes), "rows"
     else:
         shown = share = default_share(len(rows)) if given is None else given
         train, validation = hold_out(rows, share)
         validation_name = None
     source = {"dataset": body.dataset, "validation": shown}
     return JobRows(
-        rows, train, validation, name, validation_name, source, frozenset(used), tuple(ignored.warnings())
+        rows=rows,
+        train=train,
+        validation=validation,
+        name=name,
+        validation_name=validation_name,
+        source=source,
+        used=frozenset(used),
+        mapping=notes.mapping,
+        warnings=tuple(notes.warnings()),
     )
 
 
-def _stored(sources: RowSources, source_id: str, name: str, ignored: IgnoredFields) -> CanonicalRows:
+def _stored(sources: RowSources, source_id: str, name: str, notes: RowNotes) -> CanonicalRows:
     try:
-        return sources.rows(source_id, ignored)
+        return sources.rows(source_id, notes)
     except NotFound as error:
         raise NotFound(f"{name}: {error}", hint=error.hint) from None
 
 
-def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> CanonicalRows:
+def _sent(values: Sequence[object], name: str, notes: RowNotes) -> CanonicalRows:
     rows: list[Row] = []
     faults: list[FieldError] = []
     for number, value in enumerate(values):
         try:
-            rows.append(parse_row(value, ignored))
+            rows.append(parse_row(value, notes))
         except InvalidInput as error:
             faults += _placed(error, name, number)
             if len(faults) >= MAX_FAULTS:
@@ -247,6 +257,7 @@ class Prepared:
     data: JobData
     source: Mapping[str, object]
     used: frozenset[str]  # ids of data sets and files
+    mapping: RowFormat | None  # as in `RowNotes`
     warnings: tuple[str, ...]  # about the parent and the rows
 
     @property
@@ -347,15 +358,20 @@ class Submissions:
                 with suppress(NotFound):
                     self.library.pin([Term(spec.name)], "name").release()
             data, warnings = self._encode(spec.training, rows, max_bytes)
-            spec = _with_epochs(spec, body, data.facts.num_rows)
-            warnings = (*pinned.warnings, *rows.warnings, *warnings)
-            yield Prepared(spec, data, rows.source, rows.used, warnings)
+            yield Prepared(
+                spec=_with_epochs(spec, body, data.facts.num_rows),
+                data=data,
+                source=rows.source,
+                used=rows.used,
+                mapping=rows.mapping,
+                warnings=(*pinned.warnings, *rows.warnings, *warnings),
+            )
         finally:
             pinned.release()
 
     def _encode(
         self, training: TrainingSpec, rows: JobRows, max_bytes: int | None
-    ) -> tuple[JobData, tuple[str, ...]]:
+    ) -> tuple[JobData, Sequence[str]]:
         """Return the encoded rows, and warnings about them. Raise InvalidInput if `overlong` leaves none."""
         length, overlong = training.max_length, training.overlong
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
@@ -391,7 +407,7 @@ class Submissions:
             num_dropped=all_long.num_dropped,
             num_lost_tokens=all_long.num_lost_tokens,
         )
-        warnings = (*train.warnings, *all_long.warnings(length))
+        warnings = [*train.warnings, *all_long.warnings(length)]
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
@@ -403,7 +419,7 @@ class Submissions:
         if num_encoded == num_rows:
             return data, warnings
         sampled = f"only {num_encoded:,} of {num_rows:,} rows were tokenized: counts of tokens are estimates"
-        return data, (*warnings, sampled)
+        return data, [*warnings, sampled]
 
 
 def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:

@@ -11,6 +11,7 @@ from server.api.submission import Prepared
 from server.jobs.jobs import Job
 from server.jobs.merge_spec import Spec
 from server.training.encoding import preview
+from server.training.formats import RowFormat
 from server.training.job_data import JobData
 
 _PREVIEWED_ROWS = 3
@@ -140,6 +141,7 @@ class DryRunAnswer(Answer):
     estimate: Estimate
     preview: list[PreviewRow]
     config: dict[str, object]
+    mapping: RowFormat | None = Field(description="the other trainers' format of the rows, or null")
     warnings: list[str] = Field(description="about start_from and the rows; a job has them as events")
 
     @classmethod
@@ -153,6 +155,7 @@ class DryRunAnswer(Answer):
             estimate=estimate,
             preview=_preview(prepared.data, decode),
             config=_config(prepared.spec, prepared.source),
+            mapping=prepared.mapping,
             warnings=list(prepared.warnings),
         )
 

@@ -70,10 +70,15 @@ _TURN_FIELDS = {
     "weight": {"enum": [0, 1, None], "default": 1, "description": "0: the assistant's turn is not trained on"},
 }
 _TURN = {"type": "object", "properties": _TURN_FIELDS, "required": ["role", "content"]}
+_SHAREGPT_FIELDS = {"from": {"enum": ["system", "human", "gpt"]}, "value": {"type": "string"}}
+_SHAREGPT_TURN = {"type": "object", "properties": _SHAREGPT_FIELDS, "required": list(_SHAREGPT_FIELDS)}
 _ROW_FIELDS: tuple[dict[str, object], ...] = (
     {"prompt": {"type": "string"}, "completion": {"type": "string"}},
     {"messages": {"type": "array", "items": _TURN, "description": "the last turn is the assistant's"}},
     {"text": {"type": "string"}},
+    {"instruction": {"type": "string"}, "output": {"type": "string"}},
+    {"conversations": {"type": "array", "items": _SHAREGPT_TURN}},
+    {"prompt": {"type": "array", "items": _TURN}, "completion": {"type": "array", "minItems": 1, "items": _TURN}},
 )
 _ROW = {"anyOf": [{"type": "object", "properties": of, "required": list(of)} for of in _ROW_FIELDS]}
 _ROWS = {"type": "array", "minItems": 1, "items": _ROW}

@@ -435,6 +435,7 @@ def _show_dry_run(answer: Document) -> None:
     training = part_of(part_of(answer, "config"), "training")
     epochs = "" if training["max_steps"] else f" in {plural(cast('int', training['epochs']), 'epoch')}"
     console.print(f"{plural(steps, 'step')}{epochs}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
+    print_warnings(cast("list[str]", answer["warnings"]))
     for row in cast("list[Document]", answer["preview"]):
         text = Text(f"row {row['row']}: ", style="dim")
         for token in cast("list[Document]", row["tokens"]):

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from adapters.errors import Hint, InvalidInput, NotFound, SmoloraError
 from adapters.storage.durable import UNFINISHED, write_json
+from server.training.formats import RowFormat
 from server.training.record_store import RecordStore
 from server.training.row_files import FILE, Format, format_of, read_rows, short_name
-from server.training.rows import CanonicalRows, IgnoredFields, canonical_json, kind_of
+from server.training.rows import CanonicalRows, RowNotes, canonical_json, kind_of
 from server.training.spec import read_document
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Dataset:
     filename: str | None = None
     key_id: str | None = None  # the API key that uploaded it
     rows_bytes: int | None = None  # size of the rows as stored
+    mapping: RowFormat | None = None  # the first upload's, as in `RowNotes`
 
     @property
     def stored_bytes(self) -> int:
@@ -104,18 +106,19 @@ class DatasetStore(RecordStore[Dataset]):
         self,
         stream: BinaryIO,
         filename: str,
-        ignored: IgnoredFields | None = None,
+        notes: RowNotes | None = None,
         *,
         max_bytes: int | None = None,
         grown: Callable[[int], None] | None = None,
     ) -> Dataset:
         """Check all rows and store them. The format follows from the file name's ending.
 
-        Unknown fields are counted in `ignored`. The stored rows may take at most `max_bytes`. `grown` is called
+        Notes on the rows are added to `notes`. The stored rows may take at most `max_bytes`. `grown` is called
         every 16 MiB and at the end, with the number of bytes so far, and may raise. Raise InvalidInput with the
         lines and fields at fault, or OSError if the disk is full. If anything raises, nothing is stored.
         """
         file_format = format_of(filename)
+        notes = notes or RowNotes()
         upload = MeasuredStream(stream)
         self._root.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=UNFINISHED, dir=self._root)
@@ -125,7 +128,7 @@ class DatasetStore(RecordStore[Dataset]):
             digest = hashlib.sha256()
             num_bytes, reported = 0, 0
             with open(handle, "wb") as file:
-                for row in read_rows(cast("BinaryIO", upload), file_format, ignored):
+                for row in read_rows(cast("BinaryIO", upload), file_format, notes):
                     line = canonical_json(row) + b"\n"
                     num_bytes += len(line)
                     if max_bytes is not None and num_bytes > max_bytes:
@@ -151,6 +154,7 @@ class DatasetStore(RecordStore[Dataset]):
                 filename=short_name(filename),
                 key_id=self._key_id,
                 rows_bytes=num_bytes,
+                mapping=notes.mapping,
             )
             return self._publish(unfinished, dataset)
         finally:

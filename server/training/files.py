@@ -24,7 +24,7 @@ from server.storage.places import Storage
 from server.training.datasets import CorruptDataset, DatasetStore, MeasuredStream
 from server.training.record_store import RecordStore
 from server.training.row_files import FILE, Format, read_rows, short_name
-from server.training.rows import CanonicalRows, IgnoredFields, Row
+from server.training.rows import CanonicalRows, Row, RowNotes
 from server.training.spec import read_document
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class FileStore(RecordStore[StoredFile]):
         except FileNotFoundError:
             raise _no_file() from None
 
-    def rows(self, file_id: str, ignored: IgnoredFields | None = None) -> Iterator[Row]:
-        """Yield the rows in order, and count unknown fields in `ignored`.
+    def rows(self, file_id: str, notes: RowNotes | None = None) -> Iterator[Row]:
+        """Yield the rows in order, and add notes on them to `notes`.
 
         Raise NotFound at once if there is no such file. If the rows are unreadable or don't match their digest,
         raise CorruptFile, but perhaps only after the last row.
@@ -137,7 +137,7 @@ class FileStore(RecordStore[StoredFile]):
         file = self.get(file_id)
         if file.purpose != "fine-tune":
             raise NotFound("no file of rows has this id")
-        return _checked_rows(self.open(file_id), file, ignored)
+        return _checked_rows(self.open(file_id), file, notes)
 
     def verify(self, file_id: str) -> None:
         """Compare all bytes with their digest. Raise NotFound, or CorruptFile if they don't match."""
@@ -165,14 +165,17 @@ class RowSources:
             DatasetStore(datasets, key_id, storage.at(datasets)), FileStore(files, key_id, storage.at(files))
         )
 
-    def rows(self, source_id: str, ignored: IgnoredFields | None = None) -> CanonicalRows:
-        """Return the rows in order, and count a file's unknown fields in `ignored`.
+    def rows(self, source_id: str, notes: RowNotes | None = None) -> CanonicalRows:
+        """Return the rows in order, and add notes on them to `notes`: of a data set, only the upload's mapping.
 
         Raise NotFound if there is no such file or data set, and CorruptDataset or CorruptFile if it is damaged.
         """
         if source_id.startswith(PREFIX):
-            return CanonicalRows.of(self.files.rows(source_id, ignored))
-        return self.datasets.rows(source_id)
+            return CanonicalRows.of(self.files.rows(source_id, notes))
+        rows, mapping = self.datasets.rows(source_id), self.datasets.get(source_id).mapping
+        if notes is not None:
+            notes.mapping = notes.mapping or mapping
+        return rows
 
 
 def results_id(job_id: str) -> str:
@@ -180,11 +183,11 @@ def results_id(job_id: str) -> str:
     return f"{PREFIX}{job_id}"
 
 
-def _checked_rows(content: BinaryIO, file: StoredFile, ignored: IgnoredFields | None) -> Iterator[Row]:
+def _checked_rows(content: BinaryIO, file: StoredFile, notes: RowNotes | None) -> Iterator[Row]:
     with content:
         read = MeasuredStream(content)
         try:
-            yield from read_rows(cast("BinaryIO", read), file.format, ignored)
+            yield from read_rows(cast("BinaryIO", read), file.format, notes)
         except (OSError, InvalidInput):
             raise CorruptFile(f"the rows of {file.id} are unreadable") from None
     if read.digest.hexdigest() != file.sha256:

@@ -16,13 +16,15 @@ from typing import BinaryIO, Literal, NoReturn, get_args
 from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
 from server.system.messages import plural
-from server.training.rows import FIELDS, IgnoredFields, Row, misspelt, parse_row, shown
+from server.training.formats import ALPACA, CONVERSATIONS, format_of_fields
+from server.training.rows import FIELDS, MAX_NAMED, Row, RowNotes, misspelt, parse_row, shown
 
 Format = Literal["jsonl", "csv"]
 MAX_LINE = 1 << 20
 MAX_LINES = 200_000
 MAX_FAULTS = 20
 MAX_FILENAME = 255
+_JSON_COLUMNS = ("messages", CONVERSATIONS, "history")
 _CSV_FAULTS = {
     "new-line character seen in unquoted field": "a carriage return outside quotes",
     "unexpected end of data": "a quote that opens here isn't closed",
@@ -65,16 +67,16 @@ def short_name(filename: str) -> str:
     return PurePath(filename).name[:MAX_FILENAME]
 
 
-def read_rows(stream: BinaryIO, file_format: Format, ignored: IgnoredFields | None = None) -> Iterator[Row]:
-    """Yield the rows of a file. Fields that aren't part of a row are counted in `ignored`.
+def read_rows(stream: BinaryIO, file_format: Format, notes: RowNotes | None = None) -> Iterator[Row]:
+    """Yield the rows of a file, and add notes on them to `notes`.
 
     If the file has faults, raise InvalidInput, but only after collecting them: valid rows after the first fault
     are still yielded. So don't use any row before the iterator has ended.
     """
-    return read_jsonl(stream, ignored) if file_format == "jsonl" else read_csv(stream, ignored)
+    return read_jsonl(stream, notes) if file_format == "jsonl" else read_csv(stream, notes)
 
 
-def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+def read_jsonl(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]:
     """Yield the rows of a file with a JSON object on each line, in UTF-8; skip blank lines. See `read_rows`."""
     faults = _Faults()
     lines = _Lines(stream, faults)
@@ -84,7 +86,7 @@ def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterat
         if lines.is_first and _begins_array_of_rows(line):
             faults.stop(lines.number, _OF_ARRAY)
         try:
-            row = parse_row(_json(line.rstrip(), FILE), ignored)
+            row = parse_row(_json(line.rstrip(), FILE), notes)
         except InvalidInput as error:
             faults.add(lines.number, error, len(line))
             continue
@@ -92,11 +94,11 @@ def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterat
     faults.raise_if_any()
 
 
-def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+def read_csv(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]:
     """Yield the rows of a CSV file, comma-separated, quoted by `"`, in UTF-8; skip blank records. See `read_rows`.
 
-    Columns may be in any order, and other columns are allowed. The column `messages` has JSON. A field has at most
-    131,072 characters, the csv module's limit.
+    Columns may be in any order, and other columns are allowed. The columns `messages`, `conversations` and
+    `history` have JSON. A field has at most 131,072 characters, the csv module's limit.
     """
     faults = _Faults()
     lines = _Lines(stream, faults, stops=True)
@@ -114,8 +116,8 @@ def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator
                     FILE, f"has {plural(len(fields), 'column')}, but the first line names {len(names)}"
                 )
             texts = dict(zip(names, fields, strict=True))
-            parsed = {"messages": _json(texts["messages"], "messages")} if "messages" in texts else {}
-            row = parse_row({**texts, **parsed}, ignored)
+            parsed = {name: _json(texts[name], name) for name in _JSON_COLUMNS if texts.get(name)}
+            row = parse_row({**texts, **parsed}, notes)
         except InvalidInput as error:
             faults.add(lines.first, error, sum(map(len, fields)))
             continue
@@ -126,8 +128,11 @@ def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator
 def _header_fault(names: Sequence[str]) -> str | None:
     """Return what is wrong with the column names, or None. They need exactly one shape's columns, each once."""
     needed = {name for shape in FIELDS for name in shape}
+    found = format_of_fields(set(names))
+    if found is not None:
+        needed = set(ALPACA) if found == "alpaca" else {CONVERSATIONS}
     there = {name for name in names if name in needed}
-    if there in map(set, FIELDS):
+    if found is not None or there in map(set, FIELDS):
         twice = next((name for name in sorted(there) if names.count(name) > 1), None)
         return None if twice is None else f"names the column {twice} twice"
     choices = ", or ".join(" and ".join(shape) for shape in FIELDS)
@@ -137,7 +142,16 @@ def _header_fault(names: Sequence[str]) -> str | None:
     for name in sorted(needed - there):
         if (meant := misspelt(strange, name)) is not None:
             return f"names {shown(meant)}: did you mean {name}? The columns are {choices}"
-    return f"must name the columns {choices}"
+    return f"must name the columns {choices}{_renaming(names)}"
+
+
+def _renaming(names: Sequence[str]) -> str:
+    """Return the names of these columns, and advice on renaming them."""
+    if len(names) == 2:
+        return f"; to learn {shown(names[1])} from {shown(names[0])}, name these columns completion and prompt"
+    listed = ", ".join(map(shown, names[:MAX_NAMED]))
+    advice = "name the column to learn completion, and the column to learn it from prompt"
+    return f"; it has {listed}: {advice}" if names else ""
 
 
 def _begins_array_of_rows(line: str) -> bool:

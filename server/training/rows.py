@@ -5,7 +5,8 @@
     {"text": "…"}                           trained on all of it
 
 A turn's content may be a list of OpenAI's text parts, which are joined; the role `developer` is read as `system`.
-`encoding.py` turns rows into tokens, and `row_files.py` reads uploaded files.
+`formats.py` reads other trainers' rows as messages, `encoding.py` turns rows into tokens, and `row_files.py` reads
+uploaded files.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from adapters.errors import FieldError, InvalidInput
 from adapters.names import near
 from server.model.text.chat import DEVELOPER, ChatMessage, joined_parts, meant_role
 from server.system.messages import plural
+from server.training.formats import MEANINGS, Conversation, RowFormat, read_conversation
 
 ROLES = ("system", "user", "assistant")
 MAX_TURNS = 1024
@@ -35,6 +37,8 @@ MAX_NAMED = 8
 """The most names of unknown fields that a message lists."""
 MAX_NAME = 64
 """The most characters of a client's field name that a message quotes."""
+_ANSWERS = frozenset({"answer", "category", "class", "label", "labels", "output", "response", "target"})
+"""Names of fields that may be meant as completions."""
 DEFAULT_SHARE = 0.1
 MIN_ROWS = 20
 """With at least this many rows, `DEFAULT_SHARE` is held out unless the request says otherwise."""
@@ -76,26 +80,45 @@ Row = CompletionRow | MessagesRow | TextRow
 Kind = Literal["completion", "messages", "text"]
 
 
-class IgnoredFields:
-    """The number of rows with each unknown field. Names beyond the first `MAX_NAMED` are counted together."""
+class RowNotes:
+    """Notes on rows as they are read: which fields were ignored, and which rows had another trainer's format.
+
+    Names of ignored fields beyond the first `MAX_NAMED` are counted together.
+    """
 
     def __init__(self) -> None:
-        self._rows: Counter[str] = Counter()
+        self.mapping: RowFormat | None = None
+        """The format of the first row that has another trainer's."""
+        self._formats: dict[RowFormat, None] = {}
+        self._ignored: Counter[str] = Counter()
         self._num_others = 0
+        self._answer: str | None = None
 
-    def add(self, name: str) -> None:
-        """Count a field of one row."""
-        if name in self._rows or len(self._rows) < MAX_NAMED:
-            self._rows[name] += 1
+    def ignore(self, name: str, beside_text: bool = False) -> None:
+        """Count an ignored field of one row, which may be a row of `text`."""
+        if name in self._ignored or len(self._ignored) < MAX_NAMED:
+            self._ignored[name] += 1
         else:
             self._num_others += 1
+        if beside_text and name.lower() in _ANSWERS:
+            self._answer = name
+
+    def converted(self, row_format: RowFormat) -> None:
+        """Note a row of another trainer's format."""
+        self.mapping = self.mapping or row_format
+        self._formats[row_format] = None
 
     def warnings(self) -> list[str]:
-        """Return a list of one warning of one line, or an empty list."""
-        found = [f"{shown(name)} in {plural(number, 'row')}" for name, number in self._rows.items()]
+        """Return a warning of one line about each kind of note."""
+        found = [f"rows were read as {MEANINGS[row_format]}" for row_format in self._formats]
+        fields = [f"{shown(name)} in {plural(number, 'row')}" for name, number in self._ignored.items()]
         if self._num_others:
-            found.append(f"{self._num_others} times others")
-        return [f"fields that are not trained on were ignored: {', '.join(found)}"] if found else []
+            fields.append(f"{self._num_others} times others")
+        if fields:
+            found.append(f"fields that are not trained on were ignored: {', '.join(fields)}")
+        if self._answer:
+            found.append(f"to learn {shown(self._answer)} from text, name these fields completion and prompt")
+        return found
 
 
 def kind_of(row: Row) -> Kind:
@@ -105,20 +128,27 @@ def kind_of(row: Row) -> Kind:
     return "messages" if isinstance(row, MessagesRow) else "text"
 
 
-def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
+def parse_row(value: object, notes: RowNotes | None = None) -> Row:
     """Make a row from parsed JSON. Raise InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
 
     No message quotes a row's text. Fields that belong to no shape, such as ids and labels, are skipped and
-    counted in `ignored`. Null is ignored in fields of another shape and in optional fields of turns, since rows
+    counted in `notes`. Null is ignored in fields of another shape and in optional fields of turns, since rows
     from a table have null there.
     """
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
         raise InvalidInput.of("row", f"must be {what}: {SHAPES}")
     given = {name for name in value if value[name] is not None}
+    strange = [name for name in value if isinstance(name, str) and name not in _KNOWN]
+    if (conversation := read_conversation(value)) is not None:
+        if notes is not None:
+            notes.converted(conversation.format)
+            for name in value:
+                if name in given and name not in conversation.fields:
+                    notes.ignore(name)
+        return _converted(conversation)
     shapes = (shape for named in (given, value.keys()) for shape in FIELDS if not named.isdisjoint(shape))
     names = next(shapes, None)
-    strange = [name for name in value if isinstance(name, str) and name not in _KNOWN]
     if names is None:
         raise InvalidInput([_nothing_known(strange)])
     faults = [
@@ -133,10 +163,10 @@ def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
     ]
     if faults:
         raise InvalidInput(faults[:MAX_FAULTS])
-    if ignored is not None:
+    if notes is not None:
         for name in strange:
             if name in given:
-                ignored.add(name)
+                notes.ignore(name, beside_text="text" in names)
     if "messages" in names:
         return _messages(value["messages"])
     faults = [FieldError((name,), fault) for name in names if (fault := _field_fault(value[name]))]
@@ -267,6 +297,13 @@ def _instead(strange: Sequence[str]) -> str:
     return f"; this one has {', '.join(map(shown, strange[:MAX_NAMED]))}" if strange else ""
 
 
+def _converted(conversation: Conversation) -> MessagesRow:
+    try:
+        return _messages(list(conversation.turns))
+    except InvalidInput as error:
+        raise InvalidInput([conversation.located(fault) for fault in error.errors]) from None
+
+
 def _messages(value: object) -> MessagesRow:
     if not isinstance(value, list) or not value:
         raise InvalidInput.of("messages", "must be a list of turns")
@@ -321,7 +358,9 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 
 def _field_fault(value: object) -> str | None:
     """Return the fault of a text field, or None. Rows for other trainers may have a conversation in it."""
-    return "must be a text: turns go into messages" if isinstance(value, list) else _text_fault(value)
+    if isinstance(value, list):
+        return "must be a text: turns go into messages, or into both prompt and completion"
+    return _text_fault(value)
 
 
 def _content_fault(content: object, *, may_be_empty: bool) -> str | None:

@@ -355,6 +355,28 @@ def test_dry_run_shows_the_rows(smolora: Run, rows: str) -> None:
     assert "<|im_end|>" in result.stdout
 
 
+def test_dry_run_shows_what_happens_to_other_trainers_and_long_rows(smolora: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "alpaca.jsonl"
+    document = {"text": "Not Found " * 200}
+    rows.write_text(
+        "".join(f"{json.dumps(row)}\n" for row in ({"instruction": "404?", "output": "Not Found"}, document))
+    )
+    result = smolora("train", str(rows), "--name", "codes", "--max-length", "128", "--max-steps", "3", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "1 row split\n" in result.stdout
+    assert "3 steps: about" in result.stdout
+    assert result.stderr.count("rows were read as Alpaca's") == 1
+    assert result.stderr.count("1 row longer than training.max_length (128 tokens) split into ") == 1
+
+
+def test_a_table_without_known_columns_gets_advice(smolora: Run, tmp_path: Path) -> None:
+    table = tmp_path / "tickets.csv"
+    table.write_text("ticket,team\nI was charged twice.,billing\n")
+    result = smolora("train", str(table), "--name", "tickets")
+    assert result.exit_code == 1
+    assert "to learn team from ticket, name these columns completion and prompt" in " ".join(result.output.split())
+
+
 def test_dry_run_leaves_no_data_set(smolora: Run, rows: str, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "a dry", "completion": "run"}))

@@ -279,6 +279,24 @@ async def test_a_dry_run_reads_on_if_its_sample_is_dropped(
     assert (answer["data"]["rows"], answer["data"]["dropped"]) == (3, 1)
 
 
+async def test_a_dry_run_reports_the_mapping(client: httpx.AsyncClient) -> None:
+    rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}]
+    turns = [{"role": "user", "content": "Add.\n\n1 + 1"}, {"role": "assistant", "content": "2"}]
+    answer = (await client.post("/train?dry_run=true", json=train_body(data=rows))).json()
+    assert answer["mapping"] == "alpaca"
+    (warning,) = answer["warnings"]
+    assert warning.startswith("rows were read as Alpaca's")
+    ours = (await client.post("/train?dry_run=true", json=train_body(data=[{"messages": turns}]))).json()
+    assert (ours["mapping"], ours["data"]) == (None, answer["data"])
+
+    content = json.dumps(rows[0]).encode()
+    uploaded = (await client.post("/datasets", files={"file": ("a.jsonl", content)})).json()
+    assert uploaded["warnings"] == [warning]
+    assert uploaded["kinds"] == {"messages": 1}
+    stored = await client.post("/train?dry_run=true", json=train_body(data=None, dataset=uploaded["id"]))
+    assert (stored.json()["mapping"], stored.json()["data"]) == ("alpaca", answer["data"])
+
+
 async def test_added_rows_move_no_row_to_the_other_side(client: httpx.AsyncClient) -> None:
     """Rows that one version was trained on must not be held out for the next."""
     kept = []

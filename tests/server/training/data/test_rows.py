@@ -13,9 +13,9 @@ from server.training.rows import (
     MAX_FAULTS,
     CanonicalRows,
     CompletionRow,
-    IgnoredFields,
     MessagesRow,
     Row,
+    RowNotes,
     TextRow,
     canonical_json,
     kind_of,
@@ -129,9 +129,12 @@ def test_null_fields_are_ignored() -> None:
         "200", "OK"
     )
     assert parse_row({"prompt": None, "completion": None, "text": "200 OK"}) == TextRow("200 OK")
-    ignored = IgnoredFields()
-    parse_row({"text": "200 OK", "tools": None, "label": 1}, ignored)
-    assert ignored.warnings() == ["fields that are not trained on were ignored: label in 1 row"]
+    notes = RowNotes()
+    parse_row({"text": "200 OK", "tools": None, "label": 1}, notes)
+    assert notes.warnings() == [
+        "fields that are not trained on were ignored: label in 1 row",
+        "to learn label from text, name these fields completion and prompt",
+    ]
     document = turns("200", "OK", "404", "Not Found")
     plain = parse_row(document)
     assert isinstance(plain, MessagesRow)
@@ -189,12 +192,11 @@ def test_faults_are_named(value: object, expected: list[tuple[str | int, ...]]) 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"instruction": "a", "input": "", "output": "b"}, "; this one has instruction, input, output"),
-        ({"conversations": []}, "; this one has conversations"),
+        ({"instruction": "a", "response": "b"}, "; this one has instruction, response"),
         ({"prompt": "a", "response": "b"}, "is missing; this one has response"),
         (
             {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
-            "must be a text: turns go into messages",
+            "must be a text: turns go into messages, or into both prompt and completion",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is missing; this one has chosen, rejected"),
         ({str(i): i for i in range(100)}, "; this one has 0, 1, 2, 3, 4, 5, 6, 7"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from adapters.errors import FieldError, InvalidInput
 from server.training.datasets import DatasetStore
 from server.training.row_files import FILE, MAX_FAULTS, Format, read_rows
-from server.training.rows import IgnoredFields, Row, canonical_json, parse_row
+from server.training.rows import Row, RowNotes, canonical_json, parse_row
 from tests.stress.fuzzing.choices import Choices
 from tests.stress.fuzzing.target import Target, check_told
 
@@ -29,15 +29,15 @@ def run(data: bytes) -> str:
     if is_large and content:
         content = content * (_LARGE // len(content))
     rows: list[Row] = []
-    ignored = IgnoredFields()
+    notes = RowNotes()
     try:
-        rows.extend(read_rows(io.BytesIO(content), file_format, ignored))
+        rows.extend(read_rows(io.BytesIO(content), file_format, notes))
     except InvalidInput as error:
         check_told(error)
         _check_places(error.errors)
         return f"{file_format} refused"
     finally:
-        for warning in ignored.warnings():
+        for warning in notes.warnings():
             warning.encode()
     for row in rows:
         assert parse_row(json.loads(canonical_json(row))) == row
@@ -72,6 +72,9 @@ def seeds() -> list[bytes]:
         {"text": "😀\n", "id": 7},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         {"promt": "a", "completion": "b"},
+        {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}]},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
         [{"text": None}, 1e5],
     )
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
@@ -81,6 +84,8 @@ def seeds() -> list[bytes]:
         b"\xef\xbb\xbfcompletion, prompt,id\r\na,b,1\r\n",
         b'messages\n"' + turns + b'"\n',
         b"text\na\n" + b"b\n" * 20,
+        b'instruction,input,output,history\na,b,c,"[[""d"", ""e""]]"\n',
+        b'conversations\n"' + turns.replace(b"role", b"from").replace(b"content", b"value") + b'"\n',
         b"promt;completion\na;b\n",
         b'text\n"open\n',
     ]
@@ -100,6 +105,12 @@ TARGET = Target(
         b'"role"',
         b'"assistant"',
         b'"content"',
+        b'"conversations"',
+        b'"from"',
+        b'"value"',
+        b'"instruction"',
+        b'"output"',
+        b'"history"',
         b"\\ud800",
         b'""',
         b"\r\n",
