@@ -258,6 +258,7 @@ class Prepared:
     source: Mapping[str, object]
     used: frozenset[str]  # ids of data sets and files
     mapping: RowFormat | None  # as in `RowNotes`
+    are_facts: bool  # as in `EncodedRows`, of the training rows
     warnings: tuple[str, ...]  # about the parent and the rows
 
     @property
@@ -268,6 +269,15 @@ class Prepared:
     def facts(self) -> Mapping[str, object]:
         """The facts about the rows that are stored in the job's record."""
         return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A job's encoded rows, and warnings about them. `are_facts` is as in `EncodedRows`, of the training rows."""
+
+    data: JobData
+    are_facts: bool
+    warnings: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -357,21 +367,20 @@ class Submissions:
             if spec.publish_if == "improves_latest":  # the latest version is evaluated, too, so it must fit
                 with suppress(NotFound):
                     self.library.pin([Term(spec.name)], "name").release()
-            data, warnings = self._encode(spec.training, rows, max_bytes)
+            encoded = self._encode(spec.training, rows, max_bytes)
             yield Prepared(
-                spec=_with_epochs(spec, body, data.facts.num_rows),
-                data=data,
+                spec=_with_epochs(spec, body, encoded.data.facts.num_rows),
+                data=encoded.data,
                 source=rows.source,
                 used=rows.used,
                 mapping=rows.mapping,
-                warnings=(*pinned.warnings, *rows.warnings, *warnings),
+                are_facts=encoded.are_facts,
+                warnings=(*pinned.warnings, *rows.warnings, *encoded.warnings),
             )
         finally:
             pinned.release()
 
-    def _encode(
-        self, training: TrainingSpec, rows: JobRows, max_bytes: int | None
-    ) -> tuple[JobData, Sequence[str]]:
+    def _encode(self, training: TrainingSpec, rows: JobRows, max_bytes: int | None) -> _Encoded:
         """Return the encoded rows, and warnings about them. Raise InvalidInput if `overlong` leaves none."""
         length, overlong = training.max_length, training.overlong
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
@@ -417,9 +426,9 @@ class Submissions:
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:
-            return data, warnings
+            return _Encoded(data, train.are_facts, warnings)
         sampled = f"only {num_encoded:,} of {num_rows:,} rows were tokenized: counts of tokens are estimates"
-        return data, [*warnings, sampled]
+        return _Encoded(data, train.are_facts, [*warnings, sampled])
 
 
 def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:

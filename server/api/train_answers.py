@@ -10,12 +10,16 @@ from server.api.schemas import Answer, Timestamp
 from server.api.submission import Prepared
 from server.jobs.jobs import Job
 from server.jobs.merge_spec import Spec
-from server.training.encoding import preview
+from server.training.encoding import FACT_SHARE, FACT_TOKENS, preview
 from server.training.formats import RowFormat
 from server.training.job_data import JobData
 
 _PREVIEWED_ROWS = 3
 _PREVIEWED_TOKENS = 200
+_FACTS = (
+    "the rows look like facts (completions are short and nearly all distinct): a held-out fact can't be known, so "
+    "look at recall on trained rows instead of the held-out loss"
+)
 
 _NO_PROGRESS = {"step": 0, "epoch": 0.0, "tokens": 0, "tokens_per_second": None, "eta_seconds": None}
 _NO_METRICS = {"train_loss": None, "eval_loss": None, "base_eval_loss": None}
@@ -141,12 +145,19 @@ class DryRunAnswer(Answer):
     estimate: Estimate
     preview: list[PreviewRow]
     config: dict[str, object]
+    facts: bool = Field(
+        description=f"completions are short (a median of at most {FACT_TOKENS} tokens), and at least "
+        f"{FACT_SHARE:.0%} are distinct: held-out rows may be independent facts, which can't be known"
+    )
     mapping: RowFormat | None = Field(description="the other trainers' format of the rows, or null")
-    warnings: list[str] = Field(description="about start_from and the rows; a job has them as events")
+    warnings: list[str] = Field(
+        description="about start_from and the rows; a job has them as events, except the one about facts"
+    )
 
     @classmethod
     def of(cls, prepared: Prepared, estimate: Estimate, decode: Callable[[list[int]], str]) -> Self:
         """Describe a job that could be queued. `decode` turns token ids into text."""
+        has_held_out_facts = prepared.are_facts and prepared.data.validation is not None
         return cls(
             dry_run=True,
             name=prepared.spec.name,
@@ -155,8 +166,9 @@ class DryRunAnswer(Answer):
             estimate=estimate,
             preview=_preview(prepared.data, decode),
             config=_config(prepared.spec, prepared.source),
+            facts=prepared.are_facts,
             mapping=prepared.mapping,
-            warnings=list(prepared.warnings),
+            warnings=[*prepared.warnings, *([_FACTS] if has_held_out_facts else [])],
         )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import compress, islice
 from pathlib import Path
+from statistics import median
 from typing import Literal, Self, overload
 
 import numpy as np
@@ -34,6 +35,10 @@ MAX_TOKENS = 1 << 26
 MAX_FAULTS = 20
 """The most faults that are reported."""
 MAX_REFERENCES = 200
+FACT_TOKENS = 16
+"""Facts have a median length of at most so many tokens."""
+FACT_SHARE = 0.9
+"""The least share of facts that are distinct."""
 _SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
 
 
@@ -169,11 +174,13 @@ class LongRows:
 class EncodedRows:
     """All rows of a job, in their order, and warnings about likely mistakes in them.
 
-    A split row has an example for each window, and a dropped row has none.
+    A split row has an example for each window, and a dropped row has none. `are_facts`: each row has a completion,
+    completions are short, and nearly all are distinct.
     """
 
     examples: Examples
     long: LongRows
+    are_facts: bool
     warnings: tuple[str, ...]
 
 
@@ -207,6 +214,7 @@ class RowEncoder:
         """
         examples = Examples()
         long = LongRows()
+        completions = _Completions()
         spelled = Counter[str]()
         faults: list[FieldError] = []
         for number, row in enumerate(rows):
@@ -219,6 +227,7 @@ class RowEncoder:
                 continue
             for example in fitted:
                 examples.append(example)
+                completions.add(example, row)
             if too_long is not None:
                 long += too_long
             spelled.update({name for text in texts_of(row) if (name := self._encoder.spelled(text, self._ends))})
@@ -227,7 +236,7 @@ class RowEncoder:
         if faults:
             raise InvalidInput(faults[:MAX_FAULTS])
         warnings = [_SPELLED.format(name, plural(number, "row")) for name, number in spelled.items()]
-        return EncodedRows(examples, long, tuple(warnings))
+        return EncodedRows(examples, long, completions.are_facts, tuple(warnings))
 
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
         """Return a row's completion, or its last turn that is trained on, with its prompt. Return None for a text.
@@ -291,6 +300,28 @@ class RowEncoder:
         prompt = self._encoder.prompt(row.prompt)
         token_ids = [*prompt, *self._encoder.continuation(row.completion), self._eos]
         return token_ids, [range(len(prompt), len(token_ids))], "completion"
+
+
+class _Completions:
+    """The lengths of rows' completions, and how many are distinct."""
+
+    def __init__(self) -> None:
+        self._lengths: list[int] = []
+        self._distinct: set[int] = set()  # hashes
+        self._num_texts = 0
+
+    def add(self, example: Example, row: Row) -> None:
+        self._num_texts += isinstance(row, TextRow)
+        targets = tuple(compress(example.token_ids, example.is_target))
+        self._lengths.append(len(targets) - 1)  # without the end token
+        self._distinct.add(hash(targets))
+
+    @property
+    def are_facts(self) -> bool:
+        if not self._lengths or self._num_texts:
+            return False
+        is_short = median(self._lengths) <= FACT_TOKENS
+        return is_short and len(self._distinct) >= FACT_SHARE * len(self._lengths)
 
 
 def _windows(token_ids: Sequence[int], is_target: Sequence[bool], max_length: int) -> list[Example]:

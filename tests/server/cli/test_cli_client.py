@@ -353,6 +353,7 @@ def test_dry_run_shows_the_rows(smolora: Run, rows: str) -> None:
     assert "7 rows to train on, 13 held out\n" in result.stdout
     assert "20 steps in 20 epochs: about" in result.stdout
     assert "<|im_end|>" in result.stdout
+    assert result.stderr.startswith("smolora: the rows look like facts")
 
 
 def test_dry_run_shows_what_happens_to_other_trainers_and_long_rows(smolora: Run, tmp_path: Path) -> None:

@@ -279,6 +279,23 @@ async def test_a_dry_run_reads_on_if_its_sample_is_dropped(
     assert (answer["data"]["rows"], answer["data"]["dropped"]) == (3, 1)
 
 
+async def test_a_dry_run_recognizes_facts(client: httpx.AsyncClient) -> None:
+    """Rows that can't be known from others, so that the held-out loss says little."""
+    answer = (await client.post("/train?dry_run=true", json=train_body())).json()
+    assert answer["facts"] is True
+    (warning,) = answer["warnings"]
+    assert warning.startswith("the rows look like facts")
+    assert "recall" in warning
+    none_held_out = (await client.post("/train?dry_run=true", json=train_body(validation=0))).json()
+    assert (none_held_out["facts"], none_held_out["warnings"]) == (True, [])
+    labels = [
+        {"prompt": f"{row['prompt']}", "completion": " error" if number % 2 else " fine"}
+        for number, row in enumerate(ROWS)
+    ]
+    answer = (await client.post("/train?dry_run=true", json=train_body(data=labels))).json()
+    assert (answer["facts"], answer["warnings"]) == (False, [])
+
+
 async def test_a_dry_run_reports_the_mapping(client: httpx.AsyncClient) -> None:
     rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}]
     turns = [{"role": "user", "content": "Add.\n\n1 + 1"}, {"role": "assistant", "content": "2"}]

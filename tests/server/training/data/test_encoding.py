@@ -210,6 +210,17 @@ def test_drop_drops_all_long_rows(rows: RowEncoder) -> None:
     assert encoded.long.num_dropped == 2
 
 
+def test_short_distinct_completions_are_facts(rows: RowEncoder) -> None:
+    facts: list[Row] = [CompletionRow(f"{number}", f"a {number} b") for number in range(20)]
+    assert rows.encode_all(facts, LONG).are_facts
+    assert rows.encode_all([*facts, facts[0], chat("1", "a 1 b")], LONG).are_facts  # 20 of 22
+    assert not rows.encode_all([*facts, *facts[:3]], LONG).are_facts  # 20 of 23
+    assert not rows.encode_all([CompletionRow(f"{number}", "spam") for number in range(20)], LONG).are_facts
+    assert not rows.encode_all([CompletionRow("a", f"{number} " * 20) for number in range(20)], LONG).are_facts
+    assert not rows.encode_all([*facts, TextRow("a 1 b")], LONG).are_facts
+    assert not rows.encode_all([], LONG).are_facts
+
+
 def test_all_rows_in_their_order(rows: RowEncoder) -> None:
     given_rows: list[Row] = [CompletionRow("404", "Not Found"), TextRow("OK " * 40), chat("200", "OK")]
     encoded = rows.encode_all(given_rows, 80)
