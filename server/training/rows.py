@@ -256,9 +256,9 @@ def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, Canonica
     """Split rows into (train, validation), both in the given order, with no row in both.
 
     A row is held out if the SHA-256 of its canonical JSON, read as a number, is below share · 2²⁵⁶. So the same
-    row is always on the same side, whatever other rows there are. If no hash is below, the row with the smallest
-    hash and its duplicates are held out. A share of 0 holds out none. Raise InvalidInput on `validation` if no
-    row is left to train on.
+    row is always on the same side, whatever other rows there are. Each side gets at least one row with its
+    duplicates, though: the one with the smallest hash is held out, and the one with the largest is trained on. A
+    share of 0 holds out none. Raise InvalidInput on `validation` if all rows are equal.
     """
     if not 0 <= share < 1 or not math.isfinite(share):
         raise InvalidInput.of("validation", "a share is at least 0 and below 1")
@@ -266,11 +266,11 @@ def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, Canonica
         return rows, CanonicalRows()
     digests = rows.digests()
     end = int(share * 2.0**256).to_bytes(32, "big")  # exact: a double times a power of two
-    smallest = min(digests, default=b"")
-    is_held_out = [digest < end or digest == smallest for digest in digests]
+    smallest, largest = min(digests, default=b""), max(digests, default=b"")
+    is_held_out = [digest == smallest or (digest < end and digest != largest) for digest in digests]
     train = rows.chosen(not flag for flag in is_held_out)
     if not train:
-        raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
+        raise InvalidInput.of("validation", "leaves no row to train on: all rows are equal; give a share of 0")
     return train, rows.chosen(is_held_out)
 
 
