@@ -17,7 +17,7 @@ from server.model.base.weights import BaseModel
 from server.model.device import ints_on, to_device, torch_on
 from server.model.native.abi import ROW_UNIT
 from server.model.native.library import computed_by
-from server.model.native.training import NativeGroup, NativeRows, NativeTraining
+from server.model.native.training import NativeDropout, NativeGroup, NativeRows, NativeTraining
 from server.model.ops.gradients import apply
 from server.model.smollm import Adapters, SmolLM
 from server.training.encoding import Example
@@ -156,12 +156,11 @@ class NativePass:
         """Raise NativeUnavailable if native code doesn't support the base, and MemoryError if memory runs out."""
         self.computed_by = computed_by(library)
         self._rows = rows
-        self._groups = {key: _native(group) for key, group in rows.groups.items()}
         self._training = NativeTraining(
             library,
             base.config,
             base.weights,
-            self._groups,
+            {key: _native(group) for key, group in rows.groups.items()},
             max_positions=max_length,
             num_threads=torch.get_num_threads(),
             gradients=rows.gradients,
@@ -185,18 +184,11 @@ class NativePass:
     def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
         """Return the final hidden states (tokens, hidden). With `has_backward`, keep what the backward pass
         needs."""
-        kept, factor = None, 1.0
         dropout = self._rows.dropout
-        if dropout is not None:
-            factor = dropout.factor
-            kept = {
-                (layer, name): dropout.kept(layer, name, group.a) for (layer, name), group in self._groups.items()
-            }
         return self._training.forward(
             torch.tensor(batch.token_ids, dtype=torch.int64),
             batch.lengths,
-            kept,
-            factor,
+            None if dropout is None else NativeDropout(dropout.keys, dropout.num_dropped, dropout.factor),
             has_backward=has_backward,
         )
 

@@ -10,8 +10,9 @@ from adapters.lora import LoraWeights
 from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from server.model.native.abi import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
+from server.training.dropout import Dropout
 from server.training.passes import MicroBatch, NativePass, Pass, TorchPass
-from server.training.trained_rows import Dropout, TrainedRows
+from server.training.trained_rows import TrainedRows
 
 
 class TrainableRows:

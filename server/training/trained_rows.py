@@ -1,4 +1,4 @@
-"""An adapter in training: how A and B start, its parameters next to the frozen model, and dropout of A's inputs.
+"""An adapter in training: how A and B start, and its parameters next to the frozen model.
 
 The start depends on the seed and the base's weights alone:
 
@@ -20,9 +20,8 @@ twice the rank:
 This LoRA is also what gets published. It is exactly 0 before the first step.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from adapters.lora import BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
 from server.model.base.weights import BaseModel
-from server.model.device import to_device
 from server.model.ops.gradients import apply
 from server.model.rank_rows import GROUPS, GroupKey
+from server.training.dropout import Dropout, LayerInputs, hash_name
 from server.training.spec import Init, LoraSpec
 
 SUBTRACTED: frozenset[Init] = frozenset({"pissa", "olora"})
@@ -122,37 +121,7 @@ def _weight(base: BaseModel, key: ModuleKey) -> torch.Tensor:
 
 def stream(*name: int | str) -> torch.Generator:
     """Return a new CPU generator for `name`, such as ("init", seed, layer, module)."""
-    data = "|".join(map(str, name)).encode()
-    seed = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    return torch.Generator().manual_seed(seed)
-
-
-Stream = tuple[int | str, ...]
-
-
-class Dropout:
-    """Dropout of A's inputs in one micro-batch.
-
-    The micro-batch has texts of `lengths` tokens. `streams` has the name of each text's random stream: (seed,
-    step, row). Masks depend only on that name, the layer and the group, not on packing or earlier steps. Modules
-    that read the same input share a mask (PEFT draws one for each). Kept features are multiplied by `factor`
-    (inverted dropout: Srivastava et al. 2014).
-    """
-
-    def __init__(self, probability: float, streams: Sequence[Stream], lengths: Sequence[int]) -> None:
-        self.factor = 1 / (1 - probability)
-        self._keep = 1 - probability
-        self._texts = list(zip(streams, lengths, strict=True))
-
-    def kept(self, layer: int, group: str, x: torch.Tensor) -> torch.Tensor:
-        """Return the mask (tokens, in) of a group's kept inputs, on the device of x (·, in)."""
-        masks = [
-            torch.empty(length, x.shape[1]).bernoulli_(
-                self._keep, generator=stream("dropout", *name, layer, group)
-            )
-            for name, length in self._texts
-        ]
-        return to_device(torch.cat(masks).bool(), x.device)
+    return torch.Generator().manual_seed(hash_name(*name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,12 +222,17 @@ class TrainedRows:
         self.masters = torch.zeros(weights.num_parameters, device=device)
         self.gradients = torch.zeros_like(self.masters)
         self.groups: dict[GroupKey, TrainedGroup] = {}
+        self._inputs: dict[int, LayerInputs] = {}
         self._end = 0  # of the filled part of `masters`
         for layer in range(shape.num_layers):
+            sizes = {}
             for name in GROUPS:
                 group = self._make_group(layer, name, weights, shape, dtype, frozen)
                 if group is not None:
                     self.groups[layer, name] = group
+                    sizes[name] = group.a.shape[1]
+            if sizes:
+                self._inputs[layer] = LayerInputs.of(layer, sizes, device)
         assert self._end == weights.num_parameters, "an adapter of another base"
         self.refresh()
 
@@ -274,7 +248,7 @@ class TrainedRows:
             return y
         kept, factor = None, 1.0
         if self.dropout is not None:
-            kept, factor = self.dropout.kept(layer, group, x), self.dropout.factor
+            kept, factor = self.dropout.kept(self._inputs[layer], group), self.dropout.factor
         return apply(_AddLora, y, x, kept, factor, found.a, found.b)
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ struct Saved {                             // one layer's activations, saved by 
     Aligned<float> in_rms, middle_rms;     // 1 / the root mean square of each of their rows
     Aligned<bf16> qkv, attn_out, gate_up;  // queries and keys are rotated
     Aligned<bf16> lora_hidden[kGroups];    // x Aᵀ
+    Aligned<uint16_t> kept[kGroups];       // the features of x that dropout keeps, if there is any: see `draw_kept`
 };
 
 class Training {
@@ -41,6 +42,7 @@ class Training {
           q_size_(sizes.heads * sizes.head_dim),
           kv_size_(sizes.kv_heads * sizes.head_dim),
           qkv_size_(q_size_ + 2 * kv_size_),
+          inputs_{sizes.hidden, q_size_, sizes.hidden, sizes.intermediate},
           rotary_(rotary),
           team_(static_cast<int>(sizes.threads)),
           layers_(sizes.layers),
@@ -151,14 +153,17 @@ class Training {
             room(saved.qkv, t * qkv_size_);
             room(saved.attn_out, t * q_size_);
             room(saved.gate_up, t * 2 * sizes_.intermediate);
-            for (int group = 0; group < kGroups; group++)
-                room(saved.lora_hidden[group], t * batch_.lora[i * kGroups + group].rows);
+            for (int group = 0; group < kGroups; group++) {
+                const int64_t rows = batch_.lora[i * kGroups + group].rows;
+                room(saved.lora_hidden[group], t * rows);
+                if (has_dropout() && rows > 0) room(saved.kept[group], t * inputs_[group] / 16);
+            }
         }
         room(last_, t * sizes_.hidden);
         room(last_rms_, t);
         room(x_, t * sizes_.hidden);
         room(active_, t * sizes_.intermediate);
-        room(lora_input_, t * std::max({sizes_.hidden, sizes_.intermediate, q_size_}));
+        if (has_dropout()) room(lora_input_, t * std::max({sizes_.hidden, sizes_.intermediate, q_size_}));
         if (batch_.has_backward) prepare_backward();
         positions_.resize(t);
         for (int64_t text = 0; text < batch_.num_texts; text++)
@@ -189,6 +194,7 @@ class Training {
     // A layer's saved activations. Without a backward pass, all layers use the first one's.
     Saved& saved(int64_t layer) { return saved_[batch_.has_backward ? layer : 0]; }
 
+    bool has_dropout() const { return batch_.dropout_keys != nullptr; }
     bool trains_base() const { return batch_.d_weights != nullptr; }
 
     // The sum of a base tensor's gradient, or null if it isn't trained.
@@ -237,10 +243,16 @@ class Training {
         rotate(values, rotary_, sizes_.max_positions, head_dim_, positions_[token], back);
     }
 
+    // The mask of a group of a layer, or null if nothing of its input is dropped.
+    uint16_t* kept(int layer, Group group) {
+        const bool is_masked = has_dropout() && batch_.lora[layer * kGroups + group].rows > 0;
+        return is_masked ? saved(layer).kept[group].data() : nullptr;
+    }
+
     // A's input: x (tokens, in), or its copy in lora_input_ after dropout.
-    const bf16* drop(const TrainGroup& lora, const bf16* x, int64_t in, int start, int rows) {
-        if (lora.kept == nullptr) return x;
-        keep(lora.kept, batch_.factor, x, in, start, rows, lora_input_.data());
+    const bf16* drop(const uint16_t* kept, const bf16* x, int64_t in, int start, int rows) {
+        if (kept == nullptr) return x;
+        keep(kept, batch_.factor, x, in, start, rows, lora_input_.data());
         return lora_input_.data();
     }
 
@@ -266,7 +278,10 @@ class Training {
         Saved& saved = this->saved(index);
         const int64_t hidden = sizes_.hidden, intermediate = sizes_.intermediate;
         auto shrink_group = [&](Group group, const bf16* x, int64_t in, int start, int rows) {
-            x = drop(lora[group], x, in, start, rows);
+            uint16_t* const kept = this->kept(index, group);
+            if (kept != nullptr)
+                draw_kept(batch_.dropout_keys, index * kGroups + group, batch_.num_dropped, in, start, rows, kept);
+            x = drop(kept, x, in, start, rows);
             shrink(lora[group], x, in, start, rows, saved.lora_hidden[group].data(), scratch().product);
         };
 
@@ -342,9 +357,10 @@ class Training {
     // The backward pass.
 
     // A group's product y = x Wᵀ + (x Aᵀ) B with x (tokens, in), the gradient dy (tokens, out), and the sum of W's
-    // gradient, or null.
+    // gradient, or null. `kept` is the group's mask, or null.
     struct Product {
         const TrainGroup& lora;
+        const uint16_t* kept;
         const bf16* x;
         int64_t in;
         const bf16* dy;
@@ -361,7 +377,8 @@ class Training {
         const bool is_last = index == 0 && !trains_base();  // embeddings are frozen
         auto d_tensor = [&](LayerTensor tensor) { return d_weight(1 + index * kLayerTensors + tensor); };
 
-        const Product down{lora[kDown], active_.data(), intermediate, dy_.data(), hidden, d_tensor(kDownTensor)};
+        const Product down{lora[kDown], kept(index, kDown),   active_.data(), intermediate, dy_.data(),
+                           hidden,      d_tensor(kDownTensor)};
         each_input_tile(
             down, num_b_items(down), [&](int i) { b_gradient(down, i); },
             [&](int tile, int start, int rows) {
@@ -373,17 +390,17 @@ class Training {
                                     &d_gate_up_[up], &active_[(start + row) * intermediate + tile * kTile]);
                 }
             });
-        if (down.lora.kept != nullptr)
-            each_rows([&](int start, int rows) { drop(down.lora, active_.data(), intermediate, start, rows); });
+        if (down.kept != nullptr)
+            each_rows([&](int start, int rows) { drop(down.kept, active_.data(), intermediate, start, rows); });
         begin_w(down);
         team_.each(num_a_and_w_items(down), [&](int i) { a_or_w_gradient(down, i); });
         clock_.end(kProductsBackwardPhase);
 
-        const Product gate_up{lora[kGateUp],     x_.data(),        hidden,
-                              d_gate_up_.data(), 2 * intermediate, d_tensor(kGateUpTensor)};
+        const Product gate_up{lora[kGateUp],    kept(index, kGateUp),   x_.data(), hidden, d_gate_up_.data(),
+                              2 * intermediate, d_tensor(kGateUpTensor)};
         each_rows([&](int start, int rows) {
             repeat_norm(saved.middle, saved.middle_rms, layer.post_norm, start, rows);
-            drop(gate_up.lora, x_.data(), hidden, start, rows);
+            drop(gate_up.kept, x_.data(), hidden, start, rows);
             outputs_backward(gate_up, saved.lora_hidden[kGateUp], start, rows);
         });
         clock_.end(kRowsBackwardPhase);
@@ -392,11 +409,12 @@ class Training {
         });
         clock_.end(kProductsBackwardPhase);
 
-        const Product o{lora[kO], saved.attn_out.data(), q_size_, dy_.data(), hidden, d_tensor(kOTensor)};
+        const Product o{lora[kO],   kept(index, kO), saved.attn_out.data(), q_size_,
+                        dy_.data(), hidden,          d_tensor(kOTensor)};
         norm_weight_backward(saved.middle, saved.middle_rms, d_tensor(kPostNormTensor));
         each_rows([&](int start, int rows) {
             norm_backward(saved.middle, saved.middle_rms, layer.post_norm, start, rows);
-            drop(o.lora, o.x, q_size_, start, rows);
+            drop(o.kept, o.x, q_size_, start, rows);
             outputs_backward(o, saved.lora_hidden[kO], start, rows);
         });
         clock_.end(kRowsBackwardPhase);
@@ -419,11 +437,12 @@ class Training {
         });
         clock_.end(kSelfAttentionBackwardPhase);
 
-        const Product qkv{lora[kQkv], x_.data(), hidden, d_qkv_.data(), qkv_size_, d_tensor(kQkvTensor)};
+        const Product qkv{lora[kQkv],    kept(index, kQkv), x_.data(),           hidden,
+                          d_qkv_.data(), qkv_size_,         d_tensor(kQkvTensor)};
         each_rows([&](int start, int rows) {
             sum_kv_gradients(layer, start, rows);
             repeat_norm(saved.in, saved.in_rms, layer.input_norm, start, rows);
-            drop(qkv.lora, x_.data(), hidden, start, rows);
+            drop(qkv.kept, x_.data(), hidden, start, rows);
             outputs_backward(qkv, saved.lora_hidden[kQkv], start, rows);
         });
         clock_.end(kRowsBackwardPhase);
@@ -444,7 +463,7 @@ class Training {
     // `outputs_backward` of a layer's down projection, whose dy is complete before the layer's backward pass begins.
     void down_outputs_backward(int index, int start, int rows) {
         const TrainGroup& lora = batch_.lora[index * kGroups + kDown];
-        outputs_backward({lora, nullptr, sizes_.intermediate, dy_.data(), sizes_.hidden, nullptr},
+        outputs_backward({lora, nullptr, nullptr, sizes_.intermediate, dy_.data(), sizes_.hidden, nullptr},
                          saved(index).lora_hidden[kDown], start, rows);
     }
 
@@ -466,8 +485,8 @@ class Training {
     // y (rows, 32): a tile of x's gradient, from d_lora_hidden_ and dy.
     void input_gradient(const bf16* w, const Product& product, int tile, int start, int rows, float* y,
                         int64_t y_stride) {
-        product_backward(w, product.in, product.out, product.lora, batch_.factor, product.dy, d_lora_hidden_.data(),
-                         tile * kTile, start, rows, y, y_stride, scratch().product);
+        product_backward(w, product.in, product.out, product.lora, product.kept, batch_.factor, product.dy,
+                         d_lora_hidden_.data(), tile * kTile, start, rows, y, y_stride, scratch().product);
     }
 
     // Calls item(tile, first row, rows) for x's gradient, and computes the gradients of B, A and W meanwhile.
@@ -519,7 +538,7 @@ class Training {
     }
     void a_gradient(const Product& product, int64_t column) {
         const TrainGroup& lora = product.lora;
-        const bf16* x = lora.kept != nullptr ? lora_input_.data() : product.x;
+        const bf16* x = product.kept != nullptr ? lora_input_.data() : product.x;
         float* y = room(scratch().y, lora.rows * kTile);
         multiply_over_tokens({d_lora_hidden_T_.data(), static_cast<size_t>(token_stride_)}, static_cast<int>(lora.rows),
                              x, product.in, column, num_tokens_, y, kTile, scratch().product);
@@ -605,6 +624,7 @@ class Training {
     const BaseSizes sizes_;
     const int head_dim_;
     const int64_t q_size_, kv_size_, qkv_size_;  // features of queries, of keys or values, and of all three
+    const int64_t inputs_[kGroups];              // features of a group's input
     const float* rotary_;                        // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
     TrainClock clock_;

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.model.base.config import ModelConfig
@@ -45,6 +46,16 @@ class NativeGroup:
     modules: Sequence[NativeRows]
 
 
+@dataclass(frozen=True, eq=False)
+class NativeDropout:
+    """Dropout of A's inputs: a key for each token (None: no dropout), how many of 65,536 features are dropped, and
+    what kept features are multiplied by."""
+
+    keys: npt.NDArray[np.uint64] | None = None
+    num_dropped: int = 0
+    factor: float = 1.0
+
+
 class NativeTraining:
     """The native passes that train an adapter, or the base itself. One thread at a time may call them."""
 
@@ -75,18 +86,17 @@ class NativeTraining:
         self._hidden_size = config.hidden_size
         self._weights = weights
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
-        self._groups = groups
         gradients = torch.zeros(0) if gradients is None else gradients
         if gradients.dtype is not torch.float32 or gradients.ndim != 1 or not gradients.is_contiguous():
             raise ValueError("the gradients must be fp32, in one row")
         self._gradients = gradients
-        self._tables = []  # kept, since native code reads them in place
+        self._groups, self._tables = groups, []  # kept, since native code reads them in place
         self._lora = (TrainGroup * (config.num_layers * len(GROUPS)))()
         for key, group in groups.items():
             _check_group(config, key, group)
             table = _modules(group)
             self._tables.append(table)
-            self._lora[_place(key)] = _describe(group, table)
+            self._lora[place_of(key)] = _describe(group, table)
         self._d_weights = None if d_weights is None else _gradients(weights, d_weights)
         self._num_tokens = 0  # in the last forward pass
         self._inputs: tuple[object, ...] = ()
@@ -97,23 +107,20 @@ class NativeTraining:
         self,
         token_ids: torch.Tensor,
         lengths: Sequence[int],
-        kept: Mapping[GroupKey, torch.Tensor] | None = None,
-        factor: float = 1.0,
+        dropout: NativeDropout | None = None,
         *,
         has_backward: bool = True,
     ) -> torch.Tensor:
         """Return the final hidden states (tokens, hidden), bf16, of successive texts of `lengths` tokens.
 
-        `kept` has a mask (tokens, in) for each group: the features of A's input that dropout keeps and
-        multiplies by `factor`. Without `has_backward` nothing is saved, and no `backward` may follow.
+        Without `has_backward` nothing is saved, and no `backward` may follow.
         """
         self._num_tokens = 0
         token_ids = token_ids.contiguous()
         self._check_ids(token_ids)
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         hidden = torch.empty(len(token_ids), self._hidden_size, dtype=torch.bfloat16)
-        for key, group in self._groups.items():
-            self._lora[_place(key)].kept = None if kept is None else _mask(kept[key], len(token_ids), group)
+        dropout = NativeDropout() if dropout is None else dropout
         batch = TrainBatch(
             num_tokens=len(token_ids),
             num_texts=len(lengths),
@@ -122,7 +129,9 @@ class NativeTraining:
             lora=ctypes.addressof(self._lora),
             gradients=self._gradients.data_ptr(),
             num_gradients=len(self._gradients),
-            factor=factor,
+            dropout_keys=_keys(dropout.keys, len(token_ids)),
+            num_dropped=dropout.num_dropped,
+            factor=dropout.factor,
             has_backward=has_backward,
             d_weights=None if self._d_weights is None else ctypes.addressof(self._d_weights),
         )
@@ -130,7 +139,7 @@ class NativeTraining:
         if not has_backward:
             return hidden
         self._num_tokens = len(token_ids)
-        self._inputs = (token_ids, starts, kept)  # kept until the backward pass
+        self._inputs = (token_ids, starts, dropout)  # kept until the backward pass
         return hidden
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
@@ -203,7 +212,8 @@ def _gradients(weights: BaseWeights, d_weights: Mapping[str, torch.Tensor]) -> c
     return (ctypes.c_void_p * len(pointers))(*pointers)
 
 
-def _place(key: GroupKey) -> int:
+def place_of(key: GroupKey) -> int:
+    """Return a group's place among the groups of all layers."""
     layer, group = key
     return layer * len(GROUPS) + tuple(GROUPS).index(group)
 
@@ -230,12 +240,13 @@ def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None
             raise ValueError(f"{name} of {key} must be bf16, contiguous, and of shape {shape}")
 
 
-def _mask(kept: torch.Tensor, num_tokens: int, group: NativeGroup) -> int:
-    """Return the mask's address. Raise ValueError for a wrong mask."""
-    shape = (num_tokens, group.a.shape[1])
-    if kept.shape != shape or kept.dtype not in (torch.bool, torch.uint8) or not kept.is_contiguous():
-        raise ValueError(f"masks must be of bytes, contiguous, and of shape {shape}")
-    return kept.data_ptr()
+def _keys(keys: npt.NDArray[np.uint64] | None, num_tokens: int) -> int | None:
+    """Return the keys' address. Raise ValueError for wrong keys."""
+    if keys is None:
+        return None
+    if keys.shape != (num_tokens,) or keys.dtype != np.uint64 or not keys.flags.c_contiguous:
+        raise ValueError(f"the keys of dropout must be uint64, contiguous, and of shape ({num_tokens},)")
+    return keys.ctypes.data
 
 
 def _describe(group: NativeGroup, table: ctypes.Array[TrainModule]) -> TrainGroup:
@@ -245,5 +256,4 @@ def _describe(group: NativeGroup, table: ctypes.Array[TrainModule]) -> TrainGrou
         group.a.shape[0],
         ctypes.addressof(table),
         len(table),
-        None,
     )

@@ -4,6 +4,7 @@
 // when they are needed. Functions get whole matrices, and compute rows [start, start + rows). Dropout applies to A's
 // input alone: it zeroes features of x and multiplies the others by a factor.
 #pragma once
+#include "dropout.h"
 #include "layers.h"
 #include "panels.h"
 
@@ -22,13 +23,6 @@ inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
         if (column >= module.out_start && column < module.out_start + module.out_features) return &module;
     }
     return nullptr;
-}
-
-// y (tokens, in) = x · factor where `kept` is nonzero, else 0.
-inline void keep(const uint8_t* kept, double factor, const bf16* x, int64_t in, int start, int rows, bf16* y) {
-    const F32x16 factors = broadcast(static_cast<float>(factor));
-    for (int64_t i = start * in; i < (start + rows) * in; i += 16)
-        store_bf16(y + i, choose(nonzero_bytes(kept + i), load_bf16(x + i) * factors, F32x16{}));
 }
 
 // y (rows, outputs) = x (rows, depth) times `outputs` rows of w (·, depth), at most 32.
@@ -83,11 +77,11 @@ inline void product(const bf16* w, int64_t in, int64_t out, const TrainGroup& lo
                    static_cast<int>(module->rank) / 2, y, y_stride);
 }
 
-// y (rows, 32) = the features [column, column + 32) of x's gradient, dy W + d_lora_hidden A; A's part is zero where
-// dropout zeroed x, else times `factor`.
-inline void product_backward(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, double factor,
-                             const bf16* dy, const bf16* d_lora_hidden, int64_t column, int start, int rows, float* y,
-                             int64_t y_stride, ProductScratch& scratch) {
+// y (rows, 32) = the features [column, column + 32) of x's gradient, dy W + d_lora_hidden A. With dropout (`kept` isn't
+// null), A's part is zero for dropped features, and times `factor` for kept ones.
+inline void product_backward(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, const uint16_t* kept,
+                             double factor, const bf16* dy, const bf16* d_lora_hidden, int64_t column, int start,
+                             int rows, float* y, int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, std::max(out, lora.rows) / 2 * kTile);
     pack_columns(w + column, in, static_cast<int>(out), panel);
     multiply_and_prefetch(scratch.wide.rows(dy, out, start, rows), rows, panel, static_cast<int>(out) / 2, y, y_stride,
@@ -96,7 +90,7 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
     const bf16* d_low_rank = d_lora_hidden + start * lora.rows;
     const int pairs = static_cast<int>(lora.rows) / 2;
     pack_columns(lora.a + column, in, static_cast<int>(lora.rows), panel);
-    if (lora.kept == nullptr) return multiply<true>(d_low_rank, lora.rows, rows, panel, pairs, y, y_stride);
+    if (kept == nullptr) return multiply<true>(d_low_rank, lora.rows, rows, panel, pairs, y, y_stride);
     float* share = room(scratch.share, rows * kTile);
     multiply(d_low_rank, lora.rows, rows, panel, pairs, share, kTile);
     const F32x16 factors = broadcast(static_cast<float>(factor));
@@ -104,8 +98,8 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
         for (int i = 0; i < kTile; i += 16) {
             float* sum = y + row * y_stride + i;
             const F32x16 scaled = load(share + row * kTile + i) * factors;
-            const Mask16 kept = nonzero_bytes(lora.kept + (start + row) * in + column + i);
-            store(sum, choose(kept, load(sum) + scaled, load(sum)));
+            const Mask16 is_kept = kept[((start + row) * in + column + i) / 16];
+            store(sum, choose(is_kept, load(sum) + scaled, load(sum)));
         }
 }
 

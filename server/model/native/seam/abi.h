@@ -15,6 +15,12 @@ constexpr int kMaxGroup = 8;     // query heads that share a kv head, at most
 constexpr int kPositions = 16;   // positions stored together in the cache: a block has a multiple of it
 constexpr int kErrorSize = 256;  // bytes of an error's text, its end included
 
+constexpr int kDropoutShares = 65536;  // dropout's probability is a multiple of 1 / kDropoutShares
+// The step of the Weyl sequence in kernels/dropout.h, and the multipliers of its hash.
+constexpr int kDropoutStep = 1640531527;
+constexpr int kDropoutFirst = 569420461;
+constexpr int kDropoutSecond = 1935289751;
+
 enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // as rank_rows.GROUPS
 
 // The phases of a serving step, in order, except kNormPhase, which comes between others.
@@ -154,7 +160,6 @@ struct TrainGroup {  // one layer's group: A (rows, in) and B (rows, out)
     int64_t rows;
     const TrainModule* modules;
     int64_t num_modules;
-    const uint8_t* kept;  // (tokens, in): zero for features of x that dropout drops before A; null: none
 };
 
 struct TrainBatch {  // text i has the tokens [starts[i], starts[i + 1])
@@ -163,8 +168,10 @@ struct TrainBatch {  // text i has the tokens [starts[i], starts[i + 1])
     const TrainGroup* lora;  // (layers, kGroups)
     float* gradients;        // (num_gradients): the gradients of all modules
     int64_t num_gradients;
-    double factor;            // what kept features are multiplied by
-    int64_t has_backward;     // whether a backward pass may follow: only then is anything saved for it
+    const uint64_t* dropout_keys;  // (num_tokens): see kernels/dropout.h; null: no dropout of A's inputs
+    int64_t num_dropped;           // how many of kDropoutShares features are dropped
+    double factor;                 // what kept features are multiplied by
+    int64_t has_backward;          // whether a backward pass may follow: only then is anything saved for it
     float* const* d_weights;  // one per tensor of the base: the backward pass adds the tensor's gradient to it, except
                               // the head's; null if the base is frozen
 };

@@ -182,6 +182,8 @@ void check_batch(const BaseSizes& sizes, const TrainBatch& batch) {
     }
     if (batch.num_tokens > kMaxTokens) refuse("texts of %ld tokens in all", batch.num_tokens);
     check_ids(sizes, batch.token_ids, batch.num_tokens);
+    if (batch.num_dropped < 0 || batch.num_dropped >= kDropoutShares)
+        refuse("%ld of %d features are dropped", batch.num_dropped, kDropoutShares);
     for (int64_t i = 0; batch.d_weights != nullptr && i < num_tensors(sizes); i++)
         if (batch.d_weights[i] == nullptr) refuse("tensor %ld has no gradient", i);
     for (int64_t i = 0; i < sizes.layers * kGroups; i++)

@@ -127,6 +127,12 @@ inline Mask16 compare(const F32x16& a, const F32x16& b) {
                                _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, predicate)) << 8);
 }
 inline Mask16 is_less(const F32x16& a, const F32x16& b) { return compare<_CMP_LT_OQ>(a, b); }
+inline Mask16 is_less(const U32x16& a, const U32x16& b) {
+    auto compare = [](__m256i x, __m256i y) {
+        return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(y, x)));
+    };
+    return static_cast<Mask16>(compare(a.low, b.low) | compare(a.high, b.high) << 8);
+}
 inline Mask16 is_greater(const F32x16& a, const F32x16& b) { return compare<_CMP_GT_OQ>(a, b); }
 inline Mask16 is_at_least(const F32x16& a, const F32x16& b) { return compare<_CMP_GE_OQ>(a, b); }
 inline Mask16 is_equal(const F32x16& a, const F32x16& b) { return compare<_CMP_EQ_OQ>(a, b); }

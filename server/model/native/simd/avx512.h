@@ -66,6 +66,7 @@ inline int reduce_min(Mask16 mask, U32x16 x) { return _mm512_mask_reduce_min_epi
 inline F32x16 choose(Mask16 mask, F32x16 a, F32x16 b) { return _mm512_mask_mov_ps(b, mask, a); }
 inline U32x16 choose(Mask16 mask, U32x16 a, U32x16 b) { return {_mm512_mask_mov_epi32(b.bits, mask, a.bits)}; }
 inline Mask16 is_less(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline Mask16 is_less(U32x16 a, U32x16 b) { return _mm512_cmplt_epi32_mask(a.bits, b.bits); }
 inline Mask16 is_greater(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline Mask16 is_at_least(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline Mask16 is_equal(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }

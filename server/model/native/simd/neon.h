@@ -161,6 +161,10 @@ inline U32x16 choose(Mask16 mask, const U32x16& a, const U32x16& otherwise) {
 inline Mask16 is_less(const F32x16& a, const F32x16& b) {
     return mask_of(each([](auto x, auto y) { return vcltq_f32(x, y); }, a, b));
 }
+inline Mask16 is_less(const U32x16& a, const U32x16& b) {
+    auto compare = [](auto x, auto y) { return vcltq_s32(vreinterpretq_s32_u32(x), vreinterpretq_s32_u32(y)); };
+    return mask_of(each(compare, a, b));
+}
 inline Mask16 is_greater(const F32x16& a, const F32x16& b) { return is_less(b, a); }
 inline Mask16 is_at_least(const F32x16& a, const F32x16& b) {
     return mask_of(each([](auto x, auto y) { return vcgeq_f32(x, y); }, a, b));

@@ -11,7 +11,8 @@
 //   fmadd, fnmadd                             a b + c and c - a b, rounded once
 //   fmadd_pairs                               c + both products of the pairs of bf16 in a and b, the second's first
 //   min, max, choose                          choose(mask, a, b): a where the mask is set, else b
-//   is_less, is_greater, is_at_least, ...     masks; nonzero_bytes: of 16 bytes in memory
+//   is_less, is_greater, is_at_least, ...     masks; is_less: also of U32x16, as signed numbers
+//   nonzero_bytes                             the mask of 16 bytes in memory
 //   reduce_add, reduce_max, reduce_min        over all lanes, or those of a mask
 //   as_f32, as_u32; to_f32, to_bf16, widen    the same bits; converted numbers
 //   widen_low, widen_high                     eight of the lanes as F64x8

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.native.training import NativeGroup, NativeRows, NativeTraining
+from server.model.native.training import NativeDropout, NativeGroup, NativeRows, NativeTraining
 from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
 from tests.kits.native import SHAPES, native_library
 from tests.kits.tiny import save_tiny_base
@@ -127,20 +128,26 @@ def test_gradients_are_flat(base: BaseModel, library: ctypes.CDLL, gradients: to
 
 
 def test_a_batch_of_training(base: BaseModel, library: ctypes.CDLL) -> None:
-    """Ids and lengths are those of test_native_pass; here is what masks must be; it goes on after each."""
+    """Ids and lengths are those of test_native_pass; here is what dropout must be; it goes on after each."""
     training = training_of(base, library)
     token_ids = torch.tensor([3, 4, 5])
-    keys = groups_of(base)
-    masks = {key: torch.ones(3, group.a.shape[1], dtype=torch.bool) for key, group in keys.items()}
-    expected = training.forward(token_ids, [2, 1], masks)
-    for wrong in (masks[1, "o"][:2], masks[1, "o"].float(), masks[1, "o"].t().contiguous().t()):
-        with pytest.raises(ValueError, match="masks must be of bytes"):
-            training.forward(token_ids, [2, 1], {**masks, (1, "o"): wrong})
-        assert torch.equal(training.forward(token_ids, [2, 1], masks), expected)
+    keys = np.arange(3, dtype=np.uint64)
+    dropout = NativeDropout(keys, 32768, 2.0)
+    expected = training.forward(token_ids, [2, 1], dropout)
+    for wrong, reason in (
+        (replace(dropout, keys=keys[:2]), "the keys of dropout must be uint64"),
+        (replace(dropout, keys=keys.astype(np.int64)), "the keys of dropout must be uint64"),
+        (replace(dropout, keys=np.arange(6, dtype=np.uint64)[::2]), "the keys of dropout must be uint64"),
+        (replace(dropout, num_dropped=65536), "65536 of 65536 features are dropped"),
+        (replace(dropout, num_dropped=-1), "-1 of 65536 features are dropped"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            training.forward(token_ids, [2, 1], wrong)
+        assert torch.equal(training.forward(token_ids, [2, 1], dropout), expected)
         training.backward(expected)
-    training.forward(token_ids, [2, 1], masks)
+    training.forward(token_ids, [2, 1], dropout)
     with pytest.raises(ValueError, match=r"token id 512 is not one of the vocabulary of 512"):
-        training.forward(torch.tensor([3, 512, 5]), [2, 1], masks)
+        training.forward(torch.tensor([3, 512, 5]), [2, 1], dropout)
     with pytest.raises(ValueError, match="hidden states must be"):
         training.backward(expected)  # the batch that was refused has taken the place of the one before
 

@@ -18,6 +18,7 @@ from server.model.native.library import computed_by
 from server.model.native.load import find_library
 from server.model.native.training import NativeTraining
 from server.training.checkpoint import Checkpoints
+from server.training.dropout import Dropout, LayerInputs
 from server.training.encoding import Example, Examples
 from server.training.job_data import DataFacts, JobData
 from server.training.passes import MicroBatch, NativePass, TorchPass
@@ -32,6 +33,7 @@ from tests.kits.engines import random_adapter
 from tests.kits.native import tiny_of, widened
 from tests.server.training.loop.test_run import Disturbed, Listener, tensors
 
+CPU = torch.device("cpu")
 MAX_LENGTH = 160
 LENGTHS = (5, 1, 33, 32, 100, 3, 31)  # an odd number in all
 
@@ -136,6 +138,32 @@ def test_subtracted_rows(grouped: BaseModel, library: ctypes.CDLL, init: Init) -
     assert off(native.gradients, exact.gradients) < 0.03
 
 
+@pytest.mark.parametrize("probability", [0.05, 0.5])
+def test_native_dropout_masks_are_torchs_bit_for_bit(
+    grouped: BaseModel, library: ctypes.CDLL, probability: float
+) -> None:
+    """The gradient of A that one token gives is zero for the features that the token's mask drops, and only for
+    them. The last token of a text gives one in every layer if it is alone; else in the last layer, except to keys
+    and values."""
+    start, last = random_adapter(grouped.config.shape, 6, rank=4, strength=0.3), grouped.config.num_layers - 1
+    trainable = trainable_rows(grouped, start, None, max_length=64, dropout=probability, library=library)
+    for step, lengths in ((3, (1,)), (4, (1,)), (5, (2,)), (6, (9, 33)), (70_000, (40,))):
+        rows = [100 + i for i in range(len(lengths))]
+        token_ids = tokens(grouped, lengths)
+        trainable.gradients.zero_()
+        trainable.begin_micro_batch(2, step, rows, lengths)
+        trainable.accumulate(MicroBatch(token_ids, lengths, [len(token_ids) - 1], [7]), 1.0)
+        dropout = Dropout(probability, [(2, step, row) for row in rows], lengths)
+        for (layer, name), group in trainable.rows.groups.items():
+            if lengths != (1,) and layer != last:
+                continue
+            expected = dropout.kept(LayerInputs.of(layer, {name: group.a.shape[1]}, CPU), name)[-1]
+            modules = [m for m in group.modules if lengths == (1,) or m.key.module not in ("k_proj", "v_proj")]
+            found = torch.cat([module.d_a for module in modules]).ne(0).any(0)
+            assert torch.equal(found, expected), (step, layer, name)
+            assert expected.any()
+
+
 def test_threads_and_timing_do_not_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
     lengths = (70, 128, 9, 150, 160, 33)
     token_ids, start = tokens(grouped, lengths), uneven(grouped)
@@ -162,6 +190,27 @@ def test_a_texts_result_does_not_depend_on_its_batch(grouped: BaseModel, library
             alone = pass_through(grouped, start, token_ids[at : at + length], (length,), library).hidden
             assert torch.equal(alone, together[at : at + length])
         at += length
+
+
+def test_a_texts_dropout_does_not_depend_on_its_batch(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    """Each row alone in its micro-batch: the same bits of its hidden states, and gradients that add up alike."""
+    lengths = (33, 5, 100)
+    token_ids, start = tokens(grouped, lengths), uneven(grouped)
+    trainable = trainable_rows(grouped, start, None, max_length=MAX_LENGTH, dropout=0.3, library=library)
+    assert isinstance(trainable.passes, NativePass)
+    trainable.begin_micro_batch(0, 9, [4, 7, 2], lengths)
+    together = trainable.passes.forward(batch_of(token_ids, lengths))
+    trainable.accumulate(batch_of(token_ids, lengths), 0.01)
+    gradients = trainable.gradients.clone()
+    trainable.gradients.zero_()
+    at = 0
+    for row, length in zip([4, 7, 2], lengths, strict=True):
+        batch = batch_of(token_ids[at : at + length], (length,))
+        trainable.begin_micro_batch(0, 9, [row], [length])
+        assert torch.equal(trainable.passes.forward(batch), together[at : at + length])
+        trainable.accumulate(batch, 0.01)
+        at += length
+    assert off(trainable.gradients, gradients) < 1e-3
 
 
 def test_one_pass_after_the_other(grouped: BaseModel, library: ctypes.CDLL) -> None:

@@ -10,7 +10,8 @@ from server.model.base.weights import BaseModel
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from server.model.smollm import NoAdapters
-from server.training.trained_rows import Dropout, TrainedRows
+from server.training.dropout import Dropout, LayerInputs
+from server.training.trained_rows import TrainedRows
 from tests.kits.engines import place, random_adapter
 from tests.server.model.test_rank_rows import CPU, SHAPE
 from tests.server.training.data.rows_kit import (
@@ -92,7 +93,10 @@ def check_formula(weights: LoraWeights, frozen: LoraWeights | None, dropout: Dro
             inputs = [tensor.clone().requires_grad_() for tensor in (x, y)]
             rows.dropout = dropout
             found = rows.add(layer, group, inputs[0], inputs[1] * 1)  # not a leaf: it is written in place
-            kept, factor = (None, 1.0) if dropout is None else (dropout.kept(layer, group, x), dropout.factor)
+            kept, factor = None, 1.0
+            if dropout is not None and (layer, group) in rows.groups:
+                kept = dropout.kept(LayerInputs.of(layer, {group: x.shape[1]}, CPU), group)
+                factor = dropout.factor
             exact = [tensor.clone().requires_grad_() for tensor in (x, y)]
             expected = exact[1].double() + plain(leaves, frozen, layer, group, exact[0], kept, factor)
             torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
@@ -196,7 +200,7 @@ def test_gradients_add_up_in_32_bits() -> None:
 
 def test_a_micro_batch_ends_its_dropout() -> None:
     rows = TrainedRows(ADAPTERS["one row"], SHAPE, torch.float32, CPU)
-    rows.dropout = Dropout(0.5, [(0,)], [3])
+    rows.dropout = Dropout(0.5, [(0, 0, 0)], [3])
     rows.collect_gradients()
     assert rows.dropout is None
 

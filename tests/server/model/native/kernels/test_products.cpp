@@ -25,7 +25,7 @@ struct SomeGroup {
             for (int64_t r = module.row; r < module.row + module.rank; r++)
                 for (int64_t c = module.out_start; c < module.out_start + module.out_features; c++)
                     b[r * out + c] = to_bf16((float)random.uniform(-1, 1));
-        lora = {a.data(), b.data(), row, modules.data(), (int64_t)modules.size(), nullptr};
+        lora = {a.data(), b.data(), row, modules.data(), (int64_t)modules.size()};
     }
 };
 
@@ -46,20 +46,6 @@ TEST(module_at_a_column) {
         const TrainModule* module = module_at(group.lora, column);
         const TrainModule* expected = column < 64 ? &group.modules[0] : column < 96 ? nullptr : &group.modules[1];
         expect(module == expected, "at %ld", column);
-    }
-}
-
-TEST(features_that_are_kept) {
-    Random random(2);
-    const int in = 48, tokens = 5, start = 1, rows = 3;
-    const auto x = random_bf16(random, in * tokens);
-    std::vector<uint8_t> kept(x.size());
-    for (auto& of : kept) of = (uint8_t)random.below(2);
-    Fenced<bf16> y(x.size());
-    keep(kept.data(), 1.25, x.data(), in, start, rows, y.data());
-    for (int i = 0; i < in * tokens; i++) {
-        const bool is_given = i >= in * start && i < in * (start + rows);
-        expect(y[i] == (!is_given ? 77 : kept[i] ? to_bf16(to_float(x[i]) * 1.25f) : 0), "feature %d", i);
     }
 }
 
@@ -100,13 +86,13 @@ TEST(product_and_back) {
     for (int64_t in : {32, 64})
         for (int start : {0, 3})
             for (int rows : {1, 12, 17}) {
-                SomeGroup group(random, in, kRanks, kOuts);
+                const SomeGroup group(random, in, kRanks, kOuts);
                 const int tokens = start + rows + 1;
                 const auto x = random_bf16(random, (size_t)(tokens * in));
                 const auto dy = random_bf16(random, (size_t)(tokens * group.out));
                 const auto hidden = random_bf16(random, (size_t)(tokens * group.lora.rows));
-                std::vector<uint8_t> kept(x.size());
-                for (auto& of : kept) of = (uint8_t)random.below(2);
+                std::vector<uint16_t> kept(x.size() / 16);
+                for (auto& of : kept) of = (uint16_t)random.next();
                 ProductScratch scratch;
                 const int y_stride = kTile + 7;
                 for (int64_t column = 0; column < group.out; column += kTile) {
@@ -129,10 +115,10 @@ TEST(product_and_back) {
                 }
                 for (bool has_dropout : {false, true})
                     for (int64_t column = 0; column < in; column += kTile) {
-                        group.lora.kept = has_dropout ? kept.data() : nullptr;
                         Fenced<float> y((size_t)(rows * y_stride));
-                        product_backward(group.w.data(), in, group.out, group.lora, 1.25, dy.data(), hidden.data(),
-                                         column, start, rows, y.data(), y_stride, scratch);
+                        product_backward(group.w.data(), in, group.out, group.lora, has_dropout ? kept.data() : nullptr,
+                                         1.25, dy.data(), hidden.data(), column, start, rows, y.data(), y_stride,
+                                         scratch);
                         y.check("product_backward");
                         for (int row = 0; row < rows; row++)
                             for (int i = 0; i < y_stride; i++) {
@@ -141,9 +127,9 @@ TEST(product_and_back) {
                                 for (int64_t k = 0; i < kTile && k < group.out; k++)
                                     exact.add(to_float(dy[token * group.out + k]),
                                               to_float(group.w[k * in + column + i]));
-                                const double by = !has_dropout                                 ? 1
-                                                  : i < kTile && kept[token * in + column + i] ? 1.25
-                                                                                               : 0;
+                                const int64_t at = token * in + column + i;
+                                const bool is_kept = i < kTile && kept[at / 16] >> at % 16 & 1;
+                                const double by = !has_dropout ? 1 : is_kept ? 1.25 : 0;
                                 for (int64_t k = 0; i < kTile && k < group.lora.rows; k++)
                                     exact.add(by * to_float(hidden[token * group.lora.rows + k]),
                                               to_float(group.a[k * in + column + i]));
@@ -160,7 +146,7 @@ TEST(a_group_without_rows) {
     const auto w = random_bf16(random, 64 * 32), dy = random_bf16(random, 3 * 32);
     ProductScratch scratch;
     Fenced<float> y(3 * kTile);
-    product_backward(w.data(), 64, 32, group.lora, 1, dy.data(), nullptr, 32, 0, 3, y.data(), kTile, scratch);
+    product_backward(w.data(), 64, 32, group.lora, nullptr, 1, dy.data(), nullptr, 32, 0, 3, y.data(), kTile, scratch);
     for (int row = 0; row < 3; row++)
         for (int i = 0; i < kTile; i++) {
             Sum exact;

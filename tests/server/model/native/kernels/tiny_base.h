@@ -217,8 +217,7 @@ struct Texts {
     std::vector<std::vector<TrainModule>> modules;
     std::vector<std::vector<bf16>> weights;
     std::vector<float> gradients;
-    std::vector<std::vector<uint8_t>> kept;
-    double factor = 1;
+    std::vector<uint64_t> dropout_keys;
     std::vector<float*> d_weights;  // of the base's tensors; none: it is frozen
 
     Texts(const TinyBase& base, const std::vector<int64_t>& lengths, bool has_dropout) {
@@ -245,15 +244,13 @@ struct Texts {
                 for (int64_t r = module.row; r < module.row + module.rank; r++)
                     for (int64_t c = module.out_start; c < module.out_start + module.out_features; c++)
                         weights.back()[r * out_start + c] = to_bf16((float)random.uniform(-0.2, 0.2));
-            kept.emplace_back(has_dropout ? num_tokens * base.in(group) : 0);
-            for (auto& of : kept.back()) of = (uint8_t)(random.below(4) > 0);
-            lora.push_back({nullptr, nullptr, row, nullptr, (int64_t)modules[i].size(), nullptr});
+            lora.push_back({nullptr, nullptr, row, nullptr, (int64_t)modules[i].size()});
         }
         for (int64_t i = 0; i < num_groups; i++) {
             lora[i].a = weights[2 * i].data(), lora[i].b = weights[2 * i + 1].data();
-            lora[i].modules = modules[i].data(), lora[i].kept = has_dropout ? kept[i].data() : nullptr;
+            lora[i].modules = modules[i].data();
         }
-        if (has_dropout) factor = 4.0 / 3;
+        for (int64_t i = 0; has_dropout && i < num_tokens; i++) dropout_keys.push_back(random.next());
     }
     TrainBatch batch(bool has_backward = true) {
         const bool is_frozen = d_weights.empty();
@@ -264,7 +261,9 @@ struct Texts {
                 lora.data(),
                 gradients.data(),
                 (int64_t)gradients.size(),
-                factor,
+                dropout_keys.empty() ? nullptr : dropout_keys.data(),
+                kDropoutShares / 4,
+                4.0 / 3,
                 has_backward,
                 is_frozen ? nullptr : d_weights.data()};
     }
