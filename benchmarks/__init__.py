@@ -1,5 +1,6 @@
-"""Measures serving and training against what users would pick instead. No part of the installed package.
+"""Benchmarks of serving and training against the tools that users would otherwise pick. Not part of the installed
+package.
 
-A command each: serve, train, methods, adapters, beside; `peers` sets the peers up, `report` makes
-docs/benchmarks.md of what the others wrote.
+Each command measures one thing: serve, train, methods, adapters, train_and_serve and others. `peers` installs the
+peers; `report` writes docs/benchmarks.md from the results.
 """

@@ -1,8 +1,8 @@
-"""Is an adapter worth something: `python -m benchmarks.adapters`.
+"""Measure whether adapters are useful: `python -m benchmarks.adapters`.
 
-Four adapters learn to tell positive from negative sentences, each on a set of its own (`benchmarks.ratings`).
-Every one is tried on every set's held-out sentences, beside the untouched base, the rule classifier that the
-package is, the blend of all four, and full fine-tuning on one set. Writes adapters.json.
+Four adapters learn to tell positive from negative sentences, each on its own set (`benchmarks.training.ratings`).
+Each adapter is tested on the held-out sentences of every set and compared with the base, the package's rule
+classifier, the blend of all four adapters, and full fine-tuning on one set. Writes adapters.json.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run by its path: what Python put first is this folder, not the checkout
+if not __package__:  # run by its path: Python put this folder first, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -37,11 +37,11 @@ LORA_RATE, FULL_RATE = 1e-3, 3e-5
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    """Run it all; the results, which are printed and written too."""
-    parser = command.parser("benchmarks.adapters", "Trains an adapter on each of four sets and tries it on all.")
+    """Run the benchmark; return, print and write the results."""
+    parser = command.parser("benchmarks.adapters", "Train an adapter on each of four sets and test it on all.")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the sets are kept")
-    parser.add_argument("--train-rows", type=int, default=500, help="of a set, at most")
-    parser.add_argument("--test-rows", type=int, default=250, help="of a set, at most")
+    parser.add_argument("--train-rows", type=int, default=500, help="maximum rows per set")
+    parser.add_argument("--test-rows", type=int, default=250, help="maximum rows per set")
     options = parser.parse_args(arguments)
     if options.quick:
         options.train_rows, options.test_rows = 16, 12
@@ -82,7 +82,7 @@ class _Trial:
         self.seconds: dict[str, float] = {}
 
     def run(self, source: Path) -> None:
-        """Everything, one after the other."""
+        """Train and test every adapter, one after the other."""
         rules = rule_classifier(source)
         self.scores[RULES] = {
             rated.name: score([rules.polarity_scores(s.text)["compound"] >= 0 for s in rated.test], rated.test)

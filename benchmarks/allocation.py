@@ -1,6 +1,7 @@
-"""Whether a process keeps the memory that it frees: what our server asks for, and every peer is given.
+"""Check whether a process keeps the memory that it frees.
 
-Asked of the C library itself, so that the report says what was, not what was meant.
+Our server asks for this setting, and every peer gets it. The check asks the C library itself, so that the report
+states the actual behaviour.
 """
 
 import ctypes
@@ -8,13 +9,13 @@ import ctypes
 from server.system.memory import KEEP_BYTES
 
 TUNABLES = f"glibc.malloc.mmap_threshold={KEEP_BYTES}:glibc.malloc.trim_threshold={2**64 - 1}"
-"""What `keep_freed_memory` sets, as GLIBC_TUNABLES for a process that can't call it."""
+"""The settings of `keep_freed_memory` as GLIBC_TUNABLES, for a process that can't call it."""
 KEPT, NOT_KEPT = "our allocator's settings", "**not our allocator's settings**"
-_PROBE = 64 << 20  # bytes: more than glibc ever takes from its heap by itself
+_PROBE = 64 << 20  # bytes: more than glibc takes from its heap by default
 
 
 class _Mallinfo2(ctypes.Structure):
-    """<malloc.h>"""
+    """The struct mallinfo2 of <malloc.h>."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -23,11 +24,11 @@ class _Mallinfo2(ctypes.Structure):
             *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
         )
     )
-    hblks: int  # blocks that were mapped by themselves
+    hblks: int  # number of blocks allocated with mmap
 
 
 def keeps_freed_memory() -> bool:
-    """Whether a large block comes from the heap, which is kept; False, too, where the C library doesn't tell."""
+    """Return whether a large block comes from the heap, which is kept. Return False if the C library can't say."""
     library = ctypes.CDLL(None)
     try:
         mallinfo2, malloc, free = library.mallinfo2, library.malloc, library.free

@@ -1,4 +1,4 @@
-"""What the commands of the benchmarks have in common: flags, saying what they do, and files of results."""
+"""Helpers of all benchmark commands: flags, progress lines and result files."""
 
 import argparse
 import json
@@ -17,15 +17,15 @@ from server.system.cgroups import usable_processors
 Say = Callable[[str], None]
 T = TypeVar("T")
 
-QUICK = "**A quick run, reduced: not to be compared with anything.**"
+QUICK = "**A quick run, reduced: its figures can't be compared with anything.**"
 
 
 @dataclass(frozen=True)
 class Made:
-    """How results came to be."""
+    """How a result was produced."""
 
     command: str
-    day: str  # of the end of the run
+    day: str  # date of the end of the run
     quick: bool
 
     @property
@@ -40,7 +40,7 @@ class Made:
 
 
 def parser(program: str, description: str, *, has_base: bool = True) -> argparse.ArgumentParser:
-    """With --out, --threads and --quick, and with --model and --home unless it brings its own base."""
+    """Return a parser with --out, --threads and --quick, and with --model and --home if `has_base`."""
     made = argparse.ArgumentParser(
         prog=f"python -m {program}",
         description=description,
@@ -49,18 +49,16 @@ def parser(program: str, description: str, *, has_base: bool = True) -> argparse
     if has_base:
         made.add_argument("--model", default="smollm2-135m-instruct", help="as SMOLORA_MODEL")
         made.add_argument(
-            "--home", type=Path, default=Path("data"), help="whose converted base is used; made there if missing"
+            "--home", type=Path, default=Path("data"), help="its converted base is used, converted if missing"
         )
     made.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the results are written")
-    made.add_argument("--threads", type=positive, default=cores(), help="of ours and of every peer")
-    made.add_argument(
-        "--quick", action="store_true", help="little of everything: shows that it works, measures nothing"
-    )
+    made.add_argument("--threads", type=positive, default=cores(), help="threads of our server and of every peer")
+    made.add_argument("--quick", action="store_true", help="a reduced run that only shows that everything works")
     return made
 
 
 def speaker() -> Say:
-    """Says lines on the terminal, with the seconds since it was made."""
+    """Return a function that prints progress lines, with the seconds since the start, to standard error."""
     started = time.perf_counter()
 
     def say(line: str) -> None:
@@ -70,7 +68,7 @@ def speaker() -> Say:
 
 
 def write(out: Path, name: str, results: object) -> None:
-    """NAME.json under `out`; a figure that could not be taken is null. It is whole or not there."""
+    """Write `results` to NAME.json under `out` atomically. A figure that isn't finite becomes null."""
     document = finite(TypeAdapter(type(results)).dump_python(results, mode="python"))
     unfinished = out / f".{name}.json"
     unfinished.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
@@ -78,7 +76,7 @@ def write(out: Path, name: str, results: object) -> None:
 
 
 def read(out: Path, name: str, kind: type[T]) -> T | None:
-    """What `write` wrote, or None where there is nothing. ValidationError where it is of another shape."""
+    """Return what `write` wrote, or None if there is no file. Raise ValidationError if its shape differs."""
     try:
         text = (out / f"{name}.json").read_bytes()
     except FileNotFoundError:
@@ -87,7 +85,7 @@ def read(out: Path, name: str, kind: type[T]) -> T | None:
 
 
 def finite(value: object) -> object:
-    """The value as JSON can hold it: what is no number is None."""
+    """Return the value as JSON can hold it: NaN and infinities become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -98,7 +96,7 @@ def finite(value: object) -> object:
 
 
 def positive(text: str) -> int:
-    """A number of at least 1, for argparse."""
+    """Parse a number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1")

@@ -1,4 +1,4 @@
-"""The machine and the software that figures were taken with, as they are printed beside them."""
+"""The machine and software of a run, as printed with its figures."""
 
 import os
 import platform
@@ -19,9 +19,9 @@ class Machine:
     memory: int  # bytes
     python: str
     compiler: str
-    commit: str  # of this checkout; "" where there is no git
+    commit: str  # of this checkout; "" without git
     packages: dict[str, str]
-    cpu_family: str = ""  # "family 25, model 17": names such as "AMD EPYC" are of several; "" where it isn't told
+    cpu_family: str = ""  # "family 25, model 17"; names such as "AMD EPYC" cover several; "" if unknown
 
     @classmethod
     def this(cls, threads: int) -> "Machine":
@@ -41,7 +41,7 @@ class Machine:
 
     @property
     def processor(self) -> str:
-        """Its name, and where that is known, of which family and model."""
+        """The processor's name, with family and model if known."""
         return f"{self.cpu} of {self.cpu_family}" if self.cpu_family else self.cpu
 
     @property
@@ -64,25 +64,26 @@ class Machine:
 def cpu_name() -> str:
     if not (lines := _cpuinfo()):
         return platform.processor() or platform.machine()
-    return _told(lines, "model name") or "unknown CPU"
+    return _value_of(lines, "model name") or "unknown CPU"
 
 
 def cpu_family() -> str:
-    """The processor's family and model; "" where the system doesn't tell them."""
+    """Return the processor's family and model, or "" if the system doesn't report them."""
     lines = _cpuinfo()
-    found = [(name, _told(lines, told)) for name, told in (("family", "cpu family"), ("model", "model"))]
+    found = [(name, _value_of(lines, key)) for name, key in (("family", "cpu family"), ("model", "model"))]
     return ", ".join(f"{name} {number}" for name, number in found if number)
 
 
 def has_feature(name: str) -> bool:
-    """Whether the processor has what Linux calls so; False where the system doesn't tell."""
+    """Return whether the processor has the feature of this Linux name; False if the system doesn't report
+    features."""
     return any(name in line.split() for line in _cpuinfo() if line.startswith("flags"))
 
 
-def _told(lines: list[str], name: str) -> str:
-    """What the first line of that name says; "" where there is none."""
+def _value_of(lines: list[str], name: str) -> str:
+    """Return the first value of that name in /proc/cpuinfo, or "" if there is none."""
     found = (line.partition(":") for line in lines)
-    return next((told.strip() for given, _, told in found if given.strip() == name), "")
+    return next((value.strip() for given, _, value in found if given.strip() == name), "")
 
 
 def _cpuinfo() -> list[str]:
@@ -93,7 +94,7 @@ def _cpuinfo() -> list[str]:
 
 
 def peak_rss(pid: int) -> int:
-    """Bytes that a process has held at most, without its children; 0 where the system doesn't tell."""
+    """Return a process's peak resident bytes without its children, or 0 if the system doesn't report them."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -108,7 +109,7 @@ def _commit() -> str:
 
 
 def _first_line(*command: str) -> str:
-    """What the command prints first; "" where there is no such program, or it fails."""
+    """Return the first line that the command prints, or "" if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)

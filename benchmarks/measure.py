@@ -1,4 +1,4 @@
-"""What a run gives, whoever ran it, and the few statistics that are made of it."""
+"""Figures of a run of any system, and the statistics derived from them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,32 +9,32 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A number, or NaN where it could not be taken: null in JSON."""
+"""A number, or NaN if it couldn't be measured: null in JSON."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Some answers that were generated together. Times are in seconds."""
+    """Answers generated in one run. Times are in seconds."""
 
-    num_tokens: int  # generated, all answers together
+    num_tokens: int  # generated, over all answers
     seconds: float  # from the first request to the last token
-    first_token: tuple[float, ...]  # of each answer: from its request to its first token
-    gaps: tuple[float, ...]  # between the tokens of an answer, of all answers
+    first_token: tuple[float, ...]  # by answer: from its request to its first token
+    gaps: tuple[float, ...]  # between consecutive tokens, over all answers
     texts: tuple[str, ...] = field(default=(), repr=False)
-    num_cached_tokens: int = 0  # of the prompts, that a cache of prefixes knew
-    num_resent: int = 0  # requests that were sent again, each time counted
+    num_cached_tokens: int = 0  # prompt tokens served by a prefix cache
+    num_resent: int = 0  # resent requests, counting every attempt
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of one run that are reported. Times are in seconds."""
+    """The reported figures of one run. Times are in seconds."""
 
     tokens_per_second: Figure
     ttft_p50: Figure
     ttft_p99: Figure
     itl_p50: Figure
     itl_p99: Figure
-    num_resent: int = 0  # requests that were sent again, as their connection was dropped
+    num_resent: int = 0  # requests resent because their connection was dropped
 
     @classmethod
     def of(cls, run: Run) -> "Figures":
@@ -50,7 +50,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the rounds."""
+    """Median and range of a figure over the rounds."""
 
     median: float
     low: float
@@ -58,12 +58,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """ValueError where there are none."""
+        """Return the spread of the values. Raise ValueError if there are none."""
         return cls(percentile(values, 50), min(values), max(values))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Between the two nearest ranks, linearly; NaN of nothing."""
+    """Interpolate linearly between the two nearest ranks. Return NaN for no values."""
     if not values:
         return math.nan
     ranked = sorted(values)
@@ -74,9 +74,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread | None:
-    """Of each round's ratio, so that a machine that drifts between rounds doesn't show; None without pairs.
+    """Return the spread of the rounds' own ratios, which cancel drift between rounds, or None without pairs.
 
-    A round that has no figure has no ratio, nor has one to nothing: gaps are 0 s where tokens came together.
+    A round without a figure has no ratio, nor has one with a denominator of 0: gaps are 0 s if tokens arrive
+    together.
     """
     pairs = zip(numerators, denominators, strict=False)
     ratios = [above / below for above, below in pairs if math.isfinite(above) and math.isfinite(below) and below]
@@ -88,7 +89,7 @@ def differences(times: Sequence[float]) -> list[float]:
 
 
 def join(runs: Sequence[Run]) -> Run:
-    """Runs that followed each other, as one."""
+    """Combine consecutive runs into one."""
     return Run(
         sum(run.num_tokens for run in runs),
         sum(run.seconds for run in runs),
@@ -105,12 +106,12 @@ def _chain(parts: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
 
 
 STUDENTS_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Its 97.5 % point by the number of values."""
+"""The 97.5 % point of Student's t by the number of values."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and half of the interval that holds it in 95 % of cases; NaN of a single value."""
+    """A mean and half of its 95 % interval; NaN for a single value."""
 
     mean: float
     half: float
@@ -128,5 +129,5 @@ class Interval:
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of a share found among `count` cases: sqrt(p (1 - p) / n)."""
+    """Return the standard error of a share among `count` cases: sqrt(p (1 - p) / n)."""
     return math.sqrt(share * (1 - share) / count)

@@ -1,9 +1,10 @@
-"""Full fine-tuning beside LoRA of three ranks: `python -m benchmarks.methods`.
+"""Compare full fine-tuning with LoRA of three ranks: `python -m benchmarks.methods`.
 
-The same rows and the same number of steps for all. Each method's learning rate is chosen by the loss on rows
-that are neither trained on nor in the test, from a grid that grows until the best is inside; then it is trained
-anew from three other seeds, and those are tested. Every run is a process of its own, so that its peak memory is
-its own, and is kept: a comparison that was broken off goes on. Writes methods.json.
+All methods see the same rows for the same number of steps. Each method's learning rate is chosen by the loss on
+tuning rows, which are used neither for training nor for testing. The grid of rates grows until the best rate is
+inside. Then the method is trained again with three other seeds, and those models are tested. Every run is a
+process of its own, so that peak memory is measured per run. Runs are stored: an interrupted comparison resumes.
+Writes methods.json.
 """
 
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-if not __package__:  # run by its path: what Python put first is this folder, not the checkout
+if not __package__:  # run by its path: Python put this folder first, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import command
@@ -27,21 +28,21 @@ from server.training.spec import Method
 
 RANKS = (8, 16, 32)
 CENTRES: dict[Method, float] = {"lora": 5e-4, "full": 5e-5}
-"""Where the search for a learning rate begins."""
+"""Initial learning rates of the search."""
 TUNING_SEED = 0
 TIMED_RANK, TIMED_ROWS = 16, 320
-"""Of the run that shows what LoRA's speed is in torch, which is what full fine-tuning is computed in."""
+"""The run that times LoRA in torch, in which full fine-tuning is computed too."""
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    """Run what wasn't run yet; the results, which are printed and written too."""
-    parser = command.parser("benchmarks.methods", "Compares full fine-tuning with LoRA of three ranks.")
+    """Run what is still missing; return, print and write the results."""
+    parser = command.parser("benchmarks.methods", "Compare full fine-tuning with LoRA of three ranks.")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the data is kept")
     parser.add_argument("--data", choices=list(FILES), default="movies", help="the set to train on")
-    parser.add_argument("--rows", type=positive, default=2400, help="to train on, once, in steps of 8")
-    parser.add_argument("--tuning-rows", type=positive, default=250, help="that choose the learning rates")
+    parser.add_argument("--rows", type=positive, default=2400, help="training rows, for one epoch in steps of 8")
+    parser.add_argument("--tuning-rows", type=positive, default=250, help="rows for choosing the learning rates")
     parser.add_argument("--test-rows", type=positive, default=1000)
-    parser.add_argument("--seeds", type=int, choices=range(1, 6), default=3, help="tested, from 1 on")
+    parser.add_argument("--seeds", type=int, choices=range(1, 6), default=3, help="number of seeds to test")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rows, options.tuning_rows, options.test_rows, options.seeds = 16, 8, 8, 1
@@ -81,9 +82,9 @@ def main(arguments: list[str] | None = None) -> Results:
 def compare(
     run: Callable[[Trial], Outcome], counts: tuple[int, int, int], num_seeds: int
 ) -> tuple[list[Compared], Outcome]:
-    """Each method at its best rate, full fine-tuning first; and LoRA in torch, which is timed alone.
+    """Compare each method at its best rate, full fine-tuning first; also time LoRA in torch.
 
-    `counts` are rows to train on, to choose the rate by, and to test on.
+    `counts` are the rows to train on, to choose the rate by, and to test on.
     """
     num_rows, num_tuning, num_test = counts
     compared = {}

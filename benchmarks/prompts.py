@@ -1,7 +1,7 @@
 """Prompts of an exact number of tokens, cut from the standard library's docstrings.
 
-No two of them have a first block alike, so a cache of prefixes can't help; all of a kind are equally long, so a
-peer that pads its batches loses nothing. The same interpreter and tokenizer give the same prompts.
+No two prompts share their first block, so a prefix cache can't help. All prompts of a kind have the same length,
+so a peer that pads its batches loses nothing. The same interpreter and tokenizer give the same prompts.
 """
 
 import ast
@@ -20,15 +20,15 @@ MODULES = (
     *("typing", "unittest/case", "urllib/parse", "zipfile"),
 )
 BLOCK_TOKENS = 16
-"""A cache shares prefixes by blocks of about this many tokens."""
+"""Prefix caches share blocks of about this many tokens."""
 
 
 def library_text() -> str:
-    """The docstrings of `MODULES`, on one line."""
+    """Return the docstrings of `MODULES` on one line."""
     docstrings: list[str] = []
     for name in MODULES:
         file = Path(sysconfig.get_path("stdlib")) / f"{name}.py"
-        if file.is_file():  # another Python may lay it out otherwise
+        if file.is_file():  # other Python versions may lack it
             tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
             documented = (node for node in tree if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
             docstrings += [ast.get_docstring(node) or "" for node in documented]
@@ -36,21 +36,21 @@ def library_text() -> str:
 
 
 class PromptSource:
-    """Hands out each prompt once."""
+    """A source of prompts, each handed out once."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | BaseTokenizer, text: str | None = None, *, many: bool = False
     ) -> None:
-        """`many`: thousands of them, which may share their first tokens, though never a block."""
+        """Prepare the source. `many`: thousands of prompts, which may share first tokens but no whole block."""
         self._tokenizer = tokenizer
         self._words = (library_text() if text is None else text).split()
         self._starts = self._start_positions()
         self._used: set[tuple[int, ...]] = set()
-        # A small vocabulary has too few first tokens; a block that differs will do.
+        # A small vocabulary has too few first tokens; then only whole blocks must differ.
         self._num_distinct = 1 if len(tokenizer) > 10_000 and not many else BLOCK_TOKENS // 2
 
     def take(self, count: int, num_tokens: int) -> list[str]:
-        """`count` new prompts that encode to `num_tokens` tokens each. ValueError where there are no more."""
+        """Return `count` new prompts of `num_tokens` tokens each. Raise ValueError if the text is exhausted."""
         return [self._next(num_tokens) for _ in range(count)]
 
     def _next(self, num_tokens: int) -> str:
@@ -64,7 +64,7 @@ class PromptSource:
         raise ValueError(f"there are no more than {len(self._used)} distinct prompts")
 
     def _start_positions(self) -> Iterator[int]:
-        """Every word once, in strides, so that neighbouring prompts have different text."""
+        """Return the start of every word in strides, so that neighbouring prompts differ."""
         stride = 61
         return (start for offset in range(stride) for start in range(offset, len(self._words), stride))
 

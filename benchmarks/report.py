@@ -14,19 +14,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-if not __package__:  # run by its path: what Python put first is this folder, not the checkout
+if not __package__:  # run by its path: Python put this folder first, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import command
 from benchmarks.command import Made
-from benchmarks.curves import report as curves
-from benchmarks.curves.results import Results as Curves
-from benchmarks.held import report as held
+from benchmarks.instruction_sets import report as instruction_sets
+from benchmarks.scaling import report as scaling
+from benchmarks.scaling.results import Results as Scaling
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
 from benchmarks.serving.targets import evaluate as serving_targets
 from benchmarks.shapes import report as shapes
-from benchmarks.training import adapters_report, beside_report, methods_report, train_report
+from benchmarks.training import adapters_report, methods_report, train_and_serve_report, train_report
 
 BENCHMARKS_PAGE = "[docs/benchmarks.md](docs/benchmarks.md)"
 BEGIN, END = "<!-- figures: made by python -m benchmarks.report -->", "<!-- /figures -->"
@@ -35,16 +35,16 @@ INTRODUCTION = """# Benchmarks
 `python -m benchmarks.report` writes this page from the results of the commands below. Don't edit it by hand.
 
 To measure again, on an idle machine: run `python -m benchmarks.peers make llama.cpp openvino` once, then
-`python -m benchmarks.serve`, `.curves`, `.shapes`, `.held` (it needs `llama.cpp-avx2` and `llama.cpp-avx512`),
-`.train`, `.methods`, `.adapters` and `.beside`, then this command.
+`python -m benchmarks.serve`, `.scaling`, `.shapes`, `.instruction_sets` (it needs `llama.cpp-avx2` and
+`llama.cpp-avx512`), `.train`, `.methods`, `.adapters` and `.train_and_serve`, then this command.
 
 - Cells have the median (lowest–highest) of the rounds. Ratios are medians of the rounds' own ratios.
 - All systems of a table ran in turn, on the same weights, rows and threads. Peers get every setting that we get,
   or the faster one of those tried.
 - Bold misses its target.
 - Raw results, with versions, settings and what this page leaves out, are in `benchmarks/results/`.
-- ik_llama.cpp isn't compared, as no package has it. By hand it was faster than llama.cpp for one stream of
-  quantized weights, and slower for many streams.
+- ik_llama.cpp isn't compared, as no package has it. In manual tests it was faster than llama.cpp for one stream
+  of quantized weights, and slower for many streams.
 """
 
 
@@ -58,54 +58,56 @@ class _HasMade(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that has been measured."""
+    """All results, by benchmark."""
 
     serve: Serving | None
-    curves: Curves | None
+    scaling: Scaling | None
     shapes: shapes.Results | None
-    held: held.Results | None
+    instruction_sets: instruction_sets.Results | None
     train: train_report.Results | None
     methods: methods_report.Results | None
     adapters: adapters_report.Results | None
-    beside: beside_report.Results | None
+    train_and_serve: train_and_serve_report.Results | None
 
     @classmethod
     def read(cls, out: Path) -> "Found":
-        """Read the results. Raise SystemExit if one is of a quick run."""
+        """Read the results. Raise SystemExit if one is from a quick run."""
         found = cls(
             command.read(out, "serve", Serving),
-            command.read(out, "curves", Curves),
+            command.read(out, "scaling", Scaling),
             command.read(out, "shapes", shapes.Results),
-            command.read(out, "held", held.Results),
+            command.read(out, "instruction_sets", instruction_sets.Results),
             command.read(out, "train", train_report.Results),
             command.read(out, "methods", methods_report.Results),
             command.read(out, "adapters", adapters_report.Results),
-            command.read(out, "beside", beside_report.Results),
+            command.read(out, "train_and_serve", train_and_serve_report.Results),
         )
         every: tuple[_HasMade | None, ...] = (
             found.serve,
-            found.curves,
+            found.scaling,
             found.shapes,
-            found.held,
+            found.instruction_sets,
             found.train,
             found.methods,
             found.adapters,
-            found.beside,
+            found.train_and_serve,
         )
         if quick := [one.made.command for one in every if one is not None and one.made.quick]:
-            raise SystemExit(f"a quick run measures nothing and is published nowhere: {', '.join(quick)}")
+            raise SystemExit(f"a quick run measures nothing and can't be published: {', '.join(quick)}")
         return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, the charts, the README's figures and the raw results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Makes docs/benchmarks.md.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Write docs/benchmarks.md.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the results are")
     parser.add_argument(
-        "--results", type=Path, default=Path("benchmarks/results"), help="where they are copied to"
+        "--results", type=Path, default=Path("benchmarks/results"), help="where the results are copied"
     )
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where benchmarks.md and the charts go")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="whose figures are replaced")
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs"), help="where benchmarks.md and the charts are written"
+    )
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="page whose figures are replaced")
     options = parser.parse_args(arguments)
     found = Found.read(options.out)
     to = options.docs / "benchmarks.md"
@@ -128,20 +130,26 @@ def page(found: Found, before: str) -> str:
     def add(title: str, name: str, results: T | None, render: Callable[[T], str], chart: str | None) -> None:
         if results is None:
             missing = f"## {title}\n\nNot measured yet: `python -m benchmarks.{name}`."
-            parts.append(_standing(title, before) or missing)
+            parts.append(_section(title, before) or missing)
             return
         parts.extend([f"## {title}", render(results).strip(), *([f"![{chart}]({name}.png)"] if chart else [])])
 
     serve = found.serve and _headlines(found.serve)
     add("Serving", "serve", serve, serving.markdown, "Output tokens per second by load")
-    add("Scaling curves", "curves", found.curves, curves.markdown, "Speed, latency and memory as one thing grows")
+    add(
+        "Scaling curves",
+        "scaling",
+        found.scaling,
+        scaling.markdown,
+        "Speed, latency and memory as one variable grows",
+    )
     add("Larger bases", "shapes", found.shapes, shapes.markdown, None)
-    add("Restricted instruction sets", "held", found.held, held.markdown, None)
+    add("Restricted instruction sets", "instruction_sets", found.instruction_sets, instruction_sets.markdown, None)
     add("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
     title = "LoRA against full fine-tuning"
     add(title, "methods", found.methods, methods_report.markdown, "Methods compared")
     add("Useful adapters", "adapters", found.adapters, adapters_report.markdown, "Accuracy of adapters")
-    add("Training while serving", "beside", found.beside, beside_report.markdown, None)
+    add("Training while serving", "train_and_serve", found.train_and_serve, train_and_serve_report.markdown, None)
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,7 +160,7 @@ def figures(found: Found, before: str) -> str:
     """
     parts = []
     if (serve := found.serve) is None:
-        parts += [_standing("How fast", before) or "## How fast"]
+        parts += [_section("How fast", before) or "## How fast"]
     else:
         targets = [target for target in serving_targets(serve) if target.reached is not None]
         reached = sum(bool(target.reached) for target in targets)
@@ -171,7 +179,7 @@ def figures(found: Found, before: str) -> str:
         ]
     title = "LoRA against full fine-tuning"
     if (methods := found.methods) is None:
-        parts += [_standing(title, before) or f"## {title}"]
+        parts += [_section(title, before) or f"## {title}"]
     else:
         num_train, _, num_test = methods.counts
         full, *lora = (one.outcomes[0].computed_by for one in methods.compared)
@@ -200,8 +208,8 @@ def charts(found: Found, docs: Path) -> None:
     docs.mkdir(exist_ok=True)
     if found.serve is not None and serving.headlines(found.serve):
         serving.chart(found.serve, docs / "serve.png")
-    if found.curves is not None:
-        curves.chart(found.curves, docs / "curves.png")
+    if found.scaling is not None:
+        scaling.chart(found.scaling, docs / "scaling.png")
     if found.train is not None:
         train_report.chart(found.train, docs / "train.png")
     if found.methods is not None:
@@ -216,7 +224,7 @@ def _headlines(serve: Serving) -> Serving:
     return replace(serve, rows=serving.headlines(serve), systems=systems)
 
 
-def _standing(title: str, page: str) -> str | None:
+def _section(title: str, page: str) -> str | None:
     """Return the section of that title in a page, or None."""
     found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |^{re.escape(END)}|\Z)", page, re.MULTILINE | re.DOTALL)
     return found and found[0].strip()

@@ -1,8 +1,8 @@
-"""The serving benchmark: `python -m benchmarks.serve`, or `make bench`.
+"""Serving benchmark: `python -m benchmarks.serve`, or `make bench`.
 
-Starts the real server, drives it over HTTP from this process, and runs what users would pick instead on the same
-weights, prompts and threads in turn with it, never at once. Prints tables in Markdown and whether the targets are
-reached; writes serve.json. For figures that mean something the machine must be otherwise idle.
+Starts the real server, drives it over HTTP from this process, and runs the peers on the same weights, prompts and
+threads in turn with it, never at once. Prints Markdown tables and whether targets are reached; writes serve.json.
+The machine must be otherwise idle.
 """
 
 import signal
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-if not __package__:  # run by its path: what Python put first is this folder, not the checkout
+if not __package__:  # run by its path: Python put this folder first, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -46,27 +46,27 @@ LOG = "serve.log"
 
 @dataclass(frozen=True)
 class Bases:
-    """One base twice."""
+    """The base in two formats."""
 
-    converted: Path  # the server's
-    hugging_face: Path  # the peers': the same weights
+    converted: Path  # for our server
+    hugging_face: Path  # the same weights, for the peers
     base: BaseModel
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    """Run it all; the results, which are printed and written too."""
+    """Run the benchmark; return, print and write the results."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children are stopped
     say = command.speaker()
     results = run(options, Made.by("benchmarks.serve", arguments, quick=options.quick), say)
     command.write(options.out, "serve", results)
-    say(f"done; {options.out / 'serve.json'} holds what was found")
+    say(f"done; {options.out / 'serve.json'} has the results")
     print(report.markdown(results), report.details(results), sep="\n")
     return results
 
 
 def run(options: Options, made: Made, say: Say) -> Results:
-    """Measure it all; what the systems say goes to files under `options.out`."""
+    """Measure everything. The systems' output goes to files under `options.out`."""
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / LOG).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
@@ -84,7 +84,7 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
         *_weight_bytes(bases.base.weights, options),
     )
     results = Results(made, Machine.this(options.threads), settings)
-    # all have room: what the loads use must not be evicted by those that are measured cold
+    # All adapters have room: measuring cold adapters must not evict those of the loads.
     num_resident = options.num_adapters + options.num_cold
     server_config = _server_config(options, bases, scratch / "home", num_resident)
     if options.wants("start"):
@@ -136,7 +136,7 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
 
 
 def _prepare(options: Options, scratch: Path, say: Say) -> Bases:
-    """The converted base, made the first time, and the same weights as a Hugging Face directory."""
+    """Convert the base if needed, and export the same weights as a Hugging Face directory."""
     converted = resolve_base(options.model, options.home, progress=say)
     base = load_base(converted)
     say("exporting the base for the peers")
@@ -147,7 +147,7 @@ def _prepare(options: Options, scratch: Path, say: Say) -> Bases:
 def _server_config(
     options: Options, bases: Bases, home: Path, num_resident: int, *, native: bool = True
 ) -> ServerConfig:
-    """Of a server with room for so many adapters."""
+    """Return the configuration of a server with room for `num_resident` adapters."""
     shape = bases.base.config.shape
     return ServerConfig(
         home=home,
@@ -164,8 +164,8 @@ def _server_config(
 
 
 def _weight_bytes(weights: BaseWeights, options: Options) -> tuple[int, int]:
-    """What a step of a stream reads, and what it would of weights in `dtype`: in bf16 native code may have them as
-    they were stored."""
+    """Return the bytes that a step of one stream reads, and the bytes if all weights had `dtype`. In bf16, native
+    code may keep weights as they are stored."""
     dtype = DTYPES[options.dtype]
     if dtype is not torch.bfloat16 or options.device != "cpu":
         size = weights.num_parameters * dtype.itemsize

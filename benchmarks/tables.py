@@ -1,4 +1,4 @@
-"""Markdown tables, and figures as they stand in them: a median, and its range over the rounds."""
+"""Markdown tables and their cells: a median with its range over the rounds."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def with_range(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """median (lowest–highest), the median alone of one value, or – of none."""
+    """Format the median (lowest–highest), one value alone, or – for no values."""
     found = [value for value in values if not math.isnan(value)]
     if not found:
         return "–"
@@ -22,7 +22,7 @@ def with_range(values: Sequence[float], form: Callable[[float], str]) -> str:
 
 
 def spread(value: Spread | None, unit: str, digits: int = 2) -> str:
-    """A ratio with its range over the rounds, with so many digits behind the point."""
+    """Format a ratio with its range over the rounds and `digits` decimal places."""
     if value is None:
         return "–"
     median, low, high = (f"{each:.{digits}f}" for each in (value.median, value.low, value.high))

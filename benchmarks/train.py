@@ -1,8 +1,8 @@
-"""The training benchmark: `python -m benchmarks.train`.
+"""Training benchmark: `python -m benchmarks.train`.
 
-Trains a few steps with smolora and with transformers and PEFT, on the same weights, rows and threads, in turn and
-each time in a fresh process. Prints tables in Markdown and whether the targets are reached; writes train.json.
-For figures that mean something the machine must be otherwise idle.
+Trains a few steps with smolora and with transformers and PEFT, on the same weights, rows and threads, in turn,
+each in a fresh process. Prints Markdown tables and whether targets are reached; writes train.json. The machine
+must be otherwise idle.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run by its path: what Python put first is this folder, not the checkout
+if not __package__:  # run by its path: Python put this folder first, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -35,16 +35,18 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    """Run it all; the results, which are printed and written too."""
+    """Run the benchmark; return, print and write the results."""
     keys = [work.key for work in WORKS]
-    parser = command.parser("benchmarks.train", "Measures training, and transformers and PEFT in turn with it.")
-    parser.add_argument("--rounds", type=positive, default=3, help="each measures every work once on all sides")
+    parser = command.parser("benchmarks.train", "Measure training, in turn with transformers and PEFT.")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help="number of rounds; each measures every work once on all sides"
+    )
     parser.add_argument("--only", nargs="+", choices=keys, default=keys, help="works to measure")
     parser.add_argument(
         "--torch-dtype",
         choices=_DTYPES,
         default=torch_dtype(),
-        help="in which the peers compute, and ours in torch",
+        help="dtype of the peers, and of our torch path",
     )
     options = parser.parse_args(arguments)
     if options.quick:
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> Results:
     options.out.mkdir(parents=True, exist_ok=True)
     works = [reduced(work) if options.quick else work for work in WORKS if work.key in options.only]
     if not any(map(shutil.which, COMPILERS)):
-        say("there is no C++ compiler: what torch.compile would make of the peer is left out")
+        say("there is no C++ compiler: the compiled peer is left out")
         works = [work.without(COMPILED) for work in works]
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
         rows = _measure(works, Path(scratch), options, say)
@@ -71,13 +73,13 @@ def main(arguments: list[str] | None = None) -> Results:
 
 
 def torch_dtype() -> str:
-    """The faster one: fp32 by far on processors without instructions for bf16."""
+    """Return the faster dtype: on processors without bf16 instructions, fp32 by far."""
     _, dtype = choose_device("cpu", "auto")
     return "bf16" if dtype is torch.bfloat16 else "fp32"
 
 
 def _measure(works: Sequence[Work], scratch: Path, options: argparse.Namespace, say: Say) -> list[Row]:
-    """Who goes first changes from round to round and from work to work."""
+    """Measure all rounds. The order of the sides rotates from round to round and from work to work."""
     converted = resolve_base(options.model, options.home, progress=say)
     base = load_base(converted)
     export_hugging_face(base, scratch / "base", torch.bfloat16)

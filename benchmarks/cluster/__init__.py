@@ -1,1 +1,1 @@
-"""What it costs that engines are elsewhere: API processes beside Ray Serve, against the single process."""
+"""Cost of separate engine processes: API processes with Ray Serve, compared with the single process."""

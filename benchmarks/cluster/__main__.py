@@ -1,7 +1,7 @@
-"""The cost of the way by process: `python -m benchmarks.cluster`; needs the extra `cluster`.
+"""Measure the overhead of a cluster by process: `python -m benchmarks.cluster`; needs the extra `cluster`.
 
-The single process, a cluster with one replica and one with more answer the same prompts over HTTP, in turn and
-never at once. Writes cluster.json. For figures that mean something the machine must be otherwise idle.
+The single process, a cluster with one replica and a cluster with several replicas answer the same prompts over
+HTTP, in turn and never at once. Writes cluster.json. The machine must be otherwise idle.
 """
 
 import signal
@@ -26,20 +26,22 @@ from server.model.base.weights import load_base
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    """Run it all; the results, which are printed and written too."""
-    parser = command.parser("benchmarks.cluster", "Measures engine replicas against the single process.")
+    """Run the benchmark; return, print and write the results."""
+    parser = command.parser("benchmarks.cluster", "Compare engine replicas with the single process.")
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("--rounds", type=positive, default=5, help="each measures every system once")
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="number of rounds; each measures every system once"
+    )
     parser.add_argument("--streams", type=positive, default=32)
-    parser.add_argument("--requests", type=positive, default=2, help="of each stream, in a round")
+    parser.add_argument("--requests", type=positive, default=2, help="requests per stream and round")
     parser.add_argument("--prompt-tokens", type=positive, default=120)
     parser.add_argument("--max-tokens", type=positive, default=64)
-    parser.add_argument("--replicas", type=positive, default=2, help="of the larger cluster; 1: there is none")
+    parser.add_argument("--replicas", type=positive, default=2, help="replicas of the larger cluster; 1: none")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.requests, options.prompt_tokens, options.max_tokens = 1, 1, 24, 8
     say = command.speaker()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children are stopped
     options.out.mkdir(parents=True, exist_ok=True)
     converted = resolve_base(options.model, options.home, progress=say)
     prompts = PromptSource(load_base(converted).tokenizer, many=True)
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> Results:
             systems.append(Served(name, at(config, Path(scratch) / f"home-{index}"), num_replicas))
             stack.callback(systems[-1].kill)
         for system in systems:
-            system.measure(streams(4))  # warms it up
+            system.measure(streams(4))  # warm up
         for number in range(options.rounds):
             say(f"round {number + 1} of {options.rounds}")
             work = streams(options.max_tokens)
@@ -77,13 +79,13 @@ def main(arguments: list[str] | None = None) -> Results:
                 say(f"  {system.name}: {figures.tokens_per_second:.1f} tokens/s")
         for system in systems:
             system.stop()
-    work_said = (
+    work_text = (
         f"{Path(options.model).name} in {options.dtype}; {options.streams} streams of the base, prompts of "
         f"{options.prompt_tokens} tokens, {options.max_tokens} new ones"
     )
     made = Made.by("benchmarks.cluster", arguments, quick=options.quick)
     rows = tuple(_row(name, found[name]) for name in counts)
-    results = Results(made, Machine.this(options.threads), work_said, _same(found), rows)
+    results = Results(made, Machine.this(options.threads), work_text, _same(found), rows)
     command.write(options.out, "cluster", results)
     print(markdown(results))
     return results

@@ -1,4 +1,4 @@
-"""The cost of the way as Markdown, and whether the target is reached."""
+"""Report of the cluster's overhead as Markdown, with its target."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,31 +11,31 @@ from benchmarks.tables import milliseconds, number, rounds, spread, table, with_
 from benchmarks.targets import Target, at_least, target_table, unmeasured
 
 LEAST = 0.8
-"""Of the single process' tokens per second, with one replica."""
+"""Target for one replica: a share of the single process's tokens per second."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A system: an entry for each round, the same rounds for all."""
+    """A system with one entry for each round; all systems run the same rounds."""
 
     name: str
     figures: tuple[Figures, ...]
-    processor_ms: tuple[Mapping[str, float], ...]  # a generated token, by the kind of process
+    processor_ms: tuple[Mapping[str, float], ...]  # per generated token, by kind of process
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was found."""
+    """All results of the cluster benchmark."""
 
     made: Made
     machine: Machine
     work: str
-    same: float  # of the answers of clusters: the share that are those of the single process
-    rows: tuple[Row, ...]  # the single process, one replica, more
+    same: float  # share of the clusters' answers that equal the single process's
+    rows: tuple[Row, ...]  # the single process, one replica, several replicas
 
 
 def targets(results: Results) -> list[Target]:
-    """One replica, in each round against the single process."""
+    """Compare one replica with the single process, round by round."""
     single, one, *_ = results.rows
     ratio = median_ratio(_speeds(one), _speeds(single))
     found = [at_least(f"{one.name}, tokens/s", ratio, LEAST, "× the single process")]
@@ -43,7 +43,7 @@ def targets(results: Results) -> list[Target]:
 
 
 def markdown(results: Results) -> str:
-    """The whole report."""
+    """Return the whole report."""
     single = results.rows[0]
     count = len(single.figures)
     speed_head = ("", "tokens/s", "× single process", "TTFT p50, ms", "TTFT p99, ms", "ITL p50, ms", "ITL p99, ms")

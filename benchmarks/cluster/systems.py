@@ -1,4 +1,4 @@
-"""The single process and clusters on this machine, with the time that each kind of their processes takes."""
+"""The single process and clusters on this machine, with the processor time of each kind of process."""
 
 import json
 import os
@@ -21,23 +21,23 @@ from benchmarks.serving.systems.wires import Smolora
 SINGLE = "single process"
 CLIENT, API, REPLICA, RAY = "load client", "API", "replicas", "Ray"
 KINDS = (CLIENT, API, REPLICA, RAY)
-"""Of processes. The single process is its own API and engine, and counts as `REPLICA`."""
+"""Kinds of processes. The single process is API and engine in one and counts as `REPLICA`."""
 _TITLE = "ray::ServeReplica:smolora:engine"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A run, and the seconds of processors that each kind of process took for it."""
+    """A run and the processor seconds that each kind of process used for it."""
 
     run: Run
     processor_seconds: Mapping[str, float]
 
 
 class Served:
-    """A server of either kind, and whoever belongs to it."""
+    """A running single process or cluster, with all its child processes."""
 
     def __init__(self, name: str, config: ServerConfig, num_replicas: int = 0) -> None:
-        """With no replicas the single process. It is ready once it is made."""
+        """Start it and wait until it is ready. Zero replicas mean the single process."""
         self.name = name
         self._home = config.home
         self._is_single = not num_replicas
@@ -45,18 +45,18 @@ class Served:
         self._server = ServerProcess(words, config.environment, config.log, "/ready")
 
     def measure(self, streams: Streams) -> Measured:
-        """The streams at once, each one's requests one after the other."""
+        """Run all streams concurrently, with the requests of each stream in sequence."""
         before = self._processor_seconds()
         run = summarize(drive(self._server.url, Smolora(), streams))
         after = self._processor_seconds()
         return Measured(run, {kind: after[kind] - before.get(kind, 0.0) for kind in after})
 
     def stop(self) -> None:
-        """Let it end by itself."""
+        """Stop it and wait until it has ended."""
         self._server.stop()
 
     def kill(self) -> None:
-        """End it, however it is; of a cluster Ray's part as well, which has a session of its own."""
+        """Kill it in any state, including Ray's head process, which runs in a session of its own."""
         with suppress(OSError, ValueError, KeyError):
             state = json.loads((self._home / "cluster.json").read_text())
             os.kill(state["ray_pid"], signal.SIGTERM)
@@ -79,14 +79,14 @@ class Served:
 
 
 def up_command(config: ServerConfig, num_replicas: int) -> list[str]:
-    """`smolora cluster up` with the flags of the single process; Ray has room for these replicas alone."""
+    """Return the `smolora cluster up` command with the single process's flags; Ray gets one CPU per replica."""
     flags = [flag for flag in config.command if flag.startswith("--")]
     more = [f"--replicas={num_replicas}", f"--cpus={num_replicas}", f"--ray-port={free_port()}"]
     return [str(Path(sys.executable).with_name("smolora")), "cluster", "up", *flags, *more]
 
 
 def at(config: ServerConfig, home: Path) -> ServerConfig:
-    """The same with another HOME."""
+    """Return the same configuration with another HOME."""
     return replace(config, home=home)
 
 

@@ -1,1 +1,1 @@
-"""Notices that something became slow: the quick run's ratios beside the last recorded ones."""
+"""Regression check: compares the ratios of a quick run with the recorded ones."""

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.guard`: a quick run, and whether its ratios are still what was recorded (`--record`).
+"""`python -m benchmarks.guard`: make a quick run and compare its ratios with the recorded ones (`--record`).
 
-Ends with exit code 1 where one is not.
+Exits with code 1 if a ratio fell too far.
 """
 
 import argparse
@@ -11,14 +11,14 @@ from benchmarks import serve
 from benchmarks.guard.ratios import RECORDED, compare, markdown, record
 
 _QUICK = ("--quick", "--only", "loads", "--peers", "peft,torch")
-"""What a quick run measures in a minute or two, with peers that nobody has to compile."""
+"""Flags of a quick run of a minute or two, with peers that need no compiling."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code. Flags that aren't known are the serving benchmark's."""
+    """Return the exit code. Unknown flags are passed on to the serving benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__)
-    parser.add_argument("--record", action="store_true", help="keep this run's ratios instead of the last ones")
-    parser.add_argument("--recorded", type=Path, default=RECORDED, help="where they are kept")
+    parser.add_argument("--record", action="store_true", help="replace the recorded ratios by this run's")
+    parser.add_argument("--recorded", type=Path, default=RECORDED, help="file of recorded ratios")
     options, others = parser.parse_known_args(arguments)
     results = serve.main([*_QUICK, *others])
     if options.record:

@@ -1,8 +1,8 @@
-"""The ratios of a quick run of the serving benchmark, and whether they are what they were when last recorded.
+"""Comparison of the ratios of a quick serving run with recorded ratios.
 
-A quick run measures too little for its figures to be published. What became twice as slow shows in it all the
-same: in what each load takes beside the base, and the base beside PEFT and our own torch path. Ratios are recorded
-for each kind of processor and base; a run on another one is compared with nothing, and says so.
+A quick run is too short for its figures to be published, but a twofold slowdown shows in its ratios: each load
+against the base, and the base against PEFT and our own torch path. Ratios are recorded for each processor and
+base. Without recorded ratios for this processor and base, nothing is compared, and the report says so.
 """
 
 import json
@@ -18,12 +18,12 @@ from benchmarks.tables import table
 
 RECORDED = Path(__file__).with_name("recorded.json")
 LEAST = 0.5
-"""Of a recorded ratio, what the same one is at least where nothing became slow: quick runs differ by so much."""
+"""Lowest share of a recorded ratio that counts as unchanged: quick runs vary this much."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A ratio of the run, and the recorded one."""
+    """A ratio of this run and the recorded one."""
 
     name: str
     found: float
@@ -35,7 +35,8 @@ class Compared:
 
 
 def ratios_of(results: Results) -> dict[str, float]:
-    """Each load's speed as a share of the base's with as many streams, and the base's in that of each peer."""
+    """Return each load's speed relative to the base at the same number of streams, and the base's relative to each
+    peer."""
     found = {}
     for row in results.rows:
         if row.load.kind != BASE:
@@ -50,7 +51,8 @@ def ratios_of(results: Results) -> dict[str, float]:
 
 
 def compare(results: Results, recorded: Path = RECORDED) -> list[Compared] | None:
-    """Those that were recorded and found; None where nothing is recorded of this processor and base."""
+    """Compare ratios that were both recorded and measured. Return None if none is recorded for this processor and
+    base."""
     known = _read(recorded).get(_key(results))
     if known is None:
         return None
@@ -59,21 +61,21 @@ def compare(results: Results, recorded: Path = RECORDED) -> list[Compared] | Non
 
 
 def record(results: Results, recorded: Path = RECORDED) -> None:
-    """Keep the run's ratios, in the place of those of the same processor and base."""
+    """Record the run's ratios; they replace those of the same processor and base."""
     every = {**_read(recorded), _key(results): ratios_of(results)}
     with new_file(recorded) as unfinished:
         unfinished.write_text(json.dumps(every, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def markdown(compared: list[Compared] | None, results: Results) -> str:
-    """What is printed behind a quick run."""
+    """Return the text printed after a quick run."""
     if compared is None:
-        return f"No ratios are recorded of {_key(results)}: --record keeps these."
+        return f"No ratios are recorded for {_key(results)}: use --record to record these."
     cells = [
         (each.name, f"{each.recorded:.2f}", f"{each.found:.2f}", "yes" if each.holds else "**no**")
         for each in compared
     ]
-    return f"Beside the ratios recorded last, of which {LEAST:.0%} must be reached:\n\n" + table(
+    return f"Compared with the recorded ratios, of which {LEAST:.0%} must be reached:\n\n" + table(
         ("ratio", "recorded", "now", "reached"), cells
     )
 

@@ -1,1 +1,1 @@
-"""What users would pick instead: how each is set up, started and asked."""
+"""The peers, which users might pick instead: how each is installed, started and queried."""

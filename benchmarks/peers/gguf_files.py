@@ -1,8 +1,8 @@
-"""A Hugging Face Llama and PEFT adapters of it as GGUF files, in bf16: what llama.cpp reads.
+"""Conversion of a Hugging Face Llama and its PEFT adapters to GGUF files in bf16, for llama.cpp.
 
-The same weights, laid out as llama.cpp has them: it rotates pairs of neighbouring dimensions where transformers
-rotates the two halves of a head, so the rows of queries and keys change places. Norms are fp32, as in the files of
-llama.cpp's own converter. SmolLM and SmolLM2 are Llamas; other architectures are refused.
+The weights stay the same; only their layout changes. llama.cpp rotates pairs of neighbouring dimensions,
+transformers rotates the two halves of a head, so the rows of queries and keys are permuted. Norms are fp32, as
+written by llama.cpp's own converter. SmolLM and SmolLM2 are Llamas; other architectures are refused.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 ARCHITECTURE = "llama"
 SPLITTING = "smollm"
-"""llama.cpp's name for how the tokenizer splits text: digits apart, then as GPT-2 does."""
+"""llama.cpp's name of the pre-tokenizer: digits apart, then as GPT-2."""
 
 MODULES = {
     "self_attn.q_proj": "attn_q",
@@ -37,7 +37,8 @@ NAMES = ("lora_A", "lora_B")
 
 
 def write_base(directory: Path, file: Path) -> None:
-    """Write the model in `directory`, which is one safetensors file, to `file`. ValueError if it is no Llama."""
+    """Write the model in `directory`, a single safetensors file, to `file`. Raise ValueError if it isn't a
+    Llama."""
     config = _config(directory)
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
     _write_sizes(writer, config)
@@ -49,7 +50,7 @@ def write_base(directory: Path, file: Path) -> None:
 
 
 def write_adapter(base: Path, directory: Path, file: Path) -> None:
-    """Write the PEFT adapter in `directory`, of the model in `base`, to `file`."""
+    """Write the PEFT adapter in `directory`, for the model in `base`, to `file`."""
     config = _config(base)
     described = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
@@ -60,7 +61,7 @@ def write_adapter(base: Path, directory: Path, file: Path) -> None:
         for name in tensors.keys():  # noqa: SIM118 - no mapping
             module, which = _parts(name)
             tensor = tensors.get_tensor(name)
-            if which == "lora_B":  # its rows are the module's outputs
+            if which == "lora_B":  # the rows of B are the module's outputs
                 tensor = _permuted(module, tensor, config)
             _add(writer, f"{_gguf_name(module)}.{which.lower()}", tensor)
     _finish(writer)
@@ -122,7 +123,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, directory: Path, config: dict[str,
 
 
 def _gguf_name(name: str) -> str:
-    """Of a tensor of transformers', such as model.layers.0.mlp.up_proj.weight."""
+    """Return the GGUF name of a transformers tensor, such as model.layers.0.mlp.up_proj.weight."""
     if name in OUTSIDE:
         return OUTSIDE[name]
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
@@ -130,14 +131,15 @@ def _gguf_name(name: str) -> str:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """Of a tensor of PEFT's: its module's weight, by transformers' name, and which of the two it is."""
+    """Split a PEFT tensor's name into its module's weight, by transformers' name, and lora_A or lora_B."""
     path, which, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
     assert which in NAMES, name
     return f"{path}.weight", which
 
 
 def _permuted(name: str, tensor: torch.Tensor, config: dict[str, object]) -> torch.Tensor:
-    """Rows of queries and keys from (heads, 2, half, …) to llama.cpp's (heads, half, 2, …); others as they are."""
+    """Permute rows of queries and keys from (heads, 2, half, …) to llama.cpp's (heads, half, 2, …); keep other
+    modules."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (key := heads.get(name.split(".")[-2])) is None:
         return tensor
@@ -147,7 +149,7 @@ def _permuted(name: str, tensor: torch.Tensor, config: dict[str, object]) -> tor
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor) -> None:
-    """Matrices in bf16, rounded to nearest where they were wider; vectors in fp32."""
+    """Add a tensor: matrices in bf16, rounded to nearest; vectors in fp32."""
     if tensor.dim() == 1:
         writer.add_tensor(name, tensor.float().numpy())
         return

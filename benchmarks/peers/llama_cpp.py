@@ -1,8 +1,8 @@
-"""llama.cpp's server over HTTP, on the same weights in bf16, or quantized from them.
+"""llama.cpp's server over HTTP, with the same weights in bf16 or quantized from them.
 
-It has every setting that we have: as many slots as there are streams, continuous batching, adapters per request
-with a scale each. What may or may not help is tried. Requests under different adapters wait for each other: that
-is its way.
+It gets every setting that our server has: one slot per stream, continuous batching, and adapters per request, each
+with a scale. Flags with an uncertain effect are tried both ways. llama.cpp runs requests with different adapters
+one after the other.
 """
 
 import os
@@ -28,14 +28,14 @@ VARIANTS = {
         ("one cache for all slots", ("--kv-unified",)),
     )
 }
-"""What may or may not help it, as flags."""
+"""Flags with an uncertain effect, all of which are tried."""
 
 
 @dataclass(frozen=True)
 class LlamaCppConfig:
     peer: MadePeer
     model: Path  # a GGUF file
-    adapters: Mapping[str, Path]  # GGUF files by name; none: it serves the base alone
+    adapters: Mapping[str, Path]  # GGUF files by name; empty: only the base is served
     threads: int
     slots: int
     tokens_per_slot: int
@@ -51,7 +51,7 @@ class LlamaCppConfig:
             "threads-batch": self.threads,
             "parallel": self.slots,
             "ctx-size": self.slots * self.tokens_per_slot,
-            "cache-ram": 0,  # copies of slots that no prompt would ever use again
+            "cache-ram": 0,  # no host copies of slots: no prompt is repeated
         }
         given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         given += VARIANTS[self.variant]
@@ -62,10 +62,10 @@ class LlamaCppConfig:
 
 
 class LlamaCppServer:
-    """A running one."""
+    """A running llama.cpp server."""
 
     def __init__(self, config: LlamaCppConfig, trial: dict[str, tuple[float, ...]] | None = None) -> None:
-        """`trial` is what was tried before."""
+        """Start it. `trial` has the speeds of the variants tried before."""
         environment = os.environ | threads_environment(config.threads) | {"GLIBC_TUNABLES": TUNABLES}
         self._server = ServerProcess(config.command, environment, config.log, "/health")
         self._wire = LlamaCpp(list(config.adapters))
@@ -88,7 +88,7 @@ class LlamaCppServer:
 
 
 def quantize(peer: MadePeer, model: Path, weights: str) -> Path:
-    """The same model in fewer bits, such as Q8_0, beside it."""
+    """Quantize the model to a type such as Q8_0; return the new file in the same folder."""
     file = model.with_name(f"{model.stem}-{weights}.gguf")
     command = [str(peer.program("llama-quantize")), "--allow-requantize", str(model), str(file), weights]
     subprocess.run(command, check=True, capture_output=True)
@@ -96,7 +96,7 @@ def quantize(peer: MadePeer, model: Path, weights: str) -> Path:
 
 
 def adapter_files(base: Path, directories: Mapping[str, Path], place: Path) -> dict[str, Path]:
-    """PEFT adapters of `base` as GGUF files in the new folder `place`, by name."""
+    """Convert the PEFT adapters of `base` to GGUF files in the new folder `place`, by name."""
     place.mkdir()
     files = {name: place / f"{name}.gguf" for name in directories}
     for name, directory in directories.items():

@@ -1,8 +1,7 @@
-"""OpenVINO GenAI's continuous batching on the same weights in bf16, in a process and an environment of its own.
+"""OpenVINO GenAI's continuous batching with the same weights in bf16, in its own process and environment.
 
-It is asked through a pipe and generates in process, without HTTP. Adapters hold for the whole batch: one adapter
-or one blend at a time, for however many streams; the base has a pipeline that knows of none. What may or may not
-help is tried.
+Requests go through a pipe, without HTTP. Adapters apply to a whole batch: one adapter or one blend for all
+streams. The base has its own pipeline without adapters. Settings with an uncertain effect are tried.
 """
 
 import json
@@ -24,22 +23,22 @@ from benchmarks.serving.systems.wires import Part
 
 NAME = "OpenVINO GenAI"
 PRECISION = "bf16" if has_feature("avx512f") else "f32"
-"""In which it computes: with AVX2 alone it can in fp32 only."""
+"""Precision of its computation: with AVX2 alone it supports only fp32."""
 VARIANTS = {
     f"cached keys and values in {cache}, {tokens} tokens a step": (cache, tokens)
     for cache in ("u8", PRECISION)
     for tokens in (256, 1024)
 }
-"""What may or may not help it; the first is its default."""
+"""Settings with an uncertain effect; the first is its default."""
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class OpenVinoConfig:
     peer: MadePeer
-    model: Path  # as `export` wrote it
+    model: Path  # as written by `export`
     adapters: Mapping[str, Path]  # PEFT directories by name
-    scaling: float  # of them all: alpha over rank, which their files don't say
+    scaling: float  # alpha over rank of all adapters, which it doesn't read from their files
     threads: int
     slots: int
     log: Path
@@ -47,10 +46,11 @@ class OpenVinoConfig:
 
 
 class OpenVino:
-    """A running one."""
+    """A running OpenVINO process."""
 
     def __init__(self, config: OpenVinoConfig, trial: dict[str, tuple[float, ...]] | None = None) -> None:
-        """`trial` is what was tried before. RuntimeError, with the end of its log, where it fails."""
+        """Start it. `trial` has the speeds of the variants tried before. Raise RuntimeError with the end of its
+        log if it fails."""
         self._log = config.log
         self._scaling = config.scaling
         with config.log.open("ab") as log:
@@ -88,11 +88,11 @@ class OpenVino:
         return peak_rss(self._process.pid)
 
     def can(self, load: Load) -> bool:
-        """What goes under the same adapters for all streams."""
+        """Return whether all streams of the load use the same adapters."""
         return load.kind in (BASE, ONE) or load == Load(1, BLENDS)
 
     def run(self, streams: Streams) -> Run:
-        """ValueError where the streams don't all go under the same adapters."""
+        """Run the streams. Raise ValueError if they use different adapters."""
         (parts,) = {request.parts for requests in streams for request in requests}
         found = self._call(
             {
@@ -138,7 +138,7 @@ class OpenVino:
 
 
 def export(peer: MadePeer, base: Path, place: Path, log: Path) -> Path:
-    """The Hugging Face model in `base` as OpenVINO's, its weights in the type that they have; about a minute."""
+    """Export the Hugging Face model in `base` to OpenVINO with its weights' own dtype; takes about a minute."""
     command = [str(peer.program("optimum-cli")), "export", "openvino", "--task", "text-generation-with-past"]
     command += ["--model", str(base), str(place)]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

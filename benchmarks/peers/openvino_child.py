@@ -1,6 +1,7 @@
-"""OpenVINO GenAI's side of the pipe: run by the interpreter of its own environment, which has little else.
+"""OpenVINO GenAI's end of the pipe, run by the interpreter of its own environment, which has few packages.
 
-A line of JSON in, a line out: first the settings, then batches. Tokenizing and detokenizing count, as for us.
+Each line is a JSON document: first the settings, then batches, each answered by one line. Tokenizing and
+detokenizing are timed, as for our server.
 """
 
 import json
@@ -41,7 +42,7 @@ class _Pipeline(Protocol):
 
 
 class Child:
-    """Two pipelines: a plain one, and one with adapters once they are asked for, whose graph is another."""
+    """Two pipelines: one without adapters, and one with adapters, built on first use, which has another graph."""
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         self._settings = settings
@@ -54,9 +55,9 @@ class Child:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = CACHE_GIGABYTES
         scheduler.max_num_seqs = self._settings["sequences"]
-        scheduler.max_num_batched_tokens = self._settings["step_tokens"]  # of prompts and sequences
-        scheduler.dynamic_split_fuse = True  # prompts in chunks beside running sequences
-        scheduler.enable_prefix_caching = False  # no prompt comes twice
+        scheduler.max_num_batched_tokens = self._settings["step_tokens"]  # over prompts and sequences
+        scheduler.dynamic_split_fuse = True  # splits prompts into chunks, batched with running sequences
+        scheduler.enable_prefix_caching = False  # no prompt is repeated
         properties: dict[str, object] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self._settings["precision"],
@@ -69,7 +70,7 @@ class Child:
         return cast(_Pipeline, openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties))
 
     def _pipeline_for(self, parts: Sequence[tuple[str, float]]) -> _Pipeline:
-        """Ready for requests under these adapters."""
+        """Return the pipeline for these adapters, ready for requests."""
         if not parts:
             return self._plain
         if self._adapted is None:
@@ -77,13 +78,13 @@ class Child:
             self._adapters = {name: openvino_genai.Adapter(file) for name, file in files.items()}
             self._adapted = self._made(openvino_genai.AdapterConfig(list(self._adapters.values())))
         if parts != self._last_parts:
-            # requests that are added go under the adapters of the last call of `generate`
+            # New requests use the adapters of the last call of `generate`.
             self._adapted.generate(["A"], [self._config(1, parts)])
             self._last_parts = parts
         return self._adapted
 
     def run(self, parts: Sequence[tuple[str, float]], streams: Sequence[Sequence[tuple[str, int]]]) -> object:
-        """All streams at once, each one's requests one after the other."""
+        """Run all streams concurrently, with the requests of each stream in sequence."""
         pipeline = self._pipeline_for(parts)
         queues = [list(requests) for requests in streams]
         tokens: list[list[list[int]]] = [[] for _ in streams]
@@ -136,7 +137,7 @@ class Child:
 
 
 def main() -> None:
-    """Answer until the pipe closes. What the libraries print goes to the log."""
+    """Answer until the pipe closes. The libraries' output goes to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     keep_freed_memory()

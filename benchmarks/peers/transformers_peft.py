@@ -1,8 +1,8 @@
-"""One of the peers: transformers and PEFT on the same weights, prompts and threads, in a process of their own.
+"""transformers and PEFT with the same weights, prompts and threads, in a process of their own.
 
-PEFT is run as fast as it goes without merging: bf16 adapters (`autocast_adapter_dtype=False`), batches without
-padding, no end token to look for, `adapter_names=` for a batch of several adapters. What it can't do, such as a
-different blend for each row of a batch, is left out. Tokenizing and detokenizing count, as they do for the server.
+PEFT runs in its fastest unmerged configuration: bf16 adapters (`autocast_adapter_dtype=False`), batches without
+padding, no end token, `adapter_names=` for batches of several adapters. Loads that it doesn't support, such as a
+different blend for each row, are left out. Tokenizing and detokenizing are timed, as for our server.
 """
 
 import multiprocessing
@@ -41,7 +41,7 @@ class PeerConfig:
 
 @dataclass(frozen=True)
 class Generate:
-    """A batch: under no adapter, one for all rows, or one for each row."""
+    """A batch: without adapters, with one for all rows, or with one for each row."""
 
     prompts: tuple[str, ...]
     adapters: str | tuple[str, ...] | None
@@ -50,7 +50,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class LoadAdapter:
-    """Load it, and forget it again unless it is to be kept."""
+    """Load an adapter; unload it again unless `keep`."""
 
     name: str
     directory: Path
@@ -58,10 +58,10 @@ class LoadAdapter:
 
 
 class TransformersPeft:
-    """The peer's process."""
+    """A running peer process."""
 
     def __init__(self, config: PeerConfig, adapters: Mapping[str, Path]) -> None:
-        """`adapters` are PEFT directories, by the names that requests use."""
+        """Start it. `adapters` are PEFT directories by the names that requests use."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(config, theirs), daemon=True)
@@ -79,20 +79,20 @@ class TransformersPeft:
         return peak_rss(self._process.pid or 0)
 
     def can(self, load: Load) -> bool:
-        """A blend must be made into an adapter first: none can be asked for by a request."""
+        """Return whether it supports the load. It can't blend adapters by request."""
         return load.kind != BLENDS
 
     def run(self, streams: Streams) -> Run:
-        """In batches: the streams' first requests, then their second ones, as it has no queue."""
+        """Run the streams in batches, first all first requests, then all second ones: it has no queue."""
         batches = list(zip(*streams, strict=True))
         runs = [self._batch(batch) for batch in batches]
         whole = join(runs)
-        # its texts come batch by batch
+        # The texts are ordered by batch; return them ordered by stream.
         texts = [whole.texts[index :: len(streams)] for index in range(len(streams))]
         return replace(whole, texts=tuple(text for stream in texts for text in stream))
 
     def load_adapter(self, name: str, directory: Path, *, keep: bool = False) -> float:
-        """Seconds that `load_adapter` took."""
+        """Return the seconds that `load_adapter` took."""
         seconds = self._call(LoadAdapter(name, directory, keep))
         assert isinstance(seconds, float)
         return seconds
@@ -111,7 +111,7 @@ class TransformersPeft:
         return run
 
     def _call(self, command: object) -> object:
-        with suppress(BrokenPipeError):  # the reason is there to be read
+        with suppress(BrokenPipeError):  # the reason of the failure can still be received
             self._connection.send(command)
         try:
             answer: object = self._connection.recv()
@@ -123,7 +123,7 @@ class TransformersPeft:
 
 
 class _Clock(StoppingCriteria):
-    """Never stops; notes when each token of the batch was there."""
+    """A criterion that never stops and records when each token of the batch was generated."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -134,7 +134,7 @@ class _Clock(StoppingCriteria):
 
 
 class _Model(Protocol):
-    """What is used of transformers' models and of PEFT's around them."""
+    """The parts used of transformers' models and of PEFT's wrappers."""
 
     def generate(self, **arguments: object) -> torch.Tensor: ...
 
@@ -146,7 +146,7 @@ class _PeftModel(_Model, Protocol):
 
 
 class _PeerModels:
-    """Two copies of the base: a plain one, and one that PEFT wraps once the first adapter comes."""
+    """Two copies of the base: a plain one, and one that PEFT wraps once the first adapter is loaded."""
 
     def __init__(self, config: PeerConfig) -> None:
         warnings.simplefilter("ignore")
@@ -192,7 +192,7 @@ class _PeerModels:
 
     def _load(self) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_pretrained(self._config.base, dtype=self._config.dtype)
-        model.generation_config.eos_token_id = None  # every answer has all its tokens
+        model.generation_config.eos_token_id = None  # every answer has its full length
         model.generation_config.pad_token_id = 0
         module: torch.nn.Module = model
         return module.to(self._config.device).eval()
@@ -220,7 +220,7 @@ class _PeerModels:
 
 
 def _serve(config: PeerConfig, connection: Connection) -> None:
-    """The child: commands in, results out; a string is a failure."""
+    """Run the child: receive commands, send results; a string is a failure."""
     models: _PeerModels | None = None
     while True:
         command: object = connection.recv()

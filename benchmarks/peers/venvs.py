@@ -1,9 +1,9 @@
-"""A virtual environment of its own for each peer that can't share ours, under CACHE/peers, made by a command.
+"""Virtual environments under CACHE/peers for the peers that can't share ours.
 
     python -m benchmarks.peers make llama.cpp      (about 8 minutes on 2 cores: it is compiled)
     python -m benchmarks.peers make openvino       (about 2 GB)
 
-A peer counts as made once its mark is there, which is written last.
+A peer is complete if it has a mark, which is written last.
 """
 
 import json
@@ -26,7 +26,7 @@ OPENVINO_PACKAGES = ("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2
 BUILD_PACKAGES = ("cmake>=3.21", "ninja")
 BUILD_FLAGS = {
     "CMAKE_BUILD_TYPE": "Release",
-    "GGML_NATIVE": "ON",  # every instruction of this processor
+    "GGML_NATIVE": "ON",  # all instructions of this processor
     "BUILD_SHARED_LIBS": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
@@ -36,17 +36,17 @@ BUILD_FLAGS = {
     "LLAMA_OPENSSL": "OFF",
 }
 _AVX2_FLAGS = {"GGML_NATIVE": "OFF", "GGML_AVX2": "ON", "GGML_FMA": "ON", "GGML_F16C": "ON", "GGML_BMI2": "ON"}
-HELD_FLAGS: Mapping[str, Mapping[str, str]] = {
+INSTRUCTION_FLAGS: Mapping[str, Mapping[str, str]] = {
     "avx2": _AVX2_FLAGS,
     "avx512": {**_AVX2_FLAGS, "GGML_AVX512": "ON"},
 }
-"""llama.cpp's, where it is held to fewer instructions, as `NATIVE_INSTRUCTIONS` holds our server."""
+"""llama.cpp's build flags that restrict its instructions, as NATIVE_INSTRUCTIONS restricts our server's."""
 PROGRAMS = ("llama-server", "llama-quantize")
 
 
 @dataclass(frozen=True)
 class MadePeer:
-    """One that is there to be used."""
+    """An installed peer."""
 
     directory: Path  # its virtual environment
     version: str
@@ -60,7 +60,7 @@ class MadePeer:
 
 
 def find(cache: Path, name: str) -> MadePeer | None:
-    """None where it has not been made, or not to the end."""
+    """Return the peer, or None if it isn't completely installed."""
     directory = cache.resolve() / "peers" / name
     try:
         return MadePeer(directory, str(json.loads((directory / MARK).read_bytes())["version"]))
@@ -69,7 +69,7 @@ def find(cache: Path, name: str) -> MadePeer | None:
 
 
 def make(cache: Path, name: str, say: Say) -> MadePeer:
-    """Make it, from the start if it is there already. CalledProcessError where a step fails."""
+    """Install the peer from scratch. Raise CalledProcessError if a step fails."""
     directory = cache.resolve() / "peers" / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -81,13 +81,13 @@ def make(cache: Path, name: str, say: Say) -> MadePeer:
     return MadePeer(directory, version)
 
 
-def held(instructions: str) -> str:
-    """The name of llama.cpp held to the instructions that HELD_FLAGS names."""
+def restricted(instructions: str) -> str:
+    """Return the name of llama.cpp restricted to these instructions."""
     return f"{LLAMA_CPP}-{instructions}"
 
 
 def _make_llama_cpp(directory: Path, say: Say, instructions: str | None = None) -> str:
-    """llama.cpp's server and quantizer, from the source that the Python package is distributed with."""
+    """Build llama.cpp's server and quantizer from the source distribution of the Python package."""
     sources = directory / "sources"
     _install(directory, *BUILD_PACKAGES)
     say(f"downloading the source of {LLAMA_CPP_PACKAGE}")
@@ -99,9 +99,9 @@ def _make_llama_cpp(directory: Path, say: Say, instructions: str | None = None) 
     (source,) = sources.glob("*/vendor/llama.cpp")
     say("compiling llama.cpp: about 8 minutes on 2 cores")
     build = directory / "build"
-    chosen = {**BUILD_FLAGS, **(HELD_FLAGS[instructions] if instructions else {})}
+    chosen = {**BUILD_FLAGS, **(INSTRUCTION_FLAGS[instructions] if instructions else {})}
     flags = [f"-D{key}={value}" for key, value in chosen.items()]
-    # its version is asked of git, which would answer with the checkout's around it
+    # llama.cpp takes its version from git, which must not find our own checkout.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(sources)}
     environment["PATH"] = f"{directory / 'bin'}{os.pathsep}{environment['PATH']}"
     _run(directory / "bin/cmake", "-S", source, "-B", build, "-G", "Ninja", *flags, env=environment)
@@ -124,7 +124,7 @@ def _make_openvino(directory: Path, say: Say) -> str:
 MAKERS: dict[str, Callable[[Path, Say], str]] = {
     LLAMA_CPP: _make_llama_cpp,
     OPENVINO: _make_openvino,
-    **{held(name): partial(_make_llama_cpp, instructions=name) for name in HELD_FLAGS},
+    **{restricted(name): partial(_make_llama_cpp, instructions=name) for name in INSTRUCTION_FLAGS},
 }
 
 

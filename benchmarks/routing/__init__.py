@@ -1,1 +1,1 @@
-"""Ways of choosing a replica, compared in a simulation: `python -m benchmarks.routing`."""
+"""Simulated comparison of ways to choose a replica: `python -m benchmarks.routing`."""

@@ -1,7 +1,7 @@
-"""Simulate every policy in every world, then write routing.json, routing.md and the chart, routing.svg.
+"""Simulate every policy in every world; write routing.json, routing.md and the chart, routing.svg.
 
-`--quick` is a small part of it, for tests. `--report` writes the page again from existing results. docs/cluster.md
-has those of benchmarks/results.
+`--quick` runs a small part, for tests. `--report` only rewrites the page from existing results. docs/cluster.md
+shows the results in benchmarks/results.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WORLDS = [
 
 
 def quick(world: World) -> World:
-    """The same, a fiftieth as large."""
+    """Return the same world at a fiftieth of its size."""
     return replace(
         world,
         num_replicas=20,
@@ -41,10 +41,10 @@ def quick(world: World) -> World:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where all of it is written")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the results are written")
     parser.add_argument("--processes", type=command.positive, default=command.cores())
-    parser.add_argument("--quick", action="store_true", help="little of everything: shows that it works")
-    parser.add_argument("--report", action="store_true", help="no new simulation")
+    parser.add_argument("--quick", action="store_true", help="a reduced run that only shows that everything works")
+    parser.add_argument("--report", action="store_true", help="write the page again without simulating")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.report:

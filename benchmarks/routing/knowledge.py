@@ -1,4 +1,4 @@
-"""What routers know of the replicas: their last reports, and what each router sent itself since."""
+"""A router's view of the replicas: their last reports, and its own requests since then."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -12,15 +12,15 @@ from benchmarks.routing.replicas import Host
 from server.cluster.rank import GOLDEN, Replica, number
 
 K = TypeVar("K")
-DEAD = 1 << 30  # the queue of a replica that is down: nobody goes there
+DEAD = 1 << 30  # queue length of a replica known to be down: never chosen
 
 
 @dataclass(eq=False)
 class Reports:
-    """The same for all routers, and as old as the last call of `update`."""
+    """The replicas' last reports, the same for all routers and as old as the last call of `update`."""
 
     ids: list[str]
-    numbers: NDArray[np.uint64]  # of the ids, as rank hashes them
+    numbers: NDArray[np.uint64]  # replica ids, as numbers for the rank hash
     queues: NDArray[np.int64]
     num_resident: NDArray[np.int64]
     resident: list[frozenset[str]]
@@ -36,11 +36,11 @@ class Reports:
         return cls(ids, numbers, empty, empty.copy(), [frozenset()] * count, [frozenset()] * count)
 
     def order(self, digest: str) -> NDArray[np.uint64]:
-        """`rank.mixed` of all replicas: the highest is the adapter's home."""
+        """Return `rank.mixed` of all replicas: the highest is the adapter's home."""
         return (self.numbers ^ np.uint64(number(digest))) * np.uint64(GOLDEN)
 
     def update(self, hosts: Sequence[Host], *, contents: bool) -> None:
-        """`contents`: what is resident and cached, too, which not every policy asks for."""
+        """Take over the replicas' state; with `contents` also their resident adapters and cached prefixes."""
         self.queues = np.array([host.queue if host.up else DEAD for host in hosts], np.int64)
         for host in hosts if contents else ():
             if host.changed:
@@ -65,10 +65,10 @@ def _moved(index: dict[K, set[int]], old: frozenset[K], now: Collection[K], host
 
 @dataclass(eq=False)
 class Knowledge:
-    """One router's."""
+    """The view of one router."""
 
     reports: Reports
-    queues: NDArray[np.int64]  # of the reports, and own requests since
+    queues: NDArray[np.int64]  # reported, plus own requests since the report
 
     @classmethod
     def of(cls, reports: Reports) -> "Knowledge":
@@ -79,16 +79,16 @@ class Knowledge:
 
     @property
     def alive(self) -> NDArray[np.int64]:
-        """Indices."""
+        """Return the indices of the replicas that aren't known to be down."""
         return np.flatnonzero(self.queues < DEAD)
 
     def total(self) -> tuple[int, int]:
-        """Requests, and the replicas that have them."""
+        """Return the number of own requests, and of the replicas that got them."""
         alive = self.queues < DEAD
         return int(self.queues.sum(where=alive)), int(alive.sum())
 
     def holders(self, digest: str) -> NDArray[np.int64]:
-        """Indices of the replicas that had it."""
+        """Return the indices of the replicas that reported it as resident."""
         found = self.reports.holders.get(digest, ())
         return np.fromiter(found, np.int64, len(found))
 

@@ -1,4 +1,4 @@
-"""Ways of choosing a replica: ours, and what it is compared with. Each is told what one router knows."""
+"""Policies for choosing a replica: ours and its alternatives. Each sees what one router knows."""
 
 import random
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from server.cluster.rank import rank, room
 
 
 class Policy(Protocol):
-    """`choose` gives a replica's index, or None: not now, ask again after `backoff` seconds."""
+    """A routing policy. `choose` returns a replica's index, or None to retry after `backoff` seconds."""
 
-    contents: bool  # whether it asks what is resident and cached
+    contents: bool  # whether it uses resident adapters and cached prefixes
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None: ...
 
@@ -23,7 +23,7 @@ class Policy(Protocol):
 
 
 class Immediate:
-    """Never waits."""
+    """A policy that never waits."""
 
     contents = False
 
@@ -32,10 +32,11 @@ class Immediate:
 
 
 class Ours(Immediate):
-    """The first of `rank`.
+    """Our policy: the first replica in the order of `rank`.
 
-    The order is computed of those alone that can be first, which an index finds: who has the shared text; of those
-    who have the same parts, the shortest queues; the best of the cold. A test holds it to the order of all.
+    Only candidates for the first place are ordered; an index finds them: the replicas with the shared text; of
+    replicas with the same parts, the shortest queues; the best cold replica. A test compares it with ordering all
+    replicas.
     """
 
     contents = True
@@ -48,7 +49,7 @@ class Ours(Immediate):
             able |= set(np.flatnonzero(queues == queues.min()).tolist())
         else:
             able.add(first_open(request, known, limit))
-            alike = np.zeros(len(queues), np.int64)  # a bit for each part that is held
+            alike = np.zeros(len(queues), np.int64)  # a bit for each part that is resident
             for place, part in enumerate(request.parts):
                 alike[known.holders(part.digest)] |= 1 << place
             for bits in range(1, 1 << len(request.parts)):
@@ -59,12 +60,12 @@ class Ours(Immediate):
 
 
 def largest(request: Request) -> str:
-    """The digest of the largest part."""
+    """Return the digest of the largest part."""
     return max((part.num_bytes, part.digest) for part in request.parts)[1]
 
 
 def first_open(request: Request, known: Knowledge, limit: int) -> int:
-    """Of the replicas with room, the first in the rendezvous order of the largest part."""
+    """Return the first replica with room in the rendezvous order of the largest part."""
     order = known.reports.order(largest(request))
     return int(np.where(known.queues < limit, order, np.uint64(0)).argmax())
 
@@ -97,7 +98,7 @@ class Random(Immediate):
 
 
 class RandomOfTwo(Random):
-    """The one with the shorter queue: what Ray Serve does by itself."""
+    """Power of two choices: the shorter queue of two random replicas, as Ray Serve does by default."""
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
         first, second = self._random(known), self._random(known)
@@ -105,7 +106,7 @@ class RandomOfTwo(Random):
 
 
 class Home(RandomOfTwo):
-    """Consistent hashing: the adapter's home, however busy it is. For the base alone: one of two."""
+    """Consistent hashing: the adapter's home, however busy. Requests for the base use power of two choices."""
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
         if not request.parts:
@@ -114,7 +115,7 @@ class Home(RandomOfTwo):
 
 
 class BoundedHome(RandomOfTwo):
-    """Consistent hashing with bounded loads: the first in the adapter's order that has room."""
+    """Consistent hashing with bounded loads: the first replica with room in the adapter's order."""
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
         if not request.parts:
@@ -123,11 +124,13 @@ class BoundedHome(RandomOfTwo):
 
 
 class Multiplexed:
-    """What `serve.multiplexed` does, told anew from the router of Ray 2.60: one id a request, the largest part's.
+    """The behaviour of `serve.multiplexed`, reimplemented after Ray 2.60's router: one id per request, the largest
+    part's.
 
-    Of two random replicas that have the id, the one with the shorter queue. Where none has it, or both have
-    `max_ongoing_requests`: of two that have the fewest ids, for 1 to 2 s, with pauses from 25 to 500 ms; then of
-    any two. A request may wait while others are idle, and neither other parts nor a cached prefix count.
+    It takes the shorter queue of two random replicas that have the id. If none has it, or both have
+    `max_ongoing_requests`, it takes two of the replicas with the fewest ids, for 1 to 2 s with pauses of 25 to 500
+    ms, and then any two. A request may wait while other replicas are idle. Other parts and cached prefixes don't
+    count.
     """
 
     contents = True
@@ -138,7 +141,7 @@ class Multiplexed:
         self._chance = random.Random(world.seed)
         self._hosts = hosts
         self._max_ongoing = round(1.25 * world.max_num_seqs)
-        # Serve limits the number of models, not their bytes: all that are full have equally many
+        # Serve limits the number of models, not their bytes: all full replicas have the same number.
         self._full = world.capacity // max(RANK_BYTES * rows for rows in RANKS)
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
@@ -159,9 +162,9 @@ class Multiplexed:
         open_ = [index for index in pair if known.queues[index] < self._max_ongoing]
         if open_:
             best = min(open_, key=lambda index: known.queues[index])
-        else:  # asked again, since what is known may be old
+        else:  # queried again, as reports may be stale
             best = min(pair, key=lambda index: self._hosts[index].queue)
-        return best if self._hosts[best].queue < self._max_ongoing else None  # else it refuses
+        return best if self._hosts[best].queue < self._max_ongoing else None  # None: the replica refuses
 
     def backoff(self, request: Request) -> float:
         return 0.0 if request.tries < 2 else min(self.BACKOFF * 2 ** (request.tries - 2), self.MAX_BACKOFF)

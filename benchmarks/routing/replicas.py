@@ -1,4 +1,4 @@
-"""An engine replica as the simulation sees it: slots of a batch, a queue, resident adapters, a prefix cache."""
+"""A simulated engine replica: batch slots, a queue, resident adapters and a prefix cache."""
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
@@ -10,30 +10,30 @@ from server.cluster.rank import Part
 
 @dataclass(eq=False)
 class Started:
-    """A request that a replica has begun."""
+    """A request that a replica has started."""
 
     request: Request
-    first_token: float  # times
+    first_token: float  # time of the first token
     end: float
-    loads: int  # adapters that weren't resident
+    loads: int  # adapters that had to be loaded
     loaded_bytes: int
-    cached: bool  # its shared text
+    cached: bool  # whether its shared text was cached
 
 
 @dataclass(eq=False)
 class Host:
-    """One replica. Adapters that a running request uses stay; of the others the least recently used go first."""
+    """A replica. Adapters of running requests stay; of the others the least recently used is evicted first."""
 
     index: int
     world: World
     up: bool = True
-    life: int = 0  # how often it has failed
+    life: int = 0  # number of its failures
     changed: bool = True  # since its last report
     running: set[Request] = field(default_factory=set)
     waiting: deque[Request] = field(default_factory=deque)
-    resident: OrderedDict[str, int] = field(default_factory=OrderedDict)  # digest → bytes
+    resident: OrderedDict[str, int] = field(default_factory=OrderedDict)  # bytes by digest
     num_bytes: int = 0
-    ready: dict[str, float] = field(default_factory=dict)  # digest → when it is loaded
+    ready: dict[str, float] = field(default_factory=dict)  # time at which it is loaded, by digest
     holds: Counter[str] = field(default_factory=Counter)
     cached: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
@@ -42,7 +42,7 @@ class Host:
         return len(self.running) + len(self.waiting)
 
     def fill(self, parts: Sequence[Part]) -> None:
-        """Before the first request: what fits of the parts, the first the most recently used."""
+        """Fill the caches before the first request, in order of recency, with the parts that fit."""
         fitting: list[Part] = []
         for part in parts:
             if self.num_bytes + part.num_bytes > self.world.capacity:
@@ -53,7 +53,7 @@ class Host:
             self.resident[part.digest], self.ready[part.digest] = part.num_bytes, 0.0
 
     def start(self, now: float) -> Started | None:
-        """Begin the next request, where there are a slot and room for its adapters."""
+        """Start the next request if a slot and room for its adapters are free."""
         if not self.waiting or len(self.running) >= self.world.max_num_seqs:
             return None
         request = self.waiting[0]
@@ -93,7 +93,7 @@ class Host:
                 del self.holds[part.digest]
 
     def fail(self) -> list[Request]:
-        """What it had, oldest first. It comes back empty."""
+        """Fail and restart empty; return the lost requests, oldest first."""
         lost = sorted([*self.running, *self.waiting], key=lambda request: request.arrival)
         for kept in (self.running, self.waiting, self.resident, self.ready, self.holds, self.cached):
             kept.clear()
@@ -115,7 +115,7 @@ class Host:
                 gone.append(digest)
                 excess -= num_bytes
         if excess > 0 and self.running:
-            return False  # until one of the running ends
+            return False  # until a running request ends
         for digest in gone:
             self.num_bytes -= self.resident.pop(digest)
             del self.ready[digest]

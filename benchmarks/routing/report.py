@@ -1,4 +1,4 @@
-"""The simulation of routing for people: tables in Markdown, and a chart."""
+"""Report of the routing simulation: Markdown tables and a chart."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ HEAD = (
     *("queue p99, ms", "longest / mean queue", "homes of the most popular"),
 )
 LIMITS = Path(__file__).parent / "limits.md"
-"""What was found by hand."""
+"""Limits found manually."""
 FIGURES: tuple[tuple[str, Callable[[Outcome], float], Callable[[float], str]], ...] = (
     ("requests that load", lambda one: one.cold_share, lambda value: f"{value:.1%}"),
     ("bytes loaded a request", lambda one: one.bytes_loaded, lambda value: f"{value / 1e6:.2f} MB"),
@@ -24,7 +24,7 @@ FIGURES: tuple[tuple[str, Callable[[Outcome], float], Callable[[float], str]], .
     ("wait p99", lambda one: one.wait_p99, lambda value: f"{milliseconds(value)} ms"),
     ("longest / mean queue", lambda one: one.imbalance, lambda value: f"{value:.2f}"),
 )
-"""What is better where it is less."""
+"""Figures of which lower is better."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Results:
     outcomes: list[Outcome]
 
     def of(self, world: World) -> list[Outcome]:
-        """In the order of POLICIES."""
+        """Return the values in the order of POLICIES."""
         return [outcome for outcome in self.outcomes if outcome.world == world.title]
 
 
@@ -56,9 +56,9 @@ def markdown(results: Results) -> str:
         f"alone, {1 - NUM_PARTS[0]:.0%} of the others two or three adapters; {PREFIX_SHARE:.0%} begin with one of "
         f"the {PREFIX_TOKENS}-token texts that an adapter's users share. A cold load takes "
         f"{milliseconds(world.load_latency)} ms and {world.load_bandwidth / 1e6:.0f} MB/s. {world.failures:g} "
-        f"replicas a second fail, for {world.downtime:g} s; what it had is sent again. Load: of what full batches "
-        "decode. Wait: from the arrival to the first token, so queue, loading and prefill. All policies get the "
-        "same requests, and begin with the same adapters resident.",
+        f"replicas a second fail, for {world.downtime:g} s; their requests are retried. Load is relative to the "
+        "throughput of full batches. Wait is from arrival to first token: queue, loading and prefill. All "
+        "policies get the same requests, and begin with the same resident adapters.",
         "![Loads and waits by policy](routing.svg)",
     ]
     for world in results.worlds:
@@ -87,7 +87,7 @@ def _cells(one: Outcome) -> list[str]:
 
 
 def _losses(results: Results) -> list[str]:
-    """A line for each figure of each world by which another policy is better."""
+    """Return a line for each figure of each world in which another policy is better than ours."""
     lines = []
     for world in results.worlds:
         ours, *others = results.of(world)
@@ -102,11 +102,11 @@ def _losses(results: Results) -> list[str]:
 
 
 def chart(results: Results, path: Path) -> None:
-    """Requests that load, the wait's 99th percentile and the imbalance by world and policy, as an SVG."""
+    """Draw loads, the 99th percentile of waiting, and the imbalance, by world and policy, as an SVG."""
     import matplotlib as mpl
 
     mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "smolora"  # the same results make the same file
+    mpl.rcParams["svg.hashsalt"] = "smolora"  # the same results give the same file
     from matplotlib import pyplot
 
     colors = ("#2a6f97", "#e09f3e", "#f2cc8f", "#81b29a", "#c9ada7", "#9db4c0", "#d9d9d9")

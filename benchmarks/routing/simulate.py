@@ -1,4 +1,4 @@
-"""Runs one policy through one world, event by event, and counts."""
+"""Discrete-event simulation of one policy in one world."""
 
 import heapq
 import itertools
@@ -18,20 +18,20 @@ from server.cluster.rank import Part
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of the counted requests."""
+    """Figures over the counted requests."""
 
     policy: str
-    world: str  # its title
-    cold_share: float  # requests that loaded something
-    bytes_loaded: float  # a request, mean
-    cached_share: float  # of the requests with a shared text, whose text was in the cache
-    wait_p50: float  # seconds from arrival to the first token: queue, loading, prefill, pauses of the router
+    world: str  # title of the world
+    cold_share: float  # share of requests that loaded an adapter
+    bytes_loaded: float  # mean per request
+    cached_share: float  # share of requests with a shared text whose text was cached
+    wait_p50: float  # seconds from arrival to first token: queue, loading, prefill, router's pauses
     wait_p99: float
     wait_p999: float
-    queue_p99: float  # of that, until it began
-    imbalance: float  # longest queue / mean queue, mean of all reports
-    homes: int  # replicas that the most popular adapter is resident on, at the end
-    retried: int  # requests whose replica failed under them, or was known to live though it didn't
+    queue_p99: float  # seconds of waiting in the queue
+    imbalance: float  # longest queue / mean queue, mean over all reports
+    homes: int  # replicas at the end on which the most popular adapter is resident
+    retried: int  # requests whose replica failed while serving them, or was down when chosen
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class Counts:
 
 
 class Simulation:
-    """All times are on one clock, which begins at 0."""
+    """A simulation. All times are on one clock that starts at 0."""
 
     def __init__(self, name: str, world: World) -> None:
         self.name, self.world = name, world
@@ -58,13 +58,14 @@ class Simulation:
         self.counts = Counts()
         self._unended = world.num_requests
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
-        self._order = itertools.count()  # of events at the same time
+        self._order = itertools.count()  # breaks ties between simultaneous events
         self._chance = random.Random(world.seed + 2)
-        self._measuring = False  # from the first counted request to the last one's arrival
+        self._measuring = False  # from the first counted request to the arrival of the last
         self._fill()
 
     def _fill(self) -> None:
-        """For every policy: adapters at their rendezvous homes, the most popular first, as far as they fit."""
+        """Fill replicas as for any policy: adapters at their rendezvous homes, the most popular first, as far as
+        they fit."""
         placed: list[list[Part]] = [[] for _ in self.hosts]
         for part in adapters(self.world):
             placed[int(self.reports.order(part.digest).argmax())].append(part)
@@ -72,7 +73,7 @@ class Simulation:
             host.fill(parts)
 
     def run(self) -> Outcome:
-        """Ends when the last request has ended."""
+        """Run until the last request has ended."""
         arrivals = requests(self.world)
         coming = next(arrivals, None)
         self._at(0.0, self._report)
@@ -102,7 +103,7 @@ class Simulation:
             host = self.hosts[index]
             if host.up:
                 break
-            known.queues[index] = DEAD  # found out by trying
+            known.queues[index] = DEAD  # discovered by the failed attempt
             self.counts.retried += request.counted
         known.queues[index] += self.world.own_counts
         host.waiting.append(request)
@@ -114,7 +115,7 @@ class Simulation:
 
     def _end(self, host: Host, life: int, started: Started, began: float, now: float) -> None:
         if host.life != life:
-            return  # it failed meanwhile, and the request was sent elsewhere
+            return  # the replica failed meanwhile, and the request was retried elsewhere
         self._unended -= 1
         host.finish(started.request)
         self._start(host, now)
@@ -167,5 +168,5 @@ class Simulation:
 
 
 def simulate(job: tuple[str, World]) -> Outcome:
-    """One argument, as a pool of processes hands it over."""
+    """Run one simulation. The arguments are one tuple, for a process pool."""
     return Simulation(*job).run()

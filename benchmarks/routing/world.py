@@ -1,4 +1,4 @@
-"""What is simulated: how many replicas, how fast they are, and the requests, the same for all policies."""
+"""Simulated worlds: the number and speed of replicas, and the requests, which are the same for all policies."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,47 +9,47 @@ from numpy.typing import NDArray
 from server.cluster.rank import Part
 
 RANKS, SHARES = (8, 16, 32, 64), (0.3, 0.4, 0.2, 0.1)
-RANK_BYTES = 610_000  # a rank row of all linear modules of SmolLM2-135M in bf16
+RANK_BYTES = 610_000  # bytes of one rank of all linear modules of SmolLM2-135M in bf16
 NUM_PARTS = (0.85, 0.10, 0.05)  # shares of expressions with 1, 2 and 3 parts
-BASE_SHARE = 0.1  # of requests, that name no adapter
-PREFIX_SHARE = 0.5  # of requests, that begin with a shared text
-PREFIXES = 2  # such texts an adapter
+BASE_SHARE = 0.1  # share of requests without an adapter
+PREFIX_SHARE = 0.5  # share of requests that begin with a shared text
+PREFIXES = 2  # shared texts per adapter
 BASE_PREFIXES = 1000
-PREFIX_TOKENS = 512  # of a shared text, whose blocks come and go together here
+PREFIX_TOKENS = 512  # per shared text, whose blocks are cached and evicted together here
 
 
 @dataclass(frozen=True)
 class World:
-    """Times are in seconds."""
+    """Parameters of a world. Times are in seconds."""
 
     title: str
-    zipf: float = 1.0  # the k-th most popular adapter's share is in proportion to k^-zipf
-    load: float = 0.7  # of what all replicas can decode at full batches
-    report_every: float = 0.5  # how old what routers know becomes
-    num_routers: int = 8  # API processes, each knowing only what it sent itself since the last report
-    own_counts: int = 8  # a router's request, in the queue that it knows, until the next report; 1: it alone
+    zipf: float = 1.0  # the k-th most popular adapter's share is proportional to k^-zipf
+    load: float = 0.7  # share of the decoding throughput of all replicas at full batches
+    report_every: float = 0.5  # seconds between reports
+    num_routers: int = 8  # API processes; each knows only its own requests since the last report
+    own_counts: int = 8  # weight of a router's own request in its view of a queue until the next report
     num_replicas: int = 1000
     num_adapters: int = 100_000
     num_requests: int = 160_000
-    warm_up: int = 100_000  # the first requests, which aren't counted
+    warm_up: int = 100_000  # number of initial requests that aren't counted
     max_num_seqs: int = 32
-    places: int = 64  # adapters of mean size that a replica has room for
-    prefix_places: int = 128  # shared texts in a replica's prefix cache
-    token_time: float = 0.008  # of a sequence that runs alone; twice that in a full batch
-    prefill_time: float = 1e-4  # a token
+    places: int = 64  # adapters of mean size that fit on a replica
+    prefix_places: int = 128  # shared texts that fit in a replica's prefix cache
+    token_time: float = 0.008  # of a sequence alone; twice as long in a full batch
+    prefill_time: float = 1e-4  # per token
     load_latency: float = 0.03  # of the object store
-    load_bandwidth: float = 200e6  # bytes a second from it
-    failures: float = 1.0  # a second, of any replica
+    load_bandwidth: float = 200e6  # bytes per second from the object store
+    failures: float = 1.0  # per second, over all replicas
     downtime: float = 5.0
     seed: int = 0
 
     @property
     def capacity(self) -> int:
-        """Bytes of resident adapters."""
+        """Bytes available for resident adapters."""
         return int(self.places * RANK_BYTES * float(np.dot(RANKS, SHARES)))
 
     def batch_token_time(self, running: int) -> float:
-        """Between two tokens of a sequence, `running` of them together."""
+        """Return the seconds between two tokens of a sequence if `running` sequences share the batch."""
         return self.token_time * (1 + running / self.max_num_seqs)
 
 
@@ -58,7 +58,7 @@ class Request:
     arrival: float
     router: int
     parts: tuple[Part, ...]
-    prefix: tuple[int, ...]  # one number for the shared text's blocks; its own tokens are nobody else's
+    prefix: tuple[int, ...]  # one number for the blocks of the shared text; other blocks are never shared
     prompt_tokens: int  # after the shared text
     output_tokens: int
     counted: bool
@@ -66,13 +66,13 @@ class Request:
 
 
 def adapters(world: World) -> list[Part]:
-    """The most popular first."""
+    """Return the adapters, the most popular first."""
     sizes = np.random.default_rng(world.seed).choice(RANKS, world.num_adapters, p=SHARES) * RANK_BYTES
     return [Part(f"{index:05x}", int(size)) for index, size in enumerate(sizes)]
 
 
 def requests(world: World) -> Iterator[Request]:
-    """In the order of their arrival (Poisson), the same whenever they are asked for."""
+    """Yield the requests in order of arrival (Poisson). Every call yields the same requests."""
     draw = np.random.default_rng(world.seed + 1)
     count = world.num_requests
     prompts = np.minimum(draw.lognormal(np.log(200), 0.8, count), 4096).astype(int) + 1
@@ -97,14 +97,14 @@ def requests(world: World) -> Iterator[Request]:
 
 
 def zipf(draw: np.random.Generator, count: int, exponent: float, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Places from 0, with shares in proportion to (place + 1)^-exponent."""
+    """Draw ranks from 0, with shares proportional to (rank + 1)^-exponent."""
     shares = np.cumsum(np.arange(1, count + 1, dtype=float) ** -exponent)
     places: NDArray[np.int64] = np.searchsorted(shares, draw.random(shape) * shares[-1])
     return places
 
 
 def _text(digests: tuple[str, ...], text: int) -> int:
-    """The hash of a shared text under adapters, as the engine has it: equal only where both are."""
+    """Return the hash of a shared text with its adapters: equal only if both are, as in the engine."""
     key = 0
     for digest in digests:
         key = (key * 1_000_003 + int(digest, 16) + 1) & (1 << 62) - 1

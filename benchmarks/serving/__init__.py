@@ -1,1 +1,1 @@
-"""The serving benchmark: loads, the systems that take them, and what is measured of each."""
+"""Serving benchmark: its loads, the systems that run them, and the measurements."""

@@ -1,8 +1,7 @@
-"""Random adapters as PEFT would have saved them: r=16 and alpha=32 unless another rank is asked for, all seven
-linear modules.
+"""Random adapters in PEFT's format: by default r=16 and alpha=32 on all seven linear modules.
 
-A is drawn as PEFT initializes it and B is small: an adapter changes what is said within some tokens, and it stays
-text. They are written with safetensors alone, so that nothing under test has a part in them.
+A is initialized as in PEFT, and B is small: an adapter changes an answer within some tokens, and the answer stays
+text. The files are written with safetensors alone, independently of the code under test.
 """
 
 import json
@@ -20,7 +19,7 @@ B_SIGMA = 0.06
 
 @dataclass(frozen=True)
 class Sizes:
-    """What its adapters must know of a Llama-shaped base: each module's (out, in), by its path in a layer."""
+    """The sizes of a Llama-shaped base that an adapter needs: each module's (out, in), by its path in a layer."""
 
     num_layers: int
     modules: dict[str, tuple[int, int]]
@@ -28,12 +27,12 @@ class Sizes:
 
     @property
     def num_parameters(self) -> int:
-        """Of one adapter."""
+        """Parameters of one adapter."""
         return self.num_layers * RANK * sum(inputs + outputs for outputs, inputs in self.modules.values())
 
     @classmethod
     def read(cls, base: Path) -> "Sizes":
-        """From a Hugging Face directory's config.json."""
+        """Read config.json of a Hugging Face directory."""
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
         heads = int(config["num_attention_heads"])
@@ -54,9 +53,9 @@ class Sizes:
 def write_adapter(
     directory: Path, sizes: Sizes, seed: int, dtype: torch.dtype = torch.float32, rank: int = RANK
 ) -> Path:
-    """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory; returns it.
+    """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory; return it.
 
-    Alpha grows with the square root of the rank, so that adapters of all ranks change as much.
+    Alpha grows with the square root of the rank, so that adapters of all ranks have about the same effect.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}

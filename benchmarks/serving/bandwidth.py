@@ -1,4 +1,4 @@
-"""How fast the threads read memory: what a single stream is bound by, as each token reads every weight once."""
+"""Memory bandwidth, which bounds a single stream: each token reads every weight once."""
 
 import time
 
@@ -8,7 +8,8 @@ TRIES = 5
 
 
 def bandwidth(threads: int, size: int) -> float:
-    """Bytes per second of reading `size` bytes once, which no cache holds: the best of a few tries."""
+    """Return the bytes per second of reading `size` bytes, more than any cache holds: the best of several
+    tries."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

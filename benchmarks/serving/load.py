@@ -1,8 +1,8 @@
-"""The load: streamed requests over HTTP, from this process alone.
+"""Load generator: streamed requests over HTTP from this process.
 
-A stream sends its next request when the last one has ended. While requests run, nothing is done but noting when
-which bytes came; what they say is read afterwards, and aiohttp parses in C: the client shares its cores with the
-server, and what it takes of them is missing in the figures.
+A stream sends its next request when the last one has ended. The client shares the cores with the server, so it
+must use as little processor time as possible: while requests run, it only records the time at which bytes arrive
+and parses them afterwards; aiohttp parses HTTP in C.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from benchmarks.serving.systems.wires import Request, Usage, Wire
 
 TIMEOUT = 900.0  # seconds without a byte
 MAX_CONNECTIONS = 512
-"""At once. Servers close what exceeds their own bound: ours above 1,024, by default."""
+"""Connections at once. Servers close connections above their own limit: ours above 1,024 by default."""
 MAX_RESENDS = 3
-"""Of a request whose connection is dropped: a server that does so now and then is measured all the same."""
+"""Resends of a request whose connection is dropped, so that a server that sometimes drops one can be measured."""
 RESEND_AFTER = 0.1
-"""Seconds, which count like all others from the first sending on."""
+"""Seconds of pause, which count towards the request's latency."""
 
 
 @dataclass
 class Exchange:
-    """One request on its way: the bytes that came, and when."""
+    """A request in flight: the bytes received, and when."""
 
     request: Request
     sent: float = 0.0
@@ -40,24 +40,24 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a stream said. Times are those of `time.perf_counter`."""
+    """The answer of a stream. Times are those of `time.perf_counter`."""
 
     request: Request
     sent: float
     ended: float
-    arrivals: tuple[float, ...]  # of each piece of text, which is a token but for a few
+    arrivals: tuple[float, ...]  # of each piece of text, nearly always one token
     text: str
-    usage: Usage | None  # None where the stream was cut off
+    usage: Usage | None  # None if the stream was cut off
     num_resent: int
 
     @classmethod
     def of(cls, exchange: Exchange, wire: Wire) -> "Answer":
-        """RuntimeError where the server reported a failure."""
+        """Parse the answer. Raise RuntimeError if the server reported a failure."""
         arrivals: list[float] = []
         pieces: list[str] = []
         usage: Usage | None = None
         for at, event in _events(exchange.chunks):
-            if event == b"data: [DONE]" or event.startswith(b":"):  # the end, or a sign of life
+            if event == b"data: [DONE]" or event.startswith(b":"):  # the end, or a keep-alive comment
                 continue
             if not event.startswith(b"data: "):
                 raise RuntimeError(f"a stream failed: {event.decode()}")
@@ -72,15 +72,15 @@ class Answer:
 
     @property
     def first_token(self) -> float:
-        """Seconds from sending the request to the first text, or to the end where no text came."""
+        """Seconds from sending the request to the first text, or to the end if there was no text."""
         return (self.arrivals[0] if self.arrivals else self.ended) - self.sent
 
 
 def drive(url: str, wire: Wire, streams: Sequence[Sequence[Request]]) -> list[Answer]:
-    """Run the streams at once, each one's requests one after the other; the answers, stream by stream.
+    """Run the streams concurrently, with the requests of each stream in sequence; return the answers by stream.
 
-    A request whose connection is dropped is sent again, whosever the server is; what had come of its answer counts
-    for nothing, and the time that went by counts. aiohttp.ClientError where that doesn't help.
+    A request whose connection is dropped is sent again, on any server. Its partial answer is discarded; the lost
+    time counts. Raise aiohttp.ClientError if resending doesn't help.
     """
     with without_collector():
         exchanges = asyncio.run(_drive(url, wire, streams))
@@ -94,10 +94,11 @@ def drive(url: str, wire: Wire, streams: Sequence[Sequence[Request]]) -> list[An
 def interfere(
     url: str, wire: Wire, running: Sequence[Request], arriving: Sequence[Request], every: float
 ) -> tuple[list[float], list[float], list[float]]:
-    """Gaps between tokens of `running` streams: alone, and while a request of `arriving` comes `every` seconds.
+    """Measure gaps between tokens of `running` streams: undisturbed, and while an `arriving` request comes every
+    `every` seconds.
 
-    The first gaps are of as many seconds as lie between two arrivals. What still runs at the end is cut off. Last
-    come the arriving requests' times to their first token.
+    The undisturbed gaps are of one such interval. Streams that still run at the end are cut off. Returned last are
+    the arriving requests' times to first token.
     """
     with without_collector():
         exchanges, arrived, quiet, start, stop = asyncio.run(_interfere(url, wire, running, arriving, every))
@@ -124,7 +125,8 @@ def summarize(answers: Sequence[Answer]) -> Run:
 
 
 async def send(client: aiohttp.ClientSession, wire: Wire, exchange: Exchange) -> None:
-    """RuntimeError where the answer is no stream; aiohttp.ClientError where the connection is dropped."""
+    """Send the request. Raise RuntimeError if the answer isn't a stream, aiohttp.ClientError if the connection
+    drops."""
     exchange.sent = exchange.sent or time.perf_counter()
     async with client.post(wire.path, json=wire.body(exchange.request)) as response:
         if response.status != 200:
@@ -135,7 +137,7 @@ async def send(client: aiohttp.ClientSession, wire: Wire, exchange: Exchange) ->
 
 
 def http_client(url: str) -> aiohttp.ClientSession:
-    # a connection each: one that is kept may be closed by the server just as the next request is sent
+    # One connection per request: the server may close an idle connection just as the next request is sent.
     connector = aiohttp.TCPConnector(limit=MAX_CONNECTIONS, force_close=True)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=TIMEOUT)
     return aiohttp.ClientSession(url, connector=connector, timeout=timeout)
@@ -143,7 +145,7 @@ def http_client(url: str) -> aiohttp.ClientSession:
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """A collection amid a run would show as a gap between tokens."""
+    """Disable garbage collection: a collection during a run would show as a gap between tokens."""
     gc.collect()
     gc.disable()
     try:
@@ -208,7 +210,7 @@ async def _interfere(
 
 
 def _events(chunks: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """Each event with the time at which its last byte came."""
+    """Yield each event with the arrival time of its last byte."""
     rest = b""
     for at, chunk in chunks:
         *events, rest = (rest + chunk).split(b"\n\n")

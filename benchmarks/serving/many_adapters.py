@@ -1,10 +1,10 @@
-"""Many registered adapters, few of them resident: a Zipf load over all of them, and whether its answers are right.
+"""Zipf load over many registered adapters, few of them resident, with a check of the answers.
 
-The same prompts go to the base, in turn with it, for the ratio. Then the server starts again, with nothing of the
-load in its caches, and answers the same requests with every adapter resident. In bf16 the company in a batch
-moves a logit's last bits, so an answer may leave the reference where its two likeliest tokens are all but level;
-one that leaves it anywhere else is wrong. The base's answers to the same prompts are held to the same references:
-those must be found wrong, or the check sees nothing.
+The same prompts go to the base in turn, for the ratio. Then the server restarts with empty caches and answers the
+same requests with every adapter resident: these answers are the references. In bf16, other sequences in the batch
+change the last bits of logits, so an answer may diverge from its reference where the two likeliest tokens are
+nearly tied. Divergence anywhere else is wrong. The base's answers are the control: they must be found wrong, or
+the check is blind.
 """
 
 import random
@@ -26,10 +26,11 @@ from benchmarks.serving.systems.server_process import Server, ServerConfig
 from benchmarks.serving.systems.wires import Part, Request, Smolora
 
 NEAR_TIE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
-"""Nats between two tokens that count as level, by dtype: logits are tens, and are rounded to the dtype's step."""
+"""Nats between two tokens that count as tied, by dtype: logits are of the order of tens, rounded to the dtype's
+precision."""
 
 Verdict = str
-"""exact, tie (left the reference at a near tie) or wrong."""
+""""exact", "tie" (diverged from the reference at a near tie) or "wrong"."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ManyConfig:
     num_pooled: int  # adapters that have room at once
     exponent: float  # of Zipf's law: the k-th most popular adapter is drawn with a weight of 1 / k**exponent
     num_streams: int
-    num_requests: int  # of a stream, in a round
+    num_requests: int  # per stream and round
     num_rounds: int
     prompt_tokens: int
     max_tokens: int
@@ -46,18 +47,18 @@ class ManyConfig:
 
 @dataclass(frozen=True)
 class Many:
-    """What came out. Figures have an entry for each round."""
+    """Results. Figures have an entry for each round."""
 
     config: ManyConfig
     base: tuple[Figures, ...]
     mixed: tuple[Figures, ...]
-    num_distinct: int  # adapters that were asked for
+    num_distinct: int  # distinct adapters requested
     loads: int
     evictions: int
     most_resident: int
     peak_rss: int
     verdicts: dict[Verdict, int]
-    control: dict[Verdict, int]  # of the base's answers, which must be wrong
+    control: dict[Verdict, int]  # verdicts on the base's answers, which must be wrong
 
     @property
     def load(self) -> str:
@@ -67,7 +68,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a reference: its bytes, and the likeliest others' with how many nats they lie below it."""
+    """A token of a reference: its bytes, and the likeliest alternatives with their distance from it in nats."""
 
     content: bytes
     others: tuple[tuple[bytes, float], ...]
@@ -76,7 +77,7 @@ class Token:
 def measure(
     config: ManyConfig, server_config: ServerConfig, sizes: Sizes, prompts: PromptSource, scratch: Path, say: Say
 ) -> Many:
-    """Everything, on servers of its own. `server_config` has room for the pool."""
+    """Measure on servers of its own. `server_config` has room for the pool."""
     size = config.num_streams * config.num_requests
     rounds = [prompts.take(size, config.prompt_tokens) for _ in range(config.num_rounds)]
     draw = random.Random(0)
@@ -128,10 +129,10 @@ def measure(
 
 
 def judge(text: str, reference: Sequence[Token], near: float) -> Verdict:
-    """Whether `text` is the reference's, as far as it goes; characters that were cut off are not looked at."""
+    """Compare `text` with the reference up to its length; truncated characters are ignored."""
     whole, cut, _ = text.partition("\ufffd")
     rest = whole.encode()
-    level = False  # whether the text could have left at the token before
+    level = False  # whether the previous token was a near tie
     for token in reference:
         was_level, level = level, any(gap <= near and rest.startswith(other) for other, gap in token.others)
         if cut and token.content.startswith(rest):
@@ -148,7 +149,7 @@ def _count(pairs: Sequence[tuple[str, Sequence[Token]]], near: float) -> dict[Ve
 
 
 def _register(server: Server, count: int, sizes: Sizes, scratch: Path, say: Say) -> None:
-    """bf16 files: a thousand of them take 10 GB. Each is deleted once it is uploaded."""
+    """Register the adapters in bf16 (10 GB for a thousand); delete each file once it is uploaded."""
     for index in range(count):
         if index % 50 == 0:
             say(f"registering adapters: {index} of {count}")
@@ -158,7 +159,7 @@ def _register(server: Server, count: int, sizes: Sizes, scratch: Path, say: Say)
 
 
 def _references(server: Server, requests: Sequence[Request], config: ManyConfig) -> dict[Request, list[Token]]:
-    """The requests again, by as many adapters at a time as stay resident together."""
+    """Answer the requests again, for as many adapters at a time as fit together."""
     by_adapter: dict[tuple[Part, ...], list[Request]] = {}
     for request in requests:
         by_adapter.setdefault(request.parts, []).append(request)
@@ -178,7 +179,7 @@ def _references(server: Server, requests: Sequence[Request], config: ManyConfig)
 
         for start in range(0, len(adapters), size):
             group = adapters[start : start + size]
-            list(threads.map(answer, [Request("A", adapter, 1) for adapter in group]))  # resident from here on
+            list(threads.map(answer, [Request("A", adapter, 1) for adapter in group]))  # loads them
             again = [request for adapter in group for request in by_adapter[adapter]]
             references.update(zip(again, threads.map(answer, again), strict=True))
     return references
@@ -201,7 +202,7 @@ def _content(entry: dict[str, object]) -> bytes:
 
 
 def summary(many: Many) -> str:
-    """One line for people."""
+    """Return one line for people."""
     verdicts = many.verdicts
     loaded = f"{many.loads} loads, {many.evictions} evictions, at most {many.most_resident} resident"
     ttft = percentile([figures.ttft_p50 for figures in many.mixed], 50)

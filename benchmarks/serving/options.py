@@ -1,4 +1,4 @@
-"""The command line of the serving benchmark, and what it comes to."""
+"""Command line of the serving benchmark."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ from benchmarks.peers.venvs import LLAMA_CPP, OPENVINO
 from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, KINDS, ONE, Load
 
 PARTS = ("loads", "ttft", "ways", "cold", "long", "overload", "many", "start")
-"""What `--only` may name, besides single loads such as 32-distinct."""
+"""Names that `--only` takes, in addition to single loads such as 32-distinct."""
 PEFT, TORCH, BITS_16 = "peft", "torch", "16-bit"
 PEERS = (LLAMA_CPP, OPENVINO, PEFT, TORCH, BITS_16)
-"""What `--peers` may name; torch is our own server without its native code, 16-bit one with weights of 16 bits."""
+"""Names that `--peers` takes; torch is our own server without native code, 16-bit our server with 16-bit weights.
+"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that a run depends on. Quick runs differ from full ones here alone."""
+    """All parameters of a run. A quick run differs from a full run only in these."""
 
     model: str
-    home: Path  # holds the converted base, or will
+    home: Path  # holds the converted base; converted if missing
     out: Path
-    cache: Path  # holds the peers that were made
+    cache: Path  # holds the installed peers
     dtype: str
     device: str
     threads: int
@@ -36,9 +37,9 @@ class Options:
     prompt_tokens: int
     max_tokens: int
     starts: int
-    first_tokens: int  # requests a round for the time to first token
-    cold: int  # pairs of adapters a round
-    long_prompts: int  # a round
+    first_tokens: int  # requests per round for the time to first token
+    cold: int  # pairs of adapters per round
+    long_prompts: int  # per round
     long_every: float  # seconds
     long_streams: int
     long_tokens: int
@@ -48,12 +49,12 @@ class Options:
     zipf: float
     many_rounds: int
     many_streams: int
-    many_requests: int  # of a stream, in a round
-    instructions: str | None = None  # which our server and llama.cpp are held to: of HELD_FLAGS
+    many_requests: int  # per stream
+    instructions: str | None = None  # restricts our server and llama.cpp: a key of INSTRUCTION_FLAGS
 
     @property
     def loads(self) -> list[Load]:
-        """Those to run; with one stream, all-distinct adapters are one adapter."""
+        """The loads to run. With one stream, distinct adapters are the same as one adapter."""
         every = [Load(streams, kind) for streams in self.streams for kind in KINDS]
         return [
             load for load in every if load != Load(1, DISTINCT) and (self.wants("loads") or load.key in self.only)
@@ -61,12 +62,12 @@ class Options:
 
     @property
     def in_rounds(self) -> bool:
-        """Whether anything is wanted that the rounds measure."""
+        """Whether any part is wanted that the rounds measure."""
         return bool(self.loads) or any(map(self.wants, ("ttft", "ways", "cold", "long", "overload")))
 
     @property
     def num_adapters(self) -> int:
-        """Adapters that the loads need."""
+        """Number of adapters that the loads need."""
         return max([2, *(load.streams for load in self.loads if load.kind in (DISTINCT, BLENDS))])
 
     @property
@@ -78,25 +79,36 @@ class Options:
 
     @staticmethod
     def requests_of(streams: int) -> int:
-        """How many requests each stream makes, one after the other: short runs are noisy."""
+        """Return the number of sequential requests of each stream: few streams send several, as short runs are
+        noisy."""
         return 4 if streams == 1 else 2 if streams < 16 else 1
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """Ends the process with a line on what is wrong, or with the help."""
+    """Parse the arguments; exit with an error message or the help if asked."""
     parser = command.parser(
         "benchmarks.serve", "Measures the server over HTTP, and what users would pick instead in turn with it."
     )
     add = parser.add_argument
     add("--cache", type=Path, default=Path(".cache"), help="where `python -m benchmarks.peers` made the peers")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the server and of the peers")
-    add("--device", default="cpu", help="of the server and of transformers")
-    add("--rounds", type=positive, default=3, help="each measures everything once, all systems in turn")
-    add("--only", default="", metavar="PART,...", help=f"of {', '.join(PARTS)}, or loads such as 32-{DISTINCT}")
-    add("--peers", default=",".join(PEERS), metavar="PEER,...", help="or none")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype of the server and of the peers")
+    add("--device", default="cpu", help="device of the server and of transformers")
+    add(
+        "--rounds",
+        type=positive,
+        default=3,
+        help="number of rounds; each measures everything once, all systems in turn",
+    )
+    add(
+        "--only",
+        default="",
+        metavar="PART,...",
+        help=f"parts to measure: {', '.join(PARTS)}, or loads such as 32-{DISTINCT}",
+    )
+    add("--peers", default=",".join(PEERS), metavar="PEER,...", help="peers, or none")
     add("--registered", type=positive, default=1000, help="adapters of the Zipf load (10 MB each)")
-    add("--pool", type=positive, default=64, help="of those, how many have room")
-    add("--zipf", type=float, default=1.0, help="the exponent of the Zipf load")
+    add("--pool", type=positive, default=64, help="number of these that fit into memory")
+    add("--zipf", type=float, default=1.0, help="exponent of the Zipf load")
     given = parser.parse_args(arguments)
     quick: bool = given.quick
     streams = (1, 2, 4) if quick else (1, 8, 32)
@@ -140,7 +152,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 
 def of_loads(given: Namespace, loads: Sequence[Load]) -> Options:
-    """Those of a run of these loads alone, as other commands' flags have the rest."""
+    """Return the options of a run of these loads alone, for commands with other flags."""
     return replace(
         parse(["--peers", given.peers, *(["--quick"] if given.quick else [])]),
         out=given.out,

@@ -1,8 +1,8 @@
-"""More requests than the server can answer: what it still gets done, against the most that it does.
+"""Throughput under overload, compared with peak throughput.
 
-The peak is that of as many streams as it takes into one batch, each sending its next request at once. Then
-requests arrive at five times that rate whatever becomes of them; those that are refused are not sent again.
-Both count the tokens that arrive within the time, after a start that is left out.
+The peak is measured with a full batch of streams that each send the next request at once. Then requests arrive at
+five times that rate, whatever happens to them; refused requests aren't retried. Both count the tokens that arrive
+within the measured time, after a warm-up.
 """
 
 import asyncio
@@ -18,24 +18,24 @@ from benchmarks.serving.systems.wires import Request, Wire
 
 TIMES = 5.0
 LEFT_OUT = 1 / 12
-"""Of the time, at its beginning."""
+"""Warm-up, as a share of each measurement's duration."""
 PEAK_SHARE = 1 / 3
-"""Of the time: how long the peak is measured."""
+"""Duration of the peak's measurement, as a share of `seconds`."""
 AT_MOST = 20
-"""Requests per second that prompts are made for beforehand: making them takes time from the server."""
+"""Requests per second for which prompts are prepared: preparing more during the run would slow the server."""
 
 
 @dataclass(frozen=True)
 class Overload:
-    """An entry for each round."""
+    """Results with an entry for each round."""
 
-    streams: int  # of the peak
-    seconds: float  # that requests arrive for
+    streams: int  # at the peak
+    seconds: float  # duration of the arrivals
     peak: tuple[Figure, ...]  # tokens per second
-    goodput: tuple[Figure, ...]  # the same, of requests that weren't refused
+    goodput: tuple[Figure, ...]  # tokens per second of accepted requests
     offered: tuple[Figure, ...]  # requests per second
-    refused: tuple[Figure, ...]  # the share of requests
-    first_token: tuple[Figure, ...]  # seconds, the median of those answered
+    refused: tuple[Figure, ...]  # share of refused requests
+    first_token: tuple[Figure, ...]  # seconds, the median of answered requests
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Round:
 
 
 class _Refused(Exception):
-    """The server said that it is too busy."""
+    """A request refused because the server is too busy."""
 
 
 def measure(url: str, wire: Wire, take: Callable[[int], Sequence[Request]], streams: int, seconds: float) -> Round:
-    """`take` gives so many new requests, all of one length."""
+    """Measure the peak, then overload. `take` returns new requests, all of one length."""
     with without_collector():
         peak = asyncio.run(_closed(url, wire, take, streams, seconds * PEAK_SHARE))
     rate = TIMES * peak / take(1)[0].max_tokens
@@ -68,7 +68,7 @@ def measure(url: str, wire: Wire, take: Callable[[int], Sequence[Request]], stre
 async def _closed(
     url: str, wire: Wire, take: Callable[[int], Sequence[Request]], streams: int, seconds: float
 ) -> float:
-    """Tokens per second of that many streams."""
+    """Return tokens per second of `streams` closed-loop streams."""
     exchanges: list[Exchange] = []
     waiting = list(take(streams + int(seconds * AT_MOST)))
     async with http_client(url) as client:
@@ -89,7 +89,7 @@ async def _closed(
 async def _open(
     url: str, wire: Wire, requests: Sequence[Request], every: float, seconds: float
 ) -> tuple[list[Exchange], int, float, float]:
-    """What was begun, how many were refused, and the time that counts."""
+    """Send requests at a fixed rate; return those started, the number refused, and the measured interval."""
     exchanges = [Exchange(request) for request in requests]
     async with http_client(url) as client:
         start = time.perf_counter()
@@ -121,6 +121,6 @@ async def _try(client: aiohttp.ClientSession, wire: Wire, exchange: Exchange) ->
 
 
 def _speed(exchanges: Sequence[Exchange], wire: Wire, start: float, stop: float) -> float:
-    """Pieces of text per second that came within the time; a stream that failed is an error."""
+    """Return pieces of text per second in the interval. Raise if a stream failed."""
     arrivals = [at for exchange in exchanges for at in Answer.of(exchange, wire).arrivals]
     return sum(start <= at <= stop for at in arrivals) / (stop - start)

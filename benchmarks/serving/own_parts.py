@@ -1,4 +1,4 @@
-"""What is measured of our server alone, as it is held to itself: a part once in each round."""
+"""Measurements of our server alone, each once per round."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ WAYS = {
 
 
 class OwnParts:
-    """`cold` are adapters' directories that nobody has uploaded yet; each is used once."""
+    """Measurements of our server. `cold` are directories of adapters not uploaded yet; each is used once."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class OwnParts:
         peft: TransformersPeft | None,
         say: Say,
     ) -> None:
-        """`many_prompts` gives more of them, which may begin with the same token."""
+        """Prepare the measurements. `many_prompts` yields more prompts, which may share their first token."""
         self._options = options
         self._max_positions = max_positions
         self._prompts = prompts
@@ -57,7 +57,7 @@ class OwnParts:
         self.num_resent = 0
 
     def round(self, number: int) -> None:
-        """Each part that is wanted."""
+        """Measure each wanted part once."""
         parts = {
             "ways": lambda: self._all_ways(number),
             "cold": self._cold_adapters,
@@ -70,7 +70,7 @@ class OwnParts:
                 measure()
 
     def finish(self, results: Results) -> None:
-        """What was measured is put into `results`."""
+        """Store the measurements in `results`."""
         options = self._options
         if self._cold_rounds:
             results.cold = Cold(*zip(*self._cold_rounds, strict=True))
@@ -103,7 +103,8 @@ class OwnParts:
             self._ways.setdefault(streams, []).append(found)
 
     def _cold_adapters(self) -> None:
-        """Each for the first time, and again when it is there: just uploaded, and after the cache forgot it."""
+        """Request each adapter just after its upload, after dropping it from the page cache, and when it is
+        resident."""
         uploaded, dropped, queue, cached, disk, peft = ([] for _ in range(6))
         packed: list[float] = []
         for _ in range(self._options.cold):
@@ -119,7 +120,7 @@ class OwnParts:
                     packed += map(read_seconds, rest)
                     if self._peft is not None:
                         peft.append(self._peft.load_adapter(name, directory))
-                elif all(map(drop, (file, *rest))):  # or this file system keeps them
+                elif all(map(drop, (file, *rest))):  # or this file system doesn't evict them
                     disk.append(read_seconds(file))
                     drop(file)
                     dropped.append(self._cold_seconds(name)[0])
@@ -127,7 +128,7 @@ class OwnParts:
         self._cold_rounds.append(tuple(percentile(values, 50) for values in columns))
 
     def _cold_seconds(self, name: str) -> tuple[float, float]:
-        """Time to first token, and in the queue: each less that of the same request once the adapter is there."""
+        """Return the extra time to first token and the extra queue time compared with the resident adapter."""
         found = []
         for text in self._prompts.take(2, self._options.prompt_tokens):
             (answer,) = drive(self._url, self._wire, [[Request(text, (Part(name),), 1)]])

@@ -1,15 +1,15 @@
-"""Files in and out of the page cache, and how long it takes to read one."""
+"""Evicting files from the page cache, and timing reads."""
 
 import os
 import time
 from pathlib import Path
 
 _PAUSES = (0.0, 0.01, 0.1)
-"""Seconds before each attempt to have a file forgotten: pages that somebody else is about to look at stay."""
+"""Seconds before each attempt to evict a file: pages in use by another process stay."""
 
 
 def read_seconds(file: Path) -> float:
-    """How long reading all of it takes, into memory that is there already."""
+    """Return the seconds that reading the whole file into an allocated buffer takes."""
     buffer = bytearray(file.stat().st_size)
     with file.open("rb", buffering=0) as source:
         started = time.perf_counter()
@@ -20,10 +20,10 @@ def read_seconds(file: Path) -> float:
 
 
 def drop(file: Path) -> bool:
-    """Ask the system to forget what it has of the file; whether it did."""
+    """Ask the system to evict the file from the page cache; return whether it did."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # what isn't written yet can't be forgotten
+        os.fsync(descriptor)  # dirty pages can't be evicted
         for pause in _PAUSES:
             time.sleep(pause)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -35,7 +35,7 @@ def drop(file: Path) -> bool:
 
 
 def _is_cached(descriptor: int) -> bool:
-    """Whether the middle of the file can be read without waiting for the disk."""
+    """Return whether the middle of the file can be read without waiting for the disk."""
     middle = os.fstat(descriptor).st_size // 2
     try:
         return os.preadv(descriptor, [bytearray(1)], middle, os.RWF_NOWAIT) == 1

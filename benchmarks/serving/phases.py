@@ -1,9 +1,9 @@
-"""Where the time of a native step goes: `python -m benchmarks.serving.phases`.
+"""Time of a native step by phase: `python -m benchmarks.serving.phases`.
 
-Steps of more and more streams, each decoding a token behind as long a context, and of a prompt, all of the base
-and sampled (temperature 0.7, top-p 0.9). Beside each phase stands what bounds it: reading its weights, keys and
-values once, or its multiplications, each at the highest speed seen here: of torch's sum and product, and of
-any phase. Writes phases.json. For figures that mean something the machine must be otherwise idle.
+Measures steps of growing numbers of streams, each decoding a token after a context of the same length, and of one
+prompt. All use the base with sampling (temperature 0.7, top-p 0.9). Each phase is shown with its bound: reading
+its weights, keys and values once, or its multiplications, each at the highest speed seen here: that of torch's sum
+and product, or of any phase. Writes phases.json. The machine must be otherwise idle.
 """
 
 import statistics
@@ -32,12 +32,12 @@ from server.model.rank_rows import RankRows
 
 BLOCK = 16
 PRODUCT = 2048
-"""Rows, columns and depth of torch's product, whose speed may bound phases."""
+"""Rows, columns and depth of torch's product, whose speed may be the bound."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step: `streams` sequences with `tokens` new tokens each behind `context` others."""
+    """A step of `streams` sequences, with `tokens` new tokens each after a context of `context` tokens."""
 
     streams: int
     tokens: int
@@ -52,32 +52,32 @@ class Step:
 
 @dataclass(frozen=True)
 class Found:
-    """What one step took: medians, in seconds."""
+    """Median times of one step, in seconds."""
 
     step: Step
     phases: dict[str, float]
-    whole: float  # from the call in Python to its return
+    whole: float  # of the call, as seen by Python
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was found."""
+    """All results of this benchmark."""
 
     made: Made
     machine: Machine
     base: str
-    bandwidth: float  # bytes/s, the fastest that was seen
-    speed: float  # floating point operations/s, likewise
+    bandwidth: float  # bytes per second, the fastest seen
+    speed: float  # floating-point operations per second, the fastest seen
     sizes: dict[str, int]  # parameters of each phase that multiplies by weights
-    weight_bytes: dict[str, int]  # of those, as they lie in memory
-    cache_bytes: int  # of a position's keys and values
-    attention_flops: int  # of a new token for each position that it sees
+    weight_bytes: dict[str, int]  # of the same phases, as held in memory
+    cache_bytes: int  # per position, keys and values
+    attention_flops: int  # per new token and position that it attends to
     found: tuple[Found, ...]
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    """Run it all; the results, which are printed and written too."""
-    parser = command.parser("benchmarks.serving.phases", "Measures where the time of a native step goes.")
+    """Run the benchmark; return, print and write the results."""
+    parser = command.parser("benchmarks.serving.phases", "Measure the time of a native step by phase.")
     parser.add_argument("--streams", type=positive, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--context", type=positive, default=128, help="tokens before each stream's new one")
     parser.add_argument("--prompt", type=positive, default=512, help="tokens of the step that is a prompt")
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> Results:
     model = load_native(base, options.home / "native", length, say)
     if model is None:
         raise SystemExit("no native code here: a CPU with AVX2, or a 64-bit Arm, and a compiler are needed")
-    torch.set_num_threads(1)  # as a server has it: others would wait for torch's work on native code's cores
+    torch.set_num_threads(1)  # as in a server: torch's threads would compete with native code for the cores
     steps = [Step(streams, 1, options.context) for streams in options.streams]
     found = []
     for step in (*steps, Step(1, options.prompt, 0)):
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> Results:
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """How many weights each phase multiplies by."""
+    """Return the number of weights in each phase's products."""
     features = config.shape.features
     groups = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj")}
     groups["down"] = ("down_proj",)
@@ -139,14 +139,13 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def keeps_stored(native: str, threads: int) -> bool:
-    """Whether native code for these instructions reads weights of 4 and 8 bits as they are stored; else they were
-    expanded to 16. serve.cpp decides it.
-    """
+    """Return whether native code for these instructions reads 4- and 8-bit weights as they are stored, rather than
+    expanded to 16 bits. serve.cpp decides the same."""
     return native.startswith("avx512") or threads > 2
 
 
 def bytes_of(weights: BaseWeights, *, are_stored: bool = True) -> dict[str, int]:
-    """How many bytes of weights each phase reads: of those that are stored in fewer bits as many, if kept so."""
+    """Return the bytes of weights that each phase reads, of stored sizes if `are_stored`."""
     found = dict.fromkeys(("qkv", "o", "gate_up", "down", "head"), 0)
     for name, tensor in weights.tensors():
         phase = "head" if tensor is weights.lm_head else name.rpartition(".")[2]
@@ -157,7 +156,7 @@ def bytes_of(weights: BaseWeights, *, are_stored: bool = True) -> dict[str, int]
 
 
 def measured(model: NativeModel, step: Step, repeats: int) -> Found:
-    """The step, again and again."""
+    """Run the step repeatedly; return the medians."""
     run = _runner(model, step)
     for _ in range(3):
         run()
@@ -196,9 +195,8 @@ def _runner(model: NativeModel, step: Step) -> Callable[[], None]:
 
 
 def product_speed() -> float:
-    """Floating point operations/s of torch's product: of bf16, or of fp32 where a processor has no instructions
-    for bf16, which then takes minutes.
-    """
+    """Return the floating-point operations per second of torch's product in bf16, or in fp32 if the processor has
+    no bf16 instructions, as bf16 would then take minutes."""
     dtype = torch.bfloat16 if can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)) else torch.float32
     a, b = (torch.randn(PRODUCT, PRODUCT, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -210,7 +208,7 @@ def product_speed() -> float:
 
 
 def limits(results: Results, step: Step, phase: str) -> tuple[float, float] | None:
-    """Seconds that reading and multiplying take the phase at least; None where neither is what it does."""
+    """Return the least seconds for the phase's reads and multiplications; None for a phase that does neither."""
     rows = step.streams * step.tokens
     if phase == "attention":
         positions = step.streams * (step.context + step.tokens)
@@ -224,7 +222,7 @@ def limits(results: Results, step: Step, phase: str) -> tuple[float, float] | No
 
 
 def markdown(results: Results) -> str:
-    """The whole report."""
+    """Return the whole report."""
     parts = [
         *([QUICK] if results.made.quick else []),
         f"Made by `{results.made.command}`, {results.made.day}: {results.base}, {results.machine}. Memory is read "

@@ -1,4 +1,4 @@
-"""The serving benchmark's results for people: tables in Markdown, and a chart."""
+"""Report of the serving benchmark: Markdown tables and a chart."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from benchmarks.targets import target_table
 CANNOT, NOT_ASKED = "can't", "–"
 HEADLINES = ("1-base", "1-one", "1-blends", "32-base", "32-one", "32-distinct", "32-blends")
 LEAST_SAME = 0.4
-"""Of the answers to a load: that so few begin alike is no matter of near ties."""
+"""Share of answers that must begin alike: fewer can't be explained by near ties."""
 
 
 def markdown(results: Results) -> str:
@@ -57,12 +57,12 @@ def speed_table(results: Results) -> str:
 
 
 def headlines(results: Results) -> list[Row]:
-    """The loads with one stream, and with the most."""
+    """Return the loads with one stream, and with the most."""
     return [row for row in results.rows if row.load.key in HEADLINES]
 
 
 def chart(results: Results, path: Path) -> None:
-    """Output tokens per second of the headline loads by system, medians with their ranges, as a PNG."""
+    """Draw output tokens per second of the headline loads by system, medians with their ranges, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("agg")

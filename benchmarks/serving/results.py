@@ -1,4 +1,4 @@
-"""Everything that the serving benchmark found, as plain values: what the report is made from and the JSON holds.
+"""Results of the serving benchmark as plain values, as stored in JSON and used by the report.
 
 Tuples have an entry for each round.
 """
@@ -15,37 +15,37 @@ from benchmarks.serving.systems.systems import OURS, Facts, Load
 
 @dataclass(frozen=True)
 class Row:
-    """One load's figures by the system's name; of those that can't do it there are none."""
+    """Figures of one load by the name of the system. Systems that don't support the load have none."""
 
     load: Load
     figures: dict[str, tuple[Figures, ...]]
-    cached_tokens: int  # prompt tokens that our prefix cache knew, which should be none
-    same_start: dict[str, Figure]  # of each peer: the share of answers that begin as ours do
+    cached_tokens: int  # prompt tokens served by our prefix cache; expected to be 0
+    same_start: dict[str, Figure]  # by peer: the share of answers that begin like ours
 
     def speed(self, system: str = OURS) -> list[float]:
-        """Tokens per second of each round; empty of a system that can't do it."""
+        """Tokens per second of each round; empty if the system doesn't support the load."""
         return [figures.tokens_per_second for figures in self.figures.get(system, ())]
 
 
 @dataclass(frozen=True)
 class Cold:
-    """Seconds that an adapter costs when it is registered and not resident: medians over some adapters."""
+    """Extra seconds of a registered adapter that isn't resident: medians over several adapters."""
 
-    uploaded: tuple[Figure, ...]  # just uploaded: its bytes are still in the page cache
-    dropped: tuple[Figure, ...]  # not there any more, nor what the server keeps of it packed
-    queue: tuple[Figure, ...]  # of `uploaded`, what the server calls the queue: reading and placing
-    read_cached: tuple[Figure, ...]  # reading the file that was published from the page cache
-    read_disk: tuple[Figure, ...]  # and from the disk
-    load_adapter: tuple[Figure, ...]  # PEFT's
-    read_packed: tuple[Figure, ...] = ()  # reading what the server reads, from the page cache
+    uploaded: tuple[Figure, ...]  # just uploaded: in the page cache
+    dropped: tuple[Figure, ...]  # evicted from the page cache, with its packed copy
+    queue: tuple[Figure, ...]  # of `uploaded`, the part that the server counts as queue time: reading and placing
+    read_cached: tuple[Figure, ...]  # reading the published file from the page cache
+    read_disk: tuple[Figure, ...]  # reading the published file from disk
+    load_adapter: tuple[Figure, ...]  # by PEFT
+    read_packed: tuple[Figure, ...] = ()  # reading the file that the server reads, from the page cache
 
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds, an entry for each start."""
+    """Seconds, with an entry for each start."""
 
-    ready: tuple[Figure, ...]  # from the process' start to /ready
-    imports: tuple[Figure, ...]  # of those, what a bare interpreter needs to import the same
+    ready: tuple[Figure, ...]  # from process start until /ready
+    imports: tuple[Figure, ...]  # of these, a bare interpreter's for the same imports
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class LongPrompts:
 
 @dataclass(frozen=True)
 class Ways:
-    """Tokens per second of the same load asked for in different ways."""
+    """Tokens per second of the same load with different sampling options."""
 
     streams: int
     greedy: tuple[Figure, ...]
     sampled: tuple[Figure, ...]  # temperature 0.7, top_p 0.9
-    logprobs: tuple[Figure, ...]  # greedy, with the 5 likeliest at each token
+    logprobs: tuple[Figure, ...]  # greedy, with the 5 likeliest alternatives of each token
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was run."""
+    """Parameters of the run."""
 
     model: str
     dtype: str
@@ -82,22 +82,22 @@ class Settings:
     rounds: int
     prompt_tokens: int
     max_tokens: int
-    weight_bytes: int  # that a step of one stream reads, as they lie in memory
-    wide_bytes: int = 0  # and where none is stored in fewer bits than `dtype` has
+    weight_bytes: int  # read by a step of one stream, as held in memory
+    wide_bytes: int = 0  # the same if all weights had `dtype`
 
 
 @dataclass
 class Results:
-    """Filled as the benchmark goes on; a part that was not run is None or empty."""
+    """Results, filled in as the benchmark proceeds; parts that weren't run are None or empty."""
 
     made: Made
     machine: Machine
     settings: Settings
     systems: list[Facts] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)  # why a peer was left out
+    missing: dict[str, str] = field(default_factory=dict)  # reason, by peer left out
     rows: list[Row] = field(default_factory=list)
     first_token: dict[str, tuple[Figure, ...]] = field(default_factory=dict)  # seconds, 1 stream, base
-    bandwidth: tuple[Figure, ...] = ()  # bytes per second that the threads read from memory together
+    bandwidth: tuple[Figure, ...] = ()  # bytes per second read by all threads together
     ways: list[Ways] = field(default_factory=list)
     cold: Cold | None = None
     start: Start | None = None
@@ -105,7 +105,7 @@ class Results:
     overload: Overload | None = None
     many: Many | None = None
     peak_rss: dict[str, int] = field(default_factory=dict)  # bytes
-    resent: dict[str, int] = field(default_factory=dict)  # requests by system, of all that the rounds sent
+    resent: dict[str, int] = field(default_factory=dict)  # resent requests by system, over all rounds
 
     def row(self, streams: int, kind: str) -> Row | None:
         return next((row for row in self.rows if row.load == Load(streams, kind)), None)

@@ -1,7 +1,7 @@
-"""The rounds: each measures everything once, all systems in turn, with prompts that nobody has seen.
+"""Rounds that each measure everything once, all systems in turn, with new prompts.
 
-Who goes first changes from load to load and from round to round, so that a machine that gets slower or faster
-favours nobody. While one works, the others wait for a message and take no time.
+The order of systems rotates from load to load and from round to round, so that drift of the machine favours no
+system. Idle systems block on a message and use no processor time.
 """
 
 from collections import Counter, defaultdict
@@ -18,11 +18,11 @@ from benchmarks.serving.systems.systems import BASE, OURS, Load, Streams, System
 from benchmarks.serving.systems.wires import Request
 
 SAME_START = 20
-"""Characters that make a beginning."""
+"""Number of characters compared at the beginning of answers."""
 
 
 class Rounds:
-    """`systems` has ours first; `names` are the adapters that all of them know."""
+    """All rounds. Our system is the first of `systems`; `names` are adapters that all systems know."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Rounds:
         self._resent: Counter[str] = Counter()
 
     def run(self, results: Results) -> None:
-        """All of it; what was measured is put into `results`."""
+        """Run all rounds; store the figures in `results`."""
         options = self._options
         self._warm_up()
         speeds = []
@@ -71,7 +71,7 @@ class Rounds:
         return [*self._systems[shift:], *self._systems[:shift]]
 
     def _warm_up(self) -> None:
-        """Every adapter is resident and every kernel has run before anything counts."""
+        """Load every adapter and run every kernel before anything is measured."""
         self._say("warming up")
         streams = max(self._options.streams)
         adapters = Load(min(len(self._names), streams), "distinct")
@@ -81,7 +81,7 @@ class Rounds:
                     self._run(system, load, self._take(load.streams), 4)
 
     def _load(self, load: Load, systems: Sequence[System]) -> None:
-        """The same prompts for all."""
+        """Run one load with the same prompts on all systems."""
         texts = self._take(load.streams * self._options.requests_of(load.streams))
         runs: dict[str, Run] = {}
         for system in systems:

@@ -1,4 +1,4 @@
-"""What serving is meant to reach, each a ratio to a peer or to ourselves in the same run, and whether it does."""
+"""Targets of serving, each a ratio to a peer or to ourselves in the same run."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +27,7 @@ WAYS = (("sampled", "sampled (temperature 0.7, top_p 0.9)", 0.95), ("logprobs", 
 
 
 def evaluate(results: Results) -> list[Target]:
-    """Every target, reached or not; a quick run reaches none and misses none."""
+    """Return every target, reached or not. A quick run reaches and misses none."""
     targets = [
         *_against_peers(results),
         *_wide(results),
@@ -57,7 +57,8 @@ def _against_peers(results: Results) -> Iterator[Target]:
 
 
 def _at_any_width(results: Results) -> Target:
-    """Ours are kept as they are stored; ik_llama.cpp is no package that could be had."""
+    """Compare our weights as stored with llama.cpp's fastest width. ik_llama.cpp has no package to compare
+    with."""
     names = [facts.name for facts in results.systems if facts.name.startswith(LLAMA_CPP)]
     columns = [speeds for name in names if (speeds := _speed(results, 1, BASE, name))]
     best = [max(values) for values in zip(*columns, strict=True)]
@@ -66,7 +67,7 @@ def _at_any_width(results: Results) -> Target:
 
 
 def _wide(results: Results) -> Iterator[Target]:
-    """Goals for weights of 16 bits, by a server of its own where ours has fewer."""
+    """Yield the targets for 16-bit weights, if ours are stored in fewer bits."""
     if results.settings.weight_bytes >= results.settings.wide_bytes:
         return
     load = "1 stream, base, 16-bit weights"
@@ -76,7 +77,7 @@ def _wide(results: Results) -> Iterator[Target]:
 
 
 def _of_bound(results: Results, name: str) -> Spread | None:
-    """A token can't come sooner than the threads read every weight once."""
+    """Compare a stream's speed with the memory bandwidth: each token reads every weight once."""
     row, settings = results.row(1, BASE), results.settings
     size = settings.wide_bytes if name == WIDE else settings.weight_bytes
     gaps = [] if row is None else [figures.itl_p50 for figures in row.figures.get(name, ())]

@@ -1,1 +1,1 @@
-"""Serving random bases of larger sizes."""
+"""Serving of larger bases with random weights."""

@@ -1,8 +1,8 @@
-"""Serving larger bases: `python -m benchmarks.shapes`.
+"""Measure serving of larger bases: `python -m benchmarks.shapes`.
 
-SmolLM2's larger sizes with random weights, stored as the embedded base's are (random_base.py), under the loads and
-beside the peers of `benchmarks.serve`. Writes shapes.json, in which a size that isn't measured stays as it is. For
-figures that mean something the machine must be otherwise idle.
+SmolLM2's larger sizes with random weights, stored like the embedded base (random_base.py), run loads of
+`benchmarks.serve` in turn with its peers. Writes shapes.json; sizes that aren't measured keep their results. The
+machine must be otherwise idle.
 """
 
 import signal
@@ -23,17 +23,21 @@ QUICK_LOADS = (Load(1, BASE), Load(2, DISTINCT))
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    """Run it all; the results, which are printed and written too."""
-    parser = command.parser("benchmarks.shapes", "Measures the server with larger bases.", has_base=False)
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="as of benchmarks.serve")
-    parser.add_argument("--rounds", type=positive, default=3, help="each measures everything once")
-    parser.add_argument("--shapes", default=",".join(SHAPES), metavar="NAME,...", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--peers", default="llama.cpp", metavar="PEER,...", help="as of benchmarks.serve")
+    """Run the benchmark; return, print and write the results."""
+    parser = command.parser("benchmarks.shapes", "Measure the server with larger bases.", has_base=False)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="as for benchmarks.serve")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help="number of rounds; each measures everything once"
+    )
+    parser.add_argument(
+        "--shapes", default=",".join(SHAPES), metavar="NAME,...", help=f"sizes to measure: {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--peers", default="llama.cpp", metavar="PEER,...", help="as for benchmarks.serve")
     given = parser.parse_args(arguments)
     names = given.shapes.split(",")
     if unknown := set(names) - set(SHAPES):
         parser.error(f"--shapes: no {', '.join(sorted(unknown))} among {', '.join(SHAPES)}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children are stopped
     say = command.speaker()
     loads = QUICK_LOADS if given.quick else LOADS
     options = of_loads(given, loads)
@@ -46,7 +50,7 @@ def main(arguments: list[str] | None = None) -> Results:
             file = write_random_base(Path(scratch) / f"smollm2-{name.lower()}-random.gguf", SHAPES[name])
             results.sizes[name] = serve.run(replace(options, model=str(file), home=Path(scratch)), made, say)
         command.write(given.out, "shapes", results)
-    say(f"done; {given.out / 'shapes.json'} holds what was found")
+    say(f"done; {given.out / 'shapes.json'} has the results")
     print(markdown(results))
     return results
 

@@ -1,8 +1,7 @@
-"""A GGUF file of a Llama with random weights, stored as the embedded base's are: what only a size's speed needs.
+"""GGUF files of Llamas with random weights, stored like the embedded base, to measure the speed of a size.
 
-Matrices are in ggml's Q4_1, the embedding in Q8_0, each block with the same scale, so that weights are uniform
-with the standard deviation that training of such models begins with. Everything that isn't a size is the embedded
-base's.
+Matrices are Q4_1, the embedding is Q8_0. All blocks have the same scale, so that weights are uniform with the
+usual standard deviation of initial weights. Everything except the sizes is copied from the embedded base.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from server.model.base.source import find_gguf
 SIGMA = 0.02
 HEAD_DIM = 64
 BLOCK = 32  # weights
-CONTEXT = 2048  # tokens that a request may have
+CONTEXT = 2048  # maximum tokens of a request
 
 Draw = np.random.Generator
 Bytes = npt.NDArray[np.uint8]
@@ -27,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a SmolLM2, from its config.json; its head is its embedding."""
+    """Sizes of a SmolLM2 from its config.json, with tied embeddings."""
 
     hidden: int
     inner: int
@@ -50,7 +49,7 @@ class Shape:
         }
 
     def matrices(self) -> Iterator[tuple[str, int, int]]:
-        """The name of each in a layer, its outputs and its inputs."""
+        """The name, outputs and inputs of each matrix in a layer."""
         queries, keys = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
         yield "attn_q", queries, self.hidden
         yield "attn_k", keys, self.hidden
@@ -68,7 +67,7 @@ SHAPES = {
 
 
 def write_random_base(file: Path, shape: Shape, seed: int = 0) -> Path:
-    """Write such a base to `file`; returns it. StartupError where there is no embedded base."""
+    """Write a random base to `file`; return it. Raise StartupError if there is no embedded base."""
     draw = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(file, "llama")
     embedded = gguf.GGUFReader(find_gguf())
@@ -99,13 +98,13 @@ def _add(writer: gguf.GGUFWriter, name: str, rows: Bytes, kind: gguf.GGMLQuantiz
 
 
 def _q4_1(draw: Draw, outputs: int, inputs: int) -> Bytes:
-    """Rows (outputs, bytes): a block is a scale, its least value and 32 numbers from 0 to 15."""
+    """Return rows (outputs, bytes) of blocks: a scale, the least value and 32 numbers from 0 to 15."""
     scale = SIGMA / np.std(np.arange(16))
     return _blocks(draw, outputs, inputs, BLOCK // 2, [scale, -7.5 * scale])
 
 
 def _q8_0(draw: Draw, outputs: int, inputs: int) -> Bytes:
-    """Rows (outputs, bytes): a block is a scale and 32 signed bytes."""
+    """Return rows (outputs, bytes) of blocks: a scale and 32 signed bytes."""
     return _blocks(draw, outputs, inputs, BLOCK, [SIGMA / np.std(np.arange(256))])
 
 

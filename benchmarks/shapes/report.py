@@ -1,4 +1,4 @@
-"""Results of larger bases for people: a table of each in Markdown."""
+"""Report of larger bases: a Markdown table for each."""
 
 from dataclasses import dataclass, field
 
@@ -10,13 +10,13 @@ from benchmarks.tables import gigabytes, rounds
 
 @dataclass
 class Results:
-    """Each size may be of another run."""
+    """Results by size. Each size may be from another run."""
 
-    sizes: dict[str, Serving] = field(default_factory=dict)  # by the shape's name
+    sizes: dict[str, Serving] = field(default_factory=dict)  # by the name of the shape
 
     @property
     def made(self) -> Made:
-        """Of a quick run, if one of the sizes is."""
+        """How the results were produced: by a quick run, if any of them was."""
         runs = [size.made for size in self.sizes.values()]
         return next((made for made in runs if made.quick), runs[0])
 

@@ -1,1 +1,1 @@
-"""The training benchmarks: runs of ours and of the peers, and the data that adapters are tried on."""
+"""Training benchmarks: runs of our code and of peers, and the data that adapters are tested on."""

@@ -1,4 +1,4 @@
-"""What adapters are worth, for people: a matrix in Markdown with standard errors, and a chart."""
+"""Report of the usefulness of adapters: a Markdown matrix with standard errors, and a chart."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ BASE, RULES, BLEND, FULL = "base", "rules", "blend of all four", f"full fine-tun
 
 @dataclass(frozen=True)
 class SetSize:
-    """Sentences."""
+    """Numbers of sentences."""
 
     train: int
     test: int
@@ -26,19 +26,19 @@ class Results:
     made: Made
     machine: Machine
     model: str
-    how: str  # it was trained
-    sizes: dict[str, SetSize]  # of each set
-    scores: dict[str, dict[str, Score]]  # by what is tried, then by set
+    how: str  # settings of training
+    sizes: dict[str, SetSize]  # by set
+    scores: dict[str, dict[str, Score]]  # by adapter or other model, then by set
     seconds: dict[str, Figure]  # of training
 
     @property
     def order(self) -> list[str]:
-        """Of what is tried."""
+        """The order of the matrix's rows."""
         return [BASE, *self.sizes, BLEND, FULL, RULES]
 
 
 def markdown(results: Results) -> str:
-    """The matrix and what follows from it."""
+    """Return the matrix and the conclusions."""
     sizes = results.sizes
     work = (
         f"{results.model}; {results.how}; at most {max(size.train for size in sizes.values())} sentences a set. "
@@ -65,7 +65,7 @@ def markdown(results: Results) -> str:
 
 
 def chart(results: Results, path: Path) -> None:
-    """Accuracy on each set, as a PNG."""
+    """Draw accuracy on each set as a PNG."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -100,7 +100,7 @@ def _error(results: Results, name: str, place: str) -> float:
 
 
 def _line(results: Results, name: str) -> str:
-    """Of an adapter on its own set, against the base and the rules, as far as the errors let it be told."""
+    """Compare an adapter on its own set with the base and the rules, given the standard errors."""
     own = results.scores[name][name].accuracy
     verdicts = []
     for other in (BASE, RULES):

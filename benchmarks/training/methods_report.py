@@ -1,4 +1,4 @@
-"""The comparison of methods for people: a table in Markdown, and a chart."""
+"""Report of the comparison of methods: a Markdown table and a chart."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Results:
     data: str
     counts: tuple[int, int, int]  # rows to train on, to choose the learning rate by, and to test on
     compared: list[Compared]  # full fine-tuning first
-    in_torch: Outcome  # LoRA computed as full fine-tuning is
+    in_torch: Outcome  # LoRA computed in torch, like full fine-tuning
 
 
 def markdown(results: Results) -> str:
@@ -63,7 +63,7 @@ def markdown(results: Results) -> str:
 
 
 def comparison(results: Results) -> str:
-    """What each method costs and reaches, as a table."""
+    """Tabulate the cost and the quality of each method."""
     head = (
         *("method", "trainable parameters", "peak memory", "stored", "time", "tokens/s"),
         *("held-out loss", "held-out accuracy"),
@@ -80,7 +80,7 @@ def comparison(results: Results) -> str:
 
 
 def chart(results: Results, path: Path) -> None:
-    """What each method costs and reaches, as a PNG."""
+    """Draw the cost and the quality of each method as a PNG."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -162,9 +162,9 @@ def _notes(results: Results) -> Iterator[str]:
 
 
 def _verdict(what: str, lora: Compared, found: Interval, full: Interval, *, lower_is_better: bool) -> str:
-    """Say plainly if LoRA doesn't win."""
+    """State whether the best LoRA is better, worse, or within the error."""
     ahead = found.mean < full.mean if lower_is_better else found.mean > full.mean
     verb = "is better than" if ahead else "is not better than"
     if abs(found.mean - full.mean) <= found.half + full.half:
-        verb = "can't be told from"
+        verb = "doesn't differ significantly from"
     return f"{what}: the best LoRA ({lora.title}: {found.text('{:.4f}')}) {verb} full ({full.text('{:.4f}')})."

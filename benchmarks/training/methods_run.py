@@ -1,6 +1,6 @@
-"""One run of the comparison of methods: trained in a process of its own, measured, and kept in a file.
+"""One run of the comparison of methods: trained in its own process, measured, and stored in a file.
 
-A run that was kept is not run again, so that a comparison that was broken off goes on where it was.
+A stored run isn't repeated, so an interrupted comparison resumes.
 """
 
 import multiprocessing
@@ -38,10 +38,10 @@ class Trial:
     rank: int
     learning_rate: float
     seed: int
-    num_rows: int  # to train on, once
+    num_rows: int  # to train on, for one epoch
     num_tuning: int  # 0: not measured
     num_test: int  # 0: not measured
-    native: bool = True  # where native code does it
+    native: bool = True  # if native code supports it
 
     @property
     def method(self) -> Method:
@@ -53,7 +53,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         what = f"r{self.rank}" if self.rank else "full"
         code = "" if self.native else "-torch"
         rows = f"{self.num_rows}-{self.num_tuning}-{self.num_test}"
@@ -67,9 +67,9 @@ class Outcome:
     share: float  # of the base's parameters
     peak_memory: int  # bytes, of training
     bytes_stored: int
-    seconds: Figure  # inside the steps
+    seconds: Figure  # inside optimizer steps
     tokens_per_second: Figure
-    tuning_loss: Figure  # nats per counted token, on the rows that choose the learning rate
+    tuning_loss: Figure  # nats per counted token, on the tuning rows
     test_loss: Figure
     test_accuracy: Figure  # of labels
     computed_by: str  # native code or torch
@@ -77,20 +77,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Place:
-    """What a run is given beside its trial."""
+    """The environment of a run."""
 
     base: Path  # converted
-    digest: str  # of it
+    digest: str  # of the base
     source: Path
     data: str
     threads: int
-    native: Path  # where native code is compiled to
-    kept: Path  # a folder for the outcomes
+    native: Path  # build folder of native code
+    kept: Path  # folder of the outcomes
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A file: an outcome holds for this base, this data and this number of threads."""
+    """A stored outcome, valid for one base, one data set and one number of threads."""
 
     digest: str
     data: str
@@ -99,7 +99,7 @@ class _Kept:
 
 
 def outcome_of(trial: Trial, place: Place) -> tuple[Outcome, bool]:
-    """It, and whether it was kept from before."""
+    """Return the outcome, and whether it was stored before."""
     kept = command.read(place.kept, trial.key, _Kept)
     if kept is not None and (kept.digest, kept.data, kept.threads) == (place.digest, place.data, place.threads):
         return kept.outcome, True
@@ -110,7 +110,7 @@ def outcome_of(trial: Trial, place: Place) -> tuple[Outcome, bool]:
 
 
 def _run(trial: Trial, place: Place) -> Outcome:
-    """In a fresh process. A run that diverges has no figures."""
+    """Run the trial in a fresh process. A run that diverges has no figures."""
     keep_freed_memory()
     torch.set_num_threads(place.threads)
     base = load_base(place.base, choose_device("cpu", "auto")[1])
@@ -159,7 +159,7 @@ def _accuracy(base: BaseModel, trained: Trained, sentences: Sequence[Rated]) -> 
 
 
 def _store(base: BaseModel, spec: JobSpec, trained: Trained) -> int:
-    """Bytes on the disk, as a job stores it."""
+    """Return the bytes on disk, stored as by a job."""
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(trained.trainable, TrainableRows):
             adapter = PeftAdapter(adapter_config(spec.lora), trained.trainable.rows.weights(), base.name)

@@ -1,7 +1,7 @@
-"""The peer of training: transformers, and PEFT where adapters are trained, as fast as they go.
+"""Training peer: transformers, with PEFT for adapters, in their fastest configurations.
 
-Adapters in the precision of the base (`autocast_adapter_dtype=False`), the fused optimizer, rows padded to the
-batch's longest alone, as collators do; or packed, or compiled.
+Adapters have the base's dtype (`autocast_adapter_dtype=False`), the optimizer is fused, and rows are padded to the
+batch's longest, as by collators. Alternatives are packing and compiling.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ from server.training.spec import Method
 
 RANK, ALPHA = 16, 32
 LEARNING_RATE = 1e-4
-IGNORED = -100  # what transformers doesn't count
+IGNORED = -100  # the label that transformers ignores
 Rows = Sequence[Sequence[int]]
 Inputs = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class PeerSide:
-    """A way to run it."""
+    """A configuration of the peer."""
 
     packs: bool = False
     compiles: bool = False
@@ -36,7 +36,8 @@ class Peer:
     """A model and its optimizer."""
 
     def __init__(self, side: PeerSide, base: Path, method: Method, dtype: torch.dtype, *, longest: int) -> None:
-        """`longest` is that of all rows to come: under a compiler, which has to know it, all are padded to it."""
+        """Load the model. `longest` is the length of the longest row of the run: a compiler needs it, and pads all
+        rows to it."""
         self._side = side
         self._longest = longest
         self._model = load(base, method, dtype)
@@ -46,12 +47,12 @@ class Peer:
             self._model = cast(torch.nn.Module, torch.compile(self._model, dynamic=False))
 
     def warmed_up(self) -> None:
-        """From here on compiling is an error."""
+        """Turn any further compilation into an error."""
         if self._side.compiles:
             torch.compiler.set_stance("fail_on_recompile")
 
     def step(self, batch: Rows) -> float:
-        """One optimizer step; its loss, in nats per counted token."""
+        """Take one optimizer step; return its loss in nats per counted token."""
         loss: torch.Tensor = self._model(**self._inputs(batch)).loss
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
@@ -66,7 +67,7 @@ class Peer:
 
 
 def load(base: Path, method: Method, dtype: torch.dtype) -> torch.nn.Module:
-    """The model in `dtype`, ready to be trained; its adapters r=16 on all seven linear modules."""
+    """Load the model in `dtype` for training, with adapters of r=16 on all seven linear modules if wanted."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +82,7 @@ def load(base: Path, method: Method, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def padded(batch: Rows, length: int) -> Inputs:
-    """(rows, length), as a collator makes it; rows of that very length need no mask, which is faster."""
+    """Return (rows, length) as a collator does. Rows of exactly that length need no mask, which is faster."""
     token_ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
     inputs = {"input_ids": token_ids, "labels": token_ids.masked_fill(mask == 0, IGNORED)}
@@ -89,9 +90,10 @@ def padded(batch: Rows, length: int) -> Inputs:
 
 
 def packed(batch: Rows) -> Inputs:
-    """(1, tokens): one row after the other. transformers keeps attention apart where positions begin anew."""
+    """Return (1, tokens), the rows one after the other. transformers separates their attention where positions
+    restart at 0."""
     token_ids = [token for row in batch for token in row]
-    labels = [label for row in batch for label in (IGNORED, *row[1:])]  # no row foretells the next one's start
+    labels = [label for row in batch for label in (IGNORED, *row[1:])]  # no row predicts the start of the next
     positions = [position for row in batch for position in range(len(row))]
     return {
         "input_ids": torch.tensor([token_ids]),

@@ -1,21 +1,22 @@
-"""Chooses a learning rate by a grid that grows until its best lies inside: an optimum on the edge is none."""
+"""Search for a learning rate on a grid that grows until its best rate is inside: the best on the edge isn't an
+optimum."""
 
 import math
 from collections.abc import Callable
 
 FACTOR = 2.0
-"""Between neighbours."""
+"""Ratio of neighbouring rates."""
 MOST = 12
-"""Rates that are tried before it is given up."""
+"""Maximum number of rates tried."""
 
 
 def best_rate(
     centre: float, loss_at: Callable[[float], float], factor: float = FACTOR, most: int = MOST
 ) -> tuple[float, dict[float, float]]:
-    """The rate with the lowest loss, which has a worse neighbour on both sides, and every loss by its rate.
+    """Return the rate with the lowest loss, which has a worse neighbour on both sides, and every loss by its rate.
 
-    It starts with `centre` and its two neighbours. A loss that is no number is a run that diverged: the worst.
-    Raises RuntimeError after `most` rates.
+    The search starts with `centre` and its two neighbours. A NaN loss is a diverged run and counts as the worst.
+    Raise RuntimeError after `most` rates.
     """
     steps = {step: _loss(loss_at, centre, factor, step) for step in (-1, 0, 1)}
     while (edge := _edge(steps)) is not None:
@@ -27,7 +28,7 @@ def best_rate(
 
 
 def _edge(steps: dict[int, float]) -> int | None:
-    """What to try next, where the best so far lies on an edge; downwards first where all diverged."""
+    """Return the next rate to try if the best so far is on an edge; if all diverged, the next lower one."""
     best = min(sorted(steps), key=lambda step: steps[step])
     if best == min(steps):
         return best - 1

@@ -1,9 +1,9 @@
-"""Sentences that people rated, from the source distribution of the PyPI package vaderSentiment.
+"""Sentences rated by people, from the source distribution of the PyPI package vaderSentiment.
 
-Four sets come with it (Hutto & Gilbert 2014, ICWSM): tweets, sentences of movie reviews, of product reviews and of
-newspaper editorials, each rated by twenty people or more from -4 to 4. Here a sentence is positive from .5 up and
-negative from -.5 down; those between are left out, and so is a text that was seen before. Products and news are
-sentences of a few hundred documents, which are split whole: a test sentence's neighbour would give it away.
+It has four sets (Hutto & Gilbert 2014, ICWSM): tweets, and sentences of movie reviews, product reviews and
+newspaper editorials, each rated by twenty people or more from -4 to 4. A sentence is positive from .5 up and
+negative from -.5 down. Sentences in between and duplicates are left out. Products and news come from a few hundred
+documents, which are split whole: neighbouring sentences would leak into the test.
 """
 
 import csv
@@ -34,7 +34,7 @@ TEST_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Rated:
-    """A sentence, and whether people found it positive."""
+    """A sentence, and whether people rated it positive."""
 
     text: str
     is_positive: bool
@@ -42,7 +42,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class RatingSet:
-    """One set's split: `tuning` is of the training half, for choosing a learning rate."""
+    """The split of a set. `tuning` is taken from the training half, for choosing a learning rate."""
 
     name: str
     train: tuple[Rated, ...]
@@ -51,13 +51,13 @@ class RatingSet:
 
 
 class RuleClassifier(Protocol):
-    """The package's own."""
+    """The rule classifier of the package."""
 
     def polarity_scores(self, text: str) -> dict[str, float]: ...
 
 
 def source_directory(cache: Path, say: Callable[[str], None]) -> Path:
-    """The unpacked source distribution under `cache`, downloaded with pip the first time."""
+    """Return the unpacked source distribution under `cache`; downloaded with pip if missing."""
     directory = cache / f"{PACKAGE}-{VERSION}"
     if not directory.is_dir():
         say(f"downloading the source of {PACKAGE} {VERSION}")
@@ -73,7 +73,7 @@ def source_directory(cache: Path, say: Callable[[str], None]) -> Path:
 
 
 def read_sets(source: Path, *, num_train: int, num_tuning: int, num_test: int, seed: int = 0) -> list[RatingSet]:
-    """All four, each of at most so many sentences, drawn at random but always the same."""
+    """Read all four sets, each with at most these numbers of sentences, sampled deterministically."""
     with tarfile.open(source / NESTED) as archive:
         texts = {
             Path(member.name).name: cast("io.BufferedReader", archive.extractfile(member)).read()
@@ -87,7 +87,7 @@ def read_sets(source: Path, *, num_train: int, num_tuning: int, num_test: int, s
 
 
 def rule_classifier(source: Path) -> RuleClassifier:
-    """Of the package itself, from its source, which needs nothing else."""
+    """Load the package's classifier from its source, which has no dependencies."""
     spec = importlib.util.spec_from_file_location("vader_rules", source / PACKAGE / f"{PACKAGE}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -97,7 +97,7 @@ def rule_classifier(source: Path) -> RuleClassifier:
 
 
 def _parse(text: str) -> Iterator[tuple[str, Rated]]:
-    """(document, sentence) of each clear rating, once for each text."""
+    """Return (document, sentence) of each clear rating, without duplicates."""
     seen: set[str] = set()
     for line in csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
         if len(line) != 3:
@@ -112,7 +112,7 @@ def _parse(text: str) -> Iterator[tuple[str, Rated]]:
 def _split(
     name: str, found: Sequence[tuple[str, Rated]], num_train: int, num_tuning: int, num_test: int, seed: int
 ) -> RatingSet:
-    """Whole documents go to the test; a tweet's or a movie sentence's identifier is a document of its own."""
+    """Split by document. A tweet or a movie sentence is a document of its own."""
     train: list[Rated] = []
     test: list[Rated] = []
     for document, sentence in found:

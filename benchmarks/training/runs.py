@@ -1,8 +1,8 @@
-"""A few optimizer steps over given rows, ours or a peer's, each in a process of its own.
+"""A few optimizer steps over given rows, by our code or a peer, each run in its own process.
 
-A fresh process has its own peak memory and no other's warm caches. All sides train LoRA r=16 on all seven linear
-modules, or every weight, with AdamW, over the same token ids, under the same settings of the allocator;
-every token but a row's first counts.
+A fresh process has its own peak memory and no warm caches. All sides train LoRA r=16 on all seven linear modules,
+or every weight, with AdamW, on the same token ids and with the same allocator settings. Every token except a row's
+first counts.
 """
 
 import multiprocessing
@@ -31,10 +31,10 @@ from server.training.trained_rows import initial_weights
 from server.training.trainer import Trainer, shuffled
 
 WARM_UP = 3
-"""Steps that aren't timed: a compiler is done after them."""
+"""Untimed steps: a compiler is done after them."""
 NATIVE, TORCH = "smolora", "smolora in torch"
 Side = str
-"""NATIVE, TORCH, or a peer's."""
+"""NATIVE, TORCH, or a peer's side."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Run:
     method: Method
     rows: Sequence[Sequence[int]]  # token ids
     batch_size: int
-    converted: Path  # the base, as ours is given it
-    hugging_face: Path  # and the peers
+    converted: Path  # the base, for our code
+    hugging_face: Path  # the base, for peers
     threads: int
-    torch_dtype: torch.dtype  # in which whoever computes in torch does
-    native: Path  # where our native code is compiled to
-    compiled: Path  # where torch.compile keeps what it made, for the next process
+    torch_dtype: torch.dtype  # for sides computed in torch
+    native: Path  # build folder of native code
+    compiled: Path  # cache of torch.compile, for the next process
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class Measured:
     tokens_per_second: Figure  # of rows, without padding
     peak_rss: int  # bytes
     loss: Figure  # of the first step, whose rows are the same for all sides
-    warm_up: Figure  # seconds of the steps that aren't timed; under torch.compile, of compiling
+    warm_up: Figure  # seconds of the untimed steps, including compiling
     native: bool = False  # computed by our native code
-    keeps_memory: bool = True  # under our allocator's settings
+    keeps_memory: bool = True  # with our allocator settings
 
 
 def measure(side: Side, run: Run) -> Measured:
-    """In a new process. RuntimeError with its traceback where it fails."""
+    """Measure in a new process. Raise RuntimeError with its traceback if it fails."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(side, run, sender))  # no daemon: a compiler has children
+    process = context.Process(target=_child, args=(side, run, sender))  # no daemon: compilers have children
     process.start()
     sender.close()
     try:
@@ -84,7 +84,7 @@ def measure(side: Side, run: Run) -> Measured:
 def _child(side: Side, run: Run, connection: Connection) -> None:
     try:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run.compiled)
-        keep_freed_memory()  # as a job's process does
+        keep_freed_memory()  # as in a job's process
         torch.set_num_threads(run.threads)
         measured = _peer(PEERS[side], run) if side in PEERS else _ours(run, native=side == NATIVE)
         connection.send(replace(measured, keeps_memory=keeps_freed_memory()))
@@ -102,7 +102,7 @@ def _ours(run: Run, *, native: bool) -> Measured:
     else:
         start, _ = initial_weights(LoraSpec(rank=RANK, alpha=ALPHA), base, seed=0)
         trainable = trainable_rows(base, start, None, max_length=longest, dropout=0.0, library=library)
-        del start  # as a job has copied it and let it go
+        del start  # as a job releases its start adapter after copying it
     examples = [Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in run.rows]
     spec = TrainingSpec(
         epochs=1,

@@ -1,4 +1,5 @@
-"""The task of the training benchmarks: say whether a sentence is positive, as the likelier of two completions."""
+"""Task of the training benchmarks: classify a sentence as positive or negative by the likelier of two
+completions."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -22,12 +23,12 @@ from server.training.trainer import StepResult, Trainer, pack
 LABELS = (" negative", " positive")
 MAX_LENGTH = 128
 MAX_TOKENS = 1024
-"""Of a batch of prompts."""
+"""Maximum tokens of a batch of prompts."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of 1. Macro-F1 is the mean of the F1 of both labels."""
+    """Shares between 0 and 1. Macro-F1 is the mean of both labels' F1."""
 
     accuracy: float
     macro_f1: float
@@ -35,7 +36,7 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a training run leaves, and its steps."""
+    """A trained adapter and its steps."""
 
     trainable: TrainableRows | TrainableModel
     steps: tuple[StepResult, ...]
@@ -50,7 +51,7 @@ class Trained:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the time inside steps, without the first one."""
+        """Tokens per second inside steps, without the first one."""
         timed = self.steps[1:] or self.steps
         return sum(step.num_tokens for step in timed) / sum(step.seconds for step in timed)
 
@@ -60,7 +61,7 @@ def prompt_of(sentence: Rated) -> str:
 
 
 def examples_of(base: BaseModel, sentences: Sequence[Rated]) -> Examples:
-    """Rows whose completion is the label, as a job would have them."""
+    """Return rows whose completion is the label, as a job encodes them."""
     ends = base.config.eos_token_ids
     encoder = RowEncoder(PromptEncoder(base.tokenizer), ends[0], ends)
     fitting = [s for s in sentences if len(base.tokenizer.encode(prompt_of(s))) <= MAX_LENGTH - 2]
@@ -75,7 +76,7 @@ def train(
     say: Callable[[str], None],
     library: ctypes.CDLL | None = None,
 ) -> Trained:
-    """Train as a job does, without its evaluations and checkpoints; with native code where that is given."""
+    """Train as a job does, without evaluations and checkpoints; with native code if it is given."""
     trainable: TrainableRows | TrainableModel
     if spec.method == "full":
         trainable = TrainableModel(base, max_length=MAX_LENGTH, library=library)
@@ -95,9 +96,9 @@ def train(
 
 @torch.no_grad()
 def classify(base: BaseModel, model: SmolLM, adapters: Adapters, sentences: Sequence[Rated]) -> list[bool]:
-    """Whether each sentence is positive: the label with the greater log-probability after its prompt.
+    """Classify each sentence by the label with the greater log-probability after its prompt.
 
-    Both labels are one token each, so that one pass over the prompts tells both.
+    Both labels are one token each, so one pass over the prompts scores both.
     """
     encoder = PromptEncoder(base.tokenizer)
     labels = [encoder.continuation(label) for label in LABELS]
@@ -111,14 +112,14 @@ def classify(base: BaseModel, model: SmolLM, adapters: Adapters, sentences: Sequ
         token_ids = torch.tensor([token for prompt in batch for token in prompt])
         hidden = model.forward(token_ids, attention.positions, attention, adapters)
         last = torch.tensor([len(prompt) for prompt in batch]).cumsum(0) - 1
-        logits = model.logits(hidden[last])[:, heads]  # (prompts, 2): the softmax's divisor is the same for both
+        logits = model.logits(hidden[last])[:, heads]  # (prompts, 2); both labels share a denominator
         for index, is_positive in zip(members, (logits[:, 1] > logits[:, 0]).tolist(), strict=True):
             found[index] = is_positive
     return found
 
 
 def score(found: Sequence[bool], sentences: Sequence[Rated]) -> Score:
-    """How well the answers fit. A label that neither has is left out of the mean."""
+    """Score the answers. A label that occurs neither in answers nor in ratings is left out of the mean."""
     pairs = [(answer, sentence.is_positive) for answer, sentence in zip(found, sentences, strict=True)]
     f1 = []
     for label in (False, True):
@@ -130,7 +131,7 @@ def score(found: Sequence[bool], sentences: Sequence[Rated]) -> Score:
 
 
 def blend(parts: Sequence[LoraWeights], weight: float) -> LoraWeights:
-    """weight · the sum of the adapters' shares, exactly, as one adapter: their rows side by side."""
+    """Return weight · (sum of the adapters) exactly, as one adapter with concatenated ranks."""
     keys = {key for part in parts for key in part.modules}
     modules = {}
     for key in sorted(keys):

@@ -1,4 +1,4 @@
-"""The training benchmark's results for people: tables in Markdown, and a chart."""
+"""Report of the training benchmark: Markdown tables and a chart."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ MEANING = (
 
 @dataclass(frozen=True)
 class Row:
-    """A work's figures by side, an entry for each round."""
+    """The figures of one work by side, with an entry for each round."""
 
     work: Work
     figures: dict[Side, tuple[Measured, ...]]
 
     @property
     def ours(self) -> Side:
-        """What runs by default."""
+        """The side that runs by default."""
         return NATIVE if NATIVE in self.figures else TORCH
 
     def speed(self, side: Side) -> list[float]:
@@ -46,17 +46,17 @@ class Results:
     model: str
     rounds: int
     rows: list[Row]
-    torch_dtype: str = "bf16"  # in which whoever computes in torch does
+    torch_dtype: str = "bf16"  # for sides computed in torch
 
 
 def evaluate(results: Results) -> list[Target]:
-    """What each work is meant to reach, and whether it does; a quick run reaches nothing and misses nothing."""
+    """Evaluate the target of each work. A quick run reaches and misses none."""
     found = [target for row in results.rows for target in _targets(row)]
     return unmeasured(found) if results.made.quick else found
 
 
 def markdown(results: Results) -> str:
-    """Describe what was run, and list speeds and targets. The chart has memory, too."""
+    """Describe what was run, and list speeds and targets. The chart also shows memory."""
     work = (
         f"{results.model} in bf16; r=16 on all seven linear modules, AdamW; {rounds(results.rounds)}, all sides "
         "in turn, each in a fresh process"
@@ -83,7 +83,7 @@ def speed_table(results: Results) -> str:
 
 
 def chart(results: Results, path: Path) -> None:
-    """Tokens per second and peak memory of each side, as a PNG."""
+    """Draw tokens per second and peak memory of each side as a PNG."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -125,7 +125,7 @@ def _targets(row: Row) -> Iterator[Target]:
 
 
 def _notes(results: Results) -> Iterator[str]:
-    """Say how far the sides' first losses are apart, and warn about sides that aren't comparable."""
+    """Report how far the sides' first losses differ, and warn about sides that aren't comparable."""
     if not results.rows:
         return
     sides = [[one for figures in row.figures.values() for one in figures] for row in results.rows]

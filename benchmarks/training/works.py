@@ -1,4 +1,4 @@
-"""What is trained on in the training benchmark, and what is to be reached."""
+"""Work of the training benchmark, and its targets."""
 
 import random
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from server.training.spec import Method
 
 @dataclass(frozen=True)
 class Work:
-    """Rows, the sides that train on them, and how many times as fast as which of them ours is to be."""
+    """Rows, the sides that train on them, and the target of our speed relative to a side."""
 
     key: str
     title: str
@@ -19,10 +19,10 @@ class Work:
     batch_size: int
     shortest: int
     longest: int
-    steps: int  # that are timed
+    steps: int  # timed steps
     sides: tuple[Side, ...]
     speeds: dict[Side, float]
-    most_memory: float | None = None  # of the compiled peer's
+    most_memory: float | None = None  # relative to the compiled peer
 
     def without(self, *left_out: Side) -> "Work":
         return replace(self, sides=tuple(side for side in self.sides if side not in left_out))
@@ -55,7 +55,7 @@ WORKS = (
 
 
 def rows_of(work: Work, text: Sequence[int]) -> list[list[int]]:
-    """Pieces of the text, one after the other: batches to warm up, then those of the timed steps."""
+    """Cut consecutive pieces of the text: batches for warm-up, then those of the timed steps."""
     lengths = random.Random(0)
     rows, place = [], 0
     for _ in range(work.batch_size * (work.steps + WARM_UP)):
@@ -68,7 +68,7 @@ def rows_of(work: Work, text: Sequence[int]) -> list[list[int]]:
 
 
 def reduced(work: Work) -> Work:
-    """The same for a quick run, without the sides that take long whatever the size, or do what another does."""
+    """Return a reduced work for a quick run, without slow or redundant sides."""
     left = work.without(COMPILED, *([TORCH] if NATIVE in work.sides else []))
     shortest, longest = min(work.shortest, 8), min(work.longest, 24)
     return replace(left, batch_size=2, shortest=shortest, longest=longest, steps=1)

@@ -1,11 +1,11 @@
 """Results made up for the tests of reports and targets."""
 
 from benchmarks.command import Made
-from benchmarks.curves.results import Curve, Point
-from benchmarks.curves.results import Results as Curves
-from benchmarks.held.report import Results as Held
+from benchmarks.instruction_sets.report import Results as InstructionSets
 from benchmarks.machine import Machine
 from benchmarks.measure import Figures
+from benchmarks.scaling.results import Curve, Point
+from benchmarks.scaling.results import Results as Scaling
 from benchmarks.serving.results import Results, Row, Settings
 from benchmarks.serving.systems.systems import OURS, Facts, Load
 from benchmarks.shapes.report import Results as Shapes
@@ -36,7 +36,7 @@ def results(rows: list[Row], *, quick: bool = False) -> Results:
     return Results(made(quick=quick), MACHINE, settings, systems, {"ik": "no package"}, rows)
 
 
-def curves(*, quick: bool = False) -> Curves:
+def scaling(*, quick: bool = False) -> Scaling:
     """A curve with adapters read at its last point, and one without."""
     adapters = (
         Point("base", 0, (figures(200.0), figures(200.0)), (0, 0), 10**9),
@@ -51,12 +51,12 @@ def curves(*, quick: bool = False) -> Curves:
         Curve("adapters", "Distinct adapters", "adapters drawn from", "drawn", adapters),
         Curve("context", "Context", "tokens", "grown", contexts),
     )
-    return Curves(made(quick=quick), MACHINE, "tiny", "bf16", 2, 64, 32, found)
+    return Scaling(made(quick=quick), MACHINE, "tiny", "bf16", 2, 64, 32, found)
 
 
-def held(*, quick: bool = False) -> Held:
+def instruction_sets(*, quick: bool = False) -> InstructionSets:
     (found,) = shapes(quick=quick).sizes.values()
-    return Held({"avx2": found})
+    return InstructionSets({"avx2": found})
 
 
 def shapes(*, quick: bool = False) -> Shapes:

@@ -10,7 +10,7 @@ from benchmarks import command, report
 from benchmarks.serving.report import details
 from benchmarks.serving.results import Results
 from benchmarks.serving.systems.systems import BASE, BLENDS, WIDE
-from benchmarks.training import adapters_report, beside_report, methods_report, train_report
+from benchmarks.training import adapters_report, methods_report, train_and_serve_report, train_report
 from benchmarks.training.adapters_report import SetSize
 from benchmarks.training.methods_report import Compared
 from benchmarks.training.methods_run import Outcome, Trial
@@ -19,7 +19,7 @@ from benchmarks.training.runs import NATIVE, Measured
 from benchmarks.training.sentiment import Score
 from benchmarks.training.train_report import Row
 from benchmarks.training.works import WORKS
-from tests.benchmarks.kit import MACHINE, curves, figures, held, made, results, row, shapes
+from tests.benchmarks.kit import MACHINE, figures, instruction_sets, made, results, row, scaling, shapes
 
 README = f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n\nOld.\n{report.END}\n\n## Reading on\n"
 
@@ -39,9 +39,9 @@ def serving(*, quick: bool = False) -> Results:
 
 def write_all(out: Path) -> None:
     command.write(out, "serve", serving())
-    command.write(out, "curves", curves())
+    command.write(out, "scaling", scaling())
     command.write(out, "shapes", shapes())
-    command.write(out, "held", held())
+    command.write(out, "instruction_sets", instruction_sets())
     speeds: dict[str, tuple[Measured, ...]] = {
         NATIVE: (Measured(300.0, 10**9, 3.0, 1.0, True),),
         EAGER: (Measured(150.0, 10**9, 3.0, 1.0, True),),
@@ -67,8 +67,8 @@ def write_all(out: Path) -> None:
     scores = {name: {"tweets": Score(0.9, 0.8)} for name in names}
     sizes = {"tweets": SetSize(500, 250)}
     command.write(out, "adapters", adapters_report.Results(made(), MACHINE, "tiny", "so", sizes, scores, {}))
-    beside = (beside_report.Round(figures(300.0), figures(200.0), 500.0, math.nan),)
-    command.write(out, "beside", beside_report.Results(made(), MACHINE, "work", beside))
+    beside = (train_and_serve_report.Round(figures(300.0), figures(200.0), 500.0, math.nan),)
+    command.write(out, "train_and_serve", train_and_serve_report.Results(made(), MACHINE, "work", beside))
 
 
 def write(tmp_path: Path, readme: Path) -> None:
@@ -111,7 +111,7 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
     assert "Not measured yet" not in page
     assert "|1 stream, base|≥ 1.6 × llama.cpp|1.65 (1.60–1.70)|" in page
     assert "|the job's tokens/s|500|–|–|" in page
-    for name in ("serve", "curves", "train", "methods", "adapters"):
+    for name in ("serve", "scaling", "train", "methods", "adapters"):
         assert f"]({name}.png)" in page
         assert (tmp_path / f"docs/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert readme.startswith(f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n")
@@ -123,14 +123,23 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
         assert WIDE not in text, "only the systems that take all of them"
         assert "|LoRA, r=8|9 (50.0%)|1.00 GB|10 MB|9 s|99|0.3000 ± 0.0000|0.900 ± 0.000|" in text
     assert "LoRA is computed by torch, full fine-tuning by torch." in readme
-    for name in ("serve", "curves", "shapes", "held", "train", "methods", "adapters", "beside"):
+    for name in (
+        "serve",
+        "scaling",
+        "shapes",
+        "instruction_sets",
+        "train",
+        "methods",
+        "adapters",
+        "train_and_serve",
+    ):
         assert (tmp_path / f"results/{name}.json").read_bytes() == (out / f"{name}.json").read_bytes()
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path, out: Path) -> None:
     command.write(out, "serve", serving())
     page, readme = run(tmp_path)
-    for name in ("curves", "methods"):
+    for name in ("scaling", "methods"):
         assert f"Not measured yet: `python -m benchmarks.{name}`." in page
     assert "LoRA, r=8" not in readme
 
@@ -172,11 +181,11 @@ def test_the_details_count_requests_that_were_sent_again() -> None:
     ("name", "quick"),
     [
         ("serve", serving(quick=True)),
-        ("curves", curves(quick=True)),
+        ("scaling", scaling(quick=True)),
         ("shapes", shapes(quick=True)),
-        ("held", held(quick=True)),
+        ("instruction_sets", instruction_sets(quick=True)),
     ],
-    ids=["serve", "curves", "shapes", "held"],
+    ids=["serve", "scaling", "shapes", "instruction_sets"],
 )
 def test_a_quick_run_is_published_nowhere(name: str, quick: object, tmp_path: Path, out: Path) -> None:
     command.write(out, name, quick)

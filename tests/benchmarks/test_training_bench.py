@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import methods, train
-from benchmarks.training import adapters_report, beside_report, methods_report, train_report
+from benchmarks.training import adapters_report, methods_report, train_and_serve_report, train_report
 from benchmarks.training.adapters_report import SetSize
 from benchmarks.training.methods_report import Compared
 from benchmarks.training.methods_run import Outcome, Place, Trial, outcome_of
@@ -260,8 +260,8 @@ def test_methods_are_compared_with_intervals() -> None:
     assert "2,400 sentences of movies, once, in 300 steps of 8 rows" in text
     assert "Learning rates: full fine-tuning 5e-05, LoRA, r=8 0.001." in text
     assert "held-out loss: the best LoRA (LoRA, r=8: 0.3500 ± 0.0000) is not better than full (0.3000" in text
-    # 0.90 ± 0.025: the same mean can't be told from it
-    assert "held-out accuracy: the best LoRA (LoRA, r=8: 0.9000 ± 0.0000) can't be told from full" in text
+    # 0.90 ± 0.025: the same mean doesn't differ significantly from it
+    assert "held-out accuracy: the best LoRA (LoRA, r=8: 0.9000 ± 0.0000) doesn't differ significantly" in text
     assert "One standard error of 1,000 sentences is 0.9 points of accuracy" in text
     assert (
         "LoRA, r=8 (by native code) trains 2.00 × as many tokens a second as full fine-tuning (by torch)" in text
@@ -286,14 +286,14 @@ def test_accuracies_have_their_standard_errors() -> None:
 
 def test_the_targets_beside_serving() -> None:
     rounds = tuple(
-        beside_report.Round(figures(300.0), figures(200.0), alone, beside)
+        train_and_serve_report.Round(figures(300.0), figures(200.0), alone, beside)
         for alone, beside in ((500.0, 110.0), (500.0, 100.0), (500.0, 120.0))
     )
-    results = beside_report.Results(made(), MACHINE, "work", rounds)
-    speed, gaps = beside_report.evaluate(results)
+    results = train_and_serve_report.Results(made(), MACHINE, "work", rounds)
+    speed, gaps = train_and_serve_report.evaluate(results)
     assert (speed.measured, speed.reached) == ("0.22 (0.20–0.24)", True)
     assert (gaps.wanted, gaps.reached) == ("≤ 1.5 × without it", True)
-    text = beside_report.markdown(results)
+    text = train_and_serve_report.markdown(results)
     assert "|the job's tokens/s|500|110 (100–120)|0.22 × (0.20–0.24)|" in text
 
 

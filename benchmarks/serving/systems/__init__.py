@@ -1,1 +1,1 @@
-"""What is measured: this server and its peers, each in a process of its own."""
+"""The measured systems: our server and its peers, each in a process of its own."""

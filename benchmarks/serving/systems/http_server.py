@@ -1,4 +1,4 @@
-"""A server in a process of its own, whosever it is: started, awaited, watched and ended."""
+"""A server process of any kind: start, readiness, memory use and end."""
 
 import os
 import signal
@@ -20,12 +20,13 @@ RSS_EVERY = 0.2
 
 
 class ServerProcess:
-    """Running and ready once it is made; a context manager that ends it."""
+    """A running and ready server process; as a context manager it kills the process at the end."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, ready: str) -> None:
-        """`command` gets its port as the last flag; it is ready once the path `ready` answers 200.
+        """Start the server; wait until the path `ready` returns 200. The port is appended to `command` as its last
+        flag.
 
-        RuntimeError, with the end of its log, where it does not become ready.
+        Raise RuntimeError with the end of its log if it doesn't become ready.
         """
         self._name = Path(command[0]).name
         self._log = log
@@ -53,12 +54,12 @@ class ServerProcess:
 
     @property
     def rss(self) -> int:
-        """Bytes that the process and its children hold now; psutil.NoSuchProcess where one ended meanwhile."""
+        """Resident bytes of the process and its children. Raise psutil.NoSuchProcess if one ended meanwhile."""
         process = psutil.Process(self._process.pid)
         return sum(member.memory_info().rss for member in (process, *process.children(recursive=True)))
 
     def stop(self) -> None:
-        """Let it end by itself; RuntimeError where it does not, or not well."""
+        """Stop the process. Raise RuntimeError if it doesn't end or fails."""
         self._ended.set()
         self._watcher.join()
         self._process.send_signal(signal.SIGTERM)
@@ -97,11 +98,11 @@ class ServerProcess:
             try:
                 self.peak_rss = max(self.peak_rss, self.rss)
             except psutil.NoSuchProcess:
-                continue  # a child ended just now; or the server did, and whoever uses it notices
+                continue  # a child ended meanwhile, or the server did, which the caller notices
 
     def _kill(self) -> None:
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # a session of its own: itself and its children
+            os.killpg(self._process.pid, signal.SIGKILL)  # it has its own session: this kills its children too
         self._process.wait()
 
     def _log_tail(self) -> str:

@@ -1,4 +1,4 @@
-"""Who takes part: starts the peers that were asked for, each under the settings that suit it best."""
+"""Selection and start of the peers, each with its fastest settings."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -27,7 +27,7 @@ Trial = dict[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all of them are given."""
+    """Inputs of all systems."""
 
     base: Path  # a Hugging Face directory
     dtype: torch.dtype
@@ -45,9 +45,9 @@ def line_up(
     stack: ExitStack,
     say: Say,
 ) -> tuple[list[System], dict[str, str]]:
-    """Those that run, to be ended by `stack`; and why each of the others was left out.
+    """Start the wanted peers, to be stopped by `stack`; return them, and the reasons why others are left out.
 
-    `wide_config`: of our server with 16-bit weights, None where it has those by default.
+    `wide_config` is of our server with 16-bit weights, or None if it has those by default.
     """
     systems: list[System] = []
     missing: dict[str, str] = {}
@@ -64,7 +64,7 @@ def line_up(
         if name not in options.peers:
             continue
         if name == LLAMA_CPP and options.instructions is not None:
-            name = venvs.held(options.instructions)
+            name = venvs.restricted(options.instructions)
         peer = venvs.find(options.cache, name)
         if inputs.dtype is not torch.bfloat16 or options.device != "cpu":
             missing[name] = "it is measured in bf16 on a CPU"
@@ -122,7 +122,7 @@ def _openvino(options: Options, inputs: Inputs, peer: MadePeer, say: Say) -> Var
     log = inputs.log.with_name("openvino.log")
     say("exporting the base for OpenVINO: about a minute")
     model = openvino.export(peer, inputs.base, inputs.scratch / "openvino", log)
-    needed = dict(list(inputs.adapters.items())[:2])  # of one adapter, and of a blend: more at a time it can't
+    needed = dict(list(inputs.adapters.items())[:2])  # one adapter and a blend of two: it can't do more at a time
     config = OpenVinoConfig(*(peer, model, needed, ALPHA / RANK, options.threads, max(options.streams), log))
     variants = {way: replace(config, variant=way) for way in openvino.VARIANTS}
     starts: dict[str, Variant] = {way: _ov_starter(each) for way, each in variants.items()}
@@ -141,8 +141,9 @@ def _ov_starter(config: OpenVinoConfig, trial: Trial | None = None) -> Variant:
 def _tried(
     name: str, options: Options, inputs: Inputs, variants: Mapping[str, Variant], say: Say
 ) -> tuple[str, Trial]:
-    """The fastest for one stream and for the most; a quick run takes the first, and so does one held to fewer
-    instructions, where the others take minutes and were slower by a factor."""
+    """Return the variant that is fastest for one stream and for the most streams, and all speeds. A quick run
+    takes the first variant. So does a run with restricted instructions, where the other variants take minutes and
+    were several times slower."""
     if options.quick or options.instructions is not None:
         return next(iter(variants)), {}
     trials: list[Streams] = []

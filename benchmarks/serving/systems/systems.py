@@ -1,4 +1,4 @@
-"""What takes the loads: our server and its peers, behind one interface."""
+"""Interface of the systems that run loads: our server and its peers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ BASE, ONE, DISTINCT, BLENDS = "base", "one", "distinct", "blends"
 KINDS = (BASE, ONE, DISTINCT, BLENDS)
 OURS = "smolora"
 WIDE = "smolora, 16-bit weights"
-"""Our server with the base that the peers have, of which no weight is stored in fewer bits."""
+"""Our server with the peers' base, in which no weight is stored in fewer than 16 bits."""
 Streams = Sequence[Sequence[Request]]
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many streams at once, each under what `kind` says."""
+    """A number of concurrent streams, with adapters by `kind`."""
 
     streams: int
     kind: str
 
     @property
     def key(self) -> str:
-        """As `--only` names it."""
+        """Its name in `--only`."""
         return f"{self.streams}-{self.kind}"
 
     @property
@@ -41,7 +41,7 @@ class Load:
         return f"{self.streams} stream{'s' if self.streams > 1 else ''}, {what[self.kind]}"
 
     def parts(self, names: Sequence[str]) -> list[tuple[Part, ...]]:
-        """The adapters of each stream."""
+        """Return the adapters of each stream."""
         if self.kind == BASE:
             return [()] * self.streams
         if self.kind == ONE:
@@ -54,47 +54,48 @@ class Load:
 
 @dataclass(frozen=True)
 class Facts:
-    """A system, as the report names it."""
+    """A system's description in the report."""
 
     name: str
     version: str
-    over_http: bool  # or in process, which spares it the client's share of the cores
-    settings: str  # those that aren't the defaults
-    trial: dict[str, tuple[Figure, ...]]  # tokens per second of each variant that was tried, by load
-    base_only: bool = False  # it was not asked for adapters
-    max_streams: int | None = None  # it was not asked for more at once
+    over_http: bool  # False: in process, which saves the client's share of the cores
+    settings: str  # that differ from the defaults
+    trial: dict[str, tuple[Figure, ...]]  # tokens per second of each variant tried, by load
+    base_only: bool = False  # not asked for adapters
+    max_streams: int | None = None  # not asked for more streams than this
 
     @property
     def is_partial(self) -> bool:
-        """Whether it was asked for some of the loads alone."""
+        """Whether it runs only some of the loads."""
         return self.base_only or self.max_streams is not None
 
 
 class System(Protocol):
-    """A running one."""
+    """A running system."""
 
     @property
     def facts(self) -> Facts: ...
     @property
     def peak_rss(self) -> int:
-        """Bytes, until now; while it runs."""
+        """Peak resident bytes so far, while it runs."""
         ...
 
     def can(self, load: Load) -> bool:
-        """Whether it has a way to do it: what it can't is no matter of speed."""
+        """Return whether it supports the load at all, at any speed."""
         ...
 
     def run(self, streams: Streams) -> Run:
-        """The streams at once, each one's requests one after the other; texts come stream by stream."""
+        """Run all streams concurrently, with the requests of each stream in sequence; texts are ordered by
+        stream."""
         ...
 
     def stop(self) -> None:
-        """Let it end by itself."""
+        """Stop it and wait until it has ended."""
         ...
 
 
 class OurServer:
-    """smolora, over HTTP."""
+    """Our server, over HTTP."""
 
     def __init__(
         self,
@@ -123,21 +124,21 @@ class OurServer:
 
 
 Variant = Callable[[], System]
-"""Starts a peer under certain settings."""
+"""Start a peer with certain settings."""
 
 
 def fastest(
     name: str, variants: Mapping[str, Variant], trials: Sequence[Streams], say: Say
 ) -> tuple[str, dict[str, tuple[float, ...]]]:
-    """The settings under which a peer is fastest, and each one's tokens per second of each trial.
+    """Return the settings with which a peer is fastest, and the tokens per second of every variant by trial.
 
-    A peer is given whatever suits it, and it is measured rather than guessed: the product of its speeds decides.
+    The best settings are measured rather than guessed, by the product of the speeds of all trials.
     """
     speeds: dict[str, tuple[float, ...]] = {}
     for settings, start in variants.items():
         system = start()
         try:
-            system.run(trials[-1])  # warms it up
+            system.run(trials[-1])  # warm up
             runs = [system.run(streams) for streams in trials]
         finally:
             system.stop()

@@ -1,4 +1,4 @@
-"""How a request is spelled for a server over HTTP, and what its streamed events say: ours and llama.cpp's."""
+"""Wire formats of requests and streamed events: our server's and llama.cpp's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Request:
     """A request for exactly `max_tokens` tokens, greedy unless it has a temperature."""
 
     prompt: str
-    parts: tuple[Part, ...]  # none: the base
+    parts: tuple[Part, ...]  # empty: the base
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
@@ -27,30 +27,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a stream's last event tells."""
+    """Usage reported by a stream's last event."""
 
     num_tokens: int
     num_prompt_tokens: int
     num_cached_tokens: int
-    queue_seconds: float = 0.0  # as the server says, where it does
+    queue_seconds: float = 0.0  # as reported by the server; 0 if it doesn't
 
 
 class Wire(Protocol):
-    """A server's way to be asked."""
+    """A server's format of requests and events."""
 
     @property
     def path(self) -> str: ...
     def body(self, request: Request) -> dict[str, object]:
-        """Of a streamed request."""
+        """Return the body of a streamed request."""
         ...
 
     def read(self, event: Mapping[str, object]) -> str | Usage:
-        """A piece of text, which is a token but for a few, or the end."""
+        """Return a piece of text, nearly always one token, or the usage at the end."""
         ...
 
 
 class Smolora:
-    """Ours: POST /generate."""
+    """The format of our POST /generate."""
 
     path = "/generate"
 
@@ -63,7 +63,7 @@ class Smolora:
             "top_p": request.top_p,
             "logprobs": request.logprobs,
             "ignore_eos": True,
-            "speculation": "off",  # answers past their end repeat themselves, which peers don't profit from
+            "speculation": "off",  # answers past their end repeat themselves, which would favour us over peers
             "stream": True,
         }
 
@@ -77,12 +77,12 @@ class Smolora:
 
 
 class LlamaCpp:
-    """llama.cpp's server: POST /completion, each adapter with a scale of its own."""
+    """The format of llama.cpp's POST /completion, where each adapter has a scale."""
 
     path = "/completion"
 
     def __init__(self, adapters: Sequence[str]) -> None:
-        """`adapters` in the order in which the server was given them."""
+        """Number the adapters in the order of the server's flags."""
         self._ids = {name: number for number, name in enumerate(adapters)}
 
     def body(self, request: Request) -> dict[str, object]:
@@ -91,14 +91,15 @@ class LlamaCpp:
             "prompt": request.prompt,
             "n_predict": request.max_tokens,
             "temperature": 0.0,
-            "samplers": ["temperature"],  # the others would cost it time and change nothing
+            "samplers": ["temperature"],  # other samplers would cost it time without effect
             "ignore_eos": True,
             "lora": [{"id": number, "scale": scale} for number, scale in self._scales(request.parts).items()],
             "stream": True,
         }
 
     def _scales(self, parts: Sequence[Part]) -> dict[int, float]:
-        """By adapter; those that aren't named have none, but where none is named all are applied in full."""
+        """Return scales by adapter. If no adapter is named, one scale of 0 is sent: llama.cpp applies all of them
+        otherwise."""
         named = {self._ids[part.name]: part.weight for part in parts}
         return named or dict.fromkeys(list(self._ids.values())[:1], 0.0)
 
@@ -111,5 +112,5 @@ class LlamaCpp:
 
 
 def expression(parts: Sequence[Part]) -> str | None:
-    """As our API spells it; None for the base."""
+    """Return the adapters as our API's expression, or None for the base."""
     return "+".join(part.name if part.weight == 1 else f"{part.name}*{part.weight:g}" for part in parts) or None

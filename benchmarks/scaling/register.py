@@ -1,6 +1,6 @@
-"""Random adapters in a HOME that no server has yet.
+"""Registration of random adapters in a new HOME.
 
-They are published as a worker publishes what it trained, not uploaded: an upload takes 256 MiB at most, and an
+The adapters are published as a worker publishes them, not uploaded: an upload is limited to 256 MiB, and an
 adapter of rank 512 is larger.
 """
 
@@ -15,7 +15,7 @@ from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.store.store import AdapterStore
 from benchmarks.command import Say
-from benchmarks.curves.loads import Adapter
+from benchmarks.scaling.loads import Adapter
 from benchmarks.serving.adapter_files import Sizes, write_adapter
 from server.database import connect
 from server.model.base.weights import BaseModel
@@ -27,7 +27,7 @@ SAY_EVERY = 50
 def register(
     adapters: Sequence[Adapter], home: Path, base: BaseModel, sizes: Sizes, scratch: Path, say: Say
 ) -> None:
-    """Files are in bf16, as those of the base are, and each is deleted once it is published."""
+    """Publish the adapters in bf16, the base's dtype; delete each file once it is published."""
     database = connect(home)
     try:
         stored = Home(home).adapters

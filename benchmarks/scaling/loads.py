@@ -1,4 +1,4 @@
-"""The curves: what grows along each of them, and the load at each point."""
+"""The scaling curves: the variable of each curve, and the load at each point."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Load:
-    """What is run at a point of a curve."""
+    """The load at one point of a curve."""
 
     series: str
-    x: int  # what grows; 0 of the base where what grows is of adapters
+    x: int  # value of the variable; 0 for the base on a curve of adapters
     streams: int
-    requests: int  # of each stream
+    requests: int  # per stream
     prompt_tokens: int
     max_tokens: int
     adapters: tuple[Adapter, ...] = ()  # that requests may name, the most popular first
-    popularity: tuple[float, ...] = ()  # of each, where requests draw theirs; else every stream has its own
-    blend: int = 1  # adapters of a request
-    is_cached: bool = False  # prompts are sent for one token before, for TTFT, and are then in the prefix cache
+    popularity: tuple[float, ...] = ()  # by adapter, if requests draw adapters; otherwise each stream has its own
+    blend: int = 1  # adapters per request
+    is_cached: bool = False  # each prompt is sent twice: for TTFT, then with its prefix cached
 
     def parts(self, stream: int, draw: Random) -> tuple[Part, ...]:
-        """Of a request of the stream, counted from 0."""
+        """Return the adapters of one request of the stream, counted from 0."""
         if not self.adapters:
             return ()
         if self.popularity:
@@ -48,35 +48,35 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """A curve to be measured."""
+    """A curve to measure."""
 
     name: str
     title: str
-    axis: str  # what grows
-    work: str  # what every point has in common, for people
+    axis: str  # label of the variable
+    work: str  # describes what all points have in common
     loads: tuple[Load, ...]
-    room: int  # the sum of the ranks of adapters that are resident at once
-    max_num_seqs: int | None = None  # sequences in one batch; None: the server's default
+    room: int  # sum of the ranks of the adapters resident at once
+    max_num_seqs: int | None = None  # maximum batch size; None: the server's default
 
     @property
     def adapters(self) -> list[Adapter]:
-        """All that its loads may name, each once."""
+        """All adapters that the loads may name, without duplicates."""
         return list(dict.fromkeys(adapter for load in self.loads for adapter in load.adapters))
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How far the curves go. Quick runs differ from full ones here alone."""
+    """The extent of the curves. A quick run differs from a full run only in its scale."""
 
     distinct: tuple[int, ...]
     distinct_streams: int
-    pool: int  # adapters of the usual rank that have room, of the distinct ones
+    pool: int  # number of distinct adapters, of the usual rank, that fit into memory
     ranks: tuple[int, ...]
     blends: tuple[int, ...]
-    streams_of_adapters: int  # of the curves of ranks and blends
+    streams_of_adapters: int  # for the curves of ranks and blends
     contexts: tuple[int, ...]
     context_streams: tuple[int, ...]
-    context_tokens: int  # new ones
+    context_tokens: int  # new tokens
     streams: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int
@@ -145,7 +145,7 @@ def contexts(scale: Scale) -> Plan:
     loads = []
     for streams in scale.context_streams:
         for length in scale.contexts:
-            # one request a stream: memory shows what so many contexts take
+            # One request per stream: the measured memory is that of this many contexts.
             sizes = (streams, 1, length - scale.context_tokens, scale.context_tokens)
             series = "1 stream" if streams == 1 else f"{streams} streams"
             loads.append(Load(series, length, *sizes, is_cached=True))
@@ -159,7 +159,7 @@ def contexts(scale: Scale) -> Plan:
 def streams(scale: Scale) -> Plan:
     most = max(scale.streams)
     each = tuple(Adapter(RANK, index) for index in range(most))
-    # what is compared is measured one after the other
+    # Base and adapters at the same number of streams are measured back to back.
     both = ((BASE, ()), (EACH, each))
     loads = [_even(scale, kind, count, count, own[:count]) for count in scale.streams for kind, own in both]
     work = f"the base, or as many adapters of rank {RANK} as streams, in one batch (SMOLORA_MAX_NUM_SEQS={most})"
@@ -173,17 +173,18 @@ CURVES: dict[str, Callable[[Scale], Plan]] = {
     "context": contexts,
     "streams": streams,
 }
-"""By the names that `--only` takes."""
+"""Plans by the name that `--only` takes."""
 
 
 def _even(
     scale: Scale, series: str, x: int, streams: int, adapters: tuple[Adapter, ...] = (), blend: int = 1
 ) -> Load:
-    """Streams that each keep to their adapters. Few streams make several requests: short runs are noisy."""
+    """Return a load whose streams keep their adapters. Few streams send several requests, as short runs are
+    noisy."""
     requests = max(1, min(4, 16 // streams))
     return Load(series, x, streams, requests, scale.prompt_tokens, scale.max_tokens, adapters, blend=blend)
 
 
 def _room(loads: Sequence[Load]) -> int:
-    """For all adapters of all loads."""
+    """Return the sum of the ranks of all adapters of all loads."""
     return sum(adapter.rank for adapter in {adapter for load in loads for adapter in load.adapters})

@@ -1,4 +1,4 @@
-"""Training beside serving, for people: tables in Markdown."""
+"""Report of training while serving: Markdown tables."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from benchmarks.targets import Target, at_least, at_most, target_table, unmeasur
 class Round:
     """Seconds and tokens per second of one round."""
 
-    alone: Figures  # the streams, with no job
-    beside: Figures  # the streams, with a job
-    job_alone: Figure  # the job's tokens per second, with no stream
-    job_beside: Figure
+    alone: Figures  # the streams, without a job
+    with_job: Figures  # the streams, with a job
+    job_alone: Figure  # the job's tokens per second, without streams
+    job_with_streams: Figure
 
 
 @dataclass(frozen=True)
@@ -28,32 +28,40 @@ class Results:
     rounds: tuple[Round, ...]
 
     def of_streams(self, figure: Callable[[Figures], float]) -> tuple[list[float], list[float]]:
-        """A figure of the streams, alone and beside the job."""
-        return [figure(one.alone) for one in self.rounds], [figure(one.beside) for one in self.rounds]
+        """Return a figure of the streams without and with a job."""
+        return [figure(one.alone) for one in self.rounds], [figure(one.with_job) for one in self.rounds]
 
     @property
     def of_job(self) -> tuple[list[float], list[float]]:
-        """Its tokens per second, alone and beside the streams."""
-        return [one.job_alone for one in self.rounds], [one.job_beside for one in self.rounds]
+        """The job's tokens per second without and with streams."""
+        return [one.job_alone for one in self.rounds], [one.job_with_streams for one in self.rounds]
 
 
 def evaluate(results: Results) -> list[Target]:
-    """What is wanted of both at once; a quick run reaches nothing and misses nothing."""
-    alone, beside = results.of_streams(lambda figures: figures.itl_p99)
-    job_alone, job_beside = results.of_job
+    """Evaluate the targets for both at once. A quick run reaches and misses none."""
+    alone, with_job = results.of_streams(lambda figures: figures.itl_p99)
+    job_alone, job_with_streams = results.of_job
     found = [
         at_least(
-            "the job's speed while streams run", median_ratio(job_beside, job_alone), 0.22, "of its speed alone"
+            "the job's speed while streams run",
+            median_ratio(job_with_streams, job_alone),
+            0.22,
+            "of its speed alone",
         ),
-        at_most("the streams' ITL p99 during the job", median_ratio(beside, alone), 1.5, "× without it"),
+        at_most("the streams' ITL p99 during the job", median_ratio(with_job, alone), 1.5, "× without it"),
     ]
     return unmeasured(found) if results.made.quick else found
 
 
 def markdown(results: Results) -> str:
     def row(title: str, both: tuple[Sequence[float], Sequence[float]], form: Callable[[float], str]) -> list[str]:
-        alone, beside = both
-        return [title, with_range(alone, form), with_range(beside, form), spread(median_ratio(beside, alone), "×")]
+        alone, together = both
+        return [
+            title,
+            with_range(alone, form),
+            with_range(together, form),
+            spread(median_ratio(together, alone), "×"),
+        ]
 
     cells = [
         row("ITL p50, ms", results.of_streams(lambda figures: figures.itl_p50), milliseconds),

@@ -1,7 +1,8 @@
-"""Measures a curve on our own server, over HTTP.
+"""Measurement of a scaling curve on our own server, over HTTP.
 
-The first round starts a server for each point, so that what it holds in memory is the point's alone. The others go
-through the points of one server, up and down in turn: a machine that gets slower or faster favours no end.
+The first round starts a server for each point, so that the memory measured is the point's alone. Later rounds run
+all points on one server, alternately upwards and downwards, so that a machine that slows down or speeds up favours
+neither end.
 """
 
 from dataclasses import dataclass, replace
@@ -9,10 +10,10 @@ from random import Random
 
 from adapters.lora import BaseShape
 from benchmarks.command import Say
-from benchmarks.curves.loads import Load, Plan
-from benchmarks.curves.results import Curve, Point
 from benchmarks.measure import Figures
 from benchmarks.prompts import PromptSource
+from benchmarks.scaling.loads import Load, Plan
+from benchmarks.scaling.results import Curve, Point
 from benchmarks.serving.load import drive, summarize
 from benchmarks.serving.systems.server_process import Server, ServerConfig, adapter_room
 from benchmarks.serving.systems.systems import Streams
@@ -25,10 +26,10 @@ READ = "smolora_adapter_loads_total"
 
 @dataclass(frozen=True)
 class Bench:
-    """What all curves are measured with."""
+    """The context in which all curves are measured."""
 
-    config: ServerConfig  # but for the sizes that a curve sets
-    shape: BaseShape  # the base's
+    config: ServerConfig  # except the sizes that a curve sets
+    shape: BaseShape  # of the base
     prompts: PromptSource
     rounds: int
     say: Say
@@ -41,7 +42,7 @@ class _Measured:
 
 
 def measure(plan: Plan, bench: Bench) -> Curve:
-    """All rounds of it, once its adapters are registered."""
+    """Measure all rounds of a curve. Its adapters must be registered."""
     room = adapter_room(bench.shape, bench.config.dtype, bench.config.device, plan.room)
     config = replace(bench.config, adapter_cache_bytes=room, max_num_seqs=plan.max_num_seqs)
     found: dict[int, list[_Measured]] = {index: [] for index in range(len(plan.loads))}
@@ -71,7 +72,7 @@ def measure(plan: Plan, bench: Bench) -> Curve:
 
 
 def _measure(server: Server, plan: Plan, load: Load, bench: Bench, number: int) -> _Measured:
-    """`number` counts rounds from 0. The adapters that have room are resident, and kernels have run, before it."""
+    """Measure one point in round `number`, counted from 0, after loading the resident adapters and warming up."""
     draw = Random(f"{load.series} {load.x} {number}")
     _warm_up(server, plan, load, bench, draw)
     texts = bench.prompts.take(load.streams * load.requests, load.prompt_tokens)
@@ -88,9 +89,8 @@ def _measure(server: Server, plan: Plan, load: Load, bench: Bench, number: int) 
 
 
 def _cached(server: Server, load: Load, requests: Streams) -> Figures:
-    """TTFT of the prompts as they are new, everything else behind their cached prefixes. RuntimeError where those
-    aren't kept.
-    """
+    """Take TTFT from new prompts and everything else from cached prefixes. Raise RuntimeError if prefixes aren't
+    cached."""
     new = _figures(server, [[replace(request, max_tokens=1) for request in stream] for stream in requests])
     run = summarize(drive(server.url, Smolora(), requests))
     if run.num_cached_tokens < load.prompt_tokens * load.streams * load.requests / 2:
@@ -104,7 +104,7 @@ def _cached(server: Server, load: Load, requests: Streams) -> Figures:
 def _warm_up(server: Server, plan: Plan, load: Load, bench: Bench, draw: Random) -> None:
     fitting = [adapter for adapter in load.adapters if adapter.rank * (adapter.index + 1) <= plan.room]
     if fitting:
-        # the popular ones last, as the least recently used go first
+        # Popular adapters come last: the least recently used are evicted first.
         touches = [Request("A", (Part(adapter.name),), 1) for adapter in reversed(fitting)]
         num_streams = min(MAX_WARMING, len(touches))
         _figures(server, [touches[stream::num_streams] for stream in range(num_streams)])

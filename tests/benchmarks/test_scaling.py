@@ -8,18 +8,18 @@ from random import Random
 
 import pytest
 
-from benchmarks.curves.__main__ import main
-from benchmarks.curves.loads import BASE, CURVES, EACH, UNIFORM, ZIPF, Load, Plan, Scale
-from benchmarks.curves.register import register
-from benchmarks.curves.report import markdown
-from benchmarks.curves.results import Curve, Point, Results
-from benchmarks.curves.run import Bench, measure
 from benchmarks.prompts import PromptSource
+from benchmarks.scaling.__main__ import main
+from benchmarks.scaling.loads import BASE, CURVES, EACH, UNIFORM, ZIPF, Load, Plan, Scale
+from benchmarks.scaling.register import register
+from benchmarks.scaling.report import markdown
+from benchmarks.scaling.results import Curve, Point, Results
+from benchmarks.scaling.run import Bench, measure
 from benchmarks.serving.adapter_files import RANK, Sizes
 from benchmarks.serving.systems.server_process import ServerConfig
 from benchmarks.serving.systems.wires import Part
 from server.model.base.weights import BaseModel
-from tests.benchmarks.kit import curves, figures
+from tests.benchmarks.kit import figures, scaling
 
 
 def plan(name: str) -> Plan:
@@ -80,18 +80,18 @@ def point(series: str, x: int, *speeds: float) -> Point:
 
 
 def test_the_report() -> None:
-    text = markdown(curves())
+    text = markdown(scaling())
     assert "`python -m benchmarks.x`, 2026-01-01. A CPU, 2 threads" in text
     assert "### Distinct adapters\n\nDrawn.\n\n|adapters drawn from|uniform, tokens/s|" in text
     assert "|4|190|\n|1,000|150 (140–160)|\n|none, base|200|\n" in text
     assert "|tokens|1 stream, tokens/s|\n|---|---|\n|128|100|\n|8,192|50.0|\n" in text
     assert "sent again" not in text
     mixed = Curve("x", "X", "x", "x", (point("a", 1, 1.0), point("b", 1, 2.0), point("a", 2, 3.0)))
-    shown = markdown(replace(curves(), curves=(mixed,)))
+    shown = markdown(replace(scaling(), curves=(mixed,)))
     assert "|1|1.0|2.0|\n|2|3.0|–|\n" in shown, "a column for each series"
     resent = replace(figures(200.0), num_resent=2)
     again = Curve("context", "Context", "tokens", "so", (Point(BASE, 1, (resent, resent), (0, 0), 0),))
-    assert "\n4 requests were sent again" in markdown(replace(curves(), curves=(again,)))
+    assert "\n4 requests were sent again" in markdown(replace(scaling(), curves=(again,)))
 
 
 def test_an_unknown_curve_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,8 +119,8 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert [one.adapters_read[0] for one in adapters.points if one.x <= quick.pool] == [0, 0], "they were resident"
     assert found.machine.threads == 1
     assert "A quick run" in capsys.readouterr().out
-    assert json.loads((out / "curves.json").read_text())["made"]["quick"] is True
-    assert sorted(path.name for path in out.iterdir()) == ["curves.json", "curves.log"]
+    assert json.loads((out / "scaling.json").read_text())["made"]["quick"] is True
+    assert sorted(path.name for path in out.iterdir()) == ["scaling.json", "scaling.log"]
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""The curves for people: a table of each in Markdown, and a chart of all."""
+"""Report of the scaling curves: a Markdown table for each curve, and one chart."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.command import QUICK
-from benchmarks.curves.results import Curve, Point, Results
 from benchmarks.measure import Spread
+from benchmarks.scaling.results import Curve, Point, Results
 from benchmarks.tables import number, rounds, table, with_range
 
 COLORS = ("#2a6f97", "#e09f3e", "#81b29a", "#c9ada7")
@@ -30,7 +30,7 @@ def markdown(results: Results) -> str:
 
 
 def chart(results: Results, path: Path) -> None:
-    """A row of panels for each curve: medians with their ranges, as a PNG."""
+    """Draw a row of panels for each curve, medians with their ranges, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -56,7 +56,7 @@ def chart(results: Results, path: Path) -> None:
             for series, color in zip(curve.series, COLORS, strict=False):
                 points = curve.of(series)
                 found = [Spread.of(values(point)) for point in points]
-                if not points[0].x:  # the base, where what grows is of adapters
+                if not points[0].x:  # the base, on a curve of adapters
                     axes.axhline(found[0].median, color=color, linestyle="--", linewidth=1, label=series)
                     continue
                 error = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
@@ -86,7 +86,7 @@ def chart(results: Results, path: Path) -> None:
 
 
 def _table(curve: Curve) -> str:
-    """Tabulate output tokens per second: a row for each place, a column for each series."""
+    """Tabulate output tokens per second: a row for each value of the variable, a column for each series."""
     places = sorted({point.x for point in curve.points if point.x})
     found = {(point.series, point.x): with_range(point.speed, number) for point in curve.points}
     alone = [series for series in curve.series if (series, 0) in found]

@@ -1,4 +1,4 @@
-"""Results of lesser processors for people: a table of each in Markdown, and what is wanted of it."""
+"""Report of restricted instruction sets: a Markdown table and targets for each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,19 +19,19 @@ TITLES = {"avx2": "AVX2", "avx512": "AVX-512 without bf16"}
 
 @dataclass
 class Results:
-    """Each set of instructions may be of another run."""
+    """Results by instruction set. Each instruction set may be from another run."""
 
-    held: dict[str, Serving] = field(default_factory=dict)  # by the name of the instructions
+    sets: dict[str, Serving] = field(default_factory=dict)  # by instruction set
 
     @property
     def made(self) -> Made:
-        """Of a quick run, if one is."""
-        runs = [found.made for found in self.held.values()]
+        """How the results were produced: by a quick run, if any of them was."""
+        runs = [found.made for found in self.sets.values()]
         return next((made for made in runs if made.quick), runs[0])
 
 
 def evaluate(found: Serving) -> list[Target]:
-    """What is wanted of one set of instructions; a quick run reaches nothing and misses nothing."""
+    """Evaluate the targets of one instruction set. A quick run reaches and misses none."""
     targets = list(_targets(found))
     return unmeasured(targets) if found.made.quick else targets
 
@@ -50,7 +50,7 @@ def _targets(found: Serving) -> Iterator[Target]:
 
 def markdown(results: Results) -> str:
     """Describe what was run, and list the speeds and the targets of each set of instructions."""
-    (first, *_) = results.held.values()
+    (first, *_) = results.sets.values()
     settings = first.settings
     work = (
         "smolora and llama.cpp, both compiled for fewer instructions than this processor has. Prompts of "
@@ -60,7 +60,7 @@ def markdown(results: Results) -> str:
     parts = [f"{work}."]
     if results.made.quick:
         parts.append(QUICK)
-    for name, found in results.held.items():
+    for name, found in results.sets.items():
         parts += [
             f"### {TITLES[name]}",
             f"`{found.made.program}`, {found.made.day}. {found.machine.hardware}.",

@@ -1,4 +1,4 @@
-"""What the curves came to, as plain values: what the report is made from and the JSON holds."""
+"""Results of the scaling curves as plain values, as stored in JSON and used by the report."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from benchmarks.measure import Figures
 
 @dataclass(frozen=True)
 class Point:
-    """Figures and adapters read have an entry for each round."""
+    """A point of a curve. `figures` and `adapters_read` have an entry for each round."""
 
     series: str
-    x: int  # 0: the base, where what grows is of adapters
+    x: int  # 0: the base, on a curve of adapters
     figures: tuple[Figures, ...]
-    adapters_read: tuple[int, ...]  # into memory, while the requests ran
-    memory: int  # bytes resident after the requests, of a server that had no others
+    adapters_read: tuple[int, ...]  # adapters loaded into memory during the requests
+    memory: int  # resident bytes after the requests, on a server of its own
 
     @property
     def speed(self) -> list[float]:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.held.__main__ import main
-from benchmarks.held.report import TITLES, Results, evaluate, markdown
-from benchmarks.peers.venvs import HELD_FLAGS, MAKERS, held
+from benchmarks.instruction_sets.__main__ import main
+from benchmarks.instruction_sets.report import TITLES, Results, evaluate, markdown
+from benchmarks.peers.venvs import INSTRUCTION_FLAGS, MAKERS, restricted
 from benchmarks.serving.systems.server_process import ServerConfig
 from server.model.native.build import INSTRUCTIONS
-from tests.benchmarks.kit import held as results
+from tests.benchmarks.kit import instruction_sets as results
 from tests.kits.native import native_library
 
-FOUND, QUICK = results().held["avx2"], results(quick=True).held["avx2"]
+FOUND, QUICK = results().sets["avx2"], results(quick=True).sets["avx2"]
 
 
 def test_the_report() -> None:
@@ -31,9 +31,9 @@ def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
 
 
 def test_our_server_and_its_peer_know_the_same_names() -> None:
-    assert set(HELD_FLAGS) == set(TITLES)
-    assert set(HELD_FLAGS) < set(INSTRUCTIONS)
-    assert {held(name) for name in HELD_FLAGS} < set(MAKERS)
+    assert set(INSTRUCTION_FLAGS) == set(TITLES)
+    assert set(INSTRUCTION_FLAGS) < set(INSTRUCTIONS)
+    assert {restricted(name) for name in INSTRUCTION_FLAGS} < set(MAKERS)
 
 
 def test_a_server_is_held_by_its_environment(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_reduced_run(tmp_path: Path) -> None:
     native_library()
     out = tmp_path / "out"
     found = main(["--quick", "--to", "avx2", "--peers", "none", "--threads", "1", "--out", str(out)])
-    rows = found.held["avx2"].rows
+    rows = found.sets["avx2"].rows
     assert [row.load.key for row in rows] == ["1-base", "2-distinct"]
     assert all(speed > 0 for row in rows for speed in row.speed())
-    assert json.loads((out / "held.json").read_text())["held"]["avx2"]["made"]["quick"] is True
+    assert json.loads((out / "instruction_sets.json").read_text())["sets"]["avx2"]["made"]["quick"] is True

@@ -1,1 +1,0 @@
-"""Our native code and llama.cpp, both held to fewer instructions than this processor has."""

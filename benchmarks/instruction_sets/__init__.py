@@ -1,0 +1,1 @@
+"""Our native code and llama.cpp, both restricted to fewer instructions than this processor has."""

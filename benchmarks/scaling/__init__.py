@@ -1,0 +1,1 @@
+"""Scaling curves: the cost of more adapters, higher ranks, larger blends, longer contexts and more streams."""
