@@ -41,17 +41,19 @@ class MergeFindings:
 def build_merge_report(spec: MergeSpec, base: BaseModel, found: MergeFindings) -> dict[str, object]:
     """Return the report, JSON-ready.
 
-    It has the adapter's parts, the method, and the distance from the exact sum.
+    It has the adapter's parts, the method, and the distance from the exact sum. `base_model` describes the base of
+    the parts; what isn't known of it is None. `base` is the served base, on which the merge was computed.
     """
     weights = found.adapter.weights
     facts = AdapterFacts(weights.digest, found.adapter.config, weights.num_parameters)
-    name = found.adapter.base_model or base.name
+    # The served base's size is known; that of the parts' base isn't, if it is another one.
+    parameters = base.weights.num_parameters if found.base_digest == base.digest else None
     return {
         "format": 1,
         "kind": MERGE,
         "name": spec.name,
         "method": spec.method,
-        "base_model": {"name": name, "digest": found.base_digest, "parameters": base.weights.num_parameters},
+        "base_model": {"name": found.adapter.base_model, "digest": found.base_digest, "parameters": parameters},
         "adapter": adapter_document(facts),
         "distance": found.distance,
         "wall_seconds": found.wall_seconds,

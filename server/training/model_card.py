@@ -56,8 +56,9 @@ def _merge_card(report: Fields) -> str:
 
 
 def _front_matter(report: Fields) -> str:
+    name = _fields(report, "base_model")["name"]
     values = {
-        "base_model": _fields(report, "base_model")["name"],
+        **({} if name is None else {"base_model": name}),
         "library_name": "peft" if report["adapter"] else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["smolora", str(report["method"])],
@@ -72,8 +73,9 @@ def _introduction(report: Fields) -> str:
         return f"All weights of {_text(base['name'])}, fine-tuned."
     adapter = _fields(report, "adapter")
     modules = ", ".join(f"`{name}`" for name in cast("Sequence[str]", adapter["target_modules"]))
+    name = "an unknown base" if base["name"] is None else _text(base["name"])
     return (
-        f"A LoRA adapter for {_text(base['name'])}: rank {adapter['rank']}, alpha {adapter['alpha']:g}"
+        f"A LoRA adapter for {name}: rank {adapter['rank']}, alpha {adapter['alpha']:g}"
         f"{', rank-stabilized' if adapter['use_rslora'] else ''}, on {modules}. "
         "PEFT's `PeftModel.from_pretrained` reads it over that base, whose weights stay as they are."
     )

@@ -125,7 +125,7 @@ def test_it_publishes_an_ordinary_version(
     ("left", "right", "merged", "is_mixed"),
     [("0b" * 32, "0b" * 32, "0b" * 32, False), ("0b" * 32, "0c" * 32, None, True), (None, None, None, False)],
 )
-def test_it_was_made_where_its_parts_were(
+def test_merge_of_another_bases_parts_names_that_base(
     left: str | None,
     right: str | None,
     merged: str | None,
@@ -136,7 +136,7 @@ def test_it_was_made_where_its_parts_were(
     store: AdapterStore,
     tiny_base: BaseModel,
 ) -> None:
-    """On a base that happens to be served now, parts of another one don't become its own."""
+    """The served base isn't named: neither its name nor its size describes the parts' base."""
     for (name, adapter), digest in zip(samples(tiny_base).items(), (left, right), strict=True):
         publish(catalog, store, name, replace(adapter, base_model="another"), digest)
     spec = merge_spec(catalog, EXPRESSION, TIES)
@@ -149,11 +149,29 @@ def test_it_was_made_where_its_parts_were(
     assert store.read(version.digest, tiny_base.config.shape).base_model == "another"
     report = jobs.report("m1")
     assert report is not None
-    parameters = tiny_base.weights.num_parameters  # of the same shapes
-    assert report["base_model"] == {"name": "another", "digest": merged, "parameters": parameters}
+    assert report["base_model"] == {"name": "another", "digest": merged, "parameters": None}
     text = model_card(json.loads(json.dumps(report)))
     assert ModelCard(text).data["base_model"] == "another"
     assert "A LoRA adapter for another:" in text
+
+
+def test_merge_of_parts_of_different_bases_names_no_base(
+    jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
+) -> None:
+    for (name, adapter), digest in zip(samples(tiny_base).items(), ("0b" * 32, "0c" * 32), strict=True):
+        publish(catalog, store, name, replace(adapter, base_model=f"{name}-base"), digest)
+    spec = merge_spec(catalog, EXPRESSION, TIES)
+    merge_now(
+        spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+    )
+    version = catalog.version("merged", 1)
+    assert (version.base_model, version.base_digest) == (None, None)
+    report = jobs.report("m1")
+    assert report is not None
+    assert report["base_model"] == {"name": None, "digest": None, "parameters": None}
+    text = model_card(json.loads(json.dumps(report)))
+    assert "base_model" not in ModelCard(text).data.to_dict()
+    assert "A LoRA adapter for an unknown base:" in text
 
 
 def test_layers_are_those_of_the_parts_base(
