@@ -23,7 +23,7 @@ from server.cli.home import (
 )
 from server.config import WorkerSettings, load
 from server.errors import StartupError
-from server.system.memory import loading
+from server.system.memory import exempt_from_gc
 from server.system.messages import plural
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def backup(file: FileArgument, home: HomeOption = None, as_json: JsonOption = Fa
     Only you can read the file, because it has the hashes of all keys. The exit code is 1 if stored bytes are
     damaged; the backup has them as they are.
     """
-    with loading():
+    with exempt_from_gc():
         from server.operations.backup import back_up, stream
 
     refuse_server("backup", _INSTEAD)
@@ -77,7 +77,7 @@ def restore(file: FileArgument, home: HomeOption = None, as_json: JsonOption = F
     Running jobs continue from their checkpoints. Keys that were revoked after the backup are valid again. The exit
     code is 1 if stored bytes were damaged before the backup; they are restored as they were.
     """
-    with loading():
+    with exempt_from_gc():
         from server.operations import restore as restoring
 
     refuse_server("restore", _INSTEAD)
@@ -117,7 +117,7 @@ def doctor(
 
     Every byte in an object store (SMOLORA_BYTES_URL) is fetched.
     """
-    with loading():
+    with exempt_from_gc():
         from server.operations import doctor as checks
 
     refuse_server("doctor", "use pg_amcheck")
@@ -226,7 +226,7 @@ def prune(
 
     Records, events, cards, adapters and data sets stay. Download models of full fine-tuning first.
     """
-    with loading():
+    with exempt_from_gc():
         from server.jobs.files import Retention
         from server.jobs.jobs import Jobs
 

@@ -17,7 +17,7 @@ from server.config.environment import unknown_variables
 from server.errors import StartupError
 from server.serve.address import bind, refuse_strangers, url
 from server.storage.home import make, prepare, serving
-from server.system.memory import keep_freed_memory, loading
+from server.system.memory import exempt_from_gc, keep_freed_memory
 from server.system.threads import switch_quickly
 from server.telemetry import logs
 
@@ -61,7 +61,7 @@ def _serve_at(
     refuse_strangers(settings)
     bound = bind(settings.host, settings.port)
     say("loading libraries")
-    with loading():
+    with exempt_from_gc():
         from server.api.app import create_app
         from server.jobs.supervisor import Supervisor, worker_command
         from server.jobs.yielding import BusyFlag

@@ -31,9 +31,9 @@ from server.errors import NotReady
 CPU_SECONDS = 0.4
 """Limit on the processor time of one grammar. Real grammars take 10 to 30 ms."""
 WALL_SECONDS = 0.9
-"""Limit on the wall-clock time of a grammar that has had `_REAL_SECONDS` of processor time."""
+"""Limit on the wall-clock time of a grammar that has had `_NORMAL_PRIORITY_SECONDS` of processor time."""
 
-_REAL_SECONDS = 0.06  # processor time: real grammars take less, and others get a low priority from then on
+_NORMAL_PRIORITY_SECONDS = 0.06  # processor time, more than real grammars take; then the priority is lowered
 _STARVED_SECONDS = 5.0  # limit on the wall-clock time of a grammar that has had less
 _LOOK_SECONDS = 0.05  # between two looks at a child's processor time
 _MEMORY = 1 << 30  # bytes of address space
@@ -195,7 +195,7 @@ def _answer_of(child: int, answer: BinaryIO) -> bytes:
     is_nice = False
     while not poll.poll(_LOOK_SECONDS * 1e3):
         seconds = time.monotonic() - begun
-        if _processor_seconds(child) < _REAL_SECONDS:
+        if _processor_seconds(child) < _NORMAL_PRIORITY_SECONDS:
             if seconds > _STARVED_SECONDS:
                 return _line(_TOO_BUSY)
         elif seconds > WALL_SECONDS:

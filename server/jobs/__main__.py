@@ -2,9 +2,9 @@
 
 import sys
 
-from server.system.memory import loading
+from server.system.memory import exempt_from_gc
 
-with loading():
+with exempt_from_gc():
     from server.jobs.run_job import main
 
 raise SystemExit(main(sys.argv[1]))

@@ -31,7 +31,7 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def loading() -> Iterator[None]:
+def exempt_from_gc() -> Iterator[None]:
     """Disable garbage collection during the block, and then permanently exempt all existing objects from it.
 
     A server's libraries create half a million objects that live as long as the process. Scanning them would take a

@@ -45,7 +45,7 @@ def load_native(
             base.weights,
             max_positions=max_positions,
             num_threads=torch.get_num_threads(),
-            adapts=True,
+            adaptive_threads=True,
         )
     except MemoryError as reason:
         say(f"no native code: {reason}; torch computes instead, more slowly")

@@ -196,16 +196,16 @@ class NativeModel:
         *,
         max_positions: int,
         num_threads: int,
-        adapts: bool = False,
+        adaptive_threads: bool = False,
     ) -> None:
         """Pack the weights. Raise NativeUnavailable if native code doesn't support the base.
 
-        Raise MemoryError if memory runs out. `num_threads` threads compute a step. With `adapts`, fewer of them
-        compute it if that is faster.
+        Raise MemoryError if memory runs out. `num_threads` threads compute a step. With `adaptive_threads`, a step
+        uses fewer threads if that is faster.
         """
         check_base(config, weights)
         self._library = library
-        self._team_size = TeamSize(num_threads) if adapts and num_threads > 1 else None
+        self._team_size = TeamSize(num_threads) if adaptive_threads and num_threads > 1 else None
         self.config = config
         self._weights = weights  # kept, since native code reads some in place
         self._read: tuple[object, ...] = ()  # keeps the arrays alive that the last step points to

@@ -363,8 +363,8 @@ def test_only_an_empty_home_is_filled(registry: Registry, target: Path, tmp_path
 VICTIM = """
 import json, os, signal, sys
 from pathlib import Path
-from server.system.memory import loading
-with loading():  # else each child's collector walks through all of it
+from server.system.memory import exempt_from_gc
+with exempt_from_gc():  # each child would otherwise collect all of it
     import alembic.command  # which a restore asks whether it knows the schema
     from server.operations import backup, restore
 

@@ -1,24 +1,24 @@
-"""What is there when a process has loaded is never looked through for garbage again."""
+"""Objects of a starting process are exempt from garbage collection."""
 
 import gc
 from collections.abc import Iterator
 
 import pytest
 
-from server.system.memory import loading
+from server.system.memory import exempt_from_gc
 
 
 @pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
-    """Other tests' objects are looked through as before."""
+def unfreeze() -> Iterator[None]:
+    """Undo the freeze, so that other tests' objects are collected as before."""
     before = gc.get_freeze_count()
     yield
     if not before:
         gc.unfreeze()
 
 
-def test_loading_pauses_the_collector_and_freezes_its_objects() -> None:
-    with loading():
+def test_collector_pauses_and_new_objects_are_exempt() -> None:
+    with exempt_from_gc():
         assert not gc.isenabled()
         loaded: list[object] = []
         loaded.append(loaded)
@@ -29,7 +29,7 @@ def test_loading_pauses_the_collector_and_freezes_its_objects() -> None:
     assert any(found is later for found in gc.get_objects())
 
 
-def test_a_start_that_fails_leaves_the_collector_on() -> None:
-    with pytest.raises(ValueError, match="no base"), loading():
+def test_collector_resumes_after_an_error() -> None:
+    with pytest.raises(ValueError, match="no base"), exempt_from_gc():
         raise ValueError("no base")
     assert gc.isenabled()
