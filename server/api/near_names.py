@@ -39,21 +39,26 @@ _PEER_UNITS = {
 }
 """What our field counts, if the field with this name in PEFT or TRL counts something else."""
 
-_PEER_PATHS = {
-    "/v1/responses": "/v1/chat/completions",
-    "/v1/messages": "/v1/chat/completions",
-    "/v1/engines": "/v1/models",
-    "/v1/moderations": None,
-    "/v1/evals": None,
-}
-"""Paths of OpenAI and Anthropic, with our paths to use instead. None means that we have no such path, only one
-with a similar name."""
+_CHAT, _CHAT_PEERS = "/v1/chat/completions", ("/v1/responses", "/v1/messages")
+"""Our path for chats, and those of OpenAI's and Anthropic's newer APIs, which no similarity of names connects."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:
-    """Return the error message for an unknown path. `known` are the paths of all routes."""
-    meant = _PEER_PATHS[path] if path in _PEER_PATHS else near(path, known)
+    """Return the error message for an unknown path. `known` are the paths of all routes.
+
+    Suggest the route that the path ends with, since libraries append paths to a wrong base URL, or else the route
+    with the most similar name. A common /v1 doesn't count: it would make any two short paths similar.
+    """
+    routes = {_bare(route): route for route in known}
+    name = _bare(path)
+    appended = (route for route in routes if route and f"/{name}".endswith(f"/{route}"))
+    similar = max(appended, key=len, default=None) or near(name, routes)
+    meant = _CHAT if path in _CHAT_PEERS else routes.get(similar or "")
     return f"no such path{f' (did you mean {meant}?)' if meant else ''}: /docs lists them"
+
+
+def _bare(path: str) -> str:
+    return path.removeprefix("/v1/").removeprefix("/")
 
 
 def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> str:

@@ -1,4 +1,4 @@
-"""Names that aren't known: what an error says that they were perhaps meant to be."""
+"""Suggestions in errors about unknown names."""
 
 import httpx
 import pytest
@@ -53,7 +53,7 @@ async def test_unknown_fields(
         ("lora", "r", "no such field: did you mean rank?"),
         ("lora", "lora_r", "no such field: did you mean rank?"),
         ("lora", "lora_alpha", "no such field: did you mean alpha?"),
-        ("lora", "use_dora", "no such field"),  # it is no misspelt use_rslora
+        ("lora", "use_dora", "no such field"),  # not a misspelt use_rslora
         ("lora", "target_module", "no such field: did you mean target_modules?"),
         ("training", "num_train_epochs", "no such field: did you mean epochs?"),
         ("training", "save_steps", "no such field: did you mean checkpoint_steps?"),
@@ -70,12 +70,12 @@ async def test_unknown_fields(
         ),
     ],
 )
-async def test_names_that_peft_and_trl_have(client: httpx.AsyncClient, part: str, name: str, message: str) -> None:
+async def test_names_of_peft_and_trl(client: httpx.AsyncClient, part: str, name: str, message: str) -> None:
     response = await client.post("/train", json={"name": "a", "data": [{"text": "a"}], part: {name: 1}})
     assert response.json()["errors"] == [{"loc": [part, name], "message": message}]
 
 
-async def test_unknown_fields_of_openais(client: httpx.AsyncClient) -> None:
+async def test_unknown_openai_fields(client: httpx.AsyncClient) -> None:
     body = {"model": "base", "prompt": "a", "max_token": 5}
     response = await client.post("/v1/completions", json=body)
     assert response.status_code == 400
@@ -92,18 +92,21 @@ async def test_unknown_fields_of_openais(client: httpx.AsyncClient) -> None:
         ),
         ("/v1/responses", "no such path (did you mean /v1/chat/completions?): /docs lists them"),
         ("/v1/messages", "no such path (did you mean /v1/chat/completions?): /docs lists them"),
+        ("/v1/v1/completions", "no such path (did you mean /v1/completions?): /docs lists them"),
+        ("/v1/generat", "no such path (did you mean /generate?): /docs lists them"),
         ("/v1/moderations", "no such path: /docs lists them"),
+        ("/v1/evals", "no such path: /docs lists them"),
         ("/v1/embeddings", "no such path: /docs lists them"),
         ("/" + "a" * 1000, "no such path: /docs lists them"),
     ],
 )
-async def test_paths_that_libraries_make_of_a_wrong_address(
+async def test_paths_of_clients_with_a_wrong_base_url(
     client: httpx.AsyncClient, path: str, message: str
 ) -> None:
     response = await client.post(path, json={})
     assert response.status_code == 404
-    told = response.json()
-    assert (told["error"]["message"] if path.startswith("/v1/") else told["detail"]) == message
+    answer = response.json()
+    assert (answer["error"]["message"] if path.startswith("/v1/") else answer["detail"]) == message
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ async def test_bad_json_says_where(client: httpx.AsyncClient, content: bytes, me
     assert response.json()["errors"] == [{"loc": ["body"], "message": message}]
 
 
-def test_variables_that_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unknown_variables() == []
     for name in ("SMOLORA_PROT", "SMOLORA_URL", "SMOLORA_PORT", "SMOLORA_XYZ"):
         monkeypatch.setenv(name, "1")
