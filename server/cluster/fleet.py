@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-from adapters.errors import InvalidInput, SmoloraError
+from adapters.errors import SmoloraError
 from server.cluster.messages import Batch, ReplicaState, Welcome, block_hash
 from server.cluster.rank import Part, Replica, rank
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
@@ -206,19 +206,7 @@ def check_queues(links: Sequence[Link]) -> None:
 def check(links: Sequence[Link], request: GenerationRequest) -> None:
     """Raise InvalidInput if no replica could ever run the request."""
     welcomes = [link.welcome for link in links if link.welcome is not None]
-    limit = max(welcome.max_num_tokens for welcome in welcomes)
-    num_prompt, num_more = len(request.prompt_token_ids), request.sampling.max_tokens
-    if not num_prompt:
-        raise InvalidInput.of("prompt", "the prompt has no tokens; give at least one character")
-    if num_prompt + num_more > limit:
-        raise InvalidInput.of(
-            "max_tokens",
-            f"the prompt's {num_prompt} tokens and {num_more} more exceed {limit}; shorten the prompt or lower "
-            "max_tokens",
-        )
-    vocab_size = welcomes[0].vocab_size
-    if any(token_id >= vocab_size for token_id, _ in request.sampling.logit_bias):
-        raise InvalidInput.of("logit_bias", f"a token id is not below {vocab_size}")
+    request.check(max(welcome.max_num_tokens for welcome in welcomes), welcomes[0].vocab_size)
 
 
 def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Link:

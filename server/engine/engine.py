@@ -135,17 +135,7 @@ class Engine:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidInput if the request could never run, and NotReady if its grammar wasn't checked."""
-        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if not request.prompt_token_ids:
-            raise InvalidInput.of("prompt", "the prompt has no tokens; give at least one character")
-        if num_tokens > self.max_num_tokens:
-            raise InvalidInput.of(
-                "max_tokens",
-                f"the prompt's {len(request.prompt_token_ids)} tokens and {request.sampling.max_tokens} more "
-                f"exceed {self.max_num_tokens}; shorten the prompt or lower max_tokens",
-            )
-        if any(token_id >= self._vocab_size for token_id, _ in request.sampling.logit_bias):
-            raise InvalidInput.of("logit_bias", f"a token id is not below {self._vocab_size}")
+        request.check(self.max_num_tokens, self._vocab_size)
         if request.grammar is not None and not (self._guidance and self._guidance.holds(request.grammar)):
             raise NotReady("the grammar is not compiled")
 

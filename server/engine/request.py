@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from adapters.errors import SmoloraError
+from adapters.errors import InvalidInput, SmoloraError
 from adapters.lora import AdapterRef
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -74,6 +74,20 @@ class GenerationRequest:
     grammar: Grammar | None = None
     scored_from: int | None = None
     project: str = ""
+
+    def check(self, max_num_tokens: int, vocab_size: int) -> None:
+        """Raise InvalidInput if no engine with these limits can run the request."""
+        num_prompt, num_more = len(self.prompt_token_ids), self.sampling.max_tokens
+        if not num_prompt:
+            raise InvalidInput.of("prompt", "the prompt has no tokens; give at least one character")
+        if num_prompt + num_more > max_num_tokens:
+            raise InvalidInput.of(
+                "max_tokens",
+                f"the prompt's {num_prompt} tokens and {num_more} more exceed {max_num_tokens}; shorten the "
+                "prompt or lower max_tokens",
+            )
+        if any(token_id >= vocab_size for token_id, _ in self.sampling.logit_bias):
+            raise InvalidInput.of("logit_bias", f"a token id is not below {vocab_size}")
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,7 @@ async def test_unknown_openai_fields(client: httpx.AsyncClient) -> None:
         ("/" + "a" * 1000, "no such path: /docs lists them"),
     ],
 )
-async def test_paths_of_clients_with_a_wrong_base_url(
-    client: httpx.AsyncClient, path: str, message: str
-) -> None:
+async def test_paths_of_clients_with_a_wrong_base_url(client: httpx.AsyncClient, path: str, message: str) -> None:
     response = await client.post(path, json={})
     assert response.status_code == 404
     answer = response.json()
