@@ -20,7 +20,7 @@ LEAST_SAME = 0.4
 
 
 def markdown(results: Results) -> str:
-    """Tables of loads and of targets, and lines on what no table holds."""
+    """Return tables of loads and targets, and the peak memory."""
     settings = results.settings
     work = (
         f"{settings.model} in {settings.dtype}; distinct prompts of {settings.prompt_tokens} tokens, "
@@ -46,7 +46,7 @@ def details(results: Results) -> str:
 
 
 def speed_table(results: Results) -> str:
-    """Tokens per second by load and system."""
+    """Tabulate tokens per second by load and system."""
 
     def cell(row: Row, facts: Facts) -> str:
         speeds = row.speed(facts.name)

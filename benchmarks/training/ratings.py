@@ -97,7 +97,7 @@ def rule_classifier(source: Path) -> RuleClassifier:
 
 
 def _parse(text: str) -> Iterator[tuple[str, Rated]]:
-    """Return (document, sentence) of each clear rating, without duplicates."""
+    """Yield (document, sentence) of each clear rating, without duplicates."""
     seen: set[str] = set()
     for line in csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
         if len(line) != 3:

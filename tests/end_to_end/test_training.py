@@ -12,35 +12,35 @@ import pytest
 from server.jobs.files import CHECKPOINTS_NAME, LOG_NAME
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, get, submit, wait_for_end, wait_until
-from tests.stress.equal_jobs import Drill, start, tiny_base
+from tests.stress.equal_jobs import TrainingServer, start, tiny_base
 from tests.stress.kill_nine import kill
 from tests.stress.pauses import pause_at_random
 
 
 @pytest.fixture(scope="module")
-def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+def training_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingServer]:
     """A server on which one job has ended undisturbed."""
-    drill = Drill.begin("tiny", tmp_path_factory.mktemp("drill"))
-    yield drill
-    drill.server.close()
+    training_server = TrainingServer.begin("tiny", tmp_path_factory.mktemp("training"))
+    yield training_server
+    training_server.server.close()
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    """The drill's, on which no job has ended."""
+    """The training server, on which no job has ended."""
     server = start(tmp_path / "home", tiny_base(tmp_path))
     yield server
     server.close()
 
 
 @pytest.mark.slow
-def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(drill: Drill) -> None:
+def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(training_server: TrainingServer) -> None:
     """Paused on its way, one time by a SIGTERM to the worker; then the server is killed, with which its worker and
     that one's job die.
     """
-    pause_at_random(drill, 3)
-    kill(drill, "server", alone=True)
-    drill.check()
+    pause_at_random(training_server, 3)
+    kill(training_server, "server", alone=True)
+    training_server.check()
 
 
 def test_a_failed_job_keeps_its_error_and_its_log(server: ServerProcess) -> None:

@@ -1,12 +1,12 @@
-"""Rounds of faults of a whole cluster while everything runs.
+"""Rounds of faults in a whole cluster under full load.
 
-    python -m tests.stress.cluster_rounds --rounds 100
+python -m tests.stress.cluster_rounds --rounds 100
 
-Two API processes, two engine replicas on Ray Serve, a worker and another one elsewhere, PostgreSQL and an object
-store answer, train and publish for two projects. Each round strikes one of them at a random moment. In the end
-everything is as `fault_load` has it, and besides: each greedy answer that came whole is what one process says,
-each that was cut off is the beginning of that and ended with `event: error`, unless the API process itself was
-killed; nobody was answered 500; and every process is there again.
+Two API processes, two engine replicas on Ray Serve, two workers on different hosts, PostgreSQL and an object store
+answer, train and publish for two projects. Each round strikes one of these processes at a random moment. At the
+end the conditions of `fault_load` hold, and these: every complete greedy answer equals the single process's
+answer. Every answer that was cut off is a prefix of it and ended with `event: error`, unless the API process
+itself was killed. No client got a 500. Every process is running again.
 """
 
 import argparse
@@ -55,7 +55,7 @@ Body = dict[str, Any]
 
 
 def bodies() -> list[Body]:
-    """Greedy ones, with and without adapters."""
+    """Return greedy requests, with and without adapters."""
     return [
         {
             "prompt": f"{number} HTTP " * (number % 5 + 1),
@@ -70,7 +70,7 @@ def bodies() -> list[Body]:
 
 
 def begin(scratch: Path, seed: int) -> Rounds:
-    """Ask one process, then start the cluster."""
+    """Collect reference answers from a single process, then start the cluster."""
     model = save_tiny_base(scratch / "tiny", "llama", SIZES)
     single = ServerProcess(scratch / "single", model=model, **FLAGS)
     files = random_files(model, single.home)
@@ -93,7 +93,7 @@ def begin(scratch: Path, seed: int) -> Rounds:
 
 
 def works(rounds: Rounds) -> list[Work]:
-    """What is done all the time."""
+    """Return the activities that run all the time."""
 
     def generate(load: Load, rng: random.Random) -> None:
         project, body = rng.choice(PROJECTS), rng.choice(bodies())
@@ -160,14 +160,14 @@ def works(rounds: Rounds) -> list[Work]:
 
 
 def refused(load: Load, response: httpx.Response) -> None:
-    """Which it may be for a while, but by no fault of the server's own."""
+    """Count a temporary refusal; record any other error as wrong."""
     load.done[f"answered {response.status_code}"] += 1
     if response.status_code not in (429, 503):
         load.wrong.append(f"answered {response.status_code}: {response.text[:300]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run them; 1 where something is not as it must be."""
+    """Run the rounds. Return 1 if a condition fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

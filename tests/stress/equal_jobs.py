@@ -1,7 +1,7 @@
-"""A real server on which equal jobs train, and what each must leave however it was disturbed.
+"""A real server on which equal jobs train, and the results that every job must leave however it was disturbed.
 
-`tests.stress.kill_nine` and `tests.stress.pauses` disturb them. A job that nobody disturbs comes first; all others
-must end in its bytes, with its events and its numbers. Both bases take the default path: native where it can be.
+`tests.stress.kill_nine` and `tests.stress.pauses` disturb the jobs. The first job runs undisturbed; all others
+must end with the same bytes, events and numbers. Both bases take the default path, which is native if possible.
 """
 
 import random
@@ -28,56 +28,57 @@ TRAINING: Mapping[Base, Mapping[str, object]] = {
     "real": {"epochs": 4, "batch_size": 8, "eval_steps": 3, "checkpoint_steps": 2, "learning_rate": 3e-3},
 }
 TIMES = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
-"""What a report says of time and memory: no two jobs agree on them."""
+"""Report fields of time and memory, which differ between any two jobs."""
 PATIENCE = 600.0
-"""Seconds for a job to end, once nobody disturbs it."""
+"""Seconds for a job to end once it is no longer disturbed."""
 
 
 @dataclass
-class Drill:
-    """A server that may be killed, and the jobs that were given to it."""
+class TrainingServer:
+    """A server that may be killed, and its jobs."""
 
     base: Base
     home: Path
     model: Path
     rng: random.Random
     server: ServerProcess
-    expected: Mapping[str, Any] = field(default_factory=dict)  # what the undisturbed job left
-    num_steps: int = 0  # that it took
+    expected: Mapping[str, Any] = field(default_factory=dict)  # the result of the undisturbed job
+    num_steps: int = 0  # of the undisturbed job
     seconds: float = 0.0
     jobs: list[str] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, base: Base, home: Path, seed: int = 0) -> "Drill":
-        """A server, and on it one job that nothing disturbs."""
+    def begin(cls, base: Base, home: Path, seed: int = 0) -> "TrainingServer":
+        """Start a server and run one job undisturbed."""
         model = resolve_base(EMBEDDED, CACHE) if base == "real" else tiny_base(home)
-        drill = cls(base, home, model, random.Random(seed), start(home, model))
+        training = cls(base, home, model, random.Random(seed), start(home, model))
         try:
-            job = succeeded(drill.server, drill.submit(), PATIENCE)
-            drill.expected = drill.left_by(job["id"])
+            job = succeeded(training.server, training.submit(), PATIENCE)
+            training.expected = training.left_by(job["id"])
         except BaseException:
-            drill.server.close()
+            training.server.close()
             raise
-        computed_by = drill.expected["report"]["environment"]["computed_by"]
+        computed_by = training.expected["report"]["environment"]["computed_by"]
         assert (computed_by == ["torch"]) is not has_native(), f"computed by {computed_by}"
         started, finished = (datetime.fromisoformat(job[key]) for key in ("started_at", "finished_at"))
-        drill.num_steps, drill.seconds = job["progress"]["total_steps"], (finished - started).total_seconds()
-        return drill
+        training.num_steps, training.seconds = job["progress"]["total_steps"], (finished - started).total_seconds()
+        return training
 
     @property
     def digest(self) -> str:
-        """Of what each job publishes."""
+        """The digest that each job publishes."""
         return str(self.expected["adapter"]["digest"])
 
     def submit(self) -> str:
-        """Another job, the same as all others."""
+        """Submit another job with the same spec."""
         body = {"name": NAME, "data": code_rows(NUM_ROWS), "lora": {"rank": 4}, "validation": 0.2}
         body["publish_if"] = "improves_base"
         self.jobs.append(submit(self.server, **body, training=TRAINING[self.base]))
         return self.jobs[-1]
 
     def running(self, after_attempt: int = 0) -> int:
-        """Wait until a process works on the last job in a later attempt, or on another one; which one."""
+        """Wait until a process works on a later attempt of the last job, or on another job; return that
+        process."""
         while True:
             job = get(self.server, f"/train/{self.jobs[-1]}")
             if job["status"] in ENDED:
@@ -88,12 +89,12 @@ class Drill:
             time.sleep(0.05)
 
     def restart(self) -> None:
-        """Once the server is dead."""
+        """Start the server again after its death."""
         self.server.close()
         self.server = start(self.home, self.model)
 
     def left_by(self, job_id: str) -> dict[str, Any]:
-        """Bytes, events and numbers of a job that has succeeded, but for times and what tells jobs apart."""
+        """Return bytes, events and numbers of a succeeded job, without times and job ids."""
         job, report = get(self.server, f"/train/{job_id}"), get(self.server, f"/train/{job_id}/report")
         events = get(self.server, f"/train/{job_id}/events")
         progress = {key: value for key, value in job["progress"].items() if key not in TIMES}
@@ -106,7 +107,7 @@ class Drill:
         }
 
     def check(self) -> None:
-        """AssertionError where a job isn't as the undisturbed one, or was published more than once."""
+        """Raise AssertionError if a job differs from the undisturbed one, or was published more than once."""
         for job_id in self.jobs:
             succeeded(self.server, job_id, PATIENCE)
             found = self.left_by(job_id)
@@ -122,7 +123,7 @@ class Drill:
 
 
 def tiny_base(directory: Path) -> Path:
-    """Of sizes that native code covers, saved there."""
+    """Save and return a base of sizes that native code supports."""
     return save_tiny_base(directory / "tiny", "llama", NATIVE_SIZES)
 
 
@@ -131,7 +132,7 @@ def start(home: Path, model: Path) -> ServerProcess:
 
 
 def _first_difference(found: Any, expected: Any) -> str:
-    """Where two lists or objects part."""
+    """Return the first difference between two lists or objects."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in expected:
             if found.get(key) != expected[key]:

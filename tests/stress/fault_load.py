@@ -1,4 +1,4 @@
-"""What clients do while servers are struck, and what must be so then: for `fault_rounds` and `cluster_rounds`."""
+"""Client load while servers are struck, and the conditions that must hold afterwards, for all rounds of faults."""
 
 import random
 import threading
@@ -22,14 +22,14 @@ from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 PROJECTS = ("acme", "other")
 COUNTED_AFTER = 1.0
-"""Seconds from an answer's end until a kill can't undo its count."""
+"""Seconds after an answer's end until a kill can no longer lose its usage record."""
 MAX_UNFINISHED = 4
 Files = dict[str, tuple[str, bytes]]
 
 
 @dataclass
 class Answer:
-    """One that came whole, in seconds of the monotonic clock."""
+    """A complete answer, with times in seconds of the monotonic clock."""
 
     at: float
     project: str
@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass
 class Load:
-    """The clients of a server, and what they saw. `strikes` are moments at which it was killed."""
+    """The clients of a server, and what they observed. `strikes` are the moments of kills."""
 
     rng: random.Random
     secrets: dict[str, str]
@@ -47,15 +47,15 @@ class Load:
     url: Callable[[], str]  # of the server, or of one of several
     ends: threading.Event = field(default_factory=threading.Event)
     answers: list[Answer] = field(default_factory=list)
-    jobs: dict[str, str] = field(default_factory=dict)  # the project of each
-    published: Counter[tuple[str, str]] = field(default_factory=Counter)  # uploads that were answered 201
+    jobs: dict[str, str] = field(default_factory=dict)  # project by job
+    published: Counter[tuple[str, str]] = field(default_factory=Counter)  # uploads answered with 201
     strikes: list[float] = field(default_factory=list)
-    lost: Counter[str] = field(default_factory=Counter)  # tokens that answers without a reader may have had
+    lost: Counter[str] = field(default_factory=Counter)  # tokens that unread answers may have had
     done: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)  # answers that nobody may get
+    wrong: list[str] = field(default_factory=list)  # unacceptable answers
 
     def post(self, project: str, path: str, **content: Any) -> httpx.Response | None:
-        """The answer; None where the server wasn't there for it."""
+        """Return the response, or None if the server wasn't reachable."""
         headers = {"Authorization": f"Bearer {self.secrets[project]}"}
         try:
             response = httpx.post(f"{self.url()}{path}", headers=headers, timeout=60, trust_env=False, **content)
@@ -76,7 +76,7 @@ class Load:
         return self.get(project, f"/train/{job_id}")["status"] in ENDED
 
     def all_jobs(self, project: str) -> list[str]:
-        """Those that were accepted, whether the answer came or not."""
+        """Return all accepted jobs, including those whose response was lost."""
         found, after = [], ""
         while True:
             page = self.get(project, f"/train?limit=100{after}")
@@ -86,7 +86,7 @@ class Load:
             after = f"&after={page['next']}"
 
     def answered(self, project: str, usage: dict[str, int]) -> None:
-        """One has come whole."""
+        """Record a complete answer."""
         self.answers.append(Answer(time.monotonic(), project, usage["prompt_tokens"], usage["completion_tokens"]))
         self.done["answers"] += 1
 
@@ -95,14 +95,14 @@ Work = Callable[[Load, random.Random], None]
 
 
 def random_files(model: Path, home: Path, number: int = 100) -> list[Files]:
-    """Adapters for the base."""
+    """Return random adapters for the base."""
     shape = load_base(resolve_base(str(model), home)).config.shape
     return [as_parts(*peft_files(seed, shape=shape)) for seed in range(number)]
 
 
 @contextmanager
 def under_load(load: Load, works: list[Work]) -> Iterator[None]:
-    """A block during which each of them is done again and again."""
+    """Repeat each of `works` concurrently during the block."""
 
     def run(work: Work, seed: int) -> None:
         rng = random.Random(seed)
@@ -120,18 +120,18 @@ def under_load(load: Load, works: list[Work]) -> Iterator[None]:
 
 
 def call(load: Load, rng: random.Random) -> None:
-    """Answers, whose usage is to be in the ledger."""
+    """Request answers whose usage must be in the ledger."""
     project = rng.choice(PROJECTS)
     body = {"prompt": "HTTP " * rng.randint(1, 20), "max_tokens": rng.randint(1, 20), "ignore_eos": True}
     response = load.post(project, "/generate", json=body)
     if response is not None and response.status_code == 200:
         load.answered(project, response.json()["usage"])
-    elif response is None or response.status_code >= 500:  # it may have ended all the same, or come to a part
+    elif response is None or response.status_code >= 500:  # it may still have ended, or generated a part
         load.lost[project] += int(str(body["max_tokens"]))
 
 
 def publish(load: Load, rng: random.Random) -> None:
-    """Uploads under one name: each that was answered is there in the end."""
+    """Upload versions of one name. Every acknowledged version must exist at the end."""
     project = rng.choice(PROJECTS)
     response = load.post(project, "/adapters/up", files=rng.choice(load.files))
     if response is not None and response.status_code == 201:
@@ -141,7 +141,7 @@ def publish(load: Load, rng: random.Random) -> None:
 
 
 def train(load: Load, rng: random.Random) -> None:
-    """Jobs, a few at a time."""
+    """Submit jobs, a few at a time."""
     project = rng.choice(PROJECTS)
     training = {"epochs": 2, "batch_size": 4, "checkpoint_steps": 4}
     body = {"name": "codes", "data": code_rows(24), "lora": {"rank": 4}, "training": training}
@@ -158,7 +158,7 @@ def train(load: Load, rng: random.Random) -> None:
 
 
 def check(load: Load) -> list[str]:
-    """What isn't as it must be, once everything has ended."""
+    """Return all violated conditions, once everything has ended."""
     found: list[str] = []
     accepted = {job_id: project for project in PROJECTS for job_id in load.all_jobs(project)}
     found += [f"{job_id} was accepted and is gone" for job_id in load.jobs.keys() - accepted]
@@ -188,7 +188,7 @@ def check(load: Load) -> list[str]:
 
 
 def diagnosed(home: Path, seconds: float = 30) -> list[str]:
-    """What `smolora doctor` finds beside a server that is idle, once threads have removed what nobody holds."""
+    """Return what `smolora doctor` finds on an idle server, after threads have removed unreferenced files."""
     deadline = time.monotonic() + seconds
     while (findings := examine(home).findings) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -196,7 +196,7 @@ def diagnosed(home: Path, seconds: float = 30) -> list[str]:
 
 
 def check_ledger(load: Load, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Between what must be counted and what may be."""
+    """Return the counts that lie outside the possible range."""
     found = []
     for project in PROJECTS:
         mine = [answer for answer in load.answers if answer.project == project]

@@ -1,11 +1,11 @@
-"""Rounds of SIGKILL, SIGSTOP and SIGTERM of server and workers while everything runs.
+"""Rounds of SIGKILL, SIGSTOP and SIGTERM for server and workers under full load.
 
-    python -m tests.stress.fault_rounds --rounds 200
+python -m tests.stress.fault_rounds --rounds 200
 
 A real server on a tiny base answers, trains and publishes for two projects. Each round strikes the server, a
-worker or a job's process at a random moment, and starts the server again where that ended it. In the end every job
-that was accepted has ended, once; every version that is listed loads and was published once; the ledger has every
-answer that ended over a second before a strike, none twice; and `smolora doctor` finds nothing.
+worker or a job's process at a random moment, and restarts the server if it ended. At the end every accepted job
+has ended exactly once. Every listed version loads and was published exactly once. The ledger has every answer that
+ended more than a second before a strike, and none twice. `smolora doctor` finds nothing.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "end": signal.SIGTERM
 
 @dataclass
 class Rounds:
-    """A server that is struck."""
+    """A server and the strikes on it."""
 
     home: Path
     model: Path
@@ -76,7 +76,7 @@ def start(home: Path, model: Path, key: str) -> ServerProcess:
 
 
 def strike(rounds: Rounds) -> str:
-    """Somebody, somehow; the server is there again afterwards."""
+    """Strike a random process with a random signal; return once the server is reachable again."""
     rng = rounds.load.rng
     how = rng.choice(list(SIGNALS))
     victim: Victim = rng.choice(["server", "server", "worker", "job"])
@@ -96,7 +96,7 @@ def strike(rounds: Rounds) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run them; 1 where something is not as it must be."""
+    """Run the rounds. Return 1 if a condition fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

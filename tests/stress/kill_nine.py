@@ -1,12 +1,11 @@
-"""kill -9 of workers and servers at random moments; every job ends as one that nobody disturbed.
+"""kill -9 of workers and servers at random moments; every job ends like an undisturbed one.
 
-    python -m tests.stress.kill_nine --worker 20 --server 5 --base tiny
+python -m tests.stress.kill_nine --worker 20 --server 5 --base tiny
 
-A real server trains on the base. Each kill strikes a running attempt, at a moment drawn from the time that an
-undisturbed job takes; a job that ends before is followed by another one. Nobody helps: a killed worker is started
-again by its server, a killed server by whoever keeps machines running, here this program. In the end each job has
-succeeded, has exactly one version, and that version's bytes, its events and its numbers are those of the
-undisturbed job.
+A real server trains on the base. Each kill strikes a running attempt at a random moment within the duration of an
+undisturbed job; if a job ends earlier, another one is submitted. The server restarts a killed worker; this program
+restarts a killed server, as a service manager would. At the end each job has succeeded and has exactly one
+version, whose bytes, events and numbers equal the undisturbed job's.
 """
 
 import argparse
@@ -22,46 +21,46 @@ from typing import Literal
 import psutil
 
 from tests.end_to_end.training_client import CHILD, WORKER, get, processes, wait_until
-from tests.stress.equal_jobs import Base, Drill
+from tests.stress.equal_jobs import Base, TrainingServer
 
 Victim = Literal["worker", "server"]
 
 
-def kill(drill: Drill, victim: Victim, alone: bool, after_attempt: int = 0) -> float:
-    """Kill it in the middle of a later attempt at the last job; how many seconds after the attempt's start."""
+def kill(training: TrainingServer, victim: Victim, alone: bool, after_attempt: int = 0) -> float:
+    """Kill in the middle of a later attempt of the last job; return the seconds since the attempt's start."""
     while True:
-        after_attempt = drill.running(after_attempt)
-        moment = drill.rng.uniform(0, drill.seconds)
+        after_attempt = training.running(after_attempt)
+        moment = training.rng.uniform(0, training.seconds)
         time.sleep(moment)
-        if get(drill.server, f"/train/{drill.jobs[-1]}")["status"] == "running":
+        if get(training.server, f"/train/{training.jobs[-1]}")["status"] == "running":
             break
     if victim == "worker":
-        _kill_worker(drill, alone)
+        _kill_worker(training, alone)
     else:
-        _kill_server(drill, alone)
+        _kill_server(training, alone)
     return moment
 
 
-def _kill_worker(drill: Drill, alone: bool) -> None:
-    doomed = processes(drill.server, WORKER) + processes(drill.server, CHILD)
-    for process in processes(drill.server, WORKER) if alone else doomed:
+def _kill_worker(training: TrainingServer, alone: bool) -> None:
+    doomed = processes(training.server, WORKER) + processes(training.server, CHILD)
+    for process in processes(training.server, WORKER) if alone else doomed:
         process.send_signal(signal.SIGKILL)
     _wait_for_death(doomed)
 
 
-def _kill_server(drill: Drill, alone: bool) -> None:
-    doomed = psutil.Process(drill.server.process.pid).children(recursive=True)
+def _kill_server(training: TrainingServer, alone: bool) -> None:
+    doomed = psutil.Process(training.server.process.pid).children(recursive=True)
     if alone:
-        drill.server.process.send_signal(signal.SIGKILL)
-        drill.server.process.wait()
+        training.server.process.send_signal(signal.SIGKILL)
+        training.server.process.wait()
     else:
-        drill.server.kill()
+        training.server.kill()
     _wait_for_death(doomed)
-    drill.restart()
+    training.restart()
 
 
 def _wait_for_death(doomed: Sequence[psutil.Process]) -> None:
-    """Whoever was killed, or depends on who was, dies at once; somebody reaps it soon."""
+    """Wait for the death of the killed process and of all that depend on it, and for their reaping."""
     wait_until(lambda: not any(map(_is_alive, doomed)), 10, "dying")
 
 
@@ -73,21 +72,24 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def kill_at_random(base: Base, home: Path, victims: Sequence[Victim], seed: int = 0) -> str:
-    """Kill one after the other, every second one alone; what was seen, in a line. AssertionError as `check`."""
-    drill = Drill.begin(base, home, seed)
+    """Kill repeatedly, every second victim alone; return a line on what was seen. Raise AssertionError like
+    `check`."""
+    training = TrainingServer.begin(base, home, seed)
     started = time.monotonic()
     try:
         for number, victim in enumerate(victims):
-            moment = kill(drill, victim, alone=number % 2 == 0)
-            sys.stdout.write(f"kill {number + 1}: {victim}, {moment:.1f} s into an attempt at {drill.jobs[-1]}\n")
+            moment = kill(training, victim, alone=number % 2 == 0)
+            sys.stdout.write(
+                f"kill {number + 1}: {victim}, {moment:.1f} s into an attempt at {training.jobs[-1]}\n"
+            )
             sys.stdout.flush()
-        drill.check()
+        training.check()
     finally:
-        drill.server.close()
+        training.server.close()
     return (
         f"{base} base: {victims.count('worker')} workers and {victims.count('server')} servers killed during "
-        f"{len(drill.jobs) - 1} jobs of {drill.seconds:.1f} s, in {time.monotonic() - started:.0f} s: "
-        f"all succeeded, one version each, all of digest {drill.digest[:16]}"
+        f"{len(training.jobs) - 1} jobs of {training.seconds:.1f} s, in {time.monotonic() - started:.0f} s: "
+        f"all succeeded, one version each, all of digest {training.digest[:16]}"
     )
 
 

@@ -1,9 +1,9 @@
-"""Many registered adapters, room for a few: random traffic, every answer checked, memory bounded.
+"""Many registered adapters with room for a few: random traffic, every answer checked, bounded memory.
 
-    python -m tests.stress.many_adapters --adapters 1000 --pool 16
+python -m tests.stress.many_adapters --adapters 1000 --pool 16
 
-Adapters lie in a real store on disk, on a tiny random base. Each request names one of them or a blend of two;
-every greedy token is checked against transformers with that blend merged into its weights.
+Adapters are in a real store on disk, for a tiny random base. Each request names one adapter or a blend of two.
+Every greedy token is compared with transformers with that blend merged into its weights.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from tests.kits.tiny import save_tiny_base
 RANK = 8
 MAX_AT_ONCE = 24
 SHAPES = ((RANK, MODULES), (2 * RANK, MODULES[:3]), (RANK // 2, MODULES), (RANK, MODULES[3:]))
-"""Ranks and modules, in turn: a pool of `n` has room for at least n/2 of the largest."""
+"""Ranks and modules, in rotation: a pool of `n` has room for at least n/2 of the largest."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run was like. Bytes are of resident memory, after a fifth of the traffic and at its highest later."""
+    """A run's figures. Bytes are of resident memory, after a fifth of the traffic and at the later peak."""
 
     num_requests: int
     num_loads: int
@@ -59,7 +59,7 @@ class Report:
 
 
 def publish(base: BaseModel, store: AdapterStore, num: int) -> tuple[list[str], int]:
-    """Random adapters in the store: their digests, and the bytes that they take."""
+    """Publish random adapters to the store; return their digests and sizes in bytes."""
     digests, stored = [], 0
     for seed in range(num):
         rank, modules = SHAPES[seed % len(SHAPES)]
@@ -72,7 +72,8 @@ def publish(base: BaseModel, store: AdapterStore, num: int) -> tuple[list[str], 
 
 
 def traffic(digests: Sequence[str], num_requests: int, vocab: int, rng: random.Random) -> list[GenerationRequest]:
-    """Some adapters are popular, each comes up at least once; a fifth of the requests blend two."""
+    """Return the traffic: some adapters are popular, each occurs at least once, a fifth of the requests blend
+    two."""
     popular = list(digests[: max(len(digests) // 10, 1)])
     chosen = [*digests, *(rng.choice(rng.choice((digests, popular))) for _ in range(num_requests - len(digests)))]
     rng.shuffle(chosen)
@@ -92,7 +93,8 @@ def traffic(digests: Sequence[str], num_requests: int, vocab: int, rng: random.R
 def serve(
     engine: Engine, requests: Sequence[GenerationRequest], rng: random.Random
 ) -> tuple[list[Result], int, int]:
-    """All requests through the engine, up to `MAX_AT_ONCE` in flight: the results, early and peak memory."""
+    """Run all requests through the engine, at most `MAX_AT_ONCE` at a time; return results, early and peak
+    memory."""
     process = psutil.Process()
     results = [Result() for _ in requests]
     num_added = num_done = early = peak = 0
@@ -126,7 +128,7 @@ def check_answers(
 
 
 def measure(directory: Path, num_adapters: int, pool: int, num_requests: int, seed: int = 0) -> Report:
-    """Everything under `directory`, which should be empty. Raises AssertionError at the first wrong answer."""
+    """Run everything under `directory`, which should be empty. Raise AssertionError at the first wrong answer."""
     rng = random.Random(seed)
     hugging_face = save_tiny_base(directory / "tiny")
     base = load_base(resolve_base(str(hugging_face), directory))

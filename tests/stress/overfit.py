@@ -1,8 +1,8 @@
-"""A worker learns HTTP codes by heart, and the very next request knows them: `python -m tests.stress.overfit`.
+"""A worker memorizes HTTP status codes, and the next request knows them: `python -m tests.stress.overfit`.
 
-Every code of the standard library is trained on, at rank 8, by POST /train on a real server; then POST /generate
-is asked for each phrase. The base knows hardly any, its answers stay the same to the last byte, and all of it
-takes less than five minutes on two cores.
+POST /train on a real server trains on every code of the standard library at rank 8; then POST /generate is asked
+for each phrase. The base knows hardly any, its answers stay equal to the last byte, and everything takes less than
+five minutes on two cores.
 """
 
 import argparse
@@ -23,23 +23,23 @@ NAME = "codes"
 RANK = 8
 MAX_TOKENS = 16
 LIMIT = 300.0
-"""Seconds for it all, on two cores."""
+"""Seconds for everything, on two cores."""
 TRAINING: Mapping[str, object] = {"learning_rate": 2e-3, "warmup_ratio": 0.2, "max_length": 32}
 EPOCHS = 16
-"""Of two steps each, for all codes. Found by trying: nothing is missed with any of three seeds, nor in torch, in
-bf16 or fp32; at 3e-3, after the usual warm-up, some runs leave again what they knew."""
+"""Epochs of two steps each, for all codes. Chosen by experiment: nothing is missed with any of three seeds, nor in
+torch, in bf16 or fp32. At 3e-3, after the usual warm-up, some runs forgot codes again."""
 
 
 @dataclass(frozen=True)
 class Overfit:
-    """What was seen. Shares are of the phrases that greedy answers are, without blanks around them."""
+    """Results. Shares are of the phrases that greedy answers equal, apart from surrounding blanks."""
 
     job: Job
-    seconds: float  # from the submission to the adapter's last answer
+    seconds: float  # from submission to the adapter's last answer
     base_share: float
     adapter_share: float
-    base_is_the_same: bool  # in every byte of every answer, before and after
-    missed: Sequence[str]  # what was said instead of phrases
+    base_is_the_same: bool  # every byte of every answer, before and after
+    missed: Sequence[str]  # answers that weren't the phrase
 
     def __str__(self) -> str:
         progress = self.job["progress"]
@@ -52,7 +52,7 @@ class Overfit:
 
 
 def overfit(server: ServerProcess, num_codes: int = len(HTTPStatus), epochs: int = EPOCHS) -> Overfit:
-    """Train on the first `num_codes` and ask for them; AssertionError where the job fails."""
+    """Train on the first `num_codes` and ask for them. Raise AssertionError if the job fails."""
     rows = code_rows(num_codes)
     prompts, phrases = ([row[key].strip() for row in rows] for key in ("prompt", "completion"))
     before = server.texts(prompts, max_tokens=MAX_TOKENS)
@@ -73,7 +73,7 @@ def overfit(server: ServerProcess, num_codes: int = len(HTTPStatus), epochs: int
 
 
 def check(found: Overfit) -> None:
-    """AssertionError where something isn't as it must be."""
+    """Raise AssertionError if a result isn't as required."""
     assert found.adapter_share == 1.0, str(found)
     assert found.base_share <= 0.05, str(found)
     assert found.base_is_the_same, str(found)

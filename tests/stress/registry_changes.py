@@ -1,7 +1,8 @@
-"""Names that never stay as they are: a thread for each publishes, moves aliases, rolls back, deletes, re-uploads.
+"""Names that change all the time: one thread per name publishes, moves aliases, rolls back, deletes and
+re-uploads.
 
-Each thread alone changes its own name, so that it knows what the name, its alias and its composition meant when;
-`Timeline` says of an answer whether they could mean that while the request was on its way.
+Only that thread changes its name, so it knows what the name, its alias and its composition meant at any time.
+`Timeline` says whether an answer's adapters were a possible meaning during the request.
 """
 
 import random
@@ -24,7 +25,7 @@ MIX_WEIGHTS = (0.5, -0.25)
 
 @dataclass
 class Timeline:
-    """What a reference meant: changes by when their request began and ended. Written by one thread."""
+    """The meanings of a reference: changes with the start and end of their requests. Written by one thread."""
 
     changes: list[tuple[float, float, Leaves | None]] = field(default_factory=list)
 
@@ -37,7 +38,7 @@ class Timeline:
         return self.changes[-1][2] if self.changes else None
 
     def possible(self, began: float, ended: float) -> list[Leaves | None]:
-        """All that it may have meant at some moment between the two; None: nothing."""
+        """Return all meanings that were possible at some moment between the two times; None: it didn't exist."""
         changes = [(0.0, 0.0, None), *self.changes]
         ends = [change[1] for change in changes[1:]] + [float("inf")]
         return [
@@ -67,7 +68,7 @@ class Changer:
         self._alias: int | None = None
 
     def run(self, stop: threading.Event) -> None:
-        """Change things until told to stop."""
+        """Make changes until `stop` is set."""
         choices: list[Callable[[httpx.Client], None]] = [self.upload, self.upload, self.upload, self.point]
         choices += [self.point, self.roll_back, self.delete_version, self.delete_version, self.delete_all]
         choices += [self.compose, self.compose, self.drop_mix]
@@ -88,7 +89,7 @@ class Changer:
             self.digests[self.name, version["version"]] = version["digest"]
             self.seeds[version["digest"]] = seed
             self._latest = version["version"]
-            self._told(began)
+            self._record_alias(began)
 
     def point(self, client: httpx.Client) -> None:
         self._move(client, ALIAS)
@@ -105,7 +106,7 @@ class Changer:
         held = version == self._alias and not force
         if self._expect(
             "delete a version", response, *((409,) if held else (204, 409))
-        ):  # a composition may hold it
+        ):  # a composition may use it
             self._gone(began, [version])
 
     def delete_all(self, client: httpx.Client) -> None:
@@ -119,7 +120,7 @@ class Changer:
         mine, theirs = MIX_WEIGHTS
         body = {"expression": f"{self.name}*{mine}+{self.neighbour}*{theirs}"}
         began, response = self._send(client, "POST", f"/compositions/{self.mix}", json=body)
-        may_be = (200, 201, 404) if self._versions else (404,)  # 200: as before; 404: no neighbour
+        may_be = (200, 201, 404) if self._versions else (404,)  # 200: unchanged; 404: the neighbour is gone
         if self._expect("compose", response, *may_be):
             parts = response.json()["parts"]
             leaves = tuple((part["name"], part["version"], part["weight"]) for part in parts)
@@ -139,7 +140,7 @@ class Changer:
                 self._alias = version
             else:
                 self._latest = version
-            self._told(began)
+            self._record_alias(began)
 
     def _gone(self, began: float, versions: list[int]) -> None:
         self._versions = [version for version in self._versions if version not in versions]
@@ -147,9 +148,9 @@ class Changer:
             self._alias = None
         if self._latest in versions:
             self._latest = max(self._versions, default=None)
-        self._told(began)
+        self._record_alias(began)
 
-    def _told(self, began: float) -> None:
+    def _record_alias(self, began: float) -> None:
         ended = time.monotonic()
         for key, version in ((self.name, self._latest), (f"{self.name}@{ALIAS}", self._alias)):
             self.timelines[key].set(began, ended, None if version is None else ((self.name, version, 1.0),))
@@ -166,7 +167,7 @@ class Changer:
         return began, client.request(method, path, json=json, files=files)
 
     def _expect(self, what: str, response: httpx.Response, *statuses: int) -> bool:
-        """Whether it was done; anything but these statuses is a fault."""
+        """Return whether the request succeeded; any status but these is a fault."""
         self.counts[f"{what}: {response.status_code}"] += 1
         if response.status_code not in statuses:
             self.faults.append(f"{self.name}: {what}: {response.status_code} {response.text[:300]}")
@@ -174,5 +175,5 @@ class Changer:
 
 
 def digests_of(changers: Sequence[Changer]) -> Mapping[tuple[str, int], str]:
-    """Of every version that ever was."""
+    """Return the digests of all versions that ever existed."""
     return {key: digest for changer in changers for key, digest in changer.digests.items()}

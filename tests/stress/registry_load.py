@@ -1,9 +1,9 @@
-"""Steady load while the registry changes under it: `python -m tests.stress.registry_load --minutes 2`.
+"""Steady load while the registry changes: `python -m tests.stress.registry_load --minutes 2`.
 
 Clients generate under names, versions, aliases, compositions and sums, plain and streamed, while
-`registry_changes` changes them. Every answer must be exactly that of the versions that it names, as a cold server
-says it to one client at a time; they must be versions that were meant at the time; and errors must be the
-documented ones. At the end nothing unnamed may be stored. Needs a few minutes of two cores.
+`registry_changes` changes all of these. Every answer must equal a cold server's answer for the versions that it
+names, computed one at a time. These versions must have been possible meanings at that time, and errors must be
+documented ones. At the end nothing without a name may be stored. Needs a few minutes on two cores.
 """
 
 import argparse
@@ -37,19 +37,20 @@ PROMPTS = [
     "404 Not Found. Nothing matches the given URI. 503 Service Unavailable. The server cannot process the one ",
     "Once upon a time, in a village by the sea, there lived a carpenter who built boats that no one wanted. So ",
 ]
-"""Longer than a block of keys and values, so that prefixes are shared; no two of them share their first block."""
+"""Prompts longer than a block of the KV cache, so that prefixes are shared; no two share their first block."""
 
 
 def adapter_files(shape: BaseShape) -> list[Files]:
-    """Adapters as PEFT saves them, strong enough to change what is said; yet it stays text.
+    """Return PEFT files of adapters that are strong enough to change answers, which stay text.
 
-    Stronger ones drive a model to where the last bits of its sums decide what it says, and with them the batch.
+    With stronger adapters the last bits of the model's sums, and so the other sequences in the batch, decide
+    answers.
     """
     return [_scaled(*peft_files(seed, rank=2 + seed % 3, shape=shape)) for seed in range(NUM_SEEDS)]
 
 
 def _scaled(config: bytes, weights: bytes) -> Files:
-    """B A x is then about as large as x."""
+    """Scale B A x to about the size of x."""
     tensors = {name: tensor / tensor.shape[1] ** 0.5 / 2 for name, tensor in safetensors.load(weights).items()}
     return config, safetensors.save(tensors)
 
@@ -60,7 +61,7 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """One request: what was asked, when, and what came."""
+    """One request: what was asked, when, and the response."""
 
     expression: str
     prompt: str
@@ -75,7 +76,7 @@ class Answer:
 
 @dataclass
 class Outcome:
-    """What came of it all; `faults` is empty where everything was right."""
+    """The outcome of a run; `faults` is empty if everything was right."""
 
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -84,9 +85,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of it. `names` are changed about every `pause` seconds each.
+    """The amount of load. Each of `names` is changed about every `pause` seconds.
 
-    It goes on for up to ten times `seconds` until so many answers were good, and there was one of each of `kinds`.
+    The load continues for up to ten times `seconds` until there are enough good answers, and one of each of
+    `kinds`.
     """
 
     seconds: float
@@ -98,14 +100,14 @@ class Plan:
     kinds: Sequence[str] = ()
 
     def is_done(self, answers: Sequence[Answer], changers: Sequence[Changer]) -> bool:
-        """Whether there was enough of everything."""
+        """Return whether there was enough of everything."""
         counts = sum((changer.counts.copy() for changer in changers), Counter[str]())
         counts += Counter(f"generate: {answer.status}" for answer in list(answers))
         return counts["generate: 200"] >= self.num_answers and all(counts[kind] for kind in self.kinds)
 
 
 def load(server: Server, plan: Plan, files: Sequence[Files]) -> tuple[list[Answer], list[Changer], list[str]]:
-    """Clients and changers at once for the plan's time: what was answered, and faults of the clients."""
+    """Run clients and changers concurrently; return the answers and the clients' faults."""
     changers = [Changer(server.url, n, plan.num_names, files, plan.pause) for n in range(plan.num_names)]
     answers: list[Answer] = []
     faults: list[str] = []
@@ -138,7 +140,8 @@ def load(server: Server, plan: Plan, files: Sequence[Files]) -> tuple[list[Answe
 def judge(
     plan: Plan, answers: Sequence[Answer], changers: Sequence[Changer], cold: Server, files: Sequence[Files]
 ) -> Outcome:
-    """Hold every answer against what its names could mean, and against a cold run of what it says it used."""
+    """Compare every answer with the possible meanings of its names, and with a cold run of the adapters that it
+    names."""
     outcome = Outcome()
     for changer in changers:
         outcome.faults += changer.faults
@@ -161,7 +164,7 @@ def judge(
 
 
 def main() -> int:
-    """The exit code: 0 where everything was right."""
+    """Return the exit code: 0 if everything was right."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.stress.registry_load")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--clients", type=int, default=16)
@@ -178,7 +181,7 @@ def main() -> int:
         try:
             answers, changers, faults = load(server, plan, files)
             server.wait_until_idle()
-            server.terminate()  # killed, it may leave bytes that a thread is about to remove
+            server.terminate()  # a killed server may leave bytes that a thread is about to remove
             server.exit_code()
         finally:
             server.close()
@@ -202,12 +205,12 @@ def main() -> int:
 
 
 def unsound(home: Path) -> list[str]:
-    """What is wrong with what is stored once nothing runs."""
+    """Return the faults of the stored data once nothing runs."""
     return [f"{finding.about}: {finding.message}" for finding in examine(home).findings]
 
 
 class _Cold:
-    """What a server says that was just started, asked once for each sum of adapters and prompt, one at a time."""
+    """The answers of a freshly started server, asked once for each sum of adapters and prompt, one at a time."""
 
     def __init__(
         self, client: httpx.Client, max_tokens: int, files: Sequence[Files], seeds: Mapping[str, int]
@@ -271,7 +274,7 @@ def _ask(client: httpx.Client, expression: str, prompt: str, max_tokens: int, st
 def _fault_of_meaning(
     answer: Answer, timelines: Mapping[str, Timeline], digests: Mapping[tuple[str, int], str]
 ) -> str | None:
-    """Whether the answer's parts are what its expression could mean while the request was on its way."""
+    """Return a fault if the answer's parts weren't a possible meaning of its expression during the request."""
     if answer.status not in (200, 404):
         return f"status {answer.status}"
     meanings = _meanings(answer, timelines, digests)
@@ -286,10 +289,10 @@ def _fault_of_meaning(
 def _meanings(
     answer: Answer, timelines: Mapping[str, Timeline], digests: Mapping[tuple[str, int], str]
 ) -> list[Leaves | None]:
-    """Every combination of what the terms could mean; None: one of them nothing."""
+    """Return every combination of the terms' possible meanings; None: a term didn't exist."""
     found: list[Leaves | None] = [()]
     for term in [] if answer.expression == "base" else parse(answer.expression):
-        if term.version is not None:  # it may have been deleted, or not be there yet, at any time
+        if term.version is not None:  # it may have been deleted at any time, or not exist yet
             there = (term.name, term.version) in digests
             options: list[Leaves | None] = [None, ((term.name, term.version, 1.0),)] if there else [None]
         else:

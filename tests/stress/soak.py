@@ -1,8 +1,8 @@
 """A busy day in short: `python -m tests.stress.soak --minutes 30 --chart soak.png`, or `make soak`.
 
-A real server on the real base serves projects that publish, train, delete, hang up and lose their keys, all at
-once, while its memory, descriptors, threads and cache are looked at. After a start that is left out nothing may
-grow, at the end nothing may be held, and no answer may be one that nobody would expect.
+A real server on the real base serves projects that publish, train, delete, disconnect and lose their keys, all at
+once, while its memory, descriptors, threads and cache are sampled. After a warm-up nothing may grow, at the end no
+resource may be held, and no answer may be unexpected.
 """
 
 import argparse
@@ -37,20 +37,20 @@ from tests.stress.fault_load import diagnosed
 PROJECTS = ("default", "acme", "other")
 NUM_CALLERS = 6
 LEFT_OUT = 1 / 3
-"""Of the time, at its beginning: caches fill."""
+"""Warm-up as a share of the time: caches fill."""
 MIB = 1 << 20
 GROWTH = 32 * MIB
-"""Of resident memory between the middle and the last third; allocators keep what was once needed."""
+"""Allowed growth of resident memory between the middle and the last third; allocators keep memory once needed."""
 LONG = 600.0
-"""Seconds after which memory must have come to rest."""
+"""Seconds after which memory must be constant."""
 EXPECTED = frozenset({200, 201, 202, 204, 404, 409, 429})
 REVOKED_SECONDS = 5.0
-"""Until a stream whose key was revoked has ended; the machine is busy."""
+"""Seconds until a stream whose key was revoked must end, on a busy machine."""
 
 
 @dataclass
 class Sample:
-    """What was seen at a moment, in seconds from the start."""
+    """Measurements at one moment, in seconds from the start."""
 
     at: float
     rss: int  # bytes: the server's own process, without its workers
@@ -58,12 +58,12 @@ class Sample:
     threads: int
     kv_blocks_used: int
     waiting: int
-    answer_seconds: float  # of a request of three tokens
+    answer_seconds: float  # for a request of three tokens
 
 
 @dataclass
 class Soak:
-    """One run. `faults` say what nobody would expect."""
+    """A run. `faults` are unexpected events."""
 
     server: ServerProcess
     files: Sequence[dict[str, tuple[str, bytes]]]
@@ -85,7 +85,7 @@ class Soak:
         return httpx.Client(base_url=self.server.url, headers=headers, timeout=120, trust_env=False)
 
     def run(self, work: Callable[["Soak", random.Random], None], seed: int) -> None:
-        """Again and again until the end; what it raises is a fault."""
+        """Repeat `work` until the end; an exception is a fault."""
         rng = random.Random(seed)
         while not self.ends.is_set():
             try:
@@ -97,7 +97,7 @@ class Soak:
 
 
 def call(soak: Soak, rng: random.Random) -> None:
-    """A request of some project: whole, streamed, or given up halfway."""
+    """Send a request of some project: whole, streamed, or abandoned halfway."""
     with soak.client(soak.secrets[rng.choice(PROJECTS)]) as client:
         adapter = rng.choice(["base", "a", "b", "a*0.5+b*0.5", "acme/shared"])
         body: dict[str, Any] = {"prompt": "HTTP 404 means " * rng.randint(1, 40), "adapter": adapter}
@@ -118,7 +118,7 @@ def call(soak: Soak, rng: random.Random) -> None:
 
 
 def publish(soak: Soak, rng: random.Random) -> None:
-    """A new version of one of two names, and the end of old ones."""
+    """Publish a new version of one of two names, and delete old ones."""
     with soak.client(soak.secrets[project := rng.choice(PROJECTS)]) as client:
         name = rng.choice("ab")
         made = client.post(f"/adapters/{name}", files=rng.choice(soak.files))
@@ -134,7 +134,7 @@ def publish(soak: Soak, rng: random.Random) -> None:
 
 
 def train(soak: Soak, rng: random.Random) -> None:
-    """A job of two steps, to its end; its files and its adapter go."""
+    """Run a job of two steps to its end; delete its files and its adapter."""
     with soak.client(soak.secrets[rng.choice(PROJECTS)]) as client:
         body = {"name": "trained", "data": code_rows(24), "training": {"max_steps": 2}, "lora": {"rank": 4}}
         job = client.post("/train", json=body)
@@ -151,7 +151,7 @@ def train(soak: Soak, rng: random.Random) -> None:
 
 
 def revoke(soak: Soak, rng: random.Random) -> None:
-    """A key is made, a long stream begins with it, the key is revoked: the stream ends."""
+    """Create a key, start a long stream with it, and revoke the key: the stream must end."""
     operator = soak.server.client
     key = operator.post("/keys", json={"name": "short", "project": rng.choice(PROJECTS)}).json()
     with soak.client(key["secret"]) as client:
@@ -161,11 +161,11 @@ def revoke(soak: Soak, rng: random.Random) -> None:
             next(lines, None)
             start = time.monotonic()
             operator.delete(f"/keys/{key['id']}")
-            told = [line for line in lines if "revoked" in line]
+            notices = [line for line in lines if "revoked" in line]
             took = time.monotonic() - start
         soak.count("revocations")
-        if response.status_code == 200 and (not told or took > REVOKED_SECONDS):
-            raise AssertionError(f"a revoked key's stream went on for {took:.1f} s, and was told {told}")
+        if response.status_code == 200 and (not notices or took > REVOKED_SECONDS):
+            raise AssertionError(f"a revoked key's stream went on for {took:.1f} s, with the notices {notices}")
         if client.get("/adapters").status_code != 401:
             raise AssertionError("a revoked key opened something")
     soak.ends.wait(rng.uniform(1, 4))
@@ -192,7 +192,7 @@ def look(soak: Soak, process: psutil.Process, started: float) -> None:
 
 
 def judge(soak: Soak, idle: Sample) -> list[str]:
-    """What grew, or is still held when nothing runs any more."""
+    """Return what grew, and what is still held once nothing runs."""
     last = soak.samples[-1].at
     thirds = [
         [sample for sample in soak.samples if first * last <= sample.at <= first * last + last / 3]
@@ -200,7 +200,7 @@ def judge(soak: Soak, idle: Sample) -> list[str]:
     ]
     found = list(soak.faults)
     bounds = {"descriptors": 16, "threads": 4}
-    if last >= LONG:  # before, the cache is still touched for the first time
+    if last >= LONG:  # earlier, the cache is still touched for the first time
         bounds["rss"] = GROWTH
     for name, most in bounds.items():
         middle, end = (statistics.median(getattr(sample, name) for sample in third) for third in thirds)
@@ -212,7 +212,7 @@ def judge(soak: Soak, idle: Sample) -> list[str]:
 
 
 def draw(samples: Sequence[Sample], path: Path) -> None:
-    """A chart: four lines over the minutes."""
+    """Draw a chart of four lines over the minutes."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(4, 1, figsize=(8, 9), sharex=True, layout="constrained")
@@ -234,7 +234,7 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
 
 
 def prepared(home: Path) -> tuple[ServerProcess, dict[str, str], list[dict[str, tuple[str, bytes]]]]:
-    """A server with keys, a key of each project, and adapters to publish."""
+    """Start a server with keys, one per project, and adapters to publish."""
     model = resolve_base(EMBEDDED, CACHE)
     database = connect(home)
     keys = Keys(database, Home(home).keyed)
@@ -252,7 +252,7 @@ def prepared(home: Path) -> tuple[ServerProcess, dict[str, str], list[dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; 1 where something grew, was held or went wrong."""
+    """Run the soak test. Return 1 if anything grew, was held or went wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--chart", type=Path, help="where to draw it")

@@ -1,8 +1,8 @@
 """`python -m tests.stress.structured_output`: structured answers of a real server, and hostile grammars.
 
-Runs go through ten bounded JSON schemas in turn, some greedy, most drawn, eight at a time. Every answer that ends
-in `stop` must parse and validate. Then eight free streams run, undisturbed and beside hostile grammars: each of
-these must be refused in less than two seconds, and the streams must keep their pace.
+Runs rotate through ten bounded JSON schemas, some greedy, most sampled, eight at a time. Every answer that ends
+with `stop` must parse and validate. Then eight free streams run, first undisturbed and then alongside hostile
+grammars: each grammar must be refused in less than two seconds, and the streams must keep their pace.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NUM_STREAMS = 8
 REFUSED_WITHIN = 2.0
 """Seconds."""
 SLOWER = 1.5
-"""How much longer the median pause between two tokens may be beside hostile grammars."""
+"""Allowed ratio of the median pause between two tokens with and without hostile grammars."""
 
 HOSTILE: Sequence[Mapping[str, object]] = (
     {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": HOSTILE_SCHEMA}}},
@@ -43,7 +43,7 @@ HOSTILE: Sequence[Mapping[str, object]] = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What became of the runs. `faults` are answers that ended in `stop` and don't hold."""
+    """Outcomes of the runs. `faults` are answers that ended with `stop` and don't validate."""
 
     ends: Mapping[str, int]
     faults: Sequence[str]
@@ -54,7 +54,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Pace:
-    """Pauses between tokens of the streams, in seconds, and what hostile grammars met."""
+    """Pauses between the streams' tokens, in seconds, and the refusals of hostile grammars."""
 
     median_alone: float
     median_beside: float
@@ -79,7 +79,7 @@ class Pace:
 
 
 def ask(server: ServerProcess, num_runs: int) -> Answers:
-    """Run the schemas in turn; the seed of a run is its number."""
+    """Run the schemas in rotation; a run's seed is its number."""
 
     def one(number: int) -> tuple[str, str | None]:
         name = list(BOUNDED)[number % len(BOUNDED)]
@@ -91,7 +91,7 @@ def ask(server: ServerProcess, num_runs: int) -> Answers:
 
 
 def fault_of(server: ServerProcess, name: str, schema: Schema, seed: int) -> tuple[str, str | None]:
-    """How an answer ended, and what is wrong with it."""
+    """Return how an answer ended, and its fault."""
     form = {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
     answer = server.generate(
         f"An example of a {name} as JSON: ",
@@ -111,7 +111,7 @@ def fault_of(server: ServerProcess, name: str, schema: Schema, seed: int) -> tup
 
 
 def pace(server: ServerProcess, seconds: float, num_streams: int = NUM_STREAMS) -> Pace:
-    """Let the streams run for so long alone, and as long beside one hostile grammar after the other."""
+    """Run the streams for `seconds` alone, and for `seconds` alongside one hostile grammar after the other."""
     times: list[list[float]] = [[] for _ in range(num_streams)]
     is_over = threading.Event()
 
@@ -151,7 +151,7 @@ def pace(server: ServerProcess, seconds: float, num_streams: int = NUM_STREAMS) 
 
 
 def pauses(times: Sequence[Sequence[float]], begin: float, end: float) -> list[float]:
-    """Between two tokens of one stream, of those that came in this time."""
+    """Return the pauses between two tokens of one stream within the interval."""
     found: list[float] = []
     for stream in times:
         inside = [at for at in stream if begin <= at <= end]
@@ -160,7 +160,7 @@ def pauses(times: Sequence[Sequence[float]], begin: float, end: float) -> list[f
 
 
 def main() -> int:
-    """Both parts, on the real base; exit code 1 where one does not hold."""
+    """Run both parts on the real base. Return exit code 1 if either fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.structured_output", description=__doc__)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each half of the second part")

@@ -1,4 +1,4 @@
-"""Requests that write, each as often as wanted: another number makes another thing, by the same calls."""
+"""Requests that write, each repeatable: a different number makes a different object with the same system calls."""
 
 import json
 import tempfile
@@ -25,7 +25,7 @@ class Ask:
 
 
 class Asker:
-    """Makes requests, and what they need before, by `client`."""
+    """A client that makes requests, and the objects that they need."""
 
     def __init__(self, client: httpx.Client, shape: BaseShape) -> None:
         self._client = client
@@ -37,7 +37,7 @@ class Asker:
         return self._client.request(ask.method, ask.path, **ask.options)
 
     def done(self, ask: Ask) -> Any:
-        """What it answers; it must succeed."""
+        """Make the request and return its response, which must be a success."""
         response = self.send(ask)
         assert response.is_success, response.text
         return response.json() if response.content else None

@@ -1,4 +1,4 @@
-"""A process whose disk fails on demand: a library put between it and libc, and what tells that library when.
+"""A process whose disk fails on demand: a library between the process and libc, and its controls.
 
 `shim.cpp` is compiled once into the cache. Linux only.
 """
@@ -22,13 +22,13 @@ SOURCE = Path(__file__).with_name("shim.cpp")
 MAX_CALLS, MAX_TEXT = 2048, 240
 _FLAGS = (
     *("-std=c++20", "-O1", "-fPIC", "-shared", *WARNINGS),
-    # C alone: a second libstdc++ before all others would take their symbols
+    # Plain C: a second libstdc++ loaded before all others would override their symbols.
     *("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-nodefaultlibs"),
 )
 
 
 class Control(ctypes.Structure):
-    """What both processes map; the same struct in shim.cpp says what each field means."""
+    """The memory that both processes map. The same struct in shim.cpp documents the fields."""
 
     _fields_ = (
         ("fails_at", ctypes.c_int32),
@@ -41,7 +41,7 @@ class Control(ctypes.Structure):
 
 
 class FailingDisk:
-    """The disk under `home`, for processes that have `environment`. Healthy until it is told to fail."""
+    """The disk under `home`, for processes started with `environment`. It works until it is told to fail."""
 
     def __init__(self, home: Path, control: Path) -> None:
         control.write_bytes(bytes(ctypes.sizeof(Control)))
@@ -56,7 +56,7 @@ class FailingDisk:
 
     @contextmanager
     def failing(self, at: int, error: int = errno.EIO, *, stays: bool = False) -> Iterator[None]:
-        """A block in which the call of that number, from 0, fails; with `stays`, all that come after it, too."""
+        """Fail the call with that number, from 0, during the block; with `stays`, all later calls too."""
         self._fail(at, error, stays)
         try:
             yield
@@ -65,17 +65,17 @@ class FailingDisk:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A block whose calls are counted from 0; none fails."""
+        """Count calls from 0 during the block; none fails."""
         self._fail(-1)
         yield
 
     @property
     def num_failed(self) -> int:
-        """How many calls failed in the last block."""
+        """Return the number of calls that failed in the last block."""
         return int(self._control.num_failed)
 
     def calls(self) -> list[str]:
-        """What the last block wrote, in order, such as "sync smolora.db-wal"."""
+        """Return the writing calls of the last block in order, such as "sync smolora.db-wal"."""
         assert self._control.num_calls <= MAX_CALLS
         return [self._control.calls[number].value.decode() for number in range(self._control.num_calls)]
 
@@ -87,7 +87,7 @@ class FailingDisk:
 
 
 def shim() -> Path:
-    """The compiled library. Gives the test up where there can be none."""
+    """Return the compiled library. Skip the test if it can't be compiled."""
     if sys.platform != "linux" or not compilers():
         give_up("a disk is made to fail on Linux, where there is a C++ compiler")
     compiler = compilers()[0]

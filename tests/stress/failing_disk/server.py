@@ -1,6 +1,6 @@
 """`python -m tests.stress.failing_disk.server HOME MODEL JOURNAL PORT`: a server on a disk that fails.
 
-The one that `smolora serve` runs, with the kind of journal that is chosen here.
+It is the server of `smolora serve`, with the given journal mode.
 """
 
 import sys
@@ -19,11 +19,11 @@ OPERATORS = "operators-0123456789"
 
 
 def serve(home: Path, model: str, journal_mode: JournalMode, port: int) -> None:
-    """Until it is killed."""
+    """Serve until the process is killed."""
     make(home)
     with serving(home):
         prepare(home)
-        opened = connect(home, journal_mode)  # who has it open first chooses the journal
+        opened = connect(home, journal_mode)  # the first connection determines the journal mode
         fields = {"home": home, "model": model, "device": "cpu", "dtype": "fp32", "adapter_cache_bytes": "4MiB"}
         settings = Settings.model_validate({**fields, "api_keys": OPERATORS, "min_free_bytes": 0})
         app = create_app(build(settings, lambda line: None))

@@ -179,7 +179,7 @@ def measured(fault: Fault, home: Path, projects: Projects, time_slice: float) ->
 
 
 def measured_bodies(home: Path, projects: Projects, time_slice: float) -> str:
-    """M3: the server's memory before half-sent bodies, with them, and after they have gone."""
+    """Measure M3: the server's memory before half-sent bodies, with them, and after they have gone."""
     server = start(home, projects.model, time_slice)
     try:
         process, target = psutil.Process(server.process.pid), replace(projects.target, url=server.url)
@@ -197,7 +197,7 @@ def measured_bodies(home: Path, projects: Projects, time_slice: float) -> str:
 
 
 def measured_job(home: Path, projects: Projects, time_slice: float) -> str:
-    """H5: a one-step job, alone and after another project's job of a million steps has begun."""
+    """Measure H5: a one-step job, alone and after another project's job of a million steps has begun."""
     server = start(home, projects.model, time_slice)
     try:
         target = replace(projects.target, url=server.url)

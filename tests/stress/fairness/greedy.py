@@ -181,7 +181,7 @@ def hold_bodies(greedy: Greedy, rng: random.Random) -> None:
             if len(held) < _NUM_SOCKETS:
                 try:
                     connection = _half_sent(greedy.target)
-                except OSError as error:  # the server doesn't read it all, say
+                except OSError as error:  # for example, the server doesn't read it all
                     greedy.count("bodies", type(error).__name__)
                     greedy.ends.wait(1)
                     continue

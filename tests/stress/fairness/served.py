@@ -98,7 +98,7 @@ def _bearer(secret: str) -> dict[str, str]:
 
 
 def _rows() -> bytes:
-    """Rows of DATASET_BYTES in all, as JSON lines."""
+    """Return rows of DATASET_BYTES in all, as JSON lines."""
     line = json.dumps(
         {"prompt": "The ship that came in today: ", "completion": "from afar and full of grain. " * 12}
     )

@@ -1,6 +1,7 @@
-"""`make attack`: a million inputs for whatever takes strangers' bytes. ARGS: how many, for how long, of what; or
+"""`make attack`: a million inputs for all code that reads untrusted bytes. ARGS: how many, for how long, which
+targets; or
 
-replay FILE     one input again, such as a finding, with those before it: what it comes to, or the traceback
+replay FILE: run one input again, such as a finding, after the inputs before it; print its outcome or traceback
 """
 
 import argparse
@@ -26,9 +27,9 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, help=f"of all targets together (default: {NUM_INPUTS:,})")
     parser.add_argument("--seconds", type=float, help="instead: of all targets together")
     given = parser.parse_args()
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server has it
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads of its own: processes are forked
-    if Path("/dev/shm").is_dir():  # much is written there for a moment
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as in the server
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads of its own: the process forks
+    if Path("/dev/shm").is_dir():  # many short-lived files are written there
         tempfile.tempdir = "/dev/shm"
     if given.what[:1] == ["replay"]:
         for file in given.what[1:]:
@@ -40,7 +41,7 @@ def main() -> int:
 
 
 def replay(file: Path) -> None:
-    """Run one input, whose target its file's name begins with, or its folder's."""
+    """Run one input. The file's name or its folder's begins with the target's name."""
     names = (file.name.partition("-")[0], *(folder.name for folder in file.absolute().parents))
     name = next(name for name in names if name in SHARES)
     target = load(name)
@@ -52,7 +53,7 @@ def replay(file: Path) -> None:
 
 
 def attack(names: list[str], num_inputs: int | None, seconds: float | None) -> int:
-    """Run all targets, one after the other; 1 where anything was found."""
+    """Run all targets one after the other. Return 1 if there is a finding."""
     begun = time.monotonic()
     try:
         loaded = targets(names)
@@ -71,7 +72,7 @@ def attack(names: list[str], num_inputs: int | None, seconds: float | None) -> i
     took = time.monotonic() - begun
     sys.stdout.write(f"{total:,} inputs in {took:.0f} s, {len(findings)} findings; corpora are in {CACHE}\n")
     for finding in findings:
-        sys.stdout.write(f"\n{finding.where}, {finding.count} times\n{finding.told}\n")
+        sys.stdout.write(f"\n{finding.where}, {finding.count} times\n{finding.trace}\n")
         sys.stdout.write(f"  again: make attack ARGS='replay {finding.file}'\n")
     return 1 if findings else 0
 

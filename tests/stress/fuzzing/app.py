@@ -1,6 +1,6 @@
-"""The real application, middleware and all, over a fake engine and a home of its own; what answers must be.
+"""The real application with its middleware, over a fake engine and a temporary home; and checks of its answers.
 
-What requests leave there is forgotten after some hundreds of them: their jobs, adapters and data sets.
+The home with its jobs, adapters and data sets is discarded after some hundreds of requests.
 """
 
 import asyncio
@@ -36,16 +36,16 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 KEY = "secret-of-the-operator"
 ADAPTER = "tweets"
-"""What is stored from the beginning, in two versions and as the alias "prod"."""
+"""The adapter that exists from the start, in two versions and with the alias "prod"."""
 MAX_REQUESTS = 400
-"""After which the home is a new one."""
-_LEAVES_AFTER = 0.05  # seconds of silence: streams may have no end
+"""Number of requests after which the home is replaced."""
+_LEAVES_AFTER = 0.05  # seconds of silence: streams may not end
 _PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; `status` is 0 where the client left first."""
+    """A response. `status` is 0 if the client disconnected first."""
 
     status: int
     headers: Mapping[str, str]
@@ -53,7 +53,7 @@ class Answer:
 
 
 class BadAnswerError(Exception):
-    """An answer that nobody should get; `where` tells such findings apart."""
+    """A response that no client should get. `where` distinguishes such findings."""
 
     def __init__(self, where: str, answer: Answer) -> None:
         super().__init__(where, answer)
@@ -61,7 +61,7 @@ class BadAnswerError(Exception):
 
 
 class World:
-    """One event loop, and an app on it that is made anew from time to time."""
+    """An event loop and its application, which is replaced from time to time."""
 
     def __init__(self, **settings: object) -> None:
         self._settings = settings
@@ -93,9 +93,10 @@ class World:
         piece: int = 1 << 16,
         behind: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     ) -> Answer:
-        """The answer to one request, whose body comes in pieces; `behind` puts another app before this one.
+        """Return the response to one request whose body arrives in pieces. `behind` wraps the application in
+        another one.
 
-        Raises BadAnswerError where the server failed.
+        Raise BadAnswerError if the server failed.
         """
         self._num_requests += 1
         if self._num_requests % MAX_REQUESTS == 0:
@@ -135,7 +136,7 @@ class World:
         )
         app = create_app(services)
         assert isinstance(app, App)
-        self._routes[:] = self._routes or app.router.routes  # working them out takes long
+        self._routes[:] = self._routes or app.router.routes  # computing them is slow
         app.router.routes[:] = self._routes
         for seed in range(2):
             config, tensors = peft_files(seed)
@@ -147,18 +148,18 @@ class World:
 
 
 def check_answer(app: App, method: str, path: str, answer: Answer) -> None:
-    """Raises BadAnswerError where the document has no such status, or a refusal doesn't name what is at fault."""
+    """Raise BadAnswerError if the OpenAPI document lacks this status, or a refusal doesn't name its cause."""
     known = statuses(app, method, path)
     if known is not None and answer.status not in known:
         raise BadAnswerError(f"{method} {path.split('/')[:3]} answers {answer.status}", answer)
     if "x-request-id" not in answer.headers:
         raise BadAnswerError("without an id", answer)
-    if answer.status >= 400 and method != "HEAD" and not _is_told(path, answer):
+    if answer.status >= 400 and method != "HEAD" and not _is_well_formed(path, answer):
         raise BadAnswerError(f"{answer.status} in a wrong form", answer)
 
 
-def _is_told(path: str, answer: Answer) -> bool:
-    """Whether the refusal has the form of its path's, and a bad field its name."""
+def _is_well_formed(path: str, answer: Answer) -> bool:
+    """Return whether the refusal has its path's format, and names the bad field."""
     problem = json.loads(answer.body)
     if path == "/v1" or path.startswith("/v1/"):
         return bool(problem["error"]["message"])
@@ -172,7 +173,7 @@ def _is_told(path: str, answer: Answer) -> bool:
 
 
 def statuses(app: App, method: str, path: str) -> frozenset[int] | None:
-    """Those that the document has for the operation; None where there is no such one."""
+    """Return the documented statuses of the operation, or None if there is no such operation."""
     segments = path.split("/")
     best: tuple[int, Mapping[str, Any]] | None = None
     for template, operations in app.openapi()["paths"].items():
@@ -219,25 +220,25 @@ async def _call(
 
 
 class _Kept(logging.Handler):
-    """Keeps the errors that it is told."""
+    """A log handler that keeps all records."""
 
-    def __init__(self, told: list[str]) -> None:
+    def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.ERROR)
-        self._told = told
+        self._messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._told.append(record.getMessage())
+        self._messages.append(record.getMessage())
 
 
 @contextmanager
 def _errors() -> Iterator[list[str]]:
-    """What the API logs as errors meanwhile: what an answer of 500 was, or a stream that was cut off."""
-    told: list[str] = []
-    log, handler = logging.getLogger("smolora.api"), _Kept(told)
+    """Collect the errors that the API logs during the block: causes of a 500 or of an aborted stream."""
+    messages: list[str] = []
+    log, handler = logging.getLogger("smolora.api"), _Kept(messages)
     propagates, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:
-        yield told
+        yield messages
     finally:
         log.removeHandler(handler)
         log.propagate = propagates

@@ -1,7 +1,7 @@
-"""What an input cost, and whether it is within its target's bounds.
+"""The cost of an input, and whether it is within its target's bounds.
 
-Time is the processor's, so that a busy machine makes nothing fail. Memory is what the resident set grew by at
-most; where the kernel can't start that mark anew (`/proc/self/clear_refs`), growth past all inputs before.
+Time is processor time, so that a busy machine fails nothing. Memory is the growth of the resident set's peak; if
+the kernel can't reset the peak (`/proc/self/clear_refs`), it is the growth beyond all earlier inputs.
 """
 
 import os
@@ -13,23 +13,24 @@ from dataclasses import dataclass
 from tests.stress.fuzzing.target import Target
 
 _TRIES = 3
-"""An input that took too much gets the least of so many runs: the first may have imported something."""
+"""Runs of an input that exceeded its bounds; the least cost counts, as the first run may have imported a
+module."""
 
 
 class TooMuchError(Exception):
-    """An input took more time or memory than it may."""
+    """An input exceeded its time or memory."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one input."""
+    """The cost of an input."""
 
     cpu_seconds: float
     memory: int  # bytes
 
 
 class Meter:
-    """Runs inputs of one target and holds them to its bounds."""
+    """Runs inputs of one target within its bounds."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -38,7 +39,7 @@ class Meter:
             self._refs = os.open("/proc/self/clear_refs", os.O_WRONLY)
 
     def run(self, data: bytes) -> tuple[str, Cost]:
-        """What became of it, and its cost. Raises TooMuchError, or whatever the target raises."""
+        """Run an input; return its outcome and cost. Raise TooMuchError, or any exception of the target."""
         outcome, cost = self._once(data)
         for _ in range(_TRIES - 1):
             if self._fault(data, cost) is None:

@@ -1,6 +1,6 @@
-"""An input's bytes as choices: what is made of them has the form of what it stands for, with lies in it.
+"""An input's bytes as a sequence of choices: the result has the right structure, with lies in it.
 
-At the end of the bytes every choice is the first one, so that a short input makes something small.
+After the last byte every choice is the first alternative, so that a short input makes a small result.
 """
 
 import functools
@@ -26,7 +26,7 @@ _DEPTH = 4
 
 
 class Choices:
-    """Takes `data` from the front."""
+    """Consumes `data` from the front."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -34,31 +34,31 @@ class Choices:
 
     @property
     def rest(self) -> bytes:
-        """What is left, all of it."""
+        """Take all remaining bytes."""
         rest, self._at = self._data[self._at :], len(self._data)
         return rest
 
     def below(self, number: int) -> int:
-        """From 0 to less than `number`, of two bytes where that takes them."""
+        """Choose a number from 0 to `number` - 1, with two bytes if needed."""
         width = 1 if number <= 256 else 2
         taken = self.take(width)
         return int.from_bytes(taken, "little") % number
 
     def take(self, length: int) -> bytes:
-        """The next ones, as many as there are."""
+        """Take the next `length` bytes, or fewer at the end."""
         taken = self._data[self._at : self._at + length]
         self._at += length
         return taken
 
     def some(self) -> bytes:
-        """As many as the next byte says."""
+        """Take as many bytes as the next byte says."""
         return self.take(self.below(256))
 
     def pick(self, options: Sequence[T]) -> T:
         return options[self.below(len(options))]
 
     def one_in(self, number: int) -> bool:
-        """Rarely true; never at the end."""
+        """Return True for one of `number` choices, never after the last byte."""
         return self.below(number) == number - 1
 
     def text(self) -> str:
@@ -67,7 +67,7 @@ class Choices:
         return self.pick(TEXTS)
 
     def json(self, depth: int = _DEPTH) -> object:
-        """A value, the deeper the rarer lists and objects."""
+        """Choose a JSON value, with fewer lists and objects at greater depth."""
         kind = self.below(8 if depth else 5)
         if kind == 0:
             return None
@@ -87,7 +87,7 @@ class Choices:
 
 @functools.cache
 def nested(levels: int) -> object:
-    """A list in a list, so many times. Not to be changed."""
+    """Return a list nested `levels` times. Callers must not change it."""
     value: object = []
     for _ in range(levels):
         value = [value]
@@ -95,10 +95,10 @@ def nested(levels: int) -> object:
 
 
 def encoded(value: object, choices: Choices) -> bytes:
-    """As JSON, of which some is none."""
+    """Encode as JSON; some values can't be encoded."""
     try:
         data = json.dumps(value, ensure_ascii=choices.one_in(2)).encode("utf-8", "surrogatepass")
-    except (RecursionError, ValueError):  # an integer of too many digits
+    except (RecursionError, ValueError):  # an integer with too many digits
         return b"[" * 100_000
     if choices.one_in(24):
         at = choices.below(max(1, len(data)))

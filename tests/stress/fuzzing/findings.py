@@ -1,7 +1,7 @@
-"""What a run of inputs came to: how many, what became of them, what they cost, and those that are findings.
+"""Statistics of a run of inputs: counts, outcomes, costs, and findings.
 
-A finding is saved once for each place that raised it, under a name that begins with its target's: whoever replays
-the file needs to know nothing else. Beside it are the inputs before, where it may hang on those.
+A finding is saved once for each place that raised it, in a file whose name begins with the target's, so that the
+file alone suffices to replay it. The inputs before it are saved too if the target is stateful.
 """
 
 import hashlib
@@ -22,28 +22,28 @@ _KEPT_EVERY = 1.0  # seconds
 
 @dataclass
 class Finding:
-    """One fault, and the first input that met it."""
+    """A fault and the first input that caused it."""
 
     where: str
     file: str
-    told: str
+    trace: str
     count: int = 1
 
 
 @dataclass
 class Tally:
-    """Of one target. Kept in a file as it grows: the process may die of an input."""
+    """Statistics of one target, saved to a file continually: an input may kill the process."""
 
     inputs: int = 0
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
-    slowest: float = 0.0  # seconds of a processor
-    peak: int = 0  # bytes that one input added
-    resident: int = 0  # bytes, at the end
+    slowest: float = 0.0  # seconds of processor time
+    peak: int = 0  # most bytes that one input added
+    resident: int = 0  # bytes at the end
     findings: dict[str, Finding] = field(default_factory=dict)
 
     def add(self, outcome: str, cost: Cost) -> bool:
-        """Count an input; whether it was the slowest."""
+        """Count an input; return whether it was the slowest."""
         self.inputs += 1
         self.outcomes[outcome] += 1
         self.peak = max(self.peak, cost.memory)
@@ -52,7 +52,7 @@ class Tally:
         return is_slowest
 
     def merge(self, other: "Tally") -> None:
-        """Count what another process did."""
+        """Add another process's statistics."""
         self.inputs += other.inputs
         self.seconds += other.seconds
         self.outcomes += other.outcomes
@@ -74,7 +74,7 @@ class Tally:
 
 
 class Book:
-    """A target's folder, with the tally in it."""
+    """A target's folder with its statistics."""
 
     def __init__(self, name: str, num_before: int = 0, cache: Path = CACHE) -> None:
         self.name = name
@@ -98,7 +98,7 @@ class Book:
             self.keep()
 
     def failed(self, data: bytes, error: BaseException) -> bool:
-        """Save the input, unless there is one for the fault; whether it is a new one."""
+        """Save the input unless this fault has one already; return whether it is new."""
         self.tally.inputs += 1
         self.tally.outcomes["finding"] += 1
         where = place_of(error)
@@ -106,12 +106,12 @@ class Book:
             known.count += 1
             self._before.append(data)
             return False
-        told = "".join(traceback.format_exception(error)[-6:])
+        trace = "".join(traceback.format_exception(error)[-6:])
         path = self.findings / f"{self.name}-{type(error).__name__}-{hashlib.sha256(data).hexdigest()[:12]}"
         path.write_bytes(data)
         self._save_those_before(path)
         self._before.append(data)
-        self.tally.findings[where] = Finding(where, str(path), told[-4000:])
+        self.tally.findings[where] = Finding(where, str(path), trace[-4000:])
         self.keep()
         return True
 
@@ -122,7 +122,7 @@ class Book:
             (before_of(path) / f"{number:04}").write_bytes(data)
 
     def keep(self) -> None:
-        """Write the tally down."""
+        """Save the statistics."""
         self._kept = time.monotonic()
         self.tally.seconds = self._kept - self._begun
         self.tally.resident = _resident()
@@ -132,12 +132,13 @@ class Book:
 
 
 def before_of(path: Path) -> Path:
-    """The folder of the inputs that came before this one."""
+    """Return the folder of the inputs before this one."""
     return path.with_name(f"{path.name}.before")
 
 
 def place_of(error: BaseException) -> str:
-    """What was raised, and the innermost line of ours that it came through, or what it says of that itself."""
+    """Return the exception and the innermost line of our code in its traceback, or the place that the exception
+    names."""
     if (where := getattr(error, "where", None)) is not None:
         return f"{type(error).__name__}: {where}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ".venv" not in frame.filename]

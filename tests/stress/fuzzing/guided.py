@@ -1,7 +1,8 @@
-"""Inputs bred by atheris, libFuzzer's mutations guided by the coverage of our Python, a process for each target.
+"""Coverage-guided inputs by atheris: libFuzzer's mutations, guided by the coverage of our Python, in a process per
+target.
 
-A process that dies, of a crash in native code or because an input has no end, is a finding: libFuzzer saves the
-input, and another process goes on.
+A process that dies of a native crash or of an endless input is a finding: libFuzzer saves the input, and a new
+process continues.
 """
 
 import os
@@ -22,7 +23,7 @@ from tests.stress.fuzzing.target import OPEN, Target, load
 
 INSTRUMENTED = ("adapters", "server", "python_multipart", "starlette", "uvicorn", "zipfile")
 _MAX_DEATHS = 5
-_TIMEOUT = 120  # seconds: what took that long has no end, whatever else the machine does
+_TIMEOUT = 120  # seconds after which an input counts as endless, however busy the machine is
 _MAX_RESIDENT = 4096  # MiB
 _EDGES = re.compile(rb"\bcov: (\d+)")
 
@@ -33,7 +34,7 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """Of a target's inputs."""
+    """The result for a target."""
 
     name: str
     tally: Tally
@@ -41,7 +42,7 @@ class Result:
 
 
 def targets(names: Sequence[str]) -> dict[str, Target]:
-    """Loads them, and with them the code under test, so that its coverage is known. Raises MissingError."""
+    """Load the targets with the code under test, to measure its coverage. Raise MissingError."""
     try:
         import atheris
     except ImportError:
@@ -53,7 +54,7 @@ def targets(names: Sequence[str]) -> dict[str, Target]:
 
 
 def run(name: str, target: Target, num_inputs: int | None, seconds: float | None) -> Result:
-    """So many inputs, or so many seconds of them."""
+    """Run this many inputs, or for this many seconds."""
     total = Tally()
     book = Book(name)
     edges = 0
@@ -88,7 +89,7 @@ def _note_death(total: Tally, book: Book, status: int, saved: set[Path]) -> None
 
 
 def _fuzz(name: str, target: Target, num_inputs: int | None, seconds: float | None) -> NoReturn:
-    """The process of one target. Ends with 0 unless it died."""
+    """Run the process of one target. The exit code is 0 unless it crashed."""
     import atheris
 
     book = Book(name, target.num_before)
@@ -121,7 +122,7 @@ def _fuzz(name: str, target: Target, num_inputs: int | None, seconds: float | No
             one = _until(time.monotonic() + seconds, one, book)
         atheris.Setup([name, *options, str(corpus), str(seeds)], one)
         atheris.Fuzz()
-    except SystemExit as error:  # libFuzzer's end; its alarm would go on, and end the process
+    except SystemExit as error:  # libFuzzer's exit; its alarm would go off later and kill the process
         signal.setitimer(signal.ITIMER_REAL, 0)
         if not error.code:
             book.keep()
@@ -132,7 +133,7 @@ def _fuzz(name: str, target: Target, num_inputs: int | None, seconds: float | No
 
 
 def one_of(meter: Meter, book: Book) -> Callable[[bytes], None]:
-    """What is called with each input: it goes into the book."""
+    """Return the function that is called with each input and records it."""
 
     def one(data: bytes) -> None:
         try:
@@ -147,7 +148,7 @@ def one_of(meter: Meter, book: Book) -> Callable[[bytes], None]:
 
 
 def _until(deadline: float, one: Callable[[bytes], None], book: Book) -> Callable[[bytes], None]:
-    """The same, and the process's end after the deadline: libFuzzer's own leaves Python no time to tidy up."""
+    """Wrap `call` to end the process after the deadline: libFuzzer's own exit skips Python's cleanup."""
 
     def one_in_time(data: bytes) -> None:
         one(data)
@@ -160,13 +161,13 @@ def _until(deadline: float, one: Callable[[bytes], None], book: Book) -> Callabl
 
 
 def _quoted(word: bytes) -> str:
-    """As libFuzzer's dictionaries have it."""
+    """Quote bytes as in libFuzzer's dictionaries."""
     return "".join(chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\x{byte:02x}" for byte in word)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the names of all modules that atheris instruments."""
+    """Silence atheris's list of instrumented modules."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,4 +1,4 @@
-"""A target: code that takes strangers' bytes, and what it may do with them. Which there are, and their shares."""
+"""Fuzzing targets: code that reads untrusted bytes, with its bounds; and each target's share of the inputs."""
 
 import atexit
 import importlib
@@ -20,12 +20,13 @@ SHARES: Mapping[str, int] = {
     "forms": 12,
     "grammars": 6,
 }
-"""Of a thousand inputs, by target: the quicker one takes them, the more it gets."""
+"""Inputs per thousand by target: faster targets get more."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """`run` says in a word what became of the input, and raises what is no answer to any: a finding.
+    """A target. `run` returns the outcome in a word and raises any exception that no input should cause: a
+    finding.
 
     `seeds` are real samples, made by the code itself, from which inputs are bred.
     """
@@ -33,19 +34,20 @@ class Target:
     run: Callable[[bytes], str]
     seeds: Callable[[], Sequence[bytes]]
     max_len: int = 4096
-    words: Sequence[bytes] = ()  # what the format is made of: inputs get them put in
-    cpu_seconds: float = 1.0  # of one input: this process's processor time and that of its ended children
-    num_before: int = 0  # inputs before one that what becomes of it may hang on
-    memory: int = 64 << 20  # bytes that an input may add to the resident memory, beside 8 times its length
+    words: Sequence[bytes] = ()  # tokens of the format, which are inserted into inputs
+    cpu_seconds: float = 1.0  # per input, including ended child processes
+    num_before: int = 0  # earlier inputs that may influence an outcome
+    memory: int = 64 << 20  # bytes that an input may add to resident memory, besides 8 times its length
 
 
 OPEN = ExitStack()
-"""What targets have opened, to be closed at the end: of the process, or of the tests."""
+"""Resources of targets, closed at the end of the process or of the tests."""
 atexit.register(OPEN.close)
 
 
-def check_told(error: InvalidInput, *locs: tuple[str | int, ...]) -> None:
-    """AssertionError where a refusal can't be sent; or where it isn't of these, if any are named."""
+def check_refusal(error: InvalidInput, *locs: tuple[str | int, ...]) -> None:
+    """Raise AssertionError if a refusal can't be serialized, or isn't about one of these fields, if any are
+    given."""
     assert error.errors
     assert not locs or {fault.loc for fault in error.errors} <= set(locs), error.errors
     json.dumps([fault.loc for fault in error.errors], ensure_ascii=False).encode()
@@ -53,7 +55,7 @@ def check_told(error: InvalidInput, *locs: tuple[str | int, ...]) -> None:
 
 
 def load(name: str) -> Target:
-    """The target of that name. KeyError if there is none."""
+    """Load the target of that name. Raise KeyError if there is none."""
     if name not in SHARES:
         raise KeyError(name)
     target = importlib.import_module(f"tests.stress.fuzzing.targets.{name}").TARGET

@@ -1,4 +1,4 @@
-"""What `make attack` calls a finding, and how it keeps one."""
+"""What `make attack` counts as a finding, and how findings are saved."""
 
 import sys
 import time
@@ -25,7 +25,7 @@ def bad(data: bytes) -> str:
         while time.process_time() < until:
             pass
     if data == b"large":
-        with mmap(-1, 24 * MIB) as touched:  # bytes may come from what other tests gave back
+        with mmap(-1, 24 * MIB) as touched:  # other bytes may reuse memory that earlier tests freed
             touched[:: 1 << 12] = bytes(len(touched) >> 12)
     if data == b"":
         raise IndexError
@@ -41,7 +41,7 @@ BAD = Target(bad, lambda: [b"a"], cpu_seconds=0.05, memory=16 * MIB)
     ("data", "target", "reason"),
     [
         (b"slow", BAD, "s of a processor"),
-        (b"large", replace(BAD, cpu_seconds=5.0), "MiB of memory"),  # to touch it may take over 0.05 s
+        (b"large", replace(BAD, cpu_seconds=5.0), "MiB of memory"),  # touching it may take over 0.05 s
     ],
 )
 def test_bounds(data: bytes, target: Target, reason: str) -> None:
@@ -54,7 +54,7 @@ def test_bounds(data: bytes, target: Target, reason: str) -> None:
     meter.close()
 
 
-def test_a_finding_is_kept_once_for_each_place(tmp_path: Path) -> None:
+def test_finding_is_saved_once_per_place(tmp_path: Path) -> None:
     book = Book("bad", 2, tmp_path)
     one = one_of(Meter(BAD), book)
     for data in (b"a", b"xa", b"", b"xb", b"b", b"slow"):
@@ -74,20 +74,20 @@ def test_a_finding_is_kept_once_for_each_place(tmp_path: Path) -> None:
     assert {finding.count for finding in tally.findings.values()} == {2, 4}
 
 
-def test_a_file_is_replayed_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_name_selects_the_target_to_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "expressions-KeyError-0123"
     path.write_bytes(b"a*0.5")
     replay(path)
     assert capsys.readouterr().out.startswith("expressions: read, ")
 
 
-def test_without_atheris_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_atheris_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "atheris", None)
     assert attack(["expressions"], 10, None) == 2
     assert capsys.readouterr().err.startswith("make attack: atheris is not installed")
 
 
-def test_findings_of_one_line_are_told_apart() -> None:
+def test_findings_at_one_line_are_distinguished() -> None:
     answer = Answer(500, {}, b"")
     assert place_of(BadAnswerError("500, KeyError at a.py:1", answer)) == "BadAnswerError: 500, KeyError at a.py:1"
     with pytest.raises(IndexError) as caught:
@@ -95,7 +95,7 @@ def test_findings_of_one_line_are_told_apart() -> None:
     assert place_of(caught.value).startswith("IndexError at tests/stress/fuzzing/test_findings.py:")
 
 
-def test_choices_end_with_the_bytes() -> None:
+def test_choices_are_the_first_after_the_last_byte() -> None:
     choices = Choices(b"\x05\x01\x00ab")
     assert choices.below(4) == 1
     assert choices.below(1000) == 1

@@ -1,4 +1,4 @@
-"""The targets of `make attack`, with inputs that Hypothesis makes near their seeds: no finding."""
+"""The targets of `make attack` with inputs near their seeds, made by Hypothesis: no finding."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +21,7 @@ GOOD = {
     "headers": {"200"},
     "grammars": {"followed"},
 }
-"""What some seeds come to: inputs near them get far."""
+"""Outcomes of some seeds; inputs near these seeds get far."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,7 @@ def test_seeds_get_far(name: str) -> None:
     assert outcomes - GOOD[name] or name == "expressions"
 
 
-# Starlette leaves the file of a part that a form ends in for Python to close, which it does at once.
+# If a form ends inside a part, Starlette leaves that part's file for Python to close, which happens at once.
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:Unclosed file:ResourceWarning"
 )
@@ -60,7 +60,7 @@ def test_no_input_is_a_finding(name: str) -> None:
 
 
 def near(seeds: Sequence[bytes], words: Sequence[bytes]) -> st.SearchStrategy[bytes]:
-    """Seeds with some bytes changed, words put in or a part left out; or any bytes."""
+    """Generate seeds with some bytes changed, tokens inserted or a part removed; or any bytes."""
     edits = st.tuples(st.integers(0, 1 << 14), st.integers(0, 6), st.sampled_from(words) | st.binary(max_size=6))
     return st.binary(max_size=200) | st.builds(_edited, st.sampled_from(seeds), st.lists(edits, max_size=4))
 

@@ -1,1 +1,1 @@
-"""Kinds of bytes from strangers: a module for each, with its `TARGET`."""
+"""Kinds of untrusted bytes: a module for each, with its `TARGET`."""

@@ -1,4 +1,4 @@
-"""An adapter's two files, whatever their bytes: refused with the keys at fault, or read, and then as they say."""
+"""An adapter's two files with any bytes: refused with the bad keys, or read and written back equal."""
 
 import tempfile
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch
 from adapters.errors import FieldError, InvalidAdapter
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write
 from tests.adapters.samples import SHAPE, sample_adapter
-from tests.stress.fuzzing.target import Target, check_told
+from tests.stress.fuzzing.target import Target, check_refusal
 
-_LENGTH = 2  # bytes before an input's config that say how long that is
+_LENGTH = 2  # bytes of an input that hold the length of its config
 
 
 def joined(config: bytes, tensors: bytes) -> bytes:
-    """The input that stands for the two files."""
+    """Join the two files into one input."""
     return len(config).to_bytes(_LENGTH, "little") + config + tensors
 
 
@@ -25,11 +25,11 @@ def run(data: bytes) -> str:
 
 
 def check(config: bytes, tensors: bytes) -> str:
-    """Reads the files. AssertionError where what was read isn't what is written."""
+    """Read the files. Raise AssertionError if writing them back gives another adapter."""
     try:
         adapter = read(config, tensors, SHAPE)
     except InvalidAdapter as error:
-        check_told(error)
+        check_refusal(error)
         _check_places(error.errors)
         return "refused"
     for key, module in adapter.weights.modules.items():
@@ -94,5 +94,5 @@ TARGET = Target(
         b"null",
         b"1e999",
     ),
-    cpu_seconds=2.0,  # of which a regular expression of theirs may have half a second, in a process of its own
+    cpu_seconds=2.0,  # half a second of it for their regular expressions, in a process of its own
 )

@@ -1,4 +1,4 @@
-"""An adapter's two files that are nearly right: lying offsets, shapes, dtypes and lengths, and deep JSON."""
+"""An adapter's two files with plausible faults: wrong offsets, shapes, dtypes and lengths, and deep JSON."""
 
 import json
 from collections.abc import Sequence

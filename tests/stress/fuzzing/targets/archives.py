@@ -1,4 +1,4 @@
-"""Zip archives of an adapter's two files: any bytes, or archives that were made and then lied about."""
+"""Zip archives of an adapter's two files: any bytes, or archives with manipulated entries."""
 
 import functools
 import io
@@ -12,7 +12,7 @@ from adapters.errors import InvalidInput
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from server.api.zips import FIELD, MAX_ENTRIES, StoredZip, read_archive
 from tests.stress.fuzzing.choices import Choices
-from tests.stress.fuzzing.target import Target, check_told
+from tests.stress.fuzzing.target import Target, check_refusal
 
 MAX_CONFIG = 1 << 12
 MAX_WEIGHTS = 1 << 16
@@ -21,7 +21,7 @@ NAMES = (
     *(f"a\\{CONFIG_NAME}", f"a/b/{WEIGHTS_NAME}", "README.md", "a/", "", "é.json", f"./{CONFIG_NAME}"),
 )
 METHODS = (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 9, 99)
-"""That are claimed where something else was done: whoever believes them is refused by their decoders."""
+"""Compression methods that are claimed falsely; the decoders refuse such entries."""
 SIZES = (3, 0, 100, 4095, 4096, 4097, 1 << 16, (1 << 16) + 1, 1 << 20)
 _WORDS = (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"\xff\xff\xff\xff", b"\0\0")
 _RAW, _MADE = 0, 1
@@ -35,7 +35,7 @@ def run(data: bytes) -> str:
         try:
             config: bytes | None = read_archive(io.BytesIO(archive), weights, MAX_CONFIG, MAX_WEIGHTS)
         except InvalidInput as error:
-            check_told(error, (FIELD,))
+            check_refusal(error, (FIELD,))
             config = None
         assert config is None or len(config) <= MAX_CONFIG
         assert not weights.exists() or weights.stat().st_size <= MAX_WEIGHTS
@@ -50,7 +50,7 @@ def _made(choices: Choices) -> bytes:
             del names[choices.below(len(names))]
     buffer = io.BytesIO(many() if choices.one_in(64) else b"")
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "a") as archive:
-        warnings.simplefilter("ignore")  # of names that come twice
+        warnings.simplefilter("ignore")  # about duplicate names
         for name in names:
             entry = zipfile.ZipInfo(name or choices.text().encode("utf-8", "replace").decode())
             entry.compress_type = choices.pick((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED))
@@ -59,7 +59,7 @@ def _made(choices: Choices) -> bytes:
     data = bytearray(buffer.getvalue())
     if choices.one_in(8):
         data = bytearray(re.sub(rb"(?s)(PK\x01\x02.{6})..", rb"\g<1>%c\0" % choices.pick(METHODS), data))
-    for _ in range(choices.below(6)):  # lies, mostly in the list of entries, which is at the end
+    for _ in range(choices.below(6)):  # manipulations, mostly of the central directory at the end
         at = choices.below(min(len(data), 400))
         at = at if choices.one_in(4) else len(data) - 1 - at
         lie = choices.pick(_WORDS) if choices.one_in(3) else choices.take(1)
@@ -71,7 +71,7 @@ def _made(choices: Choices) -> bytes:
 
 @functools.cache
 def many() -> bytes:
-    """An archive of more files than there may be."""
+    """Return an archive with more files than allowed."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for number in range(MAX_ENTRIES + 1):

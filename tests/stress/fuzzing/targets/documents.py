@@ -1,4 +1,5 @@
-"""Bodies and queries of every operation in the OpenAPI document: made of its schemas, with faults, or any."""
+"""Bodies and queries of every operation in the OpenAPI document: generated from its schemas, with faults, or any
+bytes."""
 
 import functools
 import json
@@ -39,7 +40,7 @@ VALUES: Mapping[str, Sequence[object]] = {
     "scopes": (["generate"], ["train", "generate"], [], ["root"]),
     "visibility": ("public", "private", ""),
 }
-"""By a field's name: what its schema can't say."""
+"""Values by field name that schemas can't express."""
 PARTS = (
     ADAPTER,
     "new",
@@ -67,7 +68,7 @@ _DEPTH = 5
 
 @dataclass(frozen=True)
 class Operation:
-    """One of the document's."""
+    """An operation of the document."""
 
     method: str
     path: str  # with {names} in it
@@ -82,13 +83,15 @@ def world() -> World:
 
 @functools.cache
 def operations() -> tuple[Operation, ...]:
-    """Those with a JSON body come first, twice."""
+    """Return the operations, those with a JSON body first and twice."""
     app: App = world().app
     found: list[Operation] = []
     for path, methods in sorted(app.openapi()["paths"].items()):
-        for method, told in sorted(methods.items()):
-            content = told.get("requestBody", {}).get("content", {}).get("application/json")
-            queries = [parameter["name"] for parameter in told.get("parameters", []) if parameter["in"] == "query"]
+        for method, operation in sorted(methods.items()):
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            queries = [
+                parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "query"
+            ]
             found.append(Operation(method.upper(), path, queries, None if content is None else content["schema"]))
     with_body = [operation for operation in found if operation.schema is not None]
     return (*with_body, *with_body, *found)
@@ -128,7 +131,7 @@ def run(data: bytes) -> str:
 
 
 def _value(choices: Choices, schema: Mapping[str, Any], name: str, depth: int) -> object:
-    """What the schema allows, mostly."""
+    """Return a value that the schema mostly allows."""
     if choices.one_in(24) or depth == 0:
         return choices.json(2)
     if name in VALUES and choices.below(4):
@@ -174,7 +177,7 @@ def _resolved(ref: str) -> Mapping[str, Any]:
 
 
 def seeds() -> list[bytes]:
-    """Each operation with what comes of zeros and ones, and bodies that are sound, as they are."""
+    """Return each operation with inputs of zeros and ones, and with valid bodies."""
     found: list[bytes] = []
     for number, operation in enumerate(operations()):
         found += [bytes([number]) + bytes(40), bytes([number]) + bytes([0, 1, 2, 3] * 24)]
@@ -184,7 +187,7 @@ def seeds() -> list[bytes]:
 
 
 def _raw(number: int, operation: Operation, body: bytes) -> bytes:
-    """The input that sends this body."""
+    """Return the input that sends this body."""
     parts = b"\0\0" * operation.path.count("{")
     return bytes([number]) + parts + b"\0" + b"\x07" + body
 

@@ -1,9 +1,9 @@
-"""Adapter expressions: refused, or read; and what is read is written as what reads the same."""
+"""Adapter expressions: refused, or parsed so that formatting and parsing them again gives the same."""
 
 from adapters.errors import InvalidExpression
 from adapters.expression import MAX_LENGTH, MAX_PARTS, Term, parse, render
 from adapters.names import reference_fault
-from tests.stress.fuzzing.target import Target, check_told
+from tests.stress.fuzzing.target import Target, check_refusal
 
 
 def run(data: bytes) -> str:
@@ -11,14 +11,14 @@ def run(data: bytes) -> str:
     try:
         terms = parse(text)
     except InvalidExpression as error:
-        check_told(error, ("adapter",))
+        check_refusal(error, ("adapter",))
         return "refused"
     assert len(terms) <= MAX_PARTS
     for term in terms:
         assert reference_fault(term.name) is None
         assert term.version is None or (term.version > 0 and term.alias is None)
     rendered = render(terms)
-    if len(rendered) <= MAX_LENGTH:  # ".5" is written "0.5": a text that was as long as may be has grown
+    if len(rendered) <= MAX_LENGTH:  # ".5" is written "0.5": a text of the maximum length has grown
         assert parse(rendered) == terms
         assert render(parse(rendered)) == rendered
     return "read"

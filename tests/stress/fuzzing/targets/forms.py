@@ -1,4 +1,4 @@
-"""Multipart bodies of the three routes that take them, through the whole application."""
+"""Multipart bodies of the three routes that accept them, through the whole application."""
 
 import functools
 from collections.abc import Mapping
@@ -100,7 +100,7 @@ def _more(choices: Choices) -> bytes:
 
 
 def part(name: bytes, filename: bytes | None, content: bytes, more: bytes = b"") -> bytes:
-    """One part of a body, with its boundary before it."""
+    """Return one part of a body with the boundary before it."""
     file = b"" if filename is None else b'; filename="%s"' % filename
     return b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n%s\r\n%s\r\n' % (name, file, more, content)
 
@@ -117,7 +117,7 @@ def seeds() -> list[bytes]:
         (2, part(b"purpose", None, b"batch")),
     ]
     raw = [bytes([_RAW, path, piece, 0, 0]) + body + b"--x--\r\n" for path, body in bodies for piece in (0, 2)]
-    # the same, made: of each part the numbers of its name, its file's name and its content
+    # Generated forms: for each part the indices of its name, file name and content.
     sound = [(0, [(1, 2, 5), (2, 0, 6)]), (0, [(3, 0, 7)]), (1, [(0, 0, 0)]), (1, [(0, 1, 2)])]
     made = [
         bytes([_MADE, path, 0, 0, 0, 0, 0, len(parts) - 1])

@@ -1,4 +1,4 @@
-"""Regular expressions and JSON schemas that answers must match: refused, or compiled and followed for a while."""
+"""Regular expressions and JSON schemas for structured answers: refused, or compiled and followed for a while."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from server.engine.request import Grammar
 from tests.kits.grammars import BOUNDED, CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing
 from tests.server.conftest import new_guidance
 from tests.stress.fuzzing.choices import Choices
-from tests.stress.fuzzing.target import OPEN, Target, check_told
+from tests.stress.fuzzing.target import OPEN, Target, check_refusal
 
 PIECES = (
     *(
@@ -108,7 +108,7 @@ def run(data: bytes) -> str:
     try:
         guidance().check(grammar)
     except InvalidInput as error:
-        check_told(error)
+        check_refusal(error)
         return "refused"
     return _follow(grammar, choices)
 
@@ -154,6 +154,6 @@ TARGET = Target(
     seeds,
     max_len=2048,
     words=tuple(f'"{word}"'.encode() for word in WORDS) + tuple(piece.encode() for piece in PIECES),
-    cpu_seconds=2.0,  # of which the process that vets it may have 0.4
-    memory=192 << 20,  # the states of a grammar that is just simple enough
+    cpu_seconds=2.0,  # 0.4 of it for the process that vets the grammar
+    memory=192 << 20,  # the states of a grammar that is just accepted
 )

@@ -1,4 +1,4 @@
-"""Names, sites, keys and what proxies say, in any headers of any request, through the middleware as served."""
+"""Any headers of any request, through the whole middleware: names, sites, keys and proxies' headers."""
 
 import functools
 from typing import TYPE_CHECKING, cast
@@ -133,7 +133,7 @@ VALUES = (
 
 @functools.cache
 def worlds() -> tuple[World, World]:
-    """One without keys, and one with all that can be asked for."""
+    """Return one world without keys, and one with every feature enabled."""
     far = World(
         api_keys=(KEY,),
         allowed_hosts=("lora.example.org", "*.example.org", "localhost"),
@@ -144,7 +144,7 @@ def worlds() -> tuple[World, World]:
 
 
 def proxied(app: ASGIApp) -> ASGIApp:
-    """As uvicorn has it where there are trusted proxies."""
+    """Wrap the application as uvicorn does if there are trusted proxies."""
     return cast(ASGIApp, ProxyHeadersMiddleware(cast("ASGI3Application", app), PROXIES))
 
 

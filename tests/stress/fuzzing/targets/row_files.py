@@ -1,4 +1,5 @@
-"""Files of rows, JSONL and CSV, and data sets of them: faults by line, or rows that are stored and read alike."""
+"""JSONL and CSV files of rows, and data sets made from them: errors by line, or rows that are stored and read back
+equal."""
 
 import io
 import json
@@ -13,10 +14,10 @@ from server.training.datasets import DatasetStore
 from server.training.row_files import FILE, MAX_FAULTS, Format, read_rows
 from server.training.rows import Row, RowNotes, canonical_json, parse_row
 from tests.stress.fuzzing.choices import Choices
-from tests.stress.fuzzing.target import Target, check_told
+from tests.stress.fuzzing.target import Target, check_refusal
 
 _FORMATS: tuple[Format, Format] = ("jsonl", "csv")
-_STORED, _REPEATED = 16, 32  # one input in so many
+_STORED, _REPEATED = 16, 32  # one input in this many
 _LARGE = 1 << 13
 
 
@@ -33,7 +34,7 @@ def run(data: bytes) -> str:
     try:
         rows.extend(read_rows(io.BytesIO(content), file_format, notes))
     except InvalidInput as error:
-        check_told(error)
+        check_refusal(error)
         _check_places(error.errors)
         return f"{file_format} refused"
     finally:
