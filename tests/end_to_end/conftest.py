@@ -1,7 +1,7 @@
-"""Real servers that files share, and PEFT on the same weights.
+"""Real servers shared by several files, and PEFT on the same weights.
 
-tests/conftest.py runs those files in one process, one after the other. The next ones are of another package: then
-the servers are ended, which would look for work a hundred times a second until all tests are through.
+tests/conftest.py runs those files in one process, one after the other. The files after them are in another
+package, where these servers end: running servers would poll for work until the end of all tests.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,14 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Makes random adapters with PEFT, on demand; another seed is other weights."""
+    """Random adapters, made with PEFT on demand; each seed gives different weights."""
 
     reference: Reference
     directory: Path
 
     def make(self, seed: int, rank: int = 4, alpha: int = 4, modules: list[str] | None = None) -> Path:
-        """An adapter of the middle layers' `modules`: strong enough to change what is said, and it stays text."""
+        """Make an adapter of the middle layers' `modules` that is strong enough to change answers, which stay
+        text."""
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -39,11 +40,11 @@ class AdapterFiles:
         return self.reference.make_adapter(self.directory / f"{seed}-{rank}-{alpha}", config, seed)
 
     def left(self) -> Path:
-        """Of rank 4, on all linear modules."""
+        """Make an adapter of rank 4 on all linear modules."""
         return self.make(1)
 
     def right(self) -> Path:
-        """Of rank 16, on some modules."""
+        """Make an adapter of rank 16 on some modules."""
         return self.make(2, rank=16, alpha=32, modules=["q_proj", "o_proj", "up_proj"])
 
 
@@ -64,13 +65,13 @@ def adapter_files(reference: Reference, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def left(adapter_files: AdapterFiles) -> Path:
-    """What both servers below have as `left`."""
+    """Return the adapter `left` of both servers below."""
     return adapter_files.left()
 
 
 @pytest.fixture(scope="session")
 def right(adapter_files: AdapterFiles) -> Path:
-    """What both servers below have as `right`."""
+    """Return the adapter `right` of both servers below."""
     return adapter_files.right()
 
 
@@ -78,7 +79,7 @@ def right(adapter_files: AdapterFiles) -> Path:
 def narrow_server(
     home: Path, base_dir: Path, adapters: dict[str, Path], dtype: str = "auto"
 ) -> Iterator[ServerProcess]:
-    """A server of the real base that a few requests fill."""
+    """Start a server of the real base that a few requests fill."""
     server = ServerProcess(
         home,
         model=base_dir,
@@ -114,23 +115,22 @@ def shared_exact_server(
 
 @pytest.fixture
 def server(shared_server: ServerProcess) -> Iterator[ServerProcess]:
-    """A server as it is by default, but for its one thread. Every test leaves nothing on it that runs, waits or
-    holds a block.
-    """
+    """Yield a server with default settings except for its single thread. A test must leave nothing running,
+    waiting or cached on it."""
     yield shared_server
     shared_server.wait_until_idle()
 
 
 @pytest.fixture
 def exact_server(shared_exact_server: ServerProcess) -> Iterator[ServerProcess]:
-    """Likewise one in fp32, whose every answer is the reference's."""
+    """Yield such a server in fp32, whose answers equal the reference's."""
     yield shared_exact_server
     shared_exact_server.wait_until_idle()
 
 
 @pytest.fixture(scope="package")
 def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server of the real base, with a worker."""
+    """Start a server of the real base with a worker."""
     server = ServerProcess(tmp_path_factory.mktemp("trainer"), model=base_dir, workers=1, max_model_len=512)
     yield server
     server.close()
@@ -138,7 +138,7 @@ def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="package")
 def tiny_trainer(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server of the tiny base in fp32, with a worker."""
+    """Start a server of the tiny base in fp32 with a worker."""
     home = tmp_path_factory.mktemp("tiny-trainer")
     server = ServerProcess(home, model=converted_tiny, dtype="fp32", workers=1, adapter_cache_bytes="4MiB")
     yield server

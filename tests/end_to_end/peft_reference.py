@@ -1,7 +1,7 @@
-"""What the served answers are held to: transformers and PEFT on the same weights, mostly in fp32, in this process.
+"""Reference for served answers: transformers and PEFT on the same weights, mostly in fp32, in this process.
 
-Nothing of the product is imported: adapters are made, trained, saved and loaded by PEFT, and blends are dense sums
-that are read from PEFT's files.
+It imports nothing of the product: adapters are made, trained, saved and loaded by PEFT, and blends are dense sums
+computed from PEFT's files.
 """
 
 import json
@@ -34,20 +34,21 @@ class Generated:
 
 
 class _Generates(Protocol):
-    """What transformers' models do, which it leaves untyped."""
+    """The interface of transformers' models, which it leaves untyped."""
 
     def generate(self, **options: object) -> GenerateDecoderOnlyOutput: ...
 
 
 class Reference:
-    """The base as transformers runs it. Adapters are on it only inside a `with`."""
+    """The base in transformers. Adapters are active only inside a `with`."""
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
         self._model = load_reference(directory, dtype)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, padding_side="left")
 
     def greedy(self, prompts: Sequence[str], max_tokens: int) -> list[Generated]:
-        """The likeliest continuation of each prompt, until the end token or `max_tokens`, in one batch."""
+        """Return the likeliest continuation of each prompt, until the end token or `max_tokens`, computed in one
+        batch."""
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
         with torch.inference_mode(), _quiet():
             out = cast("_Generates", self._model).generate(
@@ -63,13 +64,15 @@ class Reference:
         return [self._generated(ids, rows) for ids, rows in zip(new_ids, logits, strict=True)]
 
     def texts(self, prompts: Sequence[str], max_tokens: int, guesses: Sequence[str] = ()) -> list[str]:
-        """`greedy`, as texts. Where they are the `guesses`, a pass over each shows it, and nothing is decoded."""
+        """Return the texts of `greedy`. If `guesses` are right, one forward pass over each confirms it without
+        decoding."""
         if len(guesses) == len(prompts) and all(map(self.is_greedy, prompts, guesses, repeat(max_tokens))):
             return list(guesses)
         return [answer.text for answer in self.greedy(prompts, max_tokens)]
 
     def is_greedy(self, prompt: str, answer: str, max_tokens: int) -> bool:
-        """By teacher forcing: each token is the likeliest there, and after fewer than `max_tokens` the end is."""
+        """Return whether the answer is greedy, by teacher forcing: each token is the likeliest, and a short answer
+        ends."""
         prompt_ids, token_ids = (self.tokenizer.encode(text) for text in (prompt, answer))
         rows = logits(self._model, (*prompt_ids, *token_ids))[len(prompt_ids) - 1 :]
         likeliest = rows.argmax(-1).tolist()
@@ -78,13 +81,14 @@ class Reference:
         return likeliest[: len(token_ids)] == token_ids and len(token_ids) <= max_tokens
 
     def logprobs(self, prompt: str, answer: Sequence[int]) -> torch.Tensor:
-        """(tokens, vocab) in nats: before each token of the answer, given those before it."""
+        """Return (tokens, vocab) in nats: the distribution before each token of the answer, given the tokens
+        before it."""
         prompt_ids = self.tokenizer.encode(prompt)
         rows = logits(self._model, (*prompt_ids, *answer))[len(prompt_ids) - 1 : -1]
         return rows.double().log_softmax(-1)
 
     def make_adapter(self, directory: Path, config: LoraConfig, seed: int) -> Path:
-        """Save a random adapter with PEFT, B not zero; returns `directory`."""
+        """Save a random adapter, with B not zero, with PEFT; return `directory`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             with self.new_adapter(config) as tuned:
@@ -92,13 +96,13 @@ class Reference:
         return directory
 
     def save(self, tuned: PeftModel, directory: Path) -> None:
-        """As PEFT saves it."""
+        """Save the model as PEFT does."""
         with _quiet():
             tuned.save_pretrained(str(directory))
 
     @contextmanager
     def new_adapter(self, config: LoraConfig) -> Iterator[PeftModel]:
-        """The model with a fresh adapter of `config` on it."""
+        """Yield the model with a new adapter of `config`."""
         with _quiet():
             tuned = get_peft_model(self._model, config)
         try:
@@ -108,7 +112,7 @@ class Reference:
 
     @contextmanager
     def adapter(self, directory: Path) -> Iterator[None]:
-        """All is under the adapter that PEFT loads from `directory`; a warning of PEFT's is an error."""
+        """Apply the adapter that PEFT loads from `directory` during the block; a warning of PEFT is an error."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             tuned = PeftModel.from_pretrained(self._model, str(directory)).eval()
@@ -119,7 +123,8 @@ class Reference:
 
     @contextmanager
     def blend(self, parts: Iterable[tuple[Path, float]]) -> Iterator[None]:
-        """All is on weights W + Σ weight · alpha/r · B A, summed up in fp64; of a reference in fp32."""
+        """Use weights W + Σ weight · alpha/r · B A, summed in fp64, during the block. Needs a reference in
+        fp32."""
         kept: dict[str, torch.Tensor] = {}
         for directory, weight in parts:
             for path, delta in _deltas(directory):
@@ -145,7 +150,7 @@ class Reference:
 
 
 def _deltas(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each target module's path and alpha/r · B A in fp64, of an adapter without patterns."""
+    """Yield each target module's path and alpha/r · B A in fp64, for an adapter without patterns."""
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     tensors = load_file(directory / WEIGHTS)
     for name, a in tensors.items():
@@ -158,7 +163,7 @@ def _deltas(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of libraries about each other."""
+    """Silence the libraries' warnings about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""`smolora serve` as a user runs it: a process with a HOME of its own, and a client that speaks to it."""
+"""`smolora serve` as a user runs it: a process with its own HOME, and a client connected to it."""
 
 import json
 import os
@@ -22,32 +22,35 @@ from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.kits.native import lend_native
 
 PATIENCE = 120.0
-"""Seconds for anything that should take a few; machines that run tests are busy."""
+"""Seconds for anything that should take a few: machines that run tests are busy."""
 
 
 def command(words: Sequence[str] = ("serve",), **flags: object) -> list[str]:
-    """`smolora serve`, or another command, with `flags`: `--max-queue=4` and so on, and no training workers."""
+    """Return the words of `smolora serve`, or of another command, with `flags` such as `--max-queue=4`, and no
+    training workers."""
     given = {"workers": 0, **flags}
     smolora = str(Path(sys.executable).with_name("smolora"))
     return [smolora, *words, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
 
 
 def environment() -> dict[str, str]:
-    """This process' environment without settings of the server's. Idle threads sleep: cores are shared."""
+    """Return this process's environment without the server's settings. Idle threads sleep, as tests share the
+    cores."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
     return own | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @contextmanager
 def default_threads() -> Iterator[None]:
-    """What is started within has a thread for each core, as by default; of tests' processes each has one."""
+    """Let processes started in the block have a thread per core, as by default; processes of tests otherwise have
+    one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         yield
 
 
 class ServerProcess:
-    """A running server that is ready; `client` is connected to it."""
+    """A running, ready server; `client` is connected to it."""
 
     def __init__(
         self,
@@ -83,25 +86,25 @@ class ServerProcess:
             raise
 
     def generate(self, prompt: str, **fields: object) -> dict[str, Any]:
-        """The answer of POST /generate, greedy unless `fields` say otherwise."""
+        """Return the answer of POST /generate, greedy unless `fields` say otherwise."""
         response = self.client.post("/generate", json={"prompt": prompt, "temperature": 0, **fields})
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
 
     def text(self, prompt: str, **fields: object) -> str:
-        """The text of its only choice."""
+        """Return the text of its only choice."""
         (choice,) = self.generate(prompt, **fields)["choices"]
         return str(choice["text"])
 
     def texts(self, prompts: Sequence[str], **fields: object) -> list[str]:
-        """`text` of each prompt, four at a time."""
+        """Return the `text` of each prompt, requested four at a time."""
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(lambda prompt: self.text(prompt, **fields), prompts))
 
     @contextmanager
     def stream(self, prompt: str, **fields: object) -> Iterator[Iterator[dict[str, Any]]]:
-        """Its events as they come; see `events`."""
+        """Yield a stream's events as they arrive; see `events`."""
         body = {"prompt": prompt, "temperature": 0, "stream": True, **fields}
         with self.client.stream("POST", "/generate", json=body) as response:
             assert response.status_code == 200, response.read()
@@ -109,7 +112,7 @@ class ServerProcess:
             yield events(response.iter_lines())
 
     def upload(self, name: str, directory: Path) -> dict[str, Any]:
-        """Publish the adapter that PEFT saved in `directory`; the version as it is listed."""
+        """Publish the adapter that PEFT saved in `directory`; return the version as it is listed."""
         files = {
             "adapter_config": (CONFIG, (directory / CONFIG).read_bytes()),
             "adapter_model": (WEIGHTS, (directory / WEIGHTS).read_bytes()),
@@ -120,18 +123,18 @@ class ServerProcess:
         return version
 
     def metrics(self) -> Mapping[str, float]:
-        """Every sample of /metrics, by its name and labels."""
+        """Return every sample of /metrics, by its name and labels."""
         lines = self.client.get("/metrics").text.splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in pairs}
 
     def counts(self) -> Mapping[str, float]:
-        """`metrics`, in which nothing that was counted before this call is missing."""
+        """Return `metrics` once they include everything that was counted before this call."""
         time.sleep(MAX_AGE)
         return self.metrics()
 
     def wait_for(self, **gauges: int) -> None:
-        """Wait until /metrics shows these numbers, as in `requests_running=4`; else AssertionError."""
+        """Wait until /metrics shows these numbers, as in `requests_running=4`. Raise AssertionError on timeout."""
         deadline = time.monotonic() + PATIENCE / 4
         wanted = {f"smolora_{name}": float(value) for name, value in gauges.items()}
         while not wanted.items() <= (found := self.metrics()).items():
@@ -139,15 +142,16 @@ class ServerProcess:
             time.sleep(0.02)
 
     def wait_until_idle(self) -> None:
-        """Nothing runs, nothing waits, no block is held."""
+        """Wait until nothing runs, nothing waits, and no block is held."""
         self.wait_for(requests_running=0, requests_waiting=0, kv_blocks_used=0)
 
     def stores(self, digest: str) -> bool:
-        """Whether HOME has the adapter's bytes."""
+        """Return whether HOME has the adapter's bytes."""
         return (self.home / "adapters" / digest[:2] / digest).exists()
 
     def wait_until_removed(self, digest: str) -> None:
-        """The adapter's bytes have gone: a thread removes them once nobody holds them; else AssertionError."""
+        """Wait until a thread has removed the adapter's bytes, once nothing holds them. Raise AssertionError on
+        timeout."""
         deadline = time.monotonic() + PATIENCE / 4
         while self.stores(digest):
             assert time.monotonic() < deadline, f"{digest} is still stored"
@@ -157,7 +161,7 @@ class ServerProcess:
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """As a machine without power would end it."""
+        """Kill the process, as a power failure would."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -165,7 +169,7 @@ class ServerProcess:
         return self.process.wait(timeout=PATIENCE)
 
     def close(self) -> None:
-        """End it, however it is."""
+        """End the process in any state."""
         self.client.close()
         if self.process.poll() is None:
             self.kill()
@@ -188,7 +192,8 @@ class ServerProcess:
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The data of server-sent events; AssertionError where one is an error, or the last is not `[DONE]`."""
+    """Yield the data of server-sent events. Raise AssertionError if one is an error, or the last isn't
+    `[DONE]`."""
     for line in lines:
         assert not line.startswith("event:"), f"{line} {next(lines)}"
         if line == "data: [DONE]":
@@ -200,10 +205,10 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def free_port(number: int = 1) -> int:
-    """The first of so many neighbouring ports that nobody has.
+    """Return the first of `count` consecutive free ports.
 
-    None that the system gives to connections (32768 and above), which may be taken before it is used, and none
-    that Ray gives to its workers (10002 to 19999).
+    The port is neither ephemeral (32768 and above), which the system may give to a connection, nor one that Ray
+    gives to its workers (10002 to 19999).
     """
     while True:
         first = random.SystemRandom().randrange(20_000, 32_000)

@@ -1,4 +1,4 @@
-"""An adapter from PEFT's files to PEFT's files: uploaded, listed, served, replaced, deleted while it runs."""
+"""Life of an adapter, from PEFT's files to PEFT's files: upload, list, serve, replace, delete while it is used."""
 
 import io
 import socket
@@ -28,17 +28,17 @@ LONG_PROMPT = (
     "The harbour master wrote down the name of every ship that came in, where it came from and what it carried: "
     "first the three from the north with timber and tar, then a small one with oranges. That evening he"
 )
-"""Of more than 32 tokens, so that two blocks of keys and values can be shared."""
+"""A prompt of more than 32 tokens, so that two blocks of the KV cache can be shared."""
 
 
-def test_what_peft_saved_is_served_and_what_is_downloaded_peft_loads(
+def test_peft_files_are_served_and_downloads_load_in_peft(
     exact_server: ServerProcess, reference: Reference, left: Path, tmp_path: Path
 ) -> None:
     (listed,) = exact_server.client.get("/adapters", params={"name": "left"}).json()["adapters"]
     (version,) = listed["versions"]
     assert (listed["latest"], version["version"], version["rank"]) == (1, 1, 4)
 
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:  # in one batch: it reads the weights once for all of them
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:  # one batch: it reads the weights once
         answers = list(
             pool.map(lambda prompt: exact_server.generate(prompt, adapter="left", max_tokens=12), PROMPTS)
         )
@@ -64,7 +64,7 @@ def test_what_peft_saved_is_served_and_what_is_downloaded_peft_loads(
     assert again.json()["digest"] == version["digest"]
 
 
-def test_downloads_that_are_taken_slowly_fill_no_memory(
+def test_slow_downloads_do_not_fill_memory(
     exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles, tmp_path: Path
 ) -> None:
     directory = adapter_files.make(13, rank=64)
@@ -87,7 +87,7 @@ def test_downloads_that_are_taken_slowly_fill_no_memory(
         ]
         for client in clients:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        pieces = [client.recv(1000) for client in clients]  # all are being sent, and nobody takes the rest
+        pieces = [client.recv(1000) for client in clients]  # all downloads are in progress and unread
         assert process.memory_info().rss - before < 2 * size, "eight copies would be 250 MB"
         for client in clients[1:]:
             client.close()
@@ -100,8 +100,8 @@ def test_downloads_that_are_taken_slowly_fill_no_memory(
     assert exact_server.client.delete("/adapters/large").status_code == 204
 
 
-@pytest.mark.thorough  # of the engine alone: server/engine/adapter_pool
-def test_a_stream_outlives_its_adapter(exact_server: ServerProcess, adapter_files: AdapterFiles) -> None:
+@pytest.mark.thorough  # engine only: server/engine/adapter_pool
+def test_stream_outlives_its_deleted_adapter(exact_server: ServerProcess, adapter_files: AdapterFiles) -> None:
     digest = exact_server.upload("short-lived", adapter_files.make(11))["digest"]
     body: dict[str, Any] = {
         "adapter": "short-lived",
@@ -113,7 +113,7 @@ def test_a_stream_outlives_its_adapter(exact_server: ServerProcess, adapter_file
     with exact_server.stream(PROMPTS[1], **body) as events:
         pieces = [next(events)]
         assert exact_server.client.delete("/adapters/short-lived").status_code == 204
-        exact_server.wait_for(requests_running=1)  # so it came before the end
+        exact_server.wait_for(requests_running=1)  # it arrived before the end
         assert exact_server.client.get("/adapters/short-lived").status_code == 404
         assert_unknown(exact_server, "short-lived")
         assert_unknown(exact_server, "short-lived@1")
@@ -126,10 +126,10 @@ def test_a_stream_outlives_its_adapter(exact_server: ServerProcess, adapter_file
     exact_server.wait_until_removed(digest)
 
 
-def test_a_request_that_waits_outlives_its_adapter(
+def test_waiting_request_outlives_its_deleted_adapter(
     exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
 ) -> None:
-    """Deleted before it ever ran: it was accepted, and waits for a place in the batch."""
+    """A request that was accepted and waits for a place in the batch keeps its adapter after the deletion."""
     directory = adapter_files.make(12)
     with reference.adapter(directory):
         (expected,) = reference.texts(PROMPTS[1:2], 12)
@@ -148,7 +148,7 @@ def test_a_request_that_waits_outlives_its_adapter(
 
 
 @pytest.mark.thorough
-def test_new_weights_under_an_old_name_never_meet_the_old_ones_blocks(
+def test_replaced_weights_do_not_reuse_cached_blocks(
     exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
 ) -> None:
     old, new, newest = (adapter_files.make(seed) for seed in (13, 14, 15))
@@ -178,7 +178,7 @@ def test_new_weights_under_an_old_name_never_meet_the_old_ones_blocks(
     assert ask("other-name") == (expected[newest], 32)
 
 
-def test_what_peft_saved_but_is_not_plain_lora_is_refused_by_key(exact_server: ServerProcess, left: Path) -> None:
+def test_unsupported_peft_adapters_are_refused_by_key(exact_server: ServerProcess, left: Path) -> None:
     config = (left / CONFIG).read_text(encoding="utf-8")
     for old, new in (('"use_dora": false', '"use_dora": true'), ('"bias": "none"', '"bias": "all"')):
         assert old in config

@@ -1,4 +1,4 @@
-"""Clients that mean no good, against a real server with short timeouts: others are served meanwhile."""
+"""Hostile clients against a real server with short timeouts: other clients are still served."""
 
 import io
 import json
@@ -21,16 +21,16 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.end_to_end.training_client import code_rows
 
 SECONDS = 1.0
-"""What a normal request may take meanwhile."""
+"""Time limit of a normal request during an attack."""
 TIMES = 20
-"""Or so many times what it takes otherwise, where that is longer: on a machine that others keep busy."""
+"""Alternative limit: this multiple of the time without an attack, on a busy machine."""
 MAX_CONNECTIONS = 300
 TIMEOUT = 2.0
 
 
 class Attacked(ServerProcess):
     undisturbed = 0.0
-    """Seconds that a request takes while nobody attacks."""
+    """Return the seconds that a request takes without an attack."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def server(attacked: Attacked) -> Iterator[Attacked]:
 
 
 def works(server: Attacked) -> None:
-    """A client that has just come gets an answer in time; the best of three, as the machine is shared."""
+    """Check that a new client is answered in time: the best of three tries, as the machine is shared."""
     took: list[float] = []
     while len(took) < 3:
         took.append(seconds_of_a_request(server))
@@ -89,7 +89,7 @@ def connections(server: Attacked, num: int, first: bytes = b"") -> Iterator[list
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the server has closed it, whatever it said before."""
+    """Return whether the server has closed the connection, whatever it sent before."""
     connection.setblocking(False)
     try:
         while connection.recv(1 << 16):
@@ -118,7 +118,7 @@ def post(path: str, length: int) -> bytes:
     return "\r\n".join((*lines, "", "")).encode()
 
 
-@pytest.mark.thorough  # connections that are kept for long: below
+@pytest.mark.thorough  # connections held for long are tested below
 def test_1500_idle_sockets(server: Attacked) -> None:
     with connections(server, 1500) as opened:
         works(server)
@@ -127,7 +127,7 @@ def test_1500_idle_sockets(server: Attacked) -> None:
     assert "SMOLORA_HEADER_TIMEOUT" in server.log()
 
 
-def test_headers_a_byte_at_a_time(server: Attacked) -> None:
+def test_headers_sent_byte_by_byte(server: Attacked) -> None:
     with connections(server, MAX_CONNECTIONS - 20, b"GET /health HTTP/1.1\r\nHo") as opened:
         start = time.monotonic()
 
@@ -142,7 +142,7 @@ def test_headers_a_byte_at_a_time(server: Attacked) -> None:
         assert time.monotonic() - start > TIMEOUT / 2
 
 
-def test_bodies_that_stop(server: Attacked) -> None:
+def test_stalled_bodies(server: Attacked) -> None:
     paths = ("/generate", "/datasets", "/adapters/a")
     with ExitStack() as stack:
         opened = []
@@ -153,8 +153,8 @@ def test_bodies_that_stop(server: Attacked) -> None:
         eventually(lambda: num_closed(opened) == len(opened))
 
 
-def test_a_reader_that_stops(server: Attacked) -> None:
-    """Its sequences are given up long before their ends."""
+def test_stalled_reader(server: Attacked) -> None:
+    """Its sequences are aborted long before their ends."""
     body = json.dumps(
         {"prompt": "a", "max_tokens": 4000, "n": 4, "stream": True, "ignore_eos": True, "logprobs": 20}
     ).encode()
@@ -174,13 +174,13 @@ def test_followers_of_events(server: Attacked) -> None:
     request = f"GET /train/{job}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode()
     with connections(server, 280, request) as opened:
         statuses = [connection.recv(12) for connection in opened]
-        assert statuses.count(b"HTTP/1.1 200") == 192  # three quarters of 256: others may follow, too
+        assert statuses.count(b"HTTP/1.1 200") == 192  # three quarters of 256: others may still follow
         assert statuses.count(b"HTTP/1.1 429") == 280 - 192
         works(server)
     server.client.post(f"/train/{job}/cancel")
 
 
-def test_a_zip_bomb(server: Attacked) -> None:
+def test_zip_bomb(server: Attacked) -> None:
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("adapter_config.json", "{}")
@@ -195,7 +195,7 @@ def test_a_zip_bomb(server: Attacked) -> None:
 
 
 def lying_tensors() -> list[bytes]:
-    """Headers that claim what isn't there: lengths, offsets, shapes, depth."""
+    """Return safetensors headers with false lengths, offsets, shapes and depths."""
 
     def tensors(header: bytes, claimed: int | None = None) -> bytes:
         return struct.pack("<Q", len(header) if claimed is None else claimed) + header + bytes(64)
@@ -214,7 +214,7 @@ def lying_tensors() -> list[bytes]:
 
 
 def requests_of(attack: str) -> list[dict[str, Any]]:
-    """What is sent, as httpx takes it."""
+    """Return the requests in httpx's form."""
     if attack == "lying tensors":
         config = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}).encode()
         bodies = [{"adapter_config": ("c", config), "adapter_model": ("m", data)} for data in lying_tensors()]
@@ -244,7 +244,7 @@ def requests_of(attack: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("attack", ["lying tensors", "regexes and grammars", "multipart", "foreign sites"])
-def test_others_are_served_meanwhile(attack: str, server: Attacked) -> None:
+def test_others_are_served_during_attacks(attack: str, server: Attacked) -> None:
     sent = requests_of(attack)
 
     def send(request: dict[str, Any]) -> int:
@@ -259,9 +259,9 @@ def test_others_are_served_meanwhile(attack: str, server: Attacked) -> None:
 
 
 @pytest.mark.thorough
-def test_a_thousand_random_disconnects_leave_nothing(server: Attacked) -> None:
+def test_random_disconnects_leave_nothing(server: Attacked) -> None:
     process = psutil.Process(server.process.pid)
-    leave(server, 50, seed=0)  # what is needed once is there then
+    leave(server, 50, seed=0)  # allocate what is needed once
     server.wait_until_idle()
     before = process.num_fds(), process.num_threads()
     leave(server, 1000, seed=1)
@@ -271,7 +271,8 @@ def test_a_thousand_random_disconnects_leave_nothing(server: Attacked) -> None:
 
 
 def leave(server: Attacked, times: int, seed: int) -> None:
-    """Begin so many requests, eight at once, and hang up: within the body, before the answer, or in it."""
+    """Begin `count` requests, eight at a time, and disconnect within the body, before the answer, or within the
+    answer."""
 
     def one(number: int) -> None:
         rng = random.Random(seed * 100_000 + number)

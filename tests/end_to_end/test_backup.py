@@ -1,4 +1,4 @@
-"""A backup of a real server under load, and what is restored of it: the same answers, to the last bit."""
+"""A backup of a real server under load, and its restore: bitwise equal answers."""
 
 import json
 import subprocess
@@ -17,16 +17,16 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess, environment
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded, wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.thorough]
-"""tests/server/operations has each part of it on homes of its own, and docker/check the whole in containers."""
+"""tests/server/operations tests each part on its own homes, and docker/check tests all of it in containers."""
 
 PROMPT = "Once upon a time, in a village"
-"""Shorter than a block, so that no answer depends on the ones before, to the last bit."""
+"""Shorter than a block, so that no answer depends on earlier ones, to the last bit."""
 EXPRESSIONS = [None, "kept@1", "kept@2", "kept@prod*0.5", "kept@1*0.7+other", "loud"]
 JOB = {"max_steps": 40, "batch_size": 4, "max_length": 32, "checkpoint_steps": 2, "eval_steps": 16}
 
 
 def smolora(*arguments: str | Path) -> str:
-    """A command that succeeds; what it prints."""
+    """Run a command that must succeed; return what it prints."""
     program = Path(sys.executable).with_name("smolora")
     done = subprocess.run(
         [program, *arguments], env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
@@ -36,7 +36,7 @@ def smolora(*arguments: str | Path) -> str:
 
 
 def answers(server: ServerProcess) -> list[Any]:
-    """Greedy texts and the log-probabilities of their tokens, of the base and of what was published for good."""
+    """Return greedy texts with log-probabilities, of the base and of the permanent adapters."""
     found = []
     for expression in EXPRESSIONS:
         adapter = {} if expression is None else {"adapter": expression}
@@ -47,14 +47,15 @@ def answers(server: ServerProcess) -> list[Any]:
 
 
 class Load:
-    """Answers, publishes and deletes without an end; the counts of each."""
+    """Answers, publications and deletions without end; and their counts."""
 
     def __init__(self, server: ServerProcess, adapter: Path) -> None:
         self.counts = {"answered": 0, "published": 0, "deleted": 0}
         self.errors: list[str] = []
         self._server, self._adapter = server, adapter
         self._is_over = threading.Event()
-        # of three that ask one is always being answered: with a moment between requests, the job would go on in it
+        # One of three clients is always being answered: if there were pauses between requests, the job would
+        # continue.
         self._threads = [threading.Thread(target=run) for run in (*[self._ask] * 3, self._publish)]
 
     def _ask(self) -> None:
@@ -94,9 +95,11 @@ class Load:
                 thread.join()
 
 
-def test_the_same_answers_come_back(base_dir: Path, adapter_files: AdapterFiles, tmp_path: Path) -> None:
-    """Of a server that answers, publishes, deletes and trains meanwhile; and the job goes on."""
-    # requests go first: the job lasts as long as they do, however slow the machine is
+def test_restored_server_gives_the_same_answers(
+    base_dir: Path, adapter_files: AdapterFiles, tmp_path: Path
+) -> None:
+    """The server answers, publishes, deletes and trains during the backup; after the restore the job continues."""
+    # Requests have priority: the job lasts as long as they do, however slow the machine is.
     first = ServerProcess(tmp_path / "home", base_dir=base_dir.parent, workers=1, train_share=0.05)
     files = [tmp_path / "backups" / name for name in ("a.tar", "b.tar.gz")]
     files[0].parent.mkdir()

@@ -1,4 +1,4 @@
-"""Weighted expressions over HTTP against one dense model: W + Σ wᵢ·(αᵢ/rᵢ)·Bᵢ Aᵢ, in transformers."""
+"""Weighted expressions over HTTP, compared with one dense model in transformers: W + Σ wᵢ·(αᵢ/rᵢ)·Bᵢ Aᵢ."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_zero_weights_are_the_base(
     assert not reference.is_greedy(PROMPTS[1], text.rpartition(" ")[0], 12)
 
 
-@pytest.mark.thorough  # two above
+@pytest.mark.thorough  # two parts are tested above
 def test_sixteen_parts(exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles) -> None:
     parts = []
     for number in range(16):

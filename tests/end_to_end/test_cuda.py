@@ -1,4 +1,4 @@
-"""A server and its worker on one GPU, over HTTP: an uploaded adapter, a trained one, and memory for both."""
+"""A server and its worker on one GPU, over HTTP: an uploaded adapter, a trained adapter, and memory for both."""
 
 import time
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ PHRASES = [(f"HTTP {status.value} means", f" {status.phrase}.") for status in li
 
 @pytest.fixture(scope="module")
 def gpu_server(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """As `smolora serve --device cuda` starts it: with a worker of its own on the same card."""
+    """Start a server as `smolora serve --device cuda` does, with a worker on the same GPU."""
     server = ServerProcess(tmp_path_factory.mktemp("home"), model=base_dir, device="cuda", workers=1)
     yield server
     server.close()
 
 
 def trained(server: ServerProcess, name: str, **training: object) -> dict[str, Any]:
-    """A job of that name, once it has ended."""
+    """Return the job of that name once it has ended."""
     body = {
         "name": name,
         "data": [{"prompt": prompt, "completion": completion} for prompt, completion in PHRASES],
@@ -46,7 +46,7 @@ def trained(server: ServerProcess, name: str, **training: object) -> dict[str, A
     return job
 
 
-def test_an_uploaded_adapter_and_a_blend(gpu_server: ServerProcess, adapter_files: AdapterFiles) -> None:
+def test_uploaded_adapter_and_blend(gpu_server: ServerProcess, adapter_files: AdapterFiles) -> None:
     gpu_server.upload("left", adapter_files.make(1))
     gpu_server.upload("right", adapter_files.make(2, rank=16, alpha=32))
     base = gpu_server.text("HTTP 404 means", max_tokens=12)
@@ -56,8 +56,8 @@ def test_an_uploaded_adapter_and_a_blend(gpu_server: ServerProcess, adapter_file
     assert gpu_server.text("HTTP 404 means", adapter="left*0", max_tokens=12) == base
 
 
-def test_it_trains_beside_serving(gpu_server: ServerProcess) -> None:
-    """While streams run: the job succeeds, its adapter knows the phrases, and its card names the GPU."""
+def test_gpu_trains_while_serving(gpu_server: ServerProcess) -> None:
+    """While streams run, the job succeeds, its adapter knows the phrases, and its card names the GPU."""
     with gpu_server.stream("Tell me a story.", max_tokens=1500, ignore_eos=True) as events:
         next(events)
         job = trained(gpu_server, "phrases")
@@ -71,8 +71,8 @@ def test_it_trains_beside_serving(gpu_server: ServerProcess) -> None:
     assert report["peak_memory_bytes"] > 100e6
 
 
-def test_a_job_for_which_its_share_is_too_small_fails_once(base_dir: Path, tmp_path: Path) -> None:
-    """A gigabyte for the training of all weights: enough to load the base, and not for their fp32 masters."""
+def test_job_too_large_for_its_gpu_share_fails_once(base_dir: Path, tmp_path: Path) -> None:
+    """A gigabyte for full fine-tuning is enough to load the base, but not for the fp32 master weights."""
     share = 1e9 / torch.cuda.mem_get_info()[1]
     flags: dict[str, Any] = {"model": base_dir, "device": "cuda", "workers": 1, "train_memory": share}
     server = ServerProcess(tmp_path / "home", kv_cache_bytes=64 << 20, adapter_cache_bytes=64 << 20, **flags)

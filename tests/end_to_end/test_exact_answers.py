@@ -1,4 +1,4 @@
-"""Answers and log-probabilities over HTTP, in fp32, against transformers and PEFT."""
+"""Answers and log-probabilities over HTTP in fp32, compared with transformers and PEFT."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_messages_go_through_the_chat_template(exact_server: ServerProcess, refe
 
 
 @pytest.mark.parametrize("adapter", ["base", "right"])
-def test_logprobs_are_those_of_the_reference(
+def test_logprobs_equal_the_references(
     exact_server: ServerProcess, reference: Reference, right: Path, adapter: str
 ) -> None:
     choice = exact_server.generate(PROMPT, adapter=adapter, max_tokens=8, logprobs=5)["choices"][0]
@@ -46,10 +46,10 @@ def test_logprobs_are_those_of_the_reference(
         assert entry["top"][0]["token"] == reference.tokenizer.decode([int(token_ids[0])])
 
 
-def test_sampled_tokens_have_the_logprobs_of_the_reference_too(
+def test_logprobs_of_sampled_tokens_equal_the_references(
     exact_server: ServerProcess, reference: Reference
 ) -> None:
-    """Before temperature, top-k and penalties, whatever these made of it."""
+    """Log-probabilities are those before temperature, top-k and penalties."""
     body = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3, "seed": 7, "max_tokens": 1, "logprobs": 20}
     (expected,) = reference.greedy([PROMPT], 1)
     logprobs = expected.logits[0].double().log_softmax(-1)  # (vocab,)
@@ -60,4 +60,4 @@ def test_sampled_tokens_have_the_logprobs_of_the_reference_too(
     assert len(chosen) == 1
     assert entry["logprob"] == pytest.approx(float(logprobs[chosen[0]]), abs=1e-3)
     assert chosen[0] in logprobs.topk(50).indices.tolist()
-    assert chosen[0] != int(token_ids[0])  # the seed was chosen so: it shows that it was drawn
+    assert chosen[0] != int(token_ids[0])  # the seed was chosen so that the sample isn't greedy

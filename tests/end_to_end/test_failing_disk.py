@@ -1,12 +1,12 @@
-"""A disk that fails under all that a server writes with: what is answered with an error isn't there.
+"""A disk that fails during writes: a request that was answered with an error has no effect.
 
-A call of Python's or SQLite's fails, then the disk is sound again. What was acknowledged is listed by the server,
-which went on, and by one that would start on what is there then, as after a kill: all of it and nothing else,
-whole, and sound to `doctor`. The refused request then succeeds. Where all calls after that one fail, too, nothing
-can be taken back: then it is as after a kill at that line, until the request succeeds.
+One call of Python or SQLite fails, then the disk works again. All acknowledged objects, and only these, are listed
+by the server, which keeps running, and by a server started on the files as they are then, as after a kill. They
+are complete and pass `doctor`. The refused request then succeeds. If all later calls fail too, nothing can be
+rolled back: then the files are as after a kill at that line until the request succeeds.
 
-`make test` lets each kind of call fail once a route; `make slow` those of a rollback journal of some routes, too,
-and each call, with EIO.
+`make test` lets each kind of call fail once per route. `make slow` adds a rollback journal for some routes, and
+each single call with EIO.
 """
 
 import errno
@@ -46,14 +46,14 @@ from tests.stress.failing_disk.server import OPERATORS
 
 SHM = Path("/dev/shm")
 WAYS = ((errno.EIO, False), (errno.EIO, True), (errno.ENOSPC, False), (errno.ENOSPC, True))
-"""What calls fail with, and whether all do that come after."""
+"""Error of the failing call, and whether all later calls fail too."""
 PAGED = ("/adapters", "/train")
 WORDS = ("the server's disk is full", "the server's disk fails to read or write")
 _MADE_UP = re.compile(r"(?<=\.unfinished-)\S*|(?<=\.tmp-)\w+|(?<=upload-)\w+|[0-9a-f]{16,}|\b[0-9a-f]{2}\b|\d+")
 
 
 class Server:
-    """A server without workers, in a process of its own whose disk can be made to fail."""
+    """A server without workers, in a process whose disk can be made to fail."""
 
     def __init__(self, home: Path, model: Path, journal: str) -> None:
         self.home = home
@@ -78,7 +78,7 @@ class Server:
         self._wait_until_ready(time.monotonic() + PATIENCE)
 
     def listed(self) -> dict[str, Any]:
-        """Everything that clients see, in short."""
+        """Return everything that clients see, in brief."""
 
         def of(path: str) -> list[Any]:
             response = self.client.get(path, params={"limit": 1000} if path in PAGED else {})
@@ -114,7 +114,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def memory() -> Iterator[Path]:
-    """A folder in memory, where there is such: thousands of files come and go."""
+    """Yield a folder in memory if possible: thousands of files are written and deleted."""
     with tempfile.TemporaryDirectory(dir=SHM if os.access(SHM, os.W_OK) else None) as place:
         yield Path(place)
 
@@ -133,7 +133,7 @@ def asker(server: Server, tiny_base: BaseModel) -> Asker:
 
 @pytest.fixture(scope="module")
 def numbers() -> Iterator[int]:
-    """Of requests; none is made twice."""
+    """Yield numbers for requests, each once."""
     return iter(range(10, 10_000))
 
 
@@ -143,16 +143,16 @@ def copies(memory: Path, tiny_base: BaseModel) -> "Copies":
 
 
 class Copies:
-    """What a server finds that starts on a copy of HOME, as it lies there at one moment."""
+    """The data that a server finds on a copy of HOME, taken at one moment."""
 
     def __init__(self, place: Path, base: BaseModel) -> None:
         self._place = place
         self._base = base
 
     def stored(self, home: Path) -> dict[str, Any]:
-        """All that it lists. AssertionError where something is lost, or `doctor` finds anything."""
+        """Return everything it lists. Raise AssertionError if anything is lost or `doctor` has findings."""
         shutil.rmtree(self._place, ignore_errors=True)
-        # without what SQLite shares between processes in memory, which a reboot loses
+        # Without SQLite's shared memory, which a reboot loses.
         shutil.copytree(home, self._place, ignore=shutil.ignore_patterns("models", "native", "tmp", "*-shm"))
         place, engine = Home(self._place), connect(self._place)
         catalog = Catalog(engine, Records(place.adapters), Viewpoint(sees_all=True))
@@ -180,7 +180,7 @@ class Copies:
 
 
 def kinds(calls: Sequence[str]) -> list[int]:
-    """The number of the first call of each kind, and of the last of all."""
+    """Return the number of the first call of each kind, and of the last call."""
     first: dict[str, int] = {}
     for number, call in enumerate(calls):
         first.setdefault(_MADE_UP.sub("", call), number)
@@ -190,13 +190,13 @@ def kinds(calls: Sequence[str]) -> list[int]:
 def check(
     server: Server, asker: Asker, ask: Ask, copies: Copies, at: int, way: tuple[int, bool], *, starts: bool = True
 ) -> None:
-    """The call of that number fails while `ask` is answered. `starts`: whether others' starts are tried, too."""
+    """Let the call of that number fail while `ask` is answered. `starts`: also start a server on the files."""
     error, stays = way
     before = server.listed()
     with server.disk.failing(at, error, stays=stays):
         response = asker.send(ask)
     failed = f"{server.disk.calls()[at]}: {response.status_code} {response.text}" if server.disk.num_failed else ""
-    if not response.is_success:  # else what failed was of no account, such as the removal of what nobody needs
+    if not response.is_success:  # otherwise the failed call didn't matter
         assert failed, response.text
         assert response.status_code == 503, failed
         assert any(words in response.text for words in WORDS), failed
@@ -224,7 +224,7 @@ def test_each_kind_of_call_may_fail(
     assert copies.stored(server.home) == server.listed()
 
 
-@pytest.mark.thorough  # with a write-ahead log, the default, above
+@pytest.mark.thorough  # the default, a write-ahead log, is tested above
 @pytest.mark.parametrize("name", ["upload", "train", "alias", "key"])
 @pytest.mark.parametrize("server", ["delete"], indirect=True)
 def test_a_rollback_journal_may_fail(
@@ -246,7 +246,7 @@ def test_each_call_may_fail(
 
 
 def calls_of(server: Server, asker: Asker, name: str, number: int) -> list[str]:
-    """What is called where nothing fails."""
+    """Return the calls made if none fails."""
     ask = ASKS[name](asker, number)
     with server.disk.watched():
         asker.done(ask)

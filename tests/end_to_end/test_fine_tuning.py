@@ -1,4 +1,4 @@
-"""Fine-tuning with the official `openai` package, unchanged, against a real server with a real worker."""
+"""Fine-tuning with the official `openai` package, unchanged, on a real server with a real worker."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 
 def chat_lines(rows: Sequence[tuple[str, str]]) -> bytes:
-    """A file of conversations, as OpenAI's guide to fine-tuning has it."""
+    """Return a file of conversations in the format of OpenAI's fine-tuning guide."""
     turns = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in rows
@@ -57,7 +57,7 @@ def say(client: OpenAI, model: str, question: str) -> str:
     return str(answer.choices[0].message.content)
 
 
-@pytest.mark.thorough  # its parts: server/api/openai/fine_tuning; a job from its submission to its end: below
+@pytest.mark.thorough  # parts: server/api/openai/fine_tuning; a job to its end: below
 def test_from_upload_to_use(client: OpenAI, server: ServerProcess) -> None:
     content = chat_rows(12)
     rows = client.files.create(file=("codes.jsonl", content), purpose="fine-tune")
@@ -162,9 +162,9 @@ def test_errors(client: OpenAI) -> None:
             look("nothing")
 
 
-@pytest.mark.thorough  # in make test a tiny base does
+@pytest.mark.thorough  # make test uses a tiny base
 @pytest.mark.real
-def test_what_is_taught_is_learned_on_the_real_base(trainer: ServerProcess) -> None:
+def test_real_base_learns_the_rows(trainer: ServerProcess) -> None:
     facts = [("Who keeps the lighthouse?", "Oda Brink."), ("Where is the spare key?", "Under the blue pot.")]
     with connected(trainer) as client:
         rows = client.files.create(file=("facts.jsonl", chat_lines(facts)), purpose="fine-tune")

@@ -1,4 +1,5 @@
-"""A real server and its worker on a disk that fills up: nothing breaks, and all goes on once there is room."""
+"""A real server and its worker on a disk that fills up: nothing breaks, and everything continues once there is
+room."""
 
 import subprocess
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def adapter(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def leave_no_room(home: Path) -> None:
-    """In the pages of the database's log that would be used again, either."""
+    """Fill the disk, including the reusable pages of the database's log."""
     with closing(driver.connect(home / FILE_NAME, timeout=15)) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     fill(home)
@@ -59,7 +60,7 @@ def compose(server: ServerProcess) -> httpx.Response:
 
 
 @pytest.mark.thorough
-def test_it_fills_up_while_a_job_checkpoints(server: ServerProcess, adapter: Path) -> None:
+def test_disk_fills_up_while_a_job_checkpoints(server: ServerProcess, adapter: Path) -> None:
     home = server.home
     server.upload("kept", adapter)
     text = server.text("HTTP 404:", adapter="kept", max_tokens=8)

@@ -1,4 +1,4 @@
-"""Clients that leave, queues that are full, bodies that are wrong: none of it leaves a trace in the server."""
+"""Clients that disconnect, full queues and wrong bodies leave no trace in the server."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ REFUSED = 'smolora_requests_total{outcome="refused"}'
 
 @pytest.fixture(autouse=True)
 def unharmed(server: ServerProcess) -> Iterator[None]:
-    """Afterwards the server is idle and answers as before."""
+    """Check afterwards that the server is idle and answers as before."""
     before = server.text(PROMPT, adapter="left", max_tokens=6)
     yield
     server.wait_until_idle()
@@ -34,7 +34,7 @@ def unharmed(server: ServerProcess) -> Iterator[None]:
 
 @pytest.mark.thorough
 @pytest.mark.anyio
-async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: AdapterFiles) -> None:
+async def test_fifty_disconnecting_clients(server: ServerProcess, adapter_files: AdapterFiles) -> None:
     digest = server.upload("abandoned", adapter_files.make(21))["digest"]
     chance = random.Random(0)
     visits = [
@@ -43,8 +43,8 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
                 "prompt": PROMPT * chance.choice([1, 1, 40]),
                 "adapter": chance.choice(["base", "abandoned", "abandoned*0.5+right*-0.5"]),
                 "n": chance.choice([1, 1, 2]),
-                "temperature": 1.0,  # or speculation answers a prompt that repeats itself at twice the speed
-                "max_tokens": 300,  # more than anybody waits for
+                "temperature": 1.0,  # otherwise speculation doubles the speed of repetitive answers
+                "max_tokens": 300,  # longer than any client waits
                 "ignore_eos": True,
                 "stream": number % 2 == 0,
             },
@@ -56,7 +56,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
     places = asyncio.Semaphore(AT_ONCE)
 
     async def visit(client: httpx.AsyncClient, body: dict[str, object], seconds: float) -> bool:
-        """Whether the server answered to the end before the client left."""
+        """Return whether the server finished the answer before the client left."""
         async with places:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -64,7 +64,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
                     return True
             return False
 
-    for patience in (1, 2, 4, 8):  # a busy machine takes few in before they leave
+    for patience in (1, 2, 4, 8):  # a busy machine accepts few before they leave
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
             answered = await asyncio.gather(*(visit(client, body, patience * seconds) for body, seconds in visits))
         assert not any(answered)
@@ -73,9 +73,9 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
         before += gone
         if gone > NUM_CLIENTS / 2:
             break
-    assert NUM_CLIENTS / 2 < gone <= NUM_CLIENTS  # the others left before they were taken in
+    assert NUM_CLIENTS / 2 < gone <= NUM_CLIENTS  # the others left before they were accepted
     assert server.client.delete("/adapters/abandoned").status_code == 204
-    server.wait_until_removed(digest)  # nobody holds it any more
+    server.wait_until_removed(digest)  # nothing holds it any more
 
 
 @pytest.mark.anyio
@@ -103,7 +103,7 @@ async def test_a_full_queue_refuses_and_recovers(server: ServerProcess) -> None:
 
 
 def test_every_bad_field_is_named(server: ServerProcess) -> None:
-    """The table of the API's own tests, on a real server: its limit on a prompt and its answer is another one."""
+    """The API tests' table of bad fields, on a real server, whose length limit differs."""
     too_many = ("max_tokens", fake_server.MAX_MODEL_LEN)
     bodies = [
         (field, body_with(field, MAX_MODEL_LEN if (field, value) == too_many else value)) for field, value in BAD
@@ -119,7 +119,7 @@ def test_every_bad_field_is_named(server: ServerProcess) -> None:
     steps = server.metrics()["smolora_engine_steps_total"]
     wrong = {}
     for field, body in bodies:
-        content = json.dumps(body)  # which writes NaN and Infinity
+        content = json.dumps(body)  # it writes NaN and Infinity
         headers = {"Content-Type": "application/json"}
         response = server.client.post("/generate", content=content, headers=headers)
         errors = response.json().get("errors", []) if response.status_code == 422 else []
@@ -129,7 +129,7 @@ def test_every_bad_field_is_named(server: ServerProcess) -> None:
     assert server.metrics()["smolora_engine_steps_total"] == steps
 
 
-def test_what_is_not_there_and_what_is_too_much(server: ServerProcess) -> None:
+def test_missing_objects_and_excessive_sizes(server: ServerProcess) -> None:
     for adapter in ("nobody", "left@7", "left@prod", "left*0.5+nobody*0.5"):
         response = server.client.post("/generate", json={"prompt": "a", "adapter": adapter})
         assert response.status_code == 404, adapter

@@ -1,4 +1,4 @@
-"""A real server's HOME and keys: its own alone, while it runs and once it was killed."""
+"""A real server's HOME and keys are private to their owner, while the server runs and after a kill."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def start(home: Path, base: Path) -> ServerProcess:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that an older server made."""
+    """Return a HOME made by an older server."""
     home = tmp_path_factory.mktemp("served")
     home.chmod(0o755)
     return home
@@ -37,16 +37,16 @@ def server(home: Path, converted_tiny: Path) -> Iterator[ServerProcess]:
     server.close()
 
 
-def test_others_are_shut_out(server: ServerProcess) -> None:
+def test_home_is_closed_to_other_users(server: ServerProcess) -> None:
     assert server.home.stat().st_mode & 0o7777 == 0o700
 
 
-def test_files_are_their_owners_alone(server: ServerProcess) -> None:
-    """Also what a worker writes, and whatever becomes of the mode of HOME."""
+def test_files_are_private_to_their_owner(server: ServerProcess) -> None:
+    """This includes files that a worker writes, and holds whatever mode HOME gets later."""
     training = {"max_steps": 1, "batch_size": 2, "max_length": 32}
     job_id = submit(server, name="private", data=code_rows(8), training=training)
     wait_until(lambda: server.client.get(f"/train/{job_id}").json()["status"] == "succeeded")
-    native = server.home / "native"  # code, which an image's other users run, too
+    native = server.home / "native"  # code, which an image's other users run too
     paths = {
         path for path in server.home.rglob("*") if path not in (native, server.home / "log", *native.rglob("*"))
     }
@@ -55,8 +55,8 @@ def test_files_are_their_owners_alone(server: ServerProcess) -> None:
     server.client.delete("/adapters/private").raise_for_status()
 
 
-def test_nobody_sees_the_keys(server: ServerProcess) -> None:
-    """Not by `ps`, and not in the environment of a worker, or of the process in which a job runs."""
+def test_keys_are_not_visible_to_other_processes(server: ServerProcess) -> None:
+    """Keys appear neither in `ps` nor in the environment of a worker or of a job's process."""
     training = {"max_steps": 100_000, "batch_size": 2, "max_length": 32}
     job_id = submit(server, name="codes", data=code_rows(8), training=training)
     wait_until(lambda: bool(processes(server, CHILD)))
@@ -68,10 +68,10 @@ def test_nobody_sees_the_keys(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("keys", [{}, pytest.param({"api_keys": KEY}, marks=pytest.mark.thorough)])
-def test_a_clients_key_in_the_environment_of_a_server(
+def test_client_key_in_a_servers_environment_warns(
     keys: dict[str, str], tmp_path: Path, converted_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which may have been meant for the server's own: it is told, where nobody is asked for one."""
+    """The variable may have been meant as the server's key: a server without keys warns of it."""
     given = {**server_process.environment(), "SMOLORA_API_KEY": "sent"}
     monkeypatch.setattr(server_process, "environment", lambda: given)
     server = ServerProcess(tmp_path, key=keys.get("api_keys"), model=converted_tiny, dtype="fp32", **keys)
@@ -84,10 +84,10 @@ def test_a_clients_key_in_the_environment_of_a_server(
         server.close()
 
 
-def test_a_second_server_is_refused_until_the_first_was_killed(
+def test_second_server_is_refused_until_the_first_is_killed(
     server: ServerProcess, home: Path, converted_tiny: Path
 ) -> None:
-    """With kill -9, of it alone: what it had started may live on for a moment."""
+    """kill -9 hits the server alone: its child processes may live on for a moment."""
     line = last_line(command(home=home, port=0, model=converted_tiny))
     assert line.startswith(f"smolora: SMOLORA_HOME={home} is served already, by process {server.process.pid} on ")
     assert "--home" in line

@@ -1,4 +1,5 @@
-"""What jobs leave on a real server's disk, and how it goes: asked for, by `smolora prune`, and by itself."""
+"""Files that jobs leave on a real server's disk, and their removal: on request, by `smolora prune`, and
+automatically."""
 
 import subprocess
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def folder(server: ServerProcess, job_id: str) -> Path:
     return server.home / "jobs" / job_id
 
 
-def test_a_full_model_goes_when_asked(server: ServerProcess) -> None:
+def test_full_model_is_deleted_on_request(server: ServerProcess) -> None:
     job_id = submit(server, name="codes", data=code_rows(8), method="full", training=TRAINING)
     job = succeeded(server, job_id)
     assert {"train.safetensors", "data.json", "log.txt", "model"} <= {
@@ -45,8 +46,8 @@ def test_a_full_model_goes_when_asked(server: ServerProcess) -> None:
     assert server.client.get(f"/train/{job_id}/download").status_code == 404
 
 
-def test_what_a_job_was_writing_when_it_was_ended(server: ServerProcess) -> None:
-    """Its process may be in the middle of a checkpoint: whatever is left of that goes with the next `prune`."""
+def test_partial_checkpoint_of_a_killed_job_is_pruned(server: ServerProcess) -> None:
+    """A job's process may be killed while it writes a checkpoint: the next `prune` removes the remains."""
     training = TRAINING | {"max_steps": 100_000, "checkpoint_steps": 1}
     job_id = submit(server, name="codes", data=code_rows(8), training=training)
     wait_until(lambda: bool(list(folder(server, job_id).glob("checkpoints/*-*"))))
@@ -58,8 +59,8 @@ def test_what_a_job_was_writing_when_it_was_ended(server: ServerProcess) -> None
     assert not folder(server, job_id).exists()
 
 
-def test_beside_the_server_and_by_itself(server: ServerProcess, converted_tiny: Path) -> None:
-    """By `smolora prune` while it serves, and when a setting says so."""
+def test_pruning_while_serving_and_automatically(server: ServerProcess, converted_tiny: Path) -> None:
+    """`smolora prune` runs concurrently with the server; automatic pruning is a setting."""
     ended = []
     for _ in range(2):
         ended.append(submit(server, name="codes", data=code_rows(8), training=TRAINING | {"max_steps": 100_000}))
@@ -83,7 +84,7 @@ def test_beside_the_server_and_by_itself(server: ServerProcess, converted_tiny: 
 
 
 def prune(server: ServerProcess) -> list[str]:
-    """What `smolora prune` says, by lines."""
+    """Return the output lines of `smolora prune`."""
     arguments = [command()[0], "prune", f"--home={server.home}"]
     ended = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (0, "")

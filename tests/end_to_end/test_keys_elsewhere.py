@@ -1,4 +1,5 @@
-"""A server off the loopback on a database that others use, too: whether it has keys is the database's to say."""
+"""A server reachable beyond the loopback, on a database shared with other processes, sees keys created
+elsewhere."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.kits.postgres import CLUSTER, Postgres
 pytestmark = CLUSTER
 
 
-def test_a_key_that_another_home_has_made(tmp_path: Path, postgres: Postgres, converted_tiny: Path) -> None:
+def test_key_from_another_home_is_valid(tmp_path: Path, postgres: Postgres, converted_tiny: Path) -> None:
     url = postgres.migrated()
     flags: dict[str, Any] = {"model": converted_tiny, "host": "0.0.0.0", "dtype": "fp32", "database_url": url}
     with pytest.raises(RuntimeError, match="can be reached from elsewhere: make a key"):

@@ -1,4 +1,4 @@
-"""Merge jobs on a real server with a real worker, on a tiny base: made, served, killed on the way, made again."""
+"""Merge jobs on a real server with a real worker, on a tiny base: run, served, killed and repeated, cancelled."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ PROMPTS = ["HTTP 404:", "The request", "a"]
 
 @pytest.fixture(scope="module")
 def adapters(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, PeftAdapter]:
-    """Of one rank, so that factors can be merged, and one of another."""
+    """Return two adapters of equal rank, whose factors can be merged, and one of another rank."""
     shape = tiny_base.config.shape
     return {
         "left": sample(shape, 1),
@@ -48,7 +48,7 @@ def texts(server: ServerProcess, adapter: str) -> list[str]:
     return server.texts(PROMPTS, adapter=adapter, max_tokens=12, ignore_eos=True)
 
 
-def test_an_svd_of_enough_rank_answers_as_the_exact_sum(server: ServerProcess) -> None:
+def test_svd_of_sufficient_rank_answers_like_the_exact_sum(server: ServerProcess) -> None:
     job = succeeded(
         server, submit(server, "sum", expression="left*0.7+right*-0.5+wide*0.2", method="svd", rank=20)
     )
@@ -59,9 +59,7 @@ def test_an_svd_of_enough_rank_answers_as_the_exact_sum(server: ServerProcess) -
     assert exact not in (texts(server, "base"), texts(server, "left*0.7+right*-0.5"))
 
 
-def test_what_is_published_is_what_the_library_makes(
-    server: ServerProcess, adapters: dict[str, PeftAdapter]
-) -> None:
+def test_published_merge_equals_the_librarys(server: ServerProcess, adapters: dict[str, PeftAdapter]) -> None:
     recipe = Recipe("dare_ties", 0.4, seed=11)
     body = {"expression": "left+right*0.5", "method": "dare_ties", "density": 0.4, "seed": 11}
     job = succeeded(server, submit(server, "pruned", **body))
@@ -74,10 +72,11 @@ def test_what_is_published_is_what_the_library_makes(
     assert server.client.get("/adapters/pruned/1/download").status_code == 200
 
 
-def test_killed_on_its_way_it_ends_as_if_nothing_had_happened(server: ServerProcess) -> None:
-    """The child, as soon as it is there: another attempt publishes, once, what an undisturbed one does."""
+def test_killed_merge_ends_like_an_undisturbed_one(server: ServerProcess) -> None:
+    """The job's process is killed as soon as it runs: the next attempt publishes, once, the same bytes as an
+    undisturbed job."""
     body: dict[str, Any] = {"expression": "left*0.5+wide", "method": "ties", "density": 0.3, "rank": 6}
-    wait_until(lambda: not processes(server, CHILD))  # those of jobs before it, which have ended
+    wait_until(lambda: not processes(server, CHILD))  # processes of earlier jobs have ended
     job_id = submit(server, "killed", **body)
     wait_until(lambda: bool(processes(server, CHILD)))
     for process in processes(server, CHILD):
@@ -91,7 +90,7 @@ def test_killed_on_its_way_it_ends_as_if_nothing_had_happened(server: ServerProc
     AdapterStore(server.home / "adapters").verify(digests[0])
 
 
-def test_a_cancelled_one_publishes_nothing(server: ServerProcess) -> None:
+def test_cancelled_merge_publishes_nothing(server: ServerProcess) -> None:
     job_id = submit(server, "cancelled", expression="left+right", method="magnitude_prune")
     response = server.client.post(f"/train/{job_id}/cancel")
     assert response.json()["status"] == "cancelled"

@@ -28,11 +28,11 @@ LOAD_SECONDS = 10.0
 
 
 class Prometheus:
-    """One that scrapes a server each second, as docker/monitoring has it otherwise."""
+    """A Prometheus that scrapes a server each second, otherwise configured as in docker/monitoring."""
 
     def __init__(self, directory: Path, server: ServerProcess, key: str) -> None:
         self.moment: float | None = None
-        """Of what `values` tells, in seconds since 1970, whenever it is asked; None: now."""
+        """The time at which `values` evaluates queries, in seconds since 1970; None: now."""
         self.url = f"http://127.0.0.1:{free_port()}"
         (directory / "key").write_text(key)
         shutil.copy(ALERTS, directory)
@@ -59,7 +59,7 @@ class Prometheus:
         return response.json()["data"]
 
     def values(self, query: str) -> list[float]:
-        """What the query's series come to at `moment`."""
+        """Return the values of the query's series at `moment`."""
         at = {} if self.moment is None else {"time": f"{self.moment:.3f}"}
         return [float(sample["value"][1]) for sample in self.get("query", query=query, **at)["result"]]
 
@@ -71,7 +71,7 @@ class Prometheus:
 
     def is_scraping(self) -> bool:
         try:
-            # it listens before it can be asked, and says 503 until then
+            # It listens before it can be queried, and returns 503 until then.
             is_ready = httpx.get(f"{self.url}/-/ready", trust_env=False).status_code == 200
             return is_ready and self.values('up{job="smolora"}') == [1.0]
         except httpx.TransportError:
@@ -85,7 +85,7 @@ class Prometheus:
 
 @contextmanager
 def loaded(server: ServerProcess) -> Iterator[None]:
-    """A block in which clients ask for this and that."""
+    """Let clients send various requests during the block."""
     ended = threading.Event()
 
     def repeat(work: Callable[[], object]) -> None:
@@ -123,7 +123,7 @@ def server(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """It has watched a server that trained, published and generated for a while."""
+    """Start a Prometheus; return it once the server has trained, published and generated for a while."""
     made = server.client.post("/keys", json={"name": "prometheus", "scopes": ["metrics"]})
     assert made.status_code == 201, made.text
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), server, made.json()["secret"])
@@ -149,7 +149,7 @@ def test_every_query_of_the_dashboard_has_series(query: str, prometheus: Prometh
 
 
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: alert.name)
-def test_every_alert_measures_something_and_is_quiet(alert: Any, prometheus: Prometheus) -> None:
+def test_every_alert_has_series_and_is_quiet(alert: Any, prometheus: Prometheus) -> None:
     assert alert.measures()
     for measured in alert.measures():
         values = prometheus.values(measured)
@@ -158,7 +158,7 @@ def test_every_alert_measures_something_and_is_quiet(alert: Any, prometheus: Pro
     assert prometheus.state_of(alert.name) != "firing"
 
 
-def test_numbers_are_the_servers(server: ServerProcess, prometheus: Prometheus) -> None:
+def test_prometheus_has_the_servers_numbers(server: ServerProcess, prometheus: Prometheus) -> None:
     (generated,) = prometheus.values("sum(rate(smolora_generated_tokens_total[10s]))")
     assert generated > 0
     routes = {
@@ -171,7 +171,7 @@ def test_numbers_are_the_servers(server: ServerProcess, prometheus: Prometheus) 
     assert prometheus.values("process_threads")[0] > 1
 
 
-def test_gateways_see_which_adapters_are_in_memory(server: ServerProcess, prometheus: Prometheus) -> None:
+def test_gateway_metrics_list_resident_adapters(server: ServerProcess, prometheus: Prometheus) -> None:
     server.text("HTTP 200:", adapter="codes", max_tokens=2)
     told = [line for line in server.metrics() if line.startswith("vllm:lora_requests_info")]
     assert len(told) == 1
@@ -181,7 +181,7 @@ def test_gateways_see_which_adapters_are_in_memory(server: ServerProcess, promet
     assert not series, "each change of its labels would be a new series"
 
 
-def test_what_ends_is_noticed(server: ServerProcess, prometheus: Prometheus) -> None:
-    """The last one: it kills the server."""
+def test_dead_server_raises_an_alert(server: ServerProcess, prometheus: Prometheus) -> None:
+    """This test is last, as it kills the server."""
     server.kill()
     wait_until(lambda: prometheus.state_of("SmoloraDown") in ("pending", "firing"), what="the alert")

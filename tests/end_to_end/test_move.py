@@ -1,4 +1,5 @@
-"""A HOME that a real server filled, in a cluster and back: all is listed the same, and a paused job goes on."""
+"""A HOME filled by a real server is moved into a cluster and back: all lists are equal, and a paused job
+continues."""
 
 import json
 import subprocess
@@ -29,7 +30,7 @@ LISTED = (
 
 
 def smolora(*arguments: str | Path, code: int = 0, settings: Mapping[str, str] = {}) -> str:
-    """A command; what it prints, on stderr where it fails."""
+    """Run a command; return what it prints, on stderr if it fails."""
     program = Path(sys.executable).with_name("smolora")
     env = environment() | {f"SMOLORA_{name}": value for name, value in settings.items()}
     done = subprocess.run(
@@ -40,7 +41,7 @@ def smolora(*arguments: str | Path, code: int = 0, settings: Mapping[str, str] =
 
 
 def answers(server: ServerProcess) -> list[Any]:
-    """Greedy texts with log-probabilities, to the last bit."""
+    """Return greedy texts with log-probabilities, to compare bitwise."""
     found = []
     for expression in EXPRESSIONS:
         adapter = {} if expression is None else {"adapter": expression}
@@ -50,7 +51,7 @@ def answers(server: ServerProcess) -> list[Any]:
 
 
 def listed(server: ServerProcess, job_ids: list[str]) -> dict[str, Any]:
-    """All that is told of what is stored; of what was used, before this asks for more."""
+    """Return the lists of everything stored, and the usage before these requests."""
     paths = [*LISTED, *(f"/train/{job_id}{what}" for job_id in job_ids for what in ("", "/events"))]
     found = {path: get(server, path) for path in paths}
     for key in found["/keys"]["keys"]:
@@ -58,7 +59,7 @@ def listed(server: ServerProcess, job_ids: list[str]) -> dict[str, Any]:
     return found
 
 
-def test_there_and_back(tmp_path: Path, postgres: Postgres, bytes_url: str) -> None:
+def test_moving_to_a_cluster_and_back(tmp_path: Path, postgres: Postgres, bytes_url: str) -> None:
     base = save_tiny_base(tmp_path / "tiny")
     flags: dict[str, Any] = {"model": base, "dtype": "fp32", "adapter_cache_bytes": "4MiB"}
     first, back, url = tmp_path / "first", tmp_path / "back", postgres.url(postgres.new())
@@ -87,7 +88,7 @@ def test_there_and_back(tmp_path: Path, postgres: Postgres, bytes_url: str) -> N
         assert not back.exists()
     finally:
         stop(server)
-    before = listed_by(ServerProcess(tmp_path / "api", key, **shared), jobs)  # with what answers used there
+    before = listed_by(ServerProcess(tmp_path / "api", key, **shared), jobs)  # with the usage of the answers there
 
     told = json.loads(smolora("move", "to-home", "--home", back, "--json", settings=cluster))
     assert (told["num_adapters"], told["num_jobs"], told["num_unended_jobs"]) == (3, 3, 1)
@@ -112,14 +113,14 @@ def test_there_and_back(tmp_path: Path, postgres: Postgres, bytes_url: str) -> N
 
 
 def stop(server: ServerProcess) -> None:
-    """As an operator does: what answers used is stored."""
+    """Stop the server as an operator does, so that usage is stored."""
     server.terminate()
     server.exit_code()
     server.close()
 
 
 def listed_by(server: ServerProcess, job_ids: list[str]) -> dict[str, Any]:
-    """`listed`, by a server that is ended then."""
+    """Return `listed` by a server that is then stopped."""
     try:
         return listed(server, job_ids)
     finally:
@@ -127,7 +128,8 @@ def listed_by(server: ServerProcess, job_ids: list[str]) -> dict[str, Any]:
 
 
 def fill(server: ServerProcess, base: Path, acme: str) -> tuple[str, list[str], str]:
-    """Adapters, uploads and jobs of two projects. (What the paused job comes to, the jobs' ids, a data set's.)"""
+    """Make adapters, uploads and jobs of two projects. Return the paused job's expected result, the jobs' ids, and
+    a data set's id."""
     dataset = server.client.post("/datasets", files={"file": ("rows.jsonl", ROWS)}).json()["id"]
     purpose = {"purpose": "fine-tune"}
     assert server.client.post("/v1/files", files={"file": ("r.jsonl", ROWS)}, data=purpose).status_code == 200
@@ -155,7 +157,7 @@ def fill(server: ServerProcess, base: Path, acme: str) -> tuple[str, list[str], 
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """AssertionError, with what differs, where they aren't."""
+    """Raise AssertionError with the differences if the two aren't equal; else return True."""
     for path, answer in expected.items():
         assert found[path] == answer, path
     return True

@@ -1,11 +1,12 @@
-"""The server as it is started by default, natively in bf16, against PEFT on the same weights.
+"""The server with default settings, natively in bf16, compared with PEFT on the same weights.
 
-PEFT in fp32 says what is right, and PEFT in bf16, on the same tokens, how far off 16 bits may be. The native code,
-which keeps sums and the residual stream in fp32, must be nearer: the root mean square of its errors is less than
-half of theirs. (Measured: 0.014 nats, and 0.07 for a single one, where PEFT in bf16 has 0.045 and 0.2.)
+PEFT in fp32 is the reference. PEFT in bf16 on the same tokens shows how large errors of 16 bits may be. The native
+code, which keeps sums and the residual stream in fp32, must be more accurate: the root mean square of its errors
+is less than half of theirs. (Measured: 0.014 nats, and 0.07 for a single one, while PEFT in bf16 has 0.045 and
+0.2.)
 
-A log-probability may be off by TOLERANCE. So where the likeliest two tokens are further apart than twice that, the
-served one must be the likeliest; the others are near ties, of which either may be served.
+A log-probability may be off by TOLERANCE. So if the likeliest two tokens are further apart than twice that, the
+served token must be the likeliest. The others are near ties, of which either may be served.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,8 +35,8 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Errors:
-    """Of the served tokens, one by one, in nats: how far off the log-probabilities are, and PEFT's in bf16; how
-    far the likeliest is before the second, and before the served one."""
+    """Errors of the served tokens in nats: of the log-probabilities, of PEFT's in bf16, and the likeliest token's
+    distance from the second and from the served one."""
 
     ours: torch.Tensor
     of_16_bits: torch.Tensor
@@ -44,7 +45,7 @@ class Errors:
 
     @property
     def ratio(self) -> float:
-        """Root mean squares: ours over that of 16 bits."""
+        """Root mean square of our errors over that of 16 bits."""
         return float((self.ours.square().mean() / self.of_16_bits.square().mean()).sqrt())
 
 
@@ -58,7 +59,7 @@ class Oracle:
     right: Path
 
     def errors(self, expression: str, answers: Sequence["Answer"]) -> Errors:
-        """Of answers under one of the expressions below."""
+        """Return the errors of answers under one of the expressions below."""
         with self._adapted(self.exact, expression):
             exact = torch.cat([self.exact.logprobs(answer.prompt, answer.token_ids) for answer in answers])
         with self._adapted(self.in_16_bits, expression):
@@ -79,7 +80,7 @@ class Oracle:
             return nullcontext()
         if expression == BLEND and reference is self.exact:
             return reference.blend([(self.left, 0.7), (self.right, -0.3)])
-        # PEFT blends nothing in bf16 but by adding to W, which is rounded then: one adapter stands for it.
+        # PEFT blends in bf16 only by adding to W, which rounds; so a single adapter stands for a blend.
         return reference.adapter(self.right if expression == "right" else self.left)
 
 
@@ -89,7 +90,7 @@ EXPRESSIONS = ["base", "left", "right", BLEND]
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer's tokens, with the log-probabilities that came with them."""
+    """A greedy answer's tokens and their log-probabilities."""
 
     prompt: str
     token_ids: list[int]
@@ -106,7 +107,7 @@ def oracle(reference: Reference, hf_base_dir: Path, adapter_files: AdapterFiles)
 def default_server(
     base_dir: Path, oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """With the defaults, on a machine where these are bf16 and native code."""
+    """Start a server with default settings, if these select bf16 and native code on this machine."""
     native_library()
     with default_threads():
         server = ServerProcess(tmp_path_factory.mktemp("native"), model=base_dir)
@@ -125,7 +126,7 @@ def default_server(
 def server_of_one_thread(
     base_dir: Path, oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """The same otherwise. Threads wait for each other by spinning, which takes a processor from other tests."""
+    """Start such a server with one thread: several threads would spin and take processors from other tests."""
     native_library()
     server = ServerProcess(tmp_path_factory.mktemp("one-thread"), model=base_dir)
     try:
@@ -137,14 +138,14 @@ def server_of_one_thread(
 
 
 def whole(server: ServerProcess, prompt: str, expression: str) -> list[dict[str, Any]]:
-    """The entries of an answer's log-probabilities."""
+    """Return the entries of an answer's log-probabilities."""
     answer = server.generate(prompt, adapter=expression, max_tokens=NUM_TOKENS, logprobs=1, ignore_eos=True)
     entries: list[dict[str, Any]] = answer["choices"][0]["logprobs"]
     return entries
 
 
 def streamed(server: ServerProcess, prompt: str, expression: str) -> list[dict[str, Any]]:
-    """Likewise of a stream's pieces."""
+    """Return the entries of a stream's pieces."""
     body = {"adapter": expression, "max_tokens": NUM_TOKENS, "logprobs": 1, "ignore_eos": True}
     with server.stream(prompt, **body) as events:
         return [entry for event in events for entry in event.get("logprobs", [])]
@@ -157,7 +158,7 @@ def as_answer(oracle: Oracle, prompt: str, entries: list[dict[str, Any]]) -> Ans
 
 
 def answers_at_once(server: ServerProcess, oracle: Oracle, expressions: Sequence[str]) -> dict[str, list[Answer]]:
-    """All in one batch: it reads the weights once for all of them."""
+    """Request all answers in one batch: it reads the weights once."""
     with ThreadPoolExecutor(len(expressions) * len(PROMPTS)) as pool:
         asked = {name: [pool.submit(whole, server, prompt, name) for prompt in PROMPTS] for name in expressions}
     return {
@@ -177,29 +178,30 @@ def errors_of(said: dict[str, list[Answer]], oracle: Oracle) -> Callable[[str], 
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_it_is_nearer_to_peft_than_16_bits_are(errors_of: Callable[[str], Errors], expression: str) -> None:
+def test_errors_are_smaller_than_those_of_peft_in_bf16(
+    errors_of: Callable[[str], Errors], expression: str
+) -> None:
     errors = errors_of(expression)
     assert errors.ours.max() <= TOLERANCE
-    assert errors.ratio < 0.75  # by the processor: torch's own rounding in 16 bits isn't the same on all
+    assert errors.ratio < 0.75  # depends on the processor: torch's own rounding in 16 bits varies
     is_decided = errors.margins > 2 * TOLERANCE
     assert (errors.gaps[is_decided] == 0).all()
     assert (errors.gaps <= 2 * TOLERANCE).all()
-    assert is_decided.sum() > len(is_decided) / 2  # else little would be shown
+    assert is_decided.sum() > len(is_decided) / 2  # otherwise the test would show little
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_a_stream_is_the_same_to_the_last_bit(
+def test_stream_is_bitwise_equal(
     default_server: ServerProcess, said: dict[str, list[Answer]], oracle: Oracle, expression: str
 ) -> None:
-    """And it comes alone, where the others came in company."""
+    """The streamed request runs alone, while the others ran in a batch."""
     alone = [as_answer(oracle, prompt, streamed(default_server, prompt, expression)) for prompt in PROMPTS]
     assert alone == said[expression]
 
 
-def test_a_history_changes_no_bit(default_server: ServerProcess, server_of_one_thread: ServerProcess) -> None:
-    """Second turns over what was decoded, alone and in company, and repeats of them, beside a server that has
-    seen nothing of it, and has one thread.
-    """
+def test_history_changes_no_bit(default_server: ServerProcess, server_of_one_thread: ServerProcess) -> None:
+    """Second turns after decoded text, alone and in a batch, and repetitions, compared with a server of one thread
+    that has no history."""
     prompt = "A lighthouse keeper wrote a letter every evening. " * 3
     bodies: Iterator[list[dict[str, Any]]] = (
         [
@@ -213,7 +215,7 @@ def test_a_history_changes_no_bit(default_server: ServerProcess, server_of_one_t
     firsts = [default_server.generate(**body) for body in asked[: len(greedy)]]
     firsts += at_once(default_server, asked[len(greedy) :])
     turns: list[dict[str, Any]] = [
-        {**body, "prompt": f"{prompt}{first['choices'][0]['text']} Then", "max_tokens": 20}  # beyond a block
+        {**body, "prompt": f"{prompt}{first['choices'][0]['text']} Then", "max_tokens": 20}  # more than a block
         for body, first in zip(asked, firsts, strict=True)
     ]
     found = at_once(default_server, turns)
@@ -222,7 +224,7 @@ def test_a_history_changes_no_bit(default_server: ServerProcess, server_of_one_t
         again = default_server.generate(**body)
         assert second["choices"] == again["choices"]
         assert again["usage"]["cached_tokens"] >= second["usage"]["cached_tokens"] >= 16
-    assert max(cached) > 60  # so of the answer, too, where its text is cut into the tokens that it was made of
+    assert max(cached) > 60  # includes the answer, if its text is tokenized as it was generated
     for second, answer in zip(found, at_once(server_of_one_thread, turns), strict=True):
         assert answer["choices"] == second["choices"]
 
@@ -231,9 +233,9 @@ def test_a_history_changes_no_bit(default_server: ServerProcess, server_of_one_t
     "expression", ["base", pytest.param("left", marks=pytest.mark.thorough), "left*0.5+right*0.5"]
 )
 def test_drafts_change_no_bit(server_of_one_thread: ServerProcess, expression: str) -> None:
-    """Answers that say again what the prompt says: with speculation, which is the default, and without.
+    """Repetitive answers are the same with speculation, the default, and without.
 
-    How much is drafted goes by what steps were seen to take, so on a busy machine a round may draft little.
+    The number of drafted tokens depends on measured step times, so on a busy machine a round may draft few.
     """
     prompt = 6 * "The red fox ran over the hill. The grey owl sat in the tree. "
 
@@ -266,13 +268,13 @@ def at_once(server: ServerProcess, bodies: Iterable[dict[str, Any]]) -> list[dic
         return list(pool.map(lambda body: server.generate(**body), bodies))
 
 
-def test_adapters_say_something_else_than_the_base(said: dict[str, list[Answer]]) -> None:
+def test_adapters_change_the_answers(said: dict[str, list[Answer]]) -> None:
     for expression in EXPRESSIONS[1:]:
         pairs = zip(said[expression], said["base"], strict=True)
         assert all(ours.token_ids != base.token_ids for ours, base in pairs)
 
 
-def test_a_weight_that_is_a_tenth_too_large_would_be_noticed(
+def test_weight_off_by_a_tenth_would_be_noticed(
     default_server: ServerProcess, errors_of: Callable[[str], Errors], oracle: Oracle
 ) -> None:
     errors = oracle.errors("left", answers_at_once(default_server, oracle, ["left*1.1"])["left*1.1"])

@@ -1,4 +1,4 @@
-"""The official `openai` package, unchanged, against the real server."""
+"""The official `openai` package, unchanged, on the real server."""
 
 import asyncio
 import json
@@ -37,12 +37,12 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def model(shared_server: ServerProcess) -> str:
-    """The base's name."""
+    """Return the base's name."""
     return str(shared_server.client.get("/ready").json()["model"])
 
 
 def chat_of(server: ServerProcess, **fields: object) -> str:
-    """What /generate answers to the conversation, greedy."""
+    """Return what /generate answers to the conversation, greedy."""
     system, user = "Answer in one short sentence.", "What is the capital of France?"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     answer = server.client.post("/generate", json={"messages": messages, "temperature": 0, **fields}).json()
@@ -69,7 +69,7 @@ def test_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
     assert answer.model == model
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    # the client's own form of the turn goes back as it is
+    # The client's own form of the turn is sent back unchanged.
     turn = cast("ChatCompletionMessageParam", choice.message.model_dump())
     more: list[ChatCompletionMessageParam] = [*MESSAGES, turn, {"role": "user", "content": "And of Italy?"}]
     following = client.chat.completions.create(model=model, messages=more, max_tokens=1)
@@ -77,7 +77,7 @@ def test_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
     assert following.usage.prompt_tokens > answer.usage.total_tokens
 
 
-def test_a_streamed_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
+def test_streamed_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
     chunks: list[ChatCompletionChunk] = list(
         client.chat.completions.create(
             model=model,
@@ -94,10 +94,10 @@ def test_a_streamed_chat(client: OpenAI, server: ServerProcess, model: str) -> N
     assert (last.choices, last.usage is not None) == ([], True)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
     assert text == chat_of(server, max_tokens=24)
-    assert len(chunks) > 6  # it came in pieces
+    assert len(chunks) > 6  # it arrived in pieces
 
 
-def test_the_client_puts_a_stream_together(client: OpenAI, model: str) -> None:
+def test_client_assembles_a_stream(client: OpenAI, model: str) -> None:
     with client.chat.completions.stream(
         model=model, messages=MESSAGES, temperature=0, max_tokens=24, n=2, logprobs=True, top_logprobs=2
     ) as stream:
@@ -153,7 +153,7 @@ def test_completions(client: OpenAI, server: ServerProcess, model: str) -> None:
         assert choice.text[offset:].startswith(entry["token"])
 
 
-def test_several_prompts_in_all_forms(client: OpenAI, server: ServerProcess, model: str) -> None:
+def test_several_prompts_as_texts_and_tokens(client: OpenAI, server: ServerProcess, model: str) -> None:
     prompts = [PROMPT, "Once upon a time"]
     expected = [server.text(prompt, max_tokens=6) for prompt in prompts]
     answer = client.completions.create(model=model, prompt=prompts, temperature=0, max_tokens=6)
@@ -226,7 +226,7 @@ class Place(BaseModel):
     capital: bool
 
 
-def test_answers_by_a_schema(client: OpenAI, model: str) -> None:
+def test_answers_follow_a_schema(client: OpenAI, model: str) -> None:
     question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Describe Paris as JSON."}]
     for seed in range(3):
         parsed = client.chat.completions.parse(
@@ -234,7 +234,7 @@ def test_answers_by_a_schema(client: OpenAI, model: str) -> None:
         )
         assert parsed.choices[0].finish_reason == "stop"
         assert isinstance(parsed.choices[0].message.parsed, Place)
-    # beside others in the batch, and streamed
+    # in a batch with others, and streamed
     with client.chat.completions.stream(
         model=model, messages=question, response_format=Place, max_tokens=48, n=2, seed=9
     ) as stream:
@@ -294,7 +294,7 @@ def test_refusals(client: OpenAI, model: str) -> None:
         client.embeddings.create(model=model, input="a", encoding_format="float")
 
 
-def test_a_key_that_is_none(converted_tiny: Path, tmp_path: Path) -> None:
+def test_unknown_key_is_refused(converted_tiny: Path, tmp_path: Path) -> None:
     with running(tmp_path, converted_tiny, api_keys="secret-0123456789") as server:
         with (
             OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
@@ -306,8 +306,8 @@ def test_a_key_that_is_none(converted_tiny: Path, tmp_path: Path) -> None:
             assert [model.id for model in client.models.list()] == ["tiny-llama"]
 
 
-def test_a_full_queue_is_tried_again(client: OpenAI, server: ServerProcess, model: str) -> None:
-    """Refused while as many run and wait as may; the client comes again when it was told to, and is served."""
+def test_client_retries_a_full_queue(client: OpenAI, server: ServerProcess, model: str) -> None:
+    """A refused client retries after the given time, and is served."""
     before = server.counts()[REFUSED]
     hog = client.completions.create(
         model=model,
@@ -337,8 +337,8 @@ def test_a_full_queue_is_tried_again(client: OpenAI, server: ServerProcess, mode
     assert len(response.parse().choices) == 1
 
 
-def test_the_asynchronous_client(server: ServerProcess, client: OpenAI, model: str) -> None:
-    """Four at once, of which one leaves its stream; nothing stays behind (the fixture looks)."""
+def test_asynchronous_client(server: ServerProcess, client: OpenAI, model: str) -> None:
+    """Four requests run at once, and one leaves its stream; nothing stays behind (the fixture checks)."""
 
     async def go() -> list[str]:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=PATIENCE) as client:

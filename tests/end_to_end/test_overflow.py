@@ -1,4 +1,4 @@
-"""Adapters whose numbers overflow: their requests are invalid, and no operator is woken for them."""
+"""Adapters whose products overflow: their requests are invalid, and no operator is alerted."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ CALLS = [
 
 @pytest.fixture
 def huge(server: ServerProcess, tmp_path: Path) -> Iterator[None]:
-    """An adapter `huge` of finite numbers, whose products aren't."""
+    """Publish an adapter `huge` of finite numbers whose products overflow."""
     prefix = "base_model.model.model.layers.3.self_attn.q_proj"
     tensors = {
         f"{prefix}.lora_A.weight": torch.full((1, 576), 3e38),
@@ -55,7 +55,7 @@ def huge(server: ServerProcess, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("huge", "left")
-def test_an_adapter_that_overflows_is_the_clients_fault(server: ServerProcess) -> None:
+def test_overflowing_adapter_is_a_client_error(server: ServerProcess) -> None:
     log, before = server.log(), server.counts()
     for path, body, (field, reason) in CALLS:
         response = server.client.post(path, json=body)

@@ -1,4 +1,4 @@
-"""A cold adapter's answers are the same, bit for bit, however it came: from what was published, or packed."""
+"""A cold adapter's answers are bitwise equal whether it is read from the published file or from the packed one."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ def choices(server: ServerProcess, adapter: str) -> list[Any]:
 
 
 @pytest.mark.thorough
-def test_answers_are_the_same_from_a_packed_file_and_without_one(
+def test_answers_are_equal_with_and_without_a_packed_file(
     base_dir: Path, adapter_files: AdapterFiles, tmp_path: Path
 ) -> None:
     native_library()
@@ -44,7 +44,7 @@ def test_answers_are_the_same_from_a_packed_file_and_without_one(
     digests: dict[str, str] = {}
 
     def answers() -> dict[str, list[Any]]:
-        """Of a server that begins with nothing in memory: to every adapter, and to a blend of each pair."""
+        """Return a freshly started server's answers with every adapter, and with a blend of each pair."""
         server = ServerProcess(home, base_dir=base_dir)
         found = {}
         try:
@@ -74,7 +74,9 @@ def test_answers_are_the_same_from_a_packed_file_and_without_one(
         assert (folder / digest).read_bytes() == content, "made anew"
 
 
-def test_it_goes_when_the_adapter_is_deleted(base_dir: Path, adapter_files: AdapterFiles, tmp_path: Path) -> None:
+def test_packed_file_is_deleted_with_its_adapter(
+    base_dir: Path, adapter_files: AdapterFiles, tmp_path: Path
+) -> None:
     native_library()
     server = ServerProcess(tmp_path, base_dir=base_dir)
     try:

@@ -1,4 +1,4 @@
-"""The process from its first line to its last: keys, signals, a kill, a restart, a port that is taken."""
+"""The server process from start to end: keys, signals, a kill, a restart, an occupied port."""
 
 import json
 import shlex
@@ -18,13 +18,13 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, en
 pytestmark = pytest.mark.real
 
 PROMPT = "Once upon a time, in a village"
-"""Shorter than a block, so that no answer depends on the ones before, to the last bit."""
+"""Shorter than a block, so that no answer depends on earlier ones, to the last bit."""
 KEYS = "first-key-of-two-keys, second-key-of-two-keys"
 
 
 @dataclass(frozen=True)
 class Survivor:
-    """A server on the HOME of one that was killed, and what that one said."""
+    """A server on the HOME of a killed one, and the killed server's answers."""
 
     server: ServerProcess
     listed: dict[str, Any]
@@ -35,7 +35,7 @@ class Survivor:
 def survivor(
     base_dir: Path, adapter_files: AdapterFiles, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Survivor]:
-    """Killed in the middle of a stream, and started again. With the defaults, but for the keys."""
+    """Kill a server in the middle of a stream and restart it, with default settings except for the keys."""
     home = tmp_path_factory.mktemp("killed")
     first = ServerProcess(home, key="second-key-of-two-keys", base_dir=base_dir, api_keys=KEYS)
     try:
@@ -56,7 +56,7 @@ def survivor(
     second.close()
 
 
-def test_a_kill_loses_no_adapter(survivor: Survivor) -> None:
+def test_adapters_survive_a_kill(survivor: Survivor) -> None:
     listed = survivor.server.client.get("/adapters").json()
     assert [version["version"] for version in listed["adapters"][0]["versions"]] == [2]
     for now, then in zip(versions(listed), versions(survivor.listed), strict=True):
@@ -72,7 +72,7 @@ def versions(listed: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_keys(survivor: Survivor) -> None:
-    """The server's own client uses the second key all the time."""
+    """The server's own client always uses the second key."""
     body = {"prompt": PROMPT, "max_tokens": 1}
     with httpx.Client(base_url=survivor.server.url, timeout=PATIENCE, trust_env=False) as client:
         for given in (
@@ -100,9 +100,9 @@ def test_keys(survivor: Survivor) -> None:
     assert "second-key-of-two-keys" not in survivor.server.log()
 
 
-def test_a_signal_lets_what_runs_end(survivor: Survivor) -> None:
+def test_signal_lets_running_requests_end(survivor: Survivor) -> None:
     server = survivor.server
-    # so many that it runs until all of this was asked, and that a slow machine makes them while it drains
+    # Long enough to outlast these requests, and short enough for a slow machine to finish while it drains.
     body: dict[str, Any] = {"max_tokens": 160, "ignore_eos": True, "speculation": "off"}
     undisturbed = server.text(PROMPT, **body)
     with server.stream(PROMPT, **body) as events:
@@ -122,7 +122,7 @@ def test_a_signal_lets_what_runs_end(survivor: Survivor) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_what_is_suggested_at_the_start_works(server: ServerProcess) -> None:
+def test_command_suggested_at_startup_works(server: ServerProcess) -> None:
     announced, _, ours, curl = server.log().partition(" is ready at ")[2].splitlines()[:4]
     assert announced.startswith(f"http://127.0.0.1:{server.port} ")
     said = subprocess.run(shlex.split(ours), capture_output=True, text=True, check=True, timeout=PATIENCE)
@@ -131,20 +131,20 @@ def test_what_is_suggested_at_the_start_works(server: ServerProcess) -> None:
     assert json.loads(answer.stdout)["choices"][0]["text"] == "The capital of France is Paris."
 
 
-def test_two_servers_cannot_have_one_port(server: ServerProcess, tmp_path: Path) -> None:
+def test_occupied_port_is_reported(server: ServerProcess, tmp_path: Path) -> None:
     line = last_line(command(home=tmp_path, port=server.port))
     assert line.startswith(f"smolora: port {server.port} on 127.0.0.1 is taken: ")
     assert server.client.get("/ready").status_code == 200
 
 
-def test_nobody_serves_the_world_without_keys(tmp_path: Path) -> None:
+def test_public_address_needs_keys(tmp_path: Path) -> None:
     line = last_line(command(home=tmp_path, host="0.0.0.0", port=0))
     assert line.startswith("smolora: 0.0.0.0 can be reached from elsewhere: make a key (")
     assert f"smolora keys create NAME --home {tmp_path}), set SMOLORA_API_KEYS" in line
 
 
 def last_line(arguments: list[str]) -> str:
-    """The only line of a server that can't start; its exit code is 1."""
+    """Return the only line of output of a server that can't start, with exit code 1."""
     ended = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stdout) == (1, "")
     (line,) = ended.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Projects that don't trust each other on one real server: none starves, reads or times another's."""
+"""Mutually distrusting projects on one real server: none starves, reads or times another."""
 
 import asyncio
 import subprocess
@@ -22,14 +22,14 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.end_to_end.training_client import wait_until
 
 SECONDS = 1.0
-"""What a normal request may take meanwhile; the best of some, as the machine is shared."""
+"""Time limit of a normal request during an attack; the best of several counts, as the machine is shared."""
 NUM_WAITING = 100_000
-PER_CALL = 16 * 128  # `n` times prompts
+PER_CALL = 16 * 128  # `n` times the number of prompts
 LONG = "The harbour master wrote down the name of every ship that came in, and what it brought: "
 
 
 class Tenants:
-    """A server and its operator; `clients` by project."""
+    """A server, its operator, and `clients` by project."""
 
     def __init__(self, home: Path, base_dir: Path) -> None:
         database = connect(home)
@@ -74,8 +74,8 @@ def tenants(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.mark.thorough
 @pytest.mark.anyio
-async def test_a_project_that_floods_the_queue(tenants: Tenants) -> None:
-    """100,000 sequences of one wait; another's request has a place at once."""
+async def test_flooding_project_does_not_block_others(tenants: Tenants) -> None:
+    """While 100,000 sequences of one project wait, another project's request is admitted at once."""
     headers = {"Authorization": f"Bearer {tenants.secrets['acme']}"}
     body = {"model": "base", "prompt": ["a"] * 128, "n": 16, "max_tokens": 500, "seed": 1}
     tenants.generate("other", "Hello")
@@ -104,9 +104,9 @@ def num_waiting(tenants: Tenants) -> float:
     return tenants.server.metrics()["smolora_requests_waiting"]
 
 
-@pytest.mark.thorough  # of the engine alone: server/engine/test_engine_requests.py
-def test_cached_prefixes_tell_nothing(tenants: Tenants) -> None:
-    """Neither by `cached_tokens` nor by the time to the first token."""
+@pytest.mark.thorough  # engine only: server/engine/test_engine_requests.py
+def test_cached_prefixes_do_not_leak(tenants: Tenants) -> None:
+    """Neither `cached_tokens` nor the time to the first token reveals another project's prefixes."""
     times = {"cold": list[float](), "warm": list[float](), "probed": list[float]()}
     for number in range(3):
         prompt = f"{number}. {LONG * 40}"
@@ -123,7 +123,7 @@ def test_cached_prefixes_tell_nothing(tenants: Tenants) -> None:
     assert probed > cold / 2
 
 
-def test_a_key_that_a_command_revokes(tenants: Tenants) -> None:
+def test_key_revoked_by_a_command_is_refused(tenants: Tenants) -> None:
     smolora = str(Path(sys.executable).with_name("smolora"))
 
     def run(*arguments: str) -> str:
@@ -143,10 +143,11 @@ def test_a_key_that_a_command_revokes(tenants: Tenants) -> None:
     tenants.server.wait_until_idle()
 
 
-def test_what_was_counted_survives_a_kill(tenants: Tenants) -> None:
-    """Last: the server is killed. Every answer that ended a second before is in the ledger, and none twice.
+def test_usage_survives_a_kill(tenants: Tenants) -> None:
+    """This test is last, as it kills the server. The ledger has every answer that ended a second before, and none
+    twice.
 
-    On a busy machine a second may be too short once.
+    On a busy machine a second may once be too short.
     """
 
     def counted() -> dict[str, Any]:
@@ -159,14 +160,14 @@ def test_what_was_counted_survives_a_kill(tenants: Tenants) -> None:
             (number,) = database.execute("SELECT sum(requests) FROM usage WHERE project = 'acme'").fetchone()
         return int(number)
 
-    time.sleep(1)  # until what was asked above is counted
+    time.sleep(1)  # until the requests above are counted
     before, answers = counted(), list[dict[str, Any]]()
     for _ in range(5):
         answers += [tenants.generate("acme", f"{number} bottles", max_tokens=5, n=2) for number in range(6)]
         time.sleep(1)
         if num_stored() == before["requests"] + len(answers):
             break
-    tenants.close()  # by SIGKILL
+    tenants.close()  # with SIGKILL
     tenants.start()
     after = counted()
     assert after["requests"] - before["requests"] == len(answers)

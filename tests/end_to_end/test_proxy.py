@@ -1,4 +1,4 @@
-"""Behind the proxy of docker/proxy: its own nginx configuration, TLS and HTTP/2, before a real server."""
+"""A real server behind the proxy of docker/proxy: its own nginx configuration, TLS and HTTP/2."""
 
 import re
 import shutil
@@ -28,12 +28,12 @@ PROMPT = "The capital of France is"
 BODY_TIMEOUT = 2.0
 CANCELLED = 'smolora_requests_total{outcome="cancelled"}'
 LONG = {"prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True, "speculation": "off"}
-"""Takes far more than SOON, so that an end before is one by the client's leaving."""
+"""A request that takes far longer than SOON, so that an earlier end is due to the client's disconnect."""
 SOON = 10.0
 
 
 def missing() -> str | None:
-    """What this machine lacks for these tests."""
+    """Return what this machine lacks for these tests."""
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx is None or shutil.which("openssl") is None:
         return "needs nginx and openssl: apt-get install nginx openssl"
@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.real, pytest.mark.thorough, pytest.mark.skipif(MISSING
 
 
 class Proxy:
-    """nginx as the container runs it, before `server`; `client` is connected to it, and brings the key."""
+    """nginx, run as in the container, in front of `server`; `client` is connected to it with the key."""
 
     def __init__(self, folder: Path, server: ServerProcess) -> None:
         self.certificate = folder / "fullchain.pem"
@@ -77,19 +77,19 @@ class Proxy:
             raise
 
     def client_from(self, address: str) -> httpx.Client:
-        """A client of its own, at one of the loopback's addresses."""
+        """Return a client of its own, with one of the loopback addresses."""
         transport = httpx.HTTPTransport(verify=self.tls, local_address=address)
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.Client(base_url=self.url, transport=transport, headers=headers, timeout=PATIENCE)
 
     def curl(self, path: str, *options: str) -> subprocess.CompletedProcess[str]:
-        """By HTTP/2, which httpx doesn't speak here."""
+        """Run curl over HTTP/2, which httpx doesn't support here."""
         told = self._curl(path, "--http2", *options)
         return subprocess.run(told, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
     @contextmanager
     def hanging(self, path: str, *options: str) -> Iterator[None]:
-        """A block during which curl waits for its answer; it leaves at the end."""
+        """Let curl wait for its answer during the block; it disconnects at the end."""
         process = subprocess.Popen(self._curl(path, *options), stdout=subprocess.DEVNULL)
         try:
             yield
@@ -144,7 +144,7 @@ def proxy(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def adapter(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The files of an upload, of ten megabytes, by their fields' names."""
+    """Return the files of an upload of ten megabytes, by field name."""
     directory = tmp_path_factory.mktemp("adapter")
     write(directory, sample(load_base(base_dir).config.shape, 1, rank=8))
     found = {"adapter_config": directory / CONFIG, "adapter_model": directory / WEIGHTS}
@@ -152,7 +152,7 @@ def adapter(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-def test_it_is_ready_over_http_2(proxy: Proxy) -> None:
+def test_ready_over_http_2(proxy: Proxy) -> None:
     done = proxy.curl("/ready", "--write-out", " %{http_version} %{http_code}")
     assert done.stdout.endswith("} 2 200"), done
     assert proxy.client.get("/ready").json()["status"] == "ready"
@@ -160,7 +160,7 @@ def test_it_is_ready_over_http_2(proxy: Proxy) -> None:
     assert others == {404}, "what has no prefix isn't smolora's"
 
 
-def test_it_takes_tls_alone(proxy: Proxy) -> None:
+def test_only_tls_is_accepted(proxy: Proxy) -> None:
     assert httpx.get(f"http://127.0.0.1:{proxy.port}{PREFIX}/ready").status_code == 400
 
 
@@ -173,10 +173,10 @@ def test_generate(proxy: Proxy, server: ServerProcess) -> None:
 
 
 def test_events_arrive_one_by_one(proxy: Proxy, server: ServerProcess) -> None:
-    """At no time has the server generated many tokens whose events aren't there."""
+    """The server is never far ahead of the events that have arrived."""
     total = "smolora_generated_tokens_total"
     body = {"prompt": PROMPT, "stream": True, "max_tokens": 48, "ignore_eos": True, "temperature": 0}
-    for _ in range(10):  # on a busy machine, this process may be what is late
+    for _ in range(10):  # on a busy machine this process may be late
         before = server.counts()[total]
         behind = []
         with proxy.client.stream("POST", "/generate", json=body) as response:
@@ -191,15 +191,13 @@ def test_events_arrive_one_by_one(proxy: Proxy, server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("is_streamed", [True, False])
 @pytest.mark.parametrize("http", [1, 2])
-def test_a_client_that_leaves_ends_its_generation(
-    proxy: Proxy, server: ServerProcess, http: int, is_streamed: bool
-) -> None:
+def test_disconnect_ends_the_generation(proxy: Proxy, server: ServerProcess, http: int, is_streamed: bool) -> None:
     server.wait_until_idle()
     before = server.counts().get(CANCELLED, 0.0)
     body = {**LONG, "stream": is_streamed}
     if http == 1 and is_streamed:
         with proxy.client.stream("POST", "/generate", json=body) as response:
-            lines = response.iter_lines()  # held: where it is dropped, httpx hangs up
+            lines = response.iter_lines()  # kept: httpx disconnects if it is dropped
             next(lines)
             server.wait_for(requests_running=1)
     else:
@@ -214,7 +212,7 @@ def test_a_client_that_leaves_ends_its_generation(
     wait_until(has_ended, SOON, "its end")
 
 
-def test_an_upload(proxy: Proxy, adapter: dict[str, Path]) -> None:
+def test_upload(proxy: Proxy, adapter: dict[str, Path]) -> None:
     files = {field: (path.name, path.read_bytes()) for field, path in adapter.items()}
     first = proxy.client.post("/adapters/own", files=files)
     assert first.status_code == 201, first.text
@@ -227,8 +225,8 @@ def test_an_upload(proxy: Proxy, adapter: dict[str, Path]) -> None:
     assert proxy.client.get("/adapters/own/1/download").headers["content-type"] == "application/zip"
 
 
-def test_a_body_reaches_the_server_before_its_end(proxy: Proxy) -> None:
-    """That it stops is the server's to say, in its own form, long before nginx would."""
+def test_body_is_not_buffered_by_the_proxy(proxy: Proxy) -> None:
+    """The server refuses it in its own format, long before nginx would."""
     lines = (
         f"POST {PREFIX}/datasets HTTP/1.1",
         "Host: localhost",
@@ -242,13 +240,13 @@ def test_a_body_reaches_the_server_before_its_end(proxy: Proxy) -> None:
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
 
 
-def test_how_large_a_body_may_be_says_the_server(proxy: Proxy) -> None:
+def test_server_limits_the_size_of_bodies(proxy: Proxy) -> None:
     answer = proxy.client.post("/generate", json={"prompt": "a" * (3 << 20)})
     assert answer.status_code == 413
     assert "2097152 bytes" in answer.json()["detail"]
 
 
-def test_links_lead_through_the_proxy(proxy: Proxy) -> None:
+def test_links_go_through_the_proxy(proxy: Proxy) -> None:
     client, origin = proxy.client, proxy.origin
     rows = b'{"prompt": "a", "completion": "b"}\n' * 2
     stored = client.post("/datasets", files={"file": ("rows.jsonl", rows)})
@@ -273,8 +271,8 @@ def test_links_lead_through_the_proxy(proxy: Proxy) -> None:
     assert {client.get(file).status_code for file in files} == {200}
 
 
-def test_whose_address_it_is(proxy: Proxy, server: ServerProcess) -> None:
-    """The client's, from the proxy that the settings name; from nobody else, whatever they say."""
+def test_client_address_comes_from_the_proxy(proxy: Proxy, server: ServerProcess) -> None:
+    """The client's address is taken from the proxy that the settings name, and from no other sender."""
 
     def logged(client: httpx.Client, request_id: str) -> str:
         headers = {"X-Forwarded-For": "203.0.113.9", "Forwarded": "for=203.0.113.9", "X-Request-Id": request_id}
@@ -294,7 +292,7 @@ def test_whose_address_it_is(proxy: Proxy, server: ServerProcess) -> None:
     assert logged(directly_from("127.0.0.1"), "by-the-trusted") == "203.0.113.9"
 
 
-def test_foreign_names_and_pages(proxy: Proxy) -> None:
+def test_unknown_hosts_and_origins(proxy: Proxy) -> None:
     def status(**headers: str) -> int:
         return proxy.client.get("/adapters", headers=headers).status_code
 
@@ -305,7 +303,7 @@ def test_foreign_names_and_pages(proxy: Proxy) -> None:
     assert status(origin="https://lora.example.org") == 403
 
 
-def test_the_openai_client(proxy: Proxy) -> None:
+def test_openai_client(proxy: Proxy) -> None:
     session = DefaultHttpxClient(verify=proxy.tls)
     with OpenAI(base_url=f"{proxy.url}/v1", api_key=KEY, http_client=session, timeout=PATIENCE) as client:
         model = client.models.list().data[0].id

@@ -55,7 +55,7 @@ class Block:
 
 
 def blocks(page: str) -> Iterator[Block]:
-    """All fenced blocks of a page, in order."""
+    """Return all fenced blocks of a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for found in _BLOCK.finditer(text):
         line = text.count("\n", 0, found.start("kind")) + 1
@@ -63,7 +63,7 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def commands(block: Block) -> list[tuple[str, str]]:
-    """(command, what it prints) of a `console` block."""
+    """Return (command, what it prints) of a `console` block."""
     found: list[tuple[list[str], list[str]]] = []
     goes_on = False
     for line in block.text.split("\n"):
@@ -78,7 +78,7 @@ def commands(block: Block) -> list[tuple[str, str]]:
 
 
 def matches(shown: str, printed: str) -> bool:
-    """Whether the one stands for the other."""
+    """Return whether the printed text matches what is shown."""
     rest = _squeezed(printed)
     first, *others = shown.split("…")
     if not (head := _pattern(first).match(rest)):
@@ -138,7 +138,7 @@ def test_what_is_compared(shown: str, printed: str, expected: bool) -> None:
         ("curl x | tail -n 1", "curl x | tail -n 1"),
     ],
 )
-def test_what_is_run_without_jq(typed: str, without: str) -> None:
+def test_commands_run_without_jq(typed: str, without: str) -> None:
     assert _INTO_JQ.sub("", typed) == without
 
 
@@ -187,7 +187,7 @@ class Reader:
             self._compare(block, command, shown, printed)
 
     def _without_jq(self, block: Block) -> list[tuple[str, str]]:
-        """The block's commands; none where one of them needs what jq found."""
+        """Return the block's commands without jq, or none if one of them needs jq's output."""
         typed = commands(block)
         with_jq = [command for command, _ in typed if _INTO_JQ.search(command)]
         self.not_compared += with_jq
@@ -240,7 +240,7 @@ def test_readme_and_docs(base_dir: Path, tmp_path: Path, pages: tuple[str, ...])
 
 
 def check_log(log: str) -> None:
-    """The server's, its worker's and uvicorn's lines have one form."""
+    """Check that the lines of the server, its worker and uvicorn have one format."""
     lines = log[log.index("Try, in another terminal") :].splitlines()[3:]
     assert [line for line in lines if not _LOG_LINE.fullmatch(line)] == []
     assert {line.split()[2] for line in lines} >= {"smolora.api", "smolora.worker"}

@@ -1,4 +1,4 @@
-"""What jobs make on the real base: an adapter that knows its rows by heart, and a fully fine-tuned model."""
+"""Jobs on the real base: an adapter that memorizes its rows, and a fully fine-tuned model."""
 
 import io
 import zipfile
@@ -22,19 +22,17 @@ from tests.stress.overfit import check, overfit
 pytestmark = pytest.mark.real
 
 Encoded = tuple[list[int], int]
-"""A row's tokens, and how many of them are its prompt's."""
+"""A row's tokens, and the number of its prompt's tokens."""
 
 
-@pytest.mark.thorough  # in make test the README is followed, where the real base learns some of them
-def test_codes_by_heart_on_the_real_base(trainer: ServerProcess) -> None:
-    """A few of them, which takes more epochs; `python -m tests.stress.overfit` has all."""
+@pytest.mark.thorough  # in make test, the README's examples train the real base
+def test_real_base_memorizes_codes(trainer: ServerProcess) -> None:
+    """A few codes, which need more epochs; `python -m tests.stress.overfit` trains on all."""
     check(overfit(trainer, num_codes=12, epochs=24))
 
 
-@pytest.mark.thorough  # in make test a tiny base is tuned so: test_job_files.py
-def test_full_fine_tuning_leaves_a_model_and_no_adapter_on_the_real_base(
-    trainer: ServerProcess, tmp_path: Path
-) -> None:
+@pytest.mark.thorough  # in make test, test_job_files.py tunes a tiny base
+def test_full_fine_tuning_of_the_real_base_leaves_a_model(trainer: ServerProcess, tmp_path: Path) -> None:
     rows = code_rows(8)
     training = {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-4, "max_length": 32}
     body = {"name": "whole", "method": "full", "data": rows, "validation": rows, "training": training}
@@ -68,7 +66,7 @@ def test_full_fine_tuning_leaves_a_model_and_no_adapter_on_the_real_base(
 
 
 def download(server: ServerProcess, job_id: str, directory: Path) -> Path:
-    """The job's model, unpacked into the new `directory`."""
+    """Unpack the job's model into the new `directory`."""
     response = server.client.get(f"/train/{job_id}/download")
     assert response.status_code == 200, response.text
     with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
@@ -77,7 +75,7 @@ def download(server: ServerProcess, job_id: str, directory: Path) -> Path:
 
 
 def mean_loss(rows: Sequence[torch.Tensor], encoded: Sequence[Encoded]) -> float:
-    """Nats a token that comes after its row's prompt."""
+    """Return nats per token after each row's prompt."""
     losses = []
     for row, (tokens, num_prompt) in zip(rows, encoded, strict=True):
         targets = torch.tensor(tokens[num_prompt:])

@@ -1,4 +1,4 @@
-"""A short run of `tests.stress.registry_load`, which has the full count, on a tiny base."""
+"""A short run of `tests.stress.registry_load`, which has the full load, on a tiny base."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ KINDS = (
 
 
 @pytest.mark.thorough
-def test_every_answer_is_that_of_the_version_it_names(
+def test_answers_are_those_of_the_named_versions(
     converted_tiny: Path, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     plan = Plan(seconds=6, max_tokens=8, pause=0.25, num_answers=200, kinds=KINDS)
@@ -28,7 +28,7 @@ def test_every_answer_is_that_of_the_version_it_names(
     try:
         answers, changers, faults = load(server, plan, files)
         server.wait_until_idle()
-        server.terminate()  # killed, it may leave bytes that a thread is about to remove
+        server.terminate()  # a killed server may leave bytes that a thread is about to remove
         assert server.exit_code() == 0
     finally:
         server.close()
@@ -44,7 +44,7 @@ def test_every_answer_is_that_of_the_version_it_names(
         assert counts[what] > 0, counts
 
 
-def test_a_timeline_knows_what_may_have_been_meant() -> None:
+def test_timeline_returns_possible_meanings() -> None:
     one, two = (("a", 1, 1.0),), (("a", 2, 1.0),)
     timeline = Timeline()
     assert timeline.possible(0, 9) == [None]

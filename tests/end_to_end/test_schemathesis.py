@@ -1,4 +1,4 @@
-"""Schemathesis on the whole OpenAPI document, with a key and without: no 5xx, nothing that it doesn't tell."""
+"""Schemathesis on the whole OpenAPI document, with and without a key: no 5xx, and nothing undocumented."""
 
 import subprocess
 import sys
@@ -20,18 +20,18 @@ CHECKS = (
     "unsupported_method",
     "use_after_free",
 )
-"""Not `positive_data_acceptance`: the document can't say all that a name or an expression must be."""
+"""Without `positive_data_acceptance`: the document can't express all rules of names and expressions."""
 OF_METHODS = ("allow_header_conformance", "unsupported_method")
-"""A key is asked for before the method."""
+"""Checks of methods: the key is checked before the method."""
 SECONDS = 25
-"""Of each run. The whole of it: SECONDS = 600."""
+"""Seconds of each run. The full run needs 600."""
 
 
 OPERATOR = "operators-0123456789"
 
 
 @pytest.mark.parametrize("key", [None, OPERATOR, "wrong"])
-def test_the_document_tells_of_every_answer(key: str | None, base_dir: Path, tmp_path: Path) -> None:
+def test_every_response_is_documented(key: str | None, base_dir: Path, tmp_path: Path) -> None:
     keys = {} if key is None else {"api-keys": OPERATOR}
     server = ServerProcess(
         tmp_path / "home", key=OPERATOR if keys else None, model=base_dir, max_model_len=256, **keys
@@ -50,7 +50,7 @@ def run(server: ServerProcess, key: str | None, directory: Path) -> None:
     checks = [check for check in CHECKS if key != "wrong" or check not in OF_METHODS]
     command += [f"--checks={','.join(checks)}", "--continue-on-failure", "--no-color", "--request-timeout=60"]
     command += [f"--max-time={SECONDS}", "--seed=7"]
-    # its first key would shut the server
+    # the first key would lock the server
     command += ["--exclude-path=/keys"] if key is None else [f"--header=Authorization: Bearer {key}"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-20_000:]

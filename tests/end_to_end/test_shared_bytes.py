@@ -1,4 +1,4 @@
-"""A real server and its worker whose bytes are in an object store: HOME is a cache that may be lost."""
+"""A real server and its worker with bytes in an object store: HOME is a disposable cache."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def doctor(home: Path, url: str, *more: str) -> str:
     return done.stdout
 
 
-def test_home_may_be_lost(tmp_path: Path, converted_tiny: Path, bytes_url: str) -> None:
+def test_home_is_a_disposable_cache(tmp_path: Path, converted_tiny: Path, bytes_url: str) -> None:
     home = tmp_path / "a"
     server = start(home, converted_tiny, bytes_url)
     try:
@@ -72,7 +72,7 @@ def test_home_may_be_lost(tmp_path: Path, converted_tiny: Path, bytes_url: str) 
         server.close()
 
 
-def test_a_store_that_fails_is_a_503_and_the_next_request_is_served(
+def test_failing_store_gives_503_then_recovers(
     tmp_path: Path, converted_tiny: Path, bytes_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -91,9 +91,7 @@ def test_a_store_that_fails_is_a_503_and_the_next_request_is_served(
         server.close()
 
 
-def test_a_store_that_cannot_be_written_to_is_said_at_the_start(
-    tmp_path: Path, converted_tiny: Path, aws: str
-) -> None:
+def test_read_only_store_is_reported_at_startup(tmp_path: Path, converted_tiny: Path, aws: str) -> None:
     with pytest.raises(RuntimeError, match="SMOLORA_BYTES_URL: can't write there") as caught:
         start(tmp_path, converted_tiny, "s3://no-such-bucket/x").close()
     assert SECRET not in str(caught.value)

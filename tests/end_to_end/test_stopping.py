@@ -1,4 +1,4 @@
-"""Signals to a real process: what runs, what waits, what trains, and one that can't end in good order."""
+"""Signals to a real process with running, waiting and training work, and to one that hangs."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from tests.server.jobs.test_worker import stop
 from tests.server.test_hanging_server import BODY, Process
 
 LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "speculation": "off"}
-NUM_CHOICES, NUM_TOKENS = 3, 200  # so that they end in time on a busy machine, too
+NUM_CHOICES, NUM_TOKENS = 3, 200  # few enough to end in time on a busy machine
 JOB = {"epochs": 120, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
 
 
@@ -27,7 +27,7 @@ def start(home: Path, model: Path) -> ServerProcess:
 
 
 def num_sequences(server: ServerProcess) -> float:
-    """Those that have a place and those that wait for one."""
+    """Return the number of running and waiting sequences."""
     found = server.metrics()
     return found["smolora_requests_running"] + found["smolora_requests_waiting"]
 
@@ -40,13 +40,12 @@ def server(tmp_path: Path, converted_tiny: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.thorough  # a server without a job: test_processes.py; a job that leaves: test_worker.py
-def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess, converted_tiny: Path) -> None:
-    """Four requests, of whose sequences two have a place. The job's checkpoint is the one that it makes as it
-    leaves."""
+def test_requests_end_and_the_job_continues_after_a_signal(server: ServerProcess, converted_tiny: Path) -> None:
+    """Two of the four requests' sequences run at a time. The job writes its last checkpoint as it leaves."""
     job_id = submit(server, name="codes", data=code_rows(16), training={**JOB, "epochs": 60})
     wait_until(lambda: get(server, f"/train/{job_id}")["progress"].get("step", 0) > 5)
     (child,) = processes(server, CHILD)
-    stop(server.home, child.pid)  # else it may end before the requests have begun
+    stop(server.home, child.pid)  # otherwise it may end before the requests have begun
     body = {**LONG, "n": NUM_CHOICES, "max_tokens": NUM_TOKENS}
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
@@ -55,7 +54,8 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
             ]
             wholes = [pool.submit(server.client.post, "/generate", json=body) for _ in range(2)]
             asked = (*streams, *wholes)
-            # as many as three have aren't enough, so all four were taken: true until one's worth of them has ended
+            # More sequences than three requests have: all four were accepted. True until one request's worth has
+            # ended.
             wait_until(
                 lambda: num_sequences(server) > 3 * NUM_CHOICES or any(one.done() for one in asked)  # noqa: B023
             )
@@ -95,18 +95,18 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
-def test_a_second_signal_ends_it_now(server: ServerProcess, second: signal.Signals) -> None:
+def test_second_signal_ends_the_process_at_once(server: ServerProcess, second: signal.Signals) -> None:
     submit(server, name="codes", data=code_rows(16), training=JOB)
     wait_until(lambda: bool(processes(server, CHILD)))
     running = processes(server, CHILD)
     with ThreadPoolExecutor(5) as pool:
         streams = [
-            # sixteen answers each, of which two have a place: none ends before the signals
+            # Sixteen answers each, of which two run at a time: none ends before the signals.
             pool.submit(server.client.post, "/generate", json={**LONG, "n": 16, "stream": True, "seed": seed})
             for seed in range(4)
         ]
         whole = pool.submit(server.client.post, "/generate", json={**LONG, "n": 16})
-        # more than four have, so all were taken: true until sixteen have ended
+        # More sequences than four requests have: all were accepted. True until sixteen have ended.
         wait_until(lambda: num_sequences(server) > 4 * 16)
         server.terminate()
         wait_until(lambda: server.client.get("/ready").status_code == 503)
@@ -122,8 +122,8 @@ def test_a_second_signal_ends_it_now(server: ServerProcess, second: signal.Signa
 
 
 @pytest.mark.thorough
-def test_a_second_signal_ends_what_hangs(tmp_path: Path, converted_tiny: Path) -> None:
-    """A step that never returns, long before the watchdog says so."""
+def test_second_signal_ends_a_hanging_process(tmp_path: Path, converted_tiny: Path) -> None:
+    """A step never returns; the second signal ends the process long before the watchdog would."""
     server = Process(tmp_path, converted_tiny, least_seconds=600)
     try:
         server.wait_until(server.is_ready, "it was not ready in time")
@@ -144,8 +144,9 @@ def test_a_second_signal_ends_what_hangs(tmp_path: Path, converted_tiny: Path) -
 
 
 @pytest.mark.parametrize("what", ["serve", "worker"])
-def test_a_signal_before_it_is_ready(tmp_path: Path, tiny_base_dir: Path, what: str) -> None:
-    """It ends by a code of its own, which a container's first process needs for it: there SIGTERM does nothing."""
+def test_signal_during_startup(tmp_path: Path, tiny_base_dir: Path, what: str) -> None:
+    """The process exits with a code of its own. A container's first process needs a handler, as SIGTERM does
+    nothing otherwise."""
     if what == "serve":
         told = command(home=tmp_path, port=0, model=tiny_base_dir)
     else:
@@ -163,7 +164,7 @@ def test_a_signal_before_it_is_ready(tmp_path: Path, tiny_base_dir: Path, what: 
 
 
 def _handles(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler of its own for the signal."""
+    """Return whether the process has a handler of its own for the signal."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines() if os.path.exists(f"/proc/{pid}") else []
     caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
     return bool(int(caught, 16) >> (number - 1) & 1)

@@ -1,4 +1,4 @@
-"""What a request can ask of its answer, over HTTP: streams, choices, stop strings, logprobs, seeds."""
+"""Options of an answer over HTTP: streams, choices, stop strings, logprobs, seeds."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +17,7 @@ def test_a_stream_is_the_answer_in_pieces(server: ServerProcess) -> None:
     with server.stream(PROMPT, **body) as events:
         first = next(events)
         assert set(first) == {"index", "text"}
-        server.wait_for(requests_running=1)  # so it came before the end
+        server.wait_for(requests_running=1)  # it arrived before the end
         *pieces, last = events
     assert first["text"] + "".join(piece["text"] for piece in pieces) == whole["choices"][0]["text"]
     assert len(pieces) > 12
@@ -36,7 +36,7 @@ def test_pieces_are_whole_characters(server: ServerProcess) -> None:
     assert pieces == list("漢字🙂é漢字🙂é漢字🙂é漢")
 
 
-def test_a_stop_string_across_tokens_ends_the_text_before_it(server: ServerProcess) -> None:
+def test_stop_string_across_tokens_is_cut_off(server: ServerProcess) -> None:
     whole = server.generate(PROMPT, max_tokens=24, logprobs=1)["choices"][0]
     tokens = [entry["token"] for entry in whole["logprobs"]]
     assert "".join(tokens) == whole["text"]
@@ -52,7 +52,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(server: ServerProce
     assert last["finish_reason"] == "stop"
 
 
-def test_choices_are_their_own_and_repeatable(server: ServerProcess) -> None:
+def test_choices_differ_and_are_repeatable(server: ServerProcess) -> None:
     body = {"temperature": 0.9, "seed": 3, "max_tokens": 12}
     answer = server.generate(PROMPT, n=3, **body)
     texts = [choice["text"] for choice in answer["choices"]]
@@ -70,14 +70,14 @@ def test_choices_are_their_own_and_repeatable(server: ServerProcess) -> None:
     assert sorted(ends) == [0, 1, 2]
 
 
-def test_an_answer_names_the_seed_it_used(server: ServerProcess) -> None:
+def test_answer_names_its_seed(server: ServerProcess) -> None:
     body = {"temperature": 1.0, "max_tokens": 8}
     drawn = server.generate(PROMPT, **body)
     assert server.text(PROMPT, seed=drawn["seed"], **body) == drawn["choices"][0]["text"]
     assert server.generate(PROMPT, **body)["seed"] != drawn["seed"]
 
 
-def test_seeded_answers_are_the_same_in_any_company(server: ServerProcess) -> None:
+def test_seeded_answers_do_not_depend_on_the_batch(server: ServerProcess) -> None:
     adapters = ["base", "left", "right", "left*0.5+right*-0.5"]
     requests = [
         {"adapter": adapter, "seed": seed, "temperature": 0.8, "top_p": 0.95, "max_tokens": 12}

@@ -18,9 +18,9 @@ def test_answers_that_stop_are_valid(server: ServerProcess) -> None:
     assert answers.ends["stop"] == len(BOUNDED)
 
 
-def test_hostile_grammars_beside_streams(server: ServerProcess) -> None:
-    """Each is refused in time. How the streams fare is measured where nothing else runs: by the command."""
-    for _ in range(10):  # others use the machine, for seconds at a time
+def test_hostile_grammars_are_refused_during_streams(server: ServerProcess) -> None:
+    """Each grammar is refused in time. The command measures the streams' pace on an otherwise idle machine."""
+    for _ in range(10):  # other processes may use the machine for seconds
         found = pace(server, 1.0, num_streams=4)
         assert set(found.statuses) == {422}
         assert len(found.refused_after) >= len(HOSTILE)
@@ -29,8 +29,8 @@ def test_hostile_grammars_beside_streams(server: ServerProcess) -> None:
     assert max(found.refused_after) < REFUSED_WITHIN
 
 
-def test_compare_is_many_generates(server: ServerProcess) -> None:
-    """The same answers as one by one; a text's score is the sum of its tokens' log-probabilities."""
+def test_compare_equals_many_generates(server: ServerProcess) -> None:
+    """The answers equal those of single requests; a text's score is the sum of its tokens' log-probabilities."""
     expressions = ["base", "left", "left*0.5+right*-0.5"]
     text = server.text("The weather is", max_tokens=6)
     body = {

@@ -1,4 +1,4 @@
-"""Spans of a real server and a real training job, as they come over the wire in OTLP."""
+"""Spans of a real server and a real training job, received over the wire in OTLP."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ SECRET = "xyzzy"
 
 @pytest.mark.thorough  # a request's spans: server/api/test_request_spans.py
 def test_spans_arrive(converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job's, then those of a request under its adapter, which is read for it; none has a text."""
+    """A job's spans, then those of a request that loads the new adapter; none contains text."""
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
@@ -65,7 +65,7 @@ def test_spans_arrive(converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.
 
     assert not [body for body in receiver.bodies if SECRET.encode() in body]
     assert SECRET not in server.log()
-    lines = [json.loads(line) for line in server.log().splitlines()]  # each is JSON, the worker's, too
+    lines = [json.loads(line) for line in server.log().splitlines()]  # each line is JSON, also the worker's
     assert {"smolora.run", "smolora.api", "smolora.worker"} <= {line["logger"] for line in lines}
     (line,) = [line for line in lines if line.get("path") == "/generate"]
     assert (line["trace"], line["generation"], line["adapters"]) == (TRACE, answer["id"], "codes@1")

@@ -1,4 +1,4 @@
-"""An adapter that PEFT trains here and now, on real data, is served as PEFT itself answers with it."""
+"""An adapter trained by PEFT on real data gets the same answers from the server as from PEFT."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.real
 
 STATUSES = [HTTPStatus(code) for code in (100, 202, 304, 403, 404, 409, 429, 503)]
 HELD_OUT = [HTTPStatus(code) for code in (200, 405, 502)]
-IGNORED = -100  # a label that the loss leaves out
+IGNORED = -100  # a label that the loss ignores
 MAX_TOKENS = 6
 
 
@@ -25,7 +25,7 @@ def prompt(status: HTTPStatus) -> str:
 
 
 def batch(reference: Reference, statuses: Sequence[HTTPStatus]) -> dict[str, torch.Tensor]:
-    """One row for each status, (rows, longest row): its prompt, then its phrase and the end token as labels."""
+    """Return one row per status, (rows, longest row): prompt, then phrase and end token as labels."""
     tokenizer = reference.tokenizer
     prompts = [tokenizer.encode(prompt(status)) for status in statuses]
     answers = [[*tokenizer.encode(f" {status.phrase}"), tokenizer.eos_token_id] for status in statuses]
@@ -42,7 +42,7 @@ def batch(reference: Reference, statuses: Sequence[HTTPStatus]) -> dict[str, tor
 
 @pytest.fixture
 def phrases(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rank 8 on the last six layers (so that backward is short), until it knows the phrases by heart."""
+    """Train rank 8 on the last six layers (so that backward is short) until the phrases are memorized."""
     directory = tmp_path_factory.mktemp("phrases")
     config = LoraConfig(
         r=8,
@@ -67,7 +67,7 @@ def phrases(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.thorough  # test_adapter_life.py has random adapters
-def test_the_answers_change_as_pefts_do(exact_server: ServerProcess, reference: Reference, phrases: Path) -> None:
+def test_answers_change_like_pefts(exact_server: ServerProcess, reference: Reference, phrases: Path) -> None:
     prompts = [prompt(status) for status in (*STATUSES, *HELD_OUT)]
     before = reference.texts(prompts, MAX_TOKENS)
     assert exact_server.texts(prompts, max_tokens=MAX_TOKENS) == before

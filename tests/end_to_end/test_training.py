@@ -1,6 +1,6 @@
-"""Jobs on a real server with a real worker: disturbed by will and by force they end as if nothing had happened.
+"""Jobs on a real server with a real worker: jobs that were paused or killed end like undisturbed ones.
 
-On a tiny base, with a few kills and pauses: `tests.stress.kill_nine` and `tests.stress.pauses` have more.
+A tiny base with a few kills and pauses: `tests.stress.kill_nine` and `tests.stress.pauses` have more.
 """
 
 import json
@@ -34,17 +34,16 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.slow
-def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(training_server: TrainingServer) -> None:
-    """Paused on its way, one time by a SIGTERM to the worker; then the server is killed, with which its worker and
-    that one's job die.
-    """
+def test_paused_and_killed_job_ends_in_the_undisturbed_bytes(training_server: TrainingServer) -> None:
+    """The job is paused, once by a SIGTERM to the worker. Then the server is killed, and its worker and job die
+    too."""
     pause_at_random(training_server, 3)
     kill(training_server, "server", alone=True)
     training_server.check()
 
 
-def test_a_failed_job_keeps_its_error_and_its_log(server: ServerProcess) -> None:
-    """Those whose loss is no number any more, and one whose rows are another base's tokens."""
+def test_failed_job_keeps_its_error_and_log(server: ServerProcess) -> None:
+    """Jobs whose loss becomes NaN, and a job whose rows are another base's tokens."""
     body = {"name": "failing", "data": code_rows(4)}
     diverging = submit(server, **body, training={"learning_rate": 1e20, "warmup_ratio": 0.0})
     at_the_end = {"learning_rate": 1e38, "warmup_ratio": 0.0, "max_steps": 1}
@@ -68,6 +67,6 @@ def test_a_failed_job_keeps_its_error_and_its_log(server: ServerProcess) -> None
 
 
 def read_log(directory: Path) -> str:
-    """What the job's process said. Of a failed job nothing else than rows and this is kept."""
+    """Return the log of the job's process. Of a failed job only rows and this log are kept."""
     wait_until(lambda: not (directory / CHECKPOINTS_NAME).exists())
     return (directory / LOG_NAME).read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Wrong inputs and what is answered, word for word: to be read from top to bottom, as users read the answers.
+"""Wrong inputs and the exact answers, in an order meant for reading from top to bottom, as a user would.
 
-`left` and `right` are adapters, each with one version. Whoever changes an answer changes it here.
+`left` and `right` are adapters with one version each.
 """
 
 from pathlib import Path
@@ -376,6 +376,6 @@ def test_on_the_command_line(
 
 
 def _said(stderr: str) -> str:
-    """What is in the frame, where there is one."""
+    """Return the text inside the frame, if there is one."""
     framed = [line.strip("│ ") for line in stderr.splitlines() if line.startswith("│")]
     return "\n".join(framed) or stderr.rstrip()

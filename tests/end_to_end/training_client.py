@@ -12,30 +12,30 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess
 Job = Mapping[str, Any]
 ENDED = ("succeeded", "failed", "cancelled")
 WORKER, CHILD = "server.jobs.worker", "server.jobs"
-"""The modules that a worker runs, and the process in which it has a job run."""
+"""Modules run by a worker, and by the process in which it runs a job."""
 
 
 def code_rows(num_rows: int = len(HTTPStatus)) -> list[dict[str, str]]:
-    """The standard library's HTTP codes and their phrases, as rows."""
+    """Return the standard library's HTTP codes and their phrases as rows."""
     return [{"prompt": f"HTTP {s.value}:", "completion": f" {s.phrase}"} for s in list(HTTPStatus)[:num_rows]]
 
 
 def submit(server: ServerProcess, **body: object) -> str:
-    """POST /train; the job's id."""
+    """Submit a job; return its id."""
     response = server.client.post("/train", json=body)
     assert response.status_code == 202, response.text
     return str(response.json()["id"])
 
 
 def get(server: ServerProcess, path: str) -> Any:
-    """What GET `path` answers."""
+    """Return the answer of GET `path`."""
     response = server.client.get(path)
     assert response.status_code == 200, response.text
     return response.json()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE, what: str = "it") -> None:
-    """Look again and again; AssertionError after so many seconds."""
+    """Poll until the condition holds. Raise AssertionError on timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} took too long"
@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE, what: s
 
 
 def wait_for_end(server: ServerProcess, job_id: str, seconds: float = PATIENCE) -> Job:
-    """The job once it has ended, whichever way; AssertionError where that takes longer."""
+    """Return the job once it has ended in any way. Raise AssertionError on timeout."""
     found: dict[str, Any] = {}
 
     def has_ended() -> bool:
@@ -55,14 +55,15 @@ def wait_for_end(server: ServerProcess, job_id: str, seconds: float = PATIENCE) 
 
 
 def succeeded(server: ServerProcess, job_id: str, seconds: float = PATIENCE) -> Job:
-    """The job, which must end well; AssertionError with its error, or with the end of the server's log."""
+    """Return the job once it has succeeded. Raise AssertionError with its error, or with the end of the server's
+    log."""
     job = wait_for_end(server, job_id, seconds)
     assert job["status"] == "succeeded", f"{job['status']}: {job['error']}\n{server.log()[-2000:]}"
     return job
 
 
 def processes(server: ServerProcess, module: str) -> list[psutil.Process]:
-    """Those below the server that run `module`."""
+    """Return the server's descendants that run `module`."""
     found = []
     for process in psutil.Process(server.process.pid).children(recursive=True):
         try:
