@@ -53,7 +53,7 @@ def unknown_path(path: str, known: Iterable[str]) -> str:
     name = _bare(path)
     appended = (route for route in routes if route and f"/{name}".endswith(f"/{route}"))
     similar = max(appended, key=len, default=None) or near(name, routes)
-    meant = _CHAT if path in _CHAT_PEERS else routes.get(similar or "")
+    meant = _CHAT if path in _CHAT_PEERS else similar and routes[similar]
     return f"no such path{f' (did you mean {meant}?)' if meant else ''}: /docs lists them"
 
 

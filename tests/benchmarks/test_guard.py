@@ -68,7 +68,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["benchmarks.guard"])
     kept = f"--recorded={tmp_path / 'recorded.json'}"
     assert main([kept]) == 0
-    assert "No ratios are recorded of base in bf16, a processor, 2 threads" in capsys.readouterr().out
+    assert "No ratios are recorded for base in bf16, a processor, 2 threads" in capsys.readouterr().out
     assert main([kept, "--record", "--threads=1"]) == 0
     assert "--quick" in given[-1]
     assert "--threads=1" in given[-1]

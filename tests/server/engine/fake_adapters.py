@@ -67,6 +67,6 @@ class FakeAdapters(AdapterPool):
             idle = [digest for digest in self.loaded if digest not in needed]
             while len(self.loaded) > self.capacity and idle:
                 self.loaded.remove(idle.pop(0))
-                self.num_freed += 1  # whoever waits may have to load it again
+                self.num_freed += 1  # waiting sequences may have to load it again
             hold.is_held = True
         return hold.is_held

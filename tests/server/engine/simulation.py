@@ -1,8 +1,8 @@
 """Simulate the scheduler without a model: growing sequences, blocks with content, and adapter loads.
 
-After every step everything that must hold is checked: who owns which block, that each sequence reads only what it
-would have computed itself, that only sequences with ready adapters run, and that an empty step means that a load
-is under way, whose end will wake the engine.
+Every step checks the invariants: the owners of blocks, that each sequence reads only what it would have computed
+itself, that only sequences with ready adapters run, and that an empty step means that a load is in progress, whose
+end will wake the engine.
 """
 
 import random
@@ -31,9 +31,9 @@ class Simulation:
     is_loading: Callable[[], bool]
     rng: random.Random
     on_step: Callable[[], None] = lambda: None
-    step_seconds: Callable[[int], float] | None = None  # what a step of so many tokens takes
-    drafts: bool = False  # and chunks end anywhere: the two go together, where rows of a step don't matter
-    max_total: int = 0  # tokens that fit the cache
+    step_seconds: Callable[[int], float] | None = None  # duration of a step with this many tokens
+    drafts: bool = False  # with drafts, chunks may end anywhere: rows of a step don't affect each other
+    max_total: int = 0  # number of tokens that fit the cache
     num_steps: int = 0
     seconds: float = 0.0  # by `step_seconds`
     num_accepted: int = 0  # drafted tokens that were drawn

@@ -64,7 +64,7 @@ def test_requests_that_arrive_while_the_engine_dies_fail(tiny_base: BaseModel) -
         async with bench as engine:
             tasks: list[asyncio.Task[SmoloraError | None]] = []
             while not engine.dead:
-                # it isn't ready once its thread has ended and nobody has looked
+                # The engine isn't ready once its thread has ended, even if no call has noticed.
                 with suppress(EngineDead, NotReady, QueueFull):
                     tasks.append(asyncio.create_task(outcome(engine.submit(request(str(len(tasks)))))))
                 await asyncio.sleep(0)
@@ -90,7 +90,7 @@ def test_repeated_scheduling_failures_end_all_requests(tiny_base: BaseModel) -> 
 
 
 def test_two_scheduling_failures_are_survived(tiny_base: BaseModel) -> None:
-    """Nothing else wakes the thread: it tries again by itself."""
+    """Nothing else wakes the thread: it retries by itself."""
 
     class Failing(BrokenScheduler):
         num_failures = 0
@@ -326,7 +326,7 @@ def test_a_broken_adapter_fails_its_own_requests(tiny_base: BaseModel) -> None:
 
 
 def hang(bench: Bench, go: threading.Event) -> threading.Event:
-    """Make its steps wait for `go`, and return an event that is set when the first step does."""
+    """Make its steps wait for `go`; return an event that is set when the first step waits."""
     hangs = threading.Event()
 
     class Hanging(FailingRunner):
@@ -368,7 +368,7 @@ def test_a_hanging_step_ends_all_requests(tiny_base: BaseModel, slow_load: SlowL
                 with pytest.raises(EngineDead):
                     async for _ in stream:
                         pass
-            assert 30 < clock.now < 33  # the count of those in flight looks at it, too
+            assert 30 < clock.now < 33  # counting the requests in flight reads it too
             assert engine.dead
             assert engine.hung
             assert not engine.ready

@@ -33,7 +33,7 @@ def long(name: object, project: str = "") -> GenerationRequest:
 async def serve_three(engine: AsyncEngine, clock: Clock) -> None:
     """Serve three requests in 20 s with both places taken, so that a place is free every 10 s."""
     streams = [engine.submit(request(str(i))) for i in range(3)]
-    engine.check_queue(1)  # nobody knows yet
+    engine.check_queue(1)  # the rate isn't known yet
     clock.now = 20.0
     for stream in streams:
         await collect(stream)
@@ -108,7 +108,7 @@ def test_a_full_queue_of_one_project_accepts_another_project(tiny_base: BaseMode
 
             greedy, other = taken("greedy", 500), taken("other", 500)
             assert (len(greedy), len(other)) == (5, 3)
-            await anext(other[0])  # it runs, though the others' places are taken by long answers
+            await anext(other[0])  # it runs, although long answers have the other project's places
             assert engine.num_in_flight == 8
             await close((*greedy, *other))
             assert engine.num_in_flight == 0
@@ -130,7 +130,7 @@ def test_a_project_waits_for_its_own_turn(tiny_base: BaseModel) -> None:
             engine.check_queue(1, "other")
             streams += [engine.submit(long(i, "other")) for i in range(9, 11)]
             with pytest.raises(QueueFull, match="the queue takes up to 50 s"):
-                engine.check_queue(1, "other")  # behind two of its own, of which the first begins at once
+                engine.check_queue(1, "other")  # behind two of its own, of which the first starts at once
             await close(streams)
 
     on_loop(main())

@@ -1,4 +1,4 @@
-"""The engine on a GPU: answers of transformers on the CPU, few waits, concurrent loads, and memory."""
+"""The engine on a GPU: answers equal transformers' on the CPU, few waits, concurrent loads, and memory."""
 
 import random
 from collections.abc import Iterator
@@ -28,14 +28,14 @@ pytestmark = NEEDS_GPU
 
 @pytest.fixture(scope="module")
 def tiny(tiny_base: BaseModel) -> BaseModel:
-    """The tiny base in fp32, on the GPU."""
+    """Return the tiny base in fp32, on the GPU."""
     choose_device("cuda", "fp32")
     return load_base(tiny_base.directory, torch.float32, "cuda")
 
 
 @pytest.fixture(scope="module")
 def real(base_dir: Path) -> BaseModel:
-    """The real base as it is served, on the GPU."""
+    """Return the real base as it is served, on the GPU."""
     device, dtype = choose_device("cuda", "auto")
     return load_base(base_dir, dtype, device)
 
@@ -84,7 +84,7 @@ def test_bf16_ends_and_frees_everything(tiny_base: BaseModel) -> None:
 def test_a_step_waits_as_rarely_as_on_the_fake_gpu(
     tiny: BaseModel, guidance: Guidance, requests: list[GenerationRequest], num_waits: int
 ) -> None:
-    """By torch's own account, which sees waits within operations, too."""
+    """Counted by torch itself, which also sees waits within operations."""
     engine = build_engine(tiny, library(tiny), guidance=guidance)
     decoding(engine, requests)
     found = waits(engine.step)

@@ -104,7 +104,14 @@ def test_characters_are_returned_as_soon_as_they_are_complete(
 
 
 ALPHABET = ("a", "b", "ab", "ba", "aab", "é", "€a", " ")
-HALVES = (b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xff", b"")  # é and € in pieces, and what is no character
+HALVES = (
+    b"\xc3",
+    b"\xa9",
+    b"\xe2\x82",
+    b"\xac",
+    b"\xff",
+    b"",
+)  # é and € in parts, and bytes that are no character
 _CHARACTERS = _byte_characters()
 PIECES = TokenBytes(
     {
@@ -167,7 +174,8 @@ def test_stop_strings(token_ids: list[int], stop: list[str]) -> None:
 
 
 def at_once(token_ids: Sequence[int], stop: Sequence[str]) -> bool:
-    """Whether the last token decides it, rather than the end, which turns half a character into U+FFFD."""
+    """Return whether the last token decides the outcome, rather than the end, which turns half a character into
+    U+FFFD."""
     data = b"".join(PIECES.bytes_of(token_id) for token_id in token_ids)
     return any(one in decided(data) for one in stop)
 

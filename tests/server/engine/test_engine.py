@@ -67,7 +67,7 @@ def test_thirty_two_concurrent_requests_answer_as_alone(tiny_base: BaseModel, ti
     adapters, requests = library(tiny_base), requests_of_all_kinds(tiny_base, 32)
     model = SmolLM(tiny_base.config, tiny_base.weights, max_positions=512)
     expected = {request.request_id: alone(tiny_base, model, adapters, request) for request in requests}
-    num_preemptions = 0  # how many there are depends on how soon adapters have been read
+    num_preemptions = 0  # their number depends on how soon adapters are read
     for seed in range(3):
         engine = build_engine(
             tiny_base, adapters, model=model, num_blocks=24, block_size=8, max_rank=40, limits=TIGHT
@@ -94,7 +94,7 @@ def test_thirty_two_concurrent_requests_answer_as_alone(tiny_base: BaseModel, ti
 
 
 def test_preemption_between_projects_does_not_change_answers(tiny_base: BaseModel) -> None:
-    """Only places are scarce. A preemption makes a place for a project that has none."""
+    """Only places are scarce. A preemption gives a place to a project that has none."""
     adapters = library(tiny_base)
     requests = [
         replace(one, project="abcdefgh"[i // 2 % 8] if i % 2 else "a")
@@ -113,7 +113,7 @@ def test_preemption_between_projects_does_not_change_answers(tiny_base: BaseMode
 
 
 @pytest.mark.real
-@pytest.mark.thorough  # answers beside PEFT's: end_to_end/test_adapter_life.py and test_blends.py
+@pytest.mark.thorough  # answers compared with PEFT's: end_to_end/test_adapter_life.py and test_blends.py
 def test_concurrent_requests_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     before = sha256(real_base)
     adapters = library(real_base, 5, strength=0.03)

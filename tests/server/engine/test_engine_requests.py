@@ -75,7 +75,8 @@ def test_generated_tokens_are_cached(tiny_base: BaseModel) -> None:
 
 
 def test_prompts_are_counted_once_even_if_they_are_preempted(tiny_base: BaseModel) -> None:
-    """The second is preempted during its prompt, and the first grows until it has evicted all its blocks."""
+    """The second is preempted during its prompt, and the first grows until it has evicted all blocks of the
+    second."""
     limits = SchedulerLimits(chunk_size=4, max_prefill_tokens=4)
     engine = build_engine(tiny_base, num_blocks=14, block_size=4, limits=limits)
     lengths = {"a": (4, 52), "b": (40, 16)}

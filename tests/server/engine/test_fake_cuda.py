@@ -114,8 +114,8 @@ def test_scores(tiny_base: BaseModel) -> None:
 
 
 def test_rows_are_not_read_before_their_copy_has_ended(tiny_base: BaseModel) -> None:
-    """What runs goes on meanwhile; an adapter that takes an evicted one's rows, while a step may still read them,
-    comes after that step: the card raises TooEarly otherwise."""
+    """Running sequences continue. An adapter that takes an evicted adapter's rows, which a step may still read, is
+    copied after that step; otherwise the fake GPU raises TooEarly."""
     adapters = library(tiny_base)
     cold = GenerationRequest("cold", prompt(9), GREEDY, refs(**{"09": 1.0}))
     expected = run(build_engine(tiny_base, adapters), [cold])["cold", 0]
@@ -194,7 +194,7 @@ class Starved(Backend):
 def test_the_cache_is_emptied_once_the_steps_tensors_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     starved = Starved()
     monkeypatch.setattr(torch.cuda, "empty_cache", starved.empty_cache)
-    monkeypatch.setattr(logging.getLogger("server.engine.runner"), "disabled", True)  # pytest keeps what is logged
+    monkeypatch.setattr(logging.getLogger("server.engine.runner"), "disabled", True)  # pytest keeps log records
     sequence = SequenceState(GenerationRequest("r", (1, 2), PLAIN), 0, 0.0, 16)
     with pytest.raises(GenerationFailed, match="memory ran out"):
         Runner(starved).run([Chunk(sequence, 0, 2)])

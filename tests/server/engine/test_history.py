@@ -118,12 +118,12 @@ def test_exact_repeats_over_a_cached_prefix(history: History) -> None:
     check_repeats(history)
 
 
-def test_second_turns_over_what_was_decoded(history: History) -> None:
+def test_second_turns_over_decoded_tokens(history: History) -> None:
     check_second_turns(history)
 
 
 def test_preempted_sequences_are_computed_again(history: History) -> None:
-    num_preemptions = 0  # how many there are depends on how soon adapters have been read
+    num_preemptions = 0  # their number depends on how soon adapters are read
     for num_blocks in (11, 13, 16, 18):
         engine = history.engine(num_blocks=num_blocks, max_num_seqs=16)
         check(ordered(engine, history.requests), history.cold)

@@ -25,7 +25,7 @@ from tests.kits.native import native_model
 from tests.kits.tiny import save_tiny_base
 
 LENGTHS = (5, 70, 1, 64, 66, 130, 17, 33, 9, 100, 65, 3)
-LONG = 2048  # positions from which on threads share one sequence (kernels/step_attention.h)
+LONG = 2048  # from this number of positions on, threads share one sequence (kernels/step_attention.h)
 BLENDS: tuple[dict[str, float], ...] = (
     {},
     {"a": 1.0},
@@ -54,7 +54,7 @@ for tensor in (cache.k, cache.v):
     tensor[1007:1009] = 1
 print(resident() - before)
 """
-"""How many bytes it takes to use two blocks, of keys and of values."""
+"""The bytes of keys, and of values, that two blocks use."""
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:
     native = native_model(base, num_threads=2)
     together = run(engine_of(base, native, strength), requests(num_tokens))
     for request in requests(num_tokens):
-        alone = run(engine_of(base, native, strength), [request])  # whose cache has no prefix of it
+        alone = run(engine_of(base, native, strength), [request])  # its cache has no prefix of the prompt
         own = request.request_id, 0
         assert len(alone[own].token_ids) == num_tokens
         assert alone[own] == together[own]
@@ -167,7 +167,7 @@ def check_threads(base: BaseModel, threads: tuple[int, ...]) -> None:
 
 
 def test_long_contexts_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
-    """Whose attention is shared out otherwise: of two heads of keys for three threads, each is in parts."""
+    """Their attention is divided differently: three threads share two key heads, each of which is split."""
     sizes = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

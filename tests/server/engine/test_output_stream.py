@@ -27,7 +27,7 @@ async def test_a_stream_buffers_a_limited_amount(
     monkeypatch.setattr(async_engine, "MAX_UNREAD", 100)
     abandoned: list[int] = []
     stream = OutputStream(1, lambda: abandoned.append(1))
-    for _ in range(50):  # who reads in time has no bound
+    for _ in range(50):  # a reader that keeps up has no limit
         stream.put(piece(with_logprobs))
         await anext(stream)
     assert abandoned == []
@@ -46,7 +46,7 @@ async def test_a_stream_buffers_a_limited_amount(
 
 
 async def test_a_waiting_reader_learns_of_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first output, which woke the reader, is dropped before it looks."""
+    """The first output, which woke the reader, is dropped before the reader looks."""
     monkeypatch.setattr(async_engine, "MAX_UNREAD", 100)
     stream = OutputStream(1, lambda: None)
     reader = asyncio.ensure_future(anext(stream))

@@ -40,7 +40,7 @@ def spike(base: BaseModel) -> LoraWeights:
 
 
 def engine_of(base: BaseModel, is_native: bool) -> Engine:
-    """Native code reads a prompt of 21 tokens in pieces of 13 and 8, torch at once."""
+    """Return an engine. Native code reads a prompt of 21 tokens in pieces of 13 and 8, torch at once."""
     native = native_model(base) if is_native else None
     limits = SchedulerLimits(chunk_size=64, max_prefill_tokens=13)
     return build_engine(base, {"spike": spike(base)}, native=native, limits=limits)

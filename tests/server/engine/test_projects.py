@@ -154,7 +154,7 @@ def test_no_sequence_is_preempted_if_there_is_room() -> None:
 
 
 def test_no_sequence_is_preempted_for_one_that_may_not_pass_another() -> None:
-    """A large prompt was passed over `max_bypass` times, and preemption wouldn't give it room."""
+    """A large prompt was passed over `max_bypass` times, and preemption wouldn't free enough for it."""
     sim, _ = simulation(num_blocks=24, max_num_seqs=2, max_bypass=0)
     runners = [sim.add(unlike(i, 16), 20, project="a")[0] for i in range(2)]
     for _ in range(4):

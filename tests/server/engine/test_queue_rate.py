@@ -9,7 +9,7 @@ from server.engine.admission import QueueRate
 
 
 def played(rate: QueueRate, seconds: list[float], places: int) -> float:
-    """Run sequences that all arrive at 0, and return when the last one got a place."""
+    """Run sequences that all arrive at 0; return the time at which the last one got a place."""
     running: list[float] = []
     num_left, now = len(seconds), 0.0
     rate.observe(0.0, num_left)

@@ -88,7 +88,7 @@ def test_long_random_traffic() -> None:
         for _ in range(300):
             if rng.random() < 0.3 and len(sim.live()) < 20:
                 digests = tuple(rng.choice("abcdefghz") for _ in range(rng.choice((0, 1, 1, 2, 3))))
-                project = rng.choice("wwwxyz"[seed % 6 :])  # of some seeds there is one alone
+                project = rng.choice("wwwxyz"[seed % 6 :])  # with some seeds there is only one project
                 n = rng.choice((1, 1, 3))
                 sim.add(prompt(rng, rng.randint(1, 40)), rng.randint(1, 15), digests, n, project)
             if rng.random() < 0.03 and sim.live():

@@ -60,7 +60,7 @@ def test_sets_without_rows_are_retried_once_per_freed_adapter() -> None:
     others = [sim.add(unlike(i, 4), 2, (f"{i:02}",))[0] for i in range(1, NUM_SETS + 1)]
     for _ in range(3):
         sim.step()
-    before = pool.num_attempts  # by now, each has been read and has been tried
+    before = pool.num_attempts  # each has been read and tried by now
     for _ in range(150):
         assert len(sim.step().chunks) == 1
     assert hog in sim.live()

@@ -19,7 +19,7 @@ from tests.server.engine.small import simulation, unlike
 
 
 class Options(TypedDict, total=False):
-    """What these tests set of `simulation`."""
+    """Options of `simulation` that these tests set."""
 
     num_blocks: int
     capacity: int
@@ -42,7 +42,7 @@ def entered(*projects: str) -> ProjectShares:
 
 
 def seconds_of(num_tokens: int) -> float:
-    """Return what a step takes: about what was measured of the embedded base on two cores."""
+    """Return the seconds of a step: about what the embedded base takes on two cores."""
     return 0.004 + 0.00125 * num_tokens
 
 
@@ -119,12 +119,12 @@ def test_requests_one_after_the_other_earn_no_new_credit() -> None:
 
 
 class HeldUp(Runner):
-    """An engine's runner, but the first step of a project has to wait for longer than the slack."""
+    """An engine's runner whose first step of a project waits for longer than the slack."""
 
     def __init__(self, runner: Runner, project: str) -> None:
         super().__init__(runner.backend)
         self.project = project
-        self.projects: list[set[str]] = []  # of each step since
+        self.projects: list[set[str]] = []  # of each later step
 
     def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
         projects = {chunk.sequence.request.project for chunk in chunks}
@@ -190,7 +190,7 @@ def test_two_busy_projects_get_equal_time() -> None:
 
 
 def test_a_stream_that_fills_the_rank_rows_does_not_keep_another_projects_adapters_out() -> None:
-    """One stream is enough: its project's last sequence gives way, too, and comes back."""
+    """One stream is enough: its project's last sequence is preempted too, and resumes later."""
     sim = timed(num_blocks=1000, capacity=4)
     (hog,) = add(sim, "hog", 1, 400, *"abcd")
     for _ in range(40):
@@ -218,7 +218,7 @@ def test_sequences_that_hold_the_same_rows_are_preempted_together() -> None:
 
 
 def test_projects_whose_adapters_do_not_fit_together_take_long_turns() -> None:
-    """Each needs all rows for a long answer. Preempting at every step would read the adapters again each time."""
+    """Each needs all rows for a long answer. Preemption at every step would read the adapters again each time."""
     sim = timed(num_blocks=1000, capacity=4)
     first, second = add(sim, "first", 1, 600, *"abcd")[0], add(sim, "second", 1, 600, *"efgh")[0]
     begun = sim.seconds
@@ -276,7 +276,7 @@ def test_a_project_that_begins_does_not_wait_for_shorter_prompts_of_another() ->
 
 
 def test_short_prompts_of_one_project_do_not_hold_up_a_longer_one_of_another() -> None:
-    """Although more and more of them come, and all are shorter than what the other still has to read."""
+    """More and more of them arrive, and all are shorter than the other project's remaining prompt."""
     sim = timed(num_blocks=4000, max_num_seqs=32, max_prefill_tokens=16, drafts=True)
     add(sim, "a", 1, 3, length=2000)
     sim.step()
@@ -290,7 +290,7 @@ def test_short_prompts_of_one_project_do_not_hold_up_a_longer_one_of_another() -
 
 
 def test_steps_are_short_while_several_projects_send_requests() -> None:
-    """And as long as ever a minute after the last request of another project."""
+    """A minute after another project's last request, steps are long again."""
     sim = timed(num_blocks=4000, max_num_seqs=32, max_prefill_tokens=512, drafts=True)
     add(sim, "a", 1, 3, length=20_000)
 
@@ -307,7 +307,7 @@ def test_steps_are_short_while_several_projects_send_requests() -> None:
 
 
 def test_equal_projects_run_in_the_same_steps() -> None:
-    """Shares cost no throughput among projects that use the same."""
+    """Shares cost no throughput among projects with equal use."""
     sim = timed(num_blocks=4000, max_num_seqs=32)
     for number in range(16):
         add(sim, f"p{number}", 2, 100)

@@ -55,7 +55,7 @@ def test_the_cost_of_a_decode_step(
     num_waits: int,
     num_kernels: int,
 ) -> None:
-    """Waits don't grow with rows or layers, of which there are 8 and 3; of kernels a layer of the base has 37."""
+    """The number of waits doesn't depend on rows (8) or layers (3). A layer of the base has 37 kernels."""
     with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), library(tiny_base), guidance=guidance)
         decoding(engine, requests)
@@ -69,7 +69,7 @@ def test_the_cost_of_a_decode_step(
 
 
 def test_values_are_multiplied_not_summed_position_by_position(tiny_base: BaseModel) -> None:
-    """A GPU's kernel for bags walks through each of them in one thread: bags of positions are too long for it."""
+    """A GPU's kernel for bags uses one thread per bag: bags of positions are too long for it."""
     with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base))
         decoding(engine, rows())
@@ -81,7 +81,7 @@ def test_values_are_multiplied_not_summed_position_by_position(tiny_base: BaseMo
 
 
 def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: BaseModel) -> None:
-    """For the scores of 90 tokens, and for the next tokens."""
+    """It waits for the scores of 90 tokens, and for the next tokens."""
     with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), library(tiny_base))
         decoding(engine, rows(replace(PLAIN, max_tokens=30), num_parts=1))
@@ -97,7 +97,8 @@ def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: Bas
 
 
 def test_an_adapter_is_copied_once_per_pool(tiny_base: BaseModel) -> None:
-    """Of A and of B of four groups, pinned: only the thread that loads it waits, once, for the last of them."""
+    """A and B of four groups are copied from pinned memory. Only the loading thread waits, once, for the last
+    copy."""
     with fake_cuda() as card:
         engine = build_engine(on_card(tiny_base), library(tiny_base))
         decoding(engine, rows(replace(PLAIN, max_tokens=200)))

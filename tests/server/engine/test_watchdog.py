@@ -8,22 +8,22 @@ TICK = 0.25
 
 
 class Watched:
-    """A watchdog whose looks are `TICK` seconds apart while the process runs."""
+    """A watchdog that looks every `TICK` seconds while the process runs."""
 
     def __init__(self, **limits: float) -> None:
         self.watchdog = Watchdog(**limits)
         self.now = 1000.0
 
     def run(self, step: int | None, seconds: float) -> bool:
-        """Whether it barked in these seconds of one step, or of none."""
-        barked = False
+        """Return whether the watchdog reported during these seconds of one step, or without a step."""
+        reported = False
         for _ in range(round(seconds / TICK)):
             self.now += TICK
-            barked |= self.watchdog.look(step, self.now)
-        return barked
+            reported |= self.watchdog.look(step, self.now)
+        return reported
 
     def stop(self, seconds: float) -> None:
-        """The process does not run."""
+        """Let time pass while the process is stopped."""
         self.now += seconds
 
 
@@ -59,7 +59,7 @@ def test_idle_time_and_short_steps_do_not_count_as_stalled(step: int | None) -> 
 
 
 def test_time_while_the_process_was_stopped_does_not_count() -> None:
-    """It neither makes the step old nor, afterwards, a long one of it."""
+    """Stopped time doesn't count towards the step's duration, neither during nor after it."""
     watched = Watched(least_seconds=10.0)
     assert not watched.run(0, 4.0)
     watched.stop(3600.0)

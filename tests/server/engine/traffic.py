@@ -21,7 +21,7 @@ TIGHT = SchedulerLimits(max_num_seqs=32, chunk_size=8, max_prefill_tokens=32)
 
 
 def library(base: BaseModel, num: int = 16, strength: float = 0.3) -> dict[str, LoraWeights]:
-    """Adapters of mixed ranks, modules and layers, named 00, 01, …"""
+    """Return adapters of mixed ranks, modules and layers, named 00, 01, …"""
     modules = [MODULES, ("q_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("k_proj", "o_proj")]
     found = {}
     for i in range(num):
@@ -32,7 +32,8 @@ def library(base: BaseModel, num: int = 16, strength: float = 0.3) -> dict[str, 
 
 
 def requests_of_all_kinds(base: BaseModel, num: int, seed: int = 0) -> list[GenerationRequest]:
-    """Each another adapter or blend; prompts of all lengths; half of them greedy, some with several choices."""
+    """Return requests, each with a different adapter or blend, prompts of all lengths, half greedy, some with
+    several choices."""
     rng = random.Random(seed)
     found = []
     for i in range(num):

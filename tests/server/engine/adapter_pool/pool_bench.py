@@ -15,7 +15,7 @@ SHAPE = BaseShape(2, dict.fromkeys(MODULES, (4, 4)) | {"q_proj": (8, 4)})
 
 
 class HandExecutor(Executor):
-    """Runs what is submitted when it is told to, in any order."""
+    """An executor whose tasks a test runs one by one, in any order."""
 
     def __init__(self) -> None:
         self.tasks: list[tuple[Future[Any], Callable[[], Any]]] = []
@@ -42,7 +42,7 @@ class HandExecutor(Executor):
 
 
 def adapter(value: float, rank: int = 1, modules: tuple[str, ...] = MODULES, layers: int = 2) -> LoraWeights:
-    """All of A and B hold `value`."""
+    """Return an adapter whose A and B are filled with `value`."""
     return LoraWeights(
         {
             ModuleKey(layer, name): LoraModule(
@@ -57,7 +57,7 @@ def adapter(value: float, rank: int = 1, modules: tuple[str, ...] = MODULES, lay
 
 
 class Bench:
-    """A pool with its executor; `library` is what can be loaded, and may change."""
+    """A pool with its executor. `library` holds the adapters that can be loaded, and may change."""
 
     def __init__(self, library: Mapping[str, LoraWeights | Exception], max_rank: int) -> None:
         self.library = dict(library)
@@ -86,7 +86,7 @@ class Bench:
         return self.pool.hold(tuple(AdapterRef(digest) for digest in sorted(digests)))
 
     def ready(self, *digests: str) -> AdapterHold:
-        """A hold that is ready, however long that takes."""
+        """Return a hold once it is ready, however long that takes."""
         hold = self.hold(*digests)
         for _ in range(10):
             if hold.advance():
@@ -97,7 +97,7 @@ class Bench:
         raise AssertionError("it never became ready")
 
     def check(self) -> None:
-        """The extents are consistent, and what is resident lies where its placement says."""
+        """Check that the extents are consistent, and that resident rows are where their placement says."""
         check_pool(self.pool)
         for digest in self.pool.resident:
             weights = self.library[digest]

@@ -95,7 +95,7 @@ def test_adapters_in_use_are_never_evicted() -> None:
 
 
 def test_all_or_none() -> None:
-    """Two sets that overlap where only one fits: neither holds a part of what the other needs."""
+    """Two overlapping sets of which only one fits: neither holds a part that the other needs."""
     bench = Bench({name: adapter(float(i)) for i, name in enumerate("abcd")}, 3)
     first = bench.ready("a", "b")
     second = bench.hold("b", "c", "d")
@@ -137,7 +137,7 @@ def test_an_adapters_size_depends_on_its_modules() -> None:
 
 
 def test_an_adapter_does_not_block_its_own_set() -> None:
-    """Room enough, but not in one piece: x lies in the middle, and is itself a part of what is asked for."""
+    """There is enough room, but not in one piece: x is in the middle, and is itself part of the requested set."""
     bench = Bench({"s": adapter(1.0, rank=3), "x": adapter(2.0, rank=4), "y": adapter(3.0, rank=6)}, 10)
     spacer = bench.ready("s")
     bench.ready("x").release()
@@ -205,7 +205,7 @@ def test_an_adapter_of_another_base_fails_and_leaves_no_rows_behind(misfit: Lora
 
 
 def test_an_abort_does_not_restart_another_read() -> None:
-    """Clients that give up while a slow adapter is read must not keep the others waiting for ever."""
+    """Clients that give up while a slow adapter is read must not starve the others."""
     bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 4)
     first, second = bench.hold("a"), bench.hold("a", "b")
     first.advance()
@@ -235,7 +235,7 @@ def test_a_read_for_an_aborted_request_is_dropped() -> None:
 
 
 def test_a_queued_read_for_an_aborted_request_is_cancelled() -> None:
-    """Others' reads wait behind it, which may take long where it has to be fetched."""
+    """Other reads wait behind it, and fetching it may take long."""
     bench = Bench({name: adapter(1.0) for name in "abc"}, 2)
     gone, stays = bench.hold("a", "b"), bench.hold("b", "c")
     for hold in (gone, stays):
@@ -251,7 +251,7 @@ def test_a_queued_read_for_an_aborted_request_is_cancelled() -> None:
 
 
 def test_a_read_in_progress_is_reused_after_an_abort() -> None:
-    """A client that gives up and asks anew, again and again, took one thread more each time."""
+    """A client that gave up and retried used to occupy one more thread each time."""
     slow = Bench({"slow": adapter(1.0), "quick": adapter(2.0)}, 2)
     for _ in range(3):
         hold = slow.hold("slow")
@@ -283,7 +283,7 @@ def test_a_failed_read_without_a_waiting_request_is_ignored() -> None:
 
 
 def test_repeated_requests_leave_threads_to_others() -> None:
-    """With threads, of which a slow adapter may have but one."""
+    """A slow adapter may occupy only one of the threads."""
     began, go, quick = threading.Semaphore(0), threading.Event(), threading.Event()
 
     def load(digest: str) -> LoraWeights:
@@ -298,7 +298,7 @@ def test_repeated_requests_leave_threads_to_others() -> None:
     with ThreadPoolExecutor(2) as readers:
         pool = AdapterPool(bench.pool.rows, load, readers, bench.executor, bench.wake)
         try:
-            for seconds in (60, 0.2):  # none begins but the first
+            for seconds in (60, 0.2):  # only the first one starts
                 hold = pool.hold((AdapterRef("slow"),))
                 hold.advance()
                 began.acquire(timeout=seconds)
@@ -351,7 +351,8 @@ def test_holds_of_the_same_adapter_share_its_rows() -> None:
 
 
 def test_a_hold_records_how_long_its_adapters_loaded() -> None:
-    """From the first look to the one that finds them there; nothing where they were there at once."""
+    """The time runs from the first attempt to the one that finds them loaded. It is 0 if they were loaded
+    already."""
     bench = Bench({"a": adapter(1.0)}, 2)
     now = [10.0]
     bench.pool.clock = lambda: now[0]
@@ -372,7 +373,7 @@ def test_a_hold_records_how_long_its_adapters_loaded() -> None:
 
 
 def test_adapters_are_moved_if_the_free_rows_are_not_one_run() -> None:
-    """A large set used to wait until long answers ended, though there were rows enough for it."""
+    """A large set used to wait for long answers to end, although there were enough free rows."""
     bench = Bench({name: adapter(float(i), rank=2) for i, name in enumerate("abcd")}, 8)
     bench.library["large"] = adapter(9.0, rank=4)
     holds = [bench.ready(name) for name in "abcd"]
@@ -453,7 +454,7 @@ def test_a_hold_that_hurries_is_ready_at_once_if_its_adapters_load_quickly() -> 
         pool = AdapterPool(bench.pool.rows, bench.load, threads, threads, bench.wake)
         hold = pool.hold((AdapterRef("a"), AdapterRef("b")))
         assert not hold.advance()
-        for _ in range(200):  # a machine that is busy for longer than a hold waits
+        for _ in range(200):  # the machine may be busy for longer than a hold waits
             hold._hurry_seconds = 0.005
             hold.hurry()
             if hold.ready:
@@ -466,7 +467,7 @@ def test_a_hold_hurries_for_some_milliseconds_in_total() -> None:
     hold = bench.hold("a")
     hold.advance()
     begun = time.monotonic()
-    hold.hurry()  # nobody runs the executor's tasks
+    hold.hurry()  # no task of the executor is run
     hold.hurry()
     assert 0.004 < time.monotonic() - begun < 1
     assert not hold.ready

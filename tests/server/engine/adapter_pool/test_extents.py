@@ -14,7 +14,7 @@ def first_fit(free: set[int], capacity: int, length: int) -> int | None:
 @settings(deadline=None)
 @given(st.integers(0, 40), st.lists(st.integers(1, 12) | st.floats(0, 1, exclude_max=True), max_size=60))
 def test_first_fit_and_joining(capacity: int, actions: list[int | float]) -> None:
-    """An int allocates so many; a float releases the run at that share of those held."""
+    """An int allocates this many rows; a float releases the run at this share of the held runs."""
     extents, free, allocated = Extents(capacity), set(range(capacity)), list[tuple[int, int]]()
     for action in actions:
         if isinstance(action, int):

@@ -1,7 +1,7 @@
 """A sampler in 64 bits that knows which choices rounding may affect.
 
-It tells which tokens a sampler in 32 bits may choose: those that its filters may leave, for all that 32 bits and
-the order of equals can do, and whose scores lie so close to the best one's that they may be the best.
+It returns the tokens that a sampler in 32 bits may choose: tokens that its filters may keep, given rounding and
+any order of equal logits, and whose scores are so close to the best that they may be the best.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ from server.engine.sampling import MIN_TEMPERATURE, LogitsRow, noise_key
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Tokens = set[int | None]
-_UNIT = 2.0**-24  # how far off, relatively, rounding to 32 bits may be
-_MASS = 4e-5  # of top-p's masses: sums of some ten thousand numbers
-_NOISE = 20.0  # larger than any
+_UNIT = 2.0**-24  # relative error of rounding to 32 bits
+_MASS = 4e-5  # error of top-p's masses: sums of some ten thousand numbers
+_NOISE = 20.0  # larger than any noise
 
 
 def exact_noise(row: LogitsRow, vocab: int) -> Doubles:
@@ -33,10 +33,10 @@ def exact_noise(row: LogitsRow, vocab: int) -> Doubles:
 
 
 def may_be_chosen(changed: torch.Tensor, row: LogitsRow) -> tuple[Tokens, Tokens]:
-    """The tokens that may be chosen of logits (vocab,), fp32, to which penalties and constraints were applied.
+    """Return the tokens that may be chosen from logits (vocab,), fp32, after penalties and constraints.
 
-    First where equals go by their ids, and logits are ordered before they are scaled; then where equals come in
-    any order, and so do those whose scaled logits may be rounded to the same.
+    First with equals ordered by id, and logits ordered before scaling; then with equals in any order, including
+    those whose scaled logits may round to the same.
     """
     logits: Doubles = changed.double().numpy()
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
@@ -46,7 +46,7 @@ def may_be_chosen(changed: torch.Tensor, row: LogitsRow) -> tuple[Tokens, Tokens
         return {int(logits.argmax())}, {int(logits.argmax())}
     scaled = logits / max(params.temperature, MIN_TEMPERATURE)
     size = np.abs(scaled[np.isfinite(scaled)])
-    near = 4 * _UNIT * float(size.max(initial=0))  # of two scaled logits
+    near = 4 * _UNIT * float(size.max(initial=0))  # between two scaled logits
     x = scaled - scaled.max()
     scores = x + exact_noise(row, len(x))
     order = np.argsort(-x, kind="stable") if 0 < params.top_k < len(x) or params.top_p < 1 else None
@@ -63,12 +63,12 @@ def may_be_chosen(changed: torch.Tensor, row: LogitsRow) -> tuple[Tokens, Tokens
 def _left(
     x: Doubles, order: npt.NDArray[np.intp] | None, row: LogitsRow, near: float, by_ids: bool
 ) -> tuple[Bools, Bools]:
-    """Which tokens the filters may leave, and which they must. `order`: from the likeliest on, where it counts."""
+    """Return which tokens the filters may keep, and which they must. `order` is from the likeliest on."""
     params = row.params
     may, must = np.isfinite(x), np.isfinite(x)
     if order is not None:
-        ordered = -x[order]  # rises
-        # How many tokens surely come before each, and how many may; in that order, in which it takes less long.
+        ordered = -x[order]  # ascending
+        # For each token: how many tokens surely come before it, and how many may.
         if by_ids:
             fewest = most = np.arange(len(x))
         else:

@@ -18,7 +18,8 @@ Sample = Callable[[torch.Tensor, Sequence[LogitsRow]], list[Sampled]]
 
 
 def native_sample(num_threads: int) -> Sample:
-    """The native sampler; gives the test up where there is none. Minus infinity fills logits up to whole tiles."""
+    """Return the native sampler, or skip the test if there is none. Logits are padded to whole tiles with minus
+    infinity."""
     native_library()
 
     def sample(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> list[Sampled]:
@@ -33,7 +34,7 @@ def native_sample(num_threads: int) -> Sample:
 
 @cache
 def any_model(vocab_size: int, num_threads: int) -> NativeModel:
-    """One of a vocabulary; what else it is plays no part."""
+    """Return a model of this vocabulary; its other properties don't matter."""
     size, generator = 32, torch.Generator().manual_seed(0)
     config = ModelConfig(
         architecture="LlamaForCausalLM",

@@ -1,6 +1,6 @@
-"""The native sampler against torch's: equal tokens except by rounding, and log-probabilities.
+"""The native sampler compared with torch's: equal tokens except for rounding, and log-probabilities.
 
-What both must do stands in the other tests here; a row's answer has the same bits for any number of threads.
+Other tests here check what both must do. A row's result has the same bits for any number of threads.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def native() -> Sample:
 
 
 def logits_like(kind: str, seed: int, vocab: int) -> torch.Tensor:
-    """fp32 (vocab,)."""
+    """Return fp32 logits (vocab,)."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(vocab, generator=generator)
     if kind == "a model's":
@@ -67,7 +67,7 @@ KINDS = (
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[LogitsRow]]:
-    """Logits (rows, vocab), and what is asked of each row."""
+    """Generate logits (rows, vocab), and sampling parameters for each row."""
     vocab = draw(st.sampled_from(VOCABS))
     some = st.lists(st.integers(0, vocab - 1), max_size=40)
     logits, rows = [], []
@@ -108,20 +108,21 @@ def changed(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
 
 
 def likeliest(logits: torch.Tensor, num: int) -> list[int]:
-    """The ids of the `num` likeliest, equals by their ids. Sorting all would take most of these tests' time."""
+    """Return the ids of the `num` likeliest tokens, equals ordered by id. Sorting all would dominate the tests'
+    time."""
     candidates = (logits >= logits.topk(num).values[-1]).nonzero()[:, 0]
     order = logits[candidates].sort(descending=True, stable=True).indices
     return candidates[order][:num].tolist()
 
 
 def check_logprobs(found: Sampled, logits: torch.Tensor, one: LogitsRow) -> None:
-    """Of logits before they were changed."""
+    """Check log-probabilities of the unchanged logits."""
     if found.token_id is None or not one.params.logprobs:
         assert found.logprobs is None
         return
     assert found.logprobs is not None
     if not logits.isfinite().any() or logits.isnan().any() or logits.max() == INF:
-        return  # a constraint has left a number; probabilities are none
+        return  # a constraint has left a value, but no probabilities
     expected = logits.double().log_softmax(-1)
     off = 1e-5 + 2.0**-22 * float(expected[expected.isfinite()].abs().max())
     assert found.logprobs.chosen == pytest.approx(float(expected[found.token_id]), abs=off)
@@ -189,7 +190,7 @@ def test_threads_and_other_rows_change_no_bit(batch: tuple[torch.Tensor, list[Lo
 
 
 def test_ties_are_broken_by_token_id(native: Sample) -> None:
-    """Those on a filter's border with the lowest ids are left, and each is drawn."""
+    """Of equal tokens at a filter's border, those with the lowest ids are kept, and each may be drawn."""
     logits = torch.zeros(500, 992)
     logits[:, 900] = 1.0
     for top_k, top_p in ((3, 1.0), (0, (2.718281828 + 1.5) / (991 + 2.718281828)), (3, 0.9)):

@@ -19,7 +19,8 @@ COUNTS = TokenCounts(PROMPT, len(PROMPT))
 
 
 def by_hand(logits: Sequence[float], params: SamplingParams, biases: Mapping[int, float]) -> list[float]:
-    """Repetition over prompt and answer; the others over the answer alone, as OpenAI defines them."""
+    """Compute the penalties: repetition over prompt and answer, the others over the answer alone, as OpenAI
+    defines them."""
     changed = list(logits)
     for token_id in range(len(changed)):
         if token_id in PROMPT + ANSWER:

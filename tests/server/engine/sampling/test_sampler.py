@@ -45,7 +45,7 @@ def test_a_tiny_temperature_is_greedy(sample: Sample, temperature: float, top_p:
     assert [s.token_id for s in sample(logits.clone(), rows)] == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("spread", [0.3, 3.0])  # so flat that top-p goes beyond the first candidates, and peaked
+@pytest.mark.parametrize("spread", [0.3, 3.0])  # flat, so that top-p exceeds the first candidates; and peaked
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_filters_keep_what_transformers_keeps(temperature: float, spread: float) -> None:
     logits = logits_of(2, spread=spread)[0]
@@ -53,7 +53,7 @@ def test_filters_keep_what_transformers_keeps(temperature: float, spread: float)
     for top_k, top_p, min_p in itertools.product((0, 1, 40, 300, 2000), (1.0, 0.95, 0.5, 0.01), (0.0, 0.05, 0.9)):
         one = row(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         ours, theirs = kept(logits, one), kept_by_transformers(logits, one)
-        # A token exactly on top-p's border may fall either way: the two sum up in different orders.
+        # A token exactly at top-p's border may go either way: the two implementations sum in different orders.
         assert len(ours ^ theirs) <= (top_p == 0.95), (top_k, top_p, min_p)
         assert int(logits.argmax()) in ours
         sizes.add(len(ours))
@@ -76,7 +76,7 @@ def test_filters_keep_what_transformers_keeps_at_random(
     logits = logits_of(seed, vocab=500)[0]
     one = row(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     differing = kept(logits, one) ^ kept_by_transformers(logits, one)
-    if 0.999 < top_p < 1:  # more than one token at the end may have less mass than rounding
+    if 0.999 < top_p < 1:  # several tokens at the end may have less mass than rounding errors
         probabilities = (logits.double() / temperature).softmax(-1)
         assert len(differing) <= 1 or float(probabilities[sorted(differing)].sum()) < 2**-20
     else:

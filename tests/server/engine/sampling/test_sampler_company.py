@@ -1,7 +1,7 @@
 """A row's bits don't depend on the other rows of its batch.
 
-Logits are coarse, so that many are equal, and top-p lies on the border of a token: the order of equals and the
-last bit of a sum decide what is left.
+Logits are coarse, so that many are equal, and top-p is at the border of a token: the order of equals and the last
+bit of a sum decide which tokens are kept.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ Params = dict[str, Any]
 
 
 def coarse_logits(seed: int, spread: float, vocab: int = VOCAB) -> torch.Tensor:
-    """(vocab,) in steps of an eighth."""
+    """Return logits (vocab,) in steps of an eighth."""
     noise = torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
     return (noise * spread * 8).round() / 8
 
 
 def on_a_border(logits: torch.Tensor, temperature: float, place: int) -> float:
-    """A top-p that is the mass of the `place` likeliest tokens, as float32 has it."""
+    """Return a top-p that equals the mass of the `place` likeliest tokens in float32."""
     ordered = (logits / temperature).sort(descending=True).values
     return float(ordered.softmax(-1)[:place].cumsum(-1)[-1].clamp(max=1 - 2**-20))
 
@@ -51,7 +51,7 @@ row_params = st.fixed_dictionaries(
 
 
 def rows_of(many: Sequence[Params]) -> tuple[torch.Tensor, list[LogitsRow]]:
-    """Logits (rows, vocab) and what is asked for of each."""
+    """Return logits (rows, vocab) and the sampling parameters of each row."""
     logits = torch.stack([coarse_logits(i, asked["spread"]) for i, asked in enumerate(many)])
     rows = []
     for one, asked in zip(logits, many, strict=True):
@@ -79,11 +79,11 @@ def test_a_row_draws_the_same_in_any_batch(sample: Sample, many: list[Params]) -
     assert backwards == together[::-1]
     for i, one in enumerate(rows):
         (alone,) = sample(logits[i : i + 1].clone(), [one])
-        assert alone == together[i]  # the log-probabilities, too
+        assert alone == together[i]  # includes the log-probabilities
 
 
 def candidates_of(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> list[dict[int, float]]:
-    """Of each row, the tokens that its filters leave, in order, and their scores."""
+    """Return for each row the tokens that its filters keep, in order, and their scores."""
     found: list[dict[int, float]] = [{} for _ in rows]
     for members, scores, token_ids in _candidates(logits, rows):
         for place, i in enumerate(members):
@@ -95,7 +95,7 @@ def candidates_of(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> list[dict[
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_filters_leave_the_same_tokens_in_any_batch(num_threads: int) -> None:
-    """For many borders. Alone, so long a row is summed up by all threads where the sum is torch's own."""
+    """Many borders are tried. Alone, such a long row would be summed by all threads with torch's own sum."""
     torch.set_num_threads(num_threads)
     logits = coarse_logits(3, 2.0, vocab=40_000)
     others = torch.stack([coarse_logits(seed, 0.3, vocab=40_000) for seed in range(2)])
@@ -112,7 +112,7 @@ def test_filters_leave_the_same_tokens_in_any_batch(num_threads: int) -> None:
 
 
 def test_only_rows_that_need_it_sort_the_whole_vocabulary() -> None:
-    """Sorting everything takes long: the others are not sorted with it."""
+    """Sorting everything is slow: other rows aren't sorted too."""
     logits = torch.stack([coarse_logits(1, 3.0), coarse_logits(2, 0.3), coarse_logits(3, 3.0)])
     shapes = [
         (members, scores.shape[-1])

@@ -34,7 +34,8 @@ def test_the_largest_seed() -> None:
 
 
 def largest_gap(noise: torch.Tensor) -> float:
-    """Kolmogorov–Smirnov: the largest distance to the standard Gumbel's distribution, times √n."""
+    """Return the Kolmogorov–Smirnov statistic: the largest distance to the standard Gumbel distribution, times
+    √n."""
     values = noise.flatten().double().sort().values
     n = values.shape[0]
     expected = (-(-values).exp()).exp()

@@ -1,4 +1,4 @@
-"""Scores of given tokens against Hugging Face's log-softmax, in any chunks."""
+"""Scores of given tokens compared with Hugging Face's log-softmax, in any chunks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ def scoring(
 
 
 def score(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, tuple[float, ...]]:
-    """The scores of each request, all at once."""
+    """Return the scores of all requests, run concurrently."""
     for request in requests:
         engine.check(request)
         engine.add(request)
@@ -54,7 +54,7 @@ def reference(base_dir: Path, request: GenerationRequest, adapters: dict[str, Lo
 
 
 def test_scores_are_hugging_faces(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
-    """One token or all but the first; within a chunk, over its borders, and with a last chunk of one token."""
+    """One token, or all but the first; within a chunk, across its borders, and with a last chunk of one token."""
     adapters = library(tiny_base, 3)
     sets = [(), refs(**{"00": 1.0}), refs(**{"01": -0.5, "02": 0.7})]
     requests = [
@@ -69,7 +69,7 @@ def test_scores_are_hugging_faces(tiny_base: BaseModel, tiny_base_dir: Path) -> 
 
 
 def test_the_likeliest_tokens(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
-    """Those that each request asks for: its own number, none for a neighbour in the same step."""
+    """Each request gets its own number, and none for a neighbour in the same step."""
     plain, detailed = scoring("plain", 40, 3, seed=1), scoring("detailed", 90, 20, seed=2)
     engine = build_engine(tiny_base)
     for request in (plain, replace(detailed, sampling=replace(SCORING, logprobs=3))):
@@ -89,7 +89,7 @@ def test_the_likeliest_tokens(tiny_base: BaseModel, tiny_base_dir: Path) -> None
 
 
 def test_a_cached_prefix_changes_nothing(tiny_base: BaseModel) -> None:
-    """Of tokens that are in the cache, those are computed again whose successors are to be scored."""
+    """Cached tokens are computed again if their successors are to be scored."""
     engine = build_engine(tiny_base)
     request = scoring("a", 100, 40)
     (first,) = score(engine, [request]).values()
@@ -102,7 +102,7 @@ def test_a_cached_prefix_changes_nothing(tiny_base: BaseModel) -> None:
 
 
 def test_a_text_that_fills_the_cache(tiny_base: BaseModel) -> None:
-    """It needs no room for a next token, and comes in its turn beside a project that fills the batch."""
+    """It needs no room for a next token, and gets its turn alongside a project that fills the batch."""
     engine = build_engine(tiny_base, num_blocks=4, limits=SchedulerLimits(max_num_seqs=2, max_bypass=1))
     for n in range(3):
         engine.add(GenerationRequest(f"g{n}", prompt(10, seed=n), GREEDY, project="many"))
@@ -174,7 +174,7 @@ def test_scores_that_overflow_in_the_base_are_a_server_error(tiny_base: BaseMode
 
 
 def test_generating_after_scoring_uses_its_cached_blocks(tiny_base: BaseModel) -> None:
-    """What scoring computed is shared like any other prefix."""
+    """Blocks computed for scores are shared like any other prefix."""
     engine = build_engine(tiny_base)
     score(engine, [scoring("s", 50, 10)])
     found = run(engine, [GenerationRequest("g", prompt(50), GREEDY)])["g", 0]

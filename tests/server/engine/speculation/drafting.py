@@ -12,7 +12,7 @@ from tests.kits.engines import Results, run
 
 
 class SetCosts(RowCosts):
-    """Costs that are given, not measured: 0 drafts every guess, 1 none."""
+    """Fixed costs instead of measured ones: 0 drafts every guess, 1 none."""
 
     def __init__(self, cost: float) -> None:
         super().__init__(64)
@@ -36,7 +36,7 @@ def without(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
 def check_identity(plain: Engine, engine: Engine, requests: Sequence[GenerationRequest]) -> Results:
     """Return the answers of `engine`, and check that they equal those of `plain` without drafts bit for bit.
 
-    Between steps nobody holds blocks for a draft.
+    Between steps no blocks are held for drafts.
     """
 
     def check_blocks() -> None:

@@ -56,7 +56,7 @@ class Bench:
         )
 
     def check(self, requests: list[GenerationRequest], **options: int) -> tuple[Engine, Results]:
-        """An engine that has drafted tokens for the requests, some of which came true, and what came out."""
+        """Return an engine that drafted for the requests with some success, and its results."""
         engine = drafting(self.engine(**options))
         results = check_identity(self.engine(**options), engine, requests)
         assert engine.stats.accepted_tokens > 0
@@ -121,13 +121,13 @@ def test_drafts_with_few_blocks_and_preemptions(bench: Bench) -> None:
     assert num_accepted > 0
 
 
-@pytest.mark.parametrize(("period", "seed"), [(3, 1), (5, 3)])  # answers that soon say one thing again and again
+@pytest.mark.parametrize(("period", "seed"), [(3, 1), (5, 3)])  # answers that soon repeat themselves
 def test_stop_strings_and_limits_inside_a_draft(bench: Bench, period: int, seed: int) -> None:
-    """Wherever the answer is cut: the same text, tokens and reason, and the same blocks to be found by others."""
+    """Wherever the answer is cut, text, tokens, reason and cached blocks are the same."""
     request = GenerationRequest("a", repeating(60, period, seed), replace(GREEDY, max_tokens=60))
     whole = run(bench.engine(), without([request]))["a", 0].text
     num_accepted = 0
-    for cut in range(1, 40, 4):  # of which some fall on the ends of blocks
+    for cut in range(1, 40, 4):  # some of these are ends of blocks
         at_stop = replace(GREEDY, max_tokens=60, stop=(whole[cut : cut + 3], "never"))
         for sampling in (at_stop, replace(GREEDY, max_tokens=cut)):
             plain, engine = bench.engine(), drafting(bench.engine())
@@ -184,7 +184,8 @@ def test_drafts_change_no_answer_under_a_grammar(bench: Bench) -> None:
 
 
 def test_forced_tokens_take_no_steps(bench: Bench) -> None:
-    """An answer that is mostly keys and brackets comes several tokens a step, the same ones, of any prompt."""
+    """An answer that is mostly keys and brackets gets several tokens per step, and the same tokens, for any
+    prompt."""
     schema = {"type": "object", "properties": {name: {"type": "boolean"} for name in ("first", "second", "third")}}
     grammar = Grammar("json_schema", json.dumps({**schema, "required": [*schema["properties"]]}))
     bench.guidance.check(grammar)

@@ -1,4 +1,4 @@
-"""Guesses of prompt lookup against an exhaustive search."""
+"""Guesses of prompt lookup compared with an exhaustive search."""
 
 import random
 
@@ -8,7 +8,7 @@ from server.engine.speculation import MAX_MATCH, MIN_MATCH, PromptLookup
 
 
 def expected(token_ids: list[int], max_tokens: int) -> tuple[list[int], int] | None:
-    """The guess and its match: of all places before the end, the latest of those that agree longest."""
+    """Return the guess and its match: of the longest matches before the end, the latest."""
     best = (0, 0)
     for end in range(MIN_MATCH, len(token_ids)):
         match = 0
@@ -31,7 +31,7 @@ def found(lookup: PromptLookup, token_ids: list[int], max_tokens: int) -> tuple[
 
 @pytest.mark.parametrize("num_words", [1, 2, 3, 8, 20])
 def test_the_latest_of_the_longest_matches_is_continued(num_words: int) -> None:
-    """Token ids whose bytes look like others' when they are read from the middle of a token on."""
+    """Some token ids have the same bytes as others if read from the middle of a token."""
     words = [1 + 256**i % 65_000 * j for i in range(3) for j in range(1, 1 + -(-num_words // 3))][:num_words]
     num_found = 0
     for seed in range(30):
@@ -47,7 +47,7 @@ def test_the_latest_of_the_longest_matches_is_continued(num_words: int) -> None:
 
 
 def test_unaligned_bytes_do_not_match() -> None:
-    """0x01010101 repeated: the pair's bytes also stand across the borders of others."""
+    """0x01010101 repeated: the pair's bytes also occur across token borders."""
     one, other = 0x01010101, 0x01010100
     assert found(PromptLookup(), [one, one, other, one, one], 2) == ([other, one], 2)
     assert found(PromptLookup(), [other, one, one, 7, other, one], 1) == ([one], 2)

@@ -80,7 +80,7 @@ def bench(base_dir: Path) -> Iterator[Bench]:
     guidance.close()
 
 
-@pytest.mark.thorough  # one after the other below, in company on a tiny base in test_identity.py
+@pytest.mark.thorough  # sequentially below; in a batch on a tiny base in test_identity.py
 def test_together(bench: Bench) -> None:
     engine = drafting(bench.engine())
     results = check_identity(bench.engine(), engine, bench.requests())
@@ -92,7 +92,7 @@ def test_together(bench: Bench) -> None:
 
 @pytest.mark.thorough  # over HTTP: end_to_end/test_native_parity.py
 def test_one_after_the_other(bench: Bench) -> None:
-    """Each gets drafts that come true, and goes on from blocks that others' drafts were computed in."""
+    """Each request gets accepted drafts, and continues from blocks computed with another's drafts."""
     plain, engine = bench.engine(), drafting(bench.engine())
     for request in bench.requests()[::2]:
         num_accepted = engine.stats.accepted_tokens

@@ -57,7 +57,7 @@ def test_acceptance_follows_correct_guesses() -> None:
 
 
 def test_each_guessed_token_lengthens_the_match() -> None:
-    """Which is why the chances of a guess depend on what became of longer ones, but not on shorter ones."""
+    """Therefore the chances of a guess depend on the outcomes of longer matches, but not of shorter ones."""
     acceptance = Acceptance()
     for _ in range(100):
         acceptance.observe(9, True)

@@ -130,7 +130,7 @@ def test_the_completing_token_is_not_drafted() -> None:
     assert draft(blocks, sequence) == ()
 
 
-def test_forced_tokens_teach_nothing() -> None:
+def test_forced_tokens_do_not_count_as_guesses() -> None:
     """Forced tokens are always correct, so they don't show how good guesses are."""
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks)

@@ -115,7 +115,7 @@ def test_formats_that_pydantic_writes(guidance: Guidance) -> None:
 
 
 def test_only_formats_of_schemas_are_read(guidance: Guidance) -> None:
-    """A value or a property may have the name of a keyword."""
+    """A value or a property may have a keyword's name."""
     value = {"format": "date", "minProperties": 9}
     assert takes(guidance, {"const": value}, value)
     assert takes(guidance, {"type": "object", "default": value}, {})
@@ -167,7 +167,9 @@ def test_a_refusal_names_the_keyword_and_its_place(
 def test_a_refusal_of_the_whole_has_no_place(guidance: Guidance) -> None:
     assert refused(guidance, {"$ref": "#/$defs/Missing"}) == "Pointer '/$defs/Missing' does not exist"
     either = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
-    assert "(at" not in refused(guidance, {"properties": {"a": either, "b": either}})  # which of them isn't known
+    assert "(at" not in refused(
+        guidance, {"properties": {"a": either, "b": either}}
+    )  # which is at fault is unknown
 
 
 @pytest.mark.parametrize("item", ["0", "{}", "[]"])
@@ -207,7 +209,7 @@ def test_a_ref_to_a_value_is_refused(guidance: Guidance, ref: str) -> None:
 
 
 def test_a_schema_under_dependencies_is_read(guidance: Guidance) -> None:
-    """An `$id` makes it one to name, whatever it depends on is called."""
+    """An `$id` makes it addressable, whatever name it depends on."""
     hidden = {"dependencies": {"const": {"$id": "http://a.b/c", **FIVE}}}
     draft = "http://json-schema.org/draft-07/schema#"
     schema = {"$schema": draft, "definitions": {"A": hidden}, "$ref": "http://a.b/c"}
@@ -266,7 +268,8 @@ def test_a_discriminated_union_that_pydantic_writes(guidance: Guidance) -> None:
 
 
 def test_one_of_behind_refs_alone(guidance: Guidance) -> None:
-    """Refused, though no value fits two; what the refusal names helps, as does a type beside it."""
+    """It is refused, although no value matches both. The help named by the refusal works, as does a type next to
+    it."""
     schemas = {"Cat": Cat.model_json_schema(), "Dog": Dog.model_json_schema()}
     refs = [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]
     assert "which a plain $ref doesn't: use anyOf" in refused(guidance, {"$defs": schemas, "oneOf": refs})

@@ -24,7 +24,7 @@ EOS = 2
 FREE = Grammar("regex", "[a-z ]{3,60}")
 OTHER = Grammar("regex", "[a-y ]{3,60}")
 PLAIN = replace(GREEDY, ignore_eos=False, max_tokens=24)
-SLOW = 1.0  # seconds of a mask, which is more than any step may take
+SLOW = 1.0  # seconds of a mask, more than any step may use
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,13 @@ def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
 
 @pytest.fixture(autouse=True)
 def as_measured(guidance: Guidance) -> None:
-    """Give each test grammars whose masks were quick so far."""
+    """Give each test grammars whose masks have been fast so far."""
     for grammar in (CODES.grammar, FREE, OTHER):
         guidance.constraint(grammar).compiled.mask_seconds = 0.0
 
 
 class Gate:
-    """Counts masks that the other thread is asked for, and holds them back until it is opened."""
+    """A gate that counts masks requested from the other thread, and holds them back until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.entered = threading.Event(), threading.Event()
@@ -85,7 +85,7 @@ def closing(engine: Engine, gate: Gate) -> Iterator[None]:
 def test_a_slow_mask_does_not_delay_other_sequences(
     tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sequence whose mask it is sits out, whether it runs or is to be admitted, and loses nothing by that."""
+    """The mask's sequence skips steps, whether it runs or waits for admission, without any other disadvantage."""
     alone = run(build_engine(tiny_base, guidance=guidance), [asking("slow", FREE), asking("late", FREE)])
     gate, woken = Gate(monkeypatch), threading.Event()
     engine = build_engine(tiny_base, guidance=guidance, wake=woken.set)
@@ -179,7 +179,7 @@ def test_nothing_is_computed_for_a_sequence_that_has_ended(
 
 
 def lacking(guidance: Guidance, num: int, project: str, grammar: Grammar = FREE) -> list[Sequence]:
-    """Return sequences that have one token of their answers."""
+    """Return sequences that have one token of their answers each."""
     found = []
     for number in range(num):
         sequence = Sequence(asking(f"{project}{number}", grammar, project), 0, 0.0, 16)
@@ -201,7 +201,7 @@ def num_there(sequences: list[Sequence]) -> int:
 def test_projects_have_equal_shares_of_a_step(
     tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A grammar that takes longer than foreseen uses up its own project's share, and of later steps."""
+    """A grammar that is slower than expected uses up its own project's share of this and later steps."""
     gate = Gate(monkeypatch)
     now = [0.0]
     seconds = {"a": 3e-3, "b": 1e-4}

@@ -63,7 +63,7 @@ def test_greedy_answers_are_the_likeliest_that_match(
 
 
 def test_other_requests_do_not_change_structured_answers(tiny_base: BaseModel, guidance: Guidance) -> None:
-    """Constrained and free sequences, greedy and drawn, under adapters and none, in one batch and each alone."""
+    """Constrained and free sequences, greedy and sampled, with and without adapters, in one batch and alone."""
     adapters = library(tiny_base, 3)
     requests = []
     for number in range(12):
@@ -162,7 +162,7 @@ class Failing(Constraint):
         return Failing(self._num_left - len(token_ids), self._vocab_size)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 3])  # of at most three
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])  # the request allows three
 def test_a_too_complex_grammar_only_ends_its_request(
     tiny_base: BaseModel, guidance: Guidance, num_tokens: int
 ) -> None:
