@@ -1,4 +1,4 @@
-"""Which process runs which tests, and in which order. Fixtures that all tests share are in tests/kits/bases.py."""
+"""Scheduling and order of the tests. Shared fixtures are in tests/kits/bases.py."""
 
 import ctypes
 import gc
@@ -65,7 +65,7 @@ KEPT_BYTES = 256 << 20
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    gc.disable()  # objects of imports and of the collection stay until the end
+    gc.disable()  # objects of imports and of the collection live until the end
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return  # this process distributes tests and doesn't need the libraries under test
     os.environ["OMP_NUM_THREADS"] = "1"  # also for servers and their jobs, except with `default_threads`

@@ -1,7 +1,8 @@
-"""`python -m tests.gpu`, or `make gpu`: all that needs a GPU in one command, and a report that says which it was.
+"""`python -m tests.gpu`, or `make gpu`: everything that needs a GPU in one command, with a report that names the
+GPU.
 
-Runs the tests marked `cuda`, then the serving benchmark on that GPU, to which further options are passed on
-(`make gpu ARGS=--quick`). The report is gpu.md in --out, beside what the benchmark writes.
+Runs the tests marked `cuda`, then the serving benchmark on that GPU, with further options passed on (`make gpu
+ARGS=--quick`). The report is gpu.md in --out, next to the benchmark's results.
 """
 
 import argparse
@@ -25,19 +26,19 @@ Run = Callable[[Sequence[str]], int]
 
 
 def run(words: Sequence[str]) -> int:
-    """The command's exit code."""
+    """Run the command; return its exit code."""
     return subprocess.run(words, cwd=ROOT, check=False).returncode
 
 
 def card(device: torch.device) -> str:
-    """The GPU, and what drives it."""
+    """Return the GPU and its driver."""
     _, total = torch.cuda.mem_get_info(device)
     drives = f"driver {driver_version() or 'unknown'}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     return f"{gpu_of(device)}, {total / 2**30:.0f} GiB; {drives}"
 
 
 def outcome(junit: Path) -> str:
-    """What the tests came to, by pytest's account."""
+    """Return the outcome of the tests, from pytest's report."""
     if not junit.is_file():
         return "the tests didn't run"
     suite = ElementTree.parse(junit).getroot().find("testsuite")
@@ -50,7 +51,7 @@ def outcome(junit: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
-    """The exit code: 0 where all tests passed and the benchmark ran."""
+    """Return the exit code: 0 if all tests passed and the benchmark ran."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "gpu", help="for the report")
     given, for_benchmark = parser.parse_known_args(arguments)

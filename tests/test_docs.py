@@ -1,4 +1,4 @@
-"""Links between pages lead somewhere, and pages that code names exist."""
+"""Links between pages resolve, and pages named in the code exist."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ NAMED = re.compile(r"docs/[\w/-]+\.\w+")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     missing = []
     for link in LINK.findall(text):
@@ -43,7 +43,7 @@ def test_pages_that_code_names_exist() -> None:
     }
     named = {(file, name) for file, text in texts.items() for name in NAMED.findall(text)}
 
-    assert named  # else the pattern finds nothing
+    assert named  # otherwise the pattern finds nothing
     assert not [(str(file), name) for file, name in named if not (ROOT / name).exists()]
 
 
@@ -53,7 +53,7 @@ def test_files_that_the_map_names_exist() -> None:
     rooms = [ROOT / room for room in ("server", "adapters", "docker", "tests")]
     known = [f"/{file.relative_to(ROOT)}" for room in rooms for file in (room, *room.rglob("*"))] + ["/setup.py"]
 
-    assert len(named) > 50  # else the pattern finds nothing
+    assert len(named) > 50  # otherwise the pattern finds nothing
     assert [name for name in named if not any(file.endswith(f"/{name.rstrip('/')}") for file in known)] == []
 
 

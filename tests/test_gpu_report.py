@@ -1,4 +1,4 @@
-"""`make gpu`: what it runs, and what its report says."""
+"""`make gpu`: the commands that it runs, and its report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ JUNIT = '<testsuites><testsuite tests="12" failures="1" errors="1" skipped="2"><
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(command: Sequence[str]) -> int:
         raise AssertionError(command)
 

@@ -1,4 +1,5 @@
-"""The manifests of docker/kubernetes: valid, without secrets, locked down, with the times that the code needs."""
+"""The manifests of docker/kubernetes: valid, without secrets, locked down, with the timeouts that the code
+needs."""
 
 import ast
 import json
@@ -24,7 +25,7 @@ DOCUMENTS: list[Mapping[str, Any]] = [
     document for path in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
 ]
 RAY_SERVICE = json.loads((ROOT / "tests" / "kits" / "ray_service.schema.json").read_text())
-"""Of KubeRay's RayService the fields that are used here, written by hand. The manifest was held to all of its v1
+"""The fields of KubeRay's RayService used here, written manually. The manifest was validated against the whole v1
 schema (ray-project/kuberay at feeaf72f, unknown fields refused) when it was written."""
 
 
@@ -34,7 +35,7 @@ def the(kind: str, name: str) -> Mapping[str, Any]:
 
 
 def templates() -> dict[str, Mapping[str, Any]]:
-    """Every pod template by its component."""
+    """Return every pod template by its component."""
     cluster = the("RayService", "smolora")["spec"]["rayClusterConfig"]
     found = [doc["spec"]["template"] for doc in DOCUMENTS if doc["kind"] == "Deployment"]
     found += [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
@@ -55,13 +56,13 @@ def container(component: str) -> Mapping[str, Any]:
 COMPONENTS = ("api", "engine", "head", "worker")
 
 
-def test_ray_is_set_up_as_elsewhere() -> None:
-    """But for its log, which goes where a pod's log goes."""
+def test_ray_has_the_same_environment_as_elsewhere() -> None:
+    """Except for its log, which goes where pods' logs go."""
     wanted = {name: value for name, value in RAY_DEFAULTS.items() if name != "RAY_SERVE_LOG_TO_STDERR"}
     assert wanted.items() <= the("ConfigMap", "smolora")["data"].items()
 
 
-def test_there_is_what_a_cluster_needs() -> None:
+def test_manifests_include_what_a_cluster_needs() -> None:
     assert sorted(templates()) == list(COMPONENTS)
     budgets = {doc["metadata"]["name"]: doc for doc in DOCUMENTS if doc["kind"] == "PodDisruptionBudget"}
     for component in COMPONENTS:
@@ -71,7 +72,7 @@ def test_there_is_what_a_cluster_needs() -> None:
 
 
 @pytest.mark.cluster
-def test_kubernetes_own_kinds_are_valid() -> None:
+def test_builtin_kinds_are_valid() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="needs the extra cluster-dev")
     pods = [{"apiVersion": "v1", "kind": "Pod", **template} for template in templates().values()]
     for document in [*(doc for doc in DOCUMENTS if doc["kind"] != "RayService"), *pods]:
@@ -98,7 +99,7 @@ def test_serves_config_is_valid() -> None:
 
 
 @pytest.mark.cluster
-def test_serves_config_names_what_there_is() -> None:
+def test_serve_config_names_existing_objects() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy = import_module("server.cluster.deploy")
     transport = import_module("server.cluster.transport")
@@ -120,7 +121,7 @@ def test_each_worker_has_room_for_one_replica() -> None:
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_pods_may_do_nothing_but_their_work(component: str) -> None:
+def test_pods_are_locked_down(component: str) -> None:
     pod = templates()[component]["spec"]
     user = int(re.search(r"USER (\d+)", (ROOT / "docker" / "Dockerfile").read_text())[1])  # type: ignore[index]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -141,7 +142,10 @@ def test_pods_may_do_nothing_but_their_work(component: str) -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_no_service_changes_a_setting(component: str) -> None:
-    """Kubernetes tells a pod of each service by variables of its name: of this one SMOLORA_PORT=tcp://…:80."""
+    """Kubernetes sets variables for each service by its name, such as SMOLORA_PORT=tcp:
+
+    …:80.
+    """
     assert f"{PREFIX}PORT" in (f"{service.upper()}_PORT" for service in services())
     assert templates()[component]["spec"]["enableServiceLinks"] is False
 
@@ -157,7 +161,7 @@ def environment(value: object) -> Iterator[Mapping[str, Any]]:
         yield from environment(item)
 
 
-def test_secrets_are_named_and_not_there() -> None:
+def test_secrets_are_only_referenced() -> None:
     assert all(doc["kind"] != "Secret" for doc in DOCUMENTS)
     variables = [variable for document in DOCUMENTS for variable in environment(document)]
     secret = re.compile("KEY|TOKEN|SECRET|PASSWORD|DATABASE_URL")
@@ -178,21 +182,21 @@ def test_secrets_are_named_and_not_there() -> None:
             assert f"--from-literal={reference['key']}=" in how_to
 
 
-def test_settings_are_settings() -> None:
+def test_variables_are_known_settings() -> None:
     known = {name.upper() for name in (*Settings.model_fields, *WorkerSettings.model_fields)}
     names = {variable["name"] for document in DOCUMENTS for variable in environment(document)}
     names |= set(the("ConfigMap", "smolora")["data"])
     assert {name.removeprefix("SMOLORA_") for name in names if name.startswith("SMOLORA_")} <= known
 
 
-def test_what_runs_may_end() -> None:
-    """The grace period covers the pause before SIGTERM and all that the process grants itself."""
+def test_grace_periods_cover_shutdown() -> None:
+    """The grace period covers the pause before SIGTERM and all timeouts of the process."""
     pause = int(container("api")["lifecycle"]["preStop"]["exec"]["command"][1])
     assert templates()["api"]["spec"]["terminationGracePeriodSeconds"] > pause + DRAIN_SECONDS + HURRY_SECONDS
     assert templates()["worker"]["spec"]["terminationGracePeriodSeconds"] > GRACE_SECONDS
 
 
-def test_probes_ask_what_the_server_answers() -> None:
+def test_probes_use_existing_routes() -> None:
     api = container("api")
     assert api["livenessProbe"]["httpGet"]["path"] == api["startupProbe"]["httpGet"]["path"] == "/health"
     assert api["readinessProbe"]["httpGet"]["path"] == "/ready"
@@ -205,15 +209,15 @@ def test_probes_ask_what_the_server_answers() -> None:
 
 
 @pytest.mark.parametrize("component", ["head", "engine"])
-def test_rays_nodes_have_probes_that_the_image_can_answer(component: str) -> None:
-    """KubeRay gives a container without some of its own, which up to 1.5 run wget in it."""
+def test_ray_nodes_have_probes_of_their_own(component: str) -> None:
+    """KubeRay adds default probes to containers without probes; up to 1.5 these run wget."""
     node = container(component)
     for probe in ("livenessProbe", "readinessProbe"):
         assert node[probe]["httpGet"] == {"path": "/api/healthz", "port": "agent"}
     assert {"name": "agent", "containerPort": 52365} in node["ports"]
 
 
-def test_commands_are_smoloras() -> None:
+def test_commands_exist_in_smolora() -> None:
     assert container("worker")["command"] == ["smolora", "worker"]
     line = container("api")["command"][-1]
     assert line.endswith("exec smolora cluster api --address auto")

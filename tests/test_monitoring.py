@@ -1,4 +1,4 @@
-"""docker/monitoring: alerts that fire when they should and then alone, and queries of metrics that there are."""
+"""docker/monitoring: alerts that fire exactly when they should, and queries of existing metrics."""
 
 import json
 import os
@@ -57,7 +57,7 @@ HEALTHY: Mapping[str, str] = {
     "smolora_disk_free_bytes": "100000000000-1000000x1600",
     "smolora_disk_min_free_bytes": "536870912x1600",
 }
-"""A server's series, a value a minute for more than a day: busy, full, refusing a few, and all is well."""
+"""Series of a healthy server, one value a minute for more than a day: busy, full, and refusing a few requests."""
 TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraDown": {"up": "0x1600"},
     "SmoloraNotReady": {"smolora_ready": "0x1600"},
@@ -69,7 +69,7 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraSlowFirstToken": {'smolora_time_to_first_token_seconds_bucket,le="1"': "0+500x1600"},
     "SmoloraCacheFull": {
         "smolora_preemptions_total": "0+60x1600",
-        "smolora_kv_blocks_used": "990 820 " * 800,  # whoever is put back leaves room until another has taken it
+        "smolora_kv_blocks_used": "990 820 " * 800,  # preempted sequences leave room until others have taken it
     },
     "SmoloraAdaptersThrash": {"smolora_adapter_evictions_total": "0+400x1600"},
     "SmoloraJobsWait": {'smolora_workers,state="busy"': "0x1600"},
@@ -79,27 +79,27 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraFilesRunOut": {"process_open_fds": "1000x1600"},
     "SmoloraMemoryGrows": {"process_resident_memory_bytes": "3000000000+1000000x1600"},
 }
-"""For each alert what is otherwise then."""
+"""By alert: the series that differ when it should fire."""
 TURNS: Mapping[str, str] = {
     **HEALTHY,
     "smolora_preemptions_total": "0+60x1600",
     "smolora_kv_blocks_used": "600x1600",
 }
-"""Of a healthy one, on which sequences are put back for projects that have nothing running."""
+"""Series of a healthy server that preempts sequences for projects with nothing running."""
 GONE: Mapping[str, str] = {"up": "1x60 _x1600"}
-"""Of a target that isn't found any more."""
+"""Series of a target that isn't discovered any more."""
 
 
-def test_each_alert_has_its_trouble_and_its_words() -> None:
+def test_each_alert_has_a_scenario_and_a_description() -> None:
     names = [alert.name for alert in alerts()]
     assert sorted(names) == sorted(TROUBLE)
     text = OPERATIONS.read_text(encoding="utf-8")
-    told = re.findall(r"^\| `(Smolora\w+)` \|", text, re.MULTILINE)
-    assert told == names, "docs/operations.md says of each what it means and what to do, in this order"
+    documented = re.findall(r"^\| `(Smolora\w+)` \|", text, re.MULTILINE)
+    assert documented == names, "docs/operations.md says of each what it means and what to do, in this order"
 
 
 def unit_test(series: Mapping[str, str], firing: tuple[str, ...]) -> dict[str, object]:
-    """Of promtool, in which after a day and some hours these alerts fire and no others."""
+    """Return a promtool test in which, after a day and some hours, exactly these alerts fire."""
     inputs = []
     for key, values in series.items():
         name, _, label = key.partition(",")
@@ -126,7 +126,7 @@ def _own_labels(name: str, series: Mapping[str, str]) -> dict[str, str]:
 
 @pytest.mark.thorough
 @needs_promtool
-def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> None:
+def test_each_alert_fires_alone_in_its_scenario(tmp_path: Path) -> None:
     cases: list[tuple[tuple[str, ...], Mapping[str, str]]] = [((), HEALTHY), ((), TURNS)]
     for name, changes in TROUBLE.items():
         both = ("SmoloraDiskFull", "SmoloraDiskFills") if name == "SmoloraDiskFull" else (name,)
@@ -135,14 +135,14 @@ def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> No
     for number, (firing, series) in enumerate(cases):
         document = {"rule_files": [str(ALERTS)], "evaluation_interval": "5m", "tests": [unit_test(series, firing)]}
         (tmp_path / f"{number}.yml").write_text(yaml.safe_dump(document))
-    told = ["promtool", "test", "rules", *map(str, sorted(tmp_path.glob("*.yml")))]
-    done = subprocess.run(told, capture_output=True, text=True, timeout=600, check=False)
+    command = ["promtool", "test", "rules", *map(str, sorted(tmp_path.glob("*.yml")))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_promtool
-def test_a_server_that_is_gone_is_not_shown_as_ready(tmp_path: Path) -> None:
-    """The panel shows the last value there is, so there must be one at any time."""
+def test_vanished_server_is_not_shown_as_ready(tmp_path: Path) -> None:
+    """The panel shows the last value, so there must always be one."""
     (query,) = [query for panel, query in queries() if panel == "Server"]
     cases = [
         ({"up": "1x60", "smolora_ready": "1x60"}, 1),
@@ -162,13 +162,13 @@ def test_a_server_that_is_gone_is_not_shown_as_ready(tmp_path: Path) -> None:
         for series, value in cases
     ]
     (tmp_path / "ready.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": tests}))
-    told = ["promtool", "test", "rules", str(tmp_path / "ready.yml")]
-    done = subprocess.run(told, capture_output=True, text=True, timeout=100, check=False)
+    command = ["promtool", "test", "rules", str(tmp_path / "ready.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_promtool
-def test_prometheus_takes_the_files(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_files(tmp_path: Path) -> None:
     text = (FOLDER / "prometheus.yml").read_text()
     (tmp_path / "key").write_text("")
     (tmp_path / "prometheus.yml").write_text(text.replace("/tmp/metrics-key", str(tmp_path / "key")))
@@ -180,7 +180,7 @@ def test_prometheus_takes_the_files(tmp_path: Path) -> None:
     assert f"{len(alerts())} rules found" in done.stdout
 
 
-def test_every_metric_that_is_asked_for_is_there(tmp_path: Path) -> None:
+def test_every_queried_metric_exists(tmp_path: Path) -> None:
     collectors = [
         GatewayCollector(EngineStats, "tiny", lambda _: [], lambda: 0, 16),
         HomeCollector(tmp_path, Jobs(connect(tmp_path)), 0),
@@ -198,8 +198,8 @@ def test_every_metric_that_is_asked_for_is_there(tmp_path: Path) -> None:
     )
 
 
-def test_names_that_others_have_too_are_asked_of_smolora_alone() -> None:
-    """A Prometheus of one's own scrapes more: every process has `process_…`, and vLLM its own names."""
+def test_shared_metric_names_are_restricted_to_smolora() -> None:
+    """A user's Prometheus scrapes other jobs too: every process has `process_…`, and vLLM its own names."""
     asked = [query for _, query in queries()] + [alert.expression for alert in alerts()]
     found = [selector for query in asked for selector in re.findall(r"(?:\bprocess_|vllm:)\w+(?:{[^}]*})?", query)]
     assert found
@@ -211,7 +211,7 @@ def _metrics_in(query: str) -> set[str]:
     return set(re.findall(r"\b(?:smolora_|process_|vllm:)\w+|\bup\b|\bALERTS\b", bare))
 
 
-def test_the_dashboard_is_one_that_grafana_provisions() -> None:
+def test_dashboard_can_be_provisioned() -> None:
     document = json.loads(DASHBOARD.read_text())
     sources = yaml.safe_load((FOLDER / "grafana/provisioning/datasources/prometheus.yml").read_text())[
         "datasources"
@@ -236,8 +236,9 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
         places |= covered
 
 
-def test_a_grafana_of_ones_own_asks_the_prometheus_that_it_has() -> None:
-    """The dashboard names none by its id, which is another one there: neither panels nor queries do."""
+def test_dashboard_works_with_any_data_source() -> None:
+    """The dashboard doesn't name a data source by id, which differs between installations: neither panels nor
+    queries do."""
     document = json.loads(DASHBOARD.read_text())
     named = list(_sources_of(document))
     assert len(named) > 2 * len([panel for panel in document["panels"] if panel["type"] != "row"])
@@ -247,7 +248,7 @@ def test_a_grafana_of_ones_own_asks_the_prometheus_that_it_has() -> None:
 
 
 def _sources_of(part: object) -> Iterator[dict[str, str]]:
-    """Each `datasource` of it."""
+    """Yield each `datasource` of the dashboard."""
     if isinstance(part, list):
         for one in part:
             yield from _sources_of(one)
@@ -259,8 +260,8 @@ def _sources_of(part: object) -> Iterator[dict[str, str]]:
                 yield from _sources_of(value)
 
 
-def test_who_scrapes_by_name_is_told_of_the_servers_names() -> None:
-    """Where SMOLORA_ALLOWED_HOSTS lacks the name it is 403 as well, with a key that has the scope."""
+def test_docs_mention_allowed_hosts_for_scraping() -> None:
+    """If SMOLORA_ALLOWED_HOSTS lacks the name, the answer is 403, even with a key that has the scope."""
     (row,) = re.findall(r"^\| `SmoloraDown` \|.*$", OPERATIONS.read_text(encoding="utf-8"), re.MULTILINE)
     head = (FOLDER / "prometheus.yml").read_text().partition("\nglobal:")[0]
     for text in (row, head.partition("Elsewhere")[2]):
@@ -268,8 +269,8 @@ def test_who_scrapes_by_name_is_told_of_the_servers_names() -> None:
         assert "address" in text
 
 
-def test_containers_read_what_a_checkout_shut_to_others(tmp_path: Path) -> None:
-    """By the command that is documented: Prometheus and Grafana are users of their own."""
+def test_containers_can_read_a_private_checkout(tmp_path: Path) -> None:
+    """With the documented command: Prometheus and Grafana run as users of their own."""
     (command,) = set(re.findall(r"chmod -R \S+ docker/monitoring", OPERATIONS.read_text(encoding="utf-8")))
     assert command in (FOLDER / "compose.yml").read_text().partition("\nservices:")[0]
     shut = tmp_path / "docker" / "monitoring"
@@ -283,7 +284,7 @@ def test_containers_read_what_a_checkout_shut_to_others(tmp_path: Path) -> None:
 
 @needs_promtool
 def test_prometheus_container_gets_its_key(tmp_path: Path) -> None:
-    """What its shell does, in other folders and with an echo in the place of Prometheus."""
+    """Its shell command runs with other folders, and with echo instead of Prometheus."""
     service = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]["prometheus"]
     assert service["entrypoint"] == ["/bin/sh", "-c"]
     (command,) = service["command"]
@@ -300,14 +301,14 @@ def test_prometheus_container_gets_its_key(tmp_path: Path) -> None:
     for name in (config, config.replace("prometheus.yml", "alerts.yml")):
         text = (FOLDER / mounted[name]).read_text()
         (there / Path(name).name).write_text(text.replace("/tmp/metrics-key", str(key)))
-    told = ["promtool", "check", "config", str(there / Path(config).name)]
-    done = subprocess.run(told, capture_output=True, text=True, check=False)
+    command = ["promtool", "check", "config", str(there / Path(config).name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(alerts())} rules found" in done.stdout
 
 
-def test_prometheus_asks_containers_where_they_listen() -> None:
-    """Inside of the network that is one port, whichever is published on the machine."""
+def test_prometheus_scrapes_the_container_port() -> None:
+    """Inside the network that is one port, whichever port is published on the host."""
     services = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["services"]
     listens = {name: int(port.rpartition(":")[2]) for name in services for port in services[name].get("ports", ())}
     assert set(listens) == {"server", "server-gpu"}
@@ -316,7 +317,7 @@ def test_prometheus_asks_containers_where_they_listen() -> None:
 
 
 def test_compose_starts_both_only_when_asked() -> None:
-    """Read-only files from this folder, ports of the loopback alone."""
+    """With read-only files from this folder, and ports on the loopback only."""
     included = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["include"]
     assert included == ["docker/monitoring/compose.yml"]
     services = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]

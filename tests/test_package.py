@@ -1,4 +1,4 @@
-"""What is installed without a checkout, as in the container: whatever is read while it runs."""
+"""Installation without a checkout, as in the container: all files that are read at run time."""
 
 import ast
 import re
@@ -8,20 +8,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CHECKED_WITH = {"package.json", "package-lock.json", "tsconfig.json", ".prettierrc.json", ".prettierignore"}
-"""Of the page's folder: for its linters alone, as its types are."""
-TELLING = [
+"""Files of the page's folder that only its linters use, as its types."""
+INSTRUCTIONS = [
     *(ROOT / "docs").rglob("*.md"),
     *ROOT.glob("*.md"),
     ROOT / "Makefile",
     *(path for package in ("adapters", "server") for path in (ROOT / package).rglob("*.py")),
     *(path for path in (ROOT / "docker").rglob("*") if path.is_file() and path.suffix != ".whl"),
 ]
-"""Where people, or a build, are told how to install."""
+"""Files that say how to install, to people or to a build."""
 
 
-def test_a_wheel_has_what_is_read_while_it_runs() -> None:
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    there = {path for name, globs in told.items() for glob in globs for path in (ROOT / name).glob(glob)}
+def test_wheel_has_all_runtime_files() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    there = {path for name, globs in patterns.items() for glob in globs for path in (ROOT / name).glob(glob)}
     wanted = {
         path
         for package in ("adapters", "server")
@@ -31,23 +31,24 @@ def test_a_wheel_has_what_is_read_while_it_runs() -> None:
     assert wanted - there == set()
 
 
-def test_who_installs_an_extra_as_told_keeps_what_git_pull_renews() -> None:
-    """Without `-e` pip puts a copy in the place of what `make serve` installed, which then runs for good."""
-    told = [path for path in TELLING if path.parent != ROOT / "docker"]  # nobody pulls within an image
+def test_documented_extras_keep_the_editable_install() -> None:
+    """Without `-e` pip would replace the installation of `make serve` by a copy, which would then never be
+    updated."""
+    pages = [path for path in INSTRUCTIONS if path.parent != ROOT / "docker"]  # nobody pulls within an image
     commands = r"(?:pip install|\$\(PIP\))[^`;:]*"
-    found = [line for path in told for line in re.findall(commands, path.read_text(encoding="utf-8"))]
+    found = [line for path in pages for line in re.findall(commands, path.read_text(encoding="utf-8"))]
     here = [line for line in found if re.search(r"[ '\"]\.\[", line)]
     assert here
     assert [line for line in here if " -e " not in line] == []
 
 
-def test_who_installs_an_extra_as_told_asks_no_registry_for_smolora() -> None:
-    """It is in none: a pip of another environment would find nothing, or what a stranger put there."""
-    assert [path.name for path in TELLING if "smolora[" in path.read_text(encoding="utf-8")] == []
+def test_documented_extras_do_not_query_a_registry_for_smolora() -> None:
+    """No registry has it: pip would find nothing, or a stranger's package."""
+    assert [path.name for path in INSTRUCTIONS if "smolora[" in path.read_text(encoding="utf-8")] == []
 
 
 def imported() -> set[str]:
-    """What the code imports of others, by its first name."""
+    """Return the top-level names of external imports."""
     found: set[str] = set()
     for path in (path for package in ("adapters", "server") for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -58,8 +59,8 @@ def imported() -> set[str]:
     return found - sys.stdlib_module_names - {"adapters", "server"}
 
 
-def test_what_is_imported_is_asked_for() -> None:
-    """By its name and with a bound: what comes along with something else may be older than what is used of it."""
+def test_imports_are_declared_dependencies() -> None:
+    """Each is declared by name and with a bound: a transitive dependency may be older than needed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [
         *project["dependencies"],

@@ -1,4 +1,4 @@
-"""The unit of systemd: sound by systemd's own check, shut by its measure, and in line with how a server ends."""
+"""The systemd unit: valid and locked down by systemd's own check, and consistent with the server's shutdown."""
 
 import re
 import shutil
@@ -15,13 +15,13 @@ from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 
 UNIT = Path(__file__).parent.parent / "docker" / "systemd" / "smolora.service"
 MOST_EXPOSED = 15
-"""Of systemd's 100, in which 13 is what it has, and a unit that says nothing has 96."""
+"""Upper bound of systemd's exposure score out of 100: the unit has 13, an empty unit 96."""
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """The unit as it would be where this environment is the one that it names."""
+    """Return the unit with this environment's paths."""
     smolora = Path(sys.executable).with_name("smolora")
     text = UNIT.read_text()
     assert text.count("/opt/smolora/.venv/bin/smolora") == 1
@@ -29,8 +29,8 @@ def installed(tmp_path: Path) -> Path:
     return tmp_path / UNIT.name
 
 
-def told() -> Mapping[str, str]:
-    """What the unit sets, by name; of what it sets twice, the last."""
+def settings() -> Mapping[str, str]:
+    """Return the unit's settings by name; of a repeated setting, the last."""
     return dict(re.findall(r"^(\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
 
 
@@ -39,19 +39,19 @@ def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @needs_systemd
-def test_systemd_finds_nothing_wrong_with_it(installed: Path) -> None:
+def test_unit_is_valid(installed: Path) -> None:
     done = analyze("verify", "--man=no", installed)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @needs_systemd
-def test_that_check_can_fail(installed: Path) -> None:
+def test_invalid_unit_is_found(installed: Path) -> None:
     installed.write_text(installed.read_text().replace("KillMode=mixed", "KillMode=gently"))
     assert "gently" in analyze("verify", "--man=no", installed).stderr
 
 
 @needs_systemd
-def test_its_sandbox_is_shut(installed: Path) -> None:
+def test_unit_is_sandboxed(installed: Path) -> None:
     security = ("security", "--offline=true", "--no-pager")
     done = analyze(*security, f"--threshold={MOST_EXPOSED}", installed)
     assert done.returncode == 0, done.stdout
@@ -63,15 +63,15 @@ def test_its_sandbox_is_shut(installed: Path) -> None:
 
 
 def test_it_may_end_in_its_own_time() -> None:
-    unit = told()
+    unit = settings()
     assert (unit["KillMode"], unit["KillSignal"]) == ("mixed", "SIGTERM"), "the server tells its workers itself"
     assert int(unit["TimeoutStopSec"]) > max(DRAIN_SECONDS + HURRY_SECONDS, GRACE_SECONDS) + 5
     assert unit["Restart"] == "on-failure"
     assert unit["SuccessExitStatus"] == "143"
 
 
-def test_it_has_room_for_what_the_server_takes() -> None:
-    unit = told()
+def test_unit_limits_cover_the_servers_needs() -> None:
+    unit = settings()
     assert int(unit["LimitNOFILE"]) > 4 * Limits().max_connections
     assert f"SMOLORA_HOME={unit['WorkingDirectory']}" in UNIT.read_text()
     assert unit["WorkingDirectory"] == f"/var/lib/{unit['StateDirectory']}"

@@ -1,4 +1,4 @@
-"""Holds the boundaries of the code: imports point one way, and some libraries have one place each."""
+"""Architectural rules: imports go one way, and some libraries are used in one place each."""
 
 import ast
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module that is imported anywhere in the file, for types alone too; `from a import b` counts as a.b."""
+    """Yield every imported module, including those for types; `from a import b` counts as a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -100,7 +100,7 @@ def layer(module: str) -> int | None:
 
 
 def violations(module: str, source: str) -> list[str]:
-    """What the file `source` of `module` does that this page forbids."""
+    """Return the violations of this file's rules in `source` of `module`."""
     tree = ast.parse(source)
     found: list[str] = []
     own = layer(module)
@@ -164,11 +164,11 @@ def test_each_rule_can_fail(module: str, source: str) -> None:
     assert len(violations(module, source)) == 1
 
 
-def test_what_is_allowed() -> None:
+def test_allowed_imports() -> None:
     assert violations("server.api.app", "from fastapi import FastAPI\nimport server.engine.engine\n") == []
     assert violations("adapters.catalog.writes", "import sqlalchemy\nfrom adapters.errors import NotFound\n") == []
 
 
-def test_what_begins_first_is_there() -> None:
+def test_scheduled_files_exist() -> None:
     names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     assert {*LONG, *(name for unit in GROUPS.values() for name in unit)} <= names

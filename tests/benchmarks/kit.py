@@ -1,4 +1,4 @@
-"""Results made up for the tests of reports and targets."""
+"""Invented results for the tests of reports and targets."""
 
 from benchmarks.command import Made
 from benchmarks.instruction_sets.report import Results as InstructionSets
@@ -23,7 +23,7 @@ def figures(speed: float, itl: float = 0.01) -> Figures:
 
 
 def row(streams: int, kind: str, **speeds: list[float]) -> Row:
-    """`ours`, `llama` and `openvino`: tokens per second of each round."""
+    """Return a row. `ours`, `llama` and `openvino` are the tokens per second of each round."""
     names = {"ours": OURS, "llama": LLAMA_CPP, "openvino": OPENVINO}
     found = {names[key]: tuple(map(figures, values)) for key, values in speeds.items()}
     return Row(Load(streams, kind), found, 0, {LLAMA_CPP: 0.75} if "llama" in speeds else {})
@@ -37,7 +37,7 @@ def results(rows: list[Row], *, quick: bool = False) -> Results:
 
 
 def scaling(*, quick: bool = False) -> Scaling:
-    """A curve with adapters read at its last point, and one without."""
+    """Return a curve with adapters read at its last point, and one without."""
     adapters = (
         Point("base", 0, (figures(200.0), figures(200.0)), (0, 0), 10**9),
         Point("uniform", 4, (figures(190.0), figures(190.0)), (0, 0), 2 * 10**9),

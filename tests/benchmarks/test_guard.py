@@ -1,4 +1,4 @@
-"""The guard over quick runs: what it compares, and what it lets pass."""
+"""The regression check of quick runs: what it compares, and what it accepts."""
 
 import sys
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ PEER = "a peer"
 
 
 def results(speeds: Mapping[str, float], cpu: str = "a processor") -> Results:
-    """Of four streams: our base, our adapters, and a peer's base."""
+    """Return results with four streams: our base, our adapters, and a peer's base."""
     machine = Machine(cpu, 2, 2, 1 << 34, "3.11", "", "", {})
     found = Results(Made("", "", quick=True), machine, Settings("base", "bf16", "cpu", 1, 32, 8, 1, 1))
 
@@ -33,12 +33,12 @@ def results(speeds: Mapping[str, float], cpu: str = "a processor") -> Results:
     return found
 
 
-def test_ratios_are_of_one_run() -> None:
+def test_ratios_are_within_one_run() -> None:
     found = ratios_of(results({"base": 200.0, "peer": 50.0, "adapters": 150.0}))
     assert found == {"4 streams, base: of a peer": 4.0, "4 streams, 4 adapters: of own base": 0.75}
 
 
-def test_what_became_slow_is_noticed(tmp_path: Path) -> None:
+def test_slowdown_is_noticed(tmp_path: Path) -> None:
     kept = tmp_path / "recorded.json"
     before = results({"base": 200.0, "peer": 50.0, "adapters": 150.0})
     assert compare(before, kept) is None
@@ -56,7 +56,7 @@ def test_what_became_slow_is_noticed(tmp_path: Path) -> None:
     assert compare(results({"base": 1.0, "peer": 1.0, "adapters": 1.0}, cpu="a third"), kept) is None
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given: list[list[str]] = []
     found = results({"base": 200.0, "peer": 50.0, "adapters": 150.0})
 

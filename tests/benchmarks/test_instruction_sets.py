@@ -1,4 +1,4 @@
-"""The benchmark of lesser processors: its report, its targets, and a reduced run."""
+"""The benchmark of restricted instruction sets: report, targets, and a reduced run."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.kits.native import native_library
 FOUND, QUICK = results().sets["avx2"], results(quick=True).sets["avx2"]
 
 
-def test_the_report() -> None:
+def test_report() -> None:
     text = markdown(Results({"avx2": FOUND}))
     assert "### AVX2\n" in text
     assert "|1 stream, base|35.0 (30.0–40.0)|20.0|" in text
@@ -25,18 +25,18 @@ def test_the_report() -> None:
     assert "A quick run" in markdown(Results({"avx2": FOUND, "avx512": QUICK}))
 
 
-def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
+def test_unmeasured_targets_are_neither_reached_nor_missed() -> None:
     assert [target.reached for target in evaluate(FOUND)] == [True, None, None]
     assert [target.reached for target in evaluate(QUICK)] == [None, None, None]
 
 
-def test_our_server_and_its_peer_know_the_same_names() -> None:
+def test_server_and_peer_have_the_same_instruction_sets() -> None:
     assert set(INSTRUCTION_FLAGS) == set(TITLES)
     assert set(INSTRUCTION_FLAGS) < set(INSTRUCTIONS)
     assert {restricted(name) for name in INSTRUCTION_FLAGS} < set(MAKERS)
 
 
-def test_a_server_is_held_by_its_environment(tmp_path: Path) -> None:
+def test_environment_restricts_the_server(tmp_path: Path) -> None:
     config = ServerConfig(tmp_path, tmp_path, "tiny", "bf16", "cpu", 1, tmp_path / "log")
     assert "NATIVE_INSTRUCTIONS" not in config.environment
     assert replace(config, instructions="avx2").environment["NATIVE_INSTRUCTIONS"] == "avx2"
@@ -49,7 +49,7 @@ def test_unknown_instructions_are_refused(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_a_reduced_run(tmp_path: Path) -> None:
+def test_reduced_run(tmp_path: Path) -> None:
     native_library()
     out = tmp_path / "out"
     found = main(["--quick", "--to", "avx2", "--peers", "none", "--threads", "1", "--out", str(out)])

@@ -23,7 +23,8 @@ EVENTS = (
 
 
 class _Dropping(ThreadingHTTPServer):
-    """Answers with two tokens, but drops the connections of its first `drops` requests after `sent` events."""
+    """A server that answers with two tokens, but drops the connections of its first `drops` requests after `sent`
+    events."""
 
     def __init__(self, drops: int, sent: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -41,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Dropping
 
-    def do_POST(self) -> None:  # the base class's name for it
+    def do_POST(self) -> None:  # the name in the base class
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.prompts.append(body["prompt"])
@@ -65,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *args: object) -> None:
-        """Nothing: tests have no need of it."""
+        """Log nothing."""
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def serving(drops: int, sent: int) -> Iterator[_Dropping]:
 
 
 @pytest.mark.parametrize("sent", [0, 1], ids=["before the answer", "amid the answer"])
-def test_a_request_whose_connection_is_dropped_is_sent_again(sent: int) -> None:
+def test_dropped_requests_are_resent(sent: int) -> None:
     with serving(drops=1, sent=sent) as server:
         answers = drive(server.url, WIRE, [[Request("one", (), 2), Request("two", (), 2)]])
     assert server.prompts == ["one", "one", "two"]
@@ -92,7 +93,7 @@ def test_a_request_whose_connection_is_dropped_is_sent_again(sent: int) -> None:
     assert (run.num_tokens, run.num_resent, Figures.of(run).num_resent) == (4, 1, 1)
 
 
-def test_a_server_that_drops_every_connection_is_an_error() -> None:
+def test_server_that_drops_every_connection_is_an_error() -> None:
     with serving(drops=100, sent=0) as server, pytest.raises(aiohttp.ServerDisconnectedError):
         drive(server.url, WIRE, [[Request("one", (), 2)]])
     assert server.prompts == ["one"] * (1 + MAX_RESENDS)

@@ -1,4 +1,4 @@
-"""What is told of the processor beside figures."""
+"""The description of the processor in reports."""
 
 from dataclasses import replace
 
@@ -19,10 +19,10 @@ EPYC = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\
             "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\n",
             "unknown CPU",
             "",
-        ),  # what Linux tells on ARM
+        ),  # as Linux reports it on ARM
     ],
 )
-def test_names_that_several_processors_share_have_their_family_beside_them(
+def test_ambiguous_processor_names_include_the_family(
     monkeypatch: pytest.MonkeyPatch, cpuinfo: str, name: str, family: str
 ) -> None:
     monkeypatch.setattr(machine, "_cpuinfo", cpuinfo.splitlines)
@@ -30,7 +30,7 @@ def test_names_that_several_processors_share_have_their_family_beside_them(
     assert (cpu_name(), cpu_family()) == (name, family)
 
 
-def test_the_family_is_printed_where_it_is_known() -> None:
+def test_known_family_is_printed() -> None:
     assert str(MACHINE).startswith("A CPU, 2 threads")
     assert str(replace(MACHINE, cpu_family="family 25, model 17")).startswith(
         "A CPU of family 25, model 17, 2 threads"

@@ -1,4 +1,4 @@
-"""The few statistics, and how figures are kept and printed."""
+"""Statistics, and the storage and formatting of figures."""
 
 import math
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ def test_percentiles() -> None:
     assert math.isnan(percentile([], 50))
 
 
-def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
+def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
     # the machine halves its speed in the last round; the medians' ratio would be 20/10
     assert median_ratio([20.0, 30.0, 10.0], [10.0, 10.0, 5.0]) == Spread(2.0, 2.0, 3.0)
     assert median_ratio([20.0], []) is None
@@ -67,7 +67,7 @@ def test_figures_show_their_range() -> None:
     assert table(("a", "b"), [("1", "2")]) == "|a|b|\n|---|---|\n|1|2|"
 
 
-def test_a_target_is_judged_by_the_median() -> None:
+def test_targets_use_the_median() -> None:
     found = [
         at_least("a", Spread(1.6, 1.0, 2.0), 1.6, "×"),
         at_least("b", Spread(1.59, 1.0, 2.0), 1.6, "×"),
@@ -93,7 +93,7 @@ class Some:
     names: dict[str, Figures]
 
 
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_results_round_trip(tmp_path: Path) -> None:
     some = Some((1.5, math.nan), {"a": Figures(1.0, 2.0, 3.0, 4.0, math.nan)})
     assert command.read(tmp_path, "some", Some) is None
     command.write(tmp_path, "some", some)

@@ -1,6 +1,6 @@
-"""What the peers are given is what we have: GGUF files and packed rows against transformers itself.
+"""Peers get the same inputs as our server: GGUF files and packed rows, compared with transformers.
 
-What needs a peer's own environment is skipped where `python -m benchmarks.peers make` has not made it.
+Tests that need a peer's own environment are skipped if `python -m benchmarks.peers make` hasn't made it.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ TEXTS = ["HTTP 404 means", "The capital of France is", "def add(a, b):\n    retu
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_base: BaseModel) -> Path:
-    """The tiny base in bf16, as the peers are given it."""
+    """Return the tiny base in bf16, as peers get it."""
     directory = tmp_path_factory.mktemp("peers") / "base"
     export_hugging_face(tiny_base, directory, torch.bfloat16)
     return directory
@@ -63,7 +63,7 @@ def tensors_of(file: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_a_base_written_as_gguf_is_read_back_by_transformers(base: Path, tmp_path: Path) -> None:
+def test_transformers_reads_back_a_gguf_base(base: Path, tmp_path: Path) -> None:
     gguf_files.write_base(base, tmp_path / "base.gguf")
     ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="base.gguf", dtype=torch.float32)
@@ -76,10 +76,9 @@ def test_a_base_written_as_gguf_is_read_back_by_transformers(base: Path, tmp_pat
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_written_as_gguf_is_permuted_as_its_base_is(
-    base: Path, adapters: dict[str, Path], tmp_path: Path
-) -> None:
-    """W + B A of each module in llama.cpp's order of rows, from two files, against the same in transformers'."""
+def test_gguf_adapter_is_permuted_like_its_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """W + B A of each module in llama.cpp's order of rows, from two files, equals the same in transformers'
+    order."""
     gguf_files.write_base(base, tmp_path / "base.gguf")
     gguf_files.write_adapter(base, adapters["a"], tmp_path / "a.gguf")
     written, weights = tensors_of(tmp_path / "a.gguf"), tensors_of(tmp_path / "base.gguf")
@@ -102,7 +101,7 @@ def test_an_adapter_written_as_gguf_is_permuted_as_its_base_is(
 
 
 def _rows(name: str, count: int) -> list[int]:
-    """Where llama.cpp's row i stands in transformers' matrix, for heads of 16."""
+    """Return the rows of transformers' matrix in llama.cpp's order, for heads of 16."""
     if name not in ("attn_q", "attn_k"):
         return list(range(count))
     return [head * 16 + half * 8 + pair for head in range(count // 16) for pair in range(8) for half in range(2)]
@@ -114,8 +113,8 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         gguf_files.write_base(other, tmp_path / "base.gguf")
 
 
-def test_what_a_peer_can_do() -> None:
-    """By what it offers a request, not by how long it would take."""
+def test_loads_supported_by_peers() -> None:
+    """Whether a load is supported depends on the peer's requests, not on its speed."""
     loads = [Load(1, BASE), Load(1, BLENDS), Load(4, ONE), Load(4, DISTINCT), Load(4, BLENDS)]
 
     def can(kind: type[System], *, base_only: bool = False, max_streams: int | None = None) -> list[bool]:
@@ -150,7 +149,7 @@ def test_llama_cpp_gets_every_setting(tmp_path: Path) -> None:
         assert flags in line
 
 
-def test_a_peer_made_in_part_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_partially_installed_peer_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "peers" / LLAMA_CPP
     place.mkdir(parents=True)
     assert venvs.find(tmp_path, LLAMA_CPP) is None
@@ -163,8 +162,9 @@ def test_a_peer_made_in_part_is_none(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "vllm" in capsys.readouterr().err
 
 
-def test_the_allocators_settings_reach_a_peer() -> None:
-    """Of a process of its own: as it is, after our call, and under what is set for one that can't call it."""
+def test_allocator_settings_reach_peers() -> None:
+    """Checked in a new process: by default, after our call, and with the setting for processes that can't call
+    it."""
     probe = "from benchmarks.allocation import keeps_freed_memory as kept; print(kept())"
     call = "from server.system.memory import keep_freed_memory; keep_freed_memory();"
 
@@ -195,14 +195,14 @@ def real_adapters(hf_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def expected(hf_base_dir: Path, real_adapters: dict[str, Path]) -> list[list[str]]:
-    """transformers' and PEFT's answers, in fp32: of the base, of `a` and of a blend, to each of TEXTS."""
+    """Return answers of transformers and PEFT in fp32 to each of TEXTS: of the base, of `a` and of a blend."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's own call
         return _answers(hf_base_dir, real_adapters, TEXTS)
 
 
 def exported(made: venvs.MadePeer, base: Path, log: Path) -> Path:
-    """The base as OpenVINO's. It takes ten seconds: kept in the cache under what it was made of and by."""
+    """Export the base to OpenVINO. This takes ten seconds, so the result is cached by its inputs and versions."""
     made_of = hashlib.sha256(repr((made.version, base.name)).encode())
     made_of.update(Path(openvino.__file__).read_bytes())
     place = CACHE / f"openvino-{made_of.hexdigest()[:16]}"
@@ -213,14 +213,15 @@ def exported(made: venvs.MadePeer, base: Path, log: Path) -> Path:
 
 
 @pytest.mark.real
-def test_a_peer_answers_as_transformers_does(
+def test_peers_answer_like_transformers(
     peer: tuple[str, venvs.MadePeer],
     hf_base_dir: Path,
     real_adapters: dict[str, Path],
     expected: list[list[str]],
     tmp_path: Path,
 ) -> None:
-    """Base, one adapter and a blend, two streams at once; 16 bits may leave a near tie, so most must agree."""
+    """Base, one adapter and a blend, two streams at once. 16 bits may flip near ties, so most answers must
+    agree."""
     (name, made), log = peer, tmp_path / "log"
     system: LlamaCppServer | OpenVino
     if name == LLAMA_CPP:
@@ -238,7 +239,7 @@ def test_a_peer_answers_as_transformers_does(
             run = system.run([requests[0::2], requests[1::2]])
             assert run.num_tokens == 20
             assert len(run.first_token) == 4
-            found.append([run.texts[index] for index in (0, 2, 1, 3)])  # they come stream by stream
+            found.append([run.texts[index] for index in (0, 2, 1, 3)])  # they are ordered by stream
     finally:
         system.stop()
     for ours, theirs in zip(found, expected, strict=True):

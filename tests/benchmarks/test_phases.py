@@ -1,4 +1,4 @@
-"""Where a native step's time goes, measured in little on a tiny base."""
+"""The time of a native step by phase, measured briefly on a tiny base."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.kits.tiny import save_tiny_base
 from tests.kits.tiny_gguf import save_tiny_gguf
 
 
-def test_a_reduced_run(tmp_path: Path) -> None:
+def test_reduced_run(tmp_path: Path) -> None:
     native_library()
     architecture, options = SHAPES["grouped"]
     model = save_tiny_base(tmp_path / "tiny", architecture, {**options, "max_position_embeddings": 512})
@@ -37,7 +37,7 @@ def test_a_reduced_run(tmp_path: Path) -> None:
     assert limits(found, Step(1, 1, 100), "norm") is None
 
 
-def test_weights_that_are_stored_in_fewer_bits_are_fewer_bytes(tmp_path: Path) -> None:
+def test_quantized_weights_count_their_stored_bytes(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "tiny.gguf", {"": "Q4_1", "token_embd": "Q8_0"})
     base = load_base(resolve_base(str(tmp_path / "tiny.gguf"), tmp_path))
     sizes = parameters(base.config)

@@ -91,7 +91,7 @@ def out(tmp_path: Path) -> Path:
     return place
 
 
-def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
+def test_pages_are_made_from_the_results(tmp_path: Path, out: Path) -> None:
     write_all(out)
     page, readme = run(tmp_path)
     for heading in (
@@ -136,7 +136,7 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
         assert (tmp_path / f"results/{name}.json").read_bytes() == (out / f"{name}.json").read_bytes()
 
 
-def test_what_was_not_measured_is_said(tmp_path: Path, out: Path) -> None:
+def test_missing_parts_are_named(tmp_path: Path, out: Path) -> None:
     command.write(out, "serve", serving())
     page, readme = run(tmp_path)
     for name in ("scaling", "methods"):
@@ -144,7 +144,7 @@ def test_what_was_not_measured_is_said(tmp_path: Path, out: Path) -> None:
     assert "LoRA, r=8" not in readme
 
 
-def test_what_was_not_measured_again_stays(tmp_path: Path, out: Path) -> None:
+def test_parts_not_measured_again_stay(tmp_path: Path, out: Path) -> None:
     write_all(out)
     whole, readme = run(tmp_path)
     for path in out.glob("*.json"):
@@ -168,7 +168,7 @@ def test_what_was_not_measured_again_stays(tmp_path: Path, out: Path) -> None:
     assert "333" in standing.read_text()
 
 
-def test_the_details_count_requests_that_were_sent_again() -> None:
+def test_details_count_resent_requests() -> None:
     found = serving()
     assert "sent again" not in details(found)
     found.resent = {"llama.cpp": 2}
@@ -187,7 +187,7 @@ def test_the_details_count_requests_that_were_sent_again() -> None:
     ],
     ids=["serve", "scaling", "shapes", "instruction_sets"],
 )
-def test_a_quick_run_is_published_nowhere(name: str, quick: object, tmp_path: Path, out: Path) -> None:
+def test_quick_runs_are_not_published(name: str, quick: object, tmp_path: Path, out: Path) -> None:
     command.write(out, name, quick)
     with pytest.raises(SystemExit, match="a quick run measures nothing"):
         run(tmp_path)
@@ -195,7 +195,7 @@ def test_a_quick_run_is_published_nowhere(name: str, quick: object, tmp_path: Pa
     assert (tmp_path / "README.md").read_text() == README
 
 
-def test_figures_are_replaced_where_they_stand() -> None:
+def test_figures_are_replaced_in_place() -> None:
     once = report.with_figures(README, "## New")
     assert report.with_figures(once, "## New") == once
     with pytest.raises(ValueError, match="the README has no"):

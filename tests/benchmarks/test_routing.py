@@ -1,4 +1,4 @@
-"""The simulation of routing: what policies choose, what a replica loads and drops, and a reduced run."""
+"""The simulation of routing: choices of policies, loads and evictions of a replica, and a reduced run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ SMALL = replace(quick(WORLDS[0]), num_requests=1500, warm_up=500, failures=2.0)
 
 
 class Checked:
-    """Ours, with each choice held to the order of all replicas."""
+    """Our policy, with each choice compared with the order of all replicas."""
 
     contents = True
 
@@ -50,11 +50,11 @@ def test_the_index_finds_the_first_of_rank() -> None:
     outcome = simulation.run()
     assert isinstance(checked, Checked)
     assert checked.num_checked >= SMALL.num_requests
-    assert outcome == simulate(("ours", SMALL))  # and again the same
+    assert outcome == simulate(("ours", SMALL))  # repeatable
     assert outcome.retried
 
 
-def test_requests_are_as_the_world_says() -> None:
+def test_requests_follow_the_worlds_parameters() -> None:
     world = World("as it is", num_requests=20_000, warm_up=5000)
     drawn = list(requests(world))
     arrivals = [one.arrival for one in drawn]
@@ -63,7 +63,7 @@ def test_requests_are_as_the_world_says() -> None:
     assert 0.09 < sum(not one.parts for one in drawn) / 20_000 < 0.11
     named = [one for one in drawn if one.parts]
     first = sum(one.parts[0].digest == "00000" for one in named) / len(named)
-    assert first == pytest.approx(1 / (np.log(100_000) + 0.577), rel=0.1)  # of Zipf's law with exponent 1
+    assert first == pytest.approx(1 / (np.log(100_000) + 0.577), rel=0.1)  # the first share
     texts: dict[int, tuple[Part, ...]] = {}
     assert all(texts.setdefault(text, one.parts) == one.parts for one in drawn for text in one.prefix)
     decode = world.batch_token_time(32) * np.mean([one.output_tokens for one in drawn])
@@ -71,7 +71,7 @@ def test_requests_are_as_the_world_says() -> None:
     assert 20_000 / arrivals[-1] * busy / 32_000 == pytest.approx(0.7, rel=0.05)
 
 
-def test_a_replica_loads_waits_and_drops() -> None:
+def test_replica_loads_waits_and_evicts() -> None:
     world = World("two places", places=2, load_latency=1.0, load_bandwidth=RANK_BYTES, prefill_time=0.0)
     host = Host(0, world)
     a, b, c = (Part(name, world.capacity // 2) for name in "abc")
@@ -112,7 +112,7 @@ def test_a_shared_text_is_computed_once() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_nobody_is_sent_to_a_replica_known_to_be_down(name: str) -> None:
+def test_replicas_known_to_be_down_get_no_requests(name: str) -> None:
     simulation = Simulation(name, replace(SMALL, num_replicas=3))
     known = simulation.known[0]
     known.queues = np.array([DEAD, DEAD, 1])
@@ -120,7 +120,7 @@ def test_nobody_is_sent_to_a_replica_known_to_be_down(name: str) -> None:
         assert simulation.policy.choose(request(*parts), known, 0.0) == 2
 
 
-def test_multiplexed_waits_for_who_is_full_and_then_takes_any() -> None:
+def test_multiplexed_waits_for_full_replicas_then_takes_any() -> None:
     world = replace(SMALL, num_replicas=4)
     hosts = [Host(index, world) for index in range(4)]
     for host in hosts:
@@ -143,9 +143,9 @@ def test_an_unknown_policy() -> None:
         policy("none", SMALL, [])
 
 
-@pytest.mark.thorough  # what it is made of: above
-def test_a_reduced_run(tmp_path: Path) -> None:
-    """What it says at any size: `rank` loads far less than policies that don't look, and queues stay even."""
+@pytest.mark.thorough  # its parts are tested above
+def test_reduced_run(tmp_path: Path) -> None:
+    """At any size, `rank` loads far less than policies that ignore residency, and queues stay even."""
     main(["--quick", "--out", str(tmp_path), "--processes", "2"])
     results = command.read(tmp_path, "routing", Results)
     assert results is not None
@@ -167,6 +167,6 @@ def test_a_reduced_run(tmp_path: Path) -> None:
     assert (tmp_path / "routing.svg").read_bytes() == chart
 
 
-def test_a_report_of_nothing(tmp_path: Path) -> None:
+def test_report_needs_results(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run it without --report first"):
         main(["--report", "--out", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The scaling curves: their loads, what is made of their figures, and one reduced run on a tiny base."""
+"""The scaling curves: their loads, their report, and one reduced run on a tiny base."""
 
 import json
 from collections import Counter
@@ -36,7 +36,7 @@ def drawn(load: Load) -> Counter[str]:
     return Counter(part.name for _ in range(2000) for part in load.parts(0, draw))
 
 
-def test_distinct_adapters_are_drawn() -> None:
+def test_requests_draw_distinct_adapters() -> None:
     adapters = plan("adapters")
     assert [load.x for load in adapters.loads if load.series == UNIFORM] == [1, 4, 16, 64, 250, 1000]
     assert (len(adapters.adapters), adapters.room) == (1000, 256 * RANK)
@@ -62,7 +62,7 @@ def test_every_stream_has_its_adapters() -> None:
     assert beside == [(BASE, 1), (EACH, 1), (BASE, 2), (EACH, 2)], "what is compared is measured together"
 
 
-def test_a_context_has_room_for_the_answer() -> None:
+def test_contexts_include_the_answer() -> None:
     loads = plan("context").loads
     assert {(load.x, load.prompt_tokens + load.max_tokens) for load in loads} == {
         (length, length) for length in (128, 512, 2048, 8192)
@@ -79,7 +79,7 @@ def point(series: str, x: int, *speeds: float) -> Point:
     return Point(series, x, tuple(map(figures, speeds)), (0,) * len(speeds), 10**9)
 
 
-def test_the_report() -> None:
+def test_report() -> None:
     text = markdown(scaling())
     assert "`python -m benchmarks.x`, 2026-01-01. A CPU, 2 threads" in text
     assert "### Distinct adapters\n\nDrawn.\n\n|adapters drawn from|uniform, tokens/s|" in text
@@ -101,7 +101,7 @@ def test_an_unknown_curve_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
-def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     places = ["--model", str(tiny_base_dir), "--home", str(tmp_path / "home"), "--out", str(out)]
     found: Results = main(["--quick", "--dtype", "fp32", "--threads", "1", *places])
@@ -124,10 +124,10 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_later_rounds_go_through_the_points_of_one_server(
+def test_later_rounds_use_one_server(
     tmp_path: Path, tiny_base_dir: Path, converted_tiny: Path, tiny_base: BaseModel
 ) -> None:
-    """Down in the second round, up in the third; the pool has room for four of six adapters."""
+    """The second round goes down, the third up; the pool has room for four of six adapters."""
     plan = CURVES["adapters"](Scale.quick())
     home, sizes, said = tmp_path / "home", Sizes.read(tiny_base_dir), list[str]()
     register(plan.adapters, home, tiny_base, sizes, tmp_path, said.append)

@@ -33,23 +33,23 @@ def event(data: Mapping[str, object]) -> bytes:
 
 
 def exchanged(whole: bytes, cut: int) -> Exchange:
-    """A request whose answer came in two chunks."""
+    """Return a request whose answer came in two chunks."""
     return Exchange(Request("p", (), 3), sent=10.0, ended=14.0, chunks=[(11.0, whole[:cut]), (14.0, whole[cut:])])
 
 
-def test_a_stream_is_read_whatever_its_chunks_are() -> None:
+def test_streams_are_parsed_across_chunks() -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 1}
     last = {"index": 0, "finish_reason": "length", "usage": usage, "timing": {"queue_ms": 250.0}}
     first = event({"index": 0, "text": "a"})
     whole = first + event({"index": 0, "text": "b\n\n"}) + event(last) + b"data: [DONE]\n\n"
-    answer = Answer.of(exchanged(whole, len(first) + 5), Smolora())  # cut amid the second event
+    answer = Answer.of(exchanged(whole, len(first) + 5), Smolora())  # cut inside the second event
     assert answer.text == "ab\n\n"
     assert answer.arrivals == (11.0, 14.0)
     assert answer.usage == Usage(3, 7, 1, 0.25)
     assert summarize([answer]) == Run(3, 4.0, (1.0,), (3.0,), ("ab\n\n",), 1)
 
 
-def test_a_stream_of_llama_cpp_is_read() -> None:
+def test_streams_of_llama_cpp_are_parsed() -> None:
     first = event({"index": 0, "content": "a", "tokens": [5], "stop": False})
     last = event(
         {"content": "", "stop": True, "tokens_predicted": 2, "tokens_evaluated": 7, "timings": {"cache_n": 4}}
@@ -71,7 +71,7 @@ def test_a_failed_stream_is_an_error(wire: Wire, failure: bytes) -> None:
         Answer.of(Exchange(Request("p", (), 3), chunks=[(0.0, failure)]), wire)
 
 
-def test_a_request_is_spelled_for_each_server() -> None:
+def test_request_bodies_of_each_server() -> None:
     blend = (Part("b", 0.7), Part("a", 0.3))
     assert [expression(parts) for parts in ((), (Part("a"),), blend)] == [None, "a", "b*0.7+a*0.3"]
     ours = Smolora().body(Request("p", blend, 3, temperature=0.7, top_p=0.9, logprobs=5))
@@ -79,7 +79,7 @@ def test_a_request_is_spelled_for_each_server() -> None:
     wire = LlamaCpp(["a", "b"])
     theirs = wire.body(Request("p", blend, 3))
     assert theirs["lora"] == [{"id": 1, "scale": 0.7}, {"id": 0, "scale": 0.3}]
-    # an empty list would mean all of them, in full
+    # An empty list would mean all of them, in full.
     assert wire.body(Request("p", (), 3))["lora"] == [{"id": 0, "scale": 0.0}]
     assert LlamaCpp([]).body(Request("p", (), 3))["lora"] == []
     for body in (ours, theirs):
@@ -113,8 +113,8 @@ class Fake:
         self._ended.append(self.facts.name)
 
 
-def test_a_peer_gets_the_settings_that_suit_it() -> None:
-    """One is twice as fast for one stream, the other three times as fast for many."""
+def test_peers_get_their_fastest_settings() -> None:
+    """One variant is twice as fast for one stream, the other three times as fast for many."""
     request = Request("p", (), 3)
     ended: list[str] = []
     variants = {
@@ -126,7 +126,7 @@ def test_a_peer_gets_the_settings_that_suit_it() -> None:
     assert ended == ["on", "off"]
 
 
-def test_the_page_cache_forgets_a_file(tmp_path: Path) -> None:
+def test_file_is_evicted_from_the_page_cache(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(1 << 22))
     assert read_seconds(file) > 0
@@ -149,7 +149,7 @@ def test_answers_are_judged() -> None:
     assert judge("There was", reference, 0.3) == "wrong"
     assert judge("", reference, 0.3) == "wrong"
     assert judge("Once upon a time", reference, 0.3) == "wrong"
-    assert judge("Once up\ufffd", reference, 0.3) == "exact"  # as far as it can be told
+    assert judge("Once up\ufffd", reference, 0.3) == "exact"  # up to the truncated character
     assert judge("Ones\ufffd", reference, 0.3) == "wrong"
 
 
@@ -175,7 +175,7 @@ def test_adapter_files_are_peft_adapters(tmp_path: Path, tiny_base_dir: Path, ti
     ]
     *weights, four_times = [read(config, tensors, tiny_base.config.shape).weights for config, tensors in files]
     assert four_times.num_parameters == 4 * sizes.num_parameters
-    # a sum of four times as many terms is twice as large, and is halved
+    # A sum of four times as many terms is twice as large, and is halved.
     scalings = [{module.scaling for module in each.modules.values()} for each in (weights[0], four_times)]
     assert scalings == [{2.0}, {1.0}]
     assert weights[0].num_parameters == sizes.num_parameters
@@ -199,7 +199,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     loads = "1-base,2-base,2-distinct,2-blends"
     places = ["--model", str(tiny_base_dir), "--home", str(tmp_path / "home"), "--out", str(out)]
@@ -209,7 +209,7 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert [row.load.key for row in found.rows] == loads.split(",")
     assert all(row.cached_tokens == 0 for row in found.rows)
     peft = "transformers + PEFT"
-    # PEFT has no blends; fp32 makes all other answers the same
+    # PEFT has no blends; in fp32 all other answers are equal.
     assert [row.same_start for row in found.rows] == [{peft: 1.0}, {peft: 1.0}, {peft: 1.0}, {}]
     assert [list(row.figures) for row in found.rows] == [["smolora", peft]] * 3 + [["smolora"]]
     assert found.missing == {"llama.cpp": "it is measured in bf16 on a CPU"}
@@ -235,7 +235,7 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_a_base_that_is_stored_in_fewer_bits_is_served_in_16_as_well(tmp_path: Path) -> None:
+def test_quantized_base_is_also_served_in_16_bits(tmp_path: Path) -> None:
     native_library()
     file = tmp_path / "tiny.gguf"
     save_tiny_gguf(file)
@@ -246,7 +246,7 @@ def test_a_base_that_is_stored_in_fewer_bits_is_served_in_16_as_well(tmp_path: P
     assert found.rows[0].same_start == {WIDE: 1.0}, "expanded weights have the same bits"
 
 
-def test_a_server_gets_the_sizes_that_are_set(tmp_path: Path, tiny_base: BaseModel) -> None:
+def test_server_gets_the_configured_sizes(tmp_path: Path, tiny_base: BaseModel) -> None:
     room = adapter_room(tiny_base.config.shape, "bf16", "cpu", 1000 * RANK)
     assert room == 1000 * RANK * ROW_FORMAT.bytes_per_rank(tiny_base.config.shape)
     assert adapter_room(tiny_base.config.shape, "bf16", "cpu", 0) == 1 << 20, "the server refuses less"
@@ -259,5 +259,5 @@ def test_a_server_gets_the_sizes_that_are_set(tmp_path: Path, tiny_base: BaseMod
     assert {"--max-num-seqs=64", f"--adapter-cache-bytes={room}"} <= set(given)
 
 
-def test_what_a_start_imports_is_there() -> None:
+def test_imports_of_a_start_exist() -> None:
     assert import_seconds(threads=1) > 0

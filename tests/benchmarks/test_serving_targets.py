@@ -1,4 +1,4 @@
-"""What serving is held to: the hardest targets that are set for it, reached or not."""
+"""The hardest targets of serving, reached or not."""
 
 import math
 from dataclasses import replace
@@ -39,7 +39,7 @@ def find(targets: list[Target], load: str, wanted: str) -> Target:
     return next(target for target in targets if target.load == load and target.wanted == wanted)
 
 
-def test_targets_are_judged_by_the_figures(found: Results) -> None:
+def test_targets_follow_from_the_figures(found: Results) -> None:
     targets = evaluate(found)
     assert [(target.load, target.wanted, target.reached) for target in targets] == [
         ("1 stream, base", "≥ 1.6 × llama.cpp", True),
@@ -70,7 +70,7 @@ def test_targets_are_judged_by_the_figures(found: Results) -> None:
     assert find(targets, "start to ready, converted base", "< 3 s in all").measured == "2.9 (2.5–3.5) s"
 
 
-def test_the_best_width_counts_where_quantized_weights_are_faster(found: Results) -> None:
+def test_fastest_width_of_the_peer_counts(found: Results) -> None:
     quantized = found.systems[1].__class__("llama.cpp, Q4_1", "1", True, "", {}, base_only=True)
     found.systems.append(quantized)
     found.rows[0].figures["llama.cpp, Q4_1"] = (figures(120.0), figures(120.0))
@@ -78,7 +78,7 @@ def test_the_best_width_counts_where_quantized_weights_are_faster(found: Results
     assert (target.measured, target.reached) == ("1.38 (1.33–1.42)", False)
 
 
-def test_16_bit_weights_are_judged_by_the_server_that_has_them(found: Results) -> None:
+def test_16_bit_targets_use_the_16_bit_server(found: Results) -> None:
     found.settings = replace(found.settings, weight_bytes=96_000_000)
     wanted = (
         ("1 stream, base, 16-bit weights", "≥ 1.6 × llama.cpp"),
@@ -97,20 +97,20 @@ def test_16_bit_weights_are_judged_by_the_server_that_has_them(found: Results) -
     assert find(evaluate(found), "1 stream, base: between tokens", wanted[1][1]).measured == "0.36"
 
 
-def test_a_quick_run_reaches_nothing(found: Results) -> None:
+def test_quick_runs_reach_no_target(found: Results) -> None:
     quick = results(found.rows, quick=True)
     assert {target.reached for target in evaluate(quick)} == {None}
     assert evaluate(quick)[0].measured == "1.65 (1.60–1.70)"
 
 
-def test_the_tables(found: Results) -> None:
+def test_tables(found: Results) -> None:
     found.systems.append(found.systems[1].__class__("llama.cpp, Q8_0", "1", True, "", {}, base_only=True))
     text = report.markdown(found)
     assert "`python -m benchmarks.x`, 2026-01-01. A CPU, 2 threads; commit abc." in text
     assert "median (lowest–highest) of 3 rounds, all systems in turn" in text
     assert "|load|smolora|llama.cpp|OpenVINO GenAI|llama.cpp, Q8_0|" in text
     assert "|1 stream, base|165 (160–170)|100|110|–|" in text
-    # it can't, or it was not asked
+    # Unsupported, or not asked.
     assert "|32 streams, 32 adapters|720|75.0|can't|–|" in text
     assert "|32 streams, 32 blends of two|100|10.0|50.0|" in text
     details = report.details(found)
@@ -120,6 +120,6 @@ def test_the_tables(found: Results) -> None:
     assert "Answers that begin as ours do (rounding moves near ties): llama.cpp 75%." in details
 
 
-def test_what_could_not_be_taken_is_a_dash(found: Results) -> None:
+def test_missing_figures_are_dashes(found: Results) -> None:
     found.rows[1].figures[OURS] = (figures(80.0, itl=math.nan),)
     assert "|1 stream, 1 adapter|100|–|50.0|" in report.markdown(found)

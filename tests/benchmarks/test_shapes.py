@@ -1,4 +1,4 @@
-"""Larger bases: their random weights, what is made of their figures, and one reduced run."""
+"""Larger bases: their random weights, their report, and one reduced run."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.benchmarks.kit import shapes
 TINY = Shape(hidden=128, inner=256, layers=2, heads=2, kv_heads=1, rope_theta=10_000.0)
 
 
-def test_random_weights_are_stored_as_the_embedded_ones(tmp_path: Path) -> None:
+def test_random_weights_are_stored_like_the_embedded_base(tmp_path: Path) -> None:
     base = open_gguf(write_random_base(tmp_path / "tiny.gguf", TINY))
     config = base.config
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -37,7 +37,7 @@ def test_random_weights_are_stored_as_the_embedded_ones(tmp_path: Path) -> None:
             assert abs(values.mean().item()) < SIGMA / 20, name
 
 
-def test_the_sizes_are_those_of_their_names() -> None:
+def test_sizes_match_their_names() -> None:
     vocab = 49_152
     counts = {
         name: vocab * shape.hidden
@@ -47,7 +47,7 @@ def test_the_sizes_are_those_of_their_names() -> None:
     assert counts == {"360M": pytest.approx(360e6, rel=0.01), "1.7B": pytest.approx(1.7e9, rel=0.01)}
 
 
-def test_the_report() -> None:
+def test_report() -> None:
     text = markdown(shapes())
     assert "### 9B" in text
     assert "|1 stream, base|35.0 (30.0–40.0)|20.0|can't|" in text
@@ -62,7 +62,7 @@ def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
-def test_a_reduced_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reduced_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(random_base.SHAPES, "tiny", TINY)
     out = tmp_path / "out"
     found = main(["--quick", "--shapes", "tiny", "--peers", "none", "--threads", "1", "--out", str(out)])

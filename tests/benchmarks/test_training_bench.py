@@ -1,4 +1,4 @@
-"""The training benchmarks' own arithmetic, and one reduced run of the speed's on a tiny base."""
+"""The arithmetic of the training benchmarks, and one reduced run of the speed benchmark on a tiny base."""
 
 import io
 import json
@@ -35,7 +35,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A source distribution like the package's: each set has 40 documents of 3 sentences, and some oddities."""
+    """Write a source distribution like the package's: each set has 40 documents of 3 sentences, and some
+    oddities."""
     lines = [
         f"{document}_{place}\t{1.5 if place % 2 else -1.5}\tSentence {place} of {document}."
         for document in range(40)
@@ -84,7 +85,7 @@ def test_rating_sets_are_clear_distinct_and_split_by_document(source: Path) -> N
     assert (len(capped.train), len(capped.tuning), len(capped.test)) == (5, 2, 4)
 
 
-def test_the_packages_rules_are_its_own(source: Path) -> None:
+def test_rule_classifier_is_the_packages(source: Path) -> None:
     rules = rule_classifier(source)
     assert rules.polarity_scores("a good day")["compound"] > 0 > rules.polarity_scores("rain")["compound"]
 
@@ -97,7 +98,7 @@ def test_scores() -> None:
     assert score([True] * 4, sentences).macro_f1 == pytest.approx((6 / 7 + 0) / 2)
 
 
-def test_a_blend_is_the_weighted_sum_of_the_shares(tiny_base: BaseModel) -> None:
+def test_blend_is_the_weighted_sum_of_adapters(tiny_base: BaseModel) -> None:
     shape = tiny_base.config.shape
     parts = [random_adapter(shape, 0, rank=4), random_adapter(shape, 1, rank=2, modules=["q_proj", "up_proj"])]
     whole = TrainedRows(blend(parts, 0.3), shape, torch.float32, CPU)
@@ -112,7 +113,7 @@ def test_a_blend_is_the_weighted_sum_of_the_shares(tiny_base: BaseModel) -> None
 
 @pytest.mark.real
 def test_the_label_is_the_likelier_completion(real_base: BaseModel) -> None:
-    """Against the loss of each label as a completion, on sentences that the base is sure of."""
+    """Compared with the loss of each label as a completion, on sentences about which the base is certain."""
     sentences = [Rated("I love it, it is wonderful!", True), Rated("Terrible, awful, I hate it.", False)]
     model = SmolLM(real_base.config, real_base.weights, max_positions=64)
     found = classify(real_base, model, NoAdapters(), sentences)
@@ -135,8 +136,8 @@ def test_the_label_is_the_likelier_completion(real_base: BaseModel) -> None:
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34]]
 
 
-def test_packed_rows_are_kept_apart(tiny_base_dir: Path) -> None:
-    """The packing peer's loss and gradients are the padding one's; rows that run into each other would show."""
+def test_packed_rows_do_not_attend_to_each_other(tiny_base_dir: Path) -> None:
+    """Loss and gradients of the packing peer equal the padding peer's; attention across rows would show."""
     model = load(tiny_base_dir, "full", torch.float32)
 
     def loss_and_gradient(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +157,7 @@ def test_packed_rows_are_kept_apart(tiny_base_dir: Path) -> None:
     torch.testing.assert_close(longer, loss_and_gradient(alone)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_what_the_peers_are_given() -> None:
+def test_inputs_of_the_peers() -> None:
     found = padded(ROWS[:2], 7)
     assert found["labels"][1].tolist() == [20, 21, 22, *[IGNORED] * 4]
     assert found["attention_mask"].sum() == 10
@@ -202,7 +203,7 @@ def test_the_speed_targets() -> None:
     assert "The peer, and smolora in torch, compute in fp32" in text
 
 
-def test_every_work_is_held_to_the_compiled_peer() -> None:
+def test_every_work_has_a_target_against_the_compiled_peer() -> None:
     assert {work.key: work.speeds for work in WORKS} == {
         "8x128": {COMPILED: 2.2},
         "4x512": {COMPILED: 2.4},
@@ -213,7 +214,7 @@ def test_every_work_is_held_to_the_compiled_peer() -> None:
     assert [work.key for work in WORKS if TORCH not in work.sides] == [], "full is torch's; LoRA shows both"
 
 
-def test_a_rate_is_found_inside_its_grid() -> None:
+def test_best_rate_is_inside_its_grid() -> None:
     asked: list[float] = []
 
     def loss_at(rate: float, best: float) -> float:
@@ -229,7 +230,7 @@ def test_a_rate_is_found_inside_its_grid() -> None:
     assert len(asked) == 3 + 6 + 5, "no rate twice"
 
 
-def test_a_rate_that_diverges_is_the_worst() -> None:
+def test_diverging_rate_is_the_worst() -> None:
     found, losses = best_rate(1.0, lambda rate: math.nan if rate > 0.3 else 1 / rate)
     assert (found, losses[0.5], losses[0.125]) == (0.25, math.inf, 8.0)
     with pytest.raises(RuntimeError, match="no best learning rate from 1 to 64"):
@@ -284,7 +285,7 @@ def test_accuracies_have_their_standard_errors() -> None:
     assert "One standard error is 1.6 to 2.5 points" in text
 
 
-def test_the_targets_beside_serving() -> None:
+def test_targets_of_training_while_serving() -> None:
     rounds = tuple(
         train_and_serve_report.Round(figures(300.0), figures(200.0), alone, beside)
         for alone, beside in ((500.0, 110.0), (500.0, 100.0), (500.0, 120.0))
@@ -298,7 +299,7 @@ def test_the_targets_beside_serving() -> None:
 
 
 @pytest.mark.slow
-def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     places = ["--model", str(tiny_base_dir), "--home", str(tmp_path / "home"), "--out", str(out)]
     (row,) = train.main(["--quick", "--only", "short", "--threads", "1", *places]).rows
@@ -313,8 +314,8 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert [path.name for path in out.iterdir()] == ["train.json"]
 
 
-def test_methods_are_compared_at_rates_that_others_chose() -> None:
-    """The rate comes from one seed's loss on the tuning rows alone; what is tested is other seeds."""
+def test_rates_are_chosen_on_tuning_rows() -> None:
+    """The rate is chosen by one seed's loss on the tuning rows; other seeds are tested."""
     asked: list[Trial] = []
     best = {0: 1e-4, 8: 5e-4, 16: 2.5e-4, 32: 2e-3}
 
@@ -340,7 +341,7 @@ def test_methods_are_compared_at_rates_that_others_chose() -> None:
 
 
 @pytest.mark.thorough
-def test_a_run_is_kept_for_what_it_was_run_with(tmp_path: Path, source: Path, tiny_base_dir: Path) -> None:
+def test_runs_are_stored_by_their_inputs(tmp_path: Path, source: Path, tiny_base_dir: Path) -> None:
     base = resolve_base(str(tiny_base_dir), tmp_path / "home")
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -348,12 +349,12 @@ def test_a_run_is_kept_for_what_it_was_run_with(tmp_path: Path, source: Path, ti
     trial = Trial(4, 1e-3, 1, 16, 8, 0)
     found, before = outcome_of(trial, place)
     assert not before
-    assert (found.num_trainable, found.computed_by) == (11_136, "torch")  # 3 layers · 4 · the sums of in and out
+    assert (found.num_trainable, found.computed_by) == (11_136, "torch")  # 3 layers · rank 4 · (inputs + outputs)
     assert 0 < found.tuning_loss < 10
     assert math.isnan(found.test_accuracy), "nothing was to be tested"
     again, before = outcome_of(trial, place)
     assert before
     assert (again.trial, again.tuning_loss, again.seconds) == (trial, found.tuning_loss, found.seconds)
     other = replace(place, digest="another", base=tmp_path / "nowhere")
-    with pytest.raises(StartupError):  # it would be run anew
+    with pytest.raises(StartupError):  # it would run again
         outcome_of(trial, other)

@@ -1,4 +1,4 @@
-"""One Ray for all of this room's tests, and what one process answers to the same requests."""
+"""One Ray for all tests of this folder, and the single process's answers to the same requests."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -19,13 +19,13 @@ NAMES = ("left", "right", "third")
 
 @pytest.fixture(scope="session")
 def long_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base whose answers may take many seconds."""
+    """Save a tiny base whose answers may take many seconds."""
     return save_tiny_base(tmp_path_factory.mktemp("long") / "tiny-llama", options=SIZES)
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the first API process, from which replicas read adapters."""
+    """Return HOME of the first API process, from which replicas read adapters."""
     return tmp_path_factory.mktemp("first")
 
 
@@ -48,7 +48,7 @@ def _with_adapters(server: ServerProcess, base: Path) -> ServerProcess:
 
 @pytest.fixture(scope="session")
 def api(cluster: Cluster, home: Path, long_base: Path) -> Iterator[ServerProcess]:
-    """The first API process."""
+    """Yield the first API process."""
     server = _with_adapters(cluster.api(home), long_base)
     yield server
     server.close()
@@ -56,7 +56,7 @@ def api(cluster: Cluster, home: Path, long_base: Path) -> Iterator[ServerProcess
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterator[ServerProcess]:
-    """The same as one process, with as many threads as Ray gives a replica: torch's last bits go by it."""
+    """Yield a single process with as many threads as a replica gets: torch's last bits depend on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         server = ServerProcess(tmp_path_factory.mktemp("single"), model=long_base, **FLAGS, **CACHES)
@@ -66,7 +66,7 @@ def single(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterato
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterator[Whole]:
-    """All of a cluster, with the adapters of `single`."""
+    """Yield a complete cluster with the adapters of `single`."""
     running = Whole(tmp_path_factory.mktemp("whole"), long_base, **FLAGS, **CACHES)
     try:
         for seed, name in enumerate(NAMES):

@@ -1,4 +1,4 @@
-"""A real Ray with engine replicas on a tiny base, and API processes beside it."""
+"""A real Ray with engine replicas on a tiny base, and API processes."""
 
 import signal
 import subprocess
@@ -17,25 +17,25 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, en
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 SIZES = {"max_position_embeddings": 4096}
-"""Of the tiny base: answers may take many seconds."""
+"""Sizes of the tiny base: its answers may take many seconds."""
 FLAGS: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "max_num_seqs": 16, "max_queue": 16}
 CACHES: dict[str, Any] = {"adapter_cache_bytes": "4MiB", "kv_cache_bytes": "64MiB"}
 TITLE = "ray::ServeReplica:smolora:engine"
-"""What a replica's command line begins with; while it answers Serve, the method's name follows."""
+"""Prefix of a replica's command line; during a call by Serve, the method's name follows."""
 
 
 class Cluster:
-    """Ray on this machine, with room for eight replicas whatever cores there are."""
+    """Ray on this machine, with room for eight replicas regardless of cores."""
 
     def __init__(self, directory: Path, home: Path, model: Path) -> None:
-        """Replicas read adapters from `home`; logs are in `directory`."""
+        """Start Ray. Replicas read adapters from `home`; logs are in `directory`."""
         set_up_ray()
         self._ray, self.address = node.start_head(free_port(), directory / "ray.log", 8)
         self._home = home
         self._model = model
 
     def scale(self, num_replicas: int, **others: object) -> None:
-        """Have so many replicas; returns once they are healthy."""
+        """Change the number of replicas; return once they are healthy."""
         flags = {"model": self._model, "home": self._home, **FLAGS, **CACHES, **others}
         words = ("cluster", "deploy")
         called = command(words, address=self.address, replicas=num_replicas, **flags)
@@ -45,12 +45,12 @@ class Cluster:
         assert done.returncode == 0, done.stderr[-2000:]
 
     def api(self, home: Path, **flags: object) -> ServerProcess:
-        """Another API process; it is ready."""
+        """Start another API process; return it once it is ready."""
         given = {"model": self._model, **FLAGS, **flags}
         return ServerProcess(home, words=("cluster", "api"), address=self.address, **given)
 
     def replicas(self) -> list[psutil.Process]:
-        """The processes of the replicas that live."""
+        """Return the processes of the running replicas."""
         found = []
         for process in psutil.Process(self._ray.pid).children(recursive=True):
             try:
@@ -61,22 +61,22 @@ class Cluster:
         return found
 
     def close(self) -> None:
-        """End all of it."""
-        for process in self.replicas():  # one that a test has stopped
+        """Stop everything."""
+        for process in self.replicas():  # a test may have stopped one
             process.send_signal(signal.SIGCONT)
         self._ray.terminate()
         self._ray.wait(node.STOP_SECONDS)
 
 
 def publish(server: ServerProcess, name: str, seed: int, shape: BaseShape) -> str:
-    """Publish a random adapter, the same for each seed; its digest."""
+    """Publish a random adapter, determined by the seed; return its digest."""
     response = server.client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed, shape=shape)))
     assert response.status_code == 201, response.text
     return str(response.json()["digest"])
 
 
 def wait_until(condition: Callable[[], bool], what: str = "", patience: float = PATIENCE / 2) -> None:
-    """AssertionError where it doesn't come true in time."""
+    """Wait until the condition holds. Raise AssertionError on timeout."""
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, what
@@ -84,5 +84,5 @@ def wait_until(condition: Callable[[], bool], what: str = "", patience: float = 
 
 
 def error_of(response: httpx.Response) -> tuple[int, object]:
-    """What a refusal says."""
+    """Return the message of a refusal."""
     return response.status_code, response.json()["detail"]

@@ -1,4 +1,4 @@
-"""Clients that go on asking the same, and note every answer that isn't right."""
+"""Clients that repeat a request and record every wrong answer."""
 
 import itertools
 import threading
@@ -18,23 +18,23 @@ MAX_TOKENS = 80
 
 @dataclass
 class Load:
-    """What came so far."""
+    """The answers so far."""
 
     faults: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # of right answers
 
     def wait_for(self, num: int) -> None:
-        """So many more right answers."""
+        """Wait for more right answers."""
         before = len(self.times)
         wait_until(lambda: len(self.times) >= before + num, f"nothing is answered: {self.faults[:3]}")
 
 
 @contextmanager
 def load_on(urls: Sequence[str], single: ServerProcess, num: int = NUM) -> Iterator[Load]:
-    """So many streams of requests while it is open, each of them to the URLs in turn, as from a balancer.
+    """Run streams of requests during the block, each to the URLs in turn, as from a load balancer.
 
-    A URL where nobody listens, or that says 503, is passed over, as every balancer does; when all do, that is a
-    fault. `single` tells what is right.
+    A URL that refuses connections or returns 503 is skipped, as by any load balancer; if all do, that is a fault.
+    `single` has the right answers.
     """
     prompts = [f"{number} while machines come and go" for number in range(num)]
     expected = single.texts(prompts, max_tokens=MAX_TOKENS)
@@ -71,7 +71,7 @@ def _answer(client: httpx.Client, urls: Sequence[str], turn: int, prompt: str) -
         except httpx.ConnectError as error:
             found = f"{type(error).__name__} {error}"
             continue
-        except httpx.TransportError as error:  # it was asked, and left us without an answer
+        except httpx.TransportError as error:  # it accepted the request and never answered
             return f"{type(error).__name__} {error}"
         if response.status_code == 200:
             return str(response.json()["choices"][0]["text"])

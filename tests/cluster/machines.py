@@ -1,4 +1,4 @@
-"""`smolora cluster up` several times on this machine, each with a HOME of its own, as on several."""
+"""Several `smolora cluster up` on this machine, each with a HOME of its own, as on several machines."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.end_to_end.training_client import WORKER
 
 
 def is_ready(url: str) -> bool:
-    """Whether the API there can serve."""
+    """Return whether the API at this URL is ready."""
     try:
         return httpx.get(f"{url}/ready", timeout=10, trust_env=False).status_code == 200
     except httpx.TransportError:
@@ -24,7 +24,8 @@ def is_ready(url: str) -> bool:
 
 
 class UpProcess:
-    """One of them, with `num_apis` API processes; they are ready, unless it joined a cluster that isn't."""
+    """One `smolora cluster up` with `num_apis` API processes. They are ready, unless it joined a cluster that
+    isn't."""
 
     def __init__(
         self, home: Path, port: int, database_url: str, bytes_url: str, model: Path, **flags: object
@@ -46,7 +47,7 @@ class UpProcess:
             )
 
     def wait(self, num_apis: int) -> Self:
-        """Until its API processes are ready."""
+        """Wait until its API processes are ready."""
 
         def ready() -> bool:
             assert self.process.poll() is None, self.log()
@@ -58,16 +59,16 @@ class UpProcess:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Of its API processes."""
+        """The URLs of its API processes."""
         return read_state(self.home).urls
 
     @property
     def address(self) -> str:
-        """Of the cluster."""
+        """The address of its Ray cluster."""
         return read_state(self.home).address
 
     def replicas(self) -> list[int]:
-        """The processes of the replicas that run on its part of Ray."""
+        """Return the processes of the replicas on its Ray node."""
         found = []
         for process in psutil.Process(read_state(self.home).ray_pid).children(recursive=True):
             try:
@@ -78,7 +79,7 @@ class UpProcess:
         return found
 
     def children(self) -> set[int]:
-        """Its API processes and workers."""
+        """Return its API processes and workers."""
         found = set()
         for process in psutil.Process(self.process.pid).children():
             if {"server.cli", WORKER} & set(process.cmdline()):
@@ -86,7 +87,7 @@ class UpProcess:
         return found
 
     def call(self, word: str, **flags: object) -> str:
-        """`smolora cluster WORD` with its HOME; what it said."""
+        """Run `smolora cluster WORD` with its HOME; return the output."""
         words = [part for part in command(("cluster", word), home=self.home, **flags) if part != "--workers=0"]
         if word == "deploy":
             given = {**self._flags, **flags}
@@ -101,7 +102,7 @@ class UpProcess:
         return self._log.read_text(errors="replace")
 
     def close(self) -> None:
-        """End it, however it is."""
+        """Stop it in any state."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:

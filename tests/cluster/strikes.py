@@ -1,4 +1,4 @@
-"""A whole cluster that is struck, and how: of `tests.stress.cluster_rounds`."""
+"""Strikes on a whole cluster, for `tests.stress.cluster_rounds`."""
 
 import math
 import signal
@@ -19,7 +19,7 @@ PAST_THE_LEASE = 12.0
 
 @dataclass
 class Outage:
-    """Of an API process, from its kill to its being ready again, in seconds of the monotonic clock."""
+    """Downtime of an API process from kill to readiness, in seconds of the monotonic clock."""
 
     url: str
     begin: float
@@ -28,17 +28,17 @@ class Outage:
 
 @dataclass
 class Rounds:
-    """A cluster that is struck. `expected` is what one process answers to each body, by its JSON."""
+    """A cluster under strikes. `expected` is the single process's answer to each body, by the body's JSON."""
 
     whole: Whole
     load: Load
     expected: dict[str, str]
     down: list[Outage] = field(default_factory=list)
-    reading: dict[int, bool] = field(default_factory=dict)  # streams that run, by thread: whether a token has come
+    reading: dict[int, bool] = field(default_factory=dict)  # by thread: whether a token has arrived
 
 
 def strike(rounds: Rounds) -> str:
-    """One of all faults; whatever was struck is there again some time later."""
+    """Strike at random; everything is running again some time later."""
     rng = rounds.load.rng
     names = list(STRIKES)
     name = rng.choices(names, [STRIKES[name][0] for name in names])[0]
@@ -84,7 +84,7 @@ def kill_api(rounds: Rounds) -> None:
 
 
 def kill_stopped_replica(rounds: Rounds) -> None:
-    """What goes there meanwhile gets no token."""
+    """Stop a replica, so that its requests get no tokens, then kill it."""
     if len(rounds.whole.parts("replica")) == 2:
         for process in rounds.whole.parts("replica")[: rounds.load.rng.randint(1, 2)][-1:]:
             process.send_signal(signal.SIGSTOP)
@@ -110,7 +110,7 @@ def restart_postgres(rounds: Rounds) -> None:
     rounds.whole.postgres.kill()
     time.sleep(rounds.load.rng.uniform(0, 1))
     rounds.whole.postgres.start()
-    time.sleep(3 * COUNTED_AFTER)  # what was counted meanwhile is stored
+    time.sleep(3 * COUNTED_AFTER)  # usage counted until now is stored
 
 
 def fail_store(failure: Failure) -> Callable[[Rounds], None]:

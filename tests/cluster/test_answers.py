@@ -1,4 +1,4 @@
-"""An API process beside Ray Serve answers as one process does, bit for bit."""
+"""An API process with Ray Serve gives the same answers as a single process, bit for bit."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 def answer(server: ServerProcess, body: dict[str, Any]) -> tuple[Any, Any]:
-    """What must be equal: choices and counts."""
+    """Return what must be equal: choices and counts."""
     response = server.client.post("/generate", json=body)
     assert response.status_code == 200, response.text
     found = response.json()
@@ -42,7 +42,7 @@ def test_answers_are_those_of_one_process(api: ServerProcess, single: ServerProc
     assert answer(api, body) == answer(single, body)
 
 
-def test_scores_are_those_of_one_process(api: ServerProcess, single: ServerProcess) -> None:
+def test_scores_equal_the_single_processs(api: ServerProcess, single: ServerProcess) -> None:
     body = {"candidates": ["base", "left"], "prompt": "502 Bad", "completion": " Gateway"}
     first, second = (server.client.post("/compare", json=body) for server in (api, single))
     assert first.status_code == second.status_code
@@ -56,27 +56,27 @@ def test_a_stream_is_the_answer_in_pieces(api: ServerProcess, single: ServerProc
     with api.stream(**body) as pieces:
         found = list(pieces)
     assert "".join(piece.get("text", "") for piece in found) == choice["text"]
-    assert len(found) > 20  # as they come, not at once
+    assert len(found) > 20  # one by one, not all at once
 
 
-def test_many_at_once(api: ServerProcess, single: ServerProcess) -> None:
+def test_many_concurrent_requests(api: ServerProcess, single: ServerProcess) -> None:
     prompts = [f"{number} is a code that says" for number in range(24)]
     assert api.texts(prompts, max_tokens=60, adapter="left") == single.texts(
         prompts, max_tokens=60, adapter="left"
     )
 
 
-def test_a_stream_that_is_closed_frees_its_place(api: ServerProcess) -> None:
+def test_closed_stream_frees_its_place(api: ServerProcess) -> None:
     body = {"prompt": "A long one", "max_tokens": 3500, "temperature": 0, "stream": True, "n": 4}
     with api.client.stream("POST", "/generate", json=body) as response:
         next(events(response.iter_lines()))
         api.wait_for(requests_running=4)
     started = time.monotonic()
     api.wait_for(requests_running=0, requests_waiting=0, kv_blocks_used=0)
-    assert time.monotonic() - started < 3  # not when it would have ended
+    assert time.monotonic() - started < 3  # much earlier than it would have ended
 
 
-def test_refusals_cross_the_wire(api: ServerProcess, single: ServerProcess) -> None:
+def test_refusals_reach_the_client(api: ServerProcess, single: ServerProcess) -> None:
     for body in (
         {"prompt": "x", "max_tokens": 4096},
         {"prompt": "x", "logit_bias": {"100000": 1}},
@@ -89,9 +89,9 @@ def test_refusals_cross_the_wire(api: ServerProcess, single: ServerProcess) -> N
         assert mine.status_code in (404, 422)
 
 
-def test_a_full_queue_is_told_with_the_time_to_wait(api: ServerProcess) -> None:
+def test_full_queue_returns_retry_after(api: ServerProcess) -> None:
     body = {"prompt": "Full", "max_tokens": 600, "temperature": 0, "ignore_eos": True}
-    together = threading.Barrier(90)  # a quick machine would answer some before it sent the others
+    together = threading.Barrier(90)  # otherwise a fast machine would answer some before all are sent
 
     def ask(number: int) -> tuple[int, str | None]:
         together.wait()
@@ -107,7 +107,7 @@ def test_a_full_queue_is_told_with_the_time_to_wait(api: ServerProcess) -> None:
     api.wait_until_idle()
 
 
-def test_the_same_prompt_goes_where_its_blocks_are(api: ServerProcess) -> None:
+def test_repeated_prompt_goes_to_the_replica_with_its_blocks(api: ServerProcess) -> None:
     prompt = "A prompt of several blocks, which one of the replicas has in its cache after the first time. " * 3
     first = api.generate(prompt, max_tokens=2, adapter="left")
     assert first["usage"]["cached_tokens"] == 0
@@ -116,7 +116,7 @@ def test_the_same_prompt_goes_where_its_blocks_are(api: ServerProcess) -> None:
         assert again["usage"]["cached_tokens"] > 32
 
 
-def test_ready_and_metrics_are_of_all_replicas(api: ServerProcess, cluster: Cluster) -> None:
+def test_readiness_and_metrics_cover_all_replicas(api: ServerProcess, cluster: Cluster) -> None:
     assert api.client.get("/ready").json()["model"] == "tiny-llama"
     assert len(cluster.replicas()) == 2
     api.generate("Count", max_tokens=2)

@@ -1,4 +1,4 @@
-"""The measurement of what the way costs, reduced, on a tiny base."""
+"""The benchmark of a cluster's overhead, reduced, on a tiny base."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def results(*, quick: bool = False, one: tuple[float, ...] = (90.0, 70.0, 85.0))
     return Results(made(quick=quick), MACHINE, "work", 1.0, rows)
 
 
-def test_the_target_is_of_each_rounds_ratio() -> None:
+def test_target_uses_each_rounds_ratio() -> None:
     (found,) = targets(results())
     assert found.reached is True
     assert found.measured.startswith("0.85 ")
@@ -31,7 +31,7 @@ def test_the_target_is_of_each_rounds_ratio() -> None:
 @pytest.mark.slow
 @pytest.mark.cluster
 @needs_ray
-def test_a_reduced_run(long_base: Path, tmp_path: Path) -> None:
+def test_reduced_run(long_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--quick", "--dtype=fp32", "--threads=1", "--streams=4", "--replicas=1"]
     found = main([*flags, f"--model={long_base}", f"--home={tmp_path / 'home'}", f"--out={out}"])

@@ -1,4 +1,4 @@
-"""Replicas and API processes that are killed: no answer is wrong, and nothing stays behind."""
+"""Killed replicas and API processes cause no wrong answers and leave nothing behind."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ NUM = 12
 
 @pytest.fixture
 def two(cluster: Cluster, api: ServerProcess, single: ServerProcess) -> Iterator[ServerProcess]:
-    """The API process, once both replicas are known to it; afterwards there are two again."""
+    """Yield the API process once it knows both replicas; restore two replicas afterwards."""
     spread(api, single)
     yield api
     for process in cluster.replicas():
@@ -31,13 +31,13 @@ def two(cluster: Cluster, api: ServerProcess, single: ServerProcess) -> Iterator
 
 
 def spread(api: ServerProcess, single: ServerProcess, num: int = 2) -> None:
-    """Wait until the API process is told of so many replicas, and of no other."""
+    """Wait until the API process knows exactly `num` replicas."""
     blocks = single.metrics()["smolora_kv_blocks"]
-    wait_until(lambda: api.metrics()["smolora_kv_blocks"] == num * blocks, "it isn't told")
+    wait_until(lambda: api.metrics()["smolora_kv_blocks"] == num * blocks, "the number of replicas is another")
 
 
 def streamed(server: ServerProcess, body: dict[str, Any], begun: threading.Semaphore) -> tuple[str, Any]:
-    """The text of a stream, and the problem that ended it, if one did."""
+    """Return the text of a stream, and the problem that ended it, if any."""
     text = ""
     with server.client.stream("POST", "/generate", json={**body, "stream": True}) as response:
         assert response.status_code == 200, response.read()
@@ -52,13 +52,13 @@ def streamed(server: ServerProcess, body: dict[str, Any], begun: threading.Semap
     return text, None
 
 
-def test_a_replica_dies_before_it_told_anything(
+def test_replica_dies_before_its_first_message(
     two: ServerProcess, single: ServerProcess, cluster: Cluster
 ) -> None:
     prompts = [f"{number} before the first token" for number in range(NUM)]
     expected = single.texts(prompts, max_tokens=30, adapter="left*0.5", seed=5, temperature=0.8)
     victim = cluster.replicas()[0]
-    victim.send_signal(signal.SIGSTOP)  # what goes there gets no answer
+    victim.send_signal(signal.SIGSTOP)  # requests sent to it get no answer
     with ThreadPoolExecutor(NUM) as pool:
         asked = pool.map(
             lambda p: two.text(p, max_tokens=30, adapter="left*0.5", seed=5, temperature=0.8), prompts
@@ -69,9 +69,7 @@ def test_a_replica_dies_before_it_told_anything(
     wait_until(lambda: victim.pid not in [process.pid for process in cluster.replicas()])
 
 
-def test_a_replica_dies_in_the_middle_of_answers(
-    two: ServerProcess, single: ServerProcess, cluster: Cluster
-) -> None:
+def test_replica_dies_during_answers(two: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
     bodies: list[dict[str, Any]] = [
         {"prompt": f"{number} in the middle", "max_tokens": 700, "temperature": 0} for number in range(NUM)
     ]
@@ -90,9 +88,7 @@ def test_a_replica_dies_in_the_middle_of_answers(
         assert expected.startswith(text) if problem is not None else text == expected
 
 
-def test_an_api_process_dies_in_the_middle_of_answers(
-    two: ServerProcess, cluster: Cluster, tmp_path: Path
-) -> None:
+def test_api_process_dies_during_answers(two: ServerProcess, cluster: Cluster, tmp_path: Path) -> None:
     other = cluster.api(tmp_path / "other")
     begun = threading.Semaphore(0)
     body = {"prompt": "Nobody reads this to its end", "max_tokens": 3500, "temperature": 0, "n": 4}
@@ -115,15 +111,15 @@ def test_an_api_process_dies_in_the_middle_of_answers(
     other.close()
 
 
-def test_a_replica_that_hangs_is_replaced(two: ServerProcess, cluster: Cluster) -> None:
+def test_hanging_replica_is_replaced(two: ServerProcess, cluster: Cluster) -> None:
     victim = cluster.replicas()[0]
     victim.send_signal(signal.SIGSTOP)
     wait_until(lambda: victim.pid not in [process.pid for process in cluster.replicas()], "it stays", 90)
     assert two.text("It goes on", max_tokens=4) is not None
 
 
-def test_the_only_replica_dies(two: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
-    """What was accepted waits for the new one."""
+def test_only_replica_dies(two: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
+    """Accepted requests wait for its replacement."""
     cluster.scale(1)
     wait_until(lambda: len(cluster.replicas()) == 1)
     spread(two, single, 1)

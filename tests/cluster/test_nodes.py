@@ -1,4 +1,4 @@
-"""Two machines, as two parts of Ray with a HOME each: upgraded and restarted in turn, no request fails."""
+"""Two machines, as two Ray nodes with a HOME each, are upgraded and restarted in turn: no request fails."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,7 +27,8 @@ Machines = tuple[UpProcess, UpProcess]
 def machines(
     postgres: Postgres, bytes_url: str, long_base: Path, single: ServerProcess, tmp_path: Path
 ) -> Iterator[Machines]:
-    """Each with a core, and so with room for one replica; two API processes and a worker, and one."""
+    """Start one machine with two API processes and a worker, and one with an API process. Each has one core: room
+    for one replica."""
     shared = (postgres.migrated(), bytes_url, long_base)
     ray_port = free_port()
     with ExitStack() as stack:
@@ -66,7 +67,7 @@ def test_two_machines(machines: Machines, single: ServerProcess, long_base: Path
     assert text_of(urls[2], "On another machine", max_tokens=20, adapter="left") == expected
 
     with load_on(urls, single) as load:
-        # Both are full: an old one ends before its new one starts.
+        # Both are full: an old replica ends before its replacement starts.
         first.call("deploy", address=first.address, replicas=2, max_queue=17, workers=1)
         found = [first.replicas(), second.replicas()]
         assert [len(pids) for pids in found] == [1, 1]

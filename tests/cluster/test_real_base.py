@@ -1,4 +1,4 @@
-"""A whole cluster on the real base, which answers as one process does."""
+"""A whole cluster on the real base answers like a single process."""
 
 from itertools import cycle
 from pathlib import Path
@@ -19,7 +19,8 @@ TRAINING = {"max_steps": 3, "batch_size": 2, "max_length": 32}
 
 
 def test_the_real_base(tmp_path: Path, base_dir: Path) -> None:
-    """Published, trained and used through each API process in turn; bit by bit the answers of one process."""
+    """Adapters are published, trained and used through each API process in turn; answers equal the single
+    process's bit for bit."""
     single = ServerProcess(tmp_path / "single", model=base_dir, **{**FLAGS, "workers": 1})
     whole = None
     try:

@@ -1,4 +1,5 @@
-"""Replicas come and go under load, by command and by themselves: no request fails, and no answer is wrong."""
+"""Replicas are added and removed under load, manually and automatically: no request fails, and no answer is
+wrong."""
 
 import subprocess
 import sys
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.cluster, needs_ray]
 
 @pytest.fixture(autouse=True)
 def two_again(cluster: Cluster) -> Iterator[None]:
-    """Afterwards there are two replicas with the flags that they had."""
+    """Restore two replicas with their old flags afterwards."""
     yield
     cluster.scale(2)
     wait_until(partial(has_replicas, cluster, 2), "it isn't as before")
@@ -36,7 +37,7 @@ def pids(cluster: Cluster) -> set[int]:
     return {process.pid for process in cluster.replicas()}
 
 
-def test_scaling_keeps_those_that_run(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
+def test_scaling_keeps_running_replicas(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
     before = pids(cluster)
     with load_on([api.url], single) as load:
         for num_replicas in (1, 4, 1):
@@ -48,8 +49,9 @@ def test_scaling_keeps_those_that_run(api: ServerProcess, single: ServerProcess,
     assert load.faults == []
 
 
-def test_a_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
-    """One after the other: there is never one fewer than before, and at most one more beside those that end."""
+def test_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
+    """Replicas are replaced one by one: never fewer than before, and at most one more besides those that are
+    ending."""
     before = pids(cluster)
     seen: list[set[int]] = []
     done = threading.Event()
@@ -81,12 +83,12 @@ TELL = (
     "while 'stopping' not in replica_counts(): time.sleep(0.1)\n"
     "pathlib.Path(sys.argv[2]).touch()"
 )
-"""Touches a file as soon as Serve says that a replica is stopping."""
+"""Touches a file as soon as Serve reports that a replica is stopping."""
 
 
-def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster, tmp_path: Path) -> None:
-    """What nobody reads any more is freed there, while it goes on with what somebody reads."""
-    streams: list[tuple[ExitStack, ExitStack]] = []  # of a pair the first is read for longer
+def test_draining_replica_handles_aborts(api: ServerProcess, cluster: Cluster, tmp_path: Path) -> None:
+    """Requests without a reader are freed there, while others continue."""
+    streams: list[tuple[ExitStack, ExitStack]] = []  # the first of a pair is read for longer
 
     def opened(num_choices: int) -> ExitStack:
         body = {"prompt": f"{len(streams)} of {num_choices}", "max_tokens": 3500, "n": num_choices, "stream": True}
@@ -94,11 +96,11 @@ def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster
         stack.enter_context(api.client.stream("POST", "/generate", json=body)).raise_for_status()
         return stack
 
-    stopping = tmp_path / "told"
+    stopping = tmp_path / "stopping"
     with ThreadPoolExecutor(1) as pool:
         watching = subprocess.Popen([sys.executable, "-c", TELL, cluster.address, stopping], env=environment())
         scaling = pool.submit(cluster.scale, 1)
-        while not stopping.exists():  # both always have some that have just begun
+        while not stopping.exists():  # both always have some requests that have just started
             streams.append((opened(1), opened(3)))
             for stack in streams.pop(0) if len(streams) > 4 else ():
                 stack.close()
@@ -116,8 +118,8 @@ def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster
     api.wait_until_idle()
 
 
-def test_as_many_as_there_is_to_do(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
-    """More sequences than one batch holds bring a second replica; it goes when they have ended."""
+def test_replicas_follow_the_load(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
+    """More sequences than one batch holds add a second replica, which is removed when they have ended."""
     cluster.scale(1, max_replicas=2, upscale_seconds=1, downscale_seconds=2)
     wait_until(partial(has_replicas, cluster, 1), "it doesn't begin with one")
     done = threading.Event()

@@ -56,7 +56,7 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
             up.wait(PATIENCE)
 
 
-def test_what_several_processes_need(tmp_path: Path) -> None:
+def test_cluster_needs_shared_stores(tmp_path: Path) -> None:
     done = ended("up", home=tmp_path, api=2)
     assert done.returncode == 1
     assert "SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL" in done.stderr

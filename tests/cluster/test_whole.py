@@ -1,4 +1,5 @@
-"""PostgreSQL, an object store, replicas, API processes and workers together: any API process answers for all."""
+"""PostgreSQL, an object store, replicas, API processes and workers together: every API process sees the same
+state."""
 
 import json
 import time
@@ -27,11 +28,11 @@ pytestmark = [*CLUSTER, needs_ray]
 
 _numbers = count(1)
 SILENT_SECONDS = 3.0
-"""After which a process that hears nothing asks by itself: `server.database.postgres` has it."""
+"""Seconds without news after which a process polls: see `server.database.postgres`."""
 
 
 class InTurn(httpx.BaseTransport):
-    """Each request goes to the next of the API processes."""
+    """A client whose requests go to the API processes in turn."""
 
     def __init__(self, urls: list[str]) -> None:
         self._next = cycle([httpx.URL(url) for url in urls])
@@ -48,7 +49,7 @@ class InTurn(httpx.BaseTransport):
 
 @pytest.fixture
 def client(whole: Whole) -> Iterator[httpx.Client]:
-    """Of both API processes, in turn."""
+    """Yield a client of both API processes, in turn."""
     headers = {"Authorization": f"Bearer {whole.operator}"}
     with httpx.Client(
         base_url=whole.urls[0], headers=headers, timeout=PATIENCE, transport=InTurn(whole.urls)
@@ -58,7 +59,7 @@ def client(whole: Whole) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def official(whole: Whole) -> Iterator[Callable[[], OpenAI]]:
-    """The `openai` package, connected to the next of the API processes at each call."""
+    """Yield a function that connects the `openai` package to the next API process at each call."""
     clients = [
         OpenAI(base_url=f"{url}/v1", api_key=whole.operator, max_retries=0, timeout=PATIENCE) for url in whole.urls
     ]
@@ -68,7 +69,7 @@ def official(whole: Whole) -> Iterator[Callable[[], OpenAI]]:
 
 
 def answer(client: httpx.Client, body: dict[str, Any]) -> tuple[Any, Any]:
-    """What must be equal: choices and counts."""
+    """Return what must be equal: choices and counts."""
     response = client.post("/generate", json=body)
     assert response.status_code == 200, response.text
     found = response.json()
@@ -77,13 +78,15 @@ def answer(client: httpx.Client, body: dict[str, Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_answers_are_those_of_one_process(client: httpx.Client, single: ServerProcess, kind: str) -> None:
-    """With nothing of the prompts in a prefix cache: each begins otherwise."""
+    """No prompt is in a prefix cache: each begins differently."""
     for _ in range(2):  # one of each API process
         body = {"prompt": f"{next(_numbers)} whole {kind}: 404 Not Found", "max_tokens": 24, **BODIES[kind]}
         assert answer(client, body) == answer(single.client, body)
 
 
-def test_published_through_one_used_through_the_other(whole: Whole, single: ServerProcess) -> None:
+def test_adapter_published_through_one_process_is_used_through_another(
+    whole: Whole, single: ServerProcess
+) -> None:
     with whole.client(0) as first, whole.client(1) as second:
         for turn in range(6):
             publishing, using = (0, second) if turn % 2 == 0 else (1, first)
@@ -97,13 +100,13 @@ def test_published_through_one_used_through_the_other(whole: Whole, single: Serv
             assert response.json()["choices"] == expected["choices"]
 
 
-def test_deleted_while_the_other_has_it_queued(
+def test_adapter_deleted_while_another_process_has_it_queued(
     whole: Whole, single: ServerProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     digest = publish(single, "doomed", 200, whole.shape)
     body = {"prompt": "It is still wanted", "max_tokens": 300, "temperature": 0, "adapter": "doomed*0.5"}
     expected = answer(single.client, body)
-    assert whole.publish(0, "doomed", 200).status_code == 201  # no replica has seen it
+    assert whole.publish(0, "doomed", 200).status_code == 201  # no replica has loaded it
     full = {"prompt": "Full", "max_tokens": 900, "temperature": 1, "n": 16, "ignore_eos": True}
     with whole.client(0) as first, whole.client(1) as second, ThreadPoolExecutor(3) as pool:
         hogs = [pool.submit(second.post, "/generate", json=full) for _ in range(2)]
@@ -133,14 +136,15 @@ def test_deleted_while_the_other_has_it_queued(
 
 
 def queue(client: httpx.Client) -> dict[str, float]:
-    """Sequences that run and wait, on all replicas."""
+    """Return the running and waiting sequences of all replicas."""
     lines = client.get("/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("smolora_requests_"))
     return {name: float(values[f"smolora_requests_{name}"]) for name in ("running", "waiting")}
 
 
 def test_keys_count_everywhere(whole: Whole) -> None:
-    """A new one in the next request. Others hear of a revocation in milliseconds, not always before that."""
+    """A new key works in the next request. Other processes see a revocation within milliseconds, not always before
+    the next request."""
     for turn in range(10):
         with whole.client(turn % 2) as making, whole.client(1 - turn % 2) as other:
             made = making.post("/keys", json={"name": f"key-{turn}"}).json()
@@ -167,7 +171,7 @@ def test_rates_are_counted_together(whole: Whole, client: httpx.Client) -> None:
     assert (codes.count(200), codes.count(429)) == (10, 6)
 
 
-def test_the_official_client(official: Callable[[], OpenAI], single: ServerProcess) -> None:
+def test_official_client(official: Callable[[], OpenAI], single: ServerProcess) -> None:
     base = single.client.get("/ready").json()["model"]
     prompt = "The official client"
     for _ in range(2):
@@ -189,7 +193,7 @@ def test_fine_tuning_with_the_official_client(official: Callable[[], OpenAI], si
     ]
     content = "".join(json.dumps({"messages": turns_of}) + "\n" for turns_of in rows).encode()
     file = official().files.create(file=("codes.jsonl", content), purpose="fine-tune")
-    assert official().files.content(file.id).read() == content  # of the other API process
+    assert official().files.content(file.id).read() == content  # from the other API process
     job = official().fine_tuning.jobs.create(
         model=single.client.get("/ready").json()["model"],
         training_file=file.id,

@@ -1,6 +1,5 @@
-"""All of a cluster on this machine, as `smolora cluster up` starts it: PostgreSQL, an object store behind a proxy
-that may fail, Ray with engine replicas, API processes, a worker, and a second worker with a HOME of its own.
-"""
+"""A whole cluster on this machine, as started by `smolora cluster up`: PostgreSQL, an object store behind a proxy
+that may fail, Ray with engine replicas, API processes, a worker, and a second worker with its own HOME."""
 
 import subprocess
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ _CONTROLLER = "ray::ServeController"
 
 
 class Whole:
-    """It is ready. `urls` are those of the API processes, and `operator` is the secret of a key that may all."""
+    """A ready cluster. `urls` are the API processes', and `operator` is the secret of a key with all scopes."""
 
     def __init__(
         self, directory: Path, model: Path, num_apis: int = 2, num_replicas: int = 2, **flags: object
@@ -92,26 +91,26 @@ class Whole:
 
     @property
     def shape(self) -> BaseShape:
-        """The base's."""
+        """The shape of the base."""
         return load_base(resolve_base(str(self._model), self.home)).config.shape
 
     def key(self, name: str, project: str = "default", scopes: Sequence[Scope] = DEFAULT_SCOPES) -> str:
-        """The secret of a new key."""
+        """Create a key; return its secret."""
         keys = Keys(self.database, Home(self.home).keyed)
         return keys.create(name, who=OPERATOR, project=project, scopes=scopes)[1]
 
     def client(self, number: int, key: str | None = None) -> httpx.Client:
-        """Of one of the API processes."""
+        """Return a client of one of the API processes."""
         headers = {"Authorization": f"Bearer {key or self.operator}"}
         return httpx.Client(base_url=self.urls[number], headers=headers, timeout=PATIENCE, trust_env=False)
 
     def publish(self, number: int, name: str, seed: int) -> httpx.Response:
-        """Publish a random adapter through one of the API processes, the same for each seed."""
+        """Publish a random adapter, determined by the seed, through one of the API processes."""
         with self.client(number) as client:
             return client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed, shape=self.shape)))
 
     def wait_for_job(self, number: int, job_id: str) -> None:
-        """Wait for its good end, as one of the API processes tells."""
+        """Wait until the job has succeeded, according to one of the API processes."""
         found: dict[str, str] = {}
 
         def has_ended() -> bool:
@@ -123,14 +122,14 @@ class Whole:
         assert found["status"] == "succeeded", found["error"]
 
     def start_worker(self) -> "subprocess.Popen[bytes]":
-        """Another machine's worker."""
+        """Start the second worker."""
         kept = {name: value for name, value in self._flags.items() if name in ("device", "dtype", "native")}
         worker = self._run("worker", home=self.elsewhere, model=self._model, **kept)
         self._ends.callback(self._end, worker)
         return worker
 
     def is_ready(self) -> bool:
-        """Whether all API processes are."""
+        """Return whether all API processes are ready."""
         assert self.up.poll() is None, self.log()
         return all(self.is_api_ready(number) for number in range(len(self.urls)))
 
@@ -140,7 +139,7 @@ class Whole:
         return False
 
     def parts(self, part: Part) -> list[psutil.Process]:
-        """The processes of that kind which live; a worker elsewhere and its jobs' processes included."""
+        """Return the running processes of that kind, including the second worker's and its jobs'."""
         roots = [self.up.pid]
         if self.second_worker.poll() is None:
             roots.append(self.second_worker.pid)
@@ -155,7 +154,7 @@ class Whole:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def close(self) -> None:
-        """End all of it."""
+        """Stop everything."""
         self.proxy.fail("")
         self._ends.close()
 
@@ -170,7 +169,7 @@ class Whole:
             )
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:
-        """It, and all that it started: how a cluster ends by itself, test_up.py has."""
+        """Kill it and all its child processes; test_up.py tests the regular end."""
         if process.poll() is not None:
             return
         for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):

@@ -49,7 +49,7 @@ def _filled(expression: str, window: str) -> str:
 
 
 def _parts(expression: str) -> Iterator[str]:
-    """Return the operands of `and` and `or` outside of parentheses."""
+    """Yield the operands of `and` and `or` outside of parentheses."""
     depth, start = 0, 0
     for word in re.finditer(r"[(){}]|\b(?:and|or)\b(?: on \([^)]*\))?", expression):
         if word[0] in "({":

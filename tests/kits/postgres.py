@@ -48,7 +48,7 @@ class Postgres:
         self._data = self._place / "data"
         self._data.mkdir()
         CACHE.mkdir(exist_ok=True)
-        with open(CACHE / "postgres.lock", "w") as lock:  # the first of all makes a user, as it never runs as root
+        with open(CACHE / "postgres.lock", "w") as lock:  # creates a user: PostgreSQL never runs as root
             fcntl.flock(lock, fcntl.LOCK_EX)
             made = PostgresServer(self._data)
             made.ensure_pgdata_inited()

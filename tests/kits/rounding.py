@@ -1,8 +1,8 @@
-"""How far roundings to bf16 may take a result from the exact one: bounds by element, to be held without exception.
+"""Elementwise bounds of the error of results that are rounded to bf16.
 
-A number that is rounded to bf16, which keeps 8 bits, is off by U = 2^-8 of itself at most. Products of two such
-numbers are exact in fp32; a sum of n of them in fp32 is off by n·2^-24 of the sum of their magnitudes, in any
-order. What roundings of roundings add is less than a tenth, which `SLACK` stands for.
+A number rounded to bf16, which keeps 8 bits, has a relative error of at most U = 2^-8. Products of two such
+numbers are exact in fp32. A sum of n of them in fp32 is off by at most n·2^-24 of the sum of their magnitudes, in
+any order. Rounding errors of rounding errors add less than a tenth, covered by `SLACK`.
 """
 
 import math

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.cluster
 FAILURES = [failure for failure in get_args(Failure) if failure not in ("", "full")]
-"""Of all requests; one that is full fails some alone."""
+"""How requests fail: all of them; a full bucket fails only writes."""
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -42,7 +42,7 @@ def content(bucket: "Bucket", key: str) -> bytes:
 def test_objects_can_be_read_listed_and_deleted(place: "Bucket", tmp_path: Path) -> None:
     from adapters.storage.blobs import Missing
 
-    (tmp_path / "big").write_bytes(big := bytes(range(256)) * (70 << 10))  # more than a piece
+    (tmp_path / "big").write_bytes(big := bytes(range(256)) * (70 << 10))  # more than one part
     place.put("a/one", b"1")
     place.put("a/one", b"uno")
     place.put("ab/two", b"")

@@ -1,4 +1,4 @@
-"""A store, of either kind, and the adapter that its tests put."""
+"""A store of each kind, and the adapter that its tests put."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ OpenStore = Callable[[], AdapterStore]
 
 @pytest.fixture(params=EITHER)
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
-    """Opens the one under `tmp_path`, as each process does: a directory, or one machine's cache of a bucket."""
+    """Open the store under `tmp_path`, as each process does: a directory, or one machine's cache of a bucket."""
     if request.param == "directory":
         return lambda: AdapterStore(tmp_path / "adapters")
     bucket = request.getfixturevalue("bucket")
@@ -33,5 +33,5 @@ def store(open_store: OpenStore) -> AdapterStore:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Where `ADAPTER` is stored."""
+    """Return the folder of `ADAPTER`."""
     return tmp_path / "adapters" / DIGEST[:2] / DIGEST

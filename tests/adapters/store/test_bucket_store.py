@@ -1,4 +1,4 @@
-"""Machines with one bucket: all load what one publishes; running requests keep what another deletes."""
+"""Machines that share a bucket: all load what one publishes; running requests keep what another deletes."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.cluster
 
 
 class Machine(Protocol):
-    """Opens a process's store on the machine of that name; with `grace` below 0 tombstones are due at once."""
+    """Open a process's store on the machine of that name; with `grace` below 0 tombstones expire at once."""
 
     def __call__(
         self, name: str, *, grace: float = -1.0, through: "Bucket | None" = None, cache_bytes: int | None = None
@@ -114,7 +114,8 @@ def test_a_deleted_adapter_stays_for_running_requests_and_is_then_swept(
 
 @contextmanager
 def each_request(deed: Callable[[int], None]) -> Iterator[None]:
-    """A block in which `deed` is called before each request to a bucket, with its number from 1, its own apart."""
+    """Call `deed` before each request to a bucket in the block, with its number from 1; requests of `deed` don't
+    count."""
     from adapters.storage.bucket import Bucket
 
     num_asked, is_busy = 0, False
@@ -141,7 +142,7 @@ def each_request(deed: Callable[[int], None]) -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_copy_that_a_sweep_deletes_meanwhile_is_not_reported_as_stored(machine: Machine, number: int) -> None:
-    """The copy goes, and then its tombstone, which had been there until then."""
+    """The sweep deletes the copy, and then the tombstone that existed until then."""
     a, b = machine("a"), machine("b")
     publish(a)
     a.discard(DIGEST, nobody)
@@ -157,10 +158,10 @@ def test_a_copy_that_a_sweep_deletes_meanwhile_is_not_reported_as_stored(machine
 
 
 def test_publishing_wins_over_a_sweep_at_every_line(machine: Machine, bucket: "Bucket") -> None:
-    """A publisher runs in the middle of a sweep, before each of its requests in turn: the bytes are there."""
+    """A publisher runs in the middle of a sweep, before each of its requests in turn: the bytes stay."""
 
     def round_of(step: int) -> int:
-        """How many requests there were."""
+        """Return the number of requests."""
         a, b = machine(f"a{step}"), machine(f"b{step}")
         publish(a)
         a.discard(DIGEST, nobody)
@@ -191,7 +192,8 @@ def test_publishing_wins_over_a_sweep_at_every_line(machine: Machine, bucket: "B
 
 
 def test_a_sweep_that_resumes_after_the_commit_deletes_nothing(machine: Machine, bucket: "Bucket") -> None:
-    """It asked whether anybody wants the bytes just before they were published again, by who found them buried."""
+    """The sweep asked whether the bytes are wanted just before a publisher found the tombstone and published them
+    again."""
     a, b = machine("a"), machine("b")
     publish(a)
     a.discard(DIGEST, nobody)
@@ -228,13 +230,12 @@ def test_two_sweepers_do_no_harm(machine: Machine, bucket: "Bucket") -> None:
 
 
 class Killed(BaseException):
-    """In the place of a kill."""
+    """Raised instead of a kill."""
 
 
 def test_killed_at_any_request_leaves_garbage_at_most(machine: Machine, bucket: "Bucket") -> None:
-    """A publication and a delete that end at each of their requests in turn: a version has its bytes, and what has
-    no version is swept.
-    """
+    """A publication and a delete are cut off at each of their requests in turn: versions have their bytes, and
+    other bytes are swept."""
 
     def is_killed(last: int) -> bool:
         wanted: set[str] = set()
@@ -259,7 +260,7 @@ def test_killed_at_any_request_leaves_garbage_at_most(machine: Machine, bucket: 
             b.sweep(wanted.__contains__)
             b.verify_stored(DIGEST)
             b.discard(DIGEST, nobody)
-        for _ in range(2):  # doubts become tombstones, which are then due
+        for _ in range(2):  # doubts become tombstones, which then expire
             b.sweep(nobody)
         assert bucket.listed() == [], f"garbage of a kill at request {last}"
         return was_killed
@@ -277,7 +278,7 @@ def test_an_incomplete_upload_is_never_loaded(lost: str, machine: Machine, bucke
         with pytest.raises(CorruptAdapter):
             ask(DIGEST)
     assert not list((machine("b")._root).glob("[0-9a-f][0-9a-f]/*"))
-    publish(d := machine("d"))  # the copy that has no mark doesn't count
+    publish(d := machine("d"))  # the copy without a mark doesn't count
     if lost == SIDECAR_NAME:
         machine("e").verify(DIGEST)
     d.verify(DIGEST)
@@ -291,7 +292,7 @@ def test_damage_in_the_bucket_or_a_cache_is_found(machine: Machine, bucket: "Buc
     whole = place.read_bytes()
     for broken in (whole[:-4] + b"\0\0\0\1", whole[:100]):
         place.write_bytes(broken)
-        b.verify(DIGEST)  # fetched anew
+        b.verify(DIGEST)  # downloaded again
         assert place.read_bytes() == whole
     (key,) = (key for key in keys(bucket, "bytes") if key.endswith(WEIGHTS_NAME))
     bucket.put(key, whole[:-4] + b"\0\0\0\1")
@@ -309,7 +310,7 @@ def test_a_changed_configuration_in_the_bucket_or_a_cache_is_found(
     place = tmp_path / "b" / DIGEST[:2] / DIGEST / CONFIG_NAME
     whole = place.read_bytes()
     place.write_bytes(whole.replace(b"8", b"9"))
-    b.verify(DIGEST)  # fetched anew
+    b.verify(DIGEST)  # downloaded again
     assert place.read_bytes() == whole
     (key,) = (key for key in keys(bucket, "bytes") if key.endswith(CONFIG_NAME))
     bucket.put(key, whole.replace(b"8", b"9"))
@@ -336,7 +337,7 @@ def fetched(proxy: Proxy) -> int:
 
 
 def test_concurrent_readers_download_once(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
-    """Threads of two processes of one machine."""
+    """Threads of two processes on one machine."""
     publish(machine("a"))
     stores = [machine("b", through=proxied) for _ in range(2)]
     with ThreadPoolExecutor(16) as pool:
@@ -379,7 +380,7 @@ def test_the_cache_evicts_the_least_recently_used_and_keeps_pinned_bytes(
         b.load(digest)
     assert cached() == {digests[3], *digests[4:]}
     assert fetched(proxy) == 6
-    assert_equal(weights, sample_adapter(3).weights)  # what is loaded outlives its file
+    assert_equal(weights, sample_adapter(3).weights)  # loaded weights outlive their file
     time.sleep(0.01)
     assert_equal(b.load(digests[0]), sample_adapter(0).weights)
     assert fetched(proxy) == 7
@@ -388,7 +389,7 @@ def test_the_cache_evicts_the_least_recently_used_and_keeps_pinned_bytes(
 def test_packed_files_are_not_uploaded_and_count_towards_the_cache(
     machine: Machine, bucket: "Bucket", tmp_path: Path
 ) -> None:
-    """One that was loaded packed was used just now, though nobody read what it was made of."""
+    """Loading a packed adapter counts as use of the published file, although nothing read that file."""
     (_, size), *_ = published(machine("a"), range(1))
     b = machine("b", cache_bytes=5 * size)
     b.packed.make = lambda digest, weights: [memoryview(bytes(size))]
@@ -407,7 +408,7 @@ def test_packed_files_are_not_uploaded_and_count_towards_the_cache(
 
 
 @pytest.mark.parametrize("failure", ["500", "stall", "cut", "half"])
-def test_a_store_that_fails_is_a_503_in_time_and_leaves_nothing_half_written(
+def test_failing_store_gives_503_in_time_and_leaves_no_partial_bytes(
     failure: Failure, machine: Machine, bucket: "Bucket", proxied: "Bucket", proxy: Proxy, tmp_path: Path
 ) -> None:
     publish(machine("a"), WANTED)
@@ -429,13 +430,13 @@ def test_a_store_that_fails_is_a_503_in_time_and_leaves_nothing_half_written(
 
 @pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("it went away"))])
 def test_an_unconfirmed_commit_is_reported_as_in_doubt(machine: Machine, error: Exception) -> None:
-    """Though nobody can say whether the bytes are wanted: a sweep asks again."""
+    """It is unknown whether the bytes are wanted: a sweep asks again."""
 
     def fails(_: str) -> bool:
         raise error
 
     store = machine("a")
-    store.pin([DIGEST])  # as whoever publishes does
+    store.pin([DIGEST])  # as a publisher does
     with pytest.raises(InDoubt), store.publishing(ADAPTER, fails):
         raise InDoubt
     with suppress(Interrupted, OperationalError):

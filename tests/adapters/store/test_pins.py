@@ -1,4 +1,4 @@
-"""Pins wait for nobody: not for a discard that waits itself, be it of the same bytes. And what is named stays."""
+"""Pins never wait, not even for a discard of the same bytes that waits itself; and named bytes stay."""
 
 import fcntl
 import threading
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 OTHER = sample_adapter(seed=1)
 SOON = 45.0
-"""Seconds, in which what doesn't wait is done however busy the machine is."""
+"""Seconds in which any non-blocking call ends, however busy the machine is."""
 
 
 class Gate:
-    """Has whoever comes wait until it is open."""
+    """A gate at which callers wait until it is opened."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -36,7 +36,7 @@ class Gate:
         assert self.opened.wait(60)
 
     def unwanted(self, digest: str) -> bool:
-        """A catalog that takes its time to say that no version has the digest."""
+        """Return, after a delay, that no version has the digest, like a slow catalog."""
         self()
         return False
 
@@ -50,7 +50,7 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Is left without waiting for a thread that hangs."""
+    """Yield a pool that is left without waiting for a hanging thread."""
     pool = ThreadPoolExecutor(4)
     yield pool
     pool.shutdown(wait=False)
@@ -58,7 +58,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def another_process_publishes(store: AdapterStore) -> Iterator[None]:
-    """Which takes long: the disk is busy."""
+    """Let another process publish slowly, as on a busy disk, during the block."""
     with open(store._root / ".lock", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -114,7 +114,7 @@ def test_pins_do_not_wait_while_another_process_publishes(
     gate.opened.set()
     with another_process_publishes(store):
         removing = pool.submit(remove, store, gate)
-        with pytest.raises(TimeoutError):  # it has come as far as the lock
+        with pytest.raises(TimeoutError):  # it has reached the lock
             removing.result(0.1)
         pool.submit(pin_and_let_go, store, OTHER.weights.digest).result(SOON)
         assert not removing.done()
@@ -130,7 +130,7 @@ def test_pins_do_not_wait_for_an_eviction(
 
     class Slow(BucketAdapterStore):
         def _set_aside(self, place: Path) -> list[Path]:
-            if place.exists():  # else it is just put
+            if place.exists():  # otherwise it has just been put
                 gate()
             return super()._set_aside(place)
 
@@ -184,11 +184,11 @@ def test_a_new_pin_during_the_last_unpins_discard_keeps_bytes(
 def test_a_pin_after_the_removal_began_finds_no_half_removed_bytes(
     tmp_path: Path, place: Path, gate: Gate, pool: ThreadPoolExecutor
 ) -> None:
-    """No name means it any more, as whoever pins sees afterwards."""
+    """No name refers to the bytes any more, as the pinning thread finds afterwards."""
 
     class Slow(AdapterStore):
         def _set_aside(self, place: Path) -> list[Path]:
-            if place.exists():  # else it is just put
+            if place.exists():  # otherwise it has just been put
                 gate()
             return super()._set_aside(place)
 
@@ -203,7 +203,7 @@ def test_a_pin_after_the_removal_began_finds_no_half_removed_bytes(
     discarding.result(SOON)
     putting.result(SOON)
     store.discard(DIGEST)
-    store.verify(DIGEST)  # they were put since, and are pinned
+    store.verify(DIGEST)  # they were put in the meantime, and are pinned
     store.unpin([DIGEST])
     assert not place.exists()
     with pytest.raises(CorruptAdapter):
@@ -232,7 +232,7 @@ def test_a_failing_catalog_keeps_bytes_but_no_pins(store: AdapterStore, place: P
 def test_bytes_stay_if_their_name_is_found_after_the_pin(
     store: AdapterStore, place: Path, pool: ThreadPoolExecutor
 ) -> None:
-    """One thread publishes and deletes, over and over, and all others use what they find."""
+    """One thread publishes and deletes repeatedly, and all others use what they find."""
     named: set[str] = set()
     stop, found = threading.Event(), threading.Event()
 
@@ -244,7 +244,7 @@ def test_bytes_stay_if_their_name_is_found_after_the_pin(
                 num_found += 1
                 found.set()
                 store.verify(DIGEST)
-                time.sleep(0.001)  # it is deleted meanwhile
+                time.sleep(0.001)  # it is deleted in the meantime
                 store.load(DIGEST)
             if (removal := store.let_go([DIGEST])) is not None:
                 removal()

@@ -1,4 +1,4 @@
-"""The store: what is put is loaded bit by bit, nothing half-written is ever seen, pins outlive deletes."""
+"""The store: loaded bits equal those put, nothing half-written is ever visible, and pins outlive deletes."""
 
 import fcntl
 import json
@@ -65,7 +65,7 @@ def test_putting_again_changes_nothing(store: AdapterStore, place: Path) -> None
 
 
 def opened(store: AdapterStore, digest: str) -> dict[str, bytes]:
-    """The files' contents, by name."""
+    """Return the files' contents, by name."""
     contents = {}
     for name, file in store.open(digest).items():
         with file:
@@ -115,7 +115,7 @@ def test_missing_or_damaged_files_are_reported(store: AdapterStore, place: Path)
     whole = weights.read_bytes()
 
     weights.write_bytes(whole[:-4] + b"\0\0\0\1")
-    store.load(DIGEST)  # quick, so it can't know
+    store.load(DIGEST)  # a quick load, which can't detect it
     with pytest.raises(CorruptAdapter, match="no longer matches its digest"):
         store.verify(DIGEST)
     for broken in (b"", whole[:100], whole[:-1], b"\xff" * 100):
@@ -142,7 +142,7 @@ def test_missing_or_damaged_files_are_reported(store: AdapterStore, place: Path)
 def test_a_changed_configuration_is_found(
     original: dict[str, bytes] | None, store: AdapterStore, place: Path
 ) -> None:
-    """It is in no digest, and downloads have it."""
+    """The configuration isn't in any digest, but downloads contain it."""
     store.put(ADAPTER, original)
     store.verify(DIGEST)
     config = place / CONFIG_NAME
@@ -171,7 +171,7 @@ def test_putting_repairs_a_missing_file(lost: str, store: AdapterStore, place: P
 def test_putting_repairs_changed_bytes(
     file: str, at: int, store: AdapterStore, place: Path, tmp_path: Path
 ) -> None:
-    """As a disk, or the backup of one, has it: all sizes are right."""
+    """Damage by the disk, or by its backup, that changes no size."""
     store.put(ADAPTER)
     damaged = bytearray((place / file).read_bytes())
     damaged[at] ^= 1
@@ -197,7 +197,7 @@ def test_discard_removes_unpinned_bytes_at_once(store: AdapterStore, place: Path
     store.discard(DIGEST)
     assert not place.exists()
     assert leftovers(tmp_path) == []
-    assert_equal(weights, ADAPTER.weights)  # what was loaded outlives it
+    assert_equal(weights, ADAPTER.weights)  # loaded weights outlive it
     with pytest.raises(CorruptAdapter):
         store.load(DIGEST)
     store.discard(DIGEST)
@@ -223,7 +223,7 @@ def test_unpinning_without_a_discard_keeps_bytes(store: AdapterStore, place: Pat
 
 
 def test_putting_revives_discarded_pinned_bytes(store: AdapterStore, place: Path) -> None:
-    store.pin([DIGEST])  # before it is there: whoever is about to put it
+    store.pin([DIGEST])  # before it exists, as a publisher does
     store.put(ADAPTER)
     store.discard(DIGEST)
     store.put(ADAPTER)
@@ -247,7 +247,7 @@ def test_bytes_that_are_wanted_again_at_the_last_unpin_stay(store: AdapterStore,
 def test_concurrent_put_and_discard_end_whole_or_absent(
     store: AdapterStore, open_store: OpenStore, place: Path, tmp_path: Path
 ) -> None:
-    """The last word is the catalog's: once the bytes are wanted and put once more, they stay."""
+    """The catalog decides: once the bytes are wanted and put again, they stay."""
     other_process = open_store()
     for _ in range(40):
         wanted: set[str] = set()
@@ -282,7 +282,7 @@ def test_many_threads_put_one_adapter(store: AdapterStore, tmp_path: Path) -> No
 
 
 def test_a_full_disk_leaves_nothing(store: AdapterStore, place: Path, tmp_path: Path) -> None:
-    """Seen as the file size limit of a process of its own, which a test can have."""
+    """A full disk is simulated by the file size limit of a process of its own."""
     code = (
         "import resource, signal, sys; from pathlib import Path; from adapters.store.store import AdapterStore\n"
         "from tests.adapters.samples import sample_adapter\n"
@@ -317,7 +317,7 @@ def test_a_sweep_removes_abandoned_temporary_directories(store: AdapterStore, tm
         (root / name).mkdir()
         (root / name / "file").write_bytes(b"x")
     handle = os.open(root / ".tmp-locked", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_SH)  # as whoever writes there has it
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as a writer does
     assert store.leftovers() == [".tmp-left"]
     assert AdapterStore(root).sweep(lambda digest: True) == []
     assert [path.name for path in leftovers(tmp_path)] == [".tmp-locked"]
@@ -354,7 +354,7 @@ def test_a_failed_publication_discards_unwanted_bytes(store: AdapterStore) -> No
 
 
 def test_publishing_stores_bytes_again_if_they_were_removed(open_store: OpenStore) -> None:
-    """Another process discards the bytes over and over, and the block never sees them gone."""
+    """Another process discards the bytes repeatedly, and the block always finds them."""
     mine, other = open_store(), open_store()
     stop = threading.Event()
 
@@ -398,7 +398,8 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     print("killed", flush=True)
 """
-"""Forks a process that never ceases to put and discard, and kills it after as many seconds as it reads."""
+"""A script that forks a process that puts and discards without end, and kills it after the seconds that it
+reads."""
 
 
 def test_a_kill_anywhere_leaves_only_whole_adapters(tmp_path: Path) -> None:
@@ -429,6 +430,6 @@ def test_a_kill_anywhere_leaves_only_whole_adapters(tmp_path: Path) -> None:
         nursery.stdin.close()
     assert seen > 0, "every kill came too early to see anything"
     assert halves > 0, "every kill came between two writes"
-    for digest, adapter in adapters.items():  # and all goes on from there
+    for digest, adapter in adapters.items():  # the store continues from there
         store.put(adapter)
         store.verify(digest)

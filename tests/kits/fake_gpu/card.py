@@ -49,10 +49,10 @@ class Card:
     capabilities: tuple[tuple[int, int], ...] = ((9, 0),)  # of each device; the first is the one that is used
     total_bytes: int = 24 << 30
     free_bytes: int = 22 << 30
-    reserved_bytes: int = 0  # the most that was
+    reserved_bytes: int = 0  # the maximum so far
     memory_fraction: float = 1.0
-    num_emptied: int = 0  # times that freed memory was given back
-    is_full: bool = False  # nothing more can lie on it
+    num_emptied: int = 0  # times that freed memory was released
+    is_full: bool = False  # no further allocation succeeds
     gate: threading.Event = field(default_factory=threading.Event)  # cleared: copies of side streams don't end
 
     def __post_init__(self) -> None:

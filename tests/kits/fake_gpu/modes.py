@@ -1,4 +1,4 @@
-"""How a thread sees the card: torch's modes, which mark tensors, refuse mixes and count."""
+"""A thread's view of the card: torch's modes, which mark tensors, refuse mixed devices and count."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -18,29 +18,29 @@ _INDEXES = {"aten::index", "aten::_unsafe_index", "aten::index_put", "aten::inde
 _NO_KERNEL = {"aten::detach", "aten::lift_fresh", "aten::_local_scalar_dense", "aten::_unsafe_view"}
 _Tensor = torch.Tensor
 
-_single: set[Any] = set()  # operations that aren't made of others
+_single: set[Any] = set()  # operations that aren't composed of others
 
 
 class Mixed(RuntimeError):
-    """Tensors of two devices met."""
+    """Tensors of two devices were mixed."""
 
 
 class TooEarly(RuntimeError):
-    """What the main stream may still read was written on another one."""
+    """A side stream overwrote what the main stream may still read."""
 
 
 class Operations(TorchDispatchMode):
-    """Sees every operation."""
+    """A mode that sees every operation."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here; what says so takes a tenth of each operation's time
+        return False  # nothing is compiled here; asking takes a tenth of each operation's time
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and func not in _single:  # what is made of others comes here whole
+        if torch.is_inference_mode_enabled() and func not in _single:  # composite operations arrive whole
             with self:
                 found = func.decompose(*args, **kwargs)
             if found is not NotImplemented:
@@ -110,7 +110,7 @@ def _check_copy(to: _Tensor, source: _Tensor, non_blocking: bool = False) -> Non
 
 @cache
 def _about(func: Any) -> tuple[str, bool]:
-    """An operation's name, and whether it computes anything."""
+    """Return an operation's name, and whether it computes anything."""
     name: str = func._schema.name
     returned = func._schema.returns
     alias = returned[0].alias_info if returned else None
@@ -130,7 +130,7 @@ def _count(func: Any, name: str, computes: bool, kwargs: Mapping[str, Any]) -> N
 
 _DEVICE_OF = _Tensor.device.__get__
 _IS_CUDA_OF = _Tensor.is_cuda.__get__  # type: ignore[attr-defined]  # a descriptor, for all that
-_HOSTS = (_Tensor.numpy, _Tensor.__array__, _Tensor.data_ptr)  # what only the host's memory has
+_HOSTS = (_Tensor.numpy, _Tensor.__array__, _Tensor.data_ptr)  # only for the host's memory
 _ANSWERED = {
     *(_DEVICE_OF, _IS_CUDA_OF, *_HOSTS),
     *(_Tensor.pin_memory, _Tensor.tolist, _Tensor.cpu, _Tensor.to, _Tensor.new_tensor),
@@ -138,13 +138,13 @@ _ANSWERED = {
 
 
 class Functions(TorchFunctionMode):
-    """Says where tensors lie, and makes them "on the card"."""
+    """A mode that reports tensors' devices, and creates tensors "on the card"."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _ANSWERED and "device" not in kwargs and "pin_memory" not in kwargs:  # most of them
+        if func not in _ANSWERED and "device" not in kwargs and "pin_memory" not in kwargs:  # most calls
             return func(*args, **kwargs)
         kwargs = dict(kwargs)
         if func == _DEVICE_OF:
@@ -176,7 +176,7 @@ class Functions(TorchFunctionMode):
 
 
 def _moved(tensor: _Tensor, *to: Any, **kwargs: Any) -> _Tensor:
-    """`tensor.to(…)`."""
+    """Replace `tensor.to(…)`."""
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     for value in to:
         if isinstance(value, str | torch.device):

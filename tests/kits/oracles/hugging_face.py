@@ -15,7 +15,7 @@ Weighted = Iterable[tuple[LoraWeights, float]]
 
 
 def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The Hugging Face model of a directory, for inference."""
+    """Load the Hugging Face model of a directory for inference."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
@@ -30,29 +30,29 @@ def linear(model: torch.nn.Module, path: str) -> torch.nn.Linear:
 
 
 def templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> BatchEncoding:
-    """A conversation's tokens, as transformers puts it through the tokenizer's template."""
+    """Return a conversation's tokens, from transformers and the tokenizer's template."""
     found = tokenizer.apply_chat_template(messages, **options)
     assert isinstance(found, BatchEncoding)
     return found
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], **options: Any) -> str:
-    """The tokenizer's own text of a sequence, in which no space is tidied away."""
+    """Return the tokenizer's own text of a sequence, without cleaning up spaces."""
     text = tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False, **options)
     assert isinstance(text, str)
     return text
 
 
 def generate(model: torch.nn.Module, **options: Any) -> torch.Tensor:
-    """What a Hugging Face model generates, after what it was given."""
-    found = cast("Any", model).generate(**options)  # which `PreTrainedModel` lacks
+    """Return what a Hugging Face model generates after the input."""
+    found = cast("Any", model).generate(**options)  # missing in the types of `PreTrainedModel`
     assert isinstance(found, torch.Tensor)
     return found
 
 
 @contextmanager
 def merged(model: PreTrainedModel, adapters: Weighted) -> Iterator[PreTrainedModel]:
-    """The model while its weights are W + Σ weight · scaling · B A, summed up in fp64."""
+    """Give the model weights W + Σ weight · scaling · B A, summed in fp64, during the block."""
     kept: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
     for weights, weight in adapters:
@@ -72,7 +72,7 @@ def merged(model: PreTrainedModel, adapters: Weighted) -> Iterator[PreTrainedMod
 
 @torch.inference_mode()
 def logits(model: torch.nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
-    """(tokens, vocab) of one sequence."""
+    """Return logits (tokens, vocab) of one sequence."""
     out: torch.Tensor = model(input_ids=torch.tensor([list(token_ids)])).logits
     return out[0].float()
 
@@ -80,9 +80,10 @@ def logits(model: torch.nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
 def assert_greedy(
     reference: torch.Tensor, num_prompt_tokens: int, token_ids: Sequence[int], tolerance: float = 0.0
 ) -> None:
-    """Teacher forcing: each token is the likeliest under `reference` (tokens, vocab) of prompt and answer.
+    """Assert by teacher forcing that each token is the likeliest under `reference` (tokens, vocab) of prompt and
+    answer.
 
-    `tolerance`: how far below the highest logit it may lie, for bases whose logits are close to each other.
+    `tolerance`: allowed distance from the highest logit, for bases whose logits are close to each other.
     """
     for step, token_id in enumerate(token_ids):
         row = reference[num_prompt_tokens + step - 1]
