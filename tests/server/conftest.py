@@ -60,10 +60,10 @@ NUM_PARAMETERS = 1_000_000
 MakeServices = Callable[..., Services]
 
 EOS = 2
-"""The tiny tokenizer's end token."""
+"""The end token of the tiny tokenizer."""
 
 shared_tokenizer = cache(lambda: own(tiny_tokenizer()))
-"""Read alone, never changed."""
+"""Read only."""
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def store(tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of one on which all migrations were run. A copy is there sooner than another new one."""
+    """Return the file of a fully migrated database. Copying it is faster than creating another one."""
     home = tmp_path_factory.mktemp("database")
     connect(home).dispose()
     return home / FILE_NAME
@@ -96,7 +96,7 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def app_database_url() -> str | None:
-    """None: the file under HOME. Rooms whose tests run on both databases have `database_url` here."""
+    """Return None: the file under HOME. Folders whose tests run on both databases override `database_url`."""
     return None
 
 
@@ -116,7 +116,7 @@ def jobs(database: sa.Engine) -> Jobs:
 
 @pytest.fixture
 def leases(database: sa.Engine, tmp_path: Path) -> Leases:
-    """A worker's side of the jobs."""
+    """Return the workers' view of the jobs."""
     return Leases(database, Records(tmp_path / "adapters"))
 
 
@@ -141,7 +141,7 @@ def files(tmp_path: Path) -> FileStore:
 
 
 def new_guidance() -> Guidance:
-    """To be closed."""
+    """Return a `Guidance`, to be closed."""
     tokenizer = shared_tokenizer()
     return guidance_of(tokenizer, len(tokenizer), (EOS,))
 
@@ -162,7 +162,7 @@ def settings_of(home: Path, given: dict[str, object]) -> Settings:
 
 @cache
 def _plain_settings(_: tuple[tuple[str, str], ...]) -> Settings:
-    """With those environment variables. Reading them takes longer than many tests do."""
+    """Return the settings of these environment variables, cached: reading them takes longer than many tests."""
     return Settings.model_validate({})
 
 
@@ -179,7 +179,7 @@ def build_services(
     tokenizer: BaseTokenizer,
     **given: object,
 ) -> Services:
-    """What `create_app` takes, of these parts; `given` are settings."""
+    """Return the services for `create_app`, made of these parts; `given` are settings."""
     settings = settings_of(home, given)
     rows = RowEncoder(encoder, EOS)
     metrics = Metrics(lambda: engine.stats)
@@ -240,14 +240,14 @@ def make_services(
 
 
 _last_app: list[FastAPI] = []
-"""One, or none."""
+"""Empty, or one application."""
 
 
 def new_app(services: Services) -> FastAPI:
-    """`create_app`'s, with the last one's routes, and its document if it was asked for it.
+    """Return `create_app`'s application with the last one's routes, and its document if it was requested.
 
-    FastAPI works them out at the first request, which takes longer than most tests do. They are the same for all
-    settings but a prefix. Dependencies that are overridden are the first app's.
+    FastAPI computes both at the first request, which takes longer than most tests. They are the same for all
+    settings except a prefix. Overridden dependencies are the first application's.
     """
     app = create_app(services)
     for last in _last_app:

@@ -1,4 +1,4 @@
-"""The app on a tiny base, listening on a real port in a thread of this process."""
+"""The application on a tiny base, listening on a real port in a thread of this process."""
 
 import socket
 import threading
@@ -41,7 +41,7 @@ class Running:
 
 @contextmanager
 def running(home: Path, model: Path, **settings: object) -> Iterator[Running]:
-    """A server with a home of its own."""
+    """Run a server with a home of its own."""
     fields = {"home": home, "model": str(model), "device": "cpu", "dtype": "fp32", "adapter_cache_bytes": "4MiB"}
     server = Running(build(Settings.model_validate({**fields, **settings}), lambda line: None))
     try:

@@ -1,4 +1,4 @@
-"""The client against servers that are slow, gone, restarted, or not smolora's."""
+"""The client with servers that are slow, gone, restarted, or not smolora's."""
 
 import json
 import threading
@@ -14,7 +14,8 @@ from server.client.connection import ClientError
 
 
 class Script:
-    """Answers each request with the next of `answers`: (status, content type, body), or None to hang up."""
+    """A server that gives the next of `answers` to each request: (status, content type, body), or None to
+    disconnect."""
 
     def __init__(self, *answers: "tuple[int, str, bytes] | None") -> None:
         self.answers = list(answers)
@@ -38,7 +39,7 @@ def scripted(script: Script) -> Iterator[Client]:
         do_GET = do_POST = answer  # noqa: N815 as http.server has it
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -104,7 +105,7 @@ def test_broken_event_streams_are_resumed() -> None:
         document({"detail": "not yet", "errors": []}, 503),
         stream(*events[1:3]),
         document({"status": "running"}),
-        *[stream(), document({"status": "running"})] * 9,  # a server that ends streams, but runs
+        *[stream(), document({"status": "running"})] * 9,  # the server ends streams, but the job runs
         stream(events[3]),
         document({"status": "succeeded"}),
     )

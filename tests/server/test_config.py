@@ -1,4 +1,4 @@
-"""Settings: the contract's defaults, what comes from where, and one line for each fault."""
+"""Settings: the contract's defaults, the precedence of sources, and one line for each fault."""
 
 import inspect
 import os
@@ -42,7 +42,7 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLORA_PORT", "9000")
     monkeypatch.setenv("SMOLORA_API_KEYS", " the-first-of-keys, the-second-of-keys ,,")
     monkeypatch.setenv("SMOLORA_KV_CACHE_BYTES", "2GiB")
-    monkeypatch.setenv("SMOLORA_MAX_MODEL_LEN", "")  # as compose passes what isn't set
+    monkeypatch.setenv("SMOLORA_MAX_MODEL_LEN", "")  # as compose passes unset variables
     monkeypatch.setenv("SMOLORA_ALLOW_ANONYMOUS", "1")
     settings = load(Settings, port=None, max_queue=7)
     assert (settings.port, settings.max_queue) == (9000, 7)
@@ -87,7 +87,7 @@ def test_a_bad_value_is_one_line_with_both_names(name: str, value: str | int) ->
 
 @pytest.mark.parametrize("name", sorted(WorkerSettings.model_fields | Settings.model_fields))
 def test_a_bad_value_has_a_plain_message(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by a pattern, which says nothing to who has a / too many, or in terms of Python."""
+    """Not a pattern, which doesn't help with a superfluous /, and no terms of Python."""
     for value in ("?", "/", "a/", "https://lora.example.org/", "-1"):
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", value)
         try:
@@ -98,14 +98,14 @@ def test_a_bad_value_has_a_plain_message(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_port_set_by_kubernetes_gets_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a service that is called smolora, in each pod beside it."""
+    """Kubernetes sets it in each pod if a service is called smolora."""
     monkeypatch.setenv("SMOLORA_PORT", "tcp://10.0.171.239:80")
     with pytest.raises(StartupError, match=r"SMOLORA_PORT \(--port\): .* enableServiceLinks: false"):
         load(Settings)
 
 
 def test_keys_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that can't be read, or has no good key, is no way to serve without keys."""
+    """An unreadable file, or one without a valid key, must not allow requests without keys."""
     file = tmp_path / "keys"
     file.touch(mode=0o600)
     monkeypatch.setenv("SMOLORA_API_KEYS", f"@{file}")
@@ -129,7 +129,7 @@ def test_keys_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_key_file_that_others_may_open_is_refused(
     tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless it is a container's secret, whose mode isn't the container's to choose."""
+    """Except a container's secret, whose mode the container can't choose."""
     file = tmp_path / "keys"
     file.write_text("first-0123456789")
     file.chmod(mode)
@@ -149,7 +149,7 @@ def test_an_operators_key_has_16_characters(keys: str | tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("value", [",", " ", ", ,"])
 def test_a_list_of_commas_is_refused_as_keys(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As "$FIRST,$SECOND" is where neither is set."""
+    """As "$FIRST,$SECOND" if neither is set."""
     monkeypatch.setenv("SMOLORA_API_KEYS", value)
     with pytest.raises(StartupError, match=r"SMOLORA_API_KEYS \(--api-keys\): has no keys"):
         load(Settings)
@@ -164,7 +164,7 @@ def test_no_child_gets_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_databases_password_is_passed_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No document for workers, no dump, no error and no print has it."""
+    """No document for workers, dump, error or printed text contains it."""
     url = "postgresql://me:hunter2@host/db"
     monkeypatch.setenv("SMOLORA_DATABASE_URL", url)
     settings = load(Settings)

@@ -1,4 +1,4 @@
-"""The tree of errors goes from process to process: every class of it, with all that it carries."""
+"""Errors are sent between processes: every class of the hierarchy, with all its data."""
 
 import copy
 import importlib
@@ -19,7 +19,7 @@ from server.engine.request import SequenceOutput
 from server.errors import EngineDead, TryAgain
 
 EXTRA = ("obstore", "psycopg", "ray")
-"""What the extra `cluster` brings. Modules that need it define no error."""
+"""Packages of the extra `cluster`. Modules that need them define no error."""
 
 FIELDS = (FieldError(("adapters", 3, "name"), "isn't one"), FieldError(("prompt",), "is empty: “äöü”"))
 ARGUMENTS: dict[str, Any] = {
@@ -29,11 +29,11 @@ ARGUMENTS: dict[str, Any] = {
     "retry_after": 2.5,
     "headers": {"x-ratelimit-limit-requests": "2"},
 }
-"""What the constructors of the tree are given, by the names of their parameters."""
+"""Arguments of the constructors, by parameter name."""
 
 
 def imported(name: str) -> None:
-    """Import the module, if what it needs is there."""
+    """Import the module, if its dependencies are installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's
         try:
@@ -44,7 +44,7 @@ def imported(name: str) -> None:
 
 
 def tree() -> list[type[SmoloraError]]:
-    """All of it, wherever it is defined."""
+    """Return all subclasses, wherever they are defined."""
     for package in (adapters, server):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith(("__main__", "migrations.env")):
@@ -62,14 +62,14 @@ TREE = tree()
 
 
 def made(kind: type[SmoloraError]) -> SmoloraError:
-    """One with real arguments. A constructor of its own needs values in ARGUMENTS."""
+    """Make an error with real arguments. A constructor of its own needs values in ARGUMENTS."""
     if "__init__" not in {name for cls in kind.__mro__[: kind.__mro__.index(SmoloraError)] for name in vars(cls)}:
         return kind(ARGUMENTS["message"])
     return kind(**{name: ARGUMENTS[name] for name in inspect.signature(kind).parameters})
 
 
 def sent(error: SmoloraError) -> SmoloraError:
-    """As it is in another process."""
+    """Return the error as it is in another process."""
     found = pickle.loads(pickle.dumps(error))
     assert isinstance(found, SmoloraError)
     return found
@@ -122,7 +122,7 @@ def test_its_cause_comes_with_it(kind: type[SmoloraError]) -> None:
 
 
 def test_a_cause_from_elsewhere_is_told_in_words() -> None:
-    """Not all of them can be sent; the error itself always can."""
+    """Not all causes can be sent; the error itself always can."""
     error = EngineDead()
     try:
         json.loads("{")

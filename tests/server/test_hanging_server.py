@@ -1,6 +1,5 @@
-"""A process whose engine hangs in native code, or that was stopped for a while: what those in flight are told, and
-how it ends. `tests.kits.hanging_server` is the process.
-"""
+"""A process whose engine hangs in native code, or that was stopped for a while: its clients' answers, and its end.
+`tests.kits.hanging_server` is the process."""
 
 import json
 import os
@@ -24,14 +23,14 @@ from tests.kits.hanging_server import HANG, HANG_NOW, IN_THE_MIDDLE, LET_GO, LON
 LEAST_SECONDS = 3.0
 PATIENCE = 120.0
 UNDRAINED_SECONDS = DRAIN_SECONDS - 5
-"""Within which a process ends that waits for nothing: one that waits out its drain takes longer."""
+"""Seconds within which a process ends without waiting: a process that drains takes longer."""
 BODY = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 300, "temperature": 0}
-"""Greedy, as what is sampled ends by itself within some thirty tokens once in seventy times."""
+"""Greedy: one in seventy sampled answers ends by itself within about thirty tokens."""
 
 
 class Process:
-    """The server, and a client of it."""
+    """The server and its client."""
 
     def __init__(self, home: Path, model: Path, least_seconds: float = LEAST_SECONDS) -> None:
         self.home = home
@@ -62,7 +61,7 @@ class Process:
             return False
 
     def num_requests(self) -> int:
-        """Of those that run or wait."""
+        """Return the number of running and waiting requests."""
         lines = self.client.get("/metrics").text.splitlines()
         names = ("smolora_requests_running ", "smolora_requests_waiting ")
         return sum(int(float(line.split()[1])) for line in lines if line.startswith(names))
@@ -89,7 +88,7 @@ def last_event(text: str) -> str:
 
 
 def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
-    """All in flight are told, and those that wait; /ready says so; then workers let go, and the process ends."""
+    """All running and waiting requests get an error and /ready fails; then workers yield, and the process ends."""
     asked: list[tuple[str, str, dict[str, Any]]] = [
         ("slow", "/generate", {**BODY, "seed": SLOW, "stream": True}),
         ("hanging", "/generate", {**BODY, "seed": HANG, "stream": True}),
@@ -139,7 +138,7 @@ def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
 
 @pytest.mark.thorough
 def test_a_process_that_was_stopped_goes_on(server: Process) -> None:
-    """It was for longer than a step may take, in the middle of one."""
+    """It was stopped for longer than a step may take, in the middle of a step."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.client.post, "/generate", json={**BODY, "max_tokens": 40, "seed": LONG})
         server.wait_until((server.home / IN_THE_MIDDLE).exists, "it did not begin")

@@ -1,4 +1,4 @@
-"""Replicas in this process: real engines, reached through messages that are pickled on their way."""
+"""Replicas in this process: real engines, with messages that are pickled in transit."""
 
 import asyncio
 import pickle
@@ -24,7 +24,7 @@ class CutError(Exception):
 
 
 class LocalTransport:
-    """`fleet.Transport`. A replica can be lost in the middle, as by kill -9, and come as another one."""
+    """A `fleet.Transport`. A replica can be lost at any time, as by kill -9, and return as a new one."""
 
     def __init__(self) -> None:
         self.replicas: dict[str, EngineReplica] = {}
@@ -32,14 +32,14 @@ class LocalTransport:
         self.num_messages = 0
         self._on_change: Callable[[frozenset[str]], None] | None = None
         self._cuts: dict[str, asyncio.Event] = {}
-        self._known: dict[str, EngineReplica] = {}  # those that are to leave as well
+        self._known: dict[str, EngineReplica] = {}  # includes replicas that are leaving
 
     def watch(self, on_change: Callable[[frozenset[str]], None]) -> None:
         self._on_change = on_change
         self.tell()
 
     def tell(self) -> None:
-        """As Serve does when replicas come or go."""
+        """Notify the client, as Serve does when replicas come or go."""
         if self._on_change is not None:
             self._on_change(frozenset(self.replicas))
 
@@ -49,11 +49,11 @@ class LocalTransport:
         self.tell()
 
     def cut(self, name: str) -> None:
-        """Lose it; who runs there isn't told."""
+        """Lose the connection; the replica isn't notified."""
         self._cuts[name].set()
 
     def remove(self, name: str) -> None:
-        """As when Serve stops it: it goes on with what it has."""
+        """Remove the replica, as Serve does when it stops it; its requests continue."""
         del self.replicas[name]
         self.tell()
 
@@ -96,13 +96,13 @@ class LocalTransport:
 
 
 def sent(message: T) -> T:
-    """What arrives of it."""
+    """Return the message as it arrives."""
     arrived: T = pickle.loads(pickle.dumps(message))
     return arrived
 
 
 class Local:
-    """A client of so many replicas, each with its own engine over `base`; ready when entered."""
+    """A client of `num` replicas, each with its own engine over `base`; ready when entered."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Local:
             await replica.stop()
 
     def bring(self, name: str) -> None:
-        """Start its engine, and tell of it."""
+        """Start the replica's engine, and announce it."""
         bench = self.benches[name]
         replica = EngineReplica(
             bench.asynchronous, guidance_of(self._base), self._base.digest, self._base.config.vocab_size
@@ -142,5 +142,5 @@ class Local:
         self.transport.add(name, replica)
 
     def place_of(self, request_id: str) -> str:
-        """The replica that it was sent to last."""
+        """Return the replica to which the request was sent last."""
         return next(place for place, name in reversed(self.transport.submitted) if name == request_id)

@@ -1,4 +1,4 @@
-"""Several replicas as one engine: the same answers, aborts, refusals, and replicas that go."""
+"""Several replicas as one engine: equal answers, aborts, refusals, and lost replicas."""
 
 import asyncio
 from dataclasses import replace
@@ -31,7 +31,7 @@ SLOW = replace(request(), sampling=LONG)
 
 
 async def end_of(stream: OutputStream) -> SmoloraError | None:
-    """Of a stream that has begun: what ends it, if anything is wrong."""
+    """Return the error that ends a running stream, or None."""
     try:
         async for output in stream:
             if output.error is not None:
@@ -42,7 +42,7 @@ async def end_of(stream: OutputStream) -> SmoloraError | None:
 
 
 async def first_of(stream: OutputStream) -> SequenceOutput | SmoloraError:
-    """Its first output, or what it was refused for."""
+    """Return the stream's first output, or its refusal."""
     try:
         return await anext(stream)
     except SmoloraError as error:
@@ -65,7 +65,7 @@ def test_answers_are_those_of_one_engine(tiny_base: BaseModel) -> None:
             num_tokens = sum(len(result.token_ids) for result in expected.values())
             await eventually(lambda: engine.stats.output_tokens == num_tokens)
             assert {place for place, _ in local.transport.submitted} == {"replica-0", "replica-1"}
-            assert local.transport.num_messages < num_tokens / 2  # a message has a step of several sequences
+            assert local.transport.num_messages < num_tokens / 2  # one message has a step of several sequences
 
     on_loop(main())
 
@@ -93,7 +93,7 @@ def test_a_stream_that_is_closed_is_aborted(tiny_base: BaseModel) -> None:
 
 
 def test_a_burst_does_not_overflow_a_readers_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a stall: it is read in between."""
+    """After a stall many outputs arrive at once; the reader runs in between."""
     monkeypatch.setattr(async_engine, "MAX_UNREAD", 200)
     pieces = [SequenceOutput("r", 0, "a", 1, 1, 0) for _ in range(1000)]
     pieces[-1] = replace(pieces[-1], finish_reason="length")
@@ -129,7 +129,7 @@ def test_a_replica_lost_before_the_first_token_is_retried(tiny_base: BaseModel) 
 
 
 def test_a_replica_lost_while_it_refuses(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked for once more, and no more than once: what two would answer is not for one stream."""
+    """The request is retried once, on one replica: one stream can't have two answers."""
     expected = run(build_engine(tiny_base), [SHORT])["r", 0]
     local, submit = Local(tiny_base), LocalTransport.submit
     engine = local.client
@@ -163,7 +163,7 @@ def test_a_replica_lost_after_the_first_token_ends_the_request(tiny_base: BaseMo
             local.transport.cut(local.place_of("r"))
             assert isinstance(await end_of(stream), EngineDead)
             assert len(local.transport.submitted) == 1
-            assert engine.ready  # the other one is there
+            assert engine.ready  # the other one is ready
 
     on_loop(main())
 
@@ -213,7 +213,7 @@ def test_a_leaving_replica_finishes_its_requests(tiny_base: BaseModel) -> None:
 
 
 def test_a_leaving_replica_is_used_until_its_successor_reports(tiny_base: BaseModel) -> None:
-    """Serve tells of the one that comes and of the one that goes in the same moment."""
+    """Serve announces the new replica and the end of the old one at the same time."""
     local = Local(tiny_base, num=1)
 
     async def main() -> None:
@@ -221,7 +221,7 @@ def test_a_leaving_replica_is_used_until_its_successor_reports(tiny_base: BaseMo
             stream = engine.submit(SLOW)
             await anext(stream)
             (replica,) = local.transport.replicas.values()
-            local.transport.replicas = {"successor": replica}  # which nobody can reach yet
+            local.transport.replicas = {"successor": replica}  # not reachable yet
             local.transport.tell()
             assert await outcome(engine.submit(request("other"))) is None
             assert local.place_of("other") == "replica-0"
@@ -229,13 +229,13 @@ def test_a_leaving_replica_is_used_until_its_successor_reports(tiny_base: BaseMo
             await eventually(lambda: not engine._links["replica-0"].sent)
             await asyncio.sleep(
                 3 * replica_module.PULSE_SECONDS
-            )  # it has told of itself again, and nothing of ours runs there
+            )  # it has reported again, and runs none of our requests
             assert await outcome(engine.submit(request("another"))) is None
             stream = engine.submit(SLOW)
             await anext(stream)
             local.transport.replicas = {}
             local.transport.tell()
-            with pytest.raises(NotReady):  # else it would never be rid of requests
+            with pytest.raises(NotReady):  # otherwise it would never get rid of requests
                 engine.submit(request("late"))
             assert await end_of(stream) is None
 
@@ -243,7 +243,7 @@ def test_a_leaving_replica_is_used_until_its_successor_reports(tiny_base: BaseMo
 
 
 def test_counts_never_fall(tiny_base: BaseModel) -> None:
-    """Whoever watches them would take that for a new beginning, and what is left for what was done since."""
+    """Prometheus would take a lower count for a restart, and count the rest again."""
     local = Local(tiny_base)
 
     async def main() -> None:
@@ -277,7 +277,7 @@ def test_refusals(tiny_base: BaseModel) -> None:
                 engine.submit(replace(request(), sampling=SamplingParams(logit_bias=((512, 1.0),))))
             streams = [engine.submit(replace(SLOW, request_id=f"{index}")) for index in range(6)]
             refused = [isinstance(await first_of(stream), QueueFull) for stream in streams[4:]]
-            assert refused == [True, True]  # two run, two wait; whoever is refused was asked of both replicas
+            assert refused == [True, True]  # two run, two wait; the others were refused by both replicas
             await eventually(lambda: all(link.state and link.state.refusal for link in engine._links.values()))
             with pytest.raises(QueueFull):
                 engine.check_queue(1)
@@ -292,7 +292,7 @@ def test_refusals(tiny_base: BaseModel) -> None:
 
 
 def test_max_in_flight_of_all_replicas(tiny_base: BaseModel) -> None:
-    """Of one sequence what any of them can run, together what all of them may have."""
+    """Limits: for one sequence, what every replica can run; for all, the sum of the replicas."""
     limits = SchedulerLimits(max_num_seqs=1)
     local = Local(tiny_base, limits=limits, max_queue=2)
     local.benches["replica-1"] = Bench(tiny_base, limits=limits, max_queue=4, num_blocks=9)
@@ -309,14 +309,14 @@ def test_max_in_flight_of_all_replicas(tiny_base: BaseModel) -> None:
             engine._links["another"] = Link("another", welcome=other, is_new=False)
             assert engine.max_in_flight == 3 + 5
             del engine._links["another"]
-            link.welcome = replace(link.welcome, max_in_flight=None)  # it is older, and doesn't say
+            link.welcome = replace(link.welcome, max_in_flight=None)  # an older version doesn't report it
             assert engine.max_in_flight is None
 
     on_loop(main())
 
 
 def test_a_lost_replica_still_counts_in_max_in_flight(tiny_base: BaseModel) -> None:
-    """What both of them would take has to come again, not to be smaller: clients don't repeat what is a 400."""
+    """A request that fits only both replicas must be retried, not made smaller: clients don't repeat a 400."""
     local = Local(tiny_base, limits=SchedulerLimits(max_num_seqs=1), max_queue=2)
 
     def most() -> int | None:
@@ -325,7 +325,7 @@ def test_a_lost_replica_still_counts_in_max_in_flight(tiny_base: BaseModel) -> N
     async def main() -> None:
         local.client.start()
         local.bring("replica-0")
-        local.client._update_replicas(frozenset(local.benches))  # the other is listed but hasn't reported
+        local.client._update_replicas(frozenset(local.benches))  # the other one is listed but hasn't reported
         await eventually(lambda: local.client.ready)
         assert most() is None
         local.bring("replica-1")
@@ -335,7 +335,7 @@ def test_a_lost_replica_still_counts_in_max_in_flight(tiny_base: BaseModel) -> N
         assert most() is None  # it may be followed again
         local.transport.remove("replica-1")
         await eventually(lambda: "replica-1" not in local.client._links)
-        assert most() == 3 + 3  # the one in its place isn't told of yet
+        assert most() == 3 + 3  # its replacement hasn't been announced yet
         await local.__aexit__()
 
     on_loop(main())
@@ -348,7 +348,7 @@ def test_replicas_of_another_base_are_not_used(tiny_base: BaseModel, caplog: pyt
     async def main() -> None:
         local.client.start()
         local.bring("replica-0")
-        await asyncio.sleep(1.2)  # it is asked more than once
+        await asyncio.sleep(1.2)  # it is queried more than once
         assert not local.client.ready
         await local.__aexit__()
 
@@ -374,7 +374,7 @@ def test_a_dead_engine_fails_its_health_check(tiny_base: BaseModel) -> None:
 
 
 def test_a_replica_says_how_busy_it_is(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers on its machine yield by that."""
+    """Workers on its machine yield according to this number."""
     monkeypatch.setattr(replica_module, "PULSE_SECONDS", 0.01)
     said = list[int]()
 

@@ -1,4 +1,4 @@
-"""Which change of settings has replicas replaced, and what is said of those that don't start."""
+"""Which changes of settings replace replicas, and errors of replicas that don't start."""
 
 from importlib import import_module
 from types import SimpleNamespace
@@ -81,7 +81,7 @@ def test_a_cluster_without_room_says_what_it_waits_for(monkeypatch: pytest.Monke
 def test_room_for_a_spare_excludes_coming_replicas(
     running: int, free: int, has_spare: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else two new ones want the last place, of which neither is given up: Serve waits for good."""
+    """Otherwise two new replicas would both wait for the last place, and Serve would wait for ever."""
     serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy, deployed = import_module("server.cluster.deploy"), list[Any]()
     monkeypatch.setattr(serve, "start", lambda **_: None)

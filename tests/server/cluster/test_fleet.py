@@ -1,4 +1,4 @@
-"""How long a replica's queue is, as one API process knows it."""
+"""The length of a replica's queue, as one API process knows it."""
 
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +25,7 @@ def stats(tiny_base: BaseModel) -> EngineStats:
 
 
 def send(link: Link, name: str, num: int = 1) -> Sent:
-    """As the client does."""
+    """Send a request as the client does."""
     sent = Sent(replace(request(), request_id=name), lambda output: None, num, link, is_offered=True)
     link.sent[name] = sent
     return sent
@@ -36,20 +36,20 @@ def test_requests_since_the_last_report_count_once_per_process(stats: EngineStat
     first = send(link, "first", num=2)
     assert link.queue == 2
     link.take(ReplicaState(stats, num_in_flight=10, num_own=0, num_followers=4))
-    assert link.queue == 10 + 4 * 2  # it isn't in the report: the replica hasn't taken it yet
+    assert link.queue == 10 + 4 * 2  # not in the report: the replica hasn't accepted it yet
     first.is_offered = False
     link.take(ReplicaState(stats, num_in_flight=12, num_own=2, num_followers=4))
     assert link.queue == 12
     send(link, "second")
     assert link.queue == 12 + 4
-    first.num_unfinished = 1  # what ends here is known at once
+    first.num_unfinished = 1  # ends are known at once
     assert link.queue == 11 + 4
     del link.sent["second"]
     assert link.queue == 11
 
 
 def test_processes_with_old_reports_do_not_overfill_a_replica(stats: EngineStats) -> None:
-    """Eight that send a batch each between two reports, all of it for replicas that were equal."""
+    """Eight processes send a batch each between two reports, to replicas that were equally busy."""
     found: Counter[str] = Counter()
     for api in range(NUM_APIS):
         links = [Link(f"replica-{index}", WELCOME) for index in range(4)]
@@ -66,7 +66,7 @@ def test_processes_with_old_reports_do_not_overfill_a_replica(stats: EngineStats
 
 
 def test_counters_only_grow_as_replicas_come_and_go() -> None:
-    """Prometheus takes a sum that falls for a server that began anew, and counts all of it again."""
+    """Prometheus takes a falling sum for a restarted server, and counts everything again."""
     counts = Counts()
     one, other = Link("one", WELCOME, counts), Link("other", WELCOME, counts)
 
@@ -80,13 +80,13 @@ def test_counters_only_grow_as_replicas_come_and_go() -> None:
         return {getattr(stats, name) for name in COUNTERS}
 
     assert sums() == {0}
-    report(one, 1_000_000)  # of before this process began
+    report(one, 1_000_000)  # from before this process started
     report(other, 0)
     assert sums(one, other) == {0}
     report(one, 1_000_010)
     report(other, 5)
     assert sums(one, other) == {15}
-    one.state = None  # lost, for a moment
+    one.state = None  # lost for a moment
     assert sums(one, other) == {15}
     report(one, 1_000_030)
     assert sums(one, other) == {35}

@@ -1,4 +1,4 @@
-"""This machine's part of Ray, as a process that must not be left behind, nor taken for another one."""
+"""This machine's Ray node, a process that must not be left behind or confused with another one."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ exec sleep 60
 
 @pytest.fixture
 def slow_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ray takes long to start; the file that has its process' id by then."""
+    """Make Ray slow to start; return the file that then has its process id."""
     program, pid = tmp_path / "ray", tmp_path / "pid"
     program.write_text(SLOW.format(pid=pid))
     program.chmod(0o755)
@@ -28,7 +28,7 @@ def slow_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ends(pid: int) -> bool:
-    """Whether it does within moments."""
+    """Return whether the process ends within moments."""
     deadline = time.monotonic() + 50
     while node.is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -53,7 +53,7 @@ def test_an_interrupt_while_ray_starts_ends_ray(
 
 
 def test_the_error_says_why_ray_does_not_start(slow_ray: Path, tmp_path: Path) -> None:
-    """Of what Ray wrote this time; its log has what earlier ones did."""
+    """The error is taken from this start's output; Ray's log also has those of earlier starts."""
     log = tmp_path / "log"
     log.write_text("OSError: of another time\n")
     (tmp_path / "ray").write_text(

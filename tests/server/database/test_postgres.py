@@ -1,4 +1,4 @@
-"""A real PostgreSQL: one writer at a time, commits that are known, and what is told where it goes away."""
+"""A real PostgreSQL: one writer at a time, known commits, and errors while it is unavailable."""
 
 import logging
 import subprocess
@@ -163,7 +163,7 @@ for _ in range(int(sys.argv[3])):
 
 
 def writers(url: str, home: Path, num_times: int) -> "list[subprocess.Popen[str]]":
-    """Eight that are about to publish under one name."""
+    """Start eight processes that are about to publish under one name."""
     command = [sys.executable, "-c", WRITER, str(home), url, str(num_times)]
     found = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
     for writer in found:
@@ -184,7 +184,7 @@ def test_eight_processes_publish_under_one_name(url: str, engine: sa.Engine, tmp
 
 
 def test_a_server_that_is_killed_loses_and_doubles_nothing(own_postgres: Postgres, tmp_path: Path) -> None:
-    """SIGKILL while eight processes publish, twice: each number that was told is there, and no other is."""
+    """SIGKILL while eight processes publish, twice: exactly the acknowledged numbers exist."""
     url = own_postgres.migrated()
     found = writers(url, tmp_path, 60)
     for writer in found:
@@ -208,7 +208,7 @@ def test_a_server_that_is_killed_loses_and_doubles_nothing(own_postgres: Postgre
 
 
 def test_a_commit_whose_answer_is_lost_is_known(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its session ends after the commit was done, or before it was asked for: told from the database itself."""
+    """The session ends after the commit was done, or before it was sent: the database itself tells which."""
     import psycopg
 
     commit = psycopg.Connection.commit
@@ -245,7 +245,8 @@ def test_a_commit_whose_answer_is_lost_is_known(engine: sa.Engine, monkeypatch: 
 
 @pytest.mark.parametrize("in_midst", [False, True])
 def test_what_runs_in_a_session_that_is_ended_is_run_again(url: str, engine: sa.Engine, in_midst: bool) -> None:
-    """By an administrator, before its transaction has begun or in its midst, while the socket still is open."""
+    """An administrator ends the session before its transaction began or inside it, while the socket is still
+    open."""
     import psycopg
 
     num_calls, to_end = 0, [True]
@@ -292,7 +293,7 @@ def test_what_is_asked_while_it_is_away_is_told_to_come_again(own_postgres: Post
 
 
 def test_a_workers_reads_wait_no_longer_than_a_servers(own_postgres: Postgres, tmp_path: Path) -> None:
-    """So that it stops in time while the database is away; its writes are tried again for longer."""
+    """So workers stop in time while the database is unavailable; their writes are retried for longer."""
     engine = connect(tmp_path, url=own_postgres.migrated(), patience=WORKER_PATIENCE_SECONDS)
     jobs = Jobs(engine)
     own_postgres.kill()
@@ -306,7 +307,7 @@ def test_a_workers_reads_wait_no_longer_than_a_servers(own_postgres: Postgres, t
 def test_what_is_asked_while_it_starts_anew_waits_for_it(
     own_postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reads, too, for `patience`: of a key, of names, of jobs' events."""
+    """Reads of a key, names and job events also wait, for up to `patience`."""
     monkeypatch.setattr(
         "server.database.postgres.PATIENCE_SECONDS", 60.0
     )  # others use the machine, for seconds at a time
@@ -316,7 +317,7 @@ def test_what_is_asked_while_it_starts_anew_waits_for_it(
     ring = open_access(engine, Home(tmp_path).keyed, commits).ring
     assert publish(catalog) == 1
     own_postgres.kill()
-    until(lambda: commits() < commits())  # what is remembered isn't trusted
+    until(lambda: commits() < commits())  # cached data isn't trusted
     reads: list[Callable[[], object]] = [
         lambda: anyio.run(ring.principal, None),
         lambda: catalog.resolve([Term("a")]),
@@ -334,7 +335,7 @@ def test_what_is_asked_while_it_starts_anew_waits_for_it(
 
 
 def test_a_writer_that_stands_still_keeps_others_for_a_while_only(engine: sa.Engine) -> None:
-    """As a stopped machine does: its session ends, what it wrote is gone, and it is told to try again."""
+    """On a stopped machine, for example: its session ends, its writes are rolled back, and it must retry."""
 
     def stand_still() -> None:
         with engine.begin() as connection:
@@ -411,7 +412,7 @@ def test_threads_share_an_engine(engine: sa.Engine) -> None:
 
 
 def test_what_comes_back_after_the_end_is_closed(engine: sa.Engine) -> None:
-    """A thread that is still at work, or begins, as its server ends."""
+    """A thread may still run, or start, while its server ends."""
     with engine.connect() as out:
         engine.dispose()
         driven = [out.connection.dbapi_connection]

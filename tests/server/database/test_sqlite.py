@@ -1,4 +1,4 @@
-"""Which build of SQLite is used, and what it is trusted with."""
+"""The choice of an SQLite build, and the features enabled in it."""
 
 import sys
 from types import ModuleType
@@ -30,7 +30,10 @@ OTHER = "a_driver_of_another_build"
     ],
 )
 def test_which_releases_have_the_bug(version: tuple[int, int, int], has_bug: bool) -> None:
-    """As https://sqlite.org/wal.html#walresetbug has it."""
+    """According to https:
+
+    sqlite.org/wal.html#walresetbug.
+    """
     assert has_wal_reset_bug(version) is has_bug
     assert safe_journal_mode(version) == ("delete" if has_bug else "wal")
 

@@ -1,1 +1,1 @@
-"""Tests of what /metrics shows."""
+"""Tests of /metrics."""

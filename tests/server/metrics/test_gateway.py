@@ -1,4 +1,4 @@
-"""What gateways read, in vLLM's form: counts, and which adapters are in memory under which names."""
+"""Metrics for gateways in vLLM's format: counts, and the resident adapters by name."""
 
 import time
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from server.metrics.metrics import Metrics
 
 
 class Catalog:
-    """Calls a digest what it is, and notes how often it is asked."""
+    """A catalog that names a digest after itself, and counts lookups."""
 
     def __init__(self) -> None:
         self.num_asked = 0
@@ -66,7 +66,7 @@ def test_max_lora_is_never_less_than_the_resident_adapters() -> None:
 
 
 def test_max_lora_leaves_room_whatever_the_number_of_names() -> None:
-    """Gateways count names: a server is full for them once it tells `max_lora` of them."""
+    """Gateways count names: they consider a server full once it reports `max_lora` of them."""
 
     def two_names(digests: Collection[str]) -> list[str]:
         return [*digests, *(f"{digest}@1" for digest in digests)]

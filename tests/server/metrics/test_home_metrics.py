@@ -1,4 +1,4 @@
-"""Jobs, workers and the disk, as /metrics has them."""
+"""Jobs, workers and the disk in /metrics."""
 
 import logging
 import shutil
@@ -25,7 +25,7 @@ class Clock:
 
 
 def read(collector: HomeCollector) -> Samples:
-    """By name and the value of the only label."""
+    """Return values by name and by the value of the only label."""
     return {
         (s.name, "".join(s.labels.values())): s.value for family in collector.collect() for s in family.samples
     }
@@ -67,7 +67,7 @@ def test_a_worker_is_busy_while_it_keeps_a_lease(tmp_path: Path, jobs: Jobs, lea
 
 
 def test_workers_of_other_machines_count_while_they_are_busy(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
-    """Of a cluster, in which each process has a HOME of its own: else SmoloraJobsWait fires while they train."""
+    """In a cluster each process has its own HOME: otherwise SmoloraJobsWait would fire while jobs train."""
     clock = Clock()
     collector = HomeCollector(tmp_path, jobs, 512, clock, is_shared=True)
     with present(tmp_path):

@@ -1,4 +1,4 @@
-"""/metrics: the contract's names, the engine's numbers, and a bound on labels."""
+"""/metrics: the names of the contract, the engine's numbers, and a bound on labels."""
 
 import os
 import threading
@@ -94,7 +94,7 @@ def test_counters_are_rendered_a_tenth_of_the_time_and_gauges_always() -> None:
     now, current = [100.0], [EngineStats(num_running=1)]
 
     def clock() -> float:
-        now[0] += 0.02  # each look is so much later: so long does writing take
+        now[0] += 0.02  # time that each look takes for writing
         return now[0]
 
     metrics = Metrics(lambda: current[0], clock=clock)
@@ -112,7 +112,7 @@ def test_counts_are_no_older_than_a_second() -> None:
     now = [100.0]
 
     def clock() -> float:
-        now[0] += 5.0  # writing was kept from its core
+        now[0] += 5.0  # the writer was denied its core
         return now[0]
 
     metrics = Metrics(EngineStats, clock=clock)

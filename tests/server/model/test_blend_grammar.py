@@ -1,7 +1,9 @@
-"""Any expression of the grammar, inline or as a named composition, is the dense W + Σ wᵢ sᵢ Bᵢ Aᵢ, in one batch.
+"""Any expression of the grammar, inline or as a named composition, equals the dense W + Σ wᵢ sᵢ Bᵢ Aᵢ in one
+batch.
 
-From the text to the logits: parsed, resolved by a real catalog, put into canonical form, computed beside others.
-The reference adds up what the texts were made from, in decimals, and merges it into transformers' own model.
+The tests go from the text to the logits: parsing, resolution by a real catalog, the canonical form, and a batch
+with other rows. The reference sums the decimals from which the texts were made, and merges the result into
+transformers' own model.
 """
 
 from collections.abc import Sequence
@@ -45,17 +47,17 @@ REFERENCES: dict[str, int] = {
     "9th@best": 5,
     "9th": 5,
 }
-"""What a term may name, and which adapter of `library` that is."""
+"""What a term may name, and the adapter of `library` that it means."""
 MIXES: dict[str, tuple[tuple[str, str], ...]] = {
     "mix": (("wide@prod", "0.5"), ("q-v", "-0.75"), ("mixed_ranks", "1.25")),
     "mix-of-mix": (("mix", "0.2"), ("one.rank", "1"), ("wide@1", "-0.1")),
 }
-"""Compositions that are there from the start."""
+"""Compositions that exist from the start."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """An expression and what it means: exact weights by adapter."""
+    """An expression and its meaning: exact weights by adapter."""
 
     text: str
     weights: dict[int, Decimal]
@@ -63,7 +65,7 @@ class Written:
 
 @dataclass(frozen=True)
 class World:
-    """The adapters, in a catalog, in the pools and as they are."""
+    """The adapters in a catalog, in the pools, and as weights."""
 
     catalog: Catalog
     adapters: Sequence[LoraWeights]
@@ -73,13 +75,13 @@ class World:
     reference: PreTrainedModel
 
     def parts(self, text: str) -> Parts:
-        """As a request for this expression would be served."""
+        """Return the parts that a request for this expression would use."""
         resolved = self.catalog.resolve(parse(text))
         return tuple((self.placements[digest], weight) for digest, weight in combine(resolved))
 
 
 def library(base: BaseModel) -> list[LoraWeights]:
-    """Mixed ranks, targets, layers and scalings."""
+    """Return adapters of mixed ranks, targets, layers and scalings."""
     shape, last = base.config.shape, base.config.num_layers - 1
     return [
         random_adapter(shape, 10, rank=8, strength=0.1),
@@ -137,7 +139,7 @@ def world(tiny_base: BaseModel, tiny_base_dir: Path, tmp_path_factory: pytest.Te
 
 
 def meaning(reference: str) -> dict[int, Decimal]:
-    """The adapters that a term's reference stands for, with their weights."""
+    """Return the adapters that a term's reference means, with their weights."""
     if reference in REFERENCES:
         return {REFERENCES[reference]: Decimal(1)}
     total: dict[int, Decimal] = {}
@@ -149,7 +151,7 @@ def meaning(reference: str) -> dict[int, Decimal]:
 
 @st.composite
 def expressions(draw: st.DrawFn) -> Written:
-    """Any expression: 1 to 16 parts, repeated or not, weights of every form, blanks where they may be."""
+    """Generate any expression: 1 to 16 parts, repeated or not, weights of every form, with blanks."""
     references = st.sampled_from([*REFERENCES, *MIXES, "mix@1", "mix@latest"])
     blank = st.sampled_from(["", "", " ", "  "])
     weights = st.one_of(
@@ -196,7 +198,7 @@ def dict_of(world: World, parts: Parts) -> dict[str, float]:
 
 
 def named(world: World, written: Written) -> Parts:
-    """The same, once it was stored as a composition and is asked for by that name."""
+    """Store the expression as a composition; return the expression that names it."""
     name = f"named-{next(numbers)}"
     if not written.weights:
         with pytest.raises(InvalidInput, match="is equal to the base"):
@@ -207,7 +209,7 @@ def named(world: World, written: Written) -> Parts:
 
 
 def test_a_blend_shows(world: World) -> None:
-    """That the comparison above can fail: blends are far from the base, and from one with a weight that is off."""
+    """The comparison above can fail: blends differ from the base, and from blends with one wrong weight."""
     ids = list(range(NUM_TOKENS))
     plain = logits(world.reference, ids)
     with merged(world.reference, [(world.adapters[0], 0.7), (world.adapters[3], -0.3)]) as model:

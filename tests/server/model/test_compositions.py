@@ -1,4 +1,4 @@
-"""Blends of adapters against the dense W + Σ wᵢ sᵢ Bᵢ Aᵢ merged into transformers' own model."""
+"""Blends of adapters compared with the dense W + Σ wᵢ sᵢ Bᵢ Aᵢ merged into transformers' own model."""
 
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ BLENDS: list[tuple[tuple[int, float], ...]] = [
 
 
 def library(base: BaseModel) -> list[LoraWeights]:
-    """Mixed ranks, targets and layers."""
+    """Return adapters of mixed ranks, targets and layers."""
     shape, last = base.config.shape, base.config.num_layers - 1
     return [
         random_adapter(shape, 0, rank=16),
@@ -40,7 +40,7 @@ def library(base: BaseModel) -> list[LoraWeights]:
 
 
 def test_a_batch_of_blends(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
-    """All at once, in random chunks; each one's logits are those of its own merged model."""
+    """All run at once, in random chunks; each has the logits of its own merged model."""
     adapters, reference = library(tiny_base), load_reference(tiny_base_dir)
     rows = RankRows(
         tiny_base.config.shape,
@@ -83,7 +83,7 @@ def test_bf16_stays_near(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
         assert (ours - exact).norm() <= 0.1 * exact.norm()
 
 
-@pytest.mark.thorough  # end_to_end/test_blends.py blends on this one
+@pytest.mark.thorough  # end_to_end/test_blends.py has blends on this base
 @pytest.mark.real
 def test_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     shape = real_base.config.shape

@@ -20,7 +20,7 @@ HAS_CUDA = torch.cuda.is_available()
         (PLAIN, torch.float32),
         (PLAIN | {"avx512_bf16"}, torch.bfloat16),
         (PLAIN | {"amx_bf16"}, torch.bfloat16),
-        (frozenset(), torch.float32),  # nothing known of it
+        (frozenset(), torch.float32),  # nothing is known of it
     ],
 )
 def test_bf16_only_where_the_cpu_has_it(flags: frozenset[str], expected: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What CUDA is here, and what is said where it can't be used."""
+"""The CUDA of this machine, and the errors if it can't be used."""
 
 import errno
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_bf16_where_the_device_in_use_has_it(
 
 
 def test_attention_is_not_cudnns() -> None:
-    """Which may build a plan, in tens of ms, for each length of keys: for a lone decode, at every token."""
+    """cuDNN may build a plan, in tens of ms, for each length of keys: for a single sequence, at every token."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     choose_device("cpu", "auto")
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -63,7 +63,7 @@ def test_a_gpu_that_is_too_old_is_one_line(device: str) -> None:
 @pytest.mark.parametrize(
     ("gpu", "code", "runs"),
     [
-        (A10, ("sm_80",), True),  # of the same major version, and older
+        (A10, ("sm_80",), True),  # same major version, and older
         (A10, ("sm_90",), False),
         (A10, ("sm_75", "sm_90", "compute_90"), False),
         (H100, ("sm_80", "sm_86"), False),

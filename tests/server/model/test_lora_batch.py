@@ -1,4 +1,4 @@
-"""The served low-rank path against the dense line of `ops.lora.add_dense`, and against W + Σ w s B A itself."""
+"""The served low-rank path compared with the dense `ops.lora.add_dense`, and with W + Σ w s B A itself."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ Blend = tuple[tuple[int, float], ...]  # (adapter, weight)
 
 
 def pool(dtype: torch.dtype = torch.float32) -> tuple[RankRows, list[Parts]]:
-    """The adapters in a pool, each as the only part with weight 1."""
+    """Return the adapters in a pool, each as a single part with weight 1."""
     rows = RankRows(SHAPE, max_rank=96, row_format=RowFormat.of_torch(dtype, CPU), device=CPU)
     return rows, [((placement, 1.0),) for placement in place(rows, ADAPTERS)]
 
@@ -50,7 +50,7 @@ def runs_of(blends: Sequence[tuple[Blend, int]], singles: Sequence[Parts] = SING
 
 
 def by_hand(shape: BaseShape, layer: int, group: str, blend: Blend, x: torch.Tensor) -> torch.Tensor:
-    """Σ weight · scaling · B A x in double precision, the modules' outputs side by side."""
+    """Compute Σ weight · scaling · B A x in double precision, with the modules' outputs concatenated."""
     outputs = []
     for name in GROUPS[group]:
         total = torch.zeros(x.shape[0], shape.features[name][0], dtype=torch.float64)
@@ -63,7 +63,7 @@ def by_hand(shape: BaseShape, layer: int, group: str, blend: Blend, x: torch.Ten
 
 
 def dense_line(rows: RankRows, layer: int, group: str, runs: Sequence[TokenRun], x: torch.Tensor) -> torch.Tensor:
-    """`add_dense` over every row of the pool."""
+    """Compute `add_dense` over every row of the pool."""
     a = rows.a[group][layer].nan_to_num()
     b = torch.zeros(a.shape[0], sum(rows.layouts[group].out_features.values()))
     gates = torch.zeros(x.shape[0], a.shape[0])

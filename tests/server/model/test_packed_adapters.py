@@ -1,4 +1,4 @@
-"""Packed adapters: the pools get the same bytes whichever way, and no file that isn't sound is ever served."""
+"""Packed adapters: the pools get the same bytes either way, and no damaged file is ever served."""
 
 import errno
 import hashlib
@@ -71,7 +71,7 @@ ADAPTERS: dict[str, Callable[[BaseShape], LoraWeights]] = {
 
 
 def published(weights: LoraWeights) -> PeftAdapter:
-    """With a configuration that says no more than the store asks for."""
+    """Publish the adapter with the minimal configuration that the store accepts."""
     ranks = {key.path: module.rank for key, module in weights.modules.items()}
     alphas = {key.path: module.rank * module.scaling for key, module in weights.modules.items()}
     config = LoraConfig(8, 8.0, tuple(ranks), rank_pattern=ranks, alpha_pattern=alphas)
@@ -80,7 +80,7 @@ def published(weights: LoraWeights) -> PeftAdapter:
 
 
 class CountingLayout(RowLayout):
-    """Knows how often it packed."""
+    """A layout that counts how often it packed."""
 
     num_packed = 0
 
@@ -90,7 +90,7 @@ class CountingLayout(RowLayout):
 
 
 def pool_of(shape: BaseShape, stored: Stored, max_rank: int = 40) -> tuple[RankRows, Placement]:
-    """Pools in which the adapter lies behind another's room; all else is zero."""
+    """Return pools in which the adapter follows another's rows; the rest is zero."""
     rows = RankRows(shape, max_rank=max_rank, row_format=ROW_FORMAT, device=CPU)
     for tensor in (*rows.a.values(), *rows.b.values()):
         tensor.zero_()
@@ -110,7 +110,7 @@ def assert_same_pools(shape: BaseShape, stored: Stored, expected_of: Stored, max
 
 
 def in_memory(layout: RowLayout, weights: LoraWeights) -> PackedFile:
-    """The adapter as if from a packed file, whether or not one is kept of it."""
+    """Place the adapter as if from a packed file, whether or not one is kept."""
     content = io.BytesIO(layout.pack(weights).numpy().data)
 
     def read(buffers: Sequence[memoryview]) -> None:
@@ -120,7 +120,7 @@ def in_memory(layout: RowLayout, weights: LoraWeights) -> PackedFile:
 
 
 def settle() -> None:
-    """Wait for what is written in the background."""
+    """Wait for background writes."""
     for thread in threading.enumerate():
         if thread.name == "adapter-packer":
             thread.join()
@@ -136,7 +136,7 @@ def test_the_pools_get_the_same_bytes_whichever_way(shape: BaseShape, name: str,
     store = AdapterStore(tmp_path)
     adapter = published(ADAPTERS[name](shape))
     digest = adapter.weights.digest
-    store.put(adapter)  # before anybody packs
+    store.put(adapter)  # before the first packing
     packed = PackedAdapters(store, RowLayout(shape, ROW_FORMAT))
     assert isinstance(packed.load(digest), LoraWeights)
     settle()
@@ -163,7 +163,7 @@ def test_what_is_put_is_packed_at_once(tmp_path: Path) -> None:
     os.utime(file, (1, 1))
     loaded = PackedAdapters(AdapterStore(tmp_path), RowLayout(TINY, ROW_FORMAT)).load(digest)
     assert file.stat().st_mtime > 1, "that it was used is noted"
-    (place / "adapter_model.safetensors").unlink()  # which isn't read
+    (place / "adapter_model.safetensors").unlink()  # it isn't read
     assert_same_pools(TINY, loaded, adapter.weights)
 
 
@@ -202,7 +202,7 @@ def test_a_file_that_is_not_sound_is_made_anew(how: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("at", [4096, 30_000, -1])
 def test_a_changed_byte_is_found_where_one_looks(at: int, tmp_path: Path) -> None:
-    """No load looks at all of them; what a load would drop isn't a finding."""
+    """A load doesn't check the bytes; what a load would ignore isn't a finding."""
     store = AdapterStore(tmp_path)
     PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
     adapter = published(ADAPTERS["all modules"](TINY))
@@ -237,7 +237,7 @@ def test_a_changed_byte_is_found_where_one_looks(at: int, tmp_path: Path) -> Non
     ids=["layers", "features", "tile", "dtype"],
 )
 def test_a_file_of_another_layout_is_not_read(other: RowLayout, tmp_path: Path) -> None:
-    """Nor is it of use that its sizes may be the same."""
+    """Even if its sizes happen to be the same."""
     store = AdapterStore(tmp_path)
     weights = random_adapter(TINY, 0, rank=16, modules=["q_proj", "k_proj"], layers=[0, 1])
     adapter = published(weights)
@@ -249,7 +249,8 @@ def test_a_file_of_another_layout_is_not_read(other: RowLayout, tmp_path: Path) 
 
 
 def test_the_layout_grows_a_number_when_it_changes() -> None:
-    """Files of the version before would be taken for the new one's: where this fails, raise FORMAT, then these."""
+    """Files of the old version would be taken for the new one's: if this fails, raise FORMAT, then these
+    numbers."""
 
     def counted(*shape: int) -> torch.Tensor:
         return (torch.arange(math.prod(shape)) % 251 / 8).view(shape)
@@ -278,8 +279,8 @@ def test_a_disk_that_takes_nothing_fails_nothing(why: str, tmp_path: Path) -> No
 
 
 def test_an_upload_is_not_multiplied_by_the_layers(tmp_path: Path) -> None:
-    """One layer's rank counts for all of them: what nearly all would be zeros is neither made nor kept, and placed
-    in the same bits all the same."""
+    """One layer's rank counts for all layers: a file that would be nearly all zeros is neither made nor kept, and
+    the same bits are placed anyway."""
     deep = BaseShape(30, TINY.features)
     store, layout = AdapterStore(tmp_path), CountingLayout(deep, ROW_FORMAT)
     packed = PackedAdapters(store, layout)
@@ -300,7 +301,7 @@ def test_an_upload_is_not_multiplied_by_the_layers(tmp_path: Path) -> None:
     ("layers", "rank", "is_packed"), [(8, 300, True), (7, 300, False), (1, 100, True)], ids=["4x", "more", "small"]
 )
 def test_how_much_larger_a_packed_form_may_be(layers: int, rank: int, is_packed: bool, tmp_path: Path) -> None:
-    """Four times what was published, and a megabyte whatever was."""
+    """Up to four times the published size, and a megabyte in any case."""
     deep = BaseShape(30, TINY.features)
     store = AdapterStore(tmp_path)
     PackedAdapters(store, RowLayout(deep, ROW_FORMAT))
@@ -324,7 +325,7 @@ def test_what_no_pool_could_hold_is_not_packed(tmp_path: Path) -> None:
 
 
 def test_on_a_full_disk_nothing_is_made_to_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither by a put, nor by each load of whatever isn't packed, by a thread of its own."""
+    """Neither by a put, nor by each load of an unpacked adapter in a thread of its own."""
     store, layout = AdapterStore(tmp_path), CountingLayout(TINY, ROW_FORMAT)
     adapter = published(ADAPTERS["all modules"](TINY))
     packed = PackedAdapters(store, layout, min_free_bytes=1 << 60)
@@ -368,7 +369,7 @@ def replace_by_another(file: Path) -> None:
 def test_a_file_that_cannot_be_read_any_more_fails_one_placing(
     spoil: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    """A map of it would end the process. The next load has what was published."""
+    """Mapping it would kill the process. The next load uses the published file."""
     store = AdapterStore(tmp_path)
     packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
     adapter = published(ADAPTERS["all modules"](TINY))
@@ -400,7 +401,7 @@ def test_an_io_error_fails_one_placing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_layers_that_lie_apart_are_read_one_by_one(tmp_path: Path) -> None:
-    """As in the pools of torch."""
+    """As in torch's pools."""
     row_format = RowFormat.of_torch(torch.bfloat16, CPU)
     store = AdapterStore(tmp_path)
     packed = PackedAdapters(store, RowLayout(TINY, row_format))
@@ -467,7 +468,7 @@ def test_without_a_thread_it_is_written_later(tmp_path: Path, monkeypatch: pytes
 
 
 def test_one_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A burst of loads writes no heap of files behind their backs: what was passed over is written at its next."""
+    """A burst of loads doesn't queue many writes: a skipped adapter is written at its next load."""
     store = AdapterStore(tmp_path)
     adapters = [published(random_adapter(TINY, seed, rank=2)) for seed in range(3)]
     for adapter in adapters:

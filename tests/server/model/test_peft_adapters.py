@@ -1,4 +1,5 @@
-"""Adapters that PEFT saved, against PEFT's own forward on the same base: ranks, scalings, patterns and subsets."""
+"""Adapters saved by PEFT, compared with PEFT's own forward pass on the same base: ranks, scalings, patterns and
+subsets."""
 
 import warnings
 from pathlib import Path
@@ -65,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 def peft_adapter(
     hugging_face: Path, directory: Path, options: dict[str, Any], base: BaseModel
 ) -> tuple[PeftModel, LoraWeights]:
-    """PEFT's live model of a random adapter, and what we read of the files that it saved."""
+    """Return PEFT's live model of a random adapter, and the adapter read from its saved files."""
     tuned = adapted(load_reference(hugging_face), LoraConfig(task_type="CAUSAL_LM", **options))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -90,7 +91,7 @@ def rows_of(base: BaseModel, max_rank: int) -> RankRows:
 def assert_agrees(
     base: BaseModel, weights: LoraWeights, tuned: PeftModel, ids: list[int], tolerance: float, plain: torch.Tensor
 ) -> None:
-    """Two sequences under the adapter, one under none: prefills and decodes, each against the right reference."""
+    """Check two sequences with the adapter and one without: prefills and decodes, each with its own reference."""
     rows = rows_of(base, weights.max_rank + 4)
     (placement,) = place(rows, [weights])
     model = SmolLM(base.config, base.weights, max_positions=len(ids))

@@ -1,4 +1,4 @@
-"""Where adapters lie: what they need, that placing copies exactly them, and that nothing else is touched."""
+"""Rows of adapters in a pool: their sizes, exact copies, and nothing else written."""
 
 import ctypes
 import mmap
@@ -36,7 +36,7 @@ def pool(max_rank: int = 32, dtype: torch.dtype = torch.float32) -> RankRows:
 
 
 def dense(rows: RankRows, layer: int, group: str, run: Run) -> dict[str, torch.Tensor]:
-    """What lies in an adapter's run, as each module's (out, in) matrix, scaling included."""
+    """Return each module's (out, in) matrix in an adapter's run, including scaling."""
     found = {}
     unit = rows.layouts[group].unit
     for module in run.rows.modules:
@@ -146,8 +146,8 @@ def test_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
 
 
 def test_packed_rows_are_pairs() -> None:
-    """As `lora/group.h` reads them: an odd rank gets a row of zeros, a pool of odd size holds one of that rank,
-    and a run's layers follow each other."""
+    """As read by `lora/group.h`: an odd rank gets a row of zeros, a pool of odd size has room for one adapter of
+    that rank, and a run's layers are contiguous."""
     shape = BaseShape(2, dict.fromkeys(MODULES, (64, 32)))
     packed = RowFormat(torch.bfloat16, torch.bfloat16, 32)
     rows = RankRows(shape, max_rank=7, row_format=packed, device=CPU)
@@ -173,11 +173,11 @@ def test_packed_rows_are_pairs() -> None:
                     assert torch.equal(found_a, (whole.a[row].float() * whole.scaling).bfloat16())
                     assert torch.equal(found_b, whole.b[:, row])
     for tensor, of_run in zip((rows.a["qkv"], rows.b["qkv"]), rows.run("qkv", run), strict=True):
-        assert tensor.isfinite().sum() == of_run.numel()  # nothing else was touched
+        assert tensor.isfinite().sum() == of_run.numel()  # nothing else was written
 
 
 def pages_there(part: torch.Tensor) -> float:
-    """The share of the part's pages that the system has given out."""
+    """Return the share of the part's pages that the system has allocated."""
     first = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = part.data_ptr() + part.nbytes - first
     found = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
@@ -188,7 +188,7 @@ def pages_there(part: torch.Tensor) -> float:
 
 
 def flags_of(tensor: torch.Tensor) -> set[str]:
-    """What the kernel says of the memory that the tensor lies in."""
+    """Return the kernel's flags of the tensor's memory."""
     is_in = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
@@ -202,7 +202,7 @@ def flags_of(tensor: torch.Tensor) -> set[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")
 def test_huge_pages_are_asked_for_where_the_kernel_has_them() -> None:
-    """Of memory that is shared (`sh`) it makes them huge only where another setting, off by itself, says so."""
+    """The kernel uses huge pages for shared memory (`sh`) only if another setting, off by default, allows it."""
     flags = flags_of(in_huge_pages(4, HUGE_PAGE // 2, dtype=torch.float16))
     assert "sh" not in flags
     assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
@@ -221,15 +221,16 @@ def test_pages_are_taken_ahead_and_keep_what_they_hold() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked")
 def test_the_next_adapter_finds_its_pages_taken() -> None:
-    """At first those of rank 16 on all modules, then as many as the last one has; never more than one ahead."""
+    """At first for rank 16 on all modules, then for as many ranks as the last adapter; never more than one
+    ahead."""
     shape = BaseShape(30, dict.fromkeys(MODULES, (1536, 1536)))
     packed = RowFormat(torch.bfloat16, torch.bfloat16, 32)
     rows = RankRows(shape, max_rank=512, row_format=packed, device=CPU)
     weights = random_adapter(shape, 0, rank=64, modules=["q_proj"], dtype=torch.bfloat16)
     need = rows.needs(weights)["qkv"]
-    ranks = 3 * 16  # that a third of the pool's rows is to one module
+    ranks = 3 * 16  # a third of the pool's rows for one module
     one = replace(need, num_rows=1)
-    more = HUGE_PAGE // rows.run("qkv", Run(one, 0, 0))[0].nbytes + 1  # than the rest of a huge page has
+    more = HUGE_PAGE // rows.run("qkv", Run(one, 0, 0))[0].nbytes + 1  # more than the rest of a huge page
     for rank, there in ((0, True), (ranks - 1, True), (ranks + more, False)):
         run = Run(one, rank, 0)
         assert (pages_there(rows.run("qkv", run)[0]) == 1) == there

@@ -1,4 +1,4 @@
-"""Our forward against transformers', over the paged cache: prefills, decodes and any mix of both."""
+"""Our forward pass compared with transformers', over the paged cache: prefills, decodes and mixes of both."""
 
 import random
 from dataclasses import replace
@@ -79,7 +79,7 @@ def test_tiny_bases_agree_with_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_nope_layers_matter(tmp_path: Path) -> None:
-    """The comparison above could not pass with rotary embedding on every layer."""
+    """The comparison above would fail with rotary embedding in every layer."""
     directory = save_tiny_base(tmp_path / "base", "smollm3", {"no_rope_layers": [1, 0, 1]}, seed=3)
     base = load_base(resolve_base(str(directory), tmp_path / "home"))
     ids = list(range(40, 70))
@@ -109,7 +109,7 @@ def test_bf16_packed_weights_agree_with_plain_ones(tiny_base: BaseModel, tiny_ba
 @pytest.mark.thorough  # end_to_end/test_exact_answers.py: over HTTP
 @pytest.mark.real
 def test_the_real_base_agrees_with_transformers(real_base: BaseModel, hf_base_dir: Path) -> None:
-    """fp32, prefill and decode: logits within 1e-3; for 20 prompts 64 greedy tokens that are transformers' own."""
+    """fp32, prefill and decode: logits within 1e-3; for 20 prompts, 64 greedy tokens equal to transformers'."""
     reference = load_reference(hf_base_dir)
     model = SmolLM(real_base.config, real_base.weights, max_positions=512)
     prompts = [tuple(real_base.tokenizer.encode(text)) for text in PROMPTS]

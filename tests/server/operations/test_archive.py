@@ -1,4 +1,4 @@
-"""What is refused of a file that is to be restored, and that nothing stays then, within HOME or without."""
+"""Refusals of files to be restored, which leave nothing behind, inside HOME or outside."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def entry(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Entry]:
-    """What is in a backup of a new HOME: header, database, manifest."""
+    """Return the contents of a backup of a new HOME: header, database, manifest."""
     home = tmp_path_factory.mktemp("home")
     connect(home).dispose()
     back_up(home, home.with_name("sound.tar"))
@@ -54,7 +54,7 @@ def packed(place: Path, entries: Sequence[Entry]) -> Path:
 
 
 def refused(place: Path, entries: Sequence[Entry]) -> str:
-    """Why it is; and that there is nothing afterwards that wasn't before."""
+    """Return the refusal; check that nothing was created."""
     file = packed(place, entries)
     before = sorted(path for path in place.rglob("*"))
     with pytest.raises(StartupError) as refusal:
@@ -69,7 +69,7 @@ def refused(place: Path, entries: Sequence[Entry]) -> str:
 
 
 def test_a_valid_crafted_file_is_restored(tmp_path: Path, sound: Sequence[Entry]) -> None:
-    """So that what the others are refused for is what is wrong with them."""
+    """The refusals below are due to the faults, not to the way the file is made."""
     header, database, _ = sound
     log = entry("jobs/job-1/log.txt", b"said")
     done = restore(packed(tmp_path, [header, log, database, manifest(database, log)]), tmp_path / "new" / "home")
@@ -110,7 +110,7 @@ def test_members_at_other_paths_are_refused(tmp_path: Path, sound: Sequence[Entr
     header, database, _ = sound
     trick = entry(name, b"x")
     why = refused(tmp_path, [header, trick, database, manifest(database, trick)])
-    # Python's tar takes a name that ends in a slash for a folder's
+    # Python's tar takes a name with a trailing slash for a folder.
     assert why in (f"{name!r} isn't a path that a HOME has", f"{name.rstrip('/')!r} isn't a regular file")
     assert not (tmp_path / "outside").exists()
 
@@ -254,7 +254,7 @@ def test_the_commands(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["restore", str(file), "--home", str(tmp_path / "third"), "--json"])
     assert json.loads(done.stdout)["is_sound"] is True
     refusal = CliRunner().invoke(app, ["restore", str(file), "--home", str(again)])
-    assert isinstance(refusal.exception, StartupError)  # which `main` says in a line
+    assert isinstance(refusal.exception, StartupError)  # `main` prints it in a line
     assert "isn't empty" in str(refusal.exception)
 
 

@@ -1,4 +1,4 @@
-"""Backups of a HOME that changes meanwhile, and their restores."""
+"""Backups of a HOME that changes at the same time, and their restores."""
 
 import gzip
 import json
@@ -39,7 +39,8 @@ ROWS = b'{"text": "a"}\n'
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """a@2 and a@3 (a@1 and a@4, the newest, were deleted), b@1, mix@1 = a@2+b@1; an alias; latest moved back."""
+    """Make a@2 and a@3 (a@1 and the newest, a@4, were deleted), b@1, mix@1 = a@2+b@1, an alias; latest is rolled
+    back."""
     files = tmp_path / "files"
     files.mkdir()
     write_files(files)
@@ -68,7 +69,7 @@ def kept(target: Path) -> None:
 
 
 def contents(home: Path) -> dict[str, bytes]:
-    """Every file of a HOME that isn't the database's or a lock."""
+    """Return every file of a HOME except the database and locks."""
     paths = (path for path in home.rglob("*") if path.is_file() and not path.name.startswith((FILE_NAME, ".lock")))
     found = {path.relative_to(home).as_posix(): path.read_bytes() for path in paths}
     found.pop("server.lock", None)
@@ -134,7 +135,7 @@ def test_the_numbers_of_deleted_versions_survive_the_next_loss_of_the_database(
 
 
 class Meddler:
-    """Does something as the backup is about to look at the n-th folder."""
+    """Changes HOME just before the backup looks at the n-th folder."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, meddle: Callable[[], None]) -> None:
         self.num_looks = 0
@@ -185,7 +186,7 @@ def test_nothing_is_missing_whatever_is_deleted_and_published_meanwhile(
 def test_a_version_that_is_published_and_deleted_repeatedly(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes are missing whenever they are looked for, five times, and each time of another version."""
+    """Five times the bytes are missing when the backup looks for them, each time of another version."""
     keep = backups._Backup._keep
     number = 0
 
@@ -216,7 +217,7 @@ def running(registry: Registry, job_id: str, lease_seconds: float = 250.0) -> Cl
 
 
 def test_a_running_job_resumes_in_the_restored_home(registry: Registry, target: Path, tmp_path: Path) -> None:
-    """At once, whatever is left of its lease; and the time between isn't charged."""
+    """It resumes at once, although its lease hasn't expired, and the time in between doesn't count."""
     claim = running(registry, "job-8")
     running(registry, "job-9")
     registry.jobs.pause("job-9")
@@ -245,7 +246,7 @@ def test_a_running_job_resumes_in_the_restored_home(registry: Registry, target: 
         ).scalar_one()
     assert 3.5 <= seconds < 60
     engine.dispose()
-    registry.jobs.get("job-8")  # what was backed up is as it was
+    registry.jobs.get("job-8")  # the backed-up state is unchanged
     assert registry.jobs.get("job-8").status is Status.RUNNING
 
 
@@ -274,7 +275,7 @@ def test_a_job_that_ends_meanwhile_has_ended_or_has_its_rows(
 def test_a_checkpoint_is_never_newer_than_the_database(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its job's metrics would have a gap."""
+    """Otherwise the job's metrics would have a gap."""
     running(registry, "job-8")
     checkpoint(registry.home, "job-8", "1-4")
     copy = database.copy
@@ -391,7 +392,8 @@ for line in sys.stdin:
     print(os.read(reading, 99).decode() or 0, flush=True)
     os.close(reading)
 """
-"""Does what a line of JSON says in a process that dies at its n-th step; prints its steps, 0 if it died."""
+"""A script that runs the command in each line of JSON in a process that dies at its n-th step, and prints the
+number of steps, or 0 if it died."""
 
 
 class Victims:
@@ -402,7 +404,7 @@ class Victims:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, what: str, home: Path, target: Path, step: int = 0) -> int:
-        """How many steps it took, where it wasn't killed at that one; else 0."""
+        """Return the number of steps, or 0 if it was killed at `step`."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -480,11 +482,11 @@ class Elsewhere:
         return True
 
     def mark(self, place: str) -> None:
-        """It is there."""
+        """Return whether the store's mark exists."""
 
 
 def test_a_home_whose_bytes_are_in_a_bucket_is_refused(registry: Registry, target: Path) -> None:
-    """Also where the settings, as of another terminal, don't say so: what HOME has is a cache."""
+    """Even if the settings, as in another terminal, don't name the bucket: HOME is only a cache."""
     database.agree(registry.engine, Elsewhere())
     with pytest.raises(StartupError, match="are in s3://bytes: HOME only caches some of them"):
         back_up(registry.home, target)
@@ -501,7 +503,7 @@ def test_a_backup_of_a_newer_release_is_refused(registry: Registry, target: Path
 
 
 def rewritten(target: Path, field: str, value: object) -> Path:
-    """With another value in its header."""
+    """Rewrite the backup with another value in its header."""
     changed = target.with_name(f"{field}.tar.gz")
     with (
         tarfile.open(target) as old,
@@ -522,7 +524,7 @@ def rewritten(target: Path, field: str, value: object) -> Path:
 def test_a_backup_with_an_older_schema_is_migrated(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older smolora made the backup."""
+    """The backup was made by an older smolora."""
     back_up(registry.home, target)
     with tarfile.open(target) as tar:
         header = tar.extractfile("backup.json")
@@ -538,7 +540,7 @@ def test_a_backup_with_an_older_schema_is_migrated(
 
 
 def test_concurrent_backups_keep_each_others_folders(registry: Registry, target: Path) -> None:
-    """The second begins while the first is at work, and ends before it."""
+    """The second begins while the first runs, and ends before it."""
     from server.operations.backup import workspace
 
     with workspace(target) as first:

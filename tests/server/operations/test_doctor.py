@@ -1,4 +1,4 @@
-"""`smolora doctor`: finds what is wrong byte by byte, and rebuilds the catalog from the directories alone."""
+"""`smolora doctor` finds every damaged byte, and rebuilds the catalog from the directories alone."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ from tests.server.api.adapters.registry import Registry, digest_of, write_files
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """a@1, a@2 (which a job trained), b@1, and mix@1 = a@1*0.5+b@1; with an alias, and latest moved back."""
+    """Make a@1, a@2 (trained by a job), b@1, and mix@1 = a@1*0.5+b@1, with an alias; latest is rolled back."""
     files = tmp_path / "files"
     files.mkdir()
     write_files(files)
@@ -104,7 +104,7 @@ def test_bytes_that_changed_are_found(home: Path) -> None:
 
 
 def test_changed_packed_files_are_found(home: Path) -> None:
-    """The packed form that lies beside the bytes: answers come from it alone."""
+    """Answers are computed from the packed form alone."""
     store = AdapterStore(home / "adapters")
     packed = PackedAdapters(store, RowLayout(SHAPE, RowFormat(torch.bfloat16, torch.bfloat16)))
     digest = digest_of(1)
@@ -127,7 +127,7 @@ def test_changed_packed_files_are_found(home: Path) -> None:
 
 @pytest.mark.parametrize("project", ["default", "acme"])
 def test_uploads_that_changed_are_found(home: Path, project: str) -> None:
-    """Rows, what is known of them, and a job's results."""
+    """Rows, their metadata, and a job's results."""
     of = Home(home)
     datasets, files = DatasetStore(of.datasets(project)), FileStore(of.files(project))
     sets = [datasets.put(BytesIO(b'{"text": "%d"}' % i), "a.jsonl").id for i in range(4)]
@@ -164,7 +164,7 @@ def test_unnamed_bytes_are_found_and_collected(home: Path, tmp_path: Path) -> No
     (home / "adapters" / ".tmp-left").mkdir()
     digest = orphan.weights.digest
     assert found(home).keys() == {f"adapters/{digest[:2]}/{digest}", "adapters/.tmp-left"}
-    with registry.store.publishing(orphan, registry.catalog.in_use):  # somebody is about to name it
+    with registry.store.publishing(orphan, registry.catalog.in_use):  # a publisher is about to name it
         assert found(home).keys() == {"adapters/.tmp-left"}
     registry.restart()
     registry.close()
@@ -235,7 +235,7 @@ def test_a_damaged_database_is_set_aside(home: Path) -> None:
 
 
 def test_a_full_disk_is_not_reported_as_damage(home: Path, tmp_path: Path) -> None:
-    """SQLite, which has no room for files of its own then, says that it is an I/O error."""
+    """SQLite, which can't create temporary files then, calls it an I/O error."""
     (disk := tmp_path / "disk").mkdir()
     with mounted(disk, 4):
         shutil.copytree(home, disk / "home")
@@ -289,7 +289,10 @@ def test_a_rebuild_is_refused_while_a_server_runs(home: Path, tmp_path: Path) ->
     assert examine(home).is_sound
     assert registry.catalog.get("a").latest == 1
     registry.close()
-    with serving(home), pytest.raises(StartupError, match="is served already"):  # by one that is just starting
+    with (
+        serving(home),
+        pytest.raises(StartupError, match="is served already"),
+    ):  # a starting server
         rebuild(home)
 
 

@@ -1,4 +1,4 @@
-"""Moves that are interrupted anywhere can be repeated, and places that aren't empty are refused."""
+"""Interrupted moves can be repeated, and non-empty destinations are refused."""
 
 import shutil
 import time
@@ -28,12 +28,12 @@ pytestmark = CLUSTER
 
 
 class CutOff(BaseException):
-    """In the place of a kill."""
+    """Raised instead of a kill."""
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """a@1, b@1, mix@1 = a+b, a key and a data set."""
+    """Make a@1, b@1, mix@1 = a+b, a key and a data set."""
     files = tmp_path / "files"
     files.mkdir()
     write_files(files)
@@ -62,7 +62,7 @@ def url(postgres: Postgres) -> Iterator[str]:
 
 
 def cut_off_at(bucket: "Bucket", number: int) -> "Bucket":
-    """The bucket, whose request of that number, from 0, ends the process."""
+    """Return the bucket, with a request of that number, from 0, that ends the process."""
     from adapters.storage.bucket import Bucket
 
     left = [number]
@@ -93,7 +93,7 @@ def test_an_interrupted_move_can_be_repeated(home: Path, tmp_path: Path, url: st
             engine = connect(tmp_path / "api", url=url)
             try:
                 agree(engine, target.place)
-                is_done = number > 0  # the rows are there: what is left the next server's start does
+                is_done = number > 0  # the rows are moved: the next server's start completes the rest
             except StartupError as error:
                 messages.append(str(error))
             finally:
@@ -125,7 +125,8 @@ def test_an_interrupted_move_can_be_repeated(home: Path, tmp_path: Path, url: st
 def test_rows_that_take_long_to_compare_do_not_time_out(
     home: Path, tmp_path: Path, url: str, bucket: "Bucket", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PostgreSQL ends a session that stands still within a transaction, as it would while millions are read."""
+    """PostgreSQL ends a session that is idle within a transaction, as it would be while millions of rows are
+    read."""
     from server.database import postgres, rows
     from server.operations import move as module
     from server.operations.move import to_cluster

@@ -84,8 +84,8 @@ async def test_settings_lead_to_answers(
 async def test_an_adapter_larger_than_the_pool_is_refused_at_use(
     client: httpx.AsyncClient, services: Services, tiny_base: BaseModel
 ) -> None:
-    """A rank beyond the base's sizes is no reason to refuse an upload; what can't be served is told when it is
-    asked for, and everybody else is served on."""
+    """A rank beyond the base's sizes is no reason to refuse an upload. Requests that need it are refused, and
+    others are still served."""
     rank = 2 * services.engine.stats.max_adapter_rank + 1
     assert rank > max(max(sizes) for sizes in tiny_base.config.shape.features.values())
     files = as_parts(*peft_files(rank=rank, shape=tiny_base.config.shape))

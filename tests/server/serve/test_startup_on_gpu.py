@@ -1,4 +1,4 @@
-"""The start of a server on a fake GPU: the memory that it takes, and errors if there is too little."""
+"""The start of a server on a fake GPU: its memory use, and errors if there is too little memory."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def engine_of(services: Services) -> Engine:
 
 
 async def test_the_server_limits_its_gpu_memory(tmp_path: Path, tiny_base_dir: Path) -> None:
-    """Caches of a size that was asked for, steps of a GPU's, everything on the card, in bf16."""
+    """Caches have the requested size, steps the size for a GPU, and everything is on the GPU, in bf16."""
     given = settings(tmp_path, tiny_base_dir, kv_cache_bytes="4MiB", adapter_cache_bytes="4MiB")
     with fake_cuda() as card:
         services = build(given, lambda line: None)
@@ -43,7 +43,7 @@ async def test_the_server_limits_its_gpu_memory(tmp_path: Path, tiny_base_dir: P
 
 
 async def test_caches_use_the_gpu_memory_that_training_leaves(tmp_path: Path, tiny_base_dir: Path) -> None:
-    """Of 3 GiB, of which 2.8 are free: half is training's, 1 GiB the processes', and a step takes some."""
+    """Of 3 GiB, 2.8 are free: half is for training, 1 GiB for the processes, and some for a step."""
     with fake_cuda(Card(total_bytes=3 * GIB, free_bytes=int(2.8 * GIB))):
         services = build(settings(tmp_path, tiny_base_dir, max_num_seqs=1024), lambda line: None)
         config = engine_of(services).config

@@ -1,4 +1,4 @@
-"""HOME: shut to others, and served by one process at a time, however that ends."""
+"""HOME is private, and served by one process at a time, however that process ends."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ def mode(path: Path) -> int:
 
 @pytest.fixture(autouse=True)
 def scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `prepare` changes for the whole process."""
+    """Undo what `prepare` changes for the whole process."""
     monkeypatch.setattr(tempfile, "tempdir", tempfile.tempdir)
 
 
@@ -81,7 +81,7 @@ def test_a_killed_server_releases_the_lock_although_its_children_live(tmp_path: 
             pass
         holder.kill()
         holder.wait()
-        os.kill(child, 0)  # it lives
+        os.kill(child, 0)  # it is alive
         with serving(tmp_path):
             pass
     finally:
@@ -90,7 +90,7 @@ def test_a_killed_server_releases_the_lock_although_its_children_live(tmp_path: 
 
 
 def test_an_empty_lock_file_names_another_process(tmp_path: Path) -> None:
-    """Who has it may not have got round to saying who it is."""
+    """The process that has the lock may not have written its name yet."""
     with serving(tmp_path):
         (tmp_path / LOCK_NAME).write_bytes(b"")
         with pytest.raises(StartupError, match="by another process"), serving(tmp_path):
@@ -98,7 +98,7 @@ def test_an_empty_lock_file_names_another_process(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one of a network may be."""
+    """For example a network file system."""
 
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -1,4 +1,4 @@
-"""What a suggested command begins with: whatever reaches this program from the shell that called it."""
+"""The prefix of suggested commands, which must run this program in the calling shell."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from server.system.messages import plural, program
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current one, with a program in `.venv/bin`; none is on the PATH."""
+    """Change to a folder with a program in `.venv/bin`; none is on the PATH."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     script = tmp_path / ".venv" / "bin" / "smolora"
     script.write_text("#!/bin/sh\n")

@@ -102,7 +102,7 @@ def test_a_line_of_a_job_names_it() -> None:
 
 
 def test_hub_urls_are_not_logged(tmp_path: Path) -> None:
-    """Its client would tell the URLs, of which those of large files are signed."""
+    """The client library would log URLs, and URLs of large files are signed."""
     code = f"""
 import sys
 from pathlib import Path

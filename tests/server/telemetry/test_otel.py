@@ -1,4 +1,4 @@
-"""Spans by the SDK: whose child they are, what its variables say, and what is missing."""
+"""Spans of the SDK: their parents, its variables, and missing packages."""
 
 import logging
 import subprocess
@@ -75,7 +75,7 @@ def test_an_invalid_header_begins_a_new_trace(given: str) -> None:
     ],
 )
 def test_clients_headers_are_not_logged(headers: dict[str, str]) -> None:
-    """Of whomever: spans begin before a key is asked for."""
+    """Not of any client: spans begin before the key is checked."""
     code = f"""
 from server.telemetry import logs
 from server.telemetry.otel import OtelTracer
@@ -89,7 +89,7 @@ assert OtelTracer([]).request({{"traceparent": "00-{TRACE}-{PARENT}-01", **{head
 def test_a_collectors_key_is_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization: Bearer xyzzy")
-    code = "from server.telemetry.spans import open_tracer; assert open_tracer()"  # before there is a log
+    code = "from server.telemetry.spans import open_tracer; assert open_tracer()"  # before logging is set up
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert "OTEL_EXPORTER_OTLP_HEADERS: entries that aren't name=value are ignored" in done.stderr
     assert "xyzzy" not in done.stderr
@@ -204,7 +204,7 @@ print(found, "server.telemetry.otel" in sys.modules, tracer)
 
 
 def test_opentelemetry_is_not_imported_by_default() -> None:
-    """Of the SDK, the exporters and protobuf. FastAPI has the API by itself, which does nothing alone."""
+    """Neither the SDK, nor the exporters, nor protobuf. FastAPI imports the API, which does nothing alone."""
     code = f"import {MODULES}; from server.telemetry.spans import open_tracer; tracer = open_tracer()\n{LOADED}"
     assert in_new_process(code) == "[] False None\n"
 

@@ -31,13 +31,13 @@ def base(base_dir: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """As transformers reads it."""
+    """Return the tokenizer as transformers reads it."""
     return read_tokenizer(base.directory)
 
 
 @cache
 def gguf_tensors() -> dict[str, torch.Tensor]:
-    """By their GGUF names, dequantized, fp32."""
+    """Return the dequantized tensors in fp32, by their GGUF names."""
     reader = GGUFReader(find_gguf())
     return {
         tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
@@ -47,7 +47,8 @@ def gguf_tensors() -> dict[str, torch.Tensor]:
 
 
 def interleaved_to_half(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp rotates neighbours, Hugging Face halves: (heads, d/2, 2, in) against (heads, 2, d/2, in)."""
+    """Convert between llama.cpp's rotation of neighbours and Hugging Face's of halves: (heads, d/2, 2, in) and
+    (heads, 2, d/2, in)."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 

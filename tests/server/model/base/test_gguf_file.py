@@ -1,4 +1,4 @@
-"""Bases that are GGUF files: what they become, what is kept of how they were stored, and what is refused."""
+"""Bases from GGUF files: conversion, the stored types that are kept, and refusals."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,8 @@ def load(file: Path) -> BaseModel:
 
 
 def halves(rows: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
-    """llama.cpp rotates neighbours, Hugging Face halves: (heads, d/2, 2, in) against (heads, 2, d/2, in)."""
+    """Convert between llama.cpp's rotation of neighbours and Hugging Face's of halves: (heads, d/2, 2, in) and
+    (heads, 2, d/2, in)."""
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -76,7 +77,7 @@ def test_it_is_a_base_that_transformers_reads(tmp_path: Path) -> None:
 
 
 def test_a_base_that_no_chat_was_trained_on(tmp_path: Path) -> None:
-    """Its file has no template, and no special token but the end: SmolLM2's without `Instruct`, say."""
+    """Its file has no template, and no special token except the end, like SmolLM2's without `Instruct`."""
     save_tiny_gguf(tmp_path / "tiny.gguf", is_chat=False)
     base = load(tmp_path / "tiny.gguf")
     assert base.tokenizer.chat_template is None

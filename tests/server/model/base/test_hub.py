@@ -23,7 +23,7 @@ UNWANTED = {
 
 @contextmanager
 def hub_of(directory: Path, asked: list[str]) -> Iterator[str]:
-    """Serve the files of `directory` as owner/tiny, and more that nobody should ask for; yields the endpoint."""
+    """Serve the files of `directory` as owner/tiny, with others that must not be requested; yield the endpoint."""
     files = {file.name: file.read_bytes() for file in directory.iterdir()} | UNWANTED
 
     class Handler(HubHandler):
@@ -60,7 +60,7 @@ def test_one_commit_of_safetensors_and_json_only_then_offline(tiny_base_dir: Pat
     original = load_base(resolve_base(str(tiny_base_dir), tmp_path))
     assert load_base(found).digest == original.digest
 
-    again = download("owner/tiny", endpoint, tmp_path / "hub")  # nobody listens any more: the cache will do
+    again = download("owner/tiny", endpoint, tmp_path / "hub")  # the hub is down: the cache suffices
     assert again.commit == COMMIT
 
 

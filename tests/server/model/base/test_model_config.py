@@ -1,4 +1,4 @@
-"""ModelConfig against transformers' own reading of the same configs, and what it refuses."""
+"""ModelConfig compared with transformers' reading of the same configs, and refusals."""
 
 from collections.abc import Mapping
 
@@ -82,7 +82,7 @@ def test_smollm3_layers_without_rotation(options: Mapping[str, object]) -> None:
         ({"eos_token_id": 7}, None, (7,)),  # generation_config wins, as in transformers
         ({"eos_token_id": [9, 7]}, 2, (2, 7, 9)),
         ({"eos_token_id": 2}, 2, (2,)),
-        ({"eos_token_id": -1}, 2, (2,)),  # no token's id: grammars could be compiled for none of them
+        ({"eos_token_id": -1}, 2, (2,)),  # not a token id: grammars couldn't be compiled
         ({"eos_token_id": [7, 131]}, None, (7,)),
     ],
 )

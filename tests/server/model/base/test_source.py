@@ -1,4 +1,4 @@
-"""Where bases are found, that each is converted once, and what is left when a process dies or the disk is full."""
+"""Sources of bases: each is converted once, even if a process dies or the disk is full."""
 
 import fcntl
 import json
@@ -41,7 +41,7 @@ def test_a_directory_is_converted_once(tiny_base_dir: Path, tmp_path: Path) -> N
     assert load_base(first).name == "tiny-llama"
     assert resolve_base(str(tiny_base_dir), tmp_path, progress=told.append) == first
     assert len(told) == 1
-    assert resolve_base(str(first), tmp_path / "elsewhere") == first  # converted already
+    assert resolve_base(str(first), tmp_path / "elsewhere") == first  # already converted
 
 
 def test_a_changed_directory_is_converted_anew_and_the_old_one_dropped(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_model_that_can_be_nothing(model: str, tmp_path: Path) -> None:
         resolve_base(model, tmp_path, fetch=no_hub)
 
 
-@pytest.mark.thorough  # how the later one waits: below
+@pytest.mark.thorough  # the waiting process is tested below
 def test_two_processes_at_once(tiny_base_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server.model", "--home", str(tmp_path), "--model", str(tiny_base_dir)]
     running = [
@@ -149,7 +149,7 @@ def test_what_a_killed_process_left_is_cleared(tiny_base_dir: Path, tmp_path: Pa
     found = resolve_base(str(tiny_base_dir), tmp_path)
     left = found.parent / f"{UNFINISHED}{found.name}-abc"
     shutil.copytree(found, left)
-    (found / MANIFEST).unlink()  # as if removing an old format had been cut short
+    (found / MANIFEST).unlink()  # as if the removal of an old format had been interrupted
     assert resolve_base(str(tiny_base_dir), tmp_path) == found
     assert not left.exists()
     assert read_manifest(found) is not None
@@ -184,7 +184,7 @@ def test_a_converted_base_keeps_its_config(tmp_path: Path) -> None:
 
 
 def test_a_converted_base_is_served_and_trained_without_transformers(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """Which takes as long to import as all else that a job's process begins with, but for torch."""
+    """Importing it takes as long as all other imports of a job's process, except torch."""
     resolve_base(str(tiny_base_dir), tmp_path)
     slow = [
         "accelerate",

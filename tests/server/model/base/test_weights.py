@@ -1,4 +1,4 @@
-"""Converted weights against the Hugging Face directories they came from, tensor by tensor and bit by bit."""
+"""Converted weights compared with their Hugging Face directories, tensor by tensor and bit by bit."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def load(hf_dir: Path, dtype: torch.dtype | None = None) -> BaseModel:
 def hugging_face(directory: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     assert isinstance(model, PreTrainedModel)
-    return model  # in evaluation mode, as it comes
+    return model  # in evaluation mode already
 
 
 def same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -222,7 +222,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def sentencepiece() -> Tokenizer:
-    """Of Llama 2's kind: a space is U+2581, and a byte that is no token's is spelled out."""
+    """A tokenizer like Llama 2's: a space is U+2581, and an unknown byte is spelled out."""
     spelled = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = ["<unk>", "<s>", "</s>", *spelled, "▁", "a"]
     backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [], byte_fallback=True))
@@ -233,7 +233,8 @@ def sentencepiece() -> Tokenizer:
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
-    """By directory, and by a home that converted it before: answers would read `<0x0A>`, and lack their spaces."""
+    """From a directory, or from a home that converted it earlier: answers would contain `<0x0A>` and lack
+    spaces."""
     directory = save_tiny_base(tmp_path / "tiny")
     converted = load(directory).directory
     for place, name in ((directory, "tiny"), (converted, converted.name)):

@@ -1,4 +1,4 @@
-"""Paged attention against a loop over sequences and heads in double precision."""
+"""Paged attention compared with a loop over sequences and heads in double precision."""
 
 import random
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ BLOCK = 4
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """One query of each head, q (heads, dim), over k, v (positions, kv_heads, dim)."""
+    """Return attention for one query of each head, q (heads, dim), over k, v (positions, kv_heads, dim)."""
     heads, dim = q.shape
     group = heads // k.shape[1]
     out = torch.empty(heads, dim, dtype=torch.float64)
@@ -26,7 +26,8 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def decode_case(
     heads: int, kv_heads: int, dim: int, lengths: list[int], seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, caches and a padded table of blocks in a random order; block 0 is zero, the rest is full."""
+    """Return queries, caches and a padded block table in a random order; block 0 is zero, all other blocks are
+    full."""
     generator = torch.Generator().manual_seed(seed)
     num_blocks = [-(-length // BLOCK) for length in lengths]
     order = random.Random(seed).sample(range(1, sum(num_blocks) + 1), sum(num_blocks))
@@ -78,7 +79,7 @@ def test_decode(heads: int, kv_heads: int, dim: int, gather_values: bool) -> Non
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_both_ways_to_sum_values_agree(dtype: torch.dtype, atol: float) -> None:
-    """In bf16 they round the same sums of products: by one step of numbers around 1 at most."""
+    """In bf16 they round the same sums of products: they differ by at most one step of numbers around 1."""
     lengths = [1, 4, 37, 64]
     q, k, v, table = decode_case(6, 2, 8, lengths)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -90,7 +91,7 @@ def test_both_ways_to_sum_values_agree(dtype: torch.dtype, atol: float) -> None:
 @pytest.mark.parametrize("gather_values", [False, True])
 @pytest.mark.parametrize("stale", [float("nan"), float("inf"), float("-inf"), 3e38])
 def test_what_an_earlier_sequence_left_behind_has_no_effect(stale: float, gather_values: bool) -> None:
-    """A block's positions beyond a sequence's length hold whatever its last owner wrote, NaN included."""
+    """Positions of a block beyond a sequence's length contain what its last owner wrote, including NaN."""
     lengths = [1, 6, 9]
     q, k, v, table = decode_case(4, 2, 8, lengths)
     clean = decode(q, k, v, table, lengths, gather_values=gather_values)
@@ -147,10 +148,11 @@ Query = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def check_in_bf16(queries: Iterable[Query]) -> None:
-    """What was found for queries q over k, v, (found, q, k, v), is as near to the exact result as roundings allow.
+    """Check that the result for queries q over k, v, (found, q, k, v), is as close to the exact one as rounding
+    allows.
 
-    Not so near to wrong ones: with scores too large by 3 % (a tenth where their own factor is rounded), or without
-    the last position.
+    And not as close to wrong results: with scores too large by 3 % (by a tenth if their own factor is rounded), or
+    without the last position.
     """
     is_near, is_off_scale, is_off_by_one = [], [], []
     for found, q, k, v in queries:
@@ -172,7 +174,7 @@ def test_decode_in_bf16(heads: int, kv_heads: int, dim: int) -> None:
     q, k, v, table = (
         t.bfloat16() if t.is_floating_point() else t for t in decode_case(heads, kv_heads, dim, lengths)
     )
-    q *= 2  # so that scores are unlike
+    q *= 2  # so that scores differ
     found = decode(q, k, v, table, lengths)
     assert found.dtype is torch.bfloat16
     check_in_bf16(

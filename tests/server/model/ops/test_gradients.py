@@ -1,4 +1,4 @@
-"""The backward passes that training uses against autograd through the formulas, and their forwards bit by bit."""
+"""Backward passes of training compared with autograd through the formulas, and bitwise equal forward passes."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def plain_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Operation, Operation, list[torch.Tensor]]]:
-    """By name: (ours, the formula, what it is a function of; all of it may need a gradient but for the tables)."""
+    """Return by name: ours, the formula, and the inputs, of which all except the tables may need a gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_computes_what_serving_does(name: str, dtype: torch.dtype) -> None:
-    """To the bit, and in 16 bits the gradients are as close to the exact ones as 16 bits can tell."""
+    """Bitwise; and in 16 bits the gradients are as close to the exact ones as 16 bits allow."""
     ours, formula, given = inputs(dtype)[name]
     served = ours(*given)
     exact = [x.double() for x in given]
@@ -84,7 +84,7 @@ def test_training_computes_what_serving_does(name: str, dtype: torch.dtype) -> N
 
 
 def test_only_the_input_is_kept() -> None:
-    """What a norm keeps for its backward pass has the size of its input, whatever it computes in between."""
+    """A norm keeps as much for its backward pass as its input's size, whatever it computes in between."""
     kept: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

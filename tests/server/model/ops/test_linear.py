@@ -1,4 +1,4 @@
-"""The packed product against the plain one."""
+"""The packed product compared with the plain one."""
 
 import pytest
 import torch

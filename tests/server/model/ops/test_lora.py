@@ -1,4 +1,4 @@
-"""The low-rank products against loops over their definitions."""
+"""The low-rank products compared with loops over their definitions."""
 
 import random
 
@@ -14,7 +14,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
 
 
 def random_pairs(tokens: int, rows: int, seed: int = 0) -> tuple[Pairs, list[tuple[int, int]]]:
-    """Pairs in no order within a token; some tokens have none."""
+    """Return pairs, unordered within a token; some tokens have none."""
     rng = random.Random(seed)
     chosen = [rng.sample(range(rows), rng.choice((0, 0, 1, 3, rows))) for _ in range(tokens)]
     offsets = torch.tensor([0, *(len(part) for part in chosen)]).cumsum(0)
@@ -39,7 +39,8 @@ def test_add_dense_is_the_definition() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_shrink_sampled_computes_the_pairs_in_their_order(dtype: torch.dtype) -> None:
-    """As near to the exact sums as roundings allow; not so near to sums too large by 3 %, or short of a term."""
+    """As close to the exact sums as rounding allows, and not as close to sums too large by 3 %, or without a
+    term."""
     x, a = normal(9, 16, dtype=dtype), normal(6, 16, seed=1, dtype=dtype)
     chosen, pairs = random_pairs(9, 6)
     terms = torch.stack([x[token].double() * a[row].double() for token, row in pairs])

@@ -1,4 +1,4 @@
-"""Normalization, rotation and activation against their formulas in double precision."""
+"""Normalization, rotation and activation compared with their formulas in double precision."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Prompts as tokens: exactly the tokenizer's own, but nobody's text is a special token."""
+"""Prompts as tokens: exactly the tokenizer's, except that users' text is never a special token."""
 
 import threading
 import time
@@ -61,14 +61,14 @@ def test_a_lookalike_ends_no_turn(
     assert [ids.count(IM_START) for ids in (plain, forged)] == [3, 3]  # system, user, assistant
     assert [ids.count(IM_END) for ids in (plain, forged)] == [2, 2]
     assert decoded(tokenizer, forged) == decoded(tokenizer, plain).replace("tell", f"tell {lookalike}")
-    # what stands between two real tokens is encoded as one text
+    # Text between two real tokens is encoded in one piece.
     turn = tokenizer(f"user\ntell {lookalike} me", split_special_tokens=True)["input_ids"]
     start = forged.index(IM_START, 1) + 1
     assert forged[start : start + len(turn) + 1] == [*turn, IM_END]
 
 
 def test_whoever_uses_the_tokenizer_meanwhile_changes_nothing() -> None:
-    """Truncation, padding and what counts as special are set on a Tokenizer, for every call."""
+    """Truncation, padding and special tokens are settings of a Tokenizer, which affect every call."""
     tokenizer = own(tiny_tokenizer())
     encoder = PromptEncoder(tokenizer)
     text, turns = "one <|im_end|> two three", [ChatMessage("user", "one two three")]

@@ -1,4 +1,4 @@
-"""Chat templates against transformers' `apply_chat_template`, and what a stranger's template can't do."""
+"""Chat templates compared with transformers' `apply_chat_template`, and the limits of untrusted templates."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,7 @@ OF_A_HUB = """\
 {{- bos_token ~ unk_token ~ pad_token ~ (cls_token is defined) ~ (thinking is defined) }}
 {%- if add_generation_prompt %}{{ header('assistant') }}{% endif %}
 """
-"""What templates of well-known models are written with, all in one."""
+"""Features used by the templates of well-known models, all in one."""
 
 MESSAGES = st.lists(
     st.fixed_dictionaries(
@@ -83,7 +83,7 @@ def test_the_text_is_transformers_own(
 
 
 def test_what_the_template_of_a_hub_says() -> None:
-    """Were it to say nothing, the test above would find it equal."""
+    """The test above would also pass if both rendered nothing."""
     turns = [("user", "Hi <b>"), ("assistant", " Ho "), ("tool", "hidden"), ("user", "é")]
     messages = [{"role": role, "content": content} for role, content in turns]
     text = ChatTemplate(OF_A_HUB, NAMED).render(messages, add_generation_prompt=True)
@@ -142,7 +142,7 @@ def test_what_it_refuses(template: str, error: str) -> None:
     ],
 )
 def test_a_strangers_template_gets_at_nothing(template: str) -> None:
-    """It is refused, or finds nothing where something would be."""
+    """It is refused, or renders nothing."""
 
     def outcome(render: Callable[[], str]) -> str:
         try:

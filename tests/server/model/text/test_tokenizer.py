@@ -1,4 +1,4 @@
-"""A base's tokenizer against transformers' reading of the same directories, before and after conversion."""
+"""A base's tokenizer compared with transformers' reading of the same directories, before and after conversion."""
 
 import json
 import random
@@ -33,7 +33,7 @@ MESSAGES = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", 
 
 
 def check(found: BaseTokenizer, expected: PreTrainedTokenizerBase, text: str) -> None:
-    """Both have the same ids of `text`, and the same texts of them."""
+    """Check that both have the same ids of `text`, and the same texts of these ids."""
     for add_special_tokens in (True, False):
         ids = found.encode(text, add_special_tokens=add_special_tokens)
         assert ids == expected(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -42,7 +42,7 @@ def check(found: BaseTokenizer, expected: PreTrainedTokenizerBase, text: str) ->
 
 
 def check_all(found: BaseTokenizer, expected: PreTrainedTokenizerBase) -> None:
-    """Both are one tokenizer, under the same names, with the same template."""
+    """Check that both tokenizers are equal, with the same names and template."""
     backend = Tokenizer.from_str(expected.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -90,7 +90,7 @@ def test_any_text_by_the_real_one(base_dir: Path, text: str) -> None:
 
 @pytest.mark.real
 def test_any_ids_by_the_real_one(base_dir: Path) -> None:
-    """Broken characters and special tokens among them."""
+    """Includes broken characters and special tokens."""
     found, expected = both(base_dir)
     rng = random.Random(0)
     for _ in range(200):
@@ -122,7 +122,7 @@ def test_any_ids_by_the_real_one(base_dir: Path) -> None:
     ids=lambda options: "-".join(options) or "as it is",
 )
 def test_what_a_directory_may_say(tmp_path: Path, options: Mapping[str, object]) -> None:
-    """Converted, then read without transformers, it is what transformers reads before and after."""
+    """Converted, then read without transformers, it equals transformers' before and after."""
     save_tiny_base(tmp_path / "base", options={"vocab_size": 600})
     config = tmp_path / "base" / "tokenizer_config.json"
     if "chat_template" in options:
@@ -132,14 +132,14 @@ def test_what_a_directory_may_say(tmp_path: Path, options: Mapping[str, object])
     converted = resolve_base(str(tmp_path / "base"), tmp_path)
     for directory in (tmp_path / "base", converted):
         expected = read_tokenizer(directory)
-        expected.split_special_tokens = False  # as prompts are encoded is said for each of them
+        expected.split_special_tokens = False  # set for each, as prompts are encoded this way
         if isinstance(expected.chat_template, dict):
             expected.chat_template = expected.chat_template["default"]
         check_all(load_base(converted).tokenizer, expected)
 
 
 def test_what_a_tokenizer_json_may_say(tmp_path: Path) -> None:
-    """Padding, truncation, a normalizer, tokens that take the white space beside them, a start token."""
+    """Padding, truncation, a normalizer, tokens that strip adjacent white space, a start token."""
     save_tiny_base(tmp_path / "base", options={"vocab_size": 600})
     backend = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))
     backend.enable_padding(length=8)

@@ -1,4 +1,4 @@
-"""Whole conversations as tokens, and which of them are the assistant's: against transformers' own mask."""
+"""Whole conversations as tokens, and the assistant's share of them, compared with transformers' own mask."""
 
 import json
 import time
@@ -26,7 +26,7 @@ MARKED = (
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
 )
-"""The same as CHAT_TEMPLATE, with transformers' marks around what the assistant generates."""
+"""CHAT_TEMPLATE with transformers' marks around the assistant's text."""
 
 PIECES = st.sampled_from(
     ["a", " ", "\n", "Not Found", "404", "🦜", "é", "日本", "\t", ".", "<", "|im_end|>", "\0"]
@@ -60,7 +60,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
 
 
 def own_mask(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> tuple[list[int], list[int]]:
-    """(ids, transformers' mask of the assistant's tokens)."""
+    """Return (ids, transformers' mask of the assistant's tokens)."""
     found = templated(tokenizer, documents(messages), chat_template=MARKED, return_assistant_tokens_mask=True)
     return found["input_ids"], found["assistant_masks"]
 
@@ -77,7 +77,7 @@ def check_against_transformers(tokenizer: PreTrainedTokenizerBase, messages: lis
 
 
 def check_turns(tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder, messages: list[ChatMessage]) -> None:
-    """Whatever the texts hold: each turn is its text and the end token, and nothing is lost or added."""
+    """Check that each turn is its text and the end token, with any texts, and that nothing is lost or added."""
     ids, turns = encoder.conversation(messages, ENDS)
     assert decoded(tokenizer, ids) == tokenizer.apply_chat_template(documents(messages), tokenize=False)
     assert [decoded(tokenizer, ids[turn.start : turn.stop]) for turn in turns] == [
@@ -128,7 +128,7 @@ def test_the_real_base(base_dir: Path) -> None:
     check_against_transformers(tokenizer, [ChatMessage("system", "Be brief."), *messages])
     hard = [ChatMessage("user", "x<|im_end|>"), ChatMessage("assistant", "\n\n <|im_end|>y"), *messages]
     check_turns(tokenizer, encoder, hard)
-    # "\n\n" is one token, which would lie across the header's end
+    # "\n\n" is one token, which would cross the header's end.
     ids, (turn,) = encoder.conversation([ChatMessage("assistant", "\n\nOK")], ENDS)
     assert ids[turn.start : turn.stop] == [*encoder.continuation("\n\nOK"), IM_END]
 
@@ -140,7 +140,7 @@ def with_template(template: str, tokenizer: PreTrainedTokenizerBase | None = Non
 
 
 def turns_of(template: str, messages: list[ChatMessage]) -> tuple[str, list[str]]:
-    """(the whole decoded, each of the assistant's turns decoded)."""
+    """Return (the whole conversation decoded, each of the assistant's turns decoded)."""
     tokenizer = with_template(template)
     ids, turns = PromptEncoder(own(tokenizer)).conversation(messages, ENDS)
     return decoded(tokenizer, ids), [decoded(tokenizer, ids[turn.start : turn.stop]) for turn in turns]
@@ -177,7 +177,7 @@ THINKING = (
             "{% else %}{{ ' ' + m.content.strip() + ' <|im_end|>' }}{% endif %}{% endfor %}",
             ["Not Found <|im_end|>", "<|im_end|> <|im_end|>"],
         ),
-        (  # no end token, and an end token that isn't the model's
+        (  # no end token, and an end token other than the model's
             "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
             ["\n\n Not Found \n", " <|im_end|>\n"],
         ),
@@ -211,7 +211,7 @@ def test_a_template_that_rewrites_is_refused(template: str) -> None:
 
 
 def metaspace_tokenizer(scheme: str) -> PreTrainedTokenizerBase:
-    """One that puts a mark before words, as Llama's do: before the text's first alone, or before every piece's."""
+    """Return a tokenizer that marks the beginnings of words, like Llama's: only of the text, or of every piece."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     if scheme == "normalizer":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -238,7 +238,7 @@ def test_tokenizers_that_mark_words(scheme: str) -> None:
 
 
 def test_trimmed_offsets_do_not_hide_a_border() -> None:
-    """ "  " is one token of this tokenizer, which would lie across the header's end."""
+    """ "  " is one token of this tokenizer, which would cross the header's end."""
     backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     backend["post_processor"] = {
         "type": "ByteLevel",
