@@ -1,4 +1,4 @@
-"""Doubles for tests of the API: an engine without a model, and a client that can hang up."""
+"""Doubles for tests of the API: an engine without a model, and a client that can disconnect."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ Script = Callable[[GenerationRequest], Iterable[SequenceOutput]]
 
 
 def piece(request: GenerationRequest, index: int, number: int, last: FinishReason | None = None) -> SequenceOutput:
-    """The output of one token: "w0 ", "w1 ", … with logprobs where they were asked for."""
+    """Return the output of one token: "w0 ", "w1 ", … with logprobs if requested."""
     text = f"w{number} "
     logprobs: tuple[SampledLogprob, ...] = ()
     if request.sampling.logprobs:
@@ -45,7 +45,7 @@ def piece(request: GenerationRequest, index: int, number: int, last: FinishReaso
 
 
 def words(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """`max_tokens` tokens of every choice, the choices in turn."""
+    """Yield `max_tokens` tokens of every choice, the choices in turn."""
     count = request.sampling.max_tokens
     for number in range(count):
         for index in range(request.n):
@@ -53,7 +53,7 @@ def words(request: GenerationRequest) -> Iterable[SequenceOutput]:
 
 
 def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """Words; where scores are asked for, -0.5 for the first token, -1 for the second and so on."""
+    """Yield words; if scores are requested, -0.5 for the first token, -1 for the second and so on."""
     if request.scored_from is None:
         yield from words(request)
         return
@@ -67,7 +67,7 @@ def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
 
 
 def failing(after: int, error: SmoloraError) -> Script:
-    """So many tokens, then an end that is the engine's fault."""
+    """Return a script of some tokens, followed by a failure of the engine."""
 
     def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
         for number in range(after):
@@ -116,7 +116,7 @@ class FakeStream:
 
 
 class FakeEngine:
-    """Answers with `script`; after `hold_after` outputs of a request it waits for `held`."""
+    """An engine that answers with `script`; after `hold_after` outputs of a request it waits for `held`."""
 
     def __init__(self) -> None:
         self.script: Script = words
@@ -129,7 +129,7 @@ class FakeEngine:
         self.resident: frozenset[str] = frozenset()
         self.max_in_flight: int | None = None
         self.max_num_tokens: int | None = None
-        self.num_looks = 0  # at whether it is ready
+        self.num_looks = 0  # number of readiness checks
         self.started = self.stopped = self.draining = self.loading = self.dead = self.hung = False
 
     def start(self) -> None:
@@ -140,7 +140,7 @@ class FakeEngine:
         self.held.set()
 
     def die(self) -> None:
-        """What an engine does that can't go on."""
+        """Die, as an engine does after a fatal error."""
         self.dead = True
         self.held.set()
 
@@ -188,7 +188,7 @@ class FakeEngine:
 def http_scope(
     method: str, path: str, headers: Iterable[tuple[bytes, bytes]], query: bytes = b""
 ) -> dict[str, object]:
-    """What a server tells an ASGI app of a request from this machine."""
+    """Return the ASGI scope of a request from this machine."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -206,7 +206,7 @@ def http_scope(
 
 
 class Caller:
-    """One request over bare ASGI, which can be given up at any moment."""
+    """One request over bare ASGI, which can be abandoned at any moment."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class Caller:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what other tasks bring about; fails after a minute."""
+    """Wait for the effect of other tasks; fail after a minute."""
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)

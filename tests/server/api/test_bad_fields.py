@@ -130,7 +130,7 @@ def body_with(field: str, value: object) -> dict[str, object]:
 async def test_a_bad_field_is_named(
     client: httpx.AsyncClient, engine: FakeEngine, field: str, value: object
 ) -> None:
-    content = json.dumps(body_with(field, value))  # which writes NaN and Infinity
+    content = json.dumps(body_with(field, value))  # it writes NaN and Infinity
     response = await client.post("/generate", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 422, response.text
     assert response.headers["content-type"] == "application/problem+json"
@@ -299,7 +299,7 @@ async def test_a_megabyte_of_faults_takes_no_seconds(
 async def test_a_name_of_a_megabyte_is_like_none(
     client: httpx.AsyncClient, path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To compare it with those that there are would hold everybody up."""
+    """Comparing it with the existing names would block the event loop."""
     compared: list[object] = []
     monkeypatch.setattr("difflib.SequenceMatcher.set_seq2", lambda matcher, name: compared.append(name))
     response = await client.post(path, json=body)

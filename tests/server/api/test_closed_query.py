@@ -34,7 +34,7 @@ async def test_a_misspelt_dry_run_queues_no_job(
 async def test_every_documented_route_refuses_an_unknown_parameter(
     app: FastAPI, client: httpx.AsyncClient
 ) -> None:
-    """In its form: 422 with `errors`, on /v1 400 with `param`."""
+    """In its own format: 422 with `errors`, under /v1 400 with `param`."""
     assert isinstance(app, App)
     num_routes = 0
     for method, template in operations(app):
@@ -82,5 +82,5 @@ async def test_any_number_of_unknown_parameters_is_one_short_answer(client: http
 
 @pytest.mark.parametrize("path", ["/?utm_source=mail", "/docs?x=1", "/redoc?x=1"])
 async def test_a_page_takes_any_query(client: httpx.AsyncClient, path: str) -> None:
-    """Links to pages get parameters from elsewhere, and a person can't do anything about it."""
+    """Links to pages get parameters from elsewhere, and users can't do anything about it."""
     assert (await client.get(path)).status_code == 200

@@ -1,4 +1,4 @@
-"""Whatever Content-Type and the headers of a form's parts say: there is an answer, and it is no fault of ours."""
+"""Any Content-Type and any headers of form parts are answered, and never with a server error."""
 
 import asyncio
 import codecs
@@ -37,7 +37,7 @@ Answer = tuple[int, str, dict[str, object]]
 
 
 async def call(app: FastAPI, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> Answer:
-    """(status, media type, document): sent as bytes, which clients would refuse to send."""
+    """Return (status, media type, document) of a request sent as raw bytes, which clients would refuse to send."""
     sent: list[Message] = []
     inbox: asyncio.Queue[Message] = asyncio.Queue()
     inbox.put_nowait({"type": "http.request", "body": body, "more_body": False})
@@ -53,7 +53,7 @@ async def call(app: FastAPI, method: str, path: str, headers: list[tuple[bytes, 
 
 
 def form(path: str, charset: bytes, disposition: bytes = b"", part_type: bytes = b"") -> tuple[bytes, bytes]:
-    """(Content-Type, body) of what the route takes, with more in its headers."""
+    """Return (Content-Type, body) of a form that the route accepts, with more headers."""
     config, weights = peft_files()
     parts = {b"file": ROW} if path != "/adapters/a" else {b"adapter_config": config, b"adapter_model": weights}
     body = b""
@@ -70,7 +70,7 @@ def form(path: str, charset: bytes, disposition: bytes = b"", part_type: bytes =
 
 
 def is_refused_well(path: str, answer: Answer) -> bool:
-    """A 4xx in the path's own form, which names the body."""
+    """Return whether the answer is a 4xx in the path's own format that names the body."""
     status, media_type, document = answer
     if path.startswith("/v1"):
         error = document["error"]

@@ -1,4 +1,4 @@
-"""A disk that fails (EIO) at any sync of a file or directory: what is answered with an error isn't there."""
+"""A disk that fails (EIO) at any sync of a file or directory: a request answered with an error has no effect."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ WRITES = (
 
 
 class FailingSync:
-    """`os.fsync`, of which the call numbered `fails_at` fails, counted from 0."""
+    """`os.fsync` whose call number `fails_at`, counted from 0, fails."""
 
     def __init__(self) -> None:
         self.fails_at: int | None = None

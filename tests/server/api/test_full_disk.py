@@ -1,4 +1,4 @@
-"""Every route that writes, on a disk without room: a clear 503, nothing half-written, and all goes on later."""
+"""Every route that writes, on a full disk: a clear 503, nothing half-written, and recovery later."""
 
 import json
 import tempfile
@@ -29,18 +29,18 @@ from tests.server.conftest import MakeServices
 pytestmark = pytest.mark.anyio
 
 READS = {"/generate", "/compare", "/v1/chat/completions", "/v1/completions"}
-"""What is asked for by POST and writes nothing."""
+"""POST routes that write nothing."""
 DELETES_FILES = {"DELETE /datasets/{dataset_id}", "DELETE /v1/files/{file_id}", "DELETE /train/{job_id}"}
-"""What needs no room, or has its own: so that room can be made."""
+"""Routes that need no space, or have reserved space: they free space."""
 REVOKES = "DELETE /keys/{key_id}"
-"""Likewise: who has somebody else's key could fill the disk."""
+"""The same: the owner of a stolen key must be able to revoke it on a full disk."""
 PAGE = 4096
 NO_TABLES = ("smolora.db", "filling", "reserve", "tmp")
 
 
 @pytest.fixture(autouse=True)
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """HOME, with the place where uploads are spooled, as `smolora serve` has it."""
+    """Yield HOME with the folder for spooled uploads, as in `smolora serve`."""
     with mounted(tmp_path, 16):
         (tmp_path / "tmp").mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -57,7 +57,7 @@ def app(make_services: MakeServices) -> FastAPI:
 def fetch(
     repo: str, revision: str | None, directory: Path, *, max_config: int, max_weights: int, timeout: float
 ) -> HubAdapter:
-    """Of the hub, in its place."""
+    """Replace the hub's download."""
     config, weights = peft_files(seed=7)
     place = directory / "adapter_model.safetensors"
     place.write_bytes(weights)
@@ -66,7 +66,7 @@ def fetch(
 
 @dataclass(frozen=True)
 class Ask:
-    """A request; `options` are httpx's, `status` is what it answers where there is room."""
+    """A request; `options` are httpx's, `status` is the answer if there is space."""
 
     path: str
     status: int = 200
@@ -74,7 +74,7 @@ class Ask:
 
 
 async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[str, Ask]:
-    """A request for every route that writes, each of which would succeed, in this order."""
+    """Return a request for every route that writes; in this order, each would succeed."""
     for seed in range(3):
         await client.post("/adapters/up", files=as_parts(*peft_files(seed)))
     await client.post("/adapters/other", files=as_parts(*peft_files(3)))
@@ -133,7 +133,7 @@ PURPOSE = {"purpose": "fine-tune"}
 
 
 async def stored(client: httpx.AsyncClient, home: Path) -> dict[str, object]:
-    """Everything that clients see, and every file but the database's."""
+    """Return everything that clients see, and every file except the database's."""
     lists = ("/adapters", "/train", "/datasets", "/keys", "/projects")
     paths = (*lists, "/v1/files", "/v1/fine_tuning/jobs", "/v1/models")
     seen: dict[str, object] = {path: (await client.get(path)).json() for path in paths}
@@ -144,13 +144,13 @@ async def stored(client: httpx.AsyncClient, home: Path) -> dict[str, object]:
 
 
 def changed(before: dict[str, object], now: dict[str, object]) -> dict[str, tuple[object, object]]:
-    """What was and what is, where that isn't the same."""
+    """Return the differences between before and after."""
     names = before.keys() | now.keys()
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
 
 
 def leave_no_room(database: sa.Engine, home: Path, leave: int = 0) -> None:
-    """None in the database's log either, whose pages would be used again."""
+    """Fill the disk, including reusable pages of the database's log."""
     with database.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     fill(home, leave)
@@ -181,7 +181,7 @@ async def test_every_route_that_writes(
 
 
 def writing(app: FastAPI) -> set[str]:
-    """Every method and path that changes something."""
+    """Return every method and path that changes something."""
     paths = {path: methods for path, methods in app.openapi()["paths"].items() if path not in READS}
     return {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods if method != "get"}
 
@@ -202,7 +202,7 @@ def check_words(name: str, response: httpx.Response) -> None:
 
 
 async def test_room_can_be_made(app: FastAPI, leases: Leases, database: sa.Engine, small_disk: Path) -> None:
-    """Files are deleted on a full disk as on any."""
+    """Files can be deleted on a full disk."""
     async with client_with(app, OPERATORS) as client:
         wanted = await asks(client, leases, small_disk)
         for job in (await client.get("/train")).json()["jobs"]:
@@ -225,7 +225,7 @@ async def test_a_key_is_revoked(app: FastAPI, leases: Leases, database: sa.Engin
 
 
 async def test_usage_is_told_as_far_as_it_is_stored(app: FastAPI, database: sa.Engine, small_disk: Path) -> None:
-    """By which somebody finds out whose the disk is."""
+    """It shows who uses the disk."""
     async with client_with(app, OPERATORS) as client:
 
         async def num_requests() -> int:
@@ -250,7 +250,8 @@ async def test_usage_is_told_as_far_as_it_is_stored(app: FastAPI, database: sa.E
 async def test_whatever_room_is_left(
     app: FastAPI, leases: Leases, database: sa.Engine, library: Library, jobs: Jobs, small_disk: Path, name: str
 ) -> None:
-    """It ends at any write, the commit included: what was refused isn't there, after the next start either."""
+    """The disk fills up at any write, including the commit: refused objects don't exist, after the next start
+    either."""
     num_refused = 0
     async with client_with(app, OPERATORS) as client:
         ask = (await asks(client, leases, small_disk))[name]

@@ -1,4 +1,4 @@
-"""/health, /ready, /metrics, and the document of it all."""
+"""/health, /ready, /metrics, and the OpenAPI document."""
 
 import httpx
 import pytest
@@ -77,7 +77,7 @@ async def test_metrics_follow_requests(client: httpx.AsyncClient, engine: FakeEn
 async def test_what_is_the_clients_or_for_want_of_room_is_no_failure(
     error: SmoloraError, outcome: Outcome, stream: bool, client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    """SmoloraGenerationsFail goes by it, and one client's mistakes are no reason to wake anybody."""
+    """SmoloraGenerationsFail counts failures, and a client's mistake must not raise it."""
     engine.script = failing(0, error)
     await client.post("/generate", json={"prompt": "hi", "stream": stream})
     lines = (await client.get("/metrics")).text.splitlines()
@@ -145,7 +145,7 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
 
 
 async def test_a_scraper_without_a_key_may_bring_an_empty_one(make_services: MakeServices) -> None:
-    """As Prometheus does whose file with the key is empty; until a first key is made."""
+    """Prometheus sends an empty key if its key file is empty; accepted until the first key exists."""
     app = new_app(make_services())
     async with client_of(app) as client:
         for given in ("Bearer", "Bearer "):

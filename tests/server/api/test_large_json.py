@@ -1,4 +1,4 @@
-"""JSON bodies that would hold the event loop while they are parsed."""
+"""JSON bodies that would block the event loop while they are parsed."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ def test_bodies_at_the_bounds_are_parsed() -> None:
 
 
 async def test_no_garbage_is_collected_while_a_body_is_parsed(client: httpx.AsyncClient) -> None:
-    """Each container that is made counts: a collection for each 700 of them, over a growing heap."""
+    """A collection per 700 new containers, over a growing heap, would take too long."""
     collections: list[object] = []
 
     def note(phase: str, info: object) -> None:
@@ -53,7 +53,7 @@ async def test_no_garbage_is_collected_while_a_body_is_parsed(client: httpx.Asyn
 
     body = b'{"prompt":"x","z":[' + b"[]," * 99_990 + b"[]]}"
     thresholds = gc.get_threshold()
-    gc.set_threshold(700, 10, 10)  # as Python has them; the tests' are higher
+    gc.set_threshold(700, 10, 10)  # Python's defaults; the tests' are higher
     gc.callbacks.append(note)
     try:
         response = await client.post("/generate", content=body, headers=JSON)

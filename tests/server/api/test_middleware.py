@@ -1,4 +1,4 @@
-"""What every request meets: ids, keys, bounds on bodies, and problems whatever happens."""
+"""What happens to every request: ids, keys, limits of bodies, and problem documents in all cases."""
 
 from collections.abc import AsyncIterator, Iterable
 
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 async def locked(make_services: MakeServices) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server with keys, which brings none of its own."""
+    """Yield a client without a key, of a server with keys."""
     async with client_of(new_app(make_services(api_keys="first-0123456789,second-0123456789"))) as client:
         yield client
 
@@ -141,7 +141,7 @@ async def test_a_fault_nobody_foresaw_tells_nothing(
 
 
 async def test_a_locked_database_is_not_the_servers_fault(client: httpx.AsyncClient, database: sa.Engine) -> None:
-    """As by a shell of SQLite's that is left open in a transaction."""
+    """For example by an SQLite shell with an open transaction."""
     sa.event.listen(database, "checkout", lambda connection, *_: connection.execute("PRAGMA busy_timeout=0"))
     with database.begin():
         response = await client.post("/keys", json={"name": "a"})

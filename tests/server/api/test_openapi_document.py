@@ -1,4 +1,4 @@
-"""The OpenAPI document says what is answered, errors as well."""
+"""The OpenAPI document describes all answers, including errors."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_every_error_has_our_form(app: App) -> None:
 
 
 def test_what_any_key_may_meet(app: App) -> None:
-    """The errors that any route may answer with: a foreign site, a bad body, no such project, a used-up rate."""
+    """Errors of any route: a foreign site, a bad body, an unknown project, an exhausted rate limit."""
     every = {"403", "408", "413", "415"}
     without_key = {"/health": {"200"} | every, "/ready": {"200", "503"} | every}
     for path, operations in app.openapi()["paths"].items():
@@ -65,7 +65,7 @@ def test_the_page_has_every_status_of_an_error(app: App) -> None:
 )
 async def test_what_a_path_takes(path: str, methods: str, client: httpx.AsyncClient) -> None:
     if path == "/adapters/a/import":
-        for method in ("GET", "DELETE"):  # which a version of that name would take
+        for method in ("GET", "DELETE"):  # a version of that name would match
             assert (await client.request(method, path)).headers["allow"] == methods
     response = await client.options(path)
     assert (response.status_code, response.headers["allow"]) == (405, methods)

@@ -1,4 +1,4 @@
-"""/docs and /redoc: what they show comes from this server alone."""
+"""/docs and /redoc: all of their content comes from this server."""
 
 import re
 from base64 import b64encode
@@ -26,7 +26,8 @@ async def test_pages_need_nothing_from_elsewhere(client: httpx.AsyncClient, path
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])
 async def test_pages_have_the_security_headers_of_the_page(client: httpx.AsyncClient, path: str) -> None:
-    """On the page's origin, whose storage has a key: only their own scripts run, and nobody frames them."""
+    """They share the page's origin, whose storage has a key: only their own scripts run, and no other site may
+    frame them."""
     page, ours = await client.get(path), await client.get("/")
     policy = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
     scripts = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)

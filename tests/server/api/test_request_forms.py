@@ -1,4 +1,4 @@
-"""Forms of requests that are refused or taken as HTTP has it: codings, versions, targets, spellings of numbers."""
+"""HTTP forms of requests that are refused or accepted: codings, versions, targets, spellings of numbers."""
 
 import httpx
 import pytest
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.anyio
 async def raw(
     app: FastAPI, path: str, headers: dict[str, str] | None = None, version: str = "1.1"
 ) -> tuple[int, dict[str, str]]:
-    """Status and headers of the answer to a GET whose target is `path` as it stands."""
+    """Return status and headers of the answer to a GET with exactly `path` as its target."""
     pairs = {"host": "localhost", **(headers or {})}
     scope = {
         "type": "http",
@@ -67,13 +67,13 @@ async def test_usage_takes_days_alone(client: httpx.AsyncClient, name: str, day:
     ],
 )
 async def test_an_encoded_body_is_refused(client: httpx.AsyncClient, headers: dict[str, str], status: int) -> None:
-    """Else it would be read as what it isn't; `{}` itself lacks a prompt."""
+    """It would be parsed as something else; `{}` itself lacks a prompt."""
     headers = {"Content-Type": "application/json"} | headers
     assert (await client.post("/generate", content=b"{}", headers=headers)).status_code == status
 
 
 async def test_the_whole_url_may_be_the_target(app: FastAPI) -> None:
-    """As proxies send it (RFC 9112, 3.2.2). Its host is the one that counts, whatever Host says."""
+    """Proxies send it (RFC 9112, 3.2.2). Its host counts, whatever Host says."""
     assert (await raw(app, "http://localhost:8000/health"))[0] == 200
     assert (await raw(app, "http://localhost/adapters"))[0] == 200
     assert (await raw(app, "http://evil.example/adapters"))[0] == 403
@@ -87,7 +87,7 @@ async def test_a_request_line_of_another_http_is_505(app: FastAPI, version: str,
 
 
 async def test_a_request_with_two_lengths_ends_its_connection(app: FastAPI) -> None:
-    """A proxy before the server may take the other one, and what follows for another request."""
+    """A proxy in front may use the other length, and take what follows for another request."""
     both = {"content-length": "5", "transfer-encoding": "chunked"}
     assert (await raw(app, "/health", both))[1]["connection"] == "close"
     for name in both:
@@ -95,7 +95,7 @@ async def test_a_request_with_two_lengths_ends_its_connection(app: FastAPI) -> N
 
 
 async def test_metrics_are_for_keys_of_the_default_project(app: FastAPI) -> None:
-    """They name the adapters of all projects."""
+    """Metrics name the adapters of all projects."""
     async with client_of(app) as client:
         answer = await client.post("/keys", json={"name": "a", "project": "acme", "scopes": ["metrics"]})
         assert answer.status_code == 422

@@ -1,4 +1,4 @@
-"""The log's line of each request: who, under which adapters, how much; and never what anybody wrote."""
+"""The log line of each request: client, adapters and amounts, but never any text of a client."""
 
 import json
 import logging
@@ -21,11 +21,11 @@ from tests.server.conftest import MakeServices, client_of, new_app
 pytestmark = pytest.mark.anyio
 
 SECRET = "xyzzy"
-"""What clients write and the engine answers, everywhere."""
+"""Text that clients send and the engine answers, everywhere."""
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[Mapping[str, object]]:
-    """The fields of each request's line."""
+    """Return the fields of each request's line."""
     found = [record.msg for record in caplog.records if record.name == "smolora.api"]
     return [message.values for message in found if isinstance(message, Fields)]
 
@@ -128,7 +128,7 @@ async def test_what_was_cut_off_counts_as_far_as_it_came(
 async def test_whoever_leaves_within_a_body_is_no_fault(
     app: FastAPI, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither the server's, of which an alert tells, nor the body's."""
+    """It is neither the server's fault, which would raise an alert, nor the body's."""
     is_form = path in ("/datasets", "/v1/files", "/adapters/a")
     kind = b"multipart/form-data; boundary=x" if is_form else b"application/json"
     first = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.csv"\r\n\r\na' if is_form else b"{"
@@ -139,7 +139,7 @@ async def test_whoever_leaves_within_a_body_is_no_fault(
         return next(inbox)
 
     async def send(message: Message) -> None:
-        """To nobody."""
+        """Discard the message."""
 
     headers = [(b"content-type", kind), (b"content-length", b"1000")]
     await app(http_scope("POST", path, headers), receive, send)
@@ -188,7 +188,7 @@ async def test_the_place_of_a_fault_is_told_in_a_stream_too(
 
 
 def echo(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """An answer that has the secret in it."""
+    """Yield an answer that contains the secret."""
     for output in words(request):
         yield SequenceOutput(**{**vars(output), "text": f"{SECRET} "})
 
@@ -196,7 +196,7 @@ def echo(request: GenerationRequest) -> Iterable[SequenceOutput]:
 async def test_no_text_of_anybodys_is_in_the_log(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of prompts, answers, stop strings, schemas, rows, or what they are refused for; in either form of line."""
+    """Neither prompts, answers, stop strings, schemas and rows, nor the refusals of these, in either format."""
     turns = [{"role": "user", "content": SECRET}]
     engine.script = echo
     for stream in (True, False):

@@ -1,4 +1,4 @@
-"""A request's spans: its phases beneath it, the conventions' names, and nobody's text."""
+"""A request's spans: its phases as children, conventional names, and no text."""
 
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -30,11 +30,11 @@ class Traced:
     exporter: InMemorySpanExporter
 
     def spans(self) -> dict[str, ReadableSpan]:
-        """By name."""
+        """Return spans by name."""
         return {span.name: span for span in self.exporter.get_finished_spans()}
 
     def paths(self) -> list[str]:
-        """Each span's names from the root on."""
+        """Return each span's names from the root on."""
         found = {span.context.span_id: span for span in self.exporter.get_finished_spans()}
 
         def path(span: ReadableSpan) -> str:
@@ -63,7 +63,7 @@ def attributes(span: ReadableSpan) -> Mapping[str, object]:
 
 
 def cold(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """Words, by an engine that had to read an adapter at first."""
+    """Yield words of an engine that had to load an adapter first."""
     for output in words(request):
         timing = Timing(queue=0.5, first_token=0.75, total=2.0, load=(0.125, 0.375))
         yield replace(output, timing=timing if output.finish_reason else None, num_cached_tokens=1)
@@ -72,7 +72,7 @@ def cold(request: GenerationRequest) -> Iterable[SequenceOutput]:
 async def test_it_begins_before_the_engine_has_it(
     client: httpx.AsyncClient, traced: Traced, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the engine took, put behind a later beginning, would end after the request has."""
+    """If it began later, the engine's phases would end after the request."""
     submit, moments = engine.submit, list[int]()
 
     def noting(request: GenerationRequest) -> FakeStream:

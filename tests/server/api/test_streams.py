@@ -1,4 +1,4 @@
-"""Streamed answers, and clients that leave before they end."""
+"""Streamed answers, and clients that disconnect before the end."""
 
 import json
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 
 def events(text: str) -> list[tuple[str, str]]:
-    """(event, data) of each; the text must be nothing but events."""
+    """Return (event, data) of each event; the text must contain only events."""
     assert text.endswith("\n\n")
     found = []
     for block in text[:-2].split("\n\n"):
@@ -128,7 +128,7 @@ async def test_a_failure_before_the_first_piece_is_an_ordinary_one(
 async def test_whoever_leaves_frees_the_sequence(
     app: FastAPI, engine: FakeEngine, stream: bool, after: int
 ) -> None:
-    engine.hold_after = after  # and then the engine would never say anything again
+    engine.hold_after = after  # after that the engine would send nothing more
     caller = Caller(app, "/generate", {"prompt": "a", "stream": stream})
     await until(lambda: len(engine.open) == 1)
     if stream and after:

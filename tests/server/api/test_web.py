@@ -1,4 +1,4 @@
-"""`/` and /web/: what comes, under which policy, from where, how large."""
+"""`/` and /web/: content, policy, origin and size."""
 
 import gzip
 import re
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.anyio
 
 OWN = re.compile(r"web/[0-9a-f]{16}/(?!vendor/).*")
 MOST_OWN_BYTES = 56 << 10
-"""Of the page's own code and style, as a browser fetches them."""
+"""Bytes of the page's own code and style, as transferred."""
 
 
 async def files_of(client: httpx.AsyncClient) -> list[str]:
@@ -37,7 +37,7 @@ async def test_the_page_and_its_files(client: httpx.AsyncClient) -> None:
 
 
 async def test_the_policy(client: httpx.AsyncClient) -> None:
-    """Nothing inline, nothing from elsewhere, in no frame."""
+    """Nothing inline, nothing from other origins, no frames."""
     page = await client.get("/")
     policy = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
@@ -61,7 +61,7 @@ async def test_it_is_small(client: httpx.AsyncClient) -> None:
 
 
 async def test_modules_come_without_notes(client: httpx.AsyncClient) -> None:
-    """And with every line where it is, for whoever looks at an error."""
+    """Lines keep their numbers, for reading errors."""
     modules = [path for path in await files_of(client) if OWN.fullmatch(path) and path.endswith(".js")]
     assert len(modules) > 30
     for path in modules:

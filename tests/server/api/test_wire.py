@@ -1,4 +1,4 @@
-"""JSON as it goes over the wire: what JSON has, and nothing else."""
+"""JSON on the wire: only values that JSON supports."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_an_event_is_one_line_of_data() -> None:
 @given(documents)
 @example("x\u2028y\u2029z\x85\r\n\x0b\x1c")
 def test_an_event_is_one_line_to_whoever_reads_it(document: object) -> None:
-    """`iter_lines` of httpx, which our own client reads streams by, splits at Unicode's line ends, too."""
+    """httpx's `iter_lines`, with which our own client reads streams, also splits at Unicode's line ends."""
     (line, end) = wire.event(document).decode().splitlines()
     assert end == ""
     assert json.loads(line.removeprefix("data: ")) == document

@@ -482,7 +482,7 @@ class Elsewhere:
         return True
 
     def mark(self, place: str) -> None:
-        """Return whether the store's mark exists."""
+        """Do nothing: the mark exists."""
 
 
 def test_a_home_whose_bytes_are_in_a_bucket_is_refused(registry: Registry, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is known of keys, projects and usage is the same on both databases."""
+"""Run tests of keys, projects and usage on both databases."""
 
 import pytest
 

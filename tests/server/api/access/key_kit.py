@@ -1,4 +1,4 @@
-"""Clients of one app with keys of several projects."""
+"""Clients of one application with keys of several projects."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,11 +12,11 @@ from server.access.principal import OPERATOR, Quota, Scope
 from tests.server.conftest import client_of
 
 OPERATORS = "operators-0123456789"
-"""For the setting API_KEYS."""
+"""Keys for the setting API_KEYS."""
 
 
 def access_of(app: FastAPI) -> Access:
-    """What the app's server knows of keys."""
+    """Return the application's access control."""
     access = app.state.services.access
     assert isinstance(access, Access)
     return access
@@ -28,14 +28,14 @@ def new_secret(
     scopes: Sequence[Scope] = ("generate", "train"),
     quota: Quota | None = None,
 ) -> str:
-    """Of a key that a command on HOME has made."""
+    """Return the secret of a key created by a command on HOME."""
     _, secret = access_of(app).keys.create("test", who=OPERATOR, project=project, scopes=scopes, quota=quota)
     return secret
 
 
 @asynccontextmanager
 async def client_with(app: FastAPI, secret: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client that brings this key."""
+    """Yield a client that sends this key."""
     async with client_of(app) as client:
         client.headers["Authorization"] = f"Bearer {secret}"
         yield client
@@ -43,7 +43,7 @@ async def client_with(app: FastAPI, secret: str) -> AsyncIterator[httpx.AsyncCli
 
 @dataclass(frozen=True)
 class Projects:
-    """A client each of two projects, and the operator's."""
+    """A client of each of two projects, and the operator's."""
 
     acme: httpx.AsyncClient
     other: httpx.AsyncClient
@@ -52,7 +52,7 @@ class Projects:
 
 @asynccontextmanager
 async def two_projects(app: FastAPI) -> AsyncIterator[Projects]:
-    """Projects acme and other, and an operator of the default one."""
+    """Create the projects acme and other, and an operator of the default project."""
     async with (
         client_with(app, new_secret(app, "acme")) as acme,
         client_with(app, new_secret(app, "other")) as other,

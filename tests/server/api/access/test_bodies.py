@@ -1,4 +1,4 @@
-"""Bodies that stop on their way."""
+"""Bodies that stall."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -32,9 +32,8 @@ async def pieces(piece: bytes, num: int, every: float, first: bytes = b"") -> As
 
 
 class Endless(httpx.AsyncByteStream):
-    """A byte now and then. Whoever stopped waiting for one may wait for it again, as for those of a socket: a
-    generator would have ended.
-    """
+    """A body of one byte now and then. Unlike a generator, it can be awaited again after a cancelled wait, like a
+    socket."""
 
     def __init__(self, every: float, first: bytes) -> None:
         self._every = every
@@ -54,7 +53,7 @@ class Endless(httpx.AsyncByteStream):
 async def undrained(
     client: httpx.AsyncClient, path: str, headers: dict[str, str], every: float, first: bytes = b""
 ) -> httpx.Response:
-    """The answer to a body without an end, sooner than it is drained for; a busy machine gets three tries."""
+    """Return the answer to an endless body, sent before the drain ends; a busy machine gets three tries."""
     for _ in range(3):
         request = client.build_request("POST", path, headers=headers)
         del request.headers["content-length"]
@@ -81,7 +80,7 @@ async def undrained(
 async def test_one_that_makes_no_progress(
     path: str, headers: dict[str, str], every: float, hasty: httpx.AsyncClient
 ) -> None:
-    """A byte now and then is none."""
+    """A byte now and then is no progress."""
     first = (
         b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' if headers is MULTIPART else b""
     )
@@ -109,7 +108,7 @@ async def test_a_large_body_may_take_longer_in_all(make_services: MakeServices) 
 
 
 async def test_a_client_that_waits_for_its_answer_sends_nothing(make_services: MakeServices) -> None:
-    """The time is over with the body."""
+    """The timeout ends with the body."""
     app = new_app(make_services(body_timeout=0.05))
     inbox: asyncio.Queue[Message] = asyncio.Queue()
     inbox.put_nowait({"type": "http.request", "body": b'{"prompt": "a", "max_tokens": 1}', "more_body": False})

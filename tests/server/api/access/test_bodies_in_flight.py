@@ -1,4 +1,4 @@
-"""How much memory the bodies of requests may take together."""
+"""The bound on the memory of all request bodies together."""
 
 import asyncio
 import threading
@@ -62,7 +62,7 @@ def test_memory_is_returned_to_the_system_after_a_burst(monkeypatch: pytest.Monk
             stack.enter_context(in_flight.reserving("any"))(256 * KIB)
         assert not returned.acquire(blocking=False)
     assert returned.acquire(timeout=60)
-    assert not returned.acquire(timeout=0.01)  # once
+    assert not returned.acquire(timeout=0.01)  # only once
 
 
 async def test_half_sent_bodies_are_bounded_and_what_is_beyond_is_429(make_services: MakeServices) -> None:
@@ -84,7 +84,7 @@ async def test_half_sent_bodies_are_bounded_and_what_is_beyond_is_429(make_servi
         assert 'smolora_refused_total{reason="bodies"} 1.0' in (await client.get("/metrics")).text
         assert (await client.post("/generate", content=b"[]", headers=JSON)).status_code == 422
         rows = b'{"text": "a"}\n' * (8 * KIB)
-        upload = await client.post("/datasets", files={"file": ("rows.jsonl", rows)})  # is spooled to disk
+        upload = await client.post("/datasets", files={"file": ("rows.jsonl", rows)})  # spooled to disk
         assert upload.status_code == 201
         go.set()
         assert [(await task).status_code for task in tasks] == [422] * 3

@@ -1,4 +1,5 @@
-"""At the door: keys that are read anew hold up nobody for others' sake, and what can't be had is told as such."""
+"""Authentication: reading keys blocks no other request, and requests that can never succeed are refused as
+such."""
 
 from pathlib import Path
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_keys_are_read_while_all_threads_are_at_work(database: sa.Engine, tmp_path: Path) -> None:
-    """Writers that wait for one another, or for an object store, may hold them for most of a minute."""
+    """Writers that wait for each other, or for an object store, may occupy all threads for most of a minute."""
     keys, number = Keys(database, tmp_path / "keyed"), [0]
     ring = KeyRing(keys, Projects(database), lambda: number[0])
     await ring.refresh()
@@ -36,7 +37,7 @@ async def test_keys_are_read_while_all_threads_are_at_work(database: sa.Engine, 
 
 @pytest.mark.parametrize(("of_key", "of_project"), [(1000, 500), (500, 1000)])
 async def test_what_no_minute_has_is_told_whoever_lacks_more(of_key: int, of_project: int) -> None:
-    """OpenAI's client would come again, twice, for what can't be had."""
+    """Otherwise OpenAI's client would retry twice in vain."""
     rates = MemoryRates()
     quotas = Quota(tokens_per_minute=of_key), Quota(tokens_per_minute=of_project)
     who = Principal("acme", "key-1", frozenset(), quotas[0], project_quota=quotas[1])

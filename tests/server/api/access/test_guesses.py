@@ -1,4 +1,4 @@
-"""Wrong keys: counted by reason, slowed down by address, and never at the cost of a right key."""
+"""Wrong keys are counted by reason and delayed by address, without delaying right keys."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -21,7 +21,7 @@ def replace_sleep(monkeypatch: pytest.MonkeyPatch, sleep: Callable[[float], Awai
 
 @pytest.fixture(autouse=True)
 def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that wrong keys wait; nobody does wait."""
+    """Record the delays of wrong keys instead of waiting."""
     found: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -46,7 +46,7 @@ async def test_an_address_that_guesses_is_delayed_and_its_right_key_is_not(
 
 
 async def test_one_wrong_key_may_be_sent_by_each_route_s_client_but_not_for_ever(delays: list[float]) -> None:
-    """A client that was made with a wrong key isn't guessing."""
+    """A client configured with a wrong key isn't guessing."""
     found = Guesses()
     for _ in range(MAX_WRONG):
         await found.wrong("10.0.0.1", "the-same")
@@ -92,7 +92,7 @@ async def test_memory_is_bounded_by_addresses() -> None:
 
 
 async def test_past_64_that_wait_the_answer_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each holds a connection."""
+    """Each waiting request holds a connection."""
     go = asyncio.Event()
 
     async def sleep(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Keys over HTTP: made once, listed without their secrets, revoked at once; their limits, and what they used."""
+"""Keys over HTTP: created once, listed without secrets, revoked at once; their limits and usage."""
 
 import asyncio
 import hashlib
@@ -78,7 +78,7 @@ async def test_it_stays_shut_where_the_database_is_lost(
 
 
 async def test_a_project_that_openais_client_sends_by_itself(client: httpx.AsyncClient, app: FastAPI) -> None:
-    """OPENAI_PROJECT_ID means nothing here, unless it names a project of ours."""
+    """OPENAI_PROJECT_ID is ignored, unless it names a project of ours."""
     theirs = {"OpenAI-Project": "proj_abc123"}
     assert (await client.get("/v1/models", headers=theirs)).status_code == 200
     async with client_with(app, new_secret(app, scopes=["admin"])) as operator:
@@ -100,7 +100,7 @@ ADMIN_REQUESTS = (
 async def test_after_the_first_key_a_client_without_one_is_never_the_operator(
     make_services: MakeServices, setting: str, refusal: int, reads: int
 ) -> None:
-    """Whatever key it was: a revoked one counts. Only `1` leaves generate and train."""
+    """Any key counts, even a revoked one. Only the setting `1` leaves generate and train open."""
     app = new_app(make_services(allow_anonymous=setting))
     key, secret = access_of(app).keys.create("acme", who=OPERATOR, project="acme", scopes=["generate"])
     async with client_of(app) as client:
@@ -147,7 +147,8 @@ async def test_a_guest_works_in_the_default_project_alone(make_services: MakeSer
 
 
 async def test_a_changed_key_file_is_read_again(make_services: MakeServices, tmp_path: Path) -> None:
-    """The next request with a key that was taken out is 401, its stream ends, and no stranger is let in."""
+    """With a key that was removed, the next request gets a 401 and a running stream ends; requests without a key
+    stay refused."""
     file = tmp_path / "operators"
     file.touch(mode=0o600)
     file.write_text("old-0123456789012")
@@ -173,7 +174,7 @@ async def test_a_changed_key_file_is_read_again(make_services: MakeServices, tmp
 
 
 async def test_openai_project_is_the_default_project_of_a_new_key(app: FastAPI) -> None:
-    """The operator at work in a tenant makes the tenant's keys; what contradicts that is refused."""
+    """The operator working in a tenant creates the tenant's keys; contradictory projects are refused."""
     async with two_projects(app) as projects:
         at_work = {"OpenAI-Project": "acme"}
         for body in ({"name": "ci"}, {"name": "ci", "project": "acme"}):
@@ -263,9 +264,9 @@ async def test_bad_fields_of_a_key(client: httpx.AsyncClient, body: dict[str, ob
 async def test_a_key_that_a_command_revokes_opens_nothing_from_then_on(
     app: FastAPI, tmp_path: Path, app_database_url: str | None
 ) -> None:
-    """Through connections of its own, as another process has them."""
+    """The command uses its own connections, like another process."""
     keys = access_of(app).keys
-    keys.create("another", who=OPERATOR)  # so that there is one all the time
+    keys.create("another", who=OPERATOR)  # so that there is always a key
     for _tries in range(10):
         key, secret = keys.create("one", who=OPERATOR)
         async with client_with(app, secret) as client:
@@ -274,7 +275,7 @@ async def test_a_key_that_a_command_revokes_opens_nothing_from_then_on(
             other = connect(tmp_path, url=app_database_url)
             Keys(other, tmp_path / "keyed").revoke(key.id, who=OPERATOR)
             other.dispose()
-            await asyncio.sleep(0 if app_database_url is None else 0.05)  # PostgreSQL's notice is on its way
+            await asyncio.sleep(0 if app_database_url is None else 0.05)  # PostgreSQL's notification is on its way
             status = (await client.get("/adapters")).status_code
         if status == 401 or app_database_url is None:
             break
@@ -292,7 +293,7 @@ async def test_an_expired_key_opens_nothing(database: sa.Engine, tmp_path: Path)
 
 
 async def test_the_loop_goes_on_while_all_keys_are_read(database: sa.Engine, tmp_path: Path) -> None:
-    """There may be thousands, and those that were revoked stay; what is no key's change has none of them read."""
+    """There may be thousands, and revoked keys stay; only changes of keys cause them to be read."""
     threads = []
 
     class Watched(Keys):
@@ -313,9 +314,8 @@ async def test_the_loop_goes_on_while_all_keys_are_read(database: sa.Engine, tmp
 
 
 async def test_a_database_elsewhere_that_stalls_holds_up_nobody_else(database: sa.Engine, tmp_path: Path) -> None:
-    """The loop goes on, all who wait are answered by one look, and who comes later isn't by an earlier one; but
-    a look that fails has failed for all, however late they came: none waits for two.
-    """
+    """The event loop continues. One read answers all requests that wait, but none that arrives later. A failed
+    read fails all of them: none waits for a second one."""
     keys, commits, looks, may_go_on = Keys(database, tmp_path / "keyed"), [0], list[int](), threading.Event()
 
     def changes() -> int:
@@ -350,7 +350,7 @@ async def test_a_database_elsewhere_that_stalls_holds_up_nobody_else(database: s
 
 
 async def test_a_key_that_another_server_has_just_made(database: sa.Engine, tmp_path: Path) -> None:
-    """It is known before its notice has come; nobody else is."""
+    """It is valid before its notification has arrived; unknown keys stay invalid."""
     keys, number = Keys(database, tmp_path / "keyed"), [1]
     keys.create("first", who=OPERATOR)
     ring = KeyRing(keys, ProjectTable(database), lambda: 0, changes=lambda: number[0], is_remote=True)
@@ -364,7 +364,8 @@ async def test_a_key_that_another_server_has_just_made(database: sa.Engine, tmp_
 
 
 async def at_best(attempt: Callable[[], Awaitable[None]], took: list[float], seconds: float) -> None:
-    """Of some attempts, each of which adds its time to `took`, one is this fast: others use the machine, too."""
+    """Check that one of several attempts is fast enough, as other processes use the machine. Each adds its time to
+    `took`."""
     async with asyncio.timeout(60):
         for _ in range(10):
             await attempt()
@@ -469,7 +470,8 @@ async def test_a_database_that_failed_once_keeps_no_revoked_key_answered(
 
 
 async def test_a_minute_ends_though_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an hour, say: nobody is shut out for that long, and small corrections give nobody a minute more."""
+    """If the clock is set back by an hour, no client is locked out for that long, and small corrections give no
+    client an extra minute."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     rates, who = MemoryRates(), Principal("acme", "key-1", frozenset(), Quota(requests_per_minute=2))
@@ -518,7 +520,7 @@ async def test_tokens_a_minute(app: FastAPI, engine: FakeEngine) -> None:
         refused = await client.post("/generate", json={"prompt": "a", "max_tokens": 20})
         assert refused.status_code == 429
         assert "has 20 a minute: ask for less" in refused.json()["detail"]
-        assert refused.headers["x-should-retry"] == "false"  # or OpenAI's client waits for the next minute, twice
+        assert refused.headers["x-should-retry"] == "false"  # otherwise OpenAI's client retries twice
         assert refused.headers["x-ratelimit-remaining-tokens"] == str(left)
         for _ in range(4):
             last = await client.post("/generate", json=GENERATE)
@@ -536,7 +538,7 @@ async def test_tokens_a_minute(app: FastAPI, engine: FakeEngine) -> None:
 async def test_tokens_of_a_call_are_taken_together(
     app: FastAPI, engine: FakeEngine, path: str, body: dict[str, object]
 ) -> None:
-    """One by one, the first ones would use up the minute for what is refused with the last, again and again."""
+    """Otherwise the first ones would use up the minute each time the last one is refused."""
     engine.script = scoring
     for most, status in ((29, 429), (60, 200)):
         async with client_with(app, new_secret(app, quota=Quota(tokens_per_minute=most))) as client:
@@ -565,7 +567,7 @@ async def test_what_may_be_stored(app: FastAPI) -> None:
         assert f"has {size} and would add" in refused.json()["detail"]
         assert (await client.delete("/adapters/a")).status_code == 204
         assert (await client.post("/adapters/b", files=as_parts(*peft_files(1, rank=8)))).status_code == 201
-    async with client_with(app, new_secret(app, "acme")) as colleague:  # whose own limit is none
+    async with client_with(app, new_secret(app, "acme")) as colleague:  # which has no limit of its own
         refused = await colleague.post("/datasets", files={"file": ("a.jsonl", b'{"text": "a"}\n' * 2000)})
         assert refused.status_code == 403
         assert "project acme" in refused.json()["detail"]
@@ -605,7 +607,7 @@ async def test_usage_is_the_sum_of_the_answers(app: FastAPI, leases: Leases) -> 
                 total[name] += answer[name]
         (row,) = await usage(acme)
         assert {name: row[name] for name in total} == total
-        assert row["requests"] == 6  # of which a comparison's answers are one each
+        assert row["requests"] == 6  # a comparison counts one per answer
         by_adapter = {row["adapter"]: row["requests"] for row in await usage(acme, by="adapter")}
         assert by_adapter == {"base": 4, "tweets": 2}
         assert await usage(projects.other, by="project") == []
@@ -615,7 +617,7 @@ async def test_usage_is_the_sum_of_the_answers(app: FastAPI, leases: Leases) -> 
         today = datetime.now(UTC).date().isoformat()
         assert [row["day"] for row in await usage(acme, by="day")] == [today]
         assert await usage(acme, to="2020-01-01", by="day") == []
-        # jobs come with their end
+        # Jobs are counted when they end.
         await submit(acme)
         worker = StandIn(leases)
         worker.step(3)
@@ -683,7 +685,7 @@ async def test_an_answer_is_counted_once_whatever_happens_to_the_store(app: Fast
 async def test_an_answer_is_not_counted_twice_where_nobody_knows_whether_it_was(
     app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the database goes away in the moment of the commit."""
+    """The database connection fails during the commit."""
     ledger = access_of(app).ledger
 
     def stored(*given: Any) -> None:
@@ -746,7 +748,7 @@ async def test_a_project_ends_when_it_is_empty(app: FastAPI) -> None:
 
 
 async def test_asking_costs_microseconds(app: FastAPI) -> None:
-    """Every request pays it, on the event loop. Seen on two shared cores: about 20 µs."""
+    """Every request pays for it, on the event loop. Measured on two shared cores: about 20 µs."""
     import time
 
     secret = new_secret(app)

@@ -1,4 +1,4 @@
-"""Threads that projects share by turns."""
+"""Threads that projects share in turns."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Work:
-    """Works that end one by one when they are allowed to; `begun` has them in the order in which they began."""
+    """Work items that end one by one when allowed; `begun` lists them in the order of their starts."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -39,7 +39,7 @@ class Work:
 
 @asynccontextmanager
 async def working(work: Work) -> AsyncIterator[asyncio.TaskGroup]:
-    """Let every work end with the context."""
+    """Let all work end with the context."""
     try:
         async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
             yield tasks
@@ -78,7 +78,7 @@ async def test_a_project_that_comes_later_waits_for_the_running_work_alone() -> 
         for number in range(12):
             tasks.create_task(lane.run("greedy", work, f"greedy{number}"))
         await until(lambda: lane.num_waiting == 11)
-        for turn in range(3):  # each time after it had a turn, too
+        for turn in range(3):  # each time also after its turn
             tasks.create_task(lane.run("modest", work, "modest"))
             await until(lambda: lane.num_waiting == 12 - turn)  # noqa: B023
             work.end()
@@ -95,7 +95,7 @@ async def test_the_last_free_thread_is_kept_for_a_project_that_has_none() -> Non
             tasks.create_task(lane.run("greedy", work, f"greedy{number}"))
         await until(lambda: len(work.begun) == 2)
         tasks.create_task(lane.run("modest", work, "modest"))
-        await until(lambda: len(work.begun) == 3)  # though nothing has ended
+        await until(lambda: len(work.begun) == 3)  # although nothing has ended
     assert work.begun[2] == "modest"
     assert len(work.begun) == 6
 
@@ -111,7 +111,7 @@ async def test_work_that_waits_too_long_is_refused_and_counted() -> None:
             await lane.run("", work, "b")
         assert caught.value.retry_after > 1
         assert lane.num_waiting == 0
-    assert running.result() == "a"  # what has begun isn't ended
+    assert running.result() == "a"  # running work continues
     assert work.begun == ["a"]
     assert registry.get_sample_value("smolora_refused_total", {"reason": "things"}) == 1
     assert registry.get_sample_value("smolora_lane_wait_seconds_count", {"lane": "things"}) == 2

@@ -1,4 +1,4 @@
-"""A full queue refuses before a body is read, and whoever asked sees the answer."""
+"""A full queue refuses a request before its body is read, and the client sees the answer."""
 
 import httpx
 import pytest

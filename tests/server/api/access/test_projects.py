@@ -1,4 +1,4 @@
-"""Projects that don't trust each other: what is another's is as if it weren't there, whatever one asks."""
+"""Mutually distrusting projects: another project's objects look as if they didn't exist, for any request."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 CONTENT = "\n".join(map(json.dumps, ROWS)).encode()
 PURPOSE = {"purpose": "fine-tune"}
 OWN_NAMES = {"POST /adapters/{name}", "POST /adapters/{name}/import", "POST /compositions/{name}"}
-"""Which make what they name, a project's own."""
+"""Parameters whose objects are created by name, in the client's own project."""
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ async def upload(client: httpx.AsyncClient, name: str = "tweets", seed: int = 0)
 
 
 async def everything(client: httpx.AsyncClient, leases: Leases) -> dict[str, str]:
-    """One of each thing that a project can have, by the name of its path's parameter."""
+    """Create one of each kind of object of a project; return them by path parameter."""
     await upload(client)
     await client.put("/adapters/tweets/aliases/prod", json={"version": 1})
     dataset = (await client.post("/datasets", files={"file": ("a.jsonl", CONTENT)})).json()["id"]
@@ -54,7 +54,7 @@ async def everything(client: httpx.AsyncClient, leases: Leases) -> dict[str, str
 
 
 async def test_nothing_of_anothers_is_there(projects: Projects, leases: Leases, app: App) -> None:
-    """Every route with an id or a name in its path answers as it does of what nobody has."""
+    """Every route with an id or a name in its path answers as for an object that doesn't exist."""
     theirs = await everything(projects.acme, leases)
     nothing = {"name": "nobody", "version": "1", "alias": "none", "model": "nobody", "job_id": "job-" + "0" * 16}
     nothing |= {"dataset_id": "ds-" + "0" * 32, "file_id": "file-" + "0" * 24}
@@ -76,7 +76,7 @@ async def test_nothing_of_anothers_is_there(projects: Projects, leases: Leases, 
     for path in ("/adapters", "/train", "/datasets", "/v1/files", "/v1/fine_tuning/jobs", "/v1/models"):
         listed = (await projects.other.get(path)).text
         assert not [value for value in theirs.values() if len(value) > 4 and value in listed], path
-    assert (await projects.acme.get("/adapters/tweets/1")).status_code == 200  # it is all still there
+    assert (await projects.acme.get("/adapters/tweets/1")).status_code == 200  # everything still exists
 
 
 async def test_what_bodies_name_is_ones_own(projects: Projects, leases: Leases) -> None:
@@ -116,7 +116,7 @@ async def test_names_keys_and_ids_are_a_projects_own(projects: Projects, leases:
         for client in (projects.acme, projects.acme, projects.other)
     ]
     assert jobs[0] == jobs[1] != jobs[2]
-    # deleting leaves another's equal bytes
+    # Deleting leaves another project's equal bytes.
     assert (await projects.acme.delete("/adapters/tweets")).status_code == 204
     assert (await projects.acme.delete(f"/datasets/{datasets[0]}")).status_code == 204
     answer = await projects.other.post("/generate", json={"prompt": "a", "adapter": "tweets"})
@@ -141,7 +141,7 @@ async def test_public_adapters_are_used_by_their_full_name(projects: Projects) -
     assert shared.json()["visibility"] == "public"
     listed = (await projects.other.get("/adapters?public=true")).json()["adapters"]
     assert [(adapter["name"], adapter["visibility"]) for adapter in listed] == [("acme/tweets", "public")]
-    assert listed[0]["versions"][0]["config"] == {}  # how it was made stays there
+    assert listed[0]["versions"][0]["config"] == {}  # its origin stays in its project
     assert (await projects.other.get("/adapters")).json()["adapters"] == []
     used = {"name": "acme/tweets", "version": 1, "digest": made["digest"]}
     answer = await projects.other.post("/generate", json={"prompt": "a", "adapter": "acme/tweets@1*0.5"})
@@ -153,7 +153,7 @@ async def test_public_adapters_are_used_by_their_full_name(projects: Projects) -
     assert chat.json()["model"] == "acme/tweets@1"
     assert (await projects.other.get("/v1/models/acme/tweets")).json()["id"] == "acme/tweets"
     assert (await projects.acme.get("/adapters?public=true")).json()["adapters"][0]["name"] == "tweets"
-    # to be used, not to be changed
+    # It may be used but not changed.
     for method, path in (("DELETE", "/v1/models/acme/tweets"), ("DELETE", "/v1/models/acme/tweets@1")):
         assert (await projects.other.request(method, path)).status_code == 404
     assert (await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "private"})).is_success
@@ -193,7 +193,7 @@ async def test_a_composition_is_public_only_with_its_parts(projects: Projects) -
     assert [part["name"] for part in mix["parts"]] == ["acme/tweets", "acme/movies"]
     refused = await acme.put("/adapters/tweets/visibility", json={"visibility": "private"})
     assert refused.json()["detail"] == "tweets is a part of public compositions: make mix private first"
-    # a private part can't come in by a later version either
+    # A later version can't introduce a private part either.
     await upload(acme, "secret", 7)
     assert (await acme.post("/compositions/mix", json={"expression": "secret"})).status_code == 409
 
@@ -308,7 +308,7 @@ async def test_queued_jobs_of_projects_take_turns(projects: Projects, leases: Le
 
 
 async def test_a_position_counts_other_projects_turns(projects: Projects, leases: Leases) -> None:
-    """Behind another project's running job, which may take days, a job isn't the first."""
+    """A job behind another project's running job, which may take days, isn't first."""
 
     async def position(job_id: str) -> object:
         return (await projects.other.get(f"/train/{job_id}")).json()["position"]
@@ -350,7 +350,7 @@ async def test_a_stream_of_anothers_events_is_404(projects: Projects) -> None:
 
 
 async def test_jobs_on_a_public_adapter_are_its_owners_alone_to_know(projects: Projects) -> None:
-    """Who may not delete it is told the same, whether a job needs it or not."""
+    """A project that may not delete it gets the same answer, whether a job needs it or not."""
     assert (await projects.acme.post("/adapters/tweets", files=as_parts(*peft_files()))).status_code == 201
     await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
     before = [await projects.other.delete(f"/v1/models/acme/tweets{end}") for end in ("", "@1")]

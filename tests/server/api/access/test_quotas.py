@@ -1,4 +1,4 @@
-"""What uploads at the same moment may store together: as much as one after the other, however they are sent."""
+"""Concurrent uploads store as much as sequential ones, in any transfer encoding."""
 
 import asyncio
 import threading
@@ -30,7 +30,7 @@ def app(make_services: MakeServices) -> FastAPI:
 
 
 async def in_chunks(request: httpx.Request) -> AsyncIterator[bytes]:
-    """The request's body, with a pause in which all others have come as far."""
+    """Yield the request's body in chunks, with pauses until all others have got as far."""
     content = await request.aread()
     yield content[:-10]
     await asyncio.sleep(0.05)
@@ -38,7 +38,7 @@ async def in_chunks(request: httpx.Request) -> AsyncIterator[bytes]:
 
 
 async def send(client: httpx.AsyncClient, name: str, parts: dict[str, tuple[str, bytes]], chunked: bool) -> int:
-    """Upload an adapter; without Content-Length where `chunked`. The status."""
+    """Upload an adapter, without Content-Length if `chunked`; return the status."""
     request = client.build_request("POST", f"/adapters/{name}", files=parts)
     if chunked:
         headers = {"Content-Type": request.headers["content-type"]}
@@ -48,13 +48,13 @@ async def send(client: httpx.AsyncClient, name: str, parts: dict[str, tuple[str,
 
 
 def limit(app: FastAPI, num_bytes: int) -> str:
-    """Have a project store no more than that; its key."""
+    """Limit a project's storage; return its key."""
     access_of(app).projects.put("acme", Quota(max_bytes=num_bytes), who=OPERATOR)
     return new_secret(app, "acme")
 
 
 async def check(client: httpx.AsyncClient, statuses: list[int], most: int) -> None:
-    """That some were stored, no more than there may be, and the others refused."""
+    """Check that some uploads were stored, within the limit, and all others refused."""
     stored = (await client.get("/adapters")).json()["adapters"]
     assert sum(version["bytes"] for adapter in stored for version in adapter["versions"]) <= most
     assert len(stored) == statuses.count(201) >= 1
@@ -63,7 +63,7 @@ async def check(client: httpx.AsyncClient, statuses: list[int], most: int) -> No
 
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_uploads_side_by_side(app: FastAPI, chunked: bool) -> None:
-    """Each alone is allowed."""
+    """Each alone would be allowed."""
     most = 2 * SIZE + SIZE // 2
     parts = [as_parts(*peft_files(seed, rank=8)) for seed in range(AT_ONCE)]
     async with client_with(app, limit(app, most)) as client:
@@ -73,7 +73,7 @@ async def test_uploads_side_by_side(app: FastAPI, chunked: bool) -> None:
 
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_an_upload_that_fills_the_quota(app: FastAPI, chunked: bool) -> None:
-    """What was reserved for others that were refused is given back."""
+    """The reservations of refused uploads are released."""
     request = httpx.Request("POST", "http://a", files=as_parts(CONFIG, WEIGHTS))
     most = SIZE if chunked else int(request.headers["content-length"])
     async with client_with(app, limit(app, most)) as client:
@@ -109,10 +109,10 @@ async def test_imports_side_by_side(app: FastAPI) -> None:
 
 
 async def test_rows_count_as_they_are_kept(app: FastAPI, tmp_path: Path) -> None:
-    """A CSV of control characters is six times as large as JSON: that is asked before it is stored."""
+    """A CSV of control characters is six times as large in JSON: this is checked before it is stored."""
     first, second = (b"text\n" + (character * 999 + b"\n") * 10 for character in (b"\x01", b"\x02"))
     kept = 10 * (len(b'{"text":""}\n') + 6 * 999)
-    async with client_with(app, limit(app, kept + 1000)) as client:  # the form is more than its file
+    async with client_with(app, limit(app, kept + 1000)) as client:  # the form is larger than its file
         assert (await client.post("/datasets", files={"file": ("a.csv", first)})).status_code == 201
         refused = await client.post("/datasets", files={"file": ("b.csv", second)})
         assert refused.status_code == 403

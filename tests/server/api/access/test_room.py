@@ -1,4 +1,4 @@
-"""What is refused before it costs anything: where too many wait, the queue is full, or the disk."""
+"""Cheap refusals: if too many requests wait, if the queue is full, or if the disk is full."""
 
 import asyncio
 import shutil
@@ -37,7 +37,7 @@ GENERATIONS: dict[str, dict[str, object]] = {
 
 
 class Blocked:
-    """Work that lasts until it may end."""
+    """Work that lasts until it is allowed to end."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -148,7 +148,7 @@ async def test_a_prompt_with_more_bytes_than_fit_is_refused_without_being_encode
         assert first.status_code == (400 if path.startswith("/v1") else 422)
         assert "has 200,000 bytes, and the model's 96 tokens have at most" in first.text
         assert path not in ("/v1/completions", "/v1/chat/completions") or "context_length_exceeded" in first.text
-        assert first.headers["x-ratelimit-remaining-tokens"] == "10000"  # 4 bytes a token
+        assert first.headers["x-ratelimit-remaining-tokens"] == "10000"  # 4 bytes per token
         assert (await client.post(path, json=HUGE_PROMPTS[path])).status_code == first.status_code
         refused = await client.post(path, json=HUGE_PROMPTS[path])
         assert (refused.status_code, refused.headers["x-ratelimit-remaining-tokens"]) == (429, "0")
@@ -214,7 +214,7 @@ async def test_a_grammar_that_there_is_no_room_for_is_a_request_refused(
 async def test_grammars_of_projects_take_turns(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A project's grammar is the next to be compiled, however many of another one waited before it."""
+    """A project's grammar is compiled next, however many of another project's waited before it."""
     services, begun, ends = make_services(), list[str](), threading.Semaphore(0)
 
     def check(grammar: Grammar) -> None:
@@ -249,7 +249,7 @@ MANY: dict[str, dict[str, object]] = {
 async def test_many_short_texts_are_a_long_one(
     path: str, client: httpx.AsyncClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hundred of them, each short enough for the event loop, held it up for a tenth of a second and more."""
+    """A hundred texts, each short enough for the event loop, blocked it for a tenth of a second and more."""
     encoder, threads = app.state.services.encoder, []
     monkeypatch.setattr(encoder, "max_token_bytes", None)
 
@@ -263,8 +263,8 @@ async def test_many_short_texts_are_a_long_one(
     for name in ("prompt", "messages", "continuation"):
         monkeypatch.setattr(encoder, name, noting(getattr(encoder, name)))
     response = await client.post(path, json=MANY[path])
-    assert response.status_code in (400, 422), response.text  # the tests' model is a small one
-    is_score = path == "/compare"  # whose prompt is a short one
+    assert response.status_code in (400, 422), response.text  # the tests' model is small
+    is_score = path == "/compare"  # whose prompt is short
     assert threads[is_score:]
     assert threading.current_thread() not in threads[is_score:]
 
@@ -363,7 +363,7 @@ class Upload:
 
     @classmethod
     async def begin(cls, app: FastAPI, announced: int | None) -> "Upload":
-        """Send the headers and the beginning, and wait until it is taken, or answered."""
+        """Send the headers and the first piece, and wait until it is read, or answered."""
         upload = cls(app, announced)
         await upload.send(PART)
         return upload
@@ -373,7 +373,7 @@ class Upload:
         return self.answer[0]["status"] if self.answer else None
 
     async def send(self, piece: bytes) -> None:
-        """Send the piece, and wait until it is taken."""
+        """Send the piece, and wait until it is read."""
         self._inbox.put_nowait({"type": "http.request", "body": piece, "more_body": True})
         await until(lambda: self._inbox.empty() or self.task.done())
 
@@ -428,9 +428,9 @@ async def test_an_upload_ends_once_the_disk_is_nearly_full(
 async def test_a_repeat_is_answered_where_nothing_new_would_be(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its job is there already, and whoever is told otherwise submits it once more later."""
+    """Its job exists already: a refused client would submit it once more later."""
     usage = namedtuple("usage", ["free"])
-    free = 2 << 20  # with what uploads announce
+    free = 2 << 20  # includes what uploads announce
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
     async with client_of(new_app(make_services(min_free_bytes="1MiB"))) as client:
         for name in "ab":
@@ -456,7 +456,7 @@ async def test_a_repeat_is_answered_where_nothing_new_would_be(
 
 async def test_a_generation_that_takes_too_long(make_services: MakeServices, engine: FakeEngine) -> None:
     engine.hold_after = 1
-    async with client_of(new_app(make_services(request_timeout=2.0))) as client:  # its first piece comes before
+    async with client_of(new_app(make_services(request_timeout=2.0))) as client:  # its first piece arrives earlier
         stream = await client.post("/generate", json={"prompt": "a", "stream": True})
         assert stream.status_code == 200
         assert stream.text.count("event: error") == 1

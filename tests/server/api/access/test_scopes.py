@@ -1,4 +1,5 @@
-"""The authorization matrix: every route of the OpenAPI document by every kind of key; none can be forgotten."""
+"""Authorization matrix: every route of the OpenAPI document with every kind of key; new routes can't be
+forgotten."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -40,7 +41,7 @@ EVERYTHING: dict[str, frozenset[Scope] | None] = {
     "DELETE /projects/{project}": ADMIN,
     "GET /audit": ADMIN,
 }
-"""What opens each route that `train` doesn't, or doesn't alone; every other is `train`'s."""
+"""Scopes of each route that `train` doesn't open, or not alone; `train` opens all others."""
 VALUES = {
     "name": "nobody",
     "version": "1",
@@ -55,7 +56,7 @@ VALUES = {
 
 
 def operations(app: App) -> list[tuple[str, str]]:
-    """(method, template) of every route of the document."""
+    """Return (method, template) of every route of the document."""
     paths = app.openapi()["paths"]
     return [(method.upper(), template) for template, methods in paths.items() for method in methods]
 
@@ -74,7 +75,7 @@ def test_every_route_is_in_the_table(app: App) -> None:
 
 
 def test_every_route_is_its_own_template(app: App) -> None:
-    """Which is the document's, but for the form of parameters that take slashes."""
+    """The template is the document's, except for the form of parameters that contain slashes."""
     for _, template in operations(app):
         path = template.format(**VALUES)
         expected = template.replace("/v1/models/{model}", "/v1/models/{model...}")
@@ -114,7 +115,7 @@ def locked(make_services: MakeServices) -> FastAPI:
 
 @pytest.fixture
 async def operator(locked: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """The first key's owner."""
+    """Yield a client with the first key, the operator's."""
     async with client_of(locked) as client:
         made = await client.post("/keys", json={"name": "operator", "scopes": ["admin"]})
         client.headers["Authorization"] = f"Bearer {made.json()['secret']}"
@@ -122,7 +123,7 @@ async def operator(locked: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def statuses(app: FastAPI, headers: dict[str, str]) -> dict[tuple[str, str], int]:
-    """What every route answers to requests with these headers and an empty body."""
+    """Return every route's status for requests with these headers and an empty body."""
     assert isinstance(app, App)
     async with client_of(app) as client:
         return {
@@ -152,7 +153,7 @@ async def test_no_route_opens_without_a_key(
 
 
 def operator_like(operator: httpx.AsyncClient) -> str:
-    """A secret with one character changed."""
+    """Return a secret with one character changed."""
     secret = operator.headers["Authorization"].removeprefix("Bearer ")
     return secret[:-1] + ("A" if secret[-1] != "A" else "B")
 
@@ -185,7 +186,7 @@ async def test_a_refusal_names_the_scope(locked: FastAPI, operator: httpx.AsyncC
 async def test_a_path_that_isn_t_there_names_the_one_that_was_meant(
     locked: FastAPI, operator: httpx.AsyncClient
 ) -> None:
-    """The same for any key: these paths are in /docs."""
+    """The answer is the same for any key: these paths are public in /docs."""
     made = await operator.post("/keys", json={"name": "k", "scopes": ["generate"]})
     async with client_of(locked) as client:
         for secret in (made.json()["secret"], operator.headers["Authorization"].removeprefix("Bearer ")):
@@ -198,7 +199,7 @@ async def test_a_path_that_isn_t_there_names_the_one_that_was_meant(
 async def test_a_line_s_end_behind_a_path_opens_nothing(
     locked: FastAPI, operator: httpx.AsyncClient, app: App
 ) -> None:
-    """Routes pass over one, and would be found by a path whose scopes are another's."""
+    """Routers ignore a trailing line end, which must not lead to a path with other scopes."""
     made = await operator.post("/keys", json={"name": "k", "scopes": ["generate"]})
     async with client_of(locked) as client:
         for secret in (made.json()["secret"], operator.headers["Authorization"].removeprefix("Bearer ")):

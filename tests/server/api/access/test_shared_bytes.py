@@ -1,4 +1,4 @@
-"""Two projects with the same tensors share bytes, and nothing else: each one's configuration is its own."""
+"""Two projects with equal tensors share bytes and nothing else: each has its own configuration."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def config(**changes: object) -> bytes:
 RESHAPED = config(
     r=200, lora_alpha=400, rank_pattern=dict.fromkeys(PATHS, 2), alpha_pattern=dict.fromkeys(PATHS, 4)
 )
-"""The same scalings in other words: the same digest."""
+"""The same scalings described differently: the digest is equal."""
 ROOTED = config(lora_alpha=2 * 2**0.5, use_rslora=True, base_model_name_or_path=None)
 
 
@@ -57,7 +57,7 @@ async def download(client: httpx.AsyncClient, path: str) -> dict[str, bytes]:
 
 
 async def loaded(client: httpx.AsyncClient, path: str, digest: str) -> dict[str, Any]:
-    """The configuration that is downloaded, with which the tensors must read, to the same effect."""
+    """Return the downloaded configuration; check that the tensors can be read with it, to the same effect."""
     files = await download(client, path)
     assert list(files) == [CONFIG_NAME, WEIGHTS_NAME]
     adapter = read(files[CONFIG_NAME], files[WEIGHTS_NAME], SHAPE)
@@ -77,7 +77,7 @@ async def loaded(client: httpx.AsyncClient, path: str, digest: str) -> dict[str,
     ],
 )
 async def test_a_download_has_nothing_of_anothers(projects: Projects, guess: bytes) -> None:
-    """Whoever was first: the first gets its file, the other one that says what its own did."""
+    """Whichever project was first: the first gets its own file, the second one that describes its own upload."""
     for name, (first, second) in {"a": (CONFIG, guess), "b": (guess, CONFIG)}.items():
         digest = await upload(projects.acme, name, first)
         await upload(projects.other, name, second)
@@ -92,7 +92,7 @@ async def test_a_download_has_nothing_of_anothers(projects: Projects, guess: byt
 
 
 async def test_what_has_no_effect_is_not_anothers_either(projects: Projects) -> None:
-    """Such as where to import a class from: the rest of the two configurations is the same."""
+    """For example the module to import a class from; the rest of the two configurations is equal."""
     told = config(auto_mapping={"parent_library": "evil", "base_model_class": "Model"}, revision="secret")
     digest = await upload(projects.other, "guess", told)
     await upload(projects.acme, "mine", CONFIG)
@@ -125,7 +125,7 @@ async def test_training_goes_on_from_ones_own_shape(projects: Projects) -> None:
 async def test_what_was_not_uploaded_is_its_own_too(
     projects: Projects, library: Library, guess: bytes, kept: dict[str, object]
 ) -> None:
-    """A job's specification has no word on layers or patterns, and old records have none on anything."""
+    """A job's specification doesn't mention layers or patterns, and old records don't mention anything."""
     digest = await upload(projects.other, "guess", guess)
     shape: dict[str, Any] = {"rank": 2, "alpha": 4.0, "target_modules": tuple(PATHS), "parameters": 1}
     catalog = library.of(Viewpoint("acme")).catalog
@@ -139,7 +139,7 @@ async def test_what_was_not_uploaded_is_its_own_too(
 
 
 async def test_an_old_record_has_the_file_that_says_the_same(projects: Projects, library: Library) -> None:
-    """As it was uploaded, when versions kept no more than their rank, alpha and base."""
+    """As it was uploaded, when versions only stored their rank, alpha and base."""
     digest = await upload(projects.other, "guess", CONFIG)
     shape: dict[str, Any] = {"rank": 2, "alpha": 4.0, "target_modules": tuple(PATHS), "parameters": 1}
     library.of(Viewpoint("acme")).catalog.publish("mine", digest=digest, bytes=1, base_model=SECRET, **shape)

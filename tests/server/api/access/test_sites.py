@@ -1,4 +1,4 @@
-"""Names that the server answers to, pages that may call it, and the path of a proxy."""
+"""Accepted host names, pages that may call the server, and the path of a proxy."""
 
 from collections.abc import Mapping
 
@@ -42,7 +42,7 @@ async def test_the_loopbacks_names_and_addresses_are_its_own(host: str, client: 
     ],
 )
 async def test_other_names_are_not(host: str, client: httpx.AsyncClient) -> None:
-    """A page of evil.example may have its own name lead to 127.0.0.1, and is the same site then."""
+    """A page of evil.example may resolve its own name to 127.0.0.1, and then has the same origin."""
     headers = {"Host": host, "Origin": f"http://{host}"}
     response = await client.get("/adapters", headers=headers)
     assert response.status_code == 403
@@ -55,7 +55,7 @@ async def test_other_names_are_not(host: str, client: httpx.AsyncClient) -> None
 
 
 async def test_whoever_scrapes_calls_it_by_its_address(make_services: MakeServices) -> None:
-    """Whatever its names are: but no page can lead a name of its own there."""
+    """Whatever host names are set: no page can resolve a name of its own to it."""
     async with client_of(new_app(make_services(allowed_hosts="lora.example.org"))) as client:
         for host in ("10.1.2.3:8000", "[fe80::1]:8000", "lora.example.org"):
             assert await status(client, {"Host": host}, "/metrics") == 200
@@ -123,7 +123,7 @@ async def test_only_its_own_pages_may_call(
 
 
 async def test_a_foreign_page_uploads_nothing(client: httpx.AsyncClient) -> None:
-    """Which needs no preflight, and got 201 once."""
+    """A form upload needs no preflight, and used to get a 201."""
     files = as_parts(*peft_files())
     refused = await client.post("/adapters/theirs", files=files, headers={"Origin": "https://evil.example"})
     assert refused.status_code == 403
@@ -174,7 +174,7 @@ async def test_sites_that_are_set_may_call(make_services: MakeServices) -> None:
             "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "authorization,content-type",
         }
-        preflight = await client.options("/generate", headers=asked)  # which never has a key
+        preflight = await client.options("/generate", headers=asked)  # a preflight never has a key
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == site
         assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
@@ -196,7 +196,7 @@ async def test_no_page_is_told_that_it_may_call_where_none_may(client: httpx.Asy
 
 async def test_behind_a_proxy(make_services: MakeServices) -> None:
     async with client_of(create_app(make_services(root_path="/lora"))) as client:
-        for seed, prefix in enumerate(("", "/lora")):  # taken off by the proxy, or not
+        for seed, prefix in enumerate(("", "/lora")):  # removed by the proxy, or not
             upload = await client.post(f"{prefix}/adapters/a", files=as_parts(*peft_files(seed)))
             assert upload.headers["location"].startswith("/lora/adapters/a/")
             assert (await client.get(upload.headers["location"])).json() == upload.json()

@@ -1,4 +1,4 @@
-"""Small adapters as PEFT saves them."""
+"""Small adapters in PEFT's format."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def peft_files(
     shape: BaseShape = SHAPE,
     paths: Mapping[str, str] = PATHS,
 ) -> tuple[bytes, bytes]:
-    """adapter_config.json and adapter_model.safetensors; another seed makes another digest."""
+    """Return adapter_config.json and adapter_model.safetensors; each seed gives another digest."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -46,7 +46,7 @@ def peft_files(
 
 
 def as_parts(config: bytes, weights: bytes) -> dict[str, tuple[str, bytes]]:
-    """The two files as multipart fields."""
+    """Return the two files as multipart fields."""
     return {
         "adapter_config": ("adapter_config.json", config),
         "adapter_model": ("adapter_model.safetensors", weights),
@@ -54,7 +54,7 @@ def as_parts(config: bytes, weights: bytes) -> dict[str, tuple[str, bytes]]:
 
 
 def as_zip(config: bytes, weights: bytes) -> bytes:
-    """The two files as an archive."""
+    """Return the two files as an archive."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("adapter_config.json", config)

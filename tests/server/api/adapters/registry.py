@@ -1,8 +1,7 @@
-"""The registry on a disk, done things to from outside; also as a process that is killed in the middle of one.
+"""The registry on disk, driven by commands, also as a process that is killed in the middle of one.
 
-`python -m tests.server.api.adapters.registry FILES` reads a line of JSON for each thing to do, forks a process
-that does it and dies at its n-th step (a file that is opened, renamed or removed, a lock, a commit), and says how
-that ended.
+`python -m tests.server.api.adapters.registry FILES` reads a command as a line of JSON, forks a process that runs
+it and dies at its n-th step (opening, renaming or removing a file, a lock, a commit), and reports the outcome.
 """
 
 import json
@@ -41,14 +40,14 @@ def digest_of(seed: int) -> str:
 
 
 def write_files(directory: Path) -> None:
-    """PEFT's two files of every seed."""
+    """Write PEFT's two files for every seed."""
     for seed in range(NUM_SEEDS):
         (directory / str(seed)).mkdir()
         peft_format.write(directory / str(seed), sample_adapter(seed))
 
 
 class Registry:
-    """A server's registry, started on `home`: what is stored is put right, and jobs go on."""
+    """A server's registry, started on `home`: storage is repaired, and jobs continue."""
 
     def __init__(self, home: Path, files: Path) -> None:
         self.home = home
@@ -68,7 +67,7 @@ class Registry:
         self.engine.dispose()
 
     def do(self, op: Op) -> None:
-        """Raises what the registry refuses it with."""
+        """Run the command. Raise the registry's refusal."""
         match op["do"]:
             case "upload":
                 directory = self._files / str(op["seed"])
@@ -92,7 +91,7 @@ class Registry:
                     self.library.delete_version(op["name"], op["version"], op["force"])
 
     def work(self) -> None:
-        """What workers do with the jobs that wait: here training takes no time."""
+        """Do a worker's work on the queued jobs: training takes no time here."""
         while (claim := self._leases.claim("worker", lease_seconds=-1.0)) is not None:
             spec = self.jobs.get(claim.job_id).spec
             assert isinstance(spec, JobSpec)
@@ -116,14 +115,14 @@ class Registry:
 
 
 class Nursery:
-    """The process that has things done by others, which it kills."""
+    """A process that runs commands in child processes, which it kills."""
 
     def __init__(self, files: Path) -> None:
         command = [sys.executable, "-m", "tests.server.api.adapters.registry", str(files)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def do(self, home: Path, op: Op, step: int) -> bool:
-        """Whether it was done; else it was killed at that step."""
+        """Return whether the command was completed; otherwise it was killed at that step."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -158,7 +157,7 @@ def _main(files: Path) -> None:
 
 
 def _die_at(registry: Registry, last: int) -> None:
-    """As kill -9 would, before the `last` step from now."""
+    """Die as by kill -9 before the `last` step from now."""
     count = 0
 
     def step(*_: object) -> None:

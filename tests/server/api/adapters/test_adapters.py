@@ -1,4 +1,4 @@
-"""/adapters as API.md has it: upload, list, download, delete."""
+"""/adapters as specified by API.md: upload, list, download, delete."""
 
 import io
 import json

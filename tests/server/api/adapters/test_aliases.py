@@ -1,4 +1,5 @@
-"""Aliases as API.md has them: they move at once, hold what they name, and moving latest back is the rollback."""
+"""Aliases as specified by API.md: they move at once, protect what they name, and moving latest back is the
+rollback."""
 
 import httpx
 import pytest
@@ -9,7 +10,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def upload(client: httpx.AsyncClient, name: str, *seeds: int) -> list[str]:
-    """Publish an adapter of each seed; the digests."""
+    """Publish an adapter for each seed; return the digests."""
     digests = []
     for seed in seeds:
         response = await client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed)))
@@ -23,7 +24,7 @@ async def point(client: httpx.AsyncClient, name: str, alias: str, version: objec
 
 
 async def used(client: httpx.AsyncClient, adapter: str) -> list[dict[str, object]]:
-    """The leaf parts of an answer under the expression."""
+    """Return the leaf parts that an answer with the expression used."""
     response = await client.post("/generate", json={"prompt": "a", "max_tokens": 1, "adapter": adapter})
     assert response.status_code == 200, response.text
     found: list[dict[str, object]] = response.json()["adapters"]
@@ -56,7 +57,7 @@ async def test_latest_is_an_alias_and_moving_it_back_is_the_rollback(client: htt
     await upload(client, "a", 2)
     assert (await client.get("/adapters/a")).json()["latest"] == 3
     await point(client, "a", "latest", 1)
-    assert (await client.delete("/adapters/a/1")).status_code == 204  # latest holds nothing
+    assert (await client.delete("/adapters/a/1")).status_code == 204  # latest protects nothing
     assert (await client.get("/adapters/a")).json()["latest"] == 3
     refused = await client.delete("/adapters/a/aliases/latest")
     assert refused.status_code == 409

@@ -1,4 +1,4 @@
-"""Zip archives that nobody vouches for."""
+"""Untrusted zip archives."""
 
 import io
 import struct
@@ -107,6 +107,6 @@ def test_changed_bytes_are_noticed(tmp_path: Path) -> None:
 
 
 def test_a_name_may_be_empty(tmp_path: Path) -> None:
-    """Python ends names at a NUL; its `is_dir` then fails. Found by `make attack`."""
+    """Python ends names at a NUL, and `is_dir` then fails. Found by `make attack`."""
     data = zipped({**FILES, "!empty": b""}).getvalue().replace(b"!empty", b"\0empty")
     assert read_archive(io.BytesIO(data), tmp_path / "weights", 1000) == b"{}"

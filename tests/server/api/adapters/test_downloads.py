@@ -1,4 +1,4 @@
-"""What is downloaded: a zip whose length is known beforehand, sent from the files in little memory."""
+"""Downloads: a zip of known length, streamed from the files with little memory."""
 
 import asyncio
 import io
@@ -28,7 +28,7 @@ PATTERN = bytes(range(256)) * 4096  # 1 MiB
 
 
 class Reader:
-    """A client of a download, over bare ASGI, that takes a piece when it is told to."""
+    """A client of a download, over bare ASGI, that reads a piece when told to."""
 
     def __init__(self, app: FastAPI, path: str) -> None:
         self.start: Message | None = None
@@ -80,7 +80,8 @@ def test_a_zip_as_python_reads_it(contents: tuple[bytes, ...]) -> None:
 
 
 def test_a_zip_as_another_program_reads_it(tmp_path: Path) -> None:
-    """Java's and old readers take no sizes behind stored data; `jar` and `unzip` aren't everywhere, this is."""
+    """Java and old readers don't support sizes after stored data. `jar` and `unzip` aren't always installed; this
+    reader is."""
     path = tmp_path / "a.zip"
     path.write_bytes(b"".join(zip_of(PATTERN, b"more").chunks()))
     out = tmp_path / "out"
@@ -89,7 +90,7 @@ def test_a_zip_as_another_program_reads_it(tmp_path: Path) -> None:
 
 
 class Sparse(io.BytesIO):
-    """A file of which nothing but the size is there."""
+    """A file with a size but without contents."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -102,9 +103,9 @@ class Sparse(io.BytesIO):
     ("size", "more"),
     [
         (LARGEST - 36, 0),  # the list begins at 4,294,967,294
-        (LARGEST - 35, 56 + 20),  # which is where it needs an end of the zip64 format
+        (LARGEST - 35, 56 + 20),  # here it needs the zip64 end record
         (LARGEST - 1, 56 + 20),
-        (LARGEST, 56 + 20 + 20 + 20),  # the file's size is too large for its two places, too
+        (LARGEST, 56 + 20 + 20 + 20),  # the file's size exceeds both of its fields too
         (LARGEST + 1, 56 + 20 + 20 + 20),
     ],
 )
@@ -126,7 +127,7 @@ def test_the_zip64_format_as_python_reads_it(largest: int) -> None:
 
 
 async def big_adapter(client: httpx.AsyncClient) -> tuple[str, int]:
-    """The path of a download of some 20 MB, and its digest's files' size."""
+    """Publish an adapter of some 20 MB; return its download path, and the size of its files."""
     config, weights = peft_files(rank=40_000)
     posted = await client.post("/adapters/big", files=as_parts(config, weights))
     assert posted.status_code == 201, posted.text
@@ -186,13 +187,13 @@ async def test_its_bytes_outlive_a_delete(
 
 
 def _open_files() -> list[str]:
-    """Stored files that this process has open."""
+    """Return the stored files that this process has open."""
     links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     found = []
     for link in links:
         try:
             target = str(link.readlink())
-        except FileNotFoundError:  # the handle by which they were listed
+        except FileNotFoundError:  # the handle that listed them
             continue
         if "safetensors" in target or "adapter_config" in target:
             found.append(target)

@@ -1,4 +1,4 @@
-"""Adapters from the hub: off unless allowed, two files of one commit, checked as uploads are, byte for byte."""
+"""Adapters from the hub: disabled by default, two files of one commit, and checked like uploads, byte for byte."""
 
 import io
 import zipfile

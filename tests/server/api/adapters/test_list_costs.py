@@ -1,4 +1,4 @@
-"""Lists cost in proportion to what they list, however much else is stored: statements and rows are counted."""
+"""The cost of lists is proportional to their length, however much is stored: statements and rows are counted."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ EACH = NUM_VERSIONS // len(NAMES)
 
 
 class Reads:
-    """The statements that were run, which can be run again to see how many rows they give."""
+    """The statements that were run; running them again counts their rows."""
 
     def __init__(self, database: sa.Engine) -> None:
         self._database = database
@@ -47,7 +47,7 @@ class Reads:
 
 @contextmanager
 def reads(database: sa.Engine) -> Iterator[Reads]:
-    """Counts what is read within."""
+    """Count reads during the block."""
     counted = Reads(database)
     sa.event.listen(database, "before_cursor_execute", counted.add)
     try:
@@ -58,7 +58,7 @@ def reads(database: sa.Engine) -> Iterator[Reads]:
 
 @pytest.fixture(scope="module")
 def new_database(new_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2,000 versions of eight adapters, and a composition of two: each test has a copy."""
+    """Return a database of 2,000 versions of eight adapters, and a composition of two; each test has a copy."""
     home = tmp_path_factory.mktemp("many")
     shutil.copy(new_database, home)
     database = connect(home)

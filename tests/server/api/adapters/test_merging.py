@@ -1,4 +1,4 @@
-"""POST /compositions/{name} with a method: what is queued, what is refused, and what the job holds meanwhile."""
+"""POST /compositions/{name} with a method: queued jobs, refusals, and the parts that the job protects."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ NUM_MODULES = 6  # three in each of two layers
 
 
 async def upload(client: httpx.AsyncClient, name: str, seed: int, rank: int = 2) -> str:
-    """Publish an adapter; its digest."""
+    """Publish an adapter; return its digest."""
     response = await client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed, rank)))
     assert response.status_code == 201, response.text
     return str(response.json()["digest"])
@@ -42,7 +42,7 @@ async def compose(client: httpx.AsyncClient, name: str, **body: object) -> httpx
 
 
 def field_of(response: httpx.Response) -> str:
-    """The one field at fault."""
+    """Return the single bad field."""
     assert response.status_code == 422, response.text
     (error,) = response.json()["errors"]
     return str(error["loc"][-1])
@@ -128,7 +128,7 @@ async def test_what_is_left_out(client: httpx.AsyncClient) -> None:
 async def test_it_is_kept_where_its_parts_were_made(
     client: httpx.AsyncClient, library: Library, jobs: Jobs
 ) -> None:
-    """A part may be gone, or withdrawn, when the job ends."""
+    """A part may be deleted or withdrawn before the job ends."""
     await upload(client, "left", 1)
     await upload(client, "right", 2)
     job = (await compose(client, "both", expression="left+right", method="ties")).json()
@@ -239,7 +239,7 @@ async def test_names(client: httpx.AsyncClient) -> None:
 
 
 async def test_compositions_among_the_parts(client: httpx.AsyncClient) -> None:
-    """They are taken apart: what is merged are adapters, each with its whole weight."""
+    """They are expanded: adapters are merged, each with its total weight."""
     await upload(client, "left", 1)
     await upload(client, "right", 2)
     assert (await compose(client, "blend", expression="left*0.5+right*-1")).status_code == 201
@@ -250,7 +250,7 @@ async def test_compositions_among_the_parts(client: httpx.AsyncClient) -> None:
 async def test_the_same_bytes_under_two_names_are_one_part(
     client: httpx.AsyncClient, library: Library, store: AdapterStore
 ) -> None:
-    """Their weights are added up, as everywhere."""
+    """Their weights are summed, as everywhere."""
     await upload(client, "left", 1)
     await upload(client, "copy", 1)
     pinned = library.pin(parse("left*0.5+copy*0.25"))

@@ -1,4 +1,4 @@
-"""Compositions under a name: pinned, flattened, versioned, usable as adapters are, and holding their parts."""
+"""Named compositions: pinned, flattened, versioned, usable like adapters, and protecting their parts."""
 
 import httpx
 import pytest
@@ -102,7 +102,7 @@ async def test_it_is_an_adapters_name_everywhere(client: httpx.AsyncClient, engi
 
     assert await weights("mix") == [("a", 0.7), ("b", 0.1)]
     assert await weights("mix@2") == [("a", 2.0)]
-    assert await weights("mix@prod*0.1") == [("a", 0.07), ("b", 0.01)]  # in decimals, as they were written
+    assert await weights("mix@prod*0.1") == [("a", 0.07), ("b", 0.01)]  # in decimals, as written
     assert await weights("b*-1+mix*-2+a") == [("b", -1.0), ("a", -1.4), ("b", -0.2), ("a", 1.0)]
     assert await weights("mix@latest") == await weights("mix")
     await used(client, "mix*0.5+a")
@@ -170,7 +170,7 @@ async def test_adapters_and_compositions_never_share_a_name(client: httpx.AsyncC
     rows = [{"prompt": "a", "completion": "b"}] * 4
     assert (await client.post("/train", json={"name": "mix", "data": rows})).status_code == 409
     assert [len(each["versions"]) for each in (await client.get("/adapters")).json()["adapters"]] == [1, 1]
-    assert (await client.delete("/adapters/mix")).status_code == 204  # then the name is free, its numbers go on
+    assert (await client.delete("/adapters/mix")).status_code == 204  # the name is free; version numbers continue
     response = await client.post("/adapters/mix", files=as_parts(*peft_files(1)))
     assert (response.status_code, response.json()["version"], response.json()["kind"]) == (201, 2, "adapter")
     assert (await compose(client, "mix", "a")).status_code == 409

@@ -1,4 +1,4 @@
-"""A HOME whose adapters were made on one base, served with another: a warning, or 409 where shapes differ."""
+"""A HOME whose adapters were made on one base, served with another: a warning, or 409 if shapes differ."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def serve(
     encoder: PromptEncoder,
     tmp_path: Path,
 ) -> Serve:
-    """A client of the same HOME's server, started with a base of this name, weights and shapes."""
+    """Return a client of a server on the same HOME, with a base of this name, weights and shapes."""
 
     def start(name: str = BASE_NAME, digest: str = BASE_DIGEST, shape: BaseShape = SHAPE) -> httpx.AsyncClient:
         catalog = Catalog(database, Records(tmp_path / "adapters"))
@@ -170,8 +170,8 @@ async def test_headers_are_bounded(serve: Serve) -> None:
 
 
 async def test_no_header_ends_in_a_blank(serve: Serve) -> None:
-    """Which HTTP has none of: the answer would be cut off."""
-    for number in range(5):  # one of which has a blank where it is cut
+    """HTTP headers can't end in a blank: the answer would be cut off."""
+    for number in range(5):  # one of these is cut at a blank
         await publish(serve(), f"a{number}", seed=number, base="a" * number + "é " * 99 + "b")
     body = {"model": "+".join(f"a{number}*0.1" for number in range(5)), "prompt": "Hi", "max_tokens": 1}
     found = (await serve().post("/v1/completions", json=body)).headers.get_list("x-smolora-warning")
@@ -272,7 +272,7 @@ async def test_training_from_what_was_made_elsewhere_says_so(serve: Serve, jobs:
 
 
 async def test_a_real_server_with_another_base(tmp_path: Path) -> None:
-    """The same HOME under three bases: that of the adapter, one of its shapes, one of others."""
+    """The same HOME with three bases: the adapter's, one of equal shapes, and one of others."""
     first = save_tiny_base(tmp_path / "first", seed=0)
     second = save_tiny_base(tmp_path / "second", seed=1)
     third = save_tiny_base(tmp_path / "third", options={"hidden_size": 32, "intermediate_size": 64})

@@ -1,6 +1,6 @@
-"""The registry against a model of it: whatever is done, refused, killed halfway, or lost with the database.
+"""The registry compared with a model of it: any commands, refusals, kills, and losses of the database.
 
-After every step the listing is the model's, every listed version loads, and nothing unnamed is stored.
+After every step the listing equals the model's, every listed version loads, and no unnamed bytes are stored.
 """
 
 import copy
@@ -36,18 +36,18 @@ class Entry:
     versions: dict[int, str | Parts] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     latest: int | None = None
-    rolled_back: bool = False  # by hand: jobs leave latest where it is
+    rolled_back: bool = False  # manually: jobs leave latest where it is
     next_version: int = 1
 
 
 @dataclass
 class Model:
-    """What API.md says, in dictionaries."""
+    """API.md in dictionaries."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def after(self, op: Op) -> "Model":
-        """The model once it is done. Raises what it is refused with."""
+        """Return the model after the command. Raise its refusal."""
         model = copy.deepcopy(self)
         match op["do"]:
             case "upload":
@@ -86,7 +86,7 @@ class Model:
         return number
 
     def compose(self, name: str, terms: Sequence[Term]) -> None:
-        """What is the latest already isn't published again."""
+        """A composition equal to the latest version isn't published again."""
         self.refuse_other_kind(name, "composition")
         leaves = self.sum_of(terms)
         entry = self.entries.get(name)
@@ -116,7 +116,7 @@ class Model:
         return tuple(Part(p.name, p.version, p.digest, p.weight * term.weight) for p in what)
 
     def sum_of(self, terms: Sequence[Term]) -> Parts:
-        """Weights are powers of two here, so that floats are exact."""
+        """Sum weights, which are powers of two here, so that floats are exact."""
         leaves = [part for term in terms for part in self.leaves(term)]
         sums: dict[tuple[str, int, str], float] = {}
         for part in leaves:
@@ -154,7 +154,7 @@ class Model:
             entry.rolled_back = False
 
     def without_database(self) -> "Model":
-        """What can be rebuilt: aliases are lost, and where latest was."""
+        """Return what can be rebuilt: aliases and positions of latest are lost."""
         model = copy.deepcopy(self)
         for entry in model.entries.values():
             entry.aliases, entry.rolled_back = {}, False
@@ -213,7 +213,7 @@ ops = st.one_of(
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """`files` and `nursery` are set by the test."""
+    """A state machine. `files` and `nursery` are set by the test."""
 
     files: Path
     nursery: Nursery
@@ -244,7 +244,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(op=ops, step=st.integers(1, 45))
     def be_killed(self, op: dict[str, Any], step: int) -> None:
-        """Nobody was answered, so that it is done or not; what was answered before stays."""
+        """The command was done or not, as it had no answer; what was acknowledged before stays."""
         op = self.numbered(op)
         try:
             after = self.model.after(op)
@@ -286,7 +286,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert self.registry.store.leftovers() == []
 
     def numbered(self, op: dict[str, Any]) -> dict[str, Any]:
-        """A job has an id of its own."""
+        """Give each job its own id."""
         self.num_jobs += 1
         return op | {"job": f"job-{self.num_jobs}"} if op["do"] == "train" else op
 
@@ -319,7 +319,7 @@ def test_the_registry_does_as_its_model(files: Path, nursery: Nursery) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["upload", "train", "compose", "delete"])
 def test_killed_at_every_step(op: str, files: Path, nursery: Nursery, tmp_path: Path) -> None:
-    """All steps of one thing, one after the other, until it gets done before its death."""
+    """At each step of one command in turn, until it is completed before its death."""
     chosen: dict[str, dict[str, Any]] = {
         "upload": {"do": "upload", "name": "a", "seed": 1},
         "train": {"do": "train", "name": "a", "seed": 1, "alias": "prod", "job": "job-1"},

@@ -52,7 +52,7 @@ async def test_answer_has_every_field(
 
 
 async def test_summed_logprobs_are_not_kept(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    """Without `logprobs` nothing limits them: those of 256 answers of 8,000 tokens would take a gigabyte."""
+    """Nothing limits them without `logprobs`: those of 256 answers of 8,000 tokens would take a gigabyte."""
     alive: list[int] = []
 
     def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
@@ -102,7 +102,7 @@ async def test_requests_that_reach_the_engine(
     seed = answers[0].sampling.seed
     for request in answers:
         assert request.prompt_token_ids == prompt
-        # the same random stream for all
+        # All share one random stream.
         assert request.sampling == SamplingParams(max_tokens=8, seed=seed, logprobs=1)
         assert request.grammar == Grammar("regex", "w.*")
     for request in scores:

@@ -1,6 +1,6 @@
-"""A grammar that passes the checks but becomes too complex midway: each kind of answer names the field at fault.
+"""A grammar that passes the checks but becomes too complex in the middle: each kind of answer names the bad field.
 
-Over HTTP to the tiny base, with the real grammar library.
+Over HTTP with the tiny base and the real grammar library.
 """
 
 import json

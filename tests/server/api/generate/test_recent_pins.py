@@ -128,7 +128,7 @@ async def test_commit_between_look_up_and_pin(registry: Registry) -> None:
     with pytest.raises(NotFound):
         await pins.pin(library, parse("a"), "adapter")
     assert registry.store.digests() == []
-    # the bytes of the version that was pinned in the loop went then, in another thread
+    # The bytes of the version pinned on the event loop were then removed in another thread.
     assert [thread == threading.get_ident() for thread in CountingCatalog.asked_in] == [True, False]
     registry.close()
 

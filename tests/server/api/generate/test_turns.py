@@ -1,4 +1,4 @@
-"""Long work on the event loop is done in pieces, or elsewhere."""
+"""Long work is divided into pieces on the event loop, or runs elsewhere."""
 
 import asyncio
 from collections.abc import Callable

@@ -71,7 +71,7 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     wrong = await client.get(CHAT)
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     error_of(wrong)
-    # other paths keep the native form
+    # Other paths keep the native format.
     assert (await client.get("/v2/models")).headers["content-type"] == "application/problem+json"
 
 

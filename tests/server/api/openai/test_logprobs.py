@@ -31,13 +31,13 @@ def test_token_is_in_the_piece_that_it_begins_in() -> None:
 
 
 def test_tokens_of_withheld_text_are_withheld() -> None:
-    # "EN" may begin the stop string "END"; "x" decides that it doesn't
+    # "EN" may begin the stop string "END"; "x" decides that it doesn't.
     pieces = [output("a", entry(b"aEN")), output("", entry(b"E")), output("ENE", entry(b"x"))]
     assert pushed(pieces) == [[b"aEN"], [], [b"E"]]
 
 
 def test_stop_string_and_end_token_are_left_out() -> None:
-    # the text ends before "END"; the token "aE" begins within the text
+    # The text ends before "END"; the token "aE" begins within the text.
     assert pushed([output("a", entry(b"aE")), output("", entry(b"N")), output("", entry(b"D"), end="stop")]) == [
         [b"aE"],
         [],
@@ -50,7 +50,7 @@ def test_stop_string_and_end_token_are_left_out() -> None:
 
 
 def test_nothing_is_left_out_at_the_token_limit() -> None:
-    # an incomplete character at the end, and a special token that ignore_eos let pass
+    # An incomplete character at the end, and a special token that ignore_eos let pass.
     pieces = [output("", entry(b"", name="<|im_end|>")), output("\ufffd", entry(b"\xc3"), end="length")]
     assert [found for piece in pushed(pieces) for found in piece] == [b"", b"\xc3"]
 

@@ -1,4 +1,4 @@
-"""/datasets as API.md has it: upload, list, use, delete."""
+"""/datasets as specified by API.md: upload, list, use, delete."""
 
 import json
 import time
@@ -61,7 +61,7 @@ async def test_a_data_set_has_its_files_name(client: httpx.AsyncClient, tmp_path
     facts = tmp_path / "datasets" / dataset["id"] / "dataset.json"
     old = json.loads(facts.read_bytes())
     assert old.pop("filename") == "ü" * 255
-    facts.write_text(json.dumps(old))  # as they were before names were kept
+    facts.write_text(json.dumps(old))  # as before names were stored
     assert (await client.get("/datasets")).json()["datasets"] == [
         {name: value for name, value in dataset.items() if name != "warnings"} | {"filename": None}
     ]
@@ -69,7 +69,7 @@ async def test_a_data_set_has_its_files_name(client: httpx.AsyncClient, tmp_path
 
 @pytest.mark.parametrize(("route", "facts"), [("/datasets", "dataset.json"), ("/v1/files", "file.json")])
 async def test_damage_hides_no_other(client: httpx.AsyncClient, tmp_path: Path, route: str, facts: str) -> None:
-    """Lists, usage and deletes go on where a disk has damaged what is known of one."""
+    """Lists, usage and deletes work although the disk has damaged one data set's metadata."""
     ids = []
     for content in (JSONL, b'{"text": "a"}'):
         form = {"purpose": "fine-tune"} if facts == "file.json" else {}
@@ -144,7 +144,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize(("name", "content"), HOSTILE.values(), ids=HOSTILE)
 async def test_hostile_files(client: httpx.AsyncClient, name: str, content: bytes, tmp_path: Path) -> None:
-    """Refused by the place, soon, and with nothing left. Their memory is `row_files`' matter, and tested there."""
+    """They are refused with their place, quickly, and leave nothing. Memory is tested with `row_files`."""
     started = time.monotonic()
     response = await upload(client, content, name)
     assert time.monotonic() - started < 20
@@ -209,7 +209,7 @@ async def test_other_fields_are_told_of(client: httpx.AsyncClient) -> None:
 
 
 async def test_an_end_token_that_is_spelled_is_told_of(client: httpx.AsyncClient) -> None:
-    """In a dry run, and among the job's first events."""
+    """In a dry run, and in the job's first events."""
     body = {
         "name": "a",
         "data": [{"prompt": "a", "completion": "b<|im_end|>"}, {"prompt": "a", "completion": "b"}],

@@ -1,4 +1,4 @@
-"""Ended jobs lose their files by themselves, again and again, whatever goes wrong in between."""
+"""Files of ended jobs are removed automatically and repeatedly, whatever fails in between."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def end(jobs: Jobs, home: Path, job_id: str) -> Path:
-    """A job that has ended; its folder."""
+    """Make an ended job; return its folder."""
     jobs.submit(JobSpec("codes"), job_id=job_id, data={})
     directory = JobFiles(home).directory(job_id)
     directory.mkdir(parents=True)
@@ -59,7 +59,7 @@ async def test_again_and_again(tmp_path: Path, jobs: Jobs) -> None:
 
 async def test_never_by_default(tmp_path: Path, jobs: Jobs) -> None:
     kept, removed = end(jobs, tmp_path, "j1"), end(jobs, tmp_path, "j2")
-    jobs.remove_files("j2")  # and killed before they were gone
+    jobs.remove_files("j2")  # and killed before they were removed
     async with house_kept(Retention(tmp_path, jobs), 0.0):
         await until(lambda: not removed.exists())
     assert kept.exists()
@@ -75,7 +75,7 @@ async def test_not_before_their_time(tmp_path: Path, jobs: Jobs) -> None:
 
 
 class Unlucky(Retention):
-    """The first time something is in the way."""
+    """A store that fails the first time."""
 
     has_failed = False
 
@@ -94,7 +94,7 @@ async def test_a_fault_is_not_the_end(tmp_path: Path, jobs: Jobs, caplog: pytest
 
 
 async def test_what_a_kill_left_of_uploads_goes_while_it_serves(app: FastAPI, tmp_path: Path) -> None:
-    """A server is started again at once, when nobody can tell whether a worker is still writing."""
+    """A server restarts at once, when it is unknown whether a worker is still writing."""
     places = [tmp_path / "datasets", tmp_path / "files", tmp_path / "projects" / "acme" / "datasets"]
     old, new = ([place / f".unfinished-{age}" for place in places] for age in ("old", "new"))
     for half in (*old, *new):

@@ -1,4 +1,4 @@
-"""GET /train/{id}/events: as JSON, and as server-sent events until the job ends."""
+"""GET /train/{id}/events as JSON, and as server-sent events until the job ends."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ SSE = {"Accept": "text/event-stream"}
 
 
 def parse(stream: bytes) -> list[tuple[int, dict[str, object]]]:
-    """(id, data) of each event; comments don't count."""
+    """Return (id, data) of each event, without comments."""
     found = []
     for block in stream.decode().split("\n\n"):
         lines = [line for line in block.split("\n") if line and not line.startswith(":")]
@@ -34,7 +34,7 @@ def parse(stream: bytes) -> list[tuple[int, dict[str, object]]]:
 
 
 async def finished(client: httpx.AsyncClient, leases: Leases) -> str:
-    """A job with the events: queued, started, two steps, succeeded."""
+    """Make a job with the events queued, started, two steps, succeeded."""
     job_id = await submit(client)
     worker = StandIn(leases)
     worker.step(1, 2.0)
@@ -139,7 +139,7 @@ async def test_a_bad_last_event_id(client: httpx.AsyncClient) -> None:
 
 
 class Listener:
-    """Follows a job with little patience."""
+    """A follower of a job with short timeouts."""
 
     def __init__(self, jobs: Jobs, job_id: str, after: int = 0) -> None:
         self.pieces: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Many who follow jobs' events cost what one does, and keep nobody from anything else."""
+"""Many followers of a job's events cost as much as one, and don't delay anything else."""
 
 import asyncio
 import threading
@@ -25,7 +25,7 @@ NUM_FOLLOWERS = 50
 
 
 class FakeJobs:
-    """Jobs in memory. Counts what is asked; `failure` is raised instead."""
+    """Jobs in memory that count calls; `failure` is raised instead."""
 
     def __init__(self, **num_events: int) -> None:
         self.num_events = num_events
@@ -54,12 +54,12 @@ class FakeJobs:
 
 
 class Listener:
-    """Follows a job, and notes the numbers of its events."""
+    """A follower of a job that records the numbers of its events."""
 
     def __init__(self, feeds: JobFeeds, job_id: str, after: int = 0) -> None:
         self.seqs: list[int] = []
         self.num_comments = 0
-        self.go_on = asyncio.Event()  # clear: it takes nothing more for now
+        self.go_on = asyncio.Event()  # clear: it reads nothing for now
         self.go_on.set()
         self.task = asyncio.ensure_future(self._listen(feeds.follow(job_id, after)))
 
@@ -95,7 +95,7 @@ async def test_one_look_for_all_followers() -> None:
 
 async def test_it_ends_with_the_last_follower_and_begins_anew() -> None:
     jobs = FakeJobs(a=1)
-    feeds = JobFeeds(jobs, poll=60)  # so that it isn't the time that ends it
+    feeds = JobFeeds(jobs, poll=60)  # so that it doesn't end by a timeout
     assert (feeds.is_polling, jobs.num_looks) == (False, 0)
     first, second = Listener(feeds, "a"), Listener(feeds, "a")
     await until(lambda: first.seqs == second.seqs == [1])
@@ -214,7 +214,7 @@ async def test_followers_take_few_threads() -> None:
 
 
 async def followers_of(app: FastAPI, job_id: str) -> list[Caller]:
-    """Many clients of the route, each of which has what has happened so far."""
+    """Make many clients of the route; each has received all events so far."""
     accept = [(b"accept", b"text/event-stream")]
     callers = [Caller(app, f"/train/{job_id}/events", None, "GET", accept) for _ in range(NUM_FOLLOWERS)]
     await until(lambda: all(_num_events(caller) == 1 for caller in callers))

@@ -1,4 +1,4 @@
-"""DELETE /train/{id}: an ended job's files go; its record, events, card and versions stay."""
+"""DELETE /train/{id} removes an ended job's files; its record, events, card and versions stay."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def job_files(tmp_path: Path) -> JobFiles:
 
 
 def leave_files(job_files: JobFiles, job_id: str) -> None:
-    """What a worker leaves, beside the rows."""
+    """Write the files that a worker leaves besides the rows."""
     job_files.log(job_id).write_text("it went well\n")
     (job_files.checkpoints(job_id) / "1-10").mkdir(parents=True)
     (job_files.checkpoints(job_id) / "1-10" / "state.json").write_text("{}")
@@ -58,7 +58,7 @@ async def test_files_go_and_what_is_known_stays(
 
 
 async def test_rows_go_when_the_job_is_cancelled(client: httpx.AsyncClient, job_files: JobFiles) -> None:
-    """Or whoever submits and cancels again and again fills the disk, and no quota counts that."""
+    """Otherwise submitting and cancelling repeatedly would fill the disk, without counting towards a quota."""
     job_id = await submit(client)
     assert any(job_files.directory(job_id).iterdir())
     assert (await client.post(f"/train/{job_id}/cancel")).status_code == 200

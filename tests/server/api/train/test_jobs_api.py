@@ -1,4 +1,4 @@
-"""The paths under /train, as API.md has them; a stand-in does the training."""
+"""The paths under /train, as specified by API.md; a stand-in trains."""
 
 import io
 import zipfile

@@ -1,4 +1,4 @@
-"""Submissions while others delete, repeat, or the disk fills up: a whole job or nothing."""
+"""Submissions during deletes, repeats, or on a full disk: a whole job or nothing."""
 
 import asyncio
 import errno
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 
 
 class MeddlingJobs(Jobs):
-    """Lets others act at the last moment before a job is queued, and at the first after it."""
+    """Jobs that let others act just before and just after a job is queued."""
 
     def __init__(self, database: sa.Engine) -> None:
         super().__init__(database)
@@ -69,7 +69,7 @@ def no_room() -> None:
 async def test_a_parent_that_is_deleted_meanwhile(
     client: httpx.AsyncClient, jobs: MeddlingJobs, library: Library
 ) -> None:
-    """Its name goes, as nothing held it yet; its bytes stay for the job, and go with it."""
+    """Its name is deleted, as nothing protected it yet; the job keeps its bytes until it ends."""
     digest = (await client.post("/adapters/up", files=as_parts(*peft_files()))).json()["digest"]
     jobs.meddle = lambda: library.delete("up")
     response = await client.post("/train", json=train_body(start_from="up"))
@@ -112,7 +112,7 @@ async def test_whatever_else_goes_wrong(client: httpx.AsyncClient, jobs: Meddlin
 async def test_a_commit_of_which_nobody_knows(
     client: httpx.AsyncClient, jobs: MeddlingJobs, tmp_path: Path
 ) -> None:
-    """As where PostgreSQL goes away for long as it commits. The job that is queued has its rows."""
+    """For example if PostgreSQL is unavailable for long during the commit. A queued job has its rows."""
 
     def go_away() -> None:
         raise InDoubt
@@ -126,7 +126,7 @@ async def test_a_commit_of_which_nobody_knows(
 
 
 class FullStore(DatasetStore):
-    """On a disk without room."""
+    """A store on a full disk."""
 
     def put(self, *_: object, **__: object) -> Dataset:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""/v1/files, as the official client's types have it."""
+"""/v1/files, in the official client's types."""
 
 import httpx
 import pytest
@@ -95,7 +95,7 @@ async def test_no_file_at_all(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_job_holds_its_file(client: httpx.AsyncClient, leases: Leases) -> None:
-    """One under /train, which takes files as well as data sets."""
+    """A job under /train, which accepts files as well as data sets."""
     file = await upload(client)
     job = await client.post("/train", json={"name": "codes", "dataset": file.id, "validation": 0})
     assert job.status_code == 202, job.text

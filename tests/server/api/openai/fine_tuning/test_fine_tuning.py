@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs, as the official client's types have it; a stand-in does the training."""
+"""/v1/fine_tuning/jobs, in the official client's types; a stand-in trains."""
 
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ JOBS = "/v1/fine_tuning/jobs"
 
 
 class CountedFiles(FileStore):
-    """Counts how often it is asked what there is; `is_away`: its object store is."""
+    """Files that count listings; with `is_away` the object store is unavailable."""
 
     num_asked = 0
     is_away = False
@@ -45,7 +45,7 @@ def files(tmp_path: Path) -> CountedFiles:
 
 
 async def create(client: httpx.AsyncClient, **fields: object) -> FineTuningJob:
-    """A job of the base on a new file, but for what `fields` say; None leaves a field out."""
+    """Create a job of the base on a new file, with `fields` on top; None removes a field."""
     if "training_file" not in fields:
         fields["training_file"] = (await upload(client)).id
     body = {"model": BASE_NAME, "suffix": "codes", **fields}
@@ -59,7 +59,7 @@ async def retrieve(client: httpx.AsyncClient, job_id: str) -> FineTuningJob:
 
 
 async def refusal(client: httpx.AsyncClient, **fields: object) -> tuple[int, str | None, str | None]:
-    """(status, param, code) of a job that isn't taken."""
+    """Return (status, param, code) of a refused job."""
     body = {"model": BASE_NAME, "training_file": (await upload(client)).id, **fields}
     response = await client.post(JOBS, json=body)
     error = response.json()["error"]
@@ -69,7 +69,7 @@ async def refusal(client: httpx.AsyncClient, **fields: object) -> tuple[int, str
 
 
 async def test_what_is_not_said(client: httpx.AsyncClient) -> None:
-    """It is the job that POST /train makes, with nothing held out."""
+    """Omitted fields give the same job as POST /train, with nothing held out."""
     job = await create(client, suffix=None)
     assert job.status == "queued"
     assert (job.model, job.fine_tuned_model, job.seed) == (BASE_NAME, None, 0)
@@ -122,7 +122,7 @@ async def test_from_queue_to_model(client: httpx.AsyncClient, leases: Leases, fi
     running = await retrieve(client, job_id)
     assert running.status == "running"
     assert running.estimated_finish is not None
-    assert 0 <= running.estimated_finish - time.time() + 2 < 60  # two seconds from when it was asked
+    assert 0 <= running.estimated_finish - time.time() + 2 < 60  # two seconds have passed since the request
     assert (running.trained_tokens, running.result_files) == (None, [])
     assert (await client.get(f"{JOBS}/{job_id}/checkpoints")).json()["data"] == []
     results = files.put_results(job_id, b"step\n").id
@@ -154,7 +154,7 @@ async def test_a_page_asks_once_for_results(
     expected = [[], [results_id(ids[2])], [results_id(ids[1])], []]
     assert [job["result_files"] for job in (await client.get(JOBS)).json()["data"]] == expected
     assert files.num_asked == 1
-    await client.get(f"{JOBS}?limit=1")  # of the one that waits
+    await client.get(f"{JOBS}?limit=1")  # the waiting one
     assert files.num_asked == 1
 
 
@@ -234,7 +234,7 @@ async def test_bad_cursors_of_events(client: httpx.AsyncClient, after: str) -> N
 
 
 async def test_lists(client: httpx.AsyncClient) -> None:
-    """Jobs of /train aren't among them, and don't get into the pages' way."""
+    """Jobs of /train aren't listed, and don't affect the pages."""
     metadata = [{"n": "0"}, None, {"n": "2", "even": "yes"}, {}]
     ids: list[str] = []
     for each in metadata:
@@ -267,7 +267,7 @@ async def test_steering(client: httpx.AsyncClient, leases: Leases, tmp_path: Pat
     assert (await client.get(f"{JOBS}/{job_id}")).json()["status"] == "paused"
     assert await move("resume") == "queued"
     StandIn(leases)
-    assert await move("pause") == "running"  # until its worker lets go
+    assert await move("pause") == "running"  # until its worker yields
     assert rows.exists()
     assert await move("cancel") == "cancelled"
     assert not rows.exists()
@@ -370,7 +370,7 @@ async def test_one_job_for_one_key(client: httpx.AsyncClient, tmp_path: Path) ->
     key = {"Idempotency-Key": "once"}
     first = await client.post(JOBS, json=body, headers=key)
     await client.post(f"{JOBS}/{first.json()['id']}/cancel")
-    await client.delete(f"/v1/files/{file.id}")  # a repeat is answered all the same
+    await client.delete(f"/v1/files/{file.id}")  # a repeat is answered anyway
     again = await client.post(JOBS, json=body, headers=key)
     assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
     assert len(list((tmp_path / "jobs").iterdir())) == 1
