@@ -126,10 +126,10 @@ def test_restored_server_gives_the_same_answers(
         first.close()
     for file in files:
         again = tmp_path / f"home-of-{file.name}"
-        told = json.loads(smolora("restore", file, "--home", again, "--json"))
-        assert told["is_sound"]
+        restored = json.loads(smolora("restore", file, "--home", again, "--json"))
+        assert restored["is_sound"]
         assert "sound: " in smolora("doctor", "--home", again)
-    assert told["going_on"] == [job_id], "it was still running when the last backup was made"
+    assert restored["going_on"] == [job_id], "it was still running when the last backup was made"
     second = ServerProcess(again, base_dir=base_dir.parent, workers=1, train_share=1.0)
     try:
         assert answers(second) == expected

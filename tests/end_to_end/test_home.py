@@ -76,10 +76,10 @@ def test_client_key_in_a_servers_environment_warns(
     monkeypatch.setattr(server_process, "environment", lambda: given)
     server = ServerProcess(tmp_path, key=keys.get("api_keys"), model=converted_tiny, dtype="fp32", **keys)
     try:
-        told = "SMOLORA_API_KEY is what commands send: no API key is asked for"
-        wait_until(lambda: "curl -s" in server.log() and (told in server.log()) is not bool(keys), what=told)
+        warning = "SMOLORA_API_KEY is what commands send: no API key is asked for"
+        wait_until(lambda: "curl -s" in server.log() and (warning in server.log()) is not bool(keys), what=warning)
         server.generate("a", max_tokens=1)
-        assert (told in server.log()) is not bool(keys)
+        assert (warning in server.log()) is not bool(keys)
     finally:
         server.close()
 

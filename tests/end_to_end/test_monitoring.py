@@ -43,7 +43,7 @@ class Prometheus:
         job["static_configs"] = [{"targets": [f"127.0.0.1:{server.port}"]}]
         job["authorization"] = {"credentials_file": str(directory / "key")}
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-        told = [
+        words = [
             "prometheus",
             f"--config.file={directory / 'prometheus.yml'}",
             f"--storage.tsdb.path={directory / 'data'}",
@@ -51,7 +51,7 @@ class Prometheus:
         ]
         self._log = directory / "prometheus.log"
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(told, stdout=log, stderr=log)
+            self._process = subprocess.Popen(words, stdout=log, stderr=log)
 
     def get(self, path: str, **parameters: str) -> Any:
         response = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, trust_env=False)
@@ -173,10 +173,10 @@ def test_prometheus_has_the_servers_numbers(server: ServerProcess, prometheus: P
 
 def test_gateway_metrics_list_resident_adapters(server: ServerProcess, prometheus: Prometheus) -> None:
     server.text("HTTP 200:", adapter="codes", max_tokens=2)
-    told = [line for line in server.metrics() if line.startswith("vllm:lora_requests_info")]
-    assert len(told) == 1
-    assert 'running_lora_adapters="codes,codes@1"' in told[0]
-    assert 'waiting_lora_adapters=""' in told[0]
+    samples = [line for line in server.metrics() if line.startswith("vllm:lora_requests_info")]
+    assert len(samples) == 1
+    assert 'running_lora_adapters="codes,codes@1"' in samples[0]
+    assert 'waiting_lora_adapters=""' in samples[0]
     series = prometheus.get("query", query='{__name__="vllm:lora_requests_info"}')["result"]
     assert not series, "each change of its labels would be a new series"
 

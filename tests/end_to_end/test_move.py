@@ -76,8 +76,13 @@ def test_moving_to_a_cluster_and_back(tmp_path: Path, postgres: Postgres, bytes_
         stop(server)
     before = listed_by(ServerProcess(first, key, **flags), jobs)
 
-    told = json.loads(smolora("move", "to-cluster", "--home", first, "--json", settings=cluster))
-    assert (told["num_adapters"], told["num_jobs"], told["num_unended_jobs"], told["going_on"]) == (3, 3, 1, [])
+    moved = json.loads(smolora("move", "to-cluster", "--home", first, "--json", settings=cluster))
+    assert (moved["num_adapters"], moved["num_jobs"], moved["num_unended_jobs"], moved["going_on"]) == (
+        3,
+        3,
+        1,
+        [],
+    )
     assert "isn't empty, it has" in smolora("move", "to-cluster", "--home", first, code=1, settings=cluster)
     shared = {**flags, "database_url": url, "bytes_url": bytes_url}
     server = ServerProcess(tmp_path / "api", key, **shared)
@@ -90,8 +95,8 @@ def test_moving_to_a_cluster_and_back(tmp_path: Path, postgres: Postgres, bytes_
         stop(server)
     before = listed_by(ServerProcess(tmp_path / "api", key, **shared), jobs)  # with the usage of the answers there
 
-    told = json.loads(smolora("move", "to-home", "--home", back, "--json", settings=cluster))
-    assert (told["num_adapters"], told["num_jobs"], told["num_unended_jobs"]) == (3, 3, 1)
+    moved = json.loads(smolora("move", "to-home", "--home", back, "--json", settings=cluster))
+    assert (moved["num_adapters"], moved["num_jobs"], moved["num_unended_jobs"]) == (3, 3, 1)
     assert "isn't empty" in smolora("move", "to-home", "--home", back, code=1, settings=cluster)
     assert "sound: " in smolora("doctor", "--home", back)
     for place, more in ((back, {}), (tmp_path / "api-2", {"database_url": url, "bytes_url": bytes_url})):

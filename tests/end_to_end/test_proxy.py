@@ -37,9 +37,9 @@ def missing() -> str | None:
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx is None or shutil.which("openssl") is None:
         return "needs nginx and openssl: apt-get install nginx openssl"
-    told = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=True).stderr
-    version = tuple(map(int, re.findall(r"\d+", told)[:3]))
-    return None if version >= (1, 25, 1) else f"needs nginx 1.25.1 or newer, this is {told.strip()}"
+    output = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=True).stderr
+    version = tuple(map(int, re.findall(r"\d+", output)[:3]))
+    return None if version >= (1, 25, 1) else f"needs nginx 1.25.1 or newer, this is {output.strip()}"
 
 
 MISSING = missing()
@@ -53,8 +53,8 @@ class Proxy:
         self.certificate = folder / "fullchain.pem"
         subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
         files = ["-keyout", str(folder / "privkey.pem"), "-out", str(self.certificate)]
-        told = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-days", "1", *subject, *files]
-        subprocess.run(told, capture_output=True, check=True)
+        words = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-days", "1", *subject, *files]
+        subprocess.run(words, capture_output=True, check=True)
         self.port = free_port()
         self.origin = f"https://localhost:{self.port}"
         self.url = f"{self.origin}{PREFIX}"
@@ -84,8 +84,8 @@ class Proxy:
 
     def curl(self, path: str, *options: str) -> subprocess.CompletedProcess[str]:
         """Run curl over HTTP/2, which httpx doesn't support here."""
-        told = self._curl(path, "--http2", *options)
-        return subprocess.run(told, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        words = self._curl(path, "--http2", *options)
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
     @contextmanager
     def hanging(self, path: str, *options: str) -> Iterator[None]:

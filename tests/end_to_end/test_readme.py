@@ -155,8 +155,8 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
 def test_every_command_has_a_section() -> None:
     text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
     sections = [name for line in re.findall(r"^## (.+)$", text, re.MULTILINE) for name in line.split(", ")]
-    told = [name for command in typer.main.get_group(app).commands.values() if (name := command.name)]
-    assert sorted(sections) == sorted(told)
+    names = [name for command in typer.main.get_group(app).commands.values() if (name := command.name)]
+    assert sorted(sections) == sorted(names)
 
 
 class Reader:

@@ -148,10 +148,10 @@ def test_signal_during_startup(tmp_path: Path, tiny_base_dir: Path, what: str) -
     """The process exits with a code of its own. A container's first process needs a handler, as SIGTERM does
     nothing otherwise."""
     if what == "serve":
-        told = command(home=tmp_path, port=0, model=tiny_base_dir)
+        words = command(home=tmp_path, port=0, model=tiny_base_dir)
     else:
-        told = [command()[0], "worker", "--home", str(tmp_path), "--model", str(tiny_base_dir)]
-    process = subprocess.Popen(told, env=environment(), stderr=subprocess.PIPE, text=True)
+        words = [command()[0], "worker", "--home", str(tmp_path), "--model", str(tiny_base_dir)]
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     if what == "serve":
         assert process.stderr.readline() == "smolora: loading libraries\n"

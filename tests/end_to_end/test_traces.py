@@ -41,7 +41,7 @@ def test_spans_arrive(converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.
     assert job.trace != submission.trace
     assert receiver.children(job) == ["load base", "steps", "steps", "finish"]
     steps = [span.attributes for span in receiver.named("steps")]
-    assert [(told["smolora.step.first"], told["smolora.step.last"]) for told in steps] == [(1, 3), (4, 6)]
+    assert [(step["smolora.step.first"], step["smolora.step.last"]) for step in steps] == [(1, 3), (4, 6)]
 
     (request,) = receiver.named("POST /generate")
     (generation,) = receiver.named("text_completion codes@1")

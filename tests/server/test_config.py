@@ -187,7 +187,7 @@ def test_keys_never_show_in_the_error() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_loopback_needs_none(host: str) -> None:
+def test_loopback_needs_no_keys(host: str) -> None:
     assert is_loopback(host)
 
 

@@ -83,7 +83,7 @@ def assert_same(found: BaseException | None, error: BaseException | None) -> Non
         assert vars(found) == vars(error)
 
 
-def test_the_tree_is_whole() -> None:
+def test_every_error_class_is_listed() -> None:
     assert {"InvalidInput", "InvalidExpression", "QueueFull", "StartupError", "ContextTooLong"} <= {
         kind.__name__ for kind in TREE
     }
@@ -108,7 +108,7 @@ def test_every_error_can_be_sent(kind: type[SmoloraError], copied: Callable[[Smo
 
 
 @pytest.mark.parametrize("kind", TREE)
-def test_its_cause_comes_with_it(kind: type[SmoloraError]) -> None:
+def test_cause_is_sent_with_the_error(kind: type[SmoloraError]) -> None:
     cause = InvalidInput.of("prompt", "was not one")
     cause.__cause__ = FileNotFoundError(2, "No such file", "x")
     error = made(kind)
@@ -121,7 +121,7 @@ def test_its_cause_comes_with_it(kind: type[SmoloraError]) -> None:
     assert found.__cause__.__cause__.filename == "x"
 
 
-def test_a_cause_from_elsewhere_is_told_in_words() -> None:
+def test_foreign_causes_are_sent_as_text() -> None:
     """Not all causes can be sent; the error itself always can."""
     error = EngineDead()
     try:

@@ -125,8 +125,8 @@ def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
         assert event == "event: error"
         assert json.loads(data.removeprefix("data: "))["status"] == 503
     assert found["chat stream"].status_code == 200
-    told = json.loads(last_event(found["chat stream"].text).removeprefix("data: "))
-    assert told["error"]["code"] == "service_unavailable"
+    error = json.loads(last_event(found["chat stream"].text).removeprefix("data: "))
+    assert error["error"]["code"] == "service_unavailable"
     for name in ("whole", "waiting", "waiting whole"):
         assert found[name].status_code == 503, found[name].text
         assert int(found[name].headers["retry-after"]) >= 1

@@ -204,7 +204,7 @@ async def test_a_prompt_that_never_fits_is_named_too(client: httpx.AsyncClient, 
     ],
     ids=repr,
 )
-async def test_what_is_no_json_object_is_named_body(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_body_that_is_no_json_object_is_named(client: httpx.AsyncClient, content: bytes) -> None:
     response = await client.post("/generate", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 422
     assert [error["loc"] for error in response.json()["errors"]] == [["body"]]
@@ -219,7 +219,7 @@ async def test_json_must_say_that_it_is(client: httpx.AsyncClient, kind: str | N
     assert "application/json" in response.text
 
 
-async def test_nothing_of_a_bad_body_comes_back(client: httpx.AsyncClient) -> None:
+async def test_refusals_quote_no_body(client: httpx.AsyncClient) -> None:
     secret = "xyzzy"
     body = {
         "prompt": 5,
@@ -256,7 +256,7 @@ async def test_many_bad_fields_are_counted_not_listed(client: httpx.AsyncClient)
     ],
     ids=["biases", "unknown names"],
 )
-async def test_faults_that_are_told_alike_hide_no_other(
+async def test_equal_messages_do_not_hide_other_errors(
     client: httpx.AsyncClient, alike: dict[str, object]
 ) -> None:
     (field,) = alike

@@ -224,7 +224,7 @@ async def test_a_key_is_revoked(app: FastAPI, leases: Leases, database: sa.Engin
         assert Reserve(small_disk).fill()
 
 
-async def test_usage_is_told_as_far_as_it_is_stored(app: FastAPI, database: sa.Engine, small_disk: Path) -> None:
+async def test_stored_usage_is_shown_on_a_full_disk(app: FastAPI, database: sa.Engine, small_disk: Path) -> None:
     """It shows who uses the disk."""
     async with client_with(app, OPERATORS) as client:
 
@@ -247,7 +247,7 @@ async def test_usage_is_told_as_far_as_it_is_stored(app: FastAPI, database: sa.E
     "name",
     ["POST /adapters/{name}", "POST /compositions/{name}", "POST /train", "DELETE /adapters/{name}"],
 )
-async def test_whatever_room_is_left(
+async def test_any_remaining_space(
     app: FastAPI, leases: Leases, database: sa.Engine, library: Library, jobs: Jobs, small_disk: Path, name: str
 ) -> None:
     """The disk fills up at any write, including the commit: refused objects don't exist, after the next start

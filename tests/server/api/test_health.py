@@ -74,15 +74,15 @@ async def test_metrics_follow_requests(client: httpx.AsyncClient, engine: FakeEn
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
-async def test_what_is_the_clients_or_for_want_of_room_is_no_failure(
+async def test_client_errors_and_refusals_are_no_failures(
     error: SmoloraError, outcome: Outcome, stream: bool, client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     """SmoloraGenerationsFail counts failures, and a client's mistake must not raise it."""
     engine.script = failing(0, error)
     await client.post("/generate", json={"prompt": "hi", "stream": stream})
     lines = (await client.get("/metrics")).text.splitlines()
-    told = [line for line in lines if line.startswith("smolora_requests_total{") and not line.endswith(" 0.0")]
-    assert told == [f'smolora_requests_total{{outcome="{outcome}"}} 1.0']
+    samples = [line for line in lines if line.startswith("smolora_requests_total{") and not line.endswith(" 0.0")]
+    assert samples == [f'smolora_requests_total{{outcome="{outcome}"}} 1.0']
 
 
 async def test_metrics_know_routes_by_their_template(client: httpx.AsyncClient) -> None:

@@ -26,13 +26,13 @@ async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
     for path in ("/generate", "/v1/completions", "/train"):
         response = await client.post(path, content=BODIES[count], headers=JSON)
         assert response.status_code == 413, response.text
-        told = response.json()["error"]["message"] if path.startswith("/v1") else response.json()["detail"]
-        assert told.startswith(f"the body has {count}, and may have ")
-        assert ("POST /datasets" in told) == (path == "/train")
+        message = response.json()["error"]["message"] if path.startswith("/v1") else response.json()["detail"]
+        assert message.startswith(f"the body has {count}, and may have ")
+        assert ("POST /datasets" in message) == (path == "/train")
 
 
 @pytest.mark.parametrize("text", ["[{,:" * 200_000, '\\"[{,:' * 100_000, '\\"' * 300_000, '[]{}:,\\\\"' * 90_000])
-def test_what_is_in_strings_is_not_counted(text: str) -> None:
+def test_brackets_in_strings_are_not_counted(text: str) -> None:
     check_shape(json.dumps({"prompt": text, "stop": [text]}).encode())
     with pytest.raises(Exception, match="arrays and objects"):
         check_shape(json.dumps([text, [[]] * MAX_CONTAINERS, text]).encode())

@@ -38,7 +38,7 @@ async def test_each_key_opens(locked: httpx.AsyncClient, key: str) -> None:
     ("method", "path"),
     [("POST", "/generate"), ("GET", "/adapters"), ("GET", "/metrics"), ("GET", "/nowhere")],
 )
-async def test_without_one_everything_is_shut(
+async def test_missing_key_is_refused_everywhere(
     locked: httpx.AsyncClient, header: str | None, method: str, path: str
 ) -> None:
     headers = {} if header is None else {b"Authorization": header.encode("latin-1")}
@@ -54,7 +54,7 @@ async def test_probes_and_pages_stay_open(locked: httpx.AsyncClient, path: str) 
     assert (await locked.get(path)).status_code == 200
 
 
-async def test_without_keys_any_bearer_will_do(client: httpx.AsyncClient) -> None:
+async def test_any_bearer_is_accepted_without_keys(client: httpx.AsyncClient) -> None:
     assert (await client.get("/adapters", headers={"Authorization": "Bearer x"})).status_code == 200
 
 
@@ -122,7 +122,7 @@ async def test_the_document_says_how_a_body_without_use_is_refused(
     assert str(status) in document["paths"]["/adapters/{name}/{version}"][method.lower()]["responses"]
 
 
-async def test_a_fault_nobody_foresaw_tells_nothing(
+async def test_unforeseen_error_reveals_no_details(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     def script(request: GenerationRequest) -> Iterable[SequenceOutput]:

@@ -60,8 +60,8 @@ async def test_it_says_what_was_generated(
     body = {"prompt": "hi", "adapter": "tweets*0.5+news", "max_tokens": 3, "n": 2}
     answer = (await client.post("/generate", json=body)).json()
     (line,) = lines(caplog)
-    told = {key: value for key, value in line.items() if key not in ("ms", "client", "method", "path", "status")}
-    assert told == {
+    fields = {key: value for key, value in line.items() if key not in ("ms", "client", "method", "path", "status")}
+    assert fields == {
         "key": "anonymous",
         "project": "default",
         "generation": answer["id"],
@@ -111,7 +111,7 @@ async def test_a_comparisons_line_has_all_of_it(
     assert str(line["generation"]).count("gen-") == 16
 
 
-async def test_what_was_cut_off_counts_as_far_as_it_came(
+async def test_aborted_answers_count_their_tokens(
     app: FastAPI, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.hold_after = 2
@@ -125,7 +125,7 @@ async def test_what_was_cut_off_counts_as_far_as_it_came(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/datasets", "/v1/files", "/adapters/a"])
-async def test_whoever_leaves_within_a_body_is_no_fault(
+async def test_disconnect_within_a_body_is_no_error(
     app: FastAPI, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is neither the server's fault, which would raise an alert, nor the body's."""
@@ -168,7 +168,7 @@ async def test_keys_and_projects_are_named_and_secrets_are_not(
     ("path", "body"),
     [("/generate", {"prompt": "hi"}), ("/v1/completions", {"model": "tiny-llama", "prompt": "hi"})],
 )
-async def test_the_place_of_a_fault_is_told_in_a_stream_too(
+async def test_place_of_an_error_is_logged_for_streams_too(
     path: str,
     body: Mapping[str, object],
     client: httpx.AsyncClient,
@@ -193,7 +193,7 @@ def echo(request: GenerationRequest) -> Iterable[SequenceOutput]:
         yield SequenceOutput(**{**vars(output), "text": f"{SECRET} "})
 
 
-async def test_no_text_of_anybodys_is_in_the_log(
+async def test_log_contains_no_text_of_clients(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither prompts, answers, stop strings, schemas and rows, nor the refusals of these, in either format."""

@@ -69,7 +69,7 @@ def cold(request: GenerationRequest) -> Iterable[SequenceOutput]:
         yield replace(output, timing=timing if output.finish_reason else None, num_cached_tokens=1)
 
 
-async def test_it_begins_before_the_engine_has_it(
+async def test_span_begins_before_the_engines_phases(
     client: httpx.AsyncClient, traced: Traced, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If it began later, the engine's phases would end after the request."""
@@ -196,9 +196,9 @@ async def test_refusals_have_a_route_and_nothing_beneath(traced: Traced) -> None
         await client.get("/train/job-1")
         await client.get("/made-up/path", headers={"Authorization": "Bearer wrong"})
     assert traced.paths() == ["GET", "GET /train/{job_id}"]
-    told = attributes(traced.spans()["GET"])
-    assert told["http.response.status_code"] == 401
-    assert "http.route" not in told
+    found = attributes(traced.spans()["GET"])
+    assert found["http.response.status_code"] == 401
+    assert "http.route" not in found
     assert secret not in str([span.to_json() for span in traced.exporter.get_finished_spans()])
 
 
@@ -222,7 +222,7 @@ def echo(request: GenerationRequest) -> Iterable[SequenceOutput]:
         yield replace(output, text=f"{SECRET} ")
 
 
-async def test_no_text_of_anybodys_is_in_a_span(
+async def test_spans_contain_no_text_of_clients(
     client: httpx.AsyncClient, traced: Traced, engine: FakeEngine
 ) -> None:
     turns = [{"role": "user", "content": SECRET}]

@@ -125,9 +125,7 @@ async def test_a_failure_before_the_first_piece_is_an_ordinary_one(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("after", [0, 2])
-async def test_whoever_leaves_frees_the_sequence(
-    app: FastAPI, engine: FakeEngine, stream: bool, after: int
-) -> None:
+async def test_disconnect_frees_the_sequence(app: FastAPI, engine: FakeEngine, stream: bool, after: int) -> None:
     engine.hold_after = after  # after that the engine would send nothing more
     caller = Caller(app, "/generate", {"prompt": "a", "stream": stream})
     await until(lambda: len(engine.open) == 1)
@@ -140,7 +138,7 @@ async def test_whoever_leaves_frees_the_sequence(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_whoever_leaves_lets_go_of_the_adapter(
+async def test_disconnect_releases_the_adapter(
     app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, stream: bool
 ) -> None:
     await client.post("/adapters/tweets", files=as_parts(*peft_files()))
@@ -156,7 +154,7 @@ async def test_whoever_leaves_lets_go_of_the_adapter(
     assert 'outcome="cancelled"} 1.0' in (await client.get("/metrics")).text
 
 
-async def test_whoever_stays_is_not_cut_off(app: FastAPI, engine: FakeEngine) -> None:
+async def test_connected_clients_are_not_cut_off(app: FastAPI, engine: FakeEngine) -> None:
     caller = Caller(app, "/generate", {"prompt": "a", "stream": True, "max_tokens": 5})
     await caller.task
     assert caller.sent[0]["status"] == 200

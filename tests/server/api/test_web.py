@@ -36,7 +36,7 @@ async def test_the_page_and_its_files(client: httpx.AsyncClient) -> None:
         assert "immutable" in answer.headers["cache-control"]
 
 
-async def test_the_policy(client: httpx.AsyncClient) -> None:
+async def test_security_policy(client: httpx.AsyncClient) -> None:
     """Nothing inline, nothing from other origins, no frames."""
     page = await client.get("/")
     policy = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
@@ -90,7 +90,7 @@ async def test_what_is_not_there(client: httpx.AsyncClient) -> None:
     )
 
 
-async def test_it_needs_no_key(client: httpx.AsyncClient) -> None:
+async def test_page_needs_no_key(client: httpx.AsyncClient) -> None:
     made = await client.post("/keys", json={"name": "first", "scopes": ["admin"]})
     assert made.status_code == 201
     assert (await client.get("/adapters")).status_code == 401

@@ -17,7 +17,7 @@ documents = st.recursive(
 
 
 @given(documents)
-def test_what_is_encoded_reads_back(document: object) -> None:
+def test_encoded_json_parses_back(document: object) -> None:
     encoded = wire.encode(document)
     assert json.loads(encoded) == document
     assert b"\n" not in encoded

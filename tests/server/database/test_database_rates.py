@@ -65,12 +65,12 @@ def test_a_key_has_its_limit_once(servers: "list[DatabaseRates]") -> None:
     assert taken(servers[1], EVERYBODY, 3) == 3, "who has no limit"
 
 
-def test_what_is_refused_takes_nothing(servers: "list[DatabaseRates]") -> None:
+def test_refused_requests_do_not_count(servers: "list[DatabaseRates]") -> None:
     async def run() -> None:
         first, second = servers
         await first.take(WHO, "tokens", 900)
-        for amount, told in ((101, "too few are left"), (1001, "ask for less")):
-            with pytest.raises(RateLimited, match=told):
+        for amount, message in ((101, "too few are left"), (1001, "ask for less")):
+            with pytest.raises(RateLimited, match=message):
                 await second.take(WHO, "tokens", amount)
         assert second.headers(WHO)["x-ratelimit-remaining-tokens"] == "100"
         await second.take(WHO, "tokens", 100)
@@ -106,7 +106,7 @@ def test_a_window_ends_though_the_clock_is_set_back(engine: sa.Engine, servers: 
     assert taken(servers[1], WHO, 11) == 10
 
 
-def test_nobody_is_let_in_uncounted(own_postgres: Postgres, tmp_path: Path) -> None:
+def test_every_admitted_request_is_counted(own_postgres: Postgres, tmp_path: Path) -> None:
     from server.access.database_rates import DatabaseRates
 
     engine = connect(tmp_path, url=own_postgres.migrated(), patience=0.0)

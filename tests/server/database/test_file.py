@@ -97,9 +97,7 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize(("first", "second"), [("delete", "wal"), ("wal", "delete")])
-def test_who_opens_it_beside_others_goes_by_their_journal(
-    tmp_path: Path, first: JournalMode, second: JournalMode
-) -> None:
+def test_later_connections_keep_the_journal_mode(tmp_path: Path, first: JournalMode, second: JournalMode) -> None:
     engines = [connect(tmp_path, first), connect(tmp_path, second)]
     assert [build_of(engine).journal_mode for engine in engines] == [first, first]
     for engine in engines:
@@ -108,7 +106,7 @@ def test_who_opens_it_beside_others_goes_by_their_journal(
         engine.dispose()
 
 
-def test_a_stranger_who_has_the_file_open_keeps_nobody_from_starting(tmp_path: Path) -> None:
+def test_other_processes_with_the_file_open_do_not_block_the_start(tmp_path: Path) -> None:
     connect(tmp_path, "wal").dispose()
     with closing(driver.connect(tmp_path / FILE_NAME)) as stranger:
         stranger.execute("SELECT * FROM adapters").fetchall()
@@ -313,7 +311,7 @@ def test_a_database_of_version_1_opens(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"something else" * 1000)
     with pytest.raises(StartupError, match=r"can't open the database .*: file is not a database"):
         connect(tmp_path)

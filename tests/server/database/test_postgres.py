@@ -173,13 +173,13 @@ def writers(url: str, home: Path, num_times: int) -> "list[subprocess.Popen[str]
 
 
 def test_eight_processes_publish_under_one_name(url: str, engine: sa.Engine, tmp_path: Path) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     found = writers(url, tmp_path, 25)
     for writer in found:
         print("go", file=writer.stdin, flush=True)
     for writer in found:
-        told += writer.communicate(timeout=120)[0].split()
-    assert sorted(map(int, told)) == list(range(1, 201))
+        lines += writer.communicate(timeout=120)[0].split()
+    assert sorted(map(int, lines)) == list(range(1, 201))
     assert len(Catalog(engine).get("shared").versions) == 200
 
 
@@ -194,16 +194,16 @@ def test_a_server_that_is_killed_loses_and_doubles_nothing(own_postgres: Postgre
         end()
         time.sleep(0.3)
         own_postgres.start()
-    told: list[str] = []
+    lines: list[str] = []
     for writer in found:
-        told += writer.communicate(timeout=120)[0].split()
+        lines += writer.communicate(timeout=120)[0].split()
         assert writer.returncode == 0
-    numbers = sorted(int(line) for line in told if line != "refused")
+    numbers = sorted(int(line) for line in lines if line != "refused")
     engine = connect(tmp_path, url=url)
     stored = [version.version for version in Catalog(engine).get("shared").versions]
     engine.dispose()
     assert numbers == stored
-    assert len(told) == 8 * 60
+    assert len(lines) == 8 * 60
     assert len(numbers) > 240
 
 
@@ -244,7 +244,7 @@ def test_a_commit_whose_answer_is_lost_is_known(engine: sa.Engine, monkeypatch: 
 
 
 @pytest.mark.parametrize("in_midst", [False, True])
-def test_what_runs_in_a_session_that_is_ended_is_run_again(url: str, engine: sa.Engine, in_midst: bool) -> None:
+def test_transaction_of_an_ended_session_is_retried(url: str, engine: sa.Engine, in_midst: bool) -> None:
     """An administrator ends the session before its transaction began or inside it, while the socket is still
     open."""
     import psycopg
@@ -274,7 +274,7 @@ def test_what_runs_in_a_session_that_is_ended_is_run_again(url: str, engine: sa.
         assert connection.exec_driver_sql("SELECT number FROM access_changes").scalar_one() == 1 + in_midst
 
 
-def test_what_is_asked_while_it_is_away_is_told_to_come_again(own_postgres: Postgres, tmp_path: Path) -> None:
+def test_requests_during_an_outage_are_told_to_retry(own_postgres: Postgres, tmp_path: Path) -> None:
     url = own_postgres.migrated()
     engine = connect(tmp_path, url=url, patience=0.0)
     catalog, commits = Catalog(engine), commits_of(engine, tmp_path)
@@ -304,7 +304,7 @@ def test_a_workers_reads_wait_no_longer_than_a_servers(own_postgres: Postgres, t
     engine.dispose()
 
 
-def test_what_is_asked_while_it_starts_anew_waits_for_it(
+def test_requests_wait_for_a_restart(
     own_postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads of a key, names and job events also wait, for up to `patience`."""
@@ -334,7 +334,7 @@ def test_what_is_asked_while_it_starts_anew_waits_for_it(
     engine.dispose()
 
 
-def test_a_writer_that_stands_still_keeps_others_for_a_while_only(engine: sa.Engine) -> None:
+def test_stalled_writer_blocks_others_only_briefly(engine: sa.Engine) -> None:
     """On a stopped machine, for example: its session ends, its writes are rolled back, and it must retry."""
 
     def stand_still() -> None:
@@ -411,7 +411,7 @@ def test_threads_share_an_engine(engine: sa.Engine) -> None:
     assert numbers == list(range(1, 81))
 
 
-def test_what_comes_back_after_the_end_is_closed(engine: sa.Engine) -> None:
+def test_connections_returned_after_the_end_are_closed(engine: sa.Engine) -> None:
     """A thread may still run, or start, while its server ends."""
     with engine.connect() as out:
         engine.dispose()

@@ -29,7 +29,7 @@ OTHER = "a_driver_of_another_build"
         ((4, 0, 0), False),
     ],
 )
-def test_which_releases_have_the_bug(version: tuple[int, int, int], has_bug: bool) -> None:
+def test_releases_with_the_bug(version: tuple[int, int, int], has_bug: bool) -> None:
     """According to https:
 
     sqlite.org/wal.html#walresetbug.
@@ -70,7 +70,7 @@ def test_the_driver_is_sound_wherever_the_package_has_a_wheel() -> None:
     assert not has_wal_reset_bug(driver.sqlite_version_info)
 
 
-def test_what_a_person_is_told() -> None:
+def test_error_of_a_buggy_sqlite() -> None:
     assert str(Build("3.53.4", "wal")) == "SQLite 3.53.4 with a write-ahead log"
     assert str(Build("3.46.1", "delete")) == "SQLite 3.46.1 with a rollback journal"
     assert "may damage" in str(Build("3.46.1", "wal"))

@@ -132,7 +132,7 @@ def test_a_base_on_a_full_gpu_is_one_line(tiny_base: BaseModel) -> None:
         load_base(tiny_base.directory, torch.bfloat16, "cuda")
 
 
-def test_other_faults_stay_what_they_are() -> None:
+def test_other_errors_are_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes"), room_for("the base", CUDA):
         raise RuntimeError("shapes don't fit")
     with pytest.raises(torch.OutOfMemoryError), room_for("the base", torch.device("cpu")):

@@ -151,7 +151,7 @@ def test_the_pools_get_the_same_bytes_whichever_way(shape: BaseShape, name: str,
     assert file.stat().st_ino == file_before.st_ino, "what is there is not written again"
 
 
-def test_what_is_put_is_packed_at_once(tmp_path: Path) -> None:
+def test_stored_adapters_are_packed_at_once(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
     adapter = published(ADAPTERS["all modules"](TINY))
@@ -185,7 +185,7 @@ SPOILED: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_a_file_that_is_not_sound_is_made_anew(how: str, tmp_path: Path) -> None:
+def test_damaged_packed_file_is_written_again(how: str, tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
     adapter = published(ADAPTERS["all modules"](TINY))
@@ -265,7 +265,7 @@ def test_the_layout_grows_a_number_when_it_changes() -> None:
 
 
 @pytest.mark.parametrize("why", ["no room", "no folder"])
-def test_a_disk_that_takes_nothing_fails_nothing(why: str, tmp_path: Path) -> None:
+def test_full_disk_fails_no_load(why: str, tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT), min_free_bytes=1 << 60 if why == "no room" else 0)
     if why == "no folder":
@@ -310,7 +310,7 @@ def test_how_much_larger_a_packed_form_may_be(layers: int, rank: int, is_packed:
     assert packed_file(tmp_path, published(few).weights.digest).exists() == is_packed
 
 
-def test_what_no_pool_could_hold_is_not_packed(tmp_path: Path) -> None:
+def test_adapters_larger_than_any_pool_are_not_packed(tmp_path: Path) -> None:
     store, layout = AdapterStore(tmp_path), CountingLayout(TINY, ROW_FORMAT)
     adapters = [published(random_adapter(TINY, 0, rank=rank)) for rank in (8, 10)]
     fits, too_large = (adapter.weights for adapter in adapters)
@@ -324,7 +324,7 @@ def test_what_no_pool_could_hold_is_not_packed(tmp_path: Path) -> None:
     assert_same_pools(TINY, packed.load(too_large.digest), too_large)
 
 
-def test_on_a_full_disk_nothing_is_made_to_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_packed_in_vain_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by a put, nor by each load of an unpacked adapter in a thread of its own."""
     store, layout = AdapterStore(tmp_path), CountingLayout(TINY, ROW_FORMAT)
     adapter = published(ADAPTERS["all modules"](TINY))
@@ -336,7 +336,7 @@ def test_on_a_full_disk_nothing_is_made_to_be_dropped(tmp_path: Path, monkeypatc
     assert (layout.num_packed, started) == (0, [])
 
 
-def test_it_goes_with_the_adapter(tmp_path: Path) -> None:
+def test_packed_file_is_removed_with_its_adapter(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
     adapter = published(ADAPTERS["all modules"](TINY))
@@ -449,7 +449,7 @@ def test_an_adapter_of_another_base_is_put_and_never_placed(tmp_path: Path) -> N
             pool_of(TINY, stored)
 
 
-def test_without_a_thread_it_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_is_delayed_if_no_thread_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = AdapterStore(tmp_path)
     adapter = published(ADAPTERS["all modules"](TINY))
     store.put(adapter)
@@ -467,7 +467,7 @@ def test_without_a_thread_it_is_written_later(tmp_path: Path, monkeypatch: pytes
     assert packed_file(tmp_path, adapter.weights.digest).exists()
 
 
-def test_one_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_packed_file_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst of loads doesn't queue many writes: a skipped adapter is written at its next load."""
     store = AdapterStore(tmp_path)
     adapters = [published(random_adapter(TINY, seed, rank=2)) for seed in range(3)]

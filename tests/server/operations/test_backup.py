@@ -485,7 +485,7 @@ class Elsewhere:
         """Do nothing: the mark exists."""
 
 
-def test_a_home_whose_bytes_are_in_a_bucket_is_refused(registry: Registry, target: Path) -> None:
+def test_home_with_bytes_in_a_bucket_is_refused(registry: Registry, target: Path) -> None:
     """Even if the settings, as in another terminal, don't name the bucket: HOME is only a cache."""
     database.agree(registry.engine, Elsewhere())
     with pytest.raises(StartupError, match="are in s3://bytes: HOME only caches some of them"):

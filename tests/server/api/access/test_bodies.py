@@ -77,7 +77,7 @@ async def undrained(
     ],
 )
 @pytest.mark.parametrize("every", [0.01, 60])
-async def test_one_that_makes_no_progress(
+async def test_body_without_progress_times_out(
     path: str, headers: dict[str, str], every: float, hasty: httpx.AsyncClient
 ) -> None:
     """A byte now and then is no progress."""
@@ -93,7 +93,7 @@ async def test_one_that_makes_no_progress(
     assert response.headers["x-request-id"]
 
 
-async def test_without_a_key_nobody_is_waited_for(make_services: MakeServices) -> None:
+async def test_requests_without_keys_do_not_wait(make_services: MakeServices) -> None:
     services = make_services(body_timeout=0.2, api_keys="operators-0123456789")
     async with client_of(new_app(services)) as client:
         response = await undrained(client, "/generate", JSON, 60)

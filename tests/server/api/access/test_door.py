@@ -36,7 +36,7 @@ async def test_keys_are_read_while_all_threads_are_at_work(database: sa.Engine, 
 
 
 @pytest.mark.parametrize(("of_key", "of_project"), [(1000, 500), (500, 1000)])
-async def test_what_no_minute_has_is_told_whoever_lacks_more(of_key: int, of_project: int) -> None:
+async def test_requests_beyond_any_rate_are_not_retryable(of_key: int, of_project: int) -> None:
     """Otherwise OpenAI's client would retry twice in vain."""
     rates = MemoryRates()
     quotas = Quota(tokens_per_minute=of_key), Quota(tokens_per_minute=of_project)

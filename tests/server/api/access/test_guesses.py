@@ -45,7 +45,7 @@ async def test_an_address_that_guesses_is_delayed_and_its_right_key_is_not(
         assert len(delays) == 5
 
 
-async def test_one_wrong_key_may_be_sent_by_each_route_s_client_but_not_for_ever(delays: list[float]) -> None:
+async def test_single_wrong_key_is_not_delayed_at_first(delays: list[float]) -> None:
     """A client configured with a wrong key isn't guessing."""
     found = Guesses()
     for _ in range(MAX_WRONG):
@@ -91,7 +91,7 @@ async def test_memory_is_bounded_by_addresses() -> None:
     assert len(found) == 4096
 
 
-async def test_past_64_that_wait_the_answer_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_than_64_delayed_requests_get_429(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waiting request holds a connection."""
     go = asyncio.Event()
 

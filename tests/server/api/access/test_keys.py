@@ -46,7 +46,7 @@ def bearer(secret: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {secret}"}
 
 
-async def test_the_first_key_shuts_the_door(client: httpx.AsyncClient) -> None:
+async def test_first_key_locks_the_server(client: httpx.AsyncClient) -> None:
     assert (await client.get("/adapters")).status_code == 200
     made = await client.post("/keys", json={"name": "laptop", "scopes": ["generate"]})
     assert made.status_code == 201
@@ -59,7 +59,7 @@ async def test_the_first_key_shuts_the_door(client: httpx.AsyncClient) -> None:
     assert (await client.post("/keys", json={"name": "b"}, headers=bearer(key["secret"]))).status_code == 403
 
 
-async def test_it_stays_shut_once_all_are_revoked(client: httpx.AsyncClient, app: FastAPI) -> None:
+async def test_server_stays_locked_after_all_keys_are_revoked(client: httpx.AsyncClient, app: FastAPI) -> None:
     keys = access_of(app).keys
     key, secret = keys.create("only", who=OPERATOR)
     keys.revoke(key.id, who=OPERATOR)
@@ -67,7 +67,7 @@ async def test_it_stays_shut_once_all_are_revoked(client: httpx.AsyncClient, app
     assert (await client.get("/adapters", headers=bearer(secret))).status_code == 401
 
 
-async def test_it_stays_shut_where_the_database_is_lost(
+async def test_server_stays_locked_if_the_database_is_lost(
     app: FastAPI, make_services: MakeServices, database: sa.Engine
 ) -> None:
     new_secret(app)
@@ -97,7 +97,7 @@ ADMIN_REQUESTS = (
 @pytest.mark.parametrize(
     ("setting", "refusal", "reads"), [("0", 401, 401), ("until-keyed", 401, 401), ("1", 403, 200)]
 )
-async def test_after_the_first_key_a_client_without_one_is_never_the_operator(
+async def test_requests_without_a_key_are_not_the_operator(
     make_services: MakeServices, setting: str, refusal: int, reads: int
 ) -> None:
     """Any key counts, even a revoked one. Only the setting `1` leaves generate and train open."""
@@ -261,7 +261,7 @@ async def test_bad_fields_of_a_key(client: httpx.AsyncClient, body: dict[str, ob
     assert (await client.get("/keys")).json() == {"keys": []}
 
 
-async def test_a_key_that_a_command_revokes_opens_nothing_from_then_on(
+async def test_key_revoked_by_a_command_is_refused_at_once(
     app: FastAPI, tmp_path: Path, app_database_url: str | None
 ) -> None:
     """The command uses its own connections, like another process."""
@@ -313,7 +313,7 @@ async def test_the_loop_goes_on_while_all_keys_are_read(database: sa.Engine, tmp
     assert threading.main_thread() not in threads
 
 
-async def test_a_database_elsewhere_that_stalls_holds_up_nobody_else(database: sa.Engine, tmp_path: Path) -> None:
+async def test_stalled_remote_database_blocks_no_other_request(database: sa.Engine, tmp_path: Path) -> None:
     """The event loop continues. One read answers all requests that wait, but none that arrives later. A failed
     read fails all of them: none waits for a second one."""
     keys, commits, looks, may_go_on = Keys(database, tmp_path / "keyed"), [0], list[int](), threading.Event()
@@ -349,7 +349,7 @@ async def test_a_database_elsewhere_that_stalls_holds_up_nobody_else(database: s
     assert await ring.principal(secret) is None
 
 
-async def test_a_key_that_another_server_has_just_made(database: sa.Engine, tmp_path: Path) -> None:
+async def test_key_just_created_by_another_server(database: sa.Engine, tmp_path: Path) -> None:
     """It is valid before its notification has arrived; unknown keys stay invalid."""
     keys, number = Keys(database, tmp_path / "keyed"), [1]
     keys.create("first", who=OPERATOR)
@@ -402,7 +402,7 @@ async def test_an_open_stream_ends_when_its_key_is_revoked(app: FastAPI, engine:
 
 
 @pytest.mark.parametrize("path", ["/adapters/a", "/v1/files", "/train", "/v1/fine_tuning/jobs", "/nowhere"])
-async def test_what_comes_in_under_a_key_that_is_revoked_meanwhile_is_refused(app: FastAPI, path: str) -> None:
+async def test_requests_of_a_key_revoked_meanwhile_are_refused(app: FastAPI, path: str) -> None:
     access = access_of(app)
     key, secret = access.keys.create("one", who=OPERATOR, scopes=["admin"])
     if path in ("/train", "/v1/fine_tuning/jobs"):
@@ -713,8 +713,8 @@ async def test_the_audit_list(app: FastAPI) -> None:
         await projects.acme.delete("/adapters/tweets?force=true")
         await projects.operator.put("/projects/acme", json={"max_jobs": 4})
         document = (await projects.operator.get("/audit?limit=4")).json()
-        told = [(entry["action"], entry["project"], entry["target"]) for entry in document["entries"]]
-        assert told == [
+        audited = [(entry["action"], entry["project"], entry["target"]) for entry in document["entries"]]
+        assert audited == [
             ("project.limit", "acme", "acme"),
             ("adapter.delete", "acme", "tweets"),
             ("adapter.public", "acme", "tweets"),

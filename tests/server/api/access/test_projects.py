@@ -53,7 +53,7 @@ async def everything(client: httpx.AsyncClient, leases: Leases) -> dict[str, str
     return values | {"dataset_id": dataset, "file_id": file}
 
 
-async def test_nothing_of_anothers_is_there(projects: Projects, leases: Leases, app: App) -> None:
+async def test_other_projects_objects_are_404(projects: Projects, leases: Leases, app: App) -> None:
     """Every route with an id or a name in its path answers as for an object that doesn't exist."""
     theirs = await everything(projects.acme, leases)
     nothing = {"name": "nobody", "version": "1", "alias": "none", "model": "nobody", "job_id": "job-" + "0" * 16}
@@ -67,8 +67,8 @@ async def test_nothing_of_anothers_is_there(projects: Projects, leases: Leases, 
         answers = []
         for values in (theirs, nothing):
             response = await projects.other.request(method, template.format(**values), json=json_body)
-            told = re.sub("|".join(map(re.escape, values.values())), "X", response.text)
-            answers.append((response.status_code, told))
+            text = re.sub("|".join(map(re.escape, values.values())), "X", response.text)
+            answers.append((response.status_code, text))
         assert answers[0] == answers[1], (method, template)
         assert answers[0][0] == 404, (method, template, answers)
         num_asked += 1
@@ -79,7 +79,7 @@ async def test_nothing_of_anothers_is_there(projects: Projects, leases: Leases, 
     assert (await projects.acme.get("/adapters/tweets/1")).status_code == 200  # everything still exists
 
 
-async def test_what_bodies_name_is_ones_own(projects: Projects, leases: Leases) -> None:
+async def test_names_in_bodies_are_the_projects_own(projects: Projects, leases: Leases) -> None:
     theirs = await everything(projects.acme, leases)
     other = projects.other
     for named in ("tweets", "tweets@1", "tweets@prod", "acme/tweets", "acme/tweets@1*0.5", "default/tweets"):
@@ -164,7 +164,7 @@ async def test_public_adapters_are_used_by_their_full_name(projects: Projects) -
 
 
 @pytest.mark.parametrize("path", ["acme%2Ftweets", "acme/tweets"])
-async def test_a_full_name_in_a_path_is_told_its_place(projects: Projects, path: str) -> None:
+async def test_full_names_in_paths_get_advice(projects: Projects, path: str) -> None:
     await upload(projects.acme)
     await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
     refused = await projects.other.get(f"/adapters/{path}")
@@ -230,7 +230,7 @@ async def test_a_composition_of_anothers_ends_with_their_consent(projects: Proje
     assert "no longer shares: acme/tweets@1" in refused.json()["detail"]
 
 
-async def test_what_comes_after_a_deleted_public_adapter_is_private(projects: Projects) -> None:
+async def test_adapter_recreated_after_a_public_one_is_private(projects: Projects) -> None:
     await upload(projects.acme)
     await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
     assert (await projects.acme.delete("/adapters/tweets")).status_code == 204
@@ -240,7 +240,7 @@ async def test_what_comes_after_a_deleted_public_adapter_is_private(projects: Pr
     assert (await projects.other.post("/generate", json=body)).status_code == 404
 
 
-async def test_hints_name_ones_own_alone(projects: Projects, app: FastAPI) -> None:
+async def test_suggestions_name_own_objects_only(projects: Projects, app: FastAPI) -> None:
     await upload(projects.acme, "customer-support")
     for adapter in ("custmer-support", "acme/custmer-support"):
         body = {"prompt": "a", "adapter": adapter}
@@ -269,7 +269,7 @@ async def test_the_operator_sees_all_and_may_work_in_one(projects: Projects, lea
     assert (await projects.acme.get("/adapters", headers=within)).status_code == 200
 
 
-async def test_the_operator_is_told_whose_each_job_is(app: FastAPI, projects: Projects, leases: Leases) -> None:
+async def test_operator_sees_the_project_of_each_job(app: FastAPI, projects: Projects, leases: Leases) -> None:
     theirs = {await submit(projects.acme): "acme", await submit(projects.other): "other"}
     jobs = (await projects.operator.get("/train")).json()["jobs"]
     assert {job["id"]: job["project"] for job in jobs} == theirs
@@ -278,9 +278,7 @@ async def test_the_operator_is_told_whose_each_job_is(app: FastAPI, projects: Pr
     assert [project_of[job["key"]] for job in jobs] == [job["project"] for job in jobs]
 
 
-async def test_what_the_operator_removes_of_anothers_is_audited_as_theirs(
-    projects: Projects, leases: Leases
-) -> None:
+async def test_operators_removals_are_audited_in_the_owners_project(projects: Projects, leases: Leases) -> None:
     await upload(projects.acme)
     await upload(projects.acme, seed=1)
     job = await submit(projects.acme)
@@ -307,7 +305,7 @@ async def test_queued_jobs_of_projects_take_turns(projects: Projects, leases: Le
     assert rounds == [{acme[0], other[0]}, {acme[1], other[1]}, acme[2], acme[3]]
 
 
-async def test_a_position_counts_other_projects_turns(projects: Projects, leases: Leases) -> None:
+async def test_positions_include_other_projects_turns(projects: Projects, leases: Leases) -> None:
     """A job behind another project's running job, which may take days, isn't first."""
 
     async def position(job_id: str) -> object:
@@ -342,7 +340,7 @@ async def test_jobs_at_once_hold_for_a_key_of_a_project_without_a_bound(app: Fas
     await submit(projects.acme)
 
 
-async def test_a_stream_of_anothers_events_is_404(projects: Projects) -> None:
+async def test_event_stream_of_another_project_is_404(projects: Projects) -> None:
     job = await submit(projects.acme)
     headers = {"Accept": "text/event-stream"}
     async with asyncio.timeout(60):

@@ -86,7 +86,7 @@ def test_every_route_is_its_own_template(app: App) -> None:
         assert ROUTES.find(path) is NOWHERE
 
 
-def test_what_is_no_route_is_the_operators() -> None:
+def test_unknown_paths_need_the_operators_scope() -> None:
     for path in ("/nowhere", "/generate/", "/adapters/a/b/c/d", "/train/x/y", "/KEYS", "//keys", "/v1", "/docs2"):
         assert ROUTES.find(path) is NOWHERE
     assert not NOWHERE.is_open
@@ -183,9 +183,7 @@ async def test_a_refusal_names_the_scope(locked: FastAPI, operator: httpx.AsyncC
         assert (await client.put("/generate", json={})).status_code == 405
 
 
-async def test_a_path_that_isn_t_there_names_the_one_that_was_meant(
-    locked: FastAPI, operator: httpx.AsyncClient
-) -> None:
+async def test_unknown_path_suggests_a_similar_one(locked: FastAPI, operator: httpx.AsyncClient) -> None:
     """The answer is the same for any key: these paths are public in /docs."""
     made = await operator.post("/keys", json={"name": "k", "scopes": ["generate"]})
     async with client_of(locked) as client:
@@ -196,7 +194,7 @@ async def test_a_path_that_isn_t_there_names_the_one_that_was_meant(
             assert "did you mean /v1/chat/completions?" in response.json()["detail"]
 
 
-async def test_a_line_s_end_behind_a_path_opens_nothing(
+async def test_trailing_line_end_does_not_match_a_route(
     locked: FastAPI, operator: httpx.AsyncClient, app: App
 ) -> None:
     """Routers ignore a trailing line end, which must not lead to a path with other scopes."""

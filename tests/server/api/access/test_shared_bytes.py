@@ -91,12 +91,12 @@ async def test_a_download_has_nothing_of_anothers(projects: Projects, guess: byt
             assert (await client.delete(f"/adapters/{name}")).status_code == 204
 
 
-async def test_what_has_no_effect_is_not_anothers_either(projects: Projects) -> None:
+async def test_fields_without_effect_are_not_shared(projects: Projects) -> None:
     """For example the module to import a class from; the rest of the two configurations is equal."""
-    told = config(auto_mapping={"parent_library": "evil", "base_model_class": "Model"}, revision="secret")
-    digest = await upload(projects.other, "guess", told)
+    sent = config(auto_mapping={"parent_library": "evil", "base_model_class": "Model"}, revision="secret")
+    digest = await upload(projects.other, "guess", sent)
     await upload(projects.acme, "mine", CONFIG)
-    assert json.loads(told).items() <= (await loaded(projects.other, "guess/1", digest)).items()
+    assert json.loads(sent).items() <= (await loaded(projects.other, "guess/1", digest)).items()
     said = await loaded(projects.acme, "mine/1", digest)
     assert not {"auto_mapping", "revision"} & said.keys()
     assert said["base_model_name_or_path"] == SECRET
@@ -122,7 +122,7 @@ async def test_training_goes_on_from_ones_own_shape(projects: Projects) -> None:
 
 @pytest.mark.parametrize("kept", [JobSpec("codes", lora=LoraSpec(rank=2, alpha=4.0)).to_document(), {}])
 @pytest.mark.parametrize("guess", [RESHAPED, CONFIG, ROOTED])
-async def test_what_was_not_uploaded_is_its_own_too(
+async def test_configuration_of_trained_adapters_is_private(
     projects: Projects, library: Library, guess: bytes, kept: dict[str, object]
 ) -> None:
     """A job's specification doesn't mention layers or patterns, and old records don't mention anything."""

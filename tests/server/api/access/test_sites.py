@@ -54,7 +54,7 @@ async def test_other_names_are_not(host: str, client: httpx.AsyncClient) -> None
     assert "SMOLORA_ALLOWED_HOSTS" in error["message"]
 
 
-async def test_whoever_scrapes_calls_it_by_its_address(make_services: MakeServices) -> None:
+async def test_addresses_are_accepted_as_host(make_services: MakeServices) -> None:
     """Whatever host names are set: no page can resolve a name of its own to it."""
     async with client_of(new_app(make_services(allowed_hosts="lora.example.org"))) as client:
         for host in ("10.1.2.3:8000", "[fe80::1]:8000", "lora.example.org"):
@@ -189,7 +189,7 @@ async def test_sites_that_are_set_may_call(make_services: MakeServices) -> None:
         assert (await client.options("/generate", headers=asked | {"Origin": "http://other"})).status_code == 403
 
 
-async def test_no_page_is_told_that_it_may_call_where_none_may(client: httpx.AsyncClient) -> None:
+async def test_no_origin_is_allowed_by_default(client: httpx.AsyncClient) -> None:
     answer = await client.get("/adapters", headers={"Origin": "http://localhost:8000"})
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 

@@ -122,7 +122,7 @@ async def test_a_page_reads_its_own_adapters_alone(client: httpx.AsyncClient, da
 
 
 @pytest.mark.parametrize("path", ["/adapters/a0/1", "/v1/models/a0", "/v1/models/mix", "/adapters?name=nobody"])
-async def test_one_thing_reads_a_few_rows(client: httpx.AsyncClient, database: sa.Engine, path: str) -> None:
+async def test_single_objects_read_few_rows(client: httpx.AsyncClient, database: sa.Engine, path: str) -> None:
     with reads(database) as counted:
         assert (await client.get(path)).status_code == 200
     assert counted.num_rows() <= 5

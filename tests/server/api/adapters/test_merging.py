@@ -125,9 +125,7 @@ async def test_what_is_left_out(client: httpx.AsyncClient) -> None:
     assert (await compose(client, "m", expression="left", method="svd", density=1)).status_code == 202
 
 
-async def test_it_is_kept_where_its_parts_were_made(
-    client: httpx.AsyncClient, library: Library, jobs: Jobs
-) -> None:
+async def test_merge_keeps_its_parts_base(client: httpx.AsyncClient, library: Library, jobs: Jobs) -> None:
     """A part may be deleted or withdrawn before the job ends."""
     await upload(client, "left", 1)
     await upload(client, "right", 2)

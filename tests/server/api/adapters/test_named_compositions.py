@@ -77,7 +77,7 @@ async def test_a_composition_is_listed_with_its_parts(client: httpx.AsyncClient,
     assert kinds == {"mix": "composition", "movies": "adapter", "tweets": "adapter"}
 
 
-async def test_the_same_again_is_no_new_version(client: httpx.AsyncClient) -> None:
+async def test_equal_composition_adds_no_version(client: httpx.AsyncClient) -> None:
     await upload(client, "a", 0)
     await upload(client, "b", 1)
     version = await composed(client, "mix", "a*0.5+b")
@@ -138,7 +138,7 @@ async def test_equal_sums_have_equal_digests(client: httpx.AsyncClient) -> None:
     assert digests[0] == digests[1] == digests[2] != digests[3]
 
 
-async def test_whatever_it_is_made_of_is_held(client: httpx.AsyncClient) -> None:
+async def test_compositions_protect_all_their_parts(client: httpx.AsyncClient) -> None:
     await upload(client, "a", 0, 1)
     await upload(client, "b", 2)
     await composed(client, "mix", "a@1+b")

@@ -88,7 +88,7 @@ async def test_no_warning_as_a_rule(serve: Serve) -> None:
     assert "x-smolora-warning" not in (await client.post("/v1/chat/completions", json=chat)).headers
 
 
-async def test_other_weights_of_the_same_shapes_are_told_everywhere(serve: Serve) -> None:
+async def test_different_base_is_reported_everywhere(serve: Serve) -> None:
     await publish(serve(), "a")
     await publish(serve(), "b", seed=1)
     client = serve("other-llama", OTHER_DIGEST)
@@ -179,7 +179,7 @@ async def test_no_header_ends_in_a_blank(serve: Serve) -> None:
     assert [line for line in found if line != line.strip()] == []
 
 
-async def test_what_an_upload_says_of_itself_is_told_too(serve: Serve) -> None:
+async def test_base_named_by_an_upload_is_compared(serve: Serve) -> None:
     client = serve()
     await publish(client, "a", base="someone/other")
     (listed,) = (await client.get("/adapters/a/1")).json()["warnings"]
@@ -187,7 +187,7 @@ async def test_what_an_upload_says_of_itself_is_told_too(serve: Serve) -> None:
     assert await warnings_of(client, "a") == [f"a@1: {listed}"]
 
 
-async def test_versions_from_before_digests_were_kept_are_told_by_name(serve: Serve, database: sa.Engine) -> None:
+async def test_versions_without_a_digest_are_identified_by_name(serve: Serve, database: sa.Engine) -> None:
     await publish(serve(), "a")
     await publish(serve(), "b", seed=1, base="someone/else")
     with database.begin() as connection:

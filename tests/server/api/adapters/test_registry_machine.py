@@ -306,7 +306,7 @@ def nursery(files: Path) -> Iterator[Nursery]:
 
 
 @pytest.mark.hypothesis
-def test_the_registry_does_as_its_model(files: Path, nursery: Nursery) -> None:
+def test_registry_equals_its_model(files: Path, nursery: Nursery) -> None:
     class Machine(RegistryMachine):
         pass
 

@@ -157,7 +157,7 @@ async def test_projects_do_not_share_resolutions(registry: Registry) -> None:
 
 
 @pytest.mark.anyio
-async def test_nothing_is_remembered_while_commits_are_unknown(registry: Registry) -> None:
+async def test_resolutions_are_not_cached_while_commits_are_unknown(registry: Registry) -> None:
     """Names are still resolved."""
     said: Iterator[int | None] = iter([None, None, 1, 1, None, 1, 1, 1, None, None])
     pins, library = RecentPins(lambda: next(said)), registry.library

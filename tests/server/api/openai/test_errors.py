@@ -163,7 +163,7 @@ async def test_unforeseen_error_reveals_nothing(client: httpx.AsyncClient, engin
     error_of(response)
 
 
-def test_only_errors_that_may_pass_are_retried() -> None:
+def test_only_transient_errors_are_retried() -> None:
     conflict = OPENAI.of_error(Conflict("it has ended"))
     assert (conflict.status_code, conflict.headers["x-should-retry"]) == (409, "false")
     assert "x-should-retry" not in OPENAI.of_error(NotFound("no such file")).headers

@@ -68,7 +68,9 @@ async def test_a_data_set_has_its_files_name(client: httpx.AsyncClient, tmp_path
 
 
 @pytest.mark.parametrize(("route", "facts"), [("/datasets", "dataset.json"), ("/v1/files", "file.json")])
-async def test_damage_hides_no_other(client: httpx.AsyncClient, tmp_path: Path, route: str, facts: str) -> None:
+async def test_damaged_data_set_hides_no_other(
+    client: httpx.AsyncClient, tmp_path: Path, route: str, facts: str
+) -> None:
     """Lists, usage and deletes work although the disk has damaged one data set's metadata."""
     ids = []
     for content in (JSONL, b'{"text": "a"}'):
@@ -198,7 +200,7 @@ async def test_a_file_over_its_bound(client: httpx.AsyncClient) -> None:
     assert (await client.post("/datasets", content=b"", headers=headers)).status_code == 413
 
 
-async def test_other_fields_are_told_of(client: httpx.AsyncClient) -> None:
+async def test_ignored_fields_are_reported(client: httpx.AsyncClient) -> None:
     labelled = b'{"prompt": "a", "completion": "b", "label": 1}\n'
     said = "fields that are not trained on were ignored: label in 1 row"
     response = await upload(client, labelled)
@@ -208,14 +210,14 @@ async def test_other_fields_are_told_of(client: httpx.AsyncClient) -> None:
     assert response.json()["warnings"] == [said]
 
 
-async def test_an_end_token_that_is_spelled_is_told_of(client: httpx.AsyncClient) -> None:
+async def test_spelled_end_tokens_are_reported(client: httpx.AsyncClient) -> None:
     """In a dry run, and in the job's first events."""
     body = {
         "name": "a",
         "data": [{"prompt": "a", "completion": "b<|im_end|>"}, {"prompt": "a", "completion": "b"}],
     }
-    (told,) = (await client.post("/train?dry_run=true", json=body)).json()["warnings"]
-    assert told.startswith("<|im_end|> in 1 row is encoded as plain text")
+    (warning,) = (await client.post("/train?dry_run=true", json=body)).json()["warnings"]
+    assert warning.startswith("<|im_end|> in 1 row is encoded as plain text")
     job = (await client.post("/train", json=body)).json()
     events = (await client.get(f"/train/{job['id']}/events")).json()
-    assert [event["message"] for event in events if event["level"] == "warning"] == [told]
+    assert [event["message"] for event in events if event["level"] == "warning"] == [warning]

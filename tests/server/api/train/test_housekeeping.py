@@ -93,7 +93,7 @@ async def test_a_fault_is_not_the_end(tmp_path: Path, jobs: Jobs, caplog: pytest
     assert "cleanup failed" in caplog.text
 
 
-async def test_what_a_kill_left_of_uploads_goes_while_it_serves(app: FastAPI, tmp_path: Path) -> None:
+async def test_leftover_uploads_are_removed_while_serving(app: FastAPI, tmp_path: Path) -> None:
     """A server restarts at once, when it is unknown whether a worker is still writing."""
     places = [tmp_path / "datasets", tmp_path / "files", tmp_path / "projects" / "acme" / "datasets"]
     old, new = ([place / f".unfinished-{age}" for place in places] for age in ("old", "new"))

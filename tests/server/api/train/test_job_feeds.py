@@ -75,7 +75,7 @@ class Listener:
             await follower.close()
 
 
-async def test_one_look_for_all_followers() -> None:
+async def test_followers_share_one_query() -> None:
     jobs = FakeJobs(a=3, b=1)
     feeds = JobFeeds(jobs, poll=0.002)
     listeners = [Listener(feeds, job_id) for job_id in ("a", "b") for _ in range(NUM_FOLLOWERS)]
@@ -93,7 +93,7 @@ async def test_one_look_for_all_followers() -> None:
     await until(lambda: not feeds.is_polling)
 
 
-async def test_it_ends_with_the_last_follower_and_begins_anew() -> None:
+async def test_feed_ends_with_its_last_follower_and_restarts() -> None:
     jobs = FakeJobs(a=1)
     feeds = JobFeeds(jobs, poll=60)  # so that it doesn't end by a timeout
     assert (feeds.is_polling, jobs.num_looks) == (False, 0)
@@ -129,7 +129,7 @@ async def test_a_new_job_is_looked_at_at_once() -> None:
     await until(lambda: not feeds.is_polling)
 
 
-async def test_one_that_falls_behind_reads_for_itself() -> None:
+async def test_slow_follower_reads_for_itself() -> None:
     jobs = FakeJobs(a=0)
     feeds = JobFeeds(jobs, poll=0.001)
     quick, slow = Listener(feeds, "a"), Listener(feeds, "a")
@@ -154,7 +154,7 @@ async def test_events_that_come_with_the_end_are_not_lost() -> None:
     assert listener.seqs == list(range(1, 2 * PAGE + 11))
 
 
-async def test_faults_reach_every_follower_and_the_next_begins_anew() -> None:
+async def test_errors_reach_every_follower_and_the_next_starts_again() -> None:
     jobs = FakeJobs(a=1)
     feeds = JobFeeds(jobs, poll=0.001)
     listeners = [Listener(feeds, "a") for _ in range(3)]
@@ -192,7 +192,7 @@ async def test_events_that_are_gone_end_the_streams_of_those_who_want_them() -> 
     await until(lambda: not feeds.is_polling)
 
 
-async def test_what_ends_the_server_ends_the_streams() -> None:
+async def test_server_shutdown_ends_event_streams() -> None:
     jobs = FakeJobs(a=1)
     is_ending = False
     feeds = JobFeeds(jobs, lambda: is_ending, poll=0.001)

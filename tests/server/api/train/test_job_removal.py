@@ -29,7 +29,7 @@ def leave_files(job_files: JobFiles, job_id: str) -> None:
     (job_files.model(job_id) / "model.safetensors").write_bytes(bytes(1000))
 
 
-async def test_files_go_and_what_is_known_stays(
+async def test_deleted_jobs_keep_their_records(
     client: httpx.AsyncClient, leases: Leases, job_files: JobFiles, store: AdapterStore
 ) -> None:
     uploaded = (await client.post("/adapters/up", files=as_parts(*peft_files()))).json()

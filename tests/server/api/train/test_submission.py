@@ -156,9 +156,7 @@ async def test_one_key_at_the_same_time(app: FastAPI, tmp_path: Path) -> None:
         assert len((await client.get("/train")).json()["jobs"]) == 1
 
 
-async def test_of_a_long_conversation_no_more_is_kept_than_the_base_reads(
-    client: httpx.AsyncClient, tmp_path: Path
-) -> None:
+async def test_long_conversations_are_truncated_to_the_base(client: httpx.AsyncClient, tmp_path: Path) -> None:
     """A held-out one, of which the first answer is measured and the last one can't be completed."""
     turns = [("user", "404"), ("assistant", "Not Found"), ("user", "200 " * 20_000), ("assistant", "OK")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}

@@ -208,7 +208,7 @@ async def test_full_fine_tuning_has_no_gate(client: httpx.AsyncClient, gate: str
 
 
 @pytest.mark.parametrize("init", ["gaussian", "kaiming", "pissa", "olora"])
-async def test_what_starts_from_an_adapter_has_no_other_start(client: httpx.AsyncClient, init: str) -> None:
+async def test_start_from_excludes_other_initializations(client: httpx.AsyncClient, init: str) -> None:
     await client.post("/adapters/up", files=as_parts(*peft_files()))
     (said,) = (await errors_of(client, start_from="up", lora={"init": init, "dropout": 0.1})).items()
     assert said[0] == ("lora", "init")
@@ -227,7 +227,7 @@ async def test_a_parent_of_a_huge_rank(client: httpx.AsyncClient, rank: int, may
     assert may_train or "512 at most: merge it into an adapter of smaller rank" in said["start_from",]
 
 
-async def test_nothing_of_a_row_comes_back(client: httpx.AsyncClient) -> None:
+async def test_refusals_quote_no_row(client: httpx.AsyncClient) -> None:
     secret = "xyzzy"
     rows = [{"prompt": secret, "completion": [secret]}, {"messages": [{"role": secret, "content": secret}]}]
     response = await client.post("/train", json=train_body(data=rows, validation=secret * 3, start_from=None))

@@ -108,7 +108,7 @@ def test_a_stack_of_two_types_is_kept_in_16_bits(tmp_path: Path) -> None:
     assert not found & {f"layers.{layer}.{stack}" for layer in range(2) for stack in ("qkv", "down")}
 
 
-def test_a_file_that_changed_is_converted_anew(tmp_path: Path) -> None:
+def test_changed_file_is_converted_again(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "tiny.gguf")
     first = load(tmp_path / "tiny.gguf")
     assert load(tmp_path / "tiny.gguf").directory == first.directory
@@ -166,7 +166,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ("tokenizer.ggml.add_eos_token", True, False),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused(
+def test_unsupported_variants_are_refused(
     tmp_path: Path, field: str, value: bool | str | float, harmless: bool | str | float
 ) -> None:
     file = tmp_path / "tiny.gguf"

@@ -113,7 +113,7 @@ def test_end_tokens(
         ({"num_key_value_heads": 0}, "num_key_value_heads"),
     ],
 )
-def test_what_the_forward_does_not_compute_is_refused_by_name(change: Mapping[str, object], named: str) -> None:
+def test_unsupported_architectures_are_refused_by_name(change: Mapping[str, object], named: str) -> None:
     with pytest.raises(StartupError) as refusal:
         ModelConfig.of({**LLAMA, **change}, {}, None)
     assert named in str(refusal.value)

@@ -35,16 +35,16 @@ def directories(home: Path) -> set[str]:
 
 
 def test_a_directory_is_converted_once(tiny_base_dir: Path, tmp_path: Path) -> None:
-    told: list[str] = []
-    first = resolve_base(str(tiny_base_dir), tmp_path, progress=told.append, fetch=no_hub)
-    assert told == ["Converting tiny-llama"]
+    messages: list[str] = []
+    first = resolve_base(str(tiny_base_dir), tmp_path, progress=messages.append, fetch=no_hub)
+    assert messages == ["Converting tiny-llama"]
     assert load_base(first).name == "tiny-llama"
-    assert resolve_base(str(tiny_base_dir), tmp_path, progress=told.append) == first
-    assert len(told) == 1
+    assert resolve_base(str(tiny_base_dir), tmp_path, progress=messages.append) == first
+    assert len(messages) == 1
     assert resolve_base(str(first), tmp_path / "elsewhere") == first  # already converted
 
 
-def test_a_changed_directory_is_converted_anew_and_the_old_one_dropped(tmp_path: Path) -> None:
+def test_changed_directory_is_converted_again(tmp_path: Path) -> None:
     directory = save_tiny_base(tmp_path / "mine")
     first = load_base(resolve_base(str(directory), tmp_path))
     save_tiny_base(directory, seed=1)
@@ -76,9 +76,9 @@ def test_a_hub_id_is_fetched_once_and_its_commit_recorded(tiny_base_dir: Path, t
         asked.append(model)
         return Snapshot(tiny_base_dir, COMMIT)
 
-    told: list[str] = []
-    found = resolve_base("owner/Tiny-Llama", tmp_path, progress=told.append, fetch=fetch)
-    assert told == ["Fetching owner/Tiny-Llama from the hub", "Converting Tiny-Llama"]
+    messages: list[str] = []
+    found = resolve_base("owner/Tiny-Llama", tmp_path, progress=messages.append, fetch=fetch)
+    assert messages == ["Fetching owner/Tiny-Llama from the hub", "Converting Tiny-Llama"]
     manifest = read_manifest(found)
     assert manifest is not None
     assert (manifest.name, manifest.origin, manifest.revision) == ("Tiny-Llama", "owner/Tiny-Llama", COMMIT)
@@ -110,19 +110,19 @@ def test_one_waits_while_another_converts(tiny_base_dir: Path, tmp_path: Path) -
     made = resolve_base(str(tiny_base_dir), tmp_path / "other")
     models = tmp_path / "home" / "models"
     models.mkdir(parents=True)
-    told: list[str] = []
+    messages: list[str] = []
     with ThreadPoolExecutor(1) as pool:
         with (models / f".{made.name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            waiting = pool.submit(resolve_base, str(tiny_base_dir), tmp_path / "home", progress=told.append)
+            waiting = pool.submit(resolve_base, str(tiny_base_dir), tmp_path / "home", progress=messages.append)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.5)
             shutil.copytree(made, models / made.name)
         assert waiting.result(timeout=100) == models / made.name
-    assert told == []
+    assert messages == []
 
 
-def test_whoever_is_slower_keeps_the_other_ones_directory(tiny_base_dir: Path, tmp_path: Path) -> None:
+def test_slower_conversion_keeps_the_faster_ones_directory(tiny_base_dir: Path, tmp_path: Path) -> None:
     """Without the lock (another machine on the same file system), the rename decides."""
     target = tmp_path / "models" / "tiny"
     convert(open_directory(tiny_base_dir), target, "tiny", "here")
@@ -145,7 +145,7 @@ def test_a_failure_midway_leaves_nothing(tiny_base_dir: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_process_left_is_cleared(tiny_base_dir: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tiny_base_dir: Path, tmp_path: Path) -> None:
     found = resolve_base(str(tiny_base_dir), tmp_path)
     left = found.parent / f"{UNFINISHED}{found.name}-abc"
     shutil.copytree(found, left)
@@ -155,7 +155,7 @@ def test_what_a_killed_process_left_is_cleared(tiny_base_dir: Path, tmp_path: Pa
     assert read_manifest(found) is not None
 
 
-def test_another_format_is_converted_anew(tiny_base_dir: Path, tmp_path: Path) -> None:
+def test_older_format_is_converted_again(tiny_base_dir: Path, tmp_path: Path) -> None:
     found = resolve_base(str(tiny_base_dir), tmp_path)
     manifest = found / MANIFEST
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))

@@ -71,7 +71,7 @@ def test_fields_of_other_sizes_are_refused(declaration: str) -> None:
         parse_fields(declaration)
 
 
-def test_what_the_header_lacks_is_an_error() -> None:
+def test_missing_declarations_are_an_error() -> None:
     with pytest.raises(LookupError, match="enum Phases"):
         enum_names("Phases")
 

@@ -90,7 +90,7 @@ def test_both_ways_to_sum_values_agree(dtype: torch.dtype, atol: float) -> None:
 
 @pytest.mark.parametrize("gather_values", [False, True])
 @pytest.mark.parametrize("stale", [float("nan"), float("inf"), float("-inf"), 3e38])
-def test_what_an_earlier_sequence_left_behind_has_no_effect(stale: float, gather_values: bool) -> None:
+def test_leftovers_in_blocks_have_no_effect(stale: float, gather_values: bool) -> None:
     """Positions of a block beyond a sequence's length contain what its last owner wrote, including NaN."""
     lengths = [1, 6, 9]
     q, k, v, table = decode_case(4, 2, 8, lengths)

@@ -67,7 +67,7 @@ def test_a_lookalike_ends_no_turn(
     assert forged[start : start + len(turn) + 1] == [*turn, IM_END]
 
 
-def test_whoever_uses_the_tokenizer_meanwhile_changes_nothing() -> None:
+def test_concurrent_users_of_the_tokenizer_change_nothing() -> None:
     """Truncation, padding and special tokens are settings of a Tokenizer, which affect every call."""
     tokenizer = own(tiny_tokenizer())
     encoder = PromptEncoder(tokenizer)
@@ -99,7 +99,7 @@ def test_a_base_without_a_template_says_so(tokenizer: PreTrainedTokenizerBase) -
     assert caught.value.errors[0].loc == ("messages",)
 
 
-def test_what_the_template_refuses_is_not_quoted(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_refusals_of_a_template_quote_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
     picky = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         chat_template="{{ raise_exception('no: ' + messages[0]['content']) }}",

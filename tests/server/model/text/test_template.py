@@ -82,7 +82,7 @@ def test_the_text_is_transformers_own(
     assert found == by_transformers(template, messages, add_generation_prompt)
 
 
-def test_what_the_template_of_a_hub_says() -> None:
+def test_template_of_a_hub_is_not_empty() -> None:
     """The test above would also pass if both rendered nothing."""
     turns = [("user", "Hi <b>"), ("assistant", " Ho "), ("tool", "hidden"), ("user", "é")]
     messages = [{"role": role, "content": content} for role, content in turns]

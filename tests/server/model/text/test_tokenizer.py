@@ -121,7 +121,7 @@ def test_any_ids_by_the_real_one(base_dir: Path) -> None:
     ],
     ids=lambda options: "-".join(options) or "as it is",
 )
-def test_what_a_directory_may_say(tmp_path: Path, options: Mapping[str, object]) -> None:
+def test_tokenizer_directories(tmp_path: Path, options: Mapping[str, object]) -> None:
     """Converted, then read without transformers, it equals transformers' before and after."""
     save_tiny_base(tmp_path / "base", options={"vocab_size": 600})
     config = tmp_path / "base" / "tokenizer_config.json"
@@ -138,7 +138,7 @@ def test_what_a_directory_may_say(tmp_path: Path, options: Mapping[str, object])
         check_all(load_base(converted).tokenizer, expected)
 
 
-def test_what_a_tokenizer_json_may_say(tmp_path: Path) -> None:
+def test_tokenizer_json_features(tmp_path: Path) -> None:
     """Padding, truncation, a normalizer, tokens that strip adjacent white space, a start token."""
     save_tiny_base(tmp_path / "base", options={"vocab_size": 600})
     backend = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))

@@ -105,7 +105,7 @@ def test_turns_are_exact_whatever_the_texts_hold(
 
 
 @given(messages=conversations(ANYTHING), last=ANYTHING)
-def test_what_comes_before_the_last_turn_is_what_generate_encodes(
+def test_text_before_the_last_turn_equals_generates_prompt(
     encoder: PromptEncoder, messages: list[ChatMessage], last: str
 ) -> None:
     messages = [ChatMessage(m.role, m.content.lstrip() if m.role == "assistant" else m.content) for m in messages]

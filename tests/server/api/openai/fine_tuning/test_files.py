@@ -108,7 +108,7 @@ async def test_a_job_holds_its_file(client: httpx.AsyncClient, leases: Leases) -
 
 async def test_the_document_has_the_content_types_that_there_are(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
-    told = document["paths"]["/v1/files/{file_id}/content"]["get"]["responses"]["200"]["content"]
+    documented = document["paths"]["/v1/files/{file_id}/content"]["get"]["responses"]["200"]["content"]
     found = set()
     for name, content in (("a.jsonl", b'{"text": "a"}\n'), ("a.csv", b"text\na\n")):
         files = {"file": (name, content)}
@@ -116,4 +116,4 @@ async def test_the_document_has_the_content_types_that_there_are(client: httpx.A
         response = await client.get(f"/v1/files/{stored['id']}/content")
         assert response.content == content
         found.add(response.headers["content-type"].partition(";")[0])
-    assert found == set(told)
+    assert found == set(documented)

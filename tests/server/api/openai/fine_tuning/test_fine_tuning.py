@@ -158,7 +158,7 @@ async def test_a_page_asks_once_for_results(
     assert files.num_asked == 1
 
 
-async def test_jobs_are_told_while_the_object_store_is_away(
+async def test_jobs_are_listed_during_a_store_outage(
     client: httpx.AsyncClient, leases: Leases, files: CountedFiles
 ) -> None:
     ids = [(await create(client)).id for _ in range(3)]
