@@ -1,1 +1,1 @@
-"""The page, in a browser; and what it is built on, against the packages that it comes from."""
+"""Tests of the page in a browser, and of its vendored libraries."""

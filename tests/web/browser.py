@@ -1,4 +1,4 @@
-"""Chromium, headless, on a page of a server that runs; what the page reports as wrong fails the test."""
+"""Headless Chromium on a page of a running server; errors that the page reports fail the test."""
 
 import shutil
 from base64 import b64encode
@@ -15,7 +15,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 MISSING = "needs Chromium: apt-get install chromium"
 PATIENCE = 60_000.0
-"""Milliseconds for anything that should take a few; machines that run tests are busy."""
+"""Milliseconds for anything that should take a few: machines that run tests are busy."""
 
 DESKTOP = (1280, 900)
 PHONE = (390, 844)
@@ -24,7 +24,7 @@ expect.set_options(timeout=PATIENCE)
 
 
 def launch(playwright: Playwright) -> Browser:
-    """Debian's browser, not one that Playwright would download."""
+    """Launch Debian's browser, not one downloaded by Playwright."""
     return playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
@@ -35,8 +35,8 @@ def page_of(
     size: tuple[int, int] = DESKTOP,
     scheme: Literal["light", "dark"] = "light",
 ) -> Iterator[Page]:
-    """The page at `url`, as somebody opens it who has never been there. AssertionError, at the end, where it wrote
-    errors to the console (a breach of its policy is one), threw, or asked another host for anything."""
+    """Open the page at `url` like a new user. Raise AssertionError at the end if it logged console errors
+    (including violations of its policy), threw, or requested anything from another host."""
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
@@ -58,7 +58,7 @@ def page_of(
 
 
 def _is_answer(text: str) -> bool:
-    """What Chromium says by itself of each answer that is an error."""
+    """Return whether this is Chromium's own message about an error response."""
     return text.startswith("Failed to load resource: the server responded with a status of 4")
 
 
@@ -67,7 +67,7 @@ def _is_own(asked: str, url: str) -> bool:
 
 
 def violations(page: Page) -> list[str]:
-    """What axe-core finds wrong with what the page shows, in its words."""
+    """Return axe-core's findings about the page."""
     page.evaluate((PACKAGES / "axe-core" / "axe.min.js").read_text(encoding="utf-8"))
     found = page.evaluate("axe.run().then((results) => results.violations)")
     return [
@@ -99,5 +99,5 @@ def drop(page: Page, selector: str, files: dict[str, bytes]) -> None:
 
 
 def save(page: Page, path: Path) -> None:
-    """A picture of the whole page."""
+    """Save a screenshot of the whole page."""
     page.screenshot(path=path, full_page=True)

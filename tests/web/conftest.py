@@ -1,4 +1,4 @@
-"""A browser, and a server on the real base that trains."""
+"""A browser, and a server on the real base with a worker."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,8 @@ from tests.web.browser import CHROMIUM, MISSING, launch
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of a file's tests: while it is open, no other test of the process can run an event loop."""
+    """Launch a browser for a file's tests: while it is open, no other test of the process can run an event
+    loop."""
     if CHROMIUM is None:
         pytest.skip(MISSING)
     with sync_playwright() as playwright:
@@ -26,7 +27,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def server(browser: Browser, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """After the browser: where there is none, none of it is started."""
+    """Start a server after the browser, so that nothing is started without a browser."""
     server = ServerProcess(tmp_path_factory.mktemp("home"), model=base_dir, workers=1)
     yield server
     server.close()
@@ -34,7 +35,7 @@ def server(browser: Browser, base_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of an adapter of random weights, as PEFT saves them, that changes what the base says."""
+    """Save random weights in PEFT's format that change the base's answers."""
     directory = tmp_path_factory.mktemp("adapter")
     write(directory, sample(load_base(base_dir).config.shape, 1, rank=2, alpha=0.5))
     return directory

@@ -17,7 +17,7 @@ PROMPT = "The HTTP status code 404 means"
 
 
 def train(server: ServerProcess, file: str, name: str, **training: int) -> None:
-    """A job from an example file, to its end."""
+    """Run a job from an example file to its end."""
     path = ROOT / "examples" / file
     data = server.client.post("/datasets", files={"file": (file, path.read_bytes())}).json()["id"]
     body = {"name": name, "dataset": data, "lora": {"rank": 8}, "training": training}

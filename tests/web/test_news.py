@@ -1,4 +1,4 @@
-"""What the page shows goes on with what the server knows: a job's events, projects, what is past its lists."""
+"""The page follows the server: a job's events, projects, and entries beyond its lists."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.server.jobs.merge_kit import sample
 from tests.web.browser import drop, page_of
 from tests.web.test_sign_in import make_key, sign_in
 
-pytestmark = pytest.mark.thorough  # what everybody sees: test_page.py
+pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
 
 PEFT_FILES = {"adapter_config": CONFIG, "adapter_model": WEIGHTS}
 OPERATORS = "operators-0123456789"
@@ -27,7 +27,7 @@ ROWS = [{"prompt": "a", "completion": "b"}] * 4
 def server(
     browser: Browser, converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """With an operator's key, no other one, and no worker: jobs wait."""
+    """Start a server with an operator's key, no other key, and no worker: jobs stay queued."""
     server = ServerProcess(
         tmp_path_factory.mktemp("home"), key=OPERATORS, model=converted_tiny, api_keys=OPERATORS
     )
@@ -51,7 +51,7 @@ def job(server: ServerProcess) -> str:
 
 
 def event(seq: int) -> str:
-    told = {
+    fields = {
         "seq": seq,
         "at": "2026-01-01T00:00:00Z",
         "level": "info",
@@ -59,11 +59,11 @@ def event(seq: int) -> str:
         "message": "news",
         "data": {},
     }
-    return f"id: {seq}\ndata: {json.dumps(told)}\n\n"
+    return f"id: {seq}\ndata: {json.dumps(fields)}\n\n"
 
 
 def test_a_server_that_ends_is_not_the_jobs_end(server: ServerProcess, browser: Browser, job: str) -> None:
-    """It lets go of those who follow a job; they go on where they were."""
+    """The server disconnects followers of a job; they resume where they were."""
     asked: list[str | None] = []
 
     def lets_go(route: Route, request: Request) -> None:
@@ -101,7 +101,7 @@ def test_a_job_of_many_events_is_not_asked_for_at_each(server: ServerProcess, br
 
 
 def test_the_first_key_of_a_server_that_has_an_operators(server: ServerProcess, browser: Browser) -> None:
-    """It may be any, and whoever makes it stays who they are; the project that it begins is there at once."""
+    """It may be any key; its creator stays signed in, and its project is listed at once."""
     with page_of(browser, f"{server.url}/#/access") as page:
         sign_in(page, OPERATORS)
         expect(page.get_by_text("None yet, except the operator's keys")).to_be_visible()
@@ -127,7 +127,7 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
     for number in range(500):
         response = server.client.post(f"/compositions/c{number:03}", json={"expression": f"{adapter}*0.5"})
         assert response.status_code == 201, response.text
-    # so it is in the list of public ones, though not in that of its project's
+    # It is in the list of public adapters, but not in the operator's project's.
     assert server.client.put(f"/adapters/{adapter}/visibility", json={"visibility": "public"}).status_code == 200
     with page_of(browser, server.url) as page:
         sign_in(page, OPERATORS)
@@ -154,7 +154,7 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
 
 
 def test_jobs_past_the_list(server: ServerProcess, browser: Browser, job: str) -> None:
-    """By a button; what runs is on the first page in any case."""
+    """They are loaded by a button; running jobs are always on the first page."""
     for number in range(100):
         body = {"name": f"job{number:03}", "data": ROWS}
         assert server.client.post("/train", json=body).status_code == 202
@@ -179,7 +179,7 @@ def test_jobs_past_the_list(server: ServerProcess, browser: Browser, job: str) -
 def test_another_projects_adapters_are_the_operators_too(
     server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
-    """What is done to them is done in their project."""
+    """Actions on them apply in their project."""
     made = server.client.post("/keys", json={"name": "theirs", "project": "beta"})
     assert made.status_code == 201, made.text
     write(tmp_path, sample(tiny_base.config.shape, 2))

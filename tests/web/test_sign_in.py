@@ -1,4 +1,4 @@
-"""Whose page it is: the first key, another project that sees nothing of the first, a key that ends."""
+"""Signing in: the first key, a project that sees nothing of another, and a key that ends."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from tests.web.browser import page_of, violations
 def server(
     browser: Browser, tiny_base: BaseModel, converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """With an adapter `ours` of the project `default`, and no key yet."""
+    """Start a server with an adapter `ours` in the project `default`, and no key."""
     server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny)
     directory = tmp_path_factory.mktemp("ours")
     write(directory, sample(tiny_base.config.shape, 1))
@@ -28,7 +28,7 @@ def server(
 
 
 def test_the_docs_work_under_their_policy(server: ServerProcess, browser: Browser) -> None:
-    """A script that the policy blocked would leave them empty, and is an error of the console."""
+    """A script blocked by the policy would leave them empty, and logs an error to the console."""
     with page_of(browser, f"{server.url}/#/") as page:
         page.goto(f"{server.url}/docs")
         page.get_by_role("button", name="/health").first.click()
@@ -38,7 +38,7 @@ def test_the_docs_work_under_their_policy(server: ServerProcess, browser: Browse
 
 
 def make_key(page: Page, name: str, project: str, scopes: tuple[str, ...]) -> str:
-    """As an operator makes it on the page; its secret, which is shown once."""
+    """Create a key on the page like an operator; return its secret, which is shown once."""
     form = page.get_by_role("form", name="New key")
     if not form.is_visible():
         page.get_by_text("New key").click()
@@ -61,7 +61,7 @@ def sign_in(page: Page, secret: str) -> None:
 
 @pytest.fixture(scope="module")
 def admin(server: ServerProcess, browser: Browser) -> str:
-    """The first key: who made it goes on with it, whoever comes then is asked for one."""
+    """Create the first key: its creator stays signed in, and other visitors must sign in."""
     with page_of(browser, f"{server.url}/#/access") as page:
         expect(page.get_by_text("None yet: everyone who reaches this server")).to_be_visible()
         form = page.get_by_role("form", name="New key")
@@ -126,8 +126,8 @@ def test_the_operator_sees_whose_a_job_is(server: ServerProcess, browser: Browse
         expect(jobs.get_by_role("link", name="codes-default")).not_to_contain_text("of default")
 
 
-def test_where_a_key_is_kept(server: ServerProcess, browser: Browser, admin: str) -> None:
-    """In this tab, until it is closed or one signs out; in no address, no cookie, nothing that stays."""
+def test_storage_of_a_key(server: ServerProcess, browser: Browser, admin: str) -> None:
+    """In this tab, until it is closed or the user signs out; not in an address, a cookie or permanent storage."""
     with page_of(browser, server.url) as page:
         page.get_by_role("link", name="Adapters").click()
         sign_in(page, admin)
@@ -147,11 +147,11 @@ def test_where_a_key_is_kept(server: ServerProcess, browser: Browser, admin: str
         expect(page.get_by_role("heading", name="API key")).to_be_visible()
         assert page.evaluate("Object.values(sessionStorage)") == []
         sign_in(page, admin)
-        expect(page.get_by_role("textbox", name="Question")).to_have_value("")  # nothing is left of who was there
+        expect(page.get_by_role("textbox", name="Question")).to_have_value("")  # nothing remains
 
 
 def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
-    """At once: a page that is open asks for another key. And it is written down."""
+    """It takes effect at once: an open page asks for another key. The audit list has it."""
     with page_of(browser, f"{server.url}/#/access") as page:
         sign_in(page, admin)
         secret = make_key(page, "guest", "acme", ("generate",))
@@ -175,8 +175,8 @@ def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
     assert limit == 60
 
 
-def test_usage_is_told_by_the_names_of_keys(server: ServerProcess, browser: Browser, admin: str) -> None:
-    """To those who may know them."""
+def test_usage_shows_names_of_keys(server: ServerProcess, browser: Browser, admin: str) -> None:
+    """Only for users who may list keys."""
     made = server.client.post("/keys", json={"name": "named", "project": "acme", "scopes": ["generate"]}).json()
     body = {"prompt": "ab", "max_tokens": 1}
     headers = {"Authorization": f"Bearer {made['secret']}"}

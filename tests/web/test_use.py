@@ -256,7 +256,7 @@ PLACES = "['main form', '[name=name]'].map((of) => document.querySelector(of).ge
 
 
 @pytest.mark.parametrize(("size", "status"), [((1280, 500), 403), (PHONE, 429)])
-def test_who_reads_is_not_thrown_back(
+def test_reading_position_is_kept(
     server: ServerProcess, browser: Browser, size: tuple[int, int], status: int
 ) -> None:
     """By a list that comes late, nor by one that is away for a moment."""
@@ -409,7 +409,7 @@ def test_a_file_that_has_changed_since_it_was_chosen(
         expect(upload.get_by_role("alert")).to_contain_text(f"{CONFIG} can't be read")
 
 
-def test_who_has_left_is_not_fetched_back(
+def test_user_who_navigated_away_stays_there(
     server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     write(tmp_path, sample(tiny_base.config.shape, 3))
@@ -428,7 +428,7 @@ def test_who_has_left_is_not_fetched_back(
         assert page.url.endswith("#/engine")
 
 
-def test_who_has_left_a_delete_is_not_fetched_back(server: ServerProcess, browser: Browser, job: str) -> None:
+def test_user_who_left_a_delete_stays_there(server: ServerProcess, browser: Browser, job: str) -> None:
     server.client.post(f"/train/{job}/cancel").raise_for_status()
     server.client.post("/compositions/gone", json={"expression": "plain*0.5"}).raise_for_status()
     with page_of(browser, server.url) as page:

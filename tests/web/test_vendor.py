@@ -1,4 +1,4 @@
-"""What is vendored is what its packages have, but for the changes that are named."""
+"""Vendored files equal those of their packages, except for declared changes."""
 
 import hashlib
 import json
@@ -8,14 +8,14 @@ import pytest
 from tests.web.vendor import MANIFEST, PACKAGES, VENDOR, adapted, manifest, sources
 
 _DECLARATIONS = {"preact.d.mts", "hooks.d.mts", "htm.d.mts", "uplot.d.mts"}
-"""Types, for `make check` alone."""
+"""Types, used only by `make check`."""
 
 
 def test_the_manifest_names_each_file() -> None:
-    told = json.loads((VENDOR / MANIFEST).read_text())
+    stored = json.loads((VENDOR / MANIFEST).read_text())
     found = {path.name for path in VENDOR.iterdir()}
-    assert found == set(told) | _DECLARATIONS | {MANIFEST}
-    for name, entry in told.items():
+    assert found == set(stored) | _DECLARATIONS | {MANIFEST}
+    for name, entry in stored.items():
         assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == entry["sha256"], name
 
 

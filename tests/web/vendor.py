@@ -1,7 +1,7 @@
-"""Take the libraries of the page from their npm packages: `make vendor`, when server/web/package.json changed.
+"""Copy the page's libraries from their npm packages: `make vendor`, after a change of server/web/package.json.
 
-Beside the files stand the packages' licences and `manifest.json`: of each file the package, its version, and the
-SHA-256 of what the package has and of what stands here. What is changed is said in `_CHANGES`.
+The packages' licences and `manifest.json` are stored with the files: for each file the package, its version, and
+the SHA-256 of the original and of the vendored file. Changes are declared in `_CHANGES`.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _CHANGES = {
 
 
 def adapted(file: str, original: bytes) -> bytes:
-    """What stands in vendor/ for the package's file."""
+    """Return the vendored text of the package's file."""
     if file.endswith(".LICENSE"):
         return original
     text = re.sub(r"\n//# sourceMappingURL=\S+\s*$", "\n", original.decode())
@@ -45,12 +45,13 @@ def adapted(file: str, original: bytes) -> bytes:
 
 
 def sources() -> dict[str, bytes]:
-    """Each vendored file as its package has it. Raises FileNotFoundError where the packages aren't installed."""
+    """Return each vendored file as its package has it. Raise FileNotFoundError if the packages aren't
+    installed."""
     return {file: (PACKAGES / package / path).read_bytes() for file, (package, path) in _FILES.items()}
 
 
 def manifest(originals: dict[str, bytes]) -> dict[str, dict[str, str]]:
-    """What is said of each file, from the packages that are installed."""
+    """Return the manifest of the installed packages."""
     versions = {
         package: json.loads((PACKAGES / package / "package.json").read_text())["version"]
         for package, _ in _FILES.values()

@@ -18,7 +18,8 @@ from tests.server.jobs.attempt_kit import Shop
 
 @pytest.fixture
 def engine(database_url: str | None, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
-    """A database with all tables. Whatever is run on it compiles for PostgreSQL, too, or the test fails."""
+    """A database with all tables. Every statement run on it must also compile for PostgreSQL, or the test
+    fails."""
     if database_url is None:
         shutil.copy(new_database, tmp_path)
     engine = connect(tmp_path, url=database_url)

@@ -1,4 +1,4 @@
-"""What tests of jobs and workers share: jobs to submit, a stand-in for training, and patience."""
+"""Helpers for tests of jobs and workers: jobs to submit, a stub for training, and waiting."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def submit(jobs: Jobs, job_id: str, name: str = "tweets") -> Job:
 
 
 def submit_stub(home: Path, jobs: Jobs, job_id: str, name: str = "tweets", **plan: object) -> Job:
-    """A job for the stub, which does as `plan` says: see stub_job.py."""
+    """Submit a job for the stub, which follows `plan`: see stub_job.py."""
     directory = home / "jobs" / job_id
     directory.mkdir(parents=True)
     (directory / "plan.json").write_text(json.dumps(plan))
@@ -32,7 +32,8 @@ def submit_stub(home: Path, jobs: Jobs, job_id: str, name: str = "tweets", **pla
 
 
 def final_digest(num_steps: int) -> str:
-    """What the stub's steps come to: each one's state is the digest of the one before and its number."""
+    """Return the final state of the stub's steps: each state is the digest of the previous one and the step's
+    number."""
     state = ""
     for step in range(1, num_steps + 1):
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
@@ -40,7 +41,7 @@ def final_digest(num_steps: int) -> str:
 
 
 def steps_done(home: Path, job_id: str) -> list[tuple[int, int, int]]:
-    """(token, process id, step) of each step that the stub did for the job, in order."""
+    """Return (token, process id, step) of each step that the stub took for the job, in order."""
     path = home / "jobs" / job_id / "steps"
     if not path.exists():
         return []
@@ -49,13 +50,13 @@ def steps_done(home: Path, job_id: str) -> list[tuple[int, int, int]]:
 
 
 def stays(home: Path, job_id: str, step: int) -> bool:
-    """Whether the stub waits at that step: see `stay_at` in stub_job.py."""
+    """Return whether the stub waits at that step: see `stay_at` in stub_job.py."""
     path = home / "jobs" / job_id / "stays"
     return path.exists() and path.read_text() == str(step)
 
 
 def until(condition: Callable[[], object], seconds: float = 240.0) -> None:
-    """Wait until it is so; AssertionError after that time."""
+    """Wait until the condition holds. Raise AssertionError on timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -66,7 +67,7 @@ def until(condition: Callable[[], object], seconds: float = 240.0) -> None:
 def working(
     home: Path, jobs: Jobs, leases: Leases, timing: Timing = FAST, command: tuple[str, ...] = STUB
 ) -> Iterator[Worker]:
-    """A worker on a thread of this process, which is stopped at the end."""
+    """Run a worker on a thread of this process, stopped at the end of the block."""
     worker = Worker(home, jobs, leases, json.dumps({"home": str(home)}), command=command, timing=timing)
     thread = threading.Thread(target=worker.run, name="worker")
     thread.start()

@@ -22,7 +22,7 @@ from server.training.run import Reporter
 def sample(
     shape: BaseShape, seed: int, rank: int = 4, alpha: float = 8.0, names: tuple[str, ...] = MODULES
 ) -> PeftAdapter:
-    """Random weights that change what a tiny base says."""
+    """Return random weights that change a tiny base's answers."""
     config = LoraConfig(rank, alpha, names)
     generator = torch.Generator().manual_seed(seed)
     modules: dict[ModuleKey, LoraModule] = {}
@@ -37,7 +37,7 @@ def sample(
 
 
 def library_of(catalog: Catalog, store: AdapterStore, base: BaseModel) -> Library:
-    """The adapters as a worker of that base has them."""
+    """Return the library of a worker with that base."""
     return Library(catalog, store, base.config.shape, base.name, base_digest=base.digest)
 
 
@@ -49,7 +49,7 @@ def publish(
     base_digest: str | None = None,
     warnings: Sequence[str] = (),
 ) -> Version:
-    """The adapter as the name's next version, made on the base of that digest."""
+    """Publish the adapter as the name's next version, made on the base of that digest."""
     return catalog.publish(
         name,
         digest=adapter.weights.digest,
@@ -65,12 +65,12 @@ def publish(
 
 
 def merge_spec(catalog: Catalog, expression: str, recipe: Recipe, name: str = "merged") -> MergeSpec:
-    """The job that POST /compositions/{name} would queue."""
+    """Return the job that POST /compositions/{name} would queue."""
     return MergeSpec(name, catalog.resolve(parse(expression)), recipe)
 
 
 def origin_of(catalog: Catalog, spec: MergeSpec) -> Origin:
-    """Where the job's parts were made, which are all in the catalog."""
+    """Return the common base of the job's parts, which are all in the catalog."""
     return Origin.of(catalog.version(part.name, part.version) for part in spec.parts)
 
 
@@ -82,5 +82,5 @@ def merge_now(
 
 
 def spec_of(parts: Mapping[str, float], recipe: Recipe) -> MergeSpec:
-    """A job whose parts are nowhere: version 1 of each name."""
+    """Return a job whose parts don't exist: version 1 of each name."""
     return MergeSpec("merged", tuple(Part(name, 1, name * 64, weight) for name, weight in parts.items()), recipe)

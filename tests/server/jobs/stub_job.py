@@ -1,12 +1,11 @@
-"""Stands in for `server.jobs.run_job`: counts steps, each of which decides the next one's state.
+"""A stub for `server.jobs.run_job`: it counts steps, each of which determines the next one's state.
 
-HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `every` so many; `hang_at` a step,
-`crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
-publishing, `linger` so many seconds after that, before the file `tidy` is made, and `full` fails with a full disk
-at that step; `transfer` so many seconds at the first step, in one call that may take `transfer_at_most`; at each
-step of `stay_at` it waits, the step's number in the file `stays`, until it is asked to leave or to give way, or
-`go` is there.
-HOME/jobs/<id>/steps gets a line for each step.
+HOME/jobs/<id>/plan.json sets: `steps`; `seconds` per step; a checkpoint `every` so many; `hang_at` a step;
+`crash_at` a step in the first attempt; `deaf` to requests to leave; `hold` until the file `go` exists before
+publishing; `linger` so many seconds after that, before the file `tidy` is made; `full`, a step that fails with a
+full disk; `transfer` so many seconds at the first step, in one call that may take `transfer_at_most`. At each step
+of `stay_at` it writes the step's number to the file `stays`, and waits until it is asked to leave or to give way,
+or until `go` exists. HOME/jobs/<id>/steps gets a line for each step.
 """
 
 import errno
@@ -27,7 +26,7 @@ from server.storage.reserve import Reserve
 
 
 def connect(home: Path) -> sa.Engine:
-    """As server.database does, without the migrations, which take longer than a stub's whole life."""
+    """Connect like server.database, but without the migrations, which take longer than the whole stub."""
     url = f"sqlite:///{home.absolute()}/smolora.db"
     engine = sa.create_engine(url, module=driver, connect_args={"timeout": 15})
 

@@ -1,4 +1,4 @@
-"""A worker process with the times of tests, which has jobs run by a command: HOME PARENT LEASE COMMAND…"""
+"""A worker process with short timeouts, whose jobs are run by a command: HOME PARENT LEASE COMMAND…"""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Jobs of machines with one bucket: one resumes another's job from its rows and its checkpoint."""
+"""Jobs of machines that share a bucket: one resumes another's job from its rows and its checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ def test_another_machine_resumes_a_job(machine: Machine, bucket: "Bucket", how: 
     a, b, c = (machine(name) for name in "abc")
     data = job_data(a.base)
     a.submit(replace(SPEC, name="whole"), data, "whole")
-    moments = b.attempt().num_moments  # which has its rows from the bucket
+    moments = b.attempt().num_moments  # it gets its rows from the bucket
     expected = b.result("whole")
     assert b.catalog.get("whole").versions[0].digest == expected_digest(b, "whole")
 
@@ -95,7 +95,7 @@ def test_rows_of_a_cancelled_job_are_removed(machine: Machine, bucket: "Bucket")
 
 
 def test_prune_reports_a_removed_job_once(tmp_path: Path, engine: sa.Engine) -> None:
-    """Also where machines share a directory, in which a folder would outlive its files."""
+    """This holds even if machines share a directory, where a folder could outlive its files."""
     pytest.importorskip("obstore")
     from adapters.storage.bucket import Bucket as Real
 
@@ -128,7 +128,7 @@ def test_other_machines_have_a_full_models_files(
 
 
 def test_a_model_outlives_the_database(tmp_path: Path, bucket: "Bucket", monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was put back from an older copy, say: rows of jobs that it doesn't know go, models stay."""
+    """For example, it was restored from an older copy: rows of unknown jobs are removed, models stay."""
     for name in (
         "rows/data.json",
         "checkpoint-1-2/state.json",
@@ -157,7 +157,7 @@ def checkpoint(step: int, value: float) -> Checkpoint:
 
 
 def test_a_stale_worker_overwrites_nothing(open_checkpoints: "OpenCheckpoints", bucket: "Bucket") -> None:
-    """The first one was stopped, and goes on after the second has the job."""
+    """The first worker was stopped, and continues after the second has got the job."""
     first, second, third = (open_checkpoints(name, token) for name, token in (("a", 1), ("b", 2), ("c", 3)))
     assert first.newest() is None
     first.save(checkpoint(10, 1.0))

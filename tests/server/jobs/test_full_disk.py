@@ -1,4 +1,5 @@
-"""Checkpoints and publications on a disk that fills up: what was there stays whole, what can't be stored isn't."""
+"""Checkpoints and publications on a disk that fills up: existing files stay whole, and failed writes leave
+nothing."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -43,7 +44,7 @@ def checkpoint(step: int) -> Checkpoint:
 
 
 def fits(reserve: Reserve, work: Callable[[], object]) -> bool:
-    """Whether there was room for it; what says that there wasn't is known for that."""
+    """Return whether there was enough space. Other errors are raised."""
     try:
         work()
     except Exception as error:
@@ -75,7 +76,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(disk: Path) -> None:
 
 
 def test_a_publication_is_there_whole_or_not_at_all(disk: Path, engine: sa.Engine, tiny_base: BaseModel) -> None:
-    """Wherever it ends, the job's failure can be written down, and the next start finds nothing to go on with."""
+    """Wherever it fails, the job's failure can be recorded, and the next start finds nothing to resume."""
     records = Records(disk / "adapters")
     jobs, leases, store = Jobs(engine), Leases(engine, records), AdapterStore(disk / "adapters")
     catalog, reserve = Catalog(engine, records), Reserve(disk)

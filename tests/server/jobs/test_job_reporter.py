@@ -1,4 +1,4 @@
-"""What a job's process says while one call takes long: that it lives, for as long as the call may take."""
+"""Heartbeats of a job's process during one long call, for as long as the call may take."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from server.jobs.yielding import Yielding
 
 @dataclass
 class Link:
-    """A worker's, of which each sign of life is kept."""
+    """A link to a worker that records each heartbeat."""
 
     beats: list[float] = field(default_factory=list)
     progress: list[object] = field(default_factory=list)
@@ -49,14 +49,14 @@ def test_it_beats_no_longer_than_it_may() -> None:
 
 
 def test_a_block_without_time_says_nothing() -> None:
-    """As one of few bytes: then the worker's own patience is what it has."""
+    """For example, one of few bytes: then the worker's own timeout applies."""
     beats: list[float] = []
     with beating(lambda: beats.append(time.monotonic()), 0.0, every=0.02):
         time.sleep(0.2)
     assert beats == []
 
 
-def test_what_fails_in_the_block_is_told() -> None:
+def test_errors_in_the_block_are_reported() -> None:
     with pytest.raises(OSError, match="full"), beating(lambda: None, 60.0):
         raise OSError("the disk is full")
 
@@ -66,7 +66,8 @@ def test_what_fails_in_the_block_is_told() -> None:
     [(1_700_000_000, False, True), (1_000, False, False), (1_700_000_000, True, True), (10_000_000, True, False)],
 )
 def test_a_pass_may_take_as_long_as_its_size(num_parameters: int, is_on_gpu: bool, is_long: bool) -> None:
-    """Beside requests a row of 8,192 tokens takes a large base over five minutes, and a small one an instant."""
+    """While requests run, a row of 8,192 tokens takes a large base over five minutes, and a small one an
+    instant."""
     link = Link()
     reporter = JobReporter(
         cast(WorkerLink, link),
@@ -84,7 +85,7 @@ def test_a_pass_may_take_as_long_as_its_size(num_parameters: int, is_on_gpu: boo
 
 
 def test_a_pass_that_hangs_on_a_gpu_is_found_within_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After it has had as long as the slowest would take: a hundredth of what a CPU may."""
+    """The limit is the time of the slowest GPU: a hundredth of what a CPU may take."""
     seconds: list[float] = []
     monkeypatch.setattr(reporter, "beating", lambda _, given: seconds.append(given))
     for is_on_gpu in (False, True):
@@ -100,7 +101,7 @@ def test_a_pass_that_hangs_on_a_gpu_is_found_within_minutes(monkeypatch: pytest.
 
 
 def test_a_job_gives_way_after_its_step_rather_than_in_it() -> None:
-    """Its progress is reported first, and a pause that is asked for meanwhile is not delayed."""
+    """Its progress is reported first, and a pause requested in the meantime isn't delayed."""
     link = Link(should_give_way=True)
     reporter = JobReporter(
         cast(WorkerLink, link),

@@ -280,7 +280,7 @@ def test_a_job_whose_worker_died_costs_no_more_than_its_lease(
     assert run_seconds(engine) == 60
 
 
-def test_what_a_worker_slept_through_is_not_counted(
+def test_time_while_a_worker_was_stopped_does_not_count(
     jobs: Jobs, leases: Leases, engine: sa.Engine, clock: Clock
 ) -> None:
     """Neither by the heartbeat after it nor by the next one; nor does a clock that was set back take time back."""
@@ -305,7 +305,7 @@ def test_what_a_worker_slept_through_is_not_counted(
     assert run_seconds(engine) == 8 + 10 + 4 + 2
 
 
-def test_what_stood_in_an_attempts_way_is_told_and_not_counted(
+def test_hindered_attempts_are_reported_and_not_counted(
     jobs: Jobs, leases: Leases, engine: sa.Engine, clock: Clock
 ) -> None:
     submit(jobs, "j1")
@@ -642,7 +642,7 @@ def test_the_clock_is_the_databases(engine: sa.Engine, jobs: Jobs) -> None:
     assert 30 < until - time.time() <= 60
 
 
-def test_nul_is_refused_by_field_and_left_out_of_what_is_told(jobs: Jobs, leases: Leases) -> None:
+def test_nul_is_refused_in_fields_and_removed_from_messages(jobs: Jobs, leases: Leases) -> None:
     """PostgreSQL stores none in a text, and can't look into a document that has one."""
     with pytest.raises(InvalidInput, match=r"^data\.source\.name: must not have NUL"):
         jobs.submit(JobSpec(name="x"), job_id="j1", data={"source": {"kind": "\\u0000", "name": "a\0b"}})

@@ -195,7 +195,7 @@ def test_layers_are_those_of_the_parts_base(
     assert store.fits(merged.digest, shape)
 
 
-def test_it_is_told_what_is_told_of_its_parts(
+def test_merge_inherits_its_parts_warnings(
     jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
 ) -> None:
     left, right = samples(tiny_base).values()
@@ -211,7 +211,7 @@ def test_it_is_told_what_is_told_of_its_parts(
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_part_that_is_withdrawn_meanwhile(
+def test_part_withdrawn_before_the_merge(
     jobs: Jobs, leases: Leases, catalog: Catalog, engine: sa.Engine, store: AdapterStore, tiny_base: BaseModel
 ) -> None:
     """Another project's: the job has its bytes, and knows where they were made."""
@@ -255,7 +255,7 @@ def test_its_card(jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterSt
 
 
 @pytest.mark.usefixtures("parts")
-def test_what_cancels_out_has_no_distance(
+def test_parts_that_cancel_have_no_distance(
     jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
 ) -> None:
     """Equal weights under other bytes: their sum is 0, and JSON has no infinities."""
@@ -276,7 +276,7 @@ def test_what_cancels_out_has_no_distance(
 
 @pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("after", [0, 7, 20, 21])  # the last: while the distance is measured
-def test_cut_off_anywhere_it_ends_in_the_same_bytes(
+def test_interrupted_merge_ends_in_the_same_bytes(
     jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel, after: int
 ) -> None:
     spec = merge_spec(catalog, EXPRESSION, Recipe("dare_ties", 0.5, seed=after, rank=3))
@@ -294,7 +294,7 @@ def test_cut_off_anywhere_it_ends_in_the_same_bytes(
 
 
 @pytest.mark.usefixtures("parts")
-def test_who_lost_the_job_publishes_nothing(
+def test_worker_without_a_lease_publishes_nothing(
     jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
 ) -> None:
     spec = merge_spec(catalog, EXPRESSION, TIES)
@@ -308,7 +308,7 @@ def test_who_lost_the_job_publishes_nothing(
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_part_that_changed_on_the_disk(
+def test_part_damaged_on_disk(
     jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     spec = merge_spec(catalog, EXPRESSION, TIES)
@@ -346,7 +346,7 @@ def test_specs_are_stored_and_read(spec: JobSpec | MergeSpec, jobs: Jobs) -> Non
     assert jobs.list()[0].kind == ("merge" if isinstance(spec, MergeSpec) else "train")
 
 
-def test_what_no_merge_ever_stored() -> None:
+def test_invalid_merge_specs() -> None:
     document = spec_of({"a": 0.5}, TIES).to_document()
     for changed in ({"method": "average"}, {"density": "all"}, {"parts": None}, {"name": 3}):
         with pytest.raises(ValueError, match=next(iter(changed))):

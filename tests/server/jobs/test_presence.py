@@ -1,4 +1,4 @@
-"""Living workers are seen, of whatever process; dead ones aren't, however they died."""
+"""Live workers are seen, from any process; dead ones aren't, however they died."""
 
 import shutil
 import subprocess
@@ -21,11 +21,11 @@ with present(Path(sys.argv[1])):
 """
 
 
-def test_nobody_is_there_before_the_first(tmp_path: Path) -> None:
+def test_no_worker_before_the_first(tmp_path: Path) -> None:
     assert workers_of(tmp_path) == []
 
 
-def test_one_is_there_for_as_long_as_it_lives(tmp_path: Path) -> None:
+def test_worker_is_present_while_it_lives(tmp_path: Path) -> None:
     with present(tmp_path):
         assert workers_of(tmp_path) == [own_name()]
         assert workers_of(tmp_path) == [own_name()], "looking changes nothing"
@@ -56,7 +56,7 @@ def test_a_killed_one_is_gone_at_once(tmp_path: Path) -> None:
 
 
 def may_number_apart() -> bool:
-    """Whether this machine lets processes have a numbering of their own."""
+    """Return whether this machine allows PID namespaces."""
     program = shutil.which("unshare")
     return (
         program is not None
@@ -66,7 +66,7 @@ def may_number_apart() -> bool:
 
 @pytest.mark.skipif(not may_number_apart(), reason="needs unshare, and leave to use it")
 def test_two_containers_with_the_machines_name(tmp_path: Path) -> None:
-    """As with Docker's `network_mode: host`: each is the first process of its own numbering."""
+    """As with Docker's `network_mode: host`: each is the first process of its own PID namespace."""
     apart = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", HOLD, str(tmp_path)]
     others = [subprocess.Popen(apart, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     watch = threading.Timer(100, others[1].kill)
@@ -82,7 +82,7 @@ def test_two_containers_with_the_machines_name(tmp_path: Path) -> None:
             other.communicate()
 
 
-def test_one_that_comes_while_somebody_looks_is_not_taken_for_dead(tmp_path: Path) -> None:
+def test_starting_worker_is_not_taken_for_dead(tmp_path: Path) -> None:
     ended = threading.Event()
 
     def look() -> None:
@@ -101,7 +101,7 @@ def test_one_that_comes_while_somebody_looks_is_not_taken_for_dead(tmp_path: Pat
 
 
 def test_another_of_the_same_name_is_not_waited_for(tmp_path: Path) -> None:
-    """Of a container that has this one's host name (`network_mode: host`), and counts processes from 1, too."""
+    """Another container with this host name (`network_mode: host`) also numbers processes from 1."""
     has_begun = threading.Event()
 
     def work() -> None:

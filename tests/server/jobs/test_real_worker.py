@@ -1,4 +1,4 @@
-"""A real worker: what it trains in, a base that goes away and comes back, and jobs that give way to others."""
+"""A real worker: its dtype, a base that disappears and returns, and jobs that give way to others."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from tests.server.jobs.job_kit import until
 SPEC = JobSpec("codes", lora=LoraSpec(rank=2), training=TrainingSpec(max_steps=1, max_length=48))
 
 PATIENCE = 240.0
-"""Seconds: a job's process takes four to start, and many where others want the cores."""
+"""Seconds: a job's process takes four to start, and many on a busy machine."""
 
 
 @contextmanager
@@ -76,9 +76,9 @@ def test_it_trains_in_fp32_and_jobs_wait_for_a_base(shop: Shop) -> None:
     assert shop.jobs.get("second").status is Status.SUCCEEDED
 
 
-@pytest.mark.thorough  # whose turn it is: queue/test_turns.py; the bits: loop/test_interruptions.py
+@pytest.mark.thorough  # turns: queue/test_turns.py; the bits: loop/test_interruptions.py
 def test_a_job_of_days_gives_way_to_another_projects_job(shop: Shop) -> None:
-    """The one-step job starts a slice, a step and a start of a process after it was submitted, at the latest."""
+    """The one-step job starts at most a slice, a step and a process start after its submission."""
     data = job_data(shop.base, num_held_out=0)
     time_slice = 3.0
     shop.submit(replace(SPEC, training=replace(SPEC.training, max_steps=1_000_000)), data, "days")

@@ -1,4 +1,4 @@
-"""The space that is kept for saying why a job failed, on a disk that is really full where one can be mounted."""
+"""The reserved space for recording why a job failed, on a really full disk if one can be mounted."""
 
 import errno
 import os
@@ -82,7 +82,7 @@ def test_a_failure_is_recorded_on_a_full_disk(small_disk: Path) -> None:
     assert reserve.is_needed
 
     def write_much() -> None:
-        for _ in range(10_000):  # until the log, whose pages are used again, wants to grow
+        for _ in range(10_000):  # until the log, whose pages are reused, would have to grow
             leases.add_event(claim, "x" * 1000)
 
     with pytest.raises(sa.exc.OperationalError) as caught:

@@ -1,4 +1,4 @@
-"""Jobs' files by age, and removals that are killed anywhere: all of it there, or none."""
+"""Removal of jobs' files by age; a removal killed anywhere leaves all of them or none."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def retention(tmp_path: Path, jobs: Jobs) -> Retention:
 
 
 def leave_files(home: Path, job_id: str) -> None:
-    """1,500 bytes in three folders."""
+    """Write 1,500 bytes in three folders."""
     files = JobFiles(home)
     (files.checkpoints(job_id) / "1-10").mkdir(parents=True)
     files.model(job_id).mkdir()
@@ -91,8 +91,8 @@ def test_files_of_a_running_job_cannot_be_removed(
     assert retention.remove("j1") == 0
 
 
-def test_what_a_late_process_wrote_is_removed_later(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
-    """The process of a cancelled job may be in the middle of a checkpoint when its files are removed."""
+def test_files_of_a_late_process_are_removed_later(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
+    """The process of a cancelled job may be writing a checkpoint when its files are removed."""
     submit(jobs, "j1")
     submit(jobs, "j2")
     jobs.cancel("j1")
@@ -109,13 +109,13 @@ def test_what_a_late_process_wrote_is_removed_later(tmp_path: Path, jobs: Jobs, 
 
 
 def statuses_of(status: Status | None) -> Statuses:
-    """For jobs of which each has this one."""
+    """Return the statuses for jobs that all have this one."""
     return lambda job_ids: {} if status is None else dict.fromkeys(job_ids, status)
 
 
 @pytest.mark.parametrize("status", [*Status, None])
 def test_checkpoints_of_unended_jobs_stay(tmp_path: Path, status: Status | None) -> None:
-    """Also of a job that isn't known here: it may be on its way to the queue."""
+    """This includes jobs that aren't known here: they may be about to be queued."""
     leave_files(tmp_path, "j1")
     files = JobFiles(tmp_path)
     files.sweep_ended(statuses_of(status))
@@ -148,7 +148,7 @@ def test_rows_of_unended_jobs_stay(tmp_path: Path, status: Status | None) -> Non
 
 @pytest.mark.parametrize("status", [*Status, None])
 def test_an_abandoned_half_of_a_model_is_removed(tmp_path: Path, status: Status | None) -> None:
-    """The attempt that wrote it was killed, and its job was cancelled before another one."""
+    """The attempt that wrote it was killed, and its job was cancelled before another attempt."""
     leave_files(tmp_path, "j1")
     shutil.rmtree(JobFiles(tmp_path).checkpoints("j1"))
     old, new = (JobFiles(tmp_path).directory("j1") / f".unfinished-model-{name}" for name in ("old", "new"))
@@ -161,7 +161,7 @@ def test_an_abandoned_half_of_a_model_is_removed(tmp_path: Path, status: Status 
 
 
 def test_old_folders_of_jobs_never_submitted_are_removed(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
-    """The server was killed between the two, and is started again long before anybody can tell."""
+    """The server was killed in between, and restarts long before the folder's age shows that it is abandoned."""
     submit(jobs, "j1")
     for job_id in ("j1", "old", "new"):
         leave_rows(tmp_path, job_id)
@@ -173,7 +173,7 @@ def test_old_folders_of_jobs_never_submitted_are_removed(tmp_path: Path, jobs: J
 
 
 def test_a_model_outlives_the_database(tmp_path: Path, retention: Retention) -> None:
-    """One that was set aside as damaged, or is about to be put back: nothing makes the model again."""
+    """The database was set aside as damaged, or is about to be restored: the model can't be made again."""
     for job_id in ("job-1", "job-2"):
         leave_files(tmp_path, job_id)
         os.utime(JobFiles(tmp_path).directory(job_id), (0, 0))
@@ -201,7 +201,7 @@ def test_cancelling_removes_rows(tmp_path: Path, jobs: Jobs, retention: Retentio
 def test_a_server_removes_rows_that_a_kill_left(
     tmp_path: Path, jobs: Jobs, retention: Retention, left: int
 ) -> None:
-    """Whoever cancelled the job may have removed some of them."""
+    """The client that cancelled the job may have removed some of them."""
     for job_id in ("j1", "j2"):
         submit(jobs, job_id)
         leave_rows(tmp_path, job_id)

@@ -1,4 +1,4 @@
-"""The process of a job: what it loads and where, and how it ends without memory."""
+"""The process of a job: its base and device, and its end if memory runs out."""
 
 import logging
 import sqlite3
@@ -43,7 +43,7 @@ STARVED = (
     "train_job.TrainingAttempt.run = run\n"
     "sys.exit(run_job.main(sys.argv[-1]))\n"
 )
-"""A job's process whose training finds no memory."""
+"""A job's process whose training runs out of memory."""
 
 LOADS_SLOWLY = (
     "import sys, threading\n"
@@ -56,7 +56,7 @@ LOADS_SLOWLY = (
     "run_job._load = load\n"
     "sys.exit(run_job.main(sys.argv[-1]))\n"
 )
-"""A job's process whose base takes until the first sign of life."""
+"""A job's process whose base takes until the first heartbeat to load."""
 
 REFUSED = "BytesUnavailable()"
 GONE = "Interrupted()"
@@ -66,7 +66,7 @@ LOCKED = "sqlite3.OperationalError('database is locked')"
 
 
 def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
-    """A job's process whose rows can't be had, by that error; or its base, by that of `resolve_base`."""
+    """A job's process whose rows can't be read, with that error; or its base, with an error of `resolve_base`."""
     return (
         sys.executable,
         "-c",
@@ -81,7 +81,7 @@ def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
 
 
 def settings_of(base_dir: Path, **settings: object) -> WorkerSettings:
-    """For a base that was converted beside its directory."""
+    """Return settings for a base that was converted next to its directory."""
     given = {"home": base_dir.parent, "model": str(base_dir), "native": False, **settings}
     return WorkerSettings.model_validate(given)
 
@@ -103,11 +103,11 @@ def test_a_job_without_memory_fails_once_and_says_what_to_lower(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if database_url is not None:
-        monkeypatch.setenv("SMOLORA_DATABASE_URL", database_url)  # as a worker's children have it
+        monkeypatch.setenv("SMOLORA_DATABASE_URL", database_url)  # as a worker's child processes have it
     submit(jobs, "a")
     settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu")
     command = (sys.executable, "-c", STARVED)
-    timing = replace(FAST, hung=120.0)  # where every core is taken, torch's import is silent for long
+    timing = replace(FAST, hung=120.0)  # on a busy machine, importing torch is silent for long
     worker = Worker(tmp_path, jobs, leases, settings.to_json(), command=command, timing=timing)
 
     def was_tried() -> bool:
@@ -124,7 +124,7 @@ def test_a_job_without_memory_fails_once_and_says_what_to_lower(
 
 
 def num_stalled(engine: sa.Engine) -> int:
-    """Attempts at the only job that count."""
+    """Return the number of counted attempts of the only job."""
     with engine.connect() as connection:
         found: int = connection.execute(sa.select(tables.jobs.c.stalled_attempts)).scalar_one()
     return found
@@ -140,7 +140,7 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An upgrade in which another machine was first: the worker goes on with what it has open."""
+    """Another machine was upgraded first: the worker continues with its open connections."""
     if database_url is not None:
         monkeypatch.setenv("SMOLORA_DATABASE_URL", database_url)
     caplog.set_level(logging.INFO, "smolora.worker")
@@ -160,7 +160,7 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
 def test_a_database_that_stays_locked_costs_a_job_no_attempt(
     shop: Shop, tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while the worker wants to let the job go: one that it can't looks like a dead worker's."""
+    """Also while the worker tries to release the job: a job that isn't released looks like a dead worker's."""
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
     release, refused = shop.leases.release, list[object]()
 
@@ -193,10 +193,10 @@ def test_a_database_that_stays_locked_costs_a_job_no_attempt(
         (FULL, "its worker's disk is full", "resolve_base"),
     ],
 )
-def test_what_others_may_have_room_for_goes_back_and_says_why(
+def test_job_without_room_is_requeued_with_a_reason(
     shop: Shop, tiny_base_dir: Path, error: str, reason: str, what: str
 ) -> None:
-    """An attempt counts where no worker may ever have the room that the job needs."""
+    """An attempt counts if no worker can ever have the space that the job needs."""
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
     checkpoints = shop.files.checkpoints("job")
     checkpoints.mkdir()
@@ -232,7 +232,7 @@ def test_a_base_that_is_still_loaded_is_no_hang(shop: Shop, tiny_base_dir: Path)
 
 
 def test_a_job_that_fails_says_how_far_it_got(shop: Shop, tiny_base_dir: Path) -> None:
-    """Its usage is what it trained until then: its worker has stored that a while ago, or never."""
+    """Its usage is what it trained so far: its worker stored that a while ago, or never."""
     training = TrainingSpec(max_steps=6, learning_rate=1e20, batch_size=4, max_length=48, warmup_ratio=0.0)
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2), training=training), data := job_data(shop.base))
     settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").to_json()
@@ -245,7 +245,7 @@ def test_a_job_that_fails_says_how_far_it_got(shop: Shop, tiny_base_dir: Path) -
 
 
 def test_a_merge_leaves_the_weights_in_their_file(tiny_base_dir: Path, tiny_base: BaseModel) -> None:
-    """It needs no GPU, where training would."""
+    """Unlike training, it needs no GPU."""
     settings = settings_of(tiny_base_dir, device="cuda")
     if not torch.cuda.is_available():
         with pytest.raises(StartupError):
@@ -265,8 +265,8 @@ def test_a_job_keeps_to_its_share_of_the_gpu(tiny_base_dir: Path, tiny_base: Bas
         assert card.memory_fraction == 1.0, "a worker elsewhere has what is free"
 
 
-def test_what_is_published_is_packed_for_the_server(shop: Shop, tmp_path: Path) -> None:
-    """As a server of this base reads it, before anybody has asked for it: what is trained, and what is merged."""
+def test_published_adapters_are_packed(shop: Shop, tmp_path: Path) -> None:
+    """For a server of this base, before the first request: trained and merged adapters."""
     native_library()
     lend_native(shop.home)
     base = tiny_of(tmp_path, "grouped")

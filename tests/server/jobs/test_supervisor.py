@@ -1,4 +1,4 @@
-"""Workers are kept alive, end when they should, and never outlive the process that started them."""
+"""Workers are kept running, end when they should, and never outlive the process that started them."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ time.sleep(60)
 
 
 class Clock:
-    """Stands still until a test moves it."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -46,14 +46,14 @@ class Clock:
         return self.now
 
     def wait_for_looks(self) -> None:
-        """Until who goes by it has seen the time, and acted on it."""
+        """Wait until the clock's user has seen the time, and acted on it."""
         seen = self._num_looks
         until(lambda: self._num_looks > seen + 2)
 
 
 @contextmanager
 def supervising(home: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process with two workers, in a process group of its own, as `serve` is."""
+    """Start a process with two workers in its own process group, like `serve`."""
     command = [sys.executable, "-c", SUPERVISING, str(home), *STUB]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, process_group=0)
     try:
@@ -81,7 +81,7 @@ def stop(supervisor: Supervisor) -> None:
     until(lambda: not supervisor.is_running)
 
 
-def test_the_dead_are_replaced(tmp_path: Path) -> None:
+def test_dead_workers_are_replaced(tmp_path: Path) -> None:
     supervisor = Supervisor(2, SLEEPER)
     assert supervisor.pids == []
     supervisor.start()
@@ -129,7 +129,7 @@ def starts_at(path: Path, code: int, seconds: Sequence[float]) -> None:
     assert len(path.read_text()) == len(seconds)
 
 
-def test_what_dies_at_once_is_not_started_all_the_time(tmp_path: Path) -> None:
+def test_failing_worker_is_restarted_with_a_delay(tmp_path: Path) -> None:
     starts_at(tmp_path / "starts", 0, [0.0, 0.5, 1.5, 3.5, 7.5, 11.5])
 
 
@@ -153,7 +153,7 @@ def test_a_command_that_is_not_there_is_no_disaster(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("is_hurried", [False, True])
-def test_what_doesnt_end_is_killed(is_hurried: bool, tmp_path: Path) -> None:
+def test_worker_that_does_not_end_is_killed(is_hurried: bool, tmp_path: Path) -> None:
     """Once its time is over, or at a second signal."""
     deaf = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(tmp_path / 'deaf')!r}, 'w'); time.sleep(60)"
     clock = Clock()
@@ -174,7 +174,7 @@ def test_what_doesnt_end_is_killed(is_hurried: bool, tmp_path: Path) -> None:
     until(lambda: not supervisor.is_running)
 
 
-def test_none_are_started_where_none_are_wanted() -> None:
+def test_no_workers_are_started_if_none_are_wanted() -> None:
     supervisor = Supervisor(0, ("/nowhere/python",))
     supervisor.start()
     assert supervisor.pids == []
@@ -182,8 +182,8 @@ def test_none_are_started_where_none_are_wanted() -> None:
     stop(Supervisor(1, SLEEPER))  # never started
 
 
-def test_killed_everything_below_ends_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    """SIGKILL to the process that `serve` would be, with two jobs running; the next one ends them."""
+def test_killed_server_ends_its_workers_and_the_next_one_resumes(tmp_path: Path) -> None:
+    """SIGKILL to the process group that `serve` would be, with two jobs running; the next one completes them."""
     engine = connect(tmp_path)
     jobs = Jobs(engine)
     for job_id in ("j1", "j2"):
@@ -214,7 +214,7 @@ def test_killed_everything_below_ends_and_the_next_one_goes_on(tmp_path: Path) -
 
 
 def test_the_command_is_a_worker_with_the_same_settings(tmp_path: Path) -> None:
-    """It ends by SIGTERM, and is gone at once when its parent is another process."""
+    """It ends by SIGTERM, and at once if its parent is another process."""
     settings = load(WorkerSettings, home=tmp_path / "a home", train_share=0.5, device="cpu", native=False)
     command = worker_command(settings)
     *_, document, parent = command
@@ -227,9 +227,9 @@ def test_the_command_is_a_worker_with_the_same_settings(tmp_path: Path) -> None:
         niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + NICENESS, 19)
         assert os.getpriority(os.PRIO_PROCESS, worker.pid) == niceness
         mapped = Path(f"/proc/{worker.pid}/maps").read_text()
-        assert "libtorch" not in mapped  # its processes need that, not the worker
+        assert "libtorch" not in mapped  # its child processes need that, not the worker
         worker.terminate()
-        assert worker.wait(120) == 0  # by what others leave of the cores
+        assert worker.wait(120) == 0  # on a busy machine
     finally:
         worker.kill()
         worker.wait()

@@ -1,4 +1,4 @@
-"""Projects share the workers by time: whose job is next, which one gives way, and what `position` counts."""
+"""Workers' time is shared among projects: the next job, the job that gives way, and the meaning of `position`."""
 
 import pytest
 import sqlalchemy as sa
@@ -18,7 +18,7 @@ LEASE = 250.0
 
 
 class Workers:
-    """A queue by a clock that only tests move. Jobs are named for their projects: "a1" is project a's."""
+    """A queue with a clock that only tests move. Jobs are named after their projects: "a1" is project a's."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self.now = 1e9
@@ -35,7 +35,7 @@ class Workers:
         self.jobs.of(Viewpoint(job_id[0])).submit(spec, job_id=job_id, data={})
 
     def claim(self) -> str | None:
-        """Have an idle worker take a training; the job's id."""
+        """Let an idle worker claim a training; return the job's id."""
         claim = self.leases.claim("w", LEASE, TRAIN)
         if claim is None:
             return None
@@ -57,7 +57,8 @@ class Workers:
         return self.leases.is_awaited(self.held[job_id])
 
     def asked_to_give_way(self) -> list[str]:
-        """Ask for each running job whether it should give way, in the order of claims; those that should."""
+        """Ask for each running job whether it should give way, in the order of claims; return the jobs that
+        should."""
         for claim in self.held.values():
             self.leases.give_way(claim)
         return [name for name, claim in self.held.items() if self.leases.directive(claim) is Directive.GIVE_WAY]
@@ -119,7 +120,7 @@ def test_training_alone_for_days_costs_nothing_later(workers: Workers) -> None:
 
 
 def test_paused_jobs_save_up_no_time(workers: Workers) -> None:
-    """Two projects resume jobs that were paused for hours: the third still has every third turn."""
+    """Two projects resume jobs that were paused for hours: the third project still gets every third turn."""
     workers.submit("x1", "y1", "a1")
     for job_id in ("x1", "y1"):
         workers.jobs.pause(job_id)
@@ -174,7 +175,7 @@ def test_a_job_gives_way_to_another_projects_alone(workers: Workers) -> None:
 
 
 def test_a_merge_never_gives_way(workers: Workers) -> None:
-    """It has no checkpoints: all of it would have to be done again."""
+    """It has no checkpoints: it would have to start again."""
     for job_id in ("a1", "b1"):
         workers.submit_merge(job_id)
     claim = workers.leases.claim("w", LEASE, MERGE)
@@ -264,7 +265,7 @@ def test_a_pause_precedes_giving_way(workers: Workers) -> None:
 
 
 def test_giving_way_counts_as_no_failed_attempt(workers: Workers) -> None:
-    """However often, and if a step takes so long that there is no new checkpoint."""
+    """However often it happens, and even if a step takes so long that there is no new checkpoint."""
     workers.submit("a1", "b1")
     for _ in range(2 * MAX_STALLED_ATTEMPTS + 2):
         job_id = workers.claim()
@@ -287,11 +288,11 @@ def test_a_worker_that_dies_while_its_job_gives_way_leaves_nothing_behind(worker
 
 
 def test_positions_count_other_projects_turns(workers: Workers) -> None:
-    """a1 gives way to b1, which has c1 after it. Then a1 goes on, and b2 waits for it. a2 waits for a1's end."""
+    """a1 gives way to b1, which c1 follows. Then a1 continues, and b2 waits for it. a2 waits for a1's end."""
     workers.submit("a1", "a2", "b1", "b2", "b3", "c1")
     assert workers.claim() == "a1"
     workers.run(SLICE)
-    assert isinstance(workers.jobs.get("b1").position, int)  # a sum of PostgreSQL's is a decimal
+    assert isinstance(workers.jobs.get("b1").position, int)  # a sum in PostgreSQL is a decimal
     assert workers.positions() == {"a1": None, "a2": 4, "b1": 2, "b2": 4, "b3": 6, "c1": 3}
 
 
@@ -322,7 +323,7 @@ def attempt_at(workers: Workers, job_id: str) -> Attempt:
 
 
 def looks(workers: Workers, attempt: Attempt) -> list[Directive]:
-    """Let an attempt look twice for other projects' jobs; what its job is asked after each look."""
+    """Let an attempt look twice for other projects' jobs; return what its job is asked after each look."""
     found = []
     for _ in range(2):
         attempt.keep()
@@ -332,7 +333,7 @@ def looks(workers: Workers, attempt: Attempt) -> list[Directive]:
 
 
 def test_a_slice_ends_with_the_first_step_if_that_takes_longer(workers: Workers) -> None:
-    """So a turn makes progress however long the base takes to load, and the first step."""
+    """So each turn makes progress, however long loading the base and the first step take."""
     workers.submit("a1", "b1")
     assert workers.claim() == "a1"
     attempt = attempt_at(workers, "a1")

@@ -442,7 +442,7 @@ def test_a_crash_is_not_the_end(tmp_path: Path, engine: sa.Engine, jobs: Jobs, l
     assert [step for token, _, step in steps_done(tmp_path, "j1") if token == 2] == list(range(21, 31))
 
 
-def test_what_always_crashes_fails_and_keeps_its_log(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+def test_job_that_always_crashes_fails_with_its_log(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1")
     command = (sys.executable, "-S", "-c", "import sys; sys.exit('a reason')")
     with working(tmp_path, jobs, leases, replace(FAST, max_crash_delay=0.0), command):
@@ -634,7 +634,7 @@ def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) 
     assert (tmp_path / "jobs/ended/plan.json").exists()
 
 
-def test_what_was_removed_elsewhere_goes_here(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+def test_files_removed_on_another_machine_are_removed_here(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     """A machine that has no server: those of others remove what is in their own HOMEs, and in the bucket."""
     home = tmp_path / "machine"
     for job_id in ("before", "meanwhile", "kept"):

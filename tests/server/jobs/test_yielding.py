@@ -1,4 +1,4 @@
-"""The flag and the pauses, by a clock that only sleeping moves."""
+"""The busy flag and the pauses, with a clock that only sleeping moves."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from server.jobs.yielding import BusyFlag, Yielding
 
 
 class Clock:
-    """Moves when somebody sleeps, or works."""
+    """A clock that moves when a thread sleeps or works."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -88,7 +88,7 @@ def test_a_read_takes_microseconds(tmp_path: Path) -> None:
 
 
 def run(share: float, num_running: Callable[[float], int], step: float, seconds: float) -> tuple[float, float]:
-    """Work in steps for that time; how much of it was work, and how much `pause` said was not."""
+    """Work in steps for that time; return the share of work, and the share that `pause` counted as other time."""
     clock = Clock()
     yielding = Yielding(lambda: num_running(clock.now - 1000), share, clock=clock, sleep=clock.sleep)
     worked = paused = 0.0
@@ -114,8 +114,8 @@ def test_nothing_is_given_away_while_none_run() -> None:
 
 
 @pytest.mark.parametrize("got", [0.5, 0.3, 0.1])
-def test_what_others_computed_meanwhile_is_no_work(got: float) -> None:
-    """Of the cores, which requests use as well, a step gets so much of its time: the share is of what it got."""
+def test_time_of_other_threads_is_not_work(got: float) -> None:
+    """Requests use the cores as well, so a step gets only part of its time: the share counts what it got."""
     clock = Clock()
     work = 0.0
     yielding = Yielding(lambda: 4, 0.25, work=lambda: work, clock=clock, sleep=clock.sleep)
@@ -127,7 +127,7 @@ def test_what_others_computed_meanwhile_is_no_work(got: float) -> None:
 
 
 def test_a_step_that_got_less_earns_a_longer_one() -> None:
-    """A step in three has the cores to itself: the share is of all of the time, not of each step's."""
+    """One step in three has the cores to itself: the share is of the total time, not of each step's."""
     clock = Clock()
     work = 0.0
     yielding = Yielding(lambda: 4, 0.25, work=lambda: work, clock=clock, sleep=clock.sleep)
@@ -141,7 +141,7 @@ def test_a_step_that_got_less_earns_a_longer_one() -> None:
 
 
 def test_a_very_long_step() -> None:
-    """Of minutes: its work counts for what it was of its time, and for no more than half a minute's."""
+    """A step of minutes counts only its share of work, and at most half a minute's."""
     clock = Clock()
     work = 0.0
     yielding = Yielding(lambda: 4, 0.25, work=lambda: work, clock=clock, sleep=clock.sleep)
@@ -159,7 +159,7 @@ def test_half_the_time_requests() -> None:
     assert worked == pytest.approx(0.5 + 0.125, abs=0.02)
 
 
-def test_it_wakes_when_the_requests_end_or_it_is_told_to() -> None:
+def test_pause_ends_with_the_requests_or_on_demand() -> None:
     clock = Clock()
     running = 1
     yielding = Yielding(lambda: running, 0.1, clock=clock, sleep=clock.sleep)
@@ -184,8 +184,8 @@ def test_a_share_of_nothing_waits_for_the_end_of_requests() -> None:
     assert yielding.pause() == 0.0
 
 
-def test_one_that_is_idle_takes_back_no_other_ones_word(tmp_path: Path) -> None:
-    """Engine replicas of one machine."""
+def test_idle_server_does_not_clear_anothers_flag(tmp_path: Path) -> None:
+    """For example, the engine replicas of one machine."""
     clock = Clock()
     left, right = BusyFlag(tmp_path, clock, place=1), BusyFlag(tmp_path, clock, place=63)
     training = BusyFlag(tmp_path, clock)

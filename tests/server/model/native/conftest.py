@@ -23,8 +23,7 @@ def compiled() -> Iterator[Path]:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Returns a function that replaces every compiler by a shell script, whose last argument is the output
-    file."""
+    """Return a function that replaces every compiler by a shell script, whose last argument is the output file."""
 
     def replace(script: str) -> None:
         made = tmp_path / "bin" / "g++"

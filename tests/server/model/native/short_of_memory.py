@@ -1,6 +1,6 @@
-"""A process whose memory is short while native code computes: `test_memory` runs it, and it ends well or not.
+"""A process that runs out of memory in native code: `test_memory` runs it and checks how it ends.
 
-Memory is what the process may map (RLIMIT_AS), which stacks of new threads take from as well.
+Memory is limited by the address space (RLIMIT_AS), which also includes stacks of new threads.
 """
 
 import resource
@@ -24,13 +24,13 @@ from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
 from tests.kits.engines import GREEDY, build_engine, run
 
-LONG = 16000  # tokens, whose numbers take some 25 MB
+LONG = 16000  # tokens, whose data take some 25 MB
 MB = 1 << 20
 
 
 @contextmanager
 def no_more_than(num_bytes: int) -> Iterator[None]:
-    """So many bytes more than the process has mapped already."""
+    """Limit the process to `num_bytes` more than it has mapped already."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + num_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
@@ -84,7 +84,7 @@ def main(base_dir: str, library_dir: str) -> None:
     short = GenerationRequest("short", tuple(range(100, 105)), GREEDY)
     before = run(engine, [short])["short", 0]
     engine.add(GenerationRequest("long", tuple(range(100, 350)) * 60, GREEDY))
-    with no_more_than(8 * MB):  # of what the native call leaves Python has to take blocks back
+    with no_more_than(8 * MB):  # Python needs some of what the native call leaves
         outputs = engine.step()
     assert [type(output.error) for output in outputs] == [GenerationFailed]
     assert not engine.is_dead

@@ -1,4 +1,4 @@
-"""What Python reads in the native code's header is what a compiler reads."""
+"""Python's reading of the native code's header equals a compiler's."""
 
 import ctypes
 import re
@@ -42,7 +42,7 @@ def test_every_enum_is_tested() -> None:
 
 
 def test_a_compiler_reads_the_same(tmp_path: Path) -> None:
-    """Types, offsets, sizes, constants and enumerators."""
+    """Types, offsets, sizes, constants and enumerators are compared."""
     checks = [f"{name} == {value}" for name, value in CONSTANTS.items()]
     for structure in STRUCTURES:
         name = structure.__name__

@@ -1,7 +1,7 @@
-"""The kernels as they are compiled for 64-bit Arm, on an emulated processor: the very tests of test_kernels.py.
+"""The kernels compiled for 64-bit Arm, on an emulated processor: the same tests as test_kernels.py.
 
-Emulation shows what is computed there, whole steps included. It shows neither speed nor what an Arm processor's
-weaker order of memory may do to threads.
+Emulation checks the results, including whole steps, but neither speed nor the effects of Arm's weaker memory order
+on threads.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from tests.server.model.native.build import build, compilers, is_own
 from tests.server.model.native.test_kernels import NAMES
 
 EMULATOR = ("qemu-aarch64", "-cpu", "cortex-a53")
-"""An ARMv8-A without extensions: what it can't run is an error."""
+"""An ARMv8-A without extensions: unsupported instructions are an error."""
 
 pytestmark = [
     pytest.mark.skipif(is_own("neon"), reason="this machine is one: test_kernels.py runs them"),

@@ -1,6 +1,6 @@
-"""The kernels for instructions of x86-64 that this machine lacks, on an emulated PC: the tests of test_kernels.py.
+"""The kernels for x86-64 instructions that this machine lacks, on an emulated PC: the tests of test_kernels.py.
 
-AMX isn't among them: Bochs 3.0 has its instructions, but not XFD, without which Linux lets nobody use them.
+Without AMX: Bochs 3.0 has its instructions but not XFD, without which Linux doesn't enable them.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ WRONG = {
         "stored_weights_expand_to_the_same_bits",
     )
 }
-"""What Bochs 3.0 computes otherwise: its VCVTNE2PS2BF16 rounds the second operand for both halves."""
+"""Wrong results of Bochs 3.0: its VCVTNE2PS2BF16 rounds the second operand for both halves."""
 EMULATED = [
     (processor, name)
     for processor in PROCESSORS
     for name in NAMES
-    # without memory each allocation fails in turn, which takes minutes and says nothing of instructions
+    # The tests of failing allocations take minutes and don't depend on instructions.
     if not name.endswith("_without_memory") and name not in WRONG.get(processor, ())
 ]
 
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 def _mark(processor: str, name: str) -> pytest.MarkDecorator:
-    """What the newest instructions are for: all of it takes minutes."""
+    """Return the marks for the newest instructions: running everything takes minutes."""
     is_first = processor == "avx512_bf16" and any(word in name for word in ("loss", "product", "steps"))
     return pytest.mark.thorough if is_first else pytest.mark.slow
 
@@ -59,7 +59,7 @@ def _own() -> tuple[str, ...]:
     ("processor", "name"), [pytest.param(*emulated, marks=_mark(*emulated)) for emulated in EMULATED]
 )
 def test_kernels_on_an_emulated_pc(processor: str, name: str, request: pytest.FixtureRequest) -> None:
-    """With the first test of a processor all are run that are asked for, on one machine."""
+    """The first test for a processor runs all selected tests for it, on one machine."""
     if set(INSTRUCTIONS[processor]) <= set(_own()):
         pytest.skip("this machine has these instructions: test_kernels.py or test_lesser_processors.py runs them")
     own = (item for item in request.session.items if isinstance(item, pytest.Function))

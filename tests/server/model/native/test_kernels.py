@@ -33,7 +33,7 @@ def test_names_are_found_and_differ() -> None:
     assert len(NAMES) == len(set(NAMES)) > 30
 
 
-@pytest.mark.thorough  # compiling it takes a core a minute; the tests of the passes hold whole bases to torch
+@pytest.mark.thorough  # compiling takes a minute of a core; the tests of the passes compare whole bases with torch
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("amx", AMX)
 def test_kernels(program: Path, name: str, amx: str) -> None:

@@ -20,7 +20,7 @@ LESSER = [
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """This process uses only the instructions that the test names."""
+    """Limit this process to the instructions that the test names."""
     name: str = request.param
     hold_to(name, monkeypatch)
     return name
@@ -58,7 +58,7 @@ def test_kernels(limited: str) -> None:
 
 @pytest.mark.parametrize("limited", LESSER, indirect=True)
 def test_answers_are_those_of_hugging_face(limited: str) -> None:
-    """Runs the tests of serving and training over HTTP with fewer instructions."""
+    """Run the tests of serving and training over HTTP with fewer instructions."""
     tests = ["tests/end_to_end/test_native_parity.py", "tests/server/training/passes/test_native_pass.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests],

@@ -1,4 +1,4 @@
-"""Where there is no memory or no thread for it, a call fails: never the process, nor the calls after it."""
+"""If memory or threads run out, a call fails, but neither the process nor later calls."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_calls_fail_alone(base_dir: Path) -> None:
     paths = [str(base_dir), str(CACHE / "native")]
     command = [sys.executable, "-m", "tests.server.model.native.short_of_memory", *paths]
-    # What is let go goes back to the system, and threads reserve nothing.
+    # Freed memory goes back to the system, and threads reserve nothing.
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **returned})
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
-"""The native forward against `SmolLM` on the same weights, which Hugging Face is the oracle of elsewhere.
+"""The native forward pass compared with `SmolLM` on the same weights, which other tests compare with Hugging Face.
 
-Its weights are bf16, so `SmolLM` in fp32 on the very same values says what is right, and `SmolLM` in bf16 how far
-off 16 bits may be: the native one, which keeps sums and the residual stream in fp32, must be closer.
+Its weights are bf16: `SmolLM` in fp32 on the same values is the reference, and `SmolLM` in bf16 shows the errors
+of 16 bits. The native pass keeps sums and the residual stream in fp32, and must be more accurate than that.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @dataclass
 class Pair:
-    """One base in both forms, and two adapters of it."""
+    """One base in both forms, and two adapters."""
 
     base: BaseModel
     exact: SmolLM  # the same values in fp32
@@ -83,7 +83,8 @@ class Pair:
         return self.base.config
 
     def runs(self, placements: list[Placement], lengths: Sequence[int]) -> list[TokenRun]:
-        """The base for the first sequence, then an adapter, a blend with a negative weight, another; again."""
+        """Return adapters: none for the first sequence, then an adapter, a blend with a negative weight, another;
+        repeated."""
         blends: list[list[tuple[int, float]]] = [[], [(0, 1.0)], [(0, 0.5), (1, -0.7), (2, 1.5)], [(1, 1.0)]]
         runs, start = [], 0
         for index, length in enumerate(lengths):
@@ -98,7 +99,7 @@ class Pair:
 
     @torch.inference_mode()
     def expected(self, sequences: Sequence[list[int]], with_adapters: bool) -> torch.Tensor:
-        """fp32 logits of every token."""
+        """Return fp32 logits of every token."""
         lengths = [len(sequence) for sequence in sequences]
         runs = self.runs(self.exact_placements, lengths) if with_adapters else []
         return self._torch(self.exact, sequences, LoraBatch(self.exact_rows, runs) if runs else NoAdapters())
@@ -133,7 +134,7 @@ class Causal:
 
 @dataclass
 class Cache:
-    """A cache of blocks that are handed out in no order, full of another owner's leftovers."""
+    """A cache with blocks in random order that contain another owner's leftovers."""
 
     config: ModelConfig
     block_size: int = 16
@@ -165,9 +166,8 @@ def native_logits(
     block_size: int = 16,
     wanted: Callable[[int, int], int] = lambda index, length: length,
 ) -> torch.Tensor:
-    """fp32 logits of every token. A sequence comes in pieces that end at its `cuts`; all sequences at once. Of a
-    sequence's piece of `length` tokens only the last `wanted(index, length)` ones' logits are asked for.
-    """
+    """Return fp32 logits of every token. Sequences run together, each in pieces that end at its `cuts`. Of a piece
+    of `length` tokens, only the logits of the last `wanted(index, length)` tokens are requested."""
     cuts = cuts or [[len(sequence)] for sequence in sequences]
     cache = Cache(pair.config, block_size)
     block_tables = [cache.table(len(sequence)) for sequence in sequences]
@@ -226,13 +226,13 @@ def test_adapters_and_blends(pair: Pair) -> None:
     expected = pair.expected(sequences, with_adapters=True)
     found = native_logits(pair, sequences, with_adapters=True)
     assert relative_error(found, expected) < 0.03
-    # and they do something
+    # They must have an effect.
     assert relative_error(native_logits(pair, sequences, with_adapters=False), expected) > 0.3
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_pieces_and_company_change_nothing(pair: Pair, with_adapters: bool) -> None:
-    """Bit for bit."""
+    """Bitwise."""
     sequences = sequences_of(LENGTHS[:4], pair.config.vocab_size, seed=1)
     cuts = [[13, 40, 41, 42, 70], [1], [64, 66, 69, 130], [1, 2, 3]]
     whole = native_logits(pair, sequences, with_adapters)
@@ -252,7 +252,7 @@ def test_what_is_wanted_has_the_same_bits(pair: Pair, counts: tuple[int, ...], w
 
 
 def test_nothing_may_be_wanted_of_a_step(pair: Pair) -> None:
-    """Keys and values are cached all the same: the tokens behind have the same bits."""
+    """Keys and values are cached anyway: the following tokens have the same bits."""
     sequences = sequences_of(LENGTHS[:4], pair.config.vocab_size, seed=5)
     ends = [[length - 1, length] if length > 1 else [0, 1] for length in LENGTHS[:4]]
     whole = native_logits(pair, sequences, with_adapters=True).split(LENGTHS[:4])

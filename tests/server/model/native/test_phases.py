@@ -1,4 +1,4 @@
-"""What the phases of native steps take adds up to the steps, of serving and of training."""
+"""The times of the phases of native steps add up to the steps, for serving and training."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def training_step(base: BaseModel, training: NativeTraining) -> Callable[[], Non
 
 @pytest.fixture(scope="module")
 def step(model: NativeModel) -> Callable[[], None]:
-    """A prompt many times, and a token after each position."""
+    """Return a step that reads prompts and samples a token after each position."""
     config = model.config
     blocks = -(-LENGTH // 16)
     shape = (COPIES * blocks, config.num_layers, 16, config.num_kv_heads, config.head_dim)
@@ -73,7 +73,7 @@ def step(model: NativeModel) -> Callable[[], None]:
 
 
 def add_up(step: Callable[[], None], take: Callable[[], dict[str, float]], names: Sequence[str]) -> None:
-    """Within 5 %: of what the calls take, beside Python's share, as soon as nothing else takes the core."""
+    """Check that the phases add up to over 95 % of a step's time, in one of 20 tries: the core may be busy."""
     step()
     shares = []
     for _ in range(20):

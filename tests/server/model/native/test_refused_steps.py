@@ -1,4 +1,4 @@
-"""Steps of serving that would read or write outside of what there is: each kind is refused; the next one runs."""
+"""Serving steps that would read or write out of bounds: each kind is refused, and the next step runs."""
 
 import ctypes
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def model(base: BaseModel, library: ctypes.CDLL) -> NativeModel:
 
 @dataclass
 class Step:
-    """A prompt of 20 tokens under an adapter, and a token at position 17 of another sequence."""
+    """A prompt of 20 tokens with an adapter, and a token at position 17 of another sequence."""
 
     base: BaseModel
     rows: RankRows
@@ -77,7 +77,7 @@ class Step:
         return StepTables(self.token_ids, self.runs, self.blocks, self.k, self.v, self.lora)
 
     def table(self, structure: type[ctypes.Structure], group: int = 0) -> npt.NDArray[np.int64]:
-        """The parts of a group, or all modules, as the native code reads them."""
+        """Return the parts of a group, or all modules, as the native code reads them."""
         if structure is LoraModule:
             return self.lora.modules
         pool = self.lora.pools[group]

@@ -1,4 +1,4 @@
-"""Steps over weights that are stored in 4 and 8 bits, and over those expanded: the same bits."""
+"""Steps over weights stored in 4 and 8 bits, and over expanded weights: the same bits."""
 
 import ctypes
 from dataclasses import replace
@@ -26,7 +26,7 @@ def expanded(base: BaseModel) -> BaseModel:
 
 
 def check_same_bits(base: BaseModel, library: ctypes.CDLL, strength: float) -> None:
-    """Prompts of more rows than are computed at once, in pieces, then token by token; adapters and blends too."""
+    """Compare long prompts in pieces, then single tokens, with adapters and blends too."""
     assert base.weights.quantized
     ours, theirs = (Pair.of(one, library, strength) for one in (base, expanded(base)))
     sequences = sequences_of(LENGTHS, base.config.vocab_size, seed=3)
@@ -45,7 +45,7 @@ def test_a_tiny_base(tmp_path: Path, library: ctypes.CDLL, types: dict[str, str]
 
 
 @pytest.mark.real
-@pytest.mark.thorough  # tiny bases above
+@pytest.mark.thorough  # tiny bases are tested above
 def test_the_real_base(base_dir: Path, library: ctypes.CDLL) -> None:
     base = load_base(base_dir)
     if not base.weights.quantized:

@@ -1,4 +1,4 @@
-"""Rows, losses and gradients for the tests of training: ours packed, PEFT's and transformers' row by row."""
+"""Rows, losses and gradients for tests of training: ours packed, PEFT's and transformers' row by row."""
 
 import math
 import random
@@ -26,7 +26,7 @@ LENGTHS = (1, 7, 2, 16, 1, 33, 17, 5, 16)
 
 
 def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0, vocab_size: int = 512) -> list[Example]:
-    """Random tokens. About half are trained on, and at least the last one of each row of two or more."""
+    """Return random tokens. About half are trained on, and at least the last one of each row of two or more."""
     rng = random.Random(seed)
     return [
         Example(
@@ -42,12 +42,13 @@ def model_of(base: BaseModel, max_positions: int = 128) -> SmolLM:
 
 
 def pass_of(model: SmolLM, adapters: Adapters) -> TorchPass:
-    """To measure with; gradients stay where they are."""
+    """Return a pass that only measures; gradients stay as they are."""
     return TorchPass(model, adapters, lambda: None)
 
 
 def packed_loss(model: SmolLM, adapters: Adapters, examples: Sequence[Example]) -> torch.Tensor:
-    """The mean over the counted tokens of one flat batch, by torch's own cross-entropy over whole logits."""
+    """Return the mean over the counted tokens of one flat batch, by torch's own cross-entropy over whole
+    logits."""
     attention = PackedAttention([len(example.token_ids) for example in examples], model.device)
     token_ids = torch.tensor([token for example in examples for token in example.token_ids])
     is_target = torch.tensor([flag for example in examples for flag in example.is_target])
@@ -56,7 +57,7 @@ def packed_loss(model: SmolLM, adapters: Adapters, examples: Sequence[Example]) 
 
 
 def reference_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
-    """The same of a Hugging Face model, which reads one row at a time."""
+    """Return the same for a Hugging Face model, which reads one row at a time."""
     losses = []
     for example in examples:
         token_ids, is_target = torch.tensor(example.token_ids), torch.tensor(example.is_target)
@@ -66,7 +67,7 @@ def reference_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch
 
 
 def measured(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, float, int]:
-    """(mean loss, accuracy, counted tokens), one row at a time."""
+    """Return (mean loss, accuracy, counted tokens), computed row by row."""
     losses: list[torch.Tensor] = []
     is_right: list[torch.Tensor] = []
     for example in examples:
@@ -79,9 +80,9 @@ def measured(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float
 
 
 def peft_model(directory: Path, **options: Any) -> PeftModel:
-    """A fresh adapter, as PEFT initializes it, over the Hugging Face base in `directory`; in fp32."""
+    """Return a new adapter, initialized by PEFT, on the Hugging Face base in `directory`, in fp32."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own, about deprecations
+        warnings.simplefilter("ignore")  # warnings of PEFT about deprecations
         torch.manual_seed(1)
         config = LoraConfig(task_type="CAUSAL_LM", **{"target_modules": list(MODULES), **options})
         return get_peft_model(load_reference(directory), config, autocast_adapter_dtype=False)
@@ -98,20 +99,20 @@ def randomize(tuned: PeftModel, std: float = 0.1) -> PeftModel:
 
 
 def keyed(path: str) -> ModuleKey:
-    """A module's key, from its Hugging Face path."""
+    """Return a module's key, from its Hugging Face path."""
     layer, _, name = path.removeprefix("model.layers.").split(".")
     return ModuleKey(int(layer), name)
 
 
 def weights_of(tuned: PeftModel) -> LoraWeights:
-    """PEFT's A and B: copies."""
+    """Return copies of PEFT's A and B."""
     return LoraWeights(
         {keyed(path): LoraModule(a.clone(), b.clone(), scaling) for path, (a, b, scaling) in live(tuned).items()}
     )
 
 
 def gradients_of(tuned: PeftModel) -> LoraWeights:
-    """The gradients of PEFT's A and B, in the place of A and B."""
+    """Return the gradients of PEFT's A and B, in place of A and B."""
     found: dict[ModuleKey, LoraModule] = {}
     for path in live(tuned):
         layer = f"base_model.model.{path}"
@@ -130,17 +131,17 @@ def rows_of(
 
 
 def flat(weights: LoraWeights, base: BaseModel) -> torch.Tensor:
-    """All A and B in the order of `TrainedRows.masters`."""
+    """Return all A and B in the order of `TrainedRows.masters`."""
     return rows_of(weights, base).masters
 
 
 def deltas(weights: LoraWeights) -> Mapping[ModuleKey, torch.Tensor]:
-    """scaling · B A of each module, in fp64."""
+    """Return scaling · B A of each module, in fp64."""
     return {key: m.scaling * (m.b.double() @ m.a.double()) for key, m in weights.modules.items()}
 
 
 def distance(found: LoraWeights, expected: LoraWeights) -> float:
-    """‖Δ - Δ'‖ / ‖Δ'‖ over all modules together."""
+    """Return ‖Δ - Δ'‖ / ‖Δ'‖ over all modules together."""
     ours, theirs = deltas(found), deltas(expected)
     assert ours.keys() == theirs.keys()
     difference = sum(float((ours[key] - theirs[key]).square().sum()) for key in ours)

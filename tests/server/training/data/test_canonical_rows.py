@@ -25,7 +25,7 @@ ROW: st.SearchStrategy[Row] = st.one_of(
 
 
 @given(st.lists(ROW, max_size=6), st.data())
-def test_they_come_back(rows: list[Row], data: st.DataObject) -> None:
+def test_workers_are_restarted(rows: list[Row], data: st.DataObject) -> None:
     kept = CanonicalRows.of(rows)
     assert len(kept) == len(rows)
     assert list(kept) == rows

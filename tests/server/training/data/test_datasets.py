@@ -1,4 +1,4 @@
-"""Data sets: one id for the same rows, all or nothing on disk, and no quiet damage."""
+"""Data sets: equal rows have one id, writes are atomic, and damage is detected."""
 
 import errno
 import io
@@ -30,7 +30,7 @@ OpenStore = Callable[[], DatasetStore]
 
 @pytest.fixture(params=EITHER)
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
-    """Opens the one under `tmp_path`, as each process does: in it, or in a bucket."""
+    """Open the store under `tmp_path`, as each process does: on disk, or in a bucket."""
     bucket = None if request.param == "directory" else request.getfixturevalue("bucket").under("datasets")
     return lambda: DatasetStore(tmp_path / "datasets", bucket=bucket)
 
@@ -81,7 +81,7 @@ def test_a_deleted_data_set_can_be_uploaded_again(store: DatasetStore, tmp_path:
     reading = store.lines(dataset.id)
     assert next(reading) == canonical_json(ROWS_OF_BOTH[0])
     store.delete(dataset.id)
-    assert list(CanonicalRows(reading)) == ROWS_OF_BOTH[1:]  # who reads reads on
+    assert list(CanonicalRows(reading)) == ROWS_OF_BOTH[1:]  # open readers continue
     assert store.list() == []
     assert files(store, tmp_path) == []
     for use in (store.get, store.rows, store.delete):
@@ -175,7 +175,7 @@ def test_growth_is_reported_while_rows_are_written(
 
 
 class Failing(io.BytesIO):
-    """Ends in an error where others end."""
+    """A file that ends in an error."""
 
     def readline(self, size: int | None = -1) -> bytes:
         line = super().readline(size)
@@ -235,7 +235,7 @@ def test_uploading_the_same_rows_repairs_damaged_ones(
 def test_rows_that_seem_damaged_for_a_moment_stay(
     store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    """No descriptors are left, say, and then no space: the rows that were there aren't let go for others."""
+    """For example, file descriptors run out, and then space: the existing rows aren't given up."""
     dataset = put(store, JSONL)
 
     def refuse(*_: object) -> None:

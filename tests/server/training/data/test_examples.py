@@ -1,4 +1,4 @@
-"""Tokenized rows come back from memory and from disk as they went in."""
+"""Tokenized rows are the same after a round trip through memory and disk."""
 
 import time
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_the_files_format(tmp_path: Path) -> None:
 
 
 def test_counting_does_not_hold_the_gil() -> None:
-    """As many as a job may have would take 1.5 s one by one, in which no other thread gets a turn."""
+    """The rows of the largest job would take 1.5 s one by one, without a turn for other threads."""
     example = Example((7,) * 4096, (False, *(True,) * 4095))
     held = Examples([example] * 2048)
     started = time.thread_time()

@@ -1,4 +1,4 @@
-"""Uploaded files: kept as they came, each upload its own, whole or not there."""
+"""Uploaded files: unchanged, one object per upload, and whole or missing."""
 
 import io
 import json
@@ -23,7 +23,7 @@ OpenStore = Callable[[], FileStore]
 
 @pytest.fixture(params=EITHER)
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
-    """Opens the one under `tmp_path`, as each process does: in it, or in a bucket."""
+    """Open the store under `tmp_path`, as each process does: on disk, or in a bucket."""
     bucket = None if request.param == "directory" else request.getfixturevalue("bucket").under("files")
     return lambda: FileStore(tmp_path / "files", bucket=bucket)
 
@@ -58,7 +58,11 @@ def test_the_same_bytes_twice_are_two_files(store: FileStore) -> None:
     [
         ("a.csv", b"prompt,completion\n404 ,Not Found\n", "a.csv"),
         ("A.CSV", b"completion,prompt\nNot Found,404 \n", "A.CSV"),
-        ("upload", b'{"prompt": "404 ", "completion": "Not Found"}', "upload"),  # as clients call unnamed bytes
+        (
+            "upload",
+            b'{"prompt": "404 ", "completion": "Not Found"}',
+            "upload",
+        ),  # clients name bytes this way
         ("../../etc/a.txt", b'{"prompt": "404 ", "completion": "Not Found"}', "a.txt"),
         ("", b'{"prompt": "404 ", "completion": "Not Found"}', "rows.jsonl"),
     ],
@@ -120,7 +124,7 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(store: FileStore, 
         (root / name).mkdir(parents=True)
         then = (root / name).stat().st_mtime - age
         os.utime(root / name, (then, then))
-    (root / "file-half").mkdir()  # its facts are missing: it was never there
+    (root / "file-half").mkdir()  # its metadata is missing: it never existed
     FileStore(root).clean()
     assert FileStore(root).list() == []
     assert sorted(path.name for path in root.iterdir()) == [".unfinished-file-2", "file-half"]

@@ -59,7 +59,7 @@ def test_looking_for_several_files_takes_one_listing(tmp_path: Path, proxied: "B
 
 
 def test_a_late_delete_keeps_a_later_upload(tmp_path: Path, bucket: "Bucket") -> None:
-    """One that has looked at the copies, and is stopped before it removes them."""
+    """The process has looked at the copies, and is stopped before it removes them."""
     from adapters.storage.copies import Copies
 
     store = DatasetStore(tmp_path, bucket=bucket)
@@ -81,7 +81,7 @@ def test_an_incomplete_upload_is_not_visible(tmp_path: Path, bucket: "Bucket", l
     if lost == FACTS:
         assert store.list() == []
         assert list(store.rows(put(store, JSONL).id)) == ROWS_OF_BOTH
-    else:  # which nothing but damage does
+    else:  # only damage causes this
         with pytest.raises(CorruptDataset):
             list(store.rows(dataset.id))
     store.clean()
@@ -110,7 +110,7 @@ def test_a_list_survives_a_damaged_data_set(tmp_path: Path, bucket: "Bucket") ->
 
 
 def test_uploads_of_other_machines_are_checked(tmp_path: Path, bucket: "Bucket") -> None:
-    """Of projects, too, of which nothing has come to this one."""
+    """This includes projects from which nothing was stored on this machine."""
     one, other = (Storage(Home(tmp_path / machine), bucket) for machine in ("a", "b"))
     ids = {}
     for project in ("default", "acme"):
@@ -123,7 +123,7 @@ def test_uploads_of_other_machines_are_checked(tmp_path: Path, bucket: "Bucket")
 
 
 def test_two_machines_can_repair_concurrently(tmp_path: Path, bucket: "Bucket") -> None:
-    """One takes away what it found damaged, and nothing that the other is just bringing."""
+    """One removes damaged objects, and nothing that the other is just writing."""
     stores = [DatasetStore(tmp_path / machine, bucket=bucket) for machine in ("a", "b")]
     dataset = put(stores[0], JSONL)
     (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(ROWS))

@@ -1,4 +1,4 @@
-"""Short trainings on the tiny base: jobs of each kind over a few rows, and what comes of them."""
+"""Short trainings on the tiny base: jobs of each kind over a few rows, and their results."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,11 +36,11 @@ def longer(spec: JobSpec, epochs: int) -> JobSpec:
 
 
 class Left(Exception):
-    """Stands for whatever ends an attempt."""
+    """Stands for any reason that ends an attempt."""
 
 
 class Listener:
-    """Lets a run go on for so many micro-batches and steps of the engine."""
+    """Lets a run continue for a number of micro-batches and steps."""
 
     def __init__(self, left: int | None = None) -> None:
         self.left = left
@@ -65,7 +65,7 @@ class Listener:
 
 
 def data_of(base: BaseModel) -> JobData:
-    """Ten codes and their phrases, held out as well."""
+    """Return ten codes and their phrases, also as held-out rows."""
     rows = [CompletionRow(str(s.value), f" {s.phrase}") for s in list(HTTPStatus)[:10]]
     eos = base.config.eos_token_ids
     encoder = RowEncoder(PromptEncoder(base.tokenizer), eos[0], eos)
@@ -75,13 +75,13 @@ def data_of(base: BaseModel) -> JobData:
 
 
 def run(base: BaseModel, spec: JobSpec, directory: Path, left: int | None = None) -> Outcome:
-    """An attempt, with what an earlier one left in the directory; Left where it ends before its end."""
+    """Run an attempt, resuming what an earlier one left in the directory. Raise Left if it is ended early."""
     checkpoints = Checkpoints(directory, 1 if left is None else 2)
     return Run(spec, data_of(base), base, checkpoints, Listener(left), exact_match).run()
 
 
 def tensors(outcome: Outcome) -> list[torch.Tensor]:
-    """Of the adapter, or of all weights; on the CPU."""
+    """Return the tensors of the adapter, or of all weights, on the CPU."""
     if outcome.weights is not None:
         return [tensor for _, module in sorted(outcome.weights.modules.items()) for tensor in (module.a, module.b)]
     assert outcome.tuned_base is not None

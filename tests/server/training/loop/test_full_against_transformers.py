@@ -1,6 +1,7 @@
-"""Full fine-tuning beside transformers and torch's AdamW: the same batches, fp32; every loss and every weight.
+"""Full fine-tuning compared with transformers and torch's AdamW: the same batches, fp32, every loss and every
+weight.
 
-Which weights decay is what transformers' Trainer says, from which TRL's are made.
+transformers' Trainer, on which TRL's trainers are based, decides which weights decay.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ SPEC = TrainingSpec(
 
 
 class Watched(TrainableModel):
-    """A whole model in training that notes the rows of each step."""
+    """A whole model in training that records the rows of each step."""
 
     def __init__(self, base: BaseModel) -> None:
         super().__init__(base, max_length=SPEC.max_length)
@@ -51,8 +52,8 @@ class Watched(TrainableModel):
 def reference_steps(
     model: PreTrainedModel, examples: Sequence[Example], batches: Sequence[Sequence[int]]
 ) -> tuple[list[float], list[float]]:
-    """Each step's loss and the norm of its gradients; the model is what comes of it."""
-    parameters = list(model.requires_grad_().parameters())  # a tied head is there once
+    """Return each step's loss and gradient norm; the model is trained in place."""
+    parameters = list(model.requires_grad_().parameters())  # a tied head occurs once
     decayed = TheirTrainer.get_decay_parameter_names(cast("Any", None), model)  # which asks the model alone
     groups = [
         {"params": [parameter], "weight_decay": DECAY if name in decayed else 0.0}
@@ -75,7 +76,7 @@ def reference_steps(
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A base whose head is its embedding, or one with a head of its own."""
+    """Return a base with tied embeddings, or one with a head of its own."""
     return save_tiny_base(tmp_path / "base", options={"tie_word_embeddings": request.param})
 
 

@@ -1,4 +1,4 @@
-"""Packing against a plain first-fit decreasing, whatever the lengths, and what of a step is packed."""
+"""Packing compared with a plain first-fit decreasing for any lengths, and the packing of a step."""
 
 import time
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def test_many_rows_take_a_moment() -> None:
 
 
 class Sized:
-    """A trainable that learns nothing, and notes how long the rows of each micro-batch are."""
+    """A trainable that learns nothing, and records the lengths of each micro-batch's rows."""
 
     undecayed: Sequence[slice] = ()
     has_own_threads = False
@@ -71,7 +71,8 @@ class Sized:
 
 @pytest.mark.parametrize("max_length", [64, 512, 8192])
 def test_micro_batches_do_not_depend_on_max_length(max_length: int) -> None:
-    """Between them it lets requests go first, and leaves; and each takes memory for all of its tokens."""
+    """Between micro-batches it lets requests go first, or leaves; and each micro-batch takes memory for all of its
+    tokens."""
     sized, lengths = Sized(), [30] * 100
     Trainer(sized, make_examples(lengths), TrainingSpec(batch_size=len(lengths), max_length=max_length)).run_step()
     most = max_tokens(torch.device("cpu"))

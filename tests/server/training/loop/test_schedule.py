@@ -1,6 +1,6 @@
-"""Learning rates against transformers' schedules.
+"""Learning rates compared with transformers' schedules.
 
-Ours begins where transformers' comes after one step: nothing is learned in a step whose rate is 0.
+Ours begins where transformers' is after one step, as a step with a rate of 0 learns nothing.
 """
 
 import pytest
@@ -18,7 +18,7 @@ PEAK = 3e-4
 
 
 def transformers_rates(schedule: Schedule, num_warmup: int, total: int) -> list[float]:
-    """The rate of each step from 0 to `total`."""
+    """Return the rate of each step from 0 to `total`."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], PEAK)
     if schedule == "constant":
         scheduler = get_constant_schedule_with_warmup(optimizer, num_warmup)
@@ -53,7 +53,7 @@ def test_the_schedule_is_transformers(schedule: Schedule, total: int, ratio: flo
     for step in range(total):
         expected = theirs[step + 1] if step < num_warmup else theirs[step]
         if num_warmup == total == step + 1:
-            expected = PEAK  # the end of the warm-up, where transformers' decay is over before it began
+            expected = PEAK  # the end of the warm-up; transformers' decay is over before it began
         assert learning_rate(step, total, PEAK, schedule, ratio) == pytest.approx(expected, rel=1e-12)
 
 

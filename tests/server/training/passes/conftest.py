@@ -1,4 +1,4 @@
-"""What the tests of native passes share: the library, and tiny bases that it covers."""
+"""Fixtures of native passes: the library, and tiny bases that it supports."""
 
 import ctypes
 

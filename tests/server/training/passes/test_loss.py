@@ -1,4 +1,5 @@
-"""The chunked cross-entropy against torch's over whole logits: value and gradients, around chunk borders too."""
+"""The chunked cross-entropy compared with torch's over whole logits: value and gradients, also at chunk
+borders."""
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_value_and_gradients(num_tokens: int, head_is_trained: bool) -> None:
     assert found.shape == ()
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
-    # the mean's, as it is trained on: the factor must reach both gradients
+    # The mean's gradient, as in training: the factor must reach both gradients.
     ours = torch.autograd.grad(found / num_tokens, trained)
     theirs = torch.autograd.grad(expected / num_tokens, trained)
     for d_found, d_expected in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""Rows packed into one flat batch against the same rows one at a time: attention, loss and gradients."""
+"""Rows packed into one flat batch compared with the same rows one at a time: attention, loss and gradients."""
 
 import random
 from pathlib import Path
@@ -25,7 +25,7 @@ HEADS, KV_HEADS, DIM = 6, 2, 8
 
 
 def one_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """softmax(q kᵀ / √d) v of each text by itself, written out."""
+    """Compute softmax(q kᵀ / √d) v of each text separately."""
     outs = []
     for q_text, k_text, v_text in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         k_text, v_text = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k_text, v_text))

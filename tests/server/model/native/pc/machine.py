@@ -1,8 +1,8 @@
 """Bochs emulates a PC whose processor has instructions that this one lacks; Linux runs a program on it.
 
-It shows what is computed there, by one core, and nothing of its speed. Needed are Debian's packages bochs,
-bochs-term, isolinux, syslinux-common and xorriso, and a Linux kernel: that of linux-image-cloud-amd64, which
-needn't be installed for it (.ci/run has the commands).
+This shows the results on one core, but not the speed. It needs Debian's packages bochs, bochs-term, isolinux,
+syslinux-common and xorriso, and a Linux kernel: the file of linux-image-cloud-amd64, which needn't be installed
+(.ci/run has the commands).
 """
 
 import os
@@ -20,35 +20,35 @@ from tests.kits.cache import CACHE
 from tests.server.model.native.build import WARNINGS, run
 
 KERNELS = CACHE / "kernel"
-"""Where a vmlinuz-… may lie, beside /boot."""
+"""Where a vmlinuz-… may be, besides /boot."""
 PROCESSORS = {"avx512_bf16": 'tigerlake, add_features="avx512bf16"', "avx512": "corei7_skylake_x"}
-"""Of Bochs, by what the native code is compiled for."""
+"""Bochs's processors, by the instruction set that native code is compiled for."""
 _LOADER = (Path("/usr/lib/ISOLINUX/isolinux.bin"), Path("/usr/lib/syslinux/modules/bios/ldlinux.c32"))
 _FIRMWARE = (Path("/usr/share/bochs/BIOS-bochs-latest"), Path("/usr/share/bochs/VGABIOS-lgpl-latest"))
 _OPTIONS = "console=ttyS0 quiet nokaslr mitigations=off tsc=reliable no_timer_check panic=0"
-_TIME = "idle=halt nohz=off highres=off lapic=notscdeadline"  # without, a machine that rested was seen not to wake
+_TIME = "idle=halt nohz=off highres=off lapic=notscdeadline"  # otherwise an idle machine may not wake up
 _CHARACTER_DEVICES = {"dev/console": (5, 1), "dev/ttyS0": (4, 64)}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a program: what it wrote, and its status as waitpid has it."""
+    """The outcome of a program: its output, and its status as returned by waitpid."""
 
     output: str
     status: int
 
 
 def missing() -> list[str]:
-    """What this machine lacks for it."""
+    """Return what this machine lacks for emulation."""
     commands = [name for name in ("bochs-bin", "xorriso") if shutil.which(name) is None]
     files = [str(path) for path in (*_LOADER, *_FIRMWARE) if not path.exists()]
     return [*commands, *files, *([] if _kernel() is not None else ["a kernel for x86-64 in " + str(KERNELS)])]
 
 
 def emulate(processor: str, program: Path, names: Sequence[str], *, timeout: float) -> dict[str, Ended]:
-    """Runs the program, which must be linked with all that it needs, with each of the names as its argument.
+    """Run the statically linked program once with each of the names as its argument.
 
-    Returns what became of each. Raises TimeoutError, with what there was until then, after so many seconds.
+    Return the outcomes. Raise TimeoutError, with the outcomes so far, after `seconds`.
     """
     kernel = _kernel()
     assert kernel is not None, missing()
@@ -72,7 +72,8 @@ def _kernel() -> Path | None:
 
 
 def _archive(files: dict[str, bytes]) -> Iterator[bytes]:
-    """An initial file system of the kernel: cpio's new format, by Linux' early-userspace/buffer-format."""
+    """Yield an initial file system for the kernel in cpio's new format, as in Linux's
+    early-userspace/buffer-format."""
     entries = [("dev", stat.S_IFDIR | 0o755, (0, 0), b"")]
     entries += [(name, stat.S_IFCHR | 0o600, device, b"") for name, device in _CHARACTER_DEVICES.items()]
     entries += [(name, stat.S_IFREG | 0o755, (0, 0), data) for name, data in files.items()]
@@ -112,8 +113,8 @@ display_library: term
 
 
 def _boot(settings: Path, serial: Path, timeout: float) -> None:
-    """Until the machine is off."""
-    screen, terminal = pty.openpty()  # which `term` draws on
+    """Boot, and wait until the machine is off."""
+    screen, terminal = pty.openpty()  # on which `term` draws
     command = ["bochs-bin", "-q", "-f", str(settings), "-rc", "/dev/null"]
     process = subprocess.Popen(
         command, stdin=terminal, stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm"}
