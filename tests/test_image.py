@@ -302,7 +302,7 @@ def test_every_container_has_configurable_limits() -> None:
 
 
 @pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
-def test_it_may_end_in_its_own_time() -> None:
+def test_containers_have_time_to_stop() -> None:
     """First requests drain, then the rest is handled; workers finish meanwhile."""
     for name, service in resolved().items():
         seconds = int(service["stop_grace_period"].removesuffix("s"))

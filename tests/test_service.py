@@ -62,7 +62,7 @@ def test_unit_is_sandboxed(installed: Path) -> None:
     assert analyze(*security, f"--threshold={MOST_EXPOSED}", installed).returncode != 0
 
 
-def test_it_may_end_in_its_own_time() -> None:
+def test_unit_allows_time_to_stop() -> None:
     unit = settings()
     assert (unit["KillMode"], unit["KillSignal"]) == ("mixed", "SIGTERM"), "the server tells its workers itself"
     assert int(unit["TimeoutStopSec"]) > max(DRAIN_SECONDS + HURRY_SECONDS, GRACE_SECONDS) + 5

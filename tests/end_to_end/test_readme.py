@@ -78,7 +78,7 @@ def commands(block: Block) -> list[tuple[str, str]]:
 
 
 def matches(shown: str, printed: str) -> bool:
-    """Return whether the printed text matches what is shown."""
+    """Whether the one stands for the other."""
     rest = _squeezed(printed)
     first, *others = shown.split("…")
     if not (head := _pattern(first).match(rest)):
@@ -126,7 +126,7 @@ def _squeezed(text: str) -> str:
         ("(a.b)", "(aXb)", False),
     ],
 )
-def test_what_is_compared(shown: str, printed: str, expected: bool) -> None:
+def test_printed_texts_are_compared_with_placeholders(shown: str, printed: str, expected: bool) -> None:
     assert matches(shown, printed) is expected
 
 

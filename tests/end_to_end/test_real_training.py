@@ -31,8 +31,10 @@ def test_real_base_memorizes_codes(trainer: ServerProcess) -> None:
     check(overfit(trainer, num_codes=12, epochs=24))
 
 
-@pytest.mark.thorough  # in make test, test_job_files.py tunes a tiny base
-def test_full_fine_tuning_of_the_real_base_leaves_a_model(trainer: ServerProcess, tmp_path: Path) -> None:
+@pytest.mark.thorough  # in make test a tiny base is tuned so: test_job_files.py
+def test_full_fine_tuning_leaves_a_model_and_no_adapter_on_the_real_base(
+    trainer: ServerProcess, tmp_path: Path
+) -> None:
     rows = code_rows(8)
     training = {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-4, "max_length": 32}
     body = {"name": "whole", "method": "full", "data": rows, "validation": rows, "training": training}

@@ -137,7 +137,7 @@ def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
 
 
 @pytest.mark.thorough
-def test_a_process_that_was_stopped_goes_on(server: Process) -> None:
+def test_stopped_process_resumes(server: Process) -> None:
     """It was stopped for longer than a step may take, in the middle of a step."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.client.post, "/generate", json={**BODY, "max_tokens": 40, "seed": LONG})

@@ -1,6 +1,6 @@
 """Rounds of faults in a whole cluster under full load.
 
-python -m tests.stress.cluster_rounds --rounds 100
+    python -m tests.stress.cluster_rounds --rounds 100
 
 Two API processes, two engine replicas on Ray Serve, two workers on different hosts, PostgreSQL and an object store
 answer, train and publish for two projects. Each round strikes one of these processes at a random moment. At the

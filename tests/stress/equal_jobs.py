@@ -70,7 +70,7 @@ class TrainingServer:
         return str(self.expected["adapter"]["digest"])
 
     def submit(self) -> str:
-        """Submit another job with the same spec."""
+        """Another job, the same as all others."""
         body = {"name": NAME, "data": code_rows(NUM_ROWS), "lora": {"rank": 4}, "validation": 0.2}
         body["publish_if"] = "improves_base"
         self.jobs.append(submit(self.server, **body, training=TRAINING[self.base]))

@@ -1,6 +1,6 @@
 """Rounds of SIGKILL, SIGSTOP and SIGTERM for server and workers under full load.
 
-python -m tests.stress.fault_rounds --rounds 200
+    python -m tests.stress.fault_rounds --rounds 200
 
 A real server on a tiny base answers, trains and publishes for two projects. Each round strikes the server, a
 worker or a job's process at a random moment, and restarts the server if it ended. At the end every accepted job

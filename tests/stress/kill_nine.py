@@ -1,6 +1,6 @@
 """kill -9 of workers and servers at random moments; every job ends like an undisturbed one.
 
-python -m tests.stress.kill_nine --worker 20 --server 5 --base tiny
+    python -m tests.stress.kill_nine --worker 20 --server 5 --base tiny
 
 A real server trains on the base. Each kill strikes a running attempt at a random moment within the duration of an
 undisturbed job; if a job ends earlier, another one is submitted. The server restarts a killed worker; this program

@@ -1,6 +1,6 @@
 """Many registered adapters with room for a few: random traffic, every answer checked, bounded memory.
 
-python -m tests.stress.many_adapters --adapters 1000 --pool 16
+    python -m tests.stress.many_adapters --adapters 1000 --pool 16
 
 Adapters are in a real store on disk, for a tiny random base. Each request names one adapter or a blend of two.
 Every greedy token is compared with transformers with that blend merged into its weights.

@@ -1,6 +1,6 @@
 """Pauses at random moments; every job ends like an undisturbed one in bytes, events and numbers.
 
-python -m tests.stress.pauses --pauses 200 --base tiny
+    python -m tests.stress.pauses --pauses 200 --base tiny
 
 A real server trains on the base. Every third time its worker is terminated (SIGTERM); otherwise the job is paused
 and resumed. Moments are drawn from the duration of an undisturbed job, from its steps, and from around its last

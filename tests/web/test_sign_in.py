@@ -113,7 +113,7 @@ def test_another_project_sees_nothing(server: ServerProcess, browser: Browser, a
         assert violations(page) == []
 
 
-def test_the_operator_sees_whose_a_job_is(server: ServerProcess, browser: Browser, admin: str) -> None:
+def test_operator_sees_the_project_of_a_job(server: ServerProcess, browser: Browser, admin: str) -> None:
     assert server.client.put("/projects/theirs", json={}).status_code == 200
     for project in ("theirs", "default"):
         body = {"name": f"codes-{project}", "data": [{"text": "a"}] * 2, "validation": 0}

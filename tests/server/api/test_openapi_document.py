@@ -28,7 +28,7 @@ def test_every_error_has_our_form(app: App) -> None:
                     }, (path, status)
 
 
-def test_what_any_key_may_meet(app: App) -> None:
+def test_errors_of_any_route_are_documented(app: App) -> None:
     """Errors of any route: a foreign site, a bad body, an unknown project, an exhausted rate limit."""
     every = {"403", "408", "413", "415"}
     without_key = {"/health": {"200"} | every, "/ready": {"200", "503"} | every}
@@ -66,7 +66,7 @@ def test_the_page_has_every_status_of_an_error(app: App) -> None:
         ("/v1/models/acme/tweets", "DELETE, GET"),
     ],
 )
-async def test_what_a_path_takes(path: str, methods: str, client: httpx.AsyncClient) -> None:
+async def test_parameters_of_paths(path: str, methods: str, client: httpx.AsyncClient) -> None:
     if path == "/adapters/a/import":
         for method in ("GET", "DELETE"):  # a version of that name would match
             assert (await client.request(method, path)).headers["allow"] == methods

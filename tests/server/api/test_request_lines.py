@@ -35,7 +35,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-async def test_there_is_one_of_each_request_but_of_probes(
+async def test_each_request_except_probes_has_one_line(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     await client.post("/generate?key=secret", json={"prompt": "my own words"})
@@ -51,7 +51,7 @@ async def test_there_is_one_of_each_request_but_of_probes(
     assert "words" not in texts[0]
 
 
-async def test_it_says_what_was_generated(
+async def test_line_has_the_generations_amounts(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, library: Library
 ) -> None:
     await upload(client, "tweets", 0)
@@ -97,7 +97,7 @@ async def test_streams_and_answers_say_the_same(
     assert line["adapters"] == "base"
 
 
-async def test_a_comparisons_line_has_all_of_it(
+async def test_line_of_a_comparison_sums_its_answers(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     await upload(client, "tweets", 0)

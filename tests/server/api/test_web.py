@@ -13,7 +13,7 @@ pytestmark = pytest.mark.anyio
 
 OWN = re.compile(r"web/[0-9a-f]{16}/(?!vendor/).*")
 MOST_OWN_BYTES = 56 << 10
-"""Bytes of the page's own code and style, as transferred."""
+"""Of the page's own code and style, as a browser fetches them."""
 
 
 async def files_of(client: httpx.AsyncClient) -> list[str]:

@@ -37,7 +37,7 @@ def test_an_event_is_one_line_of_data() -> None:
 
 @given(documents)
 @example("x\u2028y\u2029z\x85\r\n\x0b\x1c")
-def test_an_event_is_one_line_to_whoever_reads_it(document: object) -> None:
+def test_event_is_one_line_for_any_reader(document: object) -> None:
     """httpx's `iter_lines`, with which our own client reads streams, also splits at Unicode's line ends."""
     (line, end) = wire.event(document).decode().splitlines()
     assert end == ""

@@ -154,7 +154,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_serving_strangers_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_serving_without_keys_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="can be reached from elsewhere: make a key"):
         processes.up(load(Settings, home=tmp_path, host="0.0.0.0"), None, 1, None, 6379, None, print)
 

@@ -80,7 +80,7 @@ def test_refused_requests_do_not_count(servers: "list[DatabaseRates]") -> None:
     anyio.run(run)
 
 
-def test_a_charge_beyond_what_is_left_is_counted_for_all_servers(servers: "list[DatabaseRates]") -> None:
+def test_excess_charges_count_for_all_servers(servers: "list[DatabaseRates]") -> None:
     async def run() -> None:
         first, second = servers
         await first.take(WHO, "tokens", 0)

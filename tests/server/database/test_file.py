@@ -167,7 +167,7 @@ def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
         assert compare_metadata(context, expected) == []  # type: ignore[arg-type]  # it takes several, too
 
 
-def test_opening_again_keeps_what_is_there(engine: sa.Engine, tmp_path: Path) -> None:
+def test_reopening_keeps_the_contents(engine: sa.Engine, tmp_path: Path) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql(insert_adapter(7))
     again = connect(tmp_path / "new" / "home")

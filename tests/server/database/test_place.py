@@ -23,7 +23,7 @@ def engine(database_url: str | None, tmp_path: Path) -> Iterator[sa.Engine]:
     engine.dispose()
 
 
-def test_the_file_has_its_bytes_beside_it(tmp_path: Path) -> None:
+def test_database_file_has_its_bytes_in_the_same_home(tmp_path: Path) -> None:
     home = tmp_path / "home"
     engine = connect(home)
     for _ in range(2):

@@ -207,7 +207,7 @@ def test_a_server_that_is_killed_loses_and_doubles_nothing(own_postgres: Postgre
     assert len(numbers) > 240
 
 
-def test_a_commit_whose_answer_is_lost_is_known(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcome_of_an_unanswered_commit_is_determined(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The session ends after the commit was done, or before it was sent: the database itself tells which."""
     import psycopg
 

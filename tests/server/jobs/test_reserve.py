@@ -36,7 +36,7 @@ def test_it_takes_space_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_says_that_the_disk_is_full(tmp_path: Path) -> None:
+def test_errors_of_a_full_disk(tmp_path: Path) -> None:
     reserve = Reserve(tmp_path)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for error in (full, OSError(errno.EDQUOT, "quota"), sqlite3.OperationalError("database or disk is full")):

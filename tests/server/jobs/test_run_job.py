@@ -86,7 +86,7 @@ def settings_of(base_dir: Path, **settings: object) -> WorkerSettings:
     return WorkerSettings.model_validate(given)
 
 
-def test_what_a_job_computed_is_the_processors_time() -> None:
+def test_job_usage_is_processor_time() -> None:
     before, start = _seconds_of_all(2), time.process_time()
     time.sleep(0.3)
     while time.process_time() - start < 0.1:
@@ -215,7 +215,7 @@ def test_job_without_room_is_requeued_with_a_reason(
     assert checkpoints.exists()
 
 
-def test_a_job_without_room_fails_where_no_other_machine_has_any(shop: Shop, tiny_base_dir: Path) -> None:
+def test_job_without_room_on_any_machine_fails(shop: Shop, tiny_base_dir: Path) -> None:
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
     settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").to_json()
     timing = replace(FAST, hung=120.0, hindered=1000.0)

@@ -133,14 +133,14 @@ def test_failing_worker_is_restarted_with_a_delay(tmp_path: Path) -> None:
     starts_at(tmp_path / "starts", 0, [0.0, 0.5, 1.5, 3.5, 7.5, 11.5])
 
 
-def test_who_has_no_base_is_started_again_much_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_worker_without_a_base_restarts_much_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     starts_at(tmp_path / "starts", EXIT_NO_BASE, [0.0, 30.0, 90.0, 210.0, 450.0, 930.0, 1530.0, 2130.0])
     said = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert said[0] == "training waits: a worker can't load the base; the next try is in 30 s"
     assert [float(line.split()[-2]) for line in said[:6]] == [30, 60, 120, 240, 480, 600]
 
 
-def test_a_command_that_is_not_there_is_no_disaster(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_command_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     supervisor = Supervisor(1, ("/nowhere/python",), clock=clock)
     supervisor.start()

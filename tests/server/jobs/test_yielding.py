@@ -26,7 +26,7 @@ class Clock:
         self.now += seconds
 
 
-def test_others_read_what_was_set(tmp_path: Path) -> None:
+def test_other_processes_read_the_flag(tmp_path: Path) -> None:
     serving, training = BusyFlag(tmp_path), BusyFlag(tmp_path)
     assert training.read() == 0  # never set
     for number in (3, 32, 0, 70_000):
@@ -41,7 +41,7 @@ def test_others_read_what_was_set(tmp_path: Path) -> None:
     training.close()
 
 
-def test_a_flag_that_nobody_renews_is_idle(tmp_path: Path) -> None:
+def test_flag_expires_if_not_renewed(tmp_path: Path) -> None:
     clock = Clock()
     serving, training = BusyFlag(tmp_path, clock), BusyFlag(tmp_path, clock)
     serving.set(4)

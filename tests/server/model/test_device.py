@@ -23,7 +23,7 @@ HAS_CUDA = torch.cuda.is_available()
         (frozenset(), torch.float32),  # nothing is known of it
     ],
 )
-def test_bf16_only_where_the_cpu_has_it(flags: frozenset[str], expected: torch.dtype) -> None:
+def test_bf16_only_if_the_cpu_supports_it(flags: frozenset[str], expected: torch.dtype) -> None:
     assert choose_device("cpu", "auto", flags) == (torch.device("cpu"), expected)
 
 
@@ -56,7 +56,7 @@ def test_a_gpu_that_is_not_there_is_one_line(device: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
-def test_auto_is_the_gpu_where_there_is_one() -> None:
+def test_auto_is_the_gpu_if_there_is_one() -> None:
     device, dtype = choose_device("auto", "auto")
     assert device.type == "cuda"
     assert dtype in (torch.bfloat16, torch.float32)

@@ -33,7 +33,7 @@ def cuda(*gpus: Gpu, trouble: str = "", code: tuple[str, ...] = CODE) -> Cuda:
         (((7, 5), (8, 6)), "cuda:1", torch.bfloat16),
     ],
 )
-def test_bf16_where_the_device_in_use_has_it(
+def test_bf16_if_the_device_supports_it(
     capabilities: tuple[tuple[int, int], ...], device: str, expected: torch.dtype
 ) -> None:
     with fake_cuda(Card(capabilities=capabilities)):
@@ -104,7 +104,7 @@ def test_a_gpu_that_is_not_there_is_one_line(found: Cuda, device: str, says: str
     assert "\n" not in str(caught.value)
 
 
-def test_auto_goes_without_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_falls_back_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
     device, _ = choose_device("auto", "auto", cuda=cuda(trouble="The NVIDIA driver is too old"))
     assert device.type == "cpu"
     assert "driver is too old" in caplog.text

@@ -201,7 +201,7 @@ def test_damaged_packed_file_is_written_again(how: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [4096, 30_000, -1])
-def test_a_changed_byte_is_found_where_one_looks(at: int, tmp_path: Path) -> None:
+def test_changed_bytes_are_found_by_the_doctor(at: int, tmp_path: Path) -> None:
     """A load doesn't check the bytes; what a load would ignore isn't a finding."""
     store = AdapterStore(tmp_path)
     PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
@@ -421,7 +421,7 @@ def test_layers_that_lie_apart_are_read_one_by_one(tmp_path: Path) -> None:
             assert torch.equal(ours, expected)
 
 
-def test_a_sweep_takes_what_killed_processes_left(tmp_path: Path) -> None:
+def test_sweep_removes_leftovers_of_killed_processes(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
     adapter = published(ADAPTERS["all modules"](TINY))

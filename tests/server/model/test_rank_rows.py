@@ -136,7 +136,7 @@ def test_an_adapter_of_another_base_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
+def test_reported_bytes_equal_the_allocation(dtype: torch.dtype) -> None:
     rows = pool(max_rank=7, dtype=dtype)
     allocated = sum(tensor.nbytes for tensor in (*rows.a.values(), *rows.b.values()))
     assert allocated == 7 * RowFormat.of_torch(dtype, CPU).bytes_per_rank(SHAPE)
@@ -201,7 +201,7 @@ def flags_of(tensor: torch.Tensor) -> set[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")
-def test_huge_pages_are_asked_for_where_the_kernel_has_them() -> None:
+def test_huge_pages_are_requested_if_the_kernel_has_them() -> None:
     """The kernel uses huge pages for shared memory (`sh`) only if another setting, off by default, allows it."""
     flags = flags_of(in_huge_pages(4, HUGE_PAGE // 2, dtype=torch.float16))
     assert "sh" not in flags
@@ -209,7 +209,7 @@ def test_huge_pages_are_asked_for_where_the_kernel_has_them() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked")
-def test_pages_are_taken_ahead_and_keep_what_they_hold() -> None:
+def test_pages_taken_ahead_keep_their_contents() -> None:
     rows = in_huge_pages(16, HUGE_PAGE // 2, dtype=torch.float16)  # sixteen huge pages
     assert pages_there(rows) == 0
     rows[3].fill_(7.0)

@@ -151,7 +151,7 @@ class Meddler:
 
 
 @pytest.mark.parametrize("at", range(1, 7))
-def test_nothing_is_missing_whatever_is_deleted_and_published_meanwhile(
+def test_concurrent_deletes_and_publications_lose_nothing(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     uploads = DatasetStore(Home(registry.home).datasets("default"))
@@ -251,7 +251,7 @@ def test_a_running_job_resumes_in_the_restored_home(registry: Registry, target: 
 
 
 @pytest.mark.parametrize("at", range(1, 5))
-def test_a_job_that_ends_meanwhile_has_ended_or_has_its_rows(
+def test_job_that_ends_during_a_backup_is_complete(
     registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     (registry.home / "jobs" / "job-8").mkdir(parents=True)

@@ -184,7 +184,7 @@ def test_records_that_differ_from_rows_are_found_and_repaired(home: Path, tmp_pa
     assert found(home) == {}
 
 
-def test_a_rebuild_names_what_is_lost(home: Path, tmp_path: Path) -> None:
+def test_rebuild_names_losses(home: Path, tmp_path: Path) -> None:
     registry = Registry(home, tmp_path / "files")
     before = {adapter.name: adapter.versions for adapter in registry.catalog.list()}
     (home / "jobs" / "job-8" / "model").mkdir(parents=True)

@@ -28,7 +28,7 @@ def tracer() -> tuple[OtelTracer, InMemorySpanExporter]:
     return OtelTracer([], [SimpleSpanProcessor(exporter)]), exporter
 
 
-def test_a_request_goes_on_the_trace_that_its_client_began() -> None:
+def test_request_continues_its_clients_trace() -> None:
     mine, exporter = tracer()
     span = mine.request({"traceparent": f"00-{TRACE}-{PARENT}-01"})
     assert span is not None

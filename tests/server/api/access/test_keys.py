@@ -120,7 +120,7 @@ async def test_requests_without_a_key_are_not_the_operator(
 @pytest.mark.parametrize(
     ("setting", "scopes"), [("0", SCOPES), ("until-keyed", SCOPES), ("1", ("generate", "train"))]
 )
-async def test_ready_says_what_a_client_without_a_key_may(
+async def test_ready_lists_the_scopes_without_a_key(
     make_services: MakeServices, setting: str, scopes: tuple[str, ...]
 ) -> None:
     app = new_app(make_services(allow_anonymous=setting))
@@ -133,7 +133,7 @@ async def test_ready_says_what_a_client_without_a_key_may(
         assert (await client.get("/adapters", headers=bearer(secret))).status_code == 200
 
 
-async def test_a_guest_works_in_the_default_project_alone(make_services: MakeServices) -> None:
+async def test_requests_without_a_key_use_the_default_project(make_services: MakeServices) -> None:
     app = new_app(make_services(allow_anonymous="1", api_keys=OPERATORS))
     new_secret(app, "acme")
     async with client_of(app) as client:
@@ -682,7 +682,7 @@ async def test_an_answer_is_counted_once_whatever_happens_to_the_store(app: Fast
         assert (row["requests"], row["completion_tokens"]) == (1, 4)
 
 
-async def test_an_answer_is_not_counted_twice_where_nobody_knows_whether_it_was(
+async def test_answer_of_an_unknown_commit_is_not_counted_twice(
     app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The database connection fails during the commit."""

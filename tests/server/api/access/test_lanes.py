@@ -72,7 +72,7 @@ async def test_waiting_projects_take_turns_and_each_is_first_come_first_served()
     assert work.begun == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
 
 
-async def test_a_project_that_comes_later_waits_for_the_running_work_alone() -> None:
+async def test_later_project_waits_only_for_running_work() -> None:
     lane, work = Lane("things", "things", Turns(1), 99), Work()
     async with working(work) as tasks:
         for number in range(12):

@@ -81,7 +81,7 @@ async def test_an_upload_that_fills_the_quota(app: FastAPI, chunked: bool) -> No
         assert await send(client, "fits", as_parts(CONFIG, WEIGHTS), chunked) == 201
 
 
-async def test_an_archive_counts_as_what_is_in_it(app: FastAPI) -> None:
+async def test_archives_count_their_contents(app: FastAPI) -> None:
     config, weights = CONFIG, WEIGHTS[:-4096] + bytes(4096)
     archive = as_zip(config, weights)
     most = len(config) + len(weights) - 1

@@ -190,7 +190,7 @@ async def test_a_prompt_is_not_encoded_after_its_client_left(
         work.go.set()
 
 
-async def test_a_grammar_that_there_is_no_room_for_is_a_request_refused(
+async def test_refused_grammars_count_as_refused_requests(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services, work = make_services(), Blocked()
@@ -425,7 +425,7 @@ async def test_an_upload_ends_once_the_disk_is_nearly_full(
     assert b"SMOLORA_MIN_FREE_BYTES" in upload.answer[1]["body"]
 
 
-async def test_a_repeat_is_answered_where_nothing_new_would_be(
+async def test_repeated_submission_is_answered_under_overload(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its job exists already: a refused client would submit it once more later."""

@@ -159,7 +159,7 @@ def operator_like(operator: httpx.AsyncClient) -> str:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-async def test_a_scope_opens_its_routes_alone(locked: FastAPI, operator: httpx.AsyncClient, scope: Scope) -> None:
+async def test_scopes_open_only_their_routes(locked: FastAPI, operator: httpx.AsyncClient, scope: Scope) -> None:
     project = "default" if scope == "metrics" else "acme"
     key = (await operator.post("/keys", json={"name": "one", "project": project, "scopes": [scope]})).json()
     found = await statuses(locked, {"Authorization": f"Bearer {key['secret']}"})

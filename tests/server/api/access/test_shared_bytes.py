@@ -102,7 +102,7 @@ async def test_fields_without_effect_are_not_shared(projects: Projects) -> None:
     assert said["base_model_name_or_path"] == SECRET
 
 
-async def test_training_goes_on_from_ones_own_shape(projects: Projects) -> None:
+async def test_training_continues_from_the_own_configuration(projects: Projects) -> None:
     await upload(projects.other, "guess", RESHAPED)
     await upload(projects.acme, "mine", CONFIG)
     await projects.acme.put("/adapters/mine/visibility", json={"visibility": "public"})

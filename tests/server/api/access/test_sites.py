@@ -22,7 +22,7 @@ async def status(client: httpx.AsyncClient, headers: Mapping[str, str], path: st
     "host",
     ["localhost", "localhost:8000", "LOCALHOST:1", "127.0.0.1:8000", "10.1.2.3", "[::1]:8000", "[fe80::1]"],
 )
-async def test_the_loopbacks_names_and_addresses_are_its_own(host: str, client: httpx.AsyncClient) -> None:
+async def test_loopback_names_and_addresses_are_accepted(host: str, client: httpx.AsyncClient) -> None:
     assert await status(client, {"Host": host}) == 200
 
 

@@ -63,7 +63,7 @@ async def test_latest_is_an_alias_and_moving_it_back_is_the_rollback(client: htt
     assert refused.status_code == 409
 
 
-async def test_what_an_alias_names_is_held_unless_forced(client: httpx.AsyncClient) -> None:
+async def test_aliased_versions_need_force_to_delete(client: httpx.AsyncClient) -> None:
     await upload(client, "a", 0, 1)
     await point(client, "a", "prod", 1)
     await point(client, "a", "canary", 1)

@@ -63,7 +63,7 @@ def test_refused(tmp_path: Path, files: Mapping[str, bytes], reason: str) -> Non
     assert not (tmp_path / ".." / CONFIG).exists()
 
 
-def test_a_bomb_goes_off_at_the_bound(tmp_path: Path) -> None:
+def test_zip_bombs_stop_at_the_limit(tmp_path: Path) -> None:
     bomb = zipped({CONFIG: b"{}", WEIGHTS: bytes(20 << 20)})
     assert bomb.getbuffer().nbytes < 100_000
     with pytest.raises(InvalidInput, match="inflates"):

@@ -110,7 +110,7 @@ async def test_the_newest_commit_and_a_given_one(app: FastAPI, client: httpx.Asy
         (FILES, {"unknown": 1}, 422, "unknown"),
     ],
 )
-async def test_what_does_not_go(
+async def test_refused_imports(
     app: FastAPI,
     client: httpx.AsyncClient,
     files: dict[str, bytes],

@@ -90,9 +90,7 @@ async def test_models(client: httpx.AsyncClient, database: sa.Engine) -> None:
     assert (counted.num_statements, counted.num_rows()) == (1, len(NAMES) + 1)
 
 
-async def test_a_models_date_is_that_of_what_its_name_means(
-    client: httpx.AsyncClient, database: sa.Engine
-) -> None:
+async def test_model_date_is_its_versions(client: httpx.AsyncClient, database: sa.Engine) -> None:
     with database.begin() as connection:
         for version, date in ((1, "2024-01-02 00:00:00"), (EACH, "2024-03-04 00:00:00")):
             text = "UPDATE adapter_versions SET created_at = :date WHERE name = 'a0' AND version = :version"
@@ -108,7 +106,7 @@ async def test_a_models_date_is_that_of_what_its_name_means(
     assert await created() == {1_704_153_600}
 
 
-async def test_a_page_reads_its_own_adapters_alone(client: httpx.AsyncClient, database: sa.Engine) -> None:
+async def test_pages_read_only_their_adapters(client: httpx.AsyncClient, database: sa.Engine) -> None:
     await client.get("/adapters/none")  # keys are read at the first request
     with reads(database) as counted:
         answer = (await client.get("/adapters?limit=2")).json()

@@ -210,7 +210,7 @@ async def test_compositions_that_do_not_go(
     assert [each["name"] for each in (await client.get("/adapters")).json()["adapters"]] == ["a", "big", "copy"]
 
 
-async def test_the_bound_of_sixteen_holds_on_what_is_added_up(client: httpx.AsyncClient) -> None:
+async def test_limit_of_sixteen_adapters_applies_to_the_sum(client: httpx.AsyncClient) -> None:
     for number in range(17):
         await upload(client, f"a{number}", number)
     await composed(client, "ten", "+".join(f"a{number}" for number in range(10)))

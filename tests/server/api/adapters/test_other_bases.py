@@ -118,7 +118,7 @@ async def test_different_base_is_reported_everywhere(serve: Serve) -> None:
     assert [event["warnings"] for event in last] == [[f"a@1: {text}"]] * 2
 
 
-async def test_a_composition_of_what_was_made_elsewhere(serve: Serve) -> None:
+async def test_composition_of_parts_from_another_base(serve: Serve) -> None:
     await publish(serve(), "a")
     await serve().post("/compositions/early", json={"expression": "a*0.5"})
     client = serve("other-llama", OTHER_DIGEST)
@@ -253,7 +253,7 @@ async def test_other_shapes_are_a_conflict(
     assert (await client.delete("/adapters/a")).status_code == 204
 
 
-async def test_training_from_what_was_made_elsewhere_says_so(serve: Serve, jobs: Jobs) -> None:
+async def test_training_from_another_bases_adapter_warns(serve: Serve, jobs: Jobs) -> None:
     await publish(serve(), "a")
     client = serve("other-llama", OTHER_DIGEST)
     ((text,),) = [version["warnings"] for version in (await client.get("/adapters/a")).json()["versions"]]

@@ -175,7 +175,7 @@ async def test_errors_reach_every_follower_and_the_next_starts_again() -> None:
     await until(lambda: not feeds.is_polling)
 
 
-async def test_events_that_are_gone_end_the_streams_of_those_who_want_them() -> None:
+async def test_streams_end_if_their_events_were_removed() -> None:
     class Gone(FakeJobs):
         def events(self, job_id: str, after: int, limit: int) -> list[Event]:
             return [event for event in super().events(job_id, after, limit) if event.seq <= 2]

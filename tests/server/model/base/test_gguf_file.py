@@ -35,7 +35,7 @@ def halves(rows: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]
 
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q4_0", "Q5_1", "F16", "F32"])
-def test_weights_are_what_the_file_stands_for(tmp_path: Path, kind: str, is_tied: bool) -> None:
+def test_weights_equal_the_files(tmp_path: Path, kind: str, is_tied: bool) -> None:
     stands_for = save_tiny_gguf(tmp_path / "tiny.gguf", {"": kind}, is_tied=is_tied)
     base = load(tmp_path / "tiny.gguf")
     assert base.name == "tiny"
@@ -130,7 +130,7 @@ def test_too_little_memory_is_not_taken_for_a_fault_of_the_file(
         open_gguf(tmp_path / "tiny.gguf")
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_refused_files(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     save_tiny_gguf(file, architecture="qwen2")
     with pytest.raises(StartupError, match=r"^tiny.gguf: general.architecture is qwen2, and only llama is read"):

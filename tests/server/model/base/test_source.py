@@ -229,7 +229,7 @@ def test_a_home_that_is_a_file(tiny_base_dir: Path, tmp_path: Path) -> None:
         resolve_base(str(tiny_base_dir), tmp_path / "home")
 
 
-def test_any_user_may_read_what_was_converted(tiny_base_dir: Path, tmp_path: Path) -> None:
+def test_converted_bases_are_readable_by_any_user(tiny_base_dir: Path, tmp_path: Path) -> None:
     """An image is built by root and run by another user."""
     umask = os.umask(0o077)
     try:

@@ -69,7 +69,7 @@ def test_every_tensor_is_the_one_transformers_loads(
 
 
 @pytest.mark.parametrize(("architecture", "options"), KINDS)
-def test_an_export_computes_what_the_original_does(
+def test_export_computes_the_same_as_the_original(
     tmp_path: Path, architecture: str, options: dict[str, object]
 ) -> None:
     directory = save_tiny_base(tmp_path / "tiny", architecture, options)
@@ -243,6 +243,6 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
             load_base(place) if place == converted else load(directory)
 
 
-def test_loading_what_was_never_converted(tiny_base_dir: Path) -> None:
+def test_loading_an_unconverted_directory(tiny_base_dir: Path) -> None:
     with pytest.raises(StartupError, match="not a converted base"):
         load_base(tiny_base_dir)

@@ -44,5 +44,5 @@ def test_kernels(program: Path, name: str, amx: str) -> None:
 
 
 @pytest.mark.thorough
-def test_a_name_that_is_not_there_is_no_success(program: Path) -> None:
+def test_unknown_test_name_fails(program: Path) -> None:
     assert subprocess.run([program, "nothing"], capture_output=True).returncode != 0

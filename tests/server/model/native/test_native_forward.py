@@ -243,7 +243,7 @@ def test_pieces_and_company_change_nothing(pair: Pair, with_adapters: bool) -> N
 
 @pytest.mark.parametrize("with_adapters", [False, True])
 @pytest.mark.parametrize("counts", [(1,) * 8, (0, 1, 65, 0, 17, 47, 0, 97), (0, 0, 0, 0, 0, 0, 0, 1)])
-def test_what_is_wanted_has_the_same_bits(pair: Pair, counts: tuple[int, ...], with_adapters: bool) -> None:
+def test_requested_logits_have_the_same_bits(pair: Pair, counts: tuple[int, ...], with_adapters: bool) -> None:
     sequences = sequences_of(LENGTHS, pair.config.vocab_size, seed=4)
     whole = native_logits(pair, sequences, with_adapters).split(LENGTHS)
     found = native_logits(pair, sequences, with_adapters, wanted=lambda index, length: counts[index])
@@ -251,7 +251,7 @@ def test_what_is_wanted_has_the_same_bits(pair: Pair, counts: tuple[int, ...], w
     assert torch.equal(found, torch.cat(expected))
 
 
-def test_nothing_may_be_wanted_of_a_step(pair: Pair) -> None:
+def test_step_without_requested_logits(pair: Pair) -> None:
     """Keys and values are cached anyway: the following tokens have the same bits."""
     sequences = sequences_of(LENGTHS[:4], pair.config.vocab_size, seed=5)
     ends = [[length - 1, length] if length > 1 else [0, 1] for length in LENGTHS[:4]]
@@ -295,7 +295,7 @@ def test_the_base_is_not_written(pair: Pair) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_what_it_does_not_cover_is_refused(tiny_base: BaseModel, library: ctypes.CDLL) -> None:
+def test_unsupported_bases_are_refused(tiny_base: BaseModel, library: ctypes.CDLL) -> None:
     with pytest.raises(NativeUnavailable, match="bf16"):
         NativeModel(library, tiny_base.config, tiny_base.weights, max_positions=8, num_threads=1)
     half = load_base(tiny_base.directory, torch.bfloat16)

@@ -67,7 +67,7 @@ def test_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_computes_what_serving_does(name: str, dtype: torch.dtype) -> None:
+def test_training_computes_the_same_as_serving(name: str, dtype: torch.dtype) -> None:
     """Bitwise; and in 16 bits the gradients are as close to the exact ones as 16 bits allow."""
     ours, formula, given = inputs(dtype)[name]
     served = ours(*given)

@@ -116,7 +116,7 @@ def test_variables_set_in_an_assistants_part_stay_there() -> None:
         ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'"),
     ],
 )
-def test_what_it_refuses(template: str, error: str) -> None:
+def test_refused_templates(template: str, error: str) -> None:
     messages = [{"role": "user", "content": "hi"}]
     with pytest.raises(TemplateError, match=re.escape(error)):
         ChatTemplate(template, {}).render(messages, add_generation_prompt=True)
@@ -141,7 +141,7 @@ def test_what_it_refuses(template: str, error: str) -> None:
         "{{ '{0.__class__}'.format(1) }}",
     ],
 )
-def test_a_strangers_template_gets_at_nothing(template: str) -> None:
+def test_untrusted_templates_are_sandboxed(template: str) -> None:
     """It is refused, or renders nothing."""
 
     def outcome(render: Callable[[], str]) -> str:

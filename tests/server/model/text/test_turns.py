@@ -98,7 +98,7 @@ def test_ids_and_mask_are_transformers_own(
 
 
 @given(messages=conversations(ANYTHING))
-def test_turns_are_exact_whatever_the_texts_hold(
+def test_turns_are_exact_for_any_texts(
     tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder, messages: list[ChatMessage]
 ) -> None:
     check_turns(tokenizer, encoder, messages)

@@ -9,7 +9,7 @@ from server.training.checkpoint import Checkpoint, Checkpoints
 STEP = Checkpoint(7, {"masters": torch.zeros(3)}, {})
 
 
-def test_saving_removes_what_earlier_attempts_left(tmp_path: Path) -> None:
+def test_saving_removes_leftovers_of_earlier_attempts(tmp_path: Path) -> None:
     left = (".unfinished-1-3-abc", ".unfinished-1-4-x-y", ".unfinished-3-9-abc", "notes")
     for name in left:
         (tmp_path / name).mkdir()
