@@ -251,13 +251,11 @@ def _contradictions(asked: LoraSpec, shaped: LoraSpec, given: Collection[str]) -
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that could be queued. `source` has the body's fields `dataset` and `validation`, without rows."""
+    """A job that could be queued."""
 
     spec: JobSpec
     data: JobData
-    source: Mapping[str, object]
-    used: frozenset[str]  # ids of data sets and files
-    mapping: RowFormat | None  # as in `RowNotes`
+    rows: JobRows
     are_facts: bool  # as in `EncodedRows`, of the training rows
     warnings: tuple[str, ...]  # about the parent and the rows
 
@@ -268,7 +266,7 @@ class Prepared:
     @property
     def facts(self) -> Mapping[str, object]:
         """The facts about the rows that are stored in the job's record."""
-        return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
+        return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.rows.source)}
 
 
 @dataclass(frozen=True)
@@ -330,7 +328,7 @@ class Submissions:
                     prepared.spec,
                     job_id=job_id,
                     data={**prepared.facts, **kept},
-                    used=prepared.used,
+                    used=prepared.rows.used,
                     idempotency_key=idempotency_key,
                     body_digest=digest,
                     warnings=prepared.warnings,
@@ -371,9 +369,7 @@ class Submissions:
             yield Prepared(
                 spec=_with_epochs(spec, body, encoded.data.facts.num_rows),
                 data=encoded.data,
-                source=rows.source,
-                used=rows.used,
-                mapping=rows.mapping,
+                rows=rows,
                 are_facts=encoded.are_facts,
                 warnings=(*pinned.warnings, *rows.warnings, *encoded.warnings),
             )
@@ -415,6 +411,7 @@ class Submissions:
             num_split=all_long.num_split,
             num_dropped=all_long.num_dropped,
             num_lost_tokens=all_long.num_lost_tokens,
+            kinds=rows.train.kinds(),
         )
         warnings = [*train.warnings, *all_long.warnings(length)]
         data = JobData(

@@ -1,21 +1,26 @@
 """Answers under /train and /datasets: jobs, events, dry runs and data sets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Literal, Self
 
 from pydantic import ConfigDict, Field
 
 from server.api.estimate import Estimate
 from server.api.schemas import Answer, Timestamp
-from server.api.submission import Prepared
+from server.api.submission import JobRows, Prepared
 from server.jobs.jobs import Job
 from server.jobs.merge_spec import Spec
-from server.training.encoding import FACT_SHARE, FACT_TOKENS, preview
+from server.training.encoding import FACT_SHARE, FACT_TOKENS, preview, texts_of
 from server.training.formats import RowFormat
 from server.training.job_data import JobData
+from server.training.rows import CanonicalRows, question_of
 
 _PREVIEWED_ROWS = 3
 _PREVIEWED_TOKENS = 200
+_SAMPLES = 5  # of the training rows, and as many of the held-out rows
+_SAMPLED_ROWS = 50  # the first rows, among which samples are chosen
+_SAMPLED_CHARACTERS = 4000  # the most of a sample
 _FACTS = (
     "the rows look like facts (completions are short and nearly all distinct): a held-out fact can't be known, so "
     "look at recall on trained rows instead of the held-out loss"
@@ -67,6 +72,9 @@ class RowCounts(Answer):
     split: int = Field(0, validation_alias="num_split", description="rows split into windows that count as rows")
     dropped: int = Field(0, validation_alias="num_dropped", description="rows too long for max_length")
     lost_tokens: int = Field(0, validation_alias="num_lost_tokens", description="of dropped and truncated rows")
+    kinds: dict[str, int] = Field(
+        default_factory=dict, description="number of training rows by kind: completion, messages, text"
+    )
 
 
 class JobAnswer(Answer):
@@ -137,6 +145,20 @@ class PreviewRow(Answer):
     more: int = Field(description="number of further tokens, which aren't shown")
 
 
+class SampleTurn(Answer):
+    role: str
+    content: str
+
+
+class SampleRow(Answer):
+    """A row as a prompt for /generate or /compare."""
+
+    held_out: bool
+    prompt: str | None = Field(default=None, description="left out for rows of messages")
+    messages: list[SampleTurn] | None = Field(default=None, description="the turns before the answer")
+    completion: str = Field(description="the row's own answer")
+
+
 class DryRunAnswer(Answer):
     dry_run: Literal[True]
     name: str
@@ -144,6 +166,7 @@ class DryRunAnswer(Answer):
     steps: int = Field(description="optimizer steps in total")
     estimate: Estimate
     preview: list[PreviewRow]
+    samples: list[SampleRow] = Field(description="some short rows with an answer, held-out rows first")
     config: dict[str, object]
     facts: bool = Field(
         description=f"completions are short (a median of at most {FACT_TOKENS} tokens), and at least "
@@ -165,9 +188,10 @@ class DryRunAnswer(Answer):
             steps=prepared.total_steps,
             estimate=estimate,
             preview=_preview(prepared.data, decode),
-            config=_config(prepared.spec, prepared.source),
+            samples=_samples(prepared.rows),
+            config=_config(prepared.spec, prepared.rows.source),
             facts=prepared.are_facts,
-            mapping=prepared.mapping,
+            mapping=prepared.rows.mapping,
             warnings=[*prepared.warnings, *([_FACTS] if has_held_out_facts else [])],
         )
 
@@ -204,3 +228,22 @@ def _preview(data: JobData, decode: Callable[[list[int]], str]) -> list[PreviewR
         shown = [PreviewToken(text=text, trained=is_target) for text, is_target in tokens[:_PREVIEWED_TOKENS]]
         rows.append(PreviewRow(row=number, tokens=shown, more=len(tokens) - len(shown)))
     return rows
+
+
+def _samples(rows: JobRows) -> list[SampleRow]:
+    parts = ((True, rows.validation), (False, rows.train))
+    return [sample for held_out, part in parts for sample in islice(_asked(part, held_out), _SAMPLES)]
+
+
+def _asked(rows: CanonicalRows, held_out: bool) -> Iterator[SampleRow]:
+    """Yield those of the first rows that are short and have an answer."""
+    for row in rows[:_SAMPLED_ROWS]:
+        asked = question_of(row)
+        if asked is None or sum(map(len, texts_of(row))) > _SAMPLED_CHARACTERS:
+            continue
+        question, completion = asked
+        if isinstance(question, str):
+            yield SampleRow(held_out=held_out, prompt=question, completion=completion)
+        else:
+            turns = [SampleTurn.model_validate(turn) for turn in question]
+            yield SampleRow(held_out=held_out, messages=turns, completion=completion)

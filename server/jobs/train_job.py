@@ -31,7 +31,7 @@ from server.storage.places import Storage
 from server.training.checkpoint import Checkpoints
 from server.training.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.files import RowSources, results_id
-from server.training.job_data import JobData
+from server.training.job_data import DataFacts, JobData
 from server.training.report import (
     AdapterFacts,
     Cost,
@@ -133,7 +133,7 @@ class TrainingAttempt:
         metrics = outcome.counters.newest_losses | _final_metrics(outcome)
         publish = None
         if adapter is not None and gate.passes:
-            publish = self._new_version(adapter, num_bytes, metrics, data.facts.digest)
+            publish = self._new_version(adapter, num_bytes, metrics, data.facts)
         with nullcontext() if adapter is None else self._library.publishing(adapter):
             if FINE_TUNING in self._job.data:
                 counters = outcome.counters
@@ -263,7 +263,7 @@ class TrainingAttempt:
         return build_report(self._spec, self._base, findings)
 
     def _new_version(
-        self, adapter: PeftAdapter, num_bytes: int, metrics: Mapping[str, object], data_digest: str
+        self, adapter: PeftAdapter, num_bytes: int, metrics: Mapping[str, object], data: DataFacts
     ) -> NewVersion:
         return NewVersion(
             name=self._spec.name,
@@ -278,8 +278,8 @@ class TrainingAttempt:
             parent=self._spec.start_from,
             job_id=self._job.id,
             base_digest=self._base.digest,
-            data_digest=data_digest,
-            config=self._spec.to_document(),
+            data_digest=data.digest,
+            config={**self._spec.to_document(), "kinds": dict(data.kinds)},
         )
 
 

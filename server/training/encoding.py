@@ -27,7 +27,7 @@ from adapters.errors import FieldError, InvalidInput
 from adapters.storage.durable import new_file
 from server.model.text.chat import PromptEncoder
 from server.system.messages import plural
-from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
+from server.training.rows import MessagesRow, Row, TextRow, question_of
 from server.training.spec import Overlong
 
 MAX_TOKENS = 1 << 26
@@ -243,12 +243,10 @@ class RowEncoder:
 
         The prompt is cut after `max_prompt` tokens: after a longer one, the base has no room for an answer anyway.
         """
-        if isinstance(row, CompletionRow):
-            prompt, text = self._encoder.prompt(row.prompt), row.completion
-        elif isinstance(row, MessagesRow) and (last := max(set(row.assistant) - row.untrained)):
-            prompt, text = self._encoder.messages(row.messages[:last]), row.messages[last].content
-        else:
+        if (asked := question_of(row)) is None:
             return None
+        question, text = asked
+        prompt = self._encoder.prompt(question) if isinstance(question, str) else self._encoder.messages(question)
         return Reference(tuple(prompt[:max_prompt]), text, len(self._encoder.continuation(text)))
 
     def references(

@@ -7,8 +7,8 @@ HOME/jobs/<id>/train.safetensors        rows to train on
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,7 @@ class DataFacts:
     num_split: int = 0  # rows split into windows, held-out rows included
     num_dropped: int = 0  # rows, held-out rows included
     num_lost_tokens: int = 0  # of dropped and truncated rows, held-out rows included
+    kinds: Mapping[str, int] = field(default_factory=dict)  # training rows by kind; empty for an older job
 
 
 @dataclass(frozen=True)

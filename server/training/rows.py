@@ -128,6 +128,15 @@ def kind_of(row: Row) -> Kind:
     return "messages" if isinstance(row, MessagesRow) else "text"
 
 
+def question_of(row: Row) -> tuple[str | tuple[ChatMessage, ...], str] | None:
+    """Return (a row's prompt or turns, the answer that is trained on), or None if nothing precedes an answer."""
+    if isinstance(row, CompletionRow):
+        return row.prompt, row.completion
+    if isinstance(row, MessagesRow) and (last := max(set(row.assistant) - row.untrained)):
+        return row.messages[:last], row.messages[last].content
+    return None
+
+
 def parse_row(value: object, notes: RowNotes | None = None) -> Row:
     """Make a row from parsed JSON. Raise InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
 
@@ -215,6 +224,11 @@ class CanonicalRows(Sequence[Row]):
     def chosen(self, is_chosen: Iterable[bool]) -> Self:
         """Return the rows whose flag is true, in their order, without copying their bytes."""
         return type(self)(compress(self._lines, is_chosen))
+
+    def kinds(self) -> dict[str, int]:
+        """Count the rows by kind, without parsing them."""
+        # keys are sorted, so the first key of a line tells its kind
+        return dict(sorted(Counter(line[2 : line.index(b'"', 2)].decode() for line in self._lines).items()))
 
     def digests(self) -> list[bytes]:
         """Return each row's SHA-256."""

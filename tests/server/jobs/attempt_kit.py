@@ -105,7 +105,14 @@ def job_data(base: BaseModel, num_rows: int = 8, num_held_out: int = 3, num_refe
     _, held_out = rows_of_codes(base, num_rows, num_held_out)
     examples = encoder.encode_all(rows, 48).examples
     facts = DataFacts(
-        "d", num_rows, examples.num_tokens, examples.num_targets, 0, "v" if held_out else None, num_held_out
+        "d",
+        num_rows,
+        examples.num_tokens,
+        examples.num_targets,
+        0,
+        "v" if held_out else None,
+        num_held_out,
+        kinds={"completion": num_rows},
     )
     validation = encoder.encode_all(held_out, 48).examples if held_out else None
     references = encoder.references(held_out)[:num_references]

@@ -59,6 +59,7 @@ def test_it_goes_on_from_an_adapter(shop: Shop, tiny_base: BaseModel, tiny_base_
     version = shop.catalog.version("codes", 1)
     assert (version.rank, version.alpha, version.parent) == (3, 5.0, "up@1")
     assert set(version.target_modules) == {"q_proj", "down_proj"}
+    assert version.config["kinds"] == {"completion": len(data.train)}
     assert version.digest != digest
     tuned = shop.store.load(version.digest)
     assert distance(tuned, parent.weights) < 0.2, "two small steps away"

@@ -85,6 +85,7 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
             "split": 0,
             "dropped": 0,
             "lost_tokens": 0,
+            "kinds": {"completion": 16},
         },
         "attempt": 0,
     }
@@ -228,6 +229,7 @@ async def test_a_dry_run(client: httpx.AsyncClient, tmp_path: Path) -> None:
         }
         assert texts == {False: row["prompt"], True: f"{row['completion']}<|im_end|>"}
     assert answer["config"]["training"]["max_length"] == 16
+    assert answer["data"]["kinds"] == {"completion": 5}
     assert (await client.get("/train")).json()["jobs"] == []
     assert not list(tmp_path.glob("jobs/*"))
 
@@ -332,6 +334,19 @@ async def test_epochs_that_are_given_are_kept(client: httpx.AsyncClient) -> None
     assert (training["epochs"], training["auto_epochs"], job["progress"]["total_steps"]) == (2, False, 4)
     job = (await client.post("/train", json=train_body(training={"max_steps": 5}))).json()
     assert job["progress"]["total_steps"] == 5
+
+
+async def test_a_dry_run_samples_held_out_rows_first(client: httpx.AsyncClient) -> None:
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    chat = {"messages": [*turns, {"role": "assistant", "content": "Found"}]}
+    long = {"prompt": "404 ", "completion": "Not Found" * 1000}
+    held_out = [{"prompt": "200 ", "completion": "OK"}]
+    body = train_body(data=[{"text": "a text"}, long, chat, *ROWS], validation=held_out)
+    answer = (await client.post("/train?dry_run=true", json=body)).json()
+    chat_sample = {"held_out": False, "messages": turns, "completion": "Found"}
+    samples = [{"held_out": True, **held_out[0]}, chat_sample, *({"held_out": False, **row} for row in ROWS)]
+    assert answer["samples"] == samples[:6]
+    assert answer["data"]["kinds"] == {"completion": 1 + len(ROWS), "messages": 1, "text": 1}
 
 
 async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(

@@ -2,6 +2,7 @@
 
 import io
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 from hypothesis import given
@@ -12,7 +13,7 @@ from server.api.train_schemas import TrainBody
 from server.model.text.chat import ChatMessage
 from server.training.datasets import DatasetStore
 from server.training.files import FileStore, RowSources
-from server.training.rows import CanonicalRows, CompletionRow, MessagesRow, Row, TextRow
+from server.training.rows import CanonicalRows, CompletionRow, MessagesRow, Row, TextRow, kind_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5)
 TURN = st.builds(ChatMessage, st.sampled_from(["system", "user"]), TEXT)
@@ -31,6 +32,7 @@ def test_workers_are_restarted(rows: list[Row], data: st.DataObject) -> None:
     assert list(kept) == rows
     assert [kept[number] for number in range(len(rows))] == rows
     assert list(kept[1:3]) == rows[1:3]
+    assert kept.kinds() == Counter(map(kind_of, rows))
     flags = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
     assert list(kept.chosen(flags)) == [row for row, flag in zip(rows, flags, strict=True) if flag]
 
