@@ -21,7 +21,6 @@ from server.cli.common import (
     connected,
     fail,
     given,
-    number,
     part_of,
     print_json,
     print_warnings,
@@ -61,13 +60,15 @@ def _print_all(as_json: bool, url: str | None, api_key: str | None) -> None:
 
 
 def _table(adapters: Sequence[Document]) -> Table:
-    table = table_of("adapter", "aliases", "rank", "modules", "size", "loss", "base's")
+    # no losses: those of two versions may be of different rows
+    table = table_of("adapter", "aliases", "rank", "modules", "size", "recall", "than before")
     for adapter in adapters:
         names = {adapter["latest"]: ["latest"]}
         for alias, version in part_of(adapter, "aliases").items():
             names.setdefault(version, []).append(alias)
         for version in cast("Sequence[Document]", adapter["versions"]):
-            metrics, modules = part_of(version, "metrics"), cast("Sequence[str]", version["target_modules"])
+            modules = cast("Sequence[str]", version["target_modules"])
+            recall = cast("float | None", part_of(version, "metrics").get("recall"))
             names_of = ", ".join(name.removesuffix("_proj") for name in modules)
             shown = names_of if len(modules) < _NUM_MODULES else "all-linear"
             table.add_row(
@@ -76,8 +77,8 @@ def _table(adapters: Sequence[Document]) -> Table:
                 str(version["rank"]),
                 Text(str(version["parent"] or shown)) if version["kind"] == "composition" else shown,
                 f"{cast('int', version['bytes']) / 1e6:,.1f} MB",
-                number(metrics.get("eval_loss")),
-                number(metrics.get("base_eval_loss")),
+                "" if recall is None else f"{recall:.1%}",
+                Text(str(version.get("verdict") or "")),
             )
     return table
 

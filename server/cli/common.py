@@ -48,7 +48,7 @@ _ADVICE = {
     "send_key": "set SMOLORA_API_KEY, or give --api-key",
 }
 """The command line's advice, by the code of an error's hint."""
-_NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
+_NUMBERS = ("rank", "rate", "recall", "rows", "size", "loss", "held out", "base's", "steps")
 _NAMES = ("adapter", "data set", "job", "key", "name", "project", "state", "status")
 _WHOLE = (*_NAMES, *_NUMBERS)  # columns that stay on one line
 

@@ -146,9 +146,10 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
     projects = [str(job["project"]) for job in jobs]
     shows_project = any(project != DEFAULT_PROJECT for project in projects)
     project_title = ["project"] if shows_project else []
-    table = table_of("job", *project_title, "name", "status", "steps", "loss", "held out", "base's", "adapter")
+    titles = "name", "status", "steps", "rank", "rate", "loss", "held out", "base's", "adapter"
+    table = table_of("job", *project_title, *titles)
     for project, job in zip(projects, jobs, strict=True):
-        progress, metrics = part_of(job, "progress"), part_of(job, "metrics")
+        progress, metrics, config = (part_of(job, name) for name in ("progress", "metrics", "config"))
         status = str(job["status"])
         if job["position"] is not None:
             status += f" ({job['position']})"
@@ -159,12 +160,27 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
             Text(str(job["name"])),
             Text("pausing" if job["pausing"] else status),
             f"{progress['step']}/{progress['total_steps']}",
+            *_rank_and_rate(config),
             number(metrics["train_loss"]),
             number(metrics["eval_loss"]),
             number(metrics["base_eval_loss"]),
             Text(adapter),
         )
     return table
+
+
+def _rank_and_rate(config: Document) -> tuple[str, str]:
+    """Return a job's rank and learning rate as texts; a merge has no rate, and full fine-tuning no rank."""
+    if "training" not in config:
+        return "", ""
+    rank = "" if config["method"] == "full" else str(part_of(config, "lora")["rank"])
+    return rank, f"{part_of(config, 'training')['learning_rate']:g}"
+
+
+def _is_of_chats(job: Document) -> bool:
+    """Return whether most of the job's rows are messages. Jobs of earlier versions don't say so."""
+    kinds = cast("dict[str, int]", cast("Document", job["data"] or {}).get("kinds", {}))
+    return 2 * kinds.get("messages", 0) > sum(kinds.values())
 
 
 def train(
@@ -406,7 +422,8 @@ def _show_end(client: "Client", job: Document) -> None:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:
         reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
-        typer.echo(f"Try: {suggestion('generate', '…', '--adapter', reference, client=client)}")
+        command = "chat" if _is_of_chats(job) else "generate"
+        typer.echo(f"Try: {suggestion(command, '…', '--adapter', reference, client=client)}")
     elif job["status"] == "succeeded":
         gate = cast("Document", client.report(str(job["id"]))["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))

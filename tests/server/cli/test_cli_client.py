@@ -170,8 +170,40 @@ def test_train_until_the_job_ends(
     assert (job["data"]["rows"], job["data"]["validation_rows"]) == (16, 4)
     assert "codes@1" in smolora("adapters").stdout
     line = smolora("jobs", job["id"]).stdout.splitlines()[1]
-    for part in (job["id"], "codes", "succeeded", "9/9", "0.5000", "0.7500", "3.0000", "codes@1"):
-        assert part in line
+    settings, losses = ["8", "0.001"], ["0.5000", "0.7500", "3.0000"]
+    assert line.split() == [job["id"], "codes", "succeeded", "9/9", *settings, *losses, "codes@1"]
+
+
+def test_chats_are_tried_in_a_chat(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "404?"}, {"role": "assistant", "content": "Not Found"}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, ({"messages": turns}, {"messages": turns[:2] * 2}, ROWS[0]))))
+    worker(lambda stand_in: stand_in.succeed(digest="2" * 64))
+    result = smolora("train", str(path), "--name", "codes")
+    assert result.exit_code == 0, result.output
+    assert "chat … --adapter codes@" in result.stdout.splitlines()[-1].replace("'", "")
+
+
+def test_adapters_are_listed_without_losses(smolora: Run, server: Running) -> None:
+    """Versions may have been measured on different rows, so their losses don't compare."""
+    metrics = {"eval_loss": 1.5, "base_eval_loss": 3.0, "recall": 0.96}
+    server.services.library.catalog.publish(
+        "recalled",
+        digest="3" * 64,
+        rank=2,
+        alpha=4.0,
+        target_modules=["q_proj"],
+        parameters=1,
+        bytes=1,
+        metrics=metrics,
+    )
+    shown = smolora("adapters").stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("recalled@1")]
+    assert "96.0%" in line
+    assert "1.5" not in line
+    assert "eval_loss" in smolora("adapters", "show", "recalled@1").stdout
 
 
 def test_early_stop_is_reported(
