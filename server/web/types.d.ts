@@ -7,6 +7,11 @@ interface Part {
   weight: number;
 }
 
+/** Numbers of rows. */
+type Kinds = { completion?: number; messages?: number; text?: number };
+
+type Verdict = "better" | "worse" | "can't tell";
+
 interface Version {
   name: string;
   version: number;
@@ -20,6 +25,8 @@ interface Version {
   bytes: number;
   base_model: string | null;
   metrics: Record<string, number>;
+  verdict?: Verdict | null;
+  config: { kinds?: Kinds };
   parent: string | null;
   job_id: string | null;
   created_at: string;
@@ -73,7 +80,30 @@ interface Job {
   started_at: string | null;
   finished_at: string | null;
   files_removed_at: string | null;
-  config: { dataset?: string | null; method?: string; start_from?: string | null };
+  config: {
+    name?: string;
+    dataset?: string | null;
+    validation?: number | string | null;
+    method?: string;
+    lora?: Record<string, any>;
+    training?: Record<string, any>;
+    start_from?: string | null;
+    start_from_digest?: string | null;
+    publish_if?: string;
+    alias?: string | null;
+  };
+  data: RowCounts | null;
+}
+
+interface RowCounts {
+  digest: string;
+  rows: number;
+  tokens: number;
+  trained_tokens: number;
+  truncated: number;
+  validation_digest: string | null;
+  validation_rows: number;
+  kinds?: Kinds;
 }
 
 interface JobEvent {
@@ -85,11 +115,19 @@ interface JobEvent {
   data: Record<string, number>;
 }
 
+interface Sample {
+  held_out: boolean;
+  prompt?: string;
+  messages?: { role: string; content: string }[];
+  completion: string;
+}
+
 interface DryRun {
-  data: { rows: number; tokens: number; trained_tokens: number; truncated: number; validation_rows: number };
+  data: RowCounts;
   steps: number;
   estimate: { seconds: number; tokens_per_second: number };
   preview: { row: number; tokens: { text: string; trained: boolean }[]; more: number }[];
+  samples: Sample[];
   warnings: string[];
 }
 

@@ -278,6 +278,24 @@ def test_lineage(server: ServerProcess, browser: Browser, codes: str, noise: str
         expect(page.get_by_role("article", name="codes")).to_contain_text("Held-out loss")
 
 
+def test_rows_are_answered(server: ServerProcess, browser: Browser, codes: str) -> None:
+    job = server.client.get("/train").json()["jobs"][0]["id"]
+    with page_of(browser, view(server, f"train/{job}")) as page:
+        rows = page.get_by_role("region", name="Rows and answers").locator("tbody tr")
+        expect(rows.first).to_contain_text("not trained on")
+        page.get_by_role("button", name="Answer these rows").click()
+        expect(rows.filter(has_text="The HTTP status code 200 means").locator("td").last).to_contain_text("right")
+        expect(rows.last.locator("td").last).not_to_have_text("\N{EN DASH}")
+
+
+def test_an_adapter_of_texts_is_tried_with_a_text(server: ServerProcess, browser: Browser, codes: str) -> None:
+    with page_of(browser, view(server, "playground")) as page:
+        expect(page.get_by_role("radio", name="Question")).to_be_checked()
+        page.goto(view(server, f"adapters/{codes}"))
+        page.get_by_role("button", name="Try it").click()
+        expect(page.get_by_label("Text to continue")).to_be_checked()
+
+
 def test_the_engine(server: ServerProcess, browser: Browser, codes: str) -> None:
     server.generate(PROMPT, adapter=codes, max_tokens=1)
     with page_of(browser, view(server, "engine")) as page:

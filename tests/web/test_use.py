@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,10 @@ from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.jobs.merge_kit import sample
 from tests.web.browser import DESKTOP, PATIENCE, PHONE, drop, is_wider_than_the_screen, page_of, violations
+from tests.web.jobs_kit import JSONL, PUBLISHED, pretend, submitted
 
 pytestmark = pytest.mark.thorough  # what everybody does with it: test_page.py
 
-ROWS = [{"prompt": "a", "completion": "b"}] * 4
-JSONL = "\n".join(map(json.dumps, ROWS)).encode()
 CONNECTIONS = 6
 """What browsers have to one server, of all tabs together."""
 
@@ -69,12 +68,6 @@ def job(server: ServerProcess) -> str:
     return submitted(server)
 
 
-def submitted(server: ServerProcess) -> str:
-    response = server.client.post("/train", json={"name": "waits", "data": ROWS})
-    assert response.status_code == 202, response.text
-    return str(response.json()["id"])
-
-
 def held_back(page: Page, path: str, method: str = "POST") -> list[Route]:
     """What the page sends there, one after the other, and what is to go on with `continue_`."""
     held: list[Route] = []
@@ -88,16 +81,6 @@ def wait_for_number(page: Page, seen: Sized, number: int) -> None:
     while len(seen) < number and time.monotonic() < end:
         page.wait_for_timeout(20)
     assert len(seen) == number
-
-
-def pretend(page: Page, server: ServerProcess, job: str, report: Mapping[str, object], **fields: object) -> None:
-    """Have the job be one that has ended so, whose events are a warning."""
-    told = server.client.get(f"/train/{job}").json() | {"status": "succeeded", **fields}
-    event = {"seq": 1, "at": "2026-01-01T00:00:00Z", "level": "warning", "type": "message", "data": {}}
-    events = f"id: 1\ndata: {json.dumps(event | {'message': 'latest stays where it is'})}\n\n"
-    page.route(f"**/train/{job}", lambda route: route.fulfill(json=told))
-    page.route("**/report", lambda route: route.fulfill(json=report))
-    page.route("**/events", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
 
 
 def test_news_may_come_faster_than_answers(server: ServerProcess, browser: Browser, job: str) -> None:
@@ -489,8 +472,7 @@ def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str, 
         "lineage": {"expression": "codes@1+shouting@2*0.5", "parts": []},
     }
     with page_of(browser, server.url) as page:
-        published = {"name": "plain", "version": 1, "digest": ""}
-        pretend(page, server, job, report, kind="merge", adapter=published)
+        pretend(page, server, job, report, kind="merge", adapter=PUBLISHED)
         page.goto(f"{server.url}/#/train/{job}")
         card = page.locator(".reported")
         expect(card).to_contain_text("dare_ties")
@@ -503,20 +485,15 @@ def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str, 
 
 
 def test_prompts_of_many_rows_are_not_asked_for(server: ServerProcess, browser: Browser, job: str) -> None:
-    """They would all be tokenized for the three that are shown, each time that somebody looks at the job."""
+    """All would be read for the few that are shown, each time that somebody looks at the job."""
     told = server.client.get(f"/train/{job}").json()
     report = {"method": "lora", "evaluation": None, "gate": {"passes": True, "reason": ""}}
+    large = {"config": told["config"] | {"dataset": "ds-large"}, "data": told["data"] | {"rows": 500_000}}
     asked: list[str] = []
     with page_of(browser, server.url) as page:
-        published = {"name": "plain", "version": 1, "digest": ""}
-        pretend(page, server, job, report, adapter=published, config=told["config"] | {"dataset": "ds-large"})
-        page.route(
-            "**/datasets/ds-large",
-            lambda route: route.fulfill(json={"rows": 500_000, "kinds": {"completion": 500_000}}),
-        )
+        pretend(page, server, job, report, adapter=PUBLISHED, **large)
         page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
-        with page.expect_response("**/datasets/ds-large"):
-            page.goto(f"{server.url}/#/train/{job}")
+        page.goto(f"{server.url}/#/train/{job}")
         expect(page.get_by_role("form", name="Compare")).to_be_visible()
         page.wait_for_timeout(500)
     assert asked == []

@@ -71,8 +71,10 @@ export function placeOf(name) {
 /** Versions, the newest first. @param {Adapter} adapter */
 export const newestFirst = (adapter) => [...adapter.versions].sort((one, other) => other.version - one.version);
 
-/** How much lower the held-out loss is than the base's; null if it wasn't measured. @param {Version} version */
-export function gain(version) {
-  const { eval_loss: tuned, base_eval_loss: base } = version.metrics;
-  return tuned === undefined || base === undefined ? null : { tuned, base };
+/**
+ * Whether most rows are turns of a chat, so that an adapter trained on them should be asked in a chat; null: not known.
+ * @param {Kinds | undefined} kinds
+ */
+export function isOfChats({ completion = 0, messages = 0, text = 0 } = {}) {
+  return completion + messages + text ? messages > completion + text : null;
 }

@@ -1,50 +1,40 @@
-/** A job's report: evaluation against the base, cost, and curves. */
+/** A job's report: verdicts, evaluation against the base and earlier versions, and cost. */
 import { bytes, compact, count, duration, loss, percent, plural } from "../lib/format.js";
-import { html, useMemo } from "../lib/html.js";
-import { LossChart } from "./loss.js";
+import { html } from "../lib/html.js";
+
+/** @import { Point } from "./loss.js" */
+/**
+ * @typedef {{version: string | null, metric: "loss" | "exact_match", num_rows: number, tuned: number, other: number,
+ *   includes_trained?: boolean, low: number | null, high: number | null, verdict: Verdict}} Comparison
+ */
+
+const FEW_ROWS = 20;
+const MOST_ROSE = 1.02; // a held-out curve that ends this much above its lowest point has risen
 
 const MEASURES = /** @type {const} */ ([
   ["loss", "Held-out loss", loss],
   ["perplexity", "Perplexity", loss],
   ["accuracy", "Accuracy by token", percent],
-  ["exact_match", "Whole answers right", percent],
+  ["exact_match", "Held-out answers right", percent],
 ]);
 
-/** @param {{report: any}} props */
-export function Card({ report }) {
-  const held = report.evaluation;
-  const points = useMemo(() => pointsOf(report.curves), [report]);
+const COLUMNS = /** @type {const} */ ([
+  ["base", "Base"],
+  ["latest", "Latest before"],
+  ["parent", "Went on from"],
+  ["tuned", "Tuned"],
+]);
+
+/** @param {{report: any, points: Point[]}} props `points`: those of the whole run */
+export function Card({ report, points }) {
   if (report.kind === "merge") return html`<${MergeCard} report=${report} />`;
+  const sentences = [...verdictsOf(report), riseOf(report, points)].filter(Boolean);
   return html`<div class="reported">
-    ${held?.base && held.tuned ? html`<p>${verdictOf(held)}</p>` : null}
+    ${sentences.map((sentence) => html`<p>${sentence}</p>`)}
     ${report.gate?.passes === false && report.method !== "full" ? html`<p class="warning">No version was published: ${report.gate.reason}.</p>` : null}
     ${report.description ? html`<p>${report.description}</p>` : null}
-    ${
-      held
-        ? html`<table>
-          <caption>
-            On ${plural(held.num_rows, "held-out row")}
-          </caption>
-          <thead>
-            <tr>
-              <th scope="col"><span class="hidden">Measure</span></th>
-              <th scope="col" class="number">Base</th>
-              <th scope="col" class="number">Tuned</th>
-            </tr>
-          </thead>
-          <tbody>
-            ${MEASURES.filter(([name]) => held.base?.[name] !== undefined && held.base?.[name] !== null).map(
-              ([name, words, format]) =>
-                html`<tr>
-                  <th scope="row">${words}</th>
-                  <td class="number">${format(held.base[name])}</td>
-                  <td class="number">${format(held.tuned[name])}</td>
-                </tr>`,
-            )}
-          </tbody>
-        </table>`
-        : html`<p class="muted">No rows were held out, so its quality on new rows wasn't measured.</p>`
-    }
+    ${report.evaluation ? null : html`<p class="muted">No rows were held out, so its quality on new rows wasn't measured.</p>`}
+    <${Measures} held=${report.evaluation} recall=${report.recall ?? null} />
     <dl>
       <dt>Method</dt>
       <dd>${report.method === "full" ? "full fine-tuning" : "LoRA"}</dd>
@@ -58,8 +48,42 @@ export function Card({ report }) {
       <dt>Stored</dt>
       <dd>${bytes(report.bytes_stored ?? 0)}</dd>
     </dl>
-    <${LossChart} points=${points} />
   </div>`;
+}
+
+/** @param {{held: any, recall: any}} props what was measured on held-out rows and on trained ones; null: not measured */
+function Measures({ held, recall }) {
+  if (!held && !recall) return null;
+  const has = (/** @type {any} */ value) => value !== null && value !== undefined;
+  const columns = COLUMNS.filter(([name]) => has(held?.[name]) || has(recall?.num_right[name]));
+  return html`<table>
+    <caption>
+      ${held ? `On ${plural(held.num_rows, "held-out row")}` : "On trained rows"}
+    </caption>
+    <thead>
+      <tr>
+        <th scope="col"><span class="hidden">Measure</span></th>
+        ${columns.map(([, words]) => html`<th scope="col" class="number">${words}</th>`)}
+      </tr>
+    </thead>
+    <tbody>
+      ${MEASURES.filter(([name]) => columns.some(([of]) => has(held?.[of]?.[name]))).map(
+        ([name, words, format]) =>
+          html`<tr>
+            <th scope="row">${words}</th>
+            ${columns.map(([of]) => html`<td class="number">${has(held[of]?.[name]) ? format(held[of][name]) : "–"}</td>`)}
+          </tr>`,
+      )}
+      ${
+        recall
+          ? html`<tr>
+            <th scope="row">Trained answers right (recall)</th>
+            ${columns.map(([of]) => html`<td class="number">${has(recall.num_right[of]) ? `${count(recall.num_right[of])} of ${count(recall.num_rows)}` : "–"}</td>`)}
+          </tr>`
+          : null
+      }
+    </tbody>
+  </table>`;
 }
 
 /** @param {{report: any}} props of a merge, which has neither rows nor steps */
@@ -77,25 +101,63 @@ function MergeCard({ report }) {
   </dl>`;
 }
 
-/** Say whether the adapter is better than the base. @param {any} held */
-function verdictOf({ base, tuned, latest }) {
-  const isBetter = tuned.loss < base.loss;
-  const against = !latest
-    ? ""
-    : tuned.loss < latest.loss
-      ? ", and better than the version before"
-      : ", but no better than the version before";
-  return isBetter
-    ? `Better than the base on rows that it hasn't seen${against}.`
-    : `No better than the base on rows that it hasn't seen: more or other rows, or fewer epochs, may help${against}.`;
+/** Sentences on how the adapter compares with others. @param {any} report @returns {string[]} */
+function verdictsOf({ comparisons, evaluation, moves_latest: movesLatest }) {
+  if (!comparisons) return evaluation?.base && evaluation.tuned ? [olderVerdictOf(evaluation)] : [];
+  /** @type {Comparison[]} */
+  const found = ["base", "latest", "parent"].map((name) => comparisons[name]).filter(Boolean);
+  const others = found.filter((one, place) => found.findIndex(({ version }) => version === one.version) === place);
+  const stays =
+    movesLatest === false && comparisons.latest ? `latest stays at ${comparisons.latest.version}.` : "";
+  return [...others.map(sentenceOf), stays].filter(Boolean);
 }
 
-/** @param {{train_loss?: [number, number][], eval_loss?: [number, number][]} | undefined} curves */
-function pointsOf(curves) {
-  /** @type {Map<number, import("./loss.js").Point>} */
-  const points = new Map();
-  for (const [step, value] of curves?.train_loss ?? []) points.set(step, { step, train: value, held: null });
-  for (const [step, value] of curves?.eval_loss ?? [])
-    points.set(step, { step, train: points.get(step)?.train ?? null, held: value });
-  return [...points.values()].sort((one, other) => one.step - other.step);
+/** @param {Comparison} comparison */
+function sentenceOf({
+  version,
+  metric,
+  num_rows: rows,
+  includes_trained: isMixed,
+  tuned,
+  other,
+  low,
+  high,
+  verdict,
+}) {
+  const name = version ?? "the base";
+  const right = (/** @type {number} */ share) => count(Math.round(share * rows));
+  const measured =
+    metric === "loss"
+      ? `held-out loss ${loss(tuned)} against ${loss(other)}`
+      : `${right(tuned)} rows right against ${right(other)}`;
+  const on = `${count(rows)} ${isMixed ? "rows, trained ones included" : rows === 1 ? "held-out row" : "held-out rows"}`;
+  if (verdict !== "can't tell")
+    return `${verdict === "better" ? "Better" : "Worse"} than ${name}: ${measured} (${on}).`;
+  const why =
+    rows < FEW_ROWS || low === null || high === null
+      ? `${on}: too few to tell`
+      : `${on}; the difference may be ${low.toPrecision(2)} to ${high.toPrecision(2)}`;
+  return `No clear difference from ${name}: ${measured} (${why}).`;
+}
+
+/** The verdict on a report that was made before jobs compared row by row. @param {any} held */
+function olderVerdictOf({ base, tuned, num_rows: rows }) {
+  return `The held-out loss is ${tuned.loss < base.loss ? "" : "not "}lower than the base's${tooFew(rows)}.`;
+}
+
+/** @param {number} rows that were held out */
+const tooFew = (rows) => ` (${plural(rows, "row")}${rows < FEW_ROWS ? ": too few to tell" : ""})`;
+
+/** Say whether the held-out loss rose in the end, and whether that is a reason to train less. @param {any} report @param {Point[]} points */
+function riseOf({ evaluation, kept_step: kept }, points) {
+  /** @type {[number, number][]} */
+  const curve = points.flatMap(({ step, held }) => (held === null ? [] : [[step, held]]));
+  const [first, last] = [curve[0], curve.at(-1)];
+  if (!first || !last || !evaluation) return "";
+  const [step, lowest] = curve.reduce((best, one) => (one[1] < best[1] ? one : best), first);
+  if (last[1] < lowest * MOST_ROSE) return "";
+  const rose = `Held-out loss rose after step ${step}, from ${loss(lowest)} to ${loss(last[1])}`;
+  const rows = evaluation.num_rows;
+  if (rows < FEW_ROWS) return `${rose}${tooFew(rows)}.`;
+  return kept === step ? `${rose}: fewer epochs would do.` : `${rose}; the weights of step ${kept} were kept.`;
 }

@@ -3,7 +3,9 @@ import { html, useEffect, useRef, useState } from "../lib/html.js";
 import { Table } from "./basics.js";
 
 /**
- * @typedef {{label: string, tone: "first" | "second" | "third", values: (number | null)[]}} Series
+ * @typedef {{label: string, tone: "first" | "second" | "third", values: (number | null)[], isDashed?: boolean}} Series
+ *   a dashed line is one value to compare with, and isn't in the table
+ * @typedef {{at: number, label: string}} Mark a vertical line
  */
 
 /** @type {Promise<typeof import("../vendor/uplot.mjs") | null> | null} null in it: it couldn't be loaded */
@@ -29,24 +31,47 @@ const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_
 /** @param {string} name of a colour of the style sheet */
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
+/** @typedef {InstanceType<typeof import("../vendor/uplot.mjs").default>} Plot */
+
 /**
- * Draw the values; the legend shows the last values unless the pointer is at others.
- * @param {InstanceType<typeof import("../vendor/uplot.mjs").default>} plot
- * @param {{x: number[], series: Series[]}} values
+ * Draw the values; unless the pointer is at others, the legend shows those at the mark, or the last ones.
+ * @param {Plot} plot
+ * @param {{x: number[], series: Series[], mark: Mark | null}} values
  */
-function show(plot, { x, series }) {
+function show(plot, { x, series, mark }) {
   plot.setData([x, ...series.map((one) => one.values)]);
-  if (plot.cursor.idx == null) plot.setLegend({ idx: x.length - 1 });
+  const marked = mark ? x.indexOf(mark.at) : -1;
+  if (plot.cursor.idx == null) plot.setLegend({ idx: marked < 0 ? x.length - 1 : marked });
+}
+
+/** @param {Plot} plot @param {Mark} mark */
+function drawMark({ ctx, bbox, valToPos }, { at, label }) {
+  const place = Math.round(valToPos(at, "x", true));
+  if (place < bbox.left || place > bbox.left + bbox.width) return; // zoomed away
+  const isLeft = place > bbox.left + bbox.width / 2;
+  ctx.save();
+  ctx.strokeStyle = ctx.fillStyle = colour("ink");
+  ctx.lineWidth = devicePixelRatio;
+  ctx.setLineDash([]);
+  ctx.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
+  ctx.textAlign = isLeft ? "right" : "left";
+  ctx.textBaseline = "top";
+  ctx.beginPath();
+  ctx.moveTo(place, bbox.top);
+  ctx.lineTo(place, bbox.top + bbox.height);
+  ctx.stroke();
+  ctx.fillText(label, place + (isLeft ? -6 : 6) * devicePixelRatio, bbox.top);
+  ctx.restore();
 }
 
 /**
  * A table has the same values for screen readers.
- * @param {{title: string, x: number[], xLabel: string, isTime?: boolean, series: Series[], height?: number}} props
+ * @param {{title: string, x: number[], xLabel: string, isTime?: boolean, series: Series[], mark?: Mark | null, height?: number}} props
  */
-export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }) {
+export function Chart({ title, x, xLabel, isTime = false, series, mark = null, height = 220 }) {
   const place = useRef(/** @type {HTMLDivElement | null} */ (null));
-  const plot = useRef(/** @type {InstanceType<typeof import("../vendor/uplot.mjs").default> | null} */ (null));
-  const latest = useRef({ x, series });
+  const plot = useRef(/** @type {Plot | null} */ (null));
+  const latest = useRef({ x, series, mark });
   const [isMissing, setMissing] = useState(false);
   const shape = series.map((one) => one.label).join("|");
 
@@ -92,9 +117,11 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
               stroke: colour(one.tone),
               width: 2,
               spanGaps: true,
-              points: { show: !isTime },
+              points: { show: !isTime && !one.isDashed },
+              ...(one.isDashed ? { dash: [8, 6] } : {}),
             })),
           ],
+          hooks: { draw: [(drawn) => latest.current.mark && drawMark(drawn, latest.current.mark)] },
         },
         [latest.current.x, ...latest.current.series.map((one) => one.values)],
         element,
@@ -115,9 +142,10 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
   }, [shape, height, isTime, xLabel]);
 
   useEffect(() => {
-    latest.current = { x, series };
+    latest.current = { x, series, mark };
     if (plot.current) show(plot.current, latest.current);
-  }, [x, series]);
+  }, [x, series, mark]);
+  const listed = series.filter((one) => !one.isDashed);
 
   return html`<figure class="chart">
     <figcaption>${title}</figcaption>
@@ -128,12 +156,12 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
         ? null
         : html`<details>
             <summary>As a table</summary>
-            <${Table} label=${title} columns=${[xLabel, ...series.map((one) => `#${one.label}`)]}>
+            <${Table} label=${title} columns=${[xLabel, ...listed.map((one) => `#${one.label}`)]}>
               ${x.map(
                 (at, row) =>
                   html`<tr key=${at}>
-                    <th scope="row">${at}</th>
-                    ${series.map((one) => html`<td class="number">${one.values[row]?.toPrecision(4) ?? ""}</td>`)}
+                    <th scope="row">${at}${at === mark?.at ? " (kept)" : ""}</th>
+                    ${listed.map((one) => html`<td class="number">${one.values[row]?.toPrecision(4) ?? ""}</td>`)}
                   </tr>`,
               )}
             <//>

@@ -1,14 +1,15 @@
 /** One adapter: its versions and aliases, rollback, lineage, and the card of each version. */
-import { gain, newestFirst, placeOf } from "../lib/adapters.js";
+import { isOfChats, newestFirst, placeOf } from "../lib/adapters.js";
 import { ask, download, get } from "../lib/api.js";
-import { bytes, compact, loss, moment } from "../lib/format.js";
-import { html, useState } from "../lib/html.js";
-import { columns, expression } from "../lib/playground.js";
+import { bytes, compact, moment, percent } from "../lib/format.js";
+import { html, useMemo, useState } from "../lib/html.js";
+import { asked, columns, expression } from "../lib/playground.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
 import { Lineage } from "../parts/lineage.js";
+import { LossChart, pointsOf } from "../parts/loss.js";
 
 /** @param {{adapter: Adapter, isOwn: boolean, onChange: () => Promise<void>}} props */
 export function AdapterDetail({ adapter, isOwn, onChange }) {
@@ -41,6 +42,8 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
         <button
           type="button"
           onClick=${() => {
+            const isChat = isOfChats(versions.find((one) => one.version === adapter.latest)?.config.kinds);
+            if (isChat !== null) asked.update({ isChat }); // as in its rows
             expression.set(adapter.name);
             columns.set([]);
             go("playground");
@@ -62,7 +65,7 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
     </div>
     <${Fault} problem=${change.problem ?? remove.problem} />
     ${done ? html`<p class="done" role="status">${done}</p>` : null}
-    <${Table} label="Versions of ${adapter.name}" columns=${["Version", "Names", "", "Made", "#Rank", "#Size", "Held-out loss"]}>
+    <${Table} label="Versions of ${adapter.name}" columns=${["Version", "Names", "#Recall", "Than before", "", "Made", "#Rank", "#Size"]}>
           ${versions.map((one) => html`<${VersionRow} key=${one.version} adapter=${adapter} version=${one} isOwn=${isOwn} isChosen=${one === version} path=${path} change=${change} onChoose=${() => choose(one.version)} />`)}
         <//>
     ${isOwn ? html`<${NewAlias} adapter=${adapter} path=${path} change=${change} />` : null}
@@ -75,7 +78,7 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
  *   change: ReturnType<typeof useAction<[string, string, unknown]>>, onChoose: () => void}} props
  */
 function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose }) {
-  const held = gain(version);
+  const { recall } = version.metrics;
   const number = version.version;
   const save = useAction(() =>
     download(
@@ -102,6 +105,8 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
         )}
       ${version.resident ? html`<${Badge}>in memory<//>` : null} ${version.warnings.length ? html`<${Badge} tone="bad">warning<//>` : null}
     </td>
+    <td class="number">${recall === undefined ? "–" : percent(recall)}</td>
+    <td>${version.verdict ?? "–"}</td>
     <td>
       <div class="row">
       ${
@@ -119,7 +124,6 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
     <td>${moment(version.created_at)}</td>
     <td class="number">${version.rank}</td>
     <td class="number">${version.bytes ? bytes(version.bytes) : "–"}</td>
-    <td>${held ? html`${loss(held.tuned)} <small>base ${loss(held.base)}</small>` : "–"}</td>
   </tr>`;
 }
 
@@ -167,8 +171,14 @@ function VersionDetail({ version }) {
 /** @param {{id: string}} props */
 function CardOfJob({ id }) {
   const report = useResource((signal) => get(`/train/${encodeURIComponent(id)}/report`, signal), [id]);
+  const points = useMemo(() => pointsOf(report.data?.curves), [report.data]);
   if (report.problem?.status === 403 || report.problem?.status === 404) return null; // not this key's to read, or not kept
   return html`<h3>Card</h3>
     <${Fault} problem=${report.problem} />
-    ${report.data ? html`<${Card} report=${report.data} />` : null}`;
+    ${
+      report.data
+        ? html`<${Card} report=${report.data} points=${points} />
+            <${LossChart} points=${points} kept=${report.data.kept_step ?? null} base=${report.data.evaluation?.base?.loss ?? null} />`
+        : null
+    }`;
 }

@@ -2,13 +2,17 @@
 import { Problem, ask, download, events, get } from "../lib/api.js";
 import { ago, count, duration, loss, moment, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
+import { filled, formOf } from "../lib/job_form.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { Bar, Careful, Fault, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
-import { LossChart } from "../parts/loss.js";
+import { LossChart, pointsOf } from "../parts/loss.js";
+import { Settings } from "../parts/settings.js";
 import { TryIt } from "../parts/try_it.js";
 import { Status } from "./train.js";
+
+/** @import { Point } from "../parts/loss.js" */
 
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const RETRY_SECONDS = 2;
@@ -91,8 +95,8 @@ function useEvents(id, onNews) {
 }
 
 /** @param {JobEvent[]} found */
-function pointsOf(found) {
-  /** @type {Map<number, import("../parts/loss.js").Point>} */
+function measured(found) {
+  /** @type {Map<number, Point>} */
   const points = new Map();
   for (const { type, data } of found) {
     const step = data["step"];
@@ -112,7 +116,15 @@ export function JobDetail({ id, onChange }) {
   const path = `/train/${encodeURIComponent(id)}`;
   const job = useResource(async (signal) => /** @type {Job} */ (await get(path, signal)), [id], 3);
   const found = useEvents(id, () => job.reload());
-  const points = useMemo(() => pointsOf(found), [found]);
+  const hasReport = job.data?.status === "succeeded";
+  const report = useResource(
+    async (signal) => (hasReport ? get(`${path}/report`, signal) : null),
+    [id, hasReport],
+  );
+  const points = useMemo(() => {
+    const live = measured(found);
+    return live.length ? live : pointsOf(report.data?.curves);
+  }, [found, report.data]);
   const steer = useAction(async (/** @type {string} */ what) => {
     await ask("POST", `${path}/${what}`);
     await job.reload();
@@ -141,6 +153,20 @@ export function JobDetail({ id, onChange }) {
         }
         ${status === "paused" ? html`<button type="button" disabled=${steer.busy} onClick=${() => steer.run("resume")}>Resume</button>` : null}
         ${
+          isMerge
+            ? null
+            : html`<button
+                type="button"
+                class="plain"
+                onClick=${() => {
+                  filled.set(formOf(config));
+                  go("train", "new");
+                }}
+              >
+                Train again
+              </button>`
+        }
+        ${
           isOver
             ? html`<${Careful} key="delete" label="Delete" sure="Its rows, checkpoints and log will be deleted; its adapters stay." busy=${remove.busy} onSure=${() => remove.run()} />`
             : html`<${Careful} key="cancel" label="Cancel" deed="End the job" sure="It will end without an adapter. This can't be undone; to continue later, pause it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
@@ -166,21 +192,13 @@ export function JobDetail({ id, onChange }) {
     ${
       isMerge
         ? null
-        : html`<dl class="figures">
-      <div><dt>Training loss</dt><dd>${loss(metrics["train_loss"])}</dd></div>
-      <div><dt>Held-out loss</dt><dd>${loss(metrics["eval_loss"])}</dd></div>
-      <div><dt>Base's held-out loss</dt><dd>${loss(metrics["base_eval_loss"])}</dd></div>
-      <div><dt>Tokens a second</dt><dd>${progress.tokens_per_second ? count(Math.round(progress.tokens_per_second)) : "–"}</dd></div>
-    </dl>`
+        : html`<${Figures} job=${job.data} report=${report.data} points=${points} />
+            <details>
+              <summary>Settings</summary>
+              <${Settings} config=${config} />
+            </details>`
     }
-    ${
-      adapter
-        ? html`<p class="done">
-            Published as <a href=${to("adapters", adapter.name)}>${adapter.name}@${adapter.version}</a>. See what it changed:
-          </p>
-          <${TryIt} job=${job.data} />`
-        : null
-    }
+    ${adapter ? html`<p class="done">Published as <a href=${to("adapters", adapter.name)}>${adapter.name}@${adapter.version}</a>.</p>` : null}
     ${
       status === "succeeded" && config.method === "full"
         ? html`<p class="done">
@@ -189,8 +207,10 @@ export function JobDetail({ id, onChange }) {
           </p>`
         : null
     }
-    ${status === "succeeded" ? html`<${Report} id=${id} hasCurves=${points.length > 0} />` : null}
-    <${LossChart} points=${points} />
+    <${Fault} problem=${report.problem} />
+    ${report.data ? html`<${Card} report=${report.data} points=${points} />` : null}
+    <${LossChart} points=${points} kept=${report.data?.kept_step ?? null} base=${metrics["base_eval_loss"] ?? null} />
+    ${adapter ? html`<h3>What it changed</h3> <${TryIt} job=${job.data} />` : null}
     <details>
       <summary>${plural(found.length, "event")}</summary>
       <ol class="log">
@@ -207,9 +227,20 @@ export function JobDetail({ id, onChange }) {
   </article>`;
 }
 
-/** @param {{id: string, hasCurves: boolean}} props */
-function Report({ id, hasCurves }) {
-  const report = useResource((signal) => get(`/train/${encodeURIComponent(id)}/report`, signal), [id]);
-  if (!report.data) return html`<${Fault} problem=${report.problem} />`;
-  return html`<${Card} report=${hasCurves ? { ...report.data, curves: undefined } : report.data} />`;
+/**
+ * The losses of one step: the one whose weights were kept, or else the newest one that was measured on held-out rows.
+ * @param {{job: Job, report: any, points: Point[]}} props
+ */
+function Figures({ job: { metrics, progress }, report, points }) {
+  const step = report?.kept_step ?? points.findLast((point) => point.held !== null)?.step ?? null;
+  const isLast = step === null || step === report?.steps;
+  const train = points.find((point) => point.step === step)?.train ?? (isLast ? metrics["train_loss"] : null);
+  const held = report?.evaluation?.tuned?.loss ?? metrics["eval_loss"];
+  const at = step === null ? null : html`<small>step ${count(step)}${report ? ", kept" : ""}</small>`;
+  return html`<dl class="figures">
+    <div><dt>Training loss</dt><dd>${loss(train)} ${at}</dd></div>
+    <div><dt>Held-out loss</dt><dd>${loss(held)} ${held === null || held === undefined ? null : at}</dd></div>
+    <div><dt>Base's held-out loss</dt><dd>${loss(metrics["base_eval_loss"])}</dd></div>
+    <div><dt>Tokens a second</dt><dd>${progress.tokens_per_second ? count(Math.round(progress.tokens_per_second)) : "–"}</dd></div>
+  </dl>`;
 }

@@ -3,40 +3,29 @@ import { listAdapters } from "../lib/adapters.js";
 import { ask, get, upload } from "../lib/api.js";
 import { count, duration, plural } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
+import { BLANK, bodyOf, filled } from "../lib/job_form.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go } from "../lib/route.js";
 import { key, perKey } from "../lib/session.js";
 import { useStore } from "../lib/store.js";
 import { Careful, Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
+import { Settings } from "../parts/settings.js";
 
-/**
- * @typedef {{name: string, dataset: string, method: string, rank: number | null, alpha: number | null, epochs: number | null,
- *   learningRate: number | null, batchSize: number | null, validation: number | null, evalSteps: number | null,
- *   startFrom: string, publishIf: string}} Fields
- */
-
-/** @type {Fields} */
-const BLANK = {
-  name: "",
-  dataset: "",
-  method: "lora",
-  rank: null,
-  alpha: null,
-  epochs: null,
-  learningRate: null,
-  batchSize: null,
-  validation: null,
-  evalSteps: null,
-  startFrom: "",
-  publishIf: "always",
-};
+/** @import { Fields } from "../lib/job_form.js" */
 
 /** @type {(keyof Fields)[]} */
-const MORE = ["method", "startFrom", "rank", "alpha", "learningRate", "batchSize", "evalSteps", "publishIf"];
-
-/** The form's values, kept while other views are open. */
-const filled = perKey(BLANK);
+const MORE = [
+  "method",
+  "startFrom",
+  "rank",
+  "alpha",
+  "learningRate",
+  "batchSize",
+  "evalSteps",
+  "publishIf",
+  "rest",
+];
 
 /** Sent bodies without an answer yet, and their idempotency keys. @type {import("../lib/store.js").Store<Map<string, string>>} */
 const sent = perKey(new Map());
@@ -56,30 +45,6 @@ const BESIDE = [
   "method",
 ];
 
-/** The body of POST /train; missing fields have the server's defaults. @param {Fields} form */
-function bodyOf(form) {
-  /** @type {Record<string, any>} */
-  const body = {
-    name: form.name,
-    dataset: form.dataset,
-    method: form.method,
-    publish_if: form.publishIf,
-    training: {},
-  };
-  if (form.validation !== null) body["validation"] = form.validation;
-  if (form.startFrom) body["start_from"] = form.startFrom;
-  if (form.method === "lora" && !form.startFrom) {
-    body["lora"] = {};
-    if (form.rank !== null) body["lora"].rank = form.rank;
-    if (form.alpha !== null) body["lora"].alpha = form.alpha;
-  }
-  if (form.epochs !== null) body["training"].epochs = form.epochs;
-  if (form.learningRate !== null) body["training"].learning_rate = form.learningRate;
-  if (form.batchSize !== null) body["training"].batch_size = form.batchSize;
-  if (form.evalSteps !== null) body["training"].eval_steps = form.evalSteps;
-  return body;
-}
-
 /** @param {{onQueued: () => void}} props */
 export function NewJob({ onQueued }) {
   const kept = useStore(filled);
@@ -93,7 +58,7 @@ export function NewJob({ onQueued }) {
   const form = { ...kept };
   // the chosen data set may be deleted meanwhile
   if (datasets.data?.every((set) => set.id !== form.dataset)) form.dataset = "";
-  if (adapters.data && !adapters.data.isCut && startable.every((adapter) => adapter.name !== form.startFrom))
+  if (adapters.data && !adapters.data.isCut && !startable.some((adapter) => isOf(adapter, form.startFrom)))
     form.startFrom = "";
   const names = startable.map((adapter) => adapter.name);
   // show the value that would be sent, also while the list is loading
@@ -159,6 +124,13 @@ export function NewJob({ onQueued }) {
           ["improves_latest", "if better than the latest version"],
         ]} onChange=${change("publishIf")} />
       </div>
+      ${
+        form.rest === BLANK.rest
+          ? null
+          : html`<h3>Also as in the earlier job</h3>
+            <${Settings} config=${form.rest} />
+            <button type="button" class="plain" onClick=${() => change("rest")(BLANK.rest)}>Leave these out</button>`
+      }
     </details>
     <${Fault} problem=${problem} beside=${BESIDE} />
     <p class="row">
@@ -242,6 +214,12 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
       ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words} will be deleted. This can't be undone; adapters trained on them stay." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
     </div>
     <${Fault} problem=${remove.problem} />`;
+}
+
+/** Whether a reference such as codes or codes@2 means the adapter or a version of it. @param {Adapter} adapter @param {string} reference */
+function isOf(adapter, reference) {
+  const [name, number] = reference.split("@");
+  return adapter.name === name && (!number || adapter.versions.some(({ version }) => String(version) === number));
 }
 
 /** @param {{dry: DryRun}} props */

@@ -1,0 +1,281 @@
+"""What the page says of a job: its result, its settings, and its rows as the base and the adapter answer them."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Route, expect
+
+from adapters.peft.files import write
+from server.model.base.weights import BaseModel
+from tests.end_to_end.server_process import ServerProcess
+from tests.server.jobs.merge_kit import sample
+from tests.web.browser import PHONE, drop, is_wider_than_the_screen, page_of, violations
+from tests.web.jobs_kit import JSONL, PUBLISHED, ROWS, pretend, submitted
+
+pytestmark = pytest.mark.thorough
+
+REPORT = {"method": "lora", "evaluation": None, "gate": {"passes": True, "reason": ""}}
+
+
+@pytest.fixture(scope="module")
+def server(
+    browser: Browser, tiny_base: BaseModel, converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server without keys and without a worker, with the adapter `plain`."""
+    server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny)
+    directory = tmp_path_factory.mktemp("plain")
+    write(directory, sample(tiny_base.config.shape, 1))
+    server.upload("plain", directory)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def job(server: ServerProcess) -> str:
+    return submitted(server)
+
+
+def measures(loss: float, exact_match: float = 0.0) -> dict[str, float]:
+    return {"loss": loss, "perplexity": loss, "accuracy": 0.5, "exact_match": exact_match}
+
+
+def overfitted(num_rows: int, kept_step: int = 4) -> dict[str, object]:
+    """Return the report of a job whose held-out loss rises after step 4."""
+    held_out = {4: 1.83, 8: 3.26, 12: 2.35}
+    tuned = held_out[kept_step]
+    return {
+        "method": "lora",
+        "evaluation": {"num_rows": num_rows, "base": measures(4.61), "tuned": measures(tuned), "latest": None},
+        "gate": {"passes": True, "reason": ""},
+        "steps": 12,
+        "kept_step": kept_step,
+        "curves": {"train_loss": [[step, 6 / step] for step in range(1, 13)], "eval_loss": list(held_out.items())},
+    }
+
+
+def test_figures_are_of_the_kept_step(server: ServerProcess, browser: Browser, job: str) -> None:
+    metrics = {"train_loss": 0.00197, "eval_loss": 1.83, "base_eval_loss": 4.61}
+    pictures = []
+    for kept_step, train, held_out in ((4, "1.50", "1.83"), (8, "0.750", "3.26")):
+        with page_of(browser, server.url) as page:
+            pretend(page, server, job, overfitted(3, kept_step), adapter=None, metrics=metrics)
+            page.goto(f"{server.url}/#/train/{job}")
+            article = page.get_by_role("article", name="Job waits")
+            figures = article.locator(".figures > div")
+            expect(figures.nth(0)).to_have_text(f"Training loss{train} step {kept_step}, kept")
+            expect(figures.nth(1)).to_have_text(f"Held-out loss{held_out} step {kept_step}, kept")
+            expect(figures.nth(2)).to_have_text("Base's held-out loss4.61")
+            expect(article).not_to_contain_text("0.00197")
+            legend = page.locator(".u-legend")
+            for value in (str(kept_step), train.rstrip("0"), held_out, "4.61"):
+                expect(legend).to_contain_text(value)
+            page.get_by_text("As a table").click()
+            row = (
+                page.get_by_role("region", name="Loss by step, as a table").locator("tbody tr").nth(kept_step - 1)
+            )
+            expect(row).to_contain_text(f"{kept_step} (kept)")
+            assert violations(page) == []
+            pictures.append(page.locator("canvas").evaluate("(canvas) => canvas.toDataURL()"))
+    assert pictures[0] != pictures[1]  # the line at the kept step
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "kept_step", "conclusion"),
+    [
+        (3, 4, " (3 rows: too few to tell)."),
+        (40, 4, ": fewer epochs would do."),
+        (40, 12, "; the weights of step 12 were kept."),
+    ],
+)
+def test_a_rising_held_out_loss_is_reported(
+    server: ServerProcess, browser: Browser, job: str, num_rows: int, kept_step: int, conclusion: str
+) -> None:
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, overfitted(num_rows, kept_step), adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        rose = page.get_by_text("Held-out loss rose after step 4")
+        expect(rose).to_have_text(f"Held-out loss rose after step 4, from 1.83 to 2.35{conclusion}")
+        verdict = page.locator(".reported > p").first
+        expect(verdict).to_contain_text("(3 rows: too few to tell)" if num_rows == 3 else "(40 rows)")
+
+
+def test_verdicts_and_recall(server: ServerProcess, browser: Browser, job: str) -> None:
+    """Versions are compared on the same rows; a parent that is the latest version is named once."""
+    against_base = {
+        "version": None,
+        "metric": "exact_match",
+        "num_rows": 28,
+        "includes_trained": True,
+        "tuned": 25 / 28,
+        "other": 0.0,
+        "low": 0.7,
+        "high": 1.0,
+        "verdict": "better",
+    }
+    before = {
+        "version": "waits@1",
+        "metric": "loss",
+        "num_rows": 3,
+        "tuned": 1.83,
+        "other": 2.35,
+        "low": None,
+        "high": None,
+        "verdict": "can't tell",
+    }
+    many = before | {"version": "waits@2", "num_rows": 400, "low": -0.12, "high": 0.034}
+    report = overfitted(3) | {
+        "recall": {"num_rows": 25, "num_right": {"base": 0, "tuned": 25, "latest": 3, "parent": None}},
+        "comparisons": {"base": against_base, "latest": before, "parent": before},
+        "moves_latest": False,
+    }
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, report, adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        sentences = page.locator(".reported > p")
+        expect(sentences).to_have_text(
+            [
+                "Better than the base: 25 rows right against 0 (28 rows, trained ones included).",
+                (
+                    "No clear difference from waits@1: held-out loss 1.83 against 2.35 "
+                    "(3 held-out rows: too few to tell)."
+                ),
+                "latest stays at waits@1.",
+                re.compile("^Held-out loss rose"),
+            ]
+        )
+        recall = page.locator(".reported tr").filter(has_text="recall")
+        expect(recall.locator("td")).to_have_text(["0 of 25", "3 of 25", "25 of 25"])
+        assert violations(page) == []
+        pretend(page, server, job, report | {"comparisons": {"base": None, "latest": many}}, adapter=None)
+        page.reload()
+        expect(sentences.first).to_have_text(
+            "No clear difference from waits@2: held-out loss 1.83 against 2.35 "
+            "(400 held-out rows; the difference may be -0.12 to 0.034)."
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": {"rank": 4, "dropout": 0.1}, "training": {"epochs": 7, "seed": 7, "eval_steps": 2}},
+        {"start_from": "plain", "lora": {"dropout": 0.1}, "training": {"max_steps": 5, "batch_size": 2}},
+        {"method": "full", "training": {"schedule": "constant"}},
+    ],
+)
+def test_train_again_keeps_all_settings(
+    server: ServerProcess, browser: Browser, settings: dict[str, object]
+) -> None:
+    rows = "".join(json.dumps({"prompt": f"again {number}", "completion": "b"}) + "\n" for number in range(8))
+    dataset = server.client.post("/datasets", files={"file": ("again.jsonl", rows)}).json()["id"]
+    body = {"name": "again", "dataset": dataset, "validation": 0.25, "description": "As before", **settings}
+    first = server.client.post("/train", json=body).raise_for_status().json()
+    with page_of(browser, f"{server.url}/#/train/{first['id']}") as page:
+        article = page.get_by_role("article", name="Job again")
+        article.get_by_text("Settings").click()
+        config = first["config"]
+        for name in ("validation", "publish_if", *config["lora"], *config["training"]):
+            title = re.compile(f"^{name.capitalize().replace('_', ' ')}$")
+            expect(article.locator("dt").filter(has_text=title)).to_have_count(1)
+        rate = article.locator("dt").filter(has_text="Learning rate").locator("+ dd")
+        assert float(rate.inner_text()) == config["training"]["learning_rate"]
+        article.get_by_role("button", name="Train again").click()
+        expect(page.get_by_label("Name")).to_have_value("again")
+        expect(page.get_by_label("Data set")).to_have_value(dataset)
+        page.get_by_role("button", name="Dry run").click()
+        expect(page.get_by_role("status", name="Dry run")).to_be_visible()
+        page.get_by_role("button", name="Train", exact=True).click()
+        page.wait_for_url("**/train/job-*")
+        second = server.client.get(f"/train/{page.url.rpartition('/')[2]}").json()
+    assert second["id"] != first["id"]
+    assert second["config"] == first["config"]
+
+
+def test_an_earlier_jobs_other_settings_can_be_left_out(server: ServerProcess, browser: Browser) -> None:
+    body = {"name": "seeded", "data": ROWS, "training": {"seed": 7}, "alias": "prod"}
+    first = server.client.post("/train", json=body).raise_for_status().json()["id"]
+    with page_of(browser, f"{server.url}/#/train/{first}") as page:
+        page.get_by_role("button", name="Train again").click()
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        other = page.get_by_text("Also as in the earlier job")
+        expect(other).to_be_visible()
+        expect(page.get_by_role("form", name="New job").locator("dl")).not_to_contain_text("prod")
+        assert violations(page) == []
+        page.get_by_role("button", name="Leave these out").click()
+        expect(other).to_have_count(0)
+        with page.expect_request("**/train?dry_run=true") as sent:
+            page.get_by_role("button", name="Dry run").click()
+    assert "seed" not in json.loads(sent.value.post_data or "")["training"]
+
+
+def test_rows_are_answered_by_base_and_adapter(server: ServerProcess, browser: Browser) -> None:
+    """Held-out rows come first. If the data set would be split otherwise now, none are shown."""
+    rows = [{"prompt": f"ask {number}", "completion": f" b{number}"} for number in range(8)]
+    lines = "\n".join(map(json.dumps, rows))
+    dataset = server.client.post("/datasets", files={"file": ("ask.jsonl", lines)}).json()["id"]
+    body = {"name": "asks", "dataset": dataset, "validation": 0.25}
+    described = server.client.post("/train", json=body).raise_for_status().json()
+    samples = server.client.post("/train?dry_run=true", json=body).json()["samples"]
+    assert [row["held_out"] for row in samples] == sorted((row["held_out"] for row in samples), reverse=True)
+    assert samples[0]["held_out"]
+
+    def compared(route: Route) -> None:
+        prompt = json.loads(route.request.post_data or "")["prompt"]
+        tuned = "no" if prompt == samples[0]["prompt"] else prompt.replace("ask ", "b")
+        route.fulfill(json={"results": [{"choices": [{"text": text}]} for text in ("no", tuned)]})
+
+    with page_of(browser, server.url, PHONE) as page:
+        pretend(page, server, described["id"], REPORT, adapter=PUBLISHED)
+        page.route("**/compare", compared)
+        page.goto(f"{server.url}/#/train/{described['id']}")
+        table = page.get_by_role("region", name="Rows and answers")
+        shown = table.locator("tbody tr")
+        expect(shown).to_have_count(len(samples))
+        for number, row in enumerate(samples):
+            kind = "not trained on" if row["held_out"] else "trained on"
+            expect(shown.nth(number).locator("td").first).to_have_text(kind)
+            expect(shown.nth(number)).to_contain_text(row["prompt"])
+        page.get_by_role("button", name="Answer these rows").click()
+        expect(table.get_by_text("right", exact=True)).to_have_count(len(samples) - 1)
+        expect(shown.first).not_to_contain_text("right")
+        assert violations(page) == []
+        assert not is_wider_than_the_screen(page)
+        page.get_by_role("button", name=samples[1]["prompt"]).click()
+        expect(page.get_by_label("Prompt, as in your rows")).to_have_value(samples[1]["prompt"])
+    with page_of(browser, server.url) as page:
+        other = described["data"] | {"validation_digest": "0" * 64}
+        pretend(page, server, described["id"], REPORT, adapter=PUBLISHED, data=other)
+        with page.expect_response("**/train?dry_run=true"):
+            page.goto(f"{server.url}/#/train/{described['id']}")
+        expect(page.get_by_role("form", name="Compare")).to_be_visible()
+        page.wait_for_timeout(300)
+        expect(page.get_by_role("region", name="Rows and answers")).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kind"), [({"messages": 3, "text": 1}, "Question"), ({"text": 4}, "Text to continue")]
+)
+def test_an_adapter_is_tried_with_its_rows_kind_of_prompt(
+    server: ServerProcess, browser: Browser, job: str, kinds: dict[str, int], kind: str
+) -> None:
+    described = server.client.get(f"/train/{job}").json()
+    listed = server.client.get("/adapters?name=plain").json()
+    for version in listed["adapters"][0]["versions"]:
+        version["config"]["kinds"], version["metrics"]["recall"], version["verdict"] = kinds, 0.96, "can't tell"
+    other = {"Question": "Text to continue", "Text to continue": "Question"}[kind]
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, REPORT, adapter=PUBLISHED, data=described["data"] | {"kinds": kinds})
+        page.goto(f"{server.url}/#/train/{job}")
+        expect(page.get_by_role("radio", name=kind)).to_be_checked()
+        page.get_by_role("link", name="Playground").click()
+        page.get_by_role("radio", name=other).check()
+        page.route("**/adapters?*", lambda route: route.fulfill(json=listed))
+        page.goto(f"{server.url}/#/adapters/plain")
+        expect(page.get_by_role("region", name="Versions of plain")).to_contain_text(
+            re.compile("96.%.*can't tell")
+        )
+        page.get_by_role("button", name="Try it").click()
+        expect(page.get_by_role("radio", name=kind)).to_be_checked()
