@@ -122,6 +122,7 @@ export function NewJob({ onQueued }) {
           ["always", "in any case"],
           ["improves_base", "if better than the base"],
           ["improves_latest", "if better than the latest version"],
+          ["not_worse", "unless worse than the latest version"],
         ]} onChange=${change("publishIf")} />
       </div>
       ${
