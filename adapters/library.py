@@ -403,15 +403,7 @@ class ServedBase:
         return ()
 
     def warnings(self, version: Version) -> tuple[str, ...]:
-        """Return the version's stored warnings, and those that follow from its base.
-
-        There is one if the version was made on another base than the served one, and one if it is worse than the
-        base it was made on.
-        """
-        return (*self._base_warnings(version), *_quality_warnings(version))
-
-    def _base_warnings(self, version: Version) -> tuple[str, ...]:
-        """Return the stored warnings, and one more if the version wasn't made on the served base.
+        """Return the version's stored warnings, and one more if it wasn't made on the served base.
 
         Bases are compared by digest. A version without a base digest, such as a blend of parts from several bases,
         is compared by the base's name, unless there are stored warnings.
@@ -430,10 +422,3 @@ class ServedBase:
     def _is_named(self, name: str) -> bool:
         """Return whether a file's name for its base, a path or a hub id, seems to mean this base."""
         return name.rstrip("/").rsplit("/", 1)[-1].lower() == self.name.lower()
-
-
-def _quality_warnings(version: Version) -> tuple[str, ...]:
-    if not version.is_worse_than_base:
-        return ()
-    tuned, base = version.metrics["eval_loss"], version.metrics["base_eval_loss"]
-    return (f"its loss on held-out rows, {tuned:.4f}, is worse than that of its untouched base, {base:.4f}",)

@@ -139,7 +139,7 @@ def _adopt(
     for version in sorted(owed, key=lambda version: (bool(version.parts), version.name, version.version)):
         parts = {(part.name, part.version) for part in version.parts}
         if parts <= listed if parts else is_stored(version.digest):
-            insert_in(connection, version, None, moves_latest=not version.is_worse_than_base)
+            insert_in(connection, version, None, moves_latest=version.moves_latest)
             listed.add((version.name, version.version))
             adopted.append(version)
         else:

@@ -10,6 +10,9 @@ from typing import Literal
 from adapters.lora import AdapterRef
 
 Kind = Literal["adapter", "composition"]
+VERDICT = "verdict"
+"""The key of `NewVersion.config` under which a job stores how the version compares with the latest one before it:
+"better", "worse" or "can't tell"."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,23 @@ class NewVersion:
     key_id: str | None = None  # of the API key that published it
 
     @property
-    def is_worse_than_base(self) -> bool:
-        """Whether the version's loss on held-out rows was measured, and is higher than its untouched base's."""
+    def verdict(self) -> str | None:
+        """How its job found it to compare with the latest version before it, or None if there was none."""
+        found = self.config.get(VERDICT)
+        return found if isinstance(found, str) else None
+
+    @property
+    def moves_latest(self) -> bool:
+        """Whether `latest` moves to the version when it is published, unless somebody moved `latest` back.
+
+        A release without verdicts left `latest` behind if the version's loss was above its untouched base's.
+        """
+        if self.config.get("alias") == "latest":
+            return True
+        if "publish_metric" in self.config:
+            return self.verdict != "worse"
         tuned, base = self.metrics.get("eval_loss"), self.metrics.get("base_eval_loss")
-        return tuned is not None and base is not None and tuned > base
+        return tuned is None or base is None or tuned <= base
 
 
 @dataclass(frozen=True, kw_only=True)

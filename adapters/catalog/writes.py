@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -92,44 +91,32 @@ def publish_unattended_in(
     new: NewVersion,
     alias: str | None,
     records: Recorder | None,
-    better_than: int | None = None,
+    compared_with: int | None = None,
+    worse: str | None = None,
 ) -> tuple[Version, str | None]:
-    """Publish a version from a job, and return it with a warning for people, or None.
+    """Publish a version from a job. Return it, and why `latest` stays, for people; None if `latest` moved.
 
     `latest` stays if somebody moved it back manually, because a job that ends later must not undo that. It also
-    stays if the new version is worse than its untouched base, unless the previous version is even worse.
+    stays if `worse` is given: the job found the new version worse than the latest one, in these words.
 
     `alias` is pointed to the version; the alias "latest" moves `latest` in any case. Raise LatestMoved if
-    `better_than` is given and `latest` is another version (0: no version).
+    `compared_with` is given and `latest` is another version (0: no version).
     """
     lock(connection, new.name)
     has_latest = (names.c.name == new.name, names.c.latest.is_not(None))
     row = connection.execute(sa.select(names).where(*has_latest)).first()
-    if better_than is not None and better_than != (0 if row is None else row.latest):
+    if compared_with is not None and compared_with != (0 if row is None else row.latest):
         raise LatestMoved
-    stays = None if row is None or alias == LATEST else _why_latest_stays(connection, new, row)
+    stays = None
+    if row is not None and alias != LATEST:
+        if row.rolled_back:
+            stays = f"latest stays at {row.latest}, where it was moved back to by hand"
+        elif worse is not None:
+            stays = f"latest stays at {row.latest}: the new version is {worse}"
     version = publish_in(connection, new, alias, records, moves_latest=stays is None)
-    name = split_key(new.name)[1]
-    if stays is not None:
-        return version, f"{stays}; PUT /adapters/{name}/aliases/latest moves it"
-    if new.is_worse_than_base:
-        return version, f"{name}@{version.version} is worse than the untouched base on the held-out rows"
-    return version, None
-
-
-def _why_latest_stays(connection: sa.Connection, new: NewVersion, row: sa.Row[Any]) -> str | None:
-    """Return why `latest` doesn't move to the new version, or None if it does.
-
-    `row` is the name's row in the table.
-    """
-    if row.rolled_back:
-        return f"latest stays at {row.latest}, where it was moved back to by hand"
-    if not new.is_worse_than_base:
-        return None
-    latest = one_version(connection, new.name, row.latest)
-    if latest.is_worse_than_base and new.metrics["eval_loss"] <= latest.metrics["eval_loss"]:
-        return None
-    return f"latest stays at {row.latest}: the new version is worse than the untouched base on the held-out rows"
+    if stays is None:
+        return version, None
+    return version, f"{stays}; PUT /adapters/{split_key(new.name)[1]}/aliases/latest moves it"
 
 
 def compose_in(

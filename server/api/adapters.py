@@ -46,6 +46,9 @@ class VersionAnswer(Answer):
     data_digest: str | None = Field(description="digest of the rows that it was trained on")
     config: dict[str, object] = Field(description="its shape and how it was made")
     metrics: dict[str, float]
+    verdict: str | None = Field(
+        description="better, worse or can't tell: its job's comparison with the latest version before it"
+    )
     parent: str | None = Field(description="what it was made from, pinned to versions")
     job_id: str | None
     created_at: Timestamp
@@ -58,6 +61,7 @@ class VersionAnswer(Answer):
         fields = {
             **vars(version),
             "kind": version.kind,
+            "verdict": version.verdict,
             "alpha": None if version.parts else version.alpha,
             "config": {key: value for key, value in version.config.items() if key != FILE_DIGEST},
             "resident": _is_resident(version, resident),

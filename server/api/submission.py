@@ -29,12 +29,14 @@ from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, TrainBody
 from server.errors import Unavailable
 from server.jobs.files import TRACEPARENT_NAME, JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
+from server.system.messages import plural
 from server.training.encoding import RowEncoder, texts_of
 from server.training.files import RowSources
 from server.training.formats import RowFormat
 from server.training.job_data import DataFacts, JobData
 from server.training.rows import CanonicalRows, Row, RowNotes, default_share, hold_out, overlap, parse_row
-from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
+from server.training.spec import COMPARE_WITH_LATEST, LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
+from server.training.verdicts import MIN_HELD_OUT
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
@@ -187,6 +189,7 @@ def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: in
         start_from=None if parent is None else f"{parent.name}@{parent.version}",
         start_from_digest=None if parent is None else parent.digest,
         publish_if=body.publish_if,
+        publish_metric=body.publish_metric,
         alias=body.alias,
         description=body.description,
     )
@@ -362,16 +365,18 @@ class Submissions:
             spec = build_spec(body, self.library, pinned, self.max_length)
             rows = choose_rows(body, self.sources)
             _check_rows(spec, rows)
-            if spec.publish_if == "improves_latest":  # the latest version is evaluated, too, so it must fit
+            if spec.publish_if in COMPARE_WITH_LATEST:  # the latest version is evaluated, too, so it must fit
                 with suppress(NotFound):
                     self.library.pin([Term(spec.name)], "name").release()
             encoded = self._encode(spec.training, rows, max_bytes)
+            _check_completions(spec, encoded.data)
+            few = _few_rows_warning(spec, encoded.data)
             yield Prepared(
                 spec=_with_epochs(spec, body, encoded.data.facts.num_rows),
                 data=encoded.data,
                 rows=rows,
                 are_facts=encoded.are_facts,
-                warnings=(*pinned.warnings, *rows.warnings, *encoded.warnings),
+                warnings=(*pinned.warnings, *rows.warnings, *encoded.warnings, *few),
             )
         finally:
             pinned.release()
@@ -420,6 +425,7 @@ class Submissions:
             references=self.encoder.references(held_out, max_prompt=self.max_length),
             facts=facts,
             base_digest=self.base_digest,
+            trained_references=self.encoder.trained_references(first, train.examples.num_tokens, length),
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:
@@ -462,6 +468,22 @@ def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
             [FieldError(("training", "epochs"), f"come to {steps} steps; there may be {MAX_STEPS}")]
         )
     return spec
+
+
+def _check_completions(spec: JobSpec, data: JobData) -> None:
+    """Raise InvalidInput if a job is to go by exact match, and its rows have no completions."""
+    if spec.publish_metric == "exact_match" and not (data.references or data.trained_references):
+        raise InvalidInput.of("publish_metric", "exact_match needs rows with completions: set it to loss")
+
+
+def _few_rows_warning(spec: JobSpec, data: JobData) -> Iterator[str]:
+    """Yield a warning if settings need more held-out rows than there are."""
+    number = data.facts.num_validation_rows
+    if spec.training.eval_steps is not None and number < MIN_HELD_OUT:
+        yield (
+            f"only {plural(number, 'row')} held out: below {MIN_HELD_OUT}, evaluations choose no step and stop "
+            "nothing, so the last step's weights are kept"
+        )
 
 
 def _digest(body: TrainBody, fine_tuning: Mapping[str, object] | None) -> str:

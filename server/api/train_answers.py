@@ -51,6 +51,9 @@ class PublishedAdapter(Answer):
     name: str
     version: int
     digest: str
+    moves_latest: bool | None = Field(
+        None, description="whether `latest` moved to it: not if it is worse; null for a job of an older release"
+    )
 
 
 class RowCounts(Answer):

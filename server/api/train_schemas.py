@@ -18,6 +18,7 @@ from server.training.spec import (
     JobSpec,
     LoraSpec,
     Method,
+    Metric,
     Overlong,
     PublishIf,
     Schedule,
@@ -150,14 +151,16 @@ class TrainingBody(Body):
     seed: int = Field(TrainingSpec.seed, ge=0, le=MAX_SEED)
     eval_steps: Steps | None = Field(
         TrainingSpec.eval_steps,
-        description="steps between evaluations; the best weights are kept; null: evaluate at the end only",
+        description="steps between evaluations; the weights of an earlier step are kept if they are better by "
+        "publish_metric by more than one standard error; null: evaluate at the end only",
     )
     checkpoint_steps: Steps | None = Field(
         TrainingSpec.checkpoint_steps, description="null: about every 30 seconds"
     )
     early_stopping_patience: Steps | None = Field(
         TrainingSpec.early_stopping_patience,
-        description="end after this many evaluations without a lower loss; needs eval_steps",
+        description="end after this many evaluations without a gain of more than one standard error; needs "
+        "eval_steps and 20 held-out rows",
     )
     packing: bool = Field(TrainingSpec.packing, description="pack several short rows into one sequence")
     overlong: Overlong = Field(
@@ -193,12 +196,18 @@ class TrainBody(Body):
     )
     publish_if: PublishIf = Field(
         JobSpec.publish_if,
-        description="publish only if the held-out loss is below the base's, or the latest version's",
+        description="publish only if the new version is better than the base, better than the latest version, or "
+        "not worse than the latest version; without one, the base takes its place",
+    )
+    publish_metric: Metric = Field(
+        JobSpec.publish_metric,
+        description="what publish_if, eval_steps and latest go by on held-out rows; below 20 of them, versions "
+        "are compared by exact match on all rows",
     )
     alias: str | None = Field(
         None,
         min_length=1,
         max_length=MAX_NAME,
-        description="an alias for the new version; `latest` is allowed, and moves it even if the job would not",
+        description="an alias for the new version; `latest` is allowed, and moves it even if the version is worse",
     )
     description: str = Field(JobSpec.description, max_length=MAX_DESCRIPTION)

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from server.client.client import Client
 
 _WORSE = (
-    "On the held-out rows it is no better than the untouched base. If they can be learnt from the others, try a "
-    "lower --learning-rate or fewer --epochs; if each row is an independent fact, hold none out (--validation 0)."
+    "If the held-out rows can be learnt from the others, try a lower --learning-rate or fewer --epochs; if each "
+    "row is an independent fact, hold none out (--validation 0)."
 )
 _USE_GATE = " --publish-if improves_base publishes no such version."
 _USE_LORA = " Or train an adapter with --method lora."  # full fine-tuning publishes nothing
@@ -212,7 +212,7 @@ def train(
     max_grad_norm: Annotated[float | None, typer.Option(help="Default: 1.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0.")] = None,
     eval_steps: Annotated[
-        int | None, typer.Option(help="Steps between evaluations; the best weights are kept.")
+        int | None, typer.Option(help="Steps between evaluations; clearly better weights are kept.")
     ] = None,
     checkpoint_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. Default: about 30 s.")
@@ -224,7 +224,11 @@ def train(
     ] = None,
     start_from: Annotated[str | None, typer.Option(help="An adapter to continue, such as tweets@2.")] = None,
     publish_if: Annotated[
-        str | None, typer.Option(help="always, improves_base or improves_latest. Default: always.")
+        str | None,
+        typer.Option(help="always, improves_base, improves_latest or not_worse. Default: always."),
+    ] = None,
+    publish_metric: Annotated[
+        str | None, typer.Option(help="loss or exact_match: what decides. Default: loss.")
     ] = None,
     alias: Annotated[str | None, typer.Option(help="An alias for the new version.")] = None,
     description: Annotated[str | None, typer.Option(help="For the adapter's card.")] = None,
@@ -276,6 +280,7 @@ def train(
             training=training,
             start_from=start_from,
             publish_if=publish_if,
+            publish_metric=publish_metric,
             alias=alias,
             description=description,
         )
@@ -405,28 +410,52 @@ def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
 def _show_end(client: "Client", job: Document) -> None:
     console = Console(highlight=False)
     metrics, progress = cast("Document", job["metrics"]), cast("Document", job["progress"])
-    if job["status"] == "succeeded" and job["kind"] == "train":
-        kept = _kept(progress, client.report(str(job["id"])))
-        if kept:
-            console.print(kept)
+    report: Document = {}
+    if job["status"] == "succeeded":
+        report = client.report(str(job["id"]))
+    if report and job["kind"] == "train" and (kept := _kept(progress, report)):
+        console.print(kept)
     if metrics["eval_loss"] is not None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
-        if not cast("float", metrics["eval_loss"]) < cast("float", metrics["base_eval_loss"]):
-            config = cast("Document", job["config"])
-            is_full = config.get("method") == "full"
-            has_gate = config.get("publish_if") != "always"
-            advice = _USE_LORA if is_full else "" if has_gate else _USE_GATE
-            console.print(Text(_WORSE + advice, style="bold red"))
+    if remembered := _remembered(report):
+        console.print(remembered)
+    for name, comparison in cast("dict[str, Document | None]", report.get("comparisons") or {}).items():
+        if comparison is not None:
+            console.print(Text(str(comparison["summary"]), style=_STYLES.get(str(comparison["verdict"]), "")))
+            if name == "base" and comparison["verdict"] == "worse":
+                config = cast("Document", job["config"])
+                has_gate = config.get("publish_if") != "always"
+                advice = _USE_LORA if config.get("method") == "full" else "" if has_gate else _USE_GATE
+                console.print(Text(_WORSE + advice, style="bold red"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:
-        reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
+        adapter = cast("Document", job["adapter"])
+        reference = "{name}@{version}".format(**adapter)
+        if adapter.get("moves_latest") is False:
+            console.print(Text(f"{reference} is published, but latest stays where it was", style="bold red"))
         command = "chat" if _is_of_chats(job) else "generate"
         typer.echo(f"Try: {suggestion(command, '…', '--adapter', reference, client=client)}")
     elif job["status"] == "succeeded":
-        gate = cast("Document", client.report(str(job["id"]))["gate"])
+        gate = cast("Document", report["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))
+
+
+_STYLES = {"better": "green", "worse": "bold red"}
+
+
+def _remembered(report: Document) -> str:
+    """Return how many trained and held-out rows are completed exactly, or "" if that wasn't measured."""
+    parts = []
+    if report.get("recall"):
+        recall = cast("Document", report["recall"])
+        parts.append(f"{cast('Document', recall['num_right'])['tuned']} of {recall['num_rows']} remembered")
+    evaluation = cast("Document", report.get("evaluation") or {})
+    if asked := cast("int", evaluation.get("num_completions") or 0):
+        share = cast("float", cast("Document", evaluation["tuned"])["exact_match"])
+        parts.append(f"{round(share * asked)} of {asked} held out")
+    return ", ".join(parts)
 
 
 def _kept(progress: Document, report: Document) -> str:

@@ -1,4 +1,4 @@
-"""Measure exact match: the share of held-out rows that a model completes exactly.
+"""Measure exact match: which rows a model completes exactly.
 
 The serving engine generates the completions, so they are what users will get. `Run`, which doesn't depend on the
 engine, gets the function `exact_match` as an argument.
@@ -47,8 +47,8 @@ def exact_match(
     yield_or_leave: Callable[[], None] = _go_on,
     *,
     library: ctypes.CDLL | None = None,
-) -> float | None:
-    """Return the share of references that greedy completions equal, ignoring whitespace at both ends.
+) -> list[bool] | None:
+    """Return for each reference whether its greedy completion equals it, ignoring whitespace at both ends.
 
     A completion ends at an end token, or `MORE_TOKENS` after the reference's length. It is stopped earlier if it
     can't become equal to the reference any more. A prompt that leaves no room for a completion in the base's
@@ -69,8 +69,10 @@ def exact_match(
             sampling = SamplingParams(min(reference.num_tokens + MORE_TOKENS, room), temperature=0.0)
             requests[str(number)] = GenerationRequest(str(number), reference.prompt, sampling, adapters)
             wanted[str(number)] = reference.text.strip()
-    num_matched = _count_matches(base, weights, requests, wanted, yield_or_leave, library) if requests else 0
-    return num_matched / len(references) if references else None
+    if not references:
+        return None
+    matched = _matched(base, weights, requests, wanted, yield_or_leave, library) if requests else set()
+    return [str(number) in matched for number in range(len(references))]
 
 
 def _adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
@@ -78,18 +80,19 @@ def _adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
     return weights.max_rank * RowFormat.of_torch(base.dtype, base.device).bytes_per_rank(base.config.shape)
 
 
-def _count_matches(
+def _matched(
     base: BaseModel,
     weights: LoraWeights | None,
     requests: dict[str, GenerationRequest],
     wanted: dict[str, str],
     yield_or_leave: Callable[[], None],
     library: ctypes.CDLL | None,
-) -> int:
+) -> set[str]:
+    """Return the names of the requests whose completions are the wanted ones."""
     lengths = [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests.values()]
     engine = _engine(base, weights, lengths, library)
     texts = dict.fromkeys(requests, "")
-    num_matched = 0
+    matched = set[str]()
     try:
         for request in requests.values():
             engine.add(request)
@@ -102,14 +105,15 @@ def _count_matches(
                 name = output.request_id
                 texts[name] += output.text
                 if output.finish_reason is not None:
-                    num_matched += texts[name].strip() == wanted[name]
+                    if texts[name].strip() == wanted[name]:
+                        matched.add(name)
                 elif not _may_become(texts[name], wanted[name]):
                     engine.abort(name)
             if not outputs:
                 time.sleep(0.001)  # the adapter is still being loaded
     finally:
         engine.close()
-    return num_matched
+    return matched
 
 
 def _may_become(text: str, wanted: str) -> bool:

@@ -6,7 +6,7 @@ overwrite anything, or do anything twice. The client's side of the queue is in `
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import cast
@@ -194,34 +194,39 @@ class Leases:
         report: Mapping[str, object],
         publish: NewVersion | None = None,
         alias: str | None = None,
-        better_than: int | None = None,
+        compared_with: int | None = None,
+        worse: str | None = None,
+        warnings: Sequence[str] = (),
     ) -> Version | None:
         """End the job with success and publish its adapter in one transaction.
 
         Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
-        None, no version is published, and the report says why. For `alias`, `better_than` and LatestMoved see
-        `publish_unattended_in`, whose warning becomes an event.
+        None, no version is published, and the report says why. For `alias`, `compared_with`, `worse` and
+        LatestMoved see `publish_unattended_in`. Its reason becomes an event, and so do `warnings`.
         """
 
         def work(connection: sa.Connection) -> Version | None:
             _lock_claimed(connection, claim)
             documents = {"progress": progress, "metrics": metrics, "report": report}
             values: dict[str, object] = {key: plain(value) for key, value in documents.items()}
-            version = warning = None
+            version = stays = None
             message = "succeeded; no version was published"
             if publish is not None:
                 mine = sa.select(jobs.c.project, jobs.c.key_id).where(jobs.c.id == claim.job_id)
                 project, key_id = connection.execute(mine).one()
                 of_project = {"name": key_of(project, publish.name), "job_id": claim.job_id, "key_id": key_id}
                 new = dataclasses.replace(publish, **of_project)
-                version, warning = publish_unattended_in(connection, new, alias, records, better_than)
+                version, stays = publish_unattended_in(connection, new, alias, records, compared_with, worse)
                 version = dataclasses.replace(version, name=publish.name)
-                values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
+                moves = {"moves_latest": stays is None}
+                values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")} | moves
+                values["report"] = plain({**report, **moves})
                 message = f"succeeded: {version.name}@{version.version}"
             _end(connection, claim.job_id, Status.SUCCEEDED, self._now(), **values)
             job_events.append(connection, claim.job_id, message)
-            if warning is not None:
-                job_events.append(connection, claim.job_id, warning, level="warning")
+            about = [f"{version.name}@{version.version} is {text}" for text in warnings] if version else []
+            for text in (*about, *([] if stays is None else [stays])):
+                job_events.append(connection, claim.job_id, text, level="warning")
             return version
 
         with recording(self._engine, None if publish is None else self._records) as records:

@@ -5,21 +5,25 @@ The adapter's bytes are stored first. Then its version, its report and the job's
 """
 
 import ctypes
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
 from adapters import recorded
 from adapters.catalog.catalog import NewVersion
+from adapters.catalog.versions import VERDICT
 from adapters.catalog.writes import LatestMoved
-from adapters.errors import NotFound
+from adapters.errors import Conflict, CorruptAdapter, InvalidInput, NotFound
 from adapters.expression import Term, parse
 from adapters.library import Library
-from adapters.lora import LoraConfig
+from adapters.lora import LoraConfig, LoraWeights
 from adapters.peft.files import PeftAdapter
 from adapters.storage.durable import remove_unfinished
+from server.errors import GenerationFailed
 from server.jobs.exact_match import exact_match
 from server.jobs.files import JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Status
@@ -29,25 +33,31 @@ from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.storage.places import Storage
 from server.training.checkpoint import Checkpoints
-from server.training.evaluate import Evaluation, LossNotFinite, evaluate
+from server.training.evaluate import LossNotFinite, Scores
 from server.training.files import RowSources, results_id
 from server.training.job_data import DataFacts, JobData
 from server.training.report import (
+    NAMES,
     AdapterFacts,
     Cost,
     Environment,
     Findings,
-    Gate,
+    Other,
     build_report,
     decide,
     peak_memory_bytes,
     step_metrics_csv,
 )
 from server.training.run import Outcome, Reporter, Run
-from server.training.spec import JobSpec
-from server.training.trainables import trainable_rows
+from server.training.spec import COMPARE_WITH_LATEST, JobSpec
 from server.training.trained_rows import adapter_config
+from server.training.verdicts import compare
 
+log = logging.getLogger("smolora.job")
+
+MAX_MEASURED_RANK = 512
+"""The highest rank of a latest version that is measured without a gate: the highest that a job can publish. An
+uploaded adapter of any rank must not make jobs of its name run out of memory."""
 MAX_DECISIONS = 5
 """The most evaluations of a name's latest version. If a newer version appears each time, the job is requeued."""
 
@@ -113,31 +123,76 @@ class TrainingAttempt:
         if outcome.weights is not None:
             config = adapter_config(spec.lora) if parent is None else self._config_of(parent)
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
+        parent_scores = None if parent is None else _finite_scores(run, parent.weights)
         for _ in range(MAX_DECISIONS - 1):
             with suppress(LatestMoved):
-                return self._decide_and_end(data, run.progress, outcome, adapter)
-        return self._decide_and_end(data, run.progress, outcome, adapter)
+                return self._decide_and_end(run, data, outcome, adapter, parent_scores)
+        return self._decide_and_end(run, data, outcome, adapter, parent_scores)
 
     def _decide_and_end(
-        self, data: JobData, progress: Mapping[str, object], outcome: Outcome, adapter: PeftAdapter | None
+        self, run: Run, data: JobData, outcome: Outcome, adapter: PeftAdapter | None, parent: Scores | None
     ) -> None:
-        """Check the result against the gate, and end the job.
+        """Compare the result with the base and the versions before, check it against the gate, and end the job.
 
         Raise LatestMoved, with nothing published, if another version became the latest meanwhile.
         """
-        spec = self._spec
-        latest, number = self._latest_evaluation(data)
-        gate = decide(spec.publish_if, outcome.tuned, outcome.base, latest, spec.method)
+        spec, progress = self._spec, run.progress
+        latest = self._latest(run, parent)
+        measured: dict[Other, Scores | None] = {"base": outcome.base}
+        versions: dict[Other, str] = {}
+        if latest.version:
+            measured["latest"], versions["latest"] = latest.scores, f"{spec.name}@{latest.version}"
+        if spec.start_from is not None:
+            measured["parent"], versions["parent"] = parent, spec.start_from
+        comparisons = {
+            name: None if of is None else compare(outcome.tuned, of, data, spec.publish_metric)
+            for name, of in measured.items()
+        }
+        gate = decide(spec.publish_if, comparisons, spec.method)
         num_bytes = self._keep(adapter, outcome)
-        report = self._report(data, outcome, gate, adapter, latest, num_bytes)
-        metrics = outcome.counters.newest_losses | _final_metrics(outcome)
-        publish = None
+        counters = outcome.counters
+        cost = Cost(
+            num_steps=outcome.num_steps,
+            kept_step=outcome.step,
+            epochs=outcome.epochs,
+            num_tokens=counters.num_tokens,
+            tokens_per_second=counters.tokens_per_second,
+            wall_seconds=counters.wall_seconds,
+            peak_memory_bytes=counters.peak_memory_bytes,
+            bytes_stored=num_bytes,
+        )
+        findings = Findings(
+            data=data.facts,
+            cost=cost,
+            environment=Environment.of(self._base, counters.computed_by),
+            num_trainable=outcome.num_trainable,
+            adapter=None if adapter is None else _facts_of(adapter),
+            gate=gate,
+            curves={"train_loss": counters.train_curve, "eval_loss": counters.eval_curve},
+            base=outcome.base,
+            tuned=outcome.tuned,
+            latest=latest.scores,
+            parent=parent,
+            comparisons=comparisons,
+            versions=versions,
+        )
+        report = build_report(spec, self._base, findings)
+        metrics = counters.newest_losses | _final_metrics(outcome)
+        publish = worse = None
+        warnings = []
         if adapter is not None and gate.passes:
-            publish = self._new_version(adapter, num_bytes, metrics, data.facts)
+            against_latest = comparisons.get("latest")
+            verdict = None if against_latest is None else against_latest.verdict
+            if against_latest is not None and verdict == "worse":
+                worse = against_latest.sentence(versions["latest"])
+            against_base = comparisons["base"]
+            if against_base is not None and against_base.verdict == "worse":
+                warnings.append(against_base.sentence(NAMES["base"]))
+            publish = self._new_version(adapter, num_bytes, metrics, data.facts, verdict, warnings)
         with nullcontext() if adapter is None else self._library.publishing(adapter):
             if FINE_TUNING in self._job.data:
-                counters = outcome.counters
-                csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
+                tuned = outcome.tuned.held_out
+                csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, tuned)
                 self._results.put_results(self._job.id, csv)
             try:
                 self._leases.succeed(
@@ -147,7 +202,9 @@ class TrainingAttempt:
                     report=report,
                     publish=publish,
                     alias=spec.alias,
-                    better_than=number,
+                    compared_with=latest.version,
+                    worse=worse,
+                    warnings=warnings,
                 )
             except LeaseLost:
                 self._drop_results()
@@ -194,76 +251,51 @@ class TrainingAttempt:
             self._files.keep_model(self._job.id, self._claim.token)
         return num_bytes
 
-    def _latest_evaluation(self, data: JobData) -> tuple[Evaluation | None, int | None]:
-        """Evaluate the name's latest version on held-out rows if the gate compares with it.
+    def _latest(self, run: Run, parent: Scores | None) -> "_Latest":
+        """Measure the name's latest version on the job's rows.
 
-        Return the evaluation and the version's number, which is 0 if there is no version. Return None for both if
-        the gate doesn't compare with it.
+        `parent` has the measurements of the adapter that the job continued, which may be the same one. If a gate
+        needs the measurements, an unusable version raises an error. Otherwise it isn't measured.
         """
-        if self._spec.publish_if != "improves_latest" or data.validation is None:
-            return None, None
-        name = self._spec.name
+        if self._spec.method == "full":
+            return _Latest(None, None)
+        name, is_needed = self._spec.name, self._spec.publish_if in COMPARE_WITH_LATEST
         try:
             pinned = self._library.pin([Term(name)])
         except NotFound:
-            return None, 0
+            return _Latest(0, None)
+        except (Conflict, CorruptAdapter):
+            if is_needed:
+                raise
+            return _Latest(None, None)
         try:
             self._library.check_name(name)  # it may have become a composition's name since
             (part,) = pinned.parts
-            weights = self._library.load(part.digest)
-            longest = self._spec.training.max_length
-            measured = trainable_rows(
-                self._base, weights, None, max_length=longest, dropout=0.0, library=self._native
-            )
-            yield_or_leave, computing = self._reporter.yield_or_leave, self._reporter.computing
-            found = evaluate(measured.passes, data.validation, yield_or_leave=yield_or_leave, computing=computing)
+            rank = max(self._library.ranks(part.digest).values(), default=0)
+            if part.digest == self._spec.start_from_digest:
+                found = parent
+            elif rank > MAX_MEASURED_RANK and not is_needed:
+                log.warning("%s@%d of rank %d isn't measured: it takes too much memory", name, part.version, rank)
+                found = None
+            else:
+                found = _finite_scores(run, self._library.load(part.digest))
         finally:
             pinned.release()
-        if not found.is_finite:
+        if found is None and is_needed:
             raise LossNotFinite(
                 f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "
                 "delete that version, or submit again with publish_if always or improves_base"
             )
-        return found, part.version
-
-    def _report(
-        self,
-        data: JobData,
-        outcome: Outcome,
-        gate: Gate,
-        adapter: PeftAdapter | None,
-        latest: Evaluation | None,
-        num_bytes: int,
-    ) -> dict[str, object]:
-        counters = outcome.counters
-        facts = None
-        if adapter is not None:
-            facts = AdapterFacts(adapter.weights.digest, adapter.config, adapter.weights.num_parameters)
-        findings = Findings(
-            data=data.facts,
-            cost=Cost(
-                num_steps=outcome.num_steps,
-                kept_step=outcome.step,
-                epochs=outcome.epochs,
-                num_tokens=counters.num_tokens,
-                tokens_per_second=counters.tokens_per_second,
-                wall_seconds=counters.wall_seconds,
-                peak_memory_bytes=counters.peak_memory_bytes,
-                bytes_stored=num_bytes,
-            ),
-            environment=Environment.of(self._base, counters.computed_by),
-            num_trainable=outcome.num_trainable,
-            adapter=facts,
-            gate=gate,
-            curves={"train_loss": counters.train_curve, "eval_loss": counters.eval_curve},
-            base=outcome.base,
-            tuned=outcome.tuned,
-            latest=latest,
-        )
-        return build_report(self._spec, self._base, findings)
+        return _Latest(part.version, found)
 
     def _new_version(
-        self, adapter: PeftAdapter, num_bytes: int, metrics: Mapping[str, object], data: DataFacts
+        self,
+        adapter: PeftAdapter,
+        num_bytes: int,
+        metrics: Mapping[str, object],
+        data: DataFacts,
+        verdict: str | None,
+        warnings: Sequence[str],
     ) -> NewVersion:
         return NewVersion(
             name=self._spec.name,
@@ -279,20 +311,52 @@ class TrainingAttempt:
             job_id=self._job.id,
             base_digest=self._base.digest,
             data_digest=data.digest,
-            config={**self._spec.to_document(), "kinds": dict(data.kinds)},
+            config={
+                **self._spec.to_document(),
+                "kinds": dict(data.kinds),
+                **({} if verdict is None else {VERDICT: verdict}),
+            },
+            warnings=tuple(f"it is {text}" for text in warnings),
         )
+
+
+@dataclass(frozen=True)
+class _Latest:
+    """The name's latest version: its number, 0 if there is none, or None if it can't be compared with.
+
+    `scores` are its measurements, or None if it wasn't measured.
+    """
+
+    version: int | None
+    scores: Scores | None
+
+
+def _finite_scores(run: Run, weights: LoraWeights) -> Scores | None:
+    """Measure a published adapter. Return None if its numbers overflow: nothing can be compared with it."""
+    try:
+        found = run.measure(weights)
+    except (GenerationFailed, InvalidInput):  # by completions, if no rows are held out
+        return None
+    return None if found.held_out is not None and not found.held_out.is_finite else found
+
+
+def _facts_of(adapter: PeftAdapter) -> AdapterFacts:
+    return AdapterFacts(adapter.weights.digest, adapter.config, adapter.weights.num_parameters)
 
 
 def _final_metrics(outcome: Outcome) -> dict[str, object]:
     """Return the published weights' metrics and the base's, by their names in `GET /train/{id}`."""
     found: dict[str, object] = {}
-    for prefix, evaluation in (("", outcome.tuned), ("base_", outcome.base)):
-        if evaluation is not None:
-            measures = {
+    for prefix, scores in (("", outcome.tuned), ("base_", outcome.base)):
+        measures: dict[str, float | None] = {}
+        if (evaluation := scores.held_out) is not None:
+            measures |= {
                 "eval_loss": evaluation.loss,
                 "eval_perplexity": evaluation.perplexity,
                 "eval_accuracy": evaluation.accuracy,
                 "eval_exact_match": evaluation.exact_match,
             }
-            found |= {prefix + name: value for name, value in measures.items() if value is not None}
+        if scores.recalled:
+            measures["recall"] = sum(scores.recalled) / len(scores.recalled)
+        found |= {prefix + name: value for name, value in measures.items() if value is not None}
     return found

@@ -39,6 +39,8 @@ FACT_TOKENS = 16
 """Facts have a median length of at most so many tokens."""
 FACT_SHARE = 0.9
 """The least share of facts that are distinct."""
+MAX_TRAINED_REFERENCE_TOKENS = 1 << 14
+"""About the most tokens of rows that a job is asked to recall, so that asking takes seconds."""
 _SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
 
 
@@ -255,6 +257,17 @@ class RowEncoder:
         """Return the references of the first `limit` rows that have one; `max_prompt` is as in `reference`."""
         found = (self.reference(row, max_prompt) for row in rows)
         return list(islice((reference for reference in found if reference is not None), limit))
+
+    def trained_references(self, rows: Sequence[Row], num_tokens: int, max_length: int) -> list[Reference]:
+        """Return the references of up to `MAX_REFERENCES` training rows, spread evenly over all of them.
+
+        The rows have `num_tokens` together. Rows that don't fit `max_length` are left out: they aren't trained on
+        to their ends.
+        """
+        most = MAX_TRAINED_REFERENCE_TOKENS * len(rows) // max(num_tokens, 1)
+        count = min(len(rows), max(most, 1), MAX_REFERENCES)
+        found = (self.reference(rows[number * len(rows) // count]) for number in range(count))
+        return [one for one in found if one is not None and len(one.prompt) + one.num_tokens < max_length]
 
     def _fitted(self, row: Row, max_length: int, overlong: Overlong) -> tuple[list[Example], LongRows | None]:
         """Return examples of at most `max_length` tokens, and counts if the row is longer than that."""

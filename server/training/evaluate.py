@@ -27,13 +27,24 @@ class LossNotFinite(SmoloraError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements on held-out rows. `exact_match` is a share of completions, or None if there are none."""
+    """Measurements on held-out rows.
+
+    `rows` has the summed loss and the number of counted tokens of each distinct row: equal rows are one entry,
+    since they say no more than one of them. `matches` says which references were completed exactly; None if there
+    are no references.
+    """
 
     loss: float  # nats per counted token
     accuracy: float  # share of counted tokens that the model finds the likeliest
     num_rows: int
     num_tokens: int  # counted
-    exact_match: float | None = None
+    rows: tuple[tuple[float, int], ...] = ()
+    matches: tuple[bool, ...] | None = None
+
+    @property
+    def exact_match(self) -> float | None:
+        """The share of references that were completed exactly."""
+        return sum(self.matches) / len(self.matches) if self.matches else None
 
     @property
     def is_finite(self) -> bool:
@@ -43,6 +54,14 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, MAX_LOSS))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Measurements of one set of weights on a job's rows: held-out ones, and exact matches of trained ones."""
+
+    held_out: Evaluation | None = None
+    recalled: tuple[bool, ...] | None = None  # one for each of `JobData.trained_references`
 
 
 def _go_on() -> None:
@@ -64,13 +83,26 @@ def evaluate(
     rounding in torch's passes, and not at all in native code.
     """
     losses, num_right = array("d"), 0
+    spans: dict[int, tuple[int, int, int]] = {}  # by index: a row's hash, and where its losses begin and end
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
         yield_or_leave()
-        batch = MicroBatch.of([examples[index] for index in indices])
+        batch = MicroBatch.of(chosen := [examples[index] for index in indices])
         with computing(len(batch.token_ids)):
             found = passes.measure(batch)
+        start = len(losses)
         losses.extend(found.losses)
         num_right += found.num_right
+        for index, example in zip(indices, chosen, strict=True):
+            end = start + sum(example.is_target)
+            spans[index] = (hash(example), start, end)
+            start = end
     if not losses:
         raise ValueError("nothing to evaluate: no example has a token that is trained on")
-    return Evaluation(math.fsum(losses) / len(losses), num_right / len(losses), len(examples), len(losses))
+    rows: dict[int, tuple[float, int]] = {}
+    for index in sorted(spans):
+        key, start, end = spans[index]
+        if start < end:
+            loss, count = rows.get(key, (0.0, 0))
+            rows[key] = (loss + math.fsum(losses[start:end]), count + end - start)
+    loss, accuracy = math.fsum(losses) / len(losses), num_right / len(losses)
+    return Evaluation(loss, accuracy, len(examples), len(losses), tuple(rows.values()))

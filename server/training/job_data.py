@@ -53,13 +53,17 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class JobData:
-    """The rows of a job. Greedy completions of held-out rows are compared with `references`."""
+    """The rows of a job.
+
+    Greedy completions are compared with `references`, of held-out rows, and with `trained_references`.
+    """
 
     train: Examples
     validation: Examples | None
     references: Sequence[Reference]
     facts: DataFacts
     base_digest: str  # of the base that the rows were tokenized for
+    trained_references: Sequence[Reference] = ()
 
     def check_base(self, base: "BaseModel") -> None:
         """Raise AnotherBase if the rows were tokenized for another base."""
@@ -79,6 +83,7 @@ class JobData:
             "base_digest": self.base_digest,
             "facts": asdict(self.facts),
             "references": [asdict(r) for r in self.references],
+            "trained_references": [asdict(r) for r in self.trained_references],
         }
         with new_file(directory / DATA_NAME) as unfinished:
             unfinished.write_text(json.dumps(rest), encoding="utf-8")
@@ -92,6 +97,8 @@ class JobData:
             train=Examples.load(directory / TRAIN_NAME),
             validation=Examples.load(validation) if validation.is_file() else None,
             references=read_document(list[Reference], rest["references"]),
+            # missing in jobs that were submitted to an older release
+            trained_references=read_document(list[Reference], rest.get("trained_references", [])),
             facts=read_document(DataFacts, rest["facts"]),
             base_digest=rest["base_digest"],
         )

@@ -16,6 +16,7 @@ _MARKUP = re.compile(r"[\\`*_\[\]<>|#&!~]")
 _MARKUP_AT_START = re.compile(r"^(\d*)([-+=.)])")  # starts a list or a rule, or underlines a heading
 _MAX_CURVE_ROWS = 10
 _MEASURES = {"loss": "{:.4f}", "perplexity": "{:.3f}", "accuracy": "{:.2%}", "exact_match": "{:.2%}"}
+_TITLES = {"base": "untouched base", "latest": "version before", "parent": "parent", "tuned": "this"}
 
 
 def model_card(report: Fields) -> str:
@@ -25,7 +26,7 @@ def model_card(report: Fields) -> str:
     parts = [_front_matter(report), f"# {_text(report['name'])}"]
     if report["description"]:
         parts.append("\n".join(f"> {_text(line)}" for line in str(report["description"]).splitlines()))
-    parts += [_introduction(report), "## Evaluation", _comparison(report)]
+    parts += [_introduction(report), "## Evaluation", _evaluation(report)]
     parts += ["## Cost", _table(("", ""), _cost(report)), "## Origin"]
     parts += [_table(("", ""), _origin(report)), "## Configuration", _configuration(report)]
     curves = _curves(_fields(report, "curves"))
@@ -81,25 +82,50 @@ def _introduction(report: Fields) -> str:
     )
 
 
-def _comparison(report: Fields) -> str:
-    """Return a table that compares base and adapter, with a row for each measure."""
+def _evaluation(report: Fields) -> str:
+    """Return a table that compares base, versions before and adapter, and what follows from it."""
     gate = _fields(report, "gate")
-    publication = f"Publication (`{gate['publish_if']}`): {_text(gate['reason'])}."
+    ending = [f"Publication (`{gate['publish_if']}`): {_text(gate['reason'])}."]
+    if report.get("moves_latest") is False:
+        ending.append("It did not become `latest`.")
+    ending = [*_verdicts(report), *ending]
+    recalled = _recalled(report)
     if not report["evaluation"]:
-        return f"Not measured: no rows were held out.\n\n{publication}"
+        head = "Not measured on held-out rows: no rows were held out."
+        return "\n\n".join([head, *([_table(*recalled)] if recalled else []), *ending])
     evaluation = _fields(report, "evaluation")
-    columns = {name: _fields(evaluation, name) for name in ("base", "latest", "tuned") if evaluation[name]}
+    columns = {name: _fields(evaluation, name) for name in _TITLES if evaluation.get(name)}
     rows = [
         (measure.replace("_", " "), *(_value(column[measure], form) for column in columns.values()))
         for measure, form in _MEASURES.items()
         if any(column[measure] is not None for column in columns.values())
     ]
-    titles = {"base": "untouched base", "latest": "version before", "tuned": "this"}
+    if recalled:
+        rows += recalled[1]
     size = (
         f"{_count(evaluation, 'num_rows', 'held-out row')}, {_count(evaluation, 'num_tokens', 'counted token')} "
         "(loss in nats a token)"
     )
-    return f"On {size}:\n\n{_table(('', *(titles[name] for name in columns)), rows)}\n\n{publication}"
+    table = _table(("", *(_TITLES[name] for name in columns)), rows)
+    return "\n\n".join([f"On {size}:", table, *ending])
+
+
+def _recalled(report: Fields) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Return the head and the row of a table of trained rows that were remembered, or None if it isn't known."""
+    if not report.get("recall"):
+        return None
+    recall = _fields(report, "recall")
+    right = _fields(recall, "num_right")
+    measured = [name for name in _TITLES if right.get(name) is not None]
+    shares = [f"{right[name]} of {recall['num_rows']}" for name in measured]
+    return ("", *(_TITLES[name] for name in measured)), [("trained rows remembered", *shares)]
+
+
+def _verdicts(report: Fields) -> list[str]:
+    """Return a list of the verdicts, or nothing for a report of an older release."""
+    found = cast("Mapping[str, Fields | None]", report.get("comparisons") or {})
+    lines = [f"- {_text(comparison['summary'])}" for comparison in found.values() if comparison is not None]
+    return ["\n".join(lines)] if lines else []
 
 
 def _cost(report: Fields) -> list[tuple[str, str]]:

@@ -10,8 +10,9 @@ import platform
 import re
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,9 +20,10 @@ import server
 from adapters.lora import LoraConfig
 from server.model.base.weights import BaseModel
 from server.model.device import driver_version, gpu_of
-from server.training.evaluate import Evaluation
+from server.training.evaluate import Evaluation, Scores
 from server.training.job_data import DataFacts
 from server.training.spec import JobSpec, Method, PublishIf
+from server.training.verdicts import Comparison
 
 MAX_POINTS = 500
 """Points of each curve in the report; a longer curve is thinned out evenly. The job's events have every step."""
@@ -31,6 +33,11 @@ COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_tok
 
 Curve = Sequence[tuple[int, float]]
 """(optimizer steps done, nats per counted token), in order."""
+Other = Literal["base", "latest", "parent"]
+NAMES: Mapping[Other, str] = {"base": "the untouched base", "latest": "latest", "parent": "its parent"}
+"""Names of what the tuned weights are compared with, in sentences."""
+Comparisons = Mapping[Other, Comparison | None]
+"""An entry for each of the three that exists. It is None if nothing was measured that can be compared."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +49,24 @@ class Gate:
     reason: str
 
 
-def decide(
-    publish_if: PublishIf,
-    tuned: Evaluation | None,
-    base: Evaluation | None,
-    latest: Evaluation | None = None,
-    method: Method = "lora",
-) -> Gate:
-    """Decide whether to publish the tuned adapter, by its loss against the base's or the latest version's.
+def decide(publish_if: PublishIf, comparisons: Comparisons, method: Method = "lora") -> Gate:
+    """Decide whether to publish the tuned adapter, by its comparison with the latest version or the base.
 
-    All evaluations are on the same held-out rows; the loss must be lower, not equal. Raise ValueError if an
-    evaluation is missing, unless `publish_if` is "always". A fully fine-tuned model is never published.
+    If `comparisons` has no entry for the latest version, there is none, and the base takes its place. A fully
+    fine-tuned model is never published.
     """
     if method == "full":
         return Gate(publish_if, False, "a fully fine-tuned model is kept with its job, but it is no adapter")
     if publish_if == "always":
         return Gate(publish_if, True, "published whatever its loss is")
-    other, name = (base, "the base's") if publish_if == "improves_base" or latest is None else (latest, "latest's")
-    if tuned is None or other is None:
-        raise ValueError(f"{publish_if} needs held-out rows")
-    passes = tuned.loss < other.loss
-    verb = "is" if passes else "is not"
-    return Gate(publish_if, passes, f"its loss of {tuned.loss:.4f} {verb} below {name}, {other.loss:.4f}")
+    other: Other = "base" if publish_if == "improves_base" or "latest" not in comparisons else "latest"
+    found = comparisons[other]
+    if found is None:
+        return Gate(
+            publish_if, publish_if == "not_worse", f"nothing was measured to compare it with {NAMES[other]}"
+        )
+    passes = found.verdict == "better" or (publish_if == "not_worse" and found.verdict == "can't tell")
+    return Gate(publish_if, passes, found.sentence(NAMES[other]))
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,10 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class Findings:
-    """The results of a job. Evaluations are None without held-out rows; `latest` is also None if unneeded."""
+    """The results of a job. `latest` and `parent` are None if there is no such version, or it wasn't measured.
+
+    `versions` names the compared versions, such as "codes@1".
+    """
 
     data: DataFacts
     cost: Cost
@@ -135,9 +141,17 @@ class Findings:
     adapter: AdapterFacts | None  # None: full fine-tuning
     gate: Gate
     curves: Mapping[str, Curve]  # by metric, such as train_loss
-    base: Evaluation | None = None
-    tuned: Evaluation | None = None
-    latest: Evaluation | None = None
+    base: Scores
+    tuned: Scores
+    latest: Scores | None = None
+    parent: Scores | None = None
+    comparisons: Comparisons = field(default_factory=dict)
+    versions: Mapping[Other, str] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> dict[str, Scores | None]:
+        """All measurements, by their names in the report."""
+        return {"base": self.base, "tuned": self.tuned, "latest": self.latest, "parent": self.parent}
 
 
 def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, object]:
@@ -154,6 +168,9 @@ def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, o
         "trainable_parameters": found.num_trainable,
         "trainable_share": found.num_trainable / num_base,
         "evaluation": _evaluation(found),
+        "recall": _recall(found),
+        "comparisons": {name: _comparison(found, name) for name in NAMES},
+        "moves_latest": None,  # known once the version is published
         "gate": asdict(found.gate),
         "steps": found.cost.num_steps,
         "kept_step": found.cost.kept_step,
@@ -185,15 +202,34 @@ def adapter_document(facts: AdapterFacts) -> dict[str, object]:
 
 
 def _evaluation(found: Findings) -> dict[str, object] | None:
-    """Return the evaluations of base, tuned adapter and latest version, on the same rows."""
-    if found.tuned is None:
+    """Return the evaluations on the held-out rows."""
+    tuned = found.tuned.held_out
+    if tuned is None:
         return None
-    measured = {"base": found.base, "tuned": found.tuned, "latest": found.latest}
+    held_out = {name: None if of is None else of.held_out for name, of in found.measured.items()}
     return {
-        "num_rows": found.tuned.num_rows,
-        "num_tokens": found.tuned.num_tokens,
-        **{name: None if of is None else _measures(of) for name, of in measured.items()},
+        "num_rows": tuned.num_rows,
+        "num_tokens": tuned.num_tokens,
+        "num_completions": len(tuned.matches or ()),
+        **{name: None if of is None else _measures(of) for name, of in held_out.items()},
     }
+
+
+def _recall(found: Findings) -> dict[str, object] | None:
+    """Return how many of the trained rows each completes exactly, or None if that wasn't measured."""
+    if found.tuned.recalled is None:
+        return None
+    right = {
+        name: None if of is None or of.recalled is None else sum(of.recalled)
+        for name, of in found.measured.items()
+    }
+    return {"num_rows": len(found.tuned.recalled), "num_right": right}
+
+
+def _comparison(found: Findings, name: Other) -> dict[str, object] | None:
+    comparison, version = found.comparisons.get(name), found.versions.get(name)
+    other = NAMES[name] if version is None else f"{version}, its parent" if name == "parent" else version
+    return None if comparison is None else comparison.document(version, other)
 
 
 def _measures(evaluation: Evaluation) -> dict[str, object]:

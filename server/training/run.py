@@ -18,22 +18,25 @@ from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel
 from server.training.checkpoint import Checkpoint, Checkpoints
 from server.training.encoding import Reference
-from server.training.evaluate import Evaluation, LossNotFinite, evaluate
+from server.training.evaluate import Evaluation, LossNotFinite, Scores, evaluate
 from server.training.job_data import JobData
 from server.training.passes import Pass
 from server.training.spec import JobSpec, read_document
 from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trained_rows import initial_weights
 from server.training.trainer import StepResult, Trainer, TrainingDiverged
+from server.training.verdicts import Comparison, compare_held_out
 
 log = logging.getLogger("smolora.training")
 
 CHECKPOINT_SECONDS = 30.0
 """Seconds between checkpoints, if the job doesn't set `checkpoint_steps`."""
 
-ExactMatch = Callable[[BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], float | None]
-"""Returns the share of references that the base with the weights completes exactly. The last argument is called
-before each step of the engine."""
+ExactMatch = Callable[
+    [BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], Sequence[bool] | None
+]
+"""Returns which references the base with the weights completes exactly, or None if that can't be measured. The
+last argument is called before each step of the engine."""
 
 
 class Reporter(Protocol):
@@ -73,12 +76,13 @@ class Counters:
     timed_seconds: float = 0.0  # of timed steps
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
-    best_loss: float | None = None
+    best: Evaluation | None = None  # later ones aren't better by more than one standard error
     best_step: int = 0
+    keeps_best: bool = False  # the newest evaluation is worse than the best by more than one standard error
     num_without_gain: int = 0  # evaluations since the best one
     stopped_early: bool = False
     computed_by: list[str] = field(default_factory=list)  # as in `report.Environment`; one per change
-    base: Evaluation | None = None  # of the untouched base
+    base: Scores | None = None  # of the untouched base
     unreported: StepResult | None = None  # the last step, until it is evaluated (if due) and reported
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
@@ -95,29 +99,32 @@ class Counters:
             found["train_loss"] = self.train_curve[-1][1]
         if self.eval_curve:
             found["eval_loss"] = self.eval_curve[-1][1]
-        if self.base is not None:
-            found["base_eval_loss"] = self.base.loss
+        if self.base is not None and self.base.held_out is not None:
+            found["base_eval_loss"] = self.base.held_out.loss
         return found
 
-    def note_held_out(self, step: int, loss: float, patience: int | None) -> bool:
+    def note_held_out(self, step: int, found: Evaluation, against_best: Comparison | None) -> bool:
         """Add an evaluation to the curve. Return whether it is the best so far.
 
-        `patience` evaluations in a row without a new best stop the run early.
+        `against_best` compares it with the best one before, or with itself if it is the first. It is None if there
+        are too few held-out rows to tell: then no evaluation is the best, and none is without gain.
         """
-        self.eval_curve.append((step, loss))
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_step, self.num_without_gain = loss, step, 0
+        self.eval_curve.append((step, found.loss))
+        if against_best is None:
+            return False
+        if self.best is None or against_best.is_gain:
+            self.best, self.best_step, self.num_without_gain, self.keeps_best = found, step, 0, False
             return True
         self.num_without_gain += 1
-        self.stopped_early = patience is not None and self.num_without_gain >= patience
+        self.keeps_best = against_best.is_loss
         return False
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The result of a finished run: the weights of `step`, and their evaluation if rows were held out.
+    """The result of a finished run: the weights of `step`, and their measurements on the job's rows.
 
-    If the run was evaluated during training, `step` is the evaluated step with the lowest held-out loss.
+    `step` is the last one, unless an evaluation during training was better by more than one standard error.
     """
 
     weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
@@ -125,8 +132,8 @@ class Outcome:
     step: int
     num_steps: int
     num_trainable: int
-    base: Evaluation | None
-    tuned: Evaluation | None
+    base: Scores
+    tuned: Scores
     counters: Counters
     epochs: float
 
@@ -171,9 +178,9 @@ class Run:
         """Train to the end and evaluate. Raise TrainingDiverged, LossNotFinite, or the reporter's exceptions."""
         self._go_on_from_checkpoint()
         self._note_who_computes()
-        if self._counters.base is None and self._data.validation is not None:
-            self._counters.base = base = self._measure(self._untouched(), None)
-            if not base.is_finite:
+        if not self._has_base():
+            self._counters.base = base = self.measure(LoraWeights({}))
+            if base.held_out is not None and not base.held_out.is_finite:
                 raise LossNotFinite(
                     "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or "
                     "too large for its dtype; set SMOLORA_DTYPE=fp32 or another SMOLORA_MODEL, and submit again"
@@ -186,6 +193,13 @@ class Run:
             self._trainable.end_step()
             raise
         return self._finish()
+
+    def measure(self, weights: LoraWeights) -> Scores:
+        """Measure an adapter on the job's rows, in the same way as the trainable. Empty weights mean the base."""
+        passes = trainable_rows(
+            self._base, weights, None, max_length=self._longest, dropout=0.0, library=self._library
+        ).passes
+        return self._measure(passes, weights if weights.modules else None)
 
     def checkpoint(self) -> None:
         """Store a checkpoint of the last optimizer step."""
@@ -236,12 +250,10 @@ class Run:
             self._base, start, subtracted, max_length=self._longest, dropout=dropout, library=self._library
         )
 
-    def _untouched(self) -> Pass:
-        """Return a pass that measures the base alone, computed in the same way as the trainable."""
-        nothing = LoraWeights({})
-        return trainable_rows(
-            self._base, nothing, None, max_length=self._longest, dropout=0.0, library=self._library
-        ).passes
+    def _has_base(self) -> bool:
+        """Return whether the base was measured. A checkpoint of an older release has too little of it."""
+        base = self._counters.base
+        return base is not None and (base.held_out is not None or self._data.validation is None)
 
     def _go_on_from_checkpoint(self) -> None:
         with self._reporter.transferring(self._max_checkpoint_bytes):
@@ -250,9 +262,10 @@ class Run:
             return
         tensors = dict(found.tensors)
         best = tensors.pop("best", None)
-        self._best = None if best is None else best.to(self._base.device)
         self._trainer.restore(tensors, found.step)
         self._counters = read_document(Counters, found.state)
+        if best is not None and self._counters.best is not None:  # an older release chose the best by loss alone
+            self._best = best.to(self._base.device)
 
     def _note_who_computes(self) -> None:
         """Record which code computes this attempt's steps.
@@ -286,15 +299,21 @@ class Run:
             "gradient_norm": result.gradient_norm,
         }
         message = f"step {result.step}: loss {result.loss:.4f}"
-        loss = self._held_out_loss() if self._is_evaluation_due() else None
-        if loss is not None:
-            data["eval_loss"] = loss
-            message += f", held-out {loss:.4f}"
+        found = self._held_out() if self._is_evaluation_due() else None
+        if found is not None:
+            data["eval_loss"] = found.loss
+            message += f", held-out {found.loss:.4f}"
+            if found.exact_match is not None:
+                data["eval_exact_match"] = found.exact_match
+                message += f", {found.exact_match:.2%} exactly right"
         self._reporter.metrics(message, data)
-        if loss is not None and counters.note_held_out(
-            result.step, loss, self._spec.training.early_stopping_patience
-        ):
-            self._best = self._trainable.masters.clone()
+        if found is not None:
+            metric = self._spec.publish_metric
+            against_best = compare_held_out(found, counters.best or found, self._data, metric)
+            if counters.note_held_out(result.step, found, against_best):
+                self._best = self._trainable.masters.clone()
+            patience = self._spec.training.early_stopping_patience
+            counters.stopped_early = patience is not None and counters.num_without_gain >= patience
         counters.unreported = None
         self._reporter.progress(self.progress, counters.newest_losses)
         if self._is_checkpoint_due():
@@ -314,10 +333,15 @@ class Run:
         every, step = self._spec.training.eval_steps, self._trainer.step
         return every is not None and (step % every == 0 or step == self._trainer.total_steps)
 
-    def _held_out_loss(self) -> float:
+    def _held_out(self) -> Evaluation:
+        """Evaluate the trainable on the held-out rows, with exact match only if the best step is chosen by it."""
         found = self._evaluate(self._trainable.passes)
         self._check_finite(found)
-        return found.loss
+        if self._spec.publish_metric == "loss":
+            return found
+        weights, tuned_base = self._weights()
+        matches = self._matches(tuned_base, weights, self._data.references)
+        return replace(found, matches=None if matches is None else tuple(matches))
 
     def _is_checkpoint_due(self) -> bool:
         every = self._spec.training.checkpoint_steps
@@ -329,20 +353,22 @@ class Run:
         self.checkpoint()  # the next attempt repeats only what follows
         trainable = self._trainable
         step = self._trainer.step
-        if self._best is not None:
+        if self._best is not None and self._counters.keeps_best:
             trainable.masters.copy_(self._best)
             trainable.refresh()
             step = self._counters.best_step
-        weights = trainable.rows.weights() if isinstance(trainable, TrainableRows) else None
-        tuned_base = trainable.tuned(self._base) if isinstance(trainable, TrainableModel) else None
-        tuned = None
-        if self._data.validation is not None:
+        weights, tuned_base = self._weights()
+        is_finite = bool(trainable.masters.isfinite().all())
+        tuned = Scores()
+        if is_finite or self._data.validation is not None:
             tuned = self._measure(trainable.passes, weights, tuned_base)
-            self._check_finite(tuned)
-        if not bool(trainable.masters.isfinite().all()):  # without held-out rows, no loss has revealed it
+        if tuned.held_out is not None:
+            self._check_finite(tuned.held_out)
+        if not is_finite:  # without held-out rows, no loss has revealed it
             raise TrainingDiverged.found(f"the weights are not finite after step {step}", self._spec.training)
         self._note_time()
         counters = self._counters
+        assert counters.base is not None, "measured before the first step"
         return Outcome(
             weights=weights,
             tuned_base=tuned_base,
@@ -355,17 +381,30 @@ class Run:
             epochs=self._trainer.epoch,
         )
 
-    def _measure(
-        self, passes: Pass, weights: LoraWeights | None, tuned_base: BaseModel | None = None
-    ) -> Evaluation:
-        """Measure loss, accuracy and, if the loss is finite, exact match on the held-out rows."""
-        found = self._evaluate(passes)
-        if not found.is_finite:
-            return found
-        matched = self._exact_match(
-            tuned_base or self._base, weights, self._data.references, self._reporter.yield_or_leave
-        )
-        return replace(found, exact_match=matched)
+    def _weights(self) -> tuple[LoraWeights | None, BaseModel | None]:
+        """Return the trainable's adapter, or the model that full fine-tuning made of the base."""
+        if isinstance(self._trainable, TrainableRows):
+            return self._trainable.rows.weights(), None
+        return None, self._trainable.tuned(self._base)
+
+    def _measure(self, passes: Pass, weights: LoraWeights | None, tuned_base: BaseModel | None = None) -> Scores:
+        """Measure loss, accuracy and, if the loss is finite, exact matches."""
+        found = None if self._data.validation is None else self._evaluate(passes)
+        if found is not None and not found.is_finite:
+            return Scores(found)
+        held_out, trained = self._data.references, self._data.trained_references
+        matches = self._matches(tuned_base, weights, [*held_out, *trained])
+        if matches is None:
+            return Scores(found)
+        if found is not None and held_out:
+            found = replace(found, matches=tuple(matches[: len(held_out)]))
+        return Scores(found, tuple(matches[len(held_out) :]) if trained else None)
+
+    def _matches(
+        self, tuned_base: BaseModel | None, weights: LoraWeights | None, references: Sequence[Reference]
+    ) -> Sequence[bool] | None:
+        base = tuned_base or self._base
+        return self._exact_match(base, weights, references, self._reporter.yield_or_leave)
 
     def _evaluate(self, passes: Pass) -> Evaluation:
         """Measure loss and accuracy on the held-out rows."""

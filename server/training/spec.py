@@ -34,7 +34,9 @@ Schedule = Literal["cosine", "linear", "constant"]
 Overlong = Literal["auto", "truncate", "split", "drop", "refuse"]
 """What to do with rows longer than `max_length`. `auto` splits texts into windows, cuts other rows at the end, and
 drops rows whose prompt leaves nothing to train on."""
-PublishIf = Literal["always", "improves_base", "improves_latest"]
+PublishIf = Literal["always", "improves_base", "improves_latest", "not_worse"]
+Metric = Literal["loss", "exact_match"]
+COMPARE_WITH_LATEST: frozenset[PublishIf] = frozenset({"improves_latest", "not_worse"})
 
 LEARNING_RATES: Mapping[Method, float] = {"lora": 1e-3, "full": 3e-5}
 """The default learning rate of each method."""
@@ -72,7 +74,7 @@ class TrainingSpec:
     seed: int = 0
     eval_steps: int | None = None  # None: at the end only
     checkpoint_steps: int | None = None  # None: about every 30 s
-    early_stopping_patience: int | None = None  # evaluations without a lower loss
+    early_stopping_patience: int | None = None  # evaluations without a gain
     packing: bool = True
     overlong: Overlong = "truncate"
     auto_epochs: bool = False  # whether `epochs` were chosen by `with_epochs`
@@ -103,6 +105,7 @@ class JobSpec:
     start_from: str | None = None  # "name@version", pinned
     start_from_digest: str | None = None
     publish_if: PublishIf = "always"
+    publish_metric: Metric = "loss"
     alias: str | None = None
     description: str = ""
 

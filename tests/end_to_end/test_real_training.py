@@ -1,6 +1,7 @@
 """Jobs on the real base: an adapter that memorizes its rows, and a fully fine-tuned model."""
 
 import io
+import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,31 @@ Encoded = tuple[list[int], int]
 def test_real_base_memorizes_codes(trainer: ServerProcess) -> None:
     """A few codes, which need more epochs; `python -m tests.stress.overfit` trains on all."""
     check(overfit(trainer, num_codes=12, epochs=24))
+
+
+def test_the_readmes_facts_on_the_real_base(trainer: ServerProcess) -> None:
+    """With early stopping, which once kept step 4 of 48 by the loss of three rows; then a bad job of the name."""
+    path = Path(__file__).parent.parent.parent / "examples" / "http-codes.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    training: dict[str, object] = {"epochs": 12, "eval_steps": 4, "early_stopping_patience": 3}
+    body: dict[str, object] = {"name": "facts", "data": rows, "lora": {"rank": 8}}
+    good = succeeded(trainer, submit(trainer, **body, training=training), 300)
+    report = get(trainer, f"/train/{good['id']}/report")
+    assert report["recall"]["num_right"] == {"base": 0, "tuned": 25, "latest": None, "parent": None}
+    assert report["kept_step"] == report["steps"] == 48
+    assert report["comparisons"]["base"]["verdict"] == "better"
+    answers = trainer.texts([row["prompt"] for row in rows], adapter="facts", max_tokens=16)
+    right = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, rows, strict=True)]
+    assert sum(right) >= 25
+
+    training = {"epochs": 1, "learning_rate": 1e-4}
+    bad = succeeded(trainer, submit(trainer, **body, training=training), 300)
+    report = get(trainer, f"/train/{bad['id']}/report")
+    assert report["evaluation"]["tuned"]["loss"] < report["evaluation"]["latest"]["loss"], "the loss prefers it"
+    assert report["comparisons"]["latest"]["verdict"] == "worse"
+    assert (bad["adapter"]["moves_latest"], get(trainer, "/adapters/facts")["latest"]) == (False, 1)
+    gated = succeeded(trainer, submit(trainer, **body, training=training, publish_if="improves_latest"), 300)
+    assert gated["adapter"] is None
 
 
 @pytest.mark.thorough  # in make test a tiny base is tuned so: test_job_files.py

@@ -53,6 +53,7 @@ class Home:
         digest: str = D[0],
         job_id: str | None = None,
         metrics: Mapping[str, float] | None = None,
+        config: Mapping[str, object] | None = None,
     ) -> Version:
         return self.catalog.publish(
             name,
@@ -65,7 +66,7 @@ class Home:
             job_id=job_id,
             metrics=metrics or {"eval_loss": 0.1},
             base_digest=D[9],
-            config={"lora": {"rank": 4, "names": ["q_proj"]}},
+            config=config or {"lora": {"rank": 4, "names": ["q_proj"]}},
             warnings=["é"],
         )
 
@@ -179,12 +180,19 @@ def test_owners_are_rebuilt(home: Home) -> None:
         acme.resolve(parse("mix"))
 
 
-def test_latest_of_a_rebuilt_name_is_not_worse_than_its_base(home: Home) -> None:
+def test_latest_of_a_rebuilt_name_is_what_its_jobs_made_it(home: Home) -> None:
+    """A job's verdict counts, not losses; of an older release, without verdicts, the base's loss counts."""
+    worse = {"eval_loss": 3.0, "base_eval_loss": 2.0}
     home.publish("a", D[0], metrics={"eval_loss": 1.0, "base_eval_loss": 2.0})
-    home.publish("a", D[1], metrics={"eval_loss": 3.0, "base_eval_loss": 2.0})
+    home.publish("a", D[1], metrics=worse)
+    home.publish("b", D[2], metrics=worse, config={"publish_metric": "loss"})
+    home.publish("b", D[3], metrics=worse, config={"publish_metric": "loss", "verdict": "can't tell"})
+    home.publish("b", D[4], config={"publish_metric": "loss", "verdict": "worse"})
+    home.publish("c", D[5])
+    home.publish("c", D[6], config={"publish_metric": "loss", "verdict": "worse", "alias": "latest"})
     home.lose()
     home.recover()
-    assert home.catalog.get("a").latest == 1
+    assert {name: home.catalog.get(name).latest for name in "abc"} == {"a": 1, "b": 2, "c": 2}
 
 
 def test_numbers_of_deleted_versions_are_not_reused(home: Home) -> None:

@@ -43,6 +43,7 @@ CONFIG: dict[str, Any] = {
     "start_from": None,
     "start_from_digest": None,
     "publish_if": "always",
+    "publish_metric": "loss",
     "alias": None,
     "description": "",
 }
@@ -84,6 +85,7 @@ class StandIn:
         digest: str | None = None,
         eval_loss: float = 0.75,
         step: int = 9,
+        worse: str | None = None,
     ) -> Version | None:
         new = None
         if digest is not None:
@@ -96,6 +98,7 @@ class StandIn:
             metrics={"train_loss": 0.5, "eval_loss": eval_loss, "base_eval_loss": 3.0, "eval_accuracy": 0.9},
             report=report or {"name": "codes"},
             publish=new,
+            worse=worse,
         )
 
     def fail(self, error: str) -> None:

@@ -253,11 +253,26 @@ def test_failed_gate_is_reported(
     assert "No version was published: its loss is not [below] the base's" in result.stdout
 
 
+COMPARISON: dict[str, object] = {
+    "version": None,
+    "metric": "loss",
+    "num_rows": 40,
+    "includes_trained": False,
+    "tuned": 2.0,
+    "other": 1.0,
+    "difference": 1.0,
+    "low": 0.5,
+    "high": 1.5,
+    "verdict": "worse",
+    "summary": "worse than the untouched base: loss 2.0000 against 1.0000",
+}
+
+
 @pytest.mark.parametrize(
     ("method", "advised", "useless"),
     [("lora", "--publish-if improves_base", "--method"), ("full", "--method lora", "--publish")],
 )
-def test_advice_if_no_better_than_the_base(
+def test_advice_if_worse_than_the_base(
     smolora: Run,
     worker: Callable[[Callable[[StandIn], object]], None],
     rows: str,
@@ -265,13 +280,43 @@ def test_advice_if_no_better_than_the_base(
     advised: str,
     useless: str,
 ) -> None:
-    worker(lambda stand_in: stand_in.succeed({"gate": {"reason": "full or not"}}, eval_loss=3.0))
+    comparisons = {"base": COMPARISON, "latest": None, "parent": None}
+    report: dict[str, object] = {"gate": {"reason": "full or not"}, "comparisons": comparisons}
+    worker(lambda stand_in: stand_in.succeed(report))
     result = smolora("train", rows, "--name", "codes", "--method", method)
     assert result.exit_code == 0, result.output
     advice = " ".join(result.stdout.split())
-    assert "no better than the untouched base" in advice
+    assert "worse than the untouched base: loss 2.0000 against 1.0000" in advice
     assert advised in advice
     assert useless not in advice
+
+
+def test_recall_and_the_version_before_are_shown(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
+    latest = COMPARISON | {"version": "codes@1", "summary": "worse than codes@1: 3 of 28 rows"}
+    parent = COMPARISON | {"verdict": "can't tell", "summary": "neither clearly better nor worse than codes@2"}
+    report: dict[str, object] = {
+        "recall": {"num_rows": 25, "num_right": {"base": 0, "tuned": 24, "latest": 25, "parent": None}},
+        "evaluation": {"num_completions": 3, "tuned": {"exact_match": 1 / 3}},
+        "comparisons": {"base": None, "latest": latest, "parent": parent},
+    }
+    worker(lambda stand_in: stand_in.succeed(report | {"gate": {"reason": "none"}}))
+    result = smolora("train", rows, "--name", "codes")
+    shown = " ".join(result.stdout.split())
+    assert "24 of 25 remembered, 1 of 3 held out" in shown
+    assert "worse than codes@1: 3 of 28 rows neither clearly better nor worse than codes@2" in shown
+
+
+def test_a_version_that_left_latest_behind_is_shown(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
+    worker(lambda stand_in: stand_in.succeed(digest="ab" * 32))
+    assert "but latest stays" not in smolora("train", rows, "--name", "codes").stdout
+    worker(lambda stand_in: stand_in.succeed(digest="cd" * 32, worse="worse than codes@1"))
+    shown = " ".join(smolora("train", rows, "--name", "codes").stdout.split())
+    assert ": the new version is worse than codes@1; PUT /adapters/codes/aliases/latest moves it" in shown
+    assert "is published, but latest stays where it was" in shown
 
 
 def test_train_prints_json(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
@@ -354,6 +399,7 @@ def test_every_option_of_train_reaches_the_server(smolora: Run, rows: str, tmp_p
         "overlong": "refuse",
         "publish-if": "improves_base",
         "alias": "prod",
+        "publish-metric": "loss",
         "description": "codes",
         "epochs": 9,
     }
@@ -367,7 +413,7 @@ def test_every_option_of_train_reaches_the_server(smolora: Run, rows: str, tmp_p
     training = {name.replace("-", "_"): value for name, value in options.items()}
     training |= {"early_stopping_patience": 4, "packing": False, "auto_epochs": False}
     assert config["training"] == {name: training[name] for name in config["training"]}
-    top = ("publish_if", "alias", "description")
+    top = ("publish_if", "publish_metric", "alias", "description")
     assert {name: config[name] for name in top} == {name: training[name] for name in top}
     assert (answer["data"]["rows"], answer["data"]["validation_rows"]) == (20, 1)
 

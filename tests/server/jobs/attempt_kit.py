@@ -4,9 +4,10 @@ What a process does is the same, but for the pipe to its worker: `TrainingAttemp
 catalog and the store are real.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -116,7 +117,27 @@ def job_data(base: BaseModel, num_rows: int = 8, num_held_out: int = 3, num_refe
     )
     validation = encoder.encode_all(held_out, 48).examples if held_out else None
     references = encoder.references(held_out)[:num_references]
-    return JobData(examples, validation, references, facts, base.digest)
+    trained = encoder.trained_references(rows, examples.num_tokens, 48) if num_references else []
+    return JobData(examples, validation, references, facts, base.digest, trained)
+
+
+def with_learnable_end(base: BaseModel) -> BaseModel:
+    """The tiny base with another end token: an adapter can't make its own one the likeliest token."""
+    return replace(base, config=replace(base.config, eos_token_ids=(60,)))
+
+
+def one_answer(base: BaseModel, num_rows: int = 24, num_held_out: int = 0) -> JobData:
+    """Prompts with the same completion, which a tiny base can remember. Those held out have another one.
+
+    Without held-out rows, all rows are held out, too.
+    """
+    encoder, found = rows_of_codes(base, 0, num_rows + num_held_out)
+    rows = [replace(row, completion=" OK") for row in found[:num_rows]]
+    held_out = found[num_rows:]
+    train, others = (encoder.encode_all(of, 48).examples for of in (rows, held_out or rows))
+    facts = DataFacts("d", num_rows, train.num_tokens, train.num_targets, 0, "v", len(others))
+    references = encoder.references(held_out or rows)
+    return JobData(train, others, references, facts, base.digest, encoder.trained_references(rows, 1, 48))
 
 
 def _standing_still() -> sa.ColumnElement[float]:
@@ -188,8 +209,9 @@ class Shop:
     def result(self, job_id: str = "job") -> dict[str, object]:
         """All that a job that succeeded leaves behind, but for times and names."""
         job = self.jobs.get(job_id)
-        report = self.jobs.report(job_id)
-        assert report is not None, job
+        found = self.jobs.report(job_id)
+        assert found is not None, job
+        report = json.loads(json.dumps(found).replace(f"{job.name}@", "name@"))
         progress = {key: value for key, value in job.progress.items() if key not in TIMES}
         events = [event for event in self.jobs.events(job_id, limit=10_000) if event.type == "metrics"]
         return {

@@ -20,12 +20,14 @@ from server.jobs.jobs import FINE_TUNING, Status
 from server.jobs.leases import Claim, LeaseLost
 from server.model.base.weights import BaseModel
 from server.storage.home import Home
-from server.training.evaluate import Evaluation, LossNotFinite, evaluate
+from server.training.evaluate import LossNotFinite, Scores
 from server.training.files import FileStore, results_id
+from server.training.job_data import JobData
+from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, Method, PublishIf, TrainingSpec
 from server.training.trainer import TrainingDiverged, shuffled
 from tests.kits.oracles.hugging_face import load_reference, merged
-from tests.server.jobs.attempt_kit import Interruption, Shop, job_data
+from tests.server.jobs.attempt_kit import Interruption, Shop, job_data, one_answer, with_learnable_end
 from tests.server.jobs.merge_kit import sample
 from tests.server.training.data.rows_kit import distance, reference_loss
 
@@ -158,10 +160,15 @@ def test_an_evaluation_whose_loss_is_no_number(
     assert [event.type for event in shop.jobs.events("job")].count("metrics") == (eval_steps is None)
 
 
-def test_a_latest_version_whose_loss_is_no_number(shop: Shop, tiny_base: BaseModel) -> None:
-    adapter = sample(tiny_base.config.shape, 1)
+def overflowing(base: BaseModel) -> PeftAdapter:
+    """An adapter under which no number is finite."""
+    adapter = sample(base.config.shape, 1)
     modules = {k: LoraModule(m.a, m.b * 1e38, m.scaling) for k, m in adapter.weights.modules.items()}
-    shop.publish("codes", PeftAdapter(adapter.config, LoraWeights(modules), "tiny-llama"))
+    return PeftAdapter(adapter.config, LoraWeights(modules), "tiny-llama")
+
+
+def test_a_latest_version_whose_loss_is_no_number(shop: Shop, tiny_base: BaseModel) -> None:
+    shop.publish("codes", overflowing(tiny_base))
     shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
     with pytest.raises(LossNotFinite, match=r"codes@1 is not a number.*publish_if"):
         shop.attempt()
@@ -170,53 +177,180 @@ def test_a_latest_version_whose_loss_is_no_number(shop: Shop, tiny_base: BaseMod
 def after_measuring_latest(monkeypatch: pytest.MonkeyPatch, do: Callable[[int], object]) -> None:
     """Call `do` with 1, 2, … whenever the name's latest version was measured, before that ends the job."""
     numbers = itertools.count(1)
+    measure = Run.measure
 
-    def measure(*given: Any, **named: Any) -> Evaluation:
-        found = evaluate(*given, **named)
-        do(next(numbers))
+    def measure_and_do(run: Run, weights: LoraWeights) -> Scores:
+        found = measure(run, weights)
+        if weights.modules:  # not the base
+            do(next(numbers))
         return found
 
-    monkeypatch.setattr(train_job, "evaluate", measure)
+    monkeypatch.setattr(Run, "measure", measure_and_do)
 
 
-POOR, GOOD = 7, 6
-"""Seeds of samples with a loss above that of the job, and below it."""
+def learnt(base: BaseModel, num_held_out: int | None = None) -> JobData:
+    """Rows that are held out, too: enough for a verdict by loss, unless `num_held_out` says otherwise."""
+    data = one_answer(base, num_held_out=num_held_out or 0)
+    return data if num_held_out != 0 else replace(data, validation=None, references=())
+
+
+LEARNS = replace(SPEC, lora=LoraSpec(rank=8), training=replace(SPEC.training, max_steps=80, learning_rate=1e-2))
+LEARNS_NOTHING = replace(LEARNS, training=replace(SPEC.training, max_steps=1, learning_rate=1e-30))
+
+
+@pytest.mark.parametrize("num_held_out", [None, 3, 0])
+def test_a_worse_version_is_published_without_moving_latest(
+    shop: Shop, tiny_base: BaseModel, num_held_out: int | None
+) -> None:
+    """By loss on held-out rows, or, if there are few or none, by what is remembered of the trained ones."""
+    shop.base = with_learnable_end(tiny_base)
+    data = learnt(shop.base, num_held_out)
+    shop.submit(LEARNS, data, "good")
+    shop.attempt()
+    good = shop.catalog.version("codes", 1)
+    report: Any = shop.jobs.report("good")
+    assert (report["comparisons"]["latest"], report["moves_latest"]) == (None, True)
+    assert report["comparisons"]["base"]["verdict"] == "better"
+    assert report["recall"]["num_right"]["tuned"] > 12 > report["recall"]["num_right"]["base"]
+    assert good.metrics["recall"] == report["recall"]["num_right"]["tuned"] / 24
+    assert (good.verdict, good.metrics["base_recall"]) == (None, 0.0)
+
+    shop.submit(LEARNS_NOTHING, data, "bad")
+    shop.attempt()
+    adapter = shop.catalog.get("codes")
+    assert (adapter.latest, [version.verdict for version in adapter.versions]) == (1, [None, "worse"])
+    report = shop.jobs.report("bad")
+    comparison = report["comparisons"]["latest"]
+    assert (comparison["version"], comparison["verdict"], report["moves_latest"]) == ("codes@1", "worse", False)
+    assert comparison["metric"] == ("loss" if num_held_out is None else "exact_match")
+    assert report["recall"]["num_right"]["latest"] == good.metrics["recall"] * 24
+    if num_held_out != 0:
+        assert report["evaluation"]["latest"]["loss"] == good.metrics["eval_loss"]
+    job = shop.jobs.get("bad")
+    assert job.adapter is not None
+    assert job.adapter["moves_latest"] is False
+    message = shop.jobs.events("bad")[-1].message
+    assert message.startswith("latest stays at 1: the new version is worse than codes@1: ")
+
+    shop.submit(replace(LEARNS_NOTHING, alias="latest"), data, "forced")
+    shop.attempt()
+    assert shop.catalog.get("codes").latest == 3
+    shop.submit(replace(LEARNS, training=replace(LEARNS.training, seed=1)), data, "again")
+    shop.attempt()
+    adapter = shop.catalog.get("codes")
+    assert (adapter.latest, adapter.versions[-1].verdict) == (4, "better")
+
+
+def test_losses_on_other_rows_are_not_compared(shop: Shop, tiny_base: BaseModel) -> None:
+    """The new rows are harder: its loss is above latest's on other rows, and it is better on its own."""
+    shop.base = with_learnable_end(tiny_base)
+    shop.submit(LEARNS, learnt(shop.base), "first")
+    shop.attempt()
+    data = job_data(shop.base, num_rows=50, num_held_out=0)
+    training = replace(LEARNS.training, max_steps=40, learning_rate=3e-3)
+    shop.submit(replace(LEARNS, training=training), replace(data, validation=data.train), "second")
+    shop.attempt()
+    first, second = shop.catalog.get("codes").versions
+    assert second.metrics["eval_loss"] > first.metrics["eval_loss"]
+    assert (second.verdict, shop.catalog.get("codes").latest) == ("better", 2)
+
+
+@pytest.mark.parametrize("is_latest", [True, False])
+def test_the_parent_is_measured(shop: Shop, tiny_base: BaseModel, is_latest: bool) -> None:
+    """On the job's rows, and once if it is the latest version, too."""
+    shop.base = with_learnable_end(tiny_base)
+    data = learnt(shop.base)
+    shop.submit(LEARNS if is_latest else replace(LEARNS, name="other"), data, "first")
+    shop.attempt()
+    parent = shop.catalog.version("codes" if is_latest else "other", 1)
+    spec = replace(LEARNS_NOTHING, start_from=f"{parent.name}@1", start_from_digest=parent.digest)
+    shop.submit(spec, data, "second")
+    listener = shop.attempt()
+    report: Any = shop.jobs.report("second")
+    assert report["comparisons"]["parent"]["version"] == f"{parent.name}@1"
+    assert report["comparisons"]["parent"]["verdict"] == "can't tell", "it has learnt nothing since"
+    assert report["evaluation"]["parent"]["loss"] == parent.metrics["eval_loss"]
+    assert report["recall"]["num_right"]["parent"] == parent.metrics["recall"] * 24
+    assert report["moves_latest"] is True
+    assert (report["comparisons"]["latest"] is not None) is is_latest
+    assert data.validation is not None
+    assert listener.computed.count(sum(len(example.token_ids) for example in data.validation)) == 3
+
+
+@pytest.mark.parametrize(("gate", "is_published"), [("improves_latest", False), ("not_worse", True)])
+def test_gates_by_verdict(shop: Shop, tiny_base: BaseModel, gate: PublishIf, is_published: bool) -> None:
+    """From a version on which it doesn't improve, and than which it is no worse."""
+    shop.base = with_learnable_end(tiny_base)
+    data = learnt(shop.base)
+    shop.submit(LEARNS, data, "first")
+    shop.attempt()
+    parent = shop.catalog.version("codes", 1)
+    spec = replace(LEARNS_NOTHING, start_from="codes@1", start_from_digest=parent.digest, publish_if=gate)
+    shop.submit(spec, data, "second")
+    shop.attempt()
+    report: Any = shop.jobs.report("second")
+    assert (shop.jobs.get("second").adapter is not None) is report["gate"]["passes"] is is_published
+    assert report["gate"]["reason"].startswith("neither clearly better nor worse than latest: loss ")
+    assert report["moves_latest"] is (True if is_published else None)
+
+
+@pytest.mark.parametrize("num_held_out", [None, 0])
+def test_a_latest_version_that_cannot_be_measured_is_replaced(
+    shop: Shop, tiny_base: BaseModel, num_held_out: int | None
+) -> None:
+    """Without a gate: its numbers overflow, so that nothing can be compared with it."""
+    shop.publish("codes", overflowing(tiny_base))
+    shop.submit(SPEC, learnt(tiny_base, num_held_out=num_held_out))
+    shop.attempt()
+    assert shop.catalog.get("codes").latest == 2
+    report: Any = shop.jobs.report("job")
+    assert (report["comparisons"]["latest"], report["moves_latest"]) == (None, True)
+
+
+POOR = 7
+"""The seed of a sample that is worse than what `LEARNS` makes."""
 
 
 def test_a_better_version_that_is_published_before_the_job_ends(
     shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was found better than the latest version is held to the new one as well, which is better still."""
-    good = sample(tiny_base.config.shape, GOOD)
+    data = learnt(tiny_base)
+    shop.submit(replace(LEARNS, name="other"), data, "other")
+    shop.attempt()
+    good = shop.store.read(shop.catalog.version("other", 1).digest, tiny_base.config.shape)
     shop.publish("codes", sample(tiny_base.config.shape, POOR))
-    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    training = replace(LEARNS.training, max_steps=5)
+    shop.submit(replace(LEARNS, training=training, publish_if="improves_latest"), data)
     after_measuring_latest(monkeypatch, lambda number: number == 1 and shop.publish("codes", good))
     shop.attempt()
-    job, report = shop.jobs.get("job"), shop.jobs.report("job")
+    job = shop.jobs.get("job")
+    report: Any = shop.jobs.report("job")
     assert (job.status, job.adapter) == (Status.SUCCEEDED, None)
     assert [version.version for version in shop.catalog.get("codes").versions] == [1, 2]
-    assert report is not None
     evaluation, gate = report["evaluation"], report["gate"]
-    assert isinstance(evaluation, dict)
-    assert isinstance(gate, dict)
     assert evaluation["latest"]["loss"] < evaluation["tuned"]["loss"]
     assert not gate["passes"]
-    assert "is not below latest's" in gate["reason"]
+    assert gate["reason"].startswith("worse than latest: loss ")
+    assert report["comparisons"]["latest"]["version"] == "codes@2"
 
 
+@pytest.mark.parametrize("publish_if", ["always", "improves_latest"])
 def test_a_latest_version_that_is_followed_by_a_poor_one(
-    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch, publish_if: PublishIf
 ) -> None:
     """It is published all the same, once."""
     poor = sample(tiny_base.config.shape, POOR)
     shop.publish("codes", poor)
-    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    shop.submit(replace(LEARNS, publish_if=publish_if), learnt(tiny_base))
     after_measuring_latest(monkeypatch, lambda number: number == 1 and shop.publish("codes", poor))
     shop.attempt()
     adapter = shop.jobs.get("job").adapter
     assert adapter is not None
     assert adapter["version"] == 3
     shop.store.verify(str(adapter["digest"]))
+    report: Any = shop.jobs.report("job")
+    assert report["comparisons"]["latest"]["version"] == "codes@2"
 
 
 def test_a_latest_version_that_never_stays_the_same(
@@ -225,7 +359,7 @@ def test_a_latest_version_that_never_stays_the_same(
     """The attempt ends as one that is welcome again, with nothing published of it."""
     poor = sample(tiny_base.config.shape, POOR)
     shop.publish("codes", poor)
-    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    shop.submit(SPEC, job_data(tiny_base))
     after_measuring_latest(monkeypatch, lambda number: shop.publish("codes", poor))
     with pytest.raises(LatestMoved):
         shop.attempt()

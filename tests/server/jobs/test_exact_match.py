@@ -74,10 +74,10 @@ def test_exact_match(with_adapter: bool, tiny_base: BaseModel, tiny_base_dir: Pa
         encoder = RowEncoder(PromptEncoder(base.tokenizer), base.config.eos_token_ids[0])
         found, matches = references(base, reference, encoder)
     assert 0.2 < sum(matches) / len(matches) < 0.8
-    assert exact_match(base, weights, found) == sum(matches) / len(matches)
+    assert exact_match(base, weights, found) == matches
     for is_match in (True, False):
         same = [one for one, matched in zip(found, matches, strict=True) if matched is is_match]
-        assert exact_match(base, weights, same) == float(is_match)
+        assert exact_match(base, weights, same) == [is_match] * len(same)
 
 
 def test_all_weights_trained(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
@@ -91,7 +91,7 @@ def test_all_weights_trained(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     assert greedy(reference, base, (404, 5), 12) != before
     encoder = RowEncoder(PromptEncoder(base.tokenizer), base.config.eos_token_ids[0])
     found, matches = references(base, reference, encoder)
-    assert exact_match(base, None, found) == sum(matches) / len(matches)
+    assert exact_match(base, None, found) == matches
 
 
 def first_reference(base: BaseModel, hugging_face: Path, prompt: str, text: str | None = None) -> Reference:
@@ -110,7 +110,7 @@ def test_a_completion_is_given_up_once_it_cannot_match(tiny_base: BaseModel, tin
     wrong = first_reference(tiny_base, tiny_base_dir, "404", ("b" if first == "a" else "a") * 300)
     assert wrong.num_tokens > 100
     steps: list[None] = []
-    assert exact_match(tiny_base, None, [wrong], yield_or_leave=lambda: steps.append(None)) == 0
+    assert exact_match(tiny_base, None, [wrong], yield_or_leave=lambda: steps.append(None)) == [False]
     assert 0 < len(steps) < 20
 
 
@@ -145,9 +145,8 @@ def test_between_steps(tiny_base: BaseModel) -> None:
 def test_no_references_and_no_room(tiny_base: BaseModel) -> None:
     assert exact_match(tiny_base, None, []) is None
     limit = tiny_base.config.max_position_embeddings
-    assert (
-        exact_match(tiny_base, None, [Reference((5,) * limit, "x", 1), Reference((5,) * (limit - 1), "x", 1)]) == 0
-    )
+    full = [Reference((5,) * limit, "x", 1), Reference((5,) * (limit - 1), "x", 1)]
+    assert exact_match(tiny_base, None, full) == [False, False]
 
 
 ROWS: tuple[Row, ...] = (
@@ -187,9 +186,9 @@ def test_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     assert found.accuracy == pytest.approx(accuracy, abs=1e-6)
     assert abs(loss - plain.loss) > 1e-3
     answered = [replace(one, text=answer) for one, answer in zip(asked, answers, strict=True)]
-    assert exact_match(real_base, tuned, answered) == 1
+    assert exact_match(real_base, tuned, answered) == [True] * 3
     matches = [one.text.strip() == answer.strip() for one, answer in zip(asked, answers, strict=True)]
-    assert exact_match(real_base, tuned, asked) == sum(matches) / 3
+    assert exact_match(real_base, tuned, asked) == matches
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +216,8 @@ def test_exact_match_in_native_code(
     answered = [replace(one, text=text) for one, text in zip(asked, texts, strict=True)]
     others = [replace(one, text=f"{text} no") for one, text in zip(asked, texts, strict=True)]
     weights = tuned if with_adapter else None
-    assert exact_match(base, weights, [*answered, *others], library=library) == 0.5
+    matches = [True] * 3 + [False] * 3
+    assert exact_match(base, weights, [*answered, *others], library=library) == matches
 
 
 def test_exact_match_where_there_is_no_memory_for_native_code(
@@ -230,7 +230,7 @@ def test_exact_match_where_there_is_no_memory_for_native_code(
     one = replace(first_reference(tiny_base, tiny_base_dir, "Not"), num_tokens=12 - MORE_TOKENS)
     with caplog.at_level("INFO"):
         found = exact_match(tiny_base, None, [one], library=ctypes.CDLL(None))
-    assert found == exact_match(tiny_base, None, [one]) == 1
+    assert found == exact_match(tiny_base, None, [one]) == [True]
     assert "no memory for the packed weights: torch completes" in caplog.text
 
 
@@ -255,5 +255,5 @@ def test_which_adapter_it_is(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     weights = random_adapter(tiny_base.config.shape, 3, rank=4)
     silent = LoraWeights({key: LoraModule(m.a, m.b, 0.0) for key, m in weights.modules.items()})
     one = replace(first_reference(tiny_base, tiny_base_dir, "Not"), num_tokens=12 - MORE_TOKENS)
-    assert exact_match(tiny_base, weights, [one]) == 0
-    assert exact_match(tiny_base, silent, [one]) == 1
+    assert exact_match(tiny_base, weights, [one]) == [False]
+    assert exact_match(tiny_base, silent, [one]) == [True]

@@ -28,7 +28,7 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def data(tiny_base: BaseModel) -> JobData:
-    return job_data(tiny_base)
+    return job_data(tiny_base, num_held_out=20)  # enough to choose a step by
 
 
 def submit(shop: Shop, spec: JobSpec, data: JobData, name: str) -> None:

@@ -364,8 +364,9 @@ def test_success_publishes_and_ends_the_job_in_one(jobs: Jobs, leases: Leases, e
     assert catalog.get("tweets").latest == 2
     job = jobs.get("j1")
     assert job.status is Status.SUCCEEDED
-    assert job.adapter == {"name": "tweets", "version": 2, "digest": "d" * 64}
-    assert (job.progress, job.metrics, jobs.report("j1")) == ({"step": 9}, {"eval_loss": 1.5}, {"wall": 3})
+    assert job.adapter == {"name": "tweets", "version": 2, "digest": "d" * 64, "moves_latest": True}
+    assert (job.progress, job.metrics) == ({"step": 9}, {"eval_loss": 1.5})
+    assert jobs.report("j1") == {"wall": 3, "moves_latest": True}
     assert job.finished_at is not None
     assert jobs.events("j1")[-1].message == "succeeded: tweets@2"
     submit(jobs, "j2")

@@ -107,7 +107,8 @@ def test_it_publishes_an_ordinary_version(
     assert listener.steps == list(range(1, 22))
     job = jobs.get("m1")
     assert (job.kind, job.status, job.spec) == ("merge", Status.SUCCEEDED, spec)
-    assert job.adapter == {"name": "merged", "version": 1, "digest": expected.digest}
+    published = {"name": "merged", "version": 1, "digest": expected.digest, "moves_latest": True}
+    assert job.adapter == published
     assert (job.progress["step"], job.progress["total_steps"]) == (21, 21)
     version = catalog.version("merged", 1)
     assert (version.rank, version.alpha, version.job_id, version.base_model) == (4, 4.0, "m1", tiny_base.name)

@@ -167,7 +167,8 @@ def check_published_once(jobs: Jobs, engine: sa.Engine, job_id: str, num_steps: 
     versions = [version for adapter in Catalog(engine).list() for version in adapter.versions]
     (mine,) = [version for version in versions if version.job_id == job_id]
     assert mine.digest == final_digest(num_steps)
-    assert job.adapter == {"name": mine.name, "version": mine.version, "digest": mine.digest}
+    published = {"name": mine.name, "version": mine.version, "digest": mine.digest, "moves_latest": True}
+    assert job.adapter == published
     steps = [event.data["step"] for event in jobs.events(job_id, limit=10_000) if event.type == "metrics"]
     assert steps == list(range(1, num_steps + 1))
     return job

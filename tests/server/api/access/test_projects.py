@@ -129,7 +129,7 @@ async def test_a_job_publishes_where_it_was_submitted(projects: Projects, leases
     job = await submit(projects.acme)
     StandIn(leases).succeed(digest="ab" * 32)
     ended = (await projects.acme.get(f"/train/{job}")).json()
-    assert ended["adapter"] == {"name": "codes", "version": 1, "digest": "ab" * 32}
+    assert ended["adapter"] == {"name": "codes", "version": 1, "digest": "ab" * 32, "moves_latest": True}
     assert [adapter["name"] for adapter in (await projects.acme.get("/adapters")).json()["adapters"]] == ["codes"]
     assert (await projects.other.get("/adapters")).json()["adapters"] == []
     assert (await projects.operator.get(f"/train/{job}")).json() == ended

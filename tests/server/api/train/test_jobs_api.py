@@ -24,7 +24,7 @@ async def test_the_published_version_is_there(client: httpx.AsyncClient, leases:
     assert version is not None
     job = (await client.get(f"/train/{job_id}")).json()
     assert job["status"] == "succeeded"
-    assert job["adapter"] == {"name": "codes", "version": 1, "digest": "0" * 64}
+    assert job["adapter"] == {"name": "codes", "version": 1, "digest": "0" * 64, "moves_latest": True}
     assert job["metrics"]["base_eval_loss"] == 3.0
     assert job["metrics"]["eval_accuracy"] == 0.9
     assert job["finished_at"] >= job["started_at"] >= job["created_at"]

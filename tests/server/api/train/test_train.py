@@ -113,7 +113,12 @@ async def test_everything_said(client: httpx.AsyncClient) -> None:
     training |= {"schedule": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 0.5, "seed": 3}
     training |= {"eval_steps": 2, "checkpoint_steps": 5, "early_stopping_patience": 2, "packing": False}
     training |= {"overlong": "refuse"}
-    more = {"publish_if": "improves_base", "alias": "prod", "description": "codes → phrases"}
+    more = {
+        "publish_if": "improves_base",
+        "publish_metric": "exact_match",
+        "alias": "prod",
+        "description": "codes → phrases",
+    }
     body = train_body(validation=0.25, lora=lora | {"use_rslora": True}, training=training, **more)
     job = (await client.post("/train", json=body)).json()
     assert job["config"] == {

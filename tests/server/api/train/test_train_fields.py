@@ -56,6 +56,7 @@ OUTER: list[tuple[str, object]] = [
     *each("training", None, [], 5),
     *each("start_from", "", "a b", "a*0.5", "a+b", "a@0", 5, "x" * 500),
     *each("publish_if", "", "never", None, True),
+    *each("publish_metric", "", "accuracy", None, True),
     *each("alias", "", "a b", "7", "base", "x" * 65, 5),
     *each("description", 5, None, "x" * 2001),
     ("dataset", "x" * 65),
@@ -157,12 +158,29 @@ async def test_a_share_that_leaves_nothing(client: httpx.AsyncClient, tmp_path: 
     assert await refused(client, train_body(data=[ROW] * 5, validation=0.2), tmp_path) == [["validation"]]
 
 
-@pytest.mark.parametrize("gate", ["improves_base", "improves_latest"])
+@pytest.mark.parametrize("gate", ["improves_base", "improves_latest", "not_worse"])
 async def test_a_gate_needs_validation(client: httpx.AsyncClient, gate: str, tmp_path: Path) -> None:
     assert await refused(client, train_body(data=ROWS[:19], publish_if=gate), tmp_path) == [["publish_if"]]
     assert await refused(client, train_body(validation=0, publish_if=gate), tmp_path) == [["publish_if"]]
     response = await client.post("/train", json=train_body(publish_if=gate))
     assert response.status_code == 202
+
+
+async def test_exact_match_needs_completions(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    texts = [{"text": f"row {number}"} for number in range(30)]
+    assert await refused(client, train_body(data=texts, publish_metric="exact_match"), tmp_path) == [
+        ["publish_metric"]
+    ]
+    response = await client.post("/train", json=train_body(publish_metric="exact_match"))
+    assert response.status_code == 202
+
+
+async def test_evaluations_of_few_rows_raise_a_warning(client: httpx.AsyncClient) -> None:
+    """Below 20 held-out rows they choose no step and stop nothing."""
+    for validation, is_warned in ((ROWS[:19], True), ((ROWS + ROWS)[:20], False)):
+        body = train_body(validation=validation, training={"eval_steps": 4})
+        answer = (await client.post("/train?dry_run=true", json=body)).json()
+        assert any("evaluations choose no step" in warning for warning in answer["warnings"]) is is_warned
 
 
 async def test_evaluations_need_validation(client: httpx.AsyncClient, tmp_path: Path) -> None:
@@ -200,7 +218,7 @@ async def test_full_fine_tuning_takes_no_shape_of_an_adapter(
     assert not await errors_of(client, method="full", publish_if="always")
 
 
-@pytest.mark.parametrize("gate", ["improves_base", "improves_latest"])
+@pytest.mark.parametrize("gate", ["improves_base", "improves_latest", "not_worse"])
 async def test_full_fine_tuning_has_no_gate(client: httpx.AsyncClient, gate: str) -> None:
     (said,) = (await errors_of(client, method="full", publish_if=gate)).items()
     assert said[0] == ("publish_if",)

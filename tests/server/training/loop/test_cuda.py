@@ -34,9 +34,9 @@ def test_a_run_on_a_gpu_is_like_one_on_the_cpu(
     found = run(tiny, KINDS[kind], tmp_path / "gpu")
     for (step, ours), (_, theirs) in zip(found.counters.train_curve, expected.counters.train_curve, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3), step
-    assert found.base is not None
-    assert expected.base is not None
-    assert found.base.loss == pytest.approx(expected.base.loss, rel=1e-4)
+    assert found.base.held_out is not None
+    assert expected.base.held_out is not None
+    assert found.base.held_out.loss == pytest.approx(expected.base.held_out.loss, rel=1e-4)
     assert found.counters.computed_by == [f"torch on {torch.cuda.get_device_name()}"]
 
 

@@ -47,6 +47,21 @@ def test_more_counted_tokens_than_a_chunk(tiny_base: BaseModel, tiny_base_dir: P
     assert_agrees(found, measured(load_reference(tiny_base_dir), examples), 3)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+def test_losses_of_rows(max_tokens: int, tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+    """In their order, however they are packed. Equal rows are one entry, and rows without a counted token none."""
+    reference, examples = load_reference(tiny_base_dir), make_examples((5, 33, 1, 9, 17))
+    passes = pass_of(model_of(tiny_base), NoAdapters())
+    found = evaluate(passes, [*examples, examples[1]], max_tokens=max_tokens)
+    counted = [example for example in examples if any(example.is_target)]
+    assert len(found.rows) == len(counted) == 4
+    for (loss, count), example in zip(found.rows, counted, strict=True):
+        mean, _, num_tokens = measured(reference, [example])
+        copies = 2 if example == examples[1] else 1
+        assert count == copies * num_tokens
+        assert loss == pytest.approx(copies * num_tokens * mean, abs=1e-3)
+
+
 def test_nothing_is_trained_or_kept(tiny_base: BaseModel) -> None:
     rows = rows_of(random_adapter(tiny_base.config.shape, 3, rank=4), tiny_base)
     evaluate(pass_of(model_of(tiny_base), rows), make_examples())

@@ -1,5 +1,6 @@
 """A whole run on the tiny base: it learns, goes on from checkpoints to the same bytes, and keeps the best."""
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,13 +16,14 @@ from server.model.base.weights import BaseModel, digest_of
 from server.model.text.chat import PromptEncoder
 from server.training.checkpoint import Checkpoints
 from server.training.encoding import RowEncoder
+from server.training.evaluate import Scores
 from server.training.job_data import DataFacts, JobData
 from server.training.rows import CompletionRow
 from server.training.run import Outcome, Run
-from server.training.spec import JobSpec, LoraSpec, Method, TrainingSpec
+from server.training.spec import JobSpec, LoraSpec, Method, Metric, TrainingSpec
 from server.training.trainer import TrainingDiverged
 from tests.kits.oracles.hugging_face import load_reference, merged
-from tests.server.jobs.attempt_kit import job_data
+from tests.server.jobs.attempt_kit import job_data, one_answer, with_learnable_end
 from tests.server.training.data.rows_kit import measured
 
 SPEC = JobSpec(
@@ -94,10 +96,11 @@ def tensors(weights: LoraWeights | None) -> list[torch.Tensor]:
 def test_a_run_learns_and_leaves_the_base_unchanged(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
     before = digest_of(tiny_base.config, tiny_base.weights)
     outcome, listener = run(tiny_base, data, tmp_path)
-    assert outcome.base is not None
-    assert outcome.tuned is not None
-    assert outcome.tuned.loss < 0.5 * outcome.base.loss
-    assert outcome.tuned.accuracy > outcome.base.accuracy
+    base, tuned = outcome.base.held_out, outcome.tuned.held_out
+    assert base is not None
+    assert tuned is not None
+    assert tuned.loss < 0.5 * base.loss
+    assert tuned.accuracy > base.accuracy
     assert listener.steps == list(range(1, 31))
     assert digest_of(tiny_base.config, tiny_base.weights) == before
 
@@ -126,38 +129,94 @@ def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(
     assert whole.tuned == last.tuned
 
 
-def test_the_best_evaluations_weights_are_kept(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
-    training = replace(SPEC.training, eval_steps=2, learning_rate=1e-2, early_stopping_patience=2)
-    outcome, _ = run(tiny_base, data, tmp_path, replace(SPEC, training=training))
-    curve = dict(outcome.counters.eval_curve)
-    assert outcome.tuned is not None
-    assert outcome.step == min(curve, key=lambda step: curve[step])
-    assert outcome.tuned.loss == pytest.approx(min(curve.values()), rel=1e-5)
-    assert outcome.num_steps == max(curve), "what was taken, whichever step's weights are kept"
+HASTY = replace(SPEC.training, eval_steps=2, schedule="constant", warmup_ratio=0.0, learning_rate=2e-2)
+"""Learns its rows by heart, so that the loss on others soon rises."""
 
 
-def test_a_run_stops_when_patience_ends(tiny_base: BaseModel, tmp_path: Path) -> None:
-    """At the same losses as a run without patience has, and with the weights of one that ends at the best step."""
-    data = job_data(tiny_base, num_rows=12, num_held_out=4)  # others than those that it learns by heart
-    training = replace(SPEC.training, eval_steps=2, learning_rate=2e-3, schedule="constant", warmup_ratio=0.0)
-    patient, _ = run(tiny_base, data, tmp_path / "patient", replace(SPEC, training=training))
-    curve, patience = patient.counters.eval_curve, 2
-    best, stop = curve[0], 0
-    for number, point in enumerate(curve):
-        best = min(best, point, key=lambda of: of[1])
-        if number - curve.index(best) == patience:
-            stop = number
-            break
-    assert 0 < curve.index(best) < stop < len(curve) - 1, "it gained at first, and there was more to come"
+@pytest.fixture(scope="module")
+def split(tiny_base: BaseModel) -> JobData:
+    """Twelve rows, and enough others held out to choose a step by."""
+    return job_data(tiny_base, num_rows=12, num_held_out=24)
 
-    hasty = replace(training, early_stopping_patience=patience)
-    outcome, listener = run(tiny_base, data, tmp_path / "hasty", replace(SPEC, training=hasty))
-    assert outcome.counters.eval_curve == curve[: stop + 1]
-    assert (outcome.step, outcome.num_steps) == (best[0], curve[stop][0])
-    assert listener.steps == list(range(1, curve[stop][0] + 1))
-    short = replace(training, max_steps=best[0], eval_steps=None)
-    expected, _ = run(tiny_base, data, tmp_path / "short", replace(SPEC, training=short))
-    assert all(map(torch.equal, tensors(outcome.weights), tensors(expected.weights)))
+
+def test_clearly_better_weights_of_an_earlier_step_are_kept(
+    tiny_base: BaseModel, split: JobData, tmp_path: Path
+) -> None:
+    """They are those of a run that ends there, and patience ends the run at the same losses."""
+    whole, _ = run(tiny_base, split, tmp_path / "whole", replace(SPEC, training=HASTY))
+    curve = whole.counters.eval_curve
+    best = whole.step
+    assert best in dict(curve)
+    assert best < whole.num_steps == 30
+    assert whole.tuned.held_out is not None
+    assert whole.tuned.held_out.loss == pytest.approx(dict(curve)[best], rel=1e-5)
+    assert whole.tuned.held_out.loss < curve[-1][1]
+    short = replace(HASTY, max_steps=best, eval_steps=None)
+    expected, _ = run(tiny_base, split, tmp_path / "short", replace(SPEC, training=short))
+    assert all(map(torch.equal, tensors(whole.weights), tensors(expected.weights)))
+
+    patient = replace(HASTY, early_stopping_patience=2)
+    stopped, listener = run(tiny_base, split, tmp_path / "stopped", replace(SPEC, training=patient))
+    assert stopped.num_steps < whole.num_steps
+    assert stopped.counters.eval_curve == curve[: len(stopped.counters.eval_curve)]
+    assert listener.steps == list(range(1, stopped.num_steps + 1))
+
+
+@pytest.mark.parametrize("metric", ["loss", "exact_match"])
+def test_few_held_out_rows_stop_nothing_and_choose_no_step(
+    tiny_base: BaseModel, tmp_path: Path, metric: Metric
+) -> None:
+    """Whatever their loss: the last step's weights are kept, which know the rows by heart."""
+    data = job_data(tiny_base, num_rows=12, num_held_out=4)
+    training = replace(HASTY, early_stopping_patience=1)
+    spec = replace(SPEC, training=training, publish_metric=metric)
+    outcome, _ = run(tiny_base, data, tmp_path, spec)
+    losses = [loss for _, loss in outcome.counters.eval_curve]
+    assert min(losses) < losses[-1] - 0.1, "the loss alone would have chosen an earlier step"
+    assert outcome.step == outcome.num_steps == 30
+
+
+def test_recall_is_measured_of_the_trained_rows(tiny_base: BaseModel, tmp_path: Path) -> None:
+    base = with_learnable_end(tiny_base)
+    data = one_answer(base, num_rows=12, num_held_out=4)
+    spec = replace(SPEC, training=replace(SPEC.training, epochs=8))
+    outcome, _ = run(base, data, tmp_path, spec)
+    assert outcome.base.recalled == (False,) * 12
+    assert outcome.tuned.recalled == (True,) * 12
+    assert outcome.tuned.held_out is not None
+    assert outcome.tuned.held_out.matches == (False,) * 4
+    alone = replace(data, validation=None, references=())
+    without, _ = run(base, alone, tmp_path / "alone", spec)
+    assert without.tuned == Scores(None, outcome.tuned.recalled), "without held-out rows, too"
+
+
+def test_the_best_step_may_be_chosen_by_exact_match(tiny_base: BaseModel, tmp_path: Path) -> None:
+    """On rows of which it knows more and more, the last step's weights are kept, and evaluations say so."""
+    training = replace(SPEC.training, epochs=8, eval_steps=4)
+    spec = replace(SPEC, training=training, publish_metric="exact_match")
+    base = with_learnable_end(tiny_base)
+    outcome, _ = run(base, one_answer(base), tmp_path, spec)
+    assert outcome.counters.best is not None
+    assert outcome.counters.best.exact_match == 1
+    assert outcome.step == outcome.num_steps == 48
+
+
+def test_a_checkpoint_of_an_older_release(tiny_base: BaseModel, split: JobData, tmp_path: Path) -> None:
+    """It has the base's loss without its rows, and a best step that was chosen by loss alone."""
+    spec = replace(SPEC, training=HASTY)
+    whole, _ = run(tiny_base, split, tmp_path / "whole", spec)
+    with pytest.raises(Disturbed):
+        run(tiny_base, split, tmp_path / "parts", spec, 1, 30)
+    state = max((tmp_path / "parts").glob("*/state.json"))
+    document = json.loads(state.read_text())
+    held_out = document["base"]["held_out"]
+    document["base"] = {name: held_out[name] for name in ("loss", "accuracy", "num_rows", "num_tokens")}
+    document |= {"best_loss": document.pop("best")["loss"]}
+    del document["keeps_best"]
+    state.write_text(json.dumps(document))
+    outcome, listener = run(tiny_base, split, tmp_path / "parts", spec, 2)
+    assert listener.steps[0] > 1
+    assert outcome.base == whole.base
 
 
 @pytest.mark.parametrize("eval_steps", [None, 4])
@@ -174,7 +233,7 @@ def test_the_last_evaluation_is_transformers(
     before = measured(reference, data.validation)
     with merged(reference, [(outcome.weights, 1.0)]):
         after = measured(reference, data.validation)
-    for found, (loss, accuracy, num_tokens) in ((outcome.base, before), (outcome.tuned, after)):
+    for found, (loss, accuracy, num_tokens) in ((outcome.base.held_out, before), (outcome.tuned.held_out, after)):
         assert found is not None
         assert found.loss == pytest.approx(loss, abs=1e-4)
         assert found.accuracy == pytest.approx(accuracy, abs=1e-6)

@@ -116,12 +116,12 @@ def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(
 
     whole, _ = run("whole", 1)
     assert whole.counters.computed_by == [computed_by(library)]
-    assert whole.base is not None
-    assert whole.tuned is not None
-    assert whole.tuned.loss < 0.9 * whole.base.loss
+    assert whole.base.held_out is not None
+    assert whole.tuned.held_out is not None
+    assert whole.tuned.held_out.loss < 0.9 * whole.base.held_out.loss
     assert whole.tuned_base is not None
     measured = TrainableModel(whole.tuned_base, max_length=32, library=library)
-    assert evaluate(measured.passes, examples) == whole.tuned
+    assert evaluate(measured.passes, examples) == whole.tuned.held_out
     for token, end in enumerate((5, 11, 8), 1):
         with pytest.raises(Disturbed):
             run("parts", token, end)

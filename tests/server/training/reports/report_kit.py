@@ -3,14 +3,20 @@
 from dataclasses import replace
 
 from adapters.lora import LoraConfig
-from server.training.evaluate import Evaluation
+from server.training.evaluate import Evaluation, Scores
 from server.training.job_data import DataFacts
-from server.training.report import AdapterFacts, Cost, Environment, Findings, decide
+from server.training.report import AdapterFacts, Comparisons, Cost, Environment, Findings, decide
 from server.training.spec import JobSpec, LoraSpec
+from server.training.verdicts import Comparison
 
-BASE = Evaluation(loss=2.5, accuracy=0.4, num_rows=6, num_tokens=120, exact_match=0.0)
-TUNED = replace(BASE, loss=0.5, accuracy=0.875, exact_match=0.5)
-LATEST = replace(BASE, loss=0.75, accuracy=0.8, exact_match=0.25)
+NONE_RIGHT = (False,) * 4
+BASE = Scores(Evaluation(2.5, 0.4, num_rows=6, num_tokens=120, matches=NONE_RIGHT), recalled=(False,) * 8)
+TUNED = Scores(Evaluation(0.5, 0.875, 6, 120, matches=(True, True, False, False)), recalled=(True,) * 8)
+LATEST = Scores(Evaluation(0.75, 0.8, 6, 120, matches=(True, False, False, False)), recalled=NONE_RIGHT * 2)
+COMPARISONS: Comparisons = {
+    "base": Comparison("exact_match", 12, True, 10 / 12, 0.0, 0.1, 0.5, 1.0),
+    "latest": Comparison("exact_match", 12, True, 10 / 12, 1 / 12, 0.1, 0.4, 0.95),
+}
 
 SPEC = JobSpec(
     name="tweets",
@@ -46,11 +52,21 @@ FOUND = Findings(
     environment=Environment("cpu", "bf16", 2, "AVX512", {"smolora": "0.1.0", "torch": "2.13.0+cpu"}),
     num_trainable=5000,
     adapter=AdapterFacts("12" * 32, LoraConfig(8, 16.0, ("q_proj", "v_proj")), 5000),
-    gate=decide("improves_latest", TUNED, BASE, LATEST),
+    gate=decide("improves_latest", COMPARISONS),
     curves={"train_loss": [(step, 3 / step) for step in range(1, 22)], "eval_loss": [(10, 0.75), (21, 0.5)]},
     base=BASE,
     tuned=TUNED,
     latest=LATEST,
+    comparisons=COMPARISONS,
+    versions={"latest": "tweets@2"},
 )
 
-UNMEASURED = replace(FOUND, base=None, tuned=None, latest=None, gate=decide("always", None, None))
+UNMEASURED = replace(
+    FOUND,
+    base=Scores(),
+    tuned=Scores(),
+    latest=None,
+    comparisons={"base": None},
+    versions={},
+    gate=decide("always", {"base": None}),
+)

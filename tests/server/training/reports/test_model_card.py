@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from server.model.base.weights import BaseModel
+from server.training.evaluate import Scores
 from server.training.model_card import model_card
 from server.training.report import build_report
 from server.training.spec import JobSpec
@@ -38,6 +39,9 @@ def test_an_adapter(tiny_base: BaseModel) -> None:
     assert ["loss", "2.5000", "0.7500", "0.5000"] in table
     assert ["accuracy", "40.00%", "80.00%", "87.50%"] in table
     assert ["exact match", "0.00%", "25.00%", "50.00%"] in table
+    assert ["trained rows remembered", "0 of 8", "0 of 8", "8 of 8"] in table
+    assert "- better than the untouched base: 10 of 12 rows" in text
+    assert "- better than tweets@2: 10 of 12 rows, trained ones included, exactly right, against 1 (diff" in text
     assert ["optimizer steps", "21 (3 epochs)"] in table
     assert ["tokens per second", "412.5"] in table
     assert ["peak memory", "1,500.0 MB"] in table
@@ -86,12 +90,29 @@ def test_all_weights_without_held_out_rows(tiny_base: BaseModel) -> None:
 
 
 def test_unmeasured_values_have_no_row(tiny_base: BaseModel) -> None:
-    assert FOUND.base is not None
-    assert FOUND.tuned is not None
-    base, tuned = (replace(evaluation, exact_match=None) for evaluation in (FOUND.base, FOUND.tuned))
+    base, tuned = (Scores(replace(of.held_out, matches=None)) for of in (FOUND.base, FOUND.tuned) if of.held_out)
     table = rows(model_card(build_report(SPEC, tiny_base, replace(FOUND, base=base, tuned=tuned, latest=None))))
     assert ["loss", "2.5000", "0.5000"] in table
-    assert not any(row[0] == "exact match" for row in table)
+    assert not any(row[0] in ("exact match", "trained rows remembered") for row in table)
+
+
+def test_a_version_that_left_latest_behind(tiny_base: BaseModel) -> None:
+    report = build_report(SPEC, tiny_base, FOUND)
+    assert "did not become" not in model_card(report | {"moves_latest": True})
+    assert "It did not become `latest`." in model_card(report | {"moves_latest": False})
+
+
+def test_recall_without_held_out_rows(tiny_base: BaseModel) -> None:
+    found = replace(UNMEASURED, tuned=Scores(None, (True, False)), base=Scores(None, (False, False)))
+    assert ["trained rows remembered", "0 of 2", "1 of 2"] in rows(
+        model_card(build_report(SPEC, tiny_base, found))
+    )
+
+
+def test_a_report_of_an_older_release(tiny_base: BaseModel) -> None:
+    report = build_report(SPEC, tiny_base, FOUND)
+    old = {key: value for key, value in report.items() if key not in ("recall", "comparisons", "moves_latest")}
+    assert ["loss", "2.5000", "0.7500", "0.5000"] in rows(model_card(old))
 
 
 @pytest.mark.parametrize(

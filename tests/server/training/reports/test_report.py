@@ -14,7 +14,7 @@ import torch
 
 from adapters.lora import LoraConfig
 from server.model.base.weights import BaseModel
-from server.training.evaluate import Evaluation
+from server.training.evaluate import Evaluation, Scores
 from server.training.report import (
     MAX_POINTS,
     AdapterFacts,
@@ -25,6 +25,7 @@ from server.training.report import (
     peak_memory_bytes,
 )
 from server.training.spec import JobSpec
+from server.training.verdicts import Comparison
 from tests.kits.fake_gpu.card import Card
 from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
@@ -56,6 +57,26 @@ def test_the_card(tiny_base: BaseModel) -> None:
     assert report["evaluation"]["tuned"]["accuracy"] == 0.875
     assert report["evaluation"]["tuned"]["exact_match"] == 0.5
     assert report["evaluation"]["latest"]["loss"] == 0.75
+    assert report["evaluation"]["num_completions"] == 4
+    right = {"base": 0, "tuned": 8, "latest": 0, "parent": None}
+    assert report["recall"] == {"num_rows": 8, "num_right": right}
+    assert report["comparisons"]["base"]["version"] is None
+    assert report["comparisons"]["latest"] == {
+        "version": "tweets@2",
+        "metric": "exact_match",
+        "num_rows": 12,
+        "includes_trained": True,
+        "tuned": 10 / 12,
+        "other": 1 / 12,
+        "standard_error": 0.1,
+        "difference": 9 / 12,
+        "low": 0.4,
+        "high": 0.95,
+        "verdict": "better",
+        "summary": "better than tweets@2: 10 of 12 rows, trained ones included, exactly right, against 1 "
+        "(difference +0.7500, 95 % interval +0.4000 to +0.9500)",
+    }
+    assert report["comparisons"]["parent"] is None
     assert report["gate"]["publish_if"] == "improves_latest"
     assert report["gate"]["passes"] is True
     assert report["gate"]["reason"]
@@ -99,14 +120,17 @@ def test_full_fine_tuning_from_the_base_without_held_out_rows(tiny_base: BaseMod
     assert report["adapter"] is None
     assert report["trainable_share"] == 1.0
     assert report["evaluation"] is None
+    assert report["recall"] is None
+    assert report["comparisons"] == {"base": None, "latest": None, "parent": None}
     assert report["lineage"] is None
     assert report["gate"] == {"publish_if": "always", "passes": True, "reason": report["gate"]["reason"]}
 
 
 def test_evaluations_that_were_not_needed_are_null(tiny_base: BaseModel) -> None:
     """Rows without completions have no exact match; a perplexity stays finite."""
-    text = Evaluation(loss=1e5, accuracy=0.0, num_rows=1, num_tokens=3)
-    found = replace(FOUND, base=text, tuned=text, latest=None, gate=decide("improves_base", text, text))
+    text = Scores(Evaluation(loss=1e5, accuracy=0.0, num_rows=1, num_tokens=3))
+    gate = decide("improves_base", {"base": Comparison("loss", 1, False, 1e5, 1e5)})
+    found = replace(FOUND, base=text, tuned=text, latest=None, gate=gate)
     report = json.loads(json.dumps(build_report(SPEC, tiny_base, found), allow_nan=False))
     assert report["evaluation"]["latest"] is None
     assert report["evaluation"]["tuned"]["exact_match"] is None

@@ -1,0 +1,171 @@
+"""Verdicts: intervals that cover what they say, and no verdict from a few held-out rows."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from server.training.encoding import Example, Examples, Reference
+from server.training.evaluate import Evaluation, Scores
+from server.training.job_data import DataFacts, JobData
+from server.training.verdicts import MIN_HELD_OUT, compare, compare_held_out
+
+Rows = Sequence[tuple[float, int]]
+
+
+def references(count: int, first: int = 0) -> list[Reference]:
+    return [Reference((number,), "x", 1) for number in range(first, first + count)]
+
+
+def data_of(held_out: Sequence[Reference] = (), trained: Sequence[Reference] = ()) -> JobData:
+    examples = Examples([Example((1, 2), (False, True))])
+    return JobData(examples, examples, held_out, DataFacts("d", 1, 2, 1, 0), "b", trained)
+
+
+def evaluation(rows: Rows, matches: Sequence[bool] | None = None) -> Evaluation:
+    total = sum(count for _, count in rows)
+    loss = sum(loss for loss, _ in rows) / total
+    return Evaluation(loss, 0.5, len(rows), total, tuple(rows), None if matches is None else tuple(matches))
+
+
+def pair(rng: np.random.Generator, num_rows: int, effect: float) -> tuple[Evaluation, Evaluation]:
+    """Two evaluations of rows of 1 to 29 tokens; the first one's loss per token is lower by `effect`."""
+    counts = rng.integers(1, 30, num_rows)
+    losses = rng.gamma(2.0, 1.0, num_rows) * counts
+    differences = (rng.normal(0, 0.5, num_rows) + effect) * counts
+    rows, others = (
+        [(float(loss), int(count)) for loss, count in zip(of, counts, strict=True)]
+        for of in (losses - differences, losses)
+    )
+    return evaluation(rows), evaluation(others)
+
+
+def test_the_standard_error_of_losses_is_the_bootstraps() -> None:
+    rng = np.random.default_rng(0)
+    tuned, other = pair(rng, 60, 0.1)
+    found = compare_held_out(tuned, other, data_of(), "loss")
+    assert found is not None
+    differences = np.array([one - two for (one, _), (two, _) in zip(tuned.rows, other.rows, strict=True)])
+    counts = np.array([count for _, count in tuned.rows])
+    drawn = rng.integers(0, 60, (20_000, 60))
+    ratios = differences[drawn].sum(1) / counts[drawn].sum(1)
+    assert found.standard_error == pytest.approx(ratios.std(), rel=0.05)
+    assert found.difference == pytest.approx(tuned.loss - other.loss)
+    assert found.low is not None
+    assert found.high is not None
+    assert (found.low + found.high) / 2 == pytest.approx(found.difference)
+
+
+@pytest.mark.parametrize("num_rows", [20, 40, 200])
+def test_equal_losses_are_rarely_judged(num_rows: int) -> None:
+    """A verdict about weights that are equally good is wrong in about 5 % of cases; large effects are seen."""
+    rng = np.random.default_rng(num_rows)
+    verdicts = []
+    for _ in range(1000):
+        found = compare_held_out(*pair(rng, num_rows, 0.0), data_of(), "loss")
+        assert found is not None
+        verdicts.append(found.verdict)
+    assert 0.02 < 1 - verdicts.count("can't tell") / 1000 < 0.08
+    for effect, verdict in ((1.0, "better"), (-1.0, "worse")):
+        found = compare_held_out(*pair(rng, num_rows, effect), data_of(), "loss")
+        assert found is not None
+        assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "verdict"),
+    [
+        (25, 0, "better"),
+        (5, 0, "better"),
+        (4, 0, "can't tell"),
+        (0, 0, "can't tell"),
+        (1, 6, "can't tell"),
+        (0, 7, "worse"),
+    ],
+)
+def test_matches_are_judged_in_pairs(gained: int, lost: int, verdict: str) -> None:
+    """Agresti and Min's interval: 1/2 is added to each cell, then it is Wald's."""
+    num_rows, both = 28, 2 if gained < 20 else 0
+    tuned = [True] * gained + [False] * lost + [True] * both
+    other = [False] * gained + [True] * lost + [True] * both
+    tuned, other = (found + [False] * (num_rows - len(found)) for found in (tuned, other))
+    data = data_of(trained=references(num_rows))
+    found = compare(Scores(None, tuple(tuned)), Scores(None, tuple(other)), data, "loss")
+    assert found is not None
+    assert (found.metric, found.num_rows, found.includes_trained) == ("exact_match", 28, True)
+    assert found.verdict == verdict
+    assert found.difference == pytest.approx((gained - lost) / num_rows)
+    share, shared = (gained + 0.5) / 30, (lost + 0.5) / 30
+    error = ((share + shared - (share - shared) ** 2) / 30) ** 0.5
+    assert found.standard_error == pytest.approx(error)
+    assert found.low == pytest.approx(max(-1, share - shared - 1.959964 * error))
+    assert found.high == pytest.approx(min(1, share - shared + 1.959964 * error))
+
+
+def test_equal_adapters_are_rarely_judged_by_matches() -> None:
+    rng = random.Random(0)
+    num_judged = 0
+    for _ in range(2000):
+        right = [tuple(rng.random() < 0.3 for _ in range(30)) for _ in range(2)]
+        found = compare(Scores(None, right[0]), Scores(None, right[1]), data_of(trained=references(30)), "loss")
+        assert found is not None
+        num_judged += found.verdict != "can't tell"
+    assert num_judged / 2000 < 0.06
+
+
+def test_facts_are_judged_by_what_was_remembered() -> None:
+    """README's example: the loss of three held-out rows prefers an early step, which has learnt nothing."""
+    held_out, trained = references(3), references(25, 3)
+    data = data_of(held_out, trained)
+    none = (False,) * 3
+    early = Scores(evaluation([(10.0, 5)] * 2 + [(11.0, 6)], none), (False,) * 25)
+    late = Scores(evaluation([(14.0, 5)] * 2 + [(15.0, 6)], none), (True,) * 25)
+    assert late.held_out is not None
+    assert early.held_out is not None
+    assert late.held_out.loss > early.held_out.loss
+    assert compare_held_out(late.held_out, early.held_out, data, "loss") is None
+    found = compare(late, early, data, "loss")
+    assert found is not None
+    assert (found.verdict, found.num_rows, found.includes_trained) == ("better", 28, True)
+
+
+def test_few_rows_without_completions_allow_no_verdict() -> None:
+    rows = [(1.0 + number / 100, 5) for number in range(MIN_HELD_OUT - 1)]
+    worse = [(loss + 3, count) for loss, count in rows]
+    found = compare(Scores(evaluation(rows)), Scores(evaluation(worse)), data_of(), "loss")
+    assert found is not None
+    assert (found.metric, found.verdict, found.low, found.high) == ("loss", "can't tell", None, None)
+    assert not found.is_gain
+    one_more = Scores(evaluation([*rows, (1.0, 5)])), Scores(evaluation([*worse, (4.0, 5)]))
+    found = compare(*one_more, data_of(), "loss")
+    assert found is not None
+    assert found.verdict == "better"
+    assert compare(Scores(), Scores(), data_of(), "loss") is None
+
+
+def test_a_metric_is_judged_on_held_out_rows_if_there_are_enough() -> None:
+    held_out, trained = references(MIN_HELD_OUT), references(30, 100)
+    data = data_of(held_out, trained)
+    rows = [(float(number), 5) for number in range(1, MIN_HELD_OUT + 1)]
+    right, wrong = (True,) * MIN_HELD_OUT, (False,) * MIN_HELD_OUT
+    tuned = Scores(evaluation([(loss - 0.9, count) for loss, count in rows], wrong), (True,) * 30)
+    other = Scores(evaluation(rows, right), (False,) * 30)
+    by_loss, by_match = compare(tuned, other, data, "loss"), compare(tuned, other, data, "exact_match")
+    assert by_loss is not None
+    assert by_match is not None
+    assert (by_loss.metric, by_loss.verdict, by_loss.includes_trained) == ("loss", "better", False)
+    assert (by_match.metric, by_match.verdict, by_match.num_rows) == ("exact_match", "worse", MIN_HELD_OUT)
+
+
+def test_equal_rows_count_once() -> None:
+    """Thirty copies of a reference are one row: they support no verdict."""
+    data = data_of(references(1) * 30)
+    rows = [(30.0, 30)]
+    right, wrong = evaluation(rows, (True,) * 30), evaluation(rows, (False,) * 30)
+    assert compare_held_out(right, wrong, data, "exact_match") is None
+    assert compare_held_out(right, wrong, data, "loss") is None
+    found = compare(Scores(right), Scores(replace(wrong)), data, "loss")
+    assert found is not None
+    assert (found.num_rows, found.verdict) == (1, "can't tell")
