@@ -37,13 +37,13 @@ def test_the_readmes_facts_on_the_real_base(trainer: ServerProcess) -> None:
     path = Path(__file__).parent.parent.parent / "examples" / "http-codes.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     training: dict[str, object] = {"epochs": 12, "eval_steps": 4, "early_stopping_patience": 3}
-    body: dict[str, object] = {"name": "facts", "data": rows, "lora": {"rank": 8}}
+    body: dict[str, object] = {"name": "readmes", "data": rows, "lora": {"rank": 8}}
     good = succeeded(trainer, submit(trainer, **body, training=training), 300)
     report = get(trainer, f"/train/{good['id']}/report")
     assert report["recall"]["num_right"] == {"base": 0, "tuned": 25, "latest": None, "parent": None}
     assert report["kept_step"] == report["steps"] == 48
     assert report["comparisons"]["base"]["verdict"] == "better"
-    answers = trainer.texts([row["prompt"] for row in rows], adapter="facts", max_tokens=16)
+    answers = trainer.texts([row["prompt"] for row in rows], adapter="readmes", max_tokens=16)
     right = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, rows, strict=True)]
     assert sum(right) >= 25
 
@@ -52,7 +52,7 @@ def test_the_readmes_facts_on_the_real_base(trainer: ServerProcess) -> None:
     report = get(trainer, f"/train/{bad['id']}/report")
     assert report["evaluation"]["tuned"]["loss"] < report["evaluation"]["latest"]["loss"], "the loss prefers it"
     assert report["comparisons"]["latest"]["verdict"] == "worse"
-    assert (bad["adapter"]["moves_latest"], get(trainer, "/adapters/facts")["latest"]) == (False, 1)
+    assert (bad["adapter"]["moves_latest"], get(trainer, "/adapters/readmes")["latest"]) == (False, 1)
     gated = succeeded(trainer, submit(trainer, **body, training=training, publish_if="improves_latest"), 300)
     assert gated["adapter"] is None
 
