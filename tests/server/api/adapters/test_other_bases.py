@@ -258,7 +258,9 @@ async def test_training_from_another_bases_adapter_warns(serve: Serve, jobs: Job
     client = serve("other-llama", OTHER_DIGEST)
     ((text,),) = [version["warnings"] for version in (await client.get("/adapters/a")).json()["versions"]]
     body = {"name": "c", "data": ROWS, "start_from": "a"}
-    assert (await client.post("/train?dry_run=true", json=body)).json()["warnings"] == [f"a@1: {text}"]
+    warnings = (await client.post("/train?dry_run=true", json=body)).json()["warnings"]
+    assert warnings[0] == f"a@1: {text}"
+    assert all("facts" in warning for warning in warnings[1:]), "the rows are short and distinct"
     for response in (
         await client.post("/train", json=body),
         await client.post("/compositions/m", json={"expression": "a", "method": "ties"}),
