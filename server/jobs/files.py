@@ -80,7 +80,7 @@ class JobFiles:
         return self.directory(job_id) / MODEL_NAME
 
     def keep(self, job_id: str) -> None:
-        """Upload the training rows in the job's folder, if there is a bucket. Call this before queueing it."""
+        """Upload the job's training rows, if there is a bucket. Call this before the job is queued."""
         self._copies.push(job_id, self.directory(job_id), ROWS_COPY)
 
     def fetch(self, job_id: str) -> None:
@@ -177,7 +177,7 @@ class JobFiles:
                 remove_abandoned(self.directory(job_id))
 
     def sweep_bucket(self, statuses: Statuses) -> None:
-        """Remove rows and checkpoints of ended jobs, and old ones of jobs never submitted, from the bucket."""
+        """Remove from the bucket the rows and checkpoints of ended jobs and, once old, of jobs never submitted."""
         jobs: dict[str, list[Copy]] = {}
         for copy in self._copies.all():
             jobs.setdefault(copy.folder, []).append(copy)
@@ -262,7 +262,7 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and removed jobs' last files.
+        """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and half-removed jobs' files.
 
         Servers and workers both call this, since each may have a HOME that the other doesn't use.
         """

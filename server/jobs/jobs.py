@@ -67,7 +67,7 @@ class Jobs:
         self._mine = sa.true() if of is None or of.sees_all else jobs.c.project == of.project
 
     def of(self, viewpoint: Viewpoint, max_of_project: int | None = None, max_of_key: int | None = None) -> "Jobs":
-        """Return the jobs that the viewpoint may see. The limits are on unfinished jobs, as in the constructor."""
+        """Return the jobs that the viewpoint may see, with limits on its project's and key's unfinished jobs."""
         most = self._max_unfinished if max_of_project is None else min(max_of_project, self._max_unfinished)
         return Jobs(self._engine, most, viewpoint, max_of_key)
 
@@ -226,7 +226,7 @@ class Jobs:
     def in_use(self, used: str, project: str | None = None) -> bool:
         """Return whether an unfinished job needs `used`: a data set's id or an adapter's digest.
 
-        If `project` is given, only its jobs are considered.
+        If `project` is given, only that project's jobs are considered.
         """
         query = sa.select(uses.c.job_id).join(jobs, jobs.c.id == uses.c.job_id)
         query = query.where(uses.c.used == used, jobs.c.status.not_in(_ENDED)).limit(1)

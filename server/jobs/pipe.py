@@ -1,11 +1,11 @@
 """The channel between a worker and the process in which a job runs. Standard library only.
 
-The worker passes the assignment as the last argument, and sends two signals: SIGTERM (checkpoint and leave) and
-SIGUSR1 (the same after the current step). The process writes lines to a pipe: each line shows that the process
+The worker passes the assignment as the last argument, and sends two signals: SIGTERM (write a checkpoint and exit)
+and SIGUSR1 (the same after the current step). The process writes lines to a pipe: each line shows that the process
 makes progress, and may have the job's progress and metrics.
 
 The process's exit code says how the attempt ended. EXIT_DONE: the job's end is stored. EXIT_LEFT: the process has
-left as asked. EXIT_NO_BASE: this worker can't run any job; the process has sent the reason.
+exited as asked. EXIT_NO_BASE: this worker can't run any job; the process has sent the reason.
 EXIT_NO_DATABASE, EXIT_NO_STORE and EXIT_NO_ROOM: the database, the object store or the disk can't be used now.
 After any other code, the job is tried again. The process is killed if the worker dies or loses the job.
 """
@@ -193,9 +193,9 @@ class Child:
         self._process.terminate()
 
     def ask_to_give_way(self) -> None:
-        """Ask the process to leave after its current step.
+        """Ask the process to exit after its current step.
 
-        Call it only after the process has reported progress: before that, the process may not handle the signal
+        Call this only after the process has reported progress: before that, the process may not handle the signal
         yet, and the signal would kill it.
         """
         self._process.send_signal(signal.SIGUSR1)

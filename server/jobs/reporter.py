@@ -21,7 +21,7 @@ _MEASURES = ("train_loss", "eval_loss", "learning_rate", "gradient_norm")
 
 
 class JobTrace:
-    """The spans of one attempt. Without a tracer every method is a no-op."""
+    """The trace spans of one attempt at a job. Without a tracer, every method is a no-op."""
 
     def __init__(self, tracer: Tracer | None, job: Job, attempt: int, directory: Path) -> None:
         """Begin the trace. `directory` is the job's folder."""
@@ -44,7 +44,7 @@ class JobTrace:
 
     @contextmanager
     def attempt(self, unless: type[BaseException]) -> Iterator[None]:
-        """Record the block as the attempt's span, which has failed if the block raises anything but `unless`."""
+        """Record the block as the attempt's span. Any exception but an `unless` marks the span as failed."""
         error = None
         try:
             yield
@@ -105,7 +105,7 @@ class Leave(Exception):
 class JobReporter:
     """An implementation of `run.Reporter` that writes to the worker's pipe and to the database.
 
-    `yield_or_leave` raises Leave if the worker wants the process to leave. `progress`, which is called after each
+    `yield_or_leave` raises Leave if the worker wants the process to exit. `progress`, which is called after each
     step, raises Leave if the job gives way to another project's job.
     """
 

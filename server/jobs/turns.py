@@ -22,7 +22,10 @@ LEAST_SECONDS = 1.0
 
 
 def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
-    """Return a query for the job to claim next: one that is queued, or whose lease has expired."""
+    """Return a query for the job to claim next. If `kind` is None, jobs of every kind are considered.
+
+    A queued job can be claimed after its delay, and a running job after its lease.
+    """
     mine = _shares(now)
     columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
     query = sa.select(*columns).join(mine, _is_share_of(mine, jobs))
@@ -48,8 +51,8 @@ def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) 
 def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
     """Return a query that says whether this running job should give way to another project's job.
 
-    A training should if another project's job would be claimed next once this job stopped, unless enough jobs for
-    all such projects give way already. Merges never give way, since they have no checkpoints.
+    A training job should if another project's job would be claimed next once this job stopped, unless enough jobs
+    for all such projects give way already. Merges never give way, since they have no checkpoints.
     """
     mine, own = jobs.alias(), _shares(now)
     other, all_ = own.alias(), own.alias()

@@ -4,7 +4,7 @@ A worker has two lanes, each with its own thread: one trains and one merges, so 
 never waits for a training.
 
 The worker itself stays small and never blocks. A training step may take longer than a lease, so a separate thread
-renews the lease. The worker asks the process to leave if the job is paused or the worker is stopped, and to leave
+renews the lease. The worker asks the process to exit if the job is paused or the worker is stopped, and to exit
 after its current step if the job gives way to another project's job. It kills the process if the job was cancelled
 or another worker has it, or if the process shows no progress.
 

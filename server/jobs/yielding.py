@@ -29,7 +29,7 @@ Clock = Callable[[], float]
 
 
 class BusyFlag:
-    """The file under HOME in which serving processes write, and training processes read, how much they run."""
+    """The file under HOME with the number of sequences that each serving process is running."""
 
     def __init__(self, home: Path, clock: Clock = time.monotonic, place: int = 0) -> None:
         """Create the file if it is missing. Raise OSError if that fails.
