@@ -197,7 +197,7 @@ class Catalog:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
     def twin(self, version: Version) -> int | None:
-        """Return the newest earlier version's number with the same name and weights, or None if there is none."""
+        """Return the number of the last earlier version with the same name and weights; None if there is none."""
         same = (versions.c.name == self.viewpoint.key(version.name), versions.c.digest == version.digest)
         query = sa.select(sa.func.max(versions.c.version)).where(*same, versions.c.version < version.version)
         with self._reader.connect() as connection:
@@ -212,7 +212,7 @@ class Catalog:
             writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
 
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
-        """Return the pinned version that each term means now, in the order of the terms, by one indexed query.
+        """Return the version that each term of an expression means now, in order, by one indexed query.
 
         A composition is replaced by its parts, with their weights multiplied by the term's weight. Raise NotFound,
         naming every missing term, if an adapter doesn't exist. Raise InvalidInput, naming `field`, if there are
@@ -247,13 +247,13 @@ class Catalog:
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:
         """Delete all versions of `name`, and return the digests that no version has any more.
 
-        Raise NotFound if the adapter doesn't exist, and Conflict, which names them, if aliases or
-        compositions need one of the versions. With `force`, the aliases are deleted, too.
+        Raise NotFound if the adapter doesn't exist, and Conflict if aliases or compositions need one of the
+        versions; the error names them. With `force`, the aliases are deleted, too.
         """
         return self._drop(name, None, force)
 
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
-        """Delete one version as `delete` does.
+        """Delete one version, with errors and result as in `delete`.
 
         If it was the latest, the highest remaining version becomes the latest.
         """

@@ -202,7 +202,7 @@ _T = TypeVar("_T")
 
 
 def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpoint) -> set[_T]:
-    """Return the items of `keys` whose keys belong to other projects and aren't public.
+    """Return the items whose keys belong to other projects and aren't public. `keys` maps items to names' keys.
 
     This takes one query if there are keys of other projects, else none. Private and missing names are treated
     alike, so that the time of an answer doesn't reveal whether a name is private or missing.
@@ -216,7 +216,7 @@ def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpo
 
 
 def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
-    """Return a query for what a term means: a row for an adapter, or one for each part of a composition.
+    """Return a query for what a term means: an adapter, or the parts of a composition with a row for each.
 
     Each row has `place`, the term's index, in the column `term`.
     """

@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one job, in a directory and in the bucket if there is one. `token` names new ones."""
+    """One job's checkpoints, in a directory and in the bucket if there is one. `token` is in new ones' names."""
 
     def __init__(self, directory: Path, token: int, bucket: "Bucket | None" = None, job_id: str = "") -> None:
         """`job_id` names the job's folder in the bucket."""
@@ -90,7 +90,7 @@ class Checkpoints:
             )
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that can be read here or from the bucket, or None if there is none.
+        """Return the newest readable checkpoint of this machine and the bucket, or None if there is none.
 
         Raise BytesUnavailable if the bucket can't be reached.
         """

@@ -68,7 +68,7 @@ class Dropout:
         self._hashes: dict[GroupKey, torch.Tensor] = {}
 
     def kept(self, inputs: LayerInputs, group: str) -> torch.Tensor:
-        """Return the mask (tokens, in features), true where a group's input is kept, on the device of `inputs`.
+        """Return the mask (tokens, in features) for the inputs of a group of modules: true if an input is kept.
 
         The hashes of all of a layer's groups are computed at once, since a GPU computes them in less time than it
         takes to start an operation.
@@ -83,7 +83,7 @@ class Dropout:
         return kept.flatten(1)[:, : inputs.sizes[group]]
 
     def _hash(self, inputs: LayerInputs) -> dict[GroupKey, torch.Tensor]:
-        """Return the hashes (tokens, ⌈in features / 2⌉) of each group's inputs."""
+        """Return the hashes (tokens, ⌈in features / 2⌉) for the inputs of each group of modules in the layer."""
         if not self._halves:
             keys = torch.from_numpy(self.keys.view(np.int32).reshape(-1, 2))  # the lower half first
             self._halves = to_device(keys, inputs.counters.device).split(1, 1)

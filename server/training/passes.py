@@ -79,11 +79,11 @@ class Pass(Protocol):
         ...
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Return the last layer's hidden states (tokens, hidden size)."""
+        """Return the hidden states (tokens, hidden size) after the last norm."""
         ...
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to the gradients in training.
+        """Add `factor` times the gradients of the batch's summed loss to the trained parameters' gradients.
 
         Return the summed loss in nats.
         """
@@ -183,7 +183,7 @@ class NativePass:
         return Measured(losses.tolist(), int((likeliest == targets).sum()))
 
     def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
-        """Return the last layer's hidden states (tokens, hidden size).
+        """Return the hidden states (tokens, hidden size) after the last norm.
 
         If `has_backward`, the values that the backward pass needs are kept.
         """

@@ -20,7 +20,7 @@ log = logging.getLogger("smolora.training")
 
 
 class StoredRecord(Protocol):
-    """A data set's or file's metadata; these fields are common to both."""
+    """The metadata fields that data sets and files have in common."""
 
     @property
     def id(self) -> str: ...
@@ -63,7 +63,7 @@ class RecordStore(Generic[R]):
         self._logged: set[str] = set()  # ids of damaged records that have been logged
 
     def get(self, record_id: str) -> R:
-        """Return the record. Raise NotFound if it doesn't exist, and the `corrupt` error if it is damaged."""
+        """Return the record. Raise NotFound if it doesn't exist, CorruptDataset or CorruptFile if it's damaged."""
         record = self._find(record_id)
         if record is None:
             raise self._missing()

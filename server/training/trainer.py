@@ -86,7 +86,7 @@ class StepResult:
 
 
 class Trainer:
-    """Trains one trainable on encoded rows, by AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    """Trains `trainable` on encoded rows, by AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
     def __init__(self, trainable: Trainable, examples: Sequence[Example], spec: TrainingSpec) -> None:
         if not examples:
@@ -148,7 +148,7 @@ class Trainer:
         return StepResult(self.step, loss, rate, norm, num_tokens, time.perf_counter() - started - paused)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors to store in a checkpoint: masters and AdamW's moments. They aren't copies."""
+        """Return the tensors to store in a checkpoint: fp32 weights and AdamW's moments. They aren't copies."""
         return {"masters": self.trainable.masters, "mean": self._mean, "square": self._square}
 
     def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
@@ -222,7 +222,7 @@ class Trainer:
 
 
 def _by_decay(trainable: Trainable, decay: float) -> list[tuple[float, list[slice]]]:
-    """Return (weight decay, slices of the masters) pairs that cover all masters."""
+    """Split all fp32 weights by their weight decay, and return pairs (weight decay, slices of `masters`)."""
     undecayed = list(trainable.undecayed)
     if not undecayed or not decay:
         return [(decay, [slice(None)])]

@@ -41,8 +41,8 @@ class NativeRows:
 class NativeGroup:
     """LoRA weights, in bf16, of one layer's modules that read the same input.
 
-    `a` (rows, in features) includes the scalings. `b` (rows, out features of all modules) is zero where a row's
-    module has no output.
+    `a` (rows, in features) includes the scalings. In `b` (rows, out features of all modules), a
+    row is zero except in the features of its own module.
     """
 
     a: torch.Tensor
@@ -118,7 +118,7 @@ class NativeTraining:
         *,
         has_backward: bool = True,
     ) -> torch.Tensor:
-        """Return the last layer's hidden states (tokens, hidden size), bf16, of texts of `lengths` tokens.
+        """Return the hidden states (tokens, hidden size) after the last norm, bf16, of texts of `lengths` tokens.
 
         If `has_backward` is false, nothing is saved for the backward pass, and `backward` can't be called.
         """
@@ -173,7 +173,7 @@ class NativeTraining:
         return loss.value, d_hidden
 
     def measure(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each row's cross-entropy (fp64), of which `loss` returns the sum, and likeliest token (int64)."""
+        """Return each row's cross-entropy in fp64 (`loss` returns the sum) and its likeliest token (int64)."""
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
         self._check_ids(targets)
