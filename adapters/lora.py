@@ -36,7 +36,7 @@ class ModuleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The shape that an adapter must fit: the base's number of layers and each module's (out, in) features."""
+    """The base's shape, which adapters must fit: the number of layers, and each module's (out, in) features."""
 
     num_layers: int
     features: Mapping[str, tuple[int, int]]
@@ -46,8 +46,9 @@ class BaseShape:
 class LoraConfig:
     """The modules that an adapter targets, with the rank and alpha of each.
 
-    A target is a name of `MODULES`, in each of `layers_to_transform` (None: in every layer), or the
-    `ModuleKey.path` of one module. The patterns override `rank` and `alpha`; their keys are names or paths, too.
+    A target is a name in `MODULES`, which applies to all `layers_to_transform` (None: to every layer), or the
+    `ModuleKey.path` of one module. `rank_pattern` and `alpha_pattern` override `rank` and `alpha`; their keys are
+    also names or paths.
     """
 
     rank: int
@@ -65,7 +66,7 @@ class LoraConfig:
                 raise ValueError("a pattern names a module by its name or by its path, not by both")
 
     def to_document(self) -> dict[str, object]:
-        """Return the configuration as JSON types, as an adapter's version stores it."""
+        """Return the configuration as a JSON-ready document, which is stored with an adapter's version."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def targets(self, key: ModuleKey) -> bool:
@@ -99,7 +100,7 @@ class LoraModule:
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """The modules of an adapter. The tensors are read-only by convention, as they may be mapped from a file."""
+    """An adapter's weights, by module. Never write to the tensors: they may be mapped from a file."""
 
     modules: Mapping[ModuleKey, LoraModule]
 
@@ -117,15 +118,15 @@ class LoraWeights:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The names of modules with weights in at least one layer, in the order of `MODULES`."""
+        """The names of the modules that have weights in at least one layer, in the order of `MODULES`."""
         present = {key.module for key in self.modules}
         return tuple(name for name in MODULES if name in present)
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 (hex) over every module's layer, name, scaling, dtypes and shapes, and its tensors' bytes.
+        """The SHA-256 (hex) of each module's layer, name, scaling, dtypes, shapes and tensor bytes.
 
-        Names and dates are left out, so that adapters with equal weights have equal digests.
+        The adapter's name and date are left out, so that adapters with equal weights have equal digests.
         """
         import torch
 
@@ -140,7 +141,7 @@ class LoraWeights:
 
 
 class AdapterRef(NamedTuple):
-    """A stored adapter, identified by its weights' digest, and the weight with which its update is added."""
+    """A stored adapter, identified by its digest, with the factor by which its update is multiplied."""
 
     digest: str
     weight: float = 1.0

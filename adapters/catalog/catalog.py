@@ -1,8 +1,8 @@
 """Names, versions, aliases and compositions of adapters, in tables of a given database engine.
 
-A catalog is one project's view of the tables: a plain name means the project's own adapter. Every write is one
-transaction, repeated if it clashes with another transaction; nearly every read is one statement. The SQL works
-with SQLite and PostgreSQL. The bytes are in the store: the catalog only knows their digests.
+A catalog shows the tables as one project sees them: a plain name means the project's own adapter. Every write is
+one transaction, repeated if it conflicts with another transaction. Nearly every read is one statement. The SQL
+works with SQLite and PostgreSQL. Adapters' files are in the store: the catalog only knows their digests.
 """
 
 import builtins
@@ -64,8 +64,8 @@ __all__ = [
 class Catalog:
     """Adapters by name, as one project sees them. Thread-safe; other processes may write the same tables.
 
-    `records` keeps a copy of every version outside the database. If `records` is None, a lost database can't be
-    rebuilt.
+    `records` keeps a copy of every version's metadata outside the database. If `records` is None, a lost database
+    can't be rebuilt.
     """
 
     def __init__(self, engine: sa.Engine, records: Records | None = None, of: Viewpoint | None = None) -> None:
@@ -76,7 +76,7 @@ class Catalog:
         self._reader = reader_of(engine)
 
     def of(self, viewpoint: Viewpoint) -> "Catalog":
-        """Return the catalog as another project sees it."""
+        """Return a catalog of the same tables, as the viewpoint's project sees them."""
         view = copy(self)
         view.viewpoint = viewpoint
         return view
@@ -129,13 +129,13 @@ class Catalog:
             )
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
-        """Add the next version of the composition `name`, with its terms pinned to the versions that they mean
-        now.
+        """Add the next version of the composition `name`. Each term is pinned to the version that it means now.
 
         Return the version, and whether it is new: if the latest version has the same parts and weights, that
         version is returned and nothing is added. Compositions among the terms are replaced by their own parts.
 
-        Raise NotFound as `resolve` does, InvalidInput on `field`, or Conflict if an adapter has the name.
+        Raise NotFound if a term's adapter doesn't exist, InvalidInput, naming `field`, if there are too many parts
+        or a weight is too large, and Conflict if an adapter that is no composition has the name.
         """
         viewpoint, key = self.viewpoint, self._new_key(name)
         with recording(self._engine, self._records) as records:
@@ -155,8 +155,8 @@ class Catalog:
     ) -> list[Adapter]:
         """Return the project's adapters, sorted by name; with `public`, the public adapters of all projects.
 
-        `name` selects one adapter, `after` the adapters whose names sort after it, and `contains` the adapters
-        whose names, as the project sees them, contain this text, in upper or lower case.
+        `name` selects one adapter. `after` selects the adapters whose names sort after this text. `contains`
+        selects the adapters whose names, as the project sees them, contain this text; case is ignored.
         """
         chosen = reads.select_listed(self.viewpoint, after, contains, public)
         if name is not None:
@@ -166,13 +166,13 @@ class Catalog:
         return [show_adapter(self.viewpoint, adapter) for adapter in found]
 
     def has_after(self, name: str, *, contains: str | None = None, public: bool = False) -> bool:
-        """Return whether `list` would return more adapters after this name."""
+        """Return whether `list`, with `after=name`, would return any adapter."""
         query = reads.select_listed(self.viewpoint, name, contains, public).limit(1)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
     def latest_dates(self) -> dict[str, datetime]:
-        """Return when the latest version of each of the project's names was created."""
+        """Return, by name, when the latest version of each of the project's adapters was created."""
         query = reads.select_latest().where(in_sight(self.viewpoint))
         with self._reader.connect() as connection:
             return {self.viewpoint.shown(row.name): row.created_at for row in connection.execute(query)}
@@ -197,7 +197,7 @@ class Catalog:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
     def twin(self, version: Version) -> int | None:
-        """Return the number of the newest earlier version that has the same name and weights, or None."""
+        """Return the number of the last earlier version with the same name and weights; None if there is none."""
         same = (versions.c.name == self.viewpoint.key(version.name), versions.c.digest == version.digest)
         query = sa.select(sa.func.max(versions.c.version)).where(*same, versions.c.version < version.version)
         with self._reader.connect() as connection:
@@ -205,17 +205,18 @@ class Catalog:
         return number
 
     def check_kind(self, name: str, kind: Kind) -> None:
-        """Raise Conflict if the name has versions of another kind."""
+        """Raise Conflict if the name belongs to an adapter of another kind (a composition or not)."""
         key = self.viewpoint.key(name)
         query = sa.select(names.c.kind).where(names.c.name == key, names.c.latest.is_not(None))
         with self._reader.connect() as connection:
             writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
 
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
-        """Return what each term means now, in the order of the terms, by one indexed query.
+        """Return the version that each term of an expression means now, in order, by one indexed query.
 
-        A composition means its parts, with their weights multiplied by the term's weight. Raise NotFound, naming
-        every missing term, or InvalidInput on `field` if there are too many parts or a weight is too large.
+        A composition is replaced by its parts, with their weights multiplied by the term's weight. Raise NotFound,
+        naming every missing term, if an adapter doesn't exist. Raise InvalidInput, naming `field`, if there are
+        too many parts or a weight is too large.
         """
         if not terms:
             return ()
@@ -224,7 +225,7 @@ class Catalog:
         return tuple(show_part(self.viewpoint, part) for part in found)
 
     def point(self, name: str, alias: str, version: int) -> None:
-        """Make the alias, or `latest`, mean this version. Raise NotFound if the version doesn't exist."""
+        """Point the alias, or `latest`, at this version. Raise NotFound if the version doesn't exist."""
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: point_in(connection, key, alias, version, viewpoint))
 
@@ -236,9 +237,9 @@ class Catalog:
         transact(self._engine, lambda connection: unpoint_in(connection, key, alias, viewpoint))
 
     def set_visibility(self, name: str, is_public: bool) -> None:
-        """Let other projects use the name, or no longer.
+        """Let other projects use the adapter, or no longer let them.
 
-        Raise NotFound, or Conflict if a public composition would have a private part.
+        Raise NotFound if it doesn't exist, and Conflict if a public composition would have a private part.
         """
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: set_visibility_in(connection, key, is_public, viewpoint))
@@ -246,22 +247,22 @@ class Catalog:
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:
         """Delete all versions of `name`, and return the digests that no version has any more.
 
-        Raise NotFound, or Conflict, naming the aliases and compositions that need one of the versions. With
-        `force`, the aliases are deleted, too.
+        Raise NotFound if the adapter doesn't exist, and Conflict if aliases or compositions need one of the
+        versions; the error names them. With `force`, the aliases are deleted, too.
         """
         return self._drop(name, None, force)
 
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
-        """Delete one version as `delete` does.
+        """Delete one version, with errors and result as in `delete`.
 
         If it was the latest, the highest remaining version becomes the latest.
         """
         return self._drop(name, version, force)
 
     def num_bytes(self, key_id: str | None = None) -> int:
-        """Return the bytes that the project's adapters take, or only those of adapters that one key published.
+        """Return the total size of the project's adapters, or of the ones that one API key published.
 
-        Equal bytes count once.
+        Adapters with equal weights count once.
         """
         with self._reader.connect() as connection:
             return reads.num_bytes(connection, self.viewpoint.project, key_id)
@@ -272,7 +273,7 @@ class Catalog:
             return writes.is_named(connection, digest)
 
     def recover(self, is_stored: Callable[[str], bool], is_known: Callable[[str], bool]) -> Recovered:
-        """Make the catalog and its records agree (see `adapters.catalog.recovery`). A no-op without records."""
+        """Make the database and the records agree (see `adapters.catalog.recovery`). A no-op without records."""
         if self._records is None:
             return Recovered()
         return recover(self._engine, self._records, is_stored, is_known)
@@ -291,20 +292,20 @@ class Catalog:
         return digests
 
     def _new_key(self, name: str) -> str:
-        """Return the key of a name to which a version will be added. Raise InvalidInput if the name is invalid."""
+        """Return the key of a name that gets a new version. Raise InvalidInput if the name is invalid."""
         if fault := name_fault(name):
             raise InvalidInput.of("name", fault)
         return self.viewpoint.key(name)
 
     def own_key(self, name: str) -> str:
-        """Return the key of a name that is to be changed. Raise NotFound if it belongs to another project."""
+        """Return the key of a name that is to be changed. Raise NotFound if another project owns the name."""
         key = self.viewpoint.key(name)
         if not (self.viewpoint.sees_all or self.viewpoint.owns(key)):
             raise NotFound(f"no such adapter in project {self.viewpoint.project}: {name}")
         return key
 
     def _is_visible(self, name: str) -> bool:
-        """Return whether the project may see the name. Its own names always are, even if they don't exist."""
+        """Return whether the project may see the name. It may see all its own names, even if they don't exist."""
         key = self.viewpoint.key(name)
         if self.viewpoint.sees_all or self.viewpoint.owns(key):
             return True

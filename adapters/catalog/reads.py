@@ -1,7 +1,7 @@
 """The catalog's reads: each is one statement, whose rows become plain values.
 
-A `name` here is a key (see `adapters.names`), in arguments and in results. The `show_…` functions turn results
-into what a project sees. In messages, names are as the user's project sees them.
+In arguments and results, a `name` is a key, which includes the project (see `adapters.names`). The `show_…`
+functions convert results to what a project sees. In messages, names are as the user's project sees them.
 """
 
 import re
@@ -40,7 +40,7 @@ _ALIASES = (
 
 
 def _near() -> "sa.CompoundSelect[str]":
-    """Select the project's names just before and after `name` in sorted order, and its names among `slips`.
+    """Return a query for the project's names just before and after `name` in sorted order, and among `slips`.
 
     Only public names are selected, unless `sees_private` is true.
     """
@@ -59,11 +59,11 @@ _NEAR = _near()
 
 
 _OF_PARTS = re.compile(rf"(?:(?:{NAME.pattern}/)?{NAME.pattern}@[0-9]+: )+")
-"""The beginning of a warning that was stored with a part, or with a part of a part: see `Origin.of`."""
+"""The beginning of a warning that was copied from a part, or from a part of a part: see `Origin.of`."""
 
 
 def show_version(viewpoint: Viewpoint, version: Version) -> Version:
-    """Return the version as the project sees it. How another project made a version is hidden from it."""
+    """Return the version as the project sees it. How another project made its version is hidden."""
     name, parts = viewpoint.shown(version.name), tuple(show_part(viewpoint, part) for part in version.parts)
     if viewpoint.sees_all or viewpoint.owns(version.name):
         is_same = name == version.name and parts == version.parts
@@ -91,7 +91,7 @@ def _without_parts(warning: str) -> str:
 
 
 def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]":
-    """Select the chosen names, with a row for each version, alias and part: `adapters_of` groups the rows."""
+    """Return a query for the chosen adapters: a row for each version, alias and part. See `adapters_of`."""
     aliased = sa.and_(aliases.c.name == versions.c.name, aliases.c.version == versions.c.version)
     return (
         sa.select(versions, names.c.latest, names.c.is_public, aliases.c.alias, *_PART)
@@ -104,12 +104,12 @@ def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]"
 
 
 def in_sight(viewpoint: Viewpoint) -> sa.ColumnElement[bool]:
-    """Return the condition for names of the project, or for all names if the project sees all."""
+    """Return the SQL condition for the project's names, or for all names if the viewpoint sees all."""
     return sa.true() if viewpoint.sees_all else names.c.project == viewpoint.project
 
 
 def select_listed(viewpoint: Viewpoint, after: str | None, contains: str | None, public: bool) -> "sa.Select[str]":
-    """Select the sorted keys of the adapters that the project sees, or with `public` of all public adapters.
+    """Return a query for the sorted keys of the project's adapters or, with `public`, of all public adapters.
 
     `after` and `contains` are as in `Catalog.list`.
     """
@@ -123,20 +123,20 @@ def select_listed(viewpoint: Viewpoint, after: str | None, contains: str | None,
 
 
 def _shown(viewpoint: Viewpoint) -> sa.ColumnElement[str]:
-    """Return SQL that computes `viewpoint.shown` of a key."""
+    """Return the SQL expression for a name as the viewpoint's project sees it, like `viewpoint.shown`."""
     start = sa.func.length(names.c.project) + 2
     own = sa.case((names.c.project == DEFAULT_PROJECT, names.c.name), else_=sa.func.substr(names.c.name, start))
     return sa.case((names.c.project == viewpoint.project, own), else_=names.c.project + "/" + own)
 
 
 def select_visible(name: str, viewpoint: Viewpoint) -> "sa.Select[str]":
-    """Select another project's name if the project may see it: the name is public, or the project sees all."""
+    """Return a query for a name of another project. It has no row if the viewpoint may not see the name."""
     query = sa.select(names.c.name).where(names.c.name == name)
     return query if viewpoint.sees_all else query.where(names.c.is_public)
 
 
 def select_latest() -> "sa.Select[tuple[str, datetime]]":
-    """Select each name with the time at which its latest version was created."""
+    """Return a query for all names, with the time at which the latest version was created."""
     is_latest = sa.and_(versions.c.name == names.c.name, versions.c.version == names.c.latest)
     return sa.select(names.c.name, versions.c.created_at).join(versions, is_latest).order_by(names.c.name)
 
@@ -159,13 +159,13 @@ def adapters_of(rows: Iterable[sa.RowMapping]) -> list[Adapter]:
 
 
 def select_versions(*which: sa.ColumnElement[bool]) -> "sa.Select[tuple[object, ...]]":
-    """Select versions, with a row for each part: `version_of` takes the rows of one version."""
+    """Return a query for versions, with a row for each part. `version_of` reads the rows of one version."""
     query = sa.select(versions, *_PART).where(*which).outerjoin(parts, _OF_VERSION)
     return query.order_by(versions.c.name, versions.c.version, parts.c.place)
 
 
 def version_of(rows: Sequence[sa.RowMapping]) -> Version:
-    """Return the version in the rows of one version."""
+    """Return the version in its rows, which `select_versions` or `select_adapters` selected."""
     fields = {column.name: rows[0][column.name] for column in versions.columns}
     fields |= {key: tuple(fields[key]) for key in ("target_modules", "warnings")}
     # the rows repeat each part for each alias
@@ -176,7 +176,7 @@ def version_of(rows: Sequence[sa.RowMapping]) -> Version:
 def resolve(
     connection: sa.Connection, terms: Sequence[Term], field: str, viewpoint: Viewpoint
 ) -> tuple[Part, ...]:
-    """Resolve terms as `Catalog.resolve` does."""
+    """Return the versions that the terms mean now. See `Catalog.resolve`."""
     terms = [replace(term, name=viewpoint.key(term.name)) for term in terms]
     hidden = _hidden(connection, {place: term.name for place, term in enumerate(terms)}, viewpoint)
     known = [
@@ -202,10 +202,10 @@ _T = TypeVar("_T")
 
 
 def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpoint) -> set[_T]:
-    """Return the items whose keys belong to other projects and aren't public.
+    """Return the items whose keys belong to other projects and aren't public. `keys` maps items to names' keys.
 
-    If there are keys of other projects, this takes one query. Private and missing names are treated alike, so that
-    the time of an answer doesn't reveal whether a name is private or missing.
+    This takes one query if there are keys of other projects, else none. Private and missing names are treated
+    alike, so that the time of an answer doesn't reveal whether a name is private or missing.
     """
     others = set() if viewpoint.sees_all else {key for key in keys.values() if not viewpoint.owns(key)}
     if not others:
@@ -216,7 +216,10 @@ def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpo
 
 
 def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
-    """Select what the term means: one row of (term, version, digest), or one for each part of a composition."""
+    """Return a query for what a term means: an adapter, or the parts of a composition with a row for each.
+
+    Each row has `place`, the term's index, in the column `term`.
+    """
     here = sa.literal_column(str(place), sa.Integer).label("term")
     query = sa.select(here, versions.c.version, versions.c.digest, *_PART).where(versions.c.name == term.name)
     if term.version is not None:
@@ -228,7 +231,7 @@ def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
 
 
 def why_missing(connection: sa.Connection, viewpoint: Viewpoint, *terms: Term) -> list[str]:
-    """Return one message for each missing term. The first messages suggest what was meant.
+    """Return one message for each missing term. The first few messages suggest what was meant.
 
     Other projects' private adapters count as missing. The number of queries depends neither on the number of
     adapters nor on the number of terms.
@@ -258,9 +261,9 @@ def why_missing(connection: sa.Connection, viewpoint: Viewpoint, *terms: Term) -
 
 
 def _meant(connection: sa.Connection, key: str, viewpoint: Viewpoint) -> str:
-    """Return a hint with the project's existing name that is most similar to the key's, or "" if there is none.
+    """Return a hint with the existing name of `key`'s project that is most similar, or "" if none is similar.
 
-    The candidates are the key's neighbours in sorted order, and the names from which one typo leads to the key's.
+    Candidates are the neighbours in sorted order, and the names that differ by one common typo.
     """
     project, name = split_key(key)
     values = {"name": key, "project": project, "sees_private": viewpoint.sees_all or viewpoint.owns(key)}
@@ -285,9 +288,9 @@ def _others(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str:
 
 
 def num_bytes(connection: sa.Connection, project: str, key_id: str | None) -> int:
-    """Return the bytes that the project's versions take, or only those of the versions that one API key published.
+    """Return the total size of the project's versions, or of the ones that one API key published.
 
-    Equal bytes count once.
+    Versions with equal weights count once.
     """
     query = sa.select(versions.c.digest, versions.c.bytes).distinct().join(names, names.c.name == versions.c.name)
     query = query.where(names.c.project == project)
@@ -313,7 +316,7 @@ def _part(row: sa.RowMapping, weight: float) -> Part:
 
 
 def _check_leaves(leaves: Sequence[Part], field: str) -> None:
-    """Raise InvalidInput if an expression's compositions have together too many parts, or too large weights."""
+    """Raise InvalidInput if an expression has too many parts or too large weights, compositions included."""
     if (count := len(gather(leaves))) > MAX_PARTS:
         raise InvalidInput.of(field, f"its compositions have {count} parts together, the most is {MAX_PARTS}")
     if any(abs(part.weight) > MAX_WEIGHT for part in leaves):
@@ -334,7 +337,7 @@ class NamesByDigest:
         self._reader = reader_of(engine)
 
     def __call__(self, digests: Collection[str]) -> list[str]:
-        """Return all expressions of one term that mean only these digests: names, then versions, then aliases.
+        """Return all names, versions ("name@2") and aliases ("name@alias") of adapters with these digests.
 
         The name of a composition is included if all its parts are among the digests.
         """
@@ -359,7 +362,7 @@ def _aliases() -> "sa.Select[str, str]":
 
 
 def _compositions(digests: list[str]) -> "sa.Select[str]":
-    """Select the compositions whose latest versions have only these parts, starting from the parts' index."""
+    """Return a query for the compositions whose latest versions have only parts with these digests."""
     uses = parts.alias()
     is_part = sa.and_(uses.c.part_name == versions.c.name, uses.c.part_version == versions.c.version)
     candidates = sa.select(uses.c.name).join(versions, is_part).where(versions.c.digest.in_(digests))

@@ -1,13 +1,13 @@
-"""A record of every version: small JSON files from which a lost catalog is rebuilt.
+"""Records of all versions: small JSON files from which a lost catalog is rebuilt.
 
     names/<name>/<version>.json        all that the catalog knows of the version, except aliases
-    names/<name>/next                  the name's next number, if the highest record doesn't imply it
-    projects/<project>/<name>/...      the same, of projects other than `default`
+    names/<name>/next                  the next version's number, if the highest record doesn't imply it
+    projects/<project>/<name>/...      the same files for projects other than `default`
 
-They are stored next to the adapters' bytes, below HOME/adapters, or under the same keys in a bucket. A record is
-written before its version is committed, and removed after the version's deletion is committed. So everything that
-a client was told is still true after a crash. An interrupted change may leave an extra record, which `recovery.py`
-handles. Every writer is in a transaction of the catalog, so there is one writer at a time.
+The records are stored next to the adapters' bytes, below HOME/adapters, or under the same keys in a bucket. A
+record is written before its version is committed, and removed after the version's deletion is committed. So a
+crash loses no change that was reported to a client. An interrupted change may leave an extra record, which
+`recovery.py` handles. Every writer is in a transaction of the catalog, so there is one writer at a time.
 """
 
 import json
@@ -38,7 +38,7 @@ _MAX_BYTES = 16 << 10  # about twice as much as a record of 16 parts with a job'
 class Found:
     """The content of all records. `unreadable` has the paths of damaged files, below the store's root.
 
-    `next_versions` has, by name, the lowest number that the next version may get according to the file `next`.
+    `next_versions` has, by name, the content of the file `next`: the lowest number that a new version may get.
     """
 
     versions: tuple[Version, ...]
@@ -57,22 +57,22 @@ class Records:
         self._blobs: Blobs = Directory(root) if bucket is None else bucket
 
     def reach(self, to_write: bool = True) -> None:
-        """Raise BytesUnavailable if no record can be removed now or, with `to_write`, written.
+        """Raise BytesUnavailable if records can't be removed now or, with `to_write`, can't be written.
 
-        Call it before a transaction: within one, all other writers would wait for the bucket's answer.
+        Call this before a transaction: within a transaction, all other writers would wait for the bucket's answer.
         """
         self._blobs.reach(_MAX_BYTES if to_write else 0)
 
     def write(self, version: Version) -> None:
-        """Store the version's record, and replace any older record of its number."""
+        """Store the version's record, replacing any older record with the same name and number."""
         self._blobs.put(f"{folder_of(version.name)}/{version.version}.json", encode(version))
 
     def count_up(self, name: str, number: int) -> None:
-        """Record that all version numbers of the name below `number` were given out."""
+        """Record that all version numbers of the name below `number` have been used."""
         self._blobs.put(f"{folder_of(name)}/{NEXT}", b"%d" % number)
 
     def remove(self, name: str, numbers: list[int]) -> None:
-        """Remove the versions' records, but remember that their numbers were given out."""
+        """Remove the versions' records, but remember that their numbers have been used."""
         gone, next_number = self._leaving(name, numbers)
         if next_number is not None:
             self.count_up(name, next_number)
@@ -115,10 +115,9 @@ class Records:
             self._blobs.clean(f"{folder}/")
 
     def _leaving(self, name: str, numbers: list[int]) -> tuple[list[int], int | None]:
-        """Return which of the versions have records, and the number for the file `next` to write before their
-        removal.
+        """Return which of the versions have records, and what to write to the file `next` before removing them.
 
-        The number is None if a record that stays, or the file `next`, already implies it.
+        The latter is None if the file needn't be written: a remaining record, or the file, implies the number.
         """
         files = [key.rpartition("/")[2] for key in self._blobs.keys(f"{folder_of(name)}/")]
         there = {number for file in files if (number := _number(file)) is not None}
@@ -129,7 +128,7 @@ class Records:
         return gone, None if next_number > max(gone) else max(gone) + 1
 
     def _try(self, key: str) -> bytes | None:
-        """Return the content, b"" if it can't be read, or None if the file was removed since it was listed."""
+        """Return the file's content, b"" if it can't be read, or None if the file was removed meanwhile."""
         try:
             return self._blobs.get(key)
         except Missing:
@@ -161,7 +160,7 @@ def encode(version: Version) -> bytes:
 
 
 def decode(record: bytes) -> Version:
-    """Return the version of a record. Raise ValueError, KeyError or TypeError if `encode` didn't make it."""
+    """Return the version in a record. Raise ValueError, KeyError or TypeError if the record is invalid."""
     document = json.loads(record)
     if document["format"] != FORMAT:
         raise ValueError("a format of another version of smolora")
@@ -173,13 +172,13 @@ def decode(record: bytes) -> Version:
 
 
 def folder_of(key: str) -> str:
-    """Return the path, relative to the root, of the folder with the records of a name's key."""
+    """Return the path, relative to the root, of the folder with the records of a key's versions."""
     project, name = split_key(key)
     return f"{FOLDER}/{name}" if project == DEFAULT_PROJECT else f"{PROJECTS}/{project}/{name}"
 
 
 def _place_of(key: str) -> tuple[str, int, str] | None:
-    """Return the name, the version number and `key`, or None if `key` isn't that of a record.
+    """Return the adapter's key, the version's number and `key`. Return None if `key` isn't a record's path.
 
     The number is 0 for the file `next`.
     """

@@ -28,7 +28,7 @@ router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 MAX_PAGE = 1000
 MAX_EVENTS = 10_000
 DRY_RUN_BYTES = 1 << 20
-"""The most bytes of text that a dry run tokenizes, which takes about a second of processor time."""
+"""The most bytes of text that a dry run tokenizes. This takes about a second of processor time."""
 _SSE = "text/event-stream"
 
 JobId = Annotated[str, Path(max_length=256)]
@@ -242,7 +242,7 @@ def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Re
 
 
 def check_after(jobs: Jobs, after: str) -> None:
-    """Raise InvalidInput if there is no job with the id `after`, since no page can begin after it."""
+    """Raise InvalidInput if no job has the id `after`: a page can't begin after a job that doesn't exist."""
     try:
         jobs.get(after)
     except NotFound as error:

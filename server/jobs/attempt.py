@@ -1,7 +1,7 @@
 """The worker's part of an attempt at a job: renew the lease, and read the queue's directive to the worker.
 
-It also decides when the job gives way to another project's job: after a time slice, but not before the first step.
-So each turn makes progress, however long a job takes to start.
+The worker also decides when the job gives way to another project's job: after a time slice, but not before the
+first step. So every attempt makes progress, however long a job takes to start.
 """
 
 import logging
@@ -15,9 +15,9 @@ log = logging.getLogger("smolora.worker")
 
 
 class Attempt:
-    """A claim that is being worked on.
+    """A worker's attempt at a job that it has claimed.
 
-    In a `with` statement, a thread renews the lease and reads the directive.
+    In a `with` statement, a thread renews the job's lease and reads the queue's directive to the worker.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class Attempt:
         look: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Set the times, all in seconds. A heartbeat extends the lease to `lease` from now.
+        """Set the intervals. Every `heartbeat` seconds, the lease is extended to `lease` seconds from then.
 
-        `heartbeat` is the time between two heartbeats, and `look` the time between two reads of the directive.
+        Every `look` seconds, the queue's directive is read.
         """
         self.claim = claim
         self.directive = Directive.GO_ON
@@ -59,11 +59,11 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Return how long the attempt has run; 0 before its first step."""
+        """Return the seconds since the attempt began, or 0 before its first step."""
         return self._clock() - self._began_at if self._has_stepped else 0.0
 
     def note(self, progress: Mapping[str, object] | None, metrics: Mapping[str, object] | None) -> None:
-        """Store the progress and metrics that the process has reported. Both are None before its first step."""
+        """Keep what the job's process has reported. Progress and metrics are None before its first step."""
         self.progress, self.metrics = progress, metrics
         self._has_stepped |= progress is not None
 
@@ -75,13 +75,13 @@ class Attempt:
         self._thread.join()
 
     def keep(self) -> None:
-        """Extend the lease, store the progress, and read the directive."""
+        """Extend the lease, store the job's progress and metrics, and read the queue's directive."""
         self.directive = self._leases.heartbeat(self.claim, self._lease, self.progress, self.metrics)
 
     def give_way_if_awaited(self) -> None:
-        """Make the job give way if its time slice is over and another project's job has to wait for it.
+        """Make the job give way if its time slice is over and another project's job needs its worker.
 
-        A job has to wait if one was waiting at the last call, too: an idle worker would have claimed it since.
+        Another job must wait at two calls in a row: after only one call, an idle worker may still claim it.
         """
         if not self._leases.time_slice or self.directive is not Directive.GO_ON:
             return

@@ -18,7 +18,7 @@ EventType = Literal["message", "metrics"]
 
 @dataclass(frozen=True)
 class Event:
-    """An event. `seq` counts a job's events from 1, without gaps."""
+    """An event of a job. `seq` numbers the job's events from 1, without gaps."""
 
     seq: int
     at: datetime  # in UTC
@@ -37,7 +37,7 @@ def append(
     type: EventType = "message",  # noqa: A002 as in Event and in the API
     data: Mapping[str, object] | None = None,
 ) -> None:
-    """Add an event within the caller's transaction, which must have written the job's row."""
+    """Add an event to a job within the caller's transaction, which must have written or locked the job's row."""
     mine = jobs.c.id == job_id
     connection.execute(sa.update(jobs).where(mine).values(num_events=jobs.c.num_events + 1))
     seq = connection.execute(sa.select(jobs.c.num_events).where(mine)).scalar_one()
@@ -46,7 +46,7 @@ def append(
 
 
 def without_nul(text: str) -> str:
-    """Replace NUL characters, which PostgreSQL doesn't store."""
+    """Return the text with its NUL characters replaced, since PostgreSQL can't store them."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
@@ -59,14 +59,17 @@ def read(connection: sa.Connection, job_id: str, after: int, limit: int) -> list
 
 
 def storable(document: Mapping[str, object], field: str) -> Mapping[str, object]:
-    """Return the document if every database can store its text; else raise InvalidInput, which names the field."""
+    """Return the document. Raise InvalidInput if it has NUL characters, which PostgreSQL can't store.
+
+    `field` is the document's name in the error.
+    """
     if "\\u0000" in json.dumps(document) and (place := _place_of_nul(document)) is not None:
         raise InvalidInput([FieldError((field, *place), "must not have NUL characters")])
     return document
 
 
 def _place_of_nul(value: object) -> tuple[str, ...] | None:
-    """Return the names of the fields that lead to a NUL character, or None if there is none."""
+    """Return the names of the fields that lead to the first NUL character, or None if there is no NUL."""
     if isinstance(value, str):
         return () if "\0" in value else None
     if isinstance(value, Mapping):
@@ -81,6 +84,6 @@ def _place_of_nul(value: object) -> tuple[str, ...] | None:
 
 
 def plain(document: Mapping[str, object]) -> dict[str, object]:
-    """Return a copy that JSON can represent. Raise ValueError for NaN and infinities."""
+    """Return a copy with JSON's types only. Raise ValueError if a number is NaN or infinite."""
     copy: dict[str, object] = json.loads(json.dumps(document, allow_nan=False))
     return copy

@@ -1,14 +1,14 @@
 """Jobs' files: where they are, what removes them, and how jobs move with their HOME.
 
-A job's folder is HOME/jobs/<id>/. Its rows and checkpoints are removed when the job ends, since it never runs
-again. Its model and log stay until somebody removes the job's files, or until they are old enough. Even then, the
-job's record, events and card, the versions that it published and the data sets that it used stay.
+A job's folder is HOME/jobs/<id>/. Its training rows and checkpoints are removed when the job ends, since the job
+never runs again. The model and the log stay until somebody removes the job's files, or until they are old enough.
+Even then, the job's record, events and card, the versions that it published and the data sets that it used stay.
 
 If there is a bucket, it has all of a job's files except the log, as immutable copies under `jobs/<id>`: `rows`,
 `checkpoint-<token>-<step>` and `model-<token>`. HOME then has only the files that this machine is working on.
 
-A job's files are removed after its record says so. `sweep`, `finish` and `prune` remove the files that remain if a
-process is killed in between. Several processes may do all of this concurrently.
+The database first records that a job's files are removed; then they are removed. If the process is killed in
+between, `sweep`, `finish` or `prune` removes the files later. Several processes may do this concurrently.
 """
 
 import os
@@ -50,13 +50,13 @@ _ORPHAN_SECONDS = 3600.0
 _AT_ONCE = 500  # jobs per query
 
 Statuses = Callable[[Sequence[str]], Mapping[str, Status]]
-"""Returns the statuses of jobs. Unknown jobs are left out."""
+"""A function that returns the status of each given job. Jobs that don't exist are left out."""
 
 
 class JobFiles:
     """The folders of all jobs, in one HOME and in the bucket if there is one.
 
-    Methods that use the bucket raise BytesUnavailable if that fails.
+    Methods that use the bucket raise BytesUnavailable if the bucket can't be used.
     """
 
     def __init__(self, home: Path, bucket: "Bucket | None" = None) -> None:
@@ -80,11 +80,11 @@ class JobFiles:
         return self.directory(job_id) / MODEL_NAME
 
     def keep(self, job_id: str) -> None:
-        """Upload the rows in the job's folder, if there is a bucket. Call it before the job is queued."""
+        """Upload the job's training rows, if there is a bucket. Call this before the job is queued."""
         self._copies.push(job_id, self.directory(job_id), ROWS_COPY)
 
     def fetch(self, job_id: str) -> None:
-        """Download the job's rows from the bucket unless its folder has them. Call it before an attempt."""
+        """Download the job's training rows from the bucket unless they are in its folder."""
         directory = self.directory(job_id)
         if (directory / DATA_NAME).exists():
             return
@@ -98,7 +98,7 @@ class JobFiles:
                         os.replace(Path(name) / file, directory / file)
 
     def keep_model(self, job_id: str, token: int) -> None:
-        """Upload the model that an attempt made, if there is a bucket, and then remove it from this machine."""
+        """If there is a bucket, upload the model that an attempt made, then remove the model from this machine."""
         if self._models.push(job_id, self.model(job_id), f"{MODEL_COPY}{token}") is not None:
             with suppress(OSError):  # nothing else would remove it: another machine may delete the job
                 remove_directory(self.model(job_id))
@@ -121,7 +121,7 @@ class JobFiles:
         return model
 
     def drop_rows(self, job_id: str) -> None:
-        """Remove the rows of a job that has ended, since the job never runs again."""
+        """Remove the training rows of a job that has ended, since the job never runs again."""
         self._unlink_rows(job_id)
         self._copies.remove(copy for copy in self._copies.of(job_id) if copy.id == ROWS_COPY)
 
@@ -135,7 +135,7 @@ class JobFiles:
         return sorted({path.name for path in self._root.glob("*/")}.union(self._copies.folders()))
 
     def num_bytes(self, job_id: str) -> int:
-        """Return the size of all files of the job: in the bucket, or in HOME if the bucket has none."""
+        """Return the total size of the job's files in the bucket, or in HOME if the bucket has none of them."""
         if copies := self._copies.of(job_id):
             return sum(copy.num_bytes for copy in copies)
         total = 0
@@ -145,14 +145,14 @@ class JobFiles:
         return total
 
     def remove(self, job_id: str) -> None:
-        """Remove all files of a job. Its record must say already that they are removed."""
+        """Remove all files of a job. Call `Jobs.remove_files`, which records the removal, first."""
         shutil.rmtree(self.directory(job_id), ignore_errors=True)
         self._copies.remove(self._copies.of(job_id))
 
     def sweep(self, statuses: Statuses) -> None:
-        """Do what `sweep_ended` does, and remove old folders of jobs that were never submitted, from HOME only.
+        """Call `sweep_ended`, and remove from HOME the old folders of jobs that were never submitted.
 
-        Folders with a model stay, even if the database doesn't have their jobs: it may be the wrong database.
+        Folders with a model stay even if the database doesn't have the job: it may be the wrong database.
         """
         self.sweep_ended(statuses)
         folders = self._root.glob("*/")
@@ -163,11 +163,11 @@ class JobFiles:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_ended(self, statuses: Statuses) -> None:
-        """Remove rows and checkpoints of ended jobs, and unfinished copies of their models, from HOME only.
+        """Remove the rows, checkpoints and unfinished model copies of ended jobs from HOME, not from the bucket.
 
-        Usually these files are removed when a job ends: its rows by a cancellation, its checkpoints by its worker.
-        They remain if a process was killed, or if the job ended on another machine or while no worker had it. A
-        process of an ended job may write one more checkpoint before it is killed; the next sweep removes that.
+        Usually a cancellation removes the job's rows, and the worker removes the checkpoints when the job ends.
+        These files remain if a process was killed, or if the job ended on another machine or without a worker. The
+        process of an ended job may write one more checkpoint before it is killed; the next sweep removes it.
         """
         names = [path.name for path in self._root.glob("*/") if _has_leftovers(path)]
         for job_id, status in statuses(names).items():
@@ -177,7 +177,7 @@ class JobFiles:
                 remove_abandoned(self.directory(job_id))
 
     def sweep_bucket(self, statuses: Statuses) -> None:
-        """Remove from the bucket what `sweep` removes from HOME. A single request lists all jobs."""
+        """Remove from the bucket the rows and checkpoints of ended jobs and, once old, of jobs never submitted."""
         jobs: dict[str, list[Copy]] = {}
         for copy in self._copies.all():
             jobs.setdefault(copy.folder, []).append(copy)
@@ -196,7 +196,7 @@ class JobFiles:
 
 
 def _has_leftovers(directory: Path) -> bool:
-    """Return whether the folder has any files that should be removed when its job ends."""
+    """Return whether a job's folder has files that should be removed when the job ends."""
     names = (*_ROWS, CHECKPOINTS_NAME)
     return any((directory / name).exists() for name in names) or any(directory.glob(f"{UNFINISHED}*"))
 
@@ -210,7 +210,7 @@ def _is_old(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Removal:
-    """A job whose files were removed, and their size."""
+    """A job whose files were removed (in a dry run: would be removed), and the total size of the files."""
 
     job_id: str
     num_bytes: int
@@ -226,9 +226,9 @@ class Retention:
         self._reserve = Reserve(home)
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel the job, and remove its rows.
+        """Cancel the job, and remove its training rows.
 
-        Raise NotFound if there is no such job, Conflict if it has ended.
+        Raise NotFound if there is no such job, and Conflict if it has ended.
         """
         job = self._jobs.cancel(job_id)
         with suppress(Unavailable):  # a sweep removes the rows later
@@ -240,6 +240,7 @@ class Retention:
 
         Raise NotFound if there is no such job, and Conflict if it hasn't ended.
         """
+        # Recorded first: if this process is killed after this line, `finish` removes the files.
         self._reserve.spend_on(lambda: self._jobs.remove_files(job_id))
         num_bytes = self._files.num_bytes(job_id)
         self._files.remove(job_id)
@@ -247,9 +248,9 @@ class Retention:
         return num_bytes
 
     def prune(self, before: datetime, dry_run: bool = False) -> list[Removal]:
-        """Remove the files of all jobs that ended before `before`, the oldest first. Return what was removed.
+        """Remove the files of all jobs that ended before `before`, and finish interrupted removals.
 
-        In a dry run, nothing is removed, and the result says what would be.
+        In a dry run, only return what would be removed.
         """
         unfinished = self._jobs.without_files(self._files.stored())
         removals = []
@@ -261,16 +262,16 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove ended jobs' rows and checkpoints, orphaned folders and interrupted removals' files, in HOME only.
+        """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and half-removed jobs' files.
 
-        Servers and workers both call this, since either may have a HOME that the other doesn't use.
+        Servers and workers both call this, since each may have a HOME that the other doesn't use.
         """
         self._here.sweep(self._statuses)
         for job_id in self._jobs.without_files(self._here.stored()):
             self._here.remove(job_id)
 
     def finish(self) -> None:
-        """Finish interrupted removals, sweep the bucket, and fill the reserve."""
+        """Finish interrupted removals, call `sweep_bucket`, and refill the reserve of disk space."""
         for job_id in self._jobs.without_files(self._files.stored()):
             self._files.remove(job_id)
         self._files.sweep_bucket(self._statuses)
@@ -288,7 +289,7 @@ _ENDED = [status for status in Status if status.has_ended]
 
 
 def used_by_unended(engine: sa.Engine) -> list[tuple[str, str]]:
-    """Return what unfinished jobs use, as pairs (job, digest of an adapter or id of a data set or file)."""
+    """Return (job id, used) for unfinished jobs. `used` is an adapter's digest or the id of a data set or file."""
     query = sa.select(uses.c.job_id, uses.c.used).join(jobs, jobs.c.id == uses.c.job_id)
     with engine.connect() as connection:
         found = connection.execute(query.where(jobs.c.status.not_in(_ENDED)))
@@ -303,7 +304,7 @@ def with_folders(engine: sa.Engine) -> dict[str, Status]:
 
 
 def leased(engine: sa.Engine) -> list[str]:
-    """Return the running jobs whose leases haven't expired: their workers may be alive."""
+    """Return the ids of running jobs whose leases haven't expired: their workers may be alive."""
     is_kept = sa.not_(is_over(jobs.c.lease_until, database_time()))
     query = sa.select(jobs.c.id).where(jobs.c.status == Status.RUNNING, is_kept)
     with engine.connect() as connection:
@@ -311,11 +312,11 @@ def leased(engine: sa.Engine) -> list[str]:
 
 
 def requeue_running(engine: sa.Engine, reason: str) -> list[str]:
-    """Requeue every running job of a database that was copied, and return their ids.
+    """Requeue every running job after the database was copied, and return the jobs' ids.
 
-    `reason` is the text of an event for each job. Each job can be claimed at once, whatever this machine's clock
-    says about its lease. It resumes from its newest checkpoint, and isn't charged for the time in between. If a
-    pause was requested, the job is paused instead.
+    `reason` is the text of an event for each job. The jobs can be claimed at once, whatever their leases say. A
+    job resumes from its newest checkpoint. The time until then isn't charged. If a job's pause was requested, the
+    job is paused instead.
     """
     with engine.begin() as connection:
         query = sa.select(jobs.c.id, jobs.c.wants_pause, jobs.c.stalled_attempts)

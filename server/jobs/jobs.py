@@ -1,7 +1,8 @@
-"""The client's side of the queue: submit, list and steer jobs. The worker's side is in `leases.py`.
+"""The client's side of the queue: submit, list, pause, resume and cancel jobs.
 
-A project sees only its own jobs: another project's job seems not to exist. Every write is one transaction, and
-every read one statement. `files.py` handles the files of jobs: rows, checkpoints, models and logs.
+The worker's side is in `leases.py`. A project sees only its own jobs: another project's job seems not to exist.
+Every write is one transaction, and every read one statement. `files.py` handles the jobs' files: rows,
+checkpoints, models and logs.
 """
 
 import builtins
@@ -54,7 +55,10 @@ class Jobs:
         of: Viewpoint | None = None,
         max_of_key: int | None = None,
     ) -> None:
-        """Limit unfinished jobs: a project has at most `max_unfinished`, and a viewpoint's key `max_of_key`."""
+        """Show only jobs that the viewpoint `of` may see; if it is None, show all.
+
+        A project may have at most `max_unfinished` unfinished jobs, and the viewpoint's API key `max_of_key`.
+        """
         self._engine = engine
         self._reader = reader_of(engine)
         self._max_unfinished = max_unfinished
@@ -63,7 +67,7 @@ class Jobs:
         self._mine = sa.true() if of is None or of.sees_all else jobs.c.project == of.project
 
     def of(self, viewpoint: Viewpoint, max_of_project: int | None = None, max_of_key: int | None = None) -> "Jobs":
-        """Return the jobs that a viewpoint sees, with limits on unfinished jobs of its project and of its key."""
+        """Return the jobs that the viewpoint may see, with limits on its project's and key's unfinished jobs."""
         most = self._max_unfinished if max_of_project is None else min(max_of_project, self._max_unfinished)
         return Jobs(self._engine, most, viewpoint, max_of_key)
 
@@ -78,10 +82,10 @@ class Jobs:
         body_digest: str = "",
         warnings: Iterable[str] = (),
     ) -> Job:
-        """Queue a job whose files are in place.
+        """Queue a job whose files are already in its folder.
 
         `used` are the ids of data sets and digests of adapters that must not be deleted before the job ends.
-        `warnings` become the job's first events. If the idempotency key was used before, return the job that was
+        `warnings` become events of the job. If the idempotency key was used before, return the job that was
         submitted then; the new files aren't needed. But if that request's body was different, raise InvalidInput.
         Raise QueueFull if there are too many unfinished jobs.
         """
@@ -125,9 +129,9 @@ class Jobs:
         return transact(self._engine, work)
 
     def repeated(self, idempotency_key: str | None, body_digest: str) -> Job | None:
-        """Return the job that was submitted with this idempotency key, or None.
+        """Return the job that was submitted with this idempotency key, or None if there is none.
 
-        Call it before preparing a job's files. Raise InvalidInput if that job's request body was different.
+        Call this before preparing a job's files. Raise InvalidInput if that job's request body was different.
         """
         with self._reader.connect() as connection:
             return repeated(connection, self._stored(idempotency_key), body_digest)
@@ -155,7 +159,7 @@ class Jobs:
             return [job_of(row) for row in connection.execute(query).mappings()]
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
-        """Return at most `limit` of the job's events with a number above `after`.
+        """Return at most `limit` of the job's events whose numbers are above `after`, in order.
 
         Raise NotFound if there is no such job.
         """
@@ -165,7 +169,7 @@ class Jobs:
             return job_events.read(connection, job_id, after, limit)
 
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
-        """Return the standing of each of these jobs. Jobs that don't exist are left out."""
+        """Return each job's status and number of events. Jobs that don't exist are left out."""
         query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events)
         query = query.where(jobs.c.id.in_(list(job_ids)), self._mine)
         with self._reader.connect() as connection:
@@ -181,7 +185,7 @@ class Jobs:
         return cast("Mapping[str, object] | None", row.report)
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel the job now. A worker that runs the job stops within a micro-step.
+        """Cancel the job now. If a worker runs the job, it soon kills the job's process.
 
         Raise NotFound if there is no such job, and Conflict if it has ended.
         """
@@ -191,7 +195,7 @@ class Jobs:
         return self._steer(job_id, {**moves, Status.RUNNING: (of_running, "cancelled")})
 
     def pause(self, job_id: str) -> Job:
-        """Pause the job until it is resumed. A running job finishes its micro-step first.
+        """Pause the job until it is resumed. A running job first finishes its current micro-batch.
 
         Raise NotFound if there is no such job, and Conflict if it has ended.
         """
@@ -205,7 +209,7 @@ class Jobs:
         )
 
     def resume(self, job_id: str) -> Job:
-        """Queue a paused job at its old place. If a pause of a running job was requested, cancel the pause.
+        """Requeue a paused job at its old place in the queue. If a running job was asked to pause, let it run on.
 
         Raise NotFound if there is no such job, and Conflict if it has ended.
         """
@@ -214,6 +218,7 @@ class Jobs:
             {
                 Status.QUEUED: None,
                 Status.RUNNING: ({"wants_pause": False}, "goes on"),
+                # `lease_until` may hold the delay after a crash (`Leases.crashed`), which a resumed job skips.
                 Status.PAUSED: ({"status": Status.QUEUED, "lease_until": 0.0}, "resumed"),
             },
         )
@@ -221,7 +226,7 @@ class Jobs:
     def in_use(self, used: str, project: str | None = None) -> bool:
         """Return whether an unfinished job needs `used`: a data set's id or an adapter's digest.
 
-        If `project` is given, only its jobs are considered.
+        If `project` is given, only that project's jobs are considered.
         """
         query = sa.select(uses.c.job_id).join(jobs, jobs.c.id == uses.c.job_id)
         query = query.where(uses.c.used == used, jobs.c.status.not_in(_ENDED)).limit(1)
@@ -257,12 +262,10 @@ class Jobs:
 
     @transacted
     def remove_files(self, connection: sa.Connection, job_id: str) -> None:
-        """Record that an ended job's files are removed. Call it before removing them.
+        """Record that an ended job's files are removed. Call this before removing the files.
 
-        If it is called again, the time of the first call is kept.
-
-
-        Raise NotFound, or Conflict if the job hasn't ended.
+        A second call keeps the recorded time of the first. Raise NotFound if there is no such job, and Conflict if
+        it hasn't ended.
         """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
@@ -280,7 +283,7 @@ class Jobs:
             return list(connection.execute(query.order_by(jobs.c.finished_at)).scalars())
 
     def without_files(self, job_ids: Iterable[str]) -> builtins.list[str]:
-        """Return which of these jobs have had their files removed."""
+        """Return the ids, among `job_ids`, of jobs whose files are recorded as removed."""
         query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_not(None))
         with self._reader.connect() as connection:
             found = set(connection.execute(query).scalars())
@@ -288,9 +291,9 @@ class Jobs:
 
     @transacted
     def _steer(self, connection: sa.Connection, job_id: str, moves: _Moves) -> Job:
-        """Apply the move for the job's status: change the job's row, and add the move's event.
+        """Change the job's row and add an event, as `moves` says for the job's status; None: change nothing.
 
-        Raise NotFound if there is no such job, and Conflict if there is no move for its status.
+        Raise NotFound if there is no such job, and Conflict if `moves` has no entry for its status.
         """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
@@ -309,10 +312,7 @@ class Jobs:
         return get_job(connection, job_id, self._mine)
 
     def _stored(self, idempotency_key: str | None) -> str | None:
-        """Return the stored form of an idempotency key.
-
-        It has the project's name: each project has its own keys.
-        """
+        """Return the idempotency key with the project's name in front, since each project has its own keys."""
         project = (self._of or Viewpoint()).project
         return None if idempotency_key is None else f"{project}/{idempotency_key}"
 

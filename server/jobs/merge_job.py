@@ -1,4 +1,4 @@
-"""One attempt at a merge job: load the pinned parts, merge them, and publish the result with its report.
+"""One attempt at a merge job: load the adapters, merge them, and publish the result with its report.
 
 A merge takes seconds to minutes and has no checkpoints: an interrupted attempt is repeated, and produces the same
 bytes. `run_job.py` starts the attempt and stores its failures. The report is the JSON of GET /train/{id}/report,
@@ -26,8 +26,8 @@ from server.training.run import Reporter
 class MergeFindings:
     """The results of a merge. `distance` is from `adapters.merge.distance`, or None if the exact sum is 0.
 
-    `base_digest` is the digest of the base that the parts were trained on, which may not be the served base. It is
-    None if the parts were trained on different bases.
+    `base_digest` is the digest of the base that the merged adapters were trained on, which may not be the served
+    base. It is None if they were trained on different bases.
     """
 
     adapter: PeftAdapter
@@ -39,10 +39,10 @@ class MergeFindings:
 
 
 def build_merge_report(spec: MergeSpec, base: BaseModel, found: MergeFindings) -> dict[str, object]:
-    """Return the report, JSON-ready.
+    """Return the report as a JSON-ready document.
 
-    It has the adapter's parts, the method, and the distance from the exact sum. `base_model` describes the base of
-    the parts; what isn't known of it is None. `base` is the served base, on which the merge was computed.
+    It has the merged adapters, the method, and the distance from the exact sum. Its `base_model` describes the
+    base that those adapters were trained on; unknown values are None. `base` is the served base.
     """
     weights = found.adapter.weights
     facts = AdapterFacts(weights.digest, found.adapter.config, weights.num_parameters)
@@ -74,10 +74,11 @@ def run_merge(
     reporter: Reporter,
     origin: Origin,
 ) -> None:
-    """Merge the parts and publish the result. Raise LeaseLost, CorruptAdapter, or any error of the reporter.
+    """Merge the adapters of `spec` and publish the result.
 
-    `origin` is the base of the parts when the job was submitted: the parts may have been deleted or withdrawn
-    since.
+    `origin` names the base that the adapters were trained on. It was stored when the job was submitted, since the
+    adapters may be deleted before the job ends. Raise LeaseLost if the job has ended or another worker has claimed
+    it, CorruptAdapter if an adapter's files are damaged, and any error of the reporter.
     """
     started = time.monotonic()
     adapters = []

@@ -1,4 +1,4 @@
-"""The specification of a merge job, as plain values that are stored with the job; and readers for either kind.
+"""The specification of a merge job, as plain values that are stored with the job.
 
 A stored document with `"kind": "merge"` specifies a merge, and any other document a training.
 """
@@ -13,12 +13,12 @@ from server.jobs.tables import MERGE
 from server.training.spec import JobSpec, read_document
 
 ORIGIN = "origin"
-"""The key of the parts' origin in a merge's `Job.data`. The parts may be deleted before the job ends."""
+"""The key in a merge's `Job.data` for the `Origin` of the adapters, which may be deleted before the job ends."""
 
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """An adapter to merge from others. `parts` are in the order of the expression, pinned to versions."""
+    """A merge to compute. `parts` are the adapters to merge: pinned versions, in the order of the expression."""
 
     name: str
     parts: tuple[Part, ...]
@@ -30,7 +30,7 @@ class MergeSpec:
 
     @property
     def expression(self) -> str:
-        """Return the pinned expression, such as "tweets@3*0.7+movies@2*0.3"."""
+        """Return the expression with its pinned versions, such as "tweets@3*0.7+movies@2*0.3"."""
         return render(Term(part.name, part.version, weight=part.weight) for part in self.parts)
 
     @property
@@ -50,7 +50,7 @@ class MergeSpec:
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> "MergeSpec":
-        """Convert a document from `to_document`. Raise ValueError for any other document."""
+        """Read a document that `to_document` returned. Raise ValueError for any other document."""
         recipe = {name: document.get(name) for name in Recipe.__dataclass_fields__}
         fields = {"name": document.get("name"), "parts": document.get("parts"), "recipe": recipe}
         return read_document(cls, fields)
@@ -60,10 +60,10 @@ Spec = JobSpec | MergeSpec
 
 
 def read_spec(document: Mapping[str, object]) -> Spec:
-    """Convert a document from `to_document` of either kind. Raise ValueError for any other document."""
+    """Read a document that either kind's `to_document` returned. Raise ValueError for any other document."""
     return MergeSpec.from_document(document) if document.get("kind") == MERGE else JobSpec.from_document(document)
 
 
 def read_origin(data: Mapping[str, object]) -> Origin:
-    """Return the origin in a merge's `Job.data`."""
+    """Read from a merge's `Job.data` which base the merged adapters were trained on."""
     return read_document(Origin, data[ORIGIN])

@@ -1,13 +1,13 @@
 """The channel between a worker and the process in which a job runs. Standard library only.
 
-The worker passes the assignment as the last argument, and sends two signals: SIGTERM (checkpoint and leave) and
-SIGUSR1 (the same after the current step). The process writes lines to a pipe: each line shows that the process
-makes progress, and may say how far the job is.
+The worker passes the assignment as the last argument, and sends two signals: SIGTERM (write a checkpoint and exit)
+and SIGUSR1 (the same after the current step). The process writes lines to a pipe: each line shows that the process
+makes progress, and may have the job's progress and metrics.
 
 The process's exit code says how the attempt ended. EXIT_DONE: the job's end is stored. EXIT_LEFT: the process has
-left as asked. EXIT_NO_BASE: this worker can't run any job, for a reason that the process has sent.
-EXIT_NO_DATABASE, EXIT_NO_STORE and EXIT_NO_ROOM: the database, the object store or the disk failed, for now. After
-any other code there is another attempt. The process is killed if the worker dies or loses the job.
+exited as asked. EXIT_NO_BASE: this worker can't run any job; the process has sent the reason.
+EXIT_NO_DATABASE, EXIT_NO_STORE and EXIT_NO_ROOM: the database, the object store or the disk can't be used now.
+After any other code, the job is tried again. The process is killed if the worker dies or loses the job.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ HINDRANCES = {
     EXIT_NO_STORE: "the object store can't be reached, or refuses",
     EXIT_NO_ROOM: NO_ROOM,
 }
-"""What the job's events say about a hindered attempt, by exit code."""
+"""By exit code: the text for the job's events if an attempt failed through no fault of the job."""
 
 MAX_LINE = 4096  # bytes; a write to a pipe is atomic up to this size (PIPE_BUF)
 MAX_REASON = 600  # characters; JSON encodes each in up to six bytes
@@ -62,7 +62,7 @@ MAX_REASON = 600  # characters; JSON encodes each in up to six bytes
 
 @dataclass(frozen=True)
 class Assignment:
-    """An attempt for a process to run. `settings` is the JSON of `server.config.WorkerSettings`."""
+    """One attempt at a job, assigned to a process. `settings` is the JSON of `server.config.WorkerSettings`."""
 
     job_id: str
     token: int
@@ -80,7 +80,7 @@ class Assignment:
 
 
 class WorkerLink:
-    """The process's side of the channel. Create it on the main thread at the start: it sets signal handlers."""
+    """The job process's side of the channel. Create it on the main thread at the start, to set signal handlers."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.should_leave = False
@@ -97,9 +97,9 @@ class WorkerLink:
     def beat(
         self, progress: Mapping[str, object] | None = None, metrics: Mapping[str, object] | None = None
     ) -> None:
-        """Report that there is progress. Call it at least once a micro-step.
+        """Show the worker that this process isn't hung. Call this at least once per micro-batch.
 
-        `progress` and `metrics` say how far the job is, and may be left out.
+        The job's `progress` and `metrics` may be left out.
         """
         news = {"progress": progress, "metrics": metrics}
         self._say({key: value for key, value in news.items() if value is not None})
@@ -127,7 +127,7 @@ class WorkerLink:
 
 
 class Child:
-    """The worker's side of the channel. Starts a process that runs `command` and appends its output to `log`."""
+    """The worker's side of the channel. Starts the job's process by `command`; its output is appended to `log`."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class Child:
             return None
 
     def listen(self) -> bool:
-        """Read the lines since the last call, and return whether there were any."""
+        """Read the lines that the process has written since the last call. Return whether there were any."""
         heard = b""
         try:
             while chunk := os.read(self._pipe, 1 << 16):
@@ -193,9 +193,9 @@ class Child:
         self._process.terminate()
 
     def ask_to_give_way(self) -> None:
-        """Ask the process to leave after its current step.
+        """Ask the process to exit after its current step.
 
-        Call it only after the process has reported progress: before that, the process may not handle the signal
+        Call this only after the process has reported progress: before that, the process may not handle the signal
         yet, and the signal would kill it.
         """
         self._process.send_signal(signal.SIGUSR1)

@@ -13,12 +13,12 @@ from server.jobs.tables import JobKind, Status, jobs
 from server.jobs.turns import position
 
 FINE_TUNING = "fine_tuning"
-"""The key in `Job.data` for data that only jobs created under /v1 have."""
+"""The key in `Job.data` for what is stored only with jobs that were created under /v1."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job's current state. `position` is a queued job's place, from 1, in the order of turns; else None."""
+    """A job as stored. `position` is a queued job's place in the queue, from 1; None for other jobs."""
 
     id: str
     project: str
@@ -45,20 +45,20 @@ class Job:
 
 
 class Standing(NamedTuple):
-    """A job's status and number of events. It differs after each new event and each change of status."""
+    """A job's status and number of events. Compare two to see whether the job has a new status or event."""
 
     status: Status
     num_events: int  # the last event's `seq`
 
 
 def select_jobs() -> "sa.Select[tuple[object, ...]]":
-    """Select jobs in the form that `job_of` reads."""
+    """Return a query for all jobs. `job_of` converts its rows."""
     columns = [column for column in jobs.columns if column is not jobs.c.report]
     return sa.select(*columns, position().label("position"))
 
 
 def no_job(job_id: str) -> NotFound:
-    """Return the error for an id that no job of the project has."""
+    """Return the error to raise if the project has no job with this id."""
     hint = Hint("list_jobs", "GET /train lists them")
     return NotFound(f"there is no job {job_id}: {hint}", hint=hint)
 
@@ -72,9 +72,10 @@ def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]
 
 
 def repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Job | None:
-    """Return the job that was submitted with this stored idempotency key, or None.
+    """Return the job that was submitted with this idempotency key, or None if there is none.
 
-    Raise InvalidInput if that job's request body was different.
+    `key` is in its stored form, which starts with the project's name. Raise InvalidInput if that job's
+    request body was different.
     """
     if key is None:
         return None

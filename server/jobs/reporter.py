@@ -1,4 +1,4 @@
-"""Report a job's progress while its process works: to the worker by a pipe, to clients by the database.
+"""Report a job's progress from its process: to the worker through a pipe, and to clients through the database.
 
 Also record the attempt's trace spans: loading the base, groups of steps, and the work after the steps.
 """
@@ -21,7 +21,7 @@ _MEASURES = ("train_loss", "eval_loss", "learning_rate", "gradient_norm")
 
 
 class JobTrace:
-    """The spans of one attempt. Without a tracer every method is a no-op."""
+    """The trace spans of one attempt at a job. Without a tracer, every method is a no-op."""
 
     def __init__(self, tracer: Tracer | None, job: Job, attempt: int, directory: Path) -> None:
         """Begin the trace. `directory` is the job's folder."""
@@ -44,7 +44,7 @@ class JobTrace:
 
     @contextmanager
     def attempt(self, unless: type[BaseException]) -> Iterator[None]:
-        """Record the attempt's span. It is marked as failed if the block raises anything but `unless`."""
+        """Record the block as the attempt's span. Any exception but an `unless` marks the span as failed."""
         error = None
         try:
             yield
@@ -58,7 +58,7 @@ class JobTrace:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record the block as a span."""
+        """Record the block as a span within the attempt's span."""
         start = time.time_ns()
         try:
             yield
@@ -66,7 +66,10 @@ class JobTrace:
             self._record(name, start, {})
 
     def stepped(self, measured: Mapping[str, object]) -> None:
-        """Record that a step has ended, with its measurements."""
+        """Note that a training step has ended, with its measurements.
+
+        The steps since the last span are recorded as one span after an evaluation, or after 10 s.
+        """
         if self._span is None:
             return
         step = measured["step"]
@@ -102,7 +105,7 @@ class Leave(Exception):
 class JobReporter:
     """An implementation of `run.Reporter` that writes to the worker's pipe and to the database.
 
-    `yield_or_leave` raises Leave if the worker wants the process to leave. `progress`, which is called after each
+    `yield_or_leave` raises Leave if the worker wants the process to exit. `progress`, which is called after each
     step, raises Leave if the job gives way to another project's job.
     """
 
@@ -117,7 +120,7 @@ class JobReporter:
         *,
         is_on_gpu: bool,
     ) -> None:
-        """`is_on_gpu` and the base's `num_parameters` decide how long a pass may take."""
+        """`is_on_gpu` and the base's `num_parameters` decide after how long a pass counts as hung."""
         self._link = link
         self._num_parameters = num_parameters
         self._slowest_pass = SLOWEST_PASS_ON_GPU if is_on_gpu else SLOWEST_PASS
@@ -147,7 +150,7 @@ class JobReporter:
             raise Leave
 
     def keep_progress(self) -> None:
-        """Store the progress before the job is marked as failed. Until then the worker stores it regularly."""
+        """Store the newest progress. Call this before marking a job as failed: stored progress may be older."""
         self._leases.heartbeat(self._claim, progress=self._progress, metrics=self._metrics)
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
@@ -165,7 +168,7 @@ class JobReporter:
 
 @contextmanager
 def beating(beat: Callable[[], None], seconds: float, every: float = _BEAT_SECONDS) -> Iterator[None]:
-    """Call `beat` regularly on a thread while the block runs, for blocks in which a single call takes long.
+    """Call `beat` every `every` seconds on a thread while the block runs. Use it if the block makes a long call.
 
     The thread stops after `seconds`, so that the worker notices a process that hangs in the block.
     """

@@ -67,7 +67,7 @@ log = logging.getLogger("smolora.job")
 
 
 def main(argument: str) -> int:
-    """Run the assignment, and return the exit code."""
+    """Run the attempt that `argument`, the JSON of an Assignment, describes. Return the exit code."""
     assignment = Assignment.from_argument(argument)
     settings = WorkerSettings.model_validate_json(assignment.settings)
     logs.set_up(settings.log_format, job=assignment.job_id)
@@ -144,7 +144,7 @@ def main(argument: str) -> int:
 
 
 def _seconds_of_all(num_threads: int) -> float:
-    """Return the time that this process would have taken if its threads had never waited for a core."""
+    """Return the seconds that this process would have taken so far if no thread had ever waited for a core."""
     return time.process_time() / num_threads
 
 
@@ -156,9 +156,9 @@ def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: in
 
 
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """Load the served base, and the native code if settings and machine allow it. Raise StartupError on failure.
+    """Load the served base, and its native code or None. Raise StartupError if the base can't be loaded.
 
-    A merge needs only the base's names and sizes, so its weights stay in their file.
+    A merge needs only the base's names and sizes, so the base's weights stay in their file.
     """
     try:
         directory = resolve_base(settings.model, settings.home, settings.base_dir)

@@ -1,11 +1,11 @@
-"""Start the worker processes and keep them running; and list the workers that are alive.
+"""Start worker processes, restart those that die, and list the workers that are alive.
 
 A worker that dies is started again after a delay, which doubles as long as the worker dies soon after its start.
-If a worker exited because the base can't be loaded, the delay is longer, and the jobs' events mention each
-attempt. The workers are in this process's group, and end when this process ends for any reason.
+If a worker exited because the base can't be loaded, the delay is longer, and the job's events mention each
+try. The workers are in this process's group, and end when this process ends for any reason.
 
 Each worker keeps a lock on a file of its own under HOME. The kernel releases the lock when the worker dies. So
-idle workers and workers in other containers are listed, too, and a worker that was killed disappears at once.
+the list includes idle workers and workers in other containers, and a worker that was killed leaves it at once.
 """
 
 import fcntl
@@ -46,7 +46,7 @@ def own_name() -> str:
 def present(home: Path) -> Iterator[None]:
     """List this process among the workers while the block runs.
 
-    If its file can't be made, or another worker has the same name, the worker isn't listed but works all the same.
+    If its lock file can't be created, or another worker has the same name, the process isn't listed but works.
     """
     handle = None
     with suppress(OSError):
@@ -59,7 +59,7 @@ def present(home: Path) -> Iterator[None]:
 
 
 def workers_of(home: Path) -> list[str]:
-    """Return the names of the workers that are alive, and remove the files of dead ones."""
+    """Return the names of the workers of `home` that are alive, and remove the lock files of dead workers."""
     try:
         files = sorted((home / _FOLDER).iterdir())
     except OSError:
@@ -68,9 +68,9 @@ def workers_of(home: Path) -> list[str]:
 
 
 def _locked(path: Path) -> int:
-    """Create and lock the file, and return its handle.
+    """Create and lock the file, and return its descriptor.
 
-    Raise OSError if that fails, or another process has the lock.
+    Raise OSError if that fails, or if another process has the lock.
     """
     path.parent.mkdir(mode=0o700, exist_ok=True)
     until = time.monotonic() + _PATIENCE_SECONDS
@@ -129,7 +129,7 @@ def worker_command(settings: WorkerSettings) -> list[str]:
 
 
 class Supervisor:
-    """A supervisor of `num_workers` processes that run `command`. `start` starts them."""
+    """Keeps `num_workers` processes running, each started with `command`. `start` starts them."""
 
     def __init__(
         self,
@@ -164,12 +164,12 @@ class Supervisor:
     def ask_to_stop(self) -> None:
         """Make the workers release their jobs and exit.
 
-        Those that don't exit in time are killed. Return at once.
+        Return at once. Workers that don't exit in time are killed later.
         """
         self._is_stopping.set()
 
     def hurry(self) -> None:
-        """Stop as `ask_to_stop` does, but kill the workers now."""
+        """Stop as `ask_to_stop` does, but kill the workers without waiting for them to exit."""
         self._is_hurried = True
         self.ask_to_stop()
 
@@ -193,7 +193,7 @@ class Supervisor:
 
 
 class _Slot:
-    """One worker, which is started again after it ends."""
+    """One worker process, which is restarted after it ends."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process: subprocess.Popen[bytes] | None = None

@@ -110,15 +110,15 @@ events = sa.Table(
 
 
 def kind_of(table: sa.FromClause) -> sa.ColumnElement[str]:
-    """Return the kind of a job, as a column of `jobs` or of an alias of it."""
+    """Return the SQL expression for a job's kind. `table` is `jobs` or an alias of it."""
     return sa.func.coalesce(table.c.spec["kind"].as_string(), TRAIN)
 
 
 def count_time(now: Time) -> dict[str, object]:
-    """Return the changes to a running job's row that count its time up to now.
+    """Return the values to write to a running job's row so that its time is counted up to `now`.
 
     Time counts up to the lease's end at most, since after that no worker is known to run the job. A project's
-    seconds are the maximum over its rows, so a row also counts the time of the project's other running jobs.
+    seconds are the maximum over its jobs' rows, so each row also counts the time of its other running jobs.
     """
     since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
     until = sa.case((now < lease_until, now), else_=lease_until)
@@ -131,7 +131,7 @@ def count_time(now: Time) -> dict[str, object]:
 
 
 def charge(connection: sa.Connection, job_id: str) -> None:
-    """Charge the tokens and the time in the job's row to the account of the key that submitted the job."""
+    """Charge the job's tokens and running time to the account of the API key that submitted the job."""
     columns = (jobs.c.project, jobs.c.key_id, jobs.c.name, jobs.c.progress, jobs.c.run_seconds)
     row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).one()
     adapter = key_of(row.project, row.name)

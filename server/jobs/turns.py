@@ -18,11 +18,14 @@ from server.jobs.tables import TRAIN, JobKind, Status, Time, jobs, kind_of
 LONGEST_LEASE = 300.0
 """Seconds: longer than any lease, and than any delay after a crash."""
 LEAST_SECONDS = 1.0
-"""The least that a project is charged for a turn, so that projects alternate even if their jobs take no time."""
+"""The least that a project is charged for a claim, so that projects alternate even if their jobs take no time."""
 
 
 def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
-    """Select the job whose turn is next, among those that are waiting or whose lease has expired."""
+    """Return a query for the job to claim next. If `kind` is None, jobs of every kind are considered.
+
+    A queued job can be claimed after its delay, and a running job after its lease.
+    """
     mine = _shares(now)
     columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
     query = sa.select(*columns).join(mine, _is_share_of(mine, jobs))
@@ -33,9 +36,9 @@ def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool
 
 
 def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) -> float:
-    """Return how many seconds the job's project counts as having used from this claim on.
+    """Return the seconds that count as used by the job's project once the job is claimed.
 
-    `time_slice` is in seconds.
+    The result is at most `time_slice` seconds less than the most that any project has used.
     """
     mine, other = jobs.alias(), jobs.alias()
     same = (other.c.project == mine.c.project, kind_of(other) == kind_of(mine))
@@ -46,10 +49,10 @@ def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) 
 
 
 def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
-    """Select whether this running training should give way, so that another project's job takes the worker.
+    """Return a query that says whether this running job should give way to another project's job.
 
-    It should if another project would have the next turn once this job stopped, unless enough jobs for all such
-    projects are giving way already. Merges never give way, since they have no checkpoints.
+    A training job should if another project's job would be claimed next once this job stopped, unless enough jobs
+    for all such projects give way already. Merges never give way, since they have no checkpoints.
     """
     mine, own = jobs.alias(), _shares(now)
     other, all_ = own.alias(), own.alias()
@@ -63,10 +66,10 @@ def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
 
 
 def position() -> sa.ColumnElement[int | None]:
-    """Return a queued job's place in the order of turns, from 1; null for other jobs.
+    """Return the SQL expression for a queued job's place in the queue, from 1; null for other jobs.
 
-    The place counts the project's own older queued jobs, and other projects' jobs whose turn is earlier, including
-    running jobs that have to end or give way first. A job counts once, however many turns it takes.
+    The place counts the project's own older queued jobs, and other projects' jobs that come first, including
+    running jobs that have to end or give way first. A job counts once, however often it is claimed.
     """
     place = sa.func.row_number().over(partition_by=(jobs.c.project, kind_of(jobs)), order_by=jobs.c.number)
     queued = sa.select(jobs.c.id, place.label("place")).where(jobs.c.status == Status.QUEUED).subquery()
@@ -89,12 +92,12 @@ def position() -> sa.ColumnElement[int | None]:
 
 
 def is_over(lease_until: "sa.ColumnElement[float]", now: Time) -> sa.ColumnElement[bool]:
-    """Return whether a lease that ends at `lease_until` has expired."""
+    """Return the SQL condition that a lease that ends at `lease_until` has expired."""
     return sa.or_(lease_until <= now, lease_until > now + LONGEST_LEASE)
 
 
 def _shares(now: Time | None) -> "sa.CTE":
-    """Count each project's queued and running jobs of each kind, with the seconds that it has used.
+    """Count each project's queued and running jobs of each kind, and look up the seconds that it has used.
 
     A job whose lease has expired counts as waiting. If `now` is None, leases are ignored.
     """
@@ -122,5 +125,5 @@ def _is_share_of(shares: "sa.FromClause", table: "sa.FromClause") -> sa.ColumnEl
 
 
 def _is_open(table: "sa.FromClause") -> sa.ColumnElement[bool]:
-    """Return whether a job is queued or running."""
+    """Return the SQL condition that a job is queued or running."""
     return table.c.status.in_([Status.QUEUED, Status.RUNNING])

@@ -1,16 +1,16 @@
 """The worker: claim one job after another and run each in a process of its own, which has its own memory.
 
-A worker has two lanes, one for training and one for merges. A merge takes seconds, so neither lane waits for the
-other.
+A worker has two lanes, each with its own thread: one trains and one merges, so that a merge, which takes seconds,
+never waits for a training.
 
 The worker itself stays small and never blocks. A training step may take longer than a lease, so a separate thread
-renews the lease. The worker asks the process to leave if the job is paused or the worker is stopped, and to leave
+renews the lease. The worker asks the process to exit if the job is paused or the worker is stopped, and to exit
 after its current step if the job gives way to another project's job. It kills the process if the job was cancelled
-or lost, or if the process shows no progress.
+or another worker has it, or if the process shows no progress.
 
 If the base can't be loaded, the worker exits, and jobs wait for a worker that can load it. If the database, the
 object store or this machine's disk fails, the worker requeues the job and waits. But if the disk is full and no
-other machine could have room, the job fails. Only the process contains the code for training
+other machine could have room, the job fails. Only the process loads the training code
 (`server.jobs.run_job`). The worker and the process communicate through `server.jobs.pipe`.
 """
 
@@ -80,7 +80,10 @@ class Timing:
 
 
 class Worker:
-    """One lane of a worker. The thread that calls `run` must outlive the processes; any thread may call `stop`."""
+    """Claims jobs and runs one at a time. A worker process has two, one for training and one for merges.
+
+    The thread that calls `run` must outlive the jobs' processes that it starts. Any thread may call `stop`.
+    """
 
     def __init__(
         self,
@@ -96,10 +99,10 @@ class Worker:
         bucket: "Bucket | None" = None,
         has_peers: bool = False,
     ) -> None:
-        """`command` runs a job, and gets `settings`, the JSON of WorkerSettings.
+        """`command` runs a job, and receives `settings`, the JSON of WorkerSettings.
 
-        The worker exits when the process `parent` dies. If `kind` is None, it takes jobs of every kind.
-        `has_peers`: there may be workers with other HOMEs, which may have room for a job if this HOME hasn't.
+        The worker exits when the process `parent` dies. If `kind` is None, it claims jobs of every kind. If
+        `has_peers`, workers with other HOMEs may have room for a job that doesn't fit on this worker's disk.
         """
         self._leases = leases
         self._settings = settings
@@ -121,14 +124,14 @@ class Worker:
         self._is_stopping = True
 
     def run(self) -> int:
-        """Work until stopped, or until the base can't be loaded. Return the exit code: 0 or EXIT_NO_BASE."""
+        """Run jobs until `stop` is called or the base can't be loaded. Return the exit code: 0 or EXIT_NO_BASE."""
         self._try(self._retention.sweep)
         while not self._is_stopping:
             self._try(self._work)
         return self._exit_code
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Run `work`, and log any exception: the worker survives failures of the database and the disk."""
+        """Run `work`. If it raises, log the error and wait, since the database or the disk may recover."""
         try:
             work()
         except Exception:
@@ -179,7 +182,7 @@ class Worker:
         self._conclude(attempt, reason)
 
     def _watch(self, child: Child, attempt: Attempt) -> str | None:
-        """Wait until the process exits, or kill it. Return why it failed, or None if it succeeded."""
+        """Wait for the job's process to end, or kill it. Return why the attempt failed, or None if it didn't."""
         timing = self._timing
         quiet = leaving = 0.0
         is_killed = False  # by this worker
@@ -236,7 +239,7 @@ class Worker:
         self._store(lambda: self._leases.add_event(claim, NO_BASE_EVENT, level="warning"))
 
     def _conclude(self, attempt: Attempt, reason: str | None) -> None:
-        """Store how the attempt ended, unless the process has done so, and clean up."""
+        """Store how the attempt ended, unless its process has done so, and clean up. `reason`: why it failed."""
         leases, claim = self._leases, attempt.claim
         status = leases.status(claim.job_id)
         if not attempt.is_void and status is not None and not status.has_ended:
@@ -278,7 +281,7 @@ class Worker:
 
 
 def run_worker(settings: WorkerSettings, parent: int | None = None, command: Sequence[str] = COMMAND) -> int:
-    """Run both lanes until SIGTERM or SIGINT, or until the process `parent` dies. Return the exit code.
+    """Run a worker until SIGTERM or SIGINT, or until the process `parent` dies. Return the exit code.
 
     Raise StartupError if the database or the object store can't be opened.
     """

@@ -1,6 +1,6 @@
 """Priority for serving: a file under HOME says whether requests are running, and training pauses while they are.
 
-Niceness has no effect across containers or sessions; a file on their common volume does. The file has an entry of
+Niceness has no effect across containers or sessions; a file on a shared volume does. The file has an entry of
 8 bytes for each serving process, which is written and read in one piece: a time by this machine's monotonic clock
 in ms, and the number of running sequences. An entry is ignored if it wasn't renewed for STALE_SECONDS, or if
 another machine wrote it. (Reads and writes of the page cache take 1 µs. A memory mapping would save that time, but
@@ -21,7 +21,7 @@ _RENEW_SECONDS = 0.5
 _LOOK_SECONDS = 0.02
 _MAX_WORKED_SECONDS = 30.0
 NUM_PLACES = 64
-"""Processes that may serve from one HOME at once."""
+"""The most processes that may serve from one HOME at once."""
 _FORMAT = struct.Struct("=Q")
 _COUNT_BITS = 16
 
@@ -29,12 +29,12 @@ Clock = Callable[[], float]
 
 
 class BusyFlag:
-    """The flag of one HOME, for serving and training processes."""
+    """The file under HOME with the number of sequences that each serving process is running."""
 
     def __init__(self, home: Path, clock: Clock = time.monotonic, place: int = 0) -> None:
         """Create the file if it is missing. Raise OSError if that fails.
 
-        `place`, below NUM_PLACES, is the place of this process's entry in the file.
+        `place` is the index of this process's entry in the file, below NUM_PLACES.
         """
         self._clock = clock
         self._offset = place * _FORMAT.size
@@ -42,9 +42,9 @@ class BusyFlag:
         self._last = (0, float("-inf"))  # the last value and its time
 
     def set(self, num_running: int) -> None:
-        """Set the number of running sequences.
+        """Write this process's number of running sequences if it has changed or must be renewed.
 
-        Call it often while there are any. The file is written if necessary.
+        Call this at least every STALE_SECONDS while sequences run.
         """
         now = self._clock()
         before, since = self._last
@@ -56,7 +56,7 @@ class BusyFlag:
             os.pwrite(self._file, _FORMAT.pack(int(now * 1000) << _COUNT_BITS | count), self._offset)
 
     def read(self) -> int:
-        """Return the number of running sequences."""
+        """Return the number of running sequences of all serving processes."""
         stored = os.pread(self._file, _FORMAT.size * NUM_PLACES, 0)
         now, found = self._clock(), 0
         for (value,) in _FORMAT.iter_unpack(stored[: len(stored) // _FORMAT.size * _FORMAT.size]):
@@ -83,7 +83,7 @@ class Yielding:
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Begin the first piece of work.
+        """Begin to measure this process's work.
 
         `num_running` is a BusyFlag's `read`. `work` returns the seconds that this process would have computed so
         far with the cores to itself. While requests compute on the same cores, that is less than the elapsed time.
@@ -98,9 +98,9 @@ class Yielding:
         self._debt = 0.0  # seconds to pause; below 0: seconds that requests got beyond their share
 
     def pause(self, go_on: Callable[[], bool] = lambda: True) -> float:
-        """Sleep until the work so far is `share` of the time; return the seconds slept.
+        """Sleep until this process has computed for `share` of the elapsed time. Return the seconds slept.
 
-        Call it after each micro-step. The pause ends early if no requests run, or if `go_on`, which is called
+        Call this after each micro-batch. The pause ends early if no requests run, or if `go_on`, which is called
         every few milliseconds, returns false.
         """
         start = now = self._clock()

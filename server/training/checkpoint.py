@@ -1,13 +1,13 @@
 """A job's checkpoints. Each is complete or absent, no matter when a process is killed.
 
-    <checkpoints>/<token>-<step>/   state.safetensors   masters and moments, current and of the best evaluation
+    <checkpoints>/<token>-<step>/   state.safetensors   fp32 weights, AdamW's moments, the best weights
                                     state.json          the step, the best loss, patience, measures so far
-    <checkpoints>/.unfinished-...   being written
+    <checkpoints>/.unfinished-...   a checkpoint that is being written
 
-`token` is the fencing token of the worker's claim. A worker that lost its job writes under another name than its
-successor, so it overwrites nothing. The newest checkpoint has the highest token, then the highest step. Before
-`save` writes a checkpoint, it removes the unfinished files of killed attempts. Afterwards it removes older
-checkpoints.
+`token` is the fencing token of the worker's claim. If a job is claimed again, the new worker uses other names than
+the old worker, so neither overwrites the other's files. The newest checkpoint has the highest token, then the
+highest step. `save` first removes the unfinished files of killed attempts. After writing the checkpoint, `save`
+removes older checkpoints.
 
 With a bucket, each checkpoint is also uploaded, as the copy `checkpoint-<token>-<step>` of the folder `jobs/<id>`.
 A worker on another machine can then resume from it.
@@ -46,7 +46,7 @@ log = logging.getLogger("smolora.training")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Everything that a run needs to resume. `state` is JSON. There is no random state to store."""
+    """All that a training run needs to resume. `state` is JSON. No state of a random generator is needed."""
 
     step: int
     tensors: Mapping[str, torch.Tensor]
@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one job, in a directory and in the bucket if there is one, for one fencing token."""
+    """One job's checkpoints, in a directory and in the bucket if there is one. `token` is in new ones' names."""
 
     def __init__(self, directory: Path, token: int, bucket: "Bucket | None" = None, job_id: str = "") -> None:
         """`job_id` names the job's folder in the bucket."""
@@ -64,7 +64,7 @@ class Checkpoints:
         self._job_id = job_id
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Store the checkpoint, then remove older ones. If that fails, raise OSError and leave nothing unfinished.
+        """Store the checkpoint, then remove older ones. If storing fails, raise OSError and leave no files.
 
         If the bucket can't be reached, the checkpoint stays on this machine, and training continues.
         """
@@ -90,7 +90,7 @@ class Checkpoints:
             )
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest readable checkpoint, on this machine or in the bucket, or None if there is none.
+        """Return the newest readable checkpoint of this machine and the bucket, or None if there is none.
 
         Raise BytesUnavailable if the bucket can't be reached.
         """
@@ -117,7 +117,7 @@ class Checkpoints:
         return sorted((int(match[1]), int(match[2]), path) for match, path in found if match is not None)
 
     def _uploaded(self) -> dict[tuple[int, int], Copy]:
-        """Return the complete copies in the bucket, by token and step."""
+        """Return the complete checkpoints in the bucket, by token and step."""
         found = {}
         for copy in self._copies.whole(self._job_id):
             match = (
@@ -138,7 +138,7 @@ class Checkpoints:
 
 
 def _read(place: Path, step: int) -> Checkpoint | None:
-    """Return the checkpoint of the directory, or None if it can't be read, since another worker is removing it."""
+    """Return the checkpoint in the directory, or None if it can't be read (another worker may be removing it)."""
     try:
         state = json.loads((place / STATE_NAME).read_text(encoding="utf-8"))
         return Checkpoint(step, load_file(place / _TENSORS), state)

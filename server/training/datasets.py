@@ -1,11 +1,11 @@
-"""Uploaded data sets: checked rows under an id that is derived from them.
+"""Uploaded data sets: checked rows, stored under an id that is derived from the rows.
 
     <root>/ds-<32 hex digits>/rows.jsonl      a line of canonical JSON for each row
                               dataset.json    counts, dates, the digest of all rows
 
 The id contains the first digits of the digest of all rows, in order. So uploading the same rows again, even in
-another format, gives the same data set, with the facts of the first upload. `delete` doesn't check whether a job
-uses the data set: callers must check that.
+another format, gives the same data set, with the metadata of the first upload. `delete` doesn't check whether a
+job uses the data set: callers must check that.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class CorruptDataset(SmoloraError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """The facts of a data set. `bytes`, `format` and `filename` are those of the first upload.
+    """A data set's metadata. `bytes`, `format` and `filename` describe the first upload of these rows.
 
     Rows are stored as JSON, which may take several times as many bytes as the upload's CSV.
     """
@@ -67,21 +67,21 @@ class Dataset:
 
     @property
     def stored_bytes(self) -> int:
-        """The size of the rows as stored, or of the upload if that is unknown."""
+        """The size of the rows as stored; if it is unknown, the size of the upload."""
         return self.bytes if self.rows_bytes is None else self.rows_bytes
 
     def to_document(self) -> dict[str, object]:
-        """Return the facts as JSON values."""
+        """Return the metadata as a JSON-ready document."""
         return asdict(self) | {"created_at": self.created_at.isoformat(), "kinds": dict(self.kinds)}
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> Self:
-        """Return the facts that `to_document` wrote. Raise ValueError if they are malformed."""
+        """Read a document that `to_document` returned. Raise ValueError if it is malformed."""
         return read_document(cls, document)
 
 
 def no_dataset() -> NotFound:
-    """Return the error for an id that no data set of the project has."""
+    """Return the error to raise if the project has no data set with the requested id."""
     hint = Hint("list_datasets", "GET /datasets lists them")
     return NotFound(f"no data set has this id: {hint}", hint=hint)
 
@@ -114,8 +114,9 @@ class DatasetStore(RecordStore[Dataset]):
         """Check all rows and store them. The format follows from the file name's ending.
 
         Notes on the rows are added to `notes`. The stored rows may take at most `max_bytes`. `grown` is called
-        every 16 MiB and at the end, with the number of bytes so far, and may raise. Raise InvalidInput with the
-        lines and fields at fault, or OSError if the disk is full. If anything raises, nothing is stored.
+        every 16 MiB and at the end, with the number of bytes so far, and may raise. Raise InvalidInput, with the
+        lines and fields at fault, if rows are invalid, and OSError if the disk is full. After any error, nothing
+        is stored.
         """
         file_format = format_of(filename)
         notes = notes or RowNotes()
@@ -162,7 +163,7 @@ class DatasetStore(RecordStore[Dataset]):
                 unfinished.unlink(missing_ok=True)
 
     def rows(self, dataset_id: str) -> CanonicalRows:
-        """Return the rows in order. Raise NotFound, or CorruptDataset if they don't match their digest."""
+        """Return the rows in order. Raise NotFound if the id is unknown, CorruptDataset if rows are damaged."""
         return CanonicalRows(self.lines(dataset_id))
 
     def lines(self, dataset_id: str) -> Iterator[bytes]:
@@ -173,9 +174,9 @@ class DatasetStore(RecordStore[Dataset]):
         return _checked_lines(partial(self._open, dataset_id, ROWS), self.get(dataset_id))
 
     def verify(self, dataset_id: str) -> Dataset:
-        """Read all rows, compare them with their digest, and return the data set's facts.
+        """Compare all rows with their digest, and return the data set's metadata.
 
-        Raise NotFound, or CorruptDataset if the rows don't match.
+        Raise NotFound if there is no such data set, and CorruptDataset if the rows don't match.
         """
         dataset = self.get(dataset_id)
         try:

@@ -1,8 +1,9 @@
-"""Dropout of A's inputs: masks that follow from names, computed in native code or in torch, with the same bits.
+"""Dropout of the inputs of LoRA's matrix A. Masks are hashes, with equal bits in native code and in torch.
 
-A token's key follows from the seed, the step, its row of the data and its position. A mask follows from the key,
-the layer, the group and the feature, by the hash of `kernels/dropout.h`. So masks don't depend on packing,
-threads, processors or earlier steps, and there is no random state to store.
+A token's key is a hash of the seed, the step, the token's training row and its position. Whether a feature is kept
+is a hash of the key, the layer, the group of modules that read the same input, and the feature
+(`kernels/dropout.h`). So masks don't depend on packing, threads, processors or earlier steps, and no state of a
+random generator is stored.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from server.model.native.training import place_of
 from server.model.rank_rows import GroupKey
 
 RowName = tuple[int, int, int]
-"""(seed, step, row of the data)."""
+"""(seed, step, index of the training row): identifies a row's dropout in one step."""
 
 
 def hash_name(*name: int | str) -> int:
@@ -31,9 +32,10 @@ def hash_name(*name: int | str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """The inputs of A in one layer: their number in each group, and the counters of their hashes, int32.
+    """How masks for A's inputs in one layer are computed.
 
-    A hash decides two inputs. The groups' hashes follow each other.
+    `sizes` are the input features of each group of modules that read the same input. `counters` (int32) has a
+    number for each hash, group after group. A hash decides two features.
     """
 
     layer: int
@@ -51,7 +53,7 @@ class LayerInputs:
 
 
 class Dropout:
-    """Dropout in one micro-batch, of the texts `rows` with `lengths` tokens.
+    """Dropout in one micro-batch. It has the training rows `rows`, whose texts have `lengths` tokens.
 
     Each input is dropped with `probability`, rounded to a multiple of 1 / DROPOUT_SHARES. Kept inputs are
     multiplied by `factor` (inverted dropout: Srivastava et al. 2014). Modules that read the same input share a
@@ -66,7 +68,7 @@ class Dropout:
         self._hashes: dict[GroupKey, torch.Tensor] = {}
 
     def kept(self, inputs: LayerInputs, group: str) -> torch.Tensor:
-        """Return the mask (tokens, in) of a group's kept inputs, on the device of `inputs`.
+        """Return the mask (tokens, in features) for the inputs of a group of modules: true if an input is kept.
 
         The hashes of all of a layer's groups are computed at once, since a GPU computes them in less time than it
         takes to start an operation.
@@ -81,7 +83,7 @@ class Dropout:
         return kept.flatten(1)[:, : inputs.sizes[group]]
 
     def _hash(self, inputs: LayerInputs) -> dict[GroupKey, torch.Tensor]:
-        """Return the hashes (tokens, ⌈in / 2⌉) of each group's inputs."""
+        """Return the hashes (tokens, ⌈in features / 2⌉) for the inputs of each group of modules in the layer."""
         if not self._halves:
             keys = torch.from_numpy(self.keys.view(np.int32).reshape(-1, 2))  # the lower half first
             self._halves = to_device(keys, inputs.counters.device).split(1, 1)
@@ -107,8 +109,7 @@ def _fold_halves(x: torch.Tensor) -> None:
 
 
 def _token_keys(rows: Sequence[RowName], lengths: Sequence[int]) -> npt.NDArray[np.uint64]:
-    """Return a key for each token. A row's keys are the numbers of SplitMix64 (Steele et al. 2014) from the row's
-    own state."""
+    """Return a key for each token: the outputs of SplitMix64 (Steele et al. 2014), seeded for each row."""
     states = np.array([hash_name("dropout", *row) for row in rows], dtype=np.uint64)
     counts = np.concatenate([np.arange(1, length + 1, dtype=np.uint64) for length in lengths])
     z = np.repeat(states, lengths) + counts * 0x9E3779B97F4A7C15

@@ -44,7 +44,7 @@ class CorruptFile(SmoloraError):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """The facts of a file. `format` is that of its rows."""
+    """A file's metadata. `format` is the format of the file's rows."""
 
     id: str
     filename: str
@@ -56,12 +56,12 @@ class StoredFile:
     key_id: str | None = None  # the API key that uploaded it, or whose job made it
 
     def to_document(self) -> dict[str, object]:
-        """Return the facts as JSON values."""
+        """Return the metadata as a JSON-ready document."""
         return asdict(self) | {"created_at": self.created_at.isoformat()}
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> Self:
-        """Return the facts that `to_document` wrote. Raise ValueError if they are malformed."""
+        """Read a document that `to_document` returned. Raise ValueError if it is malformed."""
         return read_document(cls, document)
 
 
@@ -85,10 +85,10 @@ class FileStore(RecordStore[StoredFile]):
         self._key_id = key_id
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
-        """Store an upload of rows to train on. It is read as CSV if the name ends in .csv, else as JSONL.
+        """Store an upload of training rows. It is read as CSV if the name ends in .csv, else as JSONL.
 
-        Raise InvalidInput with the lines and fields at fault, or OSError if the disk is full. If anything raises,
-        nothing is stored.
+        Raise InvalidInput, with the lines and fields at fault, if rows are invalid, and OSError if the disk is
+        full. After any error, nothing is stored.
         """
         name = short_name(filename) or "rows.jsonl"
         file_format: Format = "csv" if name.lower().endswith(".csv") else "jsonl"
@@ -122,7 +122,7 @@ class FileStore(RecordStore[StoredFile]):
         return self.get(file_id)
 
     def open(self, file_id: str) -> BinaryIO:
-        """Open the file's content, which stays readable if the file is deleted. Raise NotFound if it's missing."""
+        """Open the content, which stays readable if the file is deleted. Raise NotFound if it doesn't exist."""
         try:
             return self._open(file_id, CONTENT)
         except FileNotFoundError:
@@ -140,7 +140,7 @@ class FileStore(RecordStore[StoredFile]):
         return _checked_rows(self.open(file_id), file, notes)
 
     def verify(self, file_id: str) -> None:
-        """Compare all bytes with their digest. Raise NotFound, or CorruptFile if they don't match."""
+        """Raise NotFound if there is no such file, and CorruptFile if its bytes don't match their digest."""
         file = self.get(file_id)
         try:
             is_whole = self._digest(file_id, CONTENT) == file.sha256
@@ -151,7 +151,7 @@ class FileStore(RecordStore[StoredFile]):
 
 
 class RowSources:
-    """Rows of uploaded files and of data sets, by id."""
+    """The uploaded files and data sets of one project, whose rows are found by id."""
 
     def __init__(self, datasets: DatasetStore, files: FileStore) -> None:
         self.datasets = datasets
@@ -166,8 +166,9 @@ class RowSources:
         )
 
     def rows(self, source_id: str, notes: RowNotes | None = None) -> CanonicalRows:
-        """Return the rows in order, and add notes on them to `notes`: of a data set, only the upload's mapping.
+        """Return the rows of a file or data set, in order.
 
+        For a file, notes on its rows are added to `notes`; for a data set, only the `mapping` of its upload.
         Raise NotFound if there is no such file or data set, and CorruptDataset or CorruptFile if it is damaged.
         """
         if source_id.startswith(PREFIX):
@@ -179,7 +180,7 @@ class RowSources:
 
 
 def results_id(job_id: str) -> str:
-    """Return the id of the file that a job's results are stored as."""
+    """Return the id of the file with the job's results."""
     return f"{PREFIX}{job_id}"
 
 
@@ -195,7 +196,7 @@ def _checked_rows(content: BinaryIO, file: StoredFile, notes: RowNotes | None) -
 
 
 def checked_uploads(storage: Storage) -> Iterator[tuple[str, str | None]]:
-    """Verify every data set and file. Yield its path below HOME, and its fault with a remedy, or None if intact.
+    """Verify every data set and file. Yield (path below HOME, fault with a remedy, or None if intact) for each.
 
     All bytes are read, from this machine or from the bucket.
     """

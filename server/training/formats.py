@@ -4,7 +4,8 @@
     sharegpt  {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
     trl       {"prompt": [turns], "completion": [turns]}
 
-`rows.py` checks the turns. Rows of the first two may have `system`; Alpaca's also `history`, in pairs of turns.
+`rows.py` checks the turns. Alpaca and ShareGPT rows may have `system`. Alpaca rows may have `history`, a list of
+(instruction, output) pairs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ MEANINGS: Mapping[RowFormat, str] = {
     "sharegpt": "ShareGPT's: human is the user, gpt the assistant",
     "trl": "TRL's conversations: only the completion's turns are trained on",
 }
-"""How rows of each format are read, for messages."""
+"""How rows of each format are read, in words for users."""
 ALPACA = ("instruction", "output")
 CONVERSATIONS = "conversations"
 _PAIR = ("prompt", "completion")
@@ -33,9 +34,10 @@ Location = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's turns, as `messages` has them, and the location of each turn in the row as it was given.
+    """A row in another trainer's format: its turns as `messages` would have them, and where each turn was.
 
-    `fields` are the format's fields. The last one is at fault if the turns as a whole are.
+    `locations` are the turns' places in the original row. `fields` are the format's fields; an error about all
+    turns names the last one.
     """
 
     format: RowFormat
@@ -44,7 +46,7 @@ class Conversation:
     fields: Sequence[str]
 
     def located(self, fault: FieldError) -> FieldError:
-        """Return a fault of `messages` with its location in the row as it was given."""
+        """Return the error with its location in the original row. `fault` has a location in `messages`."""
         _, *rest = fault.loc
         if not rest:
             return FieldError((self.fields[-1],), fault.message)
@@ -59,9 +61,10 @@ class Conversation:
 
 
 def format_of_fields(given: set[str]) -> RowFormat | None:
-    """Return the format of a row with these fields, or None if it has another. TRL's has ours, so it isn't found.
+    """Return "alpaca" or "sharegpt" if a row with these fields has that format, else None.
 
-    Fields of ours take precedence, except `text`: tables with a conversation have it as the rendered text.
+    Rows with `prompt`, `completion` or `messages` have smolora's format or TRL's. `text` is ignored, since tables
+    of conversations often have it as the rendered text.
     """
     if given.isdisjoint((*_PAIR, "messages")):
         if given.issuperset(ALPACA):
@@ -74,7 +77,7 @@ def format_of_fields(given: set[str]) -> RowFormat | None:
 def read_conversation(row: Mapping[object, object]) -> Conversation | None:
     """Return the conversation of a row in another trainer's format, or None for any other row.
 
-    Raise InvalidInput if fields have other types than the format's. The turns' own faults are left to the caller.
+    Raise InvalidInput if the format's fields have wrong types. The caller checks the turns themselves.
     """
     if all(isinstance(row.get(name), list) for name in _PAIR):
         return _trl(row)
@@ -104,7 +107,7 @@ def _alpaca(row: Mapping[object, object]) -> Conversation:
 
 
 def _asked(row: Mapping[object, object]) -> object:
-    """Return the content of an Alpaca row's last question."""
+    """Return the content of an Alpaca row's last user turn: the instruction and the input."""
     if not row.get("input"):
         return row["instruction"]
     parts = {name: row[name] for name in ("instruction", "input")}

@@ -1,7 +1,7 @@
-"""Forward, loss and backward of a micro-batch: the `Pass` protocol, in torch (any device) and in native code.
+"""The forward pass, loss and backward pass of a micro-batch, in torch (any device) and in native code.
 
 A micro-batch is a flat batch of whole examples, one after the other. Each example attends causally to itself alone
-(a block-diagonal mask) and its positions start at 0, so its loss doesn't depend on the examples next to it.
+(a block-diagonal mask), and its positions start at 0. So its loss doesn't depend on the other examples.
 """
 
 import ctypes
@@ -26,12 +26,12 @@ from server.training.trained_rows import TrainedGroup, TrainedRows
 CHUNK = 256
 """The number of tokens whose logits are in memory at one time."""
 TILE, GPU_TILE = 128, 1024
-"""The number of queries in a tile of attention. A batch of up to twice as many queries is one tile. A GPU's
-tiles are larger, since computing masked scores is cheaper there than starting another tile."""
+"""The number of queries in a tile of attention. A batch of up to twice as many queries is one tile. A GPU has
+larger tiles, since it computes masked scores in less time than it takes to start another tile."""
 
 
 def max_tokens(device: torch.device) -> int:
-    """Return the most tokens of a micro-batch, unless a single example has more. A higher limit saves no time."""
+    """Return the most tokens of a micro-batch, unless one example is longer. A higher limit saves no time."""
     return 512 if device.type == "cpu" else 4096
 
 
@@ -71,7 +71,7 @@ class Measured:
 
 
 class Pass(Protocol):
-    """Computation of a trainable's gradients and losses. Tests compare other implementations with `TorchPass`."""
+    """Computes gradients and losses in training. Tests compare other implementations with `TorchPass`."""
 
     @property
     def computed_by(self) -> str:
@@ -79,25 +79,25 @@ class Pass(Protocol):
         ...
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Return the final hidden states (tokens, hidden)."""
+        """Return the hidden states (tokens, hidden size) after the last norm."""
         ...
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to the trainable's gradients.
+        """Add `factor` times the gradients of the batch's summed loss to the trained parameters' gradients.
 
         Return the summed loss in nats.
         """
         ...
 
     def measure(self, batch: MicroBatch) -> Measured:
-        """Compute losses without gradients."""
+        """Return the targets' losses and the number of right predictions, without computing gradients."""
         ...
 
 
 class TorchPass:
     """A pass by torch's autograd, on any device.
 
-    `collect` is called after each backward pass, to add up the gradients of the leaf tensors.
+    `collect` is called after each backward pass. It must add up and reset the gradients of the leaf tensors.
     """
 
     def __init__(self, model: SmolLM, adapters: Adapters, collect: Callable[[], None]) -> None:
@@ -139,9 +139,10 @@ class TorchPass:
 
 
 class NativePass:
-    """A pass in native code. It reads the leaf tensors of `rows` in place; their row unit must be `ROW_UNIT`.
+    """A pass in native code, which reads the adapter's tensors in `rows` in place.
 
-    In full fine-tuning `rows` is empty, and gradients of the base's weights are added to `d_weights`.
+    `rows` must be made with `row_unit=ROW_UNIT`. In full fine-tuning it is empty, and the gradients of the base's
+    weights are added to `d_weights`.
     """
 
     def __init__(
@@ -182,8 +183,10 @@ class NativePass:
         return Measured(losses.tolist(), int((likeliest == targets).sum()))
 
     def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
-        """Return the final hidden states (tokens, hidden). With `has_backward`, keep what the backward pass
-        needs."""
+        """Return the hidden states (tokens, hidden size) after the last norm.
+
+        If `has_backward`, the values that the backward pass needs are kept.
+        """
         dropout = self._rows.dropout
         return self._training.forward(
             torch.tensor(batch.token_ids, dtype=torch.int64),
@@ -213,7 +216,7 @@ def _native(group: TrainedGroup) -> NativeGroup:
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """Some queries and all keys that any of them attends to."""
+    """Some queries, and all keys that any of these queries attends to."""
 
     queries: slice
     keys: slice
@@ -221,13 +224,13 @@ class _Tile:
 
 
 class PackedAttention:
-    """`smollm.Attention` for texts of `lengths` tokens (1 or more), in order, in one flat batch.
+    """An implementation of `smollm.Attention` for a flat batch of texts with `lengths` tokens (1 or more each).
 
     The batch is cut into tiles of queries. A tile's queries are multiplied by the keys from the start of the
-    tile's first text to the tile's end. So there are few products of a suitable size, and the mask discards few
-    scores. The backward pass recomputes a tile's weights, so that only q, k and v are kept.
+    tile's first text to the tile's end. So there are few, large products, and the mask discards few
+    scores. The backward pass recomputes a tile's attention weights, so that only q, k and v are kept.
 
-    Differentiable once. `positions` (tokens,) are the positions that the forward pass needs.
+    The result is differentiable once. `positions` (tokens,) are each token's position in its text.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -245,7 +248,7 @@ class PackedAttention:
         ]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return a tensor like q (tokens, heads, head_dim); k and v are (tokens, kv_heads, head_dim)."""
+        """Return the output, shaped like q (tokens, heads, head_dim). k and v are (tokens, kv_heads, head_dim)."""
         return apply(_Attend, q, k, v, self._tiles)
 
     @staticmethod
@@ -257,7 +260,7 @@ class PackedAttention:
 
 
 class _Attend(torch.autograd.Function):
-    """softmax(q kᵀ / √head_dim) v, tile by tile. The heads of a group count as more queries of its kv head.
+    """Computes softmax(q kᵀ / √head_dim) v, tile by tile. Heads that share a kv head become further queries of it.
 
     The division by √head_dim is applied to k.
     """
@@ -299,7 +302,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, tile: _Tile) -> torch.Tensor:
-    """Return softmax(q kᵀ) (kv_heads, …, the tile's keys), for q as `_grouped` returns it."""
+    """Return a tile's masked softmax(q kᵀ), shaped (kv_heads, rows of q, keys). q is from `_grouped`."""
     scores = torch.bmm(q, k[:, tile.keys].transpose(1, 2))
     scores.view(-1, *tile.bias.shape).add_(tile.bias.to(scores.dtype))
     return scores.softmax(-1)
@@ -317,7 +320,7 @@ def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def _ungroup(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the inverse of `_grouped` to out (queries, heads, head_dim)."""
+    """Undo `_grouped`: write x to `out` (queries, heads, head_dim)."""
     queries, heads, dim = out.shape
     out.copy_(x.view(heads, queries, dim).transpose(0, 1))
 
@@ -325,10 +328,11 @@ def _ungroup(x: torch.Tensor, out: torch.Tensor) -> None:
 def cross_entropy_sum(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the summed cross-entropy (nats, an fp32 scalar) of targets (tokens,) under softmax(hidden · headᵀ).
 
-    hidden (tokens, hidden size), head (vocab, hidden size). Differentiable once, in hidden and head.
+    The shapes are hidden (tokens, hidden size) and head (vocab, hidden size). The result is differentiable once,
+    in hidden and head.
 
-    Logits of a vocabulary of 49,152 take 200 KB a token in fp32. They are computed for `CHUNK` tokens at a time,
-    with their gradient, so that only a tensor of the size of the hidden states is kept for the backward pass.
+    Logits of a vocabulary of 49,152 take 200 KB per token in fp32. Logits and their gradients are computed for
+    `CHUNK` tokens at a time, so that the backward pass needs only a tensor of the size of `hidden`.
     """
     return apply(_CrossEntropySum, hidden, head, targets)
 

@@ -1,4 +1,4 @@
-"""The common part of the stores of data sets and of files: folders by id, each with a record in JSON."""
+"""The base class of the stores of data sets and of files: a folder for each id, with a metadata record in JSON."""
 
 import builtins
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger("smolora.training")
 
 
 class StoredRecord(Protocol):
-    """The fields that every record has."""
+    """The metadata fields that data sets and files have in common."""
 
     @property
     def id(self) -> str: ...
@@ -32,10 +32,10 @@ R = TypeVar("R", bound=StoredRecord)
 
 
 class RecordStore(Generic[R]):
-    """Records under one root, or in a bucket. Thread-safe; several processes may use one root.
+    """Data sets or files under one root, or in a bucket. Thread-safe; several processes may use one root.
 
-    With a bucket, all methods raise BytesUnavailable if it can't be reached, and the root has only the files that
-    are being written or read.
+    With a bucket, all methods raise BytesUnavailable if the bucket can't be reached, and the root has only files
+    that are being written or read.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RecordStore(Generic[R]):
         """Open the store; `root` needn't exist yet.
 
         `ids` matches valid ids. `decode` turns the JSON of the file `file_name` into a record, or raises
-        ValueError. `missing` returns the error for an unknown id; `corrupt` is the error's type for a damaged
+        ValueError. `missing` returns the error for an unknown id. `corrupt` is the type of error for a damaged
         record.
         """
         self._folders = Folders(root, file_name) if bucket is None else BucketFolders(root, file_name, bucket)
@@ -63,7 +63,7 @@ class RecordStore(Generic[R]):
         self._logged: set[str] = set()  # ids of damaged records that have been logged
 
     def get(self, record_id: str) -> R:
-        """Return the record. Raise NotFound, or the error for damaged records."""
+        """Return the record. Raise NotFound if it doesn't exist, CorruptDataset or CorruptFile if it's damaged."""
         record = self._find(record_id)
         if record is None:
             raise self._missing()
@@ -74,7 +74,7 @@ class RecordStore(Generic[R]):
         return self._folders.has(self._checked(record_id))
 
     def present(self, record_ids: set[str]) -> set[str]:
-        """Return the ids in `record_ids` for which `has` is true."""
+        """Return the ids, among `record_ids`, of records that exist, even if they are damaged."""
         return self._folders.present(record_ids)
 
     def ids(self) -> set[str]:
@@ -82,7 +82,7 @@ class RecordStore(Generic[R]):
         return set(filter(self._ids.fullmatch, self._folders.all()))
 
     def list(self) -> builtins.list[R]:
-        """Return all records that can be read, newest first. Damaged ones are logged once."""
+        """Return all intact records, newest first. Each damaged record is logged once."""
         found = []
         for record_id, read in self._folders.all().items():
             if not self._ids.fullmatch(record_id):
@@ -110,24 +110,26 @@ class RecordStore(Generic[R]):
         self._folders.clean()
 
     def _new(self, record_id: str) -> AbstractContextManager[Path]:
-        """Yield a directory to fill. When the block ends, store it, unless the record exists by then."""
+        """Yield a directory to fill. When the block ends, store the directory unless the record exists by then."""
         return self._folders.new(self._checked(record_id))
 
     def _renewed(self, record_id: str) -> AbstractContextManager[Path]:
-        """Yield a directory to fill. When the block ends, its files replace a damaged record's. Raise OSError if
-        that fails."""
+        """Yield a directory to fill. When the block ends, the directory replaces the damaged record's.
+
+        Raise OSError if that fails.
+        """
         return self._folders.renewed(self._checked(record_id))
 
     def _open(self, record_id: str, name: str) -> BinaryIO:
-        """Open one of the record's files, which stays readable if it is deleted. Raise FileNotFoundError."""
+        """Open a file of the record, which stays readable if deleted. Raise FileNotFoundError if it's missing."""
         return self._folders.open(self._checked(record_id), name)
 
     def _digest(self, record_id: str, name: str) -> str:
-        """Return the SHA-256 of one of the record's files. Raise FileNotFoundError or another OSError."""
+        """Return the SHA-256 of one of the record's files. Raise OSError if the file is missing or unreadable."""
         return self._folders.digest(self._checked(record_id), name)
 
     def _find(self, record_id: str) -> R | None:
-        """Return the record, or None. Raise NotFound if the id is malformed."""
+        """Return the record, or None if it doesn't exist. Raise NotFound if the id is malformed."""
         return self._decoded(record_id, partial(self._folders.read, self._checked(record_id)))
 
     def _checked(self, record_id: str) -> str:
@@ -136,7 +138,7 @@ class RecordStore(Generic[R]):
         return record_id
 
     def _decoded(self, record_id: str, read: Read) -> R | None:
-        """Return the record, or None if it was deleted meanwhile."""
+        """Return the record that `read` reads, or None if it was deleted meanwhile."""
         try:
             return self._decode(read())
         except FileNotFoundError:

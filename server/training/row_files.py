@@ -1,8 +1,8 @@
 """Readers of uploaded files of rows: JSONL, or CSV with column names in the first line.
 
 A file is read line by line and never held in memory as a whole. A line (in CSV, a record) has at most `MAX_LINE`
-bytes, a file at most `MAX_LINES` lines, including blank ones. Reading ends after `MAX_FAULTS` faults, or when the
-faulty lines together exceed `MAX_LINE` characters. Each fault names the field, and the line where its record
+bytes. A file has at most `MAX_LINES` lines, including blank ones. Reading ends after `MAX_FAULTS` errors, or when
+the invalid lines together exceed `MAX_LINE` characters. Each error names the field, and the line where its record
 begins.
 """
 
@@ -48,11 +48,11 @@ _BEGINNINGS = {
 _ARRAY = re.compile(r"\s*\[\s*(\{|$)")  # of objects
 _OF_ARRAY = f"begins an array, but each line must be a row: {_ENDINGS['json']}"
 FILE = "file"
-"""The location of faults that belong to no field. It is also the name of an upload's form field."""
+"""The location of errors that belong to no field. It is also the name of an upload's form field."""
 
 
 def format_of(filename: str) -> Format:
-    """Return the format by the name's ending. Raise InvalidInput on `file` if it is unknown."""
+    """Return the format that the name's ending says. Raise InvalidInput if the ending is unknown."""
     ending = PurePath(filename).suffix.lower().removeprefix(".")
     for known in get_args(Format):
         if ending == known:
@@ -70,7 +70,7 @@ def short_name(filename: str) -> str:
 def read_rows(stream: BinaryIO, file_format: Format, notes: RowNotes | None = None) -> Iterator[Row]:
     """Yield the rows of a file, and add notes on them to `notes`.
 
-    If the file has faults, raise InvalidInput, but only after collecting them: valid rows after the first fault
+    If the file has errors, raise InvalidInput, but only after collecting them: valid rows after the first error
     are still yielded. So don't use any row before the iterator has ended.
     """
     return read_jsonl(stream, notes) if file_format == "jsonl" else read_csv(stream, notes)
@@ -126,7 +126,7 @@ def read_csv(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]:
 
 
 def _header_fault(names: Sequence[str]) -> str | None:
-    """Return what is wrong with the column names, or None. They need exactly one shape's columns, each once."""
+    """Return what is wrong with a CSV file's column names, or None. They must fit exactly one kind of row."""
     needed = {name for shape in FIELDS for name in shape}
     found = format_of_fields(set(names))
     if found is not None:
@@ -146,7 +146,7 @@ def _header_fault(names: Sequence[str]) -> str | None:
 
 
 def _renaming(names: Sequence[str]) -> str:
-    """Return the names of these columns, and advice on renaming them."""
+    """Return text that lists the unsuitable columns and advises how to rename them."""
     if len(names) == 2:
         return f"; to learn {shown(names[1])} from {shown(names[0])}, name these columns completion and prompt"
     listed = ", ".join(map(shown, names[:MAX_NAMED]))
@@ -155,7 +155,7 @@ def _renaming(names: Sequence[str]) -> str:
 
 
 def _begins_array_of_rows(line: str) -> bool:
-    """Return whether a file with this first line seems to be an array of rows, not of turns."""
+    """Return whether a file with this first line seems to be a JSON array of rows."""
     if not _ARRAY.match(line):
         return False
     try:
@@ -166,7 +166,7 @@ def _begins_array_of_rows(line: str) -> bool:
 
 
 def _json(text: str, field: str) -> object:
-    """Parse JSON. Raise InvalidInput on `field` if it is malformed."""
+    """Parse JSON. Raise InvalidInput, which names `field`, if the text is malformed."""
     try:
         return strict_json.parse(text)
     except strict_json.BadJsonError as error:
@@ -174,15 +174,14 @@ def _json(text: str, field: str) -> object:
 
 
 class _Faults:
-    """The faults found in a file so far."""
+    """The errors found in a file so far."""
 
     def __init__(self) -> None:
         self._found: list[FieldError] = []
         self._length = 0
 
     def add(self, line: int, error: InvalidInput, length: int = 0) -> None:
-        """Add the faults of a line of `length` characters. At a limit, raise InvalidInput with all faults so
-        far."""
+        """Add the errors of a line of `length` characters. At a limit, raise InvalidInput with all errors."""
         self._length += length
         for fault in error.errors:
             if fault.loc == (FILE,):
@@ -195,7 +194,7 @@ class _Faults:
             raise InvalidInput([*self._found[:MAX_FAULTS], more])
 
     def stop(self, line: int, message: str) -> NoReturn:
-        """Raise InvalidInput with this fault and all earlier ones, since the rest of the file can't be read."""
+        """Raise InvalidInput with this error and all earlier ones, since the rest of the file can't be read."""
         self.add(line, InvalidInput.of(FILE, message))
         raise InvalidInput(self._found)
 
@@ -205,13 +204,13 @@ class _Faults:
 
 
 class _Lines:
-    """A file's lines as text, with line breaks. Faulty lines are skipped; with `stops`, the first ends reading."""
+    """A file's lines as text, with line breaks. Invalid lines are skipped or, with `stops`, end the reading."""
 
     def __init__(self, stream: BinaryIO, faults: _Faults, stops: bool = False) -> None:
         self.number = 0
         """The number of the line that was read last."""
         self.first = 1
-        """The number of the first line of the record that `begin_record` started."""
+        """The line number, from 1, where the record begins that `begin_record` started."""
         self._num_blank = 0
         self._record_bytes = 0
         self._stream = stream
@@ -260,7 +259,7 @@ class _Lines:
         return self.number == self._num_blank + 1
 
     def begin_record(self) -> None:
-        """Start a record at the next line, and count its bytes from there."""
+        """Start a record at the next line, and count the record's bytes from there."""
         self.first = self.number + 1
         self._record_bytes = 0
 

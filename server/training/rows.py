@@ -1,4 +1,4 @@
-"""Rows of training data: their three shapes, canonical JSON, rows in memory, and the split for validation.
+"""Rows of training data: their three kinds, canonical JSON, rows in memory, and the split for validation.
 
     {"prompt": "…", "completion": "…"}      trained on the completion
     {"messages": [{"role", "content"}, …]}  trained on the assistant's turns, except for turns with "weight" 0
@@ -27,10 +27,10 @@ from server.training.formats import MEANINGS, Conversation, RowFormat, read_conv
 ROLES = ("system", "user", "assistant")
 MAX_TURNS = 1024
 MAX_FAULTS = 8
-"""The most faults of one row that are reported."""
+"""The most errors of one row that are reported."""
 SHAPES = "a row has prompt and completion, or messages, or text"
 FIELDS = (("prompt", "completion"), ("messages",), ("text",))
-"""The fields of each shape. A row has the fields of exactly one shape."""
+"""The fields of each kind of row. A row has the fields of exactly one kind."""
 _KNOWN = tuple(name for shape in FIELDS for name in shape)
 _COMPARED = 64  # the most unknown names that are compared with known ones
 MAX_NAMED = 8
@@ -41,7 +41,7 @@ _ANSWERS = frozenset({"answer", "category", "class", "label", "labels", "output"
 """Names of fields that may be meant as completions."""
 DEFAULT_SHARE = 0.1
 MIN_ROWS = 20
-"""With at least this many rows, `DEFAULT_SHARE` is held out unless the request says otherwise."""
+"""Of at least this many rows, `DEFAULT_SHARE` is held out for validation unless the request says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CompletionRow:
 
 @dataclass(frozen=True)
 class MessagesRow:
-    """A conversation that ends with a turn of the assistant. None of the assistant's turns is empty.
+    """A conversation that ends with a turn of the assistant. The assistant's turns aren't empty.
 
     `untrained` are the indices of the assistant's turns that aren't trained on: those with weight 0, as in
     OpenAI's fine-tuning. At least one turn is trained on.
@@ -88,14 +88,14 @@ class RowNotes:
 
     def __init__(self) -> None:
         self.mapping: RowFormat | None = None
-        """The format of the first row that has another trainer's."""
+        """The format of the first row in another trainer's format, or None if there is no such row."""
         self._formats: dict[RowFormat, None] = {}
         self._ignored: Counter[str] = Counter()
         self._num_others = 0
         self._answer: str | None = None
 
     def ignore(self, name: str, beside_text: bool = False) -> None:
-        """Count an ignored field of one row, which may be a row of `text`."""
+        """Count an ignored field of one row. `beside_text` says whether the row has a field `text`."""
         if name in self._ignored or len(self._ignored) < MAX_NAMED:
             self._ignored[name] += 1
         else:
@@ -104,12 +104,12 @@ class RowNotes:
             self._answer = name
 
     def converted(self, row_format: RowFormat) -> None:
-        """Note a row of another trainer's format."""
+        """Note that a row in another trainer's format was read."""
         self.mapping = self.mapping or row_format
         self._formats[row_format] = None
 
     def warnings(self) -> list[str]:
-        """Return a warning of one line about each kind of note."""
+        """Return the warnings for the user, one line each."""
         found = [f"rows were read as {MEANINGS[row_format]}" for row_format in self._formats]
         fields = [f"{shown(name)} in {plural(number, 'row')}" for name, number in self._ignored.items()]
         if self._num_others:
@@ -122,14 +122,14 @@ class RowNotes:
 
 
 def kind_of(row: Row) -> Kind:
-    """Return the name of the row's shape."""
+    """Return the row's kind."""
     if isinstance(row, CompletionRow):
         return "completion"
     return "messages" if isinstance(row, MessagesRow) else "text"
 
 
 def question_of(row: Row) -> tuple[str | tuple[ChatMessage, ...], str] | None:
-    """Return (a row's prompt or turns, the answer that is trained on), or None if nothing precedes an answer."""
+    """Return (prompt or earlier turns, last answer that is trained on), or None for a row of `text`."""
     if isinstance(row, CompletionRow):
         return row.prompt, row.completion
     if isinstance(row, MessagesRow) and (last := max(set(row.assistant) - row.untrained)):
@@ -138,11 +138,11 @@ def question_of(row: Row) -> tuple[str | tuple[ChatMessage, ...], str] | None:
 
 
 def parse_row(value: object, notes: RowNotes | None = None) -> Row:
-    """Make a row from parsed JSON. Raise InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
+    """Make a row from parsed JSON. Raise InvalidInput, with up to `MAX_FAULTS` errors, if the row is invalid.
 
-    No message quotes a row's text. Fields that belong to no shape, such as ids and labels, are skipped and
-    counted in `notes`. Null is ignored in fields of another shape and in optional fields of turns, since rows
-    from a table have null there.
+    No message quotes a row's text. Unknown fields, such as ids and labels, are skipped and counted in `notes`.
+    Null is ignored in fields of another kind of row and in optional fields of turns, since rows from a table have
+    null there.
     """
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
@@ -196,33 +196,33 @@ def canonical_json(row: Row) -> bytes:
 
 
 def misspelt(strange: Sequence[str], name: str) -> str | None:
-    """Return the name in `strange` that is probably a misspelling of `name`, or None."""
+    """Return the name in `strange` that is probably a misspelling of `name`, or None if there is none."""
     return near(name, [other for other in strange[:_COMPARED] if len(other) <= MAX_NAME])
 
 
 def shown(name: str) -> str:
-    """Return a field's name as messages can quote it: cut, encodable as UTF-8, and not empty."""
+    """Return a field's name so that messages can quote it: cut if long, encodable as UTF-8, and not empty."""
     return name[:MAX_NAME].encode("utf-8", "backslashreplace").decode() or "(no name)"
 
 
 class CanonicalRows(Sequence[Row]):
     """Immutable rows, stored as canonical JSON and parsed on access.
 
-    This saves memory: Python stores a text with any character beyond Unicode's first 65,536 in four bytes a
-    character. It also saves time: splitting and hashing need no parsing, so they hold the GIL a tenth as long.
+    This saves memory: Python needs four bytes per character for a text with any character beyond U+FFFF. It also
+    saves time: splitting and hashing need no parsing, so they hold the GIL a tenth as long.
     """
 
     def __init__(self, lines: Iterable[bytes] = ()) -> None:
-        """Take lines that `canonical_json` made."""
+        """Make rows of lines that `canonical_json` returned."""
         self._lines: Sequence[bytes] = list(lines)
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Self:
-        """Return these rows as `CanonicalRows`."""
+        """Convert rows to `CanonicalRows`."""
         return cls(map(canonical_json, rows))
 
     def chosen(self, is_chosen: Iterable[bool]) -> Self:
-        """Return the rows whose flag is true, in their order, without copying their bytes."""
+        """Return the rows whose flag in `is_chosen` is true, in order. The rows' bytes aren't copied."""
         return type(self)(compress(self._lines, is_chosen))
 
     def kinds(self) -> dict[str, int]:
@@ -235,7 +235,7 @@ class CanonicalRows(Sequence[Row]):
         return [hashlib.sha256(line).digest() for line in self._lines]
 
     def digest(self) -> str:
-        """Return the SHA-256, in hexadecimal, of all lines in their order, each with a line feed."""
+        """Return the SHA-256, in hexadecimal, of all rows' lines in order, each followed by a line feed."""
         digest = hashlib.sha256()
         for line in self._lines:
             digest.update(line + b"\n")
@@ -262,7 +262,7 @@ def _parsed(line: bytes) -> Row:
 
 
 def default_share(num_rows: int) -> float:
-    """Return the share of rows that is held out by default."""
+    """Return the share of rows that is held out for validation by default."""
     return DEFAULT_SHARE if num_rows >= MIN_ROWS else 0.0
 
 
@@ -270,9 +270,9 @@ def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, Canonica
     """Split rows into (train, validation), both in the given order, with no row in both.
 
     A row is held out if the SHA-256 of its canonical JSON, read as a number, is below share · 2²⁵⁶. So the same
-    row is always on the same side, whatever other rows there are. Each side gets at least one row with its
-    duplicates, though: the one with the smallest hash is held out, and the one with the largest is trained on. A
-    share of 0 holds out none. Raise InvalidInput on `validation` if all rows are equal.
+    row is always on the same side, whatever other rows there are. There are two exceptions, so that no side is
+    empty: the row with the smallest hash is held out, and the row with the largest hash is trained on. A share of
+    0 holds out no rows. Raise InvalidInput on `validation` if all rows are equal or the share is invalid.
     """
     if not 0 <= share < 1 or not math.isfinite(share):
         raise InvalidInput.of("validation", "a share is at least 0 and below 1")
@@ -295,7 +295,7 @@ def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:
 
 
 def _nothing_known(strange: Sequence[str]) -> FieldError:
-    """Return the fault of a row that has none of the fields of the three kinds of rows."""
+    """Return the error for a row that has no known field. `strange` are the row's fields."""
     name = next((name for name in _KNOWN if misspelt(strange, name)), None)
     said = _hint(name, strange) if name else f": {SHAPES}{_instead(strange)}"
     return FieldError((name or _KNOWN[0],), f"is missing{said}")
@@ -307,7 +307,7 @@ def _hint(name: str, strange: Sequence[str]) -> str:
 
 
 def _instead(strange: Sequence[str]) -> str:
-    """Return a hint that lists the row's unknown fields, since rows for other trainers use other names."""
+    """Return a hint that lists the row's unknown fields, or "" if there are none."""
     return f"; this one has {', '.join(map(shown, strange[:MAX_NAMED]))}" if strange else ""
 
 
@@ -371,14 +371,14 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 
 
 def _field_fault(value: object) -> str | None:
-    """Return the fault of a text field, or None. Rows for other trainers may have a conversation in it."""
+    """Return what is wrong with a text field, or None. In other trainers' rows it may be a list of turns."""
     if isinstance(value, list):
         return "must be a text: turns go into messages, or into both prompt and completion"
     return _text_fault(value)
 
 
 def _content_fault(content: object, *, may_be_empty: bool) -> str | None:
-    """Return the fault of a turn's text or text parts, or None."""
+    """Return what is wrong with a turn's text or text parts, or None if nothing is."""
     try:
         return _text_fault(joined_parts(content), may_be_empty)
     except ValueError as error:
@@ -386,7 +386,7 @@ def _content_fault(content: object, *, may_be_empty: bool) -> str | None:
 
 
 def _text_fault(value: object, may_be_empty: bool = False) -> str | None:
-    """Return the fault of a text, or None."""
+    """Return what is wrong with a text, or None if nothing is."""
     if not isinstance(value, str):
         return "must be a text"
     if not value and not may_be_empty:
@@ -399,5 +399,5 @@ def _text_fault(value: object, may_be_empty: bool = False) -> str | None:
 
 
 def _turn(turn: ChatMessage, is_untrained: bool) -> dict[str, object]:
-    """Return a turn's canonical form. A weight of 1 is the default and left out, so equivalent rows are equal."""
+    """Return a turn as canonical JSON has it: without the default weight, so that equivalent rows are equal."""
     return {"role": turn.role, "content": turn.content} | ({"weight": 0} if is_untrained else {})

@@ -1,4 +1,4 @@
-"""The two implementations of `trainer.Trainable`: an adapter's rows, and every weight of a copy of the base."""
+"""The implementations of `trainer.Trainable`: a LoRA adapter, and every weight of a copy of the base."""
 
 import ctypes
 import dataclasses
@@ -16,7 +16,7 @@ from server.training.trained_rows import TrainedRows
 
 
 class TrainableRows:
-    """An adapter on a frozen base. `passes` computes its gradients and losses; None selects torch."""
+    """A LoRA adapter in training on a frozen base. `passes` computes gradients and losses; None selects torch."""
 
     def __init__(
         self, base: BaseModel, rows: TrainedRows, *, max_length: int, dropout: float, passes: Pass | None = None
@@ -98,7 +98,7 @@ class TrainableModel:
 
     @property
     def undecayed(self) -> Sequence[slice]:
-        """The gains of the norms, as in transformers' Trainer: pulling them towards 0 has no benefit."""
+        """The slices of `masters` with the norms' gains, which aren't decayed, as in transformers' Trainer."""
         stretches, end = [], 0
         for name, tensor in self.weights.tensors():
             start, end = end, end + tensor.numel()
@@ -120,10 +120,10 @@ class TrainableModel:
         """Do nothing: full fine-tuning has no dropout."""
 
     def end_step(self) -> None:
-        """Do nothing."""
+        """Do nothing: full fine-tuning has no dropout."""
 
     def tuned(self, base: BaseModel) -> BaseModel:
-        """Return the base with the current weights, which aren't copied."""
+        """Return the fine-tuned model: the base with the current weights, which aren't copied."""
         return dataclasses.replace(base, weights=self.weights)
 
     def _torch_pass(self) -> Pass:
@@ -145,7 +145,7 @@ class TrainableModel:
 
 
 def _views(weights: BaseWeights, flat: torch.Tensor) -> BaseWeights:
-    """Return tensors shaped like those of `weights`, as views of `flat` in order; a tied head stays tied."""
+    """Return views of `flat`, in order, with the names and shapes of `weights`. A tied head stays tied."""
     sizes = [tensor.numel() for _, tensor in weights.tensors()]
     found = {
         name: piece.view(tensor.shape)

@@ -1,9 +1,9 @@
 """The training loop's arithmetic: one optimizer step after another, each determined by the step's number alone.
 
-The rows and dropout masks of a step follow from (seed, epoch, step), so there is no random state to carry over: a
-run that resumes from a checkpoint ends in the same bytes as an uninterrupted run. A step's rows are packed into
-micro-batches by their lengths. The loss is the sum over all counted tokens of the step divided by their number,
-however the rows are packed. Jobs, checkpoints on disk and evaluation are left to the callers.
+The rows and dropout masks of a step depend only on (seed, epoch, step). So a run that resumes from a checkpoint
+ends in the same bytes as an uninterrupted run, and no state of a random generator is stored. A step's rows are
+packed into micro-batches by length. The loss is the mean over the step's target tokens, however the rows are
+packed. The callers handle jobs, checkpoint files and evaluation.
 """
 
 import math
@@ -26,18 +26,21 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class TrainingDiverged(SmoloraError):
-    """The loss or a weight isn't a finite number: nothing of this run is worth publishing."""
+    """The loss, a gradient or a weight isn't a finite number, so the run has no useful result."""
 
     @classmethod
     def found(cls, what: str, spec: TrainingSpec) -> Self:
-        """Return the error for `what`, with advice on the job's settings."""
+        """Return an error whose message says `what` and advises which settings to change."""
         return cls(
             f"{what}: lower training.learning_rate (now {spec.learning_rate:g}) or raise training.warmup_ratio"
         )
 
 
 class Trainable(Protocol):
-    """Parameters in training: flat fp32 masters and gradients, and a model that reads copies of the masters."""
+    """Parameters in training.
+
+    `masters` are the fp32 weights and `gradients` their gradients, both flat. The model reads copies of `masters`.
+    """
 
     @property
     def masters(self) -> torch.Tensor: ...
@@ -50,11 +53,11 @@ class Trainable(Protocol):
 
     @property
     def has_own_threads(self) -> bool:
-        """Whether the trainable computes in its own threads, so that torch needs only one."""
+        """Whether passes run in native threads, so that torch needs only one thread."""
         ...
 
     def refresh(self) -> None:
-        """Copy the masters to the tensors that the forward pass reads."""
+        """Copy `masters` to the tensors that the forward pass reads."""
         ...
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
@@ -62,7 +65,7 @@ class Trainable(Protocol):
         ...
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Prepare dropout for a forward pass over these rows of the data."""
+        """Prepare dropout for a forward pass over these training rows, which have `lengths` tokens."""
         ...
 
     def end_step(self) -> None:
@@ -72,7 +75,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step. The loss is in nats per counted token, of the weights before the step."""
+    """The result of one optimizer step. `loss` is in nats per target token, with the weights before the step."""
 
     step: int  # counted from 1
     loss: float
@@ -83,7 +86,7 @@ class StepResult:
 
 
 class Trainer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over one trainable and encoded rows."""
+    """Trains `trainable` on encoded rows, by AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
     def __init__(self, trainable: Trainable, examples: Sequence[Example], spec: TrainingSpec) -> None:
         if not examples:
@@ -100,7 +103,7 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        """The number of passes over the data so far."""
+        """The number of passes over the data so far, such as 1.5."""
         return self.step / self._steps_per_epoch
 
     def run_step(
@@ -110,7 +113,7 @@ class Trainer:
     ) -> StepResult:
         """Run one optimizer step. Raise TrainingDiverged if the loss or a gradient isn't finite.
 
-        `yield_or_leave` is called before each micro-batch; if it raises, the step has changed nothing. Each
+        `yield_or_leave` is called before each micro-batch; if it raises, no weight has changed. Each
         micro-batch runs within the context manager `computing(number of tokens)`.
         """
         with _one_torch_thread() if self.trainable.has_own_threads else nullcontext():
@@ -145,11 +148,11 @@ class Trainer:
         return StepResult(self.step, loss, rate, norm, num_tokens, time.perf_counter() - started - paused)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that determine the rest of the run: masters and AdamW's moments (not copies)."""
+        """Return the tensors to store in a checkpoint: fp32 weights and AdamW's moments. They aren't copies."""
         return {"masters": self.trainable.masters, "mean": self._mean, "square": self._square}
 
     def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Resume from `state` after `step` optimizer steps."""
+        """Resume from tensors that `state` returned after `step` optimizer steps."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.step = step
@@ -170,7 +173,7 @@ class Trainer:
         return sum(len(self._examples[row].token_ids) for row in rows)
 
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the rows of each micro-batch."""
+        """Split a step's rows into micro-batches, and yield the rows of each."""
         lengths = [len(self._examples[row].token_ids) for row in rows]
         capacity = max_tokens(self.trainable.masters.device)
         bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
@@ -178,7 +181,7 @@ class Trainer:
             yield [rows[i] for i in members]
 
     def _backward(self, rows: Sequence[int], num_targets: int) -> float:
-        """Add the gradients of the rows' share of the step's loss; return that share."""
+        """Run one micro-batch forward and backward, and return its share of the step's loss."""
         batch = MicroBatch.of([self._examples[row] for row in rows])
         self.trainable.begin_micro_batch(self.spec.seed, self.step, rows, batch.lengths)
         return self.trainable.accumulate(batch, 1 / num_targets) / num_targets
@@ -219,7 +222,7 @@ class Trainer:
 
 
 def _by_decay(trainable: Trainable, decay: float) -> list[tuple[float, list[slice]]]:
-    """Return (weight decay, slices of the masters) pairs that cover all masters."""
+    """Split all fp32 weights by their weight decay, and return pairs (weight decay, slices of `masters`)."""
     undecayed = list(trainable.undecayed)
     if not undecayed or not decay:
         return [(decay, [slice(None)])]
@@ -230,7 +233,7 @@ def _by_decay(trainable: Trainable, decay: float) -> list[tuple[float, list[slic
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Limit torch to one thread during a block: idle threads would spin on cores that others need."""
+    """Limit torch to one thread during the block: torch's idle threads would spin on cores that are needed."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -240,7 +243,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def shuffled(num_rows: int, seed: int, epoch: int) -> list[int]:
-    """Return the order of rows in an epoch."""
+    """Return the order of the rows in an epoch, as shuffled indices."""
     order = list(range(num_rows))
     random.Random(f"smolora/{seed}/{epoch}").shuffle(order)
     return order
@@ -267,9 +270,9 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: Schedule, 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack `lengths` into bins of at most `capacity`. Return each bin's indices; a longer item has its own bin.
 
-    First-fit decreasing: longest first, equal lengths in their order, each into the first bin with room. It takes
-    O(n log n) time, and at most 11/9 of the minimum number of bins, plus 6/9 (Dósa 2007). Lengths and capacity are
-    at least 1.
+    The method is first-fit decreasing: longest first, equal lengths in their order, each into the first bin with
+    room. It takes O(n log n) time, and at most 11/9 of the minimum number of bins, plus 6/9 (Dósa 2007). Lengths
+    and capacity must be at least 1.
     """
     assert capacity >= 1, "a bin must hold something"
     assert min(lengths, default=1) >= 1, "every row has a token"
@@ -285,14 +288,14 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class _Room:
-    """The room left in each of `num_bins` bins: a tree of maxima, to find the first bin with enough room fast."""
+    """The room left in each of `num_bins` bins: a tree of maxima that finds the first bin with enough room."""
 
     def __init__(self, num_bins: int, capacity: int) -> None:
         self._first_leaf = 1 << max(0, num_bins - 1).bit_length()
         self._most = [capacity] * (2 * self._first_leaf)  # the maximum of node i, whose children are 2i and 2i + 1
 
     def take_first(self, needed: int) -> int:
-        """Take `needed` from the first bin that has enough room, and return its index. Some bin must have it."""
+        """Take `needed` from the first bin with enough room, and return the bin's index. There must be one."""
         node = 1
         while node < self._first_leaf:
             node = 2 * node + (self._most[2 * node] < needed)

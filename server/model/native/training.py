@@ -1,4 +1,4 @@
-"""The native forward and backward pass of a training batch: passes tensors to `train.cpp`.
+"""The forward and backward pass of training in native code: hands tensors to `train.cpp`.
 
 These passes compute what `SmolLM.forward` computes with `PackedAttention` and `TrainedRows`, and its gradients.
 Operands of products are bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32
@@ -24,7 +24,7 @@ from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
 
 @dataclass(frozen=True)
 class NativeRows:
-    """A module's rows in its group: a `TrainModule`."""
+    """Where one module's rows are in the tensors of its group, the modules that read the same input."""
 
     row: int
     num_rows: int  # a multiple of ROW_UNIT
@@ -39,7 +39,11 @@ class NativeRows:
 
 @dataclass(frozen=True, eq=False)
 class NativeGroup:
-    """One layer's group, in bf16: a (rows, in) includes scalings; b (rows, out) is zero outside of its modules."""
+    """LoRA weights, in bf16, of one layer's modules that read the same input.
+
+    `a` (rows, in features) includes the scalings. In `b` (rows, out features of all modules), a
+    row is zero except in the features of its own module.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -48,8 +52,11 @@ class NativeGroup:
 
 @dataclass(frozen=True, eq=False)
 class NativeDropout:
-    """Dropout of A's inputs: a key for each token (None: no dropout), how many of 65,536 features are dropped, and
-    what kept features are multiplied by."""
+    """Dropout of the inputs of LoRA's A.
+
+    `keys` has a number for each token; None means no dropout. On average, `num_dropped` of 65,536 features are
+    dropped. Kept features are multiplied by `factor`.
+    """
 
     keys: npt.NDArray[np.uint64] | None = None
     num_dropped: int = 0
@@ -57,7 +64,7 @@ class NativeDropout:
 
 
 class NativeTraining:
-    """The native passes that train an adapter, or the base itself. One thread at a time may call them."""
+    """Native passes that train an adapter, or the base itself. Only one thread at a time may call the methods."""
 
     def __init__(
         self,
@@ -71,14 +78,14 @@ class NativeTraining:
         gradients: torch.Tensor | None = None,
         d_weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Keep weights and groups, which are read in place. Raise NativeUnavailable if the base isn't supported.
+        """Keep `weights` and `groups`, which native code reads in place.
 
-        The gradients of A and B are added to `gradients`, fp32 and flat (None if there are no groups). The
+        The gradients of A and B are added to `gradients`, fp32 and flat (None if there are no groups). The base
         weights' gradients are added to `d_weights`, fp32 tensors by the names of `weights.tensors()`. If
-        `d_weights` is None, the base is frozen.
+        `d_weights` is None, the base is frozen. Raise NativeUnavailable if native code doesn't support the base.
 
-        All methods raise MemoryError, and ValueError for an access out of bounds. They can be called again after
-        either error.
+        All methods raise MemoryError if memory runs out, and ValueError if an access would be out of bounds. After
+        such an error, methods can be called again.
         """
         check_base(config, weights)
         self._library = library
@@ -111,9 +118,9 @@ class NativeTraining:
         *,
         has_backward: bool = True,
     ) -> torch.Tensor:
-        """Return the final hidden states (tokens, hidden), bf16, of successive texts of `lengths` tokens.
+        """Return the hidden states (tokens, hidden size) after the last norm, bf16, of texts of `lengths` tokens.
 
-        Without `has_backward` nothing is saved, and no `backward` may follow.
+        If `has_backward` is false, nothing is saved for the backward pass, and `backward` can't be called.
         """
         self._num_tokens = 0
         token_ids = token_ids.contiguous()
@@ -143,8 +150,10 @@ class NativeTraining:
         return hidden
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
-        """Return the summed cross-entropy (nats) of targets (rows,) under softmax(hidden · headᵀ), and `factor`
-        times its gradient in hidden (rows, hidden size), bf16. The head's gradient is added to `d_weights`.
+        """Return the summed cross-entropy of `targets` in nats, and `factor` times its gradient in `hidden`.
+
+        The prediction for targets (rows,) is softmax(hidden · headᵀ). `hidden` and the gradient are bf16 of shape
+        (rows, hidden size). The head's gradient is added to `d_weights`.
         """
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
@@ -164,8 +173,7 @@ class NativeTraining:
         return loss.value, d_hidden
 
     def measure(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each row's cross-entropy (`loss` returns the sum), in fp64, and each row's likeliest token,
-        int64."""
+        """Return each row's cross-entropy in fp64 (`loss` returns the sum) and its likeliest token (int64)."""
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
         self._check_ids(targets)
@@ -182,15 +190,17 @@ class NativeTraining:
         return losses, likeliest
 
     def backward(self, d_hidden: torch.Tensor) -> None:
-        """Add all gradients except the head's, given the gradient of the last `forward`'s result. After each
-        `forward`, this may be called once."""
+        """Add all gradients except the head's to `gradients` and `d_weights`. Call this once after a `forward`.
+
+        `d_hidden` is the gradient of the loss in the result of `forward`.
+        """
         d_hidden = d_hidden.contiguous()
         self._check_hidden(d_hidden, self._num_tokens)
         call(self._library.smolora_training_backward, self._training, d_hidden.data_ptr())
         self._num_tokens, self._inputs = 0, ()
 
     def take_phases(self, *, count: bool = True) -> dict[str, float]:
-        """Return the seconds of each of TRAIN_PHASES since the last call, like `NativeModel.take_phases`."""
+        """Return the seconds spent in each of TRAIN_PHASES since the last call of this method."""
         return take_phases(self._library.smolora_training_phases, self._training, TRAIN_PHASES, count)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
@@ -203,7 +213,7 @@ class NativeTraining:
 
 
 def _gradients(weights: BaseWeights, d_weights: Mapping[str, torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Return the gradients' addresses in the order of `tensor_names`. Raise ValueError for wrong tensors."""
+    """Return the gradients' addresses in the order of `tensor_names`. Raise ValueError if a tensor doesn't fit."""
     for name, tensor in weights.tensors():
         d = d_weights[name]
         if d.shape != tensor.shape or d.dtype is not torch.float32 or not d.is_contiguous():
@@ -213,7 +223,7 @@ def _gradients(weights: BaseWeights, d_weights: Mapping[str, torch.Tensor]) -> c
 
 
 def place_of(key: GroupKey) -> int:
-    """Return a group's place among the groups of all layers."""
+    """Return the index of one layer's group of modules (a key of `GROUPS`) among the groups of all layers."""
     layer, group = key
     return layer * len(GROUPS) + tuple(GROUPS).index(group)
 
@@ -231,7 +241,7 @@ def _modules(group: NativeGroup) -> ctypes.Array[TrainModule]:
 
 
 def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None:
-    """Raise ValueError for wrong tensors. Native code checks the modules with each batch."""
+    """Raise ValueError if the group's tensors don't fit. Native code checks `modules` with each batch."""
     layout = GroupLayout.of(key[1], config.shape)
     a_shape = (len(group.a), layout.in_features)
     b_shape = (len(group.a), sum(layout.out_features.values()))
@@ -241,7 +251,7 @@ def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None
 
 
 def _keys(keys: npt.NDArray[np.uint64] | None, num_tokens: int) -> int | None:
-    """Return the keys' address. Raise ValueError for wrong keys."""
+    """Return the address of the dropout keys, or None without dropout. Raise ValueError if they don't fit."""
     if keys is None:
         return None
     if keys.shape != (num_tokens,) or keys.dtype != np.uint64 or not keys.flags.c_contiguous:
