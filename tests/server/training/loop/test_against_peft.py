@@ -151,12 +151,15 @@ def test_the_optimizer_is_torchs(tiny_base: BaseModel, tiny_base_dir: Path) -> N
     assert (flat(ours.weights, tiny_base) - expected).abs().max() <= 1e-6
 
 
+def texts(num: int = 12) -> list[tuple[str, str]]:
+    """(prompt, completion) of short rows."""
+    return [(f"HTTP {status.value}:", f" {status.phrase}") for status in list(HTTPStatus)[:num]]
+
+
 def http_examples(base: BaseModel, num: int = 12) -> list[Example]:
-    """Short rows of text."""
     eos = base.config.eos_token_ids
     encoder = RowEncoder(PromptEncoder(base.tokenizer), eos[0], eos)
-    statuses = list(HTTPStatus)[:num]
-    return [encoder.encode(CompletionRow(f"HTTP {s.value}:", f" {s.phrase}"), 64) for s in statuses]
+    return [encoder.encode(CompletionRow(*text), 64) for text in texts(num)]
 
 
 @pytest.mark.real
