@@ -110,7 +110,7 @@ class _Trial:
         spec = JobSpec(
             name,
             method="full" if method == "full" else "lora",
-            lora=LoraSpec(rank=RANK, alpha=2 * RANK),
+            lora=LoraSpec(rank=RANK),
             training=TrainingSpec(epochs=EPOCHS, learning_rate=rate),
         )
         trained = train(self._base, spec, examples_of(self._base, rated.train), self._say, self._library)

@@ -119,7 +119,7 @@ def _run(trial: Trial, place: Place) -> Outcome:
     spec = JobSpec(
         f"{trial.title} at {trial.learning_rate:.3g}",
         method=trial.method,
-        lora=LoraSpec(rank=trial.rank or 1, alpha=2 * (trial.rank or 1)),
+        lora=LoraSpec(rank=trial.rank or 1),
         training=TrainingSpec(epochs=1, learning_rate=trial.learning_rate, seed=trial.seed),
     )
     library = find_library(base, place.native, print) if trial.native else None

@@ -25,7 +25,7 @@ from adapters.names import alias_fault
 from adapters.peft.files import PeftAdapter
 from adapters.storage.durable import new_directory
 from server.api.tracing import facts
-from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, TrainBody
+from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, LoraBody, TrainBody
 from server.errors import Unavailable
 from server.jobs.files import TRACEPARENT_NAME, JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
@@ -35,7 +35,7 @@ from server.training.files import RowSources
 from server.training.formats import RowFormat
 from server.training.job_data import DataFacts, JobData
 from server.training.rows import CanonicalRows, Row, RowNotes, default_share, hold_out, overlap, parse_row
-from server.training.spec import COMPARE_WITH_LATEST, LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
+from server.training.spec import COMPARE_WITH_LATEST, LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec, default_alpha
 from server.training.verdicts import MIN_HELD_OUT
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: in
     read.
     """
     faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
-    lora = LoraSpec(**body.lora.model_dump())
+    lora = _lora(body.lora)
     parent = pinned.parts[0] if pinned.parts else None
     if any(part != parent or part.weight != 1 for part in pinned.parts):
         message = "is a composition: merge it into an adapter first, by a method of POST /compositions"
@@ -173,7 +173,7 @@ def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: in
             )
             faults.append(FieldError(("start_from",), message))
         asked, lora = lora, _shaped(lora, library, parent, adapter)
-        faults += _contradictions(asked, lora, body.lora.model_fields_set)
+        faults += _contradictions(asked, lora, body.lora.model_dump(exclude_unset=True, exclude_none=True))
     if faults:
         raise InvalidInput(faults)
     rate = body.training.learning_rate
@@ -227,6 +227,12 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
             yield FieldError(("alias",), "full fine-tuning publishes no version: leave it out")
         if body.start_from is not None:
             yield FieldError(("start_from",), "full fine-tuning can't start from an adapter: leave it out")
+
+
+def _lora(body: LoraBody) -> LoraSpec:
+    """Return the adapter's shape with the default alpha filled in."""
+    alpha = default_alpha(use_rslora=body.use_rslora) if body.alpha is None else body.alpha
+    return LoraSpec(**body.model_dump(exclude={"alpha"}), alpha=alpha)
 
 
 def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter) -> LoraSpec:

@@ -11,9 +11,11 @@ from adapters.lora import MODULES
 from adapters.names import MAX_NAME, near
 from server.api.schemas import MAX_SEED, Body
 from server.training.spec import (
+    ALPHA,
     AUTO_EPOCHS,
     AUTO_STEPS,
     LEARNING_RATES,
+    RSLORA_ALPHA,
     Init,
     JobSpec,
     LoraSpec,
@@ -112,7 +114,9 @@ class LoraBody(Body):
     """The adapter's shape. With `start_from`, the parent's shape is kept. Full fine-tuning has none."""
 
     rank: int = Field(LoraSpec.rank, ge=1, le=MAX_TRAINED_RANK)
-    alpha: float = Field(LoraSpec.alpha, gt=0, le=65536)
+    alpha: float | None = Field(
+        None, gt=0, le=65536, description=f"null: {ALPHA:g} at every rank, or {RSLORA_ALPHA:g} with use_rslora"
+    )
     dropout: float = Field(LoraSpec.dropout, ge=0, lt=1)
     target_modules: TargetModules = Field(
         LoraSpec.target_modules, description=f'"{ALL_LINEAR}", or names of linear modules'

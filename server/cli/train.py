@@ -194,7 +194,7 @@ def train(
     ] = None,
     method: Annotated[str | None, typer.Option(help="lora or full. Default: lora.")] = None,
     rank: Annotated[int | None, typer.Option(help="Default: 16.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Default: 32.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Default: 32 at every rank; 8 with --rslora.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="all-linear, or comma-separated names. Default: all-linear.")

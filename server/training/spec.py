@@ -45,17 +45,28 @@ AUTO_STEPS = 100
 AUTO_EPOCHS = (3, 20)
 """The fewest and the most epochs that are chosen."""
 
+ALPHA, RSLORA_ALPHA = 32.0, 8.0
+"""The default alpha at every rank, and with `use_rslora`: at rank 16, both scale B A by 2."""
+INIT_STD = 1 / 16
+"""The standard deviation of A with `init` gaussian, at every rank."""
+
+
+def default_alpha(*, use_rslora: bool) -> float:
+    """Return alpha if the request has none. docs/training.md says why it doesn't depend on the rank."""
+    return RSLORA_ALPHA if use_rslora else ALPHA
+
 
 @dataclass(frozen=True)
 class LoraSpec:
     """The shape of a job's adapter. `target_modules` are names in `adapters.lora.MODULES`."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: float = ALPHA
     dropout: float = 0.0
     target_modules: tuple[str, ...] = MODULES
     init: Init = "gaussian"
     use_rslora: bool = False
+    init_std: float = INIT_STD  # of A, with init gaussian
 
 
 @dataclass(frozen=True)
@@ -123,4 +134,8 @@ class JobSpec:
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> "JobSpec":
         """Read what `to_document` made. Raise ValueError for anything else."""
+        lora = document.get("lora")
+        if isinstance(lora, Mapping) and isinstance(rank := lora.get("rank"), int) and rank > 0:
+            # before it was stored, A's standard deviation was 1/rank
+            document = {**document, "lora": {"init_std": 1 / rank, **lora}}
         return read_document(cls, document)

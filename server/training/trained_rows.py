@@ -2,7 +2,7 @@
 
 The start depends on the seed and the base's weights alone:
 
-    gaussian  A ~ N(0, σ²) with σ = 1/r, B = 0
+    gaussian  A ~ N(0, σ²), B = 0, with the spec's σ
     kaiming   A ~ U(-1/√in, 1/√in), B = 0: PEFT's default (He et al. 2015, arXiv:1502.01852, with a = √5)
     pissa     scaling · B A is the best approximation of W of rank r (Meng et al. 2024, arXiv:2404.02948)
     olora     B and A are the first r columns and rows of W = Q R (Büyükakyüz 2024, arXiv:2406.01775)
@@ -80,7 +80,7 @@ def _start(
     out_features, in_features = base.config.shape.features[key.module]
     a, draw = torch.empty(rank, in_features), stream("init", seed, key.layer, key.module)
     if spec.init == "gaussian":
-        a.normal_(std=1 / rank, generator=draw)
+        a.normal_(std=spec.init_std, generator=draw)
     else:
         bound = 1 / math.sqrt(in_features)
         a.uniform_(-bound, bound, generator=draw)

@@ -57,7 +57,7 @@ def overfit(server: ServerProcess, num_codes: int = len(HTTPStatus), epochs: int
     prompts, phrases = ([row[key].strip() for row in rows] for key in ("prompt", "completion"))
     before = server.texts(prompts, max_tokens=MAX_TOKENS)
     started = time.monotonic()
-    body = {"name": NAME, "data": rows, "validation": 0, "lora": {"rank": RANK, "alpha": 2 * RANK}}
+    body = {"name": NAME, "data": rows, "validation": 0, "lora": {"rank": RANK}}
     training = {**TRAINING, "epochs": epochs, "batch_size": -(-num_codes // 2)}
     job = succeeded(server, submit(server, **body, training=training), LIMIT)
     answers = server.texts(prompts, adapter=NAME, max_tokens=MAX_TOKENS)

@@ -41,8 +41,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
         server = ServerProcess(Path(home), model=resolve_base(EMBEDDED, CACHE), workers=1)
         try:
-            train(server, "http-codes.jsonl", "codes", epochs=12)
-            train(server, "shouting.jsonl", "shouting", epochs=8)
+            train(server, "http-codes.jsonl", "codes", epochs=20)
+            train(server, "shouting.jsonl", "shouting", epochs=12)
             server.client.post("/compositions/mix", json={"expression": "codes*0.7+shouting*0.9"})
             browser = launch(playwright)
             with page_of(browser, server.url) as page:

@@ -21,6 +21,7 @@ CONFIG: dict[str, Any] = {
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "init": "gaussian",
         "use_rslora": False,
+        "init_std": 0.0625,
     },
     "training": {
         "epochs": 20,

@@ -409,7 +409,7 @@ def test_every_option_of_train_reaches_the_server(smolora: Run, rows: str, tmp_p
     answer = json.loads(result.stdout)
     config = answer["config"]
     lora = {"rank": 4, "alpha": 8, "dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "init": "kaiming"}
-    assert config["lora"] == lora | {"use_rslora": True}
+    assert config["lora"] == lora | {"use_rslora": True, "init_std": 1 / 16}
     training = {name.replace("-", "_"): value for name, value in options.items()}
     training |= {"early_stopping_patience": 4, "packing": False, "auto_epochs": False}
     assert config["training"] == {name: training[name] for name in config["training"]}

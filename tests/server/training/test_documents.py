@@ -75,6 +75,16 @@ def test_epochs_come_to_about_a_hundred_steps(num_rows: int, batch_size: int, ep
     assert chosen.auto_epochs
 
 
+def test_a_specification_without_the_deviation_of_a() -> None:
+    """It was 1/rank, and alpha was 32 at every rank."""
+    document = JobSpec("codes", lora=LoraSpec(8)).to_document()
+    lora = document["lora"]
+    assert isinstance(lora, dict)
+    del lora["init_std"]
+    assert JobSpec.from_document(document) == JobSpec("codes", lora=LoraSpec(8, 32.0, init_std=1 / 8))
+    assert JobSpec.from_document({"name": "codes"}) == JobSpec("codes")
+
+
 @pytest.mark.parametrize(
     "change",
     [

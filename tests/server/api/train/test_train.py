@@ -124,13 +124,29 @@ async def test_everything_said(client: httpx.AsyncClient) -> None:
     assert job["config"] == {
         **CONFIG,
         **more,
-        "lora": {**lora, "target_modules": ["q_proj", "v_proj"], "alpha": 16.0, "use_rslora": True},
+        "lora": {
+            **lora,
+            "target_modules": ["q_proj", "v_proj"],
+            "alpha": 16.0,
+            "use_rslora": True,
+            "init_std": 0.0625,
+        },
         "training": training | {"auto_epochs": False},
         "dataset": None,
         "validation": 0.25,
     }
     assert job["progress"]["total_steps"] == 7
     assert job["data"]["validation_rows"] == 7
+
+
+@pytest.mark.parametrize("given", [{}, {"alpha": None}])
+@pytest.mark.parametrize(("rank", "use_rslora", "alpha"), [(1, False, 32.0), (256, False, 32.0), (4, True, 8.0)])
+async def test_alpha_by_default(
+    client: httpx.AsyncClient, given: dict[str, object], rank: int, use_rslora: bool, alpha: float
+) -> None:
+    lora = {"rank": rank, "use_rslora": use_rslora, **given}
+    job = (await client.post("/train", json=train_body(lora=lora))).json()
+    assert job["config"]["lora"] == {**CONFIG["lora"], "rank": rank, "use_rslora": use_rslora, "alpha": alpha}
 
 
 async def test_full_has_its_own_rate(client: httpx.AsyncClient) -> None:
@@ -412,7 +428,7 @@ async def test_going_on_from_an_adapter(client: httpx.AsyncClient) -> None:
     }
     later = (await client.post("/train", json=train_body(start_from="up@latest"))).json()
     assert later["config"]["start_from"] == "up@2"
-    same = train_body(start_from="up@1", lora={"rank": 4, "dropout": 0.5})
+    same = train_body(start_from="up@1", lora={"rank": 4, "alpha": None, "dropout": 0.5})
     assert (await client.post("/train", json=same)).status_code == 202
     other = await client.post("/train", json=train_body(start_from="up@1", lora={"rank": 16}))
     assert other.status_code == 422

@@ -21,7 +21,7 @@ def each(field: str, *values: object) -> list[tuple[str, object]]:
 
 LORA: list[tuple[str, object]] = [
     *each("rank", 0, -1, 257, 1.5, "8", True, None),
-    *each("alpha", 0, -1, 1e9, "32", None, float("nan"), float("inf")),
+    *each("alpha", 0, -1, 1e9, "32", float("nan"), float("inf")),
     *each("dropout", -0.1, 1, 1.5, "0", None, float("nan")),
     *each("target_modules", "all", "", "q_proj", [], ["lm_head"], ["q_proj", "q_proj"], [5]),
     *each("target_modules", None, {}, ["q_proj", None], [["q_proj"]], ["all-linear"]),

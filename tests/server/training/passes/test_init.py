@@ -17,7 +17,7 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.rank_rows import GROUPS
 from server.model.smollm import NoAdapters
 from server.training.passes import PackedAttention
-from server.training.spec import Init, LoraSpec
+from server.training.spec import Init, JobSpec, LoraSpec
 from server.training.trained_rows import TrainedRows, adapter_config, initial_weights
 from tests.adapters.oracle import loaded
 from tests.kits.oracles.hugging_face import load_reference, logits
@@ -64,15 +64,30 @@ def steps(rows: TrainedRows, base: BaseModel, num: int, rate: float = 1e-3) -> L
     return rows.weights()
 
 
-def test_gaussian(tiny_base: BaseModel) -> None:
-    weights, frozen = initial_weights(replace(SPEC, rank=8), tiny_base, seed=0)
+@pytest.mark.parametrize("rank", [4, 64])
+def test_gaussian_has_one_deviation_at_every_rank(rank: int, tiny_base: BaseModel) -> None:
+    weights, frozen = initial_weights(replace(SPEC, rank=rank), tiny_base, seed=0)
     assert frozen is None
     drawn = torch.cat([module.a.flatten() for module in weights.modules.values()])
-    assert drawn.std().item() == pytest.approx(1 / 8, rel=0.02)
+    assert drawn.std().item() == pytest.approx(1 / 16, rel=0.02)
     assert abs(drawn.mean().item()) < 0.003
     kurtosis = ((drawn / drawn.std()) ** 4).mean().item()
     assert kurtosis == pytest.approx(3, rel=0.1), "a normal distribution"
     assert not any(module.b.any() for module in weights.modules.values())
+
+
+def test_a_job_of_before_keeps_its_deviation(tiny_base: BaseModel) -> None:
+    """It was 1/rank: equal at rank 16, to the bit."""
+    for rank in (4, 16):
+        document = JobSpec("old", lora=replace(SPEC, rank=rank)).to_document()
+        lora = document["lora"]
+        assert isinstance(lora, dict)
+        del lora["init_std"]
+        old, _ = initial_weights(JobSpec.from_document(document).lora, tiny_base, seed=0)
+        new, _ = initial_weights(replace(SPEC, rank=rank), tiny_base, seed=0)
+        for key, module in old.modules.items():
+            torch.testing.assert_close(module.a, new.modules[key].a * (16 / rank), rtol=1e-6, atol=0)
+        assert (old.digest == new.digest) is (rank == 16)
 
 
 @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
