@@ -225,6 +225,8 @@ def _rates(outcomes: Sequence[Outcome], title: str, rank: int) -> str:
     if not found:
         return "–"
     (usual,) = (one for one in found if one.trial.learning_rate == RATE)
+    if len(found) == 1:
+        return f"{usual.loss:.3f}"
     best = min(found, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf)
     above = usual.loss / best.loss - 1
     text = f"{usual.loss:.3f}, {above:.0%}, {best.trial.learning_rate:g}"
