@@ -35,7 +35,14 @@ from server.training.files import RowSources
 from server.training.formats import RowFormat
 from server.training.job_data import DataFacts, JobData
 from server.training.rows import CanonicalRows, Row, RowNotes, default_share, hold_out, overlap, parse_row
-from server.training.spec import COMPARE_WITH_LATEST, LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec, default_alpha
+from server.training.spec import (
+    COMPARE_WITH_LATEST,
+    LEARNING_RATES,
+    JobSpec,
+    LoraSpec,
+    TrainingSpec,
+    default_alpha,
+)
 from server.training.verdicts import MIN_HELD_OUT
 
 if TYPE_CHECKING:
