@@ -214,7 +214,7 @@ class Library:
         self.catalog.unpoint(name, alias)
 
     def set_visibility(self, name: str, is_public: bool) -> Adapter:
-        """Let other projects use the name, or no longer.
+        """Let other projects use the adapter if `is_public`, else no longer let them.
 
         Raise NotFound, or Conflict if a public composition would have a private part.
         """
@@ -296,7 +296,7 @@ class Library:
         return self.store.ranks(digest, self.shape)
 
     def delete(self, name: str, force: bool = False) -> None:
-        """Delete all versions of the name. New requests don't find it; running ones finish on its bytes.
+        """Delete all versions of the name. New requests don't find it; running requests keep its bytes.
 
         Raise NotFound, or Conflict if an alias (unless `force`), a composition or a training job needs a version.
         """

@@ -25,7 +25,7 @@ Only this module uses it.
 
 
 def of_upload(config: LoraConfig, file: bytes) -> dict[str, object]:
-    """Return what a version records about its uploaded adapter_config.json: the settings and a digest."""
+    """Return what a version records about its uploaded adapter_config.json: its settings and its digest."""
     return {"lora": config.to_document(), FILE_DIGEST: f"sha256:{hashlib.sha256(file).hexdigest()}"}
 
 

@@ -205,7 +205,7 @@ class Catalog:
         return number
 
     def check_kind(self, name: str, kind: Kind) -> None:
-        """Raise Conflict if the name belongs to an adapter of another kind (a composition or not)."""
+        """Raise Conflict if `kind` is "adapter" and the name means a composition, or the other way round."""
         key = self.viewpoint.key(name)
         query = sa.select(names.c.kind).where(names.c.name == key, names.c.latest.is_not(None))
         with self._reader.connect() as connection:
@@ -298,7 +298,7 @@ class Catalog:
         return self.viewpoint.key(name)
 
     def own_key(self, name: str) -> str:
-        """Return the key of a name that is to be changed. Raise NotFound if another project owns the name."""
+        """Return the key of an adapter that is to be changed. Raise NotFound if another project owns the name."""
         key = self.viewpoint.key(name)
         if not (self.viewpoint.sees_all or self.viewpoint.owns(key)):
             raise NotFound(f"no such adapter in project {self.viewpoint.project}: {name}")

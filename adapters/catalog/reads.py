@@ -40,9 +40,10 @@ _ALIASES = (
 
 
 def _near() -> "sa.CompoundSelect[str]":
-    """Return a query for the project's names just before and after `name` in sorted order, and among `slips`.
+    """Return a query for a project's names just before and after `name` in sorted order, and among `slips`.
 
-    Only public names are selected, unless `sees_private` is true.
+    The query's parameters are `project`, `name`, `slips` and `sees_private`. Unless `sees_private` is true, only
+    public names are selected.
     """
     name = sa.bindparam("name", type_=sa.String)
     may_see = sa.or_(sa.bindparam("sees_private", type_=sa.Boolean), names.c.is_public)
@@ -136,7 +137,7 @@ def select_visible(name: str, viewpoint: Viewpoint) -> "sa.Select[str]":
 
 
 def select_latest() -> "sa.Select[tuple[str, datetime]]":
-    """Return a query for all names, with the time at which the latest version was created."""
+    """Return a query for all names, each with the time at which its latest version was created."""
     is_latest = sa.and_(versions.c.name == names.c.name, versions.c.version == names.c.latest)
     return sa.select(names.c.name, versions.c.created_at).join(versions, is_latest).order_by(names.c.name)
 
@@ -159,7 +160,10 @@ def adapters_of(rows: Iterable[sa.RowMapping]) -> list[Adapter]:
 
 
 def select_versions(*which: sa.ColumnElement[bool]) -> "sa.Select[tuple[object, ...]]":
-    """Return a query for versions, with a row for each part. `version_of` reads the rows of one version."""
+    """Return a query for the versions that meet the conditions `which`, with a row for each part of a version.
+
+    `version_of` reads the rows of one version.
+    """
     query = sa.select(versions, *_PART).where(*which).outerjoin(parts, _OF_VERSION)
     return query.order_by(versions.c.name, versions.c.version, parts.c.place)
 
@@ -273,7 +277,7 @@ def _meant(connection: sa.Connection, key: str, viewpoint: Viewpoint) -> str:
 
 
 def _versions(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str:
-    """Return a hint that lists the existing versions, or the newest ones if there are many."""
+    """Return a hint that lists the versions of `name`, or the newest ones if there are many."""
     query = sa.select(versions.c.version).where(versions.c.name == name).order_by(versions.c.version.desc())
     found = list(connection.execute(query.limit(_SHOWN_VERSIONS + 1)).scalars())
     more = ["…"] if len(found) > _SHOWN_VERSIONS else []
@@ -282,7 +286,7 @@ def _versions(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str
 
 
 def _others(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str:
-    """Return a hint that lists the existing aliases."""
+    """Return a hint that lists the aliases of `name`."""
     mine = ", ".join(connection.execute(_ALIASES, {"name": name}).scalars())
     return f" ({viewpoint.shown(name)} has {mine or 'none but latest'})"
 
@@ -316,7 +320,10 @@ def _part(row: sa.RowMapping, weight: float) -> Part:
 
 
 def _check_leaves(leaves: Sequence[Part], field: str) -> None:
-    """Raise InvalidInput if an expression has too many parts or too large weights, compositions included."""
+    """Raise InvalidInput if there are too many `leaves`, or if the weight of a leaf is too large.
+
+    The leaves are an expression's parts, with each composition replaced by its own parts.
+    """
     if (count := len(gather(leaves))) > MAX_PARTS:
         raise InvalidInput.of(field, f"its compositions have {count} parts together, the most is {MAX_PARTS}")
     if any(abs(part.weight) > MAX_WEIGHT for part in leaves):

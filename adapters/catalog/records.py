@@ -178,7 +178,7 @@ def folder_of(key: str) -> str:
 
 
 def _place_of(key: str) -> tuple[str, int, str] | None:
-    """Return the adapter's key, the version's number and `key`. Return None if `key` isn't a record's path.
+    """Return the adapter's key, the version's number and the path `key`, or None if `key` isn't a record's path.
 
     The number is 0 for the file `next`.
     """

@@ -29,7 +29,7 @@ from adapters.sql import transact
 
 @dataclass(frozen=True)
 class Recovered:
-    """A report of what was repaired, with versions as "name@version".
+    """What `recover` has repaired, with versions as "name@version".
 
     The `adopted` versions were published again. The `lost` ones can't be: their bytes or parts are missing.
     """
@@ -99,7 +99,7 @@ def _listed(connection: sa.Connection) -> dict[tuple[str, int], Version]:
 def _count_up(
     connection: sa.Connection, found: Found, numbers: Mapping[str, int], owed: Iterable[Version]
 ) -> None:
-    """Raise the names' next numbers above all recorded ones, so that no number is used twice."""
+    """Raise the names' next version numbers above all recorded numbers, so that no number is used twice."""
     wanted = {name: (number, "adapter") for name, number in found.next_versions.items()}
     for version in owed:
         number, _ = wanted.get(version.name, (1, ""))
@@ -130,9 +130,9 @@ def _adopt(
     listed: set[tuple[str, int]],
     is_stored: Callable[[str], bool],
 ) -> tuple[list[Version], list[Version]]:
-    """Publish versions whose bytes or parts exist, compositions last.
+    """Publish those `owed` versions whose bytes or parts exist, compositions last.
 
-    Return the published versions and the lost ones.
+    Return the published versions, and the other ones, which are lost.
     """
     adopted: list[Version] = []
     lost: list[Version] = []

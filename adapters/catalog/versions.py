@@ -53,7 +53,7 @@ class NewVersion:
 
     @property
     def verdict(self) -> str | None:
-        """How its job found it to compare with the latest version before it, or None if there was none."""
+        """How the version compares with the latest one before it, as its job found; None without a comparison."""
         found = self.config.get(VERDICT)
         return found if isinstance(found, str) else None
 
@@ -61,7 +61,7 @@ class NewVersion:
     def moves_latest(self) -> bool:
         """Whether `latest` moves to the version when it is published, unless somebody moved `latest` back.
 
-        A release without verdicts left `latest` behind if the version's loss was above its untouched base's.
+        For versions of older releases, which gave no verdicts, the loss must not be above the untouched base's.
         """
         if self.config.get("alias") == "latest":
             return True
@@ -127,7 +127,7 @@ class Origin:
 
 
 def combine(parts: Iterable[Part]) -> tuple[AdapterRef, ...]:
-    """Return digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
+    """Return the parts' digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
 
     Sums are exact in the decimals as written: 0.1 + 0.2 - 0.3 is zero, and the order doesn't matter.
     """

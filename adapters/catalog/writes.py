@@ -52,7 +52,7 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
 
 
 def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
-    """Remove the written records whose versions don't exist.
+    """Remove the records that the recorder wrote for versions that don't exist.
 
     Meanwhile the transaction keeps others from using these versions' numbers.
     """
@@ -214,9 +214,9 @@ def _refuse_private(connection: sa.Connection, name: str, used: Iterable[str], v
 
 
 def _refuse_parts_of_public(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> None:
-    """Raise Conflict if a public composition of the same project has the part `name`.
+    """Raise Conflict if `name`, which is to become private, is a part of a public composition of the project.
 
-    Other projects' compositions don't resolve any more while one of their parts is private.
+    Other projects' compositions don't forbid this: they can't be used while one of their parts is private.
     """
     query = sa.select(parts.c.name).distinct().join(names, names.c.name == parts.c.name)
     query = query.where(parts.c.part_name == name, names.c.is_public, names.c.name != name)
@@ -256,7 +256,7 @@ def _refuse_needed(
     """Raise Conflict, naming the aliases and compositions that need the version, or any version of the name.
 
     `force` ignores aliases. Only the operator learns the names of other projects' compositions; everybody else
-    learns their number.
+    learns how many such compositions there are.
     """
     named: list[str] = []
     if not force:
@@ -291,12 +291,14 @@ def _select_unshared_digests(name: str, number: int | None) -> "sa.Select[str]":
 def _rows_of(
     name: str, number: int | None, names_there: "sa.Column[str]", numbers_there: "sa.Column[int]"
 ) -> sa.ColumnElement[bool]:
-    """Return the condition for rows of the name's version, or of all its versions if `number` is None."""
+    """Return the SQL condition for rows of the name's version, or of all its versions if `number` is None."""
     return names_there == name if number is None else sa.and_(names_there == name, numbers_there == number)
 
 
 def _repair_latest(connection: sa.Connection, name: str) -> None:
-    """If `latest` is a deleted version, make the highest remaining version the latest, which clears `rolled_back`.
+    """If `latest` is a deleted version, make the highest remaining version the latest.
+
+    If `latest` is then the highest version, `rolled_back` becomes false.
 
     A name without versions becomes private, so that later versions aren't public by accident.
     """

@@ -260,7 +260,7 @@ def _shortest(number: float) -> int | float:
 def _invalid_adapter(errors: Sequence[FieldError], guessed: str | None) -> InvalidAdapter:
     """Return an error with the first errors of each file.
 
-    If there are more errors of tensors than it can name, `guessed`, the guess at their cause, precedes them.
+    If the tensors have more errors than can be named, `guessed`, the guess at their cause, precedes them.
     """
     of_config = [error for error in errors if error.loc[0] == "adapter_config"]
     of_tensors = [error for error in errors if error.loc[0] != "adapter_config"]

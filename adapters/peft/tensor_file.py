@@ -208,7 +208,7 @@ def tensor_error(name: str, message: str) -> FieldError:
 
 
 def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
-    """Return which module's A or B the tensor is, or an error message if it is none."""
+    """Return which module's A or B the tensor `name` is, or an error message if the tensor is neither."""
     match = _NAME.fullmatch(name)
     if match is not None and match[3] in MODULES:
         key = ModuleKey(int(match[2]), match[3])

@@ -1,8 +1,8 @@
 """Blobs in an object store: one that speaks S3's protocol, or a directory that several machines mount.
 
 Credentials, region and endpoint come from the usual AWS_* variables, which obstore reads. A failed request is
-retried with jitter for `patience` seconds. The last attempt may take as long again. All requests may be repeated:
-none is a conditional put, which not every store supports.
+retried with jitter for `patience` seconds, and the last attempt may take as many seconds again. All requests may
+be repeated: none is a conditional put, which not every store supports.
 """
 
 import hashlib

@@ -30,7 +30,7 @@ class Access:
     audit: Audit
 
     def keep(self, used: Mapping[str, datetime]) -> None:
-        """Store the usage, and `used`, the times of keys' last uses by key id. This blocks on the disk."""
+        """Store the ledger's usage, and the keys' times of last use (`used`, by key id). Blocks on the disk."""
         self.ledger.flush()
         if used:
             self.keys.used(used)

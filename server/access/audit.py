@@ -36,7 +36,7 @@ def record(
     target: str,
     detail: Mapping[str, object] | None = None,
 ) -> None:
-    """Add an entry within the transaction that makes the change."""
+    """Add an entry within the transaction that makes the change that the entry describes."""
     row = {"at": datetime.now(UTC), "who": who, "action": action, "project": project, "target": target}
     connection.execute(sa.insert(audit).values(row | {"detail": dict(detail or {})}))
 
@@ -53,7 +53,8 @@ class Audit:
     ) -> None:
         """Record, in a transaction of its own, a change that has already been made.
 
-        If the database fails, log the entry instead, since a failing audit log must not prevent deletions.
+        If the database fails, write the entry to the server's log instead of raising: the change is made and must
+        not seem to have failed.
         """
         try:
             transact(self._engine, lambda connection: record(connection, who, action, project, target, detail))

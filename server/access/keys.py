@@ -329,7 +329,7 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     async def principal(self, secret: str | None) -> Principal | None:
-        """Return the principal of a secret, or that of clients without one. Return None if the client is refused.
+        """Return the principal of a client with this secret, or without one. Return None if the client is refused.
 
         Raise Unavailable if the database can't be read.
         """

@@ -63,7 +63,7 @@ class Projects:
         return transact(self._engine, work)
 
     def delete(self, name: str, refuse: Callable[[], None], *, who: str) -> None:
-        """Delete a project and revoke its keys. They stay listed, so that access doesn't become anonymous.
+        """Delete a project and revoke its keys. The keys stay listed: clients need a key only if there are keys.
 
         Raise NotFound if the project doesn't exist, or Conflict if it has adapters or is the default project.
         `refuse` must raise an error if the project has other objects that forbid this, such as unfinished jobs.

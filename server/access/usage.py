@@ -89,9 +89,10 @@ class Ledger:
             self._pending[account] = self._pending.get(account, Usage()) + sums
 
     def flush(self) -> None:
-        """Store the usage added since the last flush. This blocks on the disk. If it fails, the next one retries.
+        """Store the usage added since the last flush. This blocks on the disk.
 
-        If it raises InDoubt, the sums may be stored already, so they are dropped rather than counted twice.
+        If the flush fails, the next flush retries. But if InDoubt is raised, the sums may be stored already, so
+        they are dropped rather than counted twice.
         """
         with self._lock:
             pending, self._pending = self._pending, {}

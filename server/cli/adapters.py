@@ -169,7 +169,7 @@ def download(
 
 
 def _is_output(path: Path) -> bool:
-    """Return whether an archive at `path` may go to stdout, where no message may then be printed."""
+    """Return whether writing to `path` may write to stdout, so that messages must go to stderr."""
     if not path.is_file():
         return True
     try:

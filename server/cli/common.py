@@ -109,7 +109,7 @@ def say_refused(error: "ClientError") -> None:
 
 
 def advised(error: "ClientError | SmoloraError") -> str:
-    """Return the error's message, with the command line's advice instead of HTTP's."""
+    """Return the error's message, with advice for users of the command line instead of HTTP."""
     message, hint = str(error), error.hint
     return message if hint is None else message.replace(hint.text, _ADVICE.get(hint.code, hint.text))
 

@@ -178,7 +178,7 @@ def _rank_and_rate(config: Document) -> tuple[str, str]:
 
 
 def _is_of_chats(job: Document) -> bool:
-    """Return whether most of the job's rows are messages. Jobs of earlier versions don't say so."""
+    """Return whether most of the job's rows are messages, or False if an older job doesn't record that."""
     kinds = cast("dict[str, int]", cast("Document", job["data"] or {}).get("kinds", {}))
     return 2 * kinds.get("messages", 0) > sum(kinds.values())
 
@@ -446,7 +446,7 @@ _STYLES = {"better": "green", "worse": "bold red"}
 
 
 def _remembered(report: Document) -> str:
-    """Return how many trained and held-out rows are completed exactly, or "" if that wasn't measured."""
+    """Describe for how many trained and held-out rows the model's answer is exact; "" if nothing was measured."""
     parts = []
     if report.get("recall"):
         recall = cast("Document", report["recall"])

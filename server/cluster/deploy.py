@@ -68,7 +68,7 @@ class Scale:
 class Engine:
     """The actor that Serve runs. It passes calls to an `EngineReplica`.
 
-    The argument `replica` is for the router, which sends the call to the replica with that id.
+    The methods' argument `replica` is for the router, which sends the call to the replica with that id.
     """
 
     def __init__(self, settings: Settings) -> None:

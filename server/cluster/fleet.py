@@ -51,7 +51,7 @@ def watch(on_change: OnChange) -> None:
 
 
 def notify(ids: frozenset[str]) -> None:
-    """Pass the ids of all replicas to the watchers."""
+    """Pass the ids of all replicas to the functions that `watch` registered."""
     for on_change in _watchers:
         on_change(ids)
 
@@ -67,7 +67,10 @@ class Counts:
         self.max_in_flight = 0  # the most unfinished sequences that ready replicas ever allowed together
 
     def grow(self, before: EngineStats | None, now: EngineStats) -> None:
-        """Add the growth of a replica's counters since its previous report, `before`. None: this is the first."""
+        """Add the growth of a replica's counters since its previous report, `before`.
+
+        If `before` is None, `now` is the first report, and nothing is added.
+        """
         if before is not None:
             for name in COUNTERS:
                 old, new = getattr(before, name), getattr(now, name)

@@ -159,7 +159,7 @@ def mark_of(pid: int) -> str:
 
 
 def is_alive(pid: int, mark: str = "") -> bool:
-    """Return whether the process is running. If `mark` is given, a process with another mark doesn't count."""
+    """Return whether the process is running and, if `mark` is given, has this mark (see `mark_of`)."""
     if mark and mark_of(pid) != mark:
         return False
     with suppress(OSError):  # a zombie counts as ended

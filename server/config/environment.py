@@ -40,7 +40,7 @@ def _local_url() -> str:
 
 
 def log_format() -> str | None:
-    """Return the log format in the environment, or None. It is for errors before the settings are valid."""
+    """Return the log format in the environment, or None if unset, for errors before the settings are loaded."""
     return os.environ.get(f"{PREFIX}LOG_FORMAT")
 
 
@@ -66,7 +66,7 @@ def wanted_instructions() -> str | None:
 
 
 def trace_exporters() -> tuple[str, ...]:
-    """Return the entry points' names of the exporters that OpenTelemetry's own variables ask for."""
+    """Return the exporters that OpenTelemetry's own variables ask for, by the names of their entry points."""
     named = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
         return ()
