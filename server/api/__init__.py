@@ -1,1 +1,1 @@
-"""The HTTP API. It checks requests and resolves names, so that the engine needn't know either."""
+"""The HTTP API. It checks each request, and resolves the names in it, before the engine gets the request."""

@@ -109,7 +109,7 @@ def principal_of(scope: Scope) -> Principal | None:
 
 
 def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
-    """Return a future that is done once the request's key is revoked or expires, or None if it needs no key."""
+    """Return a future, done once the request's key is revoked or expires, or None if the route needs no key."""
     end = scope.get("state", {}).get(_END)
     return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
 

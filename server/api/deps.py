@@ -85,8 +85,8 @@ class RecentPins:
 async def release(pinned: Pinned) -> None:
     """Release a request's pins. If these were the last pins of a deleted version, remove its bytes in a thread.
 
-    If the removal fails, the error is only logged, since it doesn't affect the request's answer. The next sweep
-    tries again.
+    If the removal fails, the error is only logged, since it doesn't affect the request's answer. The next periodic
+    cleanup tries again.
     """
     if (removal := pinned.unpin()) is not None:
         try:

@@ -418,7 +418,7 @@ class Generation:
         """Add the usage so far to the ledger. Idempotent.
 
         If the request ended before its first output, the prompt is counted only if the client left, since the
-        engine had computed the prompt or was about to. It isn't counted if the server ended the request.
+        engine had computed the prompt or was about to. The prompt isn't counted if the server ended the request.
         """
         has_left = self._is_read and self._outcome == "cancelled"
         if not self._is_booked and (self._num_cached or has_left):

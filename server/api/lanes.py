@@ -160,7 +160,7 @@ class Lane:
         metrics: LaneMetrics | None = None,
         steps_back: bool = True,
     ) -> None:
-        """Lanes may share `threads`. With `steps_back`, these and all that they start have a low priority."""
+        """Lanes may share `threads`. With `steps_back`, these threads and their children have a low priority."""
         self._name = name
         self._what = what
         self._turns = threads

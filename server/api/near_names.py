@@ -115,7 +115,7 @@ def _models(body: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type
 
 
 def _inner(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Yield the fields that are objects or lists of objects, with their models."""
+    """Yield those fields of `model` that are objects or lists of objects, with their models."""
     for name, field in model.model_fields.items():
         if (found := _model_in(field.annotation)) is not None:
             yield field.alias or name, found

@@ -1,7 +1,7 @@
 """Check a request's `Host` and `Origin` headers.
 
-Any page that a browser shows can make it send requests to a server on the same machine. The browser sets two
-headers that the page can't choose. `Origin` is the page's site: requests from other sites are refused before
+Any page that a browser shows can make the browser send requests to a server on the same machine. The browser sets
+two headers that the page can't choose. `Origin` is the page's site: requests from other sites are refused before
 their body is read. `Host` is the host name that the request was sent to: foreign names are refused, because
 somebody may have made them resolve to this machine (DNS rebinding).
 """

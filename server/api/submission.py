@@ -145,7 +145,7 @@ def _placed(error: InvalidInput, name: str, number: int) -> Iterator[FieldError]
 
 
 def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
-    """Return the term of the adapter to continue from, or no terms to start from the base.
+    """Return the adapter to continue from, as the only term, or () if training starts from the base.
 
     Raise InvalidInput if `start_from` isn't a single adapter without a weight.
     """
@@ -287,7 +287,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A job's encoded rows, and warnings about them. `are_facts` is as in `EncodedRows`, of the training rows."""
+    """A job's encoded rows, and warnings about them. `are_facts` is that of the training rows' `EncodedRows`."""
 
     data: JobData
     are_facts: bool
@@ -395,7 +395,7 @@ class Submissions:
             pinned.release()
 
     def _encode(self, training: TrainingSpec, rows: JobRows, max_bytes: int | None) -> _Encoded:
-        """Return the encoded rows, and warnings about them. Raise InvalidInput if `overlong` leaves none."""
+        """Return the encoded rows, and warnings about them. Raise InvalidInput if `overlong` leaves no rows."""
         length, overlong = training.max_length, training.overlong
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
         try:
@@ -473,7 +473,7 @@ def _check_rows(spec: JobSpec, rows: JobRows) -> None:
 
 
 def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
-    """Return the specification with a number of epochs. Raise InvalidInput if they come to too many steps."""
+    """Return the specification with a number of epochs. Raise InvalidInput if the epochs have too many steps."""
     if body.training.epochs is None:
         spec = dataclasses.replace(spec, training=spec.training.with_epochs(num_rows))
     if (steps := spec.training.total_steps(num_rows)) > MAX_STEPS:
@@ -484,7 +484,7 @@ def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
 
 
 def _check_completions(spec: JobSpec, data: JobData) -> None:
-    """Raise InvalidInput if a job is to go by exact match, and its rows have no completions."""
+    """Raise InvalidInput if `publish_metric` is exact_match, but the job's rows have no completions."""
     if spec.publish_metric == "exact_match" and not (data.references or data.trained_references):
         raise InvalidInput.of("publish_metric", "exact_match needs rows with completions: set it to loss")
 

@@ -239,7 +239,7 @@ def _samples(rows: JobRows) -> list[SampleRow]:
 
 
 def _asked(rows: CanonicalRows, held_out: bool) -> Iterator[SampleRow]:
-    """Yield those of the first rows that are short and have an answer."""
+    """Yield samples from the first rows, skipping rows that are long or have no answer."""
     for row in rows[:_SAMPLED_ROWS]:
         asked = question_of(row)
         if asked is None or sum(map(len, texts_of(row))) > _SAMPLED_CHARACTERS:

@@ -149,8 +149,8 @@ class Reads:
 class Adapter:
     """An adapter that is resident or being loaded. It has rows in the pool if and only if `placement` is set.
 
-    The pool keeps the adapter while a sequence's hold includes it, and then until its rows are needed for other
-    adapters.
+    The pool keeps the adapter while a sequence holds it (`AdapterHold`), and afterwards until its rows are needed
+    for other adapters.
     """
 
     digest: str
@@ -180,7 +180,7 @@ class Adapter:
     def start(self, space: Space) -> int:
         """Return the start of the adapter's run in a tensor of the pool (`space`).
 
-        A run is the range of rows or units that an adapter has there. The adapter must have a run in this tensor.
+        A run is the adapter's range of rows or units in a tensor. The adapter must have a run in this tensor.
         """
         group, kind = space
         assert self.placement is not None
@@ -231,7 +231,7 @@ class AdapterHold:
         return self.is_held and all(adapter.is_placed for adapter in self.adapters)
 
     def advance(self) -> bool:
-        """Continue loading the adapters as far as possible without waiting. Return whether the hold is ready."""
+        """Continue loading the adapters as far as possible without waiting. Return whether all are ready."""
         try:
             is_ready = self.pool.advance(self)
         except Exception:  # other sequences in the step don't depend on this hold
@@ -260,7 +260,7 @@ class AdapterHold:
 
     @property
     def parts(self) -> Parts:
-        """The adapters' placements in the pool, with their weights in the request. The hold must be ready."""
+        """The adapters' placements in the pool, with their weights in the request. Use this only if `ready`."""
         if self._parts is None or self._num_moves != self.pool.num_moves:
             self._num_moves = self.pool.num_moves
             placements = [adapter.placement for adapter in self.adapters]
@@ -330,9 +330,9 @@ class AdapterPool:
 
     @property
     def num_freed(self) -> int:
-        """A counter that grows when holds that lacked room should be tried again.
+        """A counter that grows when sequences whose adapters lacked room should be tried again.
 
-        Either rows became free, or an adapter that a hold waits for was evicted.
+        Either rows became free, or an adapter that a sequence waits for was evicted.
         """
         filling = [adapter for adapter in self._settling if not adapter.is_idle]
         self._num_freed += len(self._settling) - len(filling)
@@ -347,7 +347,7 @@ class AdapterPool:
     def fits(self, hold: AdapterHold, without: Collection[AdapterHold]) -> bool:
         """Return whether a hold's adapters would fit into the pool if the holds in `without` were released.
 
-        The hold must lack room now.
+        Call this only if the hold's adapters don't fit now.
         """
         adapters = self._of([hold])
         num_released = Counter(ref.digest for other in without for ref in other.refs)
@@ -461,11 +461,11 @@ class AdapterPool:
         )
 
     def _take_rows(self, adapters: Sequence[Adapter]) -> bool:
-        """Allocate rows of the pool for all adapters that lack them. Return False, without any, if that fails.
+        """Allocate pool rows for all adapters that lack rows. If that fails, allocate none and return False.
 
         Evict idle adapters for this, the least recently used first. Adapters that a waiting hold wants are evicted
-        last, since they would have to be read again. Given `_has_room`, this fails only if an adapter whose rows
-        are being filled separates the free rows. The next `advance` tries again.
+        last, since they would have to be read again. If `_has_room` is true, this fails only if an adapter whose
+        rows are being filled separates the free rows. The next `advance` tries again.
         """
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]
@@ -504,7 +504,7 @@ class AdapterPool:
             extents.reset(taken)
 
     def _allocate_all(self, adapters: Sequence[Adapter]) -> bool:
-        """Allocate rows for all adapters, and return True, or for none if one doesn't fit, and return False."""
+        """Allocate rows for all adapters and return True. If one doesn't fit, allocate none and return False."""
         for i, adapter in enumerate(adapters):
             if not self._allocate(adapter):
                 for other in adapters[:i]:

@@ -292,7 +292,7 @@ class AsyncEngine:
             raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)")
 
     def _observe(self, num_ended: int = 0) -> None:
-        """Record the new number in flight, after `num_ended` sequences have left their places in the batch."""
+        """Record the new number of sequences in flight, after `num_ended` sequences have left the batch."""
         self._rate.observe(self._clock(), self._in_flight.num, num_ended)
 
     async def _watch(self) -> None:

@@ -87,7 +87,7 @@ class Backend(ABC):
         return PagedCache.bytes_per_block(self.config, block_size, self._dtype)
 
     def allocate(self, num_blocks: int, block_size: int, max_rank: int) -> None:
-        """Allocate the key/value cache, and memory for adapters whose rounded ranks add up to `max_rank`."""
+        """Allocate the key/value cache, and memory for adapters whose ranks, rounded up, sum to `max_rank`."""
         self.rows = RankRows(self.config.shape, max_rank=max_rank, row_format=self.row_format, device=self._device)
         self.cache = PagedCache(
             self.config, num_blocks, block_size, self._dtype, self._device, by_block=self._caches_by_block

@@ -27,7 +27,7 @@ _ASSUMED_STEP = 16  # prompt tokens that are assumed to take the time of a step 
 
 
 class RowCosts:
-    """The cost of an extra token, drafted or of a prompt, as a share of the time of a step without any."""
+    """The cost of an extra token (drafted or of a prompt), as a share of a step's time without extra tokens."""
 
     def __init__(self, max_num_seqs: int, assumed_step: int = 10) -> None:
         """Assume at first that `assumed_step` extra tokens cost as much as a step of one sequence.

@@ -154,8 +154,8 @@ class Constraint:
     def receive(self, mask: Mask | None) -> None:
         """Set the next mask, and compute the forced tokens.
 
-        If `mask` is None, its computation has failed. Then retry with a newly compiled matcher if compiling is
-        quick.
+        `mask` is None if computing it has failed. In that case, retry with a newly compiled matcher if compiling
+        is quick.
         """
         if mask is None:
             self._restart()

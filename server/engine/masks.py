@@ -3,7 +3,7 @@
 All sequences of a step wait for the masks that the engine's thread computes. So this thread only computes masks
 that fit into its budget, a share of the step's time. The projects whose sequences lack a mask share the budget
 equally. The other thread computes the remaining masks concurrently with the forward pass, and takes the projects
-in turn. Meanwhile all sequences under the same grammar sit out steps (`Constraint.awaits_mask`). This delays their
+in turn. Meanwhile all sequences under the same grammar skip steps (`Constraint.awaits_mask`). This delays their
 tokens, but doesn't change them.
 """
 

@@ -44,7 +44,7 @@ class NativeBackend(Backend):
         return _sampled(self._model.draw(self._tables((*decodes, *prefills)), table), rows, vocab_size)
 
     def _tables(self, chunks: Seq[Chunk]) -> StepTables:
-        """Return the tables that describe to the model a step of these chunks."""
+        """Return the tables that describe a step of these chunks to the model."""
         token_ids: list[int] = []
         runs: list[tuple[int, ...]] = []
         blocks: list[int] = []

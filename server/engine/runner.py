@@ -105,7 +105,7 @@ def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
 def _neighbours(chunks: list[Chunk]) -> list[Chunk]:
     """Sort the chunks so that chunks with the same adapters are neighbours.
 
-    Chunks whose adapters few other chunks have come first.
+    Chunks whose adapters are shared by few other chunks come first.
     """
     counts = Counter(chunk.sequence.adapter_key for chunk in chunks)
     return sorted(chunks, key=lambda chunk: (counts[chunk.sequence.adapter_key], chunk.sequence.adapter_key))

@@ -10,7 +10,7 @@ project that begins has to wait for the current step. The oldest prompt gets at 
 can't starve. The rest goes first to the project that has had the least engine time, and within a project first to
 the prompts with the shortest remainders. So a short prompt doesn't wait for a long one.
 
-Projects: engine time is shared equally (`shares`). A project that has had more than its share sits out steps. The
+Projects: engine time is shared equally (`shares`). A project that has had more than its share skips steps. The
 waiting sequences of a project that use the same adapters form a waiting set (`waiting`). Waiting projects take
 turns, and so do the waiting sets of each project. Projects with the fewest running sequences come first. If a
 waiting set lacks a place in the batch, blocks or rank rows, and another project has more of this resource, the
@@ -59,7 +59,7 @@ class SchedulerLimits:
 
     @classmethod
     def on(cls, device_type: str, max_num_seqs: int = 32, prefill_share: float = prefill_share) -> Self:
-        """Return the limits for a device type. A step on "cuda" hardly takes longer with 8 times the tokens."""
+        """Return the limits for a device type: a GPU may compute 8 times as many tokens in a step as "cpu"."""
         if device_type == "cpu":
             return cls(max_num_seqs, prefill_share=prefill_share)
         return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096, prefill_share=prefill_share)
@@ -193,7 +193,7 @@ class Scheduler:
         return self._shares.due({s.request.project for s in self.running if not s.awaits_mask})
 
     def _able(self, projects: Collection[str]) -> list[Sequence]:
-        """Return the running sequences of these projects that don't wait for a mask."""
+        """Return the running sequences of these projects, without sequences that wait for a mask."""
         return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
@@ -304,7 +304,7 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], failed: list[Failed], due: Collection[str]) -> None:
         """Admit waiting sequences while the step has room for their prompts. Projects and adapter sets take turns.
 
-        A project that has something to compute but isn't `due` sits out this step, and nothing is admitted for it.
+        A project that has something to compute but isn't `due` skips this step, and nothing is admitted for it.
         Sequences may be preempted for other projects; their chunks are removed from `chunks`. Sequences whose
         adapters can't be loaded are appended to `failed`.
         """
@@ -355,10 +355,10 @@ class Scheduler:
         self._look_ahead(turn)
 
     def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
-        """Preempt sequences of a project that has more than another one, so that the other one's can begin.
+        """Preempt sequences of a project that has more of a resource than another project, which waits for it.
 
-        Do this for the first waiting sequence in `turn` that can then begin. Remove the preempted sequences'
-        chunks from `chunks`.
+        Do this for the first waiting sequence in `turn` that can begin as a result. Remove the preempted
+        sequences' chunks from `chunks`.
         """
         if len(num_running) < 2 and all(queue.project in num_running for queue in islice(turn, 1)):
             return  # there is no other project
@@ -406,7 +406,7 @@ class Scheduler:
         They are the youngest sequences of the project that has the most of this resource, apart from the waiting
         sequence's own project. That project's waiting sequences come first if they hold rows. Return an empty list
         if the waiting sequence still couldn't begin. Also return an empty list if its project would then have at
-        least as much as the other project has now. The latter doesn't apply if nothing of its project runs, and
+        least as much as the other project has now, unless the waiting sequence's project has nothing running and
         its engine time is behind by `shares.SLACK`.
         """
         project = sequence.request.project

@@ -130,7 +130,7 @@ class Sequence:
 
     @property
     def awaits_mask(self) -> bool:
-        """Whether the sequence sits out steps until the mask thread (`masks`) has computed a mask."""
+        """Whether the sequence skips steps until the mask thread (`masks`) has computed a mask."""
         return self.constraint is not None and self.constraint.awaits_mask
 
     def timing(self, now: float) -> Timing:

@@ -3,7 +3,7 @@
 Each project has a clock. A step's seconds of work are divided among its projects in proportion to their tokens,
 and added to their clocks. This is start-time fair queueing (Sheng et al., "Fairness in Serving Large Language
 Models", 2024, charge tokens instead of seconds). A project whose clock is ahead of the slowest running project's
-clock by `SLACK` sits out steps until the slowest one has caught up. A project that has used nothing lately starts
+clock by `SLACK` skips steps until the slowest one has caught up. A project that has used nothing lately starts
 `SLACK` behind the slowest one, so a short request of a light project runs as if it were alone. Unused time is not
 saved up.
 """
@@ -48,7 +48,7 @@ class ProjectShares:
         return self.lead(project, other) >= _AHEAD
 
     def due(self, running: Collection[str]) -> frozenset[str]:
-        """Return those projects with `running` sequences that take part in the next step: at least one."""
+        """Return which of the `running` projects take part in the next step: at least one."""
         if len(running) > 1:
             least = min(self._used[project] for project in running)
             for project in running:

@@ -71,14 +71,17 @@ class PromptLookup:
 
 
 class Acceptance:
-    """The shares of guessed tokens that were then drawn, by the length of the match before the token."""
+    """The shares of guessed tokens that proved correct, by the length of the match before the token."""
 
     def __init__(self) -> None:
         self._right = [_PRIOR_WEIGHT * share for share in _PRIOR]
         self._seen = [_PRIOR_WEIGHT] * len(_PRIOR)
 
     def chances(self, match: int, num_tokens: int) -> Iterator[float]:
-        """Yield for 1 to `num_tokens` the probability that this many guessed tokens are drawn."""
+        """For each k from 1 to `num_tokens`, yield the probability that a guess's first k tokens are correct.
+
+        `match` is the number of tokens that matched before the guess (`Guess.match`).
+        """
         chance = 1.0
         for i in range(num_tokens):
             place = _place(match + i)
@@ -86,7 +89,7 @@ class Acceptance:
             yield chance
 
     def observe(self, match: int, is_right: bool) -> None:
-        """Record whether a guess after a match of this many tokens was correct."""
+        """Record whether a guessed token after a match of `match` tokens was correct."""
         place = _place(match)
         self._right[place] = _MEMORY * self._right[place] + is_right
         self._seen[place] = _MEMORY * self._seen[place] + 1
@@ -98,7 +101,7 @@ def _place(match: int) -> int:
 
 @dataclass(frozen=True)
 class _Weighed:
-    """Guessed tokens. `chances[i]` is the probability that the first i + 1 of them are drawn."""
+    """Guessed tokens. `chances[i]` is the probability that the first i + 1 of them are correct."""
 
     token_ids: Seq[int]
     chances: Seq[float]

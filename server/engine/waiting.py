@@ -119,7 +119,7 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Remove a waiting set's first sequence. Its project, and the set within the project, become the last."""
+        """Remove a waiting set's first sequence. Its project, and the set within the project, move to the end."""
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)
@@ -135,7 +135,7 @@ class WaitingQueues:
         return Turn(self, deque(sorted(projects, key=lambda project: num_running.get(project, 0))))
 
     def sets(self, project: str) -> Iterable[WaitingSet]:
-        """Return the waiting sets of a project, the one to try next first."""
+        """Return the waiting sets of a project, in the order in which to try them."""
         return self._projects.get(project, {}).values()
 
     def set_of(self, sequence: Sequence) -> WaitingSet:
@@ -155,7 +155,7 @@ class WaitingQueues:
 class Turn:
     """The waiting sets from which a step may still admit sequences.
 
-    `take_first`, `pass_over` and `try_later` are about the set that is `first`.
+    `take_first`, `pass_over` and `try_later` are about the waiting set `first`.
     """
 
     def __init__(self, queues: WaitingQueues, projects: deque[str]) -> None:
@@ -176,7 +176,7 @@ class Turn:
         return None
 
     def take_first(self) -> None:
-        """Remove the first set's first sequence, which was admitted. Other projects and other sets come next."""
+        """Remove the first sequence of the set `first`, as it was admitted. Other projects and sets come next."""
         queue = self._pop()
         self._queues.take_first(queue)
         if queue.sequences:
@@ -184,17 +184,17 @@ class Turn:
         self._projects.rotate(-1)
 
     def pass_over(self) -> None:
-        """Skip the first set in this step. The project's next set is tried instead. The queues don't change."""
+        """Skip the waiting set `first` in this step, and try its project's next set. The queues don't change."""
         self._pop()
 
     def try_later(self) -> None:
-        """Move the first set behind its project's other sets, since its first sequence has failed and left it."""
+        """Move the set `first` behind its project's other sets: its first sequence has failed and left the set."""
         queue = self._pop()
         if queue.sequences:
             self._left[queue.project].append(queue)
 
     def __iter__(self) -> Iterator[WaitingSet]:
-        """Yield the sets that this step hasn't tried yet, in the order in which they would be tried if all fit.
+        """Yield the waiting sets not tried yet in this step, in the order in which they would be tried if all fit.
 
         Don't queue or remove sequences while iterating.
         """

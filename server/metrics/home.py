@@ -36,7 +36,7 @@ class HomeCollector(Collector):
         *,
         is_shared: bool = False,
     ) -> None:
-        """If `is_shared`, count workers of other HOMEs, too, which run the same jobs, while they have a lease."""
+        """If `is_shared`, also count those workers of other HOMEs that are running one of `jobs`."""
         self._home = home
         self._jobs = jobs
         self._min_free_bytes = min_free_bytes

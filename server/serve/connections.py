@@ -168,7 +168,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _mark(self) -> None:
-        """Start the timeout for headers if a request has begun to arrive, or stop it while one is answered."""
+        """Start the timeout for headers if a request has begun to arrive. Stop it while a request is answered."""
         if self._is_answering:
             self._headers_due_since = None
         elif self._headers_due_since is None and (

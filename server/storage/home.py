@@ -84,9 +84,9 @@ class Home:
 def make(home: Path, *, to_restore: bool = False) -> bool:
     """Create the folder if it doesn't exist, and restrict it to its owner. Return whether it is restricted.
 
-    Raise StartupError if that fails, or if a restore or a move into the folder is running or was interrupted. With
-    `to_restore` the latter is no error: the caller is a restore or a move, which begins again. A folder that
-    belongs to another user, such as a volume of a group, keeps its mode.
+    Raise StartupError if that fails, or if a restore or a move into the folder is running or was interrupted. If
+    `to_restore`, a restore or a move into it is no error: the caller itself is one, and begins again. A folder
+    that belongs to another user, such as a volume of a group, keeps its mode.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
         raise StartupError(

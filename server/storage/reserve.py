@@ -41,7 +41,7 @@ class Reserve:
         self._path = home / FILE_NAME
 
     def fill(self) -> bool:
-        """Create the file, unless it exists. Return whether it exists now."""
+        """Create the reserve file, unless it exists. Return whether it exists now."""
         if self._path.exists():
             return True
         if self._num_free < 2 * RESERVE_BYTES:
@@ -55,7 +55,7 @@ class Reserve:
         return True
 
     def release(self) -> None:
-        """Delete the file."""
+        """Delete the reserve file."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 

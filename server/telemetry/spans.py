@@ -49,7 +49,10 @@ class Tracer(Protocol):
         ...
 
     def work(self, name: str, attributes: Attributes, because_of: str | None = None) -> Span | None:
-        """Begin the span of background work. `because_of` is the traceparent of the span that caused the work."""
+        """Begin the span of background work, or return None if the trace isn't sampled.
+
+        `because_of` is the traceparent of the span that caused the work.
+        """
         ...
 
     def close(self) -> None:

@@ -403,7 +403,7 @@ def _hyperparameters(body: FineTuningBody) -> HyperparametersBody:
 
 
 def _new_name(idempotency_key: str | None) -> str:
-    """Return a unique name for a job without a suffix. Equal idempotency keys give equal names."""
+    """Return a unique adapter name, for a job without `suffix`. Equal idempotency keys give equal names."""
     if idempotency_key is None:
         return f"ft-{secrets.token_hex(4)}"
     return f"ft-{hashlib.sha256(idempotency_key.encode()).hexdigest()[:8]}"
@@ -542,7 +542,7 @@ def _has_rows(files: FileStore, file_id: str) -> bool:
 
 
 def _get(jobs: Jobs, job_id: str) -> Job:
-    """Return a job that was created under /v1. Raise NotFound if it was created by /train: it has no file ids."""
+    """Return a job that was created under /v1. Raise NotFound for a job of POST /train, which has no file ids."""
     job = jobs.get(job_id)
     if FINE_TUNING not in job.data:
         raise NotFound(f"there is no job {job_id} under /v1; see /train")

@@ -69,7 +69,7 @@ class LegacyLogprobs:
         self._places = _Places()
 
     def of(self, entries: Sequence[SampledLogprob]) -> dict[str, object]:
-        """Return the next entries in this form. `text_offset` counts characters from the start of the choice."""
+        """Return the choice's next entries as parallel lists, with offsets from the start of the choice's text."""
         return {
             "tokens": [_name(entry.chosen) for entry in entries],
             "token_logprobs": [_logprob(entry.chosen) for entry in entries],
