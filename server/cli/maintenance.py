@@ -113,7 +113,7 @@ def doctor(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the database, the digests of all stored adapters, data sets and files, and that both agree.
+    """Check the database and all stored adapters, data sets and files, and that the database lists what is stored.
 
     Every byte in an object store (SMOLORA_BYTES_URL) is fetched.
     """
