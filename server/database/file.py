@@ -331,7 +331,10 @@ def _is_full(home: Path) -> bool:
 
 
 def in_words(error: object, home: Path) -> str:
-    """Return an error's message, or "the disk is full" if that is so: SQLite only reports an I/O error then."""
+    """Return an error's message. If the disk is full, return "the disk is full" instead.
+
+    SQLite's own message may only mention an I/O error.
+    """
     return "the disk is full" if _is_full(home) else str(error)
 
 

@@ -48,11 +48,11 @@ def exact_match(
     *,
     library: ctypes.CDLL | None = None,
 ) -> list[bool] | None:
-    """Return for each reference whether its greedy completion equals it, ignoring whitespace at both ends.
+    """Return for each reference whether the greedy completion of its prompt equals its text.
 
-    A completion ends at an end token, or `MORE_TOKENS` after the reference's length. It is stopped earlier if it
-    can't become equal to the reference any more. A prompt that leaves no room for a completion in the base's
-    context counts as not equal. Return None if there are no references, or if the adapter needs more than
+    Whitespace at both ends is ignored. A completion ends at an end token, `MORE_TOKENS` after the text's length,
+    or earlier if it can't become equal to the text any more. A prompt that leaves no room for a completion in the
+    base's context counts as not equal. Return None if there are no references, or if the adapter needs more than
     `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. If `library` is given, native
     code computes the steps.
     """
@@ -88,7 +88,7 @@ def _matched(
     yield_or_leave: Callable[[], None],
     library: ctypes.CDLL | None,
 ) -> set[str]:
-    """Return the names of the requests whose completions are the wanted ones."""
+    """Return the names of the requests whose completions equal their texts in `wanted`."""
     lengths = [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests.values()]
     engine = _engine(base, weights, lengths, library)
     texts = dict.fromkeys(requests, "")

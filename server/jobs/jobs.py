@@ -57,7 +57,7 @@ class Jobs:
     ) -> None:
         """Show only jobs that the viewpoint `of` may see; if it is None, show all.
 
-        A project may have at most `max_unfinished` unfinished jobs, and the viewpoint's API key `max_of_key`.
+        A project may have at most `max_unfinished` unfinished jobs, and the API key of `of` at most `max_of_key`.
         """
         self._engine = engine
         self._reader = reader_of(engine)
@@ -291,9 +291,10 @@ class Jobs:
 
     @transacted
     def _steer(self, connection: sa.Connection, job_id: str, moves: _Moves) -> Job:
-        """Change the job's row and add an event, as `moves` says for the job's status; None: change nothing.
+        """Change the job's row and add an event, as the entry of `moves` for the job's status says.
 
-        Raise NotFound if there is no such job, and Conflict if `moves` has no entry for its status.
+        If that entry is None, change nothing. Raise NotFound if there is no such job, and Conflict if `moves` has
+        no entry for the job's status.
         """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()

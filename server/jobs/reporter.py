@@ -44,7 +44,7 @@ class JobTrace:
 
     @contextmanager
     def attempt(self, unless: type[BaseException]) -> Iterator[None]:
-        """Record the block as the attempt's span. Any exception but an `unless` marks the span as failed."""
+        """Record the block as the attempt's span. Any exception marks it as failed, except the type `unless`."""
         error = None
         try:
             yield

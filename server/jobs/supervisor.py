@@ -5,7 +5,7 @@ If a worker exited because the base can't be loaded, the delay is longer, and th
 try. The workers are in this process's group, and end when this process ends for any reason.
 
 Each worker keeps a lock on a file of its own under HOME. The kernel releases the lock when the worker dies. So
-the list includes idle workers and workers in other containers, and a worker that was killed leaves it at once.
+the list includes idle workers and workers in other containers, and a killed worker leaves the list at once.
 """
 
 import fcntl

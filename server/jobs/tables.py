@@ -118,7 +118,8 @@ def count_time(now: Time) -> dict[str, object]:
     """Return the values to write to a running job's row so that its time is counted up to `now`.
 
     Time counts up to the lease's end at most, since after that no worker is known to run the job. A project's
-    seconds are the maximum over its jobs' rows, so each row also counts the time of its other running jobs.
+    seconds are the maximum over its jobs' rows, so each row also counts the time of the project's other running
+    jobs.
     """
     since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
     until = sa.case((now < lease_until, now), else_=lease_until)

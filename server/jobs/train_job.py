@@ -65,7 +65,7 @@ MAX_DECISIONS = 5
 class TrainingAttempt:
     """An attempt. `run` trains and publishes, or raises Leave (after a checkpoint), LeaseLost, or an error.
 
-    If the error is a SmoloraError, such as a Conflict about the name, the next attempt would fail with it, too.
+    If the error is a SmoloraError, such as a Conflict about the name, every further attempt would raise it again.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TrainingAttempt:
     def _decide_and_end(
         self, run: Run, data: JobData, outcome: Outcome, adapter: PeftAdapter | None, parent: Scores | None
     ) -> None:
-        """Compare the result with the base and the versions before, check it against the gate, and end the job.
+        """Compare the result with the base and earlier versions, decide whether to publish it, and end the job.
 
         Raise LatestMoved, with nothing published, if another version became the latest meanwhile.
         """
@@ -254,8 +254,8 @@ class TrainingAttempt:
     def _latest(self, run: Run, parent: Scores | None) -> "_Latest":
         """Measure the name's latest version on the job's rows.
 
-        `parent` has the measurements of the adapter that the job continued, which may be the same one. If a gate
-        needs the measurements, an unusable version raises an error. Otherwise it isn't measured.
+        `parent` has the measurements of the adapter that the job continued, which may be the latest version. If
+        `publish_if` needs the measurements, raise an error if the version is unusable. Otherwise don't measure it.
         """
         if self._spec.method == "full":
             return _Latest(None, None)
@@ -322,7 +322,7 @@ class TrainingAttempt:
 
 @dataclass(frozen=True)
 class _Latest:
-    """The name's latest version: its number, 0 if there is none, or None if it can't be compared with.
+    """The name's latest version: its number, 0 if there is none, or None if nothing can be compared with it.
 
     `scores` are its measurements, or None if it wasn't measured.
     """

@@ -51,8 +51,8 @@ def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) 
 def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
     """Return a query that says whether this running job should give way to another project's job.
 
-    A training job should if another project's job would be claimed next once this job stopped, unless enough jobs
-    for all such projects give way already. Merges never give way, since they have no checkpoints.
+    A training job gives way if another project's job would be claimed next once this job stopped, unless enough
+    jobs for all such projects give way already. Merges never give way, since they have no checkpoints.
     """
     mine, own = jobs.alias(), _shares(now)
     other, all_ = own.alias(), own.alias()

@@ -167,8 +167,8 @@ _CPUINFO = Path("/proc/cpuinfo")
 def use_threads(num_threads: int | None) -> None:
     """Set the number of threads of torch, and of native code that is created later.
 
-    If it is None, use torch's own number, which OMP_NUM_THREADS sets, but at most one thread for each processor
-    that this process may use.
+    If `num_threads` is None, use torch's own number, which OMP_NUM_THREADS sets, but at most one thread for each
+    processor that this process may use.
     """
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_processors()))
 

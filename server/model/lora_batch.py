@@ -149,7 +149,7 @@ class LoraBatch:
 
 
 def _tokens(runs: Sequence[TokenRun], device: torch.device) -> slice | torch.Tensor:
-    """Return the runs' tokens: a slice if they are contiguous, which needs no copy, else their indices."""
+    """Return an index of the runs' tokens: a slice, which needs no copy, if they are contiguous, else a tensor."""
     if not runs:
         return slice(0, 0)
     if all(before.stop == after.start for before, after in pairwise(runs)):

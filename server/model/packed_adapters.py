@@ -60,7 +60,7 @@ class PackedAdapters:
     def load(self, digest: str) -> Stored:
         """Return the adapter: its packed file, not yet read, or the published weights if it has no packed file.
 
-        Either takes no memory of its own until the adapter is placed in the pools. Raise CorruptAdapter if the
+        The result takes no memory of its own until the adapter is placed in the pools. Raise CorruptAdapter if the
         adapter is damaged.
         """
         try:
@@ -153,7 +153,7 @@ def _fill(buffer: memoryview, file: FileIO) -> None:
 
 
 def is_damaged(file: torch.Tensor) -> bool:
-    """Return whether a packed file was changed after it was written, and servers would still use it.
+    """Return whether a packed file was changed, after it was written, in a way that servers don't notice.
 
     `file` is the file's whole content.
     """

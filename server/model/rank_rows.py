@@ -359,8 +359,8 @@ class RankRows:
     def take_ahead(self) -> None:
         """Have the system allocate memory pages where the next adapter will likely be placed.
 
-        The next adapter is assumed to be as large as the last one. Otherwise copying it into the pools would
-        allocate the pages, which takes longer than the rest of the copy.
+        The next adapter is assumed to be as large as the last one. Without this call, the copy into the
+        pools would allocate the pages, which takes longer than the rest of the copy.
         """
         self.lacks_pages = False
         layers = self.shape.num_layers

@@ -51,7 +51,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Made:
-    """A report of a backup.
+    """What a finished backup contains.
 
     `damaged` describes bytes that were already damaged in HOME. The backup has them unchanged.
     """
@@ -105,7 +105,7 @@ def back_up(home: Path, target: Path) -> Made:
 def stream(home: Path, target: IO[bytes]) -> Made:
     """Write a backup of `home` to an open file, uncompressed. Raise StartupError if that fails.
 
-    Then the backup is truncated, and has no manifest.
+    After such an error, the file has a truncated backup without a manifest.
     """
     existing(home)
     scratch = home / "tmp"
@@ -208,7 +208,7 @@ class _Backup:
         return any(what in missing or what in needs.jobs for _, what in gone)
 
     def _add_needed(self, needs: _Needs) -> tuple[set[str], set[str]]:
-        """Add every needed file to the backup. Return the needed files' names, and what HOME lacks."""
+        """Add every needed file to the backup. Return these files' names, and what is missing in HOME."""
         kept: set[str] = set()
         missing: set[str] = set()
         for digest in needs.digests:
@@ -306,7 +306,7 @@ def _private(path: str, flags: int) -> int:
 
 @contextmanager
 def workspace(target: Path) -> Iterator[Path]:
-    """Yield a new private folder on the disk of `target`, and remove it on leaving.
+    """Yield a new private folder on the disk of `target`, and remove it when the block ends.
 
     Folders that killed processes left are removed first. Raise OSError if no folder can be created.
     """

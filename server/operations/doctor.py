@@ -38,7 +38,7 @@ _PACKED = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault that was found."""
+    """A fault that `examine` found."""
 
     about: str  # such as "tweets@3" or "database"
     message: str
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A report of an examination."""
+    """What `examine` found in a HOME: its faults, and how much was checked."""
 
     findings: tuple[Finding, ...]
     num_versions: int
@@ -59,7 +59,7 @@ class Diagnosis:
         return not self.findings
 
     def line(self) -> str:
-        """Return the report's numbers as a line of text."""
+        """Return the number of faults and of what was checked, as a line of text."""
         verdict = "sound" if self.is_sound else plural(len(self.findings), "finding")
         versions, adapters = plural(self.num_versions, "version"), plural(self.num_adapters, "stored adapter")
         return f"{verdict}: {versions}, {adapters}, {plural(self.num_uploads, 'upload')} checked"
@@ -67,10 +67,11 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A report of a rebuild.
+    """What `rebuild` recovered, and what it couldn't.
 
-    `set_aside` are the new names of the damaged database's files, `lost_jobs` the ids of jobs that left traces,
-    and `models` the folders below HOME of models that full fine-tuning made in those jobs.
+    `set_aside` are the new names of the damaged database's files. `lost_jobs` are the ids of lost jobs, as far as
+    files or versions name these jobs. `models` are the paths below HOME of models that full fine-tuning made
+    in those jobs.
     """
 
     is_new: bool  # a new database was made; else the old one was sound

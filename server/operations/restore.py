@@ -38,9 +38,10 @@ _OTHERS = frozenset({LOCK_NAME, "lost+found"})  # a new file system has the latt
 
 @contextmanager
 def filled(home: Path) -> Iterator[Path]:
-    """Yield an empty folder, and move its contents into `home` on leaving. If the block fails, `home` stays empty.
+    """Yield an empty folder, and move its contents into `home` when the block ends.
 
-    Raise StartupError if `home` isn't empty or is being served, and OSError if the disk fails.
+    If the block fails, `home` stays empty. Raise StartupError if `home` isn't empty or is being served, and
+    OSError if the disk fails.
     """
     is_new = not home.exists()
     try:
@@ -95,7 +96,7 @@ def recover_jobs_and_records(home: Home, engine: sa.Engine, reason: str) -> list
 
 @dataclass(frozen=True)
 class Restored:
-    """A report of a restore. `going_on` are the jobs that were running when the backup was made."""
+    """The result of `restore`. `going_on` are the jobs that were running when the backup was made."""
 
     header: Header
     diagnosis: Diagnosis

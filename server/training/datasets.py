@@ -87,7 +87,7 @@ def no_dataset() -> NotFound:
 
 
 class DatasetStore(RecordStore[Dataset]):
-    """The data sets under one root, or in a bucket. `key_id` is stored with each new data set."""
+    """The data sets under one root, or in a bucket. `key_id` is that of the API key that adds data sets."""
 
     def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
         super().__init__(
@@ -113,10 +113,10 @@ class DatasetStore(RecordStore[Dataset]):
     ) -> Dataset:
         """Check all rows and store them. The format follows from the file name's ending.
 
-        Notes on the rows are added to `notes`. The stored rows may take at most `max_bytes`. `grown` is called
-        every 16 MiB and at the end, with the number of bytes so far, and may raise. Raise InvalidInput, with the
-        lines and fields at fault, if rows are invalid, and OSError if the disk is full. After any error, nothing
-        is stored.
+        Ignored fields and other trainers' formats are noted in `notes`. The stored rows may take at most
+        `max_bytes`. `grown` is called every 16 MiB and at the end, with the number of bytes stored so far, and may
+        raise. Raise InvalidInput, with the lines and fields at fault, if rows are invalid, and OSError if the disk
+        is full. After any error, nothing is stored.
         """
         file_format = format_of(filename)
         notes = notes or RowNotes()

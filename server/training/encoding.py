@@ -160,7 +160,7 @@ class LongRows:
         return type(self)(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def warnings(self, max_length: int) -> list[str]:
-        """Return a warning about each kind of rows that there are."""
+        """Return a warning for each kind of long rows that occurs: cut, dropped or split."""
         limit = f"training.max_length ({plural(max_length, 'token')})"
         counts = {
             f"cut at {limit}: {plural(self.num_cut_tokens, 'token')} lost": self.num_truncated,
@@ -241,7 +241,7 @@ class RowEncoder:
         return EncodedRows(examples, long, completions.are_facts, tuple(warnings))
 
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
-        """Return a row's completion, or its last turn that is trained on, with its prompt. Return None for a text.
+        """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`.
 
         The prompt is cut after `max_prompt` tokens: after a longer one, the base has no room for an answer anyway.
         """
@@ -254,15 +254,15 @@ class RowEncoder:
     def references(
         self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_prompt: int | None = None
     ) -> list[Reference]:
-        """Return the references of the first `limit` rows that have one; `max_prompt` is as in `reference`."""
+        """Return `reference(row, max_prompt)` for each of the first `limit` rows that have a prompt."""
         found = (self.reference(row, max_prompt) for row in rows)
         return list(islice((reference for reference in found if reference is not None), limit))
 
     def trained_references(self, rows: Sequence[Row], num_tokens: int, max_length: int) -> list[Reference]:
-        """Return the references of up to `MAX_REFERENCES` training rows, spread evenly over all of them.
+        """Return `reference(row)` for up to `MAX_REFERENCES` training rows, spread evenly over `rows`.
 
-        The rows have `num_tokens` together. Rows that don't fit `max_length` are left out: they aren't trained on
-        to their ends.
+        All rows together have `num_tokens`. Rows longer than `max_length` are left out, since their ends aren't
+        trained on.
         """
         most = MAX_TRAINED_REFERENCE_TOKENS * len(rows) // max(num_tokens, 1)
         count = min(len(rows), max(most, 1), MAX_REFERENCES)
@@ -270,7 +270,11 @@ class RowEncoder:
         return [one for one in found if one is not None and len(one.prompt) + one.num_tokens < max_length]
 
     def _fitted(self, row: Row, max_length: int, overlong: Overlong) -> tuple[list[Example], LongRows | None]:
-        """Return examples of at most `max_length` tokens, and counts if the row is longer than that."""
+        """Return the row's examples, each of at most `max_length` tokens.
+
+        If the row is longer, it is handled as `overlong` says. Also return the tokens or rows that this cut,
+        dropped or split; None if the row isn't longer.
+        """
         token_ids, targets, field = self._whole(row)
         is_target = [False] * len(token_ids)
         for span in targets:
@@ -336,9 +340,10 @@ class _Completions:
 
 
 def _windows(token_ids: Sequence[int], is_target: Sequence[bool], max_length: int) -> list[Example]:
-    """Split a row into windows of at most `max_length` tokens, at least 2, and leave out those without targets.
+    """Split a row into windows of at most `max_length` tokens, which is at least 2.
 
-    A window begins with the last token of the window before, so that each target has a token before it.
+    A window begins with the last token of the window before, so that each target has a token before it. Windows
+    without targets are left out.
     """
     windows = []
     for start in range(0, len(token_ids) - 1, max_length - 1):

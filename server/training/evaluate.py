@@ -22,7 +22,7 @@ MAX_LOSS = 700.0
 
 
 class LossNotFinite(SmoloraError):
-    """The held-out loss of the baseline isn't a finite number, so trained weights can't be compared with it."""
+    """The held-out loss of the base or of a version isn't finite, so no loss can be compared with it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Evaluation:
     """Measurements on held-out rows.
 
     `rows` has the summed loss and the number of counted tokens of each distinct row: equal rows are one entry,
-    since they say no more than one of them. `matches` says which references were completed exactly; None if there
-    are no references.
+    since they say no more than one of them. `matches` says for each reference (a row's prompt and answer)
+    whether the model gave exactly this answer; None if that wasn't measured.
     """
 
     loss: float  # nats per counted token
@@ -43,7 +43,7 @@ class Evaluation:
 
     @property
     def exact_match(self) -> float | None:
-        """The share of references that were completed exactly."""
+        """The share of references that the model answered exactly, or None if there are no `matches`."""
         return sum(self.matches) / len(self.matches) if self.matches else None
 
     @property
@@ -58,7 +58,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scores:
-    """Measurements of one set of weights on a job's rows: held-out ones, and exact matches of trained ones."""
+    """Measurements of one set of weights on a job's held-out rows, and its exact matches on training rows."""
 
     held_out: Evaluation | None = None
     recalled: tuple[bool, ...] | None = None  # one for each of `JobData.trained_references`
@@ -76,7 +76,7 @@ def evaluate(
     yield_or_leave: Callable[[], None] = _go_on,
     computing: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
-    """Measure loss and accuracy over the counted tokens of `examples`. Raise ValueError if there are none.
+    """Measure loss and accuracy over the target tokens of `examples`. Raise ValueError if there are none.
 
     `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs within the context
     manager `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by

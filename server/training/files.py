@@ -70,7 +70,7 @@ def _no_file() -> NotFound:
 
 
 class FileStore(RecordStore[StoredFile]):
-    """The files under one root, or in a bucket. `key_id` is stored with each new file."""
+    """The files under one root, or in a bucket. `key_id` is that of the API key that adds files, if any."""
 
     def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
         super().__init__(
@@ -129,7 +129,7 @@ class FileStore(RecordStore[StoredFile]):
             raise _no_file() from None
 
     def rows(self, file_id: str, notes: RowNotes | None = None) -> Iterator[Row]:
-        """Yield the rows in order, and add notes on them to `notes`.
+        """Yield the rows in order. Ignored fields and other trainers' formats are noted in `notes`.
 
         Raise NotFound at once if there is no such file. If the rows are unreadable or don't match their digest,
         raise CorruptFile, but perhaps only after the last row.
@@ -168,7 +168,8 @@ class RowSources:
     def rows(self, source_id: str, notes: RowNotes | None = None) -> CanonicalRows:
         """Return the rows of a file or data set, in order.
 
-        For a file, notes on its rows are added to `notes`; for a data set, only the `mapping` of its upload.
+        A file's ignored fields and other trainers' formats are noted in `notes`; for a data set, only the
+        `mapping` of its upload is.
         Raise NotFound if there is no such file or data set, and CorruptDataset or CorruptFile if it is damaged.
         """
         if source_id.startswith(PREFIX):

@@ -55,7 +55,7 @@ class DataFacts:
 class JobData:
     """The rows of a job.
 
-    Greedy completions are compared with `references`, of held-out rows, and with `trained_references`.
+    Greedy completions are compared with the texts in `references` (of held-out rows) and `trained_references`.
     """
 
     train: Examples

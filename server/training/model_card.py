@@ -83,7 +83,7 @@ def _introduction(report: Fields) -> str:
 
 
 def _evaluation(report: Fields) -> str:
-    """Return a table that compares base, versions before and adapter, and what follows from it."""
+    """Return a table of adapter, base and earlier versions, then the verdicts and the decision on publishing."""
     gate = _fields(report, "gate")
     ending = [f"Publication (`{gate['publish_if']}`): {_text(gate['reason'])}."]
     if report.get("moves_latest") is False:
@@ -111,7 +111,10 @@ def _evaluation(report: Fields) -> str:
 
 
 def _recalled(report: Fields) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Return the head and the row of a table of trained rows that were remembered, or None if it isn't known."""
+    """Return the head and the only line of a table of how many training rows are completed exactly.
+
+    Return None if that wasn't measured.
+    """
     if not report.get("recall"):
         return None
     recall = _fields(report, "recall")
@@ -122,7 +125,7 @@ def _recalled(report: Fields) -> tuple[tuple[str, ...], list[tuple[str, ...]]] |
 
 
 def _verdicts(report: Fields) -> list[str]:
-    """Return a list of the verdicts, or nothing for a report of an older release."""
+    """Return a Markdown list of the comparisons' verdicts, or [] if the report (of an older release) has none."""
     found = cast("Mapping[str, Fields | None]", report.get("comparisons") or {})
     lines = [f"- {_text(comparison['summary'])}" for comparison in found.values() if comparison is not None]
     return ["\n".join(lines)] if lines else []

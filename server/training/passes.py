@@ -31,7 +31,7 @@ larger tiles, since it computes masked scores in less time than it takes to star
 
 
 def max_tokens(device: torch.device) -> int:
-    """Return the most tokens of a micro-batch, unless one example is longer. A higher limit saves no time."""
+    """Return how many tokens a micro-batch of several examples may have. A higher limit saves no time."""
     return 512 if device.type == "cpu" else 4096
 
 

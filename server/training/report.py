@@ -52,8 +52,8 @@ class Gate:
 def decide(publish_if: PublishIf, comparisons: Comparisons, method: Method = "lora") -> Gate:
     """Decide whether to publish the tuned adapter, by its comparison with the latest version or the base.
 
-    If `comparisons` has no entry for the latest version, there is none, and the base takes its place. A fully
-    fine-tuned model is never published.
+    If `comparisons` has no latest version, none exists, and the base takes its place. A fully fine-tuned model is
+    never published.
     """
     if method == "full":
         return Gate(publish_if, False, "a fully fine-tuned model is kept with its job, but it is no adapter")
@@ -216,7 +216,7 @@ def _evaluation(found: Findings) -> dict[str, object] | None:
 
 
 def _recall(found: Findings) -> dict[str, object] | None:
-    """Return how many of the trained rows each completes exactly, or None if that wasn't measured."""
+    """Return how many training rows base, adapter and versions complete exactly, or None if not measured."""
     if found.tuned.recalled is None:
         return None
     right = {
@@ -259,7 +259,7 @@ def _data(facts: DataFacts) -> dict[str, object]:
 
 
 def _thinned(curve: Curve) -> Curve:
-    """Return at most `MAX_POINTS` of the points, evenly spread, with the first and the last."""
+    """Return at most `MAX_POINTS` of the curve's points, evenly spread, with the first and the last."""
     if len(curve) <= MAX_POINTS:
         return curve
     last = len(curve) - 1
@@ -286,7 +286,10 @@ def step_metrics_csv(train: Curve, held_out: Curve, step: int, tuned: Evaluation
 
 
 def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
-    """Return this process's peak memory: on a GPU what torch reserved, else resident, including mapped weights."""
+    """Return this process's peak memory: the GPU memory that torch reserved, or without a GPU the resident memory.
+
+    Resident memory includes mapped weights.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     try:

@@ -68,7 +68,7 @@ def short_name(filename: str) -> str:
 
 
 def read_rows(stream: BinaryIO, file_format: Format, notes: RowNotes | None = None) -> Iterator[Row]:
-    """Yield the rows of a file, and add notes on them to `notes`.
+    """Yield the rows of a file. Ignored fields and other trainers' formats are noted in `notes`.
 
     If the file has errors, raise InvalidInput, but only after collecting them: valid rows after the first error
     are still yielded. So don't use any row before the iterator has ended.

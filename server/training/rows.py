@@ -196,7 +196,7 @@ def canonical_json(row: Row) -> bytes:
 
 
 def misspelt(strange: Sequence[str], name: str) -> str | None:
-    """Return the name in `strange` that is probably a misspelling of `name`, or None if there is none."""
+    """Return the unknown field in `strange` that probably is a misspelling of `name`, or None if none is."""
     return near(name, [other for other in strange[:_COMPARED] if len(other) <= MAX_NAME])
 
 

@@ -106,8 +106,8 @@ class Counters:
     def note_held_out(self, step: int, found: Evaluation, against_best: Comparison | None) -> bool:
         """Add an evaluation to the curve. Return whether it is the best so far.
 
-        `against_best` compares it with the best one before, or with itself if it is the first. It is None if there
-        are too few held-out rows to tell: then no evaluation is the best, and none is without gain.
+        `against_best` compares it with the best earlier evaluation, or with itself if it is the first. It is None
+        if there are too few held-out rows to compare: then `best` and `num_without_gain` don't change.
         """
         self.eval_curve.append((step, found.loss))
         if against_best is None:
@@ -195,14 +195,14 @@ class Run:
         return self._finish()
 
     def measure(self, weights: LoraWeights) -> Scores:
-        """Measure an adapter on the job's rows, in the same way as the trainable. Empty weights mean the base."""
+        """Measure an adapter on the job's rows, as trained weights are measured. Empty weights mean the base."""
         passes = trainable_rows(
             self._base, weights, None, max_length=self._longest, dropout=0.0, library=self._library
         ).passes
         return self._measure(passes, weights if weights.modules else None)
 
     def checkpoint(self) -> None:
-        """Store a checkpoint of the last optimizer step."""
+        """Store a checkpoint of the state after the last optimizer step."""
         trainer, counters = self._trainer, self._counters
         self._note_time()
         tensors = dict(trainer.state())
@@ -235,7 +235,7 @@ class Run:
 
     @property
     def _max_checkpoint_bytes(self) -> int:
-        """The maximum size of a checkpoint: masters, AdamW's two moments and the best masters, in fp32."""
+        """The maximum size of a checkpoint: weights, AdamW's two moments and the best weights, in fp32."""
         return 4 * 4 * self._trainable.masters.numel()
 
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
@@ -251,7 +251,7 @@ class Run:
         )
 
     def _has_base(self) -> bool:
-        """Return whether the base was measured. A checkpoint of an older release has too little of it."""
+        """Return whether the base was measured. Older releases' checkpoints lack some of its measurements."""
         base = self._counters.base
         return base is not None and (base.held_out is not None or self._data.validation is None)
 
@@ -270,8 +270,8 @@ class Run:
     def _note_who_computes(self) -> None:
         """Record which code computes this attempt's steps.
 
-        If attempts used different code, the result has other bytes than with one of them alone, and the model card
-        lists all.
+        If a job's attempts used different code, the result's bytes differ from those that either code alone gives,
+        and the model card lists all code that was used.
         """
         now, before = self._trainable.passes.computed_by, self._counters.computed_by
         if before and before[-1] != now:
@@ -285,9 +285,9 @@ class Run:
         self._report_step()
 
     def _report_step(self) -> None:
-        """Evaluate the last step's weights if due, and report the step, unless that has been done.
+        """Evaluate the last step's weights if an evaluation is due, and report the step, unless it was reported.
 
-        If an attempt ends halfway through this, the next attempt repeats all of it.
+        If an attempt ends before the report is complete, the next attempt repeats evaluation and report.
         """
         counters, result = self._counters, self._counters.unreported
         if result is None:
@@ -334,7 +334,7 @@ class Run:
         return every is not None and (step % every == 0 or step == self._trainer.total_steps)
 
     def _held_out(self) -> Evaluation:
-        """Evaluate the trainable on the held-out rows, with exact match only if the best step is chosen by it."""
+        """Evaluate the trainable on the held-out rows, with exact match only if that chooses the best step."""
         found = self._evaluate(self._trainable.passes)
         self._check_finite(found)
         if self._spec.publish_metric == "loss":
@@ -382,7 +382,7 @@ class Run:
         )
 
     def _weights(self) -> tuple[LoraWeights | None, BaseModel | None]:
-        """Return the trainable's adapter, or the model that full fine-tuning made of the base."""
+        """Return (adapter, None), or after full fine-tuning (None, model)."""
         if isinstance(self._trainable, TrainableRows):
             return self._trainable.rows.weights(), None
         return None, self._trainable.tuned(self._base)

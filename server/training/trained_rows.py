@@ -88,7 +88,7 @@ def _start(
 
 
 def _principal(w: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B such that scaling · B A = U S Vᵀ for the r largest singular values. Each has a factor √S.
+    """Return A and B such that scaling · B A = U S Vᵀ for the r largest singular values. A and B have √S each.
 
     A and B are computed from the eigenvectors of the smaller of WᵀW and WWᵀ, in a third of the time of decomposing
     W itself.
@@ -194,8 +194,8 @@ class TrainedRows:
     """The parameters of one adapter in training, as `smollm.Adapters`.
 
     `masters` is one flat fp32 vector of every module's A and B, which the optimizer updates in place. The
-    forward pass reads copies in the compute dtype. These are the leaves: one of A and one of B for each group of
-    each layer. Gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over
+    forward pass reads copies in the compute dtype. These copies are the leaves: one of A and one of B for each
+    group of each layer. Gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over
     micro-batches is rounded to 16 bits.
 
     `dropout` is set for one micro-batch and unset when the micro-batch's gradients are collected, so

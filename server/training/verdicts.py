@@ -2,7 +2,7 @@
 
 Differences are paired by row, and equal rows count once. A verdict is better or worse only if the 95 % interval of
 the difference excludes 0. A few held-out rows can't support a verdict, least of all on independent facts. With
-fewer than `MIN_HELD_OUT` of them the verdict is by exact match on all of the job's rows, trained ones included.
+fewer than `MIN_HELD_OUT` held-out rows, a verdict is by exact match on all rows of the job, trained ones included.
 """
 
 import math
@@ -26,7 +26,7 @@ _WORDS = {"better": "better than", "worse": "worse than", "can't tell": "neither
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference of `tuned` and `other` in a metric, with its 95 % interval if there is one."""
+    """Two sets of weights in one metric: both values and, if known, the 95 % interval of their difference."""
 
     metric: Metric
     num_rows: int  # distinct rows
@@ -62,7 +62,7 @@ class Comparison:
         return -self.difference if self.metric == "loss" else self.difference
 
     def sentence(self, other: str) -> str:
-        """Return the verdict against `other` in words, with its numbers."""
+        """Return the verdict in words, with its numbers. `other` names what `tuned` was compared with."""
         if self.metric == "loss":
             numbers = f"loss {self.tuned:.4f} against {self.other:.4f} on {self.num_rows} held-out rows"
         else:
@@ -76,7 +76,10 @@ class Comparison:
         return f"{_WORDS[self.verdict]} {other}: {numbers} ({interval})"
 
     def document(self, version: str | None, other: str) -> dict[str, object]:
-        """Return the report's entry. `version` is the compared version, or None for the base; `other` its name."""
+        """Return the report's entry. `other` is the name of what `tuned` was compared with.
+
+        `version` is the compared version, or None for the base.
+        """
         return {
             "version": version,
             **vars(self),
@@ -113,7 +116,8 @@ def _of_losses(tuned: Evaluation, other: Evaluation) -> Comparison:
     """Compare losses per token, by the standard error of a ratio estimator over rows (Cochran 1977, section 6.4).
 
     The difference is Σd / Σt, for each row's difference d of summed losses and its number t of tokens. Student's t
-    is approximated by the first terms of its expansion in 1/(n - 1), which is exact to 0.001 from 19 degrees on.
+    is approximated by the first terms of its expansion in 1/(n - 1), which is exact to 0.001 from 19 degrees
+    of freedom on.
     """
     differences = [first - second for (first, _), (second, _) in zip(tuned.rows, other.rows, strict=True)]
     counts = [count for _, count in tuned.rows]
@@ -144,7 +148,7 @@ def _of_matches(pairs: list[tuple[bool, bool]], *, includes_trained: bool) -> Co
 
 
 def _pairs(data: JobData, tuned: Scores, other: Scores) -> list[tuple[bool, bool]]:
-    """Return for each of up to `MAX_REFERENCES` distinct rows whether the two completed it exactly."""
+    """Return for up to `MAX_REFERENCES` distinct rows whether (`tuned`, `other`) completed the row exactly."""
     first, second = _matches(data, tuned), _matches(data, other)
     return [(first[row], second[row]) for row in islice(first, MAX_REFERENCES) if row in second]
 

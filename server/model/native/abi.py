@@ -171,7 +171,7 @@ def call(function: Callable[..., int], *arguments: object) -> None:
 
 
 def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
-    """Return the seconds of each of the phases `names`. The native `function` returns their nanoseconds."""
+    """Return the seconds spent in each of the phases `names`. The native `function` returns nanoseconds."""
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
     return dict(zip(names, (spent / 1e9).tolist(), strict=True))

@@ -172,7 +172,7 @@ class NativeLora:
 class StepTables(NamedTuple):
     """A step's tokens, and their sequences' keys and values.
 
-    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A row of the runs is a `ServeRun`: the start
+    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A row of `runs` is a `ServeRun`: the start
     and stop of the tokens of one sequence, the first token's position, the start of the sequence's block table in
     `blocks`, and how many of the last tokens are wanted tokens, whose hidden states are returned.
     """

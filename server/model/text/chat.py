@@ -65,7 +65,7 @@ def joined_parts(content: object) -> object:
 class Disguise:
     """Messages in which placeholders replace text that looks like a special token.
 
-    So the template wrote every special token in a rendering of these messages.
+    So every special token in a rendering of these messages was written by the template.
     """
 
     def __init__(self, messages: Sequence[ChatMessage], special: re.Pattern[str]) -> None:
@@ -84,8 +84,10 @@ class Disguise:
         return self._placeholder.sub(lambda found: self._hidden[int(found.group(1))], text)
 
     def restore_at(self, text: str, points: Iterable[int]) -> tuple[str, dict[int, int]]:
-        """Return the restored text, and a map from each of `points` to its new position. No point may be inside a
-        placeholder."""
+        """Return what `restore` returns, and a map from each position of `points` in `text` to its new position.
+
+        No point may be inside a placeholder.
+        """
         pieces: list[str] = []
         moved = {0: 0}
         length = 0
@@ -345,6 +347,6 @@ def _inside(borders: Sequence[int], first: int, last: int) -> list[int]:
 
 
 def _crosses(offsets: Sequence[Span], border: int) -> bool:
-    """Return whether a token crosses the border. `offsets` ascend."""
+    """Return whether a token crosses the border. `offsets` are the tokens' spans, in ascending order."""
     place = bisect_left(offsets, (border, 0)) - 1  # the last token that starts before the border
     return place >= 0 and offsets[place][1] > border
