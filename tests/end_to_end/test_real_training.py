@@ -52,7 +52,6 @@ def test_the_readmes_facts_on_the_real_base(trainer: ServerProcess) -> None:
     training = {"epochs": 1, "learning_rate": 1e-4}
     bad = succeeded(trainer, submit(trainer, **body, training=training), 300)
     report = get(trainer, f"/train/{bad['id']}/report")
-    assert report["evaluation"]["tuned"]["loss"] < report["evaluation"]["latest"]["loss"], "the loss prefers it"
     assert report["comparisons"]["latest"]["verdict"] == "worse"
     assert (bad["adapter"]["moves_latest"], get(trainer, "/adapters/readmes")["latest"]) == (False, 1)
     gated = succeeded(trainer, submit(trainer, **body, training=training, publish_if="improves_latest"), 300)

@@ -55,6 +55,7 @@ async def test_upload_list_download(client: httpx.AsyncClient, engine: FakeEngin
             }
         },
         "metrics": {},
+        "verdict": None,
         "parent": None,
         "job_id": None,
         "created_at": version["created_at"],

@@ -18,8 +18,10 @@ Sample = Callable[[torch.Tensor, Sequence[LogitsRow]], list[Sampled]]
 
 
 def native_sample(num_threads: int) -> Sample:
-    """Return the native sampler, or skip the test if there is none. Logits are padded to whole tiles with minus
-    infinity."""
+    """Return a sampler in native code, which `native_library` may find missing.
+
+    Logits are padded to whole tiles with minus infinity.
+    """
     native_library()
 
     def sample(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> list[Sampled]:
