@@ -53,7 +53,8 @@ export function bodyOf(form) {
 }
 
 /**
- * The form's values for training again as an earlier job did. An alias is left out: it means that job's version.
+ * The form's values for training again as an earlier job did. An alias is left out: it means that job's version. So is
+ * what a job's config has and no request may have: `start_from_digest`, `init_std` and `auto_epochs`.
  * @param {Job["config"]} config
  * @returns {Fields}
  */
@@ -71,7 +72,7 @@ export function formOf(config) {
     alias,
     ...rest
   } = config;
-  const { rank = null, alpha = null, ...shape } = lora ?? {};
+  const { rank = null, alpha = null, init_std, ...shape } = lora ?? {};
   const {
     epochs,
     auto_epochs,
