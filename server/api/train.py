@@ -145,7 +145,7 @@ async def get_events(
 )
 @requires(TRAIN)
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
-    """Cancel a job. A running one stops within a micro-batch."""
+    """Cancel a job. If it is running, its process is stopped within a fraction of a second."""
     return await _steer(services.retention.cancel, job_id)
 
 

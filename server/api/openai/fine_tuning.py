@@ -500,7 +500,7 @@ async def list_checkpoints(
 @router.post("/{job_id}/cancel", summary="Cancel", response_class=Response, responses=_JOB)
 @requires(TRAIN)
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
-    """Cancel a job. A running one stops within a micro-batch."""
+    """Cancel a job. If it is running, its process is stopped within a fraction of a second."""
     return await _steer(services, services.retention.cancel, job_id)
 
 
