@@ -148,7 +148,7 @@ class TrainingAttempt:
             name: None if of is None else compare(outcome.tuned, of, data, spec.publish_metric)
             for name, of in measured.items()
         }
-        gate = decide(spec.publish_if, comparisons, spec.method)
+        gate = decide(spec.publish_if, comparisons, spec.method, versions)
         num_bytes = self._keep(adapter, outcome)
         counters = outcome.counters
         cost = Cost(

@@ -169,6 +169,8 @@ def _origin(report: Fields) -> list[tuple[str, str]]:
     rows.append(
         ("data", f"{_count(data, 'rows', 'row')}, {data['truncated']:,} of them truncated, `{data['digest']}`")
     )
+    if long := _long_rows(data):
+        rows.append(("long rows", long))
     if data["validation_digest"]:
         overlap = f", {data['overlap']:,} of them training rows too" if data["overlap"] else ""
         rows.append(
@@ -184,6 +186,13 @@ def _origin(report: Fields) -> list[tuple[str, str]]:
     rows += [("device", f"{machine}, {environment['dtype']}"), ("computed by", computed_by)]
     rows.append(("versions", _text(versions)))
     return rows
+
+
+def _long_rows(data: Fields) -> str:
+    """Return what became of rows that were too long, held-out ones included. Older reports don't say it."""
+    what = {"split": "split into windows that count as rows", "dropped": "dropped"}
+    found = [f"{data[name]:,} {words}" for name, words in what.items() if data.get(name)]
+    return ", ".join(found + ([f"{_count(data, 'lost_tokens', 'token')} lost"] if data.get("lost_tokens") else []))
 
 
 def _configuration(report: Fields) -> str:

@@ -12,6 +12,7 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -49,24 +50,27 @@ class Gate:
     reason: str
 
 
-def decide(publish_if: PublishIf, comparisons: Comparisons, method: Method = "lora") -> Gate:
+def decide(
+    publish_if: PublishIf,
+    comparisons: Comparisons,
+    method: Method = "lora",
+    versions: Mapping[Other, str] = MappingProxyType({}),
+) -> Gate:
     """Decide whether to publish the tuned adapter, by its comparison with the latest version or the base.
 
     If `comparisons` has no latest version, none exists, and the base takes its place. A fully fine-tuned model is
-    never published.
+    never published. `versions` names the compared versions for the reason.
     """
     if method == "full":
         return Gate(publish_if, False, "a fully fine-tuned model is kept with its job, but it is no adapter")
     if publish_if == "always":
         return Gate(publish_if, True, "published whatever its loss is")
     other: Other = "base" if publish_if == "improves_base" or "latest" not in comparisons else "latest"
-    found = comparisons[other]
+    found, name = comparisons[other], versions.get(other, NAMES[other])
     if found is None:
-        return Gate(
-            publish_if, publish_if == "not_worse", f"nothing was measured to compare it with {NAMES[other]}"
-        )
+        return Gate(publish_if, publish_if == "not_worse", f"nothing was measured to compare it with {name}")
     passes = found.verdict == "better" or (publish_if == "not_worse" and found.verdict == "can't tell")
-    return Gate(publish_if, passes, found.sentence(NAMES[other]))
+    return Gate(publish_if, passes, found.sentence(name))
 
 
 @dataclass(frozen=True)

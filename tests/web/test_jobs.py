@@ -155,6 +155,10 @@ def test_verdicts_and_recall(server: ServerProcess, browser: Browser, job: str) 
             "No clear difference from waits@2: held-out loss 1.83 against 2.35 "
             "(400 held-out rows; the difference may be -0.12 to 0.034)."
         )
+        unmeasured = {"base": against_base, "latest": None, "parent": None}
+        pretend(page, server, job, report | {"comparisons": unmeasured}, adapter=None)
+        page.reload()
+        expect(sentences.nth(1)).to_have_text("latest stays where it was.")
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ function verdictsOf({ comparisons, evaluation, moves_latest: movesLatest }) {
   /** @type {Comparison[]} */
   const found = ["base", "latest", "parent"].map((name) => comparisons[name]).filter(Boolean);
   const others = found.filter((one, place) => found.findIndex(({ version }) => version === one.version) === place);
-  const stays =
-    movesLatest === false && comparisons.latest ? `latest stays at ${comparisons.latest.version}.` : "";
+  const where = comparisons.latest ? `at ${comparisons.latest.version}` : "where it was"; // it may not be measurable
+  const stays = movesLatest === false ? `latest stays ${where}.` : "";
   return [...others.map(sentenceOf), stays].filter(Boolean);
 }
 

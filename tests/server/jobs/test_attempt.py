@@ -290,7 +290,7 @@ def test_gates_by_verdict(shop: Shop, tiny_base: BaseModel, gate: PublishIf, is_
     shop.attempt()
     report: Any = shop.jobs.report("second")
     assert (shop.jobs.get("second").adapter is not None) is report["gate"]["passes"] is is_published
-    assert report["gate"]["reason"].startswith("neither clearly better nor worse than latest: loss ")
+    assert report["gate"]["reason"].startswith("neither clearly better nor worse than codes@1: loss ")
     assert report["moves_latest"] is (True if is_published else None)
 
 
@@ -331,7 +331,7 @@ def test_a_better_version_that_is_published_before_the_job_ends(
     evaluation, gate = report["evaluation"], report["gate"]
     assert evaluation["latest"]["loss"] < evaluation["tuned"]["loss"]
     assert not gate["passes"]
-    assert gate["reason"].startswith("worse than latest: loss ")
+    assert gate["reason"].startswith("worse than codes@2: loss ")
     assert report["comparisons"]["latest"]["version"] == "codes@2"
 
 

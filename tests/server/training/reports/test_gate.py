@@ -37,6 +37,10 @@ def test_reasons_have_the_numbers() -> None:
         "better than latest: loss 2.0000 against 2.5000 on 40 held-out rows "
         "(difference -0.5000, 95 % interval -0.7000 to -0.3000)"
     )
+    reason = decide("not_worse", {"base": WORSE, "latest": BETTER}, versions={"latest": "tweets@2"}).reason
+    assert reason.startswith("better than tweets@2: loss 2.0000")
+    reason = decide("not_worse", {"base": WORSE, "latest": None}, versions={"latest": "tweets@2"}).reason
+    assert reason == "nothing was measured to compare it with tweets@2"
     recalled = Comparison("exact_match", 28, True, 25 / 28, 1 / 28, 0.1, 0.7, 0.95)
     assert decide("improves_base", {"base": recalled}).reason == (
         "better than the untouched base: 25 of 28 rows, trained ones included, exactly right, against 1 "

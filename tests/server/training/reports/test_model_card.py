@@ -73,6 +73,14 @@ def test_the_card_lists_the_code_that_computed(tiny_base: BaseModel) -> None:
     assert ["versions", "torch 2.13.0, cuda 13.0, driver 580.65.06"] in table
 
 
+def test_what_became_of_long_rows(tiny_base: BaseModel) -> None:
+    data = replace(FOUND.data, num_split=2, num_dropped=1, num_lost_tokens=1234)
+    table = rows(model_card(build_report(SPEC, tiny_base, replace(FOUND, data=data))))
+    assert ["long rows", "2 split into windows that count as rows, 1 dropped, 1,234 tokens lost"] in table
+    table = rows(model_card(build_report(SPEC, tiny_base, FOUND)))
+    assert not any(row[0] == "long rows" for row in table)
+
+
 def test_the_best_evaluations_weights(tiny_base: BaseModel) -> None:
     found = replace(FOUND, cost=replace(FOUND.cost, kept_step=10))
     table = rows(model_card(build_report(SPEC, tiny_base, found)))
