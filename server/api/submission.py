@@ -490,9 +490,17 @@ def _check_completions(spec: JobSpec, data: JobData) -> None:
 
 
 def _few_rows_warning(spec: JobSpec, data: JobData) -> Iterator[str]:
-    """Yield a warning if settings need more held-out rows than there are."""
+    """Yield warnings about settings that need more held-out rows than there are."""
     number = data.facts.num_validation_rows
-    if spec.training.eval_steps is not None and number < MIN_HELD_OUT:
+    if number >= MIN_HELD_OUT:
+        return
+    if spec.publish_if != "always" and not (data.references or data.trained_references):
+        result = "holds no version back" if spec.publish_if == "not_worse" else "lets no version pass"
+        yield (
+            f"publish_if {spec.publish_if} {result}: a verdict takes {MIN_HELD_OUT} held-out rows, or rows with "
+            f"completions; the job has {plural(number, 'held-out row')} and no completions to measure"
+        )
+    if spec.training.eval_steps is not None:
         yield (
             f"only {plural(number, 'row')} held out: below {MIN_HELD_OUT}, evaluations choose no step and stop "
             "nothing, so the last step's weights are kept"

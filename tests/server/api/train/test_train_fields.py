@@ -183,6 +183,30 @@ async def test_evaluations_of_few_rows_raise_a_warning(client: httpx.AsyncClient
         assert any("evaluations choose no step" in warning for warning in answer["warnings"]) is is_warned
 
 
+@pytest.mark.parametrize(
+    ("gate", "result"),
+    [
+        ("improves_base", "lets no version pass"),
+        ("improves_latest", "lets no version pass"),
+        ("not_worse", "holds no version back"),
+    ],
+)
+async def test_a_gate_that_decides_nothing_raises_a_warning(
+    client: httpx.AsyncClient, gate: str, result: str
+) -> None:
+    """Without completions, a verdict takes 20 held-out rows."""
+    texts = [{"text": f"row {number}"} for number in range(60)]
+    for data, validation, publish_if, expected in (
+        (texts[20:], texts[:19], gate, 1),
+        (texts[20:], texts[:20], gate, 0),
+        (ROWS, ROWS[:19], gate, 0),
+        (texts[20:], texts[:19], "always", 0),
+    ):
+        body = train_body(data=data, validation=validation, publish_if=publish_if)
+        answer = (await client.post("/train?dry_run=true", json=body)).json()
+        assert sum(f"publish_if {gate} {result}" in warning for warning in answer["warnings"]) == expected
+
+
 async def test_evaluations_need_validation(client: httpx.AsyncClient, tmp_path: Path) -> None:
     body = train_body(validation=0, training={"eval_steps": 2})
     assert await refused(client, body, tmp_path) == [["training", "eval_steps"]]
