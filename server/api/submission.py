@@ -34,7 +34,16 @@ from server.training.encoding import RowEncoder, texts_of
 from server.training.files import RowSources
 from server.training.formats import RowFormat
 from server.training.job_data import DataFacts, JobData
-from server.training.rows import CanonicalRows, Row, RowNotes, default_share, hold_out, overlap, parse_row
+from server.training.rows import (
+    CanonicalRows,
+    EmptyAnswer,
+    Row,
+    RowNotes,
+    default_share,
+    hold_out,
+    overlap,
+    parse_row,
+)
 from server.training.spec import (
     COMPARE_WITH_LATEST,
     LEARNING_RATES,
@@ -125,6 +134,8 @@ def _sent(values: Sequence[object], name: str, notes: RowNotes) -> CanonicalRows
     for number, value in enumerate(values):
         try:
             rows.append(parse_row(value, notes))
+        except EmptyAnswer:
+            continue
         except InvalidInput as error:
             faults += _placed(error, name, number)
             if len(faults) >= MAX_FAULTS:
@@ -132,6 +143,8 @@ def _sent(values: Sequence[object], name: str, notes: RowNotes) -> CanonicalRows
                 raise InvalidInput([*faults[:MAX_FAULTS], more]) from None
     if faults:
         raise InvalidInput(faults)
+    if not rows:
+        raise InvalidInput.of(name, "has no rows but ones with an empty answer")
     return CanonicalRows.of(rows)
 
 

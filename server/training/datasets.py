@@ -141,7 +141,7 @@ class DatasetStore(RecordStore[Dataset]):
                     file.write(line)
                     kinds[kind_of(row)] += 1
             if not kinds:
-                raise InvalidInput.of(FILE, "has no rows")
+                raise InvalidInput.of(FILE, "has no rows, or only ones with an empty answer")
             if grown is not None:
                 grown(num_bytes)
             dataset = Dataset(

@@ -100,7 +100,7 @@ class FileStore(RecordStore[StoredFile]):
             with content.open("rb") as copy:
                 read = MeasuredStream(copy)
                 if not sum(1 for _ in read_rows(cast("BinaryIO", read), file_format)):
-                    raise InvalidInput.of(FILE, "has no rows")
+                    raise InvalidInput.of(FILE, "has no rows, or only ones with an empty answer")
             size = content.stat().st_size
             digest = read.digest.hexdigest()
             file = StoredFile(

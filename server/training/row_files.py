@@ -17,7 +17,7 @@ from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
 from server.system.messages import plural
 from server.training.formats import ALPACA, CONVERSATIONS, format_of_fields
-from server.training.rows import FIELDS, MAX_NAMED, Row, RowNotes, misspelt, parse_row, shown
+from server.training.rows import FIELDS, MAX_NAMED, EmptyAnswer, Row, RowNotes, misspelt, parse_row, shown
 
 Format = Literal["jsonl", "csv"]
 MAX_LINE = 1 << 20
@@ -68,10 +68,11 @@ def short_name(filename: str) -> str:
 
 
 def read_rows(stream: BinaryIO, file_format: Format, notes: RowNotes | None = None) -> Iterator[Row]:
-    """Yield the rows of a file. Ignored fields and other trainers' formats are noted in `notes`.
+    """Yield the rows of a file. Ignored fields, other trainers' formats and dropped rows are noted in `notes`.
 
-    If the file has errors, raise InvalidInput, but only after collecting them: valid rows after the first error
-    are still yielded. So don't use any row before the iterator has ended.
+    Rows that are `EmptyAnswer` are dropped. If the file has other errors, raise InvalidInput, but only after
+    collecting them: valid rows after the first error are still yielded. So don't use any row before the iterator
+    has ended.
     """
     return read_jsonl(stream, notes) if file_format == "jsonl" else read_csv(stream, notes)
 
@@ -87,6 +88,8 @@ def read_jsonl(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]
             faults.stop(lines.number, _OF_ARRAY)
         try:
             row = parse_row(_json(line.rstrip(), FILE), notes)
+        except EmptyAnswer:
+            continue
         except InvalidInput as error:
             faults.add(lines.number, error, len(line))
             continue
@@ -118,6 +121,8 @@ def read_csv(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]:
             texts = dict(zip(names, fields, strict=True))
             parsed = {name: _json(texts[name], name) for name in _JSON_COLUMNS if texts.get(name)}
             row = parse_row({**texts, **parsed}, notes)
+        except EmptyAnswer:
+            continue
         except InvalidInput as error:
             faults.add(lines.first, error, sum(map(len, fields)))
             continue

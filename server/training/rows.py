@@ -80,8 +80,15 @@ Row = CompletionRow | MessagesRow | TextRow
 Kind = Literal["completion", "messages", "text"]
 
 
+class EmptyAnswer(InvalidInput):
+    """A row in another trainer's format whose only fault is an empty last answer, as Alpaca's own file has some.
+
+    Readers of many rows drop such a row; it is counted in their `RowNotes`.
+    """
+
+
 class RowNotes:
-    """Notes on rows as they are read: which fields were ignored, and which rows had another trainer's format.
+    """Notes on rows as they are read: ignored fields, rows in another trainer's format, and dropped ones.
 
     Names of ignored fields beyond the first `MAX_NAMED` are counted together.
     """
@@ -92,6 +99,7 @@ class RowNotes:
         self._formats: dict[RowFormat, None] = {}
         self._ignored: Counter[str] = Counter()
         self._num_others = 0
+        self._num_dropped = 0
         self._answer: str | None = None
 
     def ignore(self, name: str, beside_text: bool = False) -> None:
@@ -108,9 +116,15 @@ class RowNotes:
         self.mapping = self.mapping or row_format
         self._formats[row_format] = None
 
+    def dropped(self) -> None:
+        """Count a row that is dropped since its last answer is empty."""
+        self._num_dropped += 1
+
     def warnings(self) -> list[str]:
         """Return the warnings for the user, one line each."""
         found = [f"rows were read as {MEANINGS[row_format]}" for row_format in self._formats]
+        if self._num_dropped:
+            found.append(f"{plural(self._num_dropped, 'row')} dropped, since the last answer is empty")
         fields = [f"{shown(name)} in {plural(number, 'row')}" for name, number in self._ignored.items()]
         if self._num_others:
             fields.append(f"{self._num_others} times others")
@@ -140,6 +154,7 @@ def question_of(row: Row) -> tuple[str | tuple[ChatMessage, ...], str] | None:
 def parse_row(value: object, notes: RowNotes | None = None) -> Row:
     """Make a row from parsed JSON. Raise InvalidInput, with up to `MAX_FAULTS` errors, if the row is invalid.
 
+    It is EmptyAnswer, and counted in `notes`, if the row can just be dropped.
     No message quotes a row's text. Unknown fields, such as ids and labels, are skipped and counted in `notes`.
     Null is ignored in fields of another kind of row and in optional fields of turns, since rows from a table have
     null there.
@@ -155,7 +170,7 @@ def parse_row(value: object, notes: RowNotes | None = None) -> Row:
             for name in value:
                 if name in given and name not in conversation.fields:
                     notes.ignore(name)
-        return _converted(conversation)
+        return _converted(conversation, notes)
     shapes = (shape for named in (given, value.keys()) for shape in FIELDS if not named.isdisjoint(shape))
     names = next(shapes, None)
     if names is None:
@@ -311,11 +326,19 @@ def _instead(strange: Sequence[str]) -> str:
     return f"; this one has {', '.join(map(shown, strange[:MAX_NAMED]))}" if strange else ""
 
 
-def _converted(conversation: Conversation) -> MessagesRow:
+def _converted(conversation: Conversation, notes: RowNotes | None) -> MessagesRow:
+    turns = list(conversation.turns)
     try:
-        return _messages(list(conversation.turns))
+        return _messages(turns)
     except InvalidInput as error:
-        raise InvalidInput([conversation.located(fault) for fault in error.errors]) from None
+        faults = [conversation.located(fault) for fault in error.errors]
+        if [fault.loc for fault in error.errors] == [("messages", len(turns) - 1, "content")]:
+            last = turns[-1]
+            if isinstance(last, Mapping) and last.get("role") == "assistant" and last.get("content") == "":
+                if notes is not None:
+                    notes.dropped()
+                raise EmptyAnswer(faults) from None
+        raise InvalidInput(faults) from None
 
 
 def _messages(value: object) -> MessagesRow:

@@ -319,6 +319,21 @@ async def test_a_dry_run_recognizes_facts(client: httpx.AsyncClient) -> None:
     assert (answer["facts"], answer["warnings"]) == (False, [])
 
 
+async def test_other_trainers_rows_without_an_answer_are_dropped(client: httpx.AsyncClient) -> None:
+    empty, full = ({"instruction": "Add 1.", "output": output} for output in ("", "2"))
+    answer = (await client.post("/train?dry_run=true", json=train_body(data=[empty, full]))).json()
+    assert answer["data"]["rows"] == 1
+    assert "1 row dropped, since the last answer is empty" in answer["warnings"]
+    content = "\n".join(map(json.dumps, (empty, full)))
+    uploaded = (await client.post("/datasets", files={"file": ("a.jsonl", content)})).json()
+    assert (uploaded["rows"], uploaded["warnings"]) == (1, answer["warnings"])
+
+    nothing = await client.post("/train?dry_run=true", json=train_body(data=[empty]))
+    assert (nothing.status_code, nothing.json()["errors"][0]["loc"]) == (422, ["data"])
+    nothing = await client.post("/datasets", files={"file": ("a.jsonl", json.dumps(empty))})
+    assert nothing.status_code == 422
+
+
 async def test_a_dry_run_reports_the_mapping(client: httpx.AsyncClient) -> None:
     rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}]
     turns = [{"role": "user", "content": "Add.\n\n1 + 1"}, {"role": "assistant", "content": "2"}]

@@ -7,7 +7,7 @@ import pytest
 
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage
-from server.training.row_files import read_csv
+from server.training.row_files import read_csv, read_jsonl
 from server.training.rows import CompletionRow, MessagesRow, RowNotes, TextRow, parse_row
 
 Loc = tuple[str | int, ...]
@@ -178,9 +178,39 @@ def test_faults_have_the_rows_own_names(row: object, loc: Loc, message: str) -> 
     assert text.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("empty", "full"),
+    [
+        ({"instruction": "a", "output": ""}, {"instruction": "a", "output": "b"}),
+        ({"conversations": [human("a"), gpt("")]}, {"conversations": [human("a"), gpt("b")]}),
+        ({"conversations": [human("a"), gpt(""), human("c")]}, {"conversations": [human("a"), gpt("b")]}),
+    ],
+)
+def test_rows_with_an_empty_last_answer_are_dropped(empty: object, full: object) -> None:
+    """Alpaca's own file has such rows."""
+    notes = RowNotes()
+    lines = "\n".join(map(json.dumps, (empty, full, empty))).encode()
+    assert list(read_jsonl(io.BytesIO(lines), notes)) == [said(("user", "a"), ("assistant", "b"))]
+    assert notes.warnings()[1:] == ["2 rows dropped, since the last answer is empty"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "output": "", "history": [["c", ""]]},
+        {"conversations": [human("a"), gpt(""), human("c"), gpt("d")]},
+        {"messages": [turn("user", "a"), turn("assistant", "")]},
+        {"prompt": "a", "completion": ""},
+    ],
+)
+def test_other_empty_answers_are_faults(row: object) -> None:
+    with pytest.raises(InvalidInput, match="must not be empty"):
+        list(read_jsonl(io.BytesIO(json.dumps(row).encode())))
+
+
 def test_alpacas_table() -> None:
     notes = RowNotes()
-    table = b'output,input,instruction,history\n2,1 + 1,Add.,\n4,,And 2 + 2?,"[[""1 + 1?"", ""2""]]"\n'
+    table = b'output,input,instruction,history\n2,1 + 1,Add.,\n,,Hush.,\n4,,And 2 + 2?,"[[""1 + 1?"", ""2""]]"\n'
     assert list(read_csv(io.BytesIO(table), notes)) == [
         said(("user", "Add.\n\n1 + 1"), ("assistant", "2")),
         said(("user", "1 + 1?"), ("assistant", "2"), ("user", "And 2 + 2?"), ("assistant", "4")),
