@@ -138,7 +138,10 @@ def combine(parts: Iterable[Part]) -> tuple[AdapterRef, ...]:
 
 
 def gather(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Return one part for each version, in the order of first mention. Weights are summed, zero sums left out."""
+    """Return one part for each version, in the order of first mention.
+
+    If a version occurs several times, its weights are summed. A version whose sum is zero is left out.
+    """
     sums: dict[tuple[str, int, str], Fraction] = {}
     for part in parts:
         key = (part.name, part.version, part.digest)

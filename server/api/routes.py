@@ -87,7 +87,7 @@ class Routes:
     def __init__(
         self, routers: Iterable[APIRouter], folders: Iterable[str] = (), files: Iterable[str] = ()
     ) -> None:
-        """`folders` and `files` are paths outside the routers that need no key.
+        """`folders` and `files` are paths that need no key and aren't in `routers`.
 
         Raise KeyError if a route declares no requirements.
         """

@@ -1,4 +1,4 @@
-"""`smolora generate`, `chat` and `compare`: text from the base, or under adapters and blends of them."""
+"""`smolora generate`, `chat` and `compare`: text from the base model, alone or with adapters applied."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ def generate(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Continue a text, under an adapter, a weighted blend of several, or none. With --chat: answer a message.
+    """Continue a text with one adapter, a weighted blend of several, or none. With --chat: answer a message.
 
     The text is continued as it is, which suits adapters trained on rows of prompt and completion. To get an answer
     to a question, use --chat or `smolora chat`.
@@ -83,7 +83,7 @@ def chat(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Chat with the base, under an adapter, a blend of several, or none."""
+    """Chat with the base model, with one adapter, a blend of several, or none."""
     from server.client.connection import ClientError
 
     options = given(adapter=adapter, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -446,7 +446,10 @@ _STYLES = {"better": "green", "worse": "bold red"}
 
 
 def _remembered(report: Document) -> str:
-    """Describe for how many trained and held-out rows the model's answer is exact; "" if nothing was measured."""
+    """Describe for how many trained and held-out rows the model reproduces the answer exactly.
+
+    Return "" if nothing was measured.
+    """
     parts = []
     if report.get("recall"):
         recall = cast("Document", report["recall"])

@@ -152,7 +152,7 @@ class _Doubt:
         self._is_left = False
 
     def look_at(self, context: sa.engine.ExceptionContext) -> None:
-        """If the error is that of a commit, overwrite the failed commit before the caller gets the error."""
+        """If `context` has the error of a commit, overwrite the failed commit before the caller gets the error."""
         if context.statement is not None or not isinstance(context.original_exception, driver.OperationalError):
             return
         self._is_left = True
@@ -179,7 +179,7 @@ class Commits:
         self._last = 0
 
     def __call__(self) -> int:
-        """Return a number that changes with each commit, or the last known one. For one thread at a time."""
+        """Return a number that changes with each commit, or the last known number. Not thread-safe."""
         if (number := self.now()) is not None:
             self._last = number
         return self._last

@@ -74,7 +74,7 @@ def agree(engine: sa.Engine, place: Place) -> None:
 
 
 def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
-    """Raise StartupError if the bytes of a HOME's database are in an object store.
+    """Raise StartupError if the database of a HOME keeps its adapters and data in an object store.
 
     The message ends with `why`, the reason for the refusal.
     """

@@ -278,9 +278,10 @@ class _Dialect(PGDialect_psycopg):
             driven.close()
 
     def _was_committed(self, own: str, number: int) -> bool:
-        """Return whether transaction `number` of the connection `own` was committed.
+        """Return whether a transaction was committed.
 
-        Raise InDoubt if that can't be found out in `_DOUBT_SECONDS`.
+        `own` is the id of the transaction's connection in the table `marks`, and `number` the number that the
+        transaction wrote there. Raise InDoubt if the outcome can't be found out in `_DOUBT_SECONDS`.
         """
         until = time.monotonic() + _DOUBT_SECONDS
         while time.monotonic() < until:
