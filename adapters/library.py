@@ -295,9 +295,9 @@ class Library:
         self.store.verify(digest)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
-        """Return the adapter of a pinned part, with the configuration that was published first with its bytes.
+        """Return the adapter of a pinned part, with the configuration of the first version that had its bytes.
 
-        Raise CorruptAdapter.
+        Raise CorruptAdapter if the bytes are missing or damaged, or don't fit the base.
         """
         return self.store.read(digest, self.shape)
 
@@ -394,7 +394,7 @@ class Library:
 
 @dataclass(frozen=True)
 class ServedBase:
-    """The served base, which is compared with the base that a version was made on, as far as that is recorded.
+    """The served base. `warnings` compares it with the base on which a version was made.
 
     Shapes fit or they don't, but no byte of an adapter shows which weights it was trained with. So every version
     records the digest of its base, and an upload also records the name that its file gives for the base. If
@@ -433,5 +433,5 @@ class ServedBase:
         return (f"it was made on another base, {version.base_model[:_SHOWN]}, than {self.name}",)
 
     def _is_named(self, name: str) -> bool:
-        """Return whether a file's name for its base, a path or a hub id, seems to mean this base."""
+        """Return whether `name`, a path or hub id that a file gives for its base, seems to mean this base."""
         return name.rstrip("/").rsplit("/", 1)[-1].lower() == self.name.lower()

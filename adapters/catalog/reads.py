@@ -93,7 +93,10 @@ def _without_parts(warning: str) -> str:
 
 
 def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]":
-    """Return a query for the chosen adapters: a row for each version, alias and part. See `adapters_of`."""
+    """Return a query for the adapters whose keys `chosen` selects. `adapters_of` reads the rows.
+
+    There is a row for each combination of a version, one of its aliases and one of its parts.
+    """
     aliased = sa.and_(aliases.c.name == versions.c.name, aliases.c.version == versions.c.version)
     return (
         sa.select(versions, names.c.latest, names.c.is_public, aliases.c.alias, *_PART)

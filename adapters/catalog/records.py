@@ -68,7 +68,7 @@ class Records:
         self._blobs.put(f"{folder_of(version.name)}/{version.version}.json", encode(version))
 
     def count_up(self, name: str, number: int) -> None:
-        """Record that all version numbers of the name below `number` have been used."""
+        """Record that the name's version numbers below `number` have been used."""
         self._blobs.put(f"{folder_of(name)}/{NEXT}", b"%d" % number)
 
     def remove(self, name: str, numbers: list[int]) -> None:

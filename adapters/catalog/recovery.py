@@ -8,8 +8,8 @@ For a record without a version there are two cases:
   an older copy. The version is published if its bytes exist. The exception is a record of a job that is in the
   database: the job publishes the version itself, or ended before it could.
 
-So the same code repairs a crash and rebuilds the catalog from the directories. The directories don't have aliases, a
-`latest` that was moved back, jobs, or which adapters are public: these are lost with the database.
+So the same code repairs a crash and rebuilds the catalog from the directories. Aliases, a `latest` that was moved
+back, jobs, and which adapters are public aren't in the directories: they are lost with the database.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -95,10 +95,10 @@ def publish_unattended_in(
     compared_with: int | None = None,
     worse: str | None = None,
 ) -> tuple[Version, str | None]:
-    """Publish a version from a job. Return it, and why `latest` stays, for people; None if `latest` moved.
+    """Publish a version from a job. Return the version, and a message for people if `latest` stays, else None.
 
     `latest` stays if somebody moved it back manually, because a job that ends later must not undo that. It also
-    stays if `worse` is given: the job found the new version worse than the latest one, in these words.
+    stays if `worse` is given, which says in words that the job found the new version worse than the latest one.
 
     `alias` is pointed to the version; the alias "latest" moves `latest` in any case. Raise LatestMoved if
     `compared_with` is given and `latest` is another version (0: no version).
@@ -254,7 +254,7 @@ _FORCE = Hint("force_delete", "?force=true deletes aliases with it")
 def _refuse_needed(
     connection: sa.Connection, name: str, number: int | None, force: bool, viewpoint: Viewpoint
 ) -> None:
-    """Raise Conflict, naming the aliases and compositions that need the version, or any version of the name.
+    """Raise Conflict, naming the aliases and compositions that need version `number` (None: any version).
 
     `force` ignores aliases. Only the operator learns the names of other projects' compositions; everybody else
     learns how many such compositions there are.
@@ -321,7 +321,10 @@ def is_named(connection: sa.Connection, digest: str) -> bool:
 
 
 def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
-    """Raise Conflict if the name's versions are of the kind `existing` and the new one is of another kind."""
+    """Raise Conflict if `existing`, the kind of the name's versions, isn't `kind`.
+
+    If the name has no versions, `existing` is None, and no error is raised.
+    """
     if existing is not None and existing != kind:
         owner = "a composition" if existing == "composition" else "an adapter"
         raise Conflict(f"'{name}' is the name of {owner}: choose another one, or delete that first")

@@ -151,7 +151,10 @@ def describe_sidecar(weights: LoraWeights, directory: Path) -> bytes:
 
 
 def matches_sidecar(directory: Path, damaged: os.stat_result | None = None) -> bool:
-    """Return whether all files have their full sizes, and the directory isn't the one whose stat is `damaged`."""
+    """Return whether all files have their full sizes.
+
+    Return False for the directory with the stat `damaged`, which is known to be damaged.
+    """
     try:
         sizes = json.loads((directory / SIDECAR_NAME).read_bytes())["sizes"]
         has_all = all((directory / name).stat().st_size == sizes[name] for name in (CONFIG_NAME, WEIGHTS_NAME))

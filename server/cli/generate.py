@@ -199,7 +199,10 @@ def _lines(results: Sequence[Mapping[str, object]]) -> Table:
 
 
 def _scores(results: Sequence[Mapping[str, object]], texts: Sequence[str]) -> Table:
-    """Return a table of the log-probability of each text under each adapter, each text's highest in bold."""
+    """Return a table of the log-probability of each text under each adapter.
+
+    Each text's highest log-probability is in bold.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("text")
     for result in results:

@@ -341,9 +341,9 @@ def in_words(error: object, home: Path) -> str:
 def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
     """Return whether no other process has the database open, and set the journal mode if so.
 
-    Each process that has the database open holds a shared lock, so only a process that is alone gets the exclusive
-    lock. A foreign program doesn't take the lock; if one has the file open, the journal mode stays. Afterwards
-    this process holds the shared lock.
+    `users` is a handle of the file with the locks. Each process that has the database open holds a shared lock, so
+    only a process that is alone gets the exclusive lock. A foreign program doesn't take the lock; if one has the
+    file open, the journal mode stays. Afterwards this process holds the shared lock.
     """
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
