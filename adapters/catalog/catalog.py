@@ -208,7 +208,7 @@ class Catalog:
         return number
 
     def check_kind(self, name: str, kind: Kind) -> None:
-        """Raise Conflict if the name is in use, but not for this kind: an adapter or a composition."""
+        """Raise Conflict if `kind` is "adapter" and the name means a composition, or the other way round."""
         key = self.viewpoint.key(name)
         query = sa.select(names.c.kind).where(names.c.name == key, names.c.latest.is_not(None))
         with self._reader.connect() as connection:
@@ -257,7 +257,7 @@ class Catalog:
         return self._drop(name, None, force)
 
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
-        """Delete one version. Raise the same errors, and return the same, as `delete`.
+        """Delete one version. Raise errors and return digests as `delete` does.
 
         If the version was the latest, the highest remaining version becomes the latest.
         """

@@ -270,7 +270,7 @@ def why_missing(connection: sa.Connection, viewpoint: Viewpoint, *terms: Term) -
 
 
 def _meant(connection: sa.Connection, key: str, viewpoint: Viewpoint) -> str:
-    """Return a hint with the name that is most similar to that in `key`, or "" if no name is similar.
+    """Return a hint with the name most similar to the name in `key`, or "" if no name is similar.
 
     Only names of the same project are suggested: the neighbours in sorted order, and the names that differ by one
     common typo.

@@ -179,7 +179,7 @@ def folder_of(key: str) -> str:
 
 
 def _place_of(key: str) -> tuple[str, int, str] | None:
-    """Split a record's path `key` into the adapter's key and the version's number, and return both and `key`.
+    """Return the adapter's key and the version's number from the path `key` of a record, and `key` itself.
 
     The number is 0 for the file `next`. Return None if `key` isn't the path of a record.
     """

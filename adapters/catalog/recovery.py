@@ -1,6 +1,7 @@
 """Make the catalog and its records agree: after a crash, and after the loss of the database.
 
-A version without a record gets one. If the records don't show a name's next version number, it is recorded, too.
+A version without a record gets a record. If the records don't show a name's next version number, the number is
+recorded, too.
 For a record without a version there are two cases:
 
 - The catalog has given out its number. Then a delete was interrupted, and the record is removed.

@@ -170,7 +170,7 @@ class _Doubt:
 
 
 class Commits:
-    """A callable that returns a number, which changes whenever any process commits. A call takes microseconds."""
+    """A callable whose result, a number, changes whenever any process commits. A call takes microseconds."""
 
     def __init__(self, home: Path) -> None:
         self._connection = driver.connect(

@@ -46,7 +46,7 @@ log = logging.getLogger("smolora.database")
 
 
 class Notices:
-    """A callable that returns a number, which changes whenever any process commits. Thread-safe.
+    """A callable whose result, a number, changes whenever any process commits. Thread-safe.
 
     A call takes a microsecond. A commit of this process counts immediately, a commit of another process when its
     notice arrives. The notices of this process carry the id `own`, and aren't counted a second time. While the
