@@ -268,9 +268,9 @@ class Library:
             pinned.release()
 
     def keep(self, adapter: peft_format.PeftAdapter) -> int:
-        """Store the adapter's bytes and return their number.
+        """Store the adapter, and return its size in bytes.
 
-        The next sweep removes them unless a version names them.
+        The next sweep removes the bytes unless a version names them.
         """
         return self.store.put(adapter)
 

@@ -231,8 +231,8 @@ class AdapterStore:
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         """Store the adapter under its weights' digest, unless it is stored already, and return its size in bytes.
 
-        If `original` has the uploaded adapter_config.json, the file is stored unchanged. The tensors are always
-        rewritten, in a fixed order. If the digest is stored and undamaged, the stored files stay.
+        If the digest is stored and undamaged, the stored files stay. Otherwise the tensors are written in a fixed
+        order, and if `original` has the uploaded adapter_config.json, that file is stored unchanged.
         """
         digest = adapter.weights.digest
         place = self._place(digest)

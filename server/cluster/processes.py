@@ -185,7 +185,7 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
     """Raise StartupError if the processes need a shared database and object store but have none.
 
-    Raise it also if an API process couldn't start.
+    Raise StartupError also if an API process couldn't start.
     """
     if (num_apis > 1 or address is not None) and not (settings.database_url and settings.bytes_url):
         raise StartupError(
