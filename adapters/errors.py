@@ -144,7 +144,7 @@ def _restored(
     attributes: Mapping[str, object],
     cause: BaseException | None,
 ) -> SmoloraError:
-    """Recreate an unpickled error without calling its constructor."""
+    """Recreate a pickled error without calling its constructor."""
     error = kind.__new__(kind, *args)  # sets `args`
     vars(error).update(attributes)
     if cause is not None:

@@ -62,7 +62,11 @@ class Pinned:
             removal()
 
     def unpin(self) -> Removal | None:
-        """Unpin the bytes without blocking. Return the removal to call in a thread, or None if there is none."""
+        """Unpin the bytes without blocking.
+
+        Return a function that removes the bytes of deleted versions, to call in a thread, or None if nothing is to
+        be removed.
+        """
         store, self._store = self._store, None
         return None if store is None else store.let_go(self._digests)
 
@@ -138,7 +142,7 @@ class Library:
             pinned.release()
 
     def check_name(self, name: str, kind: Kind = "adapter") -> None:
-        """Raise InvalidInput on `name` if it is invalid, Conflict if it names something of another kind."""
+        """Raise InvalidInput if `name` is invalid, or Conflict if it is the name of something of another kind."""
         if fault := name_fault(BASE if name == self.base_name else name):
             raise InvalidInput.of("name", fault)
         self.catalog.check_kind(name, kind)
@@ -224,7 +228,10 @@ class Library:
     def page(
         self, name: str | None, limit: int, after: str | None, *, contains: str | None = None, public: bool = False
     ) -> tuple[list[Adapter], str | None]:
-        """Return one page of `Catalog.list`, and the `after` of the next page, or None on the last one."""
+        """Return one page of the adapters that `Catalog.list` returns, and the `after` for the next page.
+
+        On the last page, `after` is None.
+        """
         found = self.catalog.list(name, limit, after, contains=contains, public=public)
         last = found[-1].name if len(found) == limit and name is None else None
         if last is not None and not self.catalog.has_after(last, contains=contains, public=public):
@@ -261,14 +268,17 @@ class Library:
             pinned.release()
 
     def keep(self, adapter: peft_format.PeftAdapter) -> int:
-        """Store the adapter's bytes and return their number.
+        """Store the adapter, and return its size in bytes.
 
-        The next sweep removes them unless a version names them.
+        The next sweep removes the bytes unless a version names them.
         """
         return self.store.put(adapter)
 
     def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
-        """Store an adapter's bytes for the `with` block, which commits its version. Remove them if that fails."""
+        """Store an adapter's bytes for the `with` block, which commits its version.
+
+        If the block fails, remove the bytes.
+        """
         return self.store.publishing(adapter, self._is_wanted)
 
     def discard(self, *digests: str) -> None:
@@ -285,9 +295,9 @@ class Library:
         self.store.verify(digest)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
-        """Return the adapter of a pinned part, with the configuration that was published first with its bytes.
+        """Return the adapter of a pinned part, with the configuration of the first version that had its bytes.
 
-        Raise CorruptAdapter.
+        Raise CorruptAdapter if the bytes are missing or damaged, or don't fit the base.
         """
         return self.store.read(digest, self.shape)
 
@@ -345,7 +355,7 @@ class Library:
         return self._base.warnings(version) if same_base or self.store.fits(digest, self.shape) else None
 
     def _discard_if_possible(self, digests: Iterable[str]) -> None:
-        """Discard the bytes of deleted versions. If disk or database fail, the next sweep removes the rest."""
+        """Discard deleted versions' bytes. If the disk or the database fails, the next sweep discards them."""
         with suppress(*FAILURES):
             self.discard(*digests)
 
@@ -365,7 +375,10 @@ class Library:
         return self.catalog.in_use(digest) or self._is_parent(digest, None)
 
     def _with_twin(self, version: Version) -> Version:
-        """Return a new version with a warning if an earlier version of its name has the same weights."""
+        """Return the version, with a warning added if an earlier version of its name has the same weights.
+
+        Otherwise return `version` unchanged.
+        """
         twin = self.catalog.twin(version)
         warning = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
         return version if twin is None else replace(version, warnings=(*version.warnings, warning))
@@ -381,7 +394,7 @@ class Library:
 
 @dataclass(frozen=True)
 class ServedBase:
-    """The served base, which is compared with the base that a version was made on, as far as that is recorded.
+    """The served base. `warnings` compares it with the base on which a version was made.
 
     Shapes fit or they don't, but no byte of an adapter shows which weights it was trained with. So every version
     records the digest of its base, and an upload also records the name that its file gives for the base. If
@@ -420,5 +433,5 @@ class ServedBase:
         return (f"it was made on another base, {version.base_model[:_SHOWN]}, than {self.name}",)
 
     def _is_named(self, name: str) -> bool:
-        """Return whether a file's name for its base, a path or a hub id, seems to mean this base."""
+        """Return whether `name`, a path or hub id that a file gives for its base, seems to mean this base."""
         return name.rstrip("/").rsplit("/", 1)[-1].lower() == self.name.lower()

@@ -61,7 +61,7 @@ def merge(
 ) -> LoraWeights:
     """Merge the adapters on the CPU.
 
-    The result targets every module that any of the adapters targets. It doesn't depend on the adapters' order.
+    The result targets every module that any of the adapters targets, and doesn't depend on the adapters' order.
 
     `between(done, total)` is called after each module and may raise. Raise InvalidInput if `check` does, or if
     merged entries are too large for fp32.

@@ -46,7 +46,7 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
 
 def slips(name: str) -> set[str]:
-    """Return the names that `name` may be a typo of, guessed from `name` alone by undoing one common typo."""
+    """Return the names that somebody who typed `name` may have meant. Each name undoes one common typo."""
     pairs = [(name[:i], name[i:]) for i in range(len(name))]
     doubled = {before + after[1:] for before, after in pairs}
     swapped = {before + after[1] + after[0] + after[2:] for before, after in pairs if len(after) > 1}
@@ -58,14 +58,14 @@ def slips(name: str) -> set[str]:
 
 
 def _agreement(name: str, other: str) -> float:
-    """Return the length of the common prefix and suffix, as a share of the longer name's length."""
+    """Return the length of the names' common prefix and suffix, as a share of the longer name's length."""
     before = _num_alike(name, other)
     after = _num_alike(name[before:][::-1], other[before:][::-1])
     return (before + after) / max(len(name), len(other), 1)
 
 
 def _num_alike(name: str, other: str) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the names' common prefix."""
     pairs = enumerate(zip(name, other, strict=False))
     return next((at for at, (mine, its) in pairs if mine != its), min(len(name), len(other)))
 
@@ -99,7 +99,7 @@ DEFAULT_PROJECT = "default"
 
 
 def key_of(project: str, name: str) -> str:
-    """Return the key in tables and records of the project's adapter `name`."""
+    """Return the key that identifies the project's adapter `name` in tables and records."""
     return name if project == DEFAULT_PROJECT else f"{project}/{name}"
 
 

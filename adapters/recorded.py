@@ -25,7 +25,7 @@ Only this module uses it.
 
 
 def of_upload(config: LoraConfig, file: bytes) -> dict[str, object]:
-    """Return what a version records about its uploaded adapter_config.json: its settings and its digest."""
+    """Return what a version records about its uploaded adapter_config.json: the file's settings and digest."""
     return {"lora": config.to_document(), FILE_DIGEST: f"sha256:{hashlib.sha256(file).hexdigest()}"}
 
 
@@ -89,8 +89,8 @@ def _is_of(config: LoraConfig | PeftConfig, rank: int, alpha: float, use_rslora:
 def _uses_rslora(version: NewVersion, stored: bool, weights: LoraWeights) -> bool:
     """Return whether the version uses rank-stabilized LoRA.
 
-    The version's record says so, except for merges and other projects' versions. For these, return `stored`, which
-    is what the stored file says, unless only its opposite explains the scalings with the version's alpha.
+    Merges and other projects' versions have no record of this. For these, return `stored`, the
+    stored file's answer, unless only the opposite answer fits the version's alpha and the scalings of `weights`.
     """
     lora = version.config.get("lora")
     recorded = lora.get("use_rslora") if isinstance(lora, Mapping) else None

@@ -39,7 +39,8 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Re
     """Run `work` in one transaction, and return its result.
 
     If another transaction took the same name or number first, the transaction is repeated, up to MAX_ATTEMPTS
-    times. If it raises Interrupted, it is repeated for as long as the engine's option PATIENCE says.
+    times. If `work` or the commit raises Interrupted, the transaction is repeated for as long as the engine's
+    option PATIENCE says.
     """
     until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
     num_left = MAX_ATTEMPTS

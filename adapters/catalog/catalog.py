@@ -153,7 +153,7 @@ class Catalog:
         contains: str | None = None,
         public: bool = False,
     ) -> list[Adapter]:
-        """Return the project's adapters, sorted by name; with `public`, the public adapters of all projects.
+        """Return the project's adapters, sorted by name. If `public`, return the public adapters of all projects.
 
         `name` selects one adapter. `after` selects the adapters whose names sort after this text. `contains`
         selects the adapters whose names, as the project sees them, contain this text; case is ignored.
@@ -197,7 +197,10 @@ class Catalog:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
     def twin(self, version: Version) -> int | None:
-        """Return the number of the last earlier version with the same name and weights; None if there is none."""
+        """Return the number of the newest version before `version` that has the same name and weights.
+
+        Return None if there is no such version.
+        """
         same = (versions.c.name == self.viewpoint.key(version.name), versions.c.digest == version.digest)
         query = sa.select(sa.func.max(versions.c.version)).where(*same, versions.c.version < version.version)
         with self._reader.connect() as connection:
@@ -237,9 +240,10 @@ class Catalog:
         transact(self._engine, lambda connection: unpoint_in(connection, key, alias, viewpoint))
 
     def set_visibility(self, name: str, is_public: bool) -> None:
-        """Let other projects use the adapter, or no longer let them.
+        """Let other projects use the adapter if `is_public`, else no longer let them.
 
-        Raise NotFound if it doesn't exist, and Conflict if a public composition would have a private part.
+        Raise NotFound if the adapter doesn't exist, and Conflict if a public composition would have a private
+        part.
         """
         viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: set_visibility_in(connection, key, is_public, viewpoint))
@@ -253,16 +257,17 @@ class Catalog:
         return self._drop(name, None, force)
 
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
-        """Delete one version, with errors and result as in `delete`.
+        """Delete one version. Raise errors and return digests as `delete` does.
 
-        If it was the latest, the highest remaining version becomes the latest.
+        If the version was the latest, the highest remaining version becomes the latest.
         """
         return self._drop(name, version, force)
 
     def num_bytes(self, key_id: str | None = None) -> int:
-        """Return the total size of the project's adapters, or of the ones that one API key published.
+        """Return the total size in bytes of the project's adapters.
 
-        Adapters with equal weights count once.
+        If `key_id` is given, count only the adapters that this API key published. Adapters with equal weights
+        count once.
         """
         with self._reader.connect() as connection:
             return reads.num_bytes(connection, self.viewpoint.project, key_id)
@@ -292,13 +297,13 @@ class Catalog:
         return digests
 
     def _new_key(self, name: str) -> str:
-        """Return the key of a name that gets a new version. Raise InvalidInput if the name is invalid."""
+        """Return the table key of a name that gets a new version. Raise InvalidInput if the name is invalid."""
         if fault := name_fault(name):
             raise InvalidInput.of("name", fault)
         return self.viewpoint.key(name)
 
     def own_key(self, name: str) -> str:
-        """Return the key of an adapter that is to be changed. Raise NotFound if another project owns the name."""
+        """Return the table key of an adapter to change. Raise NotFound if another project owns the name."""
         key = self.viewpoint.key(name)
         if not (self.viewpoint.sees_all or self.viewpoint.owns(key)):
             raise NotFound(f"no such adapter in project {self.viewpoint.project}: {name}")

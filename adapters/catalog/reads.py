@@ -40,9 +40,10 @@ _ALIASES = (
 
 
 def _near() -> "sa.CompoundSelect[str]":
-    """Return a query for a project's names just before and after `name` in sorted order, and among `slips`.
+    """Return a query for a project's names that may be what a user meant by `name`.
 
-    The query's parameters are `project`, `name`, `slips` and `sees_private`. Unless `sees_private` is true, only
+    These are the names just before and after `name` in sorted order, and the names in the list `slips`. The
+    query's parameters are `project`, `name`, `slips` and `sees_private`. Unless `sees_private` is true, only
     public names are selected.
     """
     name = sa.bindparam("name", type_=sa.String)
@@ -92,7 +93,10 @@ def _without_parts(warning: str) -> str:
 
 
 def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]":
-    """Return a query for the chosen adapters: a row for each version, alias and part. See `adapters_of`."""
+    """Return a query for the adapters whose keys `chosen` selects. `adapters_of` reads the rows.
+
+    There is a row for each combination of a version, one of its aliases and one of its parts.
+    """
     aliased = sa.and_(aliases.c.name == versions.c.name, aliases.c.version == versions.c.version)
     return (
         sa.select(versions, names.c.latest, names.c.is_public, aliases.c.alias, *_PART)
@@ -105,7 +109,7 @@ def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]"
 
 
 def in_sight(viewpoint: Viewpoint) -> sa.ColumnElement[bool]:
-    """Return the SQL condition for the project's names, or for all names if the viewpoint sees all."""
+    """Return an SQL condition that selects the project's names, or all names if the viewpoint sees all."""
     return sa.true() if viewpoint.sees_all else names.c.project == viewpoint.project
 
 
@@ -131,7 +135,7 @@ def _shown(viewpoint: Viewpoint) -> sa.ColumnElement[str]:
 
 
 def select_visible(name: str, viewpoint: Viewpoint) -> "sa.Select[str]":
-    """Return a query for a name of another project. It has no row if the viewpoint may not see the name."""
+    """Return a query for a name of another project. It finds no row if the viewpoint may not see the name."""
     query = sa.select(names.c.name).where(names.c.name == name)
     return query if viewpoint.sees_all else query.where(names.c.is_public)
 
@@ -169,7 +173,7 @@ def select_versions(*which: sa.ColumnElement[bool]) -> "sa.Select[tuple[object, 
 
 
 def version_of(rows: Sequence[sa.RowMapping]) -> Version:
-    """Return the version in its rows, which `select_versions` or `select_adapters` selected."""
+    """Build a version from the rows that `select_versions` or `select_adapters` selects for it."""
     fields = {column.name: rows[0][column.name] for column in versions.columns}
     fields |= {key: tuple(fields[key]) for key in ("target_modules", "warnings")}
     # the rows repeat each part for each alias
@@ -206,10 +210,11 @@ _T = TypeVar("_T")
 
 
 def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpoint) -> set[_T]:
-    """Return the items whose keys belong to other projects and aren't public. `keys` maps items to names' keys.
+    """Return the items whose adapters belong to other projects and aren't public.
 
-    This takes one query if there are keys of other projects, else none. Private and missing names are treated
-    alike, so that the time of an answer doesn't reveal whether a name is private or missing.
+    `keys` maps each item to an adapter's key. This takes one query if there are keys of other projects, else none.
+    Private and missing names are treated alike, so that the time of an answer doesn't reveal whether a name is
+    private or missing.
     """
     others = set() if viewpoint.sees_all else {key for key in keys.values() if not viewpoint.owns(key)}
     if not others:
@@ -220,7 +225,7 @@ def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpo
 
 
 def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
-    """Return a query for what a term means: an adapter, or the parts of a composition with a row for each.
+    """Return a query for what a term means: one row for an adapter, or a row for each part of a composition.
 
     Each row has `place`, the term's index, in the column `term`.
     """
@@ -265,9 +270,10 @@ def why_missing(connection: sa.Connection, viewpoint: Viewpoint, *terms: Term) -
 
 
 def _meant(connection: sa.Connection, key: str, viewpoint: Viewpoint) -> str:
-    """Return a hint with the existing name of `key`'s project that is most similar, or "" if none is similar.
+    """Return a hint with the name most similar to the name in `key`, or "" if no name is similar.
 
-    Candidates are the neighbours in sorted order, and the names that differ by one common typo.
+    Only names of the same project are suggested: the neighbours in sorted order, and the names that differ by one
+    common typo.
     """
     project, name = split_key(key)
     values = {"name": key, "project": project, "sees_private": viewpoint.sees_all or viewpoint.owns(key)}
@@ -292,9 +298,10 @@ def _others(connection: sa.Connection, name: str, viewpoint: Viewpoint) -> str:
 
 
 def num_bytes(connection: sa.Connection, project: str, key_id: str | None) -> int:
-    """Return the total size of the project's versions, or of the ones that one API key published.
+    """Return the total size in bytes of the project's versions.
 
-    Versions with equal weights count once.
+    If `key_id` is given, count only the versions that this API key published. Versions with equal weights count
+    once.
     """
     query = sa.select(versions.c.digest, versions.c.bytes).distinct().join(names, names.c.name == versions.c.name)
     query = query.where(names.c.project == project)

@@ -68,7 +68,7 @@ class Records:
         self._blobs.put(f"{folder_of(version.name)}/{version.version}.json", encode(version))
 
     def count_up(self, name: str, number: int) -> None:
-        """Record that all version numbers of the name below `number` have been used."""
+        """Record that the name's version numbers below `number` have been used."""
         self._blobs.put(f"{folder_of(name)}/{NEXT}", b"%d" % number)
 
     def remove(self, name: str, numbers: list[int]) -> None:
@@ -115,9 +115,10 @@ class Records:
             self._blobs.clean(f"{folder}/")
 
     def _leaving(self, name: str, numbers: list[int]) -> tuple[list[int], int | None]:
-        """Return which of the versions have records, and what to write to the file `next` before removing them.
+        """Return which of the versions have records, and the number to write to the file `next`.
 
-        The latter is None if the file needn't be written: a remaining record, or the file, implies the number.
+        The file must be written before the records are removed. The number is None if the file needn't be written,
+        because the file or a remaining record already implies the number.
         """
         files = [key.rpartition("/")[2] for key in self._blobs.keys(f"{folder_of(name)}/")]
         there = {number for file in files if (number := _number(file)) is not None}
@@ -172,15 +173,15 @@ def decode(record: bytes) -> Version:
 
 
 def folder_of(key: str) -> str:
-    """Return the path, relative to the root, of the folder with the records of a key's versions."""
+    """Return the folder, as a path below the root, with the records of the adapter that has this key."""
     project, name = split_key(key)
     return f"{FOLDER}/{name}" if project == DEFAULT_PROJECT else f"{PROJECTS}/{project}/{name}"
 
 
 def _place_of(key: str) -> tuple[str, int, str] | None:
-    """Return the adapter's key, the version's number and the path `key`, or None if `key` isn't a record's path.
+    """Return the adapter's key and the version's number from the path `key` of a record, and `key` itself.
 
-    The number is 0 for the file `next`.
+    The number is 0 for the file `next`. Return None if `key` isn't the path of a record.
     """
     folder, *parts = key.split("/")
     if folder == FOLDER:

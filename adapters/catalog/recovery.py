@@ -1,6 +1,7 @@
 """Make the catalog and its records agree: after a crash, and after the loss of the database.
 
-A version without a record gets one. If the records don't show a name's next version number, it is recorded, too.
+A version without a record gets a record. If the records don't show a name's next version number, the number is
+recorded, too.
 For a record without a version there are two cases:
 
 - The catalog has given out its number. Then a delete was interrupted, and the record is removed.
@@ -8,8 +9,8 @@ For a record without a version there are two cases:
   an older copy. The version is published if its bytes exist. The exception is a record of a job that is in the
   database: the job publishes the version itself, or ended before it could.
 
-So the same code repairs a crash and rebuilds everything from the directories. Only the database has aliases, a
-`latest` that was moved back, jobs, and which adapters are public.
+So the same code repairs a crash and rebuilds the catalog from the directories. Aliases, a `latest` that was moved
+back, jobs, and which adapters are public aren't in the directories: they are lost with the database.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +41,7 @@ class Recovered:
     num_dropped: int = 0  # records of deleted versions that were removed
 
     def lines(self) -> tuple[str, ...]:
-        """Return messages for people; none if nothing was missing."""
+        """Return messages for people, or () if nothing was missing."""
         found = []
         if self.adopted:
             again = f"the database didn't know {_joined(self.adopted)}: published again"
@@ -99,7 +100,7 @@ def _listed(connection: sa.Connection) -> dict[tuple[str, int], Version]:
 def _count_up(
     connection: sa.Connection, found: Found, numbers: Mapping[str, int], owed: Iterable[Version]
 ) -> None:
-    """Raise the names' next version numbers above all recorded numbers, so that no number is used twice."""
+    """Increase the names' next version numbers above all recorded numbers, so that no number is used twice."""
     wanted = {name: (number, "adapter") for name, number in found.next_versions.items()}
     for version in owed:
         number, _ = wanted.get(version.name, (1, ""))
@@ -115,7 +116,10 @@ def _count_up(
 def _record_numbers(
     records: Records, found: Found, listed: Iterable[tuple[str, int]], numbers: Mapping[str, int]
 ) -> None:
-    """Record the next numbers of names whose newest versions were deleted, if their records don't show them."""
+    """Record the next version number of each name, unless the name's other records already imply this number.
+
+    The records don't imply the number if the name's newest version was deleted.
+    """
     recorded = dict(found.next_versions)
     for name, number in listed:
         recorded[name] = max(recorded.get(name, 1), number + 1)
@@ -130,9 +134,10 @@ def _adopt(
     listed: set[tuple[str, int]],
     is_stored: Callable[[str], bool],
 ) -> tuple[list[Version], list[Version]]:
-    """Publish those `owed` versions whose bytes or parts exist, compositions last.
+    """Publish the versions in `owed` whose bytes or parts exist, compositions last.
 
-    Return the published versions, and the other ones, which are lost.
+    `owed` are versions that have records but are missing in the database; `listed` are those in the database.
+    Return the published versions and the lost versions.
     """
     adopted: list[Version] = []
     lost: list[Version] = []

@@ -61,7 +61,8 @@ class NewVersion:
     def moves_latest(self) -> bool:
         """Whether `latest` moves to the version when it is published, unless somebody moved `latest` back.
 
-        For versions of older releases, which gave no verdicts, the loss must not be above the untouched base's.
+        A version of an older release has no verdict. `latest` moves to it unless its loss is above the untouched
+        base's.
         """
         if self.config.get("alias") == "latest":
             return True
@@ -73,7 +74,7 @@ class NewVersion:
 
 @dataclass(frozen=True, kw_only=True)
 class Version(NewVersion):
-    """A published version of an adapter, or of a composition, which has `parts` and no bytes.
+    """A published version of an adapter or of a composition. A composition has `parts` but no bytes.
 
     A composition's digest covers its parts and their weights; its rank and parameters are the sums of its parts'
     ranks and parameters.
@@ -105,7 +106,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Origin:
-    """The base of something that was made from several versions. A field is None if the versions disagree."""
+    """The base that several versions share, and their warnings. A field is None if the versions disagree."""
 
     base_model: str | None
     base_digest: str | None
@@ -138,7 +139,10 @@ def combine(parts: Iterable[Part]) -> tuple[AdapterRef, ...]:
 
 
 def gather(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Return one part for each version, in the order of first mention. Weights are summed, zero sums left out."""
+    """Return one part for each version, in the order of first mention.
+
+    If a version occurs several times, its weights are summed. A version whose sum is zero is left out.
+    """
     sums: dict[tuple[str, int, str], Fraction] = {}
     for part in parts:
         key = (part.name, part.version, part.digest)
@@ -152,6 +156,6 @@ def times(weight: float, other: float) -> float:
 
 
 def blend_digest(parts: Iterable[Part]) -> str:
-    """Return the SHA-256 (hex) of the combined parts: equal for compositions of equal effect."""
+    """Return the SHA-256 (hex) of the combined parts. Compositions of equal effect have equal digests."""
     pairs = "".join(f"|{digest}*{weight!r}" for digest, weight in combine(parts))
     return hashlib.sha256(f"smolora-blend-v1{pairs}".encode()).hexdigest()

@@ -33,10 +33,11 @@ from adapters.sql import FAILURES, transact
 
 @contextmanager
 def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
-    """Surround a transaction that publishes versions. Raise as `Records.reach` does.
+    """Surround a transaction that publishes versions, and yield its recorder, or None without records.
 
-    If the transaction fails, even in its commit, the records that it wrote are removed. Otherwise the next start
-    would take them for versions of a lost database, and publish them.
+    Raise BytesUnavailable if records can't be written or removed. If the transaction fails, even in its commit,
+    the records that it wrote are removed. Otherwise the next start would take them for versions of a lost
+    database, and publish them.
     """
     recorder = None if records is None else Recorder(records)
     if records is not None:
@@ -54,7 +55,7 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
 def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
     """Remove the records that the recorder wrote for versions that don't exist.
 
-    Meanwhile the transaction keeps others from using these versions' numbers.
+    Until `connection`'s transaction ends, no other process can use these versions' numbers.
     """
     for version in recorder.written:
         mine = (versions.c.name == version.name, versions.c.version == version.version)
@@ -94,10 +95,10 @@ def publish_unattended_in(
     compared_with: int | None = None,
     worse: str | None = None,
 ) -> tuple[Version, str | None]:
-    """Publish a version from a job. Return it, and why `latest` stays, for people; None if `latest` moved.
+    """Publish a version from a job. Return the version, and a message for people if `latest` stays, else None.
 
     `latest` stays if somebody moved it back manually, because a job that ends later must not undo that. It also
-    stays if `worse` is given: the job found the new version worse than the latest one, in these words.
+    stays if `worse` is given, which says in words that the job found the new version worse than the latest one.
 
     `alias` is pointed to the version; the alias "latest" moves `latest` in any case. Raise LatestMoved if
     `compared_with` is given and `latest` is another version (0: no version).
@@ -253,7 +254,7 @@ _FORCE = Hint("force_delete", "?force=true deletes aliases with it")
 def _refuse_needed(
     connection: sa.Connection, name: str, number: int | None, force: bool, viewpoint: Viewpoint
 ) -> None:
-    """Raise Conflict, naming the aliases and compositions that need the version, or any version of the name.
+    """Raise Conflict, naming the aliases and compositions that need version `number` (None: any version).
 
     `force` ignores aliases. Only the operator learns the names of other projects' compositions; everybody else
     learns how many such compositions there are.
@@ -281,7 +282,7 @@ def _refuse_needed(
 
 
 def _select_unshared_digests(name: str, number: int | None) -> "sa.Select[str]":
-    """Select the digests of the name's version, or of all its versions, that no other version has."""
+    """Select the digests that no version has except the name's version `number` (None: all its versions)."""
     which = _rows_of(name, number, versions.c.name, versions.c.version)
     digests = sa.select(versions.c.digest).where(which).distinct().subquery()
     others = sa.exists().where(versions.c.digest == digests.c.digest, sa.not_(which))
@@ -291,16 +292,18 @@ def _select_unshared_digests(name: str, number: int | None) -> "sa.Select[str]":
 def _rows_of(
     name: str, number: int | None, names_there: "sa.Column[str]", numbers_there: "sa.Column[int]"
 ) -> sa.ColumnElement[bool]:
-    """Return the SQL condition for rows of the name's version, or of all its versions if `number` is None."""
+    """Return an SQL condition for the name's rows in a table with these two columns.
+
+    The condition selects the rows of version `number`, or of all versions if `number` is None.
+    """
     return names_there == name if number is None else sa.and_(names_there == name, numbers_there == number)
 
 
 def _repair_latest(connection: sa.Connection, name: str) -> None:
     """If `latest` is a deleted version, make the highest remaining version the latest.
 
-    If `latest` is then the highest version, `rolled_back` becomes false.
-
-    A name without versions becomes private, so that later versions aren't public by accident.
+    If `latest` is now the highest version, it no longer counts as moved back (`rolled_back`). A name without
+    versions becomes private, so that later versions aren't public by accident.
     """
     mine = names.c.name == name
     is_gone = names.c.latest.not_in(sa.select(versions.c.version).where(versions.c.name == name))
@@ -318,7 +321,10 @@ def is_named(connection: sa.Connection, digest: str) -> bool:
 
 
 def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
-    """Raise Conflict if the name's versions are of the kind `existing` and the new one is of another kind."""
+    """Raise Conflict if `existing`, the kind of the name's versions, isn't `kind`.
+
+    If the name has no versions, `existing` is None, and no error is raised.
+    """
     if existing is not None and existing != kind:
         owner = "a composition" if existing == "composition" else "an adapter"
         raise Conflict(f"'{name}' is the name of {owner}: choose another one, or delete that first")
@@ -333,7 +339,7 @@ def one_version(connection: sa.Connection, name: str, number: int) -> Version:
 def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
     """Return the name's next version number, and lock the name.
 
-    Raise InvalidInput, or Conflict if the name has versions of another kind.
+    Raise InvalidInput if the name is invalid, or Conflict if it has versions of another kind.
     """
     project, own = split_key(name)
     if fault := name_fault(own):
@@ -356,7 +362,7 @@ def _newest(name: str) -> "sa.ScalarSelect[int]":
 def _blend(
     name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[Version], viewpoint: Viewpoint
 ) -> Version:
-    """Return a composition's version, whose fields combine those of its parts."""
+    """Return a composition's version with these parts (`leaves`), made of the versions `made_of`."""
     by_digest = {version.digest: version for version in made_of}.values()  # equal bytes count once
     origin = Origin.of(show_version(viewpoint, version) for version in made_of)
     return Version(

@@ -273,7 +273,7 @@ def _endings(path: str) -> Iterator[str]:
 
 
 def _layers(layers_pattern: Sequence[str], paths: Sequence[str], budget: Budget) -> dict[str, int]:
-    """Return each path's layer index by the first of `layers_pattern` that matches it."""
+    """Return the layer index in each path, as found by the first of `layers_pattern` that matches the path."""
     patterns = [Pattern(rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", "match", text) for text in layers_pattern]
     if not patterns:
         patterns = [Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "match", "")]

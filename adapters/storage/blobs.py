@@ -30,7 +30,7 @@ class Stored:
 
 
 class Blobs(Protocol):
-    """A store of blobs. If it fails, a bucket's methods raise BytesUnavailable, a directory's raise OSError."""
+    """A store of blobs. If the store fails, a bucket raises BytesUnavailable, and a directory raises OSError."""
 
     def put(self, key: str, data: bytes) -> None:
         """Store the blob, durably. An existing blob with this key is replaced."""
@@ -108,6 +108,6 @@ class Directory:
 
 
 def _raise(error: OSError) -> None:
-    """Raise `error`, which listing a folder has raised, unless the folder doesn't exist."""
+    """Raise `error`, an error from listing a folder, unless it says that the folder doesn't exist."""
     if not isinstance(error, FileNotFoundError):
         raise error

@@ -44,7 +44,7 @@ log = logging.getLogger("smolora.bytes")
 
 
 class Bucket:
-    """The objects below one prefix, as `Blobs`. Thread-safe.
+    """The objects below one prefix, with the methods of `Blobs`. Thread-safe.
 
     All methods raise BytesUnavailable if the object store fails or doesn't answer in time.
     """

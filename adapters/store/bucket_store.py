@@ -162,7 +162,7 @@ class BucketAdapterStore(AdapterStore):
             self._deletions.doubt(digest)
 
     def discard(self, digest: str, in_use: InUse = store.never) -> None:
-        """Discard this machine's bytes as `AdapterStore.discard` does, and write tombstones for the copies.
+        """Discard this machine's bytes as `AdapterStore.discard` does. Write tombstones for the bucket's copies.
 
         A failure of the bucket is logged: the next sweep repeats the discard.
         """

@@ -39,7 +39,8 @@ from adapters.store.packed import PackedFiles, open_all
 def lock_folder(directory: Path, how: int) -> int | None:
     """Lock the directory, and return a handle. Closing the handle unlocks the directory.
 
-    Return None if the directory is missing, or if `how` has LOCK_NB and another process has locked it.
+    `how` is flock's operation. Return None if the directory is missing, or if `how` has LOCK_NB and another
+    process has locked the directory.
     """
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -116,9 +117,9 @@ class Pins:
         return freed
 
     def doom(self, digest: str, in_use: InUse) -> bool:
-        """Return whether the digest is pinned. If it is, mark it to be discarded later.
+        """If the digest is pinned, mark it to be discarded after its last pin. Return whether it is pinned.
 
-        The `remove` that undoes its last pin then returns it, unless `revive` is called before.
+        The call of `remove` that undoes the last pin returns the digest, unless `revive` is called before.
         """
         with self._mutex:
             if digest in self._counts:
@@ -150,7 +151,10 @@ def describe_sidecar(weights: LoraWeights, directory: Path) -> bytes:
 
 
 def matches_sidecar(directory: Path, damaged: os.stat_result | None = None) -> bool:
-    """Return whether all files have their full sizes, and the directory isn't the one whose stat is `damaged`."""
+    """Return whether all files have their full sizes.
+
+    Return False for the directory with the stat `damaged`, which is known to be damaged.
+    """
     try:
         sizes = json.loads((directory / SIDECAR_NAME).read_bytes())["sizes"]
         has_all = all((directory / name).stat().st_size == sizes[name] for name in (CONFIG_NAME, WEIGHTS_NAME))
@@ -227,8 +231,8 @@ class AdapterStore:
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         """Store the adapter under its weights' digest, unless it is stored already, and return its size in bytes.
 
-        If `original` has the uploaded adapter_config.json, the file is stored unchanged. The tensors are always
-        rewritten, in a fixed order. If the digest is stored and undamaged, the stored files stay.
+        If the digest is stored and undamaged, the stored files stay. Otherwise the tensors are written in a fixed
+        order, and if `original` has the uploaded adapter_config.json, that file is stored unchanged.
         """
         digest = adapter.weights.digest
         place = self._place(digest)
@@ -326,7 +330,7 @@ class AdapterStore:
         check_weights(self._place(digest), digest, weights)
 
     def verify_stored(self, digest: str) -> None:
-        """Verify the bytes as `verify` does, but those that all machines use, not this machine's cached copy."""
+        """Verify, as `verify` does, the bytes that all machines use instead of this machine's cached copy."""
         self.verify(digest)
 
     def open(self, digest: str) -> dict[str, BinaryIO]:

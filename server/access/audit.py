@@ -36,7 +36,7 @@ def record(
     target: str,
     detail: Mapping[str, object] | None = None,
 ) -> None:
-    """Add an entry within the transaction that makes the change that the entry describes."""
+    """Add an entry that describes a change, in the same transaction as the change."""
     row = {"at": datetime.now(UTC), "who": who, "action": action, "project": project, "target": target}
     connection.execute(sa.insert(audit).values(row | {"detail": dict(detail or {})}))
 

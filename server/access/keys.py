@@ -56,7 +56,7 @@ class ApiKey:
     quota: Quota
 
     def to_document(self) -> dict[str, object]:
-        """Return a JSON-ready document, with the quota's fields next to the others."""
+        """Return a JSON-ready document. The quota's fields are at its top level, not nested."""
         fields = asdict(self)
         limits = fields.pop("quota")
         shown = {name: v.isoformat() if isinstance(v, datetime) else v for name, v in fields.items()}
@@ -415,5 +415,5 @@ class KeyRing:
 
 
 def _of_setting(digest: str) -> Principal:
-    """Return the principal of a key in API_KEYS. The principal's key id has the beginning of the key's digest."""
+    """Return the principal of a key in API_KEYS. The principal's key id contains the start of the key's digest."""
     return Principal(DEFAULT_PROJECT, f"{_OF_SETTING}{digest[:12]}", frozenset(SCOPES), sees_all=True)

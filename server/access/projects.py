@@ -24,7 +24,7 @@ class Project:
     quota: Quota
 
     def to_document(self) -> dict[str, object]:
-        """Return a JSON-ready document, with the quota's fields next to the others."""
+        """Return a JSON-ready document. The quota's fields are at its top level, not nested."""
         return {"name": self.name, "created_at": self.created_at.isoformat(), **asdict(self.quota)}
 
 

@@ -74,7 +74,10 @@ def _sum_of(column: "sa.Column[float]") -> "sa.Cast[float]":
 
 
 class Ledger:
-    """All rows of the ledger. Thread-safe; other processes may write the same table."""
+    """The table that records usage: a row for each project, API key, adapter and day.
+
+    Thread-safe; other processes may write the same table.
+    """
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine

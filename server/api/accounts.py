@@ -79,7 +79,7 @@ class KeyAnswer(Answer):
 
     @classmethod
     def of(cls, key: ApiKey, **more: object) -> Self:
-        """Return the description of a key. `more` has the fields that a subclass adds."""
+        """Return the description of a key. `more` has the values of the fields that a subclass adds."""
         return cls.model_validate({**vars(key), **vars(key.quota), **more})
 
 

@@ -64,7 +64,10 @@ class RecentPins:
         self._known: dict[tuple[Viewpoint, tuple[Term, ...]], Pinned] = {}  # these hold no pins
 
     async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
-        """Pin the adapter versions that `terms` name, as `Library.pin` does. Skip SQL if they are cached."""
+        """Pin the adapter versions that `terms` name, as `Library.pin` does.
+
+        If the versions are cached, no SQL is run.
+        """
         if (seen := self._commits()) is None:
             return await to_thread.run_sync(library.pin, terms, field)
         key = (library.catalog.viewpoint, tuple(terms))

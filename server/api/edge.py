@@ -1,8 +1,8 @@
 """The middleware that every request passes through before its route.
 
 In order, it handles the proxy's path prefix, the request id, the span and log line, the allowed sites, CORS, the
-API key, the engine's queue and the body. It is a single ASGI middleware, because each piece of a stream would pass
-through every layer.
+API key, the engine's queue and the body. It is a single ASGI middleware. With several, each piece of a stream
+would pass through all of them.
 """
 
 import logging

@@ -241,7 +241,10 @@ def seed_of(body: SamplingFields) -> int:
 
 
 def check_sequences(num: int, most: int | None, field: str) -> None:
-    """Raise InvalidInput if a request's `num` sequences exceed `most`, the number that an empty queue accepts."""
+    """Raise InvalidInput for `field` if a request's `num` sequences exceed `most`.
+
+    `most` is the number of sequences that an empty queue accepts; None means no limit.
+    """
     if most is not None and num > most:
         raise InvalidInput.of(
             field,
@@ -256,7 +259,10 @@ def most_tokens(num_top: int) -> int:
 
 
 def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> None:
-    """Raise InvalidInput for `field` if the tokens and their alternatives are too many log-probabilities."""
+    """Raise InvalidInput for `field` if an answer of this size would have too many log-probabilities.
+
+    `num_top` is the number of alternatives for each token.
+    """
     if num_top and num_tokens > most_tokens(num_top):
         raise InvalidInput.of(
             field,

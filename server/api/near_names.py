@@ -46,8 +46,9 @@ _CHAT, _CHAT_PEERS = "/v1/chat/completions", ("/v1/responses", "/v1/messages")
 def unknown_path(path: str, known: Iterable[str]) -> str:
     """Return the error message for an unknown path. `known` are the paths of all routes.
 
-    Suggest the route that the path ends with, since libraries append paths to a wrong base URL, or else the route
-    with the most similar name. A common /v1 doesn't count: it would make any two short paths similar.
+    The message suggests the route that the path ends with, since libraries append paths to a wrong base URL.
+    Otherwise it suggests the route with the most similar name. A shared prefix /v1 doesn't count: it would make
+    any two short paths similar.
     """
     routes = {_bare(route): route for route in known}
     name = _bare(path)

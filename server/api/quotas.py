@@ -82,7 +82,7 @@ class Incoming:
 
     @contextmanager
     def adding(self, owners: tuple[str, ...], num_bytes: int) -> Iterator[Mapping[str, int]]:
-        """Add `num_bytes` to each owner's count until the context ends. Yield the counts before that, by owner."""
+        """Yield each owner's count. Until the context ends, later counts include these `num_bytes`."""
         with self._lock:
             before = self.of(owners)
             self._add(owners, num_bytes)

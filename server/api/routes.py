@@ -87,7 +87,7 @@ class Routes:
     def __init__(
         self, routers: Iterable[APIRouter], folders: Iterable[str] = (), files: Iterable[str] = ()
     ) -> None:
-        """`folders` and `files` are paths outside the routers that need no key.
+        """`folders` and `files` are paths that need no key and aren't in `routers`.
 
         Raise KeyError if a route declares no requirements.
         """
@@ -124,7 +124,10 @@ class Routes:
         return NOWHERE if match is None else self._patterned[int(str(match.lastgroup)[1:])]
 
     def methods(self, path: str) -> frozenset[str]:
-        """Return a path's documented methods, from the matching templates that have the fewest parameters."""
+        """Return the methods that the API's documentation has for a path.
+
+        If the path matches several templates, only those with the fewest parameters count.
+        """
         matching = [route for route in self._documented if route.path_regex.match(path)]
         fewest = min((len(route.param_convertors) for route in matching), default=0)
         return frozenset().union(*(r.methods or () for r in matching if len(r.param_convertors) == fewest))

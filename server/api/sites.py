@@ -33,7 +33,10 @@ class Sites:
         self._own_names = frozenset({"localhost", own_host.lower()})
 
     def fault(self, headers: Headers, watcher: Watcher | None) -> str | None:
-        """Return why a request must be refused, or None if it is allowed."""
+        """Return why a request must be refused, or None if it is allowed.
+
+        `watcher` says whether the route is for health probes or metrics scrapers; it is None for other routes.
+        """
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if watcher != "probe" and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0], watcher)):
             return f"this server has no name {_shown(hosts)}: SMOLORA_ALLOWED_HOSTS sets its names"

@@ -149,7 +149,7 @@ def _sent(values: Sequence[object], name: str, notes: RowNotes) -> CanonicalRows
 
 
 def _placed(error: InvalidInput, name: str, number: int) -> Iterator[FieldError]:
-    """Yield a row's faults, located in the body's field `name`."""
+    """Yield the faults of row `number`, located in the body's field `name`."""
     for fault in error.errors:
         if fault.loc == ("row",):  # the row isn't an object, so no field is at fault
             yield FieldError((name,), f"row {number} {fault.message}")
@@ -269,7 +269,10 @@ def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter)
 
 
 def _contradictions(asked: LoraSpec, shaped: LoraSpec, given: Collection[str]) -> Iterator[FieldError]:
-    """Yield a fault for each field in `given` that contradicts the parent: its shape and weights are kept."""
+    """Yield a fault for each field in `given` in which `asked` differs from `shaped`, the parent's shape.
+
+    The field `init` is always a fault, because the parent's weights are kept.
+    """
     if "init" in given:
         yield FieldError(("lora", "init"), "is for new adapters, not with start_from: leave it out")
     for name in given:
@@ -294,13 +297,13 @@ class Prepared:
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """The facts about the rows that are stored in the job's record."""
+        """Facts about the rows, for the job's record."""
         return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.rows.source)}
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A job's encoded rows, and warnings about them. `are_facts` is that of the training rows' `EncodedRows`."""
+    """A job's encoded rows, and warnings about them. `are_facts` is as in `EncodedRows`, of the training rows."""
 
     data: JobData
     are_facts: bool
@@ -486,7 +489,10 @@ def _check_rows(spec: JobSpec, rows: JobRows) -> None:
 
 
 def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
-    """Return the specification with a number of epochs. Raise InvalidInput if the epochs have too many steps."""
+    """Return the specification. If the body gives no epochs, choose their number by the number of rows.
+
+    Raise InvalidInput if the epochs have too many steps.
+    """
     if body.training.epochs is None:
         spec = dataclasses.replace(spec, training=spec.training.with_epochs(num_rows))
     if (steps := spec.training.total_steps(num_rows)) > MAX_STEPS:

@@ -208,7 +208,7 @@ class GenerationTrace:
     def _phases(
         self, now: int, num_tokens: int, num_cached: int
     ) -> "list[tuple[str, tuple[int, int], Mapping[str, Value]]]":
-        """Return (name, (start, end), attributes) for the phases queue, prefill and decode, as far as reached.
+        """Return (name, (start, end), attributes) for each of the phases queue, prefill and decode that has begun.
 
         The times are the engine's if a choice has ended, else those at which this process received outputs.
         """

@@ -285,7 +285,10 @@ def _report(jobs: Jobs, job_id: str) -> object:
 
 
 def _refuse_unfinished(job: Job, what: str) -> None:
-    """Raise Conflict if the job hasn't ended, and NotFound if it ended without success."""
+    """Raise Conflict if the job hasn't ended, and NotFound if it ended without success.
+
+    `what` is the error's word for the result that the client asked for.
+    """
     if not job.status.has_ended:
         raise Conflict(f"the job is {job.status}: its {what} is available once it has succeeded")
     if job.status is not Status.SUCCEEDED:

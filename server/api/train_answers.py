@@ -219,7 +219,10 @@ class DatasetList(Answer):
 
 
 def _config(spec: Spec, source: object) -> dict[str, object]:
-    """Return the body of the job's request, with all defaults filled in and without rows."""
+    """Return the body of the job's request, with all defaults and without rows.
+
+    `source` has the body's fields `dataset` and `validation`, if it is known.
+    """
     where = source if isinstance(source, Mapping) else {}
     return {**spec.to_document(), **where}
 
@@ -239,7 +242,10 @@ def _samples(rows: JobRows) -> list[SampleRow]:
 
 
 def _asked(rows: CanonicalRows, held_out: bool) -> Iterator[SampleRow]:
-    """Yield samples from the first rows, skipping rows that are long or have no answer."""
+    """Yield samples from the first 50 rows, without those that have too much text or no answer.
+
+    `held_out` says whether these rows were held out of training.
+    """
     for row in rows[:_SAMPLED_ROWS]:
         asked = question_of(row)
         if asked is None or sum(map(len, texts_of(row))) > _SAMPLED_CHARACTERS:

@@ -48,7 +48,7 @@ class UploadedFiles:
 
     @property
     def num_bytes(self) -> int:
-        """Size of both files in bytes. It may be larger than that of the archive that they were in."""
+        """Size of both files in bytes. The archive that they were in may have been smaller."""
         return len(self.config_json) + self.weights.stat().st_size
 
 

@@ -46,7 +46,10 @@ class _Entry:
     crc: int = 0
 
     def local(self, largest: int) -> bytes:
-        """Return the local header, which precedes the file. The header's length doesn't depend on the checksum."""
+        """Return the local header, which precedes the file. The header's length doesn't depend on the checksum.
+
+        If the file has at least `largest` bytes, the header has zip64 fields.
+        """
         extra = _extra(self.size, self.size) if self.size >= largest else b""
         size = LARGEST if extra else self.size
         version = 45 if extra else 20
@@ -54,7 +57,10 @@ class _Entry:
         return _LOCAL.pack(b"PK\3\4", *fields) + self.name + extra
 
     def central(self, largest: int) -> bytes:
-        """Return the entry in the archive's central directory."""
+        """Return the entry in the archive's central directory.
+
+        If the file's size or offset is at least `largest`, the entry has zip64 fields.
+        """
         is_large, is_far = self.size >= largest, self.place >= largest
         extra = _extra(*(self.size, self.size) * is_large, *(self.place,) * is_far)
         size, place = LARGEST if is_large else self.size, LARGEST if is_far else self.place
@@ -70,7 +76,11 @@ def zip_download(archive: "StoredZip", name: str) -> Download:
 
 
 class StoredZip:
-    """A zip archive of open files, which `close` closes. A small `largest` makes small archives use zip64."""
+    """A zip archive made of open files. `close` closes the files.
+
+    Sizes and offsets of at least `largest` are written in the zip64 format. Tests lower `largest`, so that small
+    archives use zip64.
+    """
 
     def __init__(self, files: Mapping[str, BinaryIO], largest: int = LARGEST) -> None:
         self._largest = largest

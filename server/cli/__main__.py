@@ -1,4 +1,4 @@
-"""`python -m server.cli` is `smolora`."""
+"""Run the `smolora` script as `python -m server.cli`."""
 
 from server.cli.main import main
 

@@ -165,7 +165,7 @@ def revoke(
 
 
 def _hand_over(as_json: bool, key: "ApiKey", secret: str) -> None:
-    """Print a new key's secret. Raise StartupError if that fails: the key isn't stored then."""
+    """Print a new key's secret. Raise StartupError if the secret can't be printed, so that no key is stored."""
     try:
         print_json(key.to_document() | {"secret": secret}) if as_json else typer.echo(secret)
         sys.stdout.flush()

@@ -131,7 +131,10 @@ def refuse_options_before(context: typer.Context) -> None:
 
 
 def suggestion(*arguments: str, client: "Client | None" = None) -> str:
-    """Return a command for users to paste. It has --url if that is needed to reach the same server as `client`."""
+    """Return a command for users to paste.
+
+    The command has the option --url if that is needed to reach the same server as `client`.
+    """
     place = [] if client is None or client.url == server_url().rstrip("/") else ["--url", client.url]
     return " ".join([program(), *map(shlex.quote, [*arguments, *place])])
 
@@ -143,7 +146,10 @@ def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, ob
 
 
 def given(**options: object) -> dict[str, object]:
-    """Return the options that aren't None; the server has defaults for the others. Numbers must be `finite`."""
+    """Return the options that aren't None, since the server has defaults for the others.
+
+    Raise BadParameter if an option is NaN or infinite.
+    """
     for name, value in options.items():
         if isinstance(value, float):
             finite(value, f"--{name.replace('_', '-')}")

@@ -1,4 +1,4 @@
-"""`smolora generate`, `chat` and `compare`: text from the base, or under adapters and blends of them."""
+"""`smolora generate`, `chat` and `compare`: text from the base model, alone or with adapters applied."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ def generate(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Continue a text, under an adapter, a weighted blend of several, or none. With --chat: answer a message.
+    """Continue a text with one adapter, a weighted blend of several, or none. With --chat: answer a message.
 
     The text is continued as it is, which suits adapters trained on rows of prompt and completion. To get an answer
     to a question, use --chat or `smolora chat`.
@@ -83,7 +83,7 @@ def chat(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Chat with the base, under an adapter, a blend of several, or none."""
+    """Chat with the base model, with one adapter, a blend of several, or none."""
     from server.client.connection import ClientError
 
     options = given(adapter=adapter, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -199,7 +199,10 @@ def _lines(results: Sequence[Mapping[str, object]]) -> Table:
 
 
 def _scores(results: Sequence[Mapping[str, object]], texts: Sequence[str]) -> Table:
-    """Return a table of the log-probability of each text under each adapter, each text's highest in bold."""
+    """Return a table of the log-probability of each text under each adapter.
+
+    Each text's highest log-probability is in bold.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("text")
     for result in results:

@@ -52,7 +52,10 @@ def refuse_shared(why: str) -> None:
 
 
 def refuse_server(command: str, instead: str) -> None:
-    """Raise StartupError if the database is in PostgreSQL: `command` is only for a database in HOME."""
+    """Raise StartupError if the database is in PostgreSQL: `command` is only for a database in HOME.
+
+    The message ends with `instead`, which says what to do instead.
+    """
     if load(WorkerSettings).database is not None:
         raise StartupError(f"{command} is for a database in HOME, and SMOLORA_DATABASE_URL is set: {instead}")
 

@@ -332,7 +332,7 @@ def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
 def _dataset(upload: Callable[[Path], str], data: str, parameter: str = "DATA") -> str:
     """Return `data` if it is a data set's id.
 
-    Otherwise upload the file `data`, and return the new data set's id.
+    Otherwise upload the file `data`, and return the new data set's id. An error names the command's `parameter`.
     """
     path = Path(data)
     if data.startswith("ds-") and not path.exists():
@@ -446,7 +446,10 @@ _STYLES = {"better": "green", "worse": "bold red"}
 
 
 def _remembered(report: Document) -> str:
-    """Describe for how many trained and held-out rows the model's answer is exact; "" if nothing was measured."""
+    """Describe for how many trained and held-out rows the model reproduces the answer exactly.
+
+    Return "" if nothing was measured.
+    """
     parts = []
     if report.get("recall"):
         recall = cast("Document", report["recall"])
@@ -459,7 +462,7 @@ def _remembered(report: Document) -> str:
 
 
 def _kept(progress: Document, report: Document) -> str:
-    """Return a sentence if a job stopped early or kept the weights of an earlier step than its last, else ""."""
+    """Return a sentence if a job stopped early, or if its result isn't the weights of its last step, else ""."""
     step, total = progress["step"], cast("int", progress["total_steps"])
     kept = report.get("kept_step", step)
     stopped = "" if step == total else f"Stopped early after {step} of {plural(total, 'step')}"

@@ -216,7 +216,10 @@ class Client(Connection):
                 file.write(piece)
 
     def _place(self, name: str, *parts: str) -> tuple[str, Mapping[str, str]]:
-        """Return the path of an adapter's resource, and a header that selects its project if the name has one."""
+        """Return the URL path of an adapter, followed by `parts`, and the headers to send.
+
+        If the name has a project, a header selects the project.
+        """
         project, _, own = name.rpartition("/")
         if project:
             # Raise if the adapter doesn't exist: a server without keys would ignore the unknown project.

@@ -76,7 +76,7 @@ class ReplicatedEngine:
     def max_in_flight(self) -> int | None:
         """Return how many unfinished sequences all replicas together allow, including replicas that were lost.
 
-        Return None if it is unknown.
+        Return None if this number is unknown.
         """
         return fleet.max_in_flight(list(self._links.values()), self._base_digest, self._counts)
 

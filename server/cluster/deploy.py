@@ -52,7 +52,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scale:
-    """The number of replicas, and the resources of each. If `most` is None, autoscaling is off."""
+    """The number of replicas, and the resources of each.
+
+    Autoscaling starts at most `most` replicas. If `most` is None, autoscaling is off.
+    """
 
     replicas: int = 1
     most: int | None = None
@@ -104,9 +107,8 @@ class Engine:
 def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
     """Return the wanted number of replicas: enough for the sequences in flight.
 
-    It is at least one more than now if a replica's KV cache is nearly full.
-
-    Serve's own count of calls can't be used: each API process always has one call to each replica.
+    If a replica's KV cache is nearly full, the wanted number is at least one more than the present number. Serve's
+    own count of calls can't be used: each API process always has one call to each replica.
     """
     found = context.aggregated_metrics or {}
     in_flight = sum(found.get("in_flight", {}).values())

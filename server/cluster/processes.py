@@ -117,7 +117,7 @@ class Processes:
             supervisor.start()
 
     def replace(self, stopped: threading.Event, say: Callable[[str], None]) -> str:
-        """Restart the processes one after the other. Return "" if all restarted, else why the rest didn't.
+        """Restart the processes one after the other. Return "" if all restarted, else why some weren't restarted.
 
         After each API process there is a pause, in which load balancers notice that the process is ready again.
         """
@@ -185,7 +185,7 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
     """Raise StartupError if the processes need a shared database and object store but have none.
 
-    Raise it also if an API process couldn't start.
+    Raise StartupError also if an API process couldn't start.
     """
     if (num_apis > 1 or address is not None) and not (settings.database_url and settings.bytes_url):
         raise StartupError(
@@ -205,7 +205,10 @@ def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int
 
 
 def _refuse_taken(host: str, port: int, index: int) -> None:
-    """Raise StartupError if the API process `index` couldn't listen on its port. It would be restarted forever."""
+    """Raise StartupError if the API process `index` couldn't listen on its port.
+
+    Without this check, the process would be restarted forever.
+    """
     if port == 0:
         raise StartupError("port 0 (SMOLORA_PORT, --port): API processes need ports that are known")
     if port + index > _MAX_PORT:

@@ -110,5 +110,8 @@ def number(text: str) -> int:
 
 
 def mixed(replica: int, request: int) -> int:
-    """Mix a replica's and a request's number in 64 bits, so that each request has its own order of replicas."""
+    """Mix the numbers of a replica and a request into one number of 64 bits.
+
+    The mixture gives each request its own order of replicas.
+    """
     return (replica ^ request) * GOLDEN & 0xFFFFFFFFFFFFFFFF

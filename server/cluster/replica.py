@@ -73,7 +73,7 @@ class EngineReplica:
     async def follow(self, client: str) -> AsyncGenerator[Welcome | Batch, None]:
         """Yield messages about the client's requests until the iterator is closed or the engine is dead.
 
-        Then abort the requests.
+        At the end, abort the client's requests.
         """
         if (former := self._followers.pop(client, None)) is not None:
             self._end(former)

@@ -335,7 +335,7 @@ class Settings(Limits, WorkerSettings):
     @field_validator("allow_anonymous", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:
-        """Convert true, off and the like, which other switches accept, to 1 or 0."""
+        """Convert words such as true and off, which other switches accept, to 1 or 0."""
         return _SWITCHES.get(str(value).lower(), value)
 
     @field_validator("api_keys", mode="before")

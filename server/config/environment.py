@@ -40,7 +40,10 @@ def _local_url() -> str:
 
 
 def log_format() -> str | None:
-    """Return the log format in the environment, or None if unset, for errors before the settings are loaded."""
+    """Return the log format that the environment sets, or None if it sets none.
+
+    This is for errors before the settings are loaded.
+    """
     return os.environ.get(f"{PREFIX}LOG_FORMAT")
 
 
@@ -120,7 +123,7 @@ def hide_keys() -> None:
 def forget_keys() -> bool:
     """Remove API keys from the environment, so that no child process inherits them.
 
-    Call this after reading the settings. Return whether a client's key was removed.
+    Call this after reading the settings. Return whether SMOLORA_API_KEY, a client's key, was among them.
     """
     found = {name: os.environ.pop(name, "") for name in _KEY_FLAGS.values()}
     return bool(found[_KEY_FLAGS["--api-key"]])

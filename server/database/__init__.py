@@ -1,6 +1,6 @@
 """The database: a SQLite file under HOME, or PostgreSQL if SMOLORA_DATABASE_URL is set.
 
-`opening` chooses between them. `file` and `postgres` have the code for one database each; no other module knows
+`opening` chooses the database. `file` and `postgres` have the code for one database each; no other module knows
 which database it uses. The SQL works with both databases. `clock` has SQL expressions for the database's time, and
 `migrations` has the schema.
 """

@@ -12,7 +12,10 @@ from adapters.sql import UtcDateTime
 
 
 class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
-    """Seconds since 1970 by the database's clock, when evaluated and not when the transaction began."""
+    """Seconds since 1970 by the database's clock, at the moment at which SQL evaluates the expression.
+
+    PostgreSQL's `now()` would be the time at which the transaction began.
+    """
 
     type = sa.Float(53)
     inherit_cache = True

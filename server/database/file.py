@@ -152,7 +152,7 @@ class _Doubt:
         self._is_left = False
 
     def look_at(self, context: sa.engine.ExceptionContext) -> None:
-        """If the error is that of a commit, overwrite the failed commit before the caller gets the error."""
+        """If `context` has the error of a commit, overwrite the failed commit before the caller gets the error."""
         if context.statement is not None or not isinstance(context.original_exception, driver.OperationalError):
             return
         self._is_left = True
@@ -170,7 +170,7 @@ class _Doubt:
 
 
 class Commits:
-    """A callable that returns a number, which changes whenever any process commits. A call takes microseconds."""
+    """A callable whose result, a number, changes whenever any process commits. A call takes microseconds."""
 
     def __init__(self, home: Path) -> None:
         self._connection = driver.connect(
@@ -179,7 +179,7 @@ class Commits:
         self._last = 0
 
     def __call__(self) -> int:
-        """Return a number that changes with each commit, or the last known one. For one thread at a time."""
+        """Return a number that changes with each commit, or the last known number. Not thread-safe."""
         if (number := self.now()) is not None:
             self._last = number
         return self._last
@@ -341,9 +341,9 @@ def in_words(error: object, home: Path) -> str:
 def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
     """Return whether no other process has the database open, and set the journal mode if so.
 
-    Each process that has the database open holds a shared lock, so only a process that is alone gets the exclusive
-    lock. A foreign program doesn't take the lock; if one has the file open, the journal mode stays. Afterwards
-    this process holds the shared lock.
+    `users` is a handle of the file with the locks. Each process that has the database open holds a shared lock, so
+    only a process that is alone gets the exclusive lock. A foreign program doesn't take the lock; if one has the
+    file open, the journal mode stays. Afterwards this process holds the shared lock.
     """
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)

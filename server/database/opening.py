@@ -2,9 +2,9 @@
 
 The database is the file under HOME or, if SMOLORA_DATABASE_URL is set, on a PostgreSQL server. The bytes of
 adapters, data sets and files are in a place: a HOME or a bucket. The database stores an id of this place, and the
-place contains a mark, which is an empty file with the id as its name. The first server that starts writes both. So
-no server can use another bucket, or another HOME, than the other servers on its database. If the database is a
-file and the bytes are in the same HOME, no mark is needed.
+place contains a mark, which is an empty file with the id as its name. The first server that starts writes the id
+and the mark. So no server can use another bucket, or another HOME, than the other servers on its database. If the
+database is a file and the bytes are in the same HOME, no mark is needed.
 """
 
 import secrets
@@ -74,7 +74,7 @@ def agree(engine: sa.Engine, place: Place) -> None:
 
 
 def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
-    """Raise StartupError if the bytes of a HOME's database are in an object store.
+    """Raise StartupError if the database of a HOME keeps its adapters and data in an object store.
 
     The message ends with `why`, the reason for the refusal.
     """

@@ -46,7 +46,7 @@ log = logging.getLogger("smolora.database")
 
 
 class Notices:
-    """A callable that returns a number, which changes whenever any process commits. Thread-safe.
+    """A callable whose result, a number, changes whenever any process commits. Thread-safe.
 
     A call takes a microsecond. A commit of this process counts immediately, a commit of another process when its
     notice arrives. The notices of this process carry the id `own`, and aren't counted a second time. While the
@@ -278,9 +278,10 @@ class _Dialect(PGDialect_psycopg):
             driven.close()
 
     def _was_committed(self, own: str, number: int) -> bool:
-        """Return whether transaction `number` of the connection `own` was committed.
+        """Return whether a transaction was committed.
 
-        Raise InDoubt if that can't be found out in `_DOUBT_SECONDS`.
+        `own` is the id of the transaction's connection in the table `marks`, and `number` the number that the
+        transaction wrote there. Raise InDoubt if the outcome can't be found out in `_DOUBT_SECONDS`.
         """
         until = time.monotonic() + _DOUBT_SECONDS
         while time.monotonic() < until:

@@ -55,7 +55,7 @@ def contents(connection: sa.Connection, tables: Sequence[sa.Table]) -> dict[str,
 
 
 def refuse_rows(connection: sa.Connection, tables: Sequence[sa.Table], where: str) -> None:
-    """Raise StartupError if one of the tables has rows."""
+    """Raise StartupError if one of the tables has rows. `where` names the database for the message."""
     for table in tables:
         if connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1)).first() is not None:
             raise StartupError(f"{where} isn't empty, it has {table.name}: give an empty one")

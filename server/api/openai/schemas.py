@@ -221,7 +221,7 @@ REFUSALS: Responses = {
 
 
 def answers_with(example: object) -> dict[str, object]:
-    """Return the OpenAPI description of a route's response with status 200."""
+    """Return the OpenAPI description of a route's response with status 200, with an example of the answer."""
     return {
         "description": "The answer; with `stream`, its chunks as server-sent events",
         "content": {"application/json": {"example": example}},
