@@ -56,7 +56,7 @@ function Measures({ held, recall }) {
   if (!held && !recall) return null;
   const has = (/** @type {any} */ value) => value !== null && value !== undefined;
   const columns = COLUMNS.filter(([name]) => has(held?.[name]) || has(recall?.num_right[name]));
-  return html`<table>
+  return html`<div class="scroll" tabindex="0" role="region" aria-label="What was measured, as a table"><table>
     <caption>
       ${held ? `On ${plural(held.num_rows, "held-out row")}` : "On trained rows"}
     </caption>
@@ -83,7 +83,7 @@ function Measures({ held, recall }) {
           : null
       }
     </tbody>
-  </table>`;
+  </table></div>`;
 }
 
 /** @param {{report: any}} props of a merge, which has neither rows nor steps */
