@@ -36,7 +36,10 @@ class QueueRate:
         self._since = now if num_in_flight >= self.num_places else None
 
     def wait(self, now: float, num_ahead: int) -> float:
-        """Estimate the seconds until `num_ahead` sequences have ended. Return 0 before a whole batch has ended."""
+        """Estimate the seconds until `num_ahead` sequences have ended.
+
+        Return 0 while fewer than `num_places` sequences have ended, since the rate isn't known yet.
+        """
         start, before = self._ends[0]
         if num_ahead <= 0 or self._num_ended < self.num_places:
             return 0.0

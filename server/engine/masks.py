@@ -92,7 +92,7 @@ class Masks:
     def _compute_here(self, project: str, compiled: Compiled, asked: Seq["_Asked"], seconds: float) -> float:
         """Compute a grammar's masks on the engine's thread if all are expected to fit into `seconds`.
 
-        Request the remaining masks from the mask thread. Return the processor time used.
+        Masks that aren't computed here are requested from the mask thread. Return the processor time used.
         """
         spent, todo = 0.0, deque(asked)
         if not compiled.num_pending and len(asked) * compiled.mask_seconds <= seconds:

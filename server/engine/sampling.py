@@ -235,7 +235,7 @@ def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
 def _with_logprobs(
     tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[LogitsRow]
 ) -> tuple[list[int], dict[int, Logprobs]]:
-    """Return the token ids of all rows, and by row the log-probabilities for the rows in `members`.
+    """Return the token ids of all rows, and a map from each row in `members` to the row's log-probabilities.
 
     `tokens` is (rows,), and `logprobs` is (members, vocab). They are on the device, and the results on the host.
     """
@@ -291,14 +291,14 @@ def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 class _Places:
-    """Indices into the flattened logits, and a number to apply at each index."""
+    """Indices into the flattened logits, and a number by which to change the logit at each index."""
 
     def __init__(self) -> None:
         self._places: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.float64]] = []
 
     def add(self, start: int, token_ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-        """Add the tokens, and a number for each, of the row that begins at index `start`."""
+        """Add a row's token ids, and a number for each token. The row's logits begin at index `start`."""
         if token_ids.size:
             self._places.append(token_ids + start)
             self._values.append(values)
@@ -329,7 +329,7 @@ def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 def _together(arrays: Seq[NDArray[np.bool_]], device: torch.device) -> Seq[torch.Tensor]:
-    """Return the arrays, which have one shape, as tensors on the device. Make one copy for all."""
+    """Return the arrays, all of one shape, as tensors on the device. They are copied to the device together."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return to_device(torch.from_numpy(np.stack(arrays)), device).unbind()

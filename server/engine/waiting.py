@@ -119,7 +119,9 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Remove a waiting set's first sequence. Its project, and the set within the project, move to the end."""
+        """Remove a waiting set's first sequence. The set's project, and the set within its project, move to the
+        end.
+        """
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)

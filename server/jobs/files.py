@@ -262,7 +262,8 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and half-removed jobs' files.
+        """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and what interrupted removals
+        left.
 
         Servers and workers both call this, since each may have a HOME that the other doesn't use.
         """
@@ -315,8 +316,8 @@ def requeue_running(engine: sa.Engine, reason: str) -> list[str]:
     """Requeue every running job after the database was copied, and return the jobs' ids.
 
     `reason` is the text of an event for each job. The jobs can be claimed at once, whatever their leases say. A
-    job resumes from its newest checkpoint. The time until then isn't charged. If a job's pause was requested, the
-    job is paused instead.
+    job resumes from its newest checkpoint. The time since the database was copied isn't charged. If a job's pause
+    was requested, the job is paused instead.
     """
     with engine.begin() as connection:
         query = sa.select(jobs.c.id, jobs.c.wants_pause, jobs.c.stalled_attempts)

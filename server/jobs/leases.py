@@ -59,8 +59,8 @@ class Claim:
 class Leases:
     """The claims of all workers. Thread-safe; any number of processes may use the same tables.
 
-    `records` are the catalog's copies of versions. `now` is the clock that all workers share. After `time_slice`
-    seconds a job gives way to another project's job; 0: never.
+    `records` are the versions' records, from which a lost catalog is rebuilt. `now` is the clock that all workers
+    share. After `time_slice` seconds a job gives way to another project's job; 0: never.
     """
 
     def __init__(
@@ -202,8 +202,8 @@ class Leases:
 
         Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
         None, no version is published, and the report says why. `publish_unattended_in` explains `alias`,
-        `compared_with`, `worse` and LatestMoved. If it doesn't move `latest`, the reason becomes an event. Each of
-        the `warnings` becomes an event, too.
+        `compared_with`, `worse` and LatestMoved. If the new version doesn't become `latest`, the reason becomes an
+        event. Each of the `warnings` becomes an event, too.
         """
 
         def work(connection: sa.Connection) -> Version | None:

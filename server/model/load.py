@@ -52,7 +52,7 @@ def serves_natively(settings: WorkerSettings) -> bool:
 def _choose(settings: WorkerSettings) -> tuple[torch.device, torch.dtype, str | None]:
     """Return the device and the dtype for serving, and why there is no native code.
 
-    The reason is None if there is native code, and empty if the settings don't want it.
+    The reason is None if there is native code, and empty if the settings turn native code off.
     """
     reason = why_unavailable(Home(settings.home).native) if settings.native else ""
     return *choose_device(settings.device, settings.dtype, has_native=reason is None), reason

@@ -46,7 +46,7 @@ _SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, 
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens. If is_target[i], token i is trained on, given the tokens before it. The first never is."""
+    """One row's tokens. If is_target[i], token i is trained on, given the tokens before it; token 0 never is."""
 
     token_ids: tuple[int, ...]
     is_target: tuple[bool, ...]
@@ -272,8 +272,8 @@ class RowEncoder:
     def _fitted(self, row: Row, max_length: int, overlong: Overlong) -> tuple[list[Example], LongRows | None]:
         """Return the row's examples, each of at most `max_length` tokens.
 
-        If the row is longer, it is handled as `overlong` says. Also return the tokens or rows that this cut,
-        dropped or split; None if the row isn't longer.
+        If the row is longer, it is handled as `overlong` says. Also return counts of what was cut, dropped or
+        split, or None if the row isn't longer.
         """
         token_ids, targets, field = self._whole(row)
         is_target = [False] * len(token_ids)

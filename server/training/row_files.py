@@ -204,7 +204,7 @@ class _Faults:
 
 
 class _Lines:
-    """A file's lines as text, with line breaks. Invalid lines are skipped or, with `stops`, end the reading."""
+    """A file's lines as text, with line breaks. Invalid lines are skipped or, if `stops`, end the reading."""
 
     def __init__(self, stream: BinaryIO, faults: _Faults, stops: bool = False) -> None:
         self.number = 0

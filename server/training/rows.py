@@ -371,7 +371,10 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 
 
 def _field_fault(value: object) -> str | None:
-    """Return what is wrong with a text field, or None. In other trainers' rows it may be a list of turns."""
+    """Return what is wrong with a text field, or None if nothing is.
+
+    In other trainers' rows the field may be a list of turns.
+    """
     if isinstance(value, list):
         return "must be a text: turns go into messages, or into both prompt and completion"
     return _text_fault(value)

@@ -106,8 +106,8 @@ class Counters:
     def note_held_out(self, step: int, found: Evaluation, against_best: Comparison | None) -> bool:
         """Add an evaluation to the curve. Return whether it is the best so far.
 
-        `against_best` compares it with the best earlier evaluation, or with itself if it is the first. It is None
-        if there are too few held-out rows to compare: then `best` and `num_without_gain` don't change.
+        `against_best` compares the evaluation with the best earlier one, or with itself if there is none. It is
+        None if there are too few held-out rows to compare: then `best` and `num_without_gain` don't change.
         """
         self.eval_curve.append((step, found.loss))
         if against_best is None:

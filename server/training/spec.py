@@ -18,7 +18,7 @@ _readers: dict[object, object] = {}
 
 
 def read_document(kind: type[_Kind], document: object) -> _Kind:
-    """Return the `kind` whose `dataclasses.asdict` is `document`, which may have been stored as JSON meanwhile.
+    """Return the instance of `kind` whose `dataclasses.asdict` is `document`, possibly stored as JSON meanwhile.
 
     Lists become tuples again, and texts become dates. Unknown fields are ignored. Raise ValueError if a field is
     missing or has another type.

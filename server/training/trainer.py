@@ -295,7 +295,10 @@ class _Room:
         self._most = [capacity] * (2 * self._first_leaf)  # the maximum of node i, whose children are 2i and 2i + 1
 
     def take_first(self, needed: int) -> int:
-        """Take `needed` from the first bin with enough room, and return the bin's index. There must be one."""
+        """Take `needed` from the first bin with enough room, and return the bin's index.
+
+        Call this only if a bin has enough room.
+        """
         node = 1
         while node < self._first_leaf:
             node = 2 * node + (self._most[2 * node] < needed)

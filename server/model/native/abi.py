@@ -171,7 +171,10 @@ def call(function: Callable[..., int], *arguments: object) -> None:
 
 
 def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
-    """Return the seconds spent in each of the phases `names`. The native `function` returns nanoseconds."""
+    """Return the seconds that the native object `owner` has spent in each phase since the last call.
+
+    `names` are the phases. `function` gets the times, in nanoseconds. `count` turns measuring on or off.
+    """
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
     return dict(zip(names, (spent / 1e9).tolist(), strict=True))

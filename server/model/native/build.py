@@ -1,8 +1,8 @@
 """Compiles the native code, for a wheel or at a server's first start.
 
-A library's name contains the digest of its source and flags, so a library of an older source is never loaded. It
-is compiled in a scratch directory and renamed when it is complete. This module imports only the standard library:
-setup.py uses it before any dependency is installed.
+A library's name contains the digest of its source and flags, so a library of an older source is never loaded. A
+library is compiled in a scratch directory and renamed when it is complete. This module imports only the standard
+library: setup.py uses it before any dependency is installed.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The forward and backward pass of training in native code: hands tensors to `train.cpp`.
+"""The forward and backward passes of training in native code. This module passes tensors to `train.cpp`.
 
 These passes compute what `SmolLM.forward` computes with `PackedAttention` and `TrainedRows`, and its gradients.
 Operands of products are bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32
