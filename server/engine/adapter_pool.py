@@ -197,7 +197,7 @@ class Adapter:
 
     @property
     def failure(self) -> SmoloraError | None:
-        """The error if the adapter couldn't be copied into the pool, or None."""
+        """The error if the adapter couldn't be copied into the pool, else None."""
         reason = self.placing.exception() if self.placing is not None and self.placing.done() else None
         if isinstance(reason, SmoloraError):
             return reason
@@ -332,8 +332,8 @@ class AdapterPool:
     def num_freed(self) -> int:
         """A counter that grows when waiting sequences whose adapters lacked room should be tried again.
 
-        That is when rows have become free. It is also when an adapter that a waiting sequence had read is evicted,
-        since the next try begins to read that adapter again.
+        The counter grows when rows become free. It also grows when an adapter that a waiting sequence had read is
+        evicted, since the next try begins to read that adapter again.
         """
         filling = [adapter for adapter in self._settling if not adapter.is_idle]
         self._num_freed += len(self._settling) - len(filling)

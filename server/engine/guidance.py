@@ -121,7 +121,7 @@ class Constraint:
 
     @property
     def error(self) -> InvalidInput | None:
-        """The error if the answer can't follow the grammar any further, or None."""
+        """The error if the answer can't follow the grammar any further, else None."""
         if not (self._has_failed or self._matcher.is_error()):
             return None
         return refusal(self._grammar, "became too complex to follow: make it simpler")
@@ -278,7 +278,10 @@ def mask_of(matcher: LLMatcher, vocab_size: int) -> Mask | None:
 
 
 def masks_of(executor: LLExecutor, matchers: Sequence[LLMatcher], vocab_size: int) -> list[Mask | None]:
-    """Return the matchers' next masks. The executor's threads compute several masks, this thread a single one."""
+    """Return the matchers' next masks.
+
+    Several masks are computed by the executor's threads, and a single mask by this thread.
+    """
     bits = np.zeros((len(matchers), -(-vocab_size // 32)), np.uint32)
     places = [(matcher, place) for place, matcher in enumerate(matchers)]
     executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, bits[0].nbytes, len(matchers))

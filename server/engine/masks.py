@@ -123,9 +123,9 @@ class Masks:
                     self._wake()
 
     def _next_batch(self) -> Seq["_Asked"]:
-        """Wait until masks are requested, and return some of the requests, taking the projects in turn.
+        """Wait until masks are requested, and return some of the requests. Projects take turns.
 
-        Return an empty list if closed.
+        Return an empty list if `close` was called.
         """
         batch: list[_Asked] = []
         with self._news:

@@ -132,7 +132,7 @@ def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
     """Return fp32 standard Gumbel noise (rows, n) for token_ids (rows, n) or (1, n), decided by row and token id.
 
     A 32-bit hash mixes the token id and the two words of the row's key (multipliers of "lowbias32", Wellons 2018).
-    Its 23 highest bits make a uniform number strictly between 0 and 1.
+    The hash's 23 highest bits make a uniform number strictly between 0 and 1.
     """
     words = [struct.unpack("<ii", noise_key(row)) for row in rows]
     keys = to_device(torch.tensor(words, dtype=torch.int32), token_ids.device)  # (rows, 2)
@@ -204,7 +204,7 @@ def _filtered(
     """Return the scores (rows, num) and ids (rows, num) of the `num` likeliest tokens of each row, best first.
 
     The scores of tokens that top-k or top-p filters are -inf. The third result (rows,) says which rows need more
-    tokens for top-p. It is None if no row can need more.
+    tokens for top-p. The third result is None if no row can need more.
     """
     vocab = logits.shape[1]
     top_ks = [min(one.top_k or vocab, vocab) for one in params]
@@ -237,7 +237,8 @@ def _with_logprobs(
 ) -> tuple[list[int], dict[int, Logprobs]]:
     """Return the token ids of all rows, and a map from each row in `members` to the row's log-probabilities.
 
-    `tokens` is (rows,), and `logprobs` is (members, vocab). They are on the device, and the results on the host.
+    `tokens` is (rows,), and `logprobs` is (members, vocab). Both tensors are on the device, and the results are on
+    the host.
     """
     groups: dict[int, list[int]] = {}  # by the number of log-probabilities
     for place, i in enumerate(members):

@@ -145,7 +145,7 @@ class JobFiles:
         return total
 
     def remove(self, job_id: str) -> None:
-        """Remove all files of a job. Call `Jobs.remove_files`, which records the removal, first."""
+        """Remove all files of a job. Before this, call `Jobs.remove_files`, which records the removal."""
         shutil.rmtree(self.directory(job_id), ignore_errors=True)
         self._copies.remove(self._copies.of(job_id))
 
@@ -265,7 +265,7 @@ class Retention:
         """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and what interrupted removals
         left.
 
-        Servers and workers both call this, since each may have a HOME that the other doesn't use.
+        Servers and workers call this, since a server and a worker may have different HOMEs.
         """
         self._here.sweep(self._statuses)
         for job_id in self._jobs.without_files(self._here.stored()):

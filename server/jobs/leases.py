@@ -162,7 +162,7 @@ class Leases:
     ) -> bool:
         """Store an event, and return whether it was stored. Raise LeaseLost if the claim is void.
 
-        A metrics event has `data["step"]`. It is dropped if metrics of the same or a later step are stored
+        A metrics event has `data["step"]`. The event is dropped if metrics of the same or a later step are stored
         already: an earlier attempt may have got further than its last checkpoint.
         """
         _lock_claimed(connection, claim)
@@ -178,7 +178,7 @@ class Leases:
     def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
         """Record that the checkpoint of `step` is stored. Raise LeaseLost if the claim is void.
 
-        If it is the job's newest checkpoint, the count of stalled attempts is reset.
+        If this is the job's newest checkpoint, the count of stalled attempts is reset.
         """
         _lock_claimed(connection, claim)
         is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
@@ -328,7 +328,7 @@ def _requeue(
     delay: float = 0.0,
     message: str = BACK,
 ) -> None:
-    """Requeue a claimed job with the event `message`. It can be claimed again after `delay` seconds.
+    """Requeue a claimed job with the event `message`. The job can be claimed again after `delay` seconds.
 
     If a pause was requested, pause the job instead.
     """

@@ -228,7 +228,7 @@ class Metrics:
     def ended(self, outcome: Outcome, seconds: float, adapters: Iterable[str], num_tokens: int) -> None:
         """Count a request's outcome, seconds and generated tokens.
 
-        Each of its adapters is credited with all tokens.
+        Each of the request's adapters is credited with all tokens.
         """
         self._requests.labels(outcome).inc()
         if outcome == "completed":

@@ -22,7 +22,7 @@ def load_on_device(
 ) -> BaseModel:
     """Load a converted base to the device that the settings name, and set the number of threads that compute.
 
-    `memory_share` takes the bytes of a GPU's memory. It returns the share that this process may use, or None for
+    `memory_share` takes the bytes of a GPU's memory, and returns the share that this process may use, or None for
     no limit. Raise StartupError if the machine lacks what the settings ask for.
     """
     use_threads(settings.threads)

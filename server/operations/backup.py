@@ -243,7 +243,7 @@ class _Backup:
                     yield path
 
     def _upload_folders(self) -> Iterator[Path]:
-        """Yield the folders of all data sets and files. They may be deleted at any time."""
+        """Yield the folders of all data sets and files. These folders may be deleted at any time."""
         for project in self._home.projects():
             for root in (self._home.datasets(project), self._home.files(project)):
                 if root.is_dir():

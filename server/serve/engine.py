@@ -198,7 +198,7 @@ def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEn
 
 
 def max_model_len_of(settings: Settings, base: BaseModel) -> int:
-    """Return the length limit of a sequence, in tokens. Raise StartupError if it exceeds the base's."""
+    """Return the length limit of a sequence, in tokens. Raise StartupError if this exceeds the base's limit."""
     longest = base.config.max_position_embeddings
     if settings.max_model_len is None:
         return min(longest, DEFAULT_MAX_MODEL_LEN)

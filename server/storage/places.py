@@ -105,8 +105,8 @@ class Place:
     def has_mark(self, place: str) -> bool:
         """Return whether this HOME or bucket has a marker whose name is the id `place`.
 
-        A database stores the id, and uses only the HOME or bucket that has the marker. Raise BytesUnavailable if
-        the bucket can't be read.
+        A database stores the id of the HOME or bucket that it belongs to. Raise BytesUnavailable if the bucket
+        can't be read.
         """
         return f"{PLACES}/{place}" in self.blobs.keys(f"{PLACES}/")
 

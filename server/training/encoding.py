@@ -176,8 +176,8 @@ class LongRows:
 class EncodedRows:
     """All rows of a job, in their order, and warnings about likely mistakes in them.
 
-    A split row has an example for each window, and a dropped row has none. `are_facts`: each row has a completion,
-    completions are short, and nearly all are distinct.
+    A split row has an example for each window, and a dropped row has none. `are_facts` is true if each row has a
+    completion, completions are short, and nearly all are distinct.
     """
 
     examples: Examples
@@ -243,7 +243,8 @@ class RowEncoder:
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
         """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`.
 
-        The prompt is cut after `max_prompt` tokens: after a longer one, the base has no room for an answer anyway.
+        The prompt is cut after `max_prompt` tokens: after a longer prompt, the base has no room for an answer
+        anyway.
         """
         if (asked := question_of(row)) is None:
             return None
@@ -340,7 +341,7 @@ class _Completions:
 
 
 def _windows(token_ids: Sequence[int], is_target: Sequence[bool], max_length: int) -> list[Example]:
-    """Split a row into windows of at most `max_length` tokens, which is at least 2.
+    """Split a row into windows of at most `max_length` tokens. `max_length` must be at least 2.
 
     A window begins with the last token of the window before, so that each target has a token before it. Windows
     without targets are left out.

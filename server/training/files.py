@@ -85,7 +85,7 @@ class FileStore(RecordStore[StoredFile]):
         self._key_id = key_id
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
-        """Store an upload of training rows. It is read as CSV if the name ends in .csv, else as JSONL.
+        """Store an upload of training rows. The upload is read as CSV if the name ends in .csv, else as JSONL.
 
         Raise InvalidInput, with the lines and fields at fault, if rows are invalid, and OSError if the disk is
         full. After any error, nothing is stored.

@@ -107,7 +107,7 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """Everything that decides a job's result, besides its data and the base, and how the result is published."""
+    """All that decides a job's result, besides its data and the base, and how the result is published."""
 
     name: str
     method: Method = "lora"

@@ -148,7 +148,9 @@ class Trainer:
         return StepResult(self.step, loss, rate, norm, num_tokens, time.perf_counter() - started - paused)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors to store in a checkpoint: fp32 weights and AdamW's moments. They aren't copies."""
+        """Return the tensors to store in a checkpoint: fp32 weights and AdamW's moments. The tensors aren't
+        copies.
+        """
         return {"masters": self.trainable.masters, "mean": self._mean, "square": self._square}
 
     def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
