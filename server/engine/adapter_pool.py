@@ -2,8 +2,8 @@
 
 A resident adapter has rows in the pool's memory (`server.model.rank_rows`). A request holds all of its adapters or
 none (`AdapterHold`), because two requests with some adapters each could wait for each other forever. A held
-adapter is never evicted. Threads of executors read cold adapters and fill their rows while other requests run.
-Only the engine's thread uses the pool itself.
+adapter is never evicted. Threads of executors read adapters that aren't resident, and fill the adapters' rows
+while other requests run. Only the engine's thread uses the pool itself.
 """
 
 import logging
@@ -173,7 +173,7 @@ class Adapter:
 
     @property
     def pending(self) -> Future[Stored] | Future[None] | None:
-        """The future of the adapter's read, or of its copy into the pool, if it is in progress; else None."""
+        """The future of the read or the copy that is loading the adapter, or None if neither is in progress."""
         work = self.reading if self.placing is None else self.placing
         return None if work.done() else work
 
@@ -197,7 +197,7 @@ class Adapter:
 
     @property
     def failure(self) -> SmoloraError | None:
-        """The error if the adapter couldn't be copied into the pool, or None."""
+        """The error if the adapter couldn't be copied into the pool, else None."""
         reason = self.placing.exception() if self.placing is not None and self.placing.done() else None
         if isinstance(reason, SmoloraError):
             return reason
@@ -330,9 +330,10 @@ class AdapterPool:
 
     @property
     def num_freed(self) -> int:
-        """A counter that grows when sequences whose adapters lacked room should be tried again.
+        """A counter that grows when waiting sequences whose adapters lacked room should be tried again.
 
-        Either rows became free, or an adapter that a sequence waits for was evicted.
+        The counter grows when rows become free. It also grows when an adapter that a waiting sequence had read is
+        evicted, since the next try begins to read that adapter again.
         """
         filling = [adapter for adapter in self._settling if not adapter.is_idle]
         self._num_freed += len(self._settling) - len(filling)
@@ -412,7 +413,7 @@ class AdapterPool:
             submit(self._placers, lambda: None, self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
-        """Set and return the hold's adapters, and begin to read the missing ones."""
+        """Set and return `hold.adapters`, and begin to read the adapters that the pool lacks."""
         adapters = tuple(self._find(ref.digest) for ref in hold.refs)
         for adapter in adapters:
             adapter.num_wanting += adapter not in hold.adapters

@@ -36,7 +36,10 @@ class QueueRate:
         self._since = now if num_in_flight >= self.num_places else None
 
     def wait(self, now: float, num_ahead: int) -> float:
-        """Estimate the seconds until `num_ahead` sequences have ended. Return 0 before a whole batch has ended."""
+        """Estimate the seconds until `num_ahead` sequences have ended.
+
+        Return 0 while fewer than `num_places` sequences have ended, since the rate isn't known yet.
+        """
         start, before = self._ends[0]
         if num_ahead <= 0 or self._num_ended < self.num_places:
             return 0.0
@@ -99,8 +102,8 @@ class InFlight:
         """Return how many sequences will end before one more sequence of the project gets a place in the batch.
 
         The scheduler gives a project its equal share of the places by preempting projects that have more. So the
-        project's first sequences wait only if there are more projects than places. Its other sequences wait for
-        the project's turns.
+        project's first sequences wait only if there are more projects than places. The project's other sequences
+        wait for its turns.
         """
         num_before = self.num + 1 - self.num_places  # if all others came first
         if num_before <= 0:

@@ -1,8 +1,8 @@
 """Run the engine on its own thread, behind an event loop that sends it requests and receives outputs.
 
-The thread and the loop share an inbox, protected by a condition, and snapshots that are replaced as a whole. The
-rest of the engine belongs to the thread. The thread passes outputs to the loop once a step. The loop watches the
-thread. If the thread has died or hangs, all requests in flight fail, and the engine is dead.
+The thread and the loop share an inbox, protected by a condition variable, and snapshots that are replaced as a
+whole. The rest of the engine belongs to the thread. The thread passes outputs to the loop once a step. The loop
+watches the thread. If the thread has died or hangs, all requests in flight fail, and the engine is dead.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class OutputStream:
     """The outputs of one request, until all its choices have ended. `aclose` aborts the unfinished choices."""
 
     def __init__(self, num_choices: int, abandon: Callable[[], None]) -> None:
-        """`abandon` is called when the reader has stopped, possibly after the request's end, or more than once."""
+        """`abandon` is called when the reader has stopped, possibly more than once or after the request's end."""
         self._num_unfinished = num_choices  # choices whose end the reader hasn't received
         self._abandon = abandon
         self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()

@@ -25,9 +25,9 @@ T = TypeVar("T")
 class PagedCache:
     """Keys and values of every layer. Each tensor is (layers, num_blocks, block_size, kv_heads, head_dim).
 
-    The memory is zeroed, so padding is finite. On a CPU the operating system provides each page of memory when it
-    is first written. With `by_block` the shape is (num_blocks, layers, ...). A block's numbers are then
-    contiguous, so the pages of one block contain little of other blocks.
+    The memory is zeroed at first, so that padding has finite values. On a CPU the operating system provides each
+    page of memory when it is first written. With `by_block` the shape is (num_blocks, layers, ...). A block's
+    numbers are then contiguous, so the pages of one block contain little of other blocks.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Backend(ABC):
     """A base model's forward pass, with its key/value cache and the memory of resident adapters (rank rows).
 
     A step computes the chunks `decodes`, of one token each, and then the chunks `prefills`. Only decodes can have
-    drafts, and only in a backend that is batch invariant.
+    drafts (guesses of the next tokens), and only if the backend is batch invariant.
     """
 
     is_batch_invariant: ClassVar[bool]

@@ -2,8 +2,8 @@
 
 `RowCosts` fits a line to steps' times over their numbers of extra tokens, which are drafted tokens or tokens of
 prompts. It fits a separate line for up to 1, 2, 4, 8, ... decoding sequences. Old steps lose weight. Without
-recent steps that show the cost, the estimate returns to the initial assumption, so that a cost that was too high
-is measured again.
+recent steps that show the cost, the estimate returns to the initial assumption, so that a cost that was estimated
+too high is measured again.
 
 `PromptRoom` limits the prompt tokens of a step to a fixed share of its time, since decoding sequences wait for the
 whole step. A fixed number of tokens would take a different time on each machine and with each set of adapters.
@@ -59,7 +59,7 @@ def _band(num_sequences: int) -> int:
 
 @dataclass
 class _Line:
-    """A line of y seconds over x tokens, fitted to weighted sums over steps."""
+    """A line that gives the seconds y of a step with x extra tokens, fitted to weighted sums over steps."""
 
     assumed: float  # assumed slope, as a share of the seconds at x = 0
     n: float = 0.0
@@ -109,7 +109,7 @@ class PromptRoom:
         return max(_LEAST_TOKENS, int(seconds / self._token_seconds) - num_decoding)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """Learn from a step of these chunks that took `seconds`. Drafts count as decodes."""
+        """Learn from a step that computed `chunks` in `seconds`. Drafts count as decodes."""
         num_decoding = sum(chunk.is_decode for chunk in chunks)
         num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         if num_decoding:

@@ -59,7 +59,7 @@ class TextStream:
         self._pending = ""
 
     def push(self, token_id: int) -> str:
-        """Add a token, and return the new text. It is empty once a stop string was found."""
+        """Add a token, and return the new text. The text is empty once a stop string was found."""
         if self.stopped:
             return ""
         return self._decide(self._pending + self._decoder.decode(self._token_bytes.bytes_of(token_id)))

@@ -331,7 +331,7 @@ class Engine:
 
 
 def _overflow(sequence: Sequence) -> SmoloraError:
-    """Return the error for logits that aren't finite. It blames the adapters if the sequence has any."""
+    """Return the error for logits that aren't finite. The error blames the sequence's adapters, if any."""
     if sequence.request.adapters:
         message = "the model's numbers overflowed under these adapters; use smaller adapters or weights"
         return InvalidInput.of("adapter", message)

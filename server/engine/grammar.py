@@ -3,8 +3,8 @@
 Answers are compact JSON, without whitespace. Formats of dates and times are replaced by patterns, because
 llguidance's own formats accept impossible dates (2023-02-29, 0000-01-01) and leap seconds at any time. Limits keep
 the work for one token at a few milliseconds. If a grammar needs more work for a token, the answer fails.
-llguidance's own forcing of text is off, because it has no limit: a grammar of a few dozen characters
-(`x|y((a{1000}){1000}){1000}`) would keep a thread busy for minutes.
+llguidance's own search for forced text is off, because the search has no limit: a grammar of a few dozen
+characters (`x|y((a{1000}){1000}){1000}`) would keep a thread busy for minutes.
 
 Importing this module is quick, since the process of `grammar_check` imports it. That process compiles unvetted
 grammars, because some small schemas keep the compiler busy for hours.
@@ -118,9 +118,10 @@ def _part(text: str) -> dict[str, object]:
 
 
 def _place(tokenizer: LLTokenizer, schema: dict[str, object], message: str) -> str:
-    """Return the path, in parentheses, of the first subschema that fails alone with the same message.
+    """Return the path, in parentheses, of the first subschema that fails with `message`.
 
-    Return an empty string if no such subschema is found in `_PLACE_SECONDS`.
+    The subschema must fail even without the schemas inside it. Return an empty string if no such subschema is
+    found in `_PLACE_SECONDS`.
     """
     if message == _ONE_OF:
         places = [place for place, node in nodes(schema) if "oneOf" in node]
@@ -185,9 +186,9 @@ def try_out(matcher: LLMatcher, eos_token_ids: frozenset[int]) -> None:
 
 
 def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
-    """Return the first allowed token that isn't an end token, from `start` on, or else from 0 on.
+    """Return the first token, at or after `start`, that the mask allows and that isn't an end token.
 
-    Return None if there is no such token.
+    If there is none, return the first such token at or after 0, or None if there is none at all.
     """
     for first in (start, 0):
         token_id = mask.find(_ALLOWED, first)
@@ -243,8 +244,8 @@ def names_schema(ref: str) -> bool:
     """Return whether the target of this `$ref`, if it exists, is a schema that `nodes` yields.
 
     `nodes` doesn't visit the values of the keywords `_VALUES`, and doesn't yield the values of the keywords
-    `_MAPS`, which map names to schemas. The result depends only on the keys of the JSON pointer, whichever schema
-    it starts in. Anchors only exist in schemas.
+    `_MAPS`, which map names to schemas. The result depends only on the keys of the JSON pointer, not on the schema
+    that the pointer starts from. It is true for an anchor, since only schemas have anchors.
     """
     is_map = False
     for key in unquote(ref.partition("#")[2]).split("/")[1:]:

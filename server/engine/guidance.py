@@ -77,7 +77,7 @@ class Constraint:
         tokenizer: LLTokenizer,
         matcher: LLMatcher | None = None,
     ) -> None:
-        """Start at the answer's beginning, or in the state of `matcher`."""
+        """Start at the answer's beginning, or in the state of `matcher` if it is given."""
         self.compiled = compiled
         self.spare_seconds = math.inf  # budget for masks of drafts in the next step
         self._grammar = grammar
@@ -121,7 +121,7 @@ class Constraint:
 
     @property
     def error(self) -> InvalidInput | None:
-        """The error if the answer can't follow the grammar any further, or None."""
+        """The error if the answer can't follow the grammar any further, else None."""
         if not (self._has_failed or self._matcher.is_error()):
             return None
         return refusal(self._grammar, "became too complex to follow: make it simpler")
@@ -142,7 +142,10 @@ class Constraint:
         return self._forced[:max_tokens]
 
     def compute_mask(self) -> bool:
-        """Compute the next mask on this thread. Return False if that failed and `receive(None)` must retry."""
+        """Compute the next mask on this thread.
+
+        Return False if that failed and the caller must call `receive(None)`, which tries again; else True.
+        """
         begun = time.thread_time()
         mask = mask_of(self._matcher, self._tokenizer.vocab_size)
         self.compiled.observe(time.thread_time() - begun)
@@ -212,7 +215,7 @@ class Constraint:
 
         It isn't enough that all allowed tokens begin the same text: after a shorter token the answer may end or
         continue differently ("low" and "lower"). So follow the text token by token, always by the shortest allowed
-        token, and check again after each.
+        token, and check again after each of these tokens.
         """
         splits = self._splits(allowed)
         if not splits:
@@ -227,10 +230,10 @@ class Constraint:
         return longest
 
     def _splits(self, allowed: Mask | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
-        """Return the texts and ids of the allowed tokens, shortest first, if all texts agree.
+        """Return the allowed tokens' texts and ids, shortest first, if each text is a prefix of the longest one.
 
-        They agree if each is a prefix or an extension of one text, whose known part is `text`. Return an empty
-        sequence otherwise, or if the answer may end.
+        `text`, the known part of what follows, counts as one of the texts. Return an empty sequence if a text
+        isn't such a prefix, if there are too many tokens to check, or if the answer may end.
         """
         if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
             return []
@@ -257,8 +260,8 @@ class Constraint:
     def _restart(self) -> None:
         """If possible, compile the grammar again, and repeat the answer so far in the new matcher.
 
-        The new matcher has its own lexer states. The old one shares them with other answers, which may have
-        reached the limit on their number.
+        The new matcher has its own lexer states. The old matcher shares lexer states with other answers, which may
+        have reached the limit on the number of states.
         """
         self.compiled.is_spoilt = True
         if self._may_restart:
@@ -275,7 +278,10 @@ def mask_of(matcher: LLMatcher, vocab_size: int) -> Mask | None:
 
 
 def masks_of(executor: LLExecutor, matchers: Sequence[LLMatcher], vocab_size: int) -> list[Mask | None]:
-    """Return the matchers' next masks. The executor's threads compute several masks, this thread a single one."""
+    """Return the matchers' next masks.
+
+    Several masks are computed by the executor's threads, and a single mask by this thread.
+    """
     bits = np.zeros((len(matchers), -(-vocab_size // 32)), np.uint32)
     places = [(matcher, place) for place, matcher in enumerate(matchers)]
     executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, bits[0].nbytes, len(matchers))

@@ -50,7 +50,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def num_own_blocks(self, sequence: Sequence) -> int:
-        """Return how many blocks this sequence alone uses, which its preemption would free."""
+        """Return how many blocks only this sequence uses: the blocks that its preemption would free."""
         return sum(1 for block in sequence.block_table if self._references[block] == 1)
 
     def is_being_computed(self, sequence: Sequence) -> bool:
@@ -61,7 +61,7 @@ class BlockManager:
         return False
 
     def admit(self, sequence: Sequence, *, num_spare_blocks: int) -> bool:
-        """Assign a sequence the cached blocks of its prefix, if enough blocks are free. Return whether they are.
+        """Assign a sequence the cached blocks of its prefix and return True, or return False if there is no room.
 
         There must be free blocks for the rest of the sequence's tokens, and `num_spare_blocks` more. Set
         `block_table` and `num_computed_tokens`. At least one token is always left to compute.
@@ -101,7 +101,7 @@ class BlockManager:
         return True
 
     def trim(self, sequence: Sequence) -> None:
-        """Free the blocks after the computed tokens, which were reserved for a draft. They are reused first."""
+        """Free the blocks that were reserved for a draft and have no computed tokens. They are reused first."""
         for _ in range(len(sequence.block_table) - self.blocks_for(sequence.num_computed_tokens)):
             block = sequence.block_table.pop()
             self._references[block] = 0

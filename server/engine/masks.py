@@ -92,7 +92,7 @@ class Masks:
     def _compute_here(self, project: str, compiled: Compiled, asked: Seq["_Asked"], seconds: float) -> float:
         """Compute a grammar's masks on the engine's thread if all are expected to fit into `seconds`.
 
-        Request the remaining masks from the mask thread. Return the processor time used.
+        Masks that aren't computed here are requested from the mask thread. Return the processor time used.
         """
         spent, todo = 0.0, deque(asked)
         if not compiled.num_pending and len(asked) * compiled.mask_seconds <= seconds:
@@ -123,9 +123,9 @@ class Masks:
                     self._wake()
 
     def _next_batch(self) -> Seq["_Asked"]:
-        """Wait until masks are requested, and return some of the requests, taking the projects in turn.
+        """Wait until masks are requested, and return some of the requests. Projects take turns.
 
-        Return an empty list if closed.
+        Return an empty list if `close` was called.
         """
         batch: list[_Asked] = []
         with self._news:

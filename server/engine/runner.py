@@ -90,7 +90,7 @@ class Runner:
 
 
 def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
-    """Yield the sampling inputs for the token after the sequence, and for the token after each drafted one."""
+    """Yield the sampling inputs for the token after the sequence, and for the token after each drafted token."""
     sequence = chunk.sequence
     for num in range(1 + len(chunk.draft)):
         draft, constraint = chunk.draft[:num], sequence.constraint

@@ -132,7 +132,7 @@ def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
     """Return fp32 standard Gumbel noise (rows, n) for token_ids (rows, n) or (1, n), decided by row and token id.
 
     A 32-bit hash mixes the token id and the two words of the row's key (multipliers of "lowbias32", Wellons 2018).
-    Its 23 highest bits make a uniform number strictly between 0 and 1.
+    The hash's 23 highest bits make a uniform number strictly between 0 and 1.
     """
     words = [struct.unpack("<ii", noise_key(row)) for row in rows]
     keys = to_device(torch.tensor(words, dtype=torch.int32), token_ids.device)  # (rows, 2)
@@ -204,7 +204,7 @@ def _filtered(
     """Return the scores (rows, num) and ids (rows, num) of the `num` likeliest tokens of each row, best first.
 
     The scores of tokens that top-k or top-p filters are -inf. The third result (rows,) says which rows need more
-    tokens for top-p. It is None if no row can need more.
+    tokens for top-p. The third result is None if no row can need more.
     """
     vocab = logits.shape[1]
     top_ks = [min(one.top_k or vocab, vocab) for one in params]
@@ -235,9 +235,10 @@ def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
 def _with_logprobs(
     tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[LogitsRow]
 ) -> tuple[list[int], dict[int, Logprobs]]:
-    """Return the token ids of all rows, and by row the log-probabilities for the rows in `members`.
+    """Return the token ids of all rows, and a map from each row in `members` to the row's log-probabilities.
 
-    `tokens` is (rows,), and `logprobs` is (members, vocab). They are on the device, and the results on the host.
+    `tokens` is (rows,), and `logprobs` is (members, vocab). Both tensors are on the device, and the results are on
+    the host.
     """
     groups: dict[int, list[int]] = {}  # by the number of log-probabilities
     for place, i in enumerate(members):
@@ -291,14 +292,14 @@ def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 class _Places:
-    """Indices into the flattened logits, and a number to apply at each index."""
+    """Indices into the flattened logits, and a number by which to change the logit at each index."""
 
     def __init__(self) -> None:
         self._places: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.float64]] = []
 
     def add(self, start: int, token_ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-        """Add the tokens, and a number for each, of the row that begins at index `start`."""
+        """Add a row's token ids, and a number for each token. The row's logits begin at index `start`."""
         if token_ids.size:
             self._places.append(token_ids + start)
             self._values.append(values)
@@ -329,7 +330,7 @@ def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
 
 
 def _together(arrays: Seq[NDArray[np.bool_]], device: torch.device) -> Seq[torch.Tensor]:
-    """Return the arrays, which have one shape, as tensors on the device. Make one copy for all."""
+    """Return the arrays, all of one shape, as tensors on the device. They are copied to the device together."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return to_device(torch.from_numpy(np.stack(arrays)), device).unbind()

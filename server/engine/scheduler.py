@@ -59,7 +59,7 @@ class SchedulerLimits:
 
     @classmethod
     def on(cls, device_type: str, max_num_seqs: int = 32, prefill_share: float = prefill_share) -> Self:
-        """Return the limits for a device type: a GPU may compute 8 times as many tokens in a step as "cpu"."""
+        """Return the limits for a device type: a GPU may compute 8 times as many tokens in a step as a CPU."""
         if device_type == "cpu":
             return cls(max_num_seqs, prefill_share=prefill_share)
         return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096, prefill_share=prefill_share)
@@ -197,7 +197,10 @@ class Scheduler:
         return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
-        """Return a chunk of each sequence, up to its stop. Sequences that are preempted meanwhile get none."""
+        """Return the sequences' chunks, without chunks of sequences that are preempted meanwhile.
+
+        `stops` maps each sequence to the end of its chunk.
+        """
         chunks = []
         for sequence, stop in stops.items():
             self.at_work = sequence
@@ -271,7 +274,7 @@ class Scheduler:
         """Return the youngest sequence of the project with the most blocks.
 
         Projects with a single running sequence are spared if possible. The oldest sequence is never chosen while
-        another one runs, so some sequence always makes progress.
+        another sequence runs, so some sequence always makes progress.
         """
         num_running, num_blocks = self._num_running(), self._num_blocks()
         several = [project for project, num in num_running.items() if num > 1]
@@ -305,8 +308,8 @@ class Scheduler:
         """Admit waiting sequences while the step has room for their prompts. Projects and adapter sets take turns.
 
         A project that has something to compute but isn't `due` skips this step, and nothing is admitted for it.
-        Sequences may be preempted for other projects; their chunks are removed from `chunks`. Sequences whose
-        adapters can't be loaded are appended to `failed`.
+        Sequences may be preempted for other projects; the preempted sequences' chunks are removed from `chunks`.
+        Sequences whose adapters can't be loaded are appended to `failed`.
         """
         num_running = self._num_running()
         resting = {s.request.project for s in self._able(num_running)} - set(due)
@@ -355,10 +358,10 @@ class Scheduler:
         self._look_ahead(turn)
 
     def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
-        """Preempt sequences of a project that has more of a resource than another project, which waits for it.
+        """Preempt sequences so that a waiting sequence can begin: the first in `turn` that can as a result.
 
-        Do this for the first waiting sequence in `turn` that can begin as a result. Remove the preempted
-        sequences' chunks from `chunks`.
+        The preempted sequences are of a project that has more of the resource that the waiting sequence lacks than
+        the waiting sequence's own project. Remove their chunks from `chunks`.
         """
         if len(num_running) < 2 and all(queue.project in num_running for queue in islice(turn, 1)):
             return  # there is no other project
@@ -387,8 +390,8 @@ class Scheduler:
         """Return what a waiting sequence would lack if the sequences in `without` were preempted.
 
         Return None if the sequence could then begin. `num_free` is the number of blocks that are free and not
-        promised to running sequences. Cached blocks of the sequence's prefix count as new ones, because they are
-        themselves free if nothing of its project runs.
+        promised to running sequences. Cached blocks of the sequence's prefix count as new ones, because these
+        blocks are themselves free if no sequence of the project runs.
         """
         if hold.lacks_room and not self._adapters.fits(hold, [s.hold for s in without if s.hold is not None]):
             return _Lack.ROWS
@@ -401,13 +404,14 @@ class Scheduler:
     def _victims(
         self, sequence: Sequence, hold: AdapterHold, lacks: "_Lack", num_free: int, num_running: Counter[str]
     ) -> list[Sequence]:
-        """Return the sequences to preempt so that a waiting sequence gets the resource that it `lacks`.
+        """Return the sequences to preempt so that the waiting `sequence` gets the resource that it `lacks`.
 
-        They are the youngest sequences of the project that has the most of this resource, apart from the waiting
-        sequence's own project. That project's waiting sequences come first if they hold rows. Return an empty list
-        if the waiting sequence still couldn't begin. Also return an empty list if its project would then have at
-        least as much as the other project has now, unless the waiting sequence's project has nothing running and
-        its engine time is behind by `shares.SLACK`.
+        Let P be the project with the most of this resource, apart from the project of `sequence`. The result has
+        the youngest sequences of P, and before these any waiting sequences of P that hold rank rows.
+
+        Return an empty list if `sequence` still couldn't begin. Also return an empty list if its project would
+        then have at least as much of the resource as P has now. An exception is a project with nothing running
+        whose engine time is behind by `shares.SLACK`.
         """
         project = sequence.request.project
         others = [other for other in num_running if other != project]
@@ -478,7 +482,7 @@ class Scheduler:
         return _Verdict.ADMITTED
 
     def _num_promised_blocks(self, running: Iterable[Sequence]) -> int:
-        """Return how many blocks the running sequences still need, at least one each, since each grows."""
+        """Return how many blocks the running sequences still need: at least one for each, since each grows."""
         blocks = self.blocks
         return sum(max(1, blocks.blocks_for(s.num_needed_tokens) - len(s.block_table)) for s in running)
 

@@ -117,8 +117,8 @@ class Sequence:
     def num_sharable_tokens(self) -> int:
         """The number of tokens, from the first on, for which the sequence may use cached blocks.
 
-        The other tokens must be computed, since their hidden states are needed. These are the last token or, if
-        the request scores tokens, all tokens from the one before the first scored token on.
+        The other tokens must be computed, since their hidden states are needed. The other tokens are the last
+        token or, if the request scores tokens, the token before the first scored token and all tokens after it.
         """
         scored_from = self.request.scored_from
         return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
@@ -180,7 +180,7 @@ class Chunk:
 
     @property
     def num_hidden(self) -> int:
-        """The number of last tokens whose final hidden state is needed to draw or score the next token."""
+        """The number of last tokens, drafts included, whose hidden states are needed to draw or score tokens."""
         num = int(self.samples)
         if (scored_from := self.sequence.request.scored_from) is not None:
             num = max(num, self.stop - max(self.start, scored_from - 1))
@@ -213,7 +213,7 @@ def adapter_key(adapters: Seq[AdapterRef]) -> bytes:
 def prefix_root(adapter_key: bytes, project: str) -> bytes:
     """Return the key before the first one in a chain of block keys.
 
-    It differs for each project, so projects share no blocks.
+    The result differs for each project, so projects share no blocks.
     """
     if not project:
         return adapter_key

@@ -1,11 +1,11 @@
 """Share engine time equally among the projects that have sequences running.
 
-Each project has a clock. A step's seconds of work are divided among its projects in proportion to their tokens,
-and added to their clocks. This is start-time fair queueing (Sheng et al., "Fairness in Serving Large Language
-Models", 2024, charge tokens instead of seconds). A project whose clock is ahead of the slowest running project's
-clock by `SLACK` skips steps until the slowest one has caught up. A project that has used nothing lately starts
-`SLACK` behind the slowest one, so a short request of a light project runs as if it were alone. Unused time is not
-saved up.
+Each project has a clock: the seconds of engine time that it is charged with. A step's seconds of work are divided
+among its projects in proportion to their tokens, and added to their clocks. This is start-time fair queueing
+(Sheng et al., "Fairness in Serving Large Language Models", 2024, charge tokens instead of seconds). A project
+whose clock is ahead of the slowest running project's clock by `SLACK` skips steps until the slowest one has caught
+up. A project that has used nothing lately starts `SLACK` behind the slowest one, so a short request of a light
+project runs as if it were alone. Unused time is not saved up.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ _MAX_IDLE = 64  # number of clocks that are kept for projects without running se
 
 
 class ProjectShares:
-    """The projects' clocks, in seconds of engine time."""
+    """Each project's clock: how many seconds of engine time the project is charged with."""
 
     def __init__(self) -> None:
         self._used: dict[str, float] = {}
@@ -30,21 +30,28 @@ class ProjectShares:
         self._resting: set[str] = set()  # projects that sit out until the slowest one has caught up
 
     def enter(self, project: str) -> None:
-        """Set the clock of a project without running sequences, before one of its sequences starts."""
+        """Limit how far the project's clock is ahead of or behind the slowest running project's.
+
+        A project's clock is the engine time that it is charged with. Call this before the project starts a
+        sequence, if none of its sequences runs.
+        """
         least = self._floor - SLACK
         self._used[project] = min(max(self._used.get(project, least), least), self._floor + _MAX_LEAD)
         self._resting.discard(project)
 
     def used(self, project: str) -> float:
-        """Return the clock of a project that has running sequences or for which `enter` was called."""
+        """Return how many seconds of engine time the project is charged with.
+
+        The project must have running sequences, or `enter` must have been called for it.
+        """
         return self._used[project]
 
     def lead(self, project: str, other: str) -> float:
-        """Return by how many seconds one project's clock is ahead of another's."""
+        """Return how many seconds of engine time more `project` is charged with than `other`."""
         return self._used[project] - self._used[other]
 
     def is_ahead(self, project: str, other: str) -> bool:
-        """Return whether one project's clock is ahead of another's by at least `SLACK`."""
+        """Return whether `project` is charged with at least `SLACK` seconds of engine time more than `other`."""
         return self.lead(project, other) >= _AHEAD
 
     def due(self, running: Collection[str]) -> frozenset[str]:
@@ -61,7 +68,7 @@ class ProjectShares:
         return frozenset(running) - self._resting
 
     def charge(self, chunks: Sequence[Chunk], seconds: float, running: Collection[str]) -> None:
-        """Add a step's seconds to its projects' clocks, in proportion to their tokens.
+        """Divide a step's seconds among the projects of its chunks, in proportion to their tokens.
 
         `running` are all projects with running sequences.
         """

@@ -71,7 +71,7 @@ class PromptLookup:
 
 
 class Acceptance:
-    """The shares of guessed tokens that proved correct, by the length of the match before the token."""
+    """The shares of guessed tokens that proved correct, by the length of the match before the guess."""
 
     def __init__(self) -> None:
         self._right = [_PRIOR_WEIGHT * share for share in _PRIOR]
@@ -154,7 +154,7 @@ class Speculator:
         return [replace(chunk, draft=drafts[chunk]) if drafts.get(chunk) else chunk for chunk in chunks]
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """Learn the cost of drafted tokens from a step of these chunks that took `seconds`."""
+        """Learn the cost of drafted tokens from a step that computed `chunks` in `seconds`."""
         if self._is_on and all(chunk.is_decode and chunk.samples for chunk in chunks):
             self.costs.observe(len(chunks), sum(len(chunk.draft) for chunk in chunks), seconds)
 

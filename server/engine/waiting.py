@@ -119,7 +119,7 @@ class WaitingQueues:
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
-        """Remove a waiting set's first sequence. Its project, and the set within the project, move to the end."""
+        """Remove a waiting set's first sequence. Other projects, and the project's other sets, now come first."""
         queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)
@@ -176,7 +176,7 @@ class Turn:
         return None
 
     def take_first(self) -> None:
-        """Remove the first sequence of the set `first`, as it was admitted. Other projects and sets come next."""
+        """Remove the admitted sequence, the first one of the set `first`. Other projects and sets come next."""
         queue = self._pop()
         self._queues.take_first(queue)
         if queue.sequences:
@@ -188,7 +188,7 @@ class Turn:
         self._pop()
 
     def try_later(self) -> None:
-        """Move the set `first` behind its project's other sets: its first sequence has failed and left the set."""
+        """Move the set `first` behind its project's other sets, since its first sequence has failed and left."""
         queue = self._pop()
         if queue.sequences:
             self._left[queue.project].append(queue)

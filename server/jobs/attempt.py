@@ -81,7 +81,7 @@ class Attempt:
     def give_way_if_awaited(self) -> None:
         """Make the job give way if its time slice is over and another project's job needs its worker.
 
-        Another job must wait at two calls in a row: after only one call, an idle worker may still claim it.
+        Another job must be waiting at two calls in a row: after only one call, an idle worker may still claim it.
         """
         if not self._leases.time_slice or self.directive is not Directive.GO_ON:
             return

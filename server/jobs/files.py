@@ -145,7 +145,7 @@ class JobFiles:
         return total
 
     def remove(self, job_id: str) -> None:
-        """Remove all files of a job. Call `Jobs.remove_files`, which records the removal, first."""
+        """Remove all files of a job. Before this, call `Jobs.remove_files`, which records the removal."""
         shutil.rmtree(self.directory(job_id), ignore_errors=True)
         self._copies.remove(self._copies.of(job_id))
 
@@ -262,9 +262,10 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and half-removed jobs' files.
+        """Remove from HOME ended jobs' rows and checkpoints, folders without a job, and what interrupted removals
+        left.
 
-        Servers and workers both call this, since each may have a HOME that the other doesn't use.
+        Servers and workers call this, since a server and a worker may have different HOMEs.
         """
         self._here.sweep(self._statuses)
         for job_id in self._jobs.without_files(self._here.stored()):
@@ -315,8 +316,8 @@ def requeue_running(engine: sa.Engine, reason: str) -> list[str]:
     """Requeue every running job after the database was copied, and return the jobs' ids.
 
     `reason` is the text of an event for each job. The jobs can be claimed at once, whatever their leases say. A
-    job resumes from its newest checkpoint. The time until then isn't charged. If a job's pause was requested, the
-    job is paused instead.
+    job resumes from its newest checkpoint. The time since the database was copied isn't charged. If a job's pause
+    was requested, the job is paused instead.
     """
     with engine.begin() as connection:
         query = sa.select(jobs.c.id, jobs.c.wants_pause, jobs.c.stalled_attempts)

@@ -59,8 +59,8 @@ class Claim:
 class Leases:
     """The claims of all workers. Thread-safe; any number of processes may use the same tables.
 
-    `records` are the catalog's copies of versions. `now` is the clock that all workers share. After `time_slice`
-    seconds a job gives way to another project's job; 0: never.
+    `records` are the versions' records, from which a lost catalog is rebuilt. `now` is the clock that all workers
+    share. After `time_slice` seconds a job gives way to another project's job; 0: never.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Leases:
     ) -> bool:
         """Store an event, and return whether it was stored. Raise LeaseLost if the claim is void.
 
-        A metrics event has `data["step"]`. It is dropped if metrics of the same or a later step are stored
+        A metrics event has `data["step"]`. The event is dropped if metrics of the same or a later step are stored
         already: an earlier attempt may have got further than its last checkpoint.
         """
         _lock_claimed(connection, claim)
@@ -178,7 +178,7 @@ class Leases:
     def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
         """Record that the checkpoint of `step` is stored. Raise LeaseLost if the claim is void.
 
-        If it is the job's newest checkpoint, the count of stalled attempts is reset.
+        If this is the job's newest checkpoint, the count of stalled attempts is reset.
         """
         _lock_claimed(connection, claim)
         is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
@@ -202,8 +202,8 @@ class Leases:
 
         Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
         None, no version is published, and the report says why. `publish_unattended_in` explains `alias`,
-        `compared_with`, `worse` and LatestMoved. If it doesn't move `latest`, the reason becomes an event. Each of
-        the `warnings` becomes an event, too.
+        `compared_with`, `worse` and LatestMoved. If the new version doesn't become `latest`, the reason becomes an
+        event. Each of the `warnings` becomes an event, too.
         """
 
         def work(connection: sa.Connection) -> Version | None:
@@ -328,7 +328,7 @@ def _requeue(
     delay: float = 0.0,
     message: str = BACK,
 ) -> None:
-    """Requeue a claimed job with the event `message`. It can be claimed again after `delay` seconds.
+    """Requeue a claimed job with the event `message`. The job can be claimed again after `delay` seconds.
 
     If a pause was requested, pause the job instead.
     """

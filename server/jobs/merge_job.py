@@ -41,8 +41,8 @@ class MergeFindings:
 def build_merge_report(spec: MergeSpec, base: BaseModel, found: MergeFindings) -> dict[str, object]:
     """Return the report as a JSON-ready document.
 
-    It has the merged adapters, the method, and the distance from the exact sum. Its `base_model` describes the
-    base that those adapters were trained on; unknown values are None. `base` is the served base.
+    The report has the merged adapters, the method, and the distance from the exact sum. The report's `base_model`
+    describes the base that those adapters were trained on; unknown values are None. `base` is the served base.
     """
     weights = found.adapter.weights
     facts = AdapterFacts(weights.digest, found.adapter.config, weights.num_parameters)
@@ -76,9 +76,9 @@ def run_merge(
 ) -> None:
     """Merge the adapters of `spec` and publish the result.
 
-    `origin` names the base that the adapters were trained on. It was stored when the job was submitted, since the
-    adapters may be deleted before the job ends. Raise LeaseLost if the job has ended or another worker has claimed
-    it, CorruptAdapter if an adapter's files are damaged, and any error of the reporter.
+    `origin` names the base that the adapters were trained on. `origin` was stored when the job was submitted,
+    since the adapters may be deleted before the job ends. Raise LeaseLost if the job has ended or another worker
+    has claimed it, CorruptAdapter if an adapter's files are damaged, and any error of the reporter.
     """
     started = time.monotonic()
     adapters = []

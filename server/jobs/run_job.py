@@ -156,7 +156,7 @@ def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: in
 
 
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """Return the served base, and its native library, or None if there is none. Raise StartupError if that fails.
+    """Return the served base and its native library (None if there is none). Raise StartupError if that fails.
 
     A merge needs only the base's names and sizes, so the base's weights stay in their file.
     """

@@ -33,7 +33,8 @@ _MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
 def own_name() -> str:
     """Return this worker's name in its claims.
 
-    A container has its own process ids and may have the machine's host name, so its PID namespace is added.
+    A container has its own process ids and may have the machine's host name, so the name contains the PID
+    namespace.
     """
     name = f"{socket.gethostname()}:{os.getpid()}"
     with suppress(OSError):  # not on Linux

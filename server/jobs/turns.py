@@ -24,7 +24,7 @@ LEAST_SECONDS = 1.0
 def claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
     """Return a query for the job to claim next. If `kind` is None, jobs of every kind are considered.
 
-    A queued job can be claimed after its delay, and a running job after its lease.
+    A queued job can be claimed once its delay is over, and a running job once its lease has expired.
     """
     mine = _shares(now)
     columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
@@ -97,7 +97,8 @@ def is_over(lease_until: "sa.ColumnElement[float]", now: Time) -> sa.ColumnEleme
 
 
 def _shares(now: Time | None) -> "sa.CTE":
-    """Count each project's queued and running jobs of each kind, and look up the seconds that it has used.
+    """Count each project's queued and running jobs of each kind, and look up the seconds that the project has
+    used.
 
     A job whose lease has expired counts as waiting. If `now` is None, leases are ignored.
     """

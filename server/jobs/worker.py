@@ -80,7 +80,7 @@ class Timing:
 
 
 class Worker:
-    """Claims jobs and runs one at a time. A worker process has two, one for training and one for merges.
+    """Claims jobs and runs one at a time. A worker process has two of these: one for training and one for merges.
 
     The thread that calls `run` must outlive the jobs' processes that it starts. Any thread may call `stop`.
     """

@@ -114,7 +114,7 @@ class LaneMetrics:
         )
 
     def declare(self, name: str, *, is_lane: bool) -> None:
-        """Create the series of a lane or another limit with value 0.
+        """Create the Prometheus series of a lane or another limit on concurrent work, with value 0.
 
         Otherwise Prometheus wouldn't see the first refusal as an increase.
         """
@@ -123,11 +123,11 @@ class LaneMetrics:
             self._waits.labels(name)
 
     def waited(self, lane: str, seconds: float) -> None:
-        """Record how long a request has waited for a thread of a lane."""
+        """Record how long a request has waited for a thread of a lane, which is a limit on concurrent work."""
         self._waits.labels(lane).observe(seconds)
 
     def refused(self, reason: str) -> None:
-        """Count a request that was refused because the lane or limit named `reason` was full."""
+        """Count a request that was refused because `reason`, a limit on concurrent work, was reached."""
         self._refusals.labels(reason).inc()
 
 
@@ -228,7 +228,7 @@ class Metrics:
     def ended(self, outcome: Outcome, seconds: float, adapters: Iterable[str], num_tokens: int) -> None:
         """Count a request's outcome, seconds and generated tokens.
 
-        Each of its adapters is credited with all tokens.
+        Each of the request's adapters is credited with all tokens.
         """
         self._requests.labels(outcome).inc()
         if outcome == "completed":

@@ -9,7 +9,10 @@ from server.model.base.source import EMBEDDED, resolve_base
 
 
 def main() -> int:
-    """Print the converted directory to standard output and progress to standard error. Return the exit status."""
+    """Convert the base, unless it is converted already, and print the path of its directory to standard output.
+
+    Progress goes to standard error. Return the exit status.
+    """
     parser = argparse.ArgumentParser(prog="python -m server.model", description=__doc__)
     parser.add_argument("--home", type=Path, required=True, help="the base is written to its folder models")
     parser.add_argument("--model", default=EMBEDDED, help="as SMOLORA_MODEL (default: %(default)s)")

@@ -48,7 +48,7 @@ class Cuda:
 
     @classmethod
     def of_this_machine(cls) -> "Cuda":
-        """Ask torch which GPUs there are. torch's warnings become `trouble`."""
+        """Ask torch which GPUs there are. torch's warnings are kept in the field `trouble`."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -262,7 +262,7 @@ class Uploads:
         self._stream = cast("Callable[[torch.device], torch.cuda.Stream]", torch.cuda.Stream)(device)
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy each pair's first tensor, which is pinned, into its second, and wait until that is done.
+        """Copy each pair's first tensor, which is pinned, into its second, and wait until the copies are done.
 
         The two tensors must have the same shape and dtype.
         """
@@ -277,5 +277,5 @@ class Uploads:
 
 
 def _blocking_event() -> torch.cuda.Event:
-    """Return an event whose waiting thread sleeps instead of spinning."""
+    """Return a CUDA event. A thread that waits for this event sleeps instead of spinning."""
     return cast("Callable[..., torch.cuda.Event]", torch.cuda.Event)(blocking=True)

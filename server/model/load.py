@@ -22,7 +22,7 @@ def load_on_device(
 ) -> BaseModel:
     """Load a converted base to the device that the settings name, and set the number of threads that compute.
 
-    `memory_share` takes the bytes of a GPU's memory. It returns the share that this process may use, or None for
+    `memory_share` takes the bytes of a GPU's memory, and returns the share that this process may use, or None for
     no limit. Raise StartupError if the machine lacks what the settings ask for.
     """
     use_threads(settings.threads)
@@ -52,7 +52,7 @@ def serves_natively(settings: WorkerSettings) -> bool:
 def _choose(settings: WorkerSettings) -> tuple[torch.device, torch.dtype, str | None]:
     """Return the device and the dtype for serving, and why there is no native code.
 
-    The reason is None if there is native code, and empty if the settings don't want it.
+    The reason is None if there is native code, and empty if the settings turn native code off.
     """
     reason = why_unavailable(Home(settings.home).native) if settings.native else ""
     return *choose_device(settings.device, settings.dtype, has_native=reason is None), reason

@@ -52,7 +52,8 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _DenseShrink:
-    """The dense product of one run's tokens with its adapters' rows of A. `rows` has each adapter's rows.
+    """The dense product of a run's tokens with its adapters' rows of A. A run's tokens share their adapters.
+    `rows` has each adapter's rows.
 
     `tokens` are indices into the tokens of all short runs.
     """
@@ -70,7 +71,7 @@ class _DenseShrink:
 class _SampledShrink:
     """The products of many short runs' tokens with their adapters' rows of A, for (token, row) pairs.
 
-    `tokens` are indices into the tokens of all short runs.
+    The tokens of a run share their adapters. `tokens` are indices into the tokens of all short runs.
     """
 
     tokens: slice
@@ -82,7 +83,9 @@ class _SampledShrink:
 
 @dataclass(frozen=True, eq=False)
 class _Short:
-    """The computation of all short runs for one group of modules: products with A, then sums over B."""
+    """The computation of all short runs for one group of modules: products with A, then sums over B. The tokens of
+    a run share their adapters.
+    """
 
     shrinks: tuple[_DenseShrink | _SampledShrink, ...]
     weights: torch.Tensor | None  # (num_pairs,); None: all 1
@@ -221,10 +224,11 @@ def _plan_shrinks(
 
 
 def _entries(parts: Sequence[tuple[Run, float]], layout: GroupLayout) -> tuple[_Ints, _Ints, _Ints]:
-    """Return one token's terms of the sums over B, in the order of the output units that they add to.
+    """Return the indices for the sums over B of one token, term by term.
 
-    The arrays are each term's (token, row) pair, counted from 0; each term's unit of B; and the number of terms of
-    each output unit. A unit is `layout.unit` successive features of a module's output.
+    The terms are in the order of the output units that they add to. The arrays are each term's (token, row) pair,
+    counted from 0; the unit of B that the term reads; and the number of terms of each output unit. A unit is
+    `layout.unit` successive features of a module's output.
     """
     hidden: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
     units: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]

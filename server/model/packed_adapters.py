@@ -153,9 +153,9 @@ def _fill(buffer: memoryview, file: FileIO) -> None:
 
 
 def is_damaged(file: torch.Tensor) -> bool:
-    """Return whether a packed file was changed, after it was written, in a way that servers don't notice.
+    """Return whether a packed file doesn't match the checksum in its header.
 
-    `file` is the file's whole content.
+    `file` is the file's whole content. If its header has no readable checksum, return False: servers don't use it.
     """
     try:
         header = json.loads(file[:_HEADER].numpy().tobytes())

@@ -74,8 +74,7 @@ class RowFormat:
 class GroupLayout:
     """The modules of one group, which read the same input, and their sizes in features.
 
-    `unit` is the number of output features in a unit, which is the part of a row of B that a pool stores in one
-    piece.
+    A unit is the part of a row of B that a pool stores in one piece. `unit` is its number of output features.
     """
 
     modules: tuple[str, ...]
@@ -373,7 +372,7 @@ class RankRows:
 def _buffers(run: torch.Tensor) -> list[memoryview]:
     """Return the memory of a part of a pool (layers, rows, …) in order.
 
-    This is one buffer if its layers are contiguous, else one for each layer.
+    Return one buffer if the part's layers are contiguous, else one for each layer.
     """
     pieces = [run] if run.is_contiguous() else list(run)
     return [memoryview(piece.view(torch.uint8).numpy().data).cast("B") for piece in pieces]

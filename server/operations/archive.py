@@ -47,7 +47,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Member:
-    """The digest and size of a member's content."""
+    """The digest and size of the content of one of a backup's members."""
 
     sha256: str
     size: int

@@ -180,7 +180,7 @@ class _Backup:
     def _needs_of(self, copied: Path) -> _Needs:
         """Return what a copy of the database refers to.
 
-        Raise StartupError if the database is damaged, or if its bytes are in a bucket.
+        Raise StartupError if the database is damaged, or if the bytes that it refers to are in a bucket.
         """
         with opened_copy(copied, self._space) as (engine, place):
             if found := faults(place):
@@ -197,10 +197,11 @@ class _Backup:
             return _Needs(frozenset(used), len(versions), jobs)
 
     def _was_overtaken(self, needs: _Needs, missing: set[str]) -> bool:
-        """Return whether something missing, or a job's folder, was deleted while this round copied it.
+        """Return whether something missing, or a job's folder, isn't needed any more by a new copy of the
+        database.
 
         A job's folder counts even if it isn't missing: it isn't deleted by one rename, so part of it may have been
-        copied. If something is missing but a new copy of the database still refers to it, it was missing before.
+        copied. If the new copy still refers to something missing, this was missing before the backup began.
         """
         copied = self._copied()
         gone = needs.uses - self._needs_of(copied).uses
@@ -242,7 +243,7 @@ class _Backup:
                     yield path
 
     def _upload_folders(self) -> Iterator[Path]:
-        """Yield the folders of all data sets and files. They may be deleted at any time."""
+        """Yield the folders of all data sets and files. These folders may be deleted at any time."""
         for project in self._home.projects():
             for root in (self._home.datasets(project), self._home.files(project)):
                 if root.is_dir():

@@ -59,7 +59,7 @@ class Diagnosis:
         return not self.findings
 
     def line(self) -> str:
-        """Return the number of faults and of what was checked, as a line of text."""
+        """Return a line of text that says how many faults were found and how much was checked."""
         verdict = "sound" if self.is_sound else plural(len(self.findings), "finding")
         versions, adapters = plural(self.num_versions, "version"), plural(self.num_adapters, "stored adapter")
         return f"{verdict}: {versions}, {adapters}, {plural(self.num_uploads, 'upload')} checked"

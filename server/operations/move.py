@@ -256,10 +256,10 @@ class _Needs:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder to move: of an upload, or of a job. In HOME its path is `path`.
+    """An upload's or a job's folder to move. In HOME its path is `path`.
 
-    In a bucket it is a copy of `name` below `prefix`. The file `mark` is uploaded last, so a copy that has this
-    file is complete. `copy` is the copy's id, or None if any complete copy will do.
+    In a bucket, copies of the folder are below `prefix`, under the name `name`. The file `mark` is uploaded last,
+    so a copy that has this file is complete. `copy` is the copy's id, or None if any complete copy will do.
     """
 
     path: str

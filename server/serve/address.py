@@ -21,9 +21,9 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 not bound here
 class Listener(socket.socket):
     """A listening socket on which asyncio accepts several connections in one turn of the event loop.
 
-    If no file descriptor is left, asyncio logs the error and retries after a second. It would do this for each
-    further connection that it tries to accept in the same turn. So for a moment after an error, `accept` reports
-    that no connection is waiting.
+    If no file descriptor is left, asyncio logs the error and retries after a second. asyncio would do this for
+    each further connection that it tries to accept in the same turn. So for a moment after an error, `accept`
+    reports that no connection is waiting.
     """
 
     _failed_at = -math.inf

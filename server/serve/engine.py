@@ -70,8 +70,8 @@ def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -
 
     By default the key/value cache gets up to 2/3 of the remaining memory, and the adapter cache gets the rest. The
     remaining memory is the `free` bytes without training's share of the `total`, the `step` bytes for a step's
-    tensors, and the overhead of the server's and the workers' processes. `one` and the limits are those of
-    `cpu_caches`. Raise StartupError if too little memory is left.
+    tensors, and the overhead of the server's and the workers' processes. `one`, and the limits of the key/value
+    cache, are as in `cpu_caches`. Raise StartupError if too little memory is left.
     """
     left = free - int(settings.training_memory * total) - step - (1 + settings.workers) * _PROCESS_BYTES
     most = min(left * 2 // 3, left - _MIN_ADAPTER_BYTES)
@@ -198,7 +198,7 @@ def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEn
 
 
 def max_model_len_of(settings: Settings, base: BaseModel) -> int:
-    """Return the length limit of a sequence, in tokens. Raise StartupError if it exceeds the base's."""
+    """Return the length limit of a sequence, in tokens. Raise StartupError if this exceeds the base's limit."""
     longest = base.config.max_position_embeddings
     if settings.max_model_len is None:
         return min(longest, DEFAULT_MAX_MODEL_LEN)

@@ -84,8 +84,8 @@ class Home:
 def make(home: Path, *, to_restore: bool = False) -> bool:
     """Create the folder if it doesn't exist, and restrict it to its owner. Return whether it is restricted.
 
-    Raise StartupError if that fails, or if a restore or a move into the folder is running or was interrupted. If
-    `to_restore`, a restore or a move into it is no error: the caller itself is one, and begins again. A folder
+    Raise StartupError if that fails, or if a restore or a move into the folder is running or was interrupted. A
+    caller that is itself a restore or a move passes `to_restore`: then an interrupted one is no error. A folder
     that belongs to another user, such as a volume of a group, keeps its mode.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:

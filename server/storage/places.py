@@ -1,4 +1,7 @@
-"""Where bytes are stored: in HOME only, or in a bucket that several machines use, each with a HOME as cache."""
+"""Where adapters, data sets, files and jobs' folders are stored.
+
+They are in HOME only, or in a bucket that several machines use. With a bucket, each machine has a HOME as cache.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +56,7 @@ class Storage:
 
     @property
     def place(self) -> "Place":
-        """The HOME or bucket with the bytes, for `server.database.agree`."""
+        """The HOME or bucket that has the stored bytes, for a check by `server.database.agree`."""
         if self.bucket is None:
             return Place(Directory(self.home.path), is_home=True, url=str(self.home.path.absolute()))
         return Place(self.bucket, is_home=False, url=self.url or "")
@@ -89,9 +92,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class Place:
-    """A HOME or a bucket that contains a database's bytes. Its marks are empty blobs below `places`.
+    """A HOME or a bucket that contains a database's bytes. `url` is the bucket's address, or HOME's path.
 
-    A mark's name is an id, which the database stores. `url` is the bucket's address, or HOME's path.
+    The HOME or bucket is identified by markers: empty files or objects below `places`. A marker's name is an id
+    that the database stores, too.
     """
 
     blobs: Blobs
@@ -99,15 +103,16 @@ class Place:
     url: str
 
     def has_mark(self, place: str) -> bool:
-        """Return whether this HOME or bucket has a mark with the id `place`.
+        """Return whether this HOME or bucket has a marker whose name is the id `place`.
 
-        Raise BytesUnavailable if it can't be read.
+        A database stores the id of the HOME or bucket that it belongs to. Raise BytesUnavailable if the bucket
+        can't be read.
         """
         return f"{PLACES}/{place}" in self.blobs.keys(f"{PLACES}/")
 
     def mark(self, place: str) -> None:
-        """Add a mark with the id `place` to this HOME or bucket.
+        """Add a marker, an empty file or object whose name is the id `place`, to this HOME or bucket.
 
-        Raise OSError or BytesUnavailable if it can't be written.
+        Raise OSError or BytesUnavailable if the marker can't be written.
         """
         self.blobs.put(f"{PLACES}/{place}", b"")

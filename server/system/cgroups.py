@@ -1,6 +1,6 @@
 """CPU and memory limits of this process's cgroups (v1 and v2). Containers and services have such limits.
 
-A limit applies to a cgroup and everything below it, so the lowest limit between the process's own cgroup and the
+A limit applies to a cgroup and everything below it, so the smallest limit between the process's own cgroup and the
 root counts. In a container the visible root may be the container's own cgroup.
 """
 

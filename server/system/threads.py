@@ -23,6 +23,6 @@ def switch_quickly() -> None:
     """Shorten CPython's thread switch interval from 5 ms to 0.5 ms.
 
     The engine's thread releases the GIL in every kernel, many times a step, and would otherwise wait 5 ms each
-    time to get it back from the event loop.
+    time to get the GIL back from the event loop.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)

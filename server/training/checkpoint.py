@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """One job's checkpoints, in a directory and any bucket. The names of new checkpoints contain `token`."""
+    """One job's checkpoints, in a directory and, if there is one, in a bucket. New names contain `token`."""
 
     def __init__(self, directory: Path, token: int, bucket: "Bucket | None" = None, job_id: str = "") -> None:
         """`job_id` names the job's folder in the bucket."""

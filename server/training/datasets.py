@@ -87,7 +87,7 @@ def no_dataset() -> NotFound:
 
 
 class DatasetStore(RecordStore[Dataset]):
-    """The data sets under one root, or in a bucket. `key_id` is that of the API key that adds data sets."""
+    """The data sets under one root, or in a bucket. `key_id` is the id of the API key that adds data sets."""
 
     def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
         super().__init__(

@@ -53,7 +53,7 @@ class LayerInputs:
 
 
 class Dropout:
-    """Dropout in one micro-batch. It has the training rows `rows`, whose texts have `lengths` tokens.
+    """Dropout in one micro-batch. The micro-batch has the training rows `rows`, whose texts have `lengths` tokens.
 
     Each input is dropped with `probability`, rounded to a multiple of 1 / DROPOUT_SHARES. Kept inputs are
     multiplied by `factor` (inverted dropout: Srivastava et al. 2014). Modules that read the same input share a

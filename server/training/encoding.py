@@ -46,7 +46,7 @@ _SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, 
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens. If is_target[i], token i is trained on, given the tokens before it. The first never is."""
+    """One row's tokens. If is_target[i], token i is trained on, given the tokens before it; token 0 never is."""
 
     token_ids: tuple[int, ...]
     is_target: tuple[bool, ...]
@@ -176,8 +176,8 @@ class LongRows:
 class EncodedRows:
     """All rows of a job, in their order, and warnings about likely mistakes in them.
 
-    A split row has an example for each window, and a dropped row has none. `are_facts`: each row has a completion,
-    completions are short, and nearly all are distinct.
+    A split row has an example for each window, and a dropped row has none. `are_facts` is true if each row has a
+    completion, completions are short, and nearly all are distinct.
     """
 
     examples: Examples
@@ -243,7 +243,8 @@ class RowEncoder:
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
         """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`.
 
-        The prompt is cut after `max_prompt` tokens: after a longer one, the base has no room for an answer anyway.
+        The prompt is cut after `max_prompt` tokens: after a longer prompt, the base has no room for an answer
+        anyway.
         """
         if (asked := question_of(row)) is None:
             return None
@@ -272,8 +273,8 @@ class RowEncoder:
     def _fitted(self, row: Row, max_length: int, overlong: Overlong) -> tuple[list[Example], LongRows | None]:
         """Return the row's examples, each of at most `max_length` tokens.
 
-        If the row is longer, it is handled as `overlong` says. Also return the tokens or rows that this cut,
-        dropped or split; None if the row isn't longer.
+        If the row is longer, it is handled as `overlong` says. Also return counts of what was cut, dropped or
+        split, or None if the row isn't longer.
         """
         token_ids, targets, field = self._whole(row)
         is_target = [False] * len(token_ids)
@@ -340,7 +341,7 @@ class _Completions:
 
 
 def _windows(token_ids: Sequence[int], is_target: Sequence[bool], max_length: int) -> list[Example]:
-    """Split a row into windows of at most `max_length` tokens, which is at least 2.
+    """Split a row into windows of at most `max_length` tokens. `max_length` must be at least 2.
 
     A window begins with the last token of the window before, so that each target has a token before it. Windows
     without targets are left out.

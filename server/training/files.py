@@ -70,7 +70,7 @@ def _no_file() -> NotFound:
 
 
 class FileStore(RecordStore[StoredFile]):
-    """The files under one root, or in a bucket. `key_id` is that of the API key that adds files, if any."""
+    """The files under one root, or in a bucket. `key_id` is the id of the API key that adds files, if any."""
 
     def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
         super().__init__(
@@ -85,7 +85,7 @@ class FileStore(RecordStore[StoredFile]):
         self._key_id = key_id
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
-        """Store an upload of training rows. It is read as CSV if the name ends in .csv, else as JSONL.
+        """Store an upload of training rows. The upload is read as CSV if the name ends in .csv, else as JSONL.
 
         Raise InvalidInput, with the lines and fields at fault, if rows are invalid, and OSError if the disk is
         full. After any error, nothing is stored.
@@ -168,9 +168,9 @@ class RowSources:
     def rows(self, source_id: str, notes: RowNotes | None = None) -> CanonicalRows:
         """Return the rows of a file or data set, in order.
 
-        A file's ignored fields and other trainers' formats are noted in `notes`; for a data set, only the
-        `mapping` of its upload is.
-        Raise NotFound if there is no such file or data set, and CorruptDataset or CorruptFile if it is damaged.
+        A file's ignored fields and other trainers' formats are noted in `notes`. For a data set, only the
+        `mapping` of its upload is noted. Raise NotFound if there is no such file or data set, and CorruptDataset
+        or CorruptFile if it is damaged.
         """
         if source_id.startswith(PREFIX):
             return CanonicalRows.of(self.files.rows(source_id, notes))

@@ -36,7 +36,7 @@ Location = tuple[str | int, ...]
 class Conversation:
     """A row in another trainer's format: its turns as `messages` would have them, and where each turn was.
 
-    `locations` are the turns' places in the original row. `fields` are the format's fields; an error about all
+    `locations` are the turns' positions in the original row. `fields` are the format's fields; an error about all
     turns names the last of these fields.
     """
 

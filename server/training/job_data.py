@@ -90,7 +90,7 @@ class JobData:
 
     @classmethod
     def load(cls, directory: Path) -> "JobData":
-        """Read what `save` wrote. Raise OSError if it isn't there."""
+        """Read what `save` wrote. Raise OSError if the files are missing."""
         rest = json.loads((directory / DATA_NAME).read_text(encoding="utf-8"))
         validation = directory / VALIDATION_NAME
         return cls(

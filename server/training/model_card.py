@@ -111,9 +111,9 @@ def _evaluation(report: Fields) -> str:
 
 
 def _recalled(report: Fields) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Return the head and the only line of a table of how many training rows are completed exactly.
+    """Return the header and the only row of a table, or None if nothing was measured.
 
-    Return None if that wasn't measured.
+    The table shows how many training rows the model reproduces exactly.
     """
     if not report.get("recall"):
         return None

@@ -139,7 +139,7 @@ class TorchPass:
 
 
 class NativePass:
-    """A pass in native code, which reads the adapter's tensors in `rows` in place.
+    """A pass in native code. It reads the adapter's tensors, `rows`, without copying them.
 
     `rows` must be made with `row_unit=ROW_UNIT`. In full fine-tuning it is empty, and the gradients of the base's
     weights are added to `d_weights`.
@@ -260,7 +260,8 @@ class PackedAttention:
 
 
 class _Attend(torch.autograd.Function):
-    """Computes softmax(q kᵀ / √head_dim) v, tile by tile. Heads that share a kv head become further queries of it.
+    """Computes softmax(q kᵀ / √head_dim) v, tile by tile. The query heads that share a kv head are treated as
+    additional queries of that kv head.
 
     The division by √head_dim is applied to k.
     """

@@ -131,7 +131,9 @@ def read_csv(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]:
 
 
 def _header_fault(names: Sequence[str]) -> str | None:
-    """Return what is wrong with a CSV file's column names, or None. They must fit exactly one kind of row."""
+    """Return what is wrong with a CSV file's column names, or None if nothing is. The names must fit exactly one
+    kind of row.
+    """
     needed = {name for shape in FIELDS for name in shape}
     found = format_of_fields(set(names))
     if found is not None:
@@ -209,7 +211,7 @@ class _Faults:
 
 
 class _Lines:
-    """A file's lines as text, with line breaks. Invalid lines are skipped or, with `stops`, end the reading."""
+    """A file's lines as text, with line breaks. Invalid lines are skipped or, if `stops`, end the reading."""
 
     def __init__(self, stream: BinaryIO, faults: _Faults, stops: bool = False) -> None:
         self.number = 0
@@ -264,7 +266,7 @@ class _Lines:
         return self.number == self._num_blank + 1
 
     def begin_record(self) -> None:
-        """Start a record at the next line, and count the record's bytes from there."""
+        """Start a record at the next line, and count the record's bytes from that line on."""
         self.first = self.number + 1
         self._record_bytes = 0
 

@@ -157,7 +157,7 @@ def parse_row(value: object, notes: RowNotes | None = None) -> Row:
     It is EmptyAnswer, and counted in `notes`, if the row can just be dropped.
     No message quotes a row's text. Unknown fields, such as ids and labels, are skipped and counted in `notes`.
     Null is ignored in fields of another kind of row and in optional fields of turns, since rows from a table have
-    null there.
+    null in such fields.
     """
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
@@ -282,7 +282,7 @@ def default_share(num_rows: int) -> float:
 
 
 def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, CanonicalRows]:
-    """Split rows into (train, validation), both in the given order, with no row in both.
+    """Split rows into (train, validation), without changing their order. No row is in both parts.
 
     A row is held out if the SHA-256 of its canonical JSON, read as a number, is below share · 2²⁵⁶. So the same
     row is always on the same side, whatever other rows there are. There are two exceptions, so that no side is
@@ -394,7 +394,10 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 
 
 def _field_fault(value: object) -> str | None:
-    """Return what is wrong with a text field, or None. In other trainers' rows it may be a list of turns."""
+    """Return what is wrong with a text field, or None if nothing is.
+
+    In other trainers' rows the field may be a list of turns.
+    """
     if isinstance(value, list):
         return "must be a text: turns go into messages, or into both prompt and completion"
     return _text_fault(value)

@@ -47,11 +47,11 @@ class Reporter(Protocol):
         ...
 
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
-        """Return a context manager for reading or writing `num_bytes` in calls that can't report progress."""
+        """Return a context manager in which `num_bytes` may be read or written without reports of progress."""
         ...
 
     def computing(self, num_tokens: int) -> AbstractContextManager[None]:
-        """Return a context manager for computing with `num_tokens` in calls that can't report progress."""
+        """Return a context manager in which `num_tokens` may be computed without reports of progress."""
         ...
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
@@ -106,8 +106,9 @@ class Counters:
     def note_held_out(self, step: int, found: Evaluation, against_best: Comparison | None) -> bool:
         """Add an evaluation to the curve. Return whether it is the best so far.
 
-        `against_best` compares it with the best earlier evaluation, or with itself if it is the first. It is None
-        if there are too few held-out rows to compare: then `best` and `num_without_gain` don't change.
+        `against_best` compares the evaluation with the best earlier one, or with itself if there is none.
+        `against_best` is None if there are too few held-out rows to compare: then `best` and `num_without_gain`
+        don't change.
         """
         self.eval_curve.append((step, found.loss))
         if against_best is None:

@@ -18,7 +18,7 @@ _readers: dict[object, object] = {}
 
 
 def read_document(kind: type[_Kind], document: object) -> _Kind:
-    """Return the `kind` whose `dataclasses.asdict` is `document`, which may have been stored as JSON meanwhile.
+    """Return the instance of `kind` whose `dataclasses.asdict` is `document`, possibly stored as JSON meanwhile.
 
     Lists become tuples again, and texts become dates. Unknown fields are ignored. Raise ValueError if a field is
     missing or has another type.
@@ -107,7 +107,7 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """Everything that decides a job's result, besides its data and the base, and how the result is published."""
+    """All that decides a job's result, besides its data and the base, and how the result is published."""
 
     name: str
     method: Method = "lora"

@@ -145,7 +145,7 @@ class TrainableModel:
 
 
 def _views(weights: BaseWeights, flat: torch.Tensor) -> BaseWeights:
-    """Return views of `flat`, in order, with the names and shapes of `weights`. A tied head stays tied."""
+    """Return views of `flat`, in order, with the names and shapes of `weights`. A tied output head stays tied."""
     sizes = [tensor.numel() for _, tensor in weights.tensors()]
     found = {
         name: piece.view(tensor.shape)

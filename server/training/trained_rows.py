@@ -50,10 +50,10 @@ def adapter_config(spec: LoraSpec) -> LoraConfig:
 def initial_weights(
     spec: LoraSpec, base: BaseModel, seed: int, yield_or_leave: Callable[[], None] = lambda: None
 ) -> tuple[LoraWeights, LoraWeights | None]:
-    """Return A and B of every targeted module, in fp32 on the CPU, and the weights to subtract, or None.
+    """Return A and B of every targeted module, in fp32 on the CPU, and the weights to subtract (None: nothing).
 
-    pissa takes some 15 s on the 135M base and two cores, and minutes on larger bases; the others take a second at
-    most. `yield_or_leave` is called before each module that is decomposed, and may raise.
+    The method pissa takes some 15 s on the 135M base and two cores, and minutes on larger bases; the other methods
+    take a second at most. `yield_or_leave` is called before each module that is decomposed, and may raise.
     """
     config, shape = adapter_config(spec), base.config.shape
     modules: dict[ModuleKey, LoraModule] = {}
@@ -155,7 +155,7 @@ class TrainedGroup:
 class _AddLora(torch.autograd.Function):
     """y + x Aᵀ B, in place on y, for the leaves A (rows, in) and B (rows, out).
 
-    Dropout: features of x that aren't kept are set to zero, and the others multiplied by `factor`.
+    Dropout: features of x that aren't kept are set to zero, and the other features are multiplied by `factor`.
     """
 
     @staticmethod
@@ -279,7 +279,10 @@ class TrainedRows:
 
     @torch.no_grad()
     def weights(self) -> LoraWeights:
-        """Return a copy of the adapter as it is now, in fp32; of twice the rank if frozen rows are subtracted."""
+        """Return a copy of the adapter as it is now, in fp32.
+
+        The copy has twice the adapter's rank if frozen rows are subtracted.
+        """
         modules: dict[ModuleKey, LoraModule] = {}
         for group in self.groups.values():
             for module in group.modules:

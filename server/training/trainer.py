@@ -148,7 +148,9 @@ class Trainer:
         return StepResult(self.step, loss, rate, norm, num_tokens, time.perf_counter() - started - paused)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors to store in a checkpoint: fp32 weights and AdamW's moments. They aren't copies."""
+        """Return the tensors to store in a checkpoint: fp32 weights and AdamW's moments. The tensors aren't
+        copies.
+        """
         return {"masters": self.trainable.masters, "mean": self._mean, "square": self._square}
 
     def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
@@ -295,7 +297,10 @@ class _Room:
         self._most = [capacity] * (2 * self._first_leaf)  # the maximum of node i, whose children are 2i and 2i + 1
 
     def take_first(self, needed: int) -> int:
-        """Take `needed` from the first bin with enough room, and return the bin's index. There must be one."""
+        """Take `needed` from the first bin with enough room, and return the bin's index.
+
+        Call this only if a bin has enough room.
+        """
         node = 1
         while node < self._first_leaf:
             node = 2 * node + (self._most[2 * node] < needed)

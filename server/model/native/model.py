@@ -77,7 +77,7 @@ def create(
 
 
 def tensor_names(weights: BaseWeights) -> list[str]:
-    """Return all tensors' names in the order of `smolora_create`. A tied head is named, too: it is `embed`."""
+    """Return all tensors' names in the order of `smolora_create`, with `embed` for a tied output head."""
     names = [name for name, _ in weights.tensors()]
     return names if weights.lm_head is not weights.embed else [*names, "embed"]
 

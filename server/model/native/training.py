@@ -1,4 +1,4 @@
-"""The forward and backward pass of training in native code: hands tensors to `train.cpp`.
+"""The forward and backward passes of training in native code. This module passes tensors to `train.cpp`.
 
 These passes compute what `SmolLM.forward` computes with `PackedAttention` and `TrainedRows`, and its gradients.
 Operands of products are bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32
@@ -153,7 +153,7 @@ class NativeTraining:
         """Return the summed cross-entropy of `targets` in nats, and `factor` times its gradient in `hidden`.
 
         The prediction for targets (rows,) is softmax(hidden · headᵀ). `hidden` and the gradient are bf16 of shape
-        (rows, hidden size). The head's gradient is added to `d_weights`.
+        (rows, hidden size). The output head's gradient is added to `d_weights`.
         """
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
@@ -190,7 +190,8 @@ class NativeTraining:
         return losses, likeliest
 
     def backward(self, d_hidden: torch.Tensor) -> None:
-        """Add all gradients except the head's to `gradients` and `d_weights`. Call this once after a `forward`.
+        """Add all gradients except the output head's to `gradients` and `d_weights`. Call this once after a
+        `forward`.
 
         `d_hidden` is the gradient of the loss in the result of `forward`.
         """

@@ -20,7 +20,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, eq=False)
 class ValueRows:
-    """The rows of every head's values in a layer's cache, viewed as a tensor (slots * kv_heads, head_dim)."""
+    """The indices of every head's values in a layer's cache, for `embedding_bag`.
+
+    The cache is viewed as a tensor (positions of all blocks * kv_heads, head_dim).
+    """
 
     rows: torch.Tensor  # (sequences * heads * max_positions,)
     bags: torch.Tensor  # (sequences * heads + 1,): each head's first index in `rows`

@@ -1,8 +1,8 @@
 """RMSNorm, rotation and SwiGLU for training, with explicit backward passes.
 
-In autograd's own versions, each operation saves several fp32 copies of its input. Together these take a few times
-the memory of all matrix products. The versions here save only the input, and recompute the rest. Their forward
-passes give the same bits as those in `server.model.ops.norms`.
+In autograd's own versions, each operation saves several fp32 copies of its input. Together these copies take a few
+times as much memory as all that the matrix products save. The versions here save only the input, and recompute the
+rest. Their forward passes give the same bits as those in `server.model.ops.norms`.
 """
 
 from collections.abc import Callable

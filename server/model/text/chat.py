@@ -98,7 +98,7 @@ class Disguise:
         return "".join(pieces), moved
 
     def outline(self) -> list[ChatMessage]:
-        """Return the messages with a mark instead of each assistant text, to be rendered for `find_turns`."""
+        """Return the messages with a marker instead of each assistant text, to be rendered for `find_turns`."""
         return [
             ChatMessage(turn.role, f"{self._mark}{index}{self._mark}") if turn.role == "assistant" else turn
             for index, turn in enumerate(self.messages)
@@ -107,7 +107,7 @@ class Disguise:
     def find_turns(self, rendered: str, outline: str) -> list[tuple[int, int]] | None:
         """Return each assistant text's span in `rendered`, given the rendering of `outline()`.
 
-        The text between the spans must equal the outline's text between marks. Each span must be the message's
+        The text between the spans must equal the outline's text between markers. Each span must be the message's
         text, possibly trimmed. Return None if the template changes a text in any other way.
         """
         contents = {index: turn.content for index, turn in enumerate(self.messages) if turn.role == "assistant"}

@@ -73,7 +73,7 @@ class _Generation(Extension):
 
 
 class _Dictionary:
-    """The template's `dict`, without the attributes of Python's class."""
+    """The `dict` that templates can use, without the attributes of Python's class."""
 
     def __call__(self, *given: Iterable[tuple[str, object]], **named: object) -> dict[str, object]:
         return dict(*given, **named)

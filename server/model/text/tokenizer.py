@@ -49,7 +49,7 @@ class BaseTokenizer:
 
     @cached_property
     def added_tokens(self) -> Mapping[int, AddedToken]:
-        """The tokens that were added to the model's own, by id. Special ones decode to no text."""
+        """The tokens that were added to the model's own, by id. Special tokens decode to no text."""
         return self.backend.get_added_tokens_decoder()
 
     @property
