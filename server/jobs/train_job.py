@@ -262,8 +262,8 @@ class TrainingAttempt:
     def _latest(self, run: Run, parent: "_Measured") -> "_Latest":
         """Measure the name's latest version on the job's rows.
 
-        `parent` has the measurements of the adapter that the job continued, which may be the latest version. If the
-        version can't be used, the finished job goes on without them.
+        `parent` has the measurements of the adapter that the job continued, which may be the latest version. If
+        that version can't be used, the finished job goes on without them.
         """
         if self._spec.method == "full":
             return _Latest(None)

@@ -59,18 +59,22 @@ class Example:
 class Examples(Sequence[Example]):
     """Many examples, stored in 5 bytes a token. Each `Example` is created on access.
 
-    `save` writes a safetensors file with three flat tensors. `token_ids` (int32) and `is_target` (uint8) have an
-    entry for each token. `offsets` (int64) has the start of each row, and the end of the last row.
+    `save` writes a safetensors file with four flat tensors. `token_ids` (int32) and `is_target` (uint8) have an
+    entry for each token. `offsets` (int64) has the start of each example, and the end of the last one. `sources`
+    (int64) has the number of the row that each example is, or is a window of.
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._token_ids = array("i")
         self._is_target = array("B")
         self._offsets = array("q", [0])
-        for example in examples:
-            self.append(example)
+        self._sources = array("q")
+        for number, example in enumerate(examples):
+            self.append(example, number)
 
-    def append(self, example: Example) -> None:
+    def append(self, example: Example, source: int) -> None:
+        """Append the row number `source`, or a window of it."""
+        self._sources.append(source)
         self._token_ids.extend(example.token_ids)
         self._is_target.extend(example.is_target)
         self._offsets.append(len(self._token_ids))
@@ -89,6 +93,14 @@ class Examples(Sequence[Example]):
         """The number of tokens that are trained on."""
         # array's own `count` creates an int for each item, and holds the GIL meanwhile
         return int(np.count_nonzero(np.asarray(self._is_target).view(np.bool_)))
+
+    def row_keys(self) -> list[int]:
+        """Return a hash of each example's whole row. Windows of a row have the same one, and so do equal rows."""
+        rows: dict[int, list[int]] = {}
+        for source, example in zip(self._sources, self, strict=True):
+            rows.setdefault(source, []).append(hash(example))
+        keys = {source: hash(tuple(hashes)) for source, hashes in rows.items()}
+        return [keys[source] for source in self._sources]
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -113,6 +125,7 @@ class Examples(Sequence[Example]):
             "token_ids": np.array(self._token_ids, np.int32),
             "is_target": np.array(self._is_target, np.uint8),
             "offsets": np.array(self._offsets, np.int64),
+            "sources": np.array(self._sources, np.int64),
         }
         with new_file(path) as unfinished:
             save_file(tensors, unfinished)
@@ -125,6 +138,8 @@ class Examples(Sequence[Example]):
         examples._token_ids = array("i", tensors["token_ids"].tobytes())
         examples._is_target = array("B", tensors["is_target"].tobytes())
         examples._offsets = array("q", tensors["offsets"].tobytes())
+        sources = tensors.get("sources", np.arange(len(examples)))  # missing in an older release's files
+        examples._sources = array("q", sources.tobytes())
         return examples
 
 
@@ -228,7 +243,7 @@ class RowEncoder:
                     break
                 continue
             for example in fitted:
-                examples.append(example)
+                examples.append(example, number)
                 completions.add(example, row)
             if too_long is not None:
                 long += too_long

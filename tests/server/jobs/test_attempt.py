@@ -22,6 +22,7 @@ from server.jobs.jobs import FINE_TUNING, Status
 from server.jobs.leases import Claim, LeaseLost
 from server.model.base.weights import BaseModel
 from server.storage.home import Home
+from server.training.encoding import Examples
 from server.training.evaluate import LossNotFinite, Scores
 from server.training.files import FileStore, results_id
 from server.training.job_data import JobData
@@ -372,6 +373,19 @@ def test_a_parent_that_cannot_be_measured(
     report: Any = shop.jobs.report("job")
     assert shop.jobs.get("job").adapter is not None
     assert report["unmeasured"]["parent"].startswith("other@1, its parent, wasn't measured: ")
+
+
+def test_windows_of_one_text_are_one_held_out_row(shop: Shop, tiny_base: BaseModel) -> None:
+    """They are too few for a verdict by loss, however many they are."""
+    data = learnt(tiny_base)
+    windows = Examples()
+    for example in data.train:
+        windows.append(example, 0)
+    shop.submit(SPEC, replace(data, validation=windows))
+    shop.attempt()
+    report: Any = shop.jobs.report("job")
+    assert report["evaluation"]["num_rows"] == 24
+    assert report["comparisons"]["base"]["metric"] == "exact_match"
 
 
 POOR = 7

@@ -179,6 +179,7 @@ def test_auto_splits_texts_into_windows(rows: RowEncoder) -> None:
     assert [token for window in encoded.examples[1:] for token in targets(window)] == targets(whole)
     assert [len(window.token_ids) for window in encoded.examples[1:-1]] == [512] * (len(encoded.examples) - 2)
     assert encoded.long == LongRows(num_split=1, num_windows=len(encoded.examples) - 1)
+    assert len(set(encoded.examples.row_keys())) == 2, "windows of a document have one key"
     (warning,) = encoded.long.warnings(512)
     assert warning == (
         f"1 row longer than training.max_length (512 tokens) split into {len(encoded.examples) - 1} windows; each "
