@@ -490,11 +490,16 @@ def _check_completions(spec: JobSpec, data: JobData) -> None:
 
 
 def _few_rows_warning(spec: JobSpec, data: JobData) -> Iterator[str]:
-    """Yield a warning if settings need more held-out rows than there are."""
-    number = data.facts.num_validation_rows
-    if spec.training.eval_steps is not None and number < MIN_HELD_OUT:
+    """Yield a warning if settings need more distinct held-out rows than there are. Verdicts count them alike."""
+    if spec.training.eval_steps is None or data.validation is None:
+        return
+    is_by_match = spec.publish_metric == "exact_match"
+    found = len(set(data.references if is_by_match else data.validation.row_keys()))
+    number = round(found * data.facts.num_validation_rows / len(data.validation))  # found in a sample
+    if number < MIN_HELD_OUT:
+        rows = plural(number, "distinct row") + (" with completions" if is_by_match else "")
         yield (
-            f"only {plural(number, 'row')} held out: below {MIN_HELD_OUT}, evaluations choose no step and stop "
+            f"only {rows} held out: below {MIN_HELD_OUT}, evaluations choose no step and stop "
             "nothing, so the last step's weights are kept"
         )
 
