@@ -435,7 +435,7 @@ class Submissions:
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
-            references=self.encoder.references(held_out, max_prompt=self.max_length),
+            references=self.encoder.references(held_out, max_length=length),
             facts=facts,
             base_digest=self.base_digest,
             trained_references=self.encoder.trained_references(first, train.examples.num_tokens, length),
@@ -486,7 +486,9 @@ def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
 def _check_completions(spec: JobSpec, data: JobData) -> None:
     """Raise InvalidInput if `publish_metric` is exact_match, but the job's rows have no completions."""
     if spec.publish_metric == "exact_match" and not (data.references or data.trained_references):
-        raise InvalidInput.of("publish_metric", "exact_match needs rows with completions: set it to loss")
+        raise InvalidInput.of(
+            "publish_metric", "exact_match needs rows with completions that fit max_length: set it to loss"
+        )
 
 
 def _few_rows_warning(spec: JobSpec, data: JobData) -> Iterator[str]:

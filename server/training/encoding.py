@@ -14,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import Literal, Self, overload
@@ -35,6 +35,8 @@ MAX_TOKENS = 1 << 26
 MAX_FAULTS = 20
 """The most faults that are reported."""
 MAX_REFERENCES = 200
+MAX_REFERENCE_TOKENS = 1 << 16
+"""The most tokens of held-out rows whose completions are asked for, of each version that a job measures."""
 FACT_TOKENS = 16
 """Facts have a median length of at most so many tokens."""
 FACT_SHARE = 0.9
@@ -151,6 +153,11 @@ class Reference:
     text: str
     num_tokens: int  # of `text`
 
+    @property
+    def length(self) -> int:
+        """The number of tokens of prompt and text."""
+        return len(self.prompt) + self.num_tokens
+
 
 @dataclass(frozen=True)
 class LongRows:
@@ -255,23 +262,33 @@ class RowEncoder:
         warnings = [_SPELLED.format(name, plural(number, "row")) for name, number in spelled.items()]
         return EncodedRows(examples, long, completions.are_facts, tuple(warnings))
 
-    def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
-        """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`.
-
-        The prompt is cut after `max_prompt` tokens: after a longer one, the base has no room for an answer anyway.
-        """
+    def reference(self, row: Row) -> Reference | None:
+        """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`."""
         if (asked := question_of(row)) is None:
             return None
         question, text = asked
         prompt = self._encoder.prompt(question) if isinstance(question, str) else self._encoder.messages(question)
-        return Reference(tuple(prompt[:max_prompt]), text, len(self._encoder.continuation(text)))
+        return Reference(tuple(prompt), text, len(self._encoder.continuation(text)))
 
     def references(
-        self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_prompt: int | None = None
+        self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_length: int | None = None
     ) -> list[Reference]:
-        """Return `reference(row, max_prompt)` for each of the first `limit` rows that have a prompt."""
-        found = (self.reference(row, max_prompt) for row in rows)
-        return list(islice((reference for reference in found if reference is not None), limit))
+        """Return `reference(row)` for the first `limit` rows that have a prompt, up to `MAX_REFERENCE_TOKENS`.
+
+        Rows longer than `max_length` are left out, as in `trained_references`.
+        """
+        found: list[Reference] = []
+        num_tokens = 0
+        for one in map(self.reference, rows):
+            if one is None or (max_length is not None and one.length >= max_length):
+                continue
+            num_tokens += one.length
+            if found and num_tokens > MAX_REFERENCE_TOKENS:
+                break
+            found.append(one)
+            if len(found) == limit:
+                break
+        return found
 
     def trained_references(self, rows: Sequence[Row], num_tokens: int, max_length: int) -> list[Reference]:
         """Return `reference(row)` for up to `MAX_REFERENCES` training rows, spread evenly over `rows`.
@@ -282,7 +299,7 @@ class RowEncoder:
         most = MAX_TRAINED_REFERENCE_TOKENS * len(rows) // max(num_tokens, 1)
         count = min(len(rows), max(most, 1), MAX_REFERENCES)
         found = (self.reference(rows[number * len(rows) // count]) for number in range(count))
-        return [one for one in found if one is not None and len(one.prompt) + one.num_tokens < max_length]
+        return [one for one in found if one is not None and one.length < max_length]
 
     def _fitted(self, row: Row, max_length: int, overlong: Overlong) -> tuple[list[Example], LongRows | None]:
         """Return the row's examples, each of at most `max_length` tokens.

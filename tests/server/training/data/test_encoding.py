@@ -308,6 +308,20 @@ def test_references(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> Non
     assert rows.references(mixed, limit=2) == [rows.reference(mixed[1]), rows.reference(mixed[2])]
 
 
+def test_references_have_a_budget(rows: RowEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that `max_length` drops or cuts were asked, too, and hundreds of long prompts were read."""
+    given: list[Row] = [CompletionRow("404 " * count, "b") for count in (40, 1, 30, 2, 3)]
+    whole = [reference for row in given if (reference := rows.reference(row)) is not None]
+    assert rows.references(given, max_length=20) == [whole[1], whole[3], whole[4]]
+    fits = len(rows.encode(given[2], LONG).token_ids)  # with the end token
+    assert whole[2] in rows.references(given, max_length=fits)
+    assert whole[2] not in rows.references(given, max_length=fits - 1)
+    monkeypatch.setattr(encoding, "MAX_REFERENCE_TOKENS", whole[0].length + whole[1].length)
+    assert rows.references(given) == whole[:2]
+    monkeypatch.setattr(encoding, "MAX_REFERENCE_TOKENS", 1)
+    assert rows.references(given) == whole[:1]
+
+
 @given(row=ROWS)
 def test_a_preview_shows_everything(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, row: Row) -> None:
     decode = partial(decoded, tokenizer)
