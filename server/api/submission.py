@@ -451,7 +451,7 @@ class Submissions:
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
-            references=self.encoder.references(held_out, max_prompt=self.max_length),
+            references=self.encoder.references(held_out, max_length=length),
             facts=facts,
             base_digest=self.base_digest,
             trained_references=self.encoder.trained_references(first, train.examples.num_tokens, length),
@@ -505,25 +505,38 @@ def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
 def _check_completions(spec: JobSpec, data: JobData) -> None:
     """Raise InvalidInput if `publish_metric` is exact_match, but the job's rows have no completions."""
     if spec.publish_metric == "exact_match" and not (data.references or data.trained_references):
-        raise InvalidInput.of("publish_metric", "exact_match needs rows with completions: set it to loss")
+        raise InvalidInput.of(
+            "publish_metric", "exact_match needs rows with completions that fit max_length: set it to loss"
+        )
 
 
 def _few_rows_warning(spec: JobSpec, data: JobData) -> Iterator[str]:
-    """Yield warnings about settings that need more held-out rows than there are."""
-    number = data.facts.num_validation_rows
-    if number >= MIN_HELD_OUT:
-        return
-    if spec.publish_if != "always" and not (data.references or data.trained_references):
+    """Yield warnings about settings that need more distinct held-out rows than there are."""
+    has_completions = bool(data.references or data.trained_references)
+    if spec.publish_if != "always" and not has_completions and (number := _num_distinct(data)) < MIN_HELD_OUT:
         result = "holds no version back" if spec.publish_if == "not_worse" else "lets no version pass"
         yield (
             f"publish_if {spec.publish_if} {result}: a verdict takes {MIN_HELD_OUT} held-out rows, or rows with "
-            f"completions; the job has {plural(number, 'held-out row')} and no completions to measure"
+            f"completions; the job has {plural(number, 'distinct held-out row')} and no completions to measure"
         )
-    if spec.training.eval_steps is not None:
+    if spec.training.eval_steps is None or data.validation is None:
+        return
+    is_by_match = spec.publish_metric == "exact_match"
+    number = _num_distinct(data, by_match=is_by_match)
+    if number < MIN_HELD_OUT:
+        rows = plural(number, "distinct row") + (" with completions" if is_by_match else "")
         yield (
-            f"only {plural(number, 'row')} held out: below {MIN_HELD_OUT}, evaluations choose no step and stop "
+            f"only {rows} held out: below {MIN_HELD_OUT}, evaluations choose no step and stop "
             "nothing, so the last step's weights are kept"
         )
+
+
+def _num_distinct(data: JobData, *, by_match: bool = False) -> int:
+    """Return the number of distinct held-out rows, or of those with completions if `by_match`."""
+    if data.validation is None:
+        return 0
+    found = len(set(data.references if by_match else data.validation.row_keys()))
+    return round(found * data.facts.num_validation_rows / len(data.validation))  # the rows may be a sample
 
 
 def _digest(body: TrainBody, fine_tuning: Mapping[str, object] | None) -> str:

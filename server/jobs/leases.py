@@ -197,13 +197,15 @@ class Leases:
         compared_with: int | None = None,
         worse: str | None = None,
         warnings: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> Version | None:
         """End the job with success and publish its adapter in one transaction.
 
         Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
         None, no version is published, and the report says why. `publish_unattended_in` explains `alias`,
         `compared_with`, `worse` and LatestMoved. If the new version doesn't become `latest`, the reason becomes an
-        event. Each of the `warnings` becomes an event, too.
+        event. Each of the `warnings`, which continue "codes@1 is", becomes an event, too, and so do `notes`, which
+        are sentences.
         """
 
         def work(connection: sa.Connection) -> Version | None:
@@ -226,7 +228,7 @@ class Leases:
             _end(connection, claim.job_id, Status.SUCCEEDED, self._now(), **values)
             job_events.append(connection, claim.job_id, message)
             about = [f"{version.name}@{version.version} is {text}" for text in warnings] if version else []
-            for text in (*about, *([] if stays is None else [stays])):
+            for text in (*notes, *about, *([] if stays is None else [stays])):
                 job_events.append(connection, claim.job_id, text, level="warning")
             return version
 

@@ -7,6 +7,7 @@ makes progress, and may have the job's progress and metrics.
 The process's exit code says how the attempt ended. EXIT_DONE: the job's end is stored. EXIT_LEFT: the process has
 exited as asked. EXIT_NO_BASE: this worker can't run any job; the process has sent the reason.
 EXIT_NO_DATABASE, EXIT_NO_STORE and EXIT_NO_ROOM: the database, the object store or the disk can't be used now.
+EXIT_LATEST_MOVED: there was a newer version of the job's name each time that the latest one had been measured.
 After any other code, the job is tried again. The process is killed if the worker dies or loses the job.
 """
 
@@ -48,11 +49,13 @@ EXIT_NO_BASE = 78
 EXIT_NO_DATABASE = 79
 EXIT_NO_STORE = 80
 EXIT_NO_ROOM = 81
+EXIT_LATEST_MOVED = 82
 NO_ROOM = "its worker's disk is full"
 HINDRANCES = {
     EXIT_NO_DATABASE: "its process can't use the database",
     EXIT_NO_STORE: "the object store can't be reached, or refuses",
     EXIT_NO_ROOM: NO_ROOM,
+    EXIT_LATEST_MOVED: "`latest` moved each time while it was measured",
 }
 """By exit code: the text for the job's events if an attempt failed through no fault of the job."""
 

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from adapters.catalog.catalog import Catalog
+from adapters.catalog.writes import LatestMoved
 from adapters.errors import BytesUnavailable, SmoloraError
 from adapters.library import Library
 from adapters.names import Viewpoint
@@ -28,6 +29,7 @@ from server.jobs.merge_job import run_merge
 from server.jobs.merge_spec import MergeSpec, Spec, read_origin
 from server.jobs.pipe import (
     EXIT_DONE,
+    EXIT_LATEST_MOVED,
     EXIT_LEFT,
     EXIT_NO_BASE,
     EXIT_NO_DATABASE,
@@ -118,6 +120,9 @@ def main(argument: str) -> int:
     except BytesUnavailable:
         log.warning("the object store can't be used: the job goes back to the queue")
         return EXIT_NO_STORE
+    except LatestMoved:
+        log.warning("the name's latest version moved each time while it was measured: the job is tried again")
+        return EXIT_LATEST_MOVED
     except StartupError as error:
         if reserve.is_disk_full(error):  # the base doesn't fit, for example
             log.exception("the base can't be loaded")

@@ -5,11 +5,10 @@ The adapter's bytes are stored first. Then its version, its report and the job's
 """
 
 import ctypes
-import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -31,9 +30,10 @@ from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.reporter import Leave
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
+from server.model.device import is_out_of_memory
 from server.storage.places import Storage
 from server.training.checkpoint import Checkpoints
-from server.training.evaluate import LossNotFinite, Scores
+from server.training.evaluate import Scores
 from server.training.files import RowSources, results_id
 from server.training.job_data import DataFacts, JobData
 from server.training.report import (
@@ -49,15 +49,13 @@ from server.training.report import (
     step_metrics_csv,
 )
 from server.training.run import Outcome, Reporter, Run
-from server.training.spec import COMPARE_WITH_LATEST, JobSpec
+from server.training.spec import JobSpec
 from server.training.trained_rows import adapter_config
 from server.training.verdicts import compare
 
-log = logging.getLogger("smolora.job")
-
 MAX_MEASURED_RANK = 512
-"""The highest rank of a latest version that is measured without a gate: the highest that a job can publish. An
-uploaded adapter of any rank must not make jobs of its name run out of memory."""
+"""The highest rank of a latest version that is measured: the highest that a job can publish. An uploaded adapter
+of any rank must not make jobs of its name run out of memory."""
 MAX_DECISIONS = 5
 """The most evaluations of a name's latest version. If a newer version appears each time, the job is requeued."""
 
@@ -123,14 +121,17 @@ class TrainingAttempt:
         if outcome.weights is not None:
             config = adapter_config(spec.lora) if parent is None else self._config_of(parent)
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
-        parent_scores = None if parent is None else _finite_scores(run, parent.weights)
+        measured = _Measured()
+        if parent is not None:
+            weights = parent.weights
+            measured = _measure(run, lambda: weights)
         for _ in range(MAX_DECISIONS - 1):
             with suppress(LatestMoved):
-                return self._decide_and_end(run, data, outcome, adapter, parent_scores)
-        return self._decide_and_end(run, data, outcome, adapter, parent_scores)
+                return self._decide_and_end(run, data, outcome, adapter, measured)
+        return self._decide_and_end(run, data, outcome, adapter, measured)
 
     def _decide_and_end(
-        self, run: Run, data: JobData, outcome: Outcome, adapter: PeftAdapter | None, parent: Scores | None
+        self, run: Run, data: JobData, outcome: Outcome, adapter: PeftAdapter | None, parent: "_Measured"
     ) -> None:
         """Compare the result with the base and earlier versions, decide whether to publish it, and end the job.
 
@@ -140,15 +141,20 @@ class TrainingAttempt:
         latest = self._latest(run, parent)
         measured: dict[Other, Scores | None] = {"base": outcome.base}
         versions: dict[Other, str] = {}
+        unmeasured: dict[Other, str] = {}
         if latest.version:
-            measured["latest"], versions["latest"] = latest.scores, f"{spec.name}@{latest.version}"
+            measured["latest"], versions["latest"] = latest.of.scores, f"{spec.name}@{latest.version}"
         if spec.start_from is not None:
-            measured["parent"], versions["parent"] = parent, spec.start_from
+            measured["parent"], versions["parent"] = parent.scores, spec.start_from
+        if latest.of.fault:
+            unmeasured["latest"] = f"{versions.get('latest', spec.name)} wasn't measured: {latest.of.fault}"
+        if parent.fault:
+            unmeasured["parent"] = f"{spec.start_from}, its parent, wasn't measured: {parent.fault}"
         comparisons = {
             name: None if of is None else compare(outcome.tuned, of, data, spec.publish_metric)
             for name, of in measured.items()
         }
-        gate = decide(spec.publish_if, comparisons, spec.method, versions)
+        gate = decide(spec.publish_if, comparisons, spec.method, versions, unmeasured)
         num_bytes = self._keep(adapter, outcome)
         counters = outcome.counters
         cost = Cost(
@@ -171,10 +177,11 @@ class TrainingAttempt:
             curves={"train_loss": counters.train_curve, "eval_loss": counters.eval_curve},
             base=outcome.base,
             tuned=outcome.tuned,
-            latest=latest.scores,
-            parent=parent,
+            latest=latest.of.scores,
+            parent=parent.scores,
             comparisons=comparisons,
             versions=versions,
+            unmeasured=unmeasured,
         )
         report = build_report(spec, self._base, findings)
         metrics = counters.newest_losses | _final_metrics(outcome)
@@ -205,6 +212,7 @@ class TrainingAttempt:
                     compared_with=latest.version,
                     worse=worse,
                     warnings=warnings,
+                    notes=tuple(unmeasured.values()),
                 )
             except LeaseLost:
                 self._drop_results()
@@ -251,42 +259,37 @@ class TrainingAttempt:
             self._files.keep_model(self._job.id, self._claim.token)
         return num_bytes
 
-    def _latest(self, run: Run, parent: Scores | None) -> "_Latest":
+    def _latest(self, run: Run, parent: "_Measured") -> "_Latest":
         """Measure the name's latest version on the job's rows.
 
         `parent` has the measurements of the adapter that the job continued, which may be the latest version. If
-        `publish_if` needs the measurements, raise an error if the version is unusable. Otherwise don't measure it.
+        that version can't be used, the finished job goes on without them.
         """
         if self._spec.method == "full":
-            return _Latest(None, None)
-        name, is_needed = self._spec.name, self._spec.publish_if in COMPARE_WITH_LATEST
+            return _Latest(None)
+        name = self._spec.name
         try:
             pinned = self._library.pin([Term(name)])
         except NotFound:
-            return _Latest(0, None)
-        except (Conflict, CorruptAdapter):
-            if is_needed:
-                raise
-            return _Latest(None, None)
+            return _Latest(0)
+        except (Conflict, CorruptAdapter) as error:
+            self._library.check_name(name)
+            return _Latest(None, _Measured(fault=str(error)))
         try:
             self._library.check_name(name)  # it may have become a composition's name since
             (part,) = pinned.parts
-            rank = max(self._library.ranks(part.digest).values(), default=0)
             if part.digest == self._spec.start_from_digest:
-                found = parent
-            elif rank > MAX_MEASURED_RANK and not is_needed:
-                log.warning("%s@%d of rank %d isn't measured: it takes too much memory", name, part.version, rank)
-                found = None
-            else:
-                found = _finite_scores(run, self._library.load(part.digest))
+                return _Latest(part.version, parent)
+            return _Latest(part.version, _measure(run, lambda: self._load_measurable(part.digest)))
         finally:
             pinned.release()
-        if found is None and is_needed:
-            raise LossNotFinite(
-                f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "
-                "delete that version, or submit again with publish_if always or improves_base"
-            )
-        return _Latest(part.version, found)
+
+    def _load_measurable(self, digest: str) -> LoraWeights:
+        """Return the weights. Raise CorruptAdapter, or MemoryError if the rank is above `MAX_MEASURED_RANK`."""
+        rank = max(self._library.ranks(digest).values(), default=0)
+        if rank > MAX_MEASURED_RANK:
+            raise MemoryError(f"rank {rank} is above {MAX_MEASURED_RANK}")
+        return self._library.load(digest)
 
     def _new_version(
         self,
@@ -321,23 +324,34 @@ class TrainingAttempt:
 
 
 @dataclass(frozen=True)
-class _Latest:
-    """The name's latest version: its number, 0 if there is none, or None if nothing can be compared with it.
+class _Measured:
+    """Measurements of a published version, or the reason why there are none."""
 
-    `scores` are its measurements, or None if it wasn't measured.
-    """
+    scores: Scores | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class _Latest:
+    """The name's latest version: its number, 0 if there is none, or None if nothing can be compared with it."""
 
     version: int | None
-    scores: Scores | None
+    of: _Measured = field(default_factory=_Measured)
 
 
-def _finite_scores(run: Run, weights: LoraWeights) -> Scores | None:
-    """Measure a published adapter. Return None if its numbers overflow: nothing can be compared with it."""
+def _measure(run: Run, load: Callable[[], LoraWeights]) -> _Measured:
+    """Measure a published adapter. A damaged one, or one that is too large, doesn't fail the finished job."""
     try:
-        found = run.measure(weights)
-    except (GenerationFailed, InvalidInput):  # by completions, if no rows are held out
-        return None
-    return None if found.held_out is not None and not found.held_out.is_finite else found
+        found = run.measure(load())
+    except (CorruptAdapter, GenerationFailed, InvalidInput) as error:
+        return _Measured(fault=str(error))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _Measured(fault=": ".join(filter(None, ("it takes too much memory", str(error)))))
+    if found.held_out is not None and not found.held_out.is_finite:
+        return _Measured(fault="its held-out loss is not a number, so that nothing can be compared with it")
+    return _Measured(found)
 
 
 def _facts_of(adapter: PeftAdapter) -> AdapterFacts:

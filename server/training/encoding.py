@@ -14,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import Literal, Self, overload
@@ -35,6 +35,8 @@ MAX_TOKENS = 1 << 26
 MAX_FAULTS = 20
 """The most faults that are reported."""
 MAX_REFERENCES = 200
+MAX_REFERENCE_TOKENS = 1 << 16
+"""The most tokens of held-out rows whose completions are asked for, of each version that a job measures."""
 FACT_TOKENS = 16
 """Facts have a median length of at most so many tokens."""
 FACT_SHARE = 0.9
@@ -59,18 +61,22 @@ class Example:
 class Examples(Sequence[Example]):
     """Many examples, stored in 5 bytes a token. Each `Example` is created on access.
 
-    `save` writes a safetensors file with three flat tensors. `token_ids` (int32) and `is_target` (uint8) have an
-    entry for each token. `offsets` (int64) has the start of each row, and the end of the last row.
+    `save` writes a safetensors file with four flat tensors. `token_ids` (int32) and `is_target` (uint8) have an
+    entry for each token. `offsets` (int64) has the start of each example, and the end of the last one. `sources`
+    (int64) has the number of the row that each example is, or is a window of.
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._token_ids = array("i")
         self._is_target = array("B")
         self._offsets = array("q", [0])
-        for example in examples:
-            self.append(example)
+        self._sources = array("q")
+        for number, example in enumerate(examples):
+            self.append(example, number)
 
-    def append(self, example: Example) -> None:
+    def append(self, example: Example, source: int) -> None:
+        """Append the row number `source`, or a window of it."""
+        self._sources.append(source)
         self._token_ids.extend(example.token_ids)
         self._is_target.extend(example.is_target)
         self._offsets.append(len(self._token_ids))
@@ -89,6 +95,14 @@ class Examples(Sequence[Example]):
         """The number of tokens that are trained on."""
         # array's own `count` creates an int for each item, and holds the GIL meanwhile
         return int(np.count_nonzero(np.asarray(self._is_target).view(np.bool_)))
+
+    def row_keys(self) -> list[int]:
+        """Return a hash of each example's whole row. Windows of a row have the same one, and so do equal rows."""
+        rows: dict[int, list[int]] = {}
+        for source, example in zip(self._sources, self, strict=True):
+            rows.setdefault(source, []).append(hash(example))
+        keys = {source: hash(tuple(hashes)) for source, hashes in rows.items()}
+        return [keys[source] for source in self._sources]
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -113,6 +127,7 @@ class Examples(Sequence[Example]):
             "token_ids": np.array(self._token_ids, np.int32),
             "is_target": np.array(self._is_target, np.uint8),
             "offsets": np.array(self._offsets, np.int64),
+            "sources": np.array(self._sources, np.int64),
         }
         with new_file(path) as unfinished:
             save_file(tensors, unfinished)
@@ -125,6 +140,8 @@ class Examples(Sequence[Example]):
         examples._token_ids = array("i", tensors["token_ids"].tobytes())
         examples._is_target = array("B", tensors["is_target"].tobytes())
         examples._offsets = array("q", tensors["offsets"].tobytes())
+        sources = tensors.get("sources", np.arange(len(examples)))  # missing in an older release's files
+        examples._sources = array("q", sources.tobytes())
         return examples
 
 
@@ -135,6 +152,11 @@ class Reference:
     prompt: tuple[int, ...]
     text: str
     num_tokens: int  # of `text`
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of prompt and text."""
+        return len(self.prompt) + self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -228,7 +250,7 @@ class RowEncoder:
                     break
                 continue
             for example in fitted:
-                examples.append(example)
+                examples.append(example, number)
                 completions.add(example, row)
             if too_long is not None:
                 long += too_long
@@ -240,24 +262,33 @@ class RowEncoder:
         warnings = [_SPELLED.format(name, plural(number, "row")) for name, number in spelled.items()]
         return EncodedRows(examples, long, completions.are_facts, tuple(warnings))
 
-    def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
-        """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`.
-
-        The prompt is cut after `max_prompt` tokens: after a longer prompt, the base has no room for an answer
-        anyway.
-        """
+    def reference(self, row: Row) -> Reference | None:
+        """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`."""
         if (asked := question_of(row)) is None:
             return None
         question, text = asked
         prompt = self._encoder.prompt(question) if isinstance(question, str) else self._encoder.messages(question)
-        return Reference(tuple(prompt[:max_prompt]), text, len(self._encoder.continuation(text)))
+        return Reference(tuple(prompt), text, len(self._encoder.continuation(text)))
 
     def references(
-        self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_prompt: int | None = None
+        self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_length: int | None = None
     ) -> list[Reference]:
-        """Return `reference(row, max_prompt)` for each of the first `limit` rows that have a prompt."""
-        found = (self.reference(row, max_prompt) for row in rows)
-        return list(islice((reference for reference in found if reference is not None), limit))
+        """Return `reference(row)` for the first `limit` rows that have a prompt, up to `MAX_REFERENCE_TOKENS`.
+
+        Rows longer than `max_length` are left out, as in `trained_references`.
+        """
+        found: list[Reference] = []
+        num_tokens = 0
+        for one in map(self.reference, rows):
+            if one is None or (max_length is not None and one.length >= max_length):
+                continue
+            num_tokens += one.length
+            if found and num_tokens > MAX_REFERENCE_TOKENS:
+                break
+            found.append(one)
+            if len(found) == limit:
+                break
+        return found
 
     def trained_references(self, rows: Sequence[Row], num_tokens: int, max_length: int) -> list[Reference]:
         """Return `reference(row)` for up to `MAX_REFERENCES` training rows, spread evenly over `rows`.
@@ -268,7 +299,7 @@ class RowEncoder:
         most = MAX_TRAINED_REFERENCE_TOKENS * len(rows) // max(num_tokens, 1)
         count = min(len(rows), max(most, 1), MAX_REFERENCES)
         found = (self.reference(rows[number * len(rows) // count]) for number in range(count))
-        return [one for one in found if one is not None and len(one.prompt) + one.num_tokens < max_length]
+        return [one for one in found if one is not None and one.length < max_length]
 
     def _fitted(self, row: Row, max_length: int, overlong: Overlong) -> tuple[list[Example], LongRows | None]:
         """Return the row's examples, each of at most `max_length` tokens.

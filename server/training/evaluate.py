@@ -29,9 +29,10 @@ class LossNotFinite(SmoloraError):
 class Evaluation:
     """Measurements on held-out rows.
 
-    `rows` has the summed loss and the number of counted tokens of each distinct row: equal rows are one entry,
-    since they say no more than one of them. `matches` says for each reference (a row's prompt and answer)
-    whether the model gave exactly this answer; None if that wasn't measured.
+    `rows` has the summed loss and the number of counted tokens of each distinct row. Equal rows are one entry,
+    since they say no more than one of them, and so are a row's windows, since they are alike. `matches` says for
+    each reference (a row's prompt and answer) whether the model gave exactly this answer; None if that wasn't
+    measured.
     """
 
     loss: float  # nats per counted token
@@ -72,18 +73,20 @@ def evaluate(
     passes: Pass,
     examples: Sequence[Example],
     *,
+    keys: Sequence[int] | None = None,
     max_tokens: int = MAX_TOKENS,
     yield_or_leave: Callable[[], None] = _go_on,
     computing: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
     """Measure loss and accuracy over the target tokens of `examples`. Raise ValueError if there are none.
 
-    `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs within the context
-    manager `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by
-    rounding in torch's passes, and not at all in native code.
+    `keys` are the examples' `Examples.row_keys`, if some may be windows. `yield_or_leave` is called before each
+    micro-batch, and may raise. Each micro-batch runs within the context manager `computing(number of tokens)`.
+    Losses are summed exactly, so `max_tokens` changes the result only by rounding in torch's passes, and not at
+    all in native code.
     """
     losses, num_right = array("d"), 0
-    spans: dict[int, tuple[int, int, int]] = {}  # by index: a row's hash, and where its losses begin and end
+    spans: dict[int, tuple[int, int, int]] = {}  # by index: the row's key; where losses begin and end
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
         yield_or_leave()
         batch = MicroBatch.of(chosen := [examples[index] for index in indices])
@@ -94,7 +97,7 @@ def evaluate(
         num_right += found.num_right
         for index, example in zip(indices, chosen, strict=True):
             end = start + sum(example.is_target)
-            spans[index] = (hash(example), start, end)
+            spans[index] = (hash(example) if keys is None else keys[index], start, end)
             start = end
     if not losses:
         raise ValueError("nothing to evaluate: no example has a token that is trained on")

@@ -128,6 +128,7 @@ def _verdicts(report: Fields) -> list[str]:
     """Return a Markdown list of the comparisons' verdicts, or [] if the report (of an older release) has none."""
     found = cast("Mapping[str, Fields | None]", report.get("comparisons") or {})
     lines = [f"- {_text(comparison['summary'])}" for comparison in found.values() if comparison is not None]
+    lines += [f"- {_text(reason)}" for reason in cast("Fields", report.get("unmeasured") or {}).values()]
     return ["\n".join(lines)] if lines else []
 
 

@@ -55,17 +55,22 @@ def decide(
     comparisons: Comparisons,
     method: Method = "lora",
     versions: Mapping[Other, str] = MappingProxyType({}),
+    unmeasured: Mapping[Other, str] = MappingProxyType({}),
 ) -> Gate:
     """Decide whether to publish the tuned adapter, by its comparison with the latest version or the base.
 
-    If `comparisons` has no latest version, none exists, and the base takes its place. A fully fine-tuned model is
-    never published. `versions` names the compared versions for the reason.
+    If neither `comparisons` nor `unmeasured` has the latest version, none exists, and the base takes its place.
+    `unmeasured` says why a version wasn't measured: the gate isn't passed then. A fully fine-tuned model is never
+    published. `versions` names the compared versions for the reason.
     """
     if method == "full":
         return Gate(publish_if, False, "a fully fine-tuned model is kept with its job, but it is no adapter")
     if publish_if == "always":
         return Gate(publish_if, True, "published whatever its loss is")
-    other: Other = "base" if publish_if == "improves_base" or "latest" not in comparisons else "latest"
+    is_first = "latest" not in comparisons and "latest" not in unmeasured
+    other: Other = "base" if publish_if == "improves_base" or is_first else "latest"
+    if other in unmeasured:
+        return Gate(publish_if, False, f"can't be decided: {unmeasured[other]}")
     found, name = comparisons[other], versions.get(other, NAMES[other])
     if found is None:
         return Gate(publish_if, publish_if == "not_worse", f"nothing was measured to compare it with {name}")
@@ -151,6 +156,7 @@ class Findings:
     parent: Scores | None = None
     comparisons: Comparisons = field(default_factory=dict)
     versions: Mapping[Other, str] = field(default_factory=dict)
+    unmeasured: Mapping[Other, str] = field(default_factory=dict)  # sentences: why a version wasn't measured
 
     @property
     def measured(self) -> dict[str, Scores | None]:
@@ -174,6 +180,7 @@ def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, o
         "evaluation": _evaluation(found),
         "recall": _recall(found),
         "comparisons": {name: _comparison(found, name) for name in NAMES},
+        "unmeasured": dict(found.unmeasured),
         "moves_latest": None,  # known once the version is published
         "gate": asdict(found.gate),
         "steps": found.cost.num_steps,

@@ -412,7 +412,11 @@ class Run:
         assert self._data.validation is not None, "an evaluation without held-out rows"
         reporter = self._reporter
         return evaluate(
-            passes, self._data.validation, yield_or_leave=reporter.yield_or_leave, computing=reporter.computing
+            passes,
+            self._data.validation,
+            keys=self._data.validation.row_keys(),
+            yield_or_leave=reporter.yield_or_leave,
+            computing=reporter.computing,
         )
 
     def _check_finite(self, found: Evaluation) -> None:

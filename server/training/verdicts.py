@@ -132,19 +132,33 @@ def _of_losses(tuned: Evaluation, other: Evaluation) -> Comparison:
 
 
 def _of_matches(pairs: list[tuple[bool, bool]], *, includes_trained: bool) -> Comparison:
-    """Compare shares of exact matches, by Agresti and Min's interval for paired proportions (2005).
+    """Compare shares of exact matches, by the exact interval that belongs to McNemar's exact test.
 
-    It is Wald's interval after adding 1/2 to each cell of the table that McNemar's test uses, so that it holds for
-    few rows and for shares of 0 and 1.
+    Only the m rows that one of the two has right, and the other hasn't, say which is better. Clopper and Pearson's
+    interval (1934) for the share p of gains among them becomes one for the difference, (2p - 1) · m / n. It takes
+    at least 6 gains without a loss to exclude 0.
     """
     num_rows = len(pairs)
     gained = sum(tuned and not other for tuned, other in pairs)
-    lost = sum(other and not tuned for tuned, other in pairs)
-    centre = (gained - lost) / (num_rows + 2)
-    error = math.sqrt(gained + lost + 1 - (gained - lost) * centre) / (num_rows + 2)
+    differing = gained + sum(other and not tuned for tuned, other in pairs)
+    low = _least_share(gained, differing)
+    high = 1 - _least_share(differing - gained, differing)
+    low, high = ((2 * share - 1) * differing / num_rows for share in (low, high))
     shares = (sum(tuned for tuned, _ in pairs) / num_rows, sum(other for _, other in pairs) / num_rows)
-    low, high = max(-1.0, centre - _Z * error), min(1.0, centre + _Z * error)
+    error = math.sqrt(differing) / num_rows  # if gains and losses are equally likely
     return Comparison("exact_match", num_rows, includes_trained, *shares, error, low, high)
+
+
+def _least_share(gained: int, differing: int) -> float:
+    """Return the least p at which a binomial variable reaches `gained` with a probability of at least 2.5 %."""
+    low, high = 0.0, 1.0
+    for _ in range(50 if gained else 0):
+        p = (low + high) / 2
+        tail = math.fsum(
+            math.comb(differing, k) * p**k * (1 - p) ** (differing - k) for k in range(gained, differing + 1)
+        )
+        low, high = (low, p) if tail > 0.025 else (p, high)
+    return low
 
 
 def _pairs(data: JobData, tuned: Scores, other: Scores) -> list[tuple[bool, bool]]:

@@ -102,14 +102,14 @@ function MergeCard({ report }) {
 }
 
 /** Sentences on how the adapter compares with others. @param {any} report @returns {string[]} */
-function verdictsOf({ comparisons, evaluation, moves_latest: movesLatest }) {
+function verdictsOf({ comparisons, evaluation, unmeasured, moves_latest: movesLatest }) {
   if (!comparisons) return evaluation?.base && evaluation.tuned ? [olderVerdictOf(evaluation)] : [];
   /** @type {Comparison[]} */
   const found = ["base", "latest", "parent"].map((name) => comparisons[name]).filter(Boolean);
   const others = found.filter((one, place) => found.findIndex(({ version }) => version === one.version) === place);
   const where = comparisons.latest ? `at ${comparisons.latest.version}` : "where it was"; // it may not be measurable
   const stays = movesLatest === false ? `latest stays ${where}.` : "";
-  return [...others.map(sentenceOf), stays].filter(Boolean);
+  return [...others.map(sentenceOf), ...Object.values(unmeasured ?? {}), stays].filter(Boolean);
 }
 
 /** @param {Comparison} comparison */

@@ -1,11 +1,12 @@
 """What an attempt goes on from, and what ends it for good, with a reason: another one would end the same way."""
 
 import itertools
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from adapters.catalog.writes import LatestMoved
 from adapters.errors import Conflict, TryAgain
 from adapters.expression import Term
+from adapters.library import Library
 from adapters.lora import LoraConfig, LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
 from server.jobs import train_job
@@ -20,6 +22,7 @@ from server.jobs.jobs import FINE_TUNING, Status
 from server.jobs.leases import Claim, LeaseLost
 from server.model.base.weights import BaseModel
 from server.storage.home import Home
+from server.training.encoding import Examples
 from server.training.evaluate import LossNotFinite, Scores
 from server.training.files import FileStore, results_id
 from server.training.job_data import JobData
@@ -168,10 +171,13 @@ def overflowing(base: BaseModel) -> PeftAdapter:
 
 
 def test_a_latest_version_whose_loss_is_no_number(shop: Shop, tiny_base: BaseModel) -> None:
+    """The gate isn't passed, but the finished job doesn't fail."""
     shop.publish("codes", overflowing(tiny_base))
     shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
-    with pytest.raises(LossNotFinite, match=r"codes@1 is not a number.*publish_if"):
-        shop.attempt()
+    shop.attempt()
+    report: Any = shop.jobs.report("job")
+    assert shop.jobs.get("job").adapter is None
+    assert re.match(r"can't be decided: codes@1 wasn't measured: .* not a number", report["gate"]["reason"])
 
 
 def after_measuring_latest(monkeypatch: pytest.MonkeyPatch, do: Callable[[int], object]) -> None:
@@ -305,6 +311,81 @@ def test_a_latest_version_that_cannot_be_measured_is_replaced(
     assert shop.catalog.get("codes").latest == 2
     report: Any = shop.jobs.report("job")
     assert (report["comparisons"]["latest"], report["moves_latest"]) == (None, True)
+    assert report["unmeasured"]["latest"].startswith("codes@1 wasn't measured: ")
+    assert shop.jobs.events("job")[-1].message == report["unmeasured"]["latest"]
+
+
+@pytest.mark.parametrize("gate", ["always", "improves_latest", "not_worse"])
+@pytest.mark.parametrize("fault", ["lost", "damaged", "large", "no memory", "unfitting"])
+def test_an_unusable_latest_version_fails_no_finished_job(
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch, gate: PublishIf, fault: str
+) -> None:
+    """It is replaced, or the gate that needs it isn't passed. An event and the report say why."""
+    shop.publish("codes", sample(tiny_base.config.shape, 1))
+    (path,) = (shop.home / "adapters").rglob("adapter_model.safetensors")
+    data = job_data(tiny_base)
+    measure = Run.measure
+
+    def measure_or_fail(run: Run, weights: LoraWeights) -> Scores:
+        if weights.modules and fault == "no memory":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return measure(run, weights)
+
+    def refuse(library: Library, terms: object, field: str = "adapter") -> NoReturn:
+        raise Conflict("codes@1 was made for another base")
+
+    monkeypatch.setattr(Run, "measure", measure_or_fail)
+    if fault == "lost":
+        path.unlink()
+    elif fault == "damaged":
+        path.write_bytes(path.read_bytes()[:100])
+    elif fault == "large":
+        monkeypatch.setattr(train_job, "MAX_MEASURED_RANK", 1)
+    elif fault == "unfitting":
+        monkeypatch.setattr(Library, "pin", refuse)
+    shop.submit(replace(SPEC, publish_if=gate), data)
+    shop.attempt()
+    job = shop.jobs.get("job")
+    report: Any = shop.jobs.report("job")
+    assert job.status is Status.SUCCEEDED
+    assert (job.adapter is not None) is report["gate"]["passes"] is (gate == "always")
+    reason = report["unmeasured"]["latest"]
+    assert re.match(r"codes(@1)? wasn't measured: ", reason)
+    assert reason in [event.message for event in shop.jobs.events("job")]
+    assert gate == "always" or report["gate"]["reason"] == f"can't be decided: {reason}"
+
+
+def test_a_parent_that_cannot_be_measured(
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = shop.publish("other", sample(tiny_base.config.shape, 1))
+    spec = replace(SPEC, start_from="other@1", start_from_digest=parent.digest)
+    shop.submit(spec, job_data(tiny_base))
+    measure = Run.measure
+
+    def fail(run: Run, weights: LoraWeights) -> Scores:
+        if weights.modules:
+            raise MemoryError
+        return measure(run, weights)
+
+    monkeypatch.setattr(Run, "measure", fail)
+    shop.attempt()
+    report: Any = shop.jobs.report("job")
+    assert shop.jobs.get("job").adapter is not None
+    assert report["unmeasured"]["parent"].startswith("other@1, its parent, wasn't measured: ")
+
+
+def test_windows_of_one_text_are_one_held_out_row(shop: Shop, tiny_base: BaseModel) -> None:
+    """They are too few for a verdict by loss, however many they are."""
+    data = learnt(tiny_base)
+    windows = Examples()
+    for example in data.train:
+        windows.append(example, 0)
+    shop.submit(SPEC, replace(data, validation=windows))
+    shop.attempt()
+    report: Any = shop.jobs.report("job")
+    assert report["evaluation"]["num_rows"] == 24
+    assert report["comparisons"]["base"]["metric"] == "exact_match"
 
 
 POOR = 7

@@ -60,6 +60,7 @@ LOADS_SLOWLY = (
 
 REFUSED = "BytesUnavailable()"
 GONE = "Interrupted()"
+MOVED = "LatestMoved()"
 FULL = "OSError(errno.ENOSPC, 'No space left on device')"
 DATABASE_FULL = f"{GONE} from {FULL}"
 LOCKED = "sqlite3.OperationalError('database is locked')"
@@ -71,6 +72,7 @@ def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
         sys.executable,
         "-c",
         "import errno, sqlite3, sys\n"
+        "from adapters.catalog.writes import LatestMoved\n"
         "from adapters.errors import BytesUnavailable, Interrupted\n"
         "from server.jobs import run_job\n"
         "def fetch(*_):\n"
@@ -184,6 +186,7 @@ def test_a_database_that_stays_locked_costs_a_job_no_attempt(
     ("error", "reason", "what"),
     [
         (REFUSED, "the object store can't be reached, or refuses", "JobFiles.fetch"),
+        (MOVED, "`latest` moved each time while it was measured", "JobFiles.fetch"),
         pytest.param(GONE, "its process can't use the database", "JobFiles.fetch", marks=pytest.mark.thorough),
         pytest.param(
             DATABASE_FULL, "its process can't use the database", "JobFiles.fetch", marks=pytest.mark.thorough

@@ -157,13 +157,11 @@ async def test_one_key_at_the_same_time(app: FastAPI, tmp_path: Path) -> None:
 
 
 async def test_long_conversations_are_truncated_to_the_base(client: httpx.AsyncClient, tmp_path: Path) -> None:
-    """A held-out one, of which the first answer is measured and the last one can't be completed."""
+    """A held-out one, of which the first answer is measured. The last one was cut off, so it isn't asked for."""
     turns = [("user", "404"), ("assistant", "Not Found"), ("user", "200 " * 20_000), ("assistant", "OK")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     response = await client.post("/train", json=train_body(validation=[row]))
     data = JobData.load(tmp_path / "jobs" / response.json()["id"])
-    (reference,) = data.references
-    assert reference.text == "OK"
-    assert len(reference.prompt) == MAX_POSITIONS
+    assert data.references == []
     assert data.validation is not None
-    assert reference.prompt[:20] == data.validation[0].token_ids[:20]
+    assert len(data.validation[0].token_ids) <= MAX_POSITIONS

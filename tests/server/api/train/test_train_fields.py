@@ -176,9 +176,20 @@ async def test_exact_match_needs_completions(client: httpx.AsyncClient, tmp_path
 
 
 async def test_evaluations_of_few_rows_raise_a_warning(client: httpx.AsyncClient) -> None:
-    """Below 20 held-out rows they choose no step and stop nothing."""
-    for validation, is_warned in ((ROWS[:19], True), ((ROWS + ROWS)[:20], False)):
-        body = train_body(validation=validation, training={"eval_steps": 4})
+    """Below 20 distinct held-out rows they choose no step and stop nothing. A document's windows are one row."""
+    document: list[dict[str, object]] = [{"text": "OK " * 12_000}]
+    text: list[dict[str, object]] = [{"text": f"row {number}"} for number in range(20)]
+    for validation, metric, is_warned in (
+        (ROWS[:19], "loss", True),
+        (ROWS, "loss", False),
+        (ROWS, "exact_match", False),
+        (ROWS[:10] * 3, "loss", True),
+        (ROWS[:10] * 3, "exact_match", True),
+        (document, "loss", True),
+        (text, "loss", False),
+        (text, "exact_match", True),
+    ):
+        body = train_body(validation=validation, training={"eval_steps": 4}, publish_metric=metric)
         answer = (await client.post("/train?dry_run=true", json=body)).json()
         assert any("evaluations choose no step" in warning for warning in answer["warnings"]) is is_warned
 

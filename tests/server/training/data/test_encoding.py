@@ -179,6 +179,7 @@ def test_auto_splits_texts_into_windows(rows: RowEncoder) -> None:
     assert [token for window in encoded.examples[1:] for token in targets(window)] == targets(whole)
     assert [len(window.token_ids) for window in encoded.examples[1:-1]] == [512] * (len(encoded.examples) - 2)
     assert encoded.long == LongRows(num_split=1, num_windows=len(encoded.examples) - 1)
+    assert len(set(encoded.examples.row_keys())) == 2, "windows of a document have one key"
     (warning,) = encoded.long.warnings(512)
     assert warning == (
         f"1 row longer than training.max_length (512 tokens) split into {len(encoded.examples) - 1} windows; each "
@@ -305,6 +306,20 @@ def test_references(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> Non
     assert rows.reference(MessagesRow((ChatMessage("assistant", "OK"),))) is None
     mixed: list[Row] = [TextRow("a"), *(CompletionRow(str(i), "b") for i in range(5))]
     assert rows.references(mixed, limit=2) == [rows.reference(mixed[1]), rows.reference(mixed[2])]
+
+
+def test_references_have_a_budget(rows: RowEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that `max_length` drops or cuts were asked, too, and hundreds of long prompts were read."""
+    given: list[Row] = [CompletionRow("404 " * count, "b") for count in (40, 1, 30, 2, 3)]
+    whole = [reference for row in given if (reference := rows.reference(row)) is not None]
+    assert rows.references(given, max_length=20) == [whole[1], whole[3], whole[4]]
+    fits = len(rows.encode(given[2], LONG).token_ids)  # with the end token
+    assert whole[2] in rows.references(given, max_length=fits)
+    assert whole[2] not in rows.references(given, max_length=fits - 1)
+    monkeypatch.setattr(encoding, "MAX_REFERENCE_TOKENS", whole[0].length + whole[1].length)
+    assert rows.references(given) == whole[:2]
+    monkeypatch.setattr(encoding, "MAX_REFERENCE_TOKENS", 1)
+    assert rows.references(given) == whole[:1]
 
 
 @given(row=ROWS)

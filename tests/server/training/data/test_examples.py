@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from server.training.encoding import Example, Examples
 
@@ -43,7 +43,19 @@ def test_the_files_format(tmp_path: Path) -> None:
         "token_ids": (np.dtype("int32"), [7, 8, 9, 5]),
         "is_target": (np.dtype("uint8"), [0, 1, 1, 0]),
         "offsets": (np.dtype("int64"), [0, 3, 4]),
+        "sources": (np.dtype("int64"), [0, 1]),
     }
+
+
+def test_a_file_of_an_older_release(tmp_path: Path) -> None:
+    """It doesn't say which row an example is of: each counts as one."""
+    held = Examples([Example((7, 8), (False, True)), Example((5, 6), (False, True))])
+    held.save(tmp_path / "a")
+    tensors = load_file(tmp_path / "a")
+    del tensors["sources"]
+    save_file(tensors, tmp_path / "b")
+    assert Examples.load(tmp_path / "b").row_keys() == held.row_keys()
+    assert len(set(held.row_keys())) == 2
 
 
 def test_counting_does_not_hold_the_gil() -> None:

@@ -62,6 +62,22 @@ def test_losses_of_rows(max_tokens: int, tiny_base: BaseModel, tiny_base_dir: Pa
         assert loss == pytest.approx(copies * num_tokens * mean, abs=1e-3)
 
 
+def test_windows_of_a_row_are_one_entry(tiny_base: BaseModel) -> None:
+    """Documents that were split into windows: their intervals were those of many independent rows."""
+    one, two, three = make_examples((5, 33, 9))
+    examples = Examples()
+    for source, windows in enumerate([(one, two), (three,), (one, two), (one,)]):
+        for window in windows:
+            examples.append(window, source)
+    passes = pass_of(model_of(tiny_base), NoAdapters())
+    found = evaluate(passes, examples, keys=examples.row_keys())
+    parts = [evaluate(passes, [example]).rows[0] for example in (one, two, three)]
+    (loss, count), (first, second, third) = found.rows[0], parts
+    assert count == 2 * (first[1] + second[1])
+    assert loss == pytest.approx(2 * (first[0] + second[0]), abs=1e-3)
+    assert [count for _, count in found.rows[1:]] == [third[1], first[1]]
+
+
 def test_nothing_is_trained_or_kept(tiny_base: BaseModel) -> None:
     rows = rows_of(random_adapter(tiny_base.config.shape, 3, rank=4), tiny_base)
     evaluate(pass_of(model_of(tiny_base), rows), make_examples())

@@ -1,5 +1,6 @@
 """Verdicts: intervals that cover what they say, and no verdict from a few held-out rows."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,15 +79,19 @@ def test_equal_losses_are_rarely_judged(num_rows: int) -> None:
     ("gained", "lost", "verdict"),
     [
         (25, 0, "better"),
-        (5, 0, "better"),
-        (4, 0, "can't tell"),
+        (6, 0, "better"),
+        (5, 0, "can't tell"),
+        (3, 0, "can't tell"),
         (0, 0, "can't tell"),
         (1, 6, "can't tell"),
-        (0, 7, "worse"),
+        (0, 5, "can't tell"),
+        (0, 6, "worse"),
+        (9, 2, "can't tell"),
+        (10, 1, "better"),
     ],
 )
 def test_matches_are_judged_in_pairs(gained: int, lost: int, verdict: str) -> None:
-    """Agresti and Min's interval: 1/2 is added to each cell, then it is Wald's."""
+    """By McNemar's exact test: 5 gains without a loss are heads five times in a row, which is no proof."""
     num_rows, both = 28, 2 if gained < 20 else 0
     tuned = [True] * gained + [False] * lost + [True] * both
     other = [False] * gained + [True] * lost + [True] * both
@@ -97,11 +102,24 @@ def test_matches_are_judged_in_pairs(gained: int, lost: int, verdict: str) -> No
     assert (found.metric, found.num_rows, found.includes_trained) == ("exact_match", 28, True)
     assert found.verdict == verdict
     assert found.difference == pytest.approx((gained - lost) / num_rows)
-    share, shared = (gained + 0.5) / 30, (lost + 0.5) / 30
-    error = ((share + shared - (share - shared) ** 2) / 30) ** 0.5
-    assert found.standard_error == pytest.approx(error)
-    assert found.low == pytest.approx(max(-1, share - shared - 1.959964 * error))
-    assert found.high == pytest.approx(min(1, share - shared + 1.959964 * error))
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low - 1e-9 <= found.difference <= found.high + 1e-9
+    rarer = sum(math.comb(gained + lost, k) for k in range(max(gained, lost), gained + lost + 1))
+    is_significant = 2 * rarer / 2 ** (gained + lost) <= 0.05
+    assert (found.verdict != "can't tell") is is_significant
+
+
+def test_the_interval_of_matches_is_clopper_and_pearsons() -> None:
+    """Of 10 rows that differ, 9 are gains: tables have 0.555 to 0.997 for the share."""
+    gains = [(True, False)] * 9 + [(False, True)] + [(True, True)] * 10
+    tuned, other = (Scores(None, found) for found in zip(*gains, strict=True))
+    found = compare(tuned, other, data_of(trained=references(20)), "loss")
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(((2 * 0.554984 - 1) / 2, (2 * 0.997471 - 1) / 2), abs=1e-5)
+    few = compare(Scores(None, (True,) * 3), Scores(None, (False,) * 3), data_of(trained=references(3)), "loss")
+    assert few is not None
+    assert few.verdict == "can't tell"
 
 
 def test_equal_adapters_are_rarely_judged_by_matches() -> None:
