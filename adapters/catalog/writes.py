@@ -102,7 +102,7 @@ def publish_unattended_in(
 
     `alias` is pointed to the version; the alias "latest" moves `latest` in any case. `compared_with` is the number
     of the latest version with which the job compared the new one, 0 if there was no version, or None if the job
-    didn't compare. Raise LatestMoved if the latest version is another one by now.
+    didn't compare. Raise LatestMoved if the job did, and the latest version is another one by now.
     """
     lock(connection, new.name)
     has_latest = (names.c.name == new.name, names.c.latest.is_not(None))
