@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hint:
-    """Advice that is part of an error's message. A client may replace `text` by its own advice for `code`."""
+    """Advice that is part of an error's message. `code` names it; a client may replace `text` by its own words."""
 
     code: str
     text: str

@@ -1,9 +1,9 @@
 """The adapters for one base: the catalog's names and the store's bytes together.
 
-A name resolves in the catalog, its bytes are in the store, and other processes may delete the name and the bytes
-in between. Names are deleted before bytes, and bytes stay if they are pinned or a name means them again. So the
-library pins the bytes first and then resolves the name again: if the name still means the same bytes, they stay
-until they are unpinned.
+The catalog says which bytes a name means, and the store has the bytes. Other processes may delete a name at any
+time, and its bytes soon after. A pin keeps bytes from being removed (see `AdapterStore.pin`), but it may come too
+late. So the library looks up a name, pins its bytes, and looks it up again: if the name still means the same
+bytes, they stay until they are unpinned.
 
 All methods may block on disk, except those that say otherwise: call them in a thread.
 """
@@ -35,9 +35,9 @@ _SHOWN = 200  # characters of a base's name, which may come from a client
 
 
 class Pinned:
-    """Resolved parts whose bytes stay in the store until `release`.
+    """The parts that an expression means. Their bytes are pinned: they stay in the store until `release`.
 
-    `warnings` are for users of the parts: each begins with the version that it is about.
+    `warnings` are about the parts, for the user: each begins with the version that it is about.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Pinned:
     ) -> None:
         """Pin the parts' bytes, without blocking.
 
-        If a name means the bytes after this call, they exist until `release`.
+        They exist until `release` if a look-up after this call finds that the parts' names still mean them.
         """
         self.parts = parts
         self.warnings = warnings
@@ -54,7 +54,9 @@ class Pinned:
             store.pin(self._digests)
 
     def release(self) -> None:
-        """Unpin the bytes. Those of deleted versions are removed with their last pin. A second call is a no-op.
+        """Unpin the bytes. A second call is a no-op.
+
+        Bytes of deleted versions are removed when nothing pins them any more.
 
         Raise OSError or the database's error if the removal fails; the bytes are unpinned nevertheless.
         """
@@ -117,7 +119,8 @@ class Library:
         """Resolve the terms and pin their bytes, for use with the base. A composition means its parts.
 
         Raise NotFound, naming the missing terms; InvalidInput on `field` if there are too many parts or a weight
-        is too large; Conflict, naming the versions that don't fit the base's shapes; or CorruptAdapter.
+        is too large; Conflict, naming the versions that don't fit the base's shapes; or CorruptAdapter if a part's
+        files are found to be damaged or missing.
         """
         pinned = self._pin(terms, field)
         try:
@@ -187,8 +190,7 @@ class Library:
         """Publish a composition as the name's next version, with its terms pinned to versions.
 
         Return the version, and whether it is new: if the latest version has the same parts and weights, nothing is
-        published. Raise NotFound, naming the missing terms; InvalidInput on `field`; or Conflict if an adapter has
-        the name or a part doesn't fit the base's shapes.
+        published. Raise errors as `pin` and `Catalog.compose` do.
         """
         self.check_name(name, "composition")
         pinned = self.pin(terms, field)
@@ -256,8 +258,8 @@ class Library:
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
         """Open the version's two PEFT files, with its own configuration.
 
-        The caller closes the files. They stay readable if the version is deleted. Raise NotFound, CorruptAdapter,
-        or Conflict if the version is a composition.
+        The caller closes the files. They stay readable if the version is deleted. Raise NotFound if the version
+        doesn't exist, CorruptAdapter if its files are damaged or missing, or Conflict if it is a composition.
         """
         if (found := self.catalog.version(name, version)).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
@@ -275,9 +277,9 @@ class Library:
         return self.store.put(adapter)
 
     def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
-        """Store an adapter's bytes for the `with` block, which commits its version.
+        """Store an adapter's bytes, and yield their number. The caller's block must commit a version with them.
 
-        If the block fails, remove the bytes.
+        If the block fails, remove the bytes, unless another version or a job needs them.
         """
         return self.store.publishing(adapter, self._is_wanted)
 
@@ -287,7 +289,10 @@ class Library:
             self.store.discard(digest, self._is_wanted)
 
     def load(self, digest: str) -> LoraWeights:
-        """Return the weights of pinned bytes, which may be for another base. Raise CorruptAdapter."""
+        """Return the weights of pinned bytes, which may be for another base.
+
+        Raise CorruptAdapter if the bytes are missing or inconsistent.
+        """
         return self.store.load(digest)
 
     def verify(self, digest: str) -> None:
@@ -302,7 +307,10 @@ class Library:
         return self.store.read(digest, self.shape)
 
     def ranks(self, digest: str) -> dict[ModuleKey, int]:
-        """Return the rank of each module of a pinned part, without reading its weights. Raise CorruptAdapter."""
+        """Return the rank of each module of a pinned part, without reading its weights.
+
+        Raise CorruptAdapter if its configuration is missing or damaged, or doesn't fit the base.
+        """
         return self.store.ranks(digest, self.shape)
 
     def delete(self, name: str, force: bool = False) -> None:
@@ -335,7 +343,8 @@ class Library:
     def _check_usable(self, parts: Iterable[Part]) -> tuple[str, ...]:
         """Return the warnings of all parts. The parts' bytes must be pinned.
 
-        Raise Conflict if a part's shapes don't fit the base, NotFound if a version is gone, or CorruptAdapter.
+        Raise Conflict if a part's shapes don't fit the base, NotFound if a version is gone, or CorruptAdapter if
+        files are found to be damaged or missing.
         """
         viewpoint = self.catalog.viewpoint
         found: dict[str, tuple[str, ...] | None] = {}
@@ -396,7 +405,7 @@ class Library:
 class ServedBase:
     """The served base. `warnings` compares it with the base on which a version was made.
 
-    Shapes fit or they don't, but no byte of an adapter shows which weights it was trained with. So every version
+    An adapter's bytes show whether its shapes fit a base, but not on which base it was trained. So every version
     records the digest of its base, and an upload also records the name that its file gives for the base. If
     `digest` is None, the served base's digest is unknown, and no digest is compared with it.
     """

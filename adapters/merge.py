@@ -39,7 +39,7 @@ WeightedAdapters = Sequence[tuple[LoraWeights, float]]
 
 
 def check(parts: Iterable[Mapping[ModuleKey, int]], recipe: Recipe) -> None:
-    """Raise InvalidInput for `rank` if the recipe merges A and B entry by entry, but the adapters' ranks differ.
+    """Raise InvalidInput on `rank` if the adapters' ranks differ, but the recipe merges A and B entry by entry.
 
     `parts` has the ranks of each adapter's modules.
     """

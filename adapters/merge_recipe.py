@@ -12,7 +12,7 @@ class Recipe:
     """How to merge adapters. `density` is the share of entries to keep, above 0 and at most 1; svd keeps all.
 
     `rank` is the result's rank. If it is given, the products B·A are merged, otherwise A and B separately. With
-    svd, a `rank` of None means the largest rank of any adapter, limited by the modules' features.
+    svd, a `rank` of None means the largest rank of any adapter, limited by the largest rank that a B·A can have.
     """
 
     method: MergeMethod

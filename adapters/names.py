@@ -32,8 +32,8 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
     A name that differs only in case is preferred.
 
-    Only the names with the longest common prefix and suffix are compared, since a typo leaves the characters
-    before and after it. Text of more than twice the maximum length is similar to no name, which bounds the time.
+    Only the few names that begin and end most like `name` are compared, since a typo doesn't change the characters
+    before and after it. A `name` of more than twice the maximum length is similar to none, which bounds the time.
     """
     if len(name) > 2 * MAX_NAME:
         return None

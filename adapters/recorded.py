@@ -89,8 +89,9 @@ def _is_of(config: LoraConfig | PeftConfig, rank: int, alpha: float, use_rslora:
 def _uses_rslora(version: NewVersion, stored: bool, weights: LoraWeights) -> bool:
     """Return whether the version uses rank-stabilized LoRA.
 
-    Merges and other projects' versions have no record of this. For these, return `stored`, the
-    stored file's answer, unless only the opposite answer fits the version's alpha and the scalings of `weights`.
+    Merges have no record of this, and the records of other projects' versions are hidden. For these, return
+    `stored`, the stored file's answer, unless only the opposite answer fits the version's alpha and the scalings
+    of `weights`.
     """
     lora = version.config.get("lora")
     recorded = lora.get("use_rslora") if isinstance(lora, Mapping) else None

@@ -38,9 +38,9 @@ def reader_of(engine: sa.Engine) -> sa.Engine:
 def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
     """Run `work` in one transaction, and return its result.
 
-    If another transaction took the same name or number first, the transaction is repeated, up to MAX_ATTEMPTS
-    times. If `work` or the commit raises Interrupted, the transaction is repeated for as long as the engine's
-    option PATIENCE says.
+    If another transaction has inserted a row with the same key first, the transaction is repeated: there are up to
+    MAX_ATTEMPTS attempts. If `work` or the commit raises Interrupted, the transaction is repeated for as long as
+    the engine's option PATIENCE says.
     """
     until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
     num_left = MAX_ATTEMPTS

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class BadJsonError(ValueError):
-    """Text that isn't strict JSON. The message is safe to show, and needs a subject, such as a file's name."""
+    """Text that isn't strict JSON. The message is safe to show after a subject, such as a file's name."""
 
 
 def parse(text: str) -> object:

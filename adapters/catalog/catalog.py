@@ -134,8 +134,9 @@ class Catalog:
         Return the version, and whether it is new: if the latest version has the same parts and weights, that
         version is returned and nothing is added. Compositions among the terms are replaced by their own parts.
 
-        Raise NotFound if a term's adapter doesn't exist, InvalidInput, naming `field`, if there are too many parts
-        or a weight is too large, and Conflict if an adapter that is no composition has the name.
+        Raise NotFound if a term's adapter doesn't exist; InvalidInput on `field` if there are too many parts, a
+        weight is too large or the weights cancel out; or Conflict if an adapter that is no composition has the
+        name, or the composition is public and a part isn't.
         """
         viewpoint, key = self.viewpoint, self._new_key(name)
         with recording(self._engine, self._records) as records:
@@ -215,11 +216,11 @@ class Catalog:
             writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
 
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
-        """Return the version that each term of an expression means now, in order, by one indexed query.
+        """Return the parts that the terms of an expression mean now, in order, by one indexed query.
 
         A composition is replaced by its parts, with their weights multiplied by the term's weight. Raise NotFound,
-        naming every missing term, if an adapter doesn't exist. Raise InvalidInput, naming `field`, if there are
-        too many parts or a weight is too large.
+        naming every missing term, if an adapter doesn't exist, or InvalidInput on `field` if there are too many
+        parts or a weight is too large.
         """
         if not terms:
             return ()
@@ -278,7 +279,10 @@ class Catalog:
             return writes.is_named(connection, digest)
 
     def recover(self, is_stored: Callable[[str], bool], is_known: Callable[[str], bool]) -> Recovered:
-        """Make the database and the records agree (see `adapters.catalog.recovery`). A no-op without records."""
+        """Make the database and the records agree, and return what was repaired.
+
+        Do nothing if the catalog has no `records`. The arguments are as in `adapters.catalog.recovery.recover`.
+        """
         if self._records is None:
             return Recovered()
         return recover(self._engine, self._records, is_stored, is_known)
@@ -297,13 +301,19 @@ class Catalog:
         return digests
 
     def _new_key(self, name: str) -> str:
-        """Return the table key of a name that gets a new version. Raise InvalidInput if the name is invalid."""
+        """Return the key (see `adapters.names`) of a name that gets a new version.
+
+        Raise InvalidInput if the name is invalid.
+        """
         if fault := name_fault(name):
             raise InvalidInput.of("name", fault)
         return self.viewpoint.key(name)
 
     def own_key(self, name: str) -> str:
-        """Return the table key of an adapter to change. Raise NotFound if another project owns the name."""
+        """Return the key (see `adapters.names`) of an adapter that the caller wants to change.
+
+        Raise NotFound if the adapter belongs to another project, unless the viewpoint sees all.
+        """
         key = self.viewpoint.key(name)
         if not (self.viewpoint.sees_all or self.viewpoint.owns(key)):
             raise NotFound(f"no such adapter in project {self.viewpoint.project}: {name}")

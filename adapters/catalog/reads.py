@@ -40,11 +40,11 @@ _ALIASES = (
 
 
 def _near() -> "sa.CompoundSelect[str]":
-    """Return a query for a project's names that may be what a user meant by `name`.
+    """Return a query for the names of a project that a user who mistyped a name may have meant.
 
-    These are the names just before and after `name` in sorted order, and the names in the list `slips`. The
-    query's parameters are `project`, `name`, `slips` and `sees_private`. Unless `sees_private` is true, only
-    public names are selected.
+    Its parameters are `project`; `name`, the mistyped name; `slips`, what `adapters.names.slips` returns for it;
+    and `sees_private`. The query selects the names just before and after `name` in sorted order, and those in
+    `slips`. Unless `sees_private` is true, it selects only public names.
     """
     name = sa.bindparam("name", type_=sa.String)
     may_see = sa.or_(sa.bindparam("sees_private", type_=sa.Boolean), names.c.is_public)
@@ -65,7 +65,7 @@ _OF_PARTS = re.compile(rf"(?:(?:{NAME.pattern}/)?{NAME.pattern}@[0-9]+: )+")
 
 
 def show_version(viewpoint: Viewpoint, version: Version) -> Version:
-    """Return the version as the project sees it. How another project made its version is hidden."""
+    """Return the version as the project sees it. If it is another project's, how it was made is left out."""
     name, parts = viewpoint.shown(version.name), tuple(show_part(viewpoint, part) for part in version.parts)
     if viewpoint.sees_all or viewpoint.owns(version.name):
         is_same = name == version.name and parts == version.parts
@@ -210,9 +210,9 @@ _T = TypeVar("_T")
 
 
 def _hidden(connection: sa.Connection, keys: Mapping[_T, str], viewpoint: Viewpoint) -> set[_T]:
-    """Return the items whose adapters belong to other projects and aren't public.
+    """Return those items of the mapping `keys` whose adapters belong to other projects and aren't public.
 
-    `keys` maps each item to an adapter's key. This takes one query if there are keys of other projects, else none.
+    `keys` maps an item to its adapter's key. This takes one query if there are keys of other projects, else none.
     Private and missing names are treated alike, so that the time of an answer doesn't reveal whether a name is
     private or missing.
     """

@@ -1,7 +1,7 @@
 """Records of all versions: small JSON files from which a lost catalog is rebuilt.
 
     names/<name>/<version>.json        all that the catalog knows of the version, except aliases
-    names/<name>/next                  the next version's number, if the highest record doesn't imply it
+    names/<name>/next                  the next version's number, if it isn't the highest record's plus one
     projects/<project>/<name>/...      the same files for projects other than `default`
 
 The records are stored next to the adapters' bytes, below HOME/adapters, or under the same keys in a bucket. A
@@ -36,7 +36,7 @@ _MAX_BYTES = 16 << 10  # about twice as much as a record of 16 parts with a job'
 
 @dataclass(frozen=True)
 class Found:
-    """The content of all records. `unreadable` has the paths of damaged files, below the store's root.
+    """The content of all records. `unreadable` has the paths of damaged records, relative to the root or bucket.
 
     `next_versions` has, by name, the content of the file `next`: the lowest number that a new version may get.
     """
@@ -115,10 +115,10 @@ class Records:
             self._blobs.clean(f"{folder}/")
 
     def _leaving(self, name: str, numbers: list[int]) -> tuple[list[int], int | None]:
-        """Return which of the versions have records, and the number to write to the file `next`.
+        """Return which of the versions have records, and the number to write to `next` before these are removed.
 
-        The file must be written before the records are removed. The number is None if the file needn't be written,
-        because the file or a remaining record already implies the number.
+        The number is None if the file `next` needn't be written: a version with a higher number keeps its record,
+        or the file already has a number above those of the removed records.
         """
         files = [key.rpartition("/")[2] for key in self._blobs.keys(f"{folder_of(name)}/")]
         there = {number for file in files if (number := _number(file)) is not None}
@@ -139,7 +139,7 @@ class Records:
 
 
 class Recorder:
-    """Writes the records of one transaction. `written` lists the versions whose records it wrote."""
+    """Writes records of the versions that one transaction publishes, and lists these versions in `written`."""
 
     def __init__(self, records: Records) -> None:
         self.written: list[Version] = []
@@ -179,7 +179,7 @@ def folder_of(key: str) -> str:
 
 
 def _place_of(key: str) -> tuple[str, int, str] | None:
-    """Return the adapter's key and the version's number from the path `key` of a record, and `key` itself.
+    """Return the adapter's key, the version's number and the path, for the record whose path is `key`.
 
     The number is 0 for the file `next`. Return None if `key` isn't the path of a record.
     """

@@ -4,13 +4,14 @@ A version without a record gets a record. If the records don't show a name's nex
 recorded, too.
 For a record without a version there are two cases:
 
-- The catalog has given out its number. Then a delete was interrupted, and the record is removed.
-- The catalog has not given it out. Then a publication was interrupted, or the database was lost or restored from
-  an older copy. The version is published if its bytes exist. The exception is a record of a job that is in the
-  database: the job publishes the version itself, or ended before it could.
+- Its number is below the name's next version number in the database. Then a delete was interrupted, and the
+  record is removed.
+- Its number isn't below it. Then a publication was interrupted, or the database was lost or restored from an older
+  copy. The version is published if its bytes exist. The exception is a version whose job is in the database: the
+  job publishes the version itself, or ended before it could.
 
-So the same code repairs a crash and rebuilds the catalog from the directories. Aliases, a `latest` that was moved
-back, jobs, and which adapters are public aren't in the directories: they are lost with the database.
+So the same code repairs a crash and rebuilds the catalog from the records. Aliases, a `latest` that was moved
+back, jobs, and which adapters are public aren't in the records: they are lost with the database.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -100,7 +101,10 @@ def _listed(connection: sa.Connection) -> dict[tuple[str, int], Version]:
 def _count_up(
     connection: sa.Connection, found: Found, numbers: Mapping[str, int], owed: Iterable[Version]
 ) -> None:
-    """Increase the names' next version numbers above all recorded numbers, so that no number is used twice."""
+    """Increase the names' next version numbers (`numbers`) so that no number in the records is used again.
+
+    `found` is the content of the records; `owed` are versions that have records but are missing in the database.
+    """
     wanted = {name: (number, "adapter") for name, number in found.next_versions.items()}
     for version in owed:
         number, _ = wanted.get(version.name, (1, ""))
@@ -116,9 +120,9 @@ def _count_up(
 def _record_numbers(
     records: Records, found: Found, listed: Iterable[tuple[str, int]], numbers: Mapping[str, int]
 ) -> None:
-    """Record the next version number of each name, unless the name's other records already imply this number.
+    """Record the next version number of each name (`numbers`), unless the records show it already.
 
-    The records don't imply the number if the name's newest version was deleted.
+    They show it if it follows the highest number of the name's versions (`listed`), or if the file `next` has it.
     """
     recorded = dict(found.next_versions)
     for name, number in listed:

@@ -29,9 +29,9 @@ class Part:
 class NewVersion:
     """An adapter to publish.
 
-    `bytes` is its size in the store, `parent` the expression that it was made from, pinned to versions,
-    `base_digest` the digest of the base's weights, `data_digest` the digest of its training rows, and `config` a
-    JSON document for people that says how it was made.
+    `bytes` is its size in the store. `parent` is the expression that it was made from, with version numbers.
+    `base_digest` is the digest of the base's weights, and `data_digest` is that of the rows it was trained on.
+    `config` is a JSON document for people that says how it was made.
     """
 
     name: str
@@ -53,16 +53,20 @@ class NewVersion:
 
     @property
     def verdict(self) -> str | None:
-        """How the version compares with the latest one before it, as its job found; None without a comparison."""
+        """Whether its job found it "better" or "worse" than the previous latest version, or "can't tell".
+
+        None if the job didn't compare them.
+        """
         found = self.config.get(VERDICT)
         return found if isinstance(found, str) else None
 
     @property
     def moves_latest(self) -> bool:
-        """Whether `latest` moves to the version when it is published, unless somebody moved `latest` back.
+        """Whether `latest` moves to the version when it is published, if nobody moved `latest` back.
 
-        A version of an older release has no verdict. `latest` moves to it unless its loss is above the untouched
-        base's.
+        It doesn't move if the version's job found it worse than the previous latest version. A job of an older
+        release of smolora made no such comparison; then it doesn't move if the version's loss is above the base's.
+        It moves in any case if "latest" is the alias that the job gives to the version.
         """
         if self.config.get("alias") == "latest":
             return True
@@ -130,7 +134,8 @@ class Origin:
 def combine(parts: Iterable[Part]) -> tuple[AdapterRef, ...]:
     """Return the parts' digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
 
-    Sums are exact in the decimals as written: 0.1 + 0.2 - 0.3 is zero, and the order doesn't matter.
+    The weights of a digest are summed exactly, as the decimals that were written: 0.1 + 0.2 - 0.3 is zero. The
+    order of the parts doesn't matter.
     """
     sums: dict[str, Fraction] = {}
     for part in parts:
@@ -156,6 +161,9 @@ def times(weight: float, other: float) -> float:
 
 
 def blend_digest(parts: Iterable[Part]) -> str:
-    """Return the SHA-256 (hex) of the combined parts. Compositions of equal effect have equal digests."""
+    """Return the SHA-256 (hex) of the parts in their canonical form (see `combine`).
+
+    So compositions of equal effect have equal digests.
+    """
     pairs = "".join(f"|{digest}*{weight!r}" for digest, weight in combine(parts))
     return hashlib.sha256(f"smolora-blend-v1{pairs}".encode()).hexdigest()

@@ -53,9 +53,9 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
 
 
 def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
-    """Remove the records that the recorder wrote for versions that don't exist.
+    """Remove the records that the recorder wrote for versions that were not committed.
 
-    Until `connection`'s transaction ends, no other process can use these versions' numbers.
+    Meanwhile no other process can use these versions' numbers: writers wait until `connection`'s transaction ends.
     """
     for version in recorder.written:
         mine = (versions.c.name == version.name, versions.c.version == version.version)
@@ -100,8 +100,9 @@ def publish_unattended_in(
     `latest` stays if somebody moved it back manually, because a job that ends later must not undo that. It also
     stays if `worse` is given, which says in words that the job found the new version worse than the latest one.
 
-    `alias` is pointed to the version; the alias "latest" moves `latest` in any case. Raise LatestMoved if
-    `compared_with` is given and `latest` is another version (0: no version).
+    `alias` is pointed to the version; the alias "latest" moves `latest` in any case. `compared_with` is the number
+    of the latest version with which the job compared the new one, 0 if there was no version, or None if the job
+    didn't compare. Raise LatestMoved if the job did, and the latest version is another one by now.
     """
     lock(connection, new.name)
     has_latest = (names.c.name == new.name, names.c.latest.is_not(None))
@@ -292,9 +293,9 @@ def _select_unshared_digests(name: str, number: int | None) -> "sa.Select[str]":
 def _rows_of(
     name: str, number: int | None, names_there: "sa.Column[str]", numbers_there: "sa.Column[int]"
 ) -> sa.ColumnElement[bool]:
-    """Return an SQL condition for the name's rows in a table with these two columns.
+    """Return an SQL condition for a table's rows about the name's version `number` (None: all its versions).
 
-    The condition selects the rows of version `number`, or of all versions if `number` is None.
+    The table has adapters' names in the column `names_there`, and versions' numbers in `numbers_there`.
     """
     return names_there == name if number is None else sa.and_(names_there == name, numbers_there == number)
 
@@ -302,8 +303,8 @@ def _rows_of(
 def _repair_latest(connection: sa.Connection, name: str) -> None:
     """If `latest` is a deleted version, make the highest remaining version the latest.
 
-    If `latest` is now the highest version, it no longer counts as moved back (`rolled_back`). A name without
-    versions becomes private, so that later versions aren't public by accident.
+    If `latest` is now the highest version, clear `rolled_back`, which says that somebody moved `latest` back. A
+    name without versions becomes private, so that later versions aren't public by accident.
     """
     mine = names.c.name == name
     is_gone = names.c.latest.not_in(sa.select(versions.c.version).where(versions.c.name == name))
@@ -362,7 +363,7 @@ def _newest(name: str) -> "sa.ScalarSelect[int]":
 def _blend(
     name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[Version], viewpoint: Viewpoint
 ) -> Version:
-    """Return a composition's version with these parts (`leaves`), made of the versions `made_of`."""
+    """Return the composition's version `number`. `leaves` are its parts, `made_of` the parts' versions."""
     by_digest = {version.digest: version for version in made_of}.values()  # equal bytes count once
     origin = Origin.of(show_version(viewpoint, version) for version in made_of)
     return Version(

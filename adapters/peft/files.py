@@ -41,7 +41,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """An adapter with its configuration. `base_model` is the base model's name in the file, or None."""
+    """An adapter with its configuration. `base_model` is the base model's name that it gives, or None."""
 
     config: LoraConfig
     weights: LoraWeights
@@ -132,7 +132,7 @@ def config_json(config: LoraConfig, base_model: str | None) -> bytes:
 def describe(
     weights: LoraWeights, rank: int, alpha: float, use_rslora: bool, num_layers: int | None
 ) -> LoraConfig:
-    """Return a configuration for the weights. Its patterns list the modules whose rank or alpha differs.
+    """Return a configuration for the weights. Its patterns list the modules with another rank or alpha.
 
     `num_layers` is the base model's, or None if it is unknown.
     """

@@ -2,7 +2,7 @@
 
 Credentials, region and endpoint come from the usual AWS_* variables, which obstore reads. A failed request is
 retried with jitter for `patience` seconds, and the last attempt may take as many seconds again. All requests may
-be repeated: none is a conditional put, which not every store supports.
+be repeated. Conditional puts, which may not, aren't used; some stores don't support them anyway.
 """
 
 import hashlib

@@ -45,7 +45,7 @@ class Copy:
 class Copies:
     """All copies of the folders in a bucket. A copy is whole once it has the file `mark`, which is uploaded last.
 
-    If `bucket` is None, there are no copies, and `push` does nothing: the folders are only in HOME.
+    If `bucket` is None, there are no copies, and `push` does nothing: the folders are only on this machine.
     """
 
     def __init__(self, bucket: "Bucket | None", mark: str) -> None:

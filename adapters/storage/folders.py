@@ -91,7 +91,10 @@ class Folders:
         return digest.hexdigest()
 
     def read(self, name: str) -> Document:
-        """Return the JSON object in the folder's mark. Raise errors as `Read` does."""
+        """Return the JSON object in the folder's mark.
+
+        Raise FileNotFoundError if it is missing, OSError if it can't be read, or ValueError if it isn't valid.
+        """
         return _parsed((self._root / name / self._mark).read_bytes())
 
     def all(self) -> Mapping[str, Read]:

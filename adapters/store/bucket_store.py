@@ -10,19 +10,20 @@ bytes in the cache. In the bucket, where no machine knows what other machines us
 instead:
 
 - A process writes a doubt before it uploads a copy, and before it deletes a version. It removes the doubt when it
-  is done. If it is killed, a sweep settles the doubt after `grace`: unwanted copies get tombstones.
+  is done. If it is killed, a sweep settles the doubt after `grace`, a time longer than any request: copies that
+  the catalog doesn't want get tombstones.
 - A discard writes tombstones. A sweep deletes a copy whose tombstone is older than `grace`, by the bucket's clock,
-  if the catalog doesn't want the digest: first the copy, then the tombstone. `grace` is longer than any request.
-  So a request that resolved the name before the delete has the bytes by then.
+  if the catalog doesn't want the digest: first the copy, then the tombstone. A request that resolved the name
+  before the delete has the bytes by then.
 
 Any process may sweep at any time, stop anywhere, and go on an hour later: a published version keeps its bytes.
-This holds because a publisher looks again *after* the commit, first for tombstones and then for a whole copy
-without one, and uploads another copy if there is none. Suppose that a sweep deletes a copy because the digest is
-unwanted. If the sweep asked the catalog after the commit, the answer was "wanted". If it asked before, the
-tombstone existed before the commit, and exists until the copy is gone. So the publisher either sees the tombstone
-or misses the copy. A copy that is uploaded later has another name, and a late sweep can't delete it. (The
-exception: a publisher that was stopped for longer than `grace` before the commit, and is killed before it looks
-again. `smolora doctor` names its version.)
+This holds because the process that publishes a version checks the bucket again *after* the commit. It lists the
+tombstones, then the copies, and uploads another copy if there is no whole one without a tombstone. A sweep that
+asks the catalog after the commit learns that the digest is wanted. A sweep that asked before the commit deletes a
+copy whose tombstone existed before the commit, and exists until the copy is gone. So the publishing process sees
+that tombstone, or doesn't see the copy. The copy that it uploads then has another name, so a late sweep can't
+delete it. (The exception: a process that was stopped for longer than `grace` before the commit, and is killed
+before it checks again. `smolora doctor` names its version.)
 """
 
 import fcntl
@@ -271,10 +272,7 @@ class BucketAdapterStore(AdapterStore):
 
 
 class _Deletions:
-    """The marks in one bucket for adapters that may be unused (doubts) and copies to delete (tombstones).
-
-    Thread-safe. The module's docstring describes both.
-    """
+    """The doubts and tombstones in one bucket, which the module's docstring describes. Thread-safe."""
 
     def __init__(self, bucket: Bucket, copies: Copies, grace: float) -> None:
         self._bucket = bucket

@@ -8,9 +8,10 @@
     <root>/.tmp-...                                           being written, or being removed
 
 A directory is whole or absent, whenever a process is killed. Several processes may use one root. The catalog
-decides which digests are wanted, and processes race. So a publisher locks the directory until the version is
-committed (`publishing`). The lock ends with the process. Before a process removes a directory, it locks the
-directory too, and then asks the catalog once more whether the bytes are wanted.
+decides which digests are wanted, but one process may remove a digest's bytes while another publishes them. So a
+publisher locks the directory until the version is committed (`publishing`). The lock ends with the process. Before
+a process removes a directory, it locks the directory too, and then asks the catalog once more whether the bytes
+are wanted.
 """
 
 import fcntl
@@ -76,13 +77,15 @@ InUse = Callable[[str], bool]
 
 
 class Pins:
-    """The digests that this process uses (pins), and those to discard after their last pin. Thread-safe.
+    """The pinned digests, whose bytes this process uses, and those to discard once unpinned. Thread-safe.
 
-    Event loops pin, so no method waits for a disk or a database. Nor does a pin wait for a discard of the same
-    bytes. So bytes may still be removed just after they were pinned, but only if no name refers to them. A discard
-    first asks the catalog whether the bytes are wanted, and then asks whether they are pinned. Nothing publishes
-    the bytes in between. So a pin that precedes the second question keeps the bytes. A later pin comes after the
-    names have gone, and its owner looks for a name *after* pinning (`adapters.library`).
+    A digest may be pinned several times, and is unpinned once each of its pins is undone. Event loops pin, so no
+    method waits for a disk, a database, or a discard of the same bytes.
+
+    A discard first asks the catalog whether a name refers to the bytes, and then asks whether they are pinned. If
+    neither, it removes them. A pin that precedes the second question keeps the bytes. A later pin may not, but no
+    name refers to the bytes by then, since nothing publishes them during a discard. So whoever pins must look for
+    a name *after* pinning (`adapters.library`).
     """
 
     def __init__(self) -> None:
@@ -117,9 +120,9 @@ class Pins:
         return freed
 
     def doom(self, digest: str, in_use: InUse) -> bool:
-        """If the digest is pinned, mark it to be discarded after its last pin. Return whether it is pinned.
+        """If the digest is pinned, mark it to be discarded once it is unpinned. Return whether it is pinned.
 
-        The call of `remove` that undoes the last pin returns the digest, unless `revive` is called before.
+        The call of `remove` that undoes the last `add` returns the digest, unless `revive` is called before.
         """
         with self._mutex:
             if digest in self._counts:
@@ -127,7 +130,7 @@ class Pins:
             return digest in self._counts
 
     def revive(self, digest: str) -> None:
-        """Undo `doom`: don't discard the digest after its last pin."""
+        """Undo `doom`: don't discard the digest once it is unpinned."""
         with self._mutex:
             self._doomed.pop(digest, None)
 
@@ -217,7 +220,7 @@ def never(digest: str) -> bool:
 
 
 class AdapterStore:
-    """The adapters under one root. Thread-safe. A pin protects bytes from this process only."""
+    """The adapters under one root. Thread-safe. A pin keeps this process from removing bytes, but no other one."""
 
     is_in_bucket = False
     """Whether the bytes are in a bucket, which other machines may use at any time."""
@@ -257,7 +260,7 @@ class AdapterStore:
     def publishing(
         self, adapter: PeftAdapter, in_use: InUse, original: Mapping[str, bytes] | None = None
     ) -> Iterator[int]:
-        """Store the adapter as `put` does, and yield its size in bytes. The block commits the version.
+        """Store the adapter as `put` does, and yield its size in bytes. The block commits a version of it.
 
         During the block no process can discard the bytes. If the block fails, they are discarded, unless
         `in_use(digest)` is true.
@@ -330,7 +333,7 @@ class AdapterStore:
         check_weights(self._place(digest), digest, weights)
 
     def verify_stored(self, digest: str) -> None:
-        """Verify, as `verify` does, the bytes that all machines use instead of this machine's cached copy."""
+        """Verify as `verify` does: not this machine's cached copy, but the bytes that all machines share."""
         self.verify(digest)
 
     def open(self, digest: str) -> dict[str, BinaryIO]:
@@ -353,9 +356,9 @@ class AdapterStore:
         self._pins.add(digests)
 
     def unpin(self, digests: Iterable[str]) -> None:
-        """Undo one `pin` of each digest. Bytes that were discarded meanwhile are removed with their last pin.
+        """Undo one `pin` of each digest, and remove discarded bytes that aren't pinned any more.
 
-        Raise OSError if the removal fails, and any error of the discard's `in_use`. The next sweep retries.
+        Raise OSError if the removal fails, or what `discard`'s argument `in_use` raises. The next sweep retries.
         """
         if (removal := self.let_go(digests)) is not None:
             removal()

@@ -30,7 +30,10 @@ class Access:
     audit: Audit
 
     def keep(self, used: Mapping[str, datetime]) -> None:
-        """Store the ledger's usage, and the keys' times of last use (`used`, by key id). Blocks on the disk."""
+        """Store the usage that `ledger` has gathered, and `used`, the keys' times of last use by key id.
+
+        This blocks on the disk.
+        """
         self.ledger.flush()
         if used:
             self.keys.used(used)

@@ -1,7 +1,8 @@
 """Rate limits that apply to all servers of one PostgreSQL database together; see `server.access.rates`.
 
-A window is a row, timed by the database's clock. Counting is a short transaction in a thread, so the event loop
-doesn't wait. The transaction takes no writers' lock. The headers show the counts that this server read last.
+A row counts what was used of one limit in its current window, a minute by the database's clock. Counting is a
+short transaction in a thread, so the event loop doesn't wait. The transaction doesn't take the lock for which all
+other writers wait. The response headers show the counts that this server read last.
 """
 
 import time

@@ -3,11 +3,11 @@
 Every change is one transaction with its audit entry. A secret has 256 random bits, so it can't be found by trying
 secrets against its plain SHA-256, and a slow hash would add no protection.
 
-Authenticating a request needs no query. A cheap counter changes with every commit to the database. Only if the
-counter has changed does the server read `access_changes`, which says whether keys or projects changed. So a
-revoked key is refused from the next request on, whether this server or a command on HOME revoked it. The key's
-open answers end within `WATCH_SECONDS`. With PostgreSQL, other servers notice within milliseconds; a server that
-doesn't know a key reads the database before it refuses the key.
+Authenticating a request needs no query. A cheap counter changes with every commit to the database. Only if it has
+changed does the server read the table `access_changes`, whose number changes whenever keys or projects change. So
+a revoked key is refused from the next request on, whether this server revoked it or a command with the same HOME
+directory. The key's open answers end within `WATCH_SECONDS`. With PostgreSQL, other servers notice within
+milliseconds; a server that doesn't know a key reads the database before it refuses the key.
 
 Use the cache from one event loop. Reads of a remote database, and reads of all keys, run in threads, so that the
 event loop never waits. Concurrent requests share one read.
@@ -211,7 +211,7 @@ KeyFault = Literal["missing", "unknown", "expired", "revoked"]
 
 @dataclass(frozen=True)
 class _Remembered:
-    """The keys and quotas that were in the database when `access_changes` had the value `number`."""
+    """The database's keys and quotas. If its count of their changes is still `number`, they are up to date."""
 
     number: int | None
     by_digest: Mapping[str, ApiKey]
@@ -272,7 +272,7 @@ class KeyRing:
         return None if self.has_keys else self._limited(EVERYBODY)
 
     async def refresh(self) -> None:
-        """Bring the cache up to date with the database and the operator's file.
+        """Bring the cache up to date with the database, and with the file of keys that API_KEYS may name.
 
         Raise Unavailable if the database can't be read.
         """
@@ -329,9 +329,10 @@ class KeyRing:
             self._end_if_invalid(key_id)
 
     async def principal(self, secret: str | None) -> Principal | None:
-        """Return the principal of a client with this secret, or without one. Return None if the client is refused.
+        """Return the principal of a client, or None if the client is refused.
 
-        Raise Unavailable if the database can't be read.
+        `secret` is what the client sent as its key, or None if it sent none. Raise Unavailable if the database
+        can't be read.
         """
         await self.refresh()
         if secret is None:
