@@ -31,7 +31,10 @@ LIMITS = tuple(field.name for field in fields(Quota))
 
 @dataclass(frozen=True)
 class Principal:
-    """A key and the project that it acts for. Only a key with the scope `admin` may act for other projects."""
+    """A key and the project that it acts for.
+
+    Only a key with the scope `admin` may act for a project that isn't its own.
+    """
 
     project: str
     key_id: str
@@ -51,7 +54,7 @@ class Principal:
 
     @property
     def viewpoint(self) -> Viewpoint:
-        """Return the viewpoint for resolving adapters' names."""
+        """Return the project and the rights with which adapters' names are resolved for the principal."""
         return Viewpoint(self.project, self.sees_all, self.key_id)
 
 

@@ -63,10 +63,12 @@ class Projects:
         return transact(self._engine, work)
 
     def delete(self, name: str, refuse: Callable[[], None], *, who: str) -> None:
-        """Delete a project and revoke its keys. The keys stay listed: clients need a key only if there are keys.
+        """Delete a project and revoke its keys.
+
+        Revoked keys stay listed: if there were no keys, clients would need none.
 
         Raise NotFound if the project doesn't exist, or Conflict if it has adapters or is the default project.
-        `refuse` must raise an error if the project has other objects that forbid this, such as unfinished jobs.
+        `refuse` must raise an error if anything else forbids the deletion, such as unfinished jobs.
         """
         if name == DEFAULT_PROJECT:
             raise Conflict("the project default is always there")

@@ -1,8 +1,8 @@
 """Limits on requests and tokens a minute, of a key and of all keys of its project, with OpenAI's headers.
 
 Counts are kept per window of a minute. A window begins with the first request after the previous window has ended.
-A restart loses counts in memory; `database_rates` counts the requests of several servers together. Use the classes
-from one event loop.
+The counts of `MemoryRates` are lost in a restart. Those of `database_rates` are shared by several servers. Use the
+classes from one event loop.
 """
 
 import math
@@ -32,7 +32,7 @@ _LIMIT_OF: dict[Kind, Callable[[Quota], int | None]] = {
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit per minute of a key or a project."""
+    """The most requests or tokens that a key or a project may use in a minute."""
 
     kind: Kind
     whose: Literal["key", "project"]
@@ -58,7 +58,7 @@ class Rates(Protocol):
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
         """Count `amount`. If less than that remains of a limit, raise RateLimited and count nothing.
 
-        An `amount` of 0 is refused if `charge` has exceeded a limit.
+        If `amount` is 0, RateLimited is raised only if `charge` has exceeded a limit.
         """
 
     async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:

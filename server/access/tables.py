@@ -1,7 +1,7 @@
 """The tables of API keys, projects, usage and the audit log. `server.database.migrations` creates them.
 
-A transaction that changes a key or a project also increments `changes`. A server reads that one number to find out
-whether its cache is current.
+A transaction that changes a key or a project also increments the number in the table `changes`. A server reads
+this number to find out whether its cache is current.
 """
 
 import sqlalchemy as sa
@@ -77,5 +77,5 @@ usage = sa.Table(
 
 
 def changed(connection: sa.Connection) -> None:
-    """Increment `changes`. Call this in every transaction that changes a key or a project."""
+    """Increment the number in `changes`. Call this in every transaction that changes a key or a project."""
     connection.execute(sa.update(changes).values(number=changes.c.number + 1))

@@ -1,8 +1,8 @@
 """The ledger: what each project, key and adapter used on each day.
 
-A server adds up answers in memory and stores the sums twice a second. Each sum is added to its row in one
-transaction, so a kill loses at most the last second's answers, and no answer is counted twice. The transaction
-that ends a job stores the job's usage.
+A server sums the usage of answers in memory. Twice a second, it adds the sums to the ledger's rows in a single
+transaction. If the server is killed, at most the usage of the last second is lost, and none is counted twice. The
+usage of a job is stored in the transaction that ends the job.
 """
 
 import threading

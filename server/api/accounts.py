@@ -369,6 +369,6 @@ def _rows(services: Services, first: date | None, to: date | None, by: By | None
 
 
 def _shown(services: Services, adapter: object) -> str:
-    """Return an adapter expression, with each adapter under the name that the caller's project uses for it."""
+    """Return a ledger row's `adapter`, with the caller's names for adapters instead of their catalog keys."""
     shown = services.principal.viewpoint.shown
     return "+".join(name if name == BASE else shown(name) for name in str(adapter).split("+"))

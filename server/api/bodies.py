@@ -61,7 +61,7 @@ class Body:
         self._is_whole = False
 
     def fault(self) -> tuple[int, str] | None:
-        """Return an HTTP status and a reason if the request's headers rule the body out, else None."""
+        """Return an HTTP status and a reason if the headers show that the body must be refused, else None."""
         headers, limit = Headers(scope=self._scope), self._max_bytes
         if headers.get("content-encoding", "identity").lower() != "identity":
             return 415, "the body must come without Content-Encoding"
@@ -71,7 +71,7 @@ class Body:
         return None
 
     async def receive(self) -> Message:
-        """Return the next message.
+        """Return the request's next ASGI message, usually a part of the body.
 
         Raise HTTPException: 401 if the key is no longer valid, 408 if the body is too slow, 413 if the body is too
         large, 429 if all bodies together take too much memory.
@@ -124,7 +124,7 @@ class Body:
 
 
 class BytesInFlight:
-    """A limit on the memory of all bodies together. A single project may use three quarters of that memory.
+    """A limit on the memory of all bodies together. One project may use at most three quarters of it.
 
     A body of up to SMALL_BODY_BYTES counts towards the limit, but is never refused. After a burst of bodies, freed
     memory is returned to the operating system. Use each instance from one event loop only.

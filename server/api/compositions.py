@@ -113,8 +113,8 @@ def submit_merge(
 
     If there is a job with the same idempotency key already, return that job. `require_room` is called before a new
     job is queued. This does disk I/O, so call it in a thread. Raise InvalidInput if the body is invalid, NotFound
-    if an adapter doesn't exist, Conflict if a composition has the name or an adapter was made for a base model of
-    other shapes, and QueueFull if too many jobs haven't ended.
+    if an adapter doesn't exist, Conflict if `name` is a composition or an adapter doesn't fit the base model's
+    shapes, and QueueFull if too many jobs haven't ended.
     """
     library.check_name(name)
     digest = _digest(name, body)
@@ -141,9 +141,9 @@ def submit_merge(
 
 
 def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
-    """Return the ranks by module of each adapter whose total weight isn't 0.
+    """Return the ranks by module of each adapter, except adapters whose weights add up to 0.
 
-    Raise InvalidInput if there is no such adapter.
+    Raise InvalidInput if no adapter is left.
     """
     weighted = combine(pinned.parts)
     if not weighted:
@@ -153,7 +153,7 @@ def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
 
 
 def _digest(name: str, body: CompositionBody) -> str:
-    """Return a digest that is equal for requests with the same meaning, and that no training request has."""
+    """Return a digest that is equal for requests with the same meaning, but unequal to any training request's."""
     document = json.dumps({"composition": name, **body.model_dump(mode="json")}, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()
 

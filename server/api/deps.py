@@ -86,10 +86,10 @@ class RecentPins:
 
 
 async def release(pinned: Pinned) -> None:
-    """Release a request's pins. If these were the last pins of a deleted version, remove its bytes in a thread.
+    """End a request's use of its adapters.
 
-    If the removal fails, the error is only logged, since it doesn't affect the request's answer. The next periodic
-    cleanup tries again.
+    Bytes of deleted versions that nothing uses any more are removed in a thread. If the removal fails, the error
+    is only logged, since it doesn't affect the request's answer. The next periodic cleanup tries again.
     """
     if (removal := pinned.unpin()) is not None:
         try:
@@ -102,8 +102,8 @@ async def release(pinned: Pinned) -> None:
 class OutputStream(Protocol):
     """An iterator over a request's outputs, until all its choices have ended.
 
-    `aclose` may be called at any time, and aborts the request. An error passed to `put` is raised to the reader
-    after the outputs that came before it.
+    `aclose` may be called at any time, and aborts the request. If an error is passed to `put`, the iterator still
+    yields all earlier outputs, and then raises the error.
     """
 
     def __aiter__(self) -> "OutputStream": ...
@@ -177,7 +177,8 @@ class Limiters:
 class Services:
     """Everything that routes need, restricted to what `principal` may see.
 
-    `max_model_len` is in tokens, from the settings and the base model. `decode` turns token ids into text.
+    `max_model_len` is the longest sequence, in tokens, that the settings and the base model allow. `decode` turns
+    token ids into text.
     """
 
     settings: Settings

@@ -157,9 +157,9 @@ class Edge:
     async def _refusal(self, scope: Scope, resource: Resource, body: Body) -> Response | None:
         """Return an error response if the request's key or headers, or the engine's queue, forbid it, else None.
 
-        The queue must have one free place before the body is read, because an early refusal costs least. The route
-        then checks for as many places as the body needs. While the server drains, requests that change something
-        are refused.
+        The queue is checked for one free place before the body is read, so that a refusal costs little. Later, the
+        route checks it for as many places as the body needs. While the server is shutting down, requests that
+        change something are refused.
         """
         form, method = form_of(scope["path"]), scope["method"]
         try:

@@ -132,7 +132,7 @@ async def collect(
 async def stream(generation: Generation, model: str) -> AsyncIterator[bytes]:
     """Yield server-sent events: one for each piece of text, a last one for each choice, and `[DONE]` at the end.
 
-    A token's log-probability is in the event of the text that the token completed, or in the choice's last event.
+    A token's log-probability is in the first event of its choice that is sent after the token was generated.
     """
     with_logprobs = generation.request.sampling.logprobs > 0
     pending: dict[int, list[dict[str, object]]] = {}
@@ -180,7 +180,7 @@ def _usage(generation: Generation, num_tokens: int, num_cached: int) -> dict[str
 
 
 def _timing(timings: Sequence[Timing]) -> dict[str, float]:
-    """Return the times until the first choice was admitted, the first token came and the last choice ended."""
+    """Return the times from submission to the first choice's start, the first token and the last choice's end."""
     return {
         "queue_ms": _ms(min((timing.queue for timing in timings), default=0.0)),
         "ttft_ms": _ms(min((timing.first_token for timing in timings), default=0.0)),

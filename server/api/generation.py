@@ -309,7 +309,7 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 class LedgerAccount:
     """The key and the project that a generation's usage is charged to.
 
-    `is_request` is true for the first generation of an answer, which also counts as a request.
+    If a call has several generations, `is_request` is true only for the first: the call counts as one request.
     """
 
     ledger: Ledger
@@ -317,11 +317,11 @@ class LedgerAccount:
     is_request: bool = True
 
     def keys(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the catalog keys of the adapters with these names. Without names, return the base model's key."""
+        """Return the keys in the catalog of the adapters with these names, or just BASE if there are no names."""
         return frozenset(map(self.principal.viewpoint.key, names)) or frozenset({BASE})
 
     def add(self, keys: Iterable[str], usage: UsedTokens) -> None:
-        """Add usage to the ledger, under the adapters with these catalog keys."""
+        """Add usage to the ledger, under the adapters with these keys in the catalog."""
         self.ledger.add(self.principal.project, self.principal.key_id, "+".join(sorted(keys)), usage)
 
 
@@ -423,8 +423,8 @@ class Generation:
     def _book(self) -> None:
         """Add the usage so far to the ledger. Idempotent.
 
-        If the request ended before its first output, the prompt is counted only if the client left, since the
-        engine had computed the prompt or was about to. The prompt isn't counted if the server ended the request.
+        A request that ended before its first output is counted only if the client ended it by leaving. The engine
+        had then computed the prompt, or was about to.
         """
         has_left = self._is_read and self._outcome == "cancelled"
         if not self._is_booked and (self._num_cached or has_left):

@@ -114,7 +114,11 @@ class Follower:
 
 
 class JobFeeds:
-    """The feeds of all followed jobs, for one event loop. `poll` and `keep_alive` are in seconds."""
+    """The feeds of all followed jobs, for one event loop.
+
+    `poll` is the number of seconds between reads of the database. After `keep_alive` seconds without a change, a
+    follower gets a comment.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Limits on concurrent work. Requests beyond a limit get 429.
 
-`Places` limits how many things, such as uploads, there are at once. It has no queue. A single project may take
-three quarters of the places.
+`Places` limits how many things, such as uploads, there are at once. It has no queue. One project may take at
+most three quarters of the places.
 
 `Lane` runs one kind of slow work in threads. Waiting projects take turns, and a project's own work is done in
 order. The last free thread is reserved for a project that has no thread, so one project never uses all threads.
@@ -32,7 +32,7 @@ RETRY_SECONDS = 5.0
 
 
 class Places:
-    """A limit on concurrent things. Errors call them `what` (such as "uploads"), and metrics `name`."""
+    """A limit on concurrent things: errors call them `what`, such as "uploads", and metrics call them `name`."""
 
     def __init__(
         self,
@@ -99,9 +99,9 @@ class Turns:
         return sum(map(len, self._waiting.values()))
 
     def join(self, owner: str) -> asyncio.Future[None]:
-        """Queue for a thread. Return a future, the turn, which is done once the owner has a thread.
+        """Queue for a thread. Return a turn: a future that is done once the owner has a thread.
 
-        Call `leave` with the turn at the end.
+        Call `leave` with the turn once the thread isn't needed any more.
         """
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, OrderedDict())[turn] = None
@@ -147,7 +147,7 @@ class Turns:
 
 
 class Lane:
-    """Threads for one kind of slow work. Errors call it `what` (such as "imports"), and metrics `name`."""
+    """Threads for one kind of slow work: errors call it `what`, such as "imports", and metrics call it `name`."""
 
     def __init__(
         self,
@@ -160,7 +160,10 @@ class Lane:
         metrics: LaneMetrics | None = None,
         steps_back: bool = True,
     ) -> None:
-        """Lanes may share `threads`. With `steps_back`, these threads and their children have a low priority."""
+        """Lanes may share `threads`.
+
+        If `steps_back`, this lane's threads, and the threads that they start, have a low priority.
+        """
         self._name = name
         self._what = what
         self._turns = threads

@@ -154,7 +154,7 @@ class App(FastAPI):
 
 
 def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool) -> None:
-    """Set the schema of an operation's errors, and add the errors that any operation can return.
+    """Set the schema of an operation's error responses to `error`, and add the errors that all routes share.
 
     `counts` says whether the operation counts towards rate limits.
     """

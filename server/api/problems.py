@@ -92,7 +92,7 @@ class ModelNotFound(NotFound):
 
 
 class ContextTooLong(InvalidInput):
-    """The error for a prompt that exceeds the model's context, alone or together with the answer's limit."""
+    """The error if a prompt, alone or together with the answer's maximum length, exceeds the model's context."""
 
 
 class Form(ABC):
@@ -280,9 +280,9 @@ def _summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
 def _invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None = None) -> InvalidInput:
     """Convert pydantic's errors into InvalidInput, without the invalid values.
 
-    The first `MAX_ERRORS` errors are listed, and the others are counted. Each location ends in a field's name; an
-    index in a list after that name is moved into the message. `body` is the model of the request's JSON body, from
-    which names are suggested for unknown fields.
+    The first `MAX_ERRORS` errors are listed, and the others are counted. Each location ends in a field's name. If
+    an item of that field's list is invalid, the message says which item. `body` is the model of the request's JSON
+    body. For an unknown field, a name from this model is suggested.
     """
     found: dict[FieldError, None] = {}
     num_unknown = 0

@@ -1,7 +1,8 @@
 """Checks of free disk space and of storage quotas, before an upload is read or a job is queued.
 
 Bytes that are being received count like stored bytes, so that concurrent uploads can't exceed a quota together.
-Each upload first adds its own bytes to the count. It is then checked against the count before that addition.
+Each upload is counted before it is checked. The check includes all uploads that were counted earlier, and none
+that were counted later.
 """
 
 import shutil
@@ -21,7 +22,7 @@ _RETRY_SECONDS = 60.0
 
 
 def require_space(settings: Settings, num_bytes: int = 0) -> None:
-    """Raise Unavailable if storing `num_bytes` would leave less than SMOLORA_MIN_FREE_BYTES on HOME's disk."""
+    """Raise Unavailable if the server's disk wouldn't have SMOLORA_MIN_FREE_BYTES left after `num_bytes` more."""
     if shutil.disk_usage(settings.home).free - num_bytes < settings.min_free_bytes:
         message = "the server's disk is full"
         if settings.min_free_bytes:
@@ -41,8 +42,8 @@ class Spooling:
         """Reserve disk space for an upload during the context. Yield a function to call with each piece's size.
 
         `num_bytes` is the upload's announced size, or 0 if none was announced. Raise Unavailable if the disk has
-        no room for this upload and for what other uploads still have to write. The function checks this again
-        every CHECK_BYTES, and also raises Unavailable.
+        no room for this upload and for what other uploads still have to write. After every CHECK_BYTES, the
+        function checks this again, and raises Unavailable if there is no room left.
         """
         require_space(settings, self._num_pending + num_bytes)
         self._num_pending += num_bytes
@@ -69,7 +70,7 @@ if TYPE_CHECKING:  # `deps` imports this module
 
 
 class Incoming:
-    """Counts the bytes that are being received for each owner, a project or a key. Thread-safe."""
+    """Counts the bytes that are being received for each owner (a project or a key). Thread-safe."""
 
     def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()
@@ -82,7 +83,7 @@ class Incoming:
 
     @contextmanager
     def adding(self, owners: tuple[str, ...], num_bytes: int) -> Iterator[Mapping[str, int]]:
-        """Yield each owner's count. Until the context ends, later counts include these `num_bytes`."""
+        """Add `num_bytes` to each owner's count until the context ends. Yield the counts from before."""
         with self._lock:
             before = self.of(owners)
             self._add(owners, num_bytes)

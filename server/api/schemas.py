@@ -32,7 +32,7 @@ class Body(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _bound_faults(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Report only the number of errors if there are many: listing the errors of 1 MB takes 1 GB."""
+        """Report only the number of errors if there are many: listing those of a 1 MB body takes 1 GB of RAM."""
         try:
             return handler(value)
         except ValidationError as error:
@@ -43,7 +43,7 @@ class Body(BaseModel):
 
 
 class Answer(BaseModel):
-    """A JSON answer, also made from an object with the same attributes. A field that isn't set is left out."""
+    """A JSON answer. It can be made from an object with its attributes. Fields that aren't set are left out."""
 
     # `server.api.wire` refuses NaN and infinities
     model_config = ConfigDict(from_attributes=True, ser_json_inf_nan="constants")

@@ -172,7 +172,7 @@ def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
 
 
 def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: int) -> JobSpec:
-    """Return the job's specification, whose epochs may still have to be chosen by the number of rows.
+    """Return the job's specification. If the body gives no number of epochs, `_with_epochs` chooses it later.
 
     `pinned` has the adapter to continue from (the parent), if any. `max_length` is the base's limit, in tokens.
     Raise InvalidInput, which lists every invalid field. Raise NotFound or CorruptAdapter if the parent can't be
@@ -283,7 +283,7 @@ def _contradictions(asked: LoraSpec, shaped: LoraSpec, given: Collection[str]) -
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that could be queued."""
+    """A job that has been checked and tokenized, and is ready to be queued."""
 
     spec: JobSpec
     data: JobData
@@ -303,7 +303,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A job's encoded rows, and warnings about them. `are_facts` is as in `EncodedRows`, of the training rows."""
+    """A job's encoded rows, and warnings about them. `are_facts` is that of the training rows' `EncodedRows`."""
 
     data: JobData
     are_facts: bool
@@ -338,8 +338,8 @@ class Submissions:
 
         `require_room` is called before a new job is prepared. `fine_tuning` is stored with the job's data under
         FINE_TUNING. Raise InvalidInput if the body or the rows are invalid, NotFound if the rows or the parent
-        don't exist, Conflict if the parent or the version to improve on was made for a base of other shapes,
-        QueueFull if too many jobs haven't ended, and OSError if the disk fails.
+        don't exist, Conflict if the name is a composition's, or if the parent or the latest version to compare
+        with doesn't fit the base's shapes, QueueFull if too many jobs haven't ended, or OSError if the disk fails.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
@@ -411,7 +411,10 @@ class Submissions:
             pinned.release()
 
     def _encode(self, training: TrainingSpec, rows: JobRows, max_bytes: int | None) -> _Encoded:
-        """Return the encoded rows, and warnings about them. Raise InvalidInput if `overlong` leaves no rows."""
+        """Return the encoded rows, and warnings about them.
+
+        Raise InvalidInput if all training rows, or all held-out rows, are dropped because they are too long.
+        """
         length, overlong = training.max_length, training.overlong
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
         try:
@@ -489,7 +492,7 @@ def _check_rows(spec: JobSpec, rows: JobRows) -> None:
 
 
 def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
-    """Return the specification. If the body gives no epochs, choose their number by the number of rows.
+    """Return the specification. If the body gives no number of epochs, derive it from the number of rows.
 
     Raise InvalidInput if the epochs have too many steps.
     """
@@ -532,7 +535,7 @@ def _few_rows_warning(spec: JobSpec, data: JobData) -> Iterator[str]:
 
 
 def _num_distinct(data: JobData, *, by_match: bool = False) -> int:
-    """Return the number of distinct held-out rows, or of those with completions if `by_match`."""
+    """Return the number of distinct held-out rows. If `by_match`, count only rows with completions."""
     if data.validation is None:
         return 0
     found = len(set(data.references if by_match else data.validation.row_keys()))

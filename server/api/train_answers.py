@@ -221,7 +221,7 @@ class DatasetList(Answer):
 def _config(spec: Spec, source: object) -> dict[str, object]:
     """Return the body of the job's request, with all defaults and without rows.
 
-    `source` has the body's fields `dataset` and `validation`, if it is known.
+    `source` has the body's fields `dataset` and `validation`, or is None if the job has no such fields.
     """
     where = source if isinstance(source, Mapping) else {}
     return {**spec.to_document(), **where}

@@ -168,7 +168,7 @@ def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
 
 
 def _warnings(batch: Batch) -> Iterator[tuple[str, str]]:
-    """Yield the warnings as headers: in ASCII, and short enough for proxies."""
+    """Yield the warnings about the adapters as headers: in ASCII, and short enough for proxies."""
     texts = batch.warnings[:_MAX_WARNINGS]
     if len(batch.warnings) > len(texts):
         texts = (*texts[:-1], f"and {len(batch.warnings) - len(texts) + 1} more: see GET /adapters")

@@ -87,7 +87,7 @@ def terms_of(services: Services, model: str) -> tuple[Term, ...]:
 
 
 def _token_limit(body: ChatBody) -> tuple[int | None, str]:
-    """Return the limit on the answer's tokens, or None, and the name of the field that sets it."""
+    """Return the limit on the answer's tokens (None if the body sets none), and the name of the limit's field."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise InvalidInput.of("max_tokens", "is the older name of max_completion_tokens: give one of them")

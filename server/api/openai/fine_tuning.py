@@ -278,7 +278,10 @@ def with_openai_field_names(error: InvalidInput) -> InvalidInput:
 
 
 def job_object(job: Job, has_results: bool, now: float) -> dict[str, object]:
-    """Return a job in OpenAI's form. `has_results`: a result file exists. `now` is in seconds since 1970."""
+    """Return a job in OpenAI's form.
+
+    `has_results` says whether the job has a result file. `now` is in seconds since 1970.
+    """
     kept, spec = cast("Mapping[str, object]", job.data[FINE_TUNING]), job.spec
     assert isinstance(spec, JobSpec), "merges have no job here"
     hyperparameters = {
@@ -578,7 +581,7 @@ def _jobs_page(services: Services, limit: int, after: str | None, is_wanted: Cal
 
 
 def _all_jobs(jobs: Jobs, before: str | None) -> Iterator[Job]:
-    """Yield the jobs that were created under /v1, newest first."""
+    """Yield the jobs that were created under /v1, newest first. If `before` is given, start after that job."""
     while found := jobs.list(limit=_BATCH, before=before):
         yield from (job for job in found if FINE_TUNING in job.data)
         before = found[-1].id

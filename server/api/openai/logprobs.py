@@ -21,7 +21,7 @@ class _Places:
         self._num_characters = 0
 
     def next(self, content: bytes) -> int:
-        """Return the offset of the next token's first byte, given the token's bytes."""
+        """Return the offset, in characters, at which the next token begins. `content` is the token's bytes."""
         self._num_characters += len(self._decoder.decode(content[:1]))
         unfinished = self._decoder.getstate()[0]  # may be half of a surrogate, whose bytes become a character each
         start = self._num_characters + len(unfinished.decode(errors="replace")) - bool(content)
