@@ -1,6 +1,6 @@
 """The body of POST /train.
 
-`server.api.submission` checks what depends on the base or on the rows.
+`server.api.submission` checks what depends on the base model or on the rows.
 """
 
 from typing import Annotated

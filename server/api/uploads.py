@@ -58,8 +58,8 @@ async def received_form(request: Request, services: Services) -> AsyncIterator[F
 
     Before the body is read, raise QueueFull if there are too many uploads, Unavailable if the disk is nearly full,
     or Forbidden if a quota would be exceeded. While the body is read, raise Unavailable if the disk fills up, or
-    InvalidInput if the body isn't a form. Afterwards, raise Forbidden if the body was larger than announced, and a
-    quota would be exceeded.
+    InvalidInput if the body isn't a form. If the files are larger than the Content-Length, the quotas are checked
+    again, and Forbidden is raised if one would be exceeded.
     """
     incoming, owners = services.limiters.incoming, owners_of(services)
     with services.limiters.uploads.taken(services.principal.project):

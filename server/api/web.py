@@ -85,7 +85,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Page:
-    """All files of the page. They are kept in memory, and take some hundred kilobytes."""
+    """All files of the page. They are kept in memory, where they take a few hundred kilobytes."""
 
     digest: str
     index: _File
@@ -130,7 +130,10 @@ async def index(request: Request) -> Response:
 @router.get("/web/{digest}/{name:path}")
 @requires(OPEN)
 async def file(digest: str, name: str, request: Request) -> Response:
-    """Return one of the page's files. 404 for the digest of another version: an open page then reloads."""
+    """Return one of the page's files.
+
+    Answer 404 if there is no such file, or if `digest` isn't the current one: an open page then reloads.
+    """
     page = _page()
     if digest != page.digest or name not in page.files:
         raise HTTPException(404, "the page has no such file: reload it, in case the server has a newer one")

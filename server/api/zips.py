@@ -192,7 +192,11 @@ def _check_directory(file: BinaryIO) -> None:
 
 
 def _entries(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo]:
-    """Return the entries of the configuration and the tensors, in the archive's root or in one folder."""
+    """Return the entries of the configuration and the tensors.
+
+    Raise InvalidInput unless both are in the archive's root, or both in one folder of it. Also raise it if one is
+    ambiguous, encrypted or compressed by an unusual method, or if the archive has too many files.
+    """
     # `is_dir` would fail on an empty name
     infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     if len(infos) > MAX_ENTRIES:

@@ -1,7 +1,7 @@
 """`smolora keys` and `smolora projects`: the API keys and projects of a HOME, and their limits.
 
-No server needs to run. A running server applies changes at its next request. Only a new key's secret goes to
-stdout, for `KEY=$(smolora keys create ci)`. Slow modules are imported when they are needed.
+No server needs to be running. A running server applies changes at its next request. `keys create` prints only the
+secret on stdout, for `KEY=$(smolora keys create ci)`. Slow modules are imported when they are needed.
 """
 
 import os

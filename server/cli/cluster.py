@@ -180,7 +180,7 @@ def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> 
 
 
 def _need_ray() -> None:
-    """Raise StartupError if Ray isn't installed, else set Ray's variables. This doesn't import Ray."""
+    """Raise StartupError if Ray isn't installed, else set Ray's environment variables. Ray isn't imported."""
     if find_spec("ray") is None:
         raise StartupError("a cluster needs Ray: pip install -e '.[cluster]' in smolora's folder")
     set_up_ray()

@@ -109,7 +109,7 @@ def say_refused(error: "ClientError") -> None:
 
 
 def advised(error: "ClientError | SmoloraError") -> str:
-    """Return the error's message, with advice for users of the command line instead of HTTP."""
+    """Return the error's message, in which advice for users of the command line replaces advice on HTTP."""
     message, hint = str(error), error.hint
     return message if hint is None else message.replace(hint.text, _ADVICE.get(hint.code, hint.text))
 
@@ -140,7 +140,7 @@ def suggestion(*arguments: str, client: "Client | None" = None) -> str:
 
 
 def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, object]:
-    """Return a request's field `messages` if it is a chat or has a system message, else its field `prompt`."""
+    """Return a request's field `messages` for a chat or with a system message, else its field `prompt`."""
     turns = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*turns, {"role": "user", "content": prompt}]} if chat or turns else {"prompt": prompt}
 
@@ -189,7 +189,7 @@ def table_of(*titles: str) -> Table:
 
 
 def show(table: Table) -> None:
-    """Print a table. Names and numbers aren't broken, even if the terminal is too narrow for them."""
+    """Print a table. Names and numbers aren't wrapped, even if the terminal is too narrow for them."""
     console = Console(highlight=False)
     for column in table.columns:
         if column.no_wrap:
@@ -247,7 +247,7 @@ def _help(kind: type[WorkerSettings], name: str) -> str:
 
 
 class PeersOptions(TyperCommand):
-    """A command that suggests its own option if the user gives an option by the name that PEFT or TRL uses."""
+    """A command whose error for an option of PEFT or TRL, such as --lora-r, suggests the command's own option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # its type is private to Typer
         try:

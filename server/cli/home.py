@@ -24,7 +24,10 @@ Built = TypeVar("Built")
 
 
 def place_of(home: Path | None) -> Path:
-    """Return the path of HOME: `home` if given, else the setting. Raise StartupError if a setting is invalid."""
+    """Return the path of HOME: `home` or, if that is None, SMOLORA_HOME or its default.
+
+    Raise StartupError if a setting is invalid.
+    """
     return load(WorkerSettings, home=home).home
 
 
@@ -121,7 +124,11 @@ def _database(settings: WorkerSettings, build: Callable[..., Built]) -> Iterator
 
 
 def _connected(settings: WorkerSettings) -> Any:  # noqa: ANN401 SQLAlchemy's
-    """Connect to the database. On a full disk, free reserved space first: SQLite needs room to open its file."""
+    """Connect to the database.
+
+    On a full disk, delete the file that reserves space (`server.storage.reserve`) and try again, since SQLite
+    needs room to open its file.
+    """
     from server.database import connect
     from server.storage.reserve import Reserve
 

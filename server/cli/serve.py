@@ -1,6 +1,6 @@
 """A server process, with its own engine or as part of a cluster.
 
-Slow modules are imported after the quick checks.
+Slow modules are imported after quick checks, such as whether the port is free.
 """
 
 import errno

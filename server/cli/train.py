@@ -446,7 +446,7 @@ _STYLES = {"better": "green", "worse": "bold red"}
 
 
 def _remembered(report: Document) -> str:
-    """Describe for how many trained and held-out rows the model reproduces the answer exactly.
+    """Describe how many answers the model reproduces exactly, of rows that it was trained on and of held-out rows.
 
     Return "" if nothing was measured.
     """

@@ -189,7 +189,8 @@ def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
 def _refused(response: httpx.Response) -> ClientError:
     """Return the error for a refusal.
 
-    Its message has a line for each invalid field, or is the problem's detail.
+    Its message has a line for each invalid field or, if there are none, is the field `detail` of the answer. If
+    the answer isn't smolora's, the message has only the host and the status.
     """
     status = response.status_code
     try:

@@ -82,7 +82,7 @@ class ReplicatedEngine:
 
     @property
     def max_num_tokens(self) -> int | None:
-        """Return the length in tokens of a sequence that every replica can run, or None if there is no replica."""
+        """Return the most tokens of a sequence that every replica can run, or None if there is no replica."""
         return fleet.max_num_tokens(self._ready_links())
 
     @property
@@ -257,7 +257,7 @@ class ReplicatedEngine:
         del self._links[link.id], self._followers[link.id]
 
     async def _listen(self, link: Link) -> None:
-        """Receive messages until the stream ends, or the replica is leaving and this process needs it no more."""
+        """Receive messages until the stream ends, or until a replica that is leaving isn't needed any more."""
         async with aclosing(self._transport.follow(link.id, self._client)) as messages:
             while not link.is_leaving or link.sent or link in self._ready_links():
                 async with asyncio.timeout(SILENCE_SECONDS):

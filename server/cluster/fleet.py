@@ -1,12 +1,13 @@
 """What one API process knows of the replicas: which exist, the state of each, and the requests sent to each.
 
-A replica's known state may be half a second old. To estimate its queue, the requests that this process has sent
-since then are added, multiplied by the number of API processes. The other processes have the same information and
-choose in the same way, so each has probably sent as many requests as this one. If each process counted only its
-own requests, all processes would fill the same replicas at once.
+A replica's last report may be half a second old. To estimate the replica's queue, the number of requests that this
+process has sent to it since then is multiplied by the number of API processes, and added to the reported number.
+The other processes have the same information and choose in the same way, so each has probably sent as many
+requests as this one. If each process counted only its own requests, all processes would fill the same replicas at
+once.
 
-`watch` and `notify` must not be in `transport`: Serve copies the router's class with its module's globals, but not
-the modules that it imports.
+`watch` and `notify` must not be in `transport`: Serve copies the router's class with the globals of that module,
+so the router would notify a copy of the list of watchers. What `transport` imports isn't copied.
 """
 
 import asyncio
@@ -88,7 +89,10 @@ class Transport(Protocol):
     """A connection to the replicas. A call that fails may raise any exception."""
 
     def watch(self, on_change: OnChange) -> None:
-        """Call `on_change` on the running event loop, with all replicas, at first and whenever the set changes."""
+        """Call `on_change` on the running event loop with the ids of all replicas, whenever the set changes.
+
+        The first call is when the set becomes known.
+        """
         ...
 
     def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]: ...
@@ -99,7 +103,7 @@ class Transport(Protocol):
 
 @dataclass(eq=False)
 class Sent:
-    """A request of this process that hasn't ended. `link` is the replica that processes it, or None."""
+    """A request of this process that hasn't ended. `link` is its replica, or None while one is chosen."""
 
     request: GenerationRequest
     put: Callable[[SequenceOutput | SmoloraError], None]

@@ -220,7 +220,7 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
 
 
 def _start_fault(log: Path, begun: int) -> str:
-    """Return the last error in Ray's log after the byte `begun`, in parentheses, or "" if there is no error."""
+    """Return the last error in Ray's log from offset `begun` on, in parentheses, or "" if there is no error."""
     with log.open("rb") as written:
         written.seek(begun)
         lines = written.read().decode(errors="replace").splitlines()

@@ -183,9 +183,10 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 
 
 def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
-    """Raise StartupError if the processes need a shared database and object store but have none.
+    """Raise StartupError if the processes couldn't start.
 
-    Raise StartupError also if an API process couldn't start.
+    Several API processes or machines need a shared database and object store. API processes need free ports and,
+    if other machines can connect, keys. The Ray cluster at `address` must be reachable.
     """
     if (num_apis > 1 or address is not None) and not (settings.database_url and settings.bytes_url):
         raise StartupError(
@@ -239,7 +240,7 @@ def is_ready(url: str) -> bool:
 def queue_of(url: str) -> dict[str, int]:
     """Return the numbers of running and waiting sequences on all replicas.
 
-    Return {} if /metrics can't be read without a key.
+    Return {} if the API process doesn't answer, or answers /metrics only to clients with a key.
     """
     try:
         with _DIRECT.open(f"{url}/metrics", timeout=5) as answer:

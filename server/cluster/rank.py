@@ -51,8 +51,9 @@ def rank(
 
     `parts` are the request's adapters. `prefix` has a hash for each of the prompt's leading full blocks. Hashes
     are chained: they are equal only if the adapters and all tokens up to the block's end are equal. Only a gapless
-    run of cached blocks from the start counts. A replica has room if its queue is shorter than `limit`, by default
-    the `room` of `replicas`. If `replicas` are only some of all replicas, pass the `room` of all.
+    run of cached blocks from the start counts. A replica has room if its queue is shorter than `limit`, which the
+    function `room` computes. If `limit` is None, it is computed from `replicas`; if these are only some of all
+    replicas, pass the limit that is computed from all.
 
     The groups of replicas, from best to worst, and the order within each:
 

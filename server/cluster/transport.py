@@ -186,9 +186,9 @@ class ServeTransport:
 
 
 def connect_to(address: str) -> Connect:
-    """Return a function for `startup.build` that joins the Ray cluster at `address` and returns its engines.
+    """Return a function for `startup.build` that joins the Ray cluster at `address`.
 
-    The function raises StartupError if it can't join.
+    The function returns all replicas as one engine, or raises StartupError if it can't join.
     """
 
     def connect(base: BaseModel, store: AdapterStore) -> ReplicatedEngine:

@@ -127,7 +127,7 @@ class StorageSettings(BaseModel):
 
 
 class BucketSettings(BaseSettings):
-    """AWS_ALLOW_HTTP: whether credentials may be sent over unencrypted connections."""
+    """The variable AWS_ALLOW_HTTP, which allows sending credentials over unencrypted connections."""
 
     allow_http: bool = Field(default=False, validation_alias="AWS_ALLOW_HTTP")
 
@@ -335,7 +335,7 @@ class Settings(Limits, WorkerSettings):
     @field_validator("allow_anonymous", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:
-        """Convert words such as true and off, which other switches accept, to 1 or 0."""
+        """Convert words such as true and off, which boolean settings accept, to 1 or 0."""
         return _SWITCHES.get(str(value).lower(), value)
 
     @field_validator("api_keys", mode="before")

@@ -69,7 +69,7 @@ def wanted_instructions() -> str | None:
 
 
 def trace_exporters() -> tuple[str, ...]:
-    """Return the exporters that OpenTelemetry's own variables ask for, by the names of their entry points."""
+    """Return the names of the entry points of the exporters that OpenTelemetry's own variables ask for."""
     named = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
         return ()

@@ -67,7 +67,7 @@ class OperatorKeys:
     def refresh(self) -> bool:
         """Read the file of keys again if it has changed. Return whether it has changed.
 
-        If the file has become invalid, log it and accept no key, so that a removed key can't stay valid.
+        If the file has become invalid, log why and accept no key, so that a removed key can't stay valid.
         """
         if self._path is None:
             return False

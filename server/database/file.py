@@ -3,7 +3,7 @@
 Every committed write survives a power cut (synchronous=FULL), and a writer waits up to `BUSY_SECONDS` for another
 writer. A transaction takes the write lock when it begins, so it can't fail halfway because another process wrote.
 Single reads run without a transaction (isolation level AUTOCOMMIT): with a write-ahead log they wait for no
-writer, with a rollback journal only while a writer commits.
+writer; with a rollback journal they wait while a writer commits.
 
 SQLite 3.7.0 to 3.51.2 has a race in WAL mode, the "WAL-reset bug" (https://sqlite.org/wal.html#walresetbug): if
 one connection checkpoints while another one commits, pages of a later commit may never reach the database, which
@@ -141,7 +141,7 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
 
 
 class _Doubt:
-    """Keeps a failed commit from reappearing, if the disk failed during it, such as at the log's sync (EIO).
+    """Keeps a commit that failed because of the disk, such as with EIO, from taking effect later.
 
     SQLite rolls such a commit back, but the log on the disk may contain all of it. Then the next process that
     opens the database would apply it, unless another commit overwrites it. So this class overwrites it with a
@@ -179,7 +179,10 @@ class Commits:
         self._last = 0
 
     def __call__(self) -> int:
-        """Return a number that changes with each commit, or the last known number. Not thread-safe."""
+        """Return a number that changes with each commit. Not thread-safe.
+
+        If the number isn't known now, return the last known one.
+        """
         if (number := self.now()) is not None:
             self._last = number
         return self._last
@@ -341,9 +344,9 @@ def in_words(error: object, home: Path) -> str:
 def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
     """Return whether no other process has the database open, and set the journal mode if so.
 
-    `users` is a handle of the file with the locks. Each process that has the database open holds a shared lock, so
-    only a process that is alone gets the exclusive lock. A foreign program doesn't take the lock; if one has the
-    file open, the journal mode stays. Afterwards this process holds the shared lock.
+    `users` is a descriptor of the lock file. Each process that has the database open holds a shared lock on it, so
+    only a process that is alone gets the exclusive lock. Afterwards this process holds the shared lock. A foreign
+    program takes no lock and isn't noticed, but while it has the database open, the journal mode stays as it is.
     """
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,8 +3,8 @@
 The database is the file under HOME or, if SMOLORA_DATABASE_URL is set, on a PostgreSQL server. The bytes of
 adapters, data sets and files are in a place: a HOME or a bucket. The database stores an id of this place, and the
 place contains a mark, which is an empty file with the id as its name. The first server that starts writes the id
-and the mark. So no server can use another bucket, or another HOME, than the other servers on its database. If the
-database is a file and the bytes are in the same HOME, no mark is needed.
+and the mark. So all servers on one database have to use the same place. If the database is a file and the bytes
+are in the same HOME, no mark is needed.
 """
 
 import secrets
@@ -119,9 +119,9 @@ def connect(
 ) -> sa.Engine:
     """Open and migrate the database at `url` or, if that is None, the file in `home`.
 
-    The engine is thread-safe. `journal_mode` is for the file, and `patience`, in seconds, for PostgreSQL. Raise
-    StartupError if the database can't be opened, has a schema that this version doesn't know, or has an older
-    schema while an older process has the file open.
+    The engine is thread-safe. `journal_mode` is for the file. On PostgreSQL, lost connections are retried for
+    `patience` seconds. Raise StartupError if the database can't be opened, has a schema that this version doesn't
+    know, or has an older schema while an older process has the file open.
     """
     if url is None:
         return file.connect_file(home, journal_mode)
@@ -167,7 +167,7 @@ def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
 
 
 def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
-    """Return the records of adapters' versions in the folder `adapters`, from which a lost catalog is rebuilt.
+    """Return the files in the folder `adapters` from which adapters' versions in a lost database are restored.
 
     Return None on PostgreSQL: it has its own backups (pg_dump, replicas), and several smolora servers don't share
     a folder.

@@ -5,9 +5,9 @@ visible. So there is one writer at a time, as with SQLite, and code for SQLite i
 under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for no
 writer.
 
-If the server can't be reached, a new connection is retried for `patience` seconds, but for PATIENCE_SECONDS at
-most, so that a worker that only reads can be stopped. If the connection is lost in a transaction, the transaction
-has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
+If the server can't be reached, connecting is retried for `patience` seconds, but for PATIENCE_SECONDS at most: a
+worker that only reads can't be stopped before the retries end. If the connection is lost in a transaction, the
+transaction has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
 
 The outcome is unknown only if the connection is lost during a commit. So each transaction writes a number to its
 connection's row in the table `marks`. After a lost commit the process takes the lock, which shows that the old

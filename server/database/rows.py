@@ -24,8 +24,8 @@ class Content:
 def copy_rows(source: sa.Connection, target: sa.Connection, tables: Sequence[sa.Table]) -> None:
     """Insert the rows of `source` into `target`, table by table.
 
-    In `tables`, a table must come after the tables that it refers to. Serial numbers continue after the copied
-    ones. Raise StartupError if PostgreSQL can't store a text.
+    In `tables`, a table must come after the tables that it refers to. The numbers that the database gives to new
+    rows continue after the copied ones. Raise StartupError if PostgreSQL can't store a text.
     """
     for table in tables:
         for rows in source.execute(sa.select(table), execution_options=_STREAMED).mappings().partitions():

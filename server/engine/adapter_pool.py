@@ -1,9 +1,9 @@
 """The pool of resident adapters: load adapters for requests, and evict the least recently used ones.
 
-A resident adapter has rows in the pool's memory (`server.model.rank_rows`). A request holds all of its adapters or
-none (`AdapterHold`), because two requests with some adapters each could wait for each other forever. A held
-adapter is never evicted. Threads of executors read adapters that aren't resident, and fill the adapters' rows
-while other requests run. Only the engine's thread uses the pool itself.
+A resident adapter's matrices are in rows of the pool's tensors (`server.model.rank_rows`). A sequence holds all of
+its adapters or none (`AdapterHold`), because two sequences with some adapters each could wait for each other
+forever. A held adapter is never evicted. Threads of executors read adapters that aren't resident, and copy them
+into the pool while other sequences run. Only the engine's thread uses the pool itself.
 """
 
 import logging
@@ -128,7 +128,7 @@ class Reads:
         self._left: dict[str, Future[Stored]] = {}  # reads in progress that no request waits for
 
     def begin(self, digest: str) -> Future[Stored]:
-        """Return a read of the adapter: one in progress that no request waits for, or else a new one."""
+        """Return a read of the adapter: one that was abandoned but is still in progress, or else a new one."""
         self._forget_ended()
         reading = self._left.pop(digest, None)
         if reading is None:
@@ -180,7 +180,8 @@ class Adapter:
     def start(self, space: Space) -> int:
         """Return the start of the adapter's run in a tensor of the pool (`space`).
 
-        A run is the adapter's range of rows or units in a tensor. The adapter must have a run in this tensor.
+        A run is the contiguous range of a tensor that one adapter occupies (`server.model.rank_rows`). The adapter
+        must have a run in this tensor.
         """
         group, kind = space
         assert self.placement is not None
@@ -210,7 +211,7 @@ class Adapter:
 class AdapterHold:
     """A sequence's hold on all of its adapters. Once `is_held` is set, none of its adapters is evicted.
 
-    Before that, the `adapters` are only being read.
+    Before that, an adapter may still have to be read, or may be evicted and read again.
     """
 
     pool: "AdapterPool" = field(repr=False)
@@ -330,7 +331,7 @@ class AdapterPool:
 
     @property
     def num_freed(self) -> int:
-        """A counter that grows when waiting sequences whose adapters lacked room should be tried again.
+        """A counter. Whenever it has grown, try sequences again whose adapters didn't fit into the pool.
 
         The counter grows when rows become free. It also grows when an adapter that a waiting sequence had read is
         evicted, since the next try begins to read that adapter again.

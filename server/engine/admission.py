@@ -102,8 +102,8 @@ class InFlight:
         """Return how many sequences will end before one more sequence of the project gets a place in the batch.
 
         The scheduler gives a project its equal share of the places by preempting projects that have more. So the
-        project's first sequences wait only if there are more projects than places. The project's other sequences
-        wait for its turns.
+        project's first sequences wait only if there are more projects than places. For further sequences, the
+        waiting projects take turns.
         """
         num_before = self.num + 1 - self.num_places  # if all others came first
         if num_before <= 0:

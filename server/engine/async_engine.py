@@ -1,8 +1,9 @@
 """Run the engine on its own thread, behind an event loop that sends it requests and receives outputs.
 
-The thread and the loop share an inbox, protected by a condition variable, and snapshots that are replaced as a
-whole. The rest of the engine belongs to the thread. The thread passes outputs to the loop once a step. The loop
-watches the thread. If the thread has died or hangs, all requests in flight fail, and the engine is dead.
+The thread and the loop share an inbox, protected by a condition variable, and values that are replaced as a whole,
+such as the engine's statistics. The rest of the engine belongs to the thread. The thread passes outputs to the
+loop once a step. The loop watches the thread. If the thread has died or hangs, all requests in flight fail, and
+the engine is dead.
 """
 
 import asyncio
