@@ -66,7 +66,7 @@ class JobTrace:
             self._record(name, start, {})
 
     def stepped(self, measured: Mapping[str, object]) -> None:
-        """Note that a training step has ended, with its measurements.
+        """Note the end of a training step that had the measurements `measured`.
 
         The steps since the last span are recorded as one span after an evaluation, or after 10 s.
         """
@@ -120,7 +120,7 @@ class JobReporter:
         *,
         is_on_gpu: bool,
     ) -> None:
-        """`is_on_gpu` and the base's `num_parameters` decide after how long a pass counts as hung."""
+        """`is_on_gpu` and the base's `num_parameters` decide how slow a training pass must be to count as hung."""
         self._link = link
         self._num_parameters = num_parameters
         self._slowest_pass = SLOWEST_PASS_ON_GPU if is_on_gpu else SLOWEST_PASS
@@ -168,9 +168,10 @@ class JobReporter:
 
 @contextmanager
 def beating(beat: Callable[[], None], seconds: float, every: float = _BEAT_SECONDS) -> Iterator[None]:
-    """Call `beat` every `every` seconds on a thread while the block runs. Use it if the block makes a long call.
+    """Tell the worker that this process isn't hung, while the block makes a long call.
 
-    The thread stops after `seconds`, so that the worker notices a process that hangs in the block.
+    A thread calls `beat`, which tells the worker so, every `every` seconds. The thread stops after `seconds`, so
+    that the worker notices a process that hangs in the block.
     """
     has_ended = threading.Event()
 

@@ -161,9 +161,10 @@ def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: in
 
 
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """Return the served base and its native library (None if there is none). Raise StartupError if that fails.
+    """Return the base that the settings name, and its native library (None if there is none).
 
-    A merge needs only the base's names and sizes, so the base's weights stay in their file.
+    A merge needs only what describes the base, so the weights stay in their file, and no library is loaded. Raise
+    StartupError if the base can't be loaded.
     """
     try:
         directory = resolve_base(settings.model, settings.home, settings.base_dir)

@@ -1,8 +1,8 @@
 """Start worker processes, restart those that die, and list the workers that are alive.
 
 A worker that dies is started again after a delay, which doubles as long as the worker dies soon after its start.
-If a worker exited because the base can't be loaded, the delay is longer, and the job's events mention each
-try. The workers are in this process's group, and end when this process ends for any reason.
+If a worker exited because the base can't be loaded, the delay is longer; each try adds an event to the job that
+the worker had claimed. The workers are in this process's group, and end when this process ends for any reason.
 
 Each worker keeps a lock on a file of its own under HOME. The kernel releases the lock when the worker dies. So
 the list includes idle workers and workers in other containers, and a killed worker leaves the list at once.
@@ -31,7 +31,7 @@ _MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
 
 
 def own_name() -> str:
-    """Return this worker's name in its claims.
+    """Return the name under which this worker claims jobs and is listed.
 
     A container has its own process ids and may have the machine's host name, so the name contains the PID
     namespace.
@@ -149,7 +149,7 @@ class Supervisor:
 
     @property
     def pids(self) -> list[int]:
-        """Return the process ids of the running workers, at most a moment out of date."""
+        """Return the process ids of the running workers. A worker that has just ended may be included."""
         return [slot.process.pid for slot in self._slots if slot.process is not None]
 
     @property

@@ -1,6 +1,6 @@
 """The tables of jobs, and how a job's time is counted and charged.
 
-`number` is a job's place in the queue: a job that is requeued returns to its old place. Leases are timed by the
+`number` orders the queue. A job that is requeued keeps its number, and so its old place. Leases are timed by the
 database's clock. A job's usage is charged once, in the transaction that ends the job.
 """
 
@@ -117,9 +117,9 @@ def kind_of(table: sa.FromClause) -> sa.ColumnElement[str]:
 def count_time(now: Time) -> dict[str, object]:
     """Return the values to write to a running job's row so that its time is counted up to `now`.
 
-    Time counts up to the lease's end at most, since after that no worker is known to run the job. A project's
-    seconds are the maximum over its jobs' rows, so each row also counts the time of the project's other running
-    jobs.
+    Time counts up to the lease's end at most, since after that no worker is known to run the job. For each kind of
+    job, the seconds that a project has used are the largest `project_seconds` of its jobs. So that value also
+    grows by the time of the project's other running jobs of the kind.
     """
     since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
     until = sa.case((now < lease_until, now), else_=lease_until)

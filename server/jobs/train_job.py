@@ -63,7 +63,8 @@ MAX_DECISIONS = 5
 class TrainingAttempt:
     """An attempt. `run` trains and publishes, or raises Leave (after a checkpoint), LeaseLost, or an error.
 
-    If the error is a SmoloraError, such as a Conflict about the name, every further attempt would raise it again.
+    If the error is a SmoloraError, such as a Conflict about the adapter's name, every further attempt would raise
+    it again.
     """
 
     def __init__(
@@ -260,10 +261,10 @@ class TrainingAttempt:
         return num_bytes
 
     def _latest(self, run: Run, parent: "_Measured") -> "_Latest":
-        """Measure the name's latest version on the job's rows.
+        """Measure the latest version of the job's adapter name on the job's data.
 
-        `parent` has the measurements of the adapter that the job continued, which may be the latest version. If
-        that version can't be used, the finished job goes on without them.
+        `parent` has the measurements of the adapter that the job continued. They are returned if this adapter is
+        the latest version. If the latest version can't be used, the reason is returned.
         """
         if self._spec.method == "full":
             return _Latest(None)
@@ -285,7 +286,10 @@ class TrainingAttempt:
             pinned.release()
 
     def _load_measurable(self, digest: str) -> LoraWeights:
-        """Return the weights. Raise CorruptAdapter, or MemoryError if the rank is above `MAX_MEASURED_RANK`."""
+        """Return the adapter's weights.
+
+        Raise CorruptAdapter if they are damaged, and MemoryError if the rank is above `MAX_MEASURED_RANK`.
+        """
         rank = max(self._library.ranks(digest).values(), default=0)
         if rank > MAX_MEASURED_RANK:
             raise MemoryError(f"rank {rank} is above {MAX_MEASURED_RANK}")
@@ -333,14 +337,20 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Latest:
-    """The name's latest version: its number, 0 if there is none, or None if nothing can be compared with it."""
+    """The latest version of the job's adapter name, and its measurements.
+
+    `version` is 0 if the name has no version, and None if the job's result can't be compared with it.
+    """
 
     version: int | None
     of: _Measured = field(default_factory=_Measured)
 
 
 def _measure(run: Run, load: Callable[[], LoraWeights]) -> _Measured:
-    """Measure a published adapter. A damaged one, or one that is too large, doesn't fail the finished job."""
+    """Measure a published adapter on the job's data.
+
+    If the adapter is damaged or too large, return that as the reason: the finished job doesn't fail.
+    """
     try:
         found = run.measure(load())
     except (CorruptAdapter, GenerationFailed, InvalidInput) as error:

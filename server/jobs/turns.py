@@ -3,9 +3,9 @@
 Projects share the workers by time. The next turn is that of the project with the fewest running jobs. Among
 projects with equally few, it is that of the project that has used the fewest seconds. Within a project the oldest
 job comes first. A project is charged for all attempts, however they end. It can't save up time while it has no
-jobs: a claim raises its seconds to at least one time slice below those of the project that has used the most. So a
-project that uses less than its share waits for one running slice at most, and a project that trained alone for
-days doesn't pay for that later.
+jobs: if it is more than one time slice behind the project that has used the most seconds, a claim raises its
+seconds until it is one time slice behind. So a project that uses less than its share waits for one running slice
+at most, and a project that trained alone for days doesn't pay for that later.
 
 Trainings and merges are scheduled separately: a worker runs one of each at a time. A lease that is longer than any
 real one counts as expired, since a clock must have been set back.
@@ -51,8 +51,9 @@ def seconds_at_claim(connection: sa.Connection, job_id: str, time_slice: float) 
 def must_give_way(job_id: str, now: Time) -> "sa.Select[bool]":
     """Return a query that says whether this running job should give way to another project's job.
 
-    A training job gives way if another project's job would be claimed next once this job stopped, unless enough
-    jobs for all such projects give way already. Merges never give way, since they have no checkpoints.
+    Consider the other projects whose waiting job would come before this project's jobs once this job stopped. A
+    training job gives way if there are more such projects than jobs that give way already. Merges never give way,
+    since they have no checkpoints.
     """
     mine, own = jobs.alias(), _shares(now)
     other, all_ = own.alias(), own.alias()
@@ -69,7 +70,8 @@ def position() -> sa.ColumnElement[int | None]:
     """Return the SQL expression for a queued job's place in the queue, from 1; null for other jobs.
 
     The place counts the project's own older queued jobs, and other projects' jobs that come first, including
-    running jobs that have to end or give way first. A job counts once, however often it is claimed.
+    running jobs that have to end or give way first. A job that may have to be claimed several times, since it
+    gives way, counts once.
     """
     place = sa.func.row_number().over(partition_by=(jobs.c.project, kind_of(jobs)), order_by=jobs.c.number)
     queued = sa.select(jobs.c.id, place.label("place")).where(jobs.c.status == Status.QUEUED).subquery()

@@ -1,10 +1,10 @@
 """Priority for serving: a file under HOME says whether requests are running, and training pauses while they are.
 
-Niceness has no effect across containers or sessions; a file on a shared volume does. The file has an entry of
-8 bytes for each serving process, which is written and read in one piece: a time by this machine's monotonic clock
-in ms, and the number of running sequences. An entry is ignored if it wasn't renewed for STALE_SECONDS, or if
-another machine wrote it. (Reads and writes of the page cache take 1 µs. A memory mapping would save that time, but
-a full disk would then kill the server.)
+Niceness has no effect across containers or sessions, but containers can share a file on a volume. The file has an
+entry of 8 bytes for each serving process: a time by this machine's monotonic clock in ms, and the number of
+running sequences. An entry is written and read in one piece. It is ignored if it wasn't renewed for STALE_SECONDS,
+or if another machine wrote it. (Reads and writes of the page cache take 1 µs. A memory mapping would save that
+time, but a full disk would then kill the server.)
 """
 
 import os
@@ -83,11 +83,11 @@ class Yielding:
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Begin to measure this process's work.
+        """Begin to measure how long this process computes.
 
-        `num_running` is a BusyFlag's `read`. `work` returns the seconds that this process would have computed so
-        far with the cores to itself. While requests compute on the same cores, that is less than the elapsed time.
-        Without `work`, the time by `clock` counts.
+        `num_running` is a BusyFlag's `read`. `work` returns the seconds that this process would have taken so far
+        with the cores to itself, which are fewer than have elapsed if requests computed on the same cores. If
+        `work` is None, all the time that elapses by `clock` counts as computing.
         """
         self._num_running = num_running
         self._share = share
@@ -98,10 +98,10 @@ class Yielding:
         self._debt = 0.0  # seconds to pause; below 0: seconds that requests got beyond their share
 
     def pause(self, go_on: Callable[[], bool] = lambda: True) -> float:
-        """Sleep until this process has computed for `share` of the elapsed time. Return the seconds slept.
+        """Sleep until this process has computed for at most `share` of the time while requests ran.
 
-        Call this after each micro-batch. The pause ends early if no requests run, or if `go_on`, which is called
-        every few milliseconds, returns false.
+        Return the seconds slept. Call this after each micro-batch. The pause ends early if no requests run, or if
+        `go_on`, which is called every few milliseconds, returns false.
         """
         start = now = self._clock()
         elapsed = start - self._since

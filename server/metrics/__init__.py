@@ -1,1 +1,1 @@
-"""The metrics that /metrics shows. They contain no user's text, and every label has a bounded number of values."""
+"""The metrics at /metrics: they contain no prompts or answers, and every label has a bounded number of values."""

@@ -3,8 +3,8 @@
 The Gateway API's inference extension reads vLLM's names to choose a server. The value of `vllm:lora_requests_info`
 is the time. Its labels say which adapters a request can use without loading, and for which adapters requests are
 waiting. vLLM lists only running adapters in this metric. We list each resident adapter under every name that a
-request may use: `tweets` for the latest version, `tweets@3`, `tweets@prod`, and compositions whose parts are all
-resident. An adapter of another project is listed with its project.
+request may use: `tweets` for the latest version, `tweets@3`, `tweets@prod`, and compositions of resident adapters
+only. An adapter of another project is listed with its project.
 
 Gateways count each name as an adapter, and consider a server full if it lists `max_lora` names. So our `max_lora`
 counts names, too.
@@ -72,7 +72,8 @@ Moves = Callable[[], object]
 class GatewayCollector(Collector):
     """Collects metrics from the engine's snapshot, which `stats` returns, under vLLM's names.
 
-    Adapters' names are looked up only if something has changed. If the lookup fails, the old names are kept.
+    Names are looked up only after a change of the resident or awaited adapters, or of the catalog. If the lookup
+    fails, the old names are kept.
     """
 
     def __init__(

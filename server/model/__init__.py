@@ -1,1 +1,1 @@
-"""The frozen base model: its files, tokenizer and forward pass, and the adapters' rows in memory."""
+"""The frozen base model: its files, tokenizer and forward pass, and the adapters' matrices in memory."""

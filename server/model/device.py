@@ -88,9 +88,9 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def torch_on(device: torch.device) -> str:
-    """Describe what computes if native code doesn't: torch, and the GPU's name.
+    """Return "torch", with the GPU's name if the device is a GPU, to say what computes.
 
-    The name matters, since results are rounded differently on different GPUs.
+    The GPU's name matters, since results are rounded differently on different GPUs.
     """
     return "torch" if device.type == "cpu" else f"torch on {gpu_of(device).name}"
 
@@ -217,8 +217,10 @@ def training_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def multiplied_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to multiply weights in: fp32 on a CPU without bf16 products, since torch emulates such
-    products slowly."""
+    """Return the dtype in which to multiply weights of `dtype`.
+
+    This is `dtype`, except fp32 for bf16 on a CPU without bf16 products, since torch emulates these slowly.
+    """
     is_lacking = device.type == "cpu" and dtype is torch.bfloat16 and not cpu_flags() & _BF16_FLAGS
     return torch.float32 if is_lacking else dtype
 

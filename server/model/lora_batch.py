@@ -1,11 +1,11 @@
 """The adapters of one flat batch: the rows of A and B that each token uses, and the adapters' weights.
 
-Successive tokens that share their adapters are a run. A long run (`MIN_BLOCK`) uses dense products, one adapter
-after the other. Short runs are computed together. The product with A is dense for each run of `MIN_DENSE` tokens
-or more, and is computed for sampled (token, row) pairs for shorter runs. One sampled sum over the rows of B then
-serves all short runs. The indices are built once per step and serve every layer. On 2 cores, for q·k·v at rank 16,
-the sum over B takes 7 µs for one token and 20 µs for 32 tokens; a bf16 matrix product takes 22–30 µs for each of
-q, k and v. `rank_rows` explains rows, units and groups.
+Successive tokens that share their adapters are a run. A long run, of `MIN_BLOCK` tokens or more, uses dense
+products, one adapter after the other. All short runs are computed together. Their products with A are dense for
+each run of `MIN_DENSE` tokens or more; for the others, only the products of each token with its adapters' rows are
+computed. One call then sums the rows of B for all short runs. The indices are built once per step and serve every
+layer. On 2 cores, for q·k·v at rank 16, the sum over B takes 7 µs for one token and 20 µs for 32 tokens; a bf16
+matrix product takes 22–30 µs for each of q, k and v. `rank_rows` explains rows, units and groups.
 """
 
 from collections.abc import Sequence
@@ -52,10 +52,9 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _DenseShrink:
-    """The dense product of a run's tokens with its adapters' rows of A. A run's tokens share their adapters.
-    `rows` has each adapter's rows.
+    """The dense products of one short run's tokens with the rows of A of the run's adapters.
 
-    `tokens` are indices into the tokens of all short runs.
+    `tokens` are the run's indices among the tokens of all short runs. `rows` has a slice of A for each adapter.
     """
 
     tokens: slice
@@ -69,9 +68,9 @@ class _DenseShrink:
 
 @dataclass(frozen=True, eq=False)
 class _SampledShrink:
-    """The products of many short runs' tokens with their adapters' rows of A, for (token, row) pairs.
+    """The products of each token of successive short runs with the rows of A of that token's adapters.
 
-    The tokens of a run share their adapters. `tokens` are indices into the tokens of all short runs.
+    `pairs` are these tokens and rows. `tokens` are the indices of these runs among the tokens of all short runs.
     """
 
     tokens: slice
@@ -83,8 +82,9 @@ class _SampledShrink:
 
 @dataclass(frozen=True, eq=False)
 class _Short:
-    """The computation of all short runs for one group of modules: products with A, then sums over B. The tokens of
-    a run share their adapters.
+    """What one group of modules computes for all runs of fewer than `MIN_BLOCK` tokens.
+
+    These are products with A, then sums over rows of B.
     """
 
     shrinks: tuple[_DenseShrink | _SampledShrink, ...]
@@ -224,11 +224,12 @@ def _plan_shrinks(
 
 
 def _entries(parts: Sequence[tuple[Run, float]], layout: GroupLayout) -> tuple[_Ints, _Ints, _Ints]:
-    """Return the indices for the sums over B of one token, term by term.
+    """Return the indices with which one token's outputs are summed from units of B.
 
-    The terms are in the order of the output units that they add to. The arrays are each term's (token, row) pair,
-    counted from 0; the unit of B that the term reads; and the number of terms of each output unit. A unit is
-    `layout.unit` successive features of a module's output.
+    A unit is `layout.unit` successive features of a module's output, or the part of a row of B that adds to them.
+    An output unit is a sum of terms. Each term is a unit of B times the product of the token with a row of A. The
+    arrays are each term's product, counted from 0; each term's unit of B; and the number of terms of each output
+    unit. Terms are in the order of the output units.
     """
     hidden: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
     units: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]

@@ -1,4 +1,4 @@
-"""Packed files: stored adapters in the layout of the pools, which load without conversion.
+"""Packed files: stored adapters in the layout of the memory pools (`RankRows`), which load without conversion.
 
 A packed file (`adapters.store.packed`) is a header page and the result of `RowLayout.pack`. Loading the adapter
 checks the header; placing it in the pools reads the rest. The file is written when the adapter is put into the
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class PackedAdapters:
-    """The packed files of one store, for one layout of the pools. Thread-safe."""
+    """The packed files of one store, for one `RowLayout`. Thread-safe."""
 
     def __init__(
         self, store: AdapterStore, layout: RowLayout, min_free_bytes: int = 0, max_bytes: int | None = None
@@ -155,7 +155,7 @@ def _fill(buffer: memoryview, file: FileIO) -> None:
 def is_damaged(file: torch.Tensor) -> bool:
     """Return whether a packed file doesn't match the checksum in its header.
 
-    `file` is the file's whole content. If its header has no readable checksum, return False: servers don't use it.
+    `file` is the file's whole content. A file without a readable checksum counts as undamaged: no server uses it.
     """
     try:
         header = json.loads(file[:_HEADER].numpy().tobytes())

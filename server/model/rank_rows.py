@@ -10,9 +10,9 @@ targets. A run has the same place in every layer, so one index describes a token
 packed (`RowFormat.tile`), a run's layers are contiguous instead, and `a` is (layers · rows, in): a run whose first
 row is r begins at row r · layers.
 
-`a` includes a row's scaling (α/r or α/√r, which may vary by layer), so a request adds only its weight. A module's
-B, transposed, is (rank, out). Each of its rows fills out/unit units. `engine.adapter_pool` decides which adapter
-has which run.
+`a` includes a row's scaling (α/r or α/√r, which may vary by layer), so products with `a` are multiplied only by
+the request's weight for the adapter. A module's B, transposed, is (rank, out). Each of its rows fills out/unit
+units. `engine.adapter_pool` decides which adapter has which run.
 
 `RowLayout.pack` writes an adapter's runs of all groups into one piece of memory, which can be stored
 (`packed_adapters`) and copied into the pools.
@@ -95,7 +95,7 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class ModuleRows:
-    """Where one module's matrices are within an adapter's rows and units, and their rank."""
+    """Where one module's matrices are among an adapter's rows of A and units of B, and their rank."""
 
     module: str
     rank: int  # rounded up by the format
@@ -138,7 +138,7 @@ class RowLayout:
         self.groups = {group: GroupLayout.of(group, shape) for group in GROUPS}
 
     def needs(self, ranks: Mapping[str, int]) -> dict[str, GroupRows]:
-        """Return the rows and units that an adapter takes in the pool of each group, given its modules' ranks."""
+        """Return an adapter's rows of A and units of B in each group's pool, given its modules' ranks."""
         needs = {}
         for group, layout in self.groups.items():
             modules, row, unit, out_start = [], 0, 0, 0
@@ -154,7 +154,7 @@ class RowLayout:
         return needs
 
     def needs_of(self, weights: LoraWeights) -> dict[str, GroupRows]:
-        """Return the rows and units that an adapter takes in the pool of each group.
+        """Return the rows of A and units of B that an adapter takes in each group's pool.
 
         If a module's rank varies by layer, the largest rank counts.
         """
@@ -255,7 +255,10 @@ class RankRows:
     """The memory of resident adapters: one pool for each group of modules. Unused rows have arbitrary content."""
 
     def __init__(self, shape: BaseShape, *, max_rank: int, row_format: RowFormat, device: torch.device) -> None:
-        """Allocate room for adapters on all linear modules whose rounded ranks add up to `max_rank`."""
+        """Allocate room for adapters whose ranks add up to `max_rank`, each on all linear modules.
+
+        Ranks count as rounded by `RowFormat.rounded`.
+        """
         max_rank = row_format.rounded(max_rank)
         self.shape = shape
         self.format = row_format
@@ -309,7 +312,7 @@ class RankRows:
         )
 
     def needs(self, stored: Stored) -> Needs:
-        """Return the rows and units that an adapter takes in the pool of each group of modules."""
+        """Return the rows of A and units of B that an adapter takes in each group's pool."""
         return self.layout.needs_of(stored) if isinstance(stored, LoraWeights) else stored.needs
 
     @torch.inference_mode()

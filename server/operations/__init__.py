@@ -1,1 +1,1 @@
-"""What the operator does with everything stored: back up, restore, move, check."""
+"""Backs up, restores, moves and checks stored data, for the operator."""

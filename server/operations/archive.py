@@ -47,7 +47,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Member:
-    """The digest and size of the content of one of a backup's members."""
+    """What a backup's manifest says of one member: the digest and size of its content."""
 
     sha256: str
     size: int

@@ -7,8 +7,8 @@ which no longer refers to them, and other bytes that the newer copy refers to. T
 obsolete.
 
 Checkpoints are copied before the database, since a job's events may be ahead of its checkpoint, but never behind.
-Records of versions aren't copied: a restore writes them from the database. Converted bases and native code are
-created again, too.
+The JSON files that record versions (`Records`) aren't copied: a restore writes them from the database. Converted
+bases and native code are created again, too.
 """
 
 import fcntl
@@ -70,8 +70,8 @@ class Made:
 class _Needs:
     """What a copy of the database refers to, as pairs of an owner and what the owner uses.
 
-    Owners are versions, jobs that haven't ended, and jobs whose files weren't removed. A job of the last kind uses
-    its own folder only. Once an owner is deleted, it is never recreated.
+    Owners are versions, jobs that haven't ended, and ended jobs whose files weren't removed. An ended job uses its
+    own folder only. Once an owner is deleted, it is never recreated.
     """
 
     uses: frozenset[tuple[str, str]]  # such as ("a@2", digest), ("job-7", "ds-1"), ("job-7", "job-7")
@@ -197,11 +197,10 @@ class _Backup:
             return _Needs(frozenset(used), len(versions), jobs)
 
     def _was_overtaken(self, needs: _Needs, missing: set[str]) -> bool:
-        """Return whether something missing, or a job's folder, isn't needed any more by a new copy of the
-        database.
+        """Return whether a new copy of the database no longer refers to something missing, or to a job's folder.
 
-        A job's folder counts even if it isn't missing: it isn't deleted by one rename, so part of it may have been
-        copied. If the new copy still refers to something missing, this was missing before the backup began.
+        The folder counts even if it isn't missing: its files are deleted one by one, so only some of them may have
+        been copied. If the new copy still refers to something missing, this was missing before the backup began.
         """
         copied = self._copied()
         gone = needs.uses - self._needs_of(copied).uses

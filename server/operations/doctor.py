@@ -209,7 +209,7 @@ def _of_versions(versions: list[Version], stored: set[str], damaged: dict[str, s
 
 
 def _of_records(versions: list[Version], records: Records) -> Iterator[Finding]:
-    """Yield the differences between the catalog's versions and their records.
+    """Yield the differences between the catalog's versions and the JSON files that record them.
 
     A version that is being published may show up as an extra record.
     """

@@ -1,1 +1,1 @@
-"""The base's weights: they are found, converted once, and then mapped from the converted file."""
+"""Finds the base's files, converts them once, and maps the weights from the converted file."""

@@ -191,7 +191,7 @@ def write_quantized(
 
 
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Save the tokenizer with a class name for which any version of transformers uses tokenizer.json unchanged."""
+    """Save the tokenizer under a class name with which every version of transformers uses tokenizer.json as is."""
     tokenizer.save_pretrained(directory)
     options = read_json(directory / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only"):  # facts about this process, not the tokenizer

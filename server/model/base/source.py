@@ -137,7 +137,7 @@ def _open_gguf(file: Path, progress: Progress) -> _Opened:
 
 
 def _convert(source: _Source, models: Path, progress: Progress) -> None:
-    """Open and convert a base, then remove earlier conversions that have the same origin."""
+    """Open and convert a base, then remove earlier conversions of the same directory, GGUF file or hub id."""
     remove_unfinished(models, source.key)
     _remove(models / source.key)  # a conversion in an older format
     opened = source.open(progress)

@@ -2,9 +2,9 @@
 
 A wheel contains a library for every instruction set of its kind of machine. A checkout has none: the library is
 compiled once, into HOME. A file in HOME that other users may have written is refused. A library that can't be
-loaded (half a file, another system's C library) is compiled again. Each instruction set has a library of its own,
-so machines with different processors can share a HOME. If no library is possible (no compiler,
-another kind of processor), `NativeUnavailable` says why, and torch computes instead.
+loaded, because it is truncated or needs another C library, is compiled again. Each instruction set has a library
+of its own, so machines with different processors can share a HOME. If no library is possible (no compiler, another
+kind of processor), `NativeUnavailable` says why, and torch computes instead.
 """
 
 import ctypes
@@ -66,7 +66,7 @@ def why_unavailable(directory: Path) -> str | None:
 def instructions() -> str:
     """Return the best of INSTRUCTIONS that this processor has, or the one that NATIVE_INSTRUCTIONS names.
 
-    Raise NativeUnavailable if the processor doesn't have it.
+    Raise NativeUnavailable if the processor has none of INSTRUCTIONS, or lacks the named one.
     """
     candidates, wanted = machine_instructions(), wanted_instructions()
     features = frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())

@@ -330,7 +330,7 @@ class NativeModel:
 
 
 def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the LoraPart of one adapter for a group of modules, and append its modules to `modules`."""
+    """Return one adapter's LoraPart for a group of modules, and append its LoraModules to `modules`."""
     run = placement.get(group)
     if run is None:
         return (0,) * columns(LoraPart)

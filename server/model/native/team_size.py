@@ -2,10 +2,10 @@
 
 The choice doesn't change the bits of an answer. On a quiet machine more threads are faster. If another process
 keeps a processor busy, threads wait for each other in each phase, and fewer threads are faster. So now and then a
-step is a trial: it uses the next smaller or larger team size. If the threads together got the time of far fewer
-processors than there are threads, the trial uses one thread for each of those processors. A budget bounds the cost
-of trials. It grows by SHARE of a step with each step. A trial is charged for the time by which it was longer than
-steps usually are. Part of the budget is saved for the moment when steps become slow.
+step is a trial: it uses the next smaller or larger team size. If recently too few processors were free even for
+the next smaller size, the trial uses the largest size for which enough were free. A budget bounds the cost of
+trials. It grows by SHARE of a step with each step. A trial costs the time by which it is longer than a step of the
+best size so far. Part of the budget is saved for the moment when steps become slow.
 
 Steps are compared only with steps of similar size, which form a band.
 """
@@ -104,7 +104,8 @@ class _Pair:
 class _Band:
     """The trials and times of steps of similar size.
 
-    In this class, team sizes are indices into `sizes`, and times are seconds for a unit of work.
+    In this class, team sizes are indices into `sizes`, and times are seconds per token. A step's other work counts
+    as a number of tokens.
     """
 
     def __init__(self, sizes: list[int], reserve: float) -> None:
@@ -187,7 +188,7 @@ class _Band:
         return max(bisect_right(self._sizes, round(self._processors)) - 1, 0)
 
     def _pair(self, size: int) -> _Pair:
-        """Return the trials of this team size and the best one."""
+        """Return the trials that compare this team size with the best size."""
         smaller, larger = sorted((size, self._best))
         assumed = _Pair(self._sizes[smaller] / self._sizes[larger])
         return self._pairs.setdefault((smaller, larger), assumed)

@@ -24,7 +24,7 @@ from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
 
 @dataclass(frozen=True)
 class NativeRows:
-    """Where one module's rows are in the tensors of its group, the modules that read the same input."""
+    """Where the rows of one module's A and B are in its NativeGroup's tensors, and where their gradients go."""
 
     row: int
     num_rows: int  # a multiple of ROW_UNIT
@@ -118,9 +118,10 @@ class NativeTraining:
         *,
         has_backward: bool = True,
     ) -> torch.Tensor:
-        """Return the hidden states (tokens, hidden size) after the last norm, bf16, of texts of `lengths` tokens.
+        """Return the hidden states (tokens, hidden size) after the last norm, in bf16.
 
-        If `has_backward` is false, nothing is saved for the backward pass, and `backward` can't be called.
+        `token_ids` has the texts one after the other. `lengths` are the texts' numbers of tokens. If
+        `has_backward` is false, nothing is saved for the backward pass, and `backward` can't be called.
         """
         self._num_tokens = 0
         token_ids = token_ids.contiguous()
@@ -150,10 +151,10 @@ class NativeTraining:
         return hidden
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
-        """Return the summed cross-entropy of `targets` in nats, and `factor` times its gradient in `hidden`.
+        """Return the summed cross-entropy of `targets` in nats, and `factor` times its gradient.
 
-        The prediction for targets (rows,) is softmax(hidden · headᵀ). `hidden` and the gradient are bf16 of shape
-        (rows, hidden size). The output head's gradient is added to `d_weights`.
+        The prediction for targets (rows,) is softmax(hidden · headᵀ). The gradient is with respect to `hidden`.
+        Both are bf16 of shape (rows, hidden size). The output head's gradient is added to `d_weights`.
         """
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
@@ -193,7 +194,7 @@ class NativeTraining:
         """Add all gradients except the output head's to `gradients` and `d_weights`. Call this once after a
         `forward`.
 
-        `d_hidden` is the gradient of the loss in the result of `forward`.
+        `d_hidden` is the gradient of the loss with respect to the result of `forward`.
         """
         d_hidden = d_hidden.contiguous()
         self._check_hidden(d_hidden, self._num_tokens)
@@ -214,7 +215,10 @@ class NativeTraining:
 
 
 def _gradients(weights: BaseWeights, d_weights: Mapping[str, torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Return the gradients' addresses in the order of `tensor_names`. Raise ValueError if a tensor doesn't fit."""
+    """Return the gradients' addresses in the order of `tensor_names`.
+
+    Raise ValueError if a gradient has a wrong dtype or shape.
+    """
     for name, tensor in weights.tensors():
         d = d_weights[name]
         if d.shape != tensor.shape or d.dtype is not torch.float32 or not d.is_contiguous():
@@ -242,7 +246,7 @@ def _modules(group: NativeGroup) -> ctypes.Array[TrainModule]:
 
 
 def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None:
-    """Raise ValueError if the group's tensors don't fit. Native code checks `modules` with each batch."""
+    """Raise ValueError if `a` or `b` has a wrong dtype or shape. Native code checks `modules` with each batch."""
     layout = GroupLayout.of(key[1], config.shape)
     a_shape = (len(group.a), layout.in_features)
     b_shape = (len(group.a), sum(layout.out_features.values()))
@@ -252,7 +256,10 @@ def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None
 
 
 def _keys(keys: npt.NDArray[np.uint64] | None, num_tokens: int) -> int | None:
-    """Return the address of the dropout keys, or None without dropout. Raise ValueError if they don't fit."""
+    """Return the address of the dropout keys, or None without dropout.
+
+    Raise ValueError if they aren't uint64, one for each token.
+    """
     if keys is None:
         return None
     if keys.shape != (num_tokens,) or keys.dtype != np.uint64 or not keys.flags.c_contiguous:

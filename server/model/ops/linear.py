@@ -5,11 +5,13 @@ On a CPU with bf16 arithmetic, oneDNN spends much of a small product on reorderi
 which makes a decode step's products about 1.5 times as fast. Inference uses the packed copy. Training uses the
 plain matrix, which autograd can differentiate through.
 
-`add_dense` computes the low-rank term for every row of the pool; tests compare other results with it. Serving
-computes only the rows in use: `shrink_block` multiplies successive tokens by one adapter's rows, and
-`shrink_sampled` computes (token, row) pairs, for tokens that share their adapters with few others. All are
-differentiable. For 32 tokens of 32 adapters on 2 cores (AVX-512), `shrink_sampled` takes a quarter of the time of
-`add_dense`. It takes half the time of a batched product over gathered rows, since it copies nothing.
+The rows are those of all adapters in memory, and `gates` has each token's weight for each row: that of the row's
+adapter, or 0 if the token doesn't use it. `add_dense` multiplies every token by every row; tests compare other
+results with it. Serving multiplies only by the rows in use: `shrink_block` multiplies successive tokens by one
+adapter's rows, and `shrink_sampled` multiplies given (token, row) pairs, for tokens that share their adapters with
+few others. All are differentiable. For 32 tokens of 32 adapters on 2 cores (AVX-512), `shrink_sampled` takes a
+quarter of the time of `add_dense`. It takes half the time of a batched product over gathered rows, since it copies
+nothing.
 """
 
 import warnings
