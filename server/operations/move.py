@@ -8,7 +8,7 @@ it was.
 A move to an empty HOME copies the rows first, since they say which bytes are needed. At the end the cluster's rows
 must still be the same. HOME is filled whole or not at all, and the cluster stays as it was.
 
-A job's log stays where it was written, as in a cluster.
+Jobs' logs aren't moved.
 """
 
 import hashlib
@@ -102,7 +102,7 @@ class Moved:
 
 
 def to_cluster(home: Path, url: str, target: Storage) -> Moved:
-    """Fill the database at `url` and the target's bucket, both empty, from `home`.
+    """Fill the database at `url` and the target's bucket, which must be empty, from `home`.
 
     Raise StartupError if that fails.
     """
@@ -167,9 +167,10 @@ def _fill_cluster(home: Home, rows: sa.Engine, cluster: sa.Engine, target: Stora
 
 
 def _begin(cluster: sa.Engine, target: Storage) -> str:
-    """Check that the target is empty, except for what a killed move left, and keep servers from starting on it.
+    """Check that the target is empty, except for what a killed move left there, which is removed.
 
-    What a killed move left is removed. Return the id that the database records for the bucket during this move.
+    Until the move is complete, no server can start with the target's database. Return the id that this database
+    records for the bucket during the move.
     """
     bucket = _bucket(target)
     with cluster.begin() as connection:
@@ -258,8 +259,9 @@ class _Needs:
 class _Folder:
     """An upload's or a job's folder to move. In HOME its path is `path`.
 
-    In a bucket, copies of the folder are below `prefix`, under the name `name`. The file `mark` is uploaded last,
-    so a copy that has this file is complete. `copy` is the copy's id, or None if any complete copy will do.
+    In a bucket, each copy of the folder is below `<prefix>/<name>`, and has an id. The file `mark` is uploaded
+    last, so a copy that has this file is complete. `copy` is the id of the copy to move, or None for any complete
+    copy.
     """
 
     path: str

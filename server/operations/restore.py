@@ -84,7 +84,7 @@ def _put_in_place(staging: Path, home: Path) -> None:
 
 
 def recover_jobs_and_records(home: Home, engine: sa.Engine, reason: str) -> list[str]:
-    """Requeue running jobs, and write the records of versions, in a HOME that has just been filled.
+    """Requeue running jobs, and write the JSON records of adapters' versions, in a HOME that has just been filled.
 
     `reason` is the text of the event that each requeued job gets. Return the requeued jobs' ids.
     """
@@ -106,8 +106,8 @@ class Restored:
 def restore(file: Path, home: Path) -> Restored:
     """Fill `home`, which must be empty or absent, from a backup.
 
-    Raise StartupError if that fails, and leave nothing in `home`. Damage that the diagnosis finds was in the
-    backup, and was reported when the backup was made.
+    Raise StartupError if that fails, and leave nothing in `home`. If the result's `diagnosis` reports damage, it
+    was in the backup, and was reported when the backup was made.
     """
     try:
         with open(file, "rb") as backup:

@@ -1,7 +1,8 @@
 """Limit the number of connections, and the time for which each may keep the server waiting.
 
 uvicorn's HTTP protocol has no such limits. Only connections whose client has to act next are closed, so no work is
-lost. `server.api.bodies.Body` limits the wait for the rest of a body, because it can still send an answer.
+lost. The wait for the rest of a request's body is limited by `server.api.bodies.Body`, which can still send an
+answer.
 """
 
 import asyncio
@@ -148,7 +149,7 @@ class Connection(H11Protocol):
         return not self._is_answering or (self.cycle.more_body and not self.flow.read_paused)
 
     def without_headers_for(self, now: float) -> float:
-        """Return for how many seconds a request's headers have been incomplete, or 0 if no headers are due."""
+        """Return for how many seconds a request's headers have been incomplete, or 0 if none are arriving."""
         return 0.0 if self._headers_due_since is None else now - self._headers_due_since
 
     def unsent_for(self, now: float) -> float:

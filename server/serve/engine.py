@@ -1,8 +1,8 @@
 """Build an engine from the settings: load the base, choose the backend, and size the caches.
 
-The default sizes of the key/value cache and the adapter cache depend on the free memory. On a CPU they are upper
-bounds, since the system provides pages when they are first written. If this machine lacks something, raise
-StartupError with a message of one line.
+The default sizes of the key/value cache and the adapter cache depend on the free memory. On a CPU these sizes are
+upper bounds, since the system provides memory only when it is first written. If this machine lacks something,
+raise StartupError with a message of one line.
 """
 
 import os
@@ -68,10 +68,10 @@ def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
 def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -> CacheSizes:
     """Return the cache sizes that the settings give, or by default parts of a GPU's remaining memory.
 
-    By default the key/value cache gets up to 2/3 of the remaining memory, and the adapter cache gets the rest. The
-    remaining memory is the `free` bytes without training's share of the `total`, the `step` bytes for a step's
-    tensors, and the overhead of the server's and the workers' processes. `one`, and the limits of the key/value
-    cache, are as in `cpu_caches`. Raise StartupError if too little memory is left.
+    By default the key/value cache gets up to 2/3 of the remaining memory, and the adapter cache gets the rest. To
+    get the remaining memory, these are subtracted from the `free` bytes: training's share of the `total`, the
+    `step` bytes for a step's tensors, and the overhead of the server's and the workers' processes. `one`, and the
+    limits of the key/value cache, are as in `cpu_caches`. Raise StartupError if too little memory is left.
     """
     left = free - int(settings.training_memory * total) - step - (1 + settings.workers) * _PROCESS_BYTES
     most = min(left * 2 // 3, left - _MIN_ADAPTER_BYTES)

@@ -61,7 +61,7 @@ _OWN_URL = "http://{host}:{port}".format(
 def first_prompts(url: str, is_chat: bool, needs_key: bool) -> list[str]:
     """Return a smolora command and a curl command that ask a question, or complete a text if not `is_chat`.
 
-    A base of any size gives the correct answer.
+    Both prompts are so easy that a base of any size answers correctly.
     """
     command = ["chat", _QUESTION] if is_chat else ["generate", _START]
     place = [] if url == _OWN_URL else ["--url", url]

@@ -1,1 +1,1 @@
-"""HOME and the bucket: where bytes are, and the room left for them."""
+"""HOME and the bucket, which have everything that is stored, and a reserve of disk space."""

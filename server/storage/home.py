@@ -27,7 +27,10 @@ ROWS_COPY, MODEL_COPY, CHECKPOINT_COPY = "rows", "model-", "checkpoint-"
 
 @dataclass(frozen=True)
 class Home:
-    """The paths below HOME, except those of the database, the reserve and the file that says how busy a server is.
+    """The paths of most things below HOME.
+
+    Other modules have the paths of the database, the reserve of disk space, and the file that says how busy a
+    server is.
 
     Each project has its own uploads: the default project's are directly below HOME, any other project's are below
     `projects/<name>`.
@@ -37,7 +40,7 @@ class Home:
 
     @property
     def adapters(self) -> Path:
-        """The folder with the adapters' bytes, by digest, and the adapters' records, by name."""
+        """The folder with the adapters' bytes, by digest, and a JSON record of each version, by name."""
         return self.path / "adapters"
 
     @property
@@ -82,11 +85,11 @@ class Home:
 
 
 def make(home: Path, *, to_restore: bool = False) -> bool:
-    """Create the folder if it doesn't exist, and restrict it to its owner. Return whether it is restricted.
+    """Create the folder if it doesn't exist, and restrict it to its owner. Return whether nobody else has access.
 
     Raise StartupError if that fails, or if a restore or a move into the folder is running or was interrupted. A
-    caller that is itself a restore or a move passes `to_restore`: then an interrupted one is no error. A folder
-    that belongs to another user, such as a volume of a group, keeps its mode.
+    caller that is itself a restore or a move passes `to_restore`: then an interrupted one is no error. The mode of
+    a folder that belongs to another user, such as a shared volume, isn't changed.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
         raise StartupError(

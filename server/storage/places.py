@@ -62,7 +62,11 @@ class Storage:
         return Place(self.bucket, is_home=False, url=self.url or "")
 
     def adapters(self, grace: float = 0.0) -> "AdapterStore":
-        """Open the store of the adapters' bytes. The caller's requests must take less than `grace` seconds."""
+        """Open the store of the adapters' bytes.
+
+        A bucket keeps deleted bytes for another `grace` seconds, and at least an hour. The caller's requests
+        must be shorter.
+        """
         if self.bucket is None:
             from adapters.store.store import AdapterStore  # imports torch, which a worker doesn't need
 
@@ -92,10 +96,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class Place:
-    """A HOME or a bucket that contains a database's bytes. `url` is the bucket's address, or HOME's path.
+    """The HOME or bucket with the bytes that a database's rows name. `url` is its address or path.
 
-    The HOME or bucket is identified by markers: empty files or objects below `places`. A marker's name is an id
-    that the database stores, too.
+    The HOME or bucket is identified by markers: empty files or objects in its folder `places`. A marker's name is
+    an id that the database stores, too.
     """
 
     blobs: Blobs

@@ -35,8 +35,8 @@ def exempt_from_gc() -> Iterator[None]:
     """Disable garbage collection during the block, and then permanently exempt all existing objects from it.
 
     A server's libraries create half a million objects that live as long as the process. Scanning them would take a
-    quarter of the start-up time, and as long again in each later full collection, during which no thread, not even
-    the engine's, runs Python. Reference counting still frees objects; only reference cycles stay.
+    quarter of the start-up time, and the same time again in each later full collection. During a collection no
+    thread, not even the engine's, runs Python. Reference counting still frees objects; only reference cycles stay.
     """
     gc.disable()
     try:

@@ -1,1 +1,4 @@
-"""Fine-tuning on the model that serves: rows, the training loop, passes and reports. No HTTP, no jobs."""
+"""Fine-tuning of the served model: training rows, the training loop, forward and backward passes, and reports.
+
+HTTP and the queue of jobs are elsewhere.
+"""

@@ -1,13 +1,13 @@
 """A job's checkpoints. Each is complete or absent, no matter when a process is killed.
 
     <checkpoints>/<token>-<step>/   state.safetensors   fp32 weights, AdamW's moments, the best weights
-                                    state.json          the step, the best loss, patience, measures so far
+                                    state.json          the step, and the run's counters and measurements
     <checkpoints>/.unfinished-...   a checkpoint that is being written
 
-`token` is the fencing token of the worker's claim. If a job is claimed again, the new worker uses other names than
-the old worker, so neither overwrites the other's files. The newest checkpoint has the highest token, then the
-highest step. `save` first removes the unfinished files of killed attempts. After writing the checkpoint, `save`
-removes older checkpoints.
+`token` is the fencing token of the worker's claim on the job. If the job is claimed again, the new worker uses
+other names than the old one, so neither overwrites the other's files. The newest checkpoint has the highest token,
+then the highest step. `save` first removes the unfinished files of killed attempts. After writing the checkpoint,
+`save` removes older checkpoints.
 
 With a bucket, each checkpoint is also uploaded, as the copy `checkpoint-<token>-<step>` of the folder `jobs/<id>`.
 A worker on another machine can then resume from it.
@@ -54,7 +54,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """One job's checkpoints, in a directory and, if there is one, in a bucket. New names contain `token`."""
+    """One job's checkpoints, in a directory and, if there is one, in a bucket.
+
+    The names of checkpoints that are saved here contain `token`.
+    """
 
     def __init__(self, directory: Path, token: int, bucket: "Bucket | None" = None, job_id: str = "") -> None:
         """`job_id` names the job's folder in the bucket."""

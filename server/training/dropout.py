@@ -34,8 +34,8 @@ def hash_name(*name: int | str) -> int:
 class LayerInputs:
     """How masks for A's inputs in one layer are computed.
 
-    `sizes` are the input features of each group of modules that read the same input. `counters` (int32) has a
-    number for each hash, group after group. A hash decides two features.
+    `sizes` has the number of input features of each group of modules that read the same input. `counters` (int32)
+    has a number for each hash, group after group. One hash decides which of two features are kept.
     """
 
     layer: int

@@ -63,7 +63,7 @@ class Examples(Sequence[Example]):
 
     `save` writes a safetensors file with four flat tensors. `token_ids` (int32) and `is_target` (uint8) have an
     entry for each token. `offsets` (int64) has the start of each example, and the end of the last one. `sources`
-    (int64) has the number of the row that each example is, or is a window of.
+    (int64) has the number of each example's row. Several examples have the same row if that was split.
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
@@ -75,7 +75,7 @@ class Examples(Sequence[Example]):
             self.append(example, number)
 
     def append(self, example: Example, source: int) -> None:
-        """Append the row number `source`, or a window of it."""
+        """Append an example. `source` is the number of the row that it comes from."""
         self._sources.append(source)
         self._token_ids.extend(example.token_ids)
         self._is_target.extend(example.is_target)
@@ -220,8 +220,8 @@ class RowEncoder:
     def encode(self, row: Row, max_length: int, overlong: Literal["truncate", "refuse"] = "truncate") -> Example:
         """Encode the row in at most `max_length` tokens.
 
-        Raise InvalidInput on the row's field if the row is longer and `overlong` is "refuse", if nothing is left
-        to train on, or if the base's chat template rejects the messages.
+        Raise InvalidInput, which names the row's field, if the row is longer and `overlong` is "refuse", if
+        nothing is left to train on, or if the base's chat template rejects the messages.
         """
         return self._fitted(row, max_length, overlong)[0][0]
 
@@ -273,9 +273,10 @@ class RowEncoder:
     def references(
         self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_length: int | None = None
     ) -> list[Reference]:
-        """Return `reference(row)` for the first `limit` rows that have a prompt, up to `MAX_REFERENCE_TOKENS`.
+        """Return `reference(row)` for the first `limit` rows that have a prompt.
 
-        Rows longer than `max_length` are left out, as in `trained_references`.
+        Return fewer if all together would have more than `MAX_REFERENCE_TOKENS` tokens. Rows longer than
+        `max_length` are left out, as in `trained_references`.
         """
         found: list[Reference] = []
         num_tokens = 0
@@ -330,7 +331,7 @@ class RowEncoder:
         raise InvalidInput.of(field, f"leaves nothing to train on {within}: raise max_length, or shorten the row")
 
     def _whole(self, row: Row) -> tuple[list[int], Sequence[range], str]:
-        """Return (all tokens up to the last trained one, ranges of trained tokens, the field for errors)."""
+        """Return (all tokens up to the last trained one, ranges of trained tokens, the field that errors name)."""
         if isinstance(row, MessagesRow):
             token_ids, turns = self._encoder.conversation(row.messages, self._ends)
             trained = (place not in row.untrained for place in row.assistant)

@@ -29,10 +29,10 @@ class LossNotFinite(SmoloraError):
 class Evaluation:
     """Measurements on held-out rows.
 
-    `rows` has the summed loss and the number of counted tokens of each distinct row. Equal rows are one entry,
-    since they say no more than one of them, and so are a row's windows, since they are alike. `matches` says for
-    each reference (a row's prompt and answer) whether the model gave exactly this answer; None if that wasn't
-    measured.
+    `rows` has the summed loss and the number of counted tokens of each distinct row. Equal rows share one entry,
+    since a repeated row says nothing new. The windows of a split row also share one, since they are alike.
+    `matches` says for each reference (a row's prompt and answer) whether the model gave exactly this answer; None
+    if that wasn't measured.
     """
 
     loss: float  # nats per counted token
@@ -49,7 +49,7 @@ class Evaluation:
 
     @property
     def is_finite(self) -> bool:
-        """Whether other losses can be compared with this loss."""
+        """Whether the loss is finite, so that it can be compared with other losses."""
         return math.isfinite(self.loss)
 
     @property
@@ -80,10 +80,10 @@ def evaluate(
 ) -> Evaluation:
     """Measure loss and accuracy over the target tokens of `examples`. Raise ValueError if there are none.
 
-    `keys` are the examples' `Examples.row_keys`, if some may be windows. `yield_or_leave` is called before each
-    micro-batch, and may raise. Each micro-batch runs within the context manager `computing(number of tokens)`.
-    Losses are summed exactly, so `max_tokens` changes the result only by rounding in torch's passes, and not at
-    all in native code.
+    `keys` are the examples' `Examples.row_keys`, if some rows may be split into several examples. `yield_or_leave`
+    is called before each micro-batch, and may raise. Each micro-batch runs within the context manager
+    `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by rounding
+    in torch's passes, and not at all in native code.
     """
     losses, num_right = array("d"), 0
     spans: dict[int, tuple[int, int, int]] = {}  # by index: the row's key; where losses begin and end

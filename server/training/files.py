@@ -168,9 +168,9 @@ class RowSources:
     def rows(self, source_id: str, notes: RowNotes | None = None) -> CanonicalRows:
         """Return the rows of a file or data set, in order.
 
-        A file's ignored fields and other trainers' formats are noted in `notes`. For a data set, only the
-        `mapping` of its upload is noted. Raise NotFound if there is no such file or data set, and CorruptDataset
-        or CorruptFile if it is damaged.
+        A file's ignored fields and other trainers' formats are noted in `notes`. For a data set, only the other
+        trainer's format of its first upload, if any, is noted. Raise NotFound if there is no such file or data
+        set, and CorruptDataset or CorruptFile if it is damaged.
         """
         if source_id.startswith(PREFIX):
             return CanonicalRows.of(self.files.rows(source_id, notes))

@@ -63,8 +63,8 @@ class Conversation:
 def format_of_fields(given: set[str]) -> RowFormat | None:
     """Return "alpaca" or "sharegpt" if a row with these fields has that format, else None.
 
-    Rows with `prompt`, `completion` or `messages` have smolora's format or TRL's. `text` is ignored, since tables
-    of conversations often have it as the rendered text.
+    Rows with `prompt`, `completion` or `messages` have smolora's format or TRL's. The field `text` is ignored,
+    since tables of conversations often have the rendered conversation in it.
     """
     if given.isdisjoint((*_PAIR, "messages")):
         if given.issuperset(ALPACA):

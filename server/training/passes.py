@@ -139,9 +139,9 @@ class TorchPass:
 
 
 class NativePass:
-    """A pass in native code. It reads the adapter's tensors, `rows`, without copying them.
+    """A pass in native code. `rows` is the adapter in training, whose tensors are read without being copied.
 
-    `rows` must be made with `row_unit=ROW_UNIT`. In full fine-tuning it is empty, and the gradients of the base's
+    Create `rows` with `row_unit=ROW_UNIT`. In full fine-tuning it has no modules, and the gradients of the base's
     weights are added to `d_weights`.
     """
 

@@ -60,8 +60,9 @@ def decide(
     """Decide whether to publish the tuned adapter, by its comparison with the latest version or the base.
 
     If neither `comparisons` nor `unmeasured` has the latest version, none exists, and the base takes its place.
-    `unmeasured` says why a version wasn't measured: the gate isn't passed then. A fully fine-tuned model is never
-    published. `versions` names the compared versions for the reason.
+    `unmeasured` says why a version wasn't measured; if the decision needs that version, the adapter isn't
+    published. A fully fine-tuned model is never published. `versions` has names of the compared versions, for the
+    text of the reason.
     """
     if method == "full":
         return Gate(publish_if, False, "a fully fine-tuned model is kept with its job, but it is no adapter")

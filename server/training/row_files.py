@@ -70,9 +70,9 @@ def short_name(filename: str) -> str:
 def read_rows(stream: BinaryIO, file_format: Format, notes: RowNotes | None = None) -> Iterator[Row]:
     """Yield the rows of a file. Ignored fields, other trainers' formats and dropped rows are noted in `notes`.
 
-    Rows that are `EmptyAnswer` are dropped. If the file has other errors, raise InvalidInput, but only after
-    collecting them: valid rows after the first error are still yielded. So don't use any row before the iterator
-    has ended.
+    Rows for which `parse_row` raises EmptyAnswer are dropped. Other errors are collected, and raised as one
+    InvalidInput when reading ends. Until then valid rows are yielded, even after an error. So don't use any row
+    before the iterator has ended.
     """
     return read_jsonl(stream, notes) if file_format == "jsonl" else read_csv(stream, notes)
 

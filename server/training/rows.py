@@ -81,9 +81,9 @@ Kind = Literal["completion", "messages", "text"]
 
 
 class EmptyAnswer(InvalidInput):
-    """A row in another trainer's format whose only fault is an empty last answer, as Alpaca's own file has some.
+    """Raised for a row in another trainer's format if its only fault is that the last answer is empty.
 
-    Readers of many rows drop such a row; it is counted in their `RowNotes`.
+    Alpaca's own file has such rows. Readers of many rows drop them; `RowNotes` counts them.
     """
 
 
@@ -154,10 +154,10 @@ def question_of(row: Row) -> tuple[str | tuple[ChatMessage, ...], str] | None:
 def parse_row(value: object, notes: RowNotes | None = None) -> Row:
     """Make a row from parsed JSON. Raise InvalidInput, with up to `MAX_FAULTS` errors, if the row is invalid.
 
-    It is EmptyAnswer, and counted in `notes`, if the row can just be dropped.
-    No message quotes a row's text. Unknown fields, such as ids and labels, are skipped and counted in `notes`.
-    Null is ignored in fields of another kind of row and in optional fields of turns, since rows from a table have
-    null in such fields.
+    If the row can simply be dropped, the error is an EmptyAnswer, and the row is counted in `notes`. No message
+    quotes a row's text. Unknown fields, such as ids and labels, are skipped and counted in `notes`. Rows from a
+    table have null in fields that they don't use. So null is ignored in the fields of other kinds of rows, and in
+    optional fields of turns.
     """
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
@@ -287,7 +287,8 @@ def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, Canonica
     A row is held out if the SHA-256 of its canonical JSON, read as a number, is below share · 2²⁵⁶. So the same
     row is always on the same side, whatever other rows there are. There are two exceptions, so that no side is
     empty: the row with the smallest hash is held out, and the row with the largest hash is trained on. A share of
-    0 holds out no rows. Raise InvalidInput on `validation` if all rows are equal or the share is invalid.
+    0 holds out no rows. Raise InvalidInput, which names the field `validation`, if all rows are equal or the share
+    is invalid.
     """
     if not 0 <= share < 1 or not math.isfinite(share):
         raise InvalidInput.of("validation", "a share is at least 0 and below 1")
@@ -396,7 +397,7 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 def _field_fault(value: object) -> str | None:
     """Return what is wrong with a text field, or None if nothing is.
 
-    In other trainers' rows the field may be a list of turns.
+    A list has its own message, since other trainers' rows may have a list of turns in the field.
     """
     if isinstance(value, list):
         return "must be a text: turns go into messages, or into both prompt and completion"

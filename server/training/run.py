@@ -1,7 +1,8 @@
 """One attempt at a training job, from its data to its adapter: train, evaluate, keep checkpoints, report.
 
-`Run` resumes from the newest checkpoint, wherever the last attempt ended, and arrives at the same weights as an
-uninterrupted run. It reports through a `Reporter`; leases, publishing and processes belong to `server.jobs`.
+`Run` resumes from the newest checkpoint, and arrives at the same weights as an uninterrupted run. It reports its
+progress to a `Reporter`. The package `server.jobs` assigns jobs to workers, runs the processes and publishes
+results.
 """
 
 import ctypes
@@ -43,15 +44,25 @@ class Reporter(Protocol):
     """Receiver of the progress of a run or a merge. Any method may raise to end the run; checkpoints are kept."""
 
     def yield_or_leave(self) -> None:
-        """Yield to serving, or raise if the run should stop. Called at least once per micro-batch or module."""
+        """Yield to serving, or raise if the run should stop.
+
+        Called before each micro-batch, each step of the engine that measures exact
+        match, and each module that is merged or decomposed.
+        """
         ...
 
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
-        """Return a context manager in which `num_bytes` may be read or written without reports of progress."""
+        """Return a context manager for reading or writing `num_bytes`.
+
+        Within it the run counts as alive without reports of progress, for as long as that may take.
+        """
         ...
 
     def computing(self, num_tokens: int) -> AbstractContextManager[None]:
-        """Return a context manager in which `num_tokens` may be computed without reports of progress."""
+        """Return a context manager for computing a pass over `num_tokens`.
+
+        Within it the run counts as alive without reports of progress, for as long as that may take.
+        """
         ...
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
@@ -196,7 +207,7 @@ class Run:
         return self._finish()
 
     def measure(self, weights: LoraWeights) -> Scores:
-        """Measure an adapter on the job's rows, as trained weights are measured. Empty weights mean the base."""
+        """Measure an adapter on the job's rows, in the same way as trained weights. Empty ones mean the base."""
         passes = trainable_rows(
             self._base, weights, None, max_length=self._longest, dropout=0.0, library=self._library
         ).passes
@@ -231,7 +242,7 @@ class Run:
 
     @property
     def _longest(self) -> int:
-        """The number of positions that the model needs."""
+        """The maximum length of a row: the model needs this many positions."""
         return self._spec.training.max_length
 
     @property
@@ -335,7 +346,10 @@ class Run:
         return every is not None and (step % every == 0 or step == self._trainer.total_steps)
 
     def _held_out(self) -> Evaluation:
-        """Evaluate the trainable on the held-out rows, with exact match only if that chooses the best step."""
+        """Evaluate the current weights on the held-out rows.
+
+        Exact match is measured only if the best step is chosen by it.
+        """
         found = self._evaluate(self._trainable.passes)
         self._check_finite(found)
         if self._spec.publish_metric == "loss":

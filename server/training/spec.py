@@ -18,10 +18,10 @@ _readers: dict[object, object] = {}
 
 
 def read_document(kind: type[_Kind], document: object) -> _Kind:
-    """Return the instance of `kind` whose `dataclasses.asdict` is `document`, possibly stored as JSON meanwhile.
+    """Return the instance of `kind`, a dataclass, from which `dataclasses.asdict` made `document`.
 
-    Lists become tuples again, and texts become dates. Unknown fields are ignored. Raise ValueError if a field is
-    missing or has another type.
+    The document may have been stored as JSON: lists become tuples again, and texts become dates. Unknown fields
+    are ignored. Raise ValueError if a field is missing or has another type.
     """
     if kind not in _readers:
         _readers[kind] = TypeAdapter(kind)
@@ -52,7 +52,7 @@ INIT_STD = 1 / 16
 
 
 def default_alpha(*, use_rslora: bool) -> float:
-    """Return alpha if the request has none. docs/training.md says why it doesn't depend on the rank."""
+    """Return the alpha for a request that has none. docs/training.md says why it doesn't depend on the rank."""
     return RSLORA_ALPHA if use_rslora else ALPHA
 
 
@@ -95,7 +95,7 @@ class TrainingSpec:
         return -(-num_rows // self.batch_size)
 
     def total_steps(self, num_rows: int) -> int:
-        """Return the number of optimizer steps over `num_rows` training rows."""
+        """Return the number of optimizer steps of a job with `num_rows` training rows."""
         return self.max_steps or self.epochs * self.steps_per_epoch(num_rows)
 
     def with_epochs(self, num_rows: int) -> Self:
@@ -107,7 +107,7 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """All that decides a job's result, besides its data and the base, and how the result is published."""
+    """How a job trains and publishes. This, the job's data and the base decide the result."""
 
     name: str
     method: Method = "lora"

@@ -80,9 +80,10 @@ def trainable_rows(
 
 
 class TrainableModel:
-    """Full fine-tuning: every weight of a private copy of the base, in the base's dtype, with fp32 masters.
+    """Full fine-tuning: every weight of a private copy of the base, in the base's dtype.
 
-    Native code trains the copy if `library` is given.
+    `masters` are the same weights in fp32, which the optimizer updates. Native code trains the copy if `library`
+    is given.
     """
 
     def __init__(self, base: BaseModel, *, max_length: int, library: ctypes.CDLL | None = None) -> None:

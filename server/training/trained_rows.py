@@ -10,10 +10,10 @@ The start depends on the seed and the base's weights alone:
 Random streams are named, not continued: a draw depends on the stream's name alone. Each module has its own
 stream, so the order of modules doesn't matter.
 
-In PiSSA and OLoRA, B A starts as a part B₀A₀ of W itself. Frozen rows subtract B₀A₀ again, so W stays as it is,
-and training starts at the base. Computed directly, B A - B₀A₀ would be a small difference of two large terms, and
-inexact in 16 bits. So the model computes the same difference without the large terms, as an ordinary LoRA of
-twice the rank:
+In PiSSA and OLoRA, B A starts as a part B₀A₀ of W itself. The model subtracts B₀A₀ again, so W stays as it is, and
+training starts at the base. Computed directly, B A - B₀A₀ would be a small difference of two large terms, and
+inexact in 16 bits. So the model computes the same difference without the large terms, as an ordinary LoRA of twice
+the rank:
 
     B A - B₀A₀  =  (B - B₀) A + B₀ (A - A₀)  =  [B - B₀, B₀] · [A; A - A₀]
 
@@ -40,7 +40,7 @@ SUBTRACTED: frozenset[Init] = frozenset({"pissa", "olora"})
 
 
 def adapter_config(spec: LoraSpec) -> LoraConfig:
-    """Return the published adapter's shape: twice the rank, with the same scaling, if `init` is in SUBTRACTED."""
+    """Return the published adapter's shape: for pissa and olora, twice the spec's rank with the same scaling."""
     rank, alpha = spec.rank, float(spec.alpha)
     if spec.init in SUBTRACTED:
         rank, alpha = 2 * rank, alpha * (math.sqrt(2) if spec.use_rslora else 2)
@@ -126,7 +126,7 @@ def stream(*name: int | str) -> torch.Generator:
 
 @dataclass(frozen=True, eq=False)
 class TrainedModule:
-    """One module: its slices of the group's leaf tensors, and views of its parts of `masters` and `gradients`."""
+    """One module: its slices of its group's tensors, and views of its A and B (fp32) and of their gradients."""
 
     key: ModuleKey
     rows: slice  # of the group's A
@@ -141,10 +141,11 @@ class TrainedModule:
 
 @dataclass(frozen=True, eq=False)
 class TrainedGroup:
-    """One layer's group with two leaf tensors: A (rows, in) and Bᵀ (rows, out) of all its modules.
+    """One layer's modules that read the same input, with two leaf tensors: A (rows, in) and Bᵀ (rows, out).
 
-    The leaf of A includes the scalings, as served rows do. The leaf of B is block diagonal with a block for each
-    module: one product for the whole group is cheaper than a narrow product for each module.
+    A module of rank r has r rows in both, or 2r if A₀ and B₀ are subtracted. A includes the scalings, as in
+    serving. Bᵀ is block diagonal with a block for each module: one product for the whole group is cheaper than a
+    narrow product for each module.
     """
 
     modules: tuple[TrainedModule, ...]
@@ -214,8 +215,8 @@ class TrainedRows:
     ) -> None:
         """Start from `weights` and keep their scalings; the forward pass computes in `dtype`.
 
-        `frozen` is subtracted: it has A₀ and B₀ for the same modules, ranks and scalings. A module's rows
-        begin at a multiple of `row_unit` in their group's leaves; rows in between are zero.
+        `frozen` has A₀ and B₀, which are subtracted, for the same modules, ranks and scalings. In the tensors of a
+        group, each module's rows begin at a multiple of `row_unit`; unused rows are zero.
         """
         self._row_unit = row_unit
         self.dropout: Dropout | None = None
@@ -281,7 +282,7 @@ class TrainedRows:
     def weights(self) -> LoraWeights:
         """Return a copy of the adapter as it is now, in fp32.
 
-        The copy has twice the adapter's rank if frozen rows are subtracted.
+        The copy has twice the rank of A and B in training if A₀ and B₀ are subtracted.
         """
         modules: dict[ModuleKey, LoraModule] = {}
         for group in self.groups.values():
@@ -333,7 +334,7 @@ class TrainedRows:
 
 
 def _published(module: TrainedModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B of the ordinary LoRA that equals the masters, minus frozen rows if there are any."""
+    """Return the module's A and B as published: [A; A - A₀] and [B - B₀, B₀] if A₀ and B₀ are subtracted."""
     a, b, start = module.a, module.b, module.start
     if start is None:
         return a, b

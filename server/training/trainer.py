@@ -1,4 +1,4 @@
-"""The training loop's arithmetic: one optimizer step after another, each determined by the step's number alone.
+"""The training loop's arithmetic: a step's rows and micro-batches, the learning rate, and AdamW.
 
 The rows and dropout masks of a step depend only on (seed, epoch, step). So a run that resumes from a checkpoint
 ends in the same bytes as an uninterrupted run, and no state of a random generator is stored. A step's rows are

@@ -1,8 +1,8 @@
 """Verdicts on two sets of weights that were measured on the same rows: better, worse, or can't tell.
 
 Differences are paired by row, and equal rows count once. A verdict is better or worse only if the 95 % interval of
-the difference excludes 0. A few held-out rows can't support a verdict, least of all on independent facts. With
-fewer than `MIN_HELD_OUT` held-out rows, a verdict is by exact match on all rows of the job, trained ones included.
+the difference excludes 0. Fewer than `MIN_HELD_OUT` held-out rows are too few. Then a verdict is by exact match on
+all rows of the job, trained ones included.
 """
 
 import math
