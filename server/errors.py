@@ -8,7 +8,7 @@
     │       ├── Interrupted        from `adapters.errors`, like BytesUnavailable and InDoubt
     │       ├── GenerationTimeout  a generation took too long
     │       │   └── ReadTooSlowly  the client read its answer too slowly
-    │       ├── NotReady           the model isn't loaded yet
+    │       ├── NotReady           the model, an engine or the grammar checker isn't ready
     │       ├── Draining           the process is shutting down
     │       └── EngineDead         the engine has failed or hangs; the process will exit
     ├── GenerationFailed           a step of the engine failed for this request alone (HTTP 500)
@@ -71,7 +71,7 @@ class ReadTooSlowly(GenerationTimeout):
 
 
 class NotReady(Unavailable):
-    """The model isn't loaded yet."""
+    """The model, an engine or the grammar checker isn't ready."""
 
     default_message = "the server is not ready"
 

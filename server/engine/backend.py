@@ -25,9 +25,9 @@ T = TypeVar("T")
 class PagedCache:
     """Keys and values of every layer. Each tensor is (layers, num_blocks, block_size, kv_heads, head_dim).
 
-    The memory is zeroed at first, so that padding has finite values. On a CPU the operating system provides each
-    page of memory when it is first written. With `by_block` the shape is (num_blocks, layers, ...). A block's
-    numbers are then contiguous, so the pages of one block contain little of other blocks.
+    The memory is zeroed at first, so that padding has finite values. With `by_block`, the shape is (num_blocks,
+    layers, ...), so a block's numbers are contiguous. On a CPU, blocks that were never written then take almost no
+    memory, because the operating system provides each page of memory only when it is first written.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class PagedCache:
 
 
 class Backend(ABC):
-    """A base model's forward pass, with its key/value cache and the memory of resident adapters (rank rows).
+    """A base model's forward pass, with its key/value `cache` and the memory of resident adapters, `rows`.
 
     A step computes the chunks `decodes`, of one token each, and then the chunks `prefills`. Only decodes can have
-    drafts (guesses of the next tokens), and only if the backend is batch invariant.
+    drafts (guesses of the next tokens), and only if `is_batch_invariant`.
     """
 
     is_batch_invariant: ClassVar[bool]
@@ -87,7 +87,10 @@ class Backend(ABC):
         return PagedCache.bytes_per_block(self.config, block_size, self._dtype)
 
     def allocate(self, num_blocks: int, block_size: int, max_rank: int) -> None:
-        """Allocate the key/value cache, and memory for adapters whose ranks, rounded up, sum to `max_rank`."""
+        """Allocate the key/value cache, and memory for adapters whose ranks sum to `max_rank`.
+
+        Each rank counts as `row_format` rounds it up.
+        """
         self.rows = RankRows(self.config.shape, max_rank=max_rank, row_format=self.row_format, device=self._device)
         self.cache = PagedCache(
             self.config, num_blocks, block_size, self._dtype, self._device, by_block=self._caches_by_block
@@ -106,7 +109,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
-        """Return the next token after each of these hidden states (rows, hidden). `rows` are sampling inputs."""
+        """Return the next token after each hidden state (rows, hidden). `rows` has the sampling inputs of each."""
 
     @abstractmethod
     def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:

@@ -7,8 +7,8 @@ too high is measured again.
 
 `PromptRoom` limits the prompt tokens of a step to a fixed share of its time, since decoding sequences wait for the
 whole step. A fixed number of tokens would take a different time on each machine and with each set of adapters.
-With a share of 0.6 long prompts take a fifth longer than with 0.71, and the longest pauses are a quarter shorter
-(docs/performance.md).
+With a share of 0.6 instead of the default 0.71, long prompts take a fifth longer, and the longest pauses are a
+quarter shorter (docs/performance.md).
 """
 
 from collections.abc import Sequence as Seq
@@ -109,7 +109,7 @@ class PromptRoom:
         return max(_LEAST_TOKENS, int(seconds / self._token_seconds) - num_decoding)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """Learn from a step that computed `chunks` in `seconds`. Drafts count as decodes."""
+        """Learn from a step that computed `chunks` in `seconds`. Drafted tokens aren't counted."""
         num_decoding = sum(chunk.is_decode for chunk in chunks)
         num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         if num_decoding:

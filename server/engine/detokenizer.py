@@ -15,7 +15,10 @@ class TokenBytes:
     """The bytes of each token of a byte-level vocabulary. Special tokens have no bytes."""
 
     def __init__(self, vocabulary: Mapping[str, int], added: Mapping[int, str], special: Sequence[int]) -> None:
-        """Take the tokenizer's `vocabulary` with token ids, its `added` tokens' texts, and `special` token ids."""
+        """`vocabulary` maps tokens to ids, and `added` maps the ids of added tokens to their texts.
+
+        `special` has the ids of the special tokens.
+        """
         decode = {character: byte for byte, character in _byte_characters().items()}
         self._bytes: dict[int, bytes] = {}
         for token, token_id in vocabulary.items():
@@ -37,7 +40,7 @@ class TokenBytes:
         return self.bytes_of(token_id).decode(errors="replace")
 
     def describe(self, token_id: int, logprobs: Logprobs) -> SampledLogprob:
-        """Return the log-probabilities with the text and bytes of each token."""
+        """Return the log-probabilities, with texts and bytes, of `token_id` and of the likeliest tokens."""
         likeliest = (self._describe(other, logprob) for other, logprob in logprobs.top)
         return SampledLogprob(self._describe(token_id, logprobs.chosen), tuple(likeliest))
 

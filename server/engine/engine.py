@@ -63,8 +63,8 @@ class Engine:
         """Allocate the backend's memory, and start the threads that load adapters.
 
         These threads read an adapter with `load(digest)`. Other threads call `wake` when a load has progressed,
-        and when masks that sequences wait for are ready. Requests with a grammar need a `guidance` that has
-        checked the grammar.
+        and when a mask that a sequence waits for is ready: a mask says which tokens a grammar allows next.
+        Requests with a grammar need a `guidance` that has checked the grammar.
         """
         block_bytes = backend.bytes_per_block(config.block_size)
         num_blocks = config.kv_cache_bytes // block_bytes + 1  # one more for padding

@@ -112,7 +112,7 @@ def _matcher(tokenizer: LLTokenizer, start: str) -> LLMatcher:
 
 
 def _part(text: str) -> dict[str, object]:
-    """Parse a grammar in llguidance's JSON form, and return its single element."""
+    """Parse a grammar in llguidance's JSON form, and return the only item of its list `grammars`."""
     (part,) = json.loads(text)["grammars"]
     return dict(part)
 

@@ -2,8 +2,8 @@
 
 `python -m server.engine.grammar_check` reads a tokenizer and then grammars, as lines of JSON. For each grammar it
 forks a child, which compiles the grammar and tries it out. A limit on time or memory, or a stack overflow, only
-kills the child. The wall-clock limit doesn't apply to a child that hardly got to run on a busy machine. A child
-that takes longer than real grammars do is given a lower priority than serving. The process doesn't wait for a
+kills the child. The wall-clock limit is longer for a child that hardly got to run on a busy machine. A child that
+takes longer than usual grammars need is given a lower priority than the server. The process doesn't wait for a
 child to die, since that takes long at a low priority. The process ends when its standard input ends.
 `GrammarChecker` is the client of the process.
 """
@@ -165,7 +165,7 @@ def _has_died(process: subprocess.Popen[bytes]) -> bool:
 
 
 def serve() -> None:
-    """Run the process: read a setup, then vet grammars until the input ends."""
+    """Run the process: read the tokenizer, then vet grammars until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lines = sys.stdin.buffer
@@ -211,7 +211,7 @@ def _answer_of(child: int, answer: BinaryIO) -> bytes:
 def _processor_seconds(child: int) -> float:
     """Return the child's processor time so far, or infinity if it is unknown.
 
-    The id of a process's clock is computed as clock_getcpuclockid(3) of Linux does.
+    The id of the child's clock is computed in the same way as in Linux's clock_getcpuclockid(3).
     """
     with suppress(OSError):
         return time.clock_gettime(~child << 3 | 2)

@@ -3,9 +3,9 @@
 `Guidance.check` runs before a request is accepted. It vets a grammar in another process (`grammar_check`),
 compiles it on a thread of low priority, and caches it. `Guidance.constraint` creates a sequence's `Constraint`.
 llguidance's mask says which tokens may come next. End tokens are allowed if the answer may end at this point.
-If only one text can follow, the longest token of that text is forced. Which token is forced depends only on the
-answer so far, and finding the token takes no longer if the text is long. `masks` decides when and on which thread
-a mask is computed. `grammar` decides which grammars are supported.
+If only one text can follow, the longest token that this text begins with is forced. Which token is forced depends
+only on the answer so far, and finding the token takes no longer if the text is long. `masks` decides when and on
+which thread a mask is computed. `grammar` decides which grammars are supported.
 
 All copies of an llguidance matcher share one mutex, and some of llguidance's functions run with the GIL held. So
 all matchers of a grammar belong to one thread at a time: the engine's thread, or the thread of `masks` while
@@ -230,10 +230,11 @@ class Constraint:
         return longest
 
     def _splits(self, allowed: Mask | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
-        """Return the allowed tokens' texts and ids, shortest first, if each text is a prefix of the longest one.
+        """Return the allowed tokens' texts and ids, shortest first, if no two of the texts contradict each other.
 
-        `text`, the known part of what follows, counts as one of the texts. Return an empty sequence if a text
-        isn't such a prefix, if there are too many tokens to check, or if the answer may end.
+        Two texts contradict each other if neither is a prefix of the other. No text may contradict `text` either,
+        which is known to follow. Return an empty sequence if texts contradict each other, if there are too many
+        tokens to check, or if the answer may end.
         """
         if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
             return []
@@ -351,7 +352,10 @@ class Guidance:
         return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
 
     def is_usable(self, grammar: Grammar) -> bool:
-        """Return whether `check` would return at once, since the grammar is cached. Any thread may call this."""
+        """Return whether the grammar is cached and not spoilt, so that `check` returns at once.
+
+        Any thread may call this.
+        """
         kept = self._find(grammar)
         return kept is not None and not kept.is_spoilt
 

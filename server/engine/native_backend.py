@@ -1,8 +1,8 @@
 """The backend in native code, for CPUs, in bf16.
 
-Its sampler does in one call what `sampling.sample`, its test oracle, does, and with the same noise. A drawn token
-can differ if two scores are almost equal, or if a filter must choose between tokens with equal scores: native code
-then prefers the lower token id.
+Its sampler draws the same tokens as `sampling.sample`, its test oracle, but in one call. A drawn token can differ
+if two tokens' scores (logits with noise) are almost equal, or if a filter must choose between tokens with equal
+scores: native code then prefers the lower token id.
 """
 
 from collections.abc import Sequence as Seq
@@ -44,7 +44,7 @@ class NativeBackend(Backend):
         return _sampled(self._model.draw(self._tables((*decodes, *prefills)), table), rows, vocab_size)
 
     def _tables(self, chunks: Seq[Chunk]) -> StepTables:
-        """Return the tables that describe a step of these chunks to the model."""
+        """Return the native model's inputs for a step that computes these chunks."""
         token_ids: list[int] = []
         runs: list[tuple[int, ...]] = []
         blocks: list[int] = []

@@ -62,8 +62,8 @@ class GenerationRequest:
     `grammar` ends an answer by itself, so it can't be combined with stop strings or `ignore_eos`.
     With `scored_from` nothing is generated. Instead the prompt's tokens from this position (at least 1) on are
     scored. Then `max_tokens` must be 0 and `n` 1, and of `sampling` only `logprobs` has an effect.
-    `project` is an opaque tenant. Projects share engine time equally, and no project finds another's blocks in
-    the prefix cache.
+    `project` identifies the project that sent the request. Projects share engine time equally, and no project
+    finds another's blocks in the prefix cache.
     """
 
     request_id: str
@@ -109,7 +109,7 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class SampledLogprob:
-    """The log-probabilities of the chosen token and of the likeliest tokens, best first."""
+    """`Logprobs` with the text and bytes of each token."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]

@@ -7,10 +7,11 @@ position, token id) only. So a request draws the same tokens whatever else is in
 Logits change in this order, which is that of Hugging Face's generation: repetition penalty (Keskar et al. 2019,
 arXiv:1909.05858), presence and frequency penalty and logit bias (as in OpenAI's API), the mask of a constraint,
 temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen et al. 2024,
-arXiv:2407.01082). Each change is made for all rows at once, so that its numbers are copied to a device once.
+arXiv:2407.01082). A row has the logits from which one token is drawn. Each change is made for all rows at once, so
+that its parameters are copied to a device once.
 
-The host waits for the device at most three times in a step: to learn which rows need more tokens for top-p, for
-the chosen and likeliest token ids, and for log-probabilities.
+The host waits for the device at most three times in a step: to learn for which rows top-p needs more tokens than
+were sorted, for the chosen and likeliest token ids, and for log-probabilities.
 """
 
 import hashlib
@@ -131,8 +132,8 @@ def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
 def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
     """Return fp32 standard Gumbel noise (rows, n) for token_ids (rows, n) or (1, n), decided by row and token id.
 
-    A 32-bit hash mixes the token id and the two words of the row's key (multipliers of "lowbias32", Wellons 2018).
-    The hash's 23 highest bits make a uniform number strictly between 0 and 1.
+    A 32-bit hash mixes the token id and the two words of the row's `noise_key`. Its multipliers are those of
+    "lowbias32" (Wellons 2018). The hash's 23 highest bits make a uniform number strictly between 0 and 1.
     """
     words = [struct.unpack("<ii", noise_key(row)) for row in rows]
     keys = to_device(torch.tensor(words, dtype=torch.int32), token_ids.device)  # (rows, 2)
@@ -159,10 +160,10 @@ def noise_key(row: LogitsRow) -> bytes:
 def _candidates(
     logits: torch.Tensor, rows: Seq[LogitsRow]
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Apply top-k and top-p to logits (rows, vocab), and yield the remaining tokens for groups of rows.
+    """Apply top-k and top-p to logits (rows, vocab), and yield the candidates to draw from, for groups of rows.
 
-    The rows of a group sort the same number of tokens. Each item has the indices of a group's rows, the scores
-    (rows, n) of their tokens, and the token ids (rows or 1, n). The scores of filtered tokens are -inf.
+    The rows of a group have the same number n of candidates. Each item has the indices of a group's rows, the
+    scores (rows, n) of their candidates, and the token ids (rows or 1, n). The scores of filtered tokens are -inf.
     """
     vocab = logits.shape[1]
     groups: dict[int, list[int]] = {}
@@ -188,10 +189,10 @@ def _candidates(
 
 
 def _num_candidates(params: SamplingParams, vocab: int) -> int:
-    """Return how many of the likeliest tokens are sorted at first, or 0 if no filter needs sorted tokens.
+    """Return how many of the likeliest tokens to sort at first, or 0 if no filter needs sorted tokens.
 
-    The number depends only on the row's own parameters, because it affects the order of ties and the rounding of
-    sums.
+    The number affects the order of ties and the rounding of sums. So it depends only on the row's own parameters:
+    other rows don't affect the result.
     """
     if not (params.top_k or params.top_p < 1):
         return 0

@@ -13,10 +13,10 @@ the prompts with the shortest remainders. So a short prompt doesn't wait for a l
 Projects: engine time is shared equally (`shares`). A project that has had more than its share skips steps. The
 waiting sequences of a project that use the same adapters form a waiting set (`waiting`). Waiting projects take
 turns, and so do the waiting sets of each project. Projects with the fewest running sequences come first. If a
-waiting set lacks a place in the batch, blocks or rank rows, and another project has more of this resource, the
-youngest sequences of that project are preempted until there is room. A project's last sequence is preempted only
-for a project with nothing running, whose engine time is behind by `shares.SLACK`. A preempted sequence isn't
-preempted for another project again before it has made progress.
+waiting set lacks a place in the batch, blocks or adapter memory (rank rows), and another project has more of this
+resource, the youngest sequences of that project are preempted until there is room. A project's last sequence is
+preempted only for a project with nothing running, whose engine time is behind by `shares.SLACK`. A preempted
+sequence isn't preempted for another project again before it has made progress.
 
 Room: a waiting set whose turn it is, but which lacks room, is passed over at most `max_bypass` times. Then nothing
 else is admitted before it, except sequences of projects with nothing running. It is tried again only after
@@ -197,9 +197,10 @@ class Scheduler:
         return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
-        """Return the sequences' chunks, without chunks of sequences that are preempted meanwhile.
+        """Reserve the blocks of the sequences' chunks, and return the chunks.
 
-        `stops` maps each sequence to the end of its chunk.
+        `stops` maps each sequence to the end of its chunk. Reserving blocks may preempt sequences. A sequence that
+        is preempted before its turn gets no chunk; if it is preempted later, its chunk stays in the result.
         """
         chunks = []
         for sequence, stop in stops.items():
@@ -358,10 +359,11 @@ class Scheduler:
         self._look_ahead(turn)
 
     def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
-        """Preempt sequences so that a waiting sequence can begin: the first in `turn` that can as a result.
+        """Preempt sequences so that a waiting sequence can begin.
 
-        The preempted sequences are of a project that has more of the resource that the waiting sequence lacks than
-        the waiting sequence's own project. Remove their chunks from `chunks`.
+        This is the first sequence in the order of `turn` for which it is possible. But if one before it lacks
+        nothing, preempt none. The preempted sequences are of a project that has more of the lacking resource than
+        the waiting sequence's project. Their chunks are removed from `chunks`.
         """
         if len(num_running) < 2 and all(queue.project in num_running for queue in islice(turn, 1)):
             return  # there is no other project
@@ -390,8 +392,8 @@ class Scheduler:
         """Return what a waiting sequence would lack if the sequences in `without` were preempted.
 
         Return None if the sequence could then begin. `num_free` is the number of blocks that are free and not
-        promised to running sequences. Cached blocks of the sequence's prefix count as new ones, because these
-        blocks are themselves free if no sequence of the project runs.
+        promised to running sequences. The sequence's need includes the blocks that it could take from the prefix
+        cache, because `num_free` includes them, too, while no other sequence uses them.
         """
         if hold.lacks_room and not self._adapters.fits(hold, [s.hold for s in without if s.hold is not None]):
             return _Lack.ROWS
@@ -407,7 +409,7 @@ class Scheduler:
         """Return the sequences to preempt so that the waiting `sequence` gets the resource that it `lacks`.
 
         Let P be the project with the most of this resource, apart from the project of `sequence`. The result has
-        the youngest sequences of P, and before these any waiting sequences of P that hold rank rows.
+        the youngest sequences of P, and before these any waiting sequences of P whose adapters have memory.
 
         Return an empty list if `sequence` still couldn't begin. Also return an empty list if its project would
         then have at least as much of the resource as P has now. An exception is a project with nothing running
@@ -450,7 +452,7 @@ class Scheduler:
         return victims
 
     def _row_share(self, project: str, *more: AdapterHold) -> float:
-        """Return the share of the adapter pool that a project's sequences, and the holds `more`, take together."""
+        """Return the share of adapter memory that the adapters of a project's sequences and of `more` take."""
         running = [sequence for sequence in self.running if sequence.request.project == project]
         holders = [*running, *self._waiting_with_rows(project)]
         return self._adapters.share([*(s.hold for s in holders if s.hold is not None), *more])
@@ -487,7 +489,10 @@ class Scheduler:
         return sum(max(1, blocks.blocks_for(s.num_needed_tokens) - len(s.block_table)) for s in running)
 
     def _give_way(self, sequence: Sequence) -> bool:
-        """Release the adapters that other waiting sequences hold. Return whether there were any such adapters."""
+        """Let the adapters that are kept in memory for other waiting sequences be evicted.
+
+        Return whether there were any.
+        """
         holds = []
         for other in self._waiting:
             if other is not sequence and other.hold is not None and other.hold.is_held:

@@ -69,7 +69,7 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """The sequence of choice `index` of a request. A preemption resets `num_computed_tokens` to 0."""
+    """One of the `n` sequences of a request. A preemption resets `num_computed_tokens` to 0."""
 
     request: GenerationRequest
     index: int

@@ -4,11 +4,11 @@ A step also computes a draft's tokens, and draws a token after each of them. A t
 before it and on noise that its position decides. So the token after a correct draft is the one that plain decoding
 would have drawn: drafts change the timing of tokens, and nothing else.
 
-A guess is a text that a grammar forces, or the tokens that followed the last few tokens earlier in the sequence
-(prompt lookup, Saxena 2023). `Speculator` drafts the guessed tokens that increase the throughput. It estimates
-the throughput from the share of correct guesses (`Acceptance`; guesses from a grammar are always correct) and from
-the time that an extra token adds to a step (`cost_model.RowCosts`). A draft only uses free blocks, for one step,
-and rows that the batch leaves free. No sequence waits or is preempted for a draft.
+A guess is a text that a grammar forces, or the tokens that followed an earlier occurrence of the sequence's last
+few tokens (prompt lookup, Saxena 2023). `Speculator` drafts the guessed tokens that increase the throughput. It
+estimates the throughput from the share of correct guesses (`Acceptance`; guesses from a grammar are always
+correct) and from the time that an extra token adds to a step (`cost_model.RowCosts`). Drafts use only blocks that
+are free, and give them back after the step. No sequence waits or is preempted for a draft.
 """
 
 from array import array
@@ -123,9 +123,9 @@ class Speculator:
     def __init__(
         self, blocks: BlockManager, eos: Collection[int], max_num_seqs: int, *, is_on: bool = True
     ) -> None:
-        """Limit how many tokens a step draws.
+        """With drafts, a step draws at most `max_num_seqs` tokens, or 1 + `MAX_DRAFT` if that is more.
 
-        The limit is `max_num_seqs` or, if that is more, the tokens of one sequence with the longest draft.
+        `eos` are the end tokens, which are never drafted.
         """
         self.costs = RowCosts(max_num_seqs)
         self.num_drafted_tokens = 0
@@ -189,7 +189,10 @@ class Speculator:
         return _Weighed(guess.token_ids, list(state.acceptance.chances(guess.match, len(guess.token_ids))))
 
     def _draft(self, chunk: Chunk, token_ids: Seq[int]) -> tuple[int, ...]:
-        """Return the longest prefix of these tokens that can be drafted, and reserve blocks for it."""
+        """Return the draft that consists of the first of these tokens, and reserve blocks for it.
+
+        The draft ends before an end token, before a token that the grammar forbids, or where no block is free.
+        """
         sequence = chunk.sequence
         # No token follows an end token, and the end token itself needn't be drafted.
         draft = tuple(takewhile(lambda token_id: token_id not in self._eos, token_ids))

@@ -17,7 +17,7 @@ from server.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class _Refusal:
-    """A failed attempt to admit a sequence, for lack of blocks or of rank rows."""
+    """A failed attempt to admit a sequence, for lack of blocks or of adapter memory."""
 
     sequence: Sequence
     room: BlockManager | AdapterPool
@@ -54,14 +54,14 @@ class WaitingSet:
         self._refusal = _Refusal(self.first, room, num_freed)
 
     def hurry(self, adapters: AdapterPool) -> None:
-        """Wait for the first sequence's adapters to become ready, for at most some milliseconds in total."""
+        """Wait for the first sequence's adapters, over all calls for at most some milliseconds."""
         if not self.advance(adapters).ready:
             assert self.first.hold is not None
             self.first.hold.hurry()
             self.advance(adapters)
 
     def advance(self, adapters: AdapterPool) -> AdapterHold:
-        """Continue loading the first sequence's adapters without waiting, and return its hold."""
+        """Continue loading the first sequence's adapters without waiting, and return its `AdapterHold`."""
         sequence = self.first
         if sequence.hold is None:
             sequence.hold = adapters.hold(sequence.request.adapters)

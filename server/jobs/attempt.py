@@ -59,7 +59,7 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds since the attempt began, or 0 before its first step."""
+        """Return the seconds since the attempt began, or 0 if it hasn't completed its first step yet."""
         return self._clock() - self._began_at if self._has_stepped else 0.0
 
     def note(self, progress: Mapping[str, object] | None, metrics: Mapping[str, object] | None) -> None:

@@ -46,7 +46,7 @@ def append(
 
 
 def without_nul(text: str) -> str:
-    """Return the text with its NUL characters replaced, since PostgreSQL can't store them."""
+    """Return the text with U+FFFD instead of NUL characters, since PostgreSQL can't store them."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 

@@ -1,7 +1,7 @@
 """Measure exact match: which rows a model completes exactly.
 
-The serving engine generates the completions, so they are what users will get. `Run`, which doesn't depend on the
-engine, gets the function `exact_match` as an argument.
+The serving engine generates the completions, so they are what users will get. The function `exact_match` is passed
+to `server.training.run.Run`, so that `server.training` doesn't import the engine.
 """
 
 import ctypes
@@ -50,11 +50,11 @@ def exact_match(
 ) -> list[bool] | None:
     """Return for each reference whether the greedy completion of its prompt equals its text.
 
-    Whitespace at both ends is ignored. A completion ends at an end token, `MORE_TOKENS` tokens after the text's
-    length, or earlier if it can't become equal to the text any more. A prompt that leaves no room for a completion
-    in the base's context counts as not equal. Return None if there are no references, or if the adapter needs more
-    than `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. If `library` is given,
-    native code computes the steps.
+    Whitespace at both ends is ignored. A completion ends at an end token, when it is `MORE_TOKENS` tokens longer
+    than the text, or as soon as it can't become equal to the text any more. A prompt that leaves no room for a
+    completion in the base's context counts as not equal. Return None if there are no references, or if the adapter
+    needs more than `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. If `library` is
+    given, native code computes the steps.
     """
     if weights is not None and _adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
         log.warning("exact match isn't measured: an adapter of rank %s needs too much memory", weights.max_rank)

@@ -1,11 +1,12 @@
-"""Jobs' files: where they are, what removes them, and how jobs move with their HOME.
+"""Jobs' files: where they are, and what removes them.
 
 A job's folder is HOME/jobs/<id>/. Its training rows and checkpoints are removed when the job ends, since the job
 never runs again. The model and the log stay until somebody removes the job's files, or until they are old enough.
 Even then, the job's record, events and card, the versions that it published and the data sets that it used stay.
 
 If there is a bucket, it has all of a job's files except the log, as immutable copies under `jobs/<id>`: `rows`,
-`checkpoint-<token>-<step>` and `model-<token>`. HOME then has only the files that this machine is working on.
+`checkpoint-<token>-<step>` and `model-<token>`, where the token is that of the attempt's claim. HOME then has only
+the files that this machine is working on.
 
 The database first records that a job's files are removed; then they are removed. If the process is killed in
 between, `sweep`, `finish` or `prune` removes the files later. Several processes may do this concurrently.
@@ -272,7 +273,10 @@ class Retention:
             self._here.remove(job_id)
 
     def finish(self) -> None:
-        """Finish interrupted removals, call `sweep_bucket`, and refill the reserve of disk space."""
+        """Finish interrupted removals, call `sweep_bucket`, and make the reserve file again if it was deleted.
+
+        The reserve file is deleted on a full disk, to make room for a few last writes.
+        """
         for job_id in self._jobs.without_files(self._files.stored()):
             self._files.remove(job_id)
         self._files.sweep_bucket(self._statuses)
@@ -315,9 +319,9 @@ def leased(engine: sa.Engine) -> list[str]:
 def requeue_running(engine: sa.Engine, reason: str) -> list[str]:
     """Requeue every running job after the database was copied, and return the jobs' ids.
 
-    `reason` is the text of an event for each job. The jobs can be claimed at once, whatever their leases say. A
-    job resumes from its newest checkpoint. The time since the database was copied isn't charged. If a job's pause
-    was requested, the job is paused instead.
+    `reason` is the text of an event for each job. The jobs can be claimed at once, even if their leases haven't
+    expired. A job resumes from its newest checkpoint. Nobody is charged for the time since the database was
+    copied. If a job's pause was requested, the job is paused instead.
     """
     with engine.begin() as connection:
         query = sa.select(jobs.c.id, jobs.c.wants_pause, jobs.c.stalled_attempts)

@@ -57,7 +57,8 @@ class Jobs:
     ) -> None:
         """Show only jobs that the viewpoint `of` may see; if it is None, show all.
 
-        A project may have at most `max_unfinished` unfinished jobs, and the API key of `of` at most `max_of_key`.
+        A project may have at most `max_unfinished` unfinished jobs, and the viewpoint's API key at most
+        `max_of_key` of these (None: any number).
         """
         self._engine = engine
         self._reader = reader_of(engine)

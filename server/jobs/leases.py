@@ -59,8 +59,9 @@ class Claim:
 class Leases:
     """The claims of all workers. Thread-safe; any number of processes may use the same tables.
 
-    `records` are the versions' records, from which a lost catalog is rebuilt. `now` is the clock that all workers
-    share. After `time_slice` seconds a job gives way to another project's job; 0: never.
+    Published versions are also written to `records`, from which a lost catalog is rebuilt. `now` reads the clock
+    that all workers share. After `time_slice` seconds, a job gives way to another project's job; if this is 0, it
+    never does.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Leases:
     def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
         """Record that the checkpoint of `step` is stored. Raise LeaseLost if the claim is void.
 
-        If this is the job's newest checkpoint, the count of stalled attempts is reset.
+        If this is the job's newest checkpoint, reset the count of attempts that made no new checkpoint.
         """
         _lock_claimed(connection, claim)
         is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
@@ -204,8 +205,8 @@ class Leases:
         Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
         None, no version is published, and the report says why. `publish_unattended_in` explains `alias`,
         `compared_with`, `worse` and LatestMoved. If the new version doesn't become `latest`, the reason becomes an
-        event. Each of the `warnings`, which continue "codes@1 is", becomes an event, too, and so do `notes`, which
-        are sentences.
+        event. Each of the `notes`, which are sentences, becomes an event, too. If a version is published, so does
+        each of the `warnings`, with words like "codes@1 is" in front of it.
         """
 
         def work(connection: sa.Connection) -> Version | None:
@@ -257,9 +258,9 @@ class Leases:
     ) -> None:
         """Requeue the job at its old place after `delay` seconds, or pause it if a pause was requested.
 
-        `reason` becomes an event, and so does `gave_way_after`, the seconds after which the job gave way. The
-        attempt counts as stalled only if `crash` is given. That text is quoted in the job's error if too many
-        attempts stall. Raise LeaseLost if the claim is void.
+        `reason` becomes an event. If the job gave way, an event says after how many seconds (`gave_way_after`).
+        Only if `crash` is given, the attempt counts as one that made no new checkpoint. If there are too many of
+        these in a row, the job fails, and its error quotes `crash`. Raise LeaseLost if the claim is void.
         """
         _lock_claimed(connection, claim)
         if reason:
@@ -369,7 +370,10 @@ def _directive(connection: sa.Connection, claim: Claim) -> Directive:
 
 
 def _end(connection: sa.Connection, job_id: str, status: Status, now: Time | None, **values: object) -> None:
-    """End the job. If a worker ran the job until now, `now` is given, and the worker's time is counted."""
+    """End the job, and charge for its tokens and running time.
+
+    If a worker ran the job until now, pass `now`, so that the running time includes the last seconds.
+    """
     general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": database_now()}
     general |= {} if now is None else count_time(now)
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))

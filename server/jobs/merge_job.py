@@ -24,8 +24,10 @@ from server.training.run import Reporter
 
 @dataclass(frozen=True, eq=False)
 class MergeFindings:
-    """The results of a merge. `distance` is from `adapters.merge.distance`, or None if the exact sum is 0.
+    """The results of a merge.
 
+    `distance` is the result's relative distance from the adapters' exact weighted sum (`adapters.merge.distance`),
+    or None if that sum is 0.
     `base_digest` is the digest of the base that the merged adapters were trained on, which may not be the served
     base. It is None if they were trained on different bases.
     """

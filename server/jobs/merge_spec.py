@@ -18,7 +18,7 @@ ORIGIN = "origin"
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """A merge to compute. `parts` are the adapters to merge: pinned versions, in the order of the expression."""
+    """A merge to compute. `parts` are the adapter versions to merge, in the order of the request's expression."""
 
     name: str
     parts: tuple[Part, ...]
@@ -30,7 +30,7 @@ class MergeSpec:
 
     @property
     def expression(self) -> str:
-        """Return the expression with its pinned versions, such as "tweets@3*0.7+movies@2*0.3"."""
+        """Return the expression with each adapter's version, such as "tweets@3*0.7+movies@2*0.3"."""
         return render(Term(part.name, part.version, weight=part.weight) for part in self.parts)
 
     @property

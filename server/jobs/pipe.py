@@ -7,7 +7,7 @@ makes progress, and may have the job's progress and metrics.
 The process's exit code says how the attempt ended. EXIT_DONE: the job's end is stored. EXIT_LEFT: the process has
 exited as asked. EXIT_NO_BASE: this worker can't run any job; the process has sent the reason.
 EXIT_NO_DATABASE, EXIT_NO_STORE and EXIT_NO_ROOM: the database, the object store or the disk can't be used now.
-EXIT_LATEST_MOVED: there was a newer version of the job's name each time that the latest one had been measured.
+EXIT_LATEST_MOVED: each time that the process compared its result with the latest version, another became latest.
 After any other code, the job is tried again. The process is killed if the worker dies or loses the job.
 """
 
