@@ -199,8 +199,8 @@ class Scheduler:
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
         """Reserve the blocks of the sequences' chunks, and return the chunks.
 
-        `stops` maps each sequence to the end of its chunk. Reserving blocks may preempt sequences. A sequence that
-        is preempted before its turn gets no chunk; if it is preempted later, its chunk stays in the result.
+        `stops` maps each sequence to the end of its chunk. Reserving blocks may preempt sequences, which get no
+        chunk.
         """
         chunks = []
         for sequence, stop in stops.items():
@@ -208,7 +208,7 @@ class Scheduler:
             if sequence.status is Status.RUNNING and self._make_room(sequence, stop):
                 chunks.append(Chunk(sequence, sequence.num_computed_tokens, stop))
         self.at_work = None
-        return chunks
+        return [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
 
     def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
         """Share the step's token budget among prompts, and return the end of each prompt's chunk.

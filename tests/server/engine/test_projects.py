@@ -109,6 +109,17 @@ def test_a_step_preempts_one_sequence_and_never_a_projects_last() -> None:
     sim.drain(sim.bound())
 
 
+def test_a_sequence_that_is_preempted_after_its_turn_gets_no_chunk() -> None:
+    """The younger takes the last free block, and loses it to the older, which needs one as well."""
+    sim, _ = simulation(num_blocks=5, max_num_seqs=2, max_prefill_tokens=64)
+    older, younger = (sim.add(unlike(i, 3), 12, project=project)[0] for i, project in enumerate("ab"))
+    while older.num_computed_tokens < 8 or younger.num_computed_tokens < 8:
+        sim.step()
+    assert sim.blocks.num_free_blocks == 1
+    chunks = sim.scheduler._chunks({younger: 9, older: 9})
+    assert [chunk.sequence for chunk in chunks] == sim.scheduler.running == [older]
+
+
 def test_no_sequence_is_preempted_for_one_whose_adapter_is_loading() -> None:
     sim, gate = simulation(max_num_seqs=2, max_load_steps=9, seed=1)
     add(sim, "a", 4, max_tokens=60)
