@@ -93,7 +93,7 @@ def matches(shown: str, printed: str) -> bool:
 def _found(shown: str, printed: str, before: str, after: str) -> int | None:
     """Return where the first text that `shown` stands for ends in `printed`, or None."""
     texts, numbers = _MEASURED.split(squeezed := _squeezed(shown)), _MEASURED.findall(squeezed)
-    kinds = [r"(?<![\d.])(-?\d+\.\d++(?:e-?\d+)?)" if "." in number else r"\d+" for number in numbers]
+    kinds = [r"(?<!\d)(?<!\d\.)(-?\d+\.\d++(?:e-?\d+)?)" if "." in number else r"\d+" for number in numbers]
     inner = "".join(re.escape(text) + kind for text, kind in zip(texts, [*kinds, ""], strict=True))
     measured = [float(number) for number in numbers if "." in number]
     for found in re.finditer(before + inner + after, printed):
@@ -137,6 +137,7 @@ def _squeezed(text: str) -> str:
         ("…2.25", "12.25", False),
         ("… loss 2.25 …", "loss 9.25, loss 2.25", True),
         ("… loss 2.25", "loss 2.25, loss 9.25", False),
+        ("Found.  -15.27", "Found.   -15.27", True),
         ("(a.b)", "(aXb)", False),
     ],
 )
