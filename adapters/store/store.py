@@ -84,8 +84,8 @@ class Pins:
 
     A discard first asks the catalog whether a name refers to the bytes, and then asks whether they are pinned. If
     neither, it removes them. A pin that precedes the second question keeps the bytes. A later pin may not, but no
-    name refers to the bytes by then, since nothing publishes them during a discard. So whoever pins must look for
-    a name *after* pinning (`adapters.library`).
+    name refers to the bytes by then, since nothing publishes them during a discard. So a caller must look
+    for a name *after* pinning (`adapters.library`).
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ visible. So there is one writer at a time, as with SQLite, and code for SQLite i
 under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for no
 writer.
 
-If the server can't be reached, connecting is retried for `patience` seconds, but for PATIENCE_SECONDS at most: a
+If the server can't be reached, connecting is retried for `patience` seconds, and for PATIENCE_SECONDS at most: a
 worker that only reads can't be stopped before the retries end. If the connection is lost in a transaction, the
 transaction has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
 

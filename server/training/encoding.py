@@ -38,7 +38,7 @@ MAX_REFERENCES = 200
 MAX_REFERENCE_TOKENS = 1 << 16
 """The most tokens of held-out rows whose completions are asked for, of each version that a job measures."""
 FACT_TOKENS = 16
-"""Facts have a median length of at most so many tokens."""
+"""The largest median length of completions, in tokens, of rows that count as facts."""
 FACT_SHARE = 0.9
 """The least share of facts that are distinct."""
 MAX_TRAINED_REFERENCE_TOKENS = 1 << 14
