@@ -24,7 +24,7 @@ FIGURES: tuple[tuple[str, Callable[[Outcome], float], Callable[[float], str]], .
     ("wait p99", lambda one: one.wait_p99, lambda value: f"{milliseconds(value)} ms"),
     ("longest / mean queue", lambda one: one.imbalance, lambda value: f"{value:.2f}"),
 )
-"""Figures of which lower is better."""
+"""Figures for which lower is better."""
 
 
 @dataclass(frozen=True)

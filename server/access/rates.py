@@ -67,7 +67,7 @@ class Rates(Protocol):
     def headers(self, principal: Principal) -> dict[str, str]:
         """Return the `x-ratelimit-…` headers for requests and for tokens, each only if there is a limit.
 
-        If both the key and its project have a limit, the headers describe the limit of which less remains.
+        If both the key and its project have a limit, the headers describe the limit that has less left.
         """
 
 

@@ -95,7 +95,7 @@ class InFlight:
         self._change(project, 0, num)
 
     def end(self, project: str, num: int, num_begun: int) -> None:
-        """Remove `num` sequences of the project, of which `num_begun` had a place in the batch."""
+        """Remove `num` sequences of the project. `num_begun` of them had a place in the batch."""
         self._change(project, -num, -num_begun)
 
     def num_ahead(self, project: str) -> int:

@@ -97,17 +97,17 @@ def noise(server: ServerProcess, browser: Browser, adapter_dir: Path) -> str:
     return "noise"
 
 
-def test_wrong_rows_are_told_by_line(server: ServerProcess, browser: Browser) -> None:
+def test_wrong_rows_are_shown_by_line(server: ServerProcess, browser: Browser) -> None:
     rows = b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\nnot JSON\n'
     with page_of(browser, view(server, "train/new")) as page:
         drop(page, ".drop", {"wrong.jsonl": rows})
-        told = page.get_by_role("alert").locator("li")
-        expect(told).to_have_count(2)
-        expect(told.nth(0)).to_have_text("line 2: completion is missing")
-        expect(told.nth(1)).to_contain_text("line 3")
+        faults = page.get_by_role("alert").locator("li")
+        expect(faults).to_have_count(2)
+        expect(faults.nth(0)).to_have_text("line 2: completion is missing")
+        expect(faults.nth(1)).to_contain_text("line 3")
 
 
-def test_wrong_fields_are_told_beside_them(server: ServerProcess, browser: Browser, codes: str) -> None:
+def test_wrong_fields_are_shown_next_to_them(server: ServerProcess, browser: Browser, codes: str) -> None:
     with page_of(browser, view(server, "train/new")) as page:
         page.get_by_label("Data set").select_option(index=1)
         fill_job(page, codes, Rank="1000")
@@ -137,7 +137,7 @@ def test_a_whole_folder_is_dropped(server: ServerProcess, browser: Browser, adap
     assert server.client.delete("/adapters/folder").status_code == 204
 
 
-def test_wrong_files_are_told(server: ServerProcess, browser: Browser, adapter_dir: Path) -> None:
+def test_wrong_files_are_refused(server: ServerProcess, browser: Browser, adapter_dir: Path) -> None:
     with page_of(browser, view(server, "adapters")) as page:
         upload = page.get_by_role("form", name="Upload")
         drop(page, ".drop", {CONFIG: b"{}", WEIGHTS: b"nothing"})

@@ -193,7 +193,7 @@ def test_enter_is_for_the_field_in_which_one_is(server: ServerProcess, browser: 
 
 
 def test_any_weight_is_generated(server: ServerProcess, browser: Browser) -> None:
-    """A slider's steps are no bounds; what can't be read as a number is told, and not left out."""
+    """A slider's steps are no bounds; a value that isn't a number is shown, and not left out."""
     with page_of(browser, f"{server.url}/#/playground") as page:
         page.get_by_role("textbox", name="Question").fill("of whom?")
         page.get_by_label("Expression").fill("plain*0.33")
@@ -293,7 +293,7 @@ def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) 
         expect(page.locator(".log li")).to_have_count(500)
         rows = page.get_by_role("region", name="Loss by step, as a table").locator("tbody tr")
         expect(rows.last).to_contain_text("10000")
-        expect(rows.filter(has_text="4007")).to_contain_text("2.000")  # what was measured is told
+        expect(rows.filter(has_text="4007")).to_contain_text("2.000")  # the measured value is shown
         assert rows.count() == 502
 
 
@@ -486,9 +486,9 @@ def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str, 
 
 def test_prompts_of_many_rows_are_not_asked_for(server: ServerProcess, browser: Browser, job: str) -> None:
     """All would be read for the few that are shown, each time that somebody looks at the job."""
-    told = server.client.get(f"/train/{job}").json()
+    answer = server.client.get(f"/train/{job}").json()
     report = {"method": "lora", "evaluation": None, "gate": {"passes": True, "reason": ""}}
-    large = {"config": told["config"] | {"dataset": "ds-large"}, "data": told["data"] | {"rows": 500_000}}
+    large = {"config": answer["config"] | {"dataset": "ds-large"}, "data": answer["data"] | {"rows": 500_000}}
     asked: list[str] = []
     with page_of(browser, server.url) as page:
         pretend(page, server, job, report, adapter=PUBLISHED, **large)
@@ -505,8 +505,8 @@ def pretend_answer(page: Page, text: str, warnings: Sequence[str] = (), **end: o
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0}
     timing = {"ttft_ms": 1, "total_ms": 1}
     last = {"index": 0, "adapters": adapters, "usage": usage, "timing": timing, "warnings": warnings, **end}
-    told = [{"index": 0, "text": text}, *([last | {"seed": 1}] if end else [])]
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in told)
+    sent = [{"index": 0, "text": text}, *([last | {"seed": 1}] if end else [])]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in sent)
     page.route("**/generate", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
 
 

@@ -141,7 +141,7 @@ class TrainBatch(ctypes.Structure):
 
 
 def columns(structure: type[ctypes.Structure]) -> int:
-    """Return the number of a structure's fields, each of which takes eight bytes."""
+    """Return the number of fields of a structure. Each takes eight bytes."""
     return ctypes.sizeof(structure) // 8
 
 

@@ -47,7 +47,7 @@ class Killed(BaseException):
 
 @dataclass
 class Reporter:
-    """A job's reporter that ends the attempt at one moment: before or after something that it was told.
+    """A job's reporter that ends the attempt at one moment: before or after one of its calls.
 
     Moments are counted from 0, over `num_moments` of an attempt that ran to its end.
     """

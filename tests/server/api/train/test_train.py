@@ -410,9 +410,9 @@ async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(
     assert sampled["data"] == whole["data"]  # since all rows have as many tokens
     assert (sampled["steps"], sampled["preview"]) == (whole["steps"], whole["preview"]) == (32, whole["preview"])
     for answer in (sampled, whole):
-        told = answer["estimate"]
+        estimate = answer["estimate"]
         passes = 2 * answer["data"]["tokens"] + 2 * 48 * 4 / 2
-        assert told["seconds"] == pytest.approx(passes / told["tokens_per_second"])
+        assert estimate["seconds"] == pytest.approx(passes / estimate["tokens_per_second"])
 
 
 async def test_an_estimate_from_an_earlier_job(client: httpx.AsyncClient, leases: Leases) -> None:

@@ -61,7 +61,7 @@ def test_a_step_synchronizes_as_rarely_as_on_the_fake_card(tiny: BaseModel, drop
 
 
 def test_the_memory_share_is_respected(tiny: BaseModel) -> None:
-    """And running out of it is told from other faults."""
+    """Running out of memory is recognized among other errors."""
     device = torch.device("cuda", torch.cuda.current_device())
     _, total = torch.cuda.mem_get_info(device)
     torch.cuda.empty_cache()

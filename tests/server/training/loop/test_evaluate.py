@@ -109,7 +109,7 @@ def test_no_counted_token(tiny_base: BaseModel) -> None:
 
 
 def test_a_broken_adapter_has_no_loss(tiny_base: BaseModel) -> None:
-    """It is told as it is: the caller decides what becomes of it."""
+    """It is returned as it is, and the caller decides what to do."""
     weights = random_adapter(tiny_base.config.shape, 3, rank=4)
     rows = rows_of(weights, tiny_base)
     rows.masters.fill_(float("nan"))
