@@ -60,9 +60,7 @@ def main() -> int:
                 expect(page.locator(".preview")).to_be_visible()
                 save(page, DOCS / "new-job.png")
                 page.get_by_role("button", name="Train", exact=True).click()
-                page.get_by_text("As a table").click()
-                expect(page.locator("tbody tr").nth(7)).to_be_attached()
-                page.get_by_text("As a table").click()
+                expect(page.get_by_text("What it changed")).to_be_visible(timeout=120_000)
                 save(page, DOCS / "job.png")
             with page_of(browser, server.url, PHONE, "dark") as page:
                 generate(page, server.url)

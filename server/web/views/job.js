@@ -234,8 +234,9 @@ export function JobDetail({ id, onChange }) {
 function Figures({ job: { metrics, progress }, report, points }) {
   const step = report?.kept_step ?? points.findLast((point) => point.held !== null)?.step ?? null;
   const isLast = step === null || step === report?.steps;
-  const train = points.find((point) => point.step === step)?.train ?? (isLast ? metrics["train_loss"] : null);
-  const held = report?.evaluation?.tuned?.loss ?? metrics["eval_loss"];
+  const point = points.find((one) => one.step === step);
+  const train = point?.train ?? (isLast ? metrics["train_loss"] : null);
+  const held = report?.evaluation?.tuned?.loss ?? point?.held ?? metrics["eval_loss"];
   const at = step === null ? null : html`<small>step ${count(step)}${report ? ", kept" : ""}</small>`;
   return html`<dl class="figures">
     <div><dt>Training loss</dt><dd>${loss(train)} ${at}</dd></div>
