@@ -1,9 +1,9 @@
 """How A's deviation σ and alpha make one learning rate fit all ranks: `python -m benchmarks.ranks`.
 
-Trains adapters of several ranks on three small tasks by each rule for σ and alpha, and measures the loss on other
-rows. For each rank a grid of rates grows around the default rate until the best rate is inside; then other seeds
-are trained at the default rate. Every run is kept in a file of its own, so an interrupted comparison resumes.
-Writes ranks.json, with all kept runs.
+Trains adapters of several ranks on three of six tasks by each rule for σ and alpha, and measures the loss on other
+rows. For each rank a grid of rates grows around the default rate until the best rate is inside, with several seeds
+at each rate. More ranks are trained at the default rate alone. Every run is kept in a file of its own, so an
+interrupted comparison resumes. Writes ranks.json, with all kept runs.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 if not __package__:  # run by its path: what Python put first is this folder, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -25,7 +26,7 @@ from benchmarks.machine import Machine
 from benchmarks.measure import Figure
 from benchmarks.tables import table
 from benchmarks.training.rate_search import best_rate
-from benchmarks.training.tasks import TASKS
+from benchmarks.training.tasks import MAX_LENGTH, TASKS
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
@@ -49,8 +50,7 @@ RULES: dict[str, tuple[Callable[[int], float], Callable[[int, int], float]]] = {
 }
 """Alpha by the rank, and σ by the rank and the module's number of inputs."""
 RATE = LEARNING_RATES["lora"]
-SEEDED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MAX_LENGTH = 128
+OTHERS = (2, 8, 32, 128)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Trial:
     @property
     def title(self) -> str:
         steps = TrainingSpec(epochs=self.epochs).total_steps(self.num_rows)
-        return f"{self.task}, {plural(steps, 'step')}"
+        return f"{self.task}, {plural(steps, 'step')} on {plural(self.num_rows, 'row')}"
 
     @property
     def key(self) -> str:
@@ -97,16 +97,23 @@ def main(arguments: list[str] | None = None) -> Results:
     """Run what wasn't run before. Return the results, which are printed and written too."""
     parser = command.parser("benchmarks.ranks", "Compares rules for alpha and σ by the loss at each rank.")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the data is kept")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["sentiment", "words", "pronunciation"])
     parser.add_argument("--rules", nargs="*", choices=list(RULES), default=list(RULES))
     parser.add_argument("--ranks", nargs="*", type=positive, default=[1, 4, 16, 64, 256], help="with all rates")
-    parser.add_argument("--seeded", nargs="*", type=positive, default=SEEDED, help="ranks, with three seeds")
-    parser.add_argument("--rows", type=positive, default=320, help="to train on, in steps of 8")
-    parser.add_argument("--held-out", type=positive, default=160, help="rows that are measured")
-    parser.add_argument("--epochs", type=positive, default=3)
+    parser.add_argument("--others", nargs="*", type=positive, default=OTHERS, help="ranks, with the default rate")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds at each rate")
+    parser.add_argument("--rows", type=positive, default=640, help="to train on, in steps of 8")
+    parser.add_argument("--held-out", type=positive, default=320, help="rows that are measured")
+    parser.add_argument("--epochs", type=positive, default=1)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.tasks, options.ranks, options.seeded, options.rows, options.held_out = ["numbers"], [], [2], 8, 4
+        options.tasks, options.ranks, options.others, options.rows, options.held_out = (
+            ["arithmetic"],
+            [],
+            [2],
+            8,
+            4,
+        )
     say = command.speaker()
     kept = options.out / ("ranks-quick" if options.quick else "ranks")
     kept.mkdir(parents=True, exist_ok=True)
@@ -118,10 +125,9 @@ def main(arguments: list[str] | None = None) -> Results:
         trial = Trial(task, DEFAULT, 1, RATE, 0, options.rows, options.held_out, options.epochs)
         for rule in options.rules:
             for rank in options.ranks:
-                bench.search(replace(trial, rule=rule, rank=rank))
-        for rank in options.seeded:
-            for seed in range(3):
-                bench.run(replace(trial, rank=rank, seed=seed))
+                bench.search(replace(trial, rule=rule, rank=rank), options.seeds)
+        for rank in options.others:
+            bench.mean_loss(replace(trial, rank=rank), options.seeds)
     results = Results(
         Made.by("benchmarks.ranks", arguments, quick=options.quick),
         Machine.this(options.threads),
@@ -146,9 +152,13 @@ class _Bench:
         self._say = say
         self._examples: dict[str, Examples] = {}
 
-    def search(self, trial: Trial) -> None:
+    def search(self, trial: Trial, seeds: int) -> None:
         """Run the trial at rates around its own."""
-        best_rate(trial.learning_rate, lambda rate: self.run(replace(trial, learning_rate=rate)).loss)
+        best_rate(trial.learning_rate, lambda rate: self.mean_loss(replace(trial, learning_rate=rate), seeds))
+
+    def mean_loss(self, trial: Trial, seeds: int) -> float:
+        """Return the trial's mean loss over so many seeds, or NaN if one diverged."""
+        return fmean(self.run(replace(trial, seed=seed)).loss for seed in range(seeds))
 
     def run(self, trial: Trial) -> Outcome:
         """Return the trial's outcome, from its file if there is one."""
@@ -186,7 +196,10 @@ class _Bench:
     def _rows(self, trial: Trial) -> Examples:
         """Return the rows to train on, then those held out."""
         if trial.task not in self._examples:
-            rows = TASKS[trial.task](trial.num_rows + trial.num_held_out, self._cache, self._say)
+            task = TASKS[trial.task](self._cache, self._say)
+            rows = [*task.train[: trial.num_rows], *task.validation, *task.test][
+                : trial.num_rows + trial.num_held_out
+            ]
             ends = self._base.config.eos_token_ids
             encoder = RowEncoder(PromptEncoder(self._base.tokenizer), ends[0], ends)
             self._examples[trial.task] = encoder.encode_all(rows, MAX_LENGTH).examples
@@ -194,48 +207,49 @@ class _Bench:
 
 
 def markdown(results: Results) -> str:
-    """Describe the runs, with a table of rates for each rule and a table of seeds."""
-    first = results.outcomes[0].trial
+    """Describe the runs, with a table of rates for each rule and a table of the default rate."""
     parts = [
         f"`{results.made.program}`, {results.made.day}. {results.machine.hardware}.",
-        f"{results.model}; {first.num_rows} rows, 8 a step; loss on {first.num_held_out} other rows. A cell has "
-        f"the loss at the rate {RATE:g}, what it is above the best loss of any rate, and that rate. Bold: more "
-        "than 10 % above, or a step's loss was twice the base's.",
+        f"{results.model}; 8 rows a step; held-out loss, mean over seeds. A cell has the loss at the rate "
+        f"{RATE:g}, what it is above the best loss of any rate, and that rate. Bold: more than 10 % above, or a "
+        "step's loss was twice the base's.",
     ]
     if results.made.quick:
         parts.append(QUICK)
     titles = sorted({one.trial.title for one in results.outcomes})
     for rule in RULES:
-        searched = [one for one in results.outcomes if one.trial.rule == rule and one.trial.seed == 0]
-        ranks = sorted({one.trial.rank for one in searched if one.trial.learning_rate != RATE})
+        found = [one for one in results.outcomes if one.trial.rule == rule]
+        ranks = sorted({one.trial.rank for one in found if one.trial.learning_rate != RATE})
         if ranks:
-            rows = [[title, *(_rates(searched, title, rank) for rank in ranks)] for title in titles]
+            rows = [[title, *(_rates(found, title, rank) for rank in ranks)] for title in titles]
             parts.append(f"{rule}:\n\n{table(['rank', *map(str, ranks)], rows)}")
-    seeds = [one for one in results.outcomes if one.trial.rule == DEFAULT and one.trial.learning_rate == RATE]
-    ranks = sorted({one.trial.rank for one in seeds if one.trial.seed})
+    usual = [one for one in results.outcomes if one.trial.rule == DEFAULT and one.trial.learning_rate == RATE]
+    ranks = sorted({one.trial.rank for one in usual if one.trial.seed})
     if ranks:
-        rows = [[title, *(_seeds(seeds, title, rank) for rank in ranks)] for title in titles]
+        rows = [[title, *(_seeds(usual, title, rank) for rank in ranks)] for title in titles]
         of_seeds = table(["rank", *map(str, ranks)], rows)
-        parts.append(f"{DEFAULT}, mean (lowest–highest) over seeds:\n\n{of_seeds}")
+        parts.append(f"{DEFAULT} at {RATE:g}, mean (lowest–highest) over seeds:\n\n{of_seeds}")
     return "\n\n".join(parts) + "\n"
 
 
 def _rates(outcomes: Sequence[Outcome], title: str, rank: int) -> str:
     found = [one for one in outcomes if (one.trial.title, one.trial.rank) == (title, rank)]
-    if not found:
+    usual = [one for one in found if one.trial.learning_rate == RATE]
+    if not usual:
         return "–"
-    (usual,) = (one for one in found if one.trial.learning_rate == RATE)
-    if len(found) == 1:
-        return f"{usual.loss:.3f}"
-    best = min(found, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf)
-    above = usual.loss / best.loss - 1
-    text = f"{usual.loss:.3f}, {above:.0%}, {best.trial.learning_rate:g}"
-    return text if above <= 0.1 and usual.peak < 2 * usual.first else f"**{text}**"
+    means = {
+        rate: fmean(one.loss for one in found if one.trial.learning_rate == rate)
+        for rate in {one.trial.learning_rate for one in found}
+    }
+    best = min((rate for rate, loss in means.items() if math.isfinite(loss)), key=lambda rate: means[rate])
+    above = means[RATE] / means[best] - 1
+    text = f"{means[RATE]:.3f}, {above:.0%}, {best:g}"
+    return text if above <= 0.1 and all(one.peak < 2 * one.first for one in usual) else f"**{text}**"
 
 
 def _seeds(outcomes: Sequence[Outcome], title: str, rank: int) -> str:
     losses = [one.loss for one in outcomes if (one.trial.title, one.trial.rank) == (title, rank)]
-    return f"{sum(losses) / len(losses):.3f} ({min(losses):.3f}–{max(losses):.3f})" if len(losses) > 1 else "–"
+    return f"{fmean(losses):.3f} ({min(losses):.3f}–{max(losses):.3f})" if len(losses) > 1 else "–"
 
 
 if __name__ == "__main__":

