@@ -22,11 +22,12 @@ from benchmarks.command import Made
 from benchmarks.instruction_sets import report as instruction_sets
 from benchmarks.scaling import report as scaling
 from benchmarks.scaling.results import Results as Scaling
+from benchmarks.science import report as science
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
 from benchmarks.serving.targets import evaluate as serving_targets
 from benchmarks.shapes import report as shapes
-from benchmarks.training import adapters_report, methods_report, train_and_serve_report, train_report
+from benchmarks.training import train_and_serve_report, train_report
 
 BENCHMARKS_PAGE = "[docs/benchmarks.md](docs/benchmarks.md)"
 BEGIN, END = "<!-- figures: made by python -m benchmarks.report -->", "<!-- /figures -->"
@@ -36,7 +37,8 @@ INTRODUCTION = """# Benchmarks
 
 To measure again, on an idle machine: run `python -m benchmarks.peers make llama.cpp openvino` once, then
 `python -m benchmarks.serve`, `.scaling`, `.shapes`, `.instruction_sets` (it needs `llama.cpp-avx2` and
-`llama.cpp-avx512`), `.train`, `.methods`, `.adapters` and `.train_and_serve`, then this command.
+`llama.cpp-avx512`), `.train` and `.train_and_serve`, then this command. [science.md](science.md) compares LoRA
+with full fine-tuning.
 
 - Cells have the median (lowest–highest) of the rounds. Ratios are medians of the rounds' own ratios.
 - All systems of a table ran in turn, on the same weights, rows and threads. Peers get every setting that we get,
@@ -65,8 +67,6 @@ class Found:
     shapes: shapes.Results | None
     instruction_sets: instruction_sets.Results | None
     train: train_report.Results | None
-    methods: methods_report.Results | None
-    adapters: adapters_report.Results | None
     train_and_serve: train_and_serve_report.Results | None
 
     @classmethod
@@ -78,8 +78,6 @@ class Found:
             command.read(out, "shapes", shapes.Results),
             command.read(out, "instruction_sets", instruction_sets.Results),
             command.read(out, "train", train_report.Results),
-            command.read(out, "methods", methods_report.Results),
-            command.read(out, "adapters", adapters_report.Results),
             command.read(out, "train_and_serve", train_and_serve_report.Results),
         )
         every: tuple[_HasMade | None, ...] = (
@@ -88,8 +86,6 @@ class Found:
             found.shapes,
             found.instruction_sets,
             found.train,
-            found.methods,
-            found.adapters,
             found.train_and_serve,
         )
         if quick := [one.made.command for one in every if one is not None and one.made.quick]:
@@ -113,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     to = options.docs / "benchmarks.md"
     text = page(found, to.read_text(encoding="utf-8") if to.exists() else "")
     readme = options.readme.read_text(encoding="utf-8")
-    readme = with_figures(readme, figures(found, readme))
+    readme = with_figures(readme, figures(found, science.summary(options.results / "science"), readme))
     charts(found, options.docs)
     to.write_text(text, encoding="utf-8")
     options.readme.write_text(readme, encoding="utf-8")
@@ -146,15 +142,12 @@ def page(found: Found, before: str) -> str:
     add("Larger bases", "shapes", found.shapes, shapes.markdown, None)
     add("Restricted instruction sets", "instruction_sets", found.instruction_sets, instruction_sets.markdown, None)
     add("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
-    title = "LoRA against full fine-tuning"
-    add(title, "methods", found.methods, methods_report.markdown, "Methods compared")
-    add("Useful adapters", "adapters", found.adapters, adapters_report.markdown, "Accuracy of adapters")
     add("Training while serving", "train_and_serve", found.train_and_serve, train_and_serve_report.markdown, None)
     return "\n\n".join(parts) + "\n"
 
 
-def figures(found: Found, before: str) -> str:
-    """Return the README's figures: a table of speeds, and one of LoRA against full fine-tuning.
+def figures(found: Found, comparison: str | None, before: str) -> str:
+    """Return the README's figures: a table of speeds, and the comparison of LoRA with full fine-tuning.
 
     Parts without results are kept from the text `before`.
     """
@@ -178,19 +171,7 @@ def figures(found: Found, before: str) -> str:
             f"{reached} of our {len(targets)} targets are reached: {BENCHMARKS_PAGE} has all of them.",
         ]
     title = "LoRA against full fine-tuning"
-    if (methods := found.methods) is None:
-        parts += [_section(title, before) or f"## {title}"]
-    else:
-        num_train, _, num_test = methods.counts
-        full, *lora = (one.outcomes[0].computed_by for one in methods.compared)
-        parts += [
-            f"## {title}",
-            f"{methods.model}, trained on {num_train:,} sentences of {methods.data}, measured on {num_test:,} "
-            f"others; ± is half of a 95 % interval over {len(methods.compared[0].outcomes)} seeds. LoRA is "
-            f"computed by {lora[0]}, full fine-tuning by {full}.",
-            methods_report.comparison(methods),
-            f"{BENCHMARKS_PAGE} has the settings, and training speed against PEFT.",
-        ]
+    parts.append(f"## {title}\n\n{comparison}" if comparison else _section(title, before) or f"## {title}")
     return "\n\n".join(parts)
 
 
@@ -212,10 +193,6 @@ def charts(found: Found, docs: Path) -> None:
         scaling.chart(found.scaling, docs / "scaling.png")
     if found.train is not None:
         train_report.chart(found.train, docs / "train.png")
-    if found.methods is not None:
-        methods_report.chart(found.methods, docs / "methods.png")
-    if found.adapters is not None:
-        adapters_report.chart(found.adapters, docs / "adapters.png")
 
 
 def _headlines(serve: Serving) -> Serving:

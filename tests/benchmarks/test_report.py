@@ -10,13 +10,9 @@ from benchmarks import command, report
 from benchmarks.serving.report import details
 from benchmarks.serving.results import Results
 from benchmarks.serving.systems.systems import BASE, BLENDS, WIDE
-from benchmarks.training import adapters_report, methods_report, train_and_serve_report, train_report
-from benchmarks.training.adapters_report import SetSize
-from benchmarks.training.methods_report import Compared
-from benchmarks.training.methods_run import Outcome, Trial
+from benchmarks.training import train_and_serve_report, train_report
 from benchmarks.training.peer import COMPILED, EAGER
 from benchmarks.training.runs import NATIVE, Measured
-from benchmarks.training.sentiment import Score
 from benchmarks.training.train_report import Row
 from benchmarks.training.works import WORKS
 from tests.benchmarks.kit import MACHINE, figures, instruction_sets, made, results, row, scaling, shapes
@@ -49,24 +45,6 @@ def write_all(out: Path) -> None:
     }
     trained = Row(WORKS[0], speeds)
     command.write(out, "train", train_report.Results(made(), MACHINE, "tiny", 1, [trained]))
-    runs = [
-        [
-            Outcome(
-                Trial(rank, 1e-3, s, 2400, 0, 1000), 9, 0.5, 10**9, 10**7, 9.0, 99.0, math.nan, 0.3, 0.9, "torch"
-            )
-            for s in (1, 2, 3)
-        ]
-        for rank in (0, 8)
-    ]
-    compared = [Compared(one[0].trial.rank, 1e-3, {1e-3: 0.3}, tuple(one)) for one in runs]
-    counts = (2400, 250, 1000)
-    command.write(
-        out, "methods", methods_report.Results(made(), MACHINE, "tiny", "movies", counts, compared, runs[1][0])
-    )
-    names = (adapters_report.BASE, "tweets", adapters_report.BLEND, adapters_report.FULL, adapters_report.RULES)
-    scores = {name: {"tweets": Score(0.9, 0.8)} for name in names}
-    sizes = {"tweets": SetSize(500, 250)}
-    command.write(out, "adapters", adapters_report.Results(made(), MACHINE, "tiny", "so", sizes, scores, {}))
     beside = (train_and_serve_report.Round(figures(300.0), figures(200.0), 500.0, math.nan),)
     command.write(out, "train_and_serve", train_and_serve_report.Results(made(), MACHINE, "work", beside))
 
@@ -101,17 +79,15 @@ def test_pages_are_made_from_the_results(tmp_path: Path, out: Path) -> None:
         "## Larger bases",
         "### 9B",
         "## Training",
-        "## LoRA against full fine-tuning",
-        "## Useful adapters",
         "## Restricted instruction sets",
         "## Training while serving",
     ):
         assert heading in page
-    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 threads") == 8
+    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 threads") == 6
     assert "Not measured yet" not in page
     assert "|1 stream, base|≥ 1.6 × llama.cpp|1.65 (1.60–1.70)|" in page
     assert "|the job's tokens/s|500|–|–|" in page
-    for name in ("serve", "scaling", "train", "methods", "adapters"):
+    for name in ("serve", "scaling", "train"):
         assert f"]({name}.png)" in page
         assert (tmp_path / f"docs/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert readme.startswith(f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n")
@@ -121,16 +97,12 @@ def test_pages_are_made_from_the_results(tmp_path: Path, out: Path) -> None:
     for text in (page, readme):
         assert "8 streams" not in text, "only the loads with one stream and with the most"
         assert WIDE not in text, "only the systems that take all of them"
-        assert "|LoRA, r=8|9 (50.0%)|1.00 GB|10 MB|9 s|99|0.3000 ± 0.0000|0.900 ± 0.000|" in text
-    assert "LoRA is computed by torch, full fine-tuning by torch." in readme
     for name in (
         "serve",
         "scaling",
         "shapes",
         "instruction_sets",
         "train",
-        "methods",
-        "adapters",
         "train_and_serve",
     ):
         assert (tmp_path / f"results/{name}.json").read_bytes() == (out / f"{name}.json").read_bytes()
@@ -138,10 +110,9 @@ def test_pages_are_made_from_the_results(tmp_path: Path, out: Path) -> None:
 
 def test_missing_parts_are_named(tmp_path: Path, out: Path) -> None:
     command.write(out, "serve", serving())
-    page, readme = run(tmp_path)
-    for name in ("scaling", "methods"):
+    page, _ = run(tmp_path)
+    for name in ("scaling", "train"):
         assert f"Not measured yet: `python -m benchmarks.{name}`." in page
-    assert "LoRA, r=8" not in readme
 
 
 def test_parts_not_measured_again_stay(tmp_path: Path, out: Path) -> None:
@@ -156,7 +127,6 @@ def test_parts_not_measured_again_stay(tmp_path: Path, out: Path) -> None:
     page = (tmp_path / "docs/benchmarks.md").read_text()
     rest = whole[whole.index("## Scaling curves") :]
     assert page.endswith(rest)
-    assert "LoRA, r=8" in rest
     assert "333" in page
     assert "333" in standing.read_text()
     comparison = readme[readme.index("## LoRA against full fine-tuning") :]

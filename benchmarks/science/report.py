@@ -1,0 +1,434 @@
+"""Write docs/science.md and its charts from the results."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from benchmarks import command
+from benchmarks.measure import Interval, standard_error
+from benchmarks.science.costs import TASK, Costs, Curve
+from benchmarks.science.plan import (
+    DEFAULT_RANK,
+    MORE_RANKS,
+    MORE_RANKS_TASKS,
+    RANKS,
+    SAME_SIZE,
+    SAME_SIZE_TASKS,
+    Results,
+    untrained,
+)
+from benchmarks.science.statistics import Difference, Verdict, difference, verdicts
+from benchmarks.science.trial import Outcome
+from benchmarks.tables import gigabytes, table
+from benchmarks.training.tasks import TASKS
+from server.training.spec import ALPHA, INIT_STD, LEARNING_RATES
+
+LOSS_MARGIN = 0.02
+"""A share of full fine-tuning's loss that doesn't matter."""
+SHARE_MARGIN = 0.01
+"""A share of right rows that doesn't matter."""
+VALLEY = 1.1
+"""A rate is in the valley if its loss is at most so many times the best one's."""
+METHODS = (0, *RANKS)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A rank on a task, compared with full fine-tuning."""
+
+    task: str
+    rank: int
+    loss: Difference
+    share: Difference
+
+
+def write(folder: Path, page: Path) -> None:
+    """Write the page and its charts. Name what wasn't measured."""
+    found = {task: kept for task in TASKS if (kept := command.read(folder, task, Results)) is not None}
+    costs = command.read(folder, "costs", Costs)
+    page.write_text(text(found, costs), encoding="utf-8")
+    if found:
+        _chart(found, page.parent / "science-rates.png", "learning rate", _rate_points, is_log=True)
+        _chart(found, page.parent / "science-forgetting.png", "loss on the base's own answers", _front)
+
+
+def summary(folder: Path) -> str | None:
+    """Return the README's part: the costs, and the accuracy on one task. None before both are measured."""
+    costs = command.read(folder, "costs", Costs)
+    results = command.read(folder, TASK, Results)
+    if costs is None or results is None or not all(results.tests(rank) for rank in METHODS):
+        return None
+    num_train, _, num_test = results.described.num_rows
+    accuracies = {rank: _mean(results.tests(rank), lambda one: one.share_right) for rank in METHODS}
+    listed = ", ".join(
+        f"{_method(rank)} {accuracy} (rate {results.best(rank):.2g})" for rank, accuracy in accuracies.items()
+    )
+    full = fmean(one.share_right for one in results.tests(0))
+    error = 100 * standard_error(full, num_test)
+    return "\n\n".join(
+        [
+            f"{costs.model}, {num_train:,} rows of {results.described.title}, 8 a step; "
+            f"{costs.machine.threads} threads of an {costs.machine.processor}; alpha {ALPHA:g} at every rank:",
+            cost_table(costs),
+            f"Accuracy on {num_test:,} other sentences, each method at its best rate, mean ± half of a 95 % "
+            f"interval over {len(results.tests(0))} seeds: {listed}. The sample's own standard error is "
+            f"{error:.1f} points. [docs/science.md](docs/science.md) has six tasks, and what is forgotten.",
+        ]
+    )
+
+
+def text(found: dict[str, Results], costs: Costs | None) -> str:
+    """Return the page."""
+    compared = compare(found)
+    done = {one.task for one in compared}
+    missing = [task for task in TASKS if task not in done]
+    parts = [
+        INTRODUCTION.strip(),
+        _setup(found),
+        "## Quality",
+        *([f"Not measured to the end yet: {', '.join(missing)}."] if missing else []),
+        *_quality(found, compared),
+        "## Learning rates",
+        *_rates(found),
+        "## Costs",
+        *_costs(costs),
+        "## Forgetting",
+        *_forgetting(found),
+        "## Equal parameters",
+        _variants(found, SAME_SIZE_TASKS, [(8, "all"), *((rank, targets) for targets, rank in SAME_SIZE)]),
+        "## Rank",
+        _variants(found, MORE_RANKS_TASKS, [(rank, "all") for rank in sorted((*MORE_RANKS, *RANKS))]),
+        "## The default rate",
+        *_defaults(found),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = f"""# LoRA against full fine-tuning
+
+`python -m benchmarks.science` measures, keeps every run in `benchmarks/results/science/`, continues where it was
+interrupted, and writes this page. Don't edit it by hand. `--again` repeats a kept run and compares the figures:
+`python -m benchmarks.science --again "sentiment, r=8, 0.001, seed 10, test"`.
+
+- **Methods**: full fine-tuning, and LoRA of rank 8, 16 and 32 on all seven linear modules. At every rank alpha
+  is {ALPHA:g}, A is drawn from N(0, (1/{1 / INIT_STD:g})²) and B is 0, which are the service's defaults. AdamW
+  without decay, 8 rows a step, cosine schedule, bf16 weights with fp32 masters. All methods see the same rows in
+  the same order.
+- **Rates**: steps of two around a centre, with one seed, until the best is inside the grid; then steps of √2
+  around the best, with two seeds. The loss on validation rows decides.
+- **Test**: five other seeds at the chosen rate, on rows that no choice has seen. A row is right if its greedy
+  completion is exact, with its end. Losses are in nats per token of the completion, without its end token.
+- **Verdicts**, fixed before the tests: differences from full fine-tuning are paired by row and seed. 95 %
+  intervals come from a bootstrap over rows and seeds. LoRA is *no worse* if the difference is below
+  {LOSS_MARGIN:.0%} of the loss, or one point of right rows, and else *worse* if it is above 0, both with 97.5 %
+  confidence after Holm's correction for all tasks and ranks.
+"""
+
+
+def compare(found: dict[str, Results]) -> list[Compared]:
+    """Compare each rank on each task that was tested to the end."""
+    compared = []
+    for task, results in found.items():
+        full = results.tests(0)
+        for rank in RANKS:
+            lora = results.tests(rank)
+            if full and len(full) == len(lora):
+                loss, share = _differences(results, full, lora)
+                compared.append(Compared(task, rank, loss, share))
+    return compared
+
+
+def _differences(
+    results: Results, full: Sequence[Outcome], lora: Sequence[Outcome]
+) -> tuple[Difference, Difference]:
+    counts = torch.tensor(results.described.num_tokens, dtype=torch.float64)
+    losses, right = (
+        [torch.tensor([of(one) for one in method], dtype=torch.float64) for method in (full, lora)]
+        for of in (_losses, _are_right)
+    )
+    margin = LOSS_MARGIN * float(losses[0].sum() / counts.sum() / len(full))
+    return (
+        difference(losses[1] - losses[0], counts, margin),
+        difference(right[0] - right[1], torch.ones_like(counts), SHARE_MARGIN),
+    )
+
+
+def _losses(one: Outcome) -> list[float]:
+    return list(one.losses)
+
+
+def _are_right(one: Outcome) -> list[float]:
+    return [float(digit) for digit in one.are_right]
+
+
+def _setup(found: dict[str, Results]) -> str:
+    rows = [
+        [
+            results.described.title,
+            " / ".join(f"{number:,}" for number in results.described.num_rows),
+            str(results.described.epochs),
+            f"{results.described.num_trained:,}",
+            str(len(results.outcomes)),
+            f"{results.hours:.1f}",
+        ]
+        for results in found.values()
+    ]
+    head = ("task", "rows: training / validation / test", "epochs", "training tokens", "runs", "hours")
+    machines = {str(machine): machine for results in found.values() for machine in results.machines}
+    return "\n\n".join(
+        [table(head, rows), "Two runs at a time, on one thread each:", *(f"- {line}" for line in machines)]
+    )
+
+
+def _quality(found: dict[str, Results], compared: Sequence[Compared]) -> Iterator[str]:
+    rows = []
+    for results in found.values():
+        base = results.of(untrained(results.task))
+        if base is None or not all(results.tests(rank) for rank in METHODS):
+            continue
+        shares = [_mean(results.tests(rank), lambda one: one.share_right) for rank in METHODS]
+        losses = [_mean(results.tests(rank), lambda one: one.loss, "{:.4f}") for rank in METHODS]
+        title = f"{results.described.title}, {results.described.measure}"
+        rows += [[title, f"{base.share_right:.3f}", *shares], ["loss", f"{base.loss:.4f}", *losses]]
+    head = ("mean ± half of a 95 % interval over five seeds", "base", "full", *(f"r={rank}" for rank in RANKS))
+    yield table(head, rows)
+    yield "LoRA minus full fine-tuning, with 95 % intervals; positive is worse:"
+    by_loss = verdicts([one.loss for one in compared])
+    by_share = verdicts([one.share for one in compared])
+    rows = [
+        [
+            one.task,
+            str(one.rank),
+            _interval(one.loss, 1, "{:+.4f}"),
+            loss,
+            _interval(one.share, 100, "{:+.1f}"),
+            share,
+        ]
+        for one, loss, share in zip(compared, by_loss, by_share, strict=True)
+    ]
+    yield table(("task", "rank", "loss", "verdict", "points of wrong rows", "verdict"), rows)
+    for name, found_verdicts in (("loss", by_loss), ("right rows", by_share)):
+        yield f"By {name}: {_counted(found_verdicts)}."
+
+
+def _counted(found: Sequence[Verdict]) -> str:
+    kinds: tuple[Verdict, ...] = ("no worse", "worse", "can't tell")
+    return ", ".join(f"{kind} {found.count(kind)} of {len(found)}" for kind in kinds)
+
+
+def _interval(one: Difference, factor: float, form: str) -> str:
+    low, high = form.format(factor * one.low), form.format(factor * one.high)
+    return f"{form.format(factor * one.mean)} ({low} to {high})"
+
+
+def _mean(outcomes: Sequence[Outcome], figure: Callable[[Outcome], float], form: str = "{:.3f}") -> str:
+    return Interval.of([figure(one) for one in outcomes]).text(form)
+
+
+def _rates(found: dict[str, Results]) -> Iterator[str]:
+    yield (
+        "Best rate by the validation rows, and in brackets the valley: the rates of the grid around it whose loss "
+        f"is at most {VALLEY - 1:.0%} above the best. *Ratio*: the best rate of rank 16 over full fine-tuning's."
+    )
+    rows = []
+    for results in found.values():
+        best = {rank: results.best(rank) for rank in METHODS}
+        cells = [_valley(results, rank, rate) if rate else "–" for rank, rate in best.items()]
+        full, lora = best[0], best[DEFAULT_RANK]
+        rows.append([results.task, *cells, f"{lora / full:.0f}" if lora and full else "–"])
+    yield table(("task", "full", *(f"r={rank}" for rank in RANKS), "ratio"), rows)
+    yield "![Validation loss by learning rate](science-rates.png)"
+
+
+def _valley(results: Results, rank: int, best: float) -> str:
+    losses = {rate: fmean(one.loss for one in by_seed.values()) for rate, by_seed in results.losses(rank).items()}
+    rates = list(losses)
+    low = high = rates.index(best)
+    while low and losses[rates[low - 1]] <= VALLEY * losses[best]:
+        low -= 1
+    while high + 1 < len(rates) and losses[rates[high + 1]] <= VALLEY * losses[best]:
+        high += 1
+    return f"{best:.2g} ({rates[low]:.2g}–{rates[high]:.2g})"
+
+
+def _costs(costs: Costs | None) -> Iterator[str]:
+    if costs is None:
+        yield "Not measured yet."
+        return
+    yield (
+        f"{costs.machine}. {costs.model}, {TASK}, 8 rows a step; medians of three rounds, all methods in turn, "
+        "each in a fresh process."
+    )
+    yield cost_table(costs)
+    for code, is_native in (("native code", True), ("torch", False)):
+        full, lora = costs.of(0, is_native=is_native), costs.of(DEFAULT_RANK, is_native=is_native)
+        speed, memory = lora.tokens_per_second / full.tokens_per_second, lora.peak_memory / full.peak_memory
+        yield f"By {code}, rank {DEFAULT_RANK} has {speed:.2f} × full's tokens/s, in {memory:.2f} of its memory."
+    target = min(loss for _, loss in costs.curves[0])
+    reached = [_reached(costs.curves[rank], target) for rank in METHODS]
+    yield (
+        f"Seconds of training, without measuring, until full fine-tuning's best validation loss, {target:.4f}, by "
+        "native code:"
+    )
+    yield table(("full", *(f"r={rank}" for rank in RANKS)), [reached])
+    yield (
+        "Only adapters can be served together: [benchmarks.md](benchmarks.md) has the speed of 32 requests with "
+        "32 adapters on one base."
+    )
+
+
+def _reached(curve: Curve, target: float) -> str:
+    """Return the seconds until the loss is reached."""
+    reached = [seconds for seconds, loss in curve if loss <= target]
+    return f"{reached[0]:.0f}" if reached else f"not within {curve[-1][0]:.0f}"
+
+
+def cost_table(costs: Costs) -> str:
+    """Tabulate memory, storage and speed of each method."""
+    rows = []
+    for rank in METHODS:
+        native, in_torch = (costs.of(rank, is_native=is_native) for is_native in (True, False))
+        rows.append(
+            [
+                _method(rank),
+                f"{native.num_trainable:,}",
+                *(megabytes(number) for number in (native.optimizer_bytes, native.checkpoint_bytes)),
+                f"{megabytes(native.stored_bytes)} ({megabytes(2 * native.num_trainable)})",
+                *(gigabytes(one.peak_memory) for one in (native, in_torch)),
+                *(f"{one.tokens_per_second:.0f}" for one in (native, in_torch)),
+            ]
+        )
+    head = (
+        *("method", "trainable parameters", "optimizer state", "checkpoint", "stored (in 16 bits)"),
+        *("peak memory: native", "torch", "tokens/s: native", "torch"),
+    )
+    return table(head, rows)
+
+
+def _method(rank: int) -> str:
+    return f"LoRA, r={rank}" if rank else "full fine-tuning"
+
+
+def megabytes(number: float) -> str:
+    return f"{number / 1e6:,.0f} MB"
+
+
+def _forgetting(found: dict[str, Results]) -> Iterator[str]:
+    yield (
+        "How much the loss rises on 200 answers that the base itself gave to general prompts, and on 40 pieces of "
+        "Python's help, at each method's tuned rate; mean of the tests. The chart has all rates of one seed: each "
+        "method's curve shows which forgetting a validation loss costs."
+    )
+    rows = []
+    for results in found.values():
+        base = results.of(untrained(results.task))
+        if base is None:
+            continue
+        for name, figure in (("answers", _answers_loss), ("text", _text_loss)):
+            cells = []
+            for rank in METHODS:
+                tests = results.tests(rank)
+                cells.append(f"{fmean(map(figure, tests)) - figure(base):+.3f}" if tests else "–")
+            rows.append([f"{results.task}, {name}", *cells])
+    yield table(("task", "full", *(f"r={rank}" for rank in RANKS)), rows)
+    yield "![Forgetting by validation loss](science-forgetting.png)"
+
+
+def _answers_loss(one: Outcome) -> float:
+    return one.answers_loss
+
+
+def _text_loss(one: Outcome) -> float:
+    return one.text_loss
+
+
+def _variants(found: dict[str, Results], tasks: Sequence[str], methods: Sequence[tuple[int, str]]) -> str:
+    """Tabulate variants of LoRA at their best rates."""
+    rows = []
+    for task in tasks:
+        for rank, targets in methods:
+            tests = found[task].tests(rank, targets) if task in found else []
+            if not tests:
+                continue
+            rate = tests[0].trial.learning_rate
+            rows.append(
+                [
+                    *(task, f"{targets}, r={rank}", f"{tests[0].num_trainable:,}", f"{rate:.2g}"),
+                    _mean(tests, lambda one: one.loss, "{:.4f}"),
+                    _mean(tests, lambda one: one.share_right),
+                ]
+            )
+    head = ("task", "modules and rank", "parameters", "rate", "test loss", "right")
+    return table(head, rows) if len(rows) > 1 else "Not measured yet."
+
+
+def _defaults(found: dict[str, Results]) -> Iterator[str]:
+    usual_rate = LEARNING_RATES["lora"]
+    yield f"Rank {DEFAULT_RANK} at the service's default rate, {usual_rate:g}, and at the task's best rate:"
+    rows = []
+    for results in found.values():
+        usual = results.tests_at(usual_rate, DEFAULT_RANK)
+        tuned = results.tests(DEFAULT_RANK)
+        if usual and tuned:
+            cells = [_mean(tests, lambda one: one.loss, "{:.4f}") for tests in (usual, tuned)]
+            cells += [_mean(tests, lambda one: one.share_right) for tests in (usual, tuned)]
+            rows.append([results.task, f"{results.best(DEFAULT_RANK):.2g}", *cells])
+    yield table(
+        ("task", "best rate", "loss at the default", "at the best", "right at the default", "at the best"), rows
+    )
+
+
+def _chart(
+    found: dict[str, Results],
+    path: Path,
+    x_title: str,
+    points: Callable[[Results, int], list[tuple[float, float]]],
+    *,
+    is_log: bool = False,
+) -> None:
+    """Draw a panel for each task, with a line for each method."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    for axes, results in zip(grid.flat, found.values(), strict=False):
+        for rank, color in zip(METHODS, ("#c9ada7", "#9db4c0", "#2a6f97", "#81b29a"), strict=True):
+            drawn = points(results, rank)
+            label = f"LoRA, r={rank}" if rank else "full"
+            axes.plot([x for x, _ in drawn], [y for _, y in drawn], "o-", color=color, markersize=3, label=label)
+        axes.set_title(results.task, fontsize=9)
+        axes.set_yscale("log")
+        if is_log:
+            axes.set_xscale("log")
+        axes.tick_params(labelsize=7, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(found) :]:
+        axes.set_visible(False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS), frameon=False, fontsize=8)
+    figure.supxlabel(x_title, fontsize=9)
+    figure.supylabel("validation loss", fontsize=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _rate_points(results: Results, rank: int) -> list[tuple[float, float]]:
+    return [
+        (rate, fmean(one.loss for one in by_seed.values()))
+        for rate, by_seed in results.losses(rank).items()
+        if all(math.isfinite(one.loss) for one in by_seed.values())
+    ]
+
+
+def _front(results: Results, rank: int) -> list[tuple[float, float]]:
+    return [
+        (by_seed[0].answers_loss, by_seed[0].loss)
+        for by_seed in results.losses(rank).values()
+        if 0 in by_seed and math.isfinite(by_seed[0].loss)
+    ]
