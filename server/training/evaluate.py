@@ -94,7 +94,7 @@ def evaluate(
             found = passes.measure(batch)
         start = len(losses)
         losses.extend(found.losses)
-        num_right += found.num_right
+        num_right += sum(found.are_right)
         for index, example in zip(indices, chosen, strict=True):
             end = start + sum(example.is_target)
             spans[index] = (hash(example) if keys is None else keys[index], start, end)

@@ -67,7 +67,7 @@ class Measured:
     """A model's results on the targets of a micro-batch."""
 
     losses: Sequence[float]  # nats, one for each target
-    num_right: int  # targets that the model finds the likeliest token
+    are_right: Sequence[bool]  # whether the model finds the target the likeliest token
 
 
 class Pass(Protocol):
@@ -90,7 +90,7 @@ class Pass(Protocol):
         ...
 
     def measure(self, batch: MicroBatch) -> Measured:
-        """Return the targets' losses and the number of right predictions, without computing gradients."""
+        """Return the targets' losses, and which are predicted right, without computing gradients."""
         ...
 
 
@@ -134,8 +134,8 @@ class TorchPass:
         for rows, chosen in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
             logits = self._model.logits(rows)  # (chunk, vocab), fp32
             losses.append(F.cross_entropy(logits, chosen, reduction="none"))
-            are_right.append((logits.argmax(-1) == chosen).sum())
-        return Measured(torch.cat(losses).tolist(), int(torch.stack(are_right).sum()))
+            are_right.append(logits.argmax(-1) == chosen)
+        return Measured(torch.cat(losses).tolist(), torch.cat(are_right).tolist())
 
 
 class NativePass:
@@ -180,7 +180,7 @@ class NativePass:
         hidden = self.forward(batch, has_backward=False)
         targets = torch.tensor(batch.targets, dtype=torch.int64)
         losses, likeliest = self._training.measure(hidden[torch.tensor(batch.before, dtype=torch.int64)], targets)
-        return Measured(losses.tolist(), int((likeliest == targets).sum()))
+        return Measured(losses.tolist(), (likeliest == targets).tolist())
 
     def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
         """Return the hidden states (tokens, hidden size) after the last norm.
