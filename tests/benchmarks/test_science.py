@@ -2,19 +2,22 @@
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 
 from benchmarks import command
 from benchmarks.science import __main__ as science
-from benchmarks.science.plan import Results
+from benchmarks.science import report
+from benchmarks.science.plan import RANKS, TEST_SEEDS, Results, rounded, untrained
 from benchmarks.science.statistics import Difference, difference, verdicts
 from benchmarks.science.trial import Description, Outcome, Trial, measure
 from server.model.base.weights import BaseModel
 from server.training.encoding import Example
 from server.training.evaluate import evaluate
 from server.training.trainables import TrainableModel
+from tests.benchmarks.kit import MACHINE
 
 
 def test_interval_of_a_difference_counts_tokens() -> None:
@@ -104,3 +107,38 @@ def test_a_reduced_run_resumes_and_repeats(
         science.main([*arguments, "--again", key])
     with pytest.raises(SystemExit, match="no kept run is named 'r=3'"):
         science.main([*arguments, "--again", "r=3"])
+
+
+def results_of(task: str, worse_by: dict[int, float]) -> Results:
+    """Return a task of 40 rows, on each of which a method's loss is 1 nat and so much more."""
+    described = Description(f"the task {task}", "exact match", 1, (100, 10, 40), 1000, (1,) * 40)
+    outcomes = [Outcome(untrained(task), 0, 9, 4.0, 0.0, 0.1, 2.0, 1.5)]
+    for rank in (0, *RANKS):
+        best = 1e-3 if rank else 1e-4
+        for power, loss in ((-1, 1.3), (-0.5, 1.05), (0, 1.0), (0.5, 1.2)):
+            for seed in (0, 1):
+                trial = Trial(task, rank, rounded(best * 2**power), seed)
+                outcomes.append(Outcome(trial, 10, 9, loss, 0.5, 0.5, 2.5, 1.75))
+        for seed in TEST_SEEDS:
+            trial = Trial(task, rank, best, seed, is_test=True)
+            losses = tuple(1 + worse_by[rank] + 0.001 * (row % 2) for row in range(40))
+            outcomes.append(Outcome(trial, 10, 9, fmean(losses), 0.5, 0.75, 2.5, 1.75, losses, "01" * 20))
+    return Results(task, described, (MACHINE,), 1.5, tuple(outcomes))
+
+
+def test_page_has_verdicts_and_names_what_is_missing(tmp_path: Path) -> None:
+    command.write(tmp_path, "words", results_of("words", {0: 0.0, 8: 0.3, 16: 0.01, 32: -0.1}))
+    command.write(tmp_path, "arithmetic", results_of("arithmetic", dict.fromkeys((0, *RANKS), 0.0)))
+    report.write(tmp_path, tmp_path / "science.md")
+    page = (tmp_path / "science.md").read_text(encoding="utf-8")
+    assert "Not measured to the end yet: sentiment, topic, pronunciation, facts." in page
+    assert "|the task words, exact match|0.000|0.500 ± 0.000|0.500 ± 0.000|0.500 ± 0.000|0.500 ± 0.000|" in page
+    assert "|words|8|+0.3000 (+0.3000 to +0.3000)|worse|+0.0 (+0.0 to +0.0)|no worse|" in page
+    assert "|words|16|+0.0100 (+0.0100 to +0.0100)|no worse|" in page, "it is worse, but by less than 2 %"
+    assert "By loss: no worse 5 of 6, worse 1 of 6, can't tell 0 of 6." in page
+    assert "|words|0.0001 (7.1e-05–0.0001)|0.001 (0.00071–0.001)|" in page
+    assert "|words, answers|+0.250|+0.250|+0.250|+0.250|" in page
+    assert "10 (10–10) times at rank 16" in page
+    assert "Costs\n\nNot measured yet." in page
+    assert (tmp_path / "science-rates.png").read_bytes().startswith(b"\x89PNG")
+    assert report.summary(tmp_path) is None
