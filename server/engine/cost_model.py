@@ -11,6 +11,7 @@ With a share of 0.6 instead of the default 0.71, long prompts take a fifth longe
 quarter shorter (docs/performance.md).
 """
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -43,6 +44,11 @@ class RowCosts:
         An extra token is a drafted token or a token of a prompt.
         """
         return self._lines[_band(num_sequences)].fit()[1]
+
+    def extra_within(self, seconds: float, num_sequences: int) -> float:
+        """Return how many extra tokens fit into a step of `seconds`; infinitely many before the first step."""
+        start, share = self._lines[_band(num_sequences)].fit()
+        return (seconds / start - 1) / share if start else math.inf
 
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
         """Learn from a step that decoded `num_sequences` sequences and computed `num_tokens` extra tokens."""
@@ -106,7 +112,10 @@ class PromptRoom:
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:
         """Return how many prompt tokens fit into a step of `seconds` with `num_decoding` decoding sequences."""
-        return max(_LEAST_TOKENS, int(seconds / self._token_seconds) - num_decoding)
+        room = seconds / self._token_seconds - num_decoding
+        if num_decoding:  # under adapters, a sequence's token may cost more than a prompt's
+            room = min(room, self._costs.extra_within(seconds, num_decoding))
+        return max(_LEAST_TOKENS, int(room))
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Learn from a step that computed `chunks` in `seconds`. Drafted tokens aren't counted."""

@@ -67,6 +67,17 @@ def test_a_delayed_step_counts_little() -> None:
     for _ in range(100):
         room.observe(chunks(0, 100), 0.1)
     assert room.within(0.04) == pytest.approx(40, abs=1)
-    assert room.within(0.04, num_decoding=10) == pytest.approx(30, abs=1)
+    assert room.within(0.04, num_decoding=8) == pytest.approx(32, abs=1)
     room.observe(chunks(0, 20), 0.9)
     assert room.within(0.04) >= 30
+
+
+def test_prompts_fit_beside_decodes_that_cost_more_than_their_tokens() -> None:
+    """20 sequences under adapters take 25 ms, and a prompt's token 0.5 ms: 30 of them fit into 40 ms."""
+    room = PromptRoom(32, 0.71)
+    assert room.within(0.04, 20) == 20, "as assumed at first"
+    for number in range(300):
+        room.observe(chunks(0, 64), 64 * 0.0005)
+        room.observe(chunks(20, number % 2 * 40), 0.025 + number % 2 * 40 * 0.0005)
+    assert room.within(0.04, 20) == pytest.approx(30, abs=3)  # 60 by the number of tokens
+    assert room.within(0.04) == pytest.approx(80, abs=3)
