@@ -13,7 +13,7 @@ from adapters.store.store import AdapterStore
 from benchmarks import command
 from benchmarks.machine import Machine
 from benchmarks.measure import Figure, percentile
-from benchmarks.science.plan import RANKS, Results, Store
+from benchmarks.science.plan import CENTRES, RANKS, Store
 from benchmarks.science.trial import Place, Runner, Trial, measure
 from server.model.base.export import export_hugging_face
 from server.training.report import peak_memory_bytes
@@ -50,46 +50,52 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
+    """The figures of all methods in all rounds."""
+
     machine: Machine
     model: str
-    costs: tuple[Cost, ...]  # of all rounds
-    curves: dict[int, Curve]  # of native code, by rank
+    rounds: tuple[Cost, ...]
 
     def of(self, rank: int, *, is_native: bool) -> Cost:
         """Return a method's figures, with the median memory and speed of its rounds."""
-        rounds = [one for one in self.costs if (one.rank, one.is_native) == (rank, is_native)]
+        found = [one for one in self.rounds if (one.rank, one.is_native) == (rank, is_native)]
         return replace(
-            rounds[0],
-            peak_memory=int(percentile([one.peak_memory for one in rounds], 50)),
-            tokens_per_second=percentile([one.tokens_per_second for one in rounds], 50),
+            found[0],
+            peak_memory=int(percentile([one.peak_memory for one in found], 50)),
+            tokens_per_second=percentile([one.tokens_per_second for one in found], 50),
         )
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Each method's loss during a training at its best rate, by rank. Native code computes it."""
+
+    machine: Machine
+    by_rank: dict[int, Curve]
+
+
 def measure_costs(store: Store, place: Place, folder: Path, say: command.Say) -> None:
-    """Measure all methods in turn, each in a fresh process, unless the results are there.
+    """Measure costs and curves that aren't there, each in a fresh process, with all of the machine's processors.
 
-    Needs each method's best rate, and uses all of the machine's processors.
+    Curves need each method's best rate.
     """
-    if command.read(folder, "costs", Costs) is not None:
-        return
     place = replace(place, threads=command.cores())
-    in_torch = replace(place, native=None)
-    tuned = {rank: _tuned(store.results(TASK), rank) for rank in (0, *RANKS)}
-    costs = []
-    for _ in range(1 if place.num_rows else ROUNDS):
-        for trial in tuned.values():
-            for where in (place, in_torch):
-                costs.append(_in_process(_cost, trial, where))
-                say(f"{trial.method}: {costs[-1].tokens_per_second:.0f} tokens/s")
-    curves = {rank: _in_process(_curve, trial, place) for rank, trial in tuned.items()}
-    command.write(folder, "costs", Costs(Machine.this(place.threads), place.base.name, tuple(costs), curves))
-
-
-def _tuned(results: Results, rank: int) -> Trial:
-    rate = results.best(rank)
-    if rate is None:
-        raise SystemExit(f"the best rates on {results.task} aren't known yet: run the part quality first")
-    return Trial(results.task, rank, rate, 0)
+    machine = Machine.this(place.threads)
+    if command.read(folder, "costs", Costs) is None:
+        rounds = []
+        for _ in range(1 if place.num_rows else ROUNDS):
+            for rank in (0, *RANKS):
+                for where in (place, replace(place, native=None)):
+                    trial = Trial(TASK, rank, CENTRES["lora" if rank else "full"], 0)
+                    rounds.append(_in_process(_cost, trial, where))
+                    say(f"{trial.method}: {rounds[-1].tokens_per_second:.0f} tokens/s")
+        command.write(folder, "costs", Costs(machine, place.base.name, tuple(rounds)))
+    rates = {rank: store.results(TASK).best(rank) for rank in (0, *RANKS)}
+    if command.read(folder, "curves", Curves) is None and all(rates.values()):
+        curves = {
+            rank: _in_process(_curve, Trial(TASK, rank, rate, 0), place) for rank, rate in rates.items() if rate
+        }
+        command.write(folder, "curves", Curves(machine, curves))
 
 
 def _in_process(run: Callable[[Trial, Place], T], trial: Trial, place: Place) -> T:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import command
 from benchmarks.measure import Interval, standard_error
-from benchmarks.science.costs import TASK, Costs, Curve
+from benchmarks.science.costs import TASK, Costs, Curve, Curves
 from benchmarks.science.plan import (
     DEFAULT_RANK,
     MORE_RANKS,
@@ -49,39 +49,46 @@ class Compared:
 def write(folder: Path, page: Path) -> None:
     """Write the page and its charts. Name what wasn't measured."""
     found = {task: kept for task in TASKS if (kept := command.read(folder, task, Results)) is not None}
-    costs = command.read(folder, "costs", Costs)
-    page.write_text(text(found, costs), encoding="utf-8")
+    costs, curves = command.read(folder, "costs", Costs), command.read(folder, "curves", Curves)
+    page.write_text(text(found, costs, curves), encoding="utf-8")
     if found:
         _chart(found, page.parent / "science-rates.png", "learning rate", _rate_points, is_log=True)
         _chart(found, page.parent / "science-forgetting.png", "loss on the base's own answers", _front)
 
 
 def summary(folder: Path) -> str | None:
-    """Return the README's part: the costs, and the accuracy on one task. None before both are measured."""
+    """Return the README's part: the costs, and the accuracy on one task if it was tested. None without costs."""
     costs = command.read(folder, "costs", Costs)
-    results = command.read(folder, TASK, Results)
-    if costs is None or results is None or not all(results.tests(rank) for rank in METHODS):
+    if costs is None:
         return None
-    num_train, _, num_test = results.described.num_rows
-    accuracies = {rank: _mean(results.tests(rank), lambda one: one.share_right) for rank in METHODS}
-    listed = ", ".join(
-        f"{_method(rank)} {accuracy} (rate {results.best(rank):.2g})" for rank, accuracy in accuracies.items()
-    )
-    full = fmean(one.share_right for one in results.tests(0))
-    error = 100 * standard_error(full, num_test)
-    return "\n\n".join(
-        [
-            f"{costs.model}, {num_train:,} rows of {results.described.title}, 8 a step; "
-            f"{costs.machine.threads} threads of an {costs.machine.processor}; alpha {ALPHA:g} at every rank:",
-            cost_table(costs),
-            f"Accuracy on {num_test:,} other sentences, each method at its best rate, mean ± half of a 95 % "
-            f"interval over {len(results.tests(0))} seeds: {listed}. The sample's own standard error is "
-            f"{error:.1f} points. [docs/science.md](docs/science.md) has six tasks, and what is forgotten.",
-        ]
-    )
+    native = [costs.of(rank, is_native=True) for rank in (0, DEFAULT_RANK)]
+    speed = native[1].tokens_per_second / native[0].tokens_per_second
+    parts = [
+        f"{costs.model} on {costs.machine.threads} threads of an {costs.machine.processor}, 8 sentences a step. "
+        f"The same code computes both methods: by native code, LoRA of rank {DEFAULT_RANK} trains {speed:.1f} × "
+        f"as many tokens a second, in {native[1].peak_memory / native[0].peak_memory:.2f} of the memory.",
+        cost_table(costs),
+    ]
+    results = command.read(folder, TASK, Results)
+    if results is not None and all(results.tests(rank) for rank in METHODS):
+        num_train, _, num_test = results.described.num_rows
+        accuracies = ", ".join(
+            f"{_method(rank)} {_mean(results.tests(rank), lambda one: one.share_right)} "
+            f"(rate {results.best(rank):.2g})"
+            for rank in METHODS
+        )
+        error = 100 * standard_error(fmean(one.share_right for one in results.tests(0)), num_test)
+        parts.append(
+            f"{results.described.title}, {results.described.measure}: {num_train:,} rows to train on, "
+            f"{num_test:,} others in the test, each method at its best rate, alpha {ALPHA:g}, mean ± half of a "
+            f"95 % interval over {len(results.tests(0))} seeds: {accuracies}. The test's own standard error is "
+            f"{error:.1f} points."
+        )
+    parts.append("[docs/science.md](docs/science.md) compares quality on six tasks, and what is forgotten.")
+    return "\n\n".join(parts)
 
 
-def text(found: dict[str, Results], costs: Costs | None) -> str:
+def text(found: dict[str, Results], costs: Costs | None, curves: Curves | None) -> str:
     """Return the page."""
     compared = compare(found)
     done = {one.task for one in compared}
@@ -95,7 +102,7 @@ def text(found: dict[str, Results], costs: Costs | None) -> str:
         "## Learning rates",
         *_rates(found),
         "## Costs",
-        *_costs(costs),
+        *_costs(costs, curves),
         "## Forgetting",
         *_forgetting(found),
         "## Equal parameters",
@@ -260,7 +267,7 @@ def _valley(results: Results, rank: int, best: float) -> str:
     return f"{best:.2g} ({rates[low]:.2g}–{rates[high]:.2g})"
 
 
-def _costs(costs: Costs | None) -> Iterator[str]:
+def _costs(costs: Costs | None, curves: Curves | None) -> Iterator[str]:
     if costs is None:
         yield "Not measured yet."
         return
@@ -273,13 +280,14 @@ def _costs(costs: Costs | None) -> Iterator[str]:
         full, lora = costs.of(0, is_native=is_native), costs.of(DEFAULT_RANK, is_native=is_native)
         speed, memory = lora.tokens_per_second / full.tokens_per_second, lora.peak_memory / full.peak_memory
         yield f"By {code}, rank {DEFAULT_RANK} has {speed:.2f} × full's tokens/s, in {memory:.2f} of its memory."
-    target = min(loss for _, loss in costs.curves[0])
-    reached = [_reached(costs.curves[rank], target) for rank in METHODS]
-    yield (
-        f"Seconds of training, without measuring, until full fine-tuning's best validation loss, {target:.4f}, by "
-        "native code:"
-    )
-    yield table(("full", *(f"r={rank}" for rank in RANKS)), [reached])
+    if curves is not None:
+        target = min(loss for _, loss in curves.by_rank[0])
+        yield (
+            "Seconds of training, without measuring, until full fine-tuning's best validation loss, "
+            f"{target:.4f}, by native code:"
+        )
+        reached = [_reached(curves.by_rank[rank], target) for rank in METHODS]
+        yield table(("full", *(f"r={rank}" for rank in RANKS)), [reached])
     yield (
         "Only adapters can be served together: [benchmarks.md](benchmarks.md) has the speed of 32 requests with "
         "32 adapters on one base."
