@@ -22,6 +22,7 @@ LAYERS = [
     ),
     ("server.access",),
     ("server.model",),
+    ("server.decisions",),
     ("server.engine",),
     ("server.training",),
     ("server.jobs",),
