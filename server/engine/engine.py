@@ -191,6 +191,9 @@ class Engine:
         for chunk in step.chunks:
             with self._containing(chunk.sequence, outputs):
                 self._mark_computed(chunk)
+                scores = chunk.is_last and chunk.sequence.request.first_scored is not None
+                if scores and not chunk.sequence.advance():
+                    outputs.append(self._finish_scoring(chunk.sequence))
         for drawn in found:
             with self._containing(drawn.chunk.sequence, outputs):
                 self._take(drawn, outputs)
@@ -224,10 +227,13 @@ class Engine:
         """Record that a chunk's keys and values are in the cache."""
         sequence = chunk.sequence
         if chunk.samples and sequence.num_output_tokens == 0:  # count a prompt once, even after preemptions
-            self._num_prefix_tokens += sequence.num_cached_tokens
-            self._num_prompt_tokens += sequence.num_prompt_tokens
+            self._count_prompt(sequence)
         sequence.num_computed_tokens = chunk.stop
         self.blocks.mark_computed(sequence)
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        self._num_prefix_tokens += sequence.num_cached_tokens
+        self._num_prompt_tokens += sequence.num_prompt_tokens
 
     def _take(self, drawn: Drawn, outputs: list[SequenceOutput]) -> None:
         """Append the drawn tokens to their sequence until a token ends the sequence."""
@@ -246,8 +252,6 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
         """Append a token to its sequence, end the sequence if it is complete, and return the output."""
-        if sequence.request.scored_from is not None:
-            return self._finish_scoring(sequence)
         constraint = sequence.constraint
         if token.token_id is None:
             error = None if constraint is None else constraint.error
@@ -278,10 +282,15 @@ class Engine:
         return self._output(sequence, text=text, num_new_tokens=1, logprobs=logprobs, finish_reason=reason)
 
     def _finish_scoring(self, sequence: Sequence) -> SequenceOutput:
-        """End a sequence whose tokens have all been scored. The token drawn after them is ignored."""
+        """End a sequence whose tokens have all been scored."""
+        self._count_prompt(sequence)
         found = sorted(sequence.scores.items())
-        assert len(found) == sequence.num_tokens - (sequence.request.scored_from or 0)
-        scores = tuple(score.chosen for _, score in found)
+        if sequence.trie is not None:
+            scores = sequence.trie.scores()
+            self._num_output_tokens += sequence.trie.num_tokens
+        else:
+            assert len(found) == sequence.num_tokens - (sequence.request.scored_from or 0)
+            scores = tuple(score.chosen for _, score in found)
         if not all(map(math.isfinite, scores)):
             return self._fail(sequence, _overflow(sequence))
         logprobs: tuple[SampledLogprob, ...] = ()
@@ -289,7 +298,8 @@ class Engine:
             describe = self._token_bytes.describe
             logprobs = tuple(describe(sequence.token_ids[position], score) for position, score in found)
         self._remove(sequence)
-        return self._output(sequence, scores=scores, logprobs=logprobs, finish_reason="length")
+        num = sequence.num_output_tokens
+        return self._output(sequence, num_new_tokens=num, scores=scores, logprobs=logprobs, finish_reason="length")
 
     def _fail(self, sequence: Sequence, error: SmoloraError) -> SequenceOutput:
         self._remove(sequence)

@@ -110,7 +110,7 @@ class BlockManager:
 
     def mark_computed(self, sequence: Sequence) -> None:
         """Add newly filled blocks to the prefix cache. Call this after `num_computed_tokens` has grown."""
-        num_full = sequence.num_computed_tokens // self.block_size
+        num_full = min(sequence.num_computed_tokens, sequence.num_lasting_tokens) // self.block_size
         if num_full <= sequence.num_registered_blocks:
             return
         keys = sequence.full_block_keys()

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from server.engine.request import Logprobs, SamplingParams
-from server.engine.sequence import Chunk, TokenCounts
+from server.engine.sequence import Chunk, Sequence, TokenCounts
 from server.model.device import floats_on, ints_on, to_device
 
 MIN_TEMPERATURE = 1e-6
@@ -338,39 +338,50 @@ def _together(arrays: Seq[NDArray[np.bool_]], device: torch.device) -> Seq[torch
 
 
 def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, chunks: Seq[Chunk]) -> None:
-    """Compute the scores (nats) that the chunks' requests ask for, and store them in `Sequence.scores`.
+    """Compute the scores (nats) that the chunks' requests ask for, and store them in the sequences.
 
     The rows of `hidden` (rows, hidden_size) are each chunk's last `num_hidden` tokens, chunk by chunk. A token's
     score is its log-softmax under the logits of the previous position, before temperature and penalties. If the
     request asks for `logprobs`, the likeliest tokens are stored with the score. After a preemption the same scores
     are stored again.
     """
-    found: list[tuple[Chunk, int]] = []  # each chunk with the position of a scored token
+    found: list[tuple[Sequence, int, Seq[int]]] = []  # for each row of logits: a position and the tokens to score
     rows: list[int] = []
     start = 0
     for chunk in chunks:
         sequence = chunk.sequence
         first = chunk.start + chunk.num_tokens - chunk.num_hidden  # position of the chunk's first row
-        if (scored_from := sequence.request.scored_from) is not None:
-            for position in range(max(chunk.start + 1, scored_from), min(chunk.stop + 1, sequence.num_tokens)):
-                found.append((chunk, position))
-                rows.append(start + position - 1 - first)
+        if (first_scored := sequence.request.first_scored) is not None:
+            for position in range(max(chunk.start + 1, first_scored), chunk.stop + 1):
+                if targets := sequence.targets(position):
+                    found.append((sequence, position, targets))
+                    rows.append(start + position - 1 - first)
         start += chunk.num_hidden
     if not found:
         return
-    index = ints_on(hidden, rows)
-    targets = ints_on(hidden, [chunk.sequence.token_ids[position] for chunk, position in found])
-    num_top = max(chunk.sequence.request.sampling.logprobs for chunk, _ in found)
-    scores, top_ids = [], []
-    for part, chosen in zip(torch.split(index, _SLICE), torch.split(targets, _SLICE), strict=True):
-        logits = logits_of(hidden[part])
-        values = logits.gather(1, chosen[:, None])
+    num_top = max(sequence.request.sampling.logprobs for sequence, _, _ in found)
+    scores, top_scores, top_ids = [], [], []
+    for num, index in enumerate(torch.split(ints_on(hidden, rows), _SLICE)):
+        part = found[num * _SLICE : (num + 1) * _SLICE]
+        logits = logits_of(hidden[index])
+        total = log_totals(logits)
+        places = ints_on(hidden, [row for row, (_, _, targets) in enumerate(part) for _ in targets])
+        chosen = ints_on(hidden, [token_id for _, _, targets in part for token_id in targets])
+        scores.append(logits[places, chosen] - total[places])
         if num_top:
             best = logits.topk(min(num_top, logits.shape[1]))
-            values = torch.cat((values, best.values), 1)
+            top_scores.append((best.values - total[:, None]).flatten())
             top_ids.append(best.indices)
-        scores.append(values - logits.logsumexp(-1, keepdim=True))
     ids = torch.cat(top_ids).tolist() if top_ids else [()] * len(found)
-    for (chunk, position), (score, *top), likeliest in zip(found, torch.cat(scores).tolist(), ids, strict=True):
-        wanted = chunk.sequence.request.sampling.logprobs
-        chunk.sequence.scores[position] = Logprobs(score, tuple(zip(likeliest, top, strict=True))[:wanted])
+    values = iter(torch.cat(scores + top_scores).tolist())
+    chosen_scores = [list(islice(values, len(targets))) for _, _, targets in found]
+    for (sequence, position, _), of_targets, likeliest in zip(found, chosen_scores, ids, strict=True):
+        top = tuple(zip(likeliest, islice(values, len(likeliest)), strict=True))
+        wanted = top[: sequence.request.sampling.logprobs]
+        sequence.record(position, [Logprobs(score, wanted) for score in of_targets])
+
+
+def log_totals(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of each row's sum of exponentials (rows,). A row's bits don't depend on other rows."""
+    rows = torch.cat((logits, logits)) if len(logits) == 1 else logits  # torch splits the sum of a lone row
+    return rows.logsumexp(-1)[: len(logits)]

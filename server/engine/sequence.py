@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from adapters.lora import AdapterRef
 from server.engine.adapter_pool import AdapterHold
+from server.engine.continuations import TokenTrie
 from server.engine.guidance import Constraint
 from server.engine.request import GenerationRequest, Logprobs, Timing
 
@@ -83,6 +84,7 @@ class Sequence:
     hold: AdapterHold | None = None
     loading: tuple[float, float] | None = None  # when the wait for its adapters began and ended
     constraint: Constraint | None = None  # the sequence's state in its grammar
+    trie: TokenTrie | None = field(init=False)  # if the request has continuations
     scores: dict[int, Logprobs] = field(default_factory=dict)  # scores of tokens, by position
     status: Status = Status.WAITING
     num_lost_tokens: int = 0  # most computed tokens at a preemption; no project preempts it before it has more
@@ -91,7 +93,9 @@ class Sequence:
     _block_keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        continuations = self.request.continuations
+        self.trie = TokenTrie(continuations) if continuations else None
+        self.token_ids = [*self.request.prompt_token_ids, *(self.trie.path if self.trie else ())]
         self.token_counts = TokenCounts(self.token_ids, len(self.token_ids))
         self.adapter_key = adapter_key(self.request.adapters)
         self.prefix_root = prefix_root(self.adapter_key, self.request.project)
@@ -106,11 +110,21 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
+        """The number of drawn tokens, or of scored tokens if the request has continuations."""
+        if self.trie is not None:
+            return self.trie.num_tokens
         return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_lasting_tokens(self) -> int:
+        """The number of tokens, from the first on, that no other tokens will replace."""
+        return len(self.token_ids) if self.trie is None else self.num_prompt_tokens
 
     @property
     def num_needed_tokens(self) -> int:
         """The number of tokens that need blocks: the sequence's, and the next one if it is to be drawn."""
+        if self.trie is not None:
+            return self.num_prompt_tokens + self.trie.max_length
         return len(self.token_ids) + (self.request.scored_from is None)
 
     @property
@@ -120,8 +134,8 @@ class Sequence:
         The other tokens must be computed, since their hidden states are needed. The other tokens are the last
         token or, if the request scores tokens, the token before the first scored token and all tokens after it.
         """
-        scored_from = self.request.scored_from
-        return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
+        first_scored = self.request.first_scored
+        return len(self.token_ids) - 1 if first_scored is None else first_scored - 1
 
     @property
     def is_decoding(self) -> bool:
@@ -132,6 +146,27 @@ class Sequence:
     def awaits_mask(self) -> bool:
         """Whether the sequence skips steps until the mask thread (`masks`) has computed a mask."""
         return self.constraint is not None and self.constraint.awaits_mask
+
+    def targets(self, position: int) -> Seq[int]:
+        """Return the tokens to score at a position, which is at least the request's `first_scored`."""
+        if self.trie is not None:
+            return self.trie.targets(position - self.num_prompt_tokens)
+        return self.token_ids[position : position + 1]
+
+    def record(self, position: int, scores: Seq[Logprobs]) -> None:
+        """Store the scores of `targets(position)`."""
+        if self.trie is not None:
+            self.trie.record(position - self.num_prompt_tokens, [score.chosen for score in scores])
+        else:
+            (self.scores[position],) = scores
+
+    def advance(self) -> bool:
+        """Replace the tokens after the prompt by the next path of the trie. Return False if all are computed."""
+        if self.trie is None or (num_shared := self.trie.advance()) is None:
+            return False
+        self.num_computed_tokens = self.num_prompt_tokens + num_shared
+        self.token_ids[self.num_prompt_tokens :] = self.trie.path
+        return True
 
     def timing(self, now: float) -> Timing:
         """Return the timing of a sequence that ends at `now`."""
@@ -174,16 +209,21 @@ class Chunk:
         return (*self.sequence.token_ids[self.start : self.stop], *self.draft)
 
     @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's end, so that the step draws a token."""
+    def is_last(self) -> bool:
+        """Whether the chunk reaches the sequence's end."""
         return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step draws a token after the chunk."""
+        return self.is_last and self.sequence.request.first_scored is None
 
     @property
     def num_hidden(self) -> int:
         """The number of last tokens, drafts included, whose hidden states are needed to draw or score tokens."""
         num = int(self.samples)
-        if (scored_from := self.sequence.request.scored_from) is not None:
-            num = max(num, self.stop - max(self.start, scored_from - 1))
+        if (first_scored := self.sequence.request.first_scored) is not None:
+            num = max(0, self.stop - max(self.start, first_scored - 1))
         return num + len(self.draft)
 
     @property

@@ -112,7 +112,31 @@ def test_a_step_is_one_native_call(base: BaseModel, monkeypatch: pytest.MonkeyPa
     nothing = SamplingParams(max_tokens=0)
     engine.add(GenerationRequest("scored", tuple(range(100, 120)), nothing, scored_from=3))
     engine.step()
-    assert calls == ["smolora_forward", "smolora_logits", "smolora_sample"]
+    assert calls == ["smolora_forward", "smolora_logits"]
+
+
+def test_scores_of_continuations_have_the_same_bits_alone_and_among_other_requests(base: BaseModel) -> None:
+    """So whatever chunks and steps compute them, and whether their prompt is cached."""
+    native = native_model(base, num_threads=2)
+    continuations = tuple((100 + n % 3, 200 + n, 2) for n in range(20))
+    scored = [
+        replace(one, request_id=f"s{n}", sampling=SamplingParams(max_tokens=0), continuations=continuations)
+        for n, one in enumerate(requests(1))
+    ]
+    alone = [_scores(engine_of(base, native, 0.5), [one])[one.request_id] for one in scored]
+    engine = engine_of(base, native, 0.5)
+    for _ in range(2):
+        found = _scores(engine, [*scored, *requests(20)])
+        assert [found[one.request_id] for one in scored] == alone
+
+
+def _scores(engine: Engine, asked: list[GenerationRequest]) -> dict[str, tuple[float, ...]]:
+    for request in asked:
+        engine.add(request)
+    found: dict[str, tuple[float, ...]] = {}
+    while engine.has_work:
+        found |= {output.request_id: output.scores for output in engine.step() if output.finish_reason}
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")

@@ -11,6 +11,7 @@ from adapters.errors import InvalidInput
 from adapters.lora import AdapterRef, LoraWeights
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
+from server.engine.sampling import log_totals
 from server.engine.scheduler import SchedulerLimits
 from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
@@ -86,6 +87,14 @@ def test_the_likeliest_tokens(tiny_base: BaseModel, tiny_base_dir: Path) -> None
     assert [[token.token_id for token in entry.top] for entry in entries] == best.indices.tolist()
     values = [[token.logprob for token in entry.top] for entry in entries]
     assert torch.tensor(values).numpy() == pytest.approx(best.values.numpy(), abs=1e-4)
+
+
+def test_the_total_of_a_large_vocabulary_has_the_same_bits_in_any_number_of_rows() -> None:
+    logits = torch.randn(64, 49152, generator=torch.Generator().manual_seed(0)) * 5
+    together = log_totals(logits)
+    for size in (1, 2, 3):
+        apart = torch.cat([log_totals(part.clone()) for part in logits.split(size)])
+        assert torch.equal(apart, together)
 
 
 def test_a_cached_prefix_changes_nothing(tiny_base: BaseModel) -> None:
