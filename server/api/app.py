@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from server import __version__
 from server.api import accounts, adapters, compositions, datasets, health, imports, openapi, problems, web
 from server.api import compare as compare
+from server.api import decisions as decisions
 from server.api import generate as generate
 from server.api import train as train
 from server.api.accounts import keep_books, keep_now
@@ -20,6 +21,7 @@ from server.api.deps import Services
 from server.api.edge import Edge
 from server.api.housekeeping import clean_uploads, keep_house
 from server.api.openai import completions, files, models
+from server.api.openai import decisions as openai_decisions
 from server.api.openai import fine_tuning as fine_tuning
 from server.api.routes import Routes
 from server.api.strict_route import closed_query
@@ -32,6 +34,7 @@ Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response
 _ROUTERS = (
     generate.router,
     compare.router,
+    decisions.router,
     imports.router,  # before adapters.router, which would take "import" for a version
     adapters.router,
     adapters.aliases_router,
@@ -45,6 +48,7 @@ _ROUTERS = (
     web.router,
     models.router,
     completions.router,
+    openai_decisions.router,
     files.router,
     fine_tuning.router,
 )

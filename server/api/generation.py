@@ -358,7 +358,7 @@ class Generation:
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
         self._is_read = False
-        self._is_booked = request.scored_from is not None
+        self._is_booked = request.scored_from is not None  # of /compare, which books its answers
         self._closed = False
         metrics.accepted(self._names)
 
@@ -474,12 +474,14 @@ async def start(
     scored_from: int | None = None,
     is_request: bool = True,
     num_taken: int | None = None,
+    continuations: tuple[tuple[int, ...], ...] = (),
 ) -> Generation:
     """Submit a request to the engine. If it is refused, release its adapters and raise the error.
 
     Errors about adapters name `field`. If `scored_from` is given, the prompt's tokens from this index on are
-    scored, and nothing is generated. `is_request` is as in `LedgerAccount`. `num_taken` tokens count towards the
-    key's rate limit. By default these are the prompt's tokens, and `max_tokens` for each of the `n` answers.
+    scored, and nothing is generated. With `continuations`, these are scored instead. `is_request` is as in
+    `LedgerAccount`. `num_taken` tokens count towards the key's rate limit. By default these are the prompt's
+    tokens, and `max_tokens` for each of the `n` answers.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
@@ -497,6 +499,7 @@ async def start(
             n=n,
             grammar=grammar,
             scored_from=scored_from,
+            continuations=continuations,
             project=principal.project,
         )
         trace = None

@@ -148,8 +148,8 @@ def parse_question(value: object, loc: Loc = ("question",)) -> Question:
         except InvalidInput as error:
             faults += error.errors
     name = value.get("name")
-    if name is not None and (not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or text_fault(name)):
-        faults.append(FieldError((*loc, "name"), f"must be a text of 1 to {MAX_NAME} characters"))
+    if name is not None and (fault := name_fault(name)):
+        faults.append(FieldError((*loc, "name"), fault))
     options: tuple[Option, ...] = _YES_NO
     if field is not None:
         options, found = _options(value.get(field), label, most, (*loc, field))
@@ -157,6 +157,12 @@ def parse_question(value: object, loc: Loc = ("question",)) -> Question:
     if faults:
         raise InvalidInput(faults[:MAX_FAULTS])
     return Question(kind, instructions, options, name)
+
+
+def name_fault(name: object) -> str | None:
+    """Return what is wrong with a question's name, or None if nothing is."""
+    is_valid = isinstance(name, str) and 1 <= len(name) <= MAX_NAME and not text_fault(name)
+    return None if is_valid else f"must be a text of 1 to {MAX_NAME} characters"
 
 
 def _options(value: object, label: str, most: int, loc: Loc) -> tuple[tuple[Option, ...], list[FieldError]]:

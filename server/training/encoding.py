@@ -4,15 +4,18 @@
     messages             encoded by the base's chat template; trained on: each of the assistant's texts and its end
                          token, but no headers and no turns of weight 0
     text                 trained on: all of it, and the end token
+    input, answer        the prompt and the option that /decide would score; trained on: the option and end token
 
 Rows longer than `max_length` are cut at the end, split, dropped or refused, as the job's `overlong` says. Text
 that looks like a special token is treated as plain text. The first token of a row is never trained on, since
 nothing precedes it.
 """
 
+import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import astuple, dataclass
 from itertools import compress
 from pathlib import Path
@@ -25,9 +28,11 @@ from safetensors.numpy import load_file, save_file
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.storage.durable import new_file
+from server.decisions.prompts import DecisionEncoder
+from server.decisions.questions import Question
 from server.model.text.chat import PromptEncoder
 from server.system.messages import plural
-from server.training.rows import MessagesRow, Row, TextRow, question_of
+from server.training.rows import MAX_NAMED, DecisionRow, MessagesRow, Row, TextRow, canonical_json, question_of
 from server.training.spec import Overlong
 
 MAX_TOKENS = 1 << 26
@@ -213,9 +218,23 @@ class RowEncoder:
 
     def __init__(self, encoder: PromptEncoder, eos_token_id: int, end_token_ids: Collection[int] = ()) -> None:
         """Use `eos_token_id` as the end token of rows. Any of `end_token_ids` may end an assistant's turn, too."""
+        self.decisions = DecisionEncoder(encoder, eos_token_id)
         self._encoder = encoder
         self._eos = eos_token_id
         self._ends = frozenset({eos_token_id, *end_token_ids})
+        self._questions: Mapping[str, Question] = {}
+        self._shuffled_by: int | None = None
+
+    def asking(self, questions: Mapping[str, Question], shuffled_by: int | None = None) -> Self:
+        """Return an encoder of decisions that name these questions.
+
+        If `shuffled_by` is a seed, prompts list the options of choices in an order that depends on the seed and
+        the row. Otherwise the order is the question's, as in /decide.
+        """
+        asking = copy(self)
+        asking._questions = questions
+        asking._shuffled_by = shuffled_by
+        return asking
 
     def encode(self, row: Row, max_length: int, overlong: Literal["truncate", "refuse"] = "truncate") -> Example:
         """Encode the row in at most `max_length` tokens.
@@ -263,12 +282,18 @@ class RowEncoder:
         return EncodedRows(examples, long, completions.are_facts, tuple(warnings))
 
     def reference(self, row: Row) -> Reference | None:
-        """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`."""
+        """Return a row's completion, or its last trained turn, with its prompt. Return None for a `TextRow`.
+
+        A decision's completion is its answer's text.
+        """
+        if isinstance(row, DecisionRow):
+            prompt, text = self._decision(row)
+            return Reference(prompt, text, len(self.decisions.option(text)) - 1)
         if (asked := question_of(row)) is None:
             return None
         question, text = asked
-        prompt = self._encoder.prompt(question) if isinstance(question, str) else self._encoder.messages(question)
-        return Reference(tuple(prompt), text, len(self._encoder.continuation(text)))
+        ids = self._encoder.prompt(question) if isinstance(question, str) else self._encoder.messages(question)
+        return Reference(tuple(ids), text, len(self._encoder.continuation(text)))
 
     def references(
         self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_length: int | None = None
@@ -345,9 +370,36 @@ class RowEncoder:
         if isinstance(row, TextRow):
             token_ids = [*self._encoder.prompt(row.text), self._eos]
             return token_ids, [range(len(token_ids))], "text"
+        if isinstance(row, DecisionRow):
+            asked, text = self._decision(row)
+            token_ids = [*asked, *self.decisions.option(text)]
+            return token_ids, [range(len(asked), len(token_ids))], "input"
         prompt = self._encoder.prompt(row.prompt)
         token_ids = [*prompt, *self._encoder.continuation(row.completion), self._eos]
         return token_ids, [range(len(prompt), len(token_ids))], "completion"
+
+    def question(self, row: DecisionRow) -> Question:
+        """Return a decision's question. Raise InvalidInput, which names the row's field, if there is none."""
+        if isinstance(row.question, Question):
+            return row.question
+        known = ", ".join(list(self._questions)[:MAX_NAMED]) or "none"
+        if row.question is None:
+            if len(self._questions) == 1:
+                return next(iter(self._questions.values()))
+            raise InvalidInput.of("question", f"is missing; the job's questions are: {known}")
+        if row.question not in self._questions:
+            raise InvalidInput.of("question", f"is no question of the job: {known}")
+        return self._questions[row.question]
+
+    def _decision(self, row: DecisionRow) -> tuple[tuple[int, ...], str]:
+        """Return a decision's prompt and the text of its answer."""
+        question = self.question(row)
+        text = question.options[question.index_of(row.answer)].text
+        if self._shuffled_by is not None and question.type == "choice":
+            order = list(range(len(question.options)))
+            random.Random(f"{self._shuffled_by}".encode() + canonical_json(row)).shuffle(order)
+            question = question.reordered(order)
+        return self.decisions.prompt(row.input, question), text
 
 
 class _Completions:
@@ -390,6 +442,8 @@ def texts_of(row: Row) -> Sequence[str]:
     """Return the row's texts, in their order."""
     if isinstance(row, MessagesRow):
         return [turn.content for turn in row.messages]
+    if isinstance(row, DecisionRow):
+        return [row.input, str(row.answer)]
     return [row.text] if isinstance(row, TextRow) else [row.prompt, row.completion]
 
 

@@ -1,12 +1,14 @@
-"""Rows of training data: their three kinds, canonical JSON, rows in memory, and the split for validation.
+"""Rows of training data: their four kinds, canonical JSON, rows in memory, and the split for validation.
 
     {"prompt": "…", "completion": "…"}      trained on the completion
     {"messages": [{"role", "content"}, …]}  trained on the assistant's turns, except for turns with "weight" 0
     {"text": "…"}                           trained on all of it
+    {"input", "question", "answer"}         a decision, trained on the answer
 
-A turn's content may be a list of OpenAI's text parts, which are joined; the role `developer` is read as `system`.
-`formats.py` reads other trainers' rows as messages, `encoding.py` turns rows into tokens, and `row_files.py` reads
-uploaded files.
+A decision's `question` is a question's JSON, or the name of one of the job's questions. It may be left out if the
+job has only one. A turn's content may be a list of OpenAI's text parts, which are joined; the role `developer` is
+read as `system`. `formats.py` reads other trainers' rows as messages, `encoding.py` turns rows into tokens, and
+`row_files.py` reads uploaded files.
 """
 
 import hashlib
@@ -20,6 +22,8 @@ from typing import Literal, Self, overload
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.names import near
+from server.decisions.parts import input_text
+from server.decisions.questions import Question, parse_question
 from server.model.text.chat import DEVELOPER, ChatMessage, joined_parts, meant_role
 from server.system.messages import plural
 from server.training.formats import MEANINGS, Conversation, RowFormat, read_conversation
@@ -29,6 +33,8 @@ MAX_TURNS = 1024
 MAX_FAULTS = 8
 """The most errors of one row that are reported."""
 SHAPES = "a row has prompt and completion, or messages, or text"
+DECISION = ("input", "answer")
+"""The required fields of a decision, which must have no field of another kind of row."""
 FIELDS = (("prompt", "completion"), ("messages",), ("text",))
 """The fields of each kind of row. A row has the fields of exactly one kind."""
 _KNOWN = tuple(name for shape in FIELDS for name in shape)
@@ -76,8 +82,20 @@ class TextRow:
     text: str
 
 
-Row = CompletionRow | MessagesRow | TextRow
-Kind = Literal["completion", "messages", "text"]
+@dataclass(frozen=True)
+class DecisionRow:
+    """An input, a question or the name of one of the job's questions, and the right answer.
+
+    The answer isn't checked here unless the row has the question itself.
+    """
+
+    input: str
+    answer: str | bool
+    question: Question | str | None = None
+
+
+Row = CompletionRow | MessagesRow | TextRow | DecisionRow
+Kind = Literal["completion", "messages", "text", "decision"]
 
 
 class EmptyAnswer(InvalidInput):
@@ -139,11 +157,13 @@ def kind_of(row: Row) -> Kind:
     """Return the row's kind."""
     if isinstance(row, CompletionRow):
         return "completion"
+    if isinstance(row, DecisionRow):
+        return "decision"
     return "messages" if isinstance(row, MessagesRow) else "text"
 
 
 def question_of(row: Row) -> tuple[str | tuple[ChatMessage, ...], str] | None:
-    """Return (prompt or earlier turns, last answer that is trained on), or None for a row of `text`."""
+    """Return (prompt or earlier turns, last answer that is trained on), or None for a text or a decision."""
     if isinstance(row, CompletionRow):
         return row.prompt, row.completion
     if isinstance(row, MessagesRow) and (last := max(set(row.assistant) - row.untrained)):
@@ -171,6 +191,12 @@ def parse_row(value: object, notes: RowNotes | None = None) -> Row:
                 if name in given and name not in conversation.fields:
                     notes.ignore(name)
         return _converted(conversation, notes)
+    if given.issuperset(DECISION) and given.isdisjoint(_KNOWN):
+        if notes is not None:
+            for name in strange:
+                if name in given and name not in (*DECISION, "question"):
+                    notes.ignore(name)
+        return _decision(value)
     shapes = (shape for named in (given, value.keys()) for shape in FIELDS if not named.isdisjoint(shape))
     names = next(shapes, None)
     if names is None:
@@ -205,6 +231,10 @@ def canonical_json(row: Row) -> bytes:
         document: dict[str, object] = {"prompt": row.prompt, "completion": row.completion}
     elif isinstance(row, MessagesRow):
         document = {"messages": [_turn(turn, place in row.untrained) for place, turn in enumerate(row.messages)]}
+    elif isinstance(row, DecisionRow):
+        document = {"input": row.input, "answer": row.answer}
+        if row.question is not None:
+            document["question"] = row.question if isinstance(row.question, str) else row.question.document()
     else:
         document = {"text": row.text}
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -243,7 +273,8 @@ class CanonicalRows(Sequence[Row]):
     def kinds(self) -> dict[str, int]:
         """Count the rows by kind, without parsing them."""
         # keys are sorted, so the first key of a line tells its kind
-        return dict(sorted(Counter(line[2 : line.index(b'"', 2)].decode() for line in self._lines).items()))
+        firsts = Counter(line[2 : line.index(b'"', 2)].decode() for line in self._lines)
+        return dict(sorted(("decision" if name == "answer" else name, num) for name, num in firsts.items()))
 
     def digests(self) -> list[bytes]:
         """Return each row's SHA-256."""
@@ -340,6 +371,22 @@ def _converted(conversation: Conversation, notes: RowNotes | None) -> MessagesRo
                     notes.dropped()
                 raise EmptyAnswer(faults) from None
         raise InvalidInput(faults) from None
+
+
+def _decision(value: Mapping[str, object]) -> DecisionRow:
+    question = value.get("question")
+    if question is not None and not isinstance(question, str):
+        question = parse_question(question)
+    elif isinstance(question, str) and (fault := _text_fault(question)):
+        raise InvalidInput.of("question", fault)
+    answer = value["answer"]
+    if not isinstance(answer, bool) and (fault := _text_fault(answer)):
+        raise InvalidInput.of("answer", fault if isinstance(answer, str) else "must be a text, or true or false")
+    assert isinstance(answer, str | bool)
+    row = DecisionRow(input_text(value["input"]), answer, question)
+    if isinstance(question, Question):
+        question.index_of(answer)
+    return row
 
 
 def _messages(value: object) -> MessagesRow:

@@ -150,7 +150,7 @@ async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, 
     """Send the answer as one document. Abort the generations if the client leaves."""
     try:
         response = wire.answer(await while_connected(request.scope, request.receive, answer))
-        for name, value in _warnings(batch):
+        for name, value in warning_headers(batch.warnings):
             response.headers.append(name, value)
         return response
     except ClientGoneError:
@@ -164,14 +164,14 @@ def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
 
     A failure before the first event becomes an ordinary error response. A later failure becomes the last event.
     """
-    return EventStream(_with_done(events), batch.close, _warnings(batch))
+    return EventStream(_with_done(events), batch.close, warning_headers(batch.warnings))
 
 
-def _warnings(batch: Batch) -> Iterator[tuple[str, str]]:
+def warning_headers(warnings: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the warnings about the adapters as headers: in ASCII, and short enough for proxies."""
-    texts = batch.warnings[:_MAX_WARNINGS]
-    if len(batch.warnings) > len(texts):
-        texts = (*texts[:-1], f"and {len(batch.warnings) - len(texts) + 1} more: see GET /adapters")
+    texts = warnings[:_MAX_WARNINGS]
+    if len(warnings) > len(texts):
+        texts = (*texts[:-1], f"and {len(warnings) - len(texts) + 1} more: see GET /adapters")
     for text in texts:
         yield WARNING, text.encode("ascii", "backslashreplace").decode()[:_MAX_WARNING].rstrip()
 

@@ -53,7 +53,12 @@ def words(request: GenerationRequest) -> Iterable[SequenceOutput]:
 
 
 def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """Yield words; if scores are requested, -0.5 for the first token, -1 for the second and so on."""
+    """Yield words; if scores are requested, -0.5 for a first token, -1 for a second and so on."""
+    if request.continuations:
+        totals = tuple(-0.25 * len(one) * (len(one) + 1) for one in request.continuations)
+        num = sum(map(len, request.continuations))
+        yield SequenceOutput(request.request_id, 0, "", num, num, 16, (), totals, "length")
+        return
     if request.scored_from is None:
         yield from words(request)
         return
