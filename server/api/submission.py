@@ -26,6 +26,8 @@ from adapters.peft.files import PeftAdapter
 from adapters.storage.durable import new_directory
 from server.api.tracing import facts
 from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, LoraBody, TrainBody
+from server.decisions.questions import MAX_QUESTIONS, Question, name_fault, parse_question
+from server.decisions.stored import StoredDecisions
 from server.errors import Unavailable
 from server.jobs.files import TRACEPARENT_NAME, JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
@@ -36,6 +38,7 @@ from server.training.formats import RowFormat
 from server.training.job_data import DataFacts, JobData
 from server.training.rows import (
     CanonicalRows,
+    DecisionRow,
     EmptyAnswer,
     Row,
     RowNotes,
@@ -59,6 +62,8 @@ if TYPE_CHECKING:
 
 MAX_FAULTS = 20
 """The most faults of rows that one answer lists."""
+MAX_STORED_BYTES = 64 << 10
+"""The most bytes of the questions that a version stores."""
 MAX_PARENT_RANK = 2 * MAX_TRAINED_RANK
 """The highest rank of an adapter to continue from. With the `init` pissa or olora, a job publishes an adapter with
 twice the rank that it trains, and another job can continue from that adapter."""
@@ -81,6 +86,7 @@ class JobRows:
     used: frozenset[str]  # ids of data sets and files
     mapping: RowFormat | None  # as in `RowNotes`
     warnings: tuple[str, ...]  # about ignored fields and other trainers' formats
+    questions: Mapping[str, Question] = field(default_factory=dict)  # of decisions, by name
 
 
 def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
@@ -118,7 +124,22 @@ def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
         used=frozenset(used),
         mapping=notes.mapping,
         warnings=tuple(notes.warnings()),
+        questions=_questions(body),
     )
+
+
+def _questions(body: TrainBody) -> dict[str, Question]:
+    """Return the body's questions by name. Raise InvalidInput if one is invalid."""
+    given = {} if body.questions is None else body.questions
+    if len(given) > MAX_QUESTIONS:
+        raise InvalidInput.of("questions", f"are {len(given)}, and may be {MAX_QUESTIONS}")
+    questions = {name: parse_question(value, ("questions", name)) for name, value in given.items()}
+    for name, question in questions.items():
+        if fault := name_fault(name):
+            raise InvalidInput.of("questions", fault)
+        if question.name not in (None, name):
+            raise InvalidInput([FieldError(("questions", name, "name"), f"contradicts {name}: leave it out")])
+    return {name: dataclasses.replace(question, name=name) for name, question in questions.items()}
 
 
 def _stored(sources: RowSources, source_id: str, name: str, notes: RowNotes) -> CanonicalRows:
@@ -416,14 +437,16 @@ class Submissions:
         Raise InvalidInput if all training rows, or all held-out rows, are dropped because they are too long.
         """
         length, overlong = training.max_length, training.overlong
+        as_served = self.encoder.asking(rows.questions)
+        shuffled = self.encoder.asking(rows.questions, shuffled_by=training.seed)
         first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
         try:
-            train = self.encoder.encode_all(first, length, overlong, (rows.name,))
+            train = shuffled.encode_all(first, length, overlong, (rows.name,))
             loc = (rows.validation_name or rows.name,)
-            validation = self.encoder.encode_all(held_out, length, overlong, loc)
+            validation = as_served.encode_all(held_out, length, overlong, loc)
         except InvalidInput:
             if rows.validation_name is None:  # a share of `rows`: raise faults with the numbers in `rows`
-                self.encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
+                as_served.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
         if not train.examples or (held_out and not validation.examples):
             if max_bytes is not None:  # later rows may fit
@@ -454,16 +477,40 @@ class Submissions:
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
-            references=self.encoder.references(held_out, max_length=length),
+            references=as_served.references(held_out, max_length=length),
             facts=facts,
             base_digest=self.base_digest,
-            trained_references=self.encoder.trained_references(first, train.examples.num_tokens, length),
+            trained_references=as_served.trained_references(first, train.examples.num_tokens, length),
+            decisions=_stored_decisions(rows, as_served),
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:
             return _Encoded(data, train.are_facts, warnings)
         sampled = f"only {num_encoded:,} of {num_rows:,} rows were tokenized: counts of tokens are estimates"
         return _Encoded(data, train.are_facts, [*warnings, sampled])
+
+
+def _stored_decisions(rows: JobRows, encoder: RowEncoder) -> StoredDecisions | None:
+    """Return the questions of the training rows, or None if there are no decisions. Unnamed ones get names."""
+    found: dict[str, Question] = {}
+    for row in rows.train if "decision" in rows.train.kinds() else ():
+        if isinstance(row, DecisionRow):
+            question = encoder.question(row)
+            found.setdefault(question.digest, question)
+    if not found:
+        return None
+    if len(found) > MAX_QUESTIONS:
+        raise InvalidInput.of(rows.name, f"has {len(found)} different questions, more than {MAX_QUESTIONS}")
+    named: dict[str, Question] = {}
+    for number, question in enumerate(found.values(), 1):
+        name = question.name or f"question-{number}"
+        if name in named:
+            raise InvalidInput.of(rows.name, f"has two different questions of the name {name}")
+        named[name] = dataclasses.replace(question, name=name)
+    stored = StoredDecisions(tuple(named.values()))
+    if len(json.dumps(stored.document())) > MAX_STORED_BYTES:
+        raise InvalidInput.of("questions", f"are longer than {MAX_STORED_BYTES // 1024} KiB together")
+    return stored
 
 
 def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:

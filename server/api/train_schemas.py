@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from adapters.lora import MODULES
 from adapters.names import MAX_NAME, near
+from server.api.question_schemas import INPUT_SCHEMA, QUESTION_SCHEMA
 from server.api.schemas import MAX_SEED, Body
 from server.training.spec import (
     ALPHA,
@@ -83,7 +84,13 @@ _ROW_FIELDS: tuple[dict[str, object], ...] = (
     {"conversations": {"type": "array", "items": _SHAREGPT_TURN}},
     {"prompt": {"type": "array", "items": _TURN}, "completion": {"type": "array", "minItems": 1, "items": _TURN}},
 )
-_ROW = {"anyOf": [{"type": "object", "properties": of, "required": list(of)} for of in _ROW_FIELDS]}
+_OF_DECISIONS = {
+    "input": INPUT_SCHEMA,
+    "question": {"anyOf": [QUESTION_SCHEMA, {"type": ["string", "null"]}]},
+    "answer": {"type": ["string", "boolean"]},
+}
+_DECISION = {"type": "object", "properties": _OF_DECISIONS, "required": ["input", "answer"]}
+_ROW = {"anyOf": [{"type": "object", "properties": of, "required": list(of)} for of in _ROW_FIELDS] + [_DECISION]}
 _ROWS = {"type": "array", "minItems": 1, "items": _ROW}
 
 TargetModules = Annotated[
@@ -107,6 +114,7 @@ Validation = Annotated[
         }
     ),
 ]
+_QUESTIONS = {"type": "object", "additionalProperties": QUESTION_SCHEMA}
 Rows = Annotated[list[object], Field(min_length=1), WithJsonSchema(_ROWS)]
 
 
@@ -189,6 +197,9 @@ class TrainBody(Body):
     name: str = Field(min_length=1, max_length=MAX_NAME, description="the adapter to publish a version of")
     data: Rows | None = Field(None, description="the rows; or give a dataset")
     dataset: str | None = Field(None, max_length=64, description="an id from POST /datasets, instead of data")
+    questions: Annotated[dict[str, object], WithJsonSchema(_QUESTIONS)] | None = Field(
+        None, description="the questions, by name, of rows of `input` and `answer`; the version stores them"
+    )
     validation: Validation = Field(
         None, description="a share to hold out, rows, or a data set's id; null: 0.1 from 20 rows up, else none"
     )

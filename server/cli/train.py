@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -37,6 +38,7 @@ from server.cli.common import (
 from server.system.messages import plural
 
 if TYPE_CHECKING:
+    from server.cli.labels import LabelledTexts
     from server.client.client import Client
 
 _WORSE = (
@@ -186,6 +188,11 @@ def _is_of_chats(job: Document) -> bool:
 def train(
     data: Annotated[str, typer.Argument(help="A .jsonl or .csv file, or a data set's id.")],
     name: Annotated[str, typer.Option(help="The adapter to train: each job adds a version.")],
+    text: Annotated[str | None, typer.Option(help="The CSV column of texts to classify; needs --label.")] = None,
+    label: Annotated[str | None, typer.Option(help="The CSV column of their labels; needs --text.")] = None,
+    instructions: Annotated[
+        str | None, typer.Option(help='What to ask about a text. Default: "Which LABEL-COLUMN?"')
+    ] = None,
     validation: Annotated[
         str | None,
         typer.Option(
@@ -238,7 +245,7 @@ def train(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Train an adapter on rows of prompt and completion, messages, or text.
+    """Train an adapter on rows of prompt and completion, messages, text, or labelled texts of a CSV file.
 
     The exit code is 0 if the job succeeds, else 1. Interrupting the command leaves the job running.
     """
@@ -270,11 +277,15 @@ def train(
         packing=None if packing else False,
         overlong=overlong,
     )
-    with connected(url, api_key) as client, _uploads(client, keep=not dry_run) as upload:
+    labelled = _labelled(data, text, label)
+    questions = None if labelled is None or label is None else {label: _question(labelled, label, instructions)}
+    with connected(url, api_key) as client, _uploads(client, keep=not dry_run) as upload_file:
+        upload = upload_file if text is None or label is None else _labels_uploaded(upload_file, text, label)
         body = given(
             name=name,
             validation=None if validation is None else _validation(upload, validation),
             dataset=_dataset(upload, data),
+            questions=questions,
             method=method,
             lora=lora,
             training=training,
@@ -327,6 +338,50 @@ def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
     finally:
         for dataset_id in () if keep else uploaded - before:
             client.delete_dataset(dataset_id)
+
+
+def _labelled(data: str, text: str | None, label: str | None) -> "LabelledTexts | None":
+    """Read the CSV file `data` if its columns are given, and print notes about it."""
+    from server.cli.labels import TableError, read_labelled
+
+    if text is None and label is None:
+        return None
+    if text is None or label is None:
+        raise typer.BadParameter("--text and --label go together", param_hint="--label" if text else "--text")
+    try:
+        found = read_labelled(Path(data), text, label)
+    except TableError as error:
+        raise typer.BadParameter(f"{data}: {error}", param_hint="DATA") from None
+    except OSError as error:
+        raise typer.BadParameter(f"{data}: {error.strerror}", param_hint="DATA") from None
+    print_warnings(found.notes)
+    return found
+
+
+def _question(labelled: "LabelledTexts", label: str, instructions: str | None) -> Document:
+    from server.cli.labels import TableError
+
+    try:
+        return labelled.question(f"Which {label}?" if instructions is None else instructions)
+    except TableError as error:
+        raise typer.BadParameter(str(error), param_hint="DATA") from None
+
+
+def _labels_uploaded(upload: Callable[[Path], str], text: str, label: str) -> Callable[[Path], str]:
+    """Return a function like `upload` that uploads the labelled texts of a CSV file as rows of decisions."""
+    from server.cli.labels import TableError, read_labelled
+
+    def upload_labelled(path: Path) -> str:
+        try:
+            labelled = read_labelled(path, text, label)
+        except TableError as error:
+            raise typer.BadParameter(f"{path}: {error}") from None
+        with TemporaryDirectory() as folder:
+            rows = Path(folder) / f"{path.stem}.jsonl"
+            labelled.write(rows)
+            return upload(rows)
+
+    return upload_labelled
 
 
 def _dataset(upload: Callable[[Path], str], data: str, parameter: str = "DATA") -> str:

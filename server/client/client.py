@@ -196,6 +196,10 @@ class Client(Connection):
         """Generate an answer with each of several adapter expressions, and return the answers."""
         return self.json("POST", "/compare", json=dict(body))
 
+    def decide(self, body: Mapping[str, object]) -> Document:
+        """Return the answer of POST /decide."""
+        return self.json("POST", "/decide", json=dict(body))
+
     def stream(self, body: Mapping[str, object]) -> Iterator[Document]:
         """Yield the answer's events as they arrive. Raise ClientError if generation fails midway."""
         with self.open("POST", "/generate", json={**body, "stream": True}) as response:

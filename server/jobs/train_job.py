@@ -22,6 +22,7 @@ from adapters.library import Library
 from adapters.lora import LoraConfig, LoraWeights
 from adapters.peft.files import PeftAdapter
 from adapters.storage.durable import remove_unfinished
+from server.decisions.stored import KEY as DECISIONS
 from server.errors import GenerationFailed
 from server.jobs.exact_match import exact_match
 from server.jobs.files import JobFiles
@@ -35,7 +36,7 @@ from server.storage.places import Storage
 from server.training.checkpoint import Checkpoints
 from server.training.evaluate import Scores
 from server.training.files import RowSources, results_id
-from server.training.job_data import DataFacts, JobData
+from server.training.job_data import JobData
 from server.training.report import (
     NAMES,
     AdapterFacts,
@@ -196,7 +197,7 @@ class TrainingAttempt:
             against_base = comparisons["base"]
             if against_base is not None and against_base.verdict == "worse":
                 warnings.append(against_base.sentence(NAMES["base"]))
-            publish = self._new_version(adapter, num_bytes, metrics, data.facts, verdict, warnings)
+            publish = self._new_version(adapter, num_bytes, metrics, data, verdict, warnings)
         with nullcontext() if adapter is None else self._library.publishing(adapter):
             if FINE_TUNING in self._job.data:
                 tuned = outcome.tuned.held_out
@@ -300,7 +301,7 @@ class TrainingAttempt:
         adapter: PeftAdapter,
         num_bytes: int,
         metrics: Mapping[str, object],
-        data: DataFacts,
+        data: JobData,
         verdict: str | None,
         warnings: Sequence[str],
     ) -> NewVersion:
@@ -317,10 +318,11 @@ class TrainingAttempt:
             parent=self._spec.start_from,
             job_id=self._job.id,
             base_digest=self._base.digest,
-            data_digest=data.digest,
+            data_digest=data.facts.digest,
             config={
                 **self._spec.to_document(),
-                "kinds": dict(data.kinds),
+                "kinds": dict(data.facts.kinds),
+                **({} if data.decisions is None else {DECISIONS: data.decisions.document()}),
                 **({} if verdict is None else {VERDICT: verdict}),
             },
             warnings=tuple(f"it is {text}" for text in warnings),

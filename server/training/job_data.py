@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from adapters.errors import SmoloraError
 from adapters.storage.durable import new_file
+from server.decisions.stored import KEY as DECISIONS
+from server.decisions.stored import StoredDecisions
 from server.training.encoding import Examples, Reference
 from server.training.spec import read_document
 
@@ -64,6 +66,7 @@ class JobData:
     facts: DataFacts
     base_digest: str  # of the base that the rows were tokenized for
     trained_references: Sequence[Reference] = ()
+    decisions: StoredDecisions | None = None  # if there are rows of decisions
 
     def check_base(self, base: "BaseModel") -> None:
         """Raise AnotherBase if the rows were tokenized for another base."""
@@ -84,6 +87,7 @@ class JobData:
             "facts": asdict(self.facts),
             "references": [asdict(r) for r in self.references],
             "trained_references": [asdict(r) for r in self.trained_references],
+            **({} if self.decisions is None else {DECISIONS: self.decisions.document()}),
         }
         with new_file(directory / DATA_NAME) as unfinished:
             unfinished.write_text(json.dumps(rest), encoding="utf-8")
@@ -101,4 +105,5 @@ class JobData:
             trained_references=read_document(list[Reference], rest.get("trained_references", [])),
             facts=read_document(DataFacts, rest["facts"]),
             base_digest=rest["base_digest"],
+            decisions=StoredDecisions.of(rest),
         )

@@ -17,7 +17,17 @@ from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
 from server.system.messages import plural
 from server.training.formats import ALPACA, CONVERSATIONS, format_of_fields
-from server.training.rows import FIELDS, MAX_NAMED, EmptyAnswer, Row, RowNotes, misspelt, parse_row, shown
+from server.training.rows import (
+    DECISION,
+    FIELDS,
+    MAX_NAMED,
+    EmptyAnswer,
+    Row,
+    RowNotes,
+    misspelt,
+    parse_row,
+    shown,
+)
 
 Format = Literal["jsonl", "csv"]
 MAX_LINE = 1 << 20
@@ -135,11 +145,13 @@ def _header_fault(names: Sequence[str]) -> str | None:
     kind of row.
     """
     needed = {name for shape in FIELDS for name in shape}
+    if needed.isdisjoint(names) and set(DECISION) <= set(names):
+        needed = set(DECISION)
     found = format_of_fields(set(names))
     if found is not None:
         needed = set(ALPACA) if found == "alpaca" else {CONVERSATIONS}
     there = {name for name in names if name in needed}
-    if found is not None or there in map(set, FIELDS):
+    if found is not None or there in map(set, (*FIELDS, DECISION)):
         twice = next((name for name in sorted(there) if names.count(name) > 1), None)
         return None if twice is None else f"names the column {twice} twice"
     choices = ", or ".join(" and ".join(shape) for shape in FIELDS)
