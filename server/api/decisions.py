@@ -35,7 +35,7 @@ from server.decisions.prompts import FORMAT
 from server.decisions.questions import Question, parse_questions
 from server.decisions.stored import StoredDecisions, shared_questions
 from server.engine.request import SamplingParams
-from server.errors import GenerationTimeout, QueueFull
+from server.errors import GenerationFailed, GenerationTimeout, QueueFull
 
 MAX_INPUTS = 256
 MAX_OPTIONS = 1 << 14
@@ -333,6 +333,8 @@ async def _score(
         (output,) = [output async for output in generation.outputs()]
     finally:
         await generation.close()
+    if len(output.scores) != len(asked.options):  # an older replica ignores continuations
+        raise GenerationFailed("an engine can't score options: upgrade all replicas")
     counts.num_input += len(asked.prompt)
     counts.num_cached += output.num_cached_tokens
     counts.num_output += output.num_output_tokens

@@ -358,7 +358,8 @@ class Generation:
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
         self._is_read = False
-        self._is_booked = request.scored_from is not None  # of /compare, which books its answers
+        # /compare books its answers, which have the same prompt
+        self._is_booked = request.scored_from is not None and not request.continuations
         self._closed = False
         metrics.accepted(self._names)
 
@@ -498,7 +499,7 @@ async def start(
             adapters=combine(pinned.parts),
             n=n,
             grammar=grammar,
-            scored_from=scored_from,
+            scored_from=len(token_ids) if continuations else scored_from,
             continuations=continuations,
             project=principal.project,
         )

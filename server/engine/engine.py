@@ -191,7 +191,7 @@ class Engine:
         for chunk in step.chunks:
             with self._containing(chunk.sequence, outputs):
                 self._mark_computed(chunk)
-                scores = chunk.is_last and chunk.sequence.request.first_scored is not None
+                scores = chunk.is_last and chunk.sequence.request.scored_from is not None
                 if scores and not chunk.sequence.advance():
                     outputs.append(self._finish_scoring(chunk.sequence))
         for drawn in found:

@@ -62,8 +62,8 @@ class GenerationRequest:
     `grammar` ends an answer by itself, so it can't be combined with stop strings or `ignore_eos`.
     With `scored_from` nothing is generated. Instead the prompt's tokens from this position (at least 1) on are
     scored. Then `max_tokens` must be 0 and `n` 1, and of `sampling` only `logprobs` has an effect.
-    With `continuations` nothing is generated, either. Each continuation, of at least one token, is scored as if it
-    alone followed the prompt. `max_tokens` must be 0, `n` 1, and `sampling` has no effect.
+    With `continuations`, each of these, of at least one token, is scored as if it alone followed the prompt. Then
+    `scored_from` must be the prompt's length, and `sampling` has no effect.
     `project` identifies the project that sent the request. Projects share engine time equally, and no project
     finds another's blocks in the prefix cache.
     """
@@ -77,11 +77,6 @@ class GenerationRequest:
     scored_from: int | None = None
     project: str = ""
     continuations: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def first_scored(self) -> int | None:
-        """The position of the first scored token, or None if the request generates tokens."""
-        return len(self.prompt_token_ids) if self.continuations else self.scored_from
 
     def check(self, max_num_tokens: int, vocab_size: int) -> None:
         """Raise InvalidInput if no engine with these limits can run the request."""

@@ -68,7 +68,7 @@ class Runner:
         ordered = (*decodes, *prefills)
         sampling = [chunk for chunk in ordered if chunk.samples]
         rows = [row for chunk in sampling for row in _rows(chunk)]
-        if any(chunk.sequence.request.first_scored is not None for chunk in ordered):
+        if any(chunk.sequence.request.scored_from is not None for chunk in ordered):
             found = self._score_and_draw(decodes, prefills, rows)
         else:
             found = self.backend.draw(decodes, prefills, rows)

@@ -351,8 +351,8 @@ def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tenso
     for chunk in chunks:
         sequence = chunk.sequence
         first = chunk.start + chunk.num_tokens - chunk.num_hidden  # position of the chunk's first row
-        if (first_scored := sequence.request.first_scored) is not None:
-            for position in range(max(chunk.start + 1, first_scored), chunk.stop + 1):
+        if (scored_from := sequence.request.scored_from) is not None:
+            for position in range(max(chunk.start + 1, scored_from), chunk.stop + 1):
                 if targets := sequence.targets(position):
                     found.append((sequence, position, targets))
                     rows.append(start + position - 1 - first)

@@ -134,8 +134,8 @@ class Sequence:
         The other tokens must be computed, since their hidden states are needed. The other tokens are the last
         token or, if the request scores tokens, the token before the first scored token and all tokens after it.
         """
-        first_scored = self.request.first_scored
-        return len(self.token_ids) - 1 if first_scored is None else first_scored - 1
+        scored_from = self.request.scored_from
+        return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
 
     @property
     def is_decoding(self) -> bool:
@@ -148,7 +148,7 @@ class Sequence:
         return self.constraint is not None and self.constraint.awaits_mask
 
     def targets(self, position: int) -> Seq[int]:
-        """Return the tokens to score at a position, which is at least the request's `first_scored`."""
+        """Return the tokens to score at a position, which is at least the request's `scored_from`."""
         if self.trie is not None:
             return self.trie.targets(position - self.num_prompt_tokens)
         return self.token_ids[position : position + 1]
@@ -216,14 +216,14 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the step draws a token after the chunk."""
-        return self.is_last and self.sequence.request.first_scored is None
+        return self.is_last and self.sequence.request.scored_from is None
 
     @property
     def num_hidden(self) -> int:
         """The number of last tokens, drafts included, whose hidden states are needed to draw or score tokens."""
         num = int(self.samples)
-        if (first_scored := self.sequence.request.first_scored) is not None:
-            num = max(0, self.stop - max(self.start, first_scored - 1))
+        if (scored_from := self.sequence.request.scored_from) is not None:
+            num = max(0, self.stop - max(self.start, scored_from - 1))
         return num + len(self.draft)
 
     @property

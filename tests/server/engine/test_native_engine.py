@@ -120,7 +120,13 @@ def test_scores_of_continuations_have_the_same_bits_alone_and_among_other_reques
     native = native_model(base, num_threads=2)
     continuations = tuple((100 + n % 3, 200 + n, 2) for n in range(20))
     scored = [
-        replace(one, request_id=f"s{n}", sampling=SamplingParams(max_tokens=0), continuations=continuations)
+        replace(
+            one,
+            request_id=f"s{n}",
+            sampling=SamplingParams(max_tokens=0),
+            scored_from=len(one.prompt_token_ids),
+            continuations=continuations,
+        )
         for n, one in enumerate(requests(1))
     ]
     alone = [_scores(engine_of(base, native, 0.5), [one])[one.request_id] for one in scored]

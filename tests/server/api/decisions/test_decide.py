@@ -309,3 +309,20 @@ async def test_rates_and_usage_count_prompts_and_options(app: FastAPI, engine: F
     async with client_with(app, new_secret(app, quota=Quota(tokens_per_minute=100))) as client:
         assert (await client.post("/decide", json=body)).status_code == 429
     assert not engine.requests
+
+
+async def test_a_replica_that_ignores_options_fails_the_call(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """Replicas of the version before this one see a prompt of which nothing is scored."""
+
+    def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
+        assert request.scored_from == len(request.prompt_token_ids)
+        yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, finish_reason="length")
+
+    engine.script = script
+    response = await client.post("/decide", json={"input": "Hi", "questions": [SPAM]})
+    assert (response.status_code, response.json()["detail"]) == (
+        500,
+        "an engine can't score options: upgrade all replicas",
+    )

@@ -35,7 +35,11 @@ SETS = [ONE_TOKEN, MANY_TOKENS, PREFIXES, SHARED, EQUAL, MANY]
 def asking(
     name: str, num_tokens: int, continuations: Continuations, adapters: tuple[AdapterRef, ...] = (), seed: int = 0
 ) -> GenerationRequest:
-    return GenerationRequest(name, prompt(num_tokens, seed), SCORING, adapters, continuations=continuations)
+    return GenerationRequest(
+        *(name, prompt(num_tokens, seed), SCORING, adapters),
+        scored_from=num_tokens,
+        continuations=continuations,
+    )
 
 
 def answers(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, SequenceOutput]:
