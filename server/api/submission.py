@@ -474,6 +474,7 @@ class Submissions:
             kinds=rows.train.kinds(),
         )
         warnings = [*train.warnings, *all_long.warnings(length)]
+        stored = _stored_decisions(rows, as_served)
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
@@ -481,7 +482,11 @@ class Submissions:
             facts=facts,
             base_digest=self.base_digest,
             trained_references=as_served.trained_references(first, train.examples.num_tokens, length),
-            decisions=_stored_decisions(rows, as_served),
+            decisions=stored,
+            asked=as_served.asked(held_out),
+            options={one.digest: tuple(as_served.decisions.options(one)) for one in stored.questions}
+            if stored is not None
+            else {},
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:

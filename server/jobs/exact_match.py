@@ -56,7 +56,7 @@ def exact_match(
     needs more than `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. If `library` is
     given, native code computes the steps.
     """
-    if weights is not None and _adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
+    if weights is not None and adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
         log.warning("exact match isn't measured: an adapter of rank %s needs too much memory", weights.max_rank)
         return None
     limit = base.config.max_position_embeddings
@@ -75,7 +75,7 @@ def exact_match(
     return [str(number) in matched for number in range(len(references))]
 
 
-def _adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
+def adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
     """Return the bytes that torch needs for the adapter. Native code needs less."""
     return weights.max_rank * RowFormat.of_torch(base.dtype, base.device).bytes_per_rank(base.config.shape)
 
@@ -90,7 +90,7 @@ def _matched(
 ) -> set[str]:
     """Return the names of the requests whose completions equal their texts in `wanted`."""
     lengths = [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests.values()]
-    engine = _engine(base, weights, lengths, library)
+    engine = engine_for(base, weights, lengths, library)
     texts = dict.fromkeys(requests, "")
     matched = set[str]()
     try:
@@ -122,7 +122,7 @@ def _may_become(text: str, wanted: str) -> bool:
     return wanted.startswith(begun) or begun.rstrip() == wanted
 
 
-def _engine(
+def engine_for(
     base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int], library: ctypes.CDLL | None
 ) -> Engine:
     """Make an engine for sequences of these lengths in tokens. It uses the base that is already in memory."""

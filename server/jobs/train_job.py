@@ -8,7 +8,7 @@ import ctypes
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -29,6 +29,7 @@ from server.jobs.files import JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.reporter import Leave
+from server.jobs.temperatures import fit_temperatures
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.model.device import is_out_of_memory
@@ -123,6 +124,11 @@ class TrainingAttempt:
         if outcome.weights is not None:
             config = adapter_config(spec.lora) if parent is None else self._config_of(parent)
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
+        if adapter is not None and data.decisions is not None:
+            fitted = fit_temperatures(
+                *(self._base, adapter.weights, data, self._reporter.yield_or_leave), library=self._native
+            )
+            data = replace(data, decisions=replace(data.decisions, temperatures=fitted))
         measured = _Measured()
         if parent is not None:
             weights = parent.weights

@@ -42,6 +42,8 @@ MAX_FAULTS = 20
 MAX_REFERENCES = 200
 MAX_REFERENCE_TOKENS = 1 << 16
 """The most tokens of held-out rows whose completions are asked for, of each version that a job measures."""
+MAX_ASKED_TOKENS = 1 << 17
+"""About the most tokens of held-out decisions to which a job fits temperatures."""
 FACT_TOKENS = 16
 """The largest median length of completions, in tokens, of rows that count as facts."""
 FACT_SHARE = 0.9
@@ -162,6 +164,15 @@ class Reference:
     def length(self) -> int:
         """The number of tokens of prompt and text."""
         return len(self.prompt) + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A held-out decision as tokens: its prompt, its question's digest, and the index of the right option."""
+
+    prompt: tuple[int, ...]
+    question: str
+    answer: int
 
 
 @dataclass(frozen=True)
@@ -314,6 +325,18 @@ class RowEncoder:
             found.append(one)
             if len(found) == limit:
                 break
+        return found
+
+    def asked(self, rows: Iterable[Row]) -> list[Asked]:
+        """Return the decisions among the rows, up to about `MAX_ASKED_TOKENS` tokens."""
+        found: list[Asked] = []
+        num_tokens = 0
+        for row in rows:
+            if isinstance(row, DecisionRow) and num_tokens < MAX_ASKED_TOKENS:
+                question = self.question(row)
+                prompt = self.decisions.prompt(row.input, question)
+                num_tokens += len(prompt)
+                found.append(Asked(prompt, question.digest, question.index_of(row.answer)))
         return found
 
     def trained_references(self, rows: Sequence[Row], num_tokens: int, max_length: int) -> list[Reference]:

@@ -16,7 +16,7 @@ from adapters.errors import SmoloraError
 from adapters.storage.durable import new_file
 from server.decisions.stored import KEY as DECISIONS
 from server.decisions.stored import StoredDecisions
-from server.training.encoding import Examples, Reference
+from server.training.encoding import Asked, Examples, Reference
 from server.training.spec import read_document
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class JobData:
     base_digest: str  # of the base that the rows were tokenized for
     trained_references: Sequence[Reference] = ()
     decisions: StoredDecisions | None = None  # if there are rows of decisions
+    asked: Sequence[Asked] = ()  # held-out decisions, to fit temperatures
+    options: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """The tokens of each question's options, by the question's digest."""
 
     def check_base(self, base: "BaseModel") -> None:
         """Raise AnotherBase if the rows were tokenized for another base."""
@@ -88,6 +91,8 @@ class JobData:
             "references": [asdict(r) for r in self.references],
             "trained_references": [asdict(r) for r in self.trained_references],
             **({} if self.decisions is None else {DECISIONS: self.decisions.document()}),
+            "asked": [asdict(one) for one in self.asked],
+            "options": dict(self.options),
         }
         with new_file(directory / DATA_NAME) as unfinished:
             unfinished.write_text(json.dumps(rest), encoding="utf-8")
@@ -106,4 +111,6 @@ class JobData:
             facts=read_document(DataFacts, rest["facts"]),
             base_digest=rest["base_digest"],
             decisions=StoredDecisions.of(rest),
+            asked=read_document(list[Asked], rest.get("asked", [])),
+            options=read_document(dict[str, tuple[tuple[int, ...], ...]], rest.get("options", {})),
         )
