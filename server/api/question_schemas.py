@@ -2,7 +2,7 @@
 
 from server.decisions.questions import MAX_CHOICES, MAX_LEVELS, MAX_QUESTIONS
 
-_OPTION = {"description": {"type": "string"}}
+_OPTION = {"description": {"type": ["string", "null"]}}
 _TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 
 
@@ -10,7 +10,7 @@ def _question_schema(kind: str, field: str = "", label: str = "", most: int = 0)
     value = {"type": ["string", "boolean"]} if label == "value" else {"type": "string"}
     option = {"type": "object", "required": [label], "properties": {label: value, **_OPTION}}
     options = {field: {"type": "array", "minItems": 2, "maxItems": most, "items": option}} if field else {}
-    known = {"type": {"const": kind}, "instructions": _TEXT, "name": {"type": "string"}, **options}
+    known = {"type": {"const": kind}, "instructions": _TEXT, "name": {"type": ["string", "null"]}, **options}
     return {"type": "object", "required": ["type", "instructions", *options], "properties": known}
 
 
