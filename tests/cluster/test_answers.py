@@ -50,6 +50,18 @@ def test_scores_equal_the_single_processs(api: ServerProcess, single: ServerProc
         assert first.json()["candidates"] == second.json()["candidates"]
 
 
+def test_decisions_equal_the_single_processs(api: ServerProcess, single: ServerProcess) -> None:
+    choices = [{"value": value} for value in ("Gateway", "Gateway Timeout", True)]
+    questions = [
+        {"type": "predicate", "instructions": "Is it an error?"},
+        {"type": "choice", "instructions": "", "choices": choices},
+    ]
+    body = {"adapter": "left*0.5", "input": ["502 Bad", "200 OK"], "questions": questions}
+    first, second = (server.client.post("/decide", json=body) for server in (api, single))
+    assert first.status_code == second.status_code == 200, first.text
+    assert first.json()["results"] == second.json()["results"]
+
+
 def test_a_stream_is_the_answer_in_pieces(api: ServerProcess, single: ServerProcess) -> None:
     body: dict[str, Any] = {"prompt": "A stream: 500", "max_tokens": 40, "temperature": 0, "adapter": "right"}
     (choice,), _ = answer(single, body)

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from tests.kits.oracles.hugging_face import linear, load_reference, logits
@@ -37,6 +37,16 @@ class _Generates(Protocol):
     """The interface of transformers' models, which it leaves untyped."""
 
     def generate(self, **options: object) -> GenerateDecoderOnlyOutput: ...
+
+
+class _Output(Protocol):
+    logits: torch.Tensor
+
+
+class _Calls(Protocol):
+    """The same for a forward pass."""
+
+    def __call__(self, **options: object) -> _Output: ...
 
 
 class Reference:
@@ -86,6 +96,23 @@ class Reference:
         prompt_ids = self.tokenizer.encode(prompt)
         rows = logits(self._model, (*prompt_ids, *answer))[len(prompt_ids) - 1 : -1]
         return rows.double().log_softmax(-1)
+
+    def scores(self, prompt_ids: Sequence[int], continuations: Iterable[Sequence[int]]) -> list[float]:
+        """Return the log-probability, in nats, of each continuation of the prompt. The prompt is computed once."""
+        call = cast("_Calls", self._model)
+        found = []
+        with torch.inference_mode():
+            cache = DynamicCache(config=self._model.config)
+            first = call(input_ids=torch.tensor([list(prompt_ids)]), cache=cache, logits_to_keep=1)
+            for one in continuations:
+                rows = [first.logits[0]]
+                if len(one) > 1:
+                    after = call(input_ids=torch.tensor([list(one[:-1])]), cache=cache)
+                    rows.append(after.logits[0])
+                    cache.crop(1 - len(one))
+                logprobs = torch.cat(rows).double().log_softmax(-1)  # (tokens, vocab)
+                found.append(sum(float(row[token_id]) for row, token_id in zip(logprobs, one, strict=True)))
+        return found
 
     def make_adapter(self, directory: Path, config: LoraConfig, seed: int) -> Path:
         """Save a random adapter, with B not zero, with PEFT; return `directory`."""
