@@ -31,7 +31,7 @@ from server.api.streams import ClientGoneError, while_connected
 from server.api.strict_route import StrictRoute
 from server.decisions.answers import answer, probabilities
 from server.decisions.parts import input_text
-from server.decisions.prompts import FORMAT
+from server.decisions.prompts import FORMAT, prompt_text
 from server.decisions.questions import Question, parse_questions
 from server.decisions.stored import StoredDecisions, shared_questions
 from server.engine.request import SamplingParams
@@ -244,16 +244,17 @@ async def _encode(services: Services, inputs: Sequence[str], questions: Sequence
                 num_tokens += len(prompt)
                 num = len(prompt) + max(map(len, of_question)) - 1
                 if num > limit:
-                    name = f"item {place}" if len(inputs) > 1 else "it"
-                    raise _TooLong(num_tokens, f"{name} and a question make {num:,} tokens, more than {limit:,}")
+                    item = f"item {place}: " if len(inputs) > 1 else ""
+                    message = f"{item}with a question it has {num:,} tokens, more than the model's {limit:,}"
+                    raise _TooLong(num_tokens, message)
                 if num_tokens > MAX_TOKENS:
                     message = f"all inputs and questions make over {MAX_TOKENS:,} tokens: send fewer at a time"
                     raise _TooLong(num_tokens, message)
                 asked[-1].append(_Asked(prompt, of_question))
         return asked
 
-    length = len(questions) * sum(map(len, inputs))
-    length += len(inputs) * sum(len(option.text) for question in questions for option in question.options)
+    length = len(inputs) * sum(len(prompt_text("", question)) for question in questions)
+    length += len(questions) * sum(map(len, inputs))
     try:
         return await encoded(services, encode, length, inputs, "input")
     except _TooLong as error:

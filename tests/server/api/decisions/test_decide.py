@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import Iterable, Mapping
 
 import httpx
@@ -13,7 +14,7 @@ from adapters.errors import SmoloraError
 from adapters.library import Library
 from server.access.principal import Quota
 from server.decisions.prompts import DecisionEncoder
-from server.decisions.questions import parse_question
+from server.decisions.questions import Question, parse_question
 from server.decisions.stored import KEY, StoredDecisions
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import GenerationFailed, QueueFull
@@ -225,8 +226,28 @@ async def test_400_questions_of_255_options_are_refused(client: httpx.AsyncClien
 async def test_a_prompt_longer_than_the_context_is_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await client.post("/decide", json={"input": ["a", "a " * 500], "questions": [SPAM]})
     assert response.status_code == 422
-    assert "input: item 1 and a question make " in response.json()["detail"]
+    assert "input: item 1: with a question it has " in response.json()["detail"]
     assert not engine.requests
+
+
+async def test_long_questions_are_encoded_in_a_thread(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """Otherwise all other requests would wait for it."""
+    threads: list[str] = []
+    encoder = app.state.services.submissions.encoder.decisions
+    encode = encoder.prompt
+
+    def recording(text: str, question: Question) -> tuple[int, ...]:
+        threads.append(threading.current_thread().name)
+        found: tuple[int, ...] = encode(text, question)
+        return found
+
+    encoder.prompt = recording
+    for instructions in ("Spam?", "Is it spam? " * 1000):
+        body = {"input": "Hi", "questions": [{"type": "predicate", "instructions": instructions}]}
+        await client.post("/decide", json=body)
+    assert len(threads) == 2
+    assert threads[0] == threading.current_thread().name
+    assert threads[1] != threads[0]
 
 
 async def test_an_unknown_adapter_is_named(client: httpx.AsyncClient) -> None:
