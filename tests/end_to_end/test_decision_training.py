@@ -8,12 +8,13 @@ from typer.testing import CliRunner, Result
 
 from server.cli.main import app
 from tests.end_to_end.server_process import ServerProcess
-from tests.server.cli.test_cli_labels import messy_tickets
+from tests.server.cli.test_cli_labels import TEAMS, messy_tickets
 
 pytestmark = pytest.mark.real
 
-TEAMS = ["billing", "returns, exchanges", "shipping"]
-NEW = {f"A question about {team} and number {n}": team for n, team in enumerate(TEAMS * 4, 300)}
+CODES = ("K7", "M2", "T4")
+"""Labels that nobody can guess from the texts."""
+NEW = {f"A question about {TEAMS[n % 3]} and number {n}": CODES[n % 3] for n in range(300, 312)}
 
 
 def smolora(server: ServerProcess, *arguments: str) -> Result:
@@ -23,7 +24,7 @@ def smolora(server: ServerProcess, *arguments: str) -> Result:
 
 
 def train(server: ServerProcess, table: Path, *options: str) -> Result:
-    messy_tickets(table)
+    messy_tickets(table, CODES)
     return smolora(server, "train", str(table), "--name", "triage", "--text", "body", "--label", "team", *options)
 
 
@@ -41,7 +42,7 @@ def test_a_version_stores_its_question(tiny_trainer: ServerProcess, tmp_path: Pa
     result = train(tiny_trainer, tmp_path / "tickets.csv", "--max-steps", "2", "--instructions", "Who answers?")
     assert "6 records without a team left out" in result.output
     config = tiny_trainer.client.get("/adapters/triage/1").json()["config"]
-    question = {"type": "choice", "instructions": "Who answers?", "choices": [{"value": team} for team in TEAMS]}
+    question = {"type": "choice", "instructions": "Who answers?", "choices": [{"value": team} for team in CODES]}
     assert config["decisions"] == {
         "format": 1,
         "questions": {"team": question | {"name": "team"}},
@@ -50,7 +51,7 @@ def test_a_version_stores_its_question(tiny_trainer: ServerProcess, tmp_path: Pa
     (decided,) = json.loads(smolora(tiny_trainer, "decide", "Where is it?", "-a", "triage", "--json").stdout)[
         "results"
     ]
-    assert [one["value"] for one in decided["answers"][0]["probabilities"]] == TEAMS
+    assert [one["value"] for one in decided["answers"][0]["probabilities"]] == list(CODES)
     lines = smolora(tiny_trainer, "decide", "Where is it?", "-a", "triage").stdout.splitlines()
     assert lines[0].split() == ["question", "answer", "probability"]
     assert lines[1].startswith("team")
@@ -58,7 +59,7 @@ def test_a_version_stores_its_question(tiny_trainer: ServerProcess, tmp_path: Pa
 
 
 def test_a_table_of_tickets_becomes_a_classifier(trainer: ServerProcess, tmp_path: Path) -> None:
-    train(trainer, tmp_path / "tickets.csv", "--max-steps", "24")
-    question = {"type": "choice", "instructions": "Which team?", "choices": [{"value": team} for team in TEAMS]}
+    train(trainer, tmp_path / "tickets.csv", "--max-steps", "40")
+    question = {"type": "choice", "instructions": "Which team?", "choices": [{"value": team} for team in CODES]}
     assert accuracy(trainer, "triage") >= 11 / 12
-    assert accuracy(trainer, "base", [question]) < accuracy(trainer, "triage")
+    assert accuracy(trainer, "base", [question]) <= 8 / 12

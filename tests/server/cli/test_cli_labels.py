@@ -2,29 +2,34 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from server.cli.labels import TableError, read_labelled
 
+TEAMS = ("billing", "shipping", "returns, exchanges")
 
-def messy_tickets(path: Path) -> int:
-    """Write a table of 150 tickets as offices export them. Return how many different labelled tickets it has."""
+
+def messy_tickets(path: Path, labels: Sequence[str] = TEAMS) -> int:
+    """Write a table of 150 tickets as offices export them, each about one of `TEAMS`, whose label is in `labels`.
+
+    Return how many different labelled tickets it has.
+    """
     rng = random.Random(0)
-    teams = ["billing", "shipping", "returns, exchanges"]
     lines = ['\ufeff id ,"body", team ,notes']
     kept = set()
     for n in range(150):
-        team = teams[n % 3]
+        team, code = TEAMS[n % 3], labels[n % 3]
         body = (
             f'Ticket {n}: "urgent", please call,\nor write about {team}' if n % 4 else f"Ticket {n} about {team}"
         )
         if n % 10 == 9:  # a repeated record
-            body, team = "My invoice is wrong", "billing"
-        label = "" if n % 25 == 24 else f" {team} " if n % 7 == 0 else team
+            body, code = "My invoice is wrong", labels[0]
+        label = "" if n % 25 == 24 else f" {code} " if n % 7 == 0 else code
         if label.strip():
-            kept.add((body, team))
+            kept.add((body, code))
         quoted = ['"' + field.replace('"', '""') + '"' for field in (str(n), body, label, rng.choice(["", "x"]))]
         lines.append(",".join(quoted))
         if n % 30 == 0:
