@@ -54,10 +54,13 @@ class TokenBytes:
 class TextStream:
     """The text of one sequence. `push` and `finish` return the text that became final."""
 
-    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str]) -> None:
+    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str], min_tokens: int = 0) -> None:
+        """A stop string counts only if it ends after the text of the first `min_tokens` tokens."""
         self.stopped = False  # whether a stop string was found; the text ends before it
         self._token_bytes = token_bytes
         self._stop = tuple(stop)
+        self._num_early = min_tokens  # tokens to come in whose text no stop string may end
+        self._num_exempt = 0  # first characters of `_pending` in which no stop string may end
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = ""
 
@@ -65,7 +68,11 @@ class TextStream:
         """Add a token, and return the new text. The text is empty once a stop string was found."""
         if self.stopped:
             return ""
-        return self._decide(self._pending + self._decoder.decode(self._token_bytes.bytes_of(token_id)))
+        text = self._pending + self._decoder.decode(self._token_bytes.bytes_of(token_id))
+        if self._num_early:
+            self._num_early -= 1
+            self._num_exempt = len(text)
+        return self._decide(text)
 
     def finish(self) -> str:
         """End the text, and return the rest of it. An unfinished character becomes U+FFFD."""
@@ -79,14 +86,17 @@ class TextStream:
         """Return the beginning of `text` that is final, and keep the rest."""
         if not self._stop:
             return text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [
+            at for stop in self._stop if (at := text.find(stop, max(self._num_exempt - len(stop) + 1, 0))) >= 0
+        ]
         if found:
             self.stopped = True
             self._pending = ""
             return text[: min(found)]
         num_pending = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._pending = text[len(text) - num_pending :]
-        return text[: len(text) - num_pending]
+        num_final = len(text) - num_pending
+        self._pending, self._num_exempt = text[num_final:], max(self._num_exempt - num_final, 0)
+        return text[:num_final]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -14,6 +14,8 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from adapters.errors import InvalidInput, SmoloraError
 from server.engine.adapter_pool import NUM_READERS, AdapterPool, Load, started
 from server.engine.backend import Backend
@@ -141,13 +143,17 @@ class Engine:
 
     def add(self, request: GenerationRequest) -> None:
         """Queue the `n` sequences of a request that `check` has accepted."""
-        arrival = self._clock()
+        arrival, params = self._clock(), request.sampling
         for index in range(request.n):
             sequence = Sequence(request, index, arrival, self.config.block_size)
             if request.grammar is not None:
                 assert self._guidance is not None
                 sequence.constraint = self._guidance.constraint(request.grammar)
-            self._streams[sequence] = TextStream(self._token_bytes, request.sampling.stop)
+            sequence.end_token_ids = self._end_token_ids(request)
+            if params.min_tokens:
+                sequence.end_mask = np.zeros(self._vocab_size, np.bool_)
+                sequence.end_mask[list(sequence.end_token_ids)] = True
+            self._streams[sequence] = TextStream(self._token_bytes, params.stop, params.min_tokens)
             self._requests.setdefault(request.request_id, []).append(sequence)
             self.scheduler.add(sequence)
 
@@ -191,8 +197,8 @@ class Engine:
         for chunk in step.chunks:
             with self._containing(chunk.sequence, outputs):
                 self._mark_computed(chunk)
-                scores = chunk.is_last and chunk.sequence.request.scored_from is not None
-                if scores and not chunk.sequence.advance():
+                is_computed = chunk.is_last and not chunk.sequence.draws
+                if is_computed and not chunk.sequence.advance():
                     outputs.append(self._finish_scoring(chunk.sequence))
         for drawn in found:
             with self._containing(drawn.chunk.sequence, outputs):
@@ -252,18 +258,22 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
         """Append a token to its sequence, end the sequence if it is complete, and return the output."""
-        constraint = sequence.constraint
+        params, constraint = sequence.request.sampling, sequence.constraint
+        scores, logprobs = self._scored(sequence)
+        if not all(map(math.isfinite, scores)):
+            return self._fail(sequence, _overflow(sequence))
         if token.token_id is None:
             error = None if constraint is None else constraint.error
             return self._fail(sequence, error or _overflow(sequence))
-        params, stream, now = sequence.request.sampling, self._streams[sequence], self._clock()
+        stream, now = self._streams[sequence], self._clock()
         sequence.token_ids.append(token.token_id)
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         self._num_output_tokens += 1
         reason: FinishReason | None = None
-        if token.token_id in self._eos and (constraint is not None or not params.ignore_eos):
-            text, reason = "", "stop"
+        if token.token_id in sequence.end_token_ids:
+            text = stream.push(token.token_id) if token.token_id in params.stop_token_ids else ""
+            reason = "stop"
         else:
             text = stream.push(token.token_id)
             if constraint is not None:
@@ -278,28 +288,46 @@ class Engine:
             text += stream.finish()
             reason = "stop" if stream.stopped else reason
             self._remove(sequence)
-        logprobs = () if token.logprobs is None else (self._token_bytes.describe(token.token_id, token.logprobs),)
-        return self._output(sequence, text=text, num_new_tokens=1, logprobs=logprobs, finish_reason=reason)
+        if token.logprobs is not None:
+            logprobs = (*logprobs, self._token_bytes.describe(token.token_id, token.logprobs))
+        return self._output(
+            sequence, text=text, num_new_tokens=1, logprobs=logprobs, scores=scores, finish_reason=reason
+        )
 
     def _finish_scoring(self, sequence: Sequence) -> SequenceOutput:
-        """End a sequence whose tokens have all been scored."""
+        """End a sequence that draws no tokens, and whose tokens have all been scored."""
         self._count_prompt(sequence)
-        found = sorted(sequence.scores.items())
+        scores, logprobs = self._scored(sequence)
         if sequence.trie is not None:
-            scores = sequence.trie.scores()
             self._num_output_tokens += sequence.trie.num_tokens
-        else:
-            assert len(found) == sequence.num_tokens - (sequence.request.scored_from or 0)
-            scores = tuple(score.chosen for _, score in found)
         if not all(map(math.isfinite, scores)):
             return self._fail(sequence, _overflow(sequence))
-        logprobs: tuple[SampledLogprob, ...] = ()
-        if sequence.request.sampling.logprobs:
-            describe = self._token_bytes.describe
-            logprobs = tuple(describe(sequence.token_ids[position], score) for position, score in found)
         self._remove(sequence)
         num = sequence.num_output_tokens
         return self._output(sequence, num_new_tokens=num, scores=scores, logprobs=logprobs, finish_reason="length")
+
+    def _scored(self, sequence: Sequence) -> tuple[tuple[float, ...], tuple[SampledLogprob, ...]]:
+        """Return the scores of the prompt's tokens, and their log-probabilities if the request asks for them.
+
+        If the request has continuations, the scores are theirs. Both are empty if the request scores nothing, or
+        has a generated token and thus got its scores.
+        """
+        if sequence.trie is not None:
+            return sequence.trie.scores(), ()
+        if sequence.scored_from is None:
+            return (), ()
+        found = sorted(sequence.scores.items())
+        assert len(found) == sequence.num_tokens - sequence.scored_from
+        scores = tuple(score.chosen for _, score in found)
+        if not sequence.request.sampling.logprobs:
+            return scores, ()
+        describe = self._token_bytes.describe
+        return scores, tuple(describe(sequence.token_ids[position], score) for position, score in found)
+
+    def _end_token_ids(self, request: GenerationRequest) -> frozenset[int]:
+        """Return the tokens that end an answer to the request."""
+        own = frozenset(request.sampling.stop_token_ids)
+        return own if request.sampling.ignore_eos and request.grammar is None else self._eos | own
 
     def _fail(self, sequence: Sequence, error: SmoloraError) -> SequenceOutput:
         self._remove(sequence)

@@ -17,7 +17,8 @@ FinishReason = Literal["stop", "length", "abort"]
 class SamplingParams:
     """The parameters by which tokens are chosen. The API checks the bounds and always sets `seed`."""
 
-    max_tokens: int = 64
+    max_tokens: int = 64  # 0: nothing is generated
+    min_tokens: int = 0  # an answer doesn't end by an end token or a stop string before it has these
     temperature: float = 0.7  # 0: greedy
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
@@ -28,6 +29,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, number added to its logit), each id once
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # more end tokens; their text is part of the answer
     logprobs: int = 0  # 0: none; k: those of the chosen token and of the k likeliest tokens
     ignore_eos: bool = False
     speculates: bool = True  # whether tokens may be drafted; drafts don't change the answer
@@ -59,9 +61,9 @@ class GenerationRequest:
     """One prompt under one set of adapters, from which `n` sequences are generated.
 
     `adapters` is canonical: sorted, one entry for each digest, no zero weights. An empty set is the frozen base.
-    `grammar` ends an answer by itself, so it can't be combined with stop strings or `ignore_eos`.
-    With `scored_from` nothing is generated. Instead the prompt's tokens from this position (at least 1) on are
-    scored. Then `max_tokens` must be 0 and `n` 1, and of `sampling` only `logprobs` has an effect.
+    `grammar` ends an answer by itself, so it can't be combined with `stop`, `stop_token_ids`, `min_tokens` or
+    `ignore_eos`. With `scored_from` the prompt's tokens from this position (at least 1) on are scored, and `n`
+    must be 1. With `max_tokens` 0, nothing is generated, and of `sampling` only `logprobs` has an effect.
     With `continuations`, each of these, of at least one token, is scored as if it alone followed the prompt. Then
     `scored_from` must be the prompt's length, and `sampling` has no effect.
     `project` identifies the project that sent the request. Projects share engine time equally, and no project
@@ -90,8 +92,10 @@ class GenerationRequest:
                 f"the prompt's {num_prompt} tokens and {num_more} more exceed {max_num_tokens}; shorten the "
                 "prompt or lower max_tokens",
             )
-        if any(token_id >= vocab_size for token_id, _ in self.sampling.logit_bias):
-            raise InvalidInput.of("logit_bias", f"a token id is not below {vocab_size}")
+        biased = [token_id for token_id, _ in self.sampling.logit_bias]
+        for name, token_ids in (("logit_bias", biased), ("stop_token_ids", self.sampling.stop_token_ids)):
+            if any(token_id >= vocab_size for token_id in token_ids):
+                raise InvalidInput.of(name, f"a token id is not below {vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ class SequenceOutput:
 
     `text` may be empty. It holds whole characters only, and never a stop string or a special token.
     `num_output_tokens` and `num_cached_tokens` are totals so far. `timing` is set with `finish_reason`.
+    The first output of a request with `scored_from` has the `scores` (nats) of the scored tokens. If
+    log-probabilities are asked for, its `logprobs` are those of the scored tokens, and then of the new token.
     """
 
     request_id: str
@@ -145,7 +151,7 @@ class SequenceOutput:
     num_cached_tokens: int
     logprobs: tuple[SampledLogprob, ...] = ()
     scores: tuple[float, ...] = ()
-    """Log-probabilities (nats) of the scored tokens, or of the continuations. Scoring ends with "length"."""
+    """Log-probabilities (nats) of the scored tokens, or of the continuations."""
     finish_reason: FinishReason | None = None
     error: SmoloraError | None = None  # the reason for an "abort"
     timing: Timing | None = None

@@ -68,7 +68,7 @@ class Runner:
         ordered = (*decodes, *prefills)
         sampling = [chunk for chunk in ordered if chunk.samples]
         rows = [row for chunk in sampling for row in _rows(chunk)]
-        if any(chunk.sequence.request.scored_from is not None for chunk in ordered):
+        if any(chunk.sequence.scored_from is not None for chunk in ordered):
             found = self._score_and_draw(decodes, prefills, rows)
         else:
             found = self.backend.draw(decodes, prefills, rows)
@@ -99,6 +99,8 @@ def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
         position = sequence.num_tokens + num
         params = sequence.request.sampling
         forbidden = None if constraint is None else constraint.forbidden
+        if position - sequence.num_prompt_tokens < params.min_tokens:
+            forbidden = sequence.early_ends
         yield LogitsRow(params, sequence.index, position, sequence.token_counts, draft, forbidden)
 
 

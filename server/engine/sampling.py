@@ -60,7 +60,7 @@ class LogitsRow:
     position: int  # position of the new token in its sequence
     counts: TokenCounts  # token counts of the prompt and the answer so far
     draft: Seq[int] = ()  # drafted tokens after the answer so far
-    forbidden: Callable[[], NDArray[np.bool_] | None] | None = None  # `Constraint.forbidden`, if constrained
+    forbidden: Callable[[], NDArray[np.bool_] | None] | None = None  # as `Constraint.forbidden`
 
     @property
     def penalized(self) -> Penalized:
@@ -351,7 +351,7 @@ def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tenso
     for chunk in chunks:
         sequence = chunk.sequence
         first = chunk.start + chunk.num_tokens - chunk.num_hidden  # position of the chunk's first row
-        if (scored_from := sequence.request.scored_from) is not None:
+        if (scored_from := sequence.scored_from) is not None:
             for position in range(max(chunk.start + 1, scored_from), chunk.stop + 1):
                 if targets := sequence.targets(position):
                     found.append((sequence, position, targets))

@@ -86,6 +86,10 @@ class Sequence:
     constraint: Constraint | None = None  # the sequence's state in its grammar
     trie: TokenTrie | None = field(init=False)  # if the request has continuations
     scores: dict[int, Logprobs] = field(default_factory=dict)  # scores of tokens, by position
+    end_token_ids: frozenset[int] = frozenset()  # tokens that end the sequence
+    end_mask: npt.NDArray[np.bool_] | None = (
+        None  # (vocab,) True for `end_token_ids`; set with `min_tokens`
+    )
     status: Status = Status.WAITING
     num_lost_tokens: int = 0  # most computed tokens at a preemption; no project preempts it before it has more
     admitted_at: float | None = None
@@ -125,16 +129,29 @@ class Sequence:
         """The number of tokens that need blocks: the sequence's, and the next one if it is to be drawn."""
         if self.trie is not None:
             return self.num_prompt_tokens + self.trie.max_length
-        return len(self.token_ids) + (self.request.scored_from is None)
+        return len(self.token_ids) + self.draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn. If not, the request only scores tokens."""
+        return self.trie is None and self.request.sampling.max_tokens > 0
+
+    @property
+    def scored_from(self) -> int | None:
+        """The position of the first token to score, or None if none is left to score.
+
+        The scores are returned with the first generated token, so they aren't computed again after it.
+        """
+        return None if self.draws and self.num_output_tokens else self.request.scored_from
 
     @property
     def num_sharable_tokens(self) -> int:
         """The number of tokens, from the first on, for which the sequence may use cached blocks.
 
         The other tokens must be computed, since their hidden states are needed. The other tokens are the last
-        token or, if the request scores tokens, the token before the first scored token and all tokens after it.
+        token or, if tokens are to be scored, the token before the first scored token and all tokens after it.
         """
-        scored_from = self.request.scored_from
+        scored_from = self.scored_from
         return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
 
     @property
@@ -167,6 +184,10 @@ class Sequence:
         self.num_computed_tokens = self.num_prompt_tokens + num_shared
         self.token_ids[self.num_prompt_tokens :] = self.trie.path
         return True
+
+    def early_ends(self) -> npt.NDArray[np.bool_] | None:
+        """Return the mask (vocab,) of the tokens that may not come before `min_tokens` tokens."""
+        return self.end_mask
 
     def timing(self, now: float) -> Timing:
         """Return the timing of a sequence that ends at `now`."""
@@ -216,14 +237,14 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the step draws a token after the chunk."""
-        return self.is_last and self.sequence.request.scored_from is None
+        return self.is_last and self.sequence.draws
 
     @property
     def num_hidden(self) -> int:
         """The number of last tokens, drafts included, whose hidden states are needed to draw or score tokens."""
         num = int(self.samples)
-        if (scored_from := self.sequence.request.scored_from) is not None:
-            num = max(0, self.stop - max(self.start, scored_from - 1))
+        if (scored_from := self.sequence.scored_from) is not None:
+            num = max(num, self.stop - max(self.start, scored_from - 1))
         return num + len(self.draft)
 
     @property

@@ -203,3 +203,24 @@ def test_no_text_follows_a_stop_string() -> None:
 def test_a_stop_string_inside_a_characters_bytes_does_not_match() -> None:
     assert "".join(pieces(PIECES, [8, 9], ["\ufffd"])) == "é"
     assert "".join(pieces(PIECES, [8], ["\ufffd"])) == ""
+
+
+@given(st.text("ab", max_size=12), st.integers(0, 12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_that_end_early_do_not_count(text: str, min_tokens: int, stop: list[str]) -> None:
+    """The text ends before the first stop string that ends after the first `min_tokens` tokens."""
+    tokens = TokenBytes({"a": 0, "b": 1}, {}, ())
+    stream = TextStream(tokens, stop, min_tokens)
+    found = "".join([*(stream.push("ab".index(character)) for character in text), stream.finish()])
+    # the text with the fewest tokens in which a stop string ends, and the first of these strings
+    ends = (
+        (end, text[:end].rfind(one, 0, end))
+        for end in range(min_tokens + 1, len(text) + 1)
+        for one in stop
+        if text[:end].endswith(one)
+    )
+    first_end = min((end for end, _ in ends), default=None)
+    if first_end is None:
+        assert (found, stream.stopped) == (text, False)
+    else:
+        longest = max(len(one) for one in stop if text[:first_end].endswith(one))
+        assert (found, stream.stopped) == (text[: first_end - longest], True)

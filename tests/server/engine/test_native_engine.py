@@ -212,3 +212,21 @@ def test_long_contexts_do_not_depend_on_the_number_of_threads(tmp_path: Path) ->
 @pytest.mark.thorough  # a tiny base above
 def test_long_contexts_do_not_depend_on_threads_on_the_real_base(base_dir: Path) -> None:
     check_threads(load_base(base_dir), (1, 2, 4))
+
+
+def test_scores_and_minimum_lengths_do_not_change_an_answer(base: BaseModel) -> None:
+    """Bit for bit. Meanwhile the scored prompts are computed in the same steps as other requests."""
+    native = native_model(base, num_threads=2)
+    end = (base.config.eos_token_ids[0], -100.0)
+    plain = [replace(one, sampling=replace(one.sampling, logit_bias=(end,))) for one in requests(12)]
+    found = run(engine_of(base, native, 0.3), plain)
+    engine = engine_of(base, native, 0.3)
+    for number, request in enumerate(plain):
+        sampling = replace(request.sampling, min_tokens=12 * (number % 2))
+        engine.add(replace(request, sampling=sampling, scored_from=1 if number % 3 else None))
+    answers: dict[str, list[float]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            drawn = output.logprobs[len(output.scores) :]
+            answers.setdefault(output.request_id, []).extend(entry.chosen.logprob for entry in drawn)
+    assert answers == {name: result.logprobs for (name, _), result in found.items()}

@@ -194,3 +194,61 @@ def test_generating_after_scoring_uses_its_cached_blocks(tiny_base: BaseModel) -
     found = run(engine, [GenerationRequest("g", prompt(50), GREEDY)])["g", 0]
     assert found.num_cached_tokens == 48
     assert_same(found, run(build_engine(tiny_base), [GenerationRequest("g", prompt(50), GREEDY)])["g", 0])
+
+
+def together(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, list[SequenceOutput]]:
+    """Return the outputs of all requests, run concurrently."""
+    for request in requests:
+        engine.check(request)
+        engine.add(request)
+    found: dict[str, list[SequenceOutput]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append(output)
+    check_idle(engine)
+    return found
+
+
+def assert_scored_and_answered(
+    outputs: Sequence[SequenceOutput], scores: Sequence[float], token_ids: Sequence[int]
+) -> None:
+    """The first output has the scores and the scored tokens' log-probabilities; no other output has any."""
+    first, *others = outputs
+    assert first.scores == pytest.approx(scores, abs=1e-5)
+    assert tuple(entry.chosen.logprob for entry in first.logprobs[:-1]) == first.scores
+    assert [(output.scores, len(output.logprobs)) for output in others] == [((), 1)] * len(others)
+    assert [output.logprobs[-1].chosen.token_id for output in outputs] == list(token_ids)
+    assert outputs[-1].num_output_tokens == len(token_ids)
+
+
+def test_a_prompt_is_scored_and_continued(tiny_base: BaseModel) -> None:
+    """The scores are those of scoring alone, and the tokens are those of generating alone."""
+    adapters = library(tiny_base, 1)
+    used = refs(**{"00": 0.7})
+    lengths = (1, 2, 64, 65, 130)
+    requests = [GenerationRequest(f"{n}", prompt(n, n), GREEDY, used, scored_from=1) for n in lengths]
+    found = together(build_engine(tiny_base, adapters), requests)
+    answers = run(build_engine(tiny_base, adapters), [replace(request, scored_from=None) for request in requests])
+    scores = score(build_engine(tiny_base, adapters), [replace(request, sampling=SCORING) for request in requests])
+    for request in requests:
+        name = request.request_id
+        assert_scored_and_answered(found[name], scores[name], answers[name, 0].token_ids)
+
+
+def test_scores_are_returned_once_after_a_preemption(tiny_base: BaseModel) -> None:
+    limits = SchedulerLimits(chunk_size=4, max_prefill_tokens=8)
+    tight = build_engine(tiny_base, num_blocks=16, block_size=4, limits=limits)
+    long = replace(GREEDY, max_tokens=30)
+    requests = [GenerationRequest(f"{n}", prompt(12, seed=n), long, scored_from=4) for n in range(3)]
+    found = together(tight, requests)
+    assert tight.stats.preemptions
+    scores = score(build_engine(tiny_base), [replace(request, sampling=SCORING) for request in requests])
+    answers = run(build_engine(tiny_base), [replace(request, scored_from=None) for request in requests])
+    for request in requests:
+        name = request.request_id
+        assert_scored_and_answered(found[name], scores[name], answers[name, 0].token_ids)
+
+
+def test_a_prompt_may_be_computed_without_scores_and_answer(tiny_base: BaseModel) -> None:
+    (outputs,) = together(build_engine(tiny_base), [GenerationRequest("a", prompt(20), SCORING)]).values()
+    assert [(output.text, output.scores, output.finish_reason) for output in outputs] == [("", (), "length")]
