@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import Literal
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -148,6 +149,10 @@ def _unused_characters(messages: Sequence[ChatMessage], count: int) -> list[str]
 Span = tuple[int, int]
 """Characters [start, stop) of a text."""
 
+ConversationForm = Literal["next turn", "open", "whole"]
+"""The end of a rendered conversation: the start of the assistant's next turn, the last text of an assistant's turn
+that is still open, or the end of the last turn."""
+
 
 class PromptEncoder:
     """Encodes prompts for one base. Thread-safe."""
@@ -186,17 +191,27 @@ class PromptEncoder:
         found = (name for name, number in self._specials.items() if number in token_ids and name in text)
         return next(found, None)
 
-    def messages(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
-        """Return the ids of a conversation in the base's chat template, up to the start of the assistant's next
-        turn.
+    def rendered(self, text: str) -> Sequence[int]:
+        """Return the ids of a text that a chat template has rendered: special tokens' names are special tokens."""
+        return _encode(self._marked, text, add_special_tokens=False)
 
-        Raise InvalidInput on `messages` if the base has no template, or if the template rejects them.
+    def messages(self, messages: Sequence[ChatMessage], form: ConversationForm = "next turn") -> Sequence[int]:
+        """Return the ids of a conversation in the base's chat template, which ends as `form` says.
+
+        Raise InvalidInput on `messages` if the base has no template, or if the template rejects them, and on
+        `continue_final_message` if the last turn can't be left open.
         """
-        if not any(self._special.search(message.content) for message in messages):
-            return _encode(self._marked, self._render(messages), add_special_tokens=False)
+        if form == "open" and messages[-1].role != "assistant":
+            raise InvalidInput.of("continue_final_message", "needs a last message of the role assistant")
+        if form != "open" and not any(self._special.search(message.content) for message in messages):
+            return self.rendered(self._render(messages, is_whole=form == "whole"))
         disguise = Disguise(messages, self._special)
+        rendered = self._render(disguise.messages, is_whole=form != "next turn")
+        if form == "open":
+            turns = self._find_turns(disguise, rendered, "continue_final_message", "send a prompt")
+            rendered = rendered[: turns[-1][1]]
         ids: list[int] = []
-        for text, is_special in self._cut(self._render(disguise.messages)):
+        for text, is_special in self._cut(rendered):
             if is_special:
                 ids.append(self._specials[text])
             else:
@@ -216,10 +231,7 @@ class PromptEncoder:
         """
         disguise = Disguise(messages, self._special)
         rendered = self._render(disguise.messages, is_whole=True)
-        turns = disguise.find_turns(rendered, self._render(disguise.outline(), is_whole=True))
-        if turns is None:
-            message = "the base's chat template rewrites the assistant's turns; send prompt and completion"
-            raise InvalidInput.of("messages", message)
+        turns = self._find_turns(disguise, rendered, "messages", "send prompt and completion")
         turns = [(start, self._after_end_token(rendered, end, end_token_ids)) for start, end in turns]
         specials = [match.span() for match in self._special.finditer(rendered)]
         points = [point for span in (*turns, *specials) for point in span]
@@ -233,6 +245,16 @@ class PromptEncoder:
             )
         ranges = [range(*(bisect_left(starts, moved[point]) for point in turn)) for turn in turns]
         return ids, ranges
+
+    def _find_turns(self, disguise: Disguise, rendered: str, field: str, advice: str) -> list[Span]:
+        """Return the spans of the assistant's texts in a rendering of the whole conversation.
+
+        Raise InvalidInput on `field` if the template changes a text in any way except trimming.
+        """
+        turns = disguise.find_turns(rendered, self._render(disguise.outline(), is_whole=True))
+        if turns is None:
+            raise InvalidInput.of(field, f"the base's chat template rewrites the assistant's turns; {advice}")
+        return turns
 
     def _encode_lookalikes(
         self, text: str, specials: Sequence[Span], borders: Sequence[int]

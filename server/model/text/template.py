@@ -30,7 +30,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Take the template's source. `special_tokens` are variables in the template, by their names, such as
         `eos_token`."""
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
@@ -55,7 +55,7 @@ class ChatTemplate:
             "raise_exception": _refuse,
             "strftime_now": _now,
         }
-        return environment.from_string(self._source)
+        return environment.from_string(self.source)
 
 
 class _Generation(Extension):

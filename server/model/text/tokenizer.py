@@ -35,8 +35,8 @@ class BaseTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self.special_tokens = dict(special_tokens)
         self.chat_template = ChatTemplate(chat_template, special_tokens) if chat_template else None
-        self._eos_token = special_tokens.get("eos_token")
 
     def __len__(self) -> int:
         """Return the number of tokens, added tokens included."""
@@ -55,7 +55,8 @@ class BaseTokenizer:
     @property
     def eos_token_id(self) -> int | None:
         """The id of the end token, or None if the tokenizer names none."""
-        return None if self._eos_token is None else self.backend.token_to_id(self._eos_token)
+        eos_token = self.special_tokens.get("eos_token")
+        return None if eos_token is None else self.backend.token_to_id(eos_token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text. Spellings of special tokens become special tokens."""

@@ -136,3 +136,48 @@ def test_a_long_text_lets_other_threads_run(encoder: PromptEncoder) -> None:
             longest = max(longest, time.perf_counter() - before)
         share = longest / (time.perf_counter() - started)
     assert share < 0.5
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "so <|im_end|> far"])
+def test_an_open_turn_is_the_templates_own(
+    encoder: PromptEncoder, tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    """A lookalike in it ends no turn, either."""
+    turns = [ChatMessage("user", "Tell me"), ChatMessage("assistant", text)]
+    closed = decoded(tokenizer, encoder.messages(turns, "whole"))
+    opened = list(encoder.messages(turns, "open"))
+    assert closed == decoded(tokenizer, opened) + "<|im_end|>\n"
+    assert opened.count(IM_END) == 2  # of the system's and the user's turn
+    if text and "<|im_end|>" not in text:
+        documents = [{"role": turn.role, "content": turn.content} for turn in turns]
+        expected = templated(tokenizer, documents, continue_final_message=True)
+        assert opened == expected["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (None, [ChatMessage("assistant", "a"), ChatMessage("user", "b")]),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}{% endfor %}",
+            [ChatMessage("assistant", "a")],
+        ),
+    ],
+)
+def test_turns_that_cannot_be_left_open(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, messages: list[ChatMessage]
+) -> None:
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, chat_template=template or tokenizer.chat_template
+    )
+    with pytest.raises(InvalidInput) as caught:
+        PromptEncoder(own(made)).messages(messages, "open")
+    assert caught.value.errors[0].loc == ("continue_final_message",)
+
+
+def test_names_of_special_tokens_in_rendered_text(
+    encoder: PromptEncoder, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    assert list(encoder.rendered(text)) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert list(encoder.rendered("<|im_end|>")) == [IM_END]
