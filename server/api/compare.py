@@ -149,7 +149,7 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = await _continuations(services, len(prompt), body.score or ())
     check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)
-    grammar = grammar_of(body.response_format, body.regex)
+    grammar = grammar_of(body.response_format, body.structured_outputs, body.regex)
     sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
     scoring = SamplingParams(max_tokens=0, temperature=0.0, logprobs=body.logprobs)
     num_tokens = len(terms) * (
@@ -170,7 +170,10 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
             for continuation in continuations:
                 token_ids = prompt + continuation
                 score = await start(
-                    *(services, pinned, token_ids, scoring, 1, "adapters"), scored_from=len(prompt), num_taken=0
+                    *(services, pinned, token_ids, scoring, 1, "adapters"),
+                    scored_from=len(prompt),
+                    num_taken=0,
+                    is_booked=True,
                 )
                 started.append(score)
                 scores.append(score)

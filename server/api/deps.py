@@ -33,6 +33,7 @@ from server.jobs.files import Retention
 from server.jobs.jobs import Jobs
 from server.metrics.metrics import LaneMetrics, Metrics
 from server.model.text.chat import PromptEncoder
+from server.model.text.tokenizer import BaseTokenizer
 from server.storage.home import Home
 from server.storage.places import Storage
 from server.telemetry.spans import Tracer
@@ -177,12 +178,12 @@ class Limiters:
 class Services:
     """Everything that routes need, restricted to what `principal` may see.
 
-    `max_model_len` is the longest sequence, in tokens, that the settings and the base model allow. `decode` turns
-    token ids into text.
+    `max_model_len` is the longest sequence, in tokens, that the settings and the base model allow.
     """
 
     settings: Settings
     engine: EngineClient
+    tokenizer: BaseTokenizer
     encoder: PromptEncoder
     library: Library
     recent_pins: RecentPins
@@ -196,7 +197,6 @@ class Services:
     files: FileStore
     submissions: Submissions
     estimator: Estimator
-    decode: Callable[[list[int]], str]
     access: Access
     limiters: Limiters
     tracer: Tracer | None = None

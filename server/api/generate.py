@@ -6,6 +6,7 @@ The answers are plain dictionaries instead of models, because one is built for e
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
@@ -61,7 +62,8 @@ async def generate(body: GenerateBody, request: Request, services: ServicesDep) 
     if body.stream:
         return EventStream(stream(generation, services.base_name), generation.close)
     try:
-        answer = await while_connected(request.scope, request.receive, collect(generation, services.base_name))
+        whole = collect(generation, services.base_name, body.logprobs, num_prompt_top=body.prompt_logprobs)
+        answer = await while_connected(request.scope, request.receive, whole)
     except ClientGoneError:
         return Response(status_code=499)  # the client has left, so only the log shows this status
     finally:
@@ -74,6 +76,7 @@ class _Choice:
     """The outputs of a choice so far."""
 
     pieces: list[str] = field(default_factory=list)
+    prompt_logprobs: Sequence[SampledLogprob] = ()
     logprobs: list[SampledLogprob] = field(default_factory=list)
     logprob: float = 0.0  # sum over the tokens, in nats
     finish_reason: FinishReason | None = None
@@ -84,29 +87,38 @@ class _Choice:
     def add(self, output: SequenceOutput, keeps_logprobs: bool) -> None:
         if output.text:
             self.pieces.append(output.text)
-        for entry in output.logprobs:
+        if output.scores:
+            self.prompt_logprobs = output.logprobs[: len(output.scores)]
+        drawn = output.logprobs[len(output.scores) :]
+        for entry in drawn:
             self.logprob += max(entry.chosen.logprob, MIN_LOGPROB)
         if keeps_logprobs:
-            self.logprobs += output.logprobs
+            self.logprobs += drawn
         self.finish_reason = output.finish_reason
         self.num_tokens, self.num_cached = output.num_output_tokens, output.num_cached_tokens
         self.timing = output.timing
 
 
 async def collect(
-    generation: Generation, model: str, *, sums: bool = False, num_top: int = 1
+    generation: Generation, model: str, num_top: int, *, sums: bool = False, num_prompt_top: int | None = None
 ) -> dict[str, object]:
     """Wait until every choice has ended, and return the whole answer.
 
     If `sums`, each choice also has its log-probability, which is the sum over its tokens. The request must then
-    ask for log-probabilities. If `num_top` is 0, the log-probabilities of single tokens are left out.
+    ask for log-probabilities. Each token of an answer has its `num_top` likeliest alternatives; if this is 0, the
+    log-probabilities of single tokens are left out. The same holds for the prompt's tokens and `num_prompt_top`,
+    but None leaves them out.
     """
     choices = [_Choice() for _ in range(generation.request.n)]
-    with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
     async for output in generation.outputs():
-        choices[output.index].add(output, with_logprobs)
+        choices[output.index].add(output, num_top > 0)
     timings = [choice.timing for choice in choices if choice.timing is not None]
-    logprobs = [await in_turns(sampled_logprob, choice.logprobs) if with_logprobs else None for choice in choices]
+    form = partial(sampled_logprob, num_top=num_top)
+    logprobs = [await in_turns(form, choice.logprobs) if num_top else None for choice in choices]
+    of_prompt: dict[str, object] = {}
+    if num_prompt_top is not None:
+        form = partial(sampled_logprob, num_top=num_prompt_top)
+        of_prompt["prompt_logprobs"] = [None, *await in_turns(form, choices[0].prompt_logprobs)]
     return {
         **_head(generation, model),
         "choices": [
@@ -119,6 +131,7 @@ async def collect(
             }
             for index, choice in enumerate(choices)
         ],
+        **of_prompt,
         "usage": _usage(
             generation,
             sum(choice.num_tokens for choice in choices),
@@ -201,9 +214,9 @@ async def in_turns(make: Callable[[Item], Made], items: Sequence[Item]) -> list[
     return made
 
 
-def sampled_logprob(entry: SampledLogprob) -> dict[str, object]:
-    """Return a token with its log-probability in nats, and the likeliest alternatives."""
-    return {**_token(entry.chosen), "top": [_token(token) for token in entry.top]}
+def sampled_logprob(entry: SampledLogprob, num_top: int | None = None) -> dict[str, object]:
+    """Return a token with its log-probability in nats, and up to `num_top` of the likeliest alternatives."""
+    return {**_token(entry.chosen), "top": [_token(token) for token in entry.top[:num_top]]}
 
 
 def _token(token: TokenLogprob) -> dict[str, object]:

@@ -8,6 +8,7 @@ building a model for each token would cost more than generating the token.
 
 import asyncio
 import json
+import re
 import secrets
 import time
 import uuid
@@ -27,9 +28,18 @@ from server.access.principal import Principal
 from server.access.usage import Ledger
 from server.access.usage import Usage as UsedTokens
 from server.api.deps import OutputStream, Services, release
-from server.api.schemas import MAX_SEED, Body, MessageBody, ResponseFormatBody, SamplingFields, UsedAdapter
+from server.api.schemas import (
+    MAX_SEED,
+    Body,
+    MessageBody,
+    PromptLogprobs,
+    ResponseFormatBody,
+    SamplingFields,
+    StructuredOutputsBody,
+    UsedAdapter,
+)
 from server.api.tracing import GenerationTrace, facts, is_chat
-from server.engine.grammar import MAX_SCHEMA_BYTES
+from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
 from server.metrics.metrics import Metrics, Outcome, outcome_of
@@ -92,10 +102,13 @@ class PromptBody(Body):
     messages: list[MessageBody] | None = Field(
         None, min_length=1, max_length=1024, description="turns, rendered by the base's chat template"
     )
+    continue_final_message: bool = Field(
+        False, description="the answer goes on in the last message, which is the assistant's"
+    )
 
 
 class StructureBody(Body):
-    """A grammar for the answer: at most one of the two fields, and no `stop`, as the grammar ends the answer."""
+    """A grammar for the answer: at most one of the fields, and no `stop`, as the grammar ends the answer."""
 
     response_format: ResponseFormatBody | None = None
     regex: str | None = Field(
@@ -104,6 +117,7 @@ class StructureBody(Body):
         max_length=8192,
         description="matches the whole answer; Rust's syntax, without look-around",
     )
+    structured_outputs: StructuredOutputsBody | None = None
 
 
 class GenerateBody(PromptBody, SamplingBody, StructureBody):
@@ -124,6 +138,10 @@ class GenerateBody(PromptBody, SamplingBody, StructureBody):
     adapters: list[AdapterBody] | None = Field(
         None, min_length=1, max_length=MAX_PARTS, description="the same as a list; not both"
     )
+    max_tokens: int = Field(
+        64, ge=0, description="prompt + max_tokens may not exceed MAX_MODEL_LEN; 0 only with prompt_logprobs"
+    )
+    prompt_logprobs: PromptLogprobs = None
     stream: bool = False
 
 
@@ -165,20 +183,35 @@ class GenerateAnswer(BaseModel):
     seed: int
     warnings: list[str] = Field(description="about the adapters, such as one made on another base")
     choices: Sequence[Choice]
+    prompt_logprobs: list[SampledLogprobAnswer | None] | None = Field(
+        None, description="of the prompt's tokens, null for the first; only if the request asked for them"
+    )
     usage: Usage
     timing: TimingAnswer
 
 
-def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Grammar | None:
-    """Return the grammar that the two fields ask for, or None if they allow any text.
+def grammar_of(
+    form: ResponseFormatBody | None, structured: StructuredOutputsBody | None, regex: str | None = None
+) -> Grammar | None:
+    """Return the grammar that the fields ask for, or None if they allow any text.
 
     Raise InvalidInput if the fields contradict each other or a schema is invalid.
     """
+    given = {
+        "regex": regex is not None,
+        "structured_outputs": structured is not None,
+        "response_format": form is not None and form.type != "text",
+    }
+    if len(names := [name for name, is_given in given.items() if is_given]) > 1:
+        raise InvalidInput([FieldError((name,), f"give one of {' and '.join(names)}") for name in names])
     if regex is not None:
-        if form is not None and form.type != "text":
-            message = "give regex or response_format, not both"
-            raise InvalidInput([FieldError((name,), message) for name in ("regex", "response_format")])
         return Grammar("regex", regex)
+    if structured is not None:
+        source = "|".join(map(re.escape, structured.choice))
+        if len(source.encode()) > MAX_REGEX_BYTES:
+            message = f"has more than {MAX_REGEX_BYTES} bytes in all"
+            raise InvalidInput([FieldError(("structured_outputs", "choice"), message)])
+        return Grammar("regex", source)
     if form is None:
         return None
     if (form.type == "json_schema") != (form.json_schema is not None):
@@ -203,10 +236,11 @@ async def check_grammar(services: Services, grammar: Grammar, sampling: Sampling
 
     Raise InvalidInput if the grammar is invalid, or TryAgain if too many other grammars wait to be compiled.
     """
-    for name, is_given in (("stop", sampling.stop), ("ignore_eos", sampling.ignore_eos)):
-        if is_given:
+    for name in ("stop", "stop_token_ids", "min_tokens", "ignore_eos"):
+        if getattr(sampling, name):
             raise InvalidInput.of(
-                name, "can't be combined with a regex or a response_format: the grammar ends the answer"
+                name,
+                "can't be combined with regex, response_format or structured_outputs: the grammar ends the answer",
             )
     if not services.guidance.is_usable(grammar):
         with services.metrics.refusals():
@@ -217,8 +251,11 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
     """Return the engine's sampling parameters for a body. Raise InvalidInput if a field is invalid."""
     top_p = 1.0 if body.top_p is None else body.top_p
     temperature = 1.0 if body.temperature is None else body.temperature
+    if body.min_tokens > max_tokens:
+        raise InvalidInput.of("min_tokens", f"is above the answer's limit of {plural(max_tokens, 'token')}")
     return SamplingParams(
         max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
         temperature=temperature if top_p else 0.0,  # with top_p 0, only the likeliest token is left
         top_p=top_p or 1.0,
         top_k=body.top_k,
@@ -229,6 +266,7 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
         logit_bias=_biases(body.logit_bias or {}),
         seed=seed_of(body),
         stop=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
         ignore_eos=body.ignore_eos,
         speculates=body.speculation == "auto",
@@ -269,6 +307,20 @@ def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> No
             f"{num_tokens:,} tokens with {num_top} alternatives each make {num_tokens * (num_top + 1):,} "
             f"log-probabilities, more than {MAX_LOGPROBS:,}: ask for fewer, or use stream",
         )
+
+
+def scores_prompt(prompt_logprobs: int | None, n: int | None, stream: bool | None, echoes: bool = False) -> bool:
+    """Return whether the prompt's tokens are to be scored: for `prompt_logprobs`, or for `echo` with `logprobs`.
+
+    Raise InvalidInput if the request has several choices, or asks for `prompt_logprobs` in a stream.
+    """
+    if prompt_logprobs is None and not echoes:
+        return False
+    if n is not None and n > 1:
+        raise InvalidInput.of("n", "must be 1 if the prompt is scored: its scores are the same for each choice")
+    if stream and prompt_logprobs is not None:
+        raise InvalidInput.of("prompt_logprobs", "is not available in a stream")
+    return True
 
 
 async def check_length(
@@ -337,8 +389,12 @@ class Generation:
         timeout: float,
         account: "LedgerAccount",
         trace: GenerationTrace | None = None,
+        is_booked: bool = False,
     ) -> None:
-        """Start the timer: after `timeout` seconds, the outputs end with GenerationTimeout."""
+        """Start the timer: after `timeout` seconds, the outputs end with GenerationTimeout.
+
+        If `is_booked`, the usage isn't added to the account, because another generation stands for it.
+        """
         self.request = request
         self.parts = pinned.parts
         self.warnings = pinned.warnings
@@ -358,8 +414,7 @@ class Generation:
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
         self._is_read = False
-        # /compare books its answers, which have the same prompt
-        self._is_booked = request.scored_from is not None and not request.continuations
+        self._is_booked = is_booked
         self._closed = False
         metrics.accepted(self._names)
 
@@ -455,13 +510,18 @@ async def close_all(generations: Sequence[Generation]) -> None:
 async def begin(services: Services, body: GenerateBody) -> Generation:
     """Submit the request that `body` describes to the engine. Raise an error if the request is refused."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
+    is_scored = scores_prompt(body.prompt_logprobs, body.n, body.stream)
+    if not (body.max_tokens or is_scored):
+        raise InvalidInput.of("max_tokens", "is at least 1 without prompt_logprobs")
     ask_queue_for(services, body.n)
     token_ids = await encode_prompt(services, body, body.max_tokens)
+    num_top = max(body.logprobs, body.prompt_logprobs or int(is_scored))
     if not body.stream:
-        check_logprobs(body.n * body.max_tokens, body.logprobs)
-    grammar = grammar_of(body.response_format, body.regex)
-    sampling = sampling_params(body, body.max_tokens, body.logprobs)
-    return await start(services, terms, token_ids, sampling, body.n, grammar=grammar)
+        check_logprobs(body.n * body.max_tokens + is_scored * len(token_ids), num_top)
+    grammar = grammar_of(body.response_format, body.structured_outputs, body.regex)
+    sampling = sampling_params(body, body.max_tokens, num_top)
+    scored_from = 1 if is_scored else None
+    return await start(services, terms, token_ids, sampling, body.n, grammar=grammar, scored_from=scored_from)
 
 
 async def start(
@@ -476,13 +536,14 @@ async def start(
     is_request: bool = True,
     num_taken: int | None = None,
     continuations: tuple[tuple[int, ...], ...] = (),
+    is_booked: bool = False,
 ) -> Generation:
     """Submit a request to the engine. If it is refused, release its adapters and raise the error.
 
     Errors about adapters name `field`. If `scored_from` is given, the prompt's tokens from this index on are
-    scored, and nothing is generated. With `continuations`, these are scored instead. `is_request` is as in
-    `LedgerAccount`. `num_taken` tokens count towards the key's rate limit. By default these are the prompt's
-    tokens, and `max_tokens` for each of the `n` answers.
+    scored. With `continuations`, these are scored instead, and nothing is generated. `is_request` is as in
+    `LedgerAccount`, and `is_booked` as in `Generation`. `num_taken` tokens count towards the key's rate limit. By
+    default these are the prompt's tokens, and `max_tokens` for each of the `n` answers.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
@@ -514,7 +575,8 @@ async def start(
             services.metrics.refused()
         raise
     account = LedgerAccount(services.access.ledger, principal, is_request)
-    return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout, account, trace)
+    timeout = services.settings.request_timeout
+    return Generation(request, pinned, stream, services.metrics, timeout, account, trace, is_booked)
 
 
 def ask_queue_for(services: Services, num_sequences: int) -> None:
@@ -570,17 +632,24 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     if body.messages is not None and body.prompt is None:
         turns = [ChatMessage(message.role, message.content) for message in body.messages]
         name, length, texts = "messages", length_of(turns), ["".join(turn.content for turn in turns)]
-        encode = partial(services.encoder.messages, turns)
+        encode = partial(services.encoder.messages, turns, "open" if body.continue_final_message else "next turn")
         is_chat()
-    elif body.prompt is not None and body.messages is None:
+    elif body.prompt is not None and body.messages is None and not body.continue_final_message:
         name, length, texts = "prompt", len(body.prompt), [body.prompt]
         encode = partial(services.encoder.prompt, body.prompt)
     else:
-        needs = "give exactly one of prompt and messages"
-        raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
+        raise prompt_fault(body)
     ids = await encoded(services, encode, length, texts, name)
     await check_length(services, len(ids), max_tokens, "max_tokens", name)
     return tuple(ids)
+
+
+def prompt_fault(body: PromptBody) -> InvalidInput:
+    """Return the error for a body that has not exactly one prompt, or continues a prompt that isn't `messages`."""
+    if (body.prompt is None) != (body.messages is None):
+        return InvalidInput.of("continue_final_message", "is only allowed with messages")
+    needs = "give exactly one of prompt and messages"
+    return InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
 
 
 def length_of(turns: Sequence[ChatMessage]) -> int:

@@ -19,6 +19,7 @@ from server.access.principal import Quota
 MAX_SEED = (1 << 63) - 1
 MAX_STOPS = 16
 MAX_BIASES = 1024
+MAX_CHOICES = 256
 MAX_FAULTS = 10_000
 
 
@@ -70,6 +71,18 @@ StopStrings = Annotated[
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 
 
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+PromptLogprobs = Annotated[
+    int | None,
+    Field(
+        ge=0,
+        le=20,
+        description="list the log-probability of each token of the prompt, with so many of the likeliest tokens; "
+        "only with n 1 and without stream",
+    ),
+]
+
+
 class MessageBody(Body):
     """A turn of a conversation."""
 
@@ -90,6 +103,12 @@ class SamplingFields(Body):
     logit_bias: Biases | None = Field(None, description="token ids, as strings, and what is added to their logits")
     seed: int | None
     stop: StopStrings | None = Field(None, description="a string or a list; not part of the text")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=MAX_BIASES, description="more tokens that end the answer; their text is part of it"
+    )
+    min_tokens: int = Field(
+        0, ge=0, description="no end token and no stop string ends the answer before it has so many tokens"
+    )
     ignore_eos: bool = False
     speculation: Literal["auto", "off"] = Field(
         "auto", description="auto: drafted tokens are verified together if that is faster; the answer is the same"
@@ -110,6 +129,14 @@ class ResponseFormatBody(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaBody | None = Field(None, description="only with the type json_schema")
+
+
+class StructuredOutputsBody(Body):
+    """vLLM's `structured_outputs`."""
+
+    choice: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, max_length=MAX_CHOICES, description="the answer is one of these texts"
+    )
 
 
 Limit = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # the largest integer that JavaScript keeps exact

@@ -230,7 +230,7 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
 def _dry_run(services: Services, body: TrainBody) -> DryRunAnswer:
     with services.submissions.prepared(body, DRY_RUN_BYTES) as prepared:
         estimate = services.estimator.estimate(prepared.spec, prepared.data)
-        return DryRunAnswer.of(prepared, estimate, services.decode)
+        return DryRunAnswer.of(prepared, estimate, services.tokenizer.decode)
 
 
 def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:

@@ -87,9 +87,7 @@ class Sequence:
     trie: TokenTrie | None = field(init=False)  # if the request has continuations
     scores: dict[int, Logprobs] = field(default_factory=dict)  # scores of tokens, by position
     end_token_ids: frozenset[int] = frozenset()  # tokens that end the sequence
-    end_mask: npt.NDArray[np.bool_] | None = (
-        None  # (vocab,) True for `end_token_ids`; set with `min_tokens`
-    )
+    end_mask: npt.NDArray[np.bool_] | None = None  # (vocab,) True for `end_token_ids`; set with `min_tokens`
     status: Status = Status.WAITING
     num_lost_tokens: int = 0  # most computed tokens at a preemption; no project preempts it before it has more
     admitted_at: float | None = None

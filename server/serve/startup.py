@@ -132,6 +132,7 @@ def build(
     return Services(
         settings=settings,
         engine=engine,
+        tokenizer=base.tokenizer,
         encoder=encoder,
         library=library,
         metrics=metrics,
@@ -149,7 +150,6 @@ def build(
         tracer=open_tracer(),
         recent_pins=RecentPins(commits_at_once(database, settings.home)),
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
-        decode=base.tokenizer.decode,
     )
 
 

@@ -186,6 +186,7 @@ def build_services(
     return Services(
         settings=settings,
         engine=engine,
+        tokenizer=tokenizer,
         encoder=encoder,
         library=library,
         recent_pins=RecentPins(commits_at_once(database, home)),
@@ -201,7 +202,6 @@ def build_services(
             home, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
-        decode=tokenizer.decode,
         limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
         access=open_access(
             database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allows_guests

@@ -24,13 +24,15 @@ _MAX_WARNINGS, _MAX_WARNING = 8, 400  # headers, and characters in each
 class Piece:
     """New text of a choice, with the log-probabilities of the tokens that begin in this text.
 
-    Only the last piece of a choice has a `finish_reason`.
+    Only the last piece of a choice has a `finish_reason`. Only the first can have `prompt_logprobs`, which are
+    those of the prompt's tokens after the first one.
     """
 
     index: int
     text: str
     logprobs: Sequence[SampledLogprob]
     finish_reason: FinishReason | None
+    prompt_logprobs: Sequence[SampledLogprob] = ()
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Choice:
     text: str = ""
     logprobs: list[SampledLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    prompt_logprobs: Sequence[SampledLogprob] = ()
 
 
 class Batch:
@@ -49,8 +52,10 @@ class Batch:
     Either iterate over `pieces` once, or await `collect` once. `close` aborts the generations that still run.
     """
 
-    def __init__(self, generations: Sequence[Generation], base_name: str) -> None:
+    def __init__(self, generations: Sequence[Generation], base_name: str, echoed: Sequence[str] = ()) -> None:
+        """If there are `echoed` texts, one for each prompt, choices begin with them."""
         self._generations = generations
+        self._echoed = echoed
         self._n = generations[0].request.n
         self._num_tokens = [0] * self.num_choices
         self._num_cached = [0] * self.num_choices
@@ -65,6 +70,10 @@ class Batch:
     def id(self) -> str:
         """A unique id, without a prefix."""
         return self._generations[0].id.removeprefix("gen-")
+
+    def first_token_id(self, index: int) -> int:
+        """Return the first token of a choice's prompt."""
+        return self._generations[index // self._n].request.prompt_token_ids[0]
 
     @property
     def num_choices(self) -> int:
@@ -87,12 +96,18 @@ class Batch:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield the pieces of every choice until all choices have ended. If a choice fails, raise its error."""
-        logprobs = [TextLogprobs() for _ in range(self.num_choices)]
+        logprobs = [TextLogprobs(keeps_all=bool(self._echoed)) for _ in range(self.num_choices)]
+        begun: set[int] = set()
         async for number, output in _merged([generation.outputs() for generation in self._generations]):
             index = number * self._n + output.index
             self._num_tokens[index] = output.num_output_tokens
             self._num_cached[index] = output.num_cached_tokens
-            yield Piece(index, output.text, logprobs[index].push(output), output.finish_reason)
+            text = output.text
+            if index not in begun:
+                begun.add(index)
+                text = self._echoed[number] + text if self._echoed else text
+            of_prompt = output.logprobs[: len(output.scores)]
+            yield Piece(index, text, logprobs[index].push(output), output.finish_reason, of_prompt)
 
     async def collect(self) -> list[Choice]:
         """Wait until all choices have ended, and return them. Raise the same errors as `pieces`."""
@@ -101,6 +116,7 @@ class Batch:
         async for piece in self.pieces():
             texts[piece.index].append(piece.text)
             choices[piece.index].logprobs += piece.logprobs
+            choices[piece.index].prompt_logprobs = choices[piece.index].prompt_logprobs or piece.prompt_logprobs
             choices[piece.index].finish_reason = piece.finish_reason
         for choice, pieces in zip(choices, texts, strict=True):
             choice.text = "".join(pieces)

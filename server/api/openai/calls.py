@@ -19,6 +19,7 @@ from server.api.generation import (
     length_of,
     most_tokens,
     sampling_params,
+    scores_prompt,
     seed_of,
     start,
 )
@@ -28,7 +29,6 @@ from server.api.openai.schemas import (
     CallBody,
     ChatBody,
     CompletionBody,
-    Prompt,
 )
 from server.api.problems import ContextTooLong, ModelNotFound
 from server.api.tracing import is_chat
@@ -44,9 +44,13 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     terms = terms_of(services, body.model)
     limit, field = _token_limit(body)
     num_top = _num_top(body)
-    grammar = grammar_of(body.response_format)
+    is_scored = scores_prompt(body.prompt_logprobs, body.n, body.stream)
+    grammar = grammar_of(body.response_format, body.structured_outputs)
     turns = [ChatMessage(meant_role(message.role), message.content) for message in body.messages]
-    encode = partial(services.encoder.messages, turns)
+    is_open = bool(body.continue_final_message)
+    if body.add_generation_prompt not in (None, not is_open):
+        raise InvalidInput.of("add_generation_prompt", f"must be {not is_open} here, or left out".lower())
+    encode = partial(services.encoder.messages, turns, "open" if is_open else "next turn")
     is_chat()
     ask_queue_for(services, body.n or 1)
     text = "".join(turn.content for turn in turns)
@@ -57,8 +61,8 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
         if num_top and not body.stream:
             limit = min(limit, most_tokens(num_top) // (body.n or 1))
     await check_length(services, len(ids), limit, field, "messages", refusal)
-    sampling = sampling_params(body, limit, num_top)
-    return await _start(services, body, terms, [ids], sampling, grammar)
+    sampling = sampling_params(body, limit, _num_engine_top(body, num_top))
+    return await _start(services, body, terms, [ids], sampling, grammar, is_scored)
 
 
 async def begin_completions(services: Services, body: CompletionBody) -> Batch:
@@ -67,15 +71,22 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidInput.of("best_of", "is not supported: leave it out, or set it to n")
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    is_scored = scores_prompt(
+        body.prompt_logprobs, body.n, body.stream, echoes=bool(body.echo) and body.logprobs is not None
+    )
+    if not (limit or body.echo or is_scored):
+        raise InvalidInput.of("max_tokens", "is at least 1 without echo or prompt_logprobs")
+    grammar = grammar_of(None, body.structured_outputs)
     num_sequences = len(body.prompt) * (body.n or 1)
     if len(body.prompt) > 1:
         check_sequences(num_sequences, services.engine.max_in_flight, "prompt")
     ask_queue_for(services, num_sequences)
-    prompts = await _encoded_prompts(services, body.prompt)
+    prompts, echoed = await _encoded_prompts(services, body)
     for ids in prompts:
         await check_length(services, len(ids), limit, "max_tokens", "prompt", partial(_too_long, services))
-    num_top = 0 if body.logprobs is None else max(body.logprobs, 1)
-    return await _start(services, body, terms, prompts, sampling_params(body, limit, num_top), None)
+    num_top = _num_engine_top(body, 0 if body.logprobs is None else max(body.logprobs, 1))
+    sampling = sampling_params(body, limit, num_top)
+    return await _start(services, body, terms, prompts, sampling, grammar, is_scored, echoed)
 
 
 def terms_of(services: Services, model: str) -> tuple[Term, ...]:
@@ -101,16 +112,29 @@ def _num_top(body: ChatBody) -> int:
     return max(body.top_logprobs or 0, 1) if body.logprobs else 0
 
 
-async def _encoded_prompts(services: Services, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-    encoder = services.encoder
+def _num_engine_top(body: CallBody, num_top: int) -> int:
+    """Return how many likeliest tokens the engine must return, if answers have `num_top`."""
+    return num_top if body.prompt_logprobs is None else max(num_top, body.prompt_logprobs, 1)
+
+
+async def _encoded_prompts(services: Services, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Return the prompts' token ids, and the texts that `echo` repeats, which have no special tokens."""
+    encoder, prompts = services.encoder, body.prompt
     if any(max(prompt) >= encoder.num_tokens for prompt in prompts if not isinstance(prompt, str)):
         raise InvalidInput.of("prompt", f"the base has {encoder.num_tokens} tokens, from 0 on")
 
-    def encode() -> list[tuple[int, ...]]:
-        return [tuple(encoder.prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+    def encode() -> tuple[list[tuple[int, ...]], list[str]]:
+        ids = [tuple(encoder.prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+        echoed = [
+            prompt if isinstance(prompt, str) else services.tokenizer.decode(prompt, skip_special_tokens=True)
+            for prompt in prompts
+            if body.echo
+        ]
+        return ids, echoed
 
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    return await encoded(services, encode, sum(map(len, texts)), texts, "prompt", partial(_too_long, services))
+    length = sum(len(prompt) for prompt in prompts if body.echo or isinstance(prompt, str))
+    return await encoded(services, encode, length, texts, "prompt", partial(_too_long, services))
 
 
 def _too_long(services: Services, faults: tuple[FieldError, ...]) -> ContextTooLong:
@@ -126,12 +150,16 @@ async def _start(
     prompts: Sequence[tuple[int, ...]],
     sampling: SamplingParams,
     grammar: Grammar | None,
+    is_scored: bool,
+    echoed: Sequence[str] = (),
 ) -> Batch:
-    if not body.stream:
-        field = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
-        check_logprobs(len(prompts) * (body.n or 1) * sampling.max_tokens, sampling.logprobs, field)
     n = body.n or 1
-    num_tokens = sum(map(len, prompts)) + len(prompts) * n * sampling.max_tokens
+    num_prompt, num_more = sum(map(len, prompts)), len(prompts) * n * sampling.max_tokens
+    field = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+    field = field if body.prompt_logprobs is None else "prompt_logprobs"
+    # the scores of a prompt are in one event of a stream
+    check_logprobs(is_scored * num_prompt + (0 if body.stream else num_more), sampling.logprobs, field)
+    num_tokens = num_prompt + num_more
     started: list[Generation] = []
     try:
         for ids in prompts:
@@ -140,6 +168,7 @@ async def _start(
             is_first = not started  # the first generation is charged for the tokens of all
             generation = await start(
                 *(services, terms, ids, own, n, "model", grammar),
+                scored_from=1 if is_scored else None,
                 is_request=is_first,
                 num_taken=num_tokens if is_first else 0,
             )
@@ -152,4 +181,4 @@ async def _start(
     except BaseException:
         await close_all(started)
         raise
-    return Batch(started, services.base_name)
+    return Batch(started, services.base_name, echoed)

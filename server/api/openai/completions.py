@@ -1,7 +1,7 @@
 """POST /v1/chat/completions and POST /v1/completions, at once or streamed."""
 
-from collections import defaultdict
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -10,10 +10,11 @@ from server.api import wire
 from server.api.deps import ServicesDep
 from server.api.openai.batch import Batch, Choice, Piece, at_once, streamed
 from server.api.openai.calls import begin_chat, begin_completions
-from server.api.openai.logprobs import LegacyLogprobs, of_chat, of_whole_chat
+from server.api.openai.logprobs import LegacyLogprobs, first_token, of_chat, of_prompt, of_whole_chat
 from server.api.openai.schemas import REFUSALS, ChatBody, CompletionBody, answers_with
 from server.api.routes import GENERATE, requires
 from server.api.strict_route import StrictRoute
+from server.model.text.tokenizer import BaseTokenizer
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["openai"])
 
@@ -53,6 +54,7 @@ async def chat(body: ChatBody, request: Request, services: ServicesDep) -> Respo
 
 
 async def _whole_chat(batch: Batch, body: ChatBody) -> dict[str, object]:
+    collected = await batch.collect()
     choices = [
         {
             "index": choice.index,
@@ -60,9 +62,12 @@ async def _whole_chat(batch: Batch, body: ChatBody) -> dict[str, object]:
             "logprobs": await of_whole_chat(choice.logprobs, body.top_logprobs or 0) if body.logprobs else None,
             "finish_reason": choice.finish_reason,
         }
-        for choice in await batch.collect()
+        for choice in collected
     ]
-    return {**_chat_head(batch, "chat.completion"), "choices": choices, "usage": batch.usage}
+    answer = {**_chat_head(batch, "chat.completion"), "choices": choices, "usage": batch.usage}
+    if body.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = await of_prompt(collected[0].prompt_logprobs, body.prompt_logprobs)
+    return answer
 
 
 async def _chat_chunks(batch: Batch, body: ChatBody) -> AsyncIterator[bytes]:
@@ -112,41 +117,52 @@ _EXAMPLE = {
 async def completions(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
     """Continue each prompt. `model` is an adapter expression; the answer names its versions."""
     batch = await begin_completions(services, body)
+    forms = _logprob_forms(batch, body, services.tokenizer)
     if body.stream:
-        return streamed(batch, _chunks(batch, body))
-    return await at_once(request, batch, _whole(batch, body))
+        return streamed(batch, _chunks(batch, body, forms))
+    return await at_once(request, batch, _whole(batch, body, forms))
 
 
-async def _whole(batch: Batch, body: CompletionBody) -> dict[str, object]:
-    forms = _logprob_forms(body)
-    choices = [_choice(choice, forms) for choice in await batch.collect()]
+async def _whole(batch: Batch, body: CompletionBody, forms: Sequence[LegacyLogprobs]) -> dict[str, object]:
+    choices = []
+    for found in await batch.collect():
+        choice = _choice(found, body, forms)
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = await of_prompt(found.prompt_logprobs, body.prompt_logprobs)
+        choices.append(choice)
+        await asyncio.sleep(0)  # a choice with many tokens takes a while: let other requests run
     return {**_head(batch), "choices": choices, "usage": batch.usage}
 
 
-async def _chunks(batch: Batch, body: CompletionBody) -> AsyncIterator[bytes]:
+async def _chunks(batch: Batch, body: CompletionBody, forms: Sequence[LegacyLogprobs]) -> AsyncIterator[bytes]:
     """Yield events: each choice's pieces, and then the usage if the client asked for it."""
-    head, forms = _head(batch), _logprob_forms(body)
+    head = _head(batch)
     tail: dict[str, object] = {"usage": None} if body.includes_usage else {}
     async for piece in batch.pieces():
         if piece.text or piece.finish_reason is not None or (body.logprobs is not None and piece.logprobs):
-            yield wire.event({**head, "choices": [_choice(piece, forms)], **tail})
+            yield wire.event({**head, "choices": [_choice(piece, body, forms)], **tail})
     if body.includes_usage:
         yield wire.event({**head, "choices": [], "usage": batch.usage})
 
 
-def _choice(piece: Piece | Choice, forms: dict[int, LegacyLogprobs] | None) -> dict[str, object]:
+def _choice(piece: Piece | Choice, body: CompletionBody, forms: Sequence[LegacyLogprobs]) -> dict[str, object]:
+    entries = (*piece.prompt_logprobs, *piece.logprobs) if body.echo else piece.logprobs
     return {
         "text": piece.text,
         "index": piece.index,
-        "logprobs": None if forms is None else forms[piece.index].of(piece.logprobs),
+        "logprobs": forms[piece.index].of(entries) if forms else None,
         "finish_reason": piece.finish_reason,
     }
 
 
-def _logprob_forms(body: CompletionBody) -> dict[int, LegacyLogprobs] | None:
-    """Return a LegacyLogprobs for each choice, or None if the client asked for no log-probabilities."""
-    num_top = body.logprobs
-    return None if num_top is None else defaultdict(lambda: LegacyLogprobs(num_top))
+def _logprob_forms(batch: Batch, body: CompletionBody, tokenizer: BaseTokenizer) -> Sequence[LegacyLogprobs]:
+    """Return a LegacyLogprobs for each choice, or none at all if the client asked for no log-probabilities."""
+    if body.logprobs is None:
+        return ()
+    return [
+        LegacyLogprobs(body.logprobs, first_token(tokenizer, batch.first_token_id(index)) if body.echo else None)
+        for index in range(batch.num_choices)
+    ]
 
 
 def _head(batch: Batch) -> dict[str, object]:

@@ -19,7 +19,7 @@ from pydantic import (
 
 from adapters.expression import MAX_LENGTH
 from server.api.openapi import Responses
-from server.api.schemas import Body, ResponseFormatBody, SamplingFields
+from server.api.schemas import Body, PromptLogprobs, ResponseFormatBody, SamplingFields, StructuredOutputsBody
 from server.model.text.chat import joined_parts
 
 MAX_PROMPTS = 128
@@ -51,7 +51,6 @@ _OFF: Mapping[str, tuple[object, ...]] = {
     "annotations": ([],),
     # fields of completions
     "suffix": ("",),
-    "echo": (False,),
 }
 """OpenAI's fields that are not supported, and the values besides null that switch them off."""
 
@@ -84,6 +83,8 @@ class CallBody(SamplingFields):
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    prompt_logprobs: PromptLogprobs = None
+    structured_outputs: StructuredOutputsBody | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="a label; changes nothing")
@@ -123,6 +124,12 @@ class ChatBody(CallBody):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormatBody | None = None
+    continue_final_message: bool | None = Field(
+        False, description="the answer goes on in the last message, which is the assistant's"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="vLLM's clients send false with continue_final_message; may be left out"
+    )
     safety_identifier: str | None = Field(None, description="a label; changes nothing")
     prompt_cache_key: str | None = Field(None, description="a label; changes nothing")
     tools: Unsupported = None
@@ -183,11 +190,15 @@ class CompletionBody(CallBody):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
-    max_tokens: int | None = Field(DEFAULT_COMPLETION_TOKENS, ge=1)
+    max_tokens: int | None = Field(DEFAULT_COMPLETION_TOKENS, ge=0, description="0 with echo or prompt_logprobs")
+    echo: bool | None = Field(
+        False,
+        description="the text begins with the prompt, and `logprobs` lists each token of the prompt and each "
+        "generated one, the end token too",
+    )
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, description="only n, or left out")
     suffix: Unsupported = None
-    echo: Unsupported = None
 
 
 WARNING = "X-Smolora-Warning"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -53,7 +54,8 @@ def words(request: GenerationRequest) -> Iterable[SequenceOutput]:
 
 
 def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """Yield words; if scores are requested, -0.5 for a first token, -1 for a second and so on."""
+    """Yield words. If scores are requested, the first output has -0.5 for the first token, -1 for the second and
+    so on."""
     if request.continuations:
         totals = tuple(-0.25 * len(one) * (len(one) + 1) for one in request.continuations)
         num = sum(map(len, request.continuations))
@@ -68,7 +70,10 @@ def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
     if request.sampling.logprobs:
         tokens = [TokenLogprob(0, f"t{number}", (116,), score) for number, score in enumerate(scores)]
         logprobs = tuple(SampledLogprob(token, (token,)) for token in tokens)
-    yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, logprobs, scores, "length")
+    if not request.sampling.max_tokens:
+        yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, logprobs, scores, "length")
+    for number, output in enumerate(words(request)):
+        yield output if number else replace(output, logprobs=logprobs + output.logprobs, scores=scores)
 
 
 def failing(after: int, error: SmoloraError) -> Script:

@@ -75,6 +75,8 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
         "stop": ["\n", "END"],
         "n": 2,
         "logprobs": 3,
+        "stop_token_ids": [5, 7],
+        "min_tokens": 1,
         "ignore_eos": True,
         "speculation": "off",
     }
@@ -90,6 +92,8 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
         seed=2**63 - 1,
         stop=("\n", "END"),
         logprobs=3,
+        stop_token_ids=(5, 7),
+        min_tokens=1,
         ignore_eos=True,
         speculates=False,
     )

@@ -152,14 +152,14 @@ async def test_too_many_prompts_for_an_empty_queue_are_invalid(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("echo", True), ("suffix", "end"), ("best_of", 3), ("logprobs", 21), ("messages", [])]
+    ("name", "value"), [("echo", 1), ("suffix", "end"), ("best_of", 3), ("logprobs", 21), ("messages", [])]
 )
 async def test_unsupported_fields_are_refused_by_name(client: httpx.AsyncClient, name: str, value: object) -> None:
     assert (await refusal(client, **{name: value}))["param"] == name
 
 
 async def test_values_that_disable_unsupported_fields_are_accepted(client: httpx.AsyncClient) -> None:
-    await ask(client, echo=False, suffix=None, best_of=2, n=2)
+    await ask(client, echo=None, suffix=None, best_of=2, n=2)
 
 
 async def test_logprobs_are_parallel_lists(client: httpx.AsyncClient, engine: FakeEngine) -> None:
