@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import accounts, adapters, compositions, datasets, health, imports, openapi, problems, web
+from server.api import accounts, adapters, compositions, datasets, health, imports, openapi, problems, tokens, web
 from server.api import compare as compare
 from server.api import decisions as decisions
 from server.api import generate as generate
@@ -35,6 +35,7 @@ _ROUTERS = (
     generate.router,
     compare.router,
     decisions.router,
+    tokens.router,
     imports.router,  # before adapters.router, which would take "import" for a version
     adapters.router,
     adapters.aliases_router,
