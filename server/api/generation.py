@@ -8,7 +8,6 @@ building a model for each token would cost more than generating the token.
 
 import asyncio
 import json
-import re
 import secrets
 import time
 import uuid
@@ -39,7 +38,7 @@ from server.api.schemas import (
     UsedAdapter,
 )
 from server.api.tracing import GenerationTrace, facts, is_chat
-from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
+from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, regex_of
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
 from server.metrics.metrics import Metrics, Outcome, outcome_of
@@ -207,7 +206,7 @@ def grammar_of(
     if regex is not None:
         return Grammar("regex", regex)
     if structured is not None:
-        source = "|".join(map(re.escape, structured.choice))
+        source = regex_of(structured.choice)
         if len(source.encode()) > MAX_REGEX_BYTES:
             message = f"has more than {MAX_REGEX_BYTES} bytes in all"
             raise InvalidInput([FieldError(("structured_outputs", "choice"), message)])

@@ -14,7 +14,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -75,6 +75,11 @@ _ALLOWED = bytes([200])  # llguidance's masks have this byte for an allowed toke
 
 class GrammarRefused(Exception):
     """The grammar isn't supported. The message is for the grammar's author."""
+
+
+def regex_of(texts: Iterable[str]) -> str:
+    """Return a regular expression that matches exactly these texts."""
+    return "|".join(map(re.escape, texts))
 
 
 def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:

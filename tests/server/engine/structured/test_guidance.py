@@ -20,13 +20,13 @@ import pytest
 
 from adapters.errors import InvalidInput
 from server.engine import grammar_check
-from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
+from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, regex_of
 from server.engine.grammar_check import WALL_SECONDS, _answer_of
 from server.engine.guidance import Constraint, Guidance
 from server.engine.request import Grammar
 from server.errors import NotReady
 from tests.kits.engines import token_bytes
-from tests.kits.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
+from tests.kits.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, Language, growing, guidance_of
 from tests.kits.tiny import own, tiny_tokenizer
 
 VOCAB = 520  # wider than the tokenizer, as logits may be
@@ -48,27 +48,46 @@ def guidance() -> Iterator[Guidance]:
     guidance.close()
 
 
-def test_masks_match_the_language(guidance: Guidance) -> None:
+CHOICES = (
+    *(
+        "yes",
+        "yes, please",
+        "no",
+        "a.b*c",
+        "(a|b)[c]{2}",
+        "\\d+",
+        "^$",
+        "/x/ #&~-",
+        "two\nlines\t",
+        "Größe 日本 🦜",
+    ),
+    *('"quoted"', "'", "<|im_end|>", "%", " padded "),
+)
+TEXTS = Language(regex_of(CHOICES), CHOICES)
+
+
+@pytest.mark.parametrize("language", [CODES, TEXTS], ids=["codes", "texts"])
+def test_masks_match_the_language(guidance: Guidance, language: Language) -> None:
     """Along random walks, including inside a character of two bytes."""
     names = token_bytes(own(tiny_tokenizer()))
-    guidance.check(CODES.grammar)
+    guidance.check(language.grammar)
     rng = random.Random(1)
     ends = set()
-    for _ in range(12):
-        constraint, text = guidance.constraint(CODES.grammar), b""
+    for _ in range(40):
+        constraint, text = guidance.constraint(language.grammar), b""
         while not constraint.is_complete:
             forbidden = constraint.forbidden()
             assert forbidden is not None
             assert forbidden.shape == (VOCAB,)
             allowed = set((~forbidden).nonzero()[0].tolist())
-            possible = CODES.allowed(text, names, VOCAB, EOS)
-            assert allowed <= possible if CODES.is_forced(text) else allowed == possible
+            possible = language.allowed(text, names, VOCAB, EOS)
+            assert allowed <= possible if language.is_forced(text) else allowed == possible
             token_id = rng.choice(sorted(allowed))
             if token_id in EOS:
                 break
             constraint.accept(token_id)
             text += names.bytes_of(token_id)
-        assert text in CODES.words
+        assert text in language.words
         assert constraint.error is None
         ends.add(constraint.is_complete)
     assert ends == {True, False}  # by itself, and by an end token
