@@ -1,5 +1,6 @@
 """Answers and log-probabilities over HTTP in fp32, compared with transformers and PEFT."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,31 @@ def test_logprobs_of_sampled_tokens_equal_the_references(
     assert entry["logprob"] == pytest.approx(float(logprobs[chosen[0]]), abs=1e-3)
     assert chosen[0] in logprobs.topk(50).indices.tolist()
     assert chosen[0] != int(token_ids[0])  # the seed was chosen so that the sample isn't greedy
+
+
+@pytest.mark.parametrize("adapter", ["base", "right"])
+def test_prompt_scores_equal_the_references(
+    exact_server: ServerProcess, reference: Reference, right: Path, adapter: str
+) -> None:
+    """In both forms, with the likeliest tokens."""
+    with reference.adapter(right) if adapter == "right" else nullcontext():
+        first, *others = reference.tokenizer.encode(PROMPT)
+        # one more token, so that the last row is the distribution after the prompt
+        rows = reference.logprobs(reference.tokenizer.decode([first]), [*others, 0])
+    ids = [first, *others]
+    expected = [float(row[token_id]) for row, token_id in zip(rows, ids[1:], strict=False)]
+    best = [row.topk(3) for row in rows[:-1]]
+    body = {"model": adapter, "prompt": ids, "echo": True, "logprobs": 3, "max_tokens": 1, "temperature": 0}
+    (choice,) = exact_server.client.post("/v1/completions", json=body).json()["choices"]
+    found = choice["logprobs"]
+    assert found["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-3)
+    assert found["token_logprobs"][-1] == pytest.approx(float(rows[-1].max()), abs=1e-3)
+    assert choice["text"].startswith(PROMPT)
+    for top, expected_top in zip(found["top_logprobs"][1:-1], best, strict=True):
+        assert sorted(top.values(), reverse=True)[:3] == pytest.approx(expected_top.values.tolist(), abs=1e-3)
+    answer = exact_server.generate(PROMPT, adapter=adapter, max_tokens=0, prompt_logprobs=3)
+    scores = answer["prompt_logprobs"]
+    assert scores[0] is None
+    assert [entry["logprob"] for entry in scores[1:]] == pytest.approx(expected, abs=1e-3)
+    for entry, expected_top in zip(scores[1:], best, strict=True):
+        assert [top["logprob"] for top in entry["top"]] == pytest.approx(expected_top.values.tolist(), abs=1e-3)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, cast
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from openai.types import CompletionChoice
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 from openai.types.shared_params.response_format_json_schema import JSONSchema
 from pydantic import BaseModel, ConfigDict
@@ -217,6 +219,73 @@ def test_biases_and_penalties(client: OpenAI, model: str) -> None:
     plain = len(set(text(loop, 8).split()))
     for penalty in ("frequency_penalty", "presence_penalty"):
         assert len(set(text(loop, 8, **{penalty: 2.0}).split())) > plain
+
+
+def test_scores_of_prompts(client: OpenAI, model: str) -> None:
+    """A continuation's score by `echo` is that of generating it, for a text and for its tokens."""
+    made = client.completions.create(model=model, prompt=PROMPT, temperature=0, max_tokens=2, logprobs=1)
+    (choice,) = made.choices
+    assert choice.logprobs is not None
+    own = choice.logprobs.token_logprobs
+    ids = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+    rest = client.post("/../tokenize", body={"prompt": choice.text}, cast_to=httpx.Response).json()["tokens"]
+    for prompt in (PROMPT + choice.text, [*ids, *rest]):
+        for max_tokens in (0, 1):
+            answer = client.completions.create(
+                model=model, prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens, temperature=0
+            )
+            (scored,) = answer.choices
+            assert scored.text.startswith(PROMPT + choice.text)
+            assert scored.logprobs is not None
+            found = scored.logprobs.token_logprobs
+            assert found is not None
+            assert len(found) == len(ids) + 2 + max_tokens
+            assert found[0] is None
+            assert found[len(ids) : len(ids) + 2] == pytest.approx(own, abs=1e-3)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == max_tokens
+
+
+def test_fields_of_vllm(client: OpenAI, model: str) -> None:
+    """They are sent in `extra_body`."""
+
+    def complete(**fields: object) -> CompletionChoice:
+        answer = client.completions.create(
+            model=model, prompt=PROMPT, temperature=0, max_tokens=12, extra_body=fields
+        )
+        return answer.choices[0]
+
+    period = 30  # "."
+    plain = complete().text
+    assert "." in plain
+    ended = complete(stop_token_ids=[period])
+    assert (ended.text, ended.finish_reason) == (plain.partition(".")[0] + ".", "stop")
+    assert complete(stop_token_ids=[period], min_tokens=12).finish_reason == "length"
+    scored = complete(prompt_logprobs=1).model_extra
+    assert scored is not None
+    first, *others = scored["prompt_logprobs"]
+    assert first is None
+    assert len(others) == 4
+    for choices in (["London", "Berlin"], [" Paris", " Paris, France"]):
+        chosen = complete(structured_outputs={"choice": choices})
+        assert chosen.text in choices
+        assert chosen.finish_reason == "stop"
+    assert complete(structured_outputs={"choice": [" Paris", " Rome"]}, logprobs=1).text == " Paris"
+
+
+def test_the_last_turn_is_continued(client: OpenAI, server: ServerProcess, model: str) -> None:
+    whole = chat_of(server, max_tokens=24)
+    begun = whole[: len(whole) // 2].rstrip()
+    messages: list[ChatCompletionMessageParam] = [*MESSAGES, {"role": "assistant", "content": begun}]
+    answer = client.chat.completions.create(
+        model=model,
+        messages=messages,
+        temperature=0,
+        max_tokens=24,
+        extra_body={"continue_final_message": True, "add_generation_prompt": False},
+    )
+    assert begun + str(answer.choices[0].message.content) == whole
+    assert answer.choices[0].finish_reason == "stop"
 
 
 class Place(BaseModel):
