@@ -283,6 +283,10 @@ class Library:
         """
         return self.store.publishing(adapter, self._is_wanted)
 
+    def is_of_base(self, version: Version) -> bool:
+        """Return whether a version was made on the served base, and its configuration says so."""
+        return self._base.is_named_by(version)
+
     def discard(self, *digests: str) -> None:
         """Remove bytes that no version and no job needs."""
         for digest in digests:
@@ -440,6 +444,11 @@ class ServedBase:
         if version.warnings or not version.base_model or self._is_named(version.base_model):
             return version.warnings
         return (f"it was made on another base, {version.base_model[:_SHOWN]}, than {self.name}",)
+
+    def is_named_by(self, version: Version) -> bool:
+        """Return whether the version was made on this base, and the name that it gives for its base means it."""
+        is_same = version.base_digest is not None and version.base_digest == self.digest
+        return is_same and version.base_model is not None and self._is_named(version.base_model)
 
     def _is_named(self, name: str) -> bool:
         """Return whether `name`, a path or hub id that a file gives for its base, seems to mean this base."""

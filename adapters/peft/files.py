@@ -108,6 +108,12 @@ def write(directory: Path, adapter: PeftAdapter) -> None:
         _sync(file)
 
 
+def with_base(config_json: bytes, base_model: str, revision: str | None) -> bytes:
+    """Return a valid adapter_config.json with another name of its base, and the revision of that base."""
+    document = json.loads(config_json)
+    return json.dumps(document | {"base_model_name_or_path": base_model, "revision": revision}, indent=2).encode()
+
+
 def config_json(config: LoraConfig, base_model: str | None) -> bytes:
     """Return an adapter_config.json for PEFT."""
     document = {

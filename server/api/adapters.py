@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Set
 from functools import partial
 from io import BytesIO
-from typing import Annotated, BinaryIO, Literal, Self
+from typing import Annotated, Literal, Self
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
@@ -15,6 +15,7 @@ from starlette.responses import Response
 from adapters.catalog.catalog import Adapter, Version
 from adapters.errors import NotFound
 from adapters.names import MAX_KEY, MAX_NAME, is_name
+from adapters.peft.files import CONFIG_NAME, with_base
 from adapters.recorded import FILE_DIGEST
 from server.api import wire
 from server.api.deps import Services, ServicesDep
@@ -25,7 +26,8 @@ from server.api.schemas import Answer, Body, Timestamp, UsedAdapter
 from server.api.strict_route import StrictRoute
 from server.api.uploads import form_bytes, received_form, uploaded_files
 from server.api.zips import StoredZip, zip_download
-from server.training.model_card import model_card
+from server.model.base.source import HubModel, is_hub_id
+from server.training.model_card import bare_card, model_card
 
 
 class VersionAnswer(Answer):
@@ -192,7 +194,7 @@ async def get_version(services: ServicesDep, name: Name, version: VersionNumber)
 async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """Download a version as a zip for PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
-    If a job trained it, the zip also has its model card as `README.md`.
+    `README.md` says how to load it; if a job trained it, it is its model card.
     """
     archive = await to_thread.run_sync(_archive, services, name, version)
     return zip_download(archive, f"{name}-{version}")
@@ -254,13 +256,29 @@ def _page(page: Callable[[], tuple[list[Adapter], str | None]], resident: frozen
 
 
 def _archive(services: Services, name: str, version: int) -> StoredZip:
-    job_id = services.library.version(name, version).job_id
+    found = services.library.version(name, version)
+    hub = _hub_base(services, found)
     try:
-        report = None if job_id is None else services.jobs.report(job_id)
+        report = None if found.job_id is None else services.jobs.report(found.job_id)
     except NotFound:  # the job was in a database that was lost
         report = None
-    card: dict[str, BinaryIO] = {} if report is None else {"README.md": BytesIO(model_card(report).encode())}
-    return StoredZip(services.library.open(name, version) | card)
+    card = bare_card(found.base_model, hub) if report is None else model_card(report, hub)
+    files = services.library.open(name, version)
+    if hub is not None and hub.id != found.base_model:
+        with files[CONFIG_NAME] as file:
+            files[CONFIG_NAME] = BytesIO(with_base(file.read(), hub.id, hub.revision))
+    return StoredZip(files | {"README.md": BytesIO(card.encode())})
+
+
+def _hub_base(services: Services, version: Version) -> HubModel | None:
+    """Return the version's base on the hub, or None if it isn't known to be there.
+
+    A hub id that the version's configuration has is kept. Other names of the served base, such as a path on the
+    machine where the version was made, mean the served base.
+    """
+    if version.base_model is not None and is_hub_id(version.base_model):
+        return HubModel(version.base_model)
+    return services.hub_base if services.library.is_of_base(version) else None
 
 
 def _publish(services: Services, name: str, form: FormData) -> Version:

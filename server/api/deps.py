@@ -32,6 +32,7 @@ from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.jobs.files import Retention
 from server.jobs.jobs import Jobs
 from server.metrics.metrics import LaneMetrics, Metrics
+from server.model.base.source import HubModel
 from server.model.text.chat import PromptEncoder
 from server.model.text.tokenizer import BaseTokenizer
 from server.storage.home import Home
@@ -183,6 +184,7 @@ class Services:
 
     settings: Settings
     engine: EngineClient
+    hub_base: HubModel | None  # the base on the hub, if the hub has it
     tokenizer: BaseTokenizer
     encoder: PromptEncoder
     library: Library

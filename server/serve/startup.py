@@ -30,6 +30,7 @@ from server.jobs.jobs import Jobs
 from server.metrics.engine import GatewayCollector
 from server.metrics.home import HomeCollector
 from server.metrics.metrics import Metrics, ServerCollector
+from server.model.base.source import hub_model
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import training_dtype
 from server.model.load import load_on_device
@@ -132,6 +133,7 @@ def build(
     return Services(
         settings=settings,
         engine=engine,
+        hub_base=hub_model(base.directory),
         tokenizer=base.tokenizer,
         encoder=encoder,
         library=library,

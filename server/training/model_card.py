@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from server.model.base.source import HubModel
 from server.system.messages import plural
 
 Fields = Mapping[str, object]
@@ -19,21 +20,31 @@ _MEASURES = {"loss": "{:.4f}", "perplexity": "{:.3f}", "accuracy": "{:.2%}", "ex
 _TITLES = {"base": "untouched base", "latest": "version before", "parent": "parent", "tuned": "this"}
 
 
-def model_card(report: Fields) -> str:
-    """Return the Markdown for the report of a training job or a merge. The report may have been stored as JSON."""
+def model_card(report: Fields, hub: HubModel | None = None) -> str:
+    """Return the Markdown for the report of a training job or a merge. The report may have been stored as JSON.
+
+    `hub` is the base on the hub, if the hub has it.
+    """
     if report.get("kind") == "merge":
-        return _merge_card(report)
-    parts = [_front_matter(report), f"# {_text(report['name'])}"]
+        return _merge_card(report, hub)
+    parts = [_front_matter(report, hub), f"# {_text(report['name'])}"]
     if report["description"]:
         parts.append("\n".join(f"> {_text(line)}" for line in str(report["description"]).splitlines()))
-    parts += [_introduction(report), "## Evaluation", _evaluation(report)]
+    parts += [_introduction(report), *_usage(report, hub), "## Evaluation", _evaluation(report)]
     parts += ["## Cost", _table(("", ""), _cost(report)), "## Origin"]
     parts += [_table(("", ""), _origin(report)), "## Configuration", _configuration(report)]
     curves = _curves(_fields(report, "curves"))
     return "\n\n".join(part for part in [*parts, *curves] if part) + "\n"
 
 
-def _merge_card(report: Fields) -> str:
+def bare_card(base_model: str | None, hub: HubModel | None) -> str:
+    """Return the Markdown for an adapter without a report, such as an uploaded one. It names no version, so that
+    equal adapters have equal cards."""
+    report: Fields = {"base_model": {"name": base_model}, "adapter": True, "method": "lora"}
+    return "\n\n".join([_front_matter(report, hub), "# A LoRA adapter", *_usage(report, hub)]) + "\n"
+
+
+def _merge_card(report: Fields, hub: HubModel | None) -> str:
     config, adapter = _fields(report, "config"), _fields(report, "adapter")
     parts = cast("Sequence[Fields]", _fields(report, "lineage")["parts"])
     made_of = [
@@ -51,13 +62,41 @@ def _merge_card(report: Fields) -> str:
         ("stored", _bytes(report["bytes_stored"])),
         ("wall time", f"{report['wall_seconds']:,.1f} s"),
     ]
-    head = [_front_matter(report), f"# {_text(report['name'])}", _introduction(report)]
+    head = [_front_matter(report, hub), f"# {_text(report['name'])}", _introduction(report), *_usage(report, hub)]
     body = ["## Parts", _table(("adapter", "weight", "digest"), made_of), _table(("", ""), facts)]
     return "\n\n".join([*head, *body]) + "\n"
 
 
-def _front_matter(report: Fields) -> str:
+_AUTO = """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("folder of this file")"""
+_BY_HAND = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("folder or hub id of the base")
+model = PeftModel.from_pretrained(base, "folder of this file")"""
+
+
+def _usage(report: Fields, hub: HubModel | None) -> list[str]:
+    """Return a heading, code that loads the adapter, and a remark about its base. Empty for a whole model."""
+    if not report["adapter"]:
+        return []
+    if hub is not None:
+        remark = f"`adapter_config.json` names the base, {_text(hub.id)}."
+        if hub.note:
+            remark += f" {_text(hub.note)}"
+        return ["## Use", f"```python\n{_AUTO}\n```", remark]
     name = _fields(report, "base_model")["name"]
+    known_as = "" if name is None else f", {_text(name)},"
+    remark = (
+        f"No hub id of its base{known_as} is known. Write the base's folder or hub id to "
+        "`base_model_name_or_path` in `adapter_config.json`, and `AutoPeftModelForCausalLM` finds it by itself."
+    )
+    return ["## Use", f"```python\n{_BY_HAND}\n```", remark]
+
+
+def _front_matter(report: Fields, hub: HubModel | None) -> str:
+    name = _fields(report, "base_model")["name"] if hub is None else hub.id
     values = {
         **({} if name is None else {"base_model": name}),
         "library_name": "peft" if report["adapter"] else "transformers",

@@ -7,6 +7,7 @@ import pytest
 
 from tests.end_to_end.peft_reference import Reference
 from tests.end_to_end.server_process import ServerProcess
+from tests.kits.oracles.hugging_face import decoded
 
 pytestmark = pytest.mark.real
 
@@ -72,7 +73,7 @@ def test_prompt_scores_equal_the_references(
     with reference.adapter(right) if adapter == "right" else nullcontext():
         first, *others = reference.tokenizer.encode(PROMPT)
         # one more token, so that the last row is the distribution after the prompt
-        rows = reference.logprobs(reference.tokenizer.decode([first]), [*others, 0])
+        rows = reference.logprobs(decoded(reference.tokenizer, [first]), [*others, 0])
     ids = [first, *others]
     expected = [float(row[token_id]) for row, token_id in zip(rows, ids[1:], strict=False)]
     best = [row.topk(3) for row in rows[:-1]]

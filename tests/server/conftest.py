@@ -186,6 +186,7 @@ def build_services(
     return Services(
         settings=settings,
         engine=engine,
+        hub_base=None,
         tokenizer=tokenizer,
         encoder=encoder,
         library=library,

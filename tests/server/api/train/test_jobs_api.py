@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from server.jobs.leases import Leases
+from server.model.base.source import HubModel
 from server.model.base.weights import BaseModel
-from server.training.model_card import model_card
+from server.training.model_card import bare_card, model_card
 from server.training.report import build_report
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import StandIn, submit
@@ -150,12 +151,14 @@ async def test_the_card_lies_in_the_download(
     await submit(client)
     report = build_report(SPEC, tiny_base, FOUND)
     StandIn(leases).succeed(report, digest=digest)
-    for path, names in (("up/1", set()), ("codes/1", {"README.md"})):
+    for path, card in (
+        ("up/1", bare_card("someone/tiny-llama", HubModel("someone/tiny-llama"))),
+        ("codes/1", model_card(report)),
+    ):
         response = await client.get(f"/adapters/{path}/download")
         with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
             assert archive.testzip() is None
-            assert set(archive.namelist()) == {"adapter_config.json", "adapter_model.safetensors"} | names
-            if names:
-                assert archive.read("README.md").decode() == model_card(report)
+            assert set(archive.namelist()) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+            assert archive.read("README.md").decode() == card
     again = await client.post("/adapters/copy", files={"archive": ("a.zip", response.content)})
     assert again.json()["digest"] == digest

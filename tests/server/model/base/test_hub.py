@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import StartupError
 from server.model.base.hub import download
-from server.model.base.source import resolve_base
+from server.model.base.source import HubModel, hub_model, resolve_base
 from server.model.base.weights import load_base, read_manifest
 from tests.kits.fake_hub import COMMIT, HubHandler, serving
 
@@ -57,6 +57,7 @@ def test_one_commit_of_safetensors_and_json_only_then_offline(tiny_base_dir: Pat
     manifest = read_manifest(found)
     assert manifest is not None
     assert manifest.revision == COMMIT
+    assert hub_model(found) == HubModel("owner/tiny", COMMIT)
     original = load_base(resolve_base(str(tiny_base_dir), tmp_path))
     assert load_base(found).digest == original.digest
 

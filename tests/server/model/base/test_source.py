@@ -19,7 +19,7 @@ from server.errors import StartupError
 from server.model.base.checkpoint import open_directory
 from server.model.base.convert import convert
 from server.model.base.hub import Snapshot
-from server.model.base.source import resolve_base
+from server.model.base.source import EMBEDDED, hub_model, is_hub_id, resolve_base
 from server.model.base.weights import MANIFEST, WEIGHTS, load_base, read_manifest
 from tests.kits.tiny import save_tiny_base
 
@@ -246,3 +246,33 @@ def test_the_command_reports_a_fault_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("smolora: SMOLORA_MODEL=nothing-there: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("owner/model", True),
+        ("o.w-n/m_1", True),
+        ("model", False),
+        ("/a/b", False),
+        ("./b", False),
+        ("a/b/c", False),
+    ],
+)
+def test_hub_ids(name: str, is_id: bool) -> None:
+    assert is_hub_id(name) == is_id
+
+
+@pytest.mark.real
+def test_the_embedded_base_is_a_copy_of_a_hubs(base_dir: Path) -> None:
+    found = hub_model(base_dir)
+    assert found is not None
+    assert found.id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "quantized" in found.note
+    assert found.id.rpartition("/")[2].lower() == EMBEDDED
+
+
+def test_a_directory_has_no_hub_id(converted_tiny: Path, tmp_path: Path) -> None:
+    """Its path is the server's own business."""
+    assert hub_model(converted_tiny) is None
+    assert hub_model(tmp_path) is None

@@ -7,9 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from server.model.base.source import HubModel
 from server.model.base.weights import BaseModel
 from server.training.evaluate import Scores
-from server.training.model_card import model_card
+from server.training.model_card import bare_card, model_card
 from server.training.report import build_report
 from server.training.spec import JobSpec
 from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
@@ -153,3 +154,23 @@ def test_a_bases_name_is_only_text(tiny_base: BaseModel) -> None:
     text = model_card(build_report(SPEC, replace(tiny_base, name=name), FOUND))
     assert ModelCard(text).data["base_model"] == name
     assert ["base", f'a|b" : <i>c</i>, {tiny_base.digest}'] in rows(text)
+
+
+def test_how_to_load_an_adapter(tiny_base: BaseModel) -> None:
+    """If the base has a hub id, PEFT finds the base by itself."""
+    report = build_report(SPEC, tiny_base, FOUND)
+    plain, known = model_card(report), model_card(report, HubModel("owner/tiny", "c0ffee"))
+    assert "PeftModel.from_pretrained(base," in plain
+    assert "No hub id of its base, tiny-llama, is known." in plain
+    assert ModelCard(known).data["base_model"] == "owner/tiny"
+    assert "AutoPeftModelForCausalLM.from_pretrained(" in known
+    assert "Its weights differ." in model_card(report, HubModel("owner/tiny", note="Its weights differ."))
+    whole = build_report(JobSpec(name="all", method="full"), tiny_base, replace(FOUND, adapter=None))
+    assert "## Use" not in model_card(whole)
+
+
+def test_a_card_without_a_report() -> None:
+    card = bare_card("x<i>y", None)
+    assert ModelCard(card).data["base_model"] == "x<i>y"
+    assert "x\\<i\\>y" in card
+    assert "AutoPeft" in bare_card(None, HubModel("owner/tiny"))
