@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.cluster.conftest import needs_ray
@@ -25,15 +26,23 @@ BODIES: dict[str, dict[str, Any]] = {
     "logprobs": {"temperature": 0.7, "seed": 10, "logprobs": 5, "adapter": "third"},
     "penalties": {"temperature": 0.7, "seed": 11, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
     "regex": {"temperature": 0.7, "seed": 12, "regex": "[a-z]{3} [0-9]+"},
+    "choice": {"temperature": 0.7, "seed": 13, "structured_outputs": {"choice": ["yes", "no", "not sure"]}},
+    "ends": {"temperature": 0.9, "seed": 14, "min_tokens": 20, "stop_token_ids": list(range(3, 60)), "stop": "a"},
+    "scores": {"temperature": 0.7, "seed": 15, "prompt_logprobs": 2, "adapter": "left"},
+    "scores alone": {"max_tokens": 0, "prompt_logprobs": 0},
 }
 
 
-def answer(server: ServerProcess, body: dict[str, Any]) -> tuple[Any, Any]:
-    """Return what must be equal: choices and counts."""
-    response = server.client.post("/generate", json=body)
+def answer(server: ServerProcess, body: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return what must be equal: choices, scores and counts."""
+    return compared(server.client.post("/generate", json=body))
+
+
+def compared(response: httpx.Response) -> tuple[Any, Any, Any]:
+    """Return the parts of an answer that `answer` returns."""
     assert response.status_code == 200, response.text
     found = response.json()
-    return found["choices"], found["usage"]
+    return found["choices"], found.get("prompt_logprobs"), found["usage"]
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -64,7 +73,7 @@ def test_decisions_equal_the_single_processs(api: ServerProcess, single: ServerP
 
 def test_a_stream_is_the_answer_in_pieces(api: ServerProcess, single: ServerProcess) -> None:
     body: dict[str, Any] = {"prompt": "A stream: 500", "max_tokens": 40, "temperature": 0, "adapter": "right"}
-    (choice,), _ = answer(single, body)
+    (choice,), *_ = answer(single, body)
     with api.stream(**body) as pieces:
         found = list(pieces)
     assert "".join(piece.get("text", "") for piece in found) == choice["text"]
