@@ -52,7 +52,9 @@ class TokenizeAnswer(Answer):
     count: int
     max_model_len: int = Field(description="the most tokens of a prompt and its answer")
     tokens: list[int]
-    token_strs: list[str] | None = Field(description="in the tokenizer's spelling; only with return_token_strs")
+    token_strs: list[str] | None = Field(
+        None, description="in the tokenizer's spelling; only with return_token_strs"
+    )
 
 
 class DetokenizeBody(Body):
