@@ -21,6 +21,7 @@ FORMS = ["/adapters/a", "/datasets", "/v1/files"]
 DOCUMENTS = [
     ("POST", "/generate"),
     ("POST", "/compare"),
+    ("POST", "/tokenize"),
     ("POST", "/train"),
     ("POST", "/compositions/m"),
     ("PUT", "/adapters/a/aliases/b"),

@@ -28,7 +28,10 @@ from tests.server.conftest import MakeServices
 
 pytestmark = pytest.mark.anyio
 
-READS = {"/generate", "/compare", "/decide", "/v1/chat/completions", "/v1/completions", "/v1/decisions"}
+READS = {
+    *("/generate", "/compare", "/decide", "/tokenize", "/detokenize"),
+    *("/v1/chat/completions", "/v1/completions", "/v1/decisions"),
+}
 """POST routes that write nothing."""
 DELETES_FILES = {"DELETE /datasets/{dataset_id}", "DELETE /v1/files/{file_id}", "DELETE /train/{job_id}"}
 """Routes that need no space, or have reserved space: they free space."""
