@@ -93,27 +93,26 @@ def text(found: dict[str, Results], costs: Costs | None, curves: Curves | None) 
     compared = compare(found)
     done = {one.task for one in compared}
     missing = [task for task in TASKS if task not in done]
-    parts = [
-        INTRODUCTION.strip(),
-        _setup(found),
-        "## Quality",
-        *([f"Not measured to the end yet: {', '.join(missing)}."] if missing else []),
-        *_quality(found, compared),
-        "## Learning rates",
-        *_rates(found),
-        "## Costs",
-        *_costs(costs, curves),
-        "## Forgetting",
-        *_forgetting(found),
-        "## Equal parameters",
-        _variants(found, SAME_SIZE_TASKS, [(8, "all"), *((rank, targets) for targets, rank in SAME_SIZE)]),
-        "## Rank",
-        _variants(found, MORE_RANKS_TASKS, [(rank, "all") for rank in sorted((*MORE_RANKS, *RANKS))]),
-        "## The default rate",
-        *_defaults(found),
-        "## Claims",
-        _claims(found, compared, costs),
-    ]
+    parts = [INTRODUCTION.strip()]
+    if missing:
+        parts.append(f"Tasks that aren't measured to the end yet: {', '.join(missing)}.")
+    if found:
+        parts += [_setup(found), "## Learning rates", *_rates(found), "## Forgetting", *_forgetting(found)]
+    if compared:
+        parts += ["## Quality", *_quality(found, compared)]
+    if costs is not None:
+        parts += ["## Costs", *_costs(costs, curves)]
+    same_size = [(8, "all"), *((rank, targets) for targets, rank in SAME_SIZE)]
+    ranks = [(rank, "all") for rank in sorted((*MORE_RANKS, *RANKS))]
+    for title, rows in (
+        ("Equal parameters", _variants(found, SAME_SIZE_TASKS, same_size)),
+        ("Rank", _variants(found, MORE_RANKS_TASKS, ranks)),
+        ("The default rate", _defaults(found)),
+    ):
+        if rows is not None:
+            parts += [f"## {title}", rows]
+    if compared:
+        parts += ["## Claims", _claims(found, compared, costs)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -267,10 +266,7 @@ def _valley(results: Results, rank: int, best: float) -> str:
     return f"{best:.2g} ({rates[low]:.2g}–{rates[high]:.2g})"
 
 
-def _costs(costs: Costs | None, curves: Curves | None) -> Iterator[str]:
-    if costs is None:
-        yield "Not measured yet."
-        return
+def _costs(costs: Costs, curves: Curves | None) -> Iterator[str]:
     yield (
         f"{costs.machine}. {costs.model}, {TASK}, 8 rows a step; medians of three rounds, all methods in turn, "
         "each in a fresh process."
@@ -359,8 +355,8 @@ def _text_loss(one: Outcome) -> float:
     return one.text_loss
 
 
-def _variants(found: dict[str, Results], tasks: Sequence[str], methods: Sequence[tuple[int, str]]) -> str:
-    """Tabulate variants of LoRA at their best rates."""
+def _variants(found: dict[str, Results], tasks: Sequence[str], methods: Sequence[tuple[int, str]]) -> str | None:
+    """Tabulate variants of LoRA at their best rates. Return None if fewer than two were tested."""
     rows = []
     for task in tasks:
         for rank, targets in methods:
@@ -376,12 +372,13 @@ def _variants(found: dict[str, Results], tasks: Sequence[str], methods: Sequence
                 ]
             )
     head = ("task", "modules and rank", "parameters", "rate", "test loss", "right")
-    return table(head, rows) if len(rows) > 1 else "Not measured yet."
+    return table(head, rows) if len(rows) > 1 else None
 
 
-def _defaults(found: dict[str, Results]) -> Iterator[str]:
+def _defaults(found: dict[str, Results]) -> str | None:
+    """Compare the default rate with the best one. Return None if no task has both."""
     usual_rate = LEARNING_RATES["lora"]
-    yield f"Rank {DEFAULT_RANK} at the service's default rate, {usual_rate:g}, and at the task's best rate:"
+    title = f"Rank {DEFAULT_RANK} at the service's default rate, {usual_rate:g}, and at the task's best rate:"
     rows = []
     for results in found.values():
         usual = results.tests_at(usual_rate, DEFAULT_RANK)
@@ -390,9 +387,8 @@ def _defaults(found: dict[str, Results]) -> Iterator[str]:
             cells = [_mean(tests, lambda one: one.loss, "{:.4f}") for tests in (usual, tuned)]
             cells += [_mean(tests, lambda one: one.share_right) for tests in (usual, tuned)]
             rows.append([results.task, f"{results.best(DEFAULT_RANK):.2g}", *cells])
-    yield table(
-        ("task", "best rate", "loss at the default", "at the best", "right at the default", "at the best"), rows
-    )
+    head = ("task", "best rate", "loss at the default", "at the best", "right at the default", "at the best")
+    return f"{title}\n\n{table(head, rows)}" if rows else None
 
 
 def _claims(found: dict[str, Results], compared: Sequence[Compared], costs: Costs | None) -> str:
