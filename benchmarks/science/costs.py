@@ -109,6 +109,7 @@ def _cost(trial: Trial, place: Place) -> Cost:
     trainable, trainer = runner.start(trial)
     steps = [trainer.run_step() for _ in range(min(STEPS, trainer.total_steps))]
     timed = steps[WARM_UP:] or steps
+    peak_memory = peak_memory_bytes(runner.base.device)  # before the result is stored
     state = {name: tensor.nbytes for name, tensor in trainer.state().items()}
     return Cost(
         trial.rank,
@@ -117,7 +118,7 @@ def _cost(trial: Trial, place: Place) -> Cost:
         state["mean"] + state["square"],
         sum(state.values()),
         _stored_bytes(runner, trial, trainable),
-        peak_memory_bytes(runner.base.device),
+        peak_memory,
         sum(step.num_tokens for step in timed) / sum(step.seconds for step in timed),
     )
 
