@@ -194,7 +194,7 @@ class Adapter:
         assert self.placement is not None
         run = self.placement[group]
         moved = replace(run, first_row=start) if kind == "rows" else replace(run, first_unit=start)
-        self.placement = {**self.placement, group: moved}
+        self.placement = Placement({**self.placement, group: moved})
 
     @property
     def failure(self) -> SmoloraError | None:
@@ -524,10 +524,12 @@ class AdapterPool:
                         self._spaces[taken].release(first, _size([adapter], taken))
                     return False
                 starts[space] = start
-        adapter.placement = {
-            group: Run(needs, starts[group, "rows"], starts[group, "units"])
-            for group, needs in adapter.needs.items()
-        }
+        adapter.placement = Placement(
+            {
+                group: Run(needs, starts[group, "rows"], starts[group, "units"])
+                for group, needs in adapter.needs.items()
+            }
+        )
         return True
 
     def _place(self, adapter: Adapter) -> None:

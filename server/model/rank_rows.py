@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -240,8 +241,28 @@ class Run:
     first_unit: int
 
 
-Placement = Mapping[str, Run]
-"""The rows and units that an adapter has in the pool of each group."""
+class Placement(dict[str, Run]):
+    """The rows and units that an adapter has in the pool of each group. It must not be changed once built.
+
+    `table` has what steps need: int64 (modules of `GROUPS`, 3), each module's rank, its first row of
+    A and its first unit of B in the group's pool. A module that the adapter doesn't target has rank 0.
+    """
+
+    def __init__(self, runs: Mapping[str, Run]) -> None:
+        super().__init__(runs)
+        self.table = np.zeros((sum(map(len, GROUPS.values())), 3), np.int64)
+        module = 0
+        for group, names in GROUPS.items():
+            if (run := runs.get(group)) is not None:
+                targets = {rows.module: rows for rows in run.rows.modules}
+                row, unit = run.first_row, run.first_unit
+                for place, name in enumerate(names, module):
+                    if (rows := targets.get(name)) is not None:
+                        row, unit = run.first_row + rows.row, run.first_unit + rows.unit
+                    self.table[place] = rows.rank if rows else 0, row, unit
+                    row += rows.rank if rows else 0
+            module += len(names)
+
 
 Stored = LoraWeights | PackedFile
 """An adapter outside of the pools: as it was published, or packed in the layout of the pools."""
@@ -267,7 +288,7 @@ class RankRows:
         self.layout = RowLayout(shape, row_format)
         self.layouts = self.layout.groups
         self._ends: dict[str, tuple[int, int]] = {}  # by group: the ends of the rows and units used so far
-        self._last: Placement = {}
+        self._last: Mapping[str, Run] = {}
         self.lacks_pages = False
         """Whether an adapter has used the pages that `take_ahead` allocated."""
         self._uploads = None if device.type == "cpu" else Uploads(device)
@@ -316,7 +337,7 @@ class RankRows:
         return self.layout.needs_of(stored) if isinstance(stored, LoraWeights) else stored.needs
 
     @torch.inference_mode()
-    def place(self, stored: Stored, placement: Placement) -> None:
+    def place(self, stored: Stored, placement: Mapping[str, Run]) -> None:
         """Copy an adapter into its part of the pools (`placement`), which may be read after this returns.
 
         Other parts may be used during the copy: a GPU copies and computes at the same time. Raise ValueError or

@@ -199,13 +199,13 @@ def place(rows: RankRows, adapters: Sequence[LoraWeights], seed: int = 0) -> lis
     next_unit: Counter[str] = Counter()
     placements: dict[int, Placement] = {}
     for i in rng.sample(range(len(adapters)), len(adapters)):
-        placement: dict[str, Run] = {}
+        runs: dict[str, Run] = {}
         for group, needs in rows.needs(adapters[i]).items():
             first_row, first_unit = next_row[group] + rng.randrange(3), next_unit[group] + rng.randrange(5)
-            placement[group] = Run(needs, first_row, first_unit)
+            runs[group] = Run(needs, first_row, first_unit)
             next_row[group], next_unit[group] = first_row + needs.num_rows, first_unit + needs.num_units
             assert next_row[group] <= rows.num_rows(group), "the test's pool is too small"
             assert next_unit[group] <= rows.num_units(group), "the test's pool is too small"
-        rows.place(adapters[i], placement)
-        placements[i] = placement
+        placements[i] = Placement(runs)
+        rows.place(adapters[i], placements[i])
     return [placements[i] for i in range(len(adapters))]

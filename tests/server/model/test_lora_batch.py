@@ -1,6 +1,9 @@
 """The served low-rank path compared with the dense `ops.lora.add_dense`, and with W + Σ w s B A itself."""
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from types import FrameType
 
 import pytest
 import torch
@@ -8,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
+from server.model import lora_batch
+from server.model.device import to_device
 from server.model.lora_batch import MIN_BLOCK, MIN_DENSE, LoraBatch, Parts, TokenRun
 from server.model.ops.linear import add_dense
-from server.model.rank_rows import GROUPS, RankRows, RowFormat
+from server.model.rank_rows import GROUPS, Placement, RankRows, RowFormat, Run
 from tests.kits.engines import place, random_adapter
 from tests.kits.properties import num_examples
 from tests.server.model.test_rank_rows import CPU, SHAPE
@@ -232,3 +237,112 @@ def test_output_sizes_of_any_ratio(unit_sizes: tuple[int, int, int]) -> None:
         modules = [weights.modules[ModuleKey(0, name)] for name in MODULES[:3]]
         expected = torch.cat([-2.0 * m.scaling * (x @ m.a.t() @ m.b.t()) for m in modules], -1)
         assert torch.allclose(found, expected, atol=1e-4)
+
+
+Term = tuple[int, int, int, int]
+"""A token, a row of A, a unit of B, and the output unit of the token that this product adds to."""
+
+
+def terms_of(rows: RankRows, group: str, runs: Sequence[TokenRun]) -> list[Term]:
+    """Return the terms of short runs, in the order in which they are added, one adapter row at a time."""
+    terms, layout, first_token = [], rows.layouts[group], 0
+    for run in runs:
+        if not run.parts or run.stop - run.start >= MIN_BLOCK:
+            continue
+        for token in range(first_token, first_token + run.stop - run.start):
+            for output in range(layout.units_per_token):
+                for placement, _ in run.parts:
+                    for module in placement[group].rows.modules if group in placement else ():
+                        step, width = output - module.out_start // layout.unit, module.out_features // layout.unit
+                        if 0 <= step < width:
+                            place = placement[group]
+                            terms += [
+                                (
+                                    token,
+                                    place.first_row + module.row + i,
+                                    place.first_unit + module.unit + i * width + step,
+                                    token * layout.units_per_token + output,
+                                )
+                                for i in range(module.rank)
+                            ]
+        first_token += run.stop - run.start
+    return terms
+
+
+@settings(max_examples=num_examples(40), deadline=None)
+@given(st.lists(st.tuples(blends.map(tuple), lengths), min_size=1, max_size=10))
+def test_terms_have_the_order_of_a_plain_loop(batch: list[tuple[Blend, int]]) -> None:
+    """The order of the terms decides how sums are rounded."""
+    runs, _ = runs_of(batch)
+    planned = LoraBatch(ROWS, runs)._short
+    for group in ROWS.layouts:
+        expected = terms_of(ROWS, group, runs)
+        assert (group in planned) == bool(expected)
+        if not expected:
+            continue
+        plan = planned[group]
+        pairs: list[tuple[int, int]] = []  # (token, row of A) in the order of the products with A
+        for shrink in plan.shrinks:
+            tokens = range(shrink.tokens.start, shrink.tokens.stop)
+            if isinstance(shrink, lora_batch._DenseShrink):
+                pairs += [(t, row) for t in tokens for at in shrink.rows for row in range(at.start, at.stop)]
+            else:
+                pairs += [
+                    (t + tokens.start, row)
+                    for t, row in zip(shrink.pairs.tokens.tolist(), shrink.pairs.rows.tolist(), strict=True)
+                ]
+        hidden = range(len(pairs)) if plan.hidden_index is None else plan.hidden_index.tolist()
+        bags = plan.bags.tolist()
+        outputs = [bag for bag in range(len(bags) - 1) for _ in range(bags[bag], bags[bag + 1])]
+        found = [
+            (*pairs[pair], unit, output)
+            for pair, unit, output in zip(hidden, plan.unit_index.tolist(), outputs, strict=True)
+        ]
+        assert found == expected
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_step_of_256_adapters_plans_without_a_loop_over_their_rows(
+    num_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One upload of at most 256 kB, and a bounded number of calls for each adapter."""
+    width, inner, keys = 576, 1536, 192  # SmolLM-135M's
+    outputs = (width, keys, keys, width, inner, inner, width)
+    inputs = (width, width, width, width, width, width, inner)
+    shape = BaseShape(1, dict(zip(MODULES, zip(outputs, inputs, strict=True), strict=True)))
+    rows = RankRows(shape, max_rank=16 * 256, row_format=RowFormat.of_torch(torch.float32, CPU), device=CPU)
+    needs = rows.layout.needs(dict.fromkeys(shape.features, 16))
+    placements = [
+        Placement({group: Run(need, i * need.num_rows, i * need.num_units) for group, need in needs.items()})
+        for i in range(256)
+    ]
+    uploads: list[int] = []
+
+    def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        uploads.append(tensor.nbytes)
+        return to_device(tensor, device)
+
+    monkeypatch.setattr(lora_batch, "to_device", upload)
+
+    def calls(num: int) -> int:
+        runs = [
+            TokenRun(i, i + 1, tuple((placements[(i + part) % 256], 0.5) for part in range(num_parts)))
+            for i in range(num)
+        ]
+        counts: Counter[str] = Counter()
+
+        def count(frame: FrameType, event: str, argument: object) -> None:
+            counts[event] += 1
+
+        sys.setprofile(count)
+        try:
+            LoraBatch(rows, runs)
+        finally:
+            sys.setprofile(None)
+        return counts["call"] + counts["c_call"]
+
+    calls(2)
+    few, many = calls(6), calls(256)
+    assert len(uploads) == 3
+    assert uploads[-1] <= 256_000
+    assert many - few <= 3 * 250, "planned one row or unit after the other"

@@ -94,7 +94,7 @@ def pool_of(shape: BaseShape, stored: Stored, max_rank: int = 40) -> tuple[RankR
     rows = RankRows(shape, max_rank=max_rank, row_format=ROW_FORMAT, device=CPU)
     for tensor in (*rows.a.values(), *rows.b.values()):
         tensor.zero_()
-    placement = {group: Run(need, 6, 12) for group, need in rows.needs(stored).items()}
+    placement = Placement({group: Run(need, 6, 12) for group, need in rows.needs(stored).items()})
     rows.place(stored, placement)
     return rows, placement
 
