@@ -244,13 +244,38 @@ def test_unset_trace_sampler_stays_unset(service: str) -> None:
 
 
 def test_native_code_of_the_image_comes_with_the_wheel() -> None:
-    """Only the build stage has the compiler, and nothing needed for the wheel is ignored."""
+    """Only the build stage has the C++ compiler, and nothing needed for the wheel is ignored."""
     *_, build, last = DOCKERFILE.split("\nFROM ")
     assert build.index("install --yes --no-install-recommends g++") < build.index("pip wheel")
-    assert "apt-get" not in last
+    assert "g++" not in last
     (files,) = re.findall(r"^COPY (.* setup\.py) \./$", build, re.MULTILINE)
     allowed = (ROOT / ".dockerignore").read_text().splitlines()
     assert {f"!{name}" for name in (*files.split(), "adapters", "server")} <= set(allowed)
+
+
+def test_gpu_image_compiles_triton_launchers(services: Mapping[str, Any]) -> None:
+    """It has a C compiler and Python's headers, and caches libraries where they may be executed."""
+    last = DOCKERFILE.split("\nFROM ")[-1]
+    assert re.search(
+        r'^RUN \[ "\$TORCH" != torch-cuda \] \\\n.* install --yes .* gcc libc6-dev ', last, re.MULTILINE
+    )
+    (directory,) = re.findall(r"TRITON_CACHE_DIR=(\S+)", last)
+    assert directory.startswith("/data/")
+    assert re.search(r"^VOLUME /data$", last, re.MULTILINE)
+    (volume,) = services["server-gpu"]["volumes"]
+    assert volume == "home-gpu:/data" or (volume["target"], volume["type"]) == ("/data", "volume")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+@pytest.mark.parametrize(
+    ("torch_stage", "compiler", "code"),
+    [("torch-cuda", "gcc", 0), ("torch-cuda", "false", 1), ("torch", "false", 0)],
+)
+def test_gpu_build_ends_without_pythons_headers(torch_stage: str, compiler: str, code: int) -> None:
+    (check,) = re.findall(r'^RUN (\[ "\$TORCH" != torch-cuda \] \|\| ! .*)$', DOCKERFILE, re.MULTILINE)
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["sh", "-c", check.replace("gcc -x", f"{compiler} -x")]
+    assert subprocess.run(command, env={"PATH": python, "TORCH": torch_stage}, check=False).returncode == code
 
 
 def test_image_user_can_read_copied_files() -> None:

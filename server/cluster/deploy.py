@@ -21,6 +21,7 @@ from server.cluster.replica import EngineReplica
 from server.cluster.transport import APP, DEPLOYMENT, has_room, is_too_small, replica_counts, start_fault
 from server.config import Flag, Settings, load
 from server.engine.request import GenerationRequest
+from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
 from server.jobs.yielding import NUM_PLACES, BusyFlag
 from server.model.load import load_on_device
@@ -129,7 +130,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
                 min_replicas=scale.replicas,
                 initial_replicas=scale.replicas,
                 max_replicas=scale.most,
-                target_ongoing_requests=settings.max_num_seqs,
+                target_ongoing_requests=settings.max_num_seqs or SchedulerLimits.max_num_seqs,
                 metrics_interval_s=1,
                 look_back_period_s=2,
                 upscale_delay_s=scale.upscale_seconds,

@@ -236,7 +236,12 @@ class Settings(Limits, WorkerSettings):
         description="Where to listen; for a name with both kinds of address, its IPv4 address.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
-    max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences in one batch.")
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Sequences in one batch. Default: 32, or up to 256 on a GPU whose memory allows that many.",
+    )
     max_queue: int = Field(
         256,
         ge=1,

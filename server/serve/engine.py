@@ -39,6 +39,9 @@ from server.system.cgroups import memory_left
 _SHARE = 8
 """On a CPU each cache takes at most 1 / _SHARE of the free memory, which other processes need, too."""
 _MIN_ADAPTER_BYTES, _MAX_ADAPTER_BYTES = 64 << 20, 8 << 30
+_GPU_SEQS = (256, 128, 64)
+"""The default numbers of sequences in one batch on a GPU, the largest first. A number fits if a step's tensors
+take at most a quarter of the memory that training leaves. If none fits, the default is the CPU's."""
 _PROCESS_BYTES = 512 << 20
 """GPU memory of each process besides tensors: its context, and fragmentation."""
 _MEMINFO = Path("/proc/meminfo")
@@ -52,20 +55,30 @@ class CacheSizes:
     adapter_cache: int
 
 
-def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
+def cpu_caches(settings: Settings, free: int, one: int, max_num_seqs: int) -> CacheSizes:
     """Return the cache sizes that the settings give, or by default a share of the `free` bytes for each cache.
 
     `one` is how many bytes the keys and values of one sequence of maximum length take. The default key/value cache
-    has room for at least one such sequence, and at most for as many as can run at once.
+    has room for at least one such sequence, and at most for `max_num_seqs`, which can run at once.
     """
     share = free // _SHARE
     return CacheSizes(
-        int(settings.kv_cache_bytes or min(max(share, one), settings.max_num_seqs * one)),
+        int(settings.kv_cache_bytes or min(max(share, one), max_num_seqs * one)),
         int(settings.adapter_cache_bytes or min(max(share, _MIN_ADAPTER_BYTES), _MAX_ADAPTER_BYTES)),
     )
 
 
-def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -> CacheSizes:
+def gpu_seqs(settings: Settings, free: int, total: int, step: Callable[[int], int]) -> int:
+    """Return the sequences in one batch that the settings give, or by default as many as a GPU's memory allows.
+
+    `step` returns the bytes of a step's tensors for a number of sequences.
+    """
+    left = _left(settings, free, total)
+    fitting = (num for num in _GPU_SEQS if step(num) <= left // 4)
+    return settings.max_num_seqs or next(fitting, SchedulerLimits.max_num_seqs)
+
+
+def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int, max_num_seqs: int) -> CacheSizes:
     """Return the cache sizes that the settings give, or by default parts of a GPU's remaining memory.
 
     By default the key/value cache gets up to 2/3 of the remaining memory, and the adapter cache gets the rest. To
@@ -73,9 +86,9 @@ def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -
     `step` bytes for a step's tensors, and the overhead of the server's and the workers' processes. `one`, and the
     limits of the key/value cache, are as in `cpu_caches`. Raise StartupError if too little memory is left.
     """
-    left = free - int(settings.training_memory * total) - step - (1 + settings.workers) * _PROCESS_BYTES
+    left = _left(settings, free, total) - step
     most = min(left * 2 // 3, left - _MIN_ADAPTER_BYTES)
-    keys_and_values = min(max(most, one), settings.max_num_seqs * one)
+    keys_and_values = min(max(most, one), max_num_seqs * one)
     kv_cache = int(settings.kv_cache_bytes or keys_and_values)
     adapters = min(max(left - kv_cache, _MIN_ADAPTER_BYTES), _MAX_ADAPTER_BYTES)
     adapter_cache = int(settings.adapter_cache_bytes or adapters)
@@ -86,6 +99,11 @@ def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -
             "SMOLORA_MAX_NUM_SEQS or SMOLORA_TRAIN_MEMORY, or train elsewhere (SMOLORA_WORKERS=0)"
         )
     return CacheSizes(kv_cache, adapter_cache)
+
+
+def _left(settings: Settings, free: int, total: int) -> int:
+    """Return the `free` bytes of a GPU without training's share and the overhead of all processes."""
+    return free - int(settings.training_memory * total) - (1 + settings.workers) * _PROCESS_BYTES
 
 
 def gpu_share(settings: Settings, total: int) -> float:
@@ -209,19 +227,27 @@ def max_model_len_of(settings: Settings, base: BaseModel) -> int:
 
 def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> EngineConfig:
     block_size = EngineConfig.block_size
-    limits = SchedulerLimits.on(base.device.type, settings.max_num_seqs, settings.prefill_share)
     padded_len = -(-max_model_len // block_size) * block_size
     one = padded_len * kv_bytes_per_token(base)
+
+    def limits_of(num_seqs: int) -> SchedulerLimits:
+        return SchedulerLimits.on(base.device.type, num_seqs, settings.prefill_share)
+
+    def step(num_seqs: int) -> int:
+        return step_bytes(base.config, base.dtype.itemsize, limits_of(num_seqs), padded_len)
+
     if base.device.type == "cpu":
-        sizes = cpu_caches(settings, free_bytes(), one)
+        num_seqs = settings.max_num_seqs or SchedulerLimits.max_num_seqs
+        sizes = cpu_caches(settings, free_bytes(), one, num_seqs)
     else:
-        needed = step_bytes(base.config, base.dtype.itemsize, limits, padded_len)
-        sizes = gpu_caches(settings, *torch.cuda.mem_get_info(base.device), one, needed)
+        free, total = torch.cuda.mem_get_info(base.device)
+        num_seqs = gpu_seqs(settings, free, total, step)
+        sizes = gpu_caches(settings, free, total, one, step(num_seqs), num_seqs)
     return EngineConfig(
         max_model_len=max_model_len,
         kv_cache_bytes=sizes.kv_cache,
         adapter_cache_bytes=sizes.adapter_cache,
-        scheduler=limits,
+        scheduler=limits_of(num_seqs),
     )
 
 

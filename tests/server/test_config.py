@@ -25,7 +25,7 @@ def test_defaults_are_the_contracts() -> None:
     assert str(settings.home) == "data"
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "smollm2-135m-instruct")
     assert (settings.device, settings.dtype) == ("auto", "auto")
-    assert (settings.max_num_seqs, settings.max_queue, settings.max_model_len) == (32, 256, None)
+    assert (settings.max_num_seqs, settings.max_queue, settings.max_model_len) == (None, 256, None)
     assert (settings.kv_cache_bytes, settings.adapter_cache_bytes) == (None, None)
     assert (settings.api_keys, settings.allow_anonymous, settings.workers) == ((), "0", 1)
     assert (settings.train_share, settings.train_slice) == (0.25, 600)

@@ -16,6 +16,7 @@ from server.serve.engine import (
     cpu_caches,
     free_bytes,
     gpu_caches,
+    gpu_seqs,
     gpu_share,
     step_bytes,
 )
@@ -42,12 +43,14 @@ SMOL_1700M = ModelConfig(
 
 
 def of_cpu(free: int, **settings: object) -> tuple[int, int]:
-    found = cpu_caches(Settings.model_validate(settings), free, SEQUENCE)
+    given = Settings.model_validate(settings)
+    found = cpu_caches(given, free, SEQUENCE, given.max_num_seqs or 32)
     return found.kv_cache, found.adapter_cache
 
 
 def of_gpu(free: int, total: int, **settings: object) -> tuple[int, int]:
-    found = gpu_caches(Settings.model_validate(settings), free, total, SEQUENCE, STEP)
+    given = Settings.model_validate(settings)
+    found = gpu_caches(given, free, total, SEQUENCE, STEP, given.max_num_seqs or 32)
     return found.kv_cache, found.adapter_cache
 
 
@@ -85,7 +88,7 @@ def test_the_shares_of_server_and_workers_add_up(total: int, workers: int, train
     assert job is not None
     assert job == pytest.approx((train_memory or 0.5) / workers)
     for used in (GIB, 2 * GIB):
-        caches = gpu_caches(settings, total - used, total, SEQUENCE, STEP)
+        caches = gpu_caches(settings, total - used, total, SEQUENCE, STEP, 256)
         ours = used + caches.kv_cache + caches.adapter_cache + STEP
         assert ours + workers * (job * total + _PROCESS_BYTES) <= total
     assert gpu_share(settings, total) * total + workers * (job * total + _PROCESS_BYTES) <= total
@@ -116,6 +119,20 @@ def test_the_size_of_a_steps_tensors() -> None:
     assert 2 * 1.07e9 < needed < 2 * 1.07e9 + 1e9
     halved = step_bytes(SMOL_1700M, 2, replace(limits, max_num_seqs=16), 8192)
     assert needed - halved > 1.07e9
+
+
+def test_a_gpu_runs_as_many_sequences_as_its_memory_allows() -> None:
+    """A step's tensors take at most a quarter of what training leaves; a setting decides otherwise."""
+
+    def step(num_seqs: int) -> int:
+        return step_bytes(SMOL_1700M, 2, SchedulerLimits.on("cuda", num_seqs), 8192)
+
+    for total, expected in ((8 * GIB, 32), (24 * GIB, 32), (40 * GIB, 64), (80 * GIB, 128), (192 * GIB, 256)):
+        assert gpu_seqs(Settings.model_validate({}), total, total, step) == expected
+        assert gpu_seqs(Settings.model_validate({}), total, total, lambda num_seqs: num_seqs << 22) == (
+            256 if total > 9 * GIB else 128
+        )
+        assert gpu_seqs(Settings.model_validate({"max_num_seqs": 7}), total, total, step) == 7
 
 
 def test_free_memory_is_read_from_the_system(tmp_path: Path) -> None:

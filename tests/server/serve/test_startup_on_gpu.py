@@ -36,7 +36,8 @@ async def test_the_server_limits_its_gpu_memory(tmp_path: Path, tiny_base_dir: P
         services = build(given, lambda line: None)
         assert card.memory_fraction == gpu_share(given, card.total_bytes) == pytest.approx(0.5 - 1 / 24)
         engine = engine_of(services)
-        assert (engine.config.scheduler.chunk_size, engine.config.scheduler.max_prefill_tokens) == (512, 4096)
+        limits = engine.config.scheduler
+        assert (limits.max_num_seqs, limits.chunk_size, limits.max_prefill_tokens) == (256, 512, 4096)
         pools = (*engine.pool.rows.a.values(), *engine.pool.rows.b.values())
         assert all(is_on_card(pool) and pool.dtype is torch.bfloat16 for pool in pools)
         await services.engine.stop()
