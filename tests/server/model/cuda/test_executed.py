@@ -1,0 +1,137 @@
+"""bf16: the compiled programs, executed on the CPU, against torch's results that were accumulated in fp32."""
+
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from server.model.cuda import attention, linear, lora, rows, sampling
+from server.model.cuda.variants import Variant, variants
+from server.model.rank_rows import GROUPS
+from tests.kits import kernels as kit
+from tests.kits.kernels import ARCHITECTURES, FAMILY, MAX_PAGES, PAGE, SMALL, Launch, executed
+from tests.kits.ptx import Fault
+
+BF16 = torch.bfloat16
+PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
+QUICK = (80, 90, 100)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(a, marks=[] if a in QUICK else pytest.mark.thorough) for a in ARCHITECTURES],
+)
+def launch(request: pytest.FixtureRequest) -> Launch:
+    """Return a launch for each architecture."""
+    return executed(request.param)
+
+
+SMALL_NAMES = variants(SMALL, PAGE, MAX_PAGES)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products(launch: Launch, product: str) -> None:
+    """A row has the same bits alone, in a batch, and in a tall program."""
+    assert kit.check_linear(launch, SMALL_NAMES, BF16, product, 19) <= (1e-6 if product == "head" else 1)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_adapters_and_blends(launch: Launch, group: str) -> None:
+    assert kit.check_lora(launch, SMALL_NAMES, SMALL, BF16, group) <= 1
+
+
+def test_attention(launch: Launch) -> None:
+    """Blocks without an owner, and positions that nobody wrote, are NaN."""
+    assert kit.check_attention(launch, SMALL_NAMES, SMALL, BF16) <= 1
+
+
+def test_rows_by_themselves(launch: Launch) -> None:
+    assert kit.check_rows(launch, SMALL_NAMES, SMALL, BF16) <= 1
+
+
+def test_tokens(launch: Launch) -> None:
+    kit.check_tokens(launch, SMALL_NAMES, SMALL)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("size", "architecture"), [("135M", 80), ("360M", 86), ("1.7B", 90), ("3B", 100)])
+def test_sizes_of_the_family(size: str, architecture: int) -> None:
+    """Attention with groups of 3, 1 and 4, and heads of 64 and 128; products as long as they get."""
+    config, launch = FAMILY[size], executed(architecture)
+    names = variants(config, PAGE, MAX_PAGES)
+    assert kit.check_attention(launch, names, config, BF16) <= 1
+    assert kit.check_rows(launch, names, config, BF16) <= 1
+    kit.check_tokens(launch, names, config)
+    assert kit.check_linear(launch, names, BF16, "o", 3) <= 1
+    if size == "135M":
+        assert kit.check_linear(launch, names, BF16, "down", 37) <= 1
+        assert kit.check_lora(launch, names, config, BF16, "qkv") <= 1
+
+
+FAULTS = {
+    "no mask of tokens": (linear, "mask=rows[:, None] < M, other=0.0)\n    return", "mask=None)\n    return"),
+    "tokens of the next chunk": (
+        lora,
+        "mask=m[:, None] < tokens, other=0.0)\n            a =",
+        "mask=m[:, None] < 16, other=0.0)\n            a =",
+    ),
+    "no mask of ranks in shrink": (lora, "mask=m[None, :] < rank", "mask=m[None, :] < 16"),
+    "no mask of ranks in expand": (lora, "mask=m[:, None] < rank,\n", "mask=m[:, None] < 16,\n"),
+    "no mask of values": (
+        attention,
+        "mask=exists[:, None], other=0.0)\n            acc",
+        "mask=p[:, None] >= 0, other=0.0)\n            acc",
+    ),
+    "no causal mask": (
+        attention,
+        "live[:, None] & (p[None, :] <= (position + token)[:, None])",
+        "live[:, None] & exists[None, :]",
+    ),
+    "a wrong running maximum": (
+        attention,
+        "new_top = tl.maximum(top, tl.max(scores, 1))",
+        "new_top = tl.max(scores, 1)",
+    ),
+    "a part that isn't rescaled": (attention, "acc * shrink[:, None], input", "acc, input"),
+    "parts that are joined without weights": (attention, "acc += weight * tl.load", "acc += tl.load"),
+    "another epsilon": (rows, "/ D + EPS", "/ D + 0.1"),
+    "sines of the wrong sign": (rows, "sin + position * DIM + half + d", "sin + position * DIM + d"),
+    "noise of another token": (sampling, "h = t.to(tl.uint32) ^ key0", "h = (t + 1).to(tl.uint32) ^ key0"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str) -> None:
+    module, original, replacement = FAULTS[fault]
+    broken = kit.changed(module, original, replacement)
+    names = {name: _of(broken, variant) for name, variant in SMALL_NAMES.items()}
+    launch = executed(90)
+    with pytest.raises((Fault, AssertionError)):
+        check(module, launch, names)
+
+
+def check(module: ModuleType, launch: Launch, names: kit.Names) -> None:
+    if module is linear:
+        assert kit.check_linear(launch, names, BF16, "o", 19) <= 1
+    elif module is lora:
+        assert kit.check_lora(launch, names, SMALL, BF16, "qkv") <= 1
+    elif module is attention:
+        assert kit.check_attention(launch, names, SMALL, BF16) <= 1
+    elif module is rows:
+        assert kit.check_rows(launch, names, SMALL, BF16) <= 1
+    else:
+        kit.check_tokens(launch, names, SMALL)
+
+
+def _of(module: ModuleType, variant: Variant) -> Variant:
+    """Return the variant with the module's kernel of the same name, if it has one."""
+    name = variant.kernel.__name__  # type: ignore[attr-defined]
+    return Variant(
+        getattr(module, name, variant.kernel),
+        variant.types,
+        variant.constants,
+        variant.num_warps,
+        variant.num_stages,
+    )

@@ -1,0 +1,23 @@
+"""fp32: the kernels in Triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.mark.parametrize("sizes", ["", pytest.param("--all", marks=pytest.mark.thorough)])
+def test_fp32_is_right_and_has_the_same_bits_in_any_batch(sizes: str) -> None:
+    command = [sys.executable, "-m", "tests.server.model.cuda.interpreted", *sizes.split()]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
+    assert len(errors) >= 11
+    assert max(errors.values()) <= 2e-6, errors
