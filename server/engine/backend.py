@@ -1,7 +1,7 @@
 """The interface of backends, which compute a base model's forward pass, and the code that they share.
 
-`torch_backend` runs on any device and is the test oracle of `native_backend`, which runs on CPUs. To support
-another kind of device, add one subclass of `Backend`.
+`torch_backend` runs on any device and is the test oracle of `native_backend`, which runs on CPUs, and of
+`cuda_backend`, for NVIDIA GPUs. To support another kind of device, add one subclass of `Backend`.
 """
 
 import math

@@ -53,14 +53,19 @@ def build_engine(
     model: SmolLM | None = None,
     guidance: Guidance | None = None,
     native: NativeModel | None = None,
+    other: Backend | None = None,
 ) -> Engine:
-    """Return an engine with `num_blocks` usable blocks and a total rank of at most `max_rank` on all modules."""
+    """Return an engine with `num_blocks` usable blocks and a total rank of at most `max_rank` on all modules.
+
+    Its backend is torch's, or that of `native`, or `other`.
+    """
     adapters = {} if adapters is None else adapters
     model = model or SmolLM(base.config, base.weights, max_positions=max_model_len)
     backend: Backend = TorchBackend(model)
     rank_bytes, block_bytes = backend.bytes_per_rank, backend.bytes_per_block(block_size)
     if native is not None:
         backend = NativeBackend(native)
+    backend = other or backend
     config = EngineConfig(
         max_model_len=max_model_len,
         kv_cache_bytes=num_blocks * block_bytes,

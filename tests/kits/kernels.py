@@ -37,7 +37,7 @@ from server.model.rank_rows import RankRows, RowFormat
 from tests.kits import ptx
 from tests.kits.engines import place, random_adapter
 
-PAGE, MAX_PAGES = 16, 64
+PAGE = 16
 Launch = Callable[[Variant, tuple[int, ...], Sequence[torch.Tensor]], None]
 Names = Mapping[str, Variant]
 
@@ -142,8 +142,45 @@ def executed(architecture: int) -> Launch:
 
 def interpreted(variant: Variant, grid: tuple[int, ...], tensors: Sequence[torch.Tensor]) -> None:
     """Launch in Triton's interpreter. The process must have begun with TRITON_INTERPRET=1."""
-    kernel: Any = variant.kernel
-    kernel[grid](*tensors, **variant.constants)
+    variant.kernel[grid](*tensors, **variant.constants)
+
+
+def in_torch() -> Launch:
+    """Return a launch that runs the kernels' torch forms instead."""
+    attended: list[torch.Tensor] = []
+
+    def launch(variant: Variant, grid: tuple[int, ...], tensors: Sequence[torch.Tensor]) -> None:
+        constants: Any = variant.constants
+        name, (first, *others) = variant.kernel.__name__, tensors
+        if name == "linear":
+            w, residual, y, count = others
+            linear_in_torch(first, w, residual if constants["HAS_RESIDUAL"] else None, y, count)
+        elif name == "lora_shrink":
+            lora.lora_shrink_in_torch(first, *others)
+        elif name == "lora_expand":
+            starts = (0, constants["OUT1"], constants["OUT2"])[: constants["MODULES"]]
+            lora.lora_expand_in_torch(first, *others, (*starts, constants["OUT"]))  # type: ignore[arg-type,call-arg]
+        elif name == "attention_split":
+            k_cache, v_cache, tables, works, count = others[:5]
+            out = torch.full_like(first, math.nan)
+            scale = constants["SCALE"] * math.log(2)
+            attention_in_torch(first, k_cache, v_cache, tables, works[: int(count)], out, scale)
+            attended[:] = [out]
+        elif name == "attention_combine":
+            tensors[-1].copy_(attended[0])
+        elif name == "rms_norm":
+            rms_norm_in_torch(first, *others, constants["EPS"])  # type: ignore[arg-type,call-arg]
+        elif name == "rotary_write":
+            caches = [cache.flatten(0, -3) for cache in others[-2:]]
+            rotary_write_in_torch(first, *others[:-2], *caches, is_rotary=constants["IS_ROTARY"])
+        elif name == "swiglu":
+            swiglu_in_torch(first, *others)
+        else:
+            assert name == "gumbel_argmax"
+            words, tokens = others
+            gumbel_argmax_in_torch(first, words, tokens, _noise(words[:, 1:], first.shape[1]))
+
+    return launch
 
 
 def _bits(tensor: torch.Tensor) -> ptx.Array:
@@ -271,7 +308,7 @@ def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: to
     split, combine = names["attention_split"], names["attention_combine"]
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     pages = iter(random.Random(2).sample(range(1, 200), 199))
-    tables = torch.zeros(len(SEQUENCES), MAX_PAGES, dtype=torch.int32)
+    tables = torch.zeros(len(SEQUENCES), 64, dtype=torch.int32)
     caches = [torch.full((200, PAGE, kv_heads, dim), math.nan, dtype=dtype) for _ in range(2)]
     for row, (start, new) in enumerate(SEQUENCES):
         for page in range(-(-(start + new) // PAGE)):
@@ -286,7 +323,8 @@ def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: to
     expected = torch.full_like(q, math.nan)
 
     def run(q: torch.Tensor, tables: torch.Tensor, sequences: Sequence[tuple[int, int]]) -> torch.Tensor:
-        work = attention_work([a for a, _ in sequences], [a + n for a, n in sequences], heads // kv_heads)
+        starts, stops = [a for a, _ in sequences], [a + n for a, n in sequences]
+        work = attention_work(starts, stops, [64 * row for row in range(len(starts))], heads // kv_heads)
         works, parts = torch.from_numpy(work.works), torch.from_numpy(work.parts)
         part_out, part_lse = (
             torch.full((work.num_parts, heads, dim), math.nan),
@@ -294,10 +332,10 @@ def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: to
         )
         num_works = torch.tensor([len(works)], dtype=torch.int32)
         out = torch.full_like(q, math.nan)
-        launch(split, (5, kv_heads), (q, *caches, tables, works, num_works, part_out, part_lse))
+        launch(split, (5, kv_heads), (q, *caches, tables.flatten(), works, num_works, part_out, part_lse))
         launch(combine, (len(q), heads), (part_out, part_lse, parts, out))
         if len(sequences) == len(SEQUENCES):
-            attention_in_torch(q, caches[0], caches[1], tables, works, expected, dim**-0.5)
+            attention_in_torch(q, caches[0], caches[1], tables.flatten(), works, expected, dim**-0.5)
         return out
 
     found, first = run(q, tables, SEQUENCES), 0
@@ -354,9 +392,10 @@ def check_tokens(launch: Launch, names: Names, config: ModelConfig) -> None:
         -(2**31), 2**31 - 1, (8, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(6)
     )
     found = torch.full((8,), 77, dtype=torch.int32)
-    launch(names["gumbel_argmax"], (8,), (logits, temperatures, keys, found))
+    words = torch.cat((temperatures.view(torch.int32)[:, None], keys), 1)
+    launch(names["gumbel_argmax"], (8,), (logits, words, found))
     expected = torch.empty(8, dtype=torch.int32)
-    gumbel_argmax_in_torch(logits, temperatures, _noise(keys, config.vocab_size), expected)
+    gumbel_argmax_in_torch(logits, words, expected, _noise(keys, config.vocab_size))
     assert found.tolist() == expected.tolist()
     assert found.tolist()[3:7] == [70, 0, -1, -1]
 

@@ -14,8 +14,8 @@ import triton.language as tl
 SPLIT = 256
 """Positions of a split."""
 FIELDS = 7
-"""A work item's int32: the first token's row, tokens, the first token's position, the sequence's row of the block
-tables, the split, the first token's part, and how many parts later the next token's part is."""
+"""A work item's int32: the first token's row, tokens, the first token's position, the start of the sequence's
+pages in the tables, the split, the first token's part, and how many parts later the next token's part is."""
 
 
 @triton.jit
@@ -33,14 +33,13 @@ def attention_split(
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Attend from up to 16 / group tokens of one sequence to one split. Grid: (any number, KV_HEADS).
 
-    q (tokens, HEADS, DIM); k_cache and v_cache (pages, PAGE, KV_HEADS, DIM); tables (sequences, MAX_PAGES) int32;
-    part_out (parts, HEADS, DIM) and part_lse (parts, HEADS) fp32. SCALE includes log2(e).
+    q (tokens, HEADS, DIM); k_cache and v_cache (pages, PAGE, KV_HEADS, DIM); tables (pages of all
+    sequences) int32; part_out (parts, HEADS, DIM) and part_lse (parts, HEADS) fp32. SCALE includes log2(e).
     """
     kv_head = tl.program_id(1)
     group: tl.constexpr = HEADS // KV_HEADS
@@ -67,7 +66,7 @@ def attention_split(
         for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), BLOCK_N):
             p = start + tl.arange(0, BLOCK_N)
             exists = p < end
-            page = tl.load(tables + table * MAX_PAGES + p // PAGE, mask=exists, other=0).to(tl.int64)
+            page = tl.load(tables + table + p // PAGE, mask=exists, other=0).to(tl.int64)
             place = ((page * PAGE + p % PAGE) * KV_HEADS + kv_head) * DIM
             keys = tl.load(k_cache + place[None, :] + d[:, None], mask=exists[None, :], other=0.0)
             scores = tl.dot(queries, keys, input_precision="ieee") * SCALE
@@ -122,7 +121,7 @@ def attention_in_torch(
     """Compute both kernels' result for the tokens of `works`. `scale` doesn't include log2(e)."""
     group = q.shape[1] // k_cache.shape[2]
     for row, tokens, position, table in works[works[:, 4] == 0, :4].tolist():
-        pages = tables[table, : -(-(position + tokens) // k_cache.shape[1])].long()
+        pages = tables[table : table - (-(position + tokens) // k_cache.shape[1])].long()
         keys, values = (
             cache[pages].flatten(0, 1)[: position + tokens].float().repeat_interleave(group, 1)
             for cache in (k_cache, v_cache)

@@ -8,17 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
-def gumbel_argmax(logits, temperatures, keys, tokens, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def gumbel_argmax(logits, words, tokens, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """tokens (rows,) = argmax of logits (rows, VOCAB) / temperature + noise; temperature 0: of the logits alone.
 
-    keys (rows, 2) has the two words of a row's noise key, and the noise is a hash of the key and the token id. The
-    lowest of equal tokens is chosen. A row gets -1 if it has a NaN, or if the chosen logit is infinite. Grid:
-    (rows,).
+    words (rows, 3) int32 has the bits of a row's temperature, and the two words of its noise key. The noise is a
+    hash of the key and the token id. The lowest of equal tokens is chosen. A row gets -1 if it has a NaN, or if
+    the chosen logit is infinite. Grid: (rows,).
     """
     row = tl.program_id(0)
-    temperature = tl.load(temperatures + row)
-    key0 = tl.load(keys + row * 2).to(tl.uint32, bitcast=True)
-    key1 = tl.load(keys + row * 2 + 1).to(tl.uint32, bitcast=True)
+    temperature = tl.load(words + row * 3).to(tl.float32, bitcast=True)
+    key0 = tl.load(words + row * 3 + 1).to(tl.uint32, bitcast=True)
+    key1 = tl.load(words + row * 3 + 2).to(tl.uint32, bitcast=True)
     own = logits + row.to(tl.int64) * VOCAB
     best = float("-inf")
     token = 0
@@ -47,9 +47,10 @@ def gumbel_argmax(logits, temperatures, keys, tokens, VOCAB: tl.constexpr, BLOCK
 
 
 def gumbel_argmax_in_torch(
-    logits: torch.Tensor, temperatures: torch.Tensor, noise: torch.Tensor, tokens: torch.Tensor
+    logits: torch.Tensor, words: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor
 ) -> None:
-    """Take the noise (rows, vocab) instead of the keys: `server.engine.sampling.gumbel` computes it."""
+    """Take the noise (rows, vocab) of the keys, which `server.engine.sampling.gumbel` computes."""
+    temperatures = words[:, 0].contiguous().view(torch.float32)
     is_drawn = temperatures[:, None] > 0
     scores = torch.where(is_drawn, logits / temperatures.where(temperatures > 0, 1)[:, None] + noise, logits)
     best = scores.argmax(-1)  # prefers NaN to any number

@@ -5,9 +5,11 @@ same for the tall and the short form of a product, so a row's bits don't depend 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from server.model.base.config import ModelConfig
 from server.model.cuda.attention import SPLIT, attention_combine, attention_split
@@ -23,7 +25,12 @@ BLOCK_K = 64
 class Kernel(Protocol):
     """A function that Triton compiles."""
 
+    __name__: str
     arg_names: list[str]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        """Return the function that launches a grid of programs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Variant:
 def why_not(config: ModelConfig) -> str | None:
     """Return why the kernels can't serve a base, or None if they can."""
     sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    sizes |= {"q_size": config.q_size, "kv_size": config.kv_size}
+    sizes |= {"q_size": config.q_size, "2 · kv_size": 2 * config.kv_size}
     for name, size in sizes.items():
         if size % BLOCK_K:
             return f"{name} {size} is no multiple of {BLOCK_K}"
@@ -53,12 +60,18 @@ def why_not(config: ModelConfig) -> str | None:
     return None
 
 
-def variants(config: ModelConfig, page: int, max_pages: int) -> dict[str, Variant]:
-    """Return every variant for a base, with pages of `page` positions and block tables of `max_pages`."""
-    return dict(_variants(config, page, max_pages))
+def launch(variant: Variant, grid: tuple[int, ...], tensors: Sequence[torch.Tensor]) -> None:
+    """Launch a kernel on the GPU of the tensors. They must begin at multiples of 16 bytes, as torch's own do."""
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    variant.kernel[grid](*tensors, **variant.constants, **options)
 
 
-def _variants(config: ModelConfig, page: int, max_pages: int) -> Iterator[tuple[str, Variant]]:
+def variants(config: ModelConfig, page: int) -> dict[str, Variant]:
+    """Return every variant for a base, with pages of `page` positions."""
+    return dict(_variants(config, page))
+
+
+def _variants(config: ModelConfig, page: int) -> Iterator[tuple[str, Variant]]:
     heads: dict[str, int | float] = {"HEADS": config.num_heads, "KV_HEADS": config.num_kv_heads}
     dim = {"DIM": config.head_dim}
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -106,7 +119,7 @@ def _variants(config: ModelConfig, page: int, max_pages: int) -> Iterator[tuple[
         tensors = ("T", "T", "i32", "i32", "i32", "i32", "T")
         yield f"lora_expand {group}", Variant(lora_expand, tensors, expand, num_stages=2)
     scale = config.head_dim**-0.5 / math.log(2)
-    pages: dict[str, int | float] = {"PAGE": page, "MAX_PAGES": max_pages, "SPLIT": SPLIT, "BLOCK_N": 32}
+    pages: dict[str, int | float] = {"PAGE": page, "SPLIT": SPLIT, "BLOCK_N": 32}
     yield (
         "attention_split",
         Variant(
@@ -126,4 +139,4 @@ def _variants(config: ModelConfig, page: int, max_pages: int) -> Iterator[tuple[
         yield f"rotary_write{'' if is_rotary else ', not rotated'}", Variant(rotary_write, types, constants, 1, 1)
     yield "swiglu", Variant(swiglu, ("T", "T"), {"D": inner, "BLOCK": 1024}, 4, 1)
     draw = {"VOCAB": config.vocab_size, "BLOCK": 4096}
-    yield "gumbel_argmax", Variant(gumbel_argmax, ("fp32", "fp32", "i32", "i32"), draw, 8, 1)
+    yield "gumbel_argmax", Variant(gumbel_argmax, ("fp32", "i32", "i32"), draw, 8, 1)

@@ -86,10 +86,12 @@ class AttentionWork:
     num_parts: int
 
 
-def attention_work(starts: Sequence[int], stops: Sequence[int], group: int) -> AttentionWork:
+def attention_work(
+    starts: Sequence[int], stops: Sequence[int], tables: Sequence[int], group: int
+) -> AttentionWork:
     """Return the work for new tokens at positions [start, stop) of each sequence, in the order of the sequences.
 
-    Sequence i has row i of the block tables. `group` is how many query heads share a key head.
+    `tables` has where each sequence's pages begin. `group` is how many query heads share a key head.
     """
     per_work = TILE // group  # tokens
     first, new = np.array(starts, np.int64), np.array(stops, np.int64) - np.array(starts, np.int64)
@@ -107,7 +109,7 @@ def attention_work(starts: Sequence[int], stops: Sequence[int], group: int) -> A
             (_starts(new)[sequence] + offset)[block],
             tokens[block],
             position[block],
-            sequence[block],
+            np.array(tables, np.int64)[sequence][block],
             split,
             parts[block] + split,
             splits[block],

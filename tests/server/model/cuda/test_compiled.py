@@ -26,7 +26,7 @@ def quick_on(architecture: int, size: str) -> bool:
 def test_every_kernel_fits_and_uses_one_kind_of_dot(architecture: int, size: str) -> None:
     """Dots of 16 rows are the same instruction on all GPUs, which larger tiles wouldn't be."""
     faults = {}
-    for name, variant in variants(FAMILY[size], page=16, max_pages=512).items():
+    for name, variant in variants(FAMILY[size], page=16).items():
         made = compile_variant(variant, architecture)
         dots = set() if name.split(",")[0] in WITHOUT_DOTS else {DOT}
         if made.registers > 128 or made.stack or made.shared > 65_536 or made.products != dots or made.is_atomic:
@@ -37,7 +37,7 @@ def test_every_kernel_fits_and_uses_one_kind_of_dot(architecture: int, size: str
 @pytest.mark.parametrize("config", [*FAMILY.values(), SMALL])
 def test_sizes_fit_the_blocks(config: object) -> None:
     """The kernels don't mask what lies beyond these sizes, since nothing does."""
-    for name, variant in variants(config, 16, 512).items():  # type: ignore[arg-type]
+    for name, variant in variants(config, 16).items():  # type: ignore[arg-type]
         constants = variant.constants
         if name.startswith(("linear", "lora_shrink")):
             assert constants["K"] % constants["BLOCK_K"] == 0, name
@@ -50,7 +50,7 @@ def test_sizes_fit_the_blocks(config: object) -> None:
 def test_a_row_has_one_order_of_sums_at_any_height() -> None:
     """A block of another size along K would change it."""
     for config in FAMILY.values():
-        for variant in variants(config, 16, 512).values():
+        for variant in variants(config, 16).values():
             assert variant.constants.get("BLOCK_K", BLOCK_K) == BLOCK_K
 
 
@@ -60,4 +60,7 @@ def test_unsupported_sizes_are_named() -> None:
     assert all(why_not(config) is None for config in FAMILY.values())
     assert why_not(replace(SMALL, hidden_size=96)) == "hidden_size 96 is no multiple of 64"
     assert why_not(replace(SMALL, head_dim=48)) == "q_size 288 is no multiple of 64"
+    assert (
+        why_not(replace(SMALL, num_kv_heads=3, head_dim=16, num_heads=12)) == "2 · kv_size 96 is no multiple of 64"
+    )
     assert why_not(replace(SMALL, num_heads=34 * 2)) == "more than 16 query heads share a key head"

@@ -11,7 +11,7 @@ from server.model.cuda import attention, linear, lora, rows, sampling
 from server.model.cuda.variants import Variant, variants
 from server.model.rank_rows import GROUPS
 from tests.kits import kernels as kit
-from tests.kits.kernels import ARCHITECTURES, FAMILY, MAX_PAGES, PAGE, SMALL, Launch, executed
+from tests.kits.kernels import ARCHITECTURES, FAMILY, PAGE, SMALL, Launch, executed
 from tests.kits.ptx import Fault
 
 BF16 = torch.bfloat16
@@ -28,7 +28,7 @@ def launch(request: pytest.FixtureRequest) -> Launch:
     return executed(request.param)
 
 
-SMALL_NAMES = variants(SMALL, PAGE, MAX_PAGES)
+SMALL_NAMES = variants(SMALL, PAGE)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -60,7 +60,7 @@ def test_tokens(launch: Launch) -> None:
 def test_sizes_of_the_family(size: str, architecture: int) -> None:
     """Attention with groups of 3, 1 and 4, and heads of 64 and 128; products as long as they get."""
     config, launch = FAMILY[size], executed(architecture)
-    names = variants(config, PAGE, MAX_PAGES)
+    names = variants(config, PAGE)
     assert kit.check_attention(launch, names, config, BF16) <= 1
     assert kit.check_rows(launch, names, config, BF16) <= 1
     kit.check_tokens(launch, names, config)
@@ -127,7 +127,7 @@ def check(module: ModuleType, launch: Launch, names: kit.Names) -> None:
 
 def _of(module: ModuleType, variant: Variant) -> Variant:
     """Return the variant with the module's kernel of the same name, if it has one."""
-    name = variant.kernel.__name__  # type: ignore[attr-defined]
+    name = variant.kernel.__name__
     return Variant(
         getattr(module, name, variant.kernel),
         variant.types,

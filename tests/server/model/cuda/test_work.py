@@ -88,15 +88,16 @@ def test_items_are_those_of_a_plain_loop(batch: list[tuple[list[int], int, int]]
     st.sampled_from((1, 3, 4, 8)),
 )
 def test_every_token_attends_to_its_splits_once(sequences: list[tuple[int, int]], group: int) -> None:
-    work = attention_work([a for a, _ in sequences], [a + n for a, n in sequences], group)
+    tables = [100 * row for row in range(len(sequences))]
+    work = attention_work([a for a, _ in sequences], [a + n for a, n in sequences], tables, group)
     positions = [
         (row, position) for row, (start, new) in enumerate(sequences) for position in range(start, start + new)
     ]
     written: dict[int, tuple[int, int]] = {}  # the token and split of each part
-    for first, tokens, position, row, split, part, stride in work.works.tolist():
+    for first, tokens, position, table, split, part, stride in work.works.tolist():
         assert tokens <= TILE // group
         for i in range(tokens):
-            assert positions[first + i] == (row, position + i)
+            assert positions[first + i] == (table // 100, position + i)
             assert part + i * stride not in written
             written[part + i * stride] = first + i, split
     assert sorted(written) == list(range(work.num_parts))
