@@ -108,8 +108,7 @@ def compile_variant(variant: Variant, architecture: int, dtype: str = "bf16") ->
             (i,): [["tt.divisibility", 16]] for name, i in place.items() if name not in variant.constants
         },  # torch's allocations are aligned
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=variant.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()

@@ -43,6 +43,11 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's options. Fusing products with sums changes the rounding, and its default differs by version."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 def why_not(config: ModelConfig) -> str | None:
     """Return why the kernels can't serve a base, or None if they can."""
@@ -62,8 +67,7 @@ def why_not(config: ModelConfig) -> str | None:
 
 def launch(variant: Variant, grid: tuple[int, ...], tensors: Sequence[torch.Tensor]) -> None:
     """Launch a kernel on the GPU of the tensors. They must begin at multiples of 16 bytes, as torch's own do."""
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    variant.kernel[grid](*tensors, **variant.constants, **options)
+    variant.kernel[grid](*tensors, **variant.constants, **variant.options)
 
 
 def variants(config: ModelConfig, page: int) -> dict[str, Variant]:
