@@ -70,6 +70,8 @@ FAMILY = {
 """The sizes of SmolLM and SmolLM2, and of SmolLM3."""
 SMALL = _config(128, 192, 2, 6, 2, 32, 1024)
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
+"""Triton's code and tools for NVIDIA's GPUs."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,7 @@ def compile_variant(variant: Variant, architecture: int, dtype: str = "bf16") ->
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [str(tool), "-res-usage", file.name]
+        command = [str(NVIDIA / "bin" / "cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert found is not None, usage

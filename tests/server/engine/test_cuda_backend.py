@@ -4,6 +4,8 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from server.engine.request import EngineStats, GenerationRequest, SamplingParams
 from server.engine.sampling import LogitsRow
 from server.engine.sequence import TokenCounts
 from server.engine.torch_backend import TorchBackend
-from server.model.base.weights import BaseModel
+from server.model.base.weights import BaseModel, BaseWeights
 from server.model.cuda.variants import Variant
+from server.model.rank_rows import Placement, Run
 from server.model.smollm import SmolLM
 from tests.kits.engines import GREEDY, Results, build_engine, check_idle, refs, run
-from tests.kits.kernels import Launch, in_torch
+from tests.kits.kernels import FAMILY, Launch, in_torch
 from tests.server.engine.traffic import TIGHT, assert_same, library, requests_of_all_kinds
 from tests.server.model.cuda.bases import two_layers
 
@@ -131,3 +134,29 @@ def test_the_real_base_answers_as_on_the_torch_backend(real_base: BaseModel) -> 
     found, _ = answers(real_base, requests, in_torch(), 64, 64)
     for key, result in expected.items():
         assert_same(found[key], result)
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 2])
+def test_the_lists_of_256_long_sequences_are_small(num_parts: int) -> None:
+    """At 1,024 tokens each, with distinct adapters of rank 16 or blends of two: at most 256 kB in one upload."""
+    config = replace(FAMILY["135M"], num_layers=1)
+    weights = BaseWeights(torch.empty(1, config.hidden_size), (), torch.empty(0), torch.empty(0))
+    backend = CudaBackend(config, weights, max_positions=1024, launch=in_torch())
+    backend.allocate(4, 16, 16 * 256)
+    needs = backend.rows.layout.needs(dict.fromkeys(config.shape.features, 16))
+    placements = [
+        Placement({group: Run(need, i * need.num_rows, i * need.num_units) for group, need in needs.items()})
+        for i in range(256)
+    ]
+    chunks: list[Any] = []
+    for i in range(256):
+        parts = tuple((placements[(i + part) % 256], 0.5) for part in range(num_parts))
+        hold = SimpleNamespace(refs=parts, parts=parts)
+        sequence = SimpleNamespace(hold=hold, adapter_key=bytes([i]), block_table=list(range(64)))
+        chunks.append(SimpleNamespace(sequence=sequence, start=1023, num_tokens=1, num_hidden=1, token_ids=(5,)))
+    rows = [LogitsRow(SamplingParams(), i, 9, TokenCounts((), 0)) for i in range(256)]
+    step = backend._prepare(chunks, rows)
+    assert step.num_parts == 4 * 256
+    assert len(step.groups) == (4 if num_parts else 0)
+    assert set(backend._buffers) == {"lists"}
+    assert 20_000 < backend._buffers["lists"].nbytes <= 256_000

@@ -1,11 +1,18 @@
 """What Triton and ptxas make of the kernels, for real GPUs and for every size of SmolLM."""
 
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
+from server.model.base.config import ModelConfig
 from server.model.cuda.variants import BLOCK_K, variants, why_not
-from tests.kits.kernels import ARCHITECTURES, FAMILY, SMALL, compile_variant
+from tests.kits.kernels import ARCHITECTURES, FAMILY, NVIDIA, SMALL, compile_variant
 
 DOT = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 WITHOUT_DOTS = {"attention_combine", "rms_norm", "rotary_write", "swiglu", "gumbel_argmax"}
@@ -35,9 +42,9 @@ def test_every_kernel_fits_and_uses_one_kind_of_dot(architecture: int, size: str
 
 
 @pytest.mark.parametrize("config", [*FAMILY.values(), SMALL])
-def test_sizes_fit_the_blocks(config: object) -> None:
+def test_sizes_fit_the_blocks(config: ModelConfig) -> None:
     """The kernels don't mask what lies beyond these sizes, since nothing does."""
-    for name, variant in variants(config, 16).items():  # type: ignore[arg-type]
+    for name, variant in variants(config, 16).items():
         constants = variant.constants
         if name.startswith(("linear", "lora_shrink")):
             assert constants["K"] % constants["BLOCK_K"] == 0, name
@@ -55,8 +62,6 @@ def test_a_row_has_one_order_of_sums_at_any_height() -> None:
 
 
 def test_unsupported_sizes_are_named() -> None:
-    from dataclasses import replace
-
     assert all(why_not(config) is None for config in FAMILY.values())
     assert why_not(replace(SMALL, hidden_size=96)) == "hidden_size 96 is no multiple of 64"
     assert why_not(replace(SMALL, head_dim=48)) == "q_size 288 is no multiple of 64"
@@ -64,3 +69,14 @@ def test_unsupported_sizes_are_named() -> None:
         why_not(replace(SMALL, num_kv_heads=3, head_dim=16, num_heads=12)) == "2 · kv_size 96 is no multiple of 64"
     )
     assert why_not(replace(SMALL, num_heads=34 * 2)) == "more than 16 query heads share a key head"
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_the_code_that_launches_kernels_compiles(tmp_path: Path) -> None:
+    """Triton compiles it when a GPU first runs a kernel, for which the image has a compiler."""
+    include = [f"-I{NVIDIA / 'include'}", f"-I{sysconfig.get_path('include')}"]
+    target = tmp_path / "driver.so"
+    command = ["gcc", "-shared", "-fPIC", "-w", *include, str(NVIDIA / "driver.c"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert target.stat().st_size > 1000
