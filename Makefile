@@ -113,7 +113,7 @@ gpu: $(READY_DEV)
 	@exec $(BIN)/python -m tests.gpu $(ARGS)
 
 gpu-proofs: $(READY_DEV)
-	@$(PYTEST) tests/server/model/cuda $(ARGS)
+	@$(PYTEST) -rs tests/server/model/cuda tests/server/engine/test_cuda_backend.py $(ARGS)
 
 screenshots: $(READY_WEB)
 	@$(BIN)/python -m tests.web.screenshots
