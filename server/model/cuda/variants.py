@@ -130,7 +130,6 @@ def _variants(config: ModelConfig, page: int) -> Iterator[tuple[str, Variant]]:
             attention_split,
             ("T", "T", "T", "i32", "i32", "i32", "fp32", "fp32"),
             {"SCALE": scale, **heads, **dim, **pages},
-            num_stages=2,
         ),
     )
     combine = {"HEADS": config.num_heads, **dim}
