@@ -103,6 +103,7 @@ def _variants(config: ModelConfig, page: int) -> Iterator[tuple[str, Variant]]:
                         "BLOCK_N": block_n,
                         "BLOCK_K": BLOCK_K,
                     },
+                    8 if is_tall else 4,
                 ),
             )
     for group in GROUPS:
