@@ -84,7 +84,7 @@ def summary(folder: Path) -> str | None:
             f"95 % interval over {len(results.tests(0))} seeds: {accuracies}. The test's own standard error is "
             f"{error:.1f} points."
         )
-    parts.append("[docs/science.md](docs/science.md) compares quality on six tasks, and what is forgotten.")
+    parts.append("[docs/science.md](docs/science.md) has the comparison's protocol and figures.")
     return "\n\n".join(parts)
 
 
