@@ -17,7 +17,7 @@ from pydantic.config import JsonDict
 from starlette.responses import Response
 
 from adapters.catalog.versions import Part
-from adapters.errors import FieldError, InvalidInput
+from adapters.errors import InvalidInput
 from adapters.expression import MAX_LENGTH, Term
 from adapters.library import Pinned
 from server.api import wire
@@ -259,15 +259,16 @@ async def _encode(services: Services, inputs: Sequence[str], questions: Sequence
         return await encoded(services, encode, length, inputs, "input")
     except _TooLong as error:
         await charge_refused(services, error.num_tokens)
-        raise InvalidInput(error.errors) from None
+        raise InvalidInput.of("input", error.message) from None
 
 
-class _TooLong(InvalidInput):
+class _TooLong(Exception):
     """Raised for too many tokens, after `num_tokens` of them were encoded."""
 
     def __init__(self, num_tokens: int, message: str) -> None:
-        super().__init__([FieldError(("input",), message)])
+        super().__init__(message)
         self.num_tokens = num_tokens
+        self.message = message
 
 
 def _at_once(services: Services) -> int:

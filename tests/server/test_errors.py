@@ -18,8 +18,8 @@ from adapters.errors import FieldError, InvalidInput, SmoloraError
 from server.engine.request import SequenceOutput
 from server.errors import EngineDead, TryAgain
 
-EXTRA = ("obstore", "psycopg", "ray")
-"""Packages of the extra `cluster`. Modules that need them define no error."""
+EXTRA = ("obstore", "psycopg", "ray", "triton")
+"""Packages of the extra `cluster`, and of torch's builds for GPUs. Modules that need them define no error."""
 
 FIELDS = (FieldError(("adapters", 3, "name"), "isn't one"), FieldError(("prompt",), "is empty: “äöü”"))
 ARGUMENTS: dict[str, Any] = {

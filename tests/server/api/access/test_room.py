@@ -253,10 +253,10 @@ async def test_many_short_texts_are_a_long_one(
     encoder, threads = app.state.services.encoder, []
     monkeypatch.setattr(encoder, "max_token_bytes", None)
 
-    def noting(encode: Callable[[object], list[int]]) -> Callable[[object], list[int]]:
-        def noted(text: object) -> list[int]:
+    def noting(encode: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        def noted(*arguments: object, **options: object) -> list[int]:
             threads.append(threading.current_thread())
-            return encode(text)
+            return encode(*arguments, **options)
 
         return noted
 

@@ -59,7 +59,7 @@ async def download(client: httpx.AsyncClient, path: str) -> dict[str, bytes]:
 async def loaded(client: httpx.AsyncClient, path: str, digest: str) -> dict[str, Any]:
     """Return the downloaded configuration; check that the tensors can be read with it, to the same effect."""
     files = await download(client, path)
-    assert list(files) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert list(files) == [CONFIG_NAME, WEIGHTS_NAME, "README.md"]
     adapter = read(files[CONFIG_NAME], files[WEIGHTS_NAME], SHAPE)
     assert adapter.weights.digest == digest
     document: dict[str, Any] = json.loads(files[CONFIG_NAME])

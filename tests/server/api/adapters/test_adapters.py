@@ -85,7 +85,7 @@ async def test_upload_list_download(client: httpx.AsyncClient, engine: FakeEngin
     assert download.headers["content-disposition"] == 'attachment; filename="tweets-1.zip"'
     assert int(download.headers["content-length"]) == len(download.content)
     with zipfile.ZipFile(io.BytesIO(download.content)) as archive:
-        assert sorted(archive.namelist()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(archive.namelist()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         assert archive.read("adapter_config.json") == config
         stored = load(archive.read("adapter_model.safetensors"))
     assert stored.keys() == tensors.keys()
