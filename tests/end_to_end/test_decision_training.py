@@ -58,6 +58,7 @@ def test_a_version_stores_its_question(tiny_trainer: ServerProcess, tmp_path: Pa
     assert sum(float(line.split()[-1]) for line in lines[1:]) == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.thorough
 def test_a_table_of_tickets_becomes_a_classifier(trainer: ServerProcess, tmp_path: Path) -> None:
     train(trainer, tmp_path / "tickets.csv", "--max-steps", "40")
     question = {"type": "choice", "instructions": "Which team?", "choices": [{"value": team} for team in CODES]}

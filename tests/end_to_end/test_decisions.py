@@ -16,7 +16,7 @@ from server.decisions.questions import parse_question
 from tests.end_to_end.peft_reference import Reference
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.thorough]
 
 EXACT, MAX, MEAN = 1e-4, 0.05, 0.002
 """Bounds on |Δp|: in fp32, and in the default type. An undecided probability, such as 0.66 on the untrained base,
