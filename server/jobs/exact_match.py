@@ -7,7 +7,7 @@ to `server.training.run.Run`, so that `server.training` doesn't import the engin
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from server.engine.backend import Backend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.native_backend import NativeBackend
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
 from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel
@@ -94,26 +94,37 @@ def _matched(
     texts = dict.fromkeys(requests, "")
     matched = set[str]()
     try:
-        for request in requests.values():
-            engine.add(request)
-        while engine.has_work:
-            yield_or_leave()
-            outputs = engine.step()
-            for output in outputs:
-                if output.error is not None:
-                    raise output.error
-                name = output.request_id
-                texts[name] += output.text
-                if output.finish_reason is not None:
-                    if texts[name].strip() == wanted[name]:
-                        matched.add(name)
-                elif not _may_become(texts[name], wanted[name]):
-                    engine.abort(name)
-            if not outputs:
-                time.sleep(0.001)  # the adapter is still being loaded
+        for output in outputs_of(engine, requests.values(), yield_or_leave):
+            name = output.request_id
+            texts[name] += output.text
+            if output.finish_reason is not None:
+                if texts[name].strip() == wanted[name]:
+                    matched.add(name)
+            elif not _may_become(texts[name], wanted[name]):
+                engine.abort(name)
     finally:
         engine.close()
     return matched
+
+
+def outputs_of(
+    engine: Engine, requests: Iterable[GenerationRequest], yield_or_leave: Callable[[], None]
+) -> Iterator[SequenceOutput]:
+    """Run the requests, and yield their outputs. Raise the error of the first that fails.
+
+    `yield_or_leave` is called before each step.
+    """
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        yield_or_leave()
+        outputs = engine.step()
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+            yield output
+        if not outputs:
+            time.sleep(0.001)  # the adapter is still being loaded
 
 
 def _may_become(text: str, wanted: str) -> bool:

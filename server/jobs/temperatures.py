@@ -5,7 +5,6 @@ The serving engine scores the options, so the probabilities are those that users
 
 import ctypes
 import logging
-import time
 from collections.abc import Callable, Mapping
 
 from adapters.errors import InvalidInput
@@ -13,7 +12,7 @@ from adapters.lora import AdapterRef, LoraWeights
 from server.decisions.calibration import MIN_ROWS, fit_temperature
 from server.engine.request import GenerationRequest, SamplingParams
 from server.errors import GenerationFailed
-from server.jobs.exact_match import MAX_ADAPTER_BYTES, adapter_bytes, engine_for
+from server.jobs.exact_match import MAX_ADAPTER_BYTES, adapter_bytes, engine_for, outputs_of
 from server.model.base.weights import BaseModel
 from server.training.encoding import Asked
 from server.training.job_data import JobData
@@ -75,20 +74,8 @@ def _scores(
     """Return the scores of each request's continuations, by the request's id."""
     lengths = [len(one.prompt_token_ids) + max(map(len, one.continuations)) for one in requests]
     engine = engine_for(base, weights, lengths, library)
-    found: dict[str, tuple[float, ...]] = {}
     try:
-        for request in requests:
-            engine.add(request)
-        while engine.has_work:
-            yield_or_leave()
-            outputs = engine.step()
-            for output in outputs:
-                if output.error is not None:
-                    raise output.error
-                if output.finish_reason is not None:
-                    found[output.request_id] = output.scores
-            if not outputs:
-                time.sleep(0.001)  # the adapter is still being loaded
+        outputs = outputs_of(engine, requests, yield_or_leave)
+        return {output.request_id: output.scores for output in outputs if output.finish_reason is not None}
     finally:
         engine.close()
-    return found
