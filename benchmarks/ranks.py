@@ -157,7 +157,7 @@ class _Bench:
         best_rate(trial.learning_rate, lambda rate: self.mean_loss(replace(trial, learning_rate=rate), seeds))
 
     def mean_loss(self, trial: Trial, seeds: int) -> float:
-        """Return the trial's mean loss over so many seeds, or NaN if one diverged."""
+        """Return the trial's mean loss over seeds 0 to `seeds` - 1, or NaN if one diverged."""
         return fmean(self.run(replace(trial, seed=seed)).loss for seed in range(seeds))
 
     def run(self, trial: Trial) -> Outcome:

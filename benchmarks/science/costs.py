@@ -56,6 +56,10 @@ class Costs:
     model: str
     rounds: tuple[Cost, ...]
 
+    def speeds(self, rank: int, *, is_native: bool) -> list[float]:
+        """Return a method's tokens per second, by round."""
+        return [one.tokens_per_second for one in self.rounds if (one.rank, one.is_native) == (rank, is_native)]
+
     def of(self, rank: int, *, is_native: bool) -> Cost:
         """Return a method's figures, with the median memory and speed of its rounds."""
         found = [one for one in self.rounds if (one.rank, one.is_native) == (rank, is_native)]

@@ -44,7 +44,7 @@ class Results:
     task: str
     described: Description
     machines: tuple[Machine, ...]  # that ran parts of them
-    hours: float  # of wall time, over all runs, of which two ran at a time
+    hours: float  # of wall time, summed over all runs; two ran at a time
     outcomes: tuple[Outcome, ...]
 
     def of(self, trial: Trial) -> Outcome | None:

@@ -23,7 +23,7 @@ from benchmarks.science.plan import (
 )
 from benchmarks.science.statistics import Difference, Verdict, difference, verdicts
 from benchmarks.science.trial import Outcome
-from benchmarks.tables import gigabytes, table
+from benchmarks.tables import gigabytes, table, with_range
 from benchmarks.training.tasks import TASKS
 from server.training.spec import ALPHA, INIT_STD, LEARNING_RATES
 
@@ -32,7 +32,7 @@ LOSS_MARGIN = 0.02
 SHARE_MARGIN = 0.01
 """A share of right rows that doesn't matter."""
 VALLEY = 1.1
-"""A rate is in the valley if its loss is at most so many times the best one's."""
+"""A rate is in the valley if its loss is at most the best one's times this."""
 METHODS = (0, *RANKS)
 
 
@@ -308,7 +308,7 @@ def cost_table(costs: Costs) -> str:
                 *(megabytes(number) for number in (native.optimizer_bytes, native.checkpoint_bytes)),
                 f"{megabytes(native.stored_bytes)} ({megabytes(2 * native.num_trainable)})",
                 *(gigabytes(one.peak_memory) for one in (native, in_torch)),
-                *(f"{one.tokens_per_second:.0f}" for one in (native, in_torch)),
+                *(with_range(costs.speeds(rank, is_native=code), "{:.0f}".format) for code in (True, False)),
             ]
         )
     head = (

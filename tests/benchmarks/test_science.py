@@ -110,7 +110,7 @@ def test_a_reduced_run_resumes_and_repeats(
 
 
 def results_of(task: str, worse_by: dict[int, float]) -> Results:
-    """Return a task of 40 rows, on each of which a method's loss is 1 nat and so much more."""
+    """Return a task of 40 rows, where a method's loss is 1 nat a row, and what `worse_by` has more."""
     described = Description(f"the task {task}", "exact match", 1, (100, 10, 40), 1000, (1,) * 40)
     outcomes = [Outcome(untrained(task), 0, 9, 4.0, 0.0, 0.1, 2.0, 1.5)]
     for rank in (0, *RANKS):
