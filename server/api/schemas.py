@@ -77,8 +77,8 @@ PromptLogprobs = Annotated[
     Field(
         ge=0,
         le=20,
-        description="list the log-probability of each token of the prompt, with so many of the likeliest tokens; "
-        "only with n 1 and without stream",
+        description="list the log-probability of each token of the prompt, with that number of the likeliest "
+        "tokens; only with n 1 and without stream",
     ),
 ]
 
@@ -107,7 +107,7 @@ class SamplingFields(Body):
         None, max_length=MAX_BIASES, description="more tokens that end the answer; their text is part of it"
     )
     min_tokens: int = Field(
-        0, ge=0, description="no end token and no stop string ends the answer before it has so many tokens"
+        0, ge=0, description="no end token and no stop string ends the answer before it has this number of tokens"
     )
     ignore_eos: bool = False
     speculation: Literal["auto", "off"] = Field(

@@ -240,8 +240,8 @@ class _Segments:
 def _plan_short(runs: Sequence[TokenRun], rows: RankRows) -> tuple[slice | torch.Tensor, dict[str, _Short]]:
     """Return the indices of the runs' tokens in the flat batch, and each group's products.
 
-    The host plans segments and uploads them in one piece. The device expands them into terms, of which there are
-    many more.
+    The host plans segments and uploads them in one piece. The device expands them into the many
+    more terms.
     """
     parts, groups, module = _TokenParts.of(runs), dict[str, _Segments](), 0
     for group, layout in rows.layouts.items():
