@@ -20,7 +20,7 @@ KIB = 1 << 10
 JSON = {"Content-Type": "application/json"}
 
 
-def test_a_project_holds_three_quarters_at_most_and_gives_all_back() -> None:
+async def test_a_project_holds_three_quarters_at_most_and_gives_all_back() -> None:
     in_flight = BytesInFlight(1024 * KIB)
     with ExitStack() as stack:
         greedy = [stack.enter_context(in_flight.reserving("greedy")) for _ in range(4)]
@@ -37,7 +37,7 @@ def test_a_project_holds_three_quarters_at_most_and_gives_all_back() -> None:
     assert in_flight.num_bytes == 0
 
 
-def test_a_small_body_is_never_refused() -> None:
+async def test_a_small_body_is_never_refused() -> None:
     in_flight = BytesInFlight(128 * KIB)
     with ExitStack() as stack:
         for _ in range(10):
@@ -49,20 +49,39 @@ def test_a_small_body_is_never_refused() -> None:
             add(1)
 
 
-def test_memory_is_returned_to_the_system_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_is_returned_to_the_system_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
     returned = threading.Semaphore(0)
     monkeypatch.setattr(bodies, "return_freed_memory", returned.release)
+    monkeypatch.setattr(bodies, "QUIET_SECONDS", 0.0)
     in_flight = BytesInFlight(1024 * KIB)
     for _ in range(9):
         with in_flight.reserving("any") as add:  # nothing of the kind
             add(256 * KIB)
+    await asyncio.sleep(0.01)
     assert not returned.acquire(blocking=False)
     with ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(in_flight.reserving("any"))(256 * KIB)
         assert not returned.acquire(blocking=False)
-    assert returned.acquire(timeout=60)
-    assert not returned.acquire(timeout=0.01)  # only once
+    await until(lambda: returned.acquire(blocking=False))
+    await asyncio.sleep(0.01)
+    assert not returned.acquire(blocking=False)  # only once
+
+
+async def test_memory_is_kept_while_bursts_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator is locked while it returns memory, so every thread that allocates waits."""
+    returned = threading.Semaphore(0)
+    monkeypatch.setattr(bodies, "return_freed_memory", returned.release)
+    monkeypatch.setattr(bodies, "QUIET_SECONDS", 0.05)
+    in_flight = BytesInFlight(1024 * KIB)
+    for seconds in (0.0, 0.1):
+        with in_flight.reserving("any") as add:
+            add(512 * KIB)
+            await asyncio.sleep(seconds)  # the second burst is going on when the first one's time is over
+    assert not returned.acquire(blocking=False)
+    await until(lambda: returned.acquire(blocking=False))
+    await asyncio.sleep(0.1)
+    assert not returned.acquire(blocking=False)
 
 
 async def test_half_sent_bodies_are_bounded_and_what_is_beyond_is_429(make_services: MakeServices) -> None:
