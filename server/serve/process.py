@@ -27,6 +27,7 @@ from server.jobs.supervisor import Supervisor
 from server.jobs.yielding import BusyFlag
 from server.serve.address import cannot_listen
 from server.serve.connections import Connections, allow_files
+from server.serve.event_loop import new_event_loop
 from server.system.messages import plural
 
 DRAIN_SECONDS = 30.0
@@ -67,7 +68,8 @@ def run(
         limits=limits,
         on_hurry=hurry.start,
     )
-    code = asyncio.run(process.run(announce))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        code = runner.run(process.run(announce))
     if engine.hung or process.is_hurried:  # a normal exit would wait for threads
         _leave(code)
     _flush()
