@@ -59,8 +59,11 @@ class Backend(ABC):
     drafts (guesses of the next tokens), and only if `is_batch_invariant`.
     """
 
-    is_batch_invariant: ClassVar[bool]
+    name: ClassVar[str]
+    is_batch_invariant: bool
     """Whether a token's bits depend only on the tokens before it, not on what else is in its step."""
+    fallbacks: list[str]
+    """What doesn't work as it should on this machine, and why, for /ready. The log has more."""
     _caches_by_block: ClassVar[bool] = False
     rows: RankRows
     cache: PagedCache
@@ -74,6 +77,7 @@ class Backend(ABC):
         """
         self.config = config
         self.row_format = row_format
+        self.fallbacks = []
         self._dtype = dtype
         self._device = device
 

@@ -21,6 +21,7 @@ from server.model.native.sampling import Choices, SampleTable
 class NativeBackend(Backend):
     """A backend that computes with `NativeModel` and a paged cache."""
 
+    name = "native"
     is_batch_invariant = True
     _caches_by_block = True
 

@@ -25,6 +25,7 @@ from server.model.smollm import Adapters, NoAdapters, SmolLM
 class TorchBackend(Backend):
     """A backend that computes with `SmolLM` and a paged cache."""
 
+    name = "torch"
     is_batch_invariant = False  # torch's products round differently for one row than for several
 
     def __init__(self, model: SmolLM) -> None:

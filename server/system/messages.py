@@ -1,4 +1,4 @@
-"""Helpers for messages to users: the command that runs this program, and nouns with a number."""
+"""Helpers for messages to users: the command that runs this program, nouns with a number, and errors."""
 
 import shlex
 import shutil
@@ -31,3 +31,8 @@ def program() -> str:
 def plural(number: int, noun: str) -> str:
     """Return `1 version`, `2 versions` or `1,000 rows`. The noun's plural must just add an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the error's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from adapters.lora import BaseShape
 from server.model.base.config import ModelConfig
-from server.model.cuda import lora
+from server.model.cuda import lists, lora
 from server.model.cuda.attention import attention_in_torch
 from server.model.cuda.linear import linear_in_torch
 from server.model.cuda.rows import rms_norm_in_torch, rotary_write_in_torch, swiglu_in_torch
@@ -175,6 +175,8 @@ def in_torch() -> Launch:
             rotary_write_in_torch(first, *others[:-2], *caches, is_rotary=constants["IS_ROTARY"])
         elif name == "swiglu":
             swiglu_in_torch(first, *others)
+        elif name == "place_lists":
+            lists.place_lists_in_torch(first, *others, grid[1])  # type: ignore[arg-type,call-arg]
         else:
             assert name == "gumbel_argmax"
             words, tokens = others
@@ -379,6 +381,22 @@ def check_rows(launch: Launch, names: Names, config: ModelConfig, dtype: torch.d
         rotary_write_in_torch(qkv, cos, sin, positions, slots, *want, is_rotary=is_rotary)
         errors += map(error_of, found, want)
     return max(errors)
+
+
+def check_lists(launch: Launch, names: Names) -> None:
+    """Check the copy of lists to fixed places: empty, short, and longer than a block, by several programs."""
+    lengths, places = (5, 0, 2500, 1024), (4, 60, 100, 3000)
+    header, begin = [], -(-lists.HEADER * len(lengths) // 4) * 4
+    for length, place_ in zip(lengths, places, strict=True):
+        header += [begin, length, place_]
+        begin += -(-length // 4) * 4
+    packed = torch.arange(7, begin + 7, dtype=torch.int32)
+    packed[: len(header)] = torch.tensor(header, dtype=torch.int32)
+    found, expected = (torch.full((4100,), -1, dtype=torch.int32) for _ in range(2))
+    launch(names["place_lists"], (2, len(lengths)), (packed, found))
+    lists.place_lists_in_torch(packed, expected, len(lengths))
+    assert torch.equal(found, expected)
+    assert int((found >= 0).sum()) == sum(lengths)
 
 
 def check_tokens(launch: Launch, names: Names, config: ModelConfig) -> None:

@@ -14,6 +14,7 @@ import torch
 from server.model.base.config import ModelConfig
 from server.model.cuda.attention import SPLIT, attention_combine, attention_split
 from server.model.cuda.linear import linear
+from server.model.cuda.lists import place_lists
 from server.model.cuda.lora import TILE, lora_expand, lora_shrink
 from server.model.cuda.rows import rms_norm, rotary_write, swiglu
 from server.model.cuda.sampling import gumbel_argmax
@@ -144,3 +145,4 @@ def _variants(config: ModelConfig, page: int) -> Iterator[tuple[str, Variant]]:
     yield "swiglu", Variant(swiglu, ("T", "T"), {"D": inner, "BLOCK": 1024}, 4, 1)
     draw = {"VOCAB": config.vocab_size, "BLOCK": 4096}
     yield "gumbel_argmax", Variant(gumbel_argmax, ("fp32", "i32", "i32"), draw, 8, 1)
+    yield "place_lists", Variant(place_lists, ("i32", "i32"), {"BLOCK": 1024}, 4, 1)

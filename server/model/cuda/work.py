@@ -87,7 +87,7 @@ class AttentionWork:
 
 
 def attention_work(
-    starts: Sequence[int], stops: Sequence[int], tables: Sequence[int], group: int
+    starts: npt.ArrayLike, stops: npt.ArrayLike, tables: npt.ArrayLike, group: int
 ) -> AttentionWork:
     """Return the work for new tokens at positions [start, stop) of each sequence, in the order of the sequences.
 

@@ -12,13 +12,16 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from server.engine import cuda_step
 from server.engine.cuda_backend import CudaBackend
+from server.engine.cuda_step import joined, upload
 from server.engine.request import EngineStats, GenerationRequest, SamplingParams
 from server.engine.sampling import LogitsRow
 from server.engine.sequence import TokenCounts
 from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel, BaseWeights
 from server.model.cuda.variants import Variant
+from server.model.cuda.work import Ints
 from server.model.rank_rows import Placement, Run
 from server.model.smollm import SmolLM
 from tests.kits.engines import GREEDY, Results, build_engine, check_idle, refs, run
@@ -58,7 +61,9 @@ def test_answers_are_the_torch_backends(base: BaseModel, num_blocks: int, max_ra
     assert bool(stats.preemptions) == bool(stats.adapter_evictions) == (num_blocks == 14)
 
 
-def test_a_decode_step_launches_a_bounded_number_of_kernels(base: BaseModel) -> None:
+def test_a_decode_step_launches_a_bounded_number_of_kernels(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """10 for each layer, or 18 with any adapters and blends, and 3 for the tokens; one upload."""
     counts: Counter[str] = Counter()
     torch_forms = in_torch()
@@ -68,14 +73,12 @@ def test_a_decode_step_launches_a_bounded_number_of_kernels(base: BaseModel) -> 
         assert all(tensor.data_ptr() % 16 == 0 and tensor.is_contiguous() for tensor in tensors), variant
         torch_forms(variant, grid, tensors)
 
-    backend = CudaBackend(base.config, base.weights, max_positions=512, launch=launch)
-    upload = backend._upload
-
-    def counted(*arguments: object) -> list[torch.Tensor]:
+    def counted(words: Ints, to: torch.Tensor) -> None:
         counts["uploads"] += 1
-        return upload(*arguments)  # type: ignore[arg-type]
+        upload(words, to)
 
-    backend._upload = counted  # type: ignore[assignment,method-assign]
+    monkeypatch.setattr(cuda_step, "upload", counted)
+    backend = CudaBackend(base.config, base.weights, max_positions=512, launch=launch)
     engine = build_engine(base, library(base), other=backend)
     plain = replace(GREEDY, logprobs=0, max_tokens=40)
     cases = ((((), ()), 10), ((refs(**{"00": 1.0}), refs(**{"02": 0.5, "03": -1.0})), 18))
@@ -155,8 +158,8 @@ def test_the_lists_of_256_long_sequences_are_small(num_parts: int) -> None:
         sequence = SimpleNamespace(hold=hold, adapter_key=bytes([i]), block_table=list(range(64)))
         chunks.append(SimpleNamespace(sequence=sequence, start=1023, num_tokens=1, num_hidden=1, token_ids=(5,)))
     rows = [LogitsRow(SamplingParams(), i, 9, TokenCounts((), 0)) for i in range(256)]
-    step = backend._prepare(chunks, rows)
-    assert step.num_parts == 4 * 256
-    assert len(step.groups) == (4 if num_parts else 0)
-    assert set(backend._buffers) == {"lists"}
-    assert 20_000 < backend._buffers["lists"].nbytes <= 256_000
+    lists = backend._lists(chunks, rows)
+    assert lists.num_parts == 4 * 256
+    assert lists.has_adapters is bool(num_parts)
+    words, _ = joined(list(lists.arrays.values()))
+    assert 20_000 < words.nbytes <= 256_000

@@ -81,6 +81,7 @@ def main() -> None:
         print("attention", name, kit.check_attention(interpreted, of_config, config, torch.float32))
         print("rows", name, kit.check_rows(interpreted, of_config, config, torch.float32))
     kit.check_tokens(interpreted, names, SMALL)
+    kit.check_lists(interpreted, names)
     with tempfile.TemporaryDirectory() as directory:
         print("engine", check_engine(two_layers(Path(directory)), interpreted))
 

@@ -15,7 +15,7 @@ from server.model.cuda.variants import BLOCK_K, variants, why_not
 from tests.kits.kernels import ARCHITECTURES, FAMILY, NVIDIA, SMALL, compile_variant
 
 DOT = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-WITHOUT_DOTS = {"attention_combine", "rms_norm", "rotary_write", "swiglu", "gumbel_argmax"}
+WITHOUT_DOTS = {"attention_combine", "rms_norm", "rotary_write", "swiglu", "gumbel_argmax", "place_lists"}
 
 
 def quick_on(architecture: int, size: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from server.model.cuda import attention, linear, lora, rows, sampling
+from server.model.cuda import attention, linear, lists, lora, rows, sampling
 from server.model.cuda.variants import Variant, variants
 from server.model.rank_rows import GROUPS
 from tests.kits import kernels as kit
@@ -49,6 +49,10 @@ def test_attention(launch: Launch) -> None:
 
 def test_rows_by_themselves(launch: Launch) -> None:
     assert kit.check_rows(launch, SMALL_NAMES, SMALL, BF16) <= 1
+
+
+def test_lists(launch: Launch) -> None:
+    kit.check_lists(launch, SMALL_NAMES)
 
 
 def test_tokens(launch: Launch) -> None:
@@ -98,6 +102,7 @@ FAULTS = {
     "parts that are joined without weights": (attention, "acc += weight * tl.load", "acc += tl.load"),
     "another epsilon": (rows, "/ D + EPS", "/ D + 0.1"),
     "sines of the wrong sign": (rows, "sin + position * DIM + half + d", "sin + position * DIM + d"),
+    "words of the next list": (lists, "lists + place + i, words, mask=i < num_words", "lists + place + i, words"),
     "noise of another token": (sampling, "h = t.to(tl.uint32) ^ key0", "h = (t + 1).to(tl.uint32) ^ key0"),
 }
 
@@ -119,6 +124,8 @@ def check(module: ModuleType, launch: Launch, names: kit.Names) -> None:
         assert kit.check_lora(launch, names, SMALL, BF16, "qkv") <= 1
     elif module is attention:
         assert kit.check_attention(launch, names, SMALL, BF16) <= 1
+    elif module is lists:
+        kit.check_lists(launch, names)
     elif module is rows:
         assert kit.check_rows(launch, names, SMALL, BF16) <= 1
     else:
