@@ -11,7 +11,7 @@ from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, Lay
 from server.model.native.abi import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.training.dropout import Dropout
-from server.training.passes import MicroBatch, NativePass, Pass, TorchPass
+from server.training.passes import MicroBatch, NativePass, Pass, TorchPass, max_tokens
 from server.training.trained_rows import TrainedRows
 
 
@@ -23,6 +23,7 @@ class TrainableRows:
     ) -> None:
         self.rows = rows
         self.model = SmolLM(base.config, base.weights, max_positions=max_length)
+        self.max_tokens = max_tokens(base.config, base.dtype, base.device)
         self.passes: Pass = TorchPass(self.model, rows, self.collect_gradients) if passes is None else passes
         self._dropout = dropout
 
@@ -90,6 +91,7 @@ class TrainableModel:
         self._copies = torch.cat([tensor.flatten() for _, tensor in base.weights.tensors()])
         self.weights = _views(base.weights, self._copies)
         self.model = SmolLM(base.config, self.weights, max_positions=max_length)
+        self.max_tokens = max_tokens(base.config, base.dtype, base.device)
         self.adapters: Adapters = NoAdapters()
         self.masters = self._copies.float()
         self.gradients = torch.zeros_like(self.masters)

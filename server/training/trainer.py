@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from adapters.errors import SmoloraError
 from server.training.encoding import Example
-from server.training.passes import MicroBatch, max_tokens
+from server.training.passes import MicroBatch
 from server.training.spec import Schedule, TrainingSpec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -49,6 +49,11 @@ class Trainable(Protocol):
     @property
     def undecayed(self) -> Sequence[slice]:
         """The slices of `masters` that have no weight decay, in order."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a micro-batch of several examples may have."""
         ...
 
     @property
@@ -177,8 +182,7 @@ class Trainer:
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """Split a step's rows into micro-batches, and yield the rows of each."""
         lengths = [len(self._examples[row].token_ids) for row in rows]
-        capacity = max_tokens(self.trainable.masters.device)
-        bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
+        bins = pack(lengths, self.trainable.max_tokens) if self.spec.packing else [[i] for i in range(len(rows))]
         for members in bins:
             yield [rows[i] for i in members]
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from server.model.smollm import NoAdapters
-from server.training.passes import PackedAttention
+from server.training.packed import PackedAttention
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded
 from tests.kits.oracles.hugging_face import load_reference, logits

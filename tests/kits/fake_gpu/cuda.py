@@ -82,6 +82,7 @@ def _answers(card: Card) -> dict[str, Callable[..., Any]]:
         "mem_get_info": lambda device=None: (card.free_bytes, card.total_bytes),
         "max_memory_reserved": lambda device=None: card.reserved_bytes,
         "set_per_process_memory_fraction": set_fraction,
+        "get_per_process_memory_fraction": lambda device=None: card.memory_fraction,
         "empty_cache": empty_cache,
         "Stream": Stream,
         "Event": Event,

@@ -16,7 +16,8 @@ from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
 from server.model.base.weights import BaseModel
 from server.model.smollm import Adapters, SmolLM
 from server.training.encoding import Example
-from server.training.passes import PackedAttention, TorchPass
+from server.training.packed import PackedAttention
+from server.training.passes import TorchPass
 from server.training.trained_rows import TrainedRows
 from tests.adapters.oracle import live
 from tests.kits.oracles.hugging_face import linear, load_reference, logits

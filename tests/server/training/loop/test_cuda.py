@@ -7,11 +7,13 @@ import torch
 
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, is_out_of_memory, limit_memory
+from server.training.packed import PackedAttention
 from server.training.report import Environment, peak_memory_bytes
 from server.training.spec import LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
 from server.training.trained_rows import initial_weights
 from server.training.trainer import Trainer
+from server.training.varlen import attention_for, varlen_of_torch
 from tests.kits.gpu import NEEDS_GPU, waits
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.codes_kit import KINDS, Left, longer, run, tensors
@@ -80,3 +82,12 @@ def test_the_card_names_the_gpu(tiny: BaseModel) -> None:
     assert torch.cuda.get_device_name() in environment.gpu
     assert environment.versions["cuda"] == torch.version.cuda
     assert peak_memory_bytes(tiny.device) >= tiny.weights.num_bytes
+
+
+@pytest.mark.real
+@pytest.mark.skipif(varlen_of_torch() is None, reason="needs torch 2.12")
+def test_flash_attention_is_right_on_this_gpu(base_dir: Path) -> None:
+    """And gives the same bytes each time; else training would use `PackedAttention`."""
+    device, dtype = choose_device("cuda", "auto")
+    base = load_base(base_dir, dtype, device)
+    assert attention_for(base.config, torch.bfloat16, device) is not PackedAttention

@@ -7,7 +7,7 @@ import torch
 
 from server.model.base.weights import BaseModel
 from server.model.smollm import NoAdapters
-from server.training.passes import PackedAttention
+from server.training.packed import PackedAttention
 from server.training.spec import LoraSpec, TrainingSpec
 from server.training.trainables import TrainableRows
 from server.training.trained_rows import initial_weights

@@ -16,7 +16,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.rank_rows import GROUPS
 from server.model.smollm import NoAdapters
-from server.training.passes import PackedAttention
+from server.training.packed import PackedAttention
 from server.training.spec import Init, JobSpec, LoraSpec
 from server.training.trained_rows import TrainedRows, adapter_config, initial_weights
 from tests.adapters.oracle import loaded

@@ -8,7 +8,7 @@ import torch
 
 from server.model.base.weights import BaseModel
 from server.model.smollm import NoAdapters
-from server.training.passes import TILE, PackedAttention
+from server.training.packed import TILE, PackedAttention
 from tests.kits.engines import random_adapter
 from tests.kits.oracles.hugging_face import load_reference
 from tests.server.training.data.rows_kit import (
