@@ -35,7 +35,7 @@ class CapturingLaunch:
     def __init__(self, run: Launch) -> None:
         self._run = run
         self._entries: list[Entry] | None = None
-        self.num_graphs = 0
+        self.graph_sizes: list[int] = []  # launches of each graph
         self.num_replays = 0
 
     def launch(self, variant: Variant, grid: tuple[int, ...], tensors: Sequence[torch.Tensor]) -> None:
@@ -46,7 +46,7 @@ class CapturingLaunch:
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         captured = self._record(work)
-        self.num_graphs += 1
+        self.graph_sizes.append(len(captured))
 
         def replay() -> None:
             found = [_key(entry) for entry in self._record(work)]
@@ -71,7 +71,7 @@ class CapturingLaunch:
         assert self._entries is None
         self._entries = []
         try:
-            with _NoReads(), _NoAllocations(self._entries):  # type: ignore[no-untyped-call]
+            with _NoReads(), _NoAllocations(self._entries):
                 yield self._entries
         finally:
             self._entries = None
