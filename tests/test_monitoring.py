@@ -29,6 +29,7 @@ SAME = '{job="smolora", instance="a:8000"%s}'
 HEALTHY: Mapping[str, str] = {
     "up": "1x1600",
     "smolora_ready": "1x1600",
+    "smolora_fallbacks": "0x1600",
     "process_start_time_seconds": "-100x1600",
     "process_resident_memory_bytes": "3000000000+1000x1600",
     "process_open_fds": "40x1600",
@@ -62,6 +63,7 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraDown": {"up": "0x1600"},
     "SmoloraNotReady": {"smolora_ready": "0x1600"},
     "SmoloraRestarts": {"process_start_time_seconds": "0+600x1600"},
+    "SmoloraFallback": {"smolora_fallbacks": "1x1600"},
     "SmoloraErrors": {'smolora_http_requests_total,status="500"': "0+20x1600"},
     "SmoloraGenerationsFail": {'smolora_requests_total,outcome="failed"': "0+20x1600"},
     "SmoloraRefuses": {'smolora_requests_total,outcome="refused"': "0+200x1600"},

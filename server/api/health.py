@@ -34,8 +34,8 @@ async def health() -> Response:
 async def ready(services: ServicesDep) -> Response:
     """Return 200 while the model is loaded, the engine makes progress and the server is not shutting down.
 
-    The answer has the base's id, whether it takes `messages`, and the scopes of a client without a key
-    (`anonymous`).
+    The answer has the base's id, whether it takes `messages`, the scopes of a client without a key (`anonymous`),
+    the kinds of code that compute (`backends`), and what doesn't work as it should (`fallbacks`).
 
     No key needed.
     """
@@ -43,13 +43,15 @@ async def ready(services: ServicesDep) -> Response:
         raise EngineDead
     if not services.engine.ready:
         raise NotReady(retry_after=5)
-    anonymous = services.access.ring.anonymous
+    anonymous, stats = services.access.ring.anonymous, services.engine.stats
     return wire.answer(
         {
             "status": "ready",
             "model": services.base_name,
             "chat_template": services.encoder.has_chat_template,
             "anonymous": [] if anonymous is None else [scope for scope in SCOPES if scope in anonymous.scopes],
+            "backends": sorted(stats.backends),
+            "fallbacks": sorted(stats.fallbacks),
         }
     )
 

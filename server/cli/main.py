@@ -21,6 +21,7 @@ from server import __version__
 from server.cli.accounts import keys_group, projects_group
 from server.cli.adapters import compose
 from server.cli.adapters import group as adapters
+from server.cli.check import check_here
 from server.cli.cluster import group as cluster
 from server.cli.common import PeersOptions, with_flags
 from server.cli.decide import decide
@@ -74,6 +75,16 @@ def worker(settings: WorkerSettings) -> None:
     for line in unknown_variables():
         logging.getLogger("smolora.worker").warning(line)
     raise typer.Exit(run_worker(settings))
+
+
+@app.command()
+@with_flags(Settings)
+def check(settings: Settings) -> None:
+    """Compare the code that would serve on this machine with torch: fixed prompts, adapters and seeded draws.
+
+    The exit code is 1 if a difference is too large.
+    """
+    raise typer.Exit(check_here(settings))
 
 
 app.command(cls=PeersOptions)(train)

@@ -260,7 +260,7 @@ def total(links: Sequence[Link], counts: Counts) -> EngineStats:
     sums: dict[str, Any] = dict(counts.sums)  # by the fields' names
     for name in (of.name for of in fields(EngineStats) if of.name not in COUNTERS):
         values = [getattr(stats, name) for stats in found]
-        if name in ("resident", "waiting"):
+        if isinstance(getattr(EngineStats, name), frozenset):
             sums[name] = frozenset[str]().union(*values)
         else:
             sums[name] = max(values, default=0) if name == "max_adapter_rank" else sum(values)

@@ -168,7 +168,8 @@ class WorkerSettings(StorageSettings, BaseSettings):
     native: bool = Field(
         True,
         description="Serve and train by native code if the processor has AVX2, AVX-512 or is a 64-bit Arm, and "
-        "the wheel has native code or there is a C++ compiler; no: by torch.",
+        "the wheel has native code or there is a C++ compiler, and serve by Triton kernels on a GPU if triton is "
+        "installed; no: by torch.",
     )
     threads: int | None = Field(
         None,

@@ -133,6 +133,8 @@ class Engine:
             accepted_tokens=self._num_accepted_tokens,
             resident=resident,
             waiting=self.scheduler.waiting_adapters,
+            backends=frozenset({self.runner.backend.name}),
+            fallbacks=frozenset(self.runner.backend.fallbacks),
         )
 
     def check(self, request: GenerationRequest) -> None:

@@ -180,3 +180,5 @@ class EngineStats:
     accepted_tokens: int = 0  # drafted tokens that were then drawn
     resident: frozenset[str] = frozenset()  # digests
     waiting: frozenset[str] = frozenset()  # digests of adapters of waiting requests; a sample if there are many
+    backends: frozenset[str] = frozenset()  # one name for each kind of backend
+    fallbacks: frozenset[str] = frozenset()  # what `Backend.fallbacks` has

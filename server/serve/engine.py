@@ -8,6 +8,7 @@ raise StartupError with a message of one line.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
 from server.engine.native_backend import NativeBackend
 from server.engine.scheduler import SchedulerLimits
+from server.engine.self_check import SelfCheck, check, checked
 from server.engine.torch_backend import TorchBackend
 from server.errors import StartupError
 from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel
-from server.model.device import is_out_of_memory
+from server.model.device import empty_cache, is_out_of_memory
 from server.model.native.load import load_native
 from server.model.packed_adapters import PackedAdapters
 from server.model.rank_rows import RowLayout
@@ -172,7 +174,7 @@ def make_engine(
     """Return an engine that loads adapters from the store. The caller starts it."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    backend = _backend(settings, base, max_model_len, say)
+    backend = _backend(settings, base, max_model_len, config.scheduler.max_num_seqs, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
     load: Load = store.load
     if backend.row_format.tile is not None:
@@ -193,13 +195,66 @@ def make_engine(
     )
 
 
-def _backend(settings: Settings, base: BaseModel, max_positions: int, say: Say) -> Backend:
-    """Return the native backend if settings, machine and base allow it, or else torch's."""
+def _backend(settings: Settings, base: BaseModel, max_positions: int, max_num_seqs: int, say: Say) -> Backend:
+    """Return the native backend, or the GPU's, if settings, machine and base allow it, or else torch's."""
+    if base.device.type == "cuda":
+        return _gpu_backend(settings, base, max_positions, max_num_seqs, say)
     native = load_native(base, Home(settings.home).native, max_positions, say) if settings.native else None
     if native is None:
-        return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions, pack=True))
+        return _torch_backend(base, max_positions)
     torch.set_num_threads(1)  # torch's threads would spin on cores that native code uses
     return NativeBackend(native)
+
+
+def self_check(settings: Settings, base: BaseModel, say: Say) -> tuple[Backend, SelfCheck]:
+    """Compare the backend that the settings choose with torch's. Return the backend, and what was found."""
+    max_model_len = max_model_len_of(settings, base)
+    backend = _backend(settings, base, max_model_len, SchedulerLimits.max_num_seqs, say)
+    return backend, check(base, backend, _torch_backend(base, max_model_len), max_model_len)
+
+
+def _torch_backend(base: BaseModel, max_positions: int) -> Backend:
+    return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions, pack=True))
+
+
+def _gpu_backend(settings: Settings, base: BaseModel, max_positions: int, max_num_seqs: int, say: Say) -> Backend:
+    """Return the backend in Triton kernels if they can serve the base and answer as torch's, or else torch's."""
+    reason = _why_no_kernels(settings, base)
+    if reason is not None:
+        backend = _torch_backend(base, max_positions)
+        if reason:
+            say(f"torch serves: {reason}")
+            backend.fallbacks.append(f"torch serves: {reason}")
+        return backend
+    from server.engine.cuda_backend import CudaBackend
+    from server.engine.cuda_graphs import capture_on_gpu
+
+    def make() -> Backend:
+        return CudaBackend(
+            base.config,
+            base.weights,
+            max_positions=max_positions,
+            max_num_seqs=max_num_seqs,
+            capture=capture_on_gpu(base.device),
+        )
+
+    say("compiling the GPU's kernels if they are new here, and comparing their answers with torch's")
+    backend = checked(base, make, lambda: _torch_backend(base, max_positions), max_positions)
+    empty_cache()
+    return backend
+
+
+def _why_no_kernels(settings: Settings, base: BaseModel) -> str | None:
+    """Return why the Triton kernels can't serve a base on a GPU, or None if they can. Empty: by the settings."""
+    if not settings.native:
+        return ""
+    if base.dtype is not torch.bfloat16:
+        return f"the kernels compute in bf16, not in {str(base.dtype).removeprefix('torch.')}"
+    if find_spec("triton") is None:
+        return "triton isn't installed"
+    from server.model.cuda.variants import why_not
+
+    return why_not(base.config)
 
 
 def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEngine:
@@ -234,8 +289,10 @@ def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> E
         return SchedulerLimits.on(base.device.type, num_seqs, settings.prefill_share)
 
     def step(num_seqs: int) -> int:
-        return step_bytes(base.config, base.dtype.itemsize, limits_of(num_seqs), padded_len)
+        size = step_bytes(base.config, base.dtype.itemsize, limits_of(num_seqs), padded_len)
+        return size + (_graph_bytes(base, num_seqs, max_model_len) if has_graphs else 0)
 
+    has_graphs = base.device.type == "cuda" and _why_no_kernels(settings, base) is None
     if base.device.type == "cpu":
         num_seqs = settings.max_num_seqs or SchedulerLimits.max_num_seqs
         sizes = cpu_caches(settings, free_bytes(), one, num_seqs)
@@ -249,6 +306,15 @@ def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> E
         adapter_cache_bytes=sizes.adapter_cache,
         scheduler=limits_of(num_seqs),
     )
+
+
+def _graph_bytes(base: BaseModel, max_num_seqs: int, max_model_len: int) -> int:
+    """Return the bytes of the tensors that CUDA graphs compute in."""
+    from server.engine.cuda_graphs import GraphSizes
+
+    itemsize = base.dtype.itemsize
+    sizes = GraphSizes.fitting(base.config, itemsize, max_num_seqs, max_model_len, EngineConfig.block_size)
+    return 0 if sizes is None else sizes.num_bytes(itemsize)
 
 
 def kv_bytes_per_token(base: BaseModel) -> int:

@@ -192,6 +192,8 @@ class FakeEngine:
             adapters_resident=len(self.resident),
             adapter_evictions=7,
             resident=self.resident,
+            backends=frozenset({"fake"}),
+            fallbacks=frozenset({"no CUDA graphs: a reason"}),
         )
 
 

@@ -29,6 +29,13 @@ async def test_ready_only_while_it_can_serve(client: httpx.AsyncClient, engine: 
     assert int(response.headers["retry-after"]) >= 1
 
 
+async def test_ready_lists_what_computes_and_what_was_given_up(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    answer = (await client.get("/ready")).json()
+    assert (answer["backends"], answer["fallbacks"]) == (["fake"], ["no CUDA graphs: a reason"])
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 async def test_monitors_may_ask_for_the_headers_alone(
     make_services: MakeServices, engine: FakeEngine, path: str

@@ -34,6 +34,12 @@ def test_the_engines_numbers_are_read_when_asked() -> None:
     assert found["smolora_accepted_tokens_total", ()] == 5
 
 
+def test_fallbacks_are_counted() -> None:
+    stats = EngineStats(fallbacks=frozenset({"no CUDA graphs: a reason"}))
+    assert samples(Metrics(lambda: stats))["smolora_fallbacks", ()] == 1
+    assert samples(Metrics(EngineStats))["smolora_fallbacks", ()] == 0
+
+
 def test_requests_are_counted_by_outcome_and_adapter() -> None:
     metrics = Metrics(EngineStats)
     metrics.accepted({"a", "b"})
