@@ -21,6 +21,8 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
+GPU_PROOFS := $(wildcard tests/server/engine/test_cuda_*.py) tests/server/serve/test_gpu_backend.py
+
 .PHONY: help serve test tests slow fuzz attack soak faults fairness check lint types sanitize bench guard gpu gpu-proofs screenshots vendor clean
 .PHONY: cluster cluster-tests cluster-faults
 
@@ -40,7 +42,7 @@ help:
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
 	@echo 'make guard     a quick run of the benchmark, whose ratios are compared with the last recorded ones'
-	@echo 'make gpu       the tests that need a GPU, and the benchmark on it'
+	@echo 'make gpu       the tests that need a GPU, and the benchmarks on it; ARGS=--quick'
 	@echo 'make gpu-proofs   what can be shown of the kernels without a GPU: compiled for six of them, executed on the CPU'
 	@echo 'make screenshots  take the pictures of docs/page.md'
 	@echo 'make vendor    take the libraries of the page from their packages again'
@@ -113,7 +115,7 @@ gpu: $(READY_DEV)
 	@exec $(BIN)/python -m tests.gpu $(ARGS)
 
 gpu-proofs: $(READY_DEV)
-	@$(PYTEST) -rs tests/server/model/cuda tests/server/engine/test_cuda_backend.py $(ARGS)
+	@$(PYTEST) -rs tests/server/model/cuda $(GPU_PROOFS) $(ARGS)
 
 screenshots: $(READY_WEB)
 	@$(BIN)/python -m tests.web.screenshots

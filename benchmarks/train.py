@@ -22,7 +22,7 @@ from benchmarks.command import Made, Say, positive
 from benchmarks.machine import Machine
 from benchmarks.prompts import library_text
 from benchmarks.training.peer import COMPILED
-from benchmarks.training.runs import Measured, Run, Side, measure
+from benchmarks.training.runs import TORCH, Measured, Run, Side, measure
 from benchmarks.training.train_report import Results, Row, markdown
 from benchmarks.training.works import WORKS, Work, reduced, rows_of
 from server.model.base.export import export_hugging_face
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> Results:
         default=torch_dtype(),
         help="dtype of the peers, and of our torch path",
     )
+    parser.add_argument("--device", default="cpu", help="device of all sides")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds = 1
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> Results:
     if not any(map(shutil.which, COMPILERS)):
         say("there is no C++ compiler: the compiled peer is left out")
         works = [work.without(COMPILED) for work in works]
+    if options.device != "cpu":
+        works = [work.without(TORCH) for work in works]  # it is what we run there by default
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
         rows = _measure(works, Path(scratch), options, say)
     results = Results(
@@ -97,6 +100,7 @@ def _measure(works: Sequence[Work], scratch: Path, options: argparse.Namespace, 
                 _DTYPES[options.torch_dtype],
                 options.home / "native",
                 scratch.resolve() / "compiled",
+                options.device,
             )
             shift = (number + index) % len(work.sides)
             for side in (*work.sides[shift:], *work.sides[:shift]):

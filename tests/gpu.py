@@ -1,8 +1,9 @@
 """`python -m tests.gpu`, or `make gpu`: everything that needs a GPU in one command, with a report that names the
 GPU.
 
-Runs the tests marked `cuda`, then the serving benchmark on that GPU, with further options passed on (`make gpu
-ARGS=--quick`). The report is gpu.md in --out, next to the benchmark's results.
+Runs the tests marked `cuda`, among them the self-check and the budgets of launches, then the benchmarks of serving
+and training on that GPU, against transformers and PEFT, and vLLM if it is installed. `ARGS=--quick` shortens the
+benchmarks. The report is gpu.md in --out, next to the benchmarks' results.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from benchmarks import command
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results
+from benchmarks.training import train_report as training
 from server.errors import StartupError
 from server.model.device import choose_device, driver_version, gpu_of
 
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
     """Return the exit code: 0 if all tests passed and the benchmark ran."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "gpu", help="for the report")
-    given, for_benchmark = parser.parse_known_args(arguments)
+    parser.add_argument("--quick", action="store_true", help="short benchmarks")
+    given = parser.parse_args(arguments)
     try:
         device, dtype = choose_device("cuda", "auto")
     except StartupError as error:
@@ -62,18 +65,20 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
         return 1
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
-    for old in ("tests.xml", "serve.json"):
+    for old in ("tests.xml", "serve.json", "train.json"):
         (out / old).unlink(missing_ok=True)
     tests = run([sys.executable, "-m", "pytest", "-m", "cuda", f"--junitxml={out / 'tests.xml'}", "tests"])
     name = "bf16" if dtype is torch.bfloat16 else "fp32"
-    flags = ["--device=cuda", f"--dtype={name}", f"--out={out}"]
-    benchmark = run([sys.executable, "-m", "benchmarks.serve", *flags, *for_benchmark])
+    flags = ["--device=cuda", f"--out={out}", *(["--quick"] if given.quick else [])]
+    serves = run([sys.executable, "-m", "benchmarks.serve", f"--dtype={name}", *flags])
+    trains = run([sys.executable, "-m", "benchmarks.train", f"--torch-dtype={name}", *flags])
     lines = [f"# {card(device)}", f"{datetime.now(UTC):%Y-%m-%d}: {outcome(out / 'tests.xml')}."]
-    measured = command.read(out, "serve", Results)
-    lines.append("The benchmark didn't end." if measured is None else serving.markdown(measured))
+    served, trained = command.read(out, "serve", Results), command.read(out, "train", training.Results)
+    lines.append("The serving benchmark didn't end." if served is None else serving.markdown(served))
+    lines.append("The training benchmark didn't end." if trained is None else training.markdown(trained))
     (out / "gpu.md").write_text("\n\n".join(lines), encoding="utf-8")
     sys.stdout.write(f"{lines[0]}\n{lines[1]}\nThe report: {out / 'gpu.md'}\n")
-    return 1 if tests or benchmark else 0
+    return 1 if tests or serves or trains else 0
 
 
 if __name__ == "__main__":

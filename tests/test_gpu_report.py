@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from benchmarks import command
-from tests.benchmarks.kit import results, row
+from benchmarks.training import train_report
+from benchmarks.training.runs import NATIVE, Measured
+from benchmarks.training.train_report import Row
+from benchmarks.training.works import WORKS
+from tests.benchmarks.kit import MACHINE, made, results, row
 from tests.gpu import main
 from tests.kits.fake_gpu.card import Card
 from tests.kits.fake_gpu.cuda import fake_cuda
@@ -25,9 +29,9 @@ def test_missing_gpu_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
+@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
 def test_the_report_names_the_card(
-    codes: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    codes: tuple[int, int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands: list[Sequence[str]] = []
 
@@ -36,20 +40,28 @@ def test_the_report_names_the_card(
         if "pytest" in words:
             (tmp_path / "tests.xml").write_text(JUNIT)
             return codes[0]
-        if not codes[1]:
-            command.write(tmp_path, "serve", results([row(1, "base", ours=[123.4] * 3)]))
-        return codes[1]
+        if "benchmarks.serve" in words:
+            if not codes[1]:
+                command.write(tmp_path, "serve", results([row(1, "base", ours=[123.4] * 3)]))
+            return codes[1]
+        if not codes[2]:
+            rows = [Row(WORKS[0], {NATIVE: (Measured(4567.0, 1, 3.0, 1.0),)})]
+            command.write(tmp_path, "train", train_report.Results(made(quick=True), MACHINE, "tiny", 1, rows))
+        return codes[2]
 
     with fake_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
-        assert main([f"--out={tmp_path}", "--quick", "--rounds=1"], run) == max(codes)
-    tests, benchmark = commands
+        assert main([f"--out={tmp_path}", "--quick"], run) == max(codes)
+    tests, serving, training = commands
     assert tests[1:5] == ["-m", "pytest", "-m", "cuda"]
-    assert benchmark[1:3] == ["-m", "benchmarks.serve"]
-    assert benchmark[3:] == ["--device=cuda", "--dtype=bf16", f"--out={tmp_path}", "--quick", "--rounds=1"]
+    flags = ["--device=cuda", f"--out={tmp_path}", "--quick"]
+    assert serving[1:] == ["-m", "benchmarks.serve", "--dtype=bf16", *flags]
+    assert training[1:] == ["-m", "benchmarks.train", "--torch-dtype=bf16", *flags]
     report = (tmp_path / "gpu.md").read_text()
     assert report.startswith("# NVIDIA L4, compute capability 8.9, 24 GiB; driver ")
     assert f"torch {torch.__version__}" in report.splitlines()[0]
     assert "8 tests passed, 2 failed, 2 were skipped." in report
     assert ("|123" in report) is (not codes[1])
-    assert ("The benchmark didn't end." in report) is bool(codes[1])
+    assert ("The serving benchmark didn't end." in report) is bool(codes[1])
+    assert ("4,567" in report) is (not codes[2])
+    assert ("The training benchmark didn't end." in report) is bool(codes[2])
     assert "NVIDIA L4" in capsys.readouterr().out

@@ -12,8 +12,8 @@ from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, KINDS, ON
 
 PARTS = ("loads", "ttft", "ways", "cold", "long", "overload", "many", "start")
 """Names that `--only` takes, in addition to single loads such as 32-distinct."""
-PEFT, TORCH, BITS_16 = "peft", "torch", "16-bit"
-PEERS = (LLAMA_CPP, OPENVINO, PEFT, TORCH, BITS_16)
+PEFT, TORCH, BITS_16, VLLM = "peft", "torch", "16-bit", "vllm"
+PEERS = (LLAMA_CPP, OPENVINO, VLLM, PEFT, TORCH, BITS_16)
 """Names that `--peers` takes; torch is our own server without native code, 16-bit our server with 16-bit weights.
 """
 

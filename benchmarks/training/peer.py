@@ -35,12 +35,15 @@ PEERS = {EAGER: PeerSide(), PACKED: PeerSide(packs=True), COMPILED: PeerSide(com
 class Peer:
     """A model and its optimizer."""
 
-    def __init__(self, side: PeerSide, base: Path, method: Method, dtype: torch.dtype, *, longest: int) -> None:
+    def __init__(
+        self, side: PeerSide, base: Path, method: Method, dtype: torch.dtype, *, longest: int, device: torch.device
+    ) -> None:
         """Load the model. `longest` is the length of the longest row of the run: a compiler needs it, and pads all
         rows to it."""
         self._side = side
         self._longest = longest
-        self._model = load(base, method, dtype)
+        self._device = device
+        self._model = load(base, method, dtype).to(device)
         self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         if side.compiles:
@@ -53,7 +56,8 @@ class Peer:
 
     def step(self, batch: Rows) -> float:
         """Take one optimizer step; return its loss in nats per counted token."""
-        loss: torch.Tensor = self._model(**self._inputs(batch)).loss
+        inputs = {name: tensor.to(self._device) for name, tensor in self._inputs(batch).items()}
+        loss: torch.Tensor = self._model(**inputs).loss
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self._optimizer.step()

@@ -34,7 +34,7 @@ WARM_UP = 3
 """Untimed steps: a compiler is done after them."""
 NATIVE, TORCH = "smolora", "smolora in torch"
 Side = str
-"""NATIVE, TORCH, or a peer's side."""
+"""NATIVE (on a GPU: what runs there by default), TORCH, or a peer's side."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Run:
     torch_dtype: torch.dtype  # for sides computed in torch
     native: Path  # build folder of native code
     compiled: Path  # cache of torch.compile, for the next process
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _child(side: Side, run: Run, connection: Connection) -> None:
 
 
 def _ours(run: Run, *, native: bool) -> Measured:
-    base = load_base(run.converted, torch.bfloat16 if native else run.torch_dtype)
+    base = load_base(run.converted, torch.bfloat16 if native else run.torch_dtype, run.device)
     longest = max(map(len, run.rows))
     trainable: TrainableModel | TrainableRows
     library = find_library(base, run.native, print) if native else None
@@ -122,7 +123,8 @@ def _ours(run: Run, *, native: bool) -> Measured:
 
 def _peer(side: PeerSide, run: Run) -> Measured:
     warnings.simplefilter("ignore")
-    peer = Peer(side, run.hugging_face, run.method, run.torch_dtype, longest=max(map(len, run.rows)))
+    longest, device = max(map(len, run.rows)), torch.device(run.device)
+    peer = Peer(side, run.hugging_face, run.method, run.torch_dtype, longest=longest, device=device)
     order = shuffled(len(run.rows), TrainingSpec().seed, epoch=0)
     batches = [
         [run.rows[row] for row in order[start : start + run.batch_size]]
@@ -137,4 +139,4 @@ def _peer(side: PeerSide, run: Run) -> Measured:
         losses.append(peer.step(batch))
         seconds.append(time.perf_counter() - started)
     speed = sum(counts[WARM_UP:]) / sum(seconds[WARM_UP:])
-    return Measured(speed, peak_memory_bytes(torch.device("cpu")), losses[0], sum(seconds[:WARM_UP]))
+    return Measured(speed, peak_memory_bytes(device), losses[0], sum(seconds[:WARM_UP]))

@@ -20,7 +20,16 @@ from benchmarks.serving.options import PEERS, parse
 from benchmarks.serving.page_cache import drop, read_seconds
 from benchmarks.serving.systems.server_process import ServerConfig, adapter_room, import_seconds
 from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, OURS, WIDE, Facts, Load, Streams, fastest
-from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
+from benchmarks.serving.systems.wires import (
+    LlamaCpp,
+    OpenAiCompletions,
+    Part,
+    Request,
+    Smolora,
+    Usage,
+    Wire,
+    expression,
+)
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT
 from server.model.rank_rows import RowFormat
@@ -84,6 +93,16 @@ def test_request_bodies_of_each_server() -> None:
     assert LlamaCpp([]).body(Request("p", (), 3))["lora"] == []
     for body in (ours, theirs):
         assert (body["prompt"], body["ignore_eos"], body["stream"]) == ("p", True, True)
+
+
+def test_vllm_has_an_adapter_as_its_model() -> None:
+    wire = OpenAiCompletions("base")
+    assert wire.body(Request("p", (), 3))["model"] == "base"
+    body = wire.body(Request("p", (Part("a"),), 3))
+    assert (body["model"], body["max_tokens"], body["ignore_eos"]) == ("a", 3, True)
+    assert wire.read({"choices": [{"text": " x"}], "usage": None}) == " x"
+    usage = {"completion_tokens": 3, "prompt_tokens": 5}
+    assert wire.read({"choices": [], "usage": usage}) == Usage(3, 5, 0)
 
 
 def test_the_adapters_of_a_load() -> None:
@@ -192,7 +211,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert [load.key for load in some.loads] == ["32-base"]
     assert (some.wants("cold"), some.wants("many"), some.num_adapters, some.peers) == (True, False, 2, ())
     assert parse(["--only", "many"]).in_rounds is False
-    for wrong in (["--only", "33-base"], ["--peers", "vllm"]):
+    for wrong in (["--only", "33-base"], ["--peers", "sglang"]):
         with pytest.raises(SystemExit):
             parse(wrong)
         assert wrong[1] in capsys.readouterr().err

@@ -14,9 +14,10 @@ from benchmarks.peers.llama_cpp import LlamaCppConfig, LlamaCppServer
 from benchmarks.peers.openvino import OpenVino, OpenVinoConfig
 from benchmarks.peers.transformers_peft import PeerConfig, TransformersPeft
 from benchmarks.peers.venvs import LLAMA_CPP, OPENVINO, MadePeer
+from benchmarks.peers.vllm import Vllm, VllmConfig, is_installed
 from benchmarks.prompts import PromptSource
 from benchmarks.serving.adapter_files import ALPHA, RANK
-from benchmarks.serving.options import BITS_16, PEFT, TORCH, Options
+from benchmarks.serving.options import BITS_16, PEFT, TORCH, VLLM, Options
 from benchmarks.serving.systems.server_process import Server, ServerConfig
 from benchmarks.serving.systems.systems import WIDE, OurServer, Streams, System, Variant, fastest
 from benchmarks.serving.systems.wires import Request
@@ -76,6 +77,14 @@ def line_up(
                 add(start())
             continue
         say(f"{name} is left out: {missing[name]}")
+    if VLLM in options.peers and options.device != "cpu":
+        if is_installed():
+            say("starting vLLM")
+            longest = 2 * (options.prompt_tokens + options.max_tokens)
+            streams = max(options.streams)
+            add(Vllm(VllmConfig(inputs.base, inputs.adapters, streams, longest, inputs.log.with_name("vllm.log"))))
+        else:
+            missing[VLLM] = "it isn't installed"
     if PEFT in options.peers:
         say("starting transformers and PEFT")
         config = PeerConfig(inputs.base, inputs.dtype, options.device, options.threads)

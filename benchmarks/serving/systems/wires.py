@@ -1,4 +1,4 @@
-"""Wire formats of requests and streamed events: our server's and llama.cpp's."""
+"""Wire formats of requests and streamed events: our server's, llama.cpp's and OpenAI's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +109,33 @@ class LlamaCpp:
         timings = cast("Mapping[str, int]", event["timings"])
         counts = (cast(int, event["tokens_predicted"]), cast(int, event["tokens_evaluated"]))
         return Usage(*counts, timings["cache_n"])
+
+
+class OpenAiCompletions:
+    """The format of OpenAI's POST /v1/completions as vLLM has it: an adapter is named as the model."""
+
+    path = "/v1/completions"
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+
+    def body(self, request: Request) -> dict[str, object]:
+        assert len(request.parts) <= 1, "it has no blends"
+        return {
+            "model": request.parts[0].name if request.parts else self._base,
+            "prompt": request.prompt,
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+    def read(self, event: Mapping[str, object]) -> str | Usage:
+        if choices := cast("Sequence[Mapping[str, str]]", event["choices"]):
+            return choices[0]["text"]
+        usage = cast("Mapping[str, int]", event["usage"])
+        return Usage(usage["completion_tokens"], usage["prompt_tokens"], 0)
 
 
 def expression(parts: Sequence[Part]) -> str | None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine.backend import Backend
 from server.engine.engine import Engine
 from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
+from server.engine.self_check import MAX_LENGTH, check
+from server.engine.torch_backend import TorchBackend
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.smollm import SmolLM
@@ -138,3 +141,47 @@ def test_a_step_takes_no_more_memory_than_reserved(real: BaseModel) -> None:
     engine.close()
     taken = torch.cuda.max_memory_allocated() - before
     assert taken <= step_bytes(real.config, real.dtype.itemsize, limits, 2048)
+
+
+def kernels_backend(base: BaseModel) -> Backend:
+    """Return the backend in Triton kernels with CUDA graphs, as the server has it."""
+    pytest.importorskip("triton", reason="needs triton")
+    from server.engine.cuda_backend import CudaBackend
+    from server.engine.cuda_graphs import capture_on_gpu
+
+    capture = capture_on_gpu(base.device)
+    return CudaBackend(base.config, base.weights, max_positions=2048, capture=capture)
+
+
+@pytest.mark.real
+def test_the_kernels_answer_as_torch_does(real: BaseModel) -> None:
+    """In graphs and without; and a token's bits don't depend on its company."""
+    oracle = TorchBackend(SmolLM(real.config, real.weights, max_positions=2048, pack=True))
+    backend = kernels_backend(real)
+    found = check(real, backend, oracle, MAX_LENGTH)
+    assert not found.beyond
+    assert found.is_batch_invariant
+    assert not backend.fallbacks
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("num_parts", "per_layer"), [(0, 10), (1, 18), (2, 18)])
+def test_a_decode_step_of_the_kernels_is_within_its_budgets(
+    real: BaseModel, num_parts: int, per_layer: int
+) -> None:
+    """Of kernels, as the profiler counts them, in one graph; of waits, and of copies from the host."""
+    engine = build_engine(real, library(real), max_model_len=2048, other=kernels_backend(real))
+    decoding(engine, rows(num_parts=num_parts))
+    assert len(waits(engine.step)) <= 1
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        engine.step()
+        torch.cuda.synchronize()
+    engine.close()
+    names = [event.name for event in profiler.events() or ()]
+    on_gpu = [event.name for event in profiler.events() or () if str(event.device_type).endswith("CUDA")]
+    assert names.count("cudaGraphLaunch") == 1
+    assert len([name for name in on_gpu if "HtoD" in name]) <= 1
+    kernels = [name for name in on_gpu if not name.startswith(("Memcpy", "Memset"))]
+    assert real.config.num_layers * 9 < len(kernels) <= real.config.num_layers * per_layer + 12
