@@ -90,7 +90,8 @@ def _plain(counts: Array, decided: Decided) -> Array:
     gaps = np.zeros((decided.num_rows, decided.num_bins))
     gaps[np.arange(decided.num_rows), decided.bins] = decided.confidences - decided.is_right
     sums = [counts @ decided.is_right, counts @ decided.brier_scores, np.abs(counts @ gaps).sum(1)]
-    return np.stack(sums, axis=1) / counts.sum(1, keepdims=True)
+    found: Array = np.stack(sums, axis=1) / counts.sum(1, keepdims=True)
+    return found
 
 
 def softmax(scores: Array) -> Array:

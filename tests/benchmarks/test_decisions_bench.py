@@ -30,7 +30,11 @@ OTHER = "transformers + PEFT"
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_both_ways_of_the_peer_give_the_scores_of_single_rows(tiny_base_dir: Path, tmp_path: Path) -> None:
     prompts = [(5, 6, 7, 8, 9, 10), (5, 6, 7, 20), (5, 6, 7, 30, 31, 32, 33, 34)]
-    options = [[(11, 2), (12, 13, 14, 2)], [(15, 2), (11, 2)], [(12, 2), (16, 17, 2)]]
+    options: list[list[tuple[int, ...]]] = [
+        [(11, 2), (12, 13, 14, 2)],
+        [(15, 2), (11, 2)],
+        [(12, 2), (16, 17, 2)],
+    ]
     adapter = write_adapter(tmp_path / "adapter", Sizes.read(tiny_base_dir), seed=1)
     peer = Peer(tiny_base_dir, adapter, torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tiny_base_dir, dtype=torch.float32)
