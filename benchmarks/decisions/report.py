@@ -140,7 +140,8 @@ per second, {rounds(num_rounds)}, all systems in turn; `/decide` and `/generate`
     for label, is_cpu in (("time", False), ("processor time", True)):
         shares = [further_shares(found.rows, one, processor=is_cpu) for one in lengths]
         cells.append([label, *(with_range(one, "{:.3f}".format) for one in shares)])
-    return [*parts, table(head, cells), "", f"The target is {FURTHER_TARGET}.", ""]
+    why = "The share is about that of the question's tokens in all, so it is smaller for a longer input."
+    return [*parts, table(head, cells), "", f"The target is {FURTHER_TARGET}. {why}", ""]
 
 
 def _speeds(row: Row, name: str) -> list[float]:
