@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the data and the peers are kept")
     parser.add_argument("--parts", nargs="*", choices=("calibration", "speed"), default=("calibration", "speed"))
     parser.add_argument("--data", nargs="+", choices=list(DATA_SETS), default=list(DATA_SETS))
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds of the speed")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds of the speed")
     parser.add_argument("--page", type=Path, default=Path("docs/decisions.md"), help="the page to write")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the server is stopped

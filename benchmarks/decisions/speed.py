@@ -62,6 +62,7 @@ class Work:
 
 
 NUM_QUESTIONS = len(QUESTIONS)
+SHORT_CALLS = 5
 LENGTHS = (128, 512)
 """Tokens of the input that is asked several questions."""
 WORKS = (Work(32, 1, 128), *(Work(1, questions, tokens) for tokens in LENGTHS for questions in (1, NUM_QUESTIONS)))
@@ -176,7 +177,7 @@ class Systems:
 def measure(
     systems: Systems, prompts: PromptSource, works: Sequence[Work], rounds: int, say: Say
 ) -> tuple[Row, ...]:
-    """Measure all works in all rounds. A round's figure is the mean over at least `NUM_QUESTIONS` decisions."""
+    """Measure all works in all rounds. The figures of a single decision are means over `SHORT_CALLS` calls."""
     found: dict[Work, dict[str, list[Cost]]] = {work: {name: [] for name in systems.calls} for work in works}
     names = list(systems.calls)
     for name in names:  # compile grammars, of which few may wait, and run every kernel once
@@ -185,7 +186,7 @@ def measure(
     for number in range(rounds):
         for index, work in enumerate(works):
             questions = QUESTIONS[: work.num_questions]
-            calls = max(1, NUM_QUESTIONS // work.num_decisions)
+            calls = SHORT_CALLS if work.num_decisions == 1 else 1
             shift = (number + index) % len(names)
             for name in [*names[shift:], *names[:shift]]:
                 costs = [
