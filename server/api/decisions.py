@@ -42,6 +42,8 @@ MAX_OPTIONS = 1 << 14
 """The most options of one call, over all questions and inputs."""
 MAX_TOKENS = 1 << 20
 """The most tokens of all prompts of one call. The ids take up to 36 MB."""
+HINT = "send fewer questions at a time"
+"""Advice in errors about a body that is too large."""
 _AT_ONCE = 32
 _RETRY_SECONDS = 0.05
 _SCORING = SamplingParams(max_tokens=0, temperature=0.0)
@@ -349,7 +351,7 @@ async def _score(
     response_class=Response,
     responses={200: {"model": DecideAnswer, "description": "The answers about each input"}, **REFUSALS},
 )
-@requires(GENERATE, queued=True)
+@requires(GENERATE, queued=True, hint=HINT)
 async def decide_inputs(body: DecideBody, request: Request, services: ServicesDep) -> Response:
     """Answer typed questions about an input, or about up to 256 inputs, with probabilities of their options."""
     terms = adapter_terms(body.adapter, None, services.base_name)

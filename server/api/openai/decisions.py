@@ -9,7 +9,7 @@ from starlette.responses import Response
 from adapters.errors import NotFound
 from adapters.expression import MAX_LENGTH, Term, render
 from server.api import wire
-from server.api.decisions import decide
+from server.api.decisions import HINT, decide
 from server.api.deps import ServicesDep
 from server.api.openai.batch import warning_headers
 from server.api.openai.calls import terms_of
@@ -58,7 +58,7 @@ class DecisionBody(Body):
     response_class=Response,
     responses={200: answers_with(_EXAMPLE), **REFUSALS},
 )
-@requires(GENERATE, queued=True)
+@requires(GENERATE, queued=True, hint=HINT)
 async def decisions(body: DecisionBody, request: Request, services: ServicesDep) -> Response:
     """Answer typed questions about an input. `model` is an adapter expression; the answer names its versions."""
     terms = terms_of(services, body.model)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from server.cli.labels import TableError, read_labelled
+from server.cli.main import app
 
 TEAMS = ("billing", "shipping", "returns, exchanges")
 
@@ -90,6 +92,24 @@ def test_a_choice_has_2_to_255_labels(tmp_path: Path, num_labels: int, found: st
     (tmp_path / "a.csv").write_text("\n".join(["body,team", *lines]), encoding="utf-8")
     with pytest.raises(TableError, match=f"the label's column has {found}, and a choice has 2 to 255"):
         read_labelled(tmp_path / "a.csv", "body", "team").question("")
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ("text,team\na,x\nb,y\n", "there is no column body; the columns are text, team"),
+        ("body,team\na,x\nb,x\n", "the label's column has 1 label: x, and a choice has 2 to 255"),
+        ("body,team\n,x\n", "no record has both a body and a team"),
+    ],
+)
+def test_train_refuses_a_table_before_it_asks_the_server(tmp_path: Path, table: str, fault: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(table, encoding="utf-8")
+    arguments = ["train", str(path), "--name", "triage", "--text", "body", "--label", "team"]
+    nowhere = {"SMOLORA_URL": "http://127.0.0.1:9", "COLUMNS": "200"}
+    result = CliRunner().invoke(app, arguments, env=nowhere)
+    assert result.exit_code == 2
+    assert fault in result.output
 
 
 def test_labels_that_occur_once_or_contradict_each_other_are_named(tmp_path: Path) -> None:

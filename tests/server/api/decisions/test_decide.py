@@ -216,10 +216,26 @@ async def test_bad_input_is_refused_before_any_work(
     assert not engine.requests
 
 
-async def test_400_questions_of_255_options_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    response = await client.post("/decide", json={"input": "Hi", "questions": [BIG] * 400})
+@pytest.mark.parametrize(
+    ("fault", "fields"), [(fault, fields) for fault, fields in BAD if fields.get("questions") and len(fields) == 1]
+)
+async def test_bad_questions_are_refused_in_openais_form_too(
+    client: httpx.AsyncClient, engine: FakeEngine, fault: str, fields: Mapping[str, object]
+) -> None:
+    response = await client.post("/v1/decisions", json={"model": BASE_NAME, "input": "Hi", **fields})
+    assert response.status_code == 400, response.text
+    assert fault in response.json()["error"]["message"]
+    assert not engine.requests
+
+
+@pytest.mark.parametrize("path", ["/decide", "/v1/decisions"])
+async def test_400_questions_of_255_options_are_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    response = await client.post(path, json={"input": "Hi", "questions": [BIG] * 400})
     assert response.status_code == 413
-    assert response.json()["detail"] == "the body has 102,802 arrays and objects, and may have 100,000"
+    fault = "the body has 102,802 arrays and objects, and may have 100,000; send fewer questions at a time"
+    assert fault in response.text
     assert not engine.requests
 
 

@@ -1,0 +1,1 @@
+"""How good and how fast decisions are, next to what users would otherwise use."""
