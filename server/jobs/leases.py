@@ -21,7 +21,7 @@ from adapters.sql import reader_of, transact, transacted
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
-from server.jobs.tables import JobKind, Status, Time, charge, count_time, jobs
+from server.jobs.tables import Lane, Status, Time, charge, count_time, jobs
 from server.jobs.turns import claimable, must_give_way, seconds_at_claim
 
 LEASE_SECONDS = 10.0
@@ -77,14 +77,14 @@ class Leases:
         self._now = now
         self._reader = reader_of(engine)
 
-    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, kind: JobKind | None = None) -> Claim | None:
+    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, lane: Lane | None = None) -> Claim | None:
         """Claim the job whose turn is next, among those that are waiting or whose lease has expired.
 
-        Return None if there is no such job. If `kind` is None, jobs of every kind are considered.
+        Return None if there is no such job. If `lane` is None, jobs of every lane are considered.
         """
 
         def work(connection: sa.Connection) -> Claim | None:
-            query = claimable(self._now(), kind).with_for_update(of=jobs, skip_locked=True)
+            query = claimable(self._now(), lane).with_for_update(of=jobs, skip_locked=True)
             while (row := connection.execute(query).first()) is not None:
                 if row.wants_pause:
                     paused = {"status": Status.PAUSED, "wants_pause": False}
@@ -104,7 +104,7 @@ class Leases:
             return None
 
         with self._reader.connect() as connection:  # takes no lock, unlike the transaction
-            if connection.execute(claimable(self._now(), kind)).first() is None:
+            if connection.execute(claimable(self._now(), lane)).first() is None:
                 return None
         return transact(self._engine, work)
 
