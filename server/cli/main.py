@@ -24,6 +24,7 @@ from server.cli.adapters import group as adapters
 from server.cli.cluster import group as cluster
 from server.cli.common import PeersOptions, with_flags
 from server.cli.decide import decide
+from server.cli.evaluate import evaluate
 from server.cli.generate import chat, compare, generate
 from server.cli.maintenance import backup, doctor, prune, restore
 from server.cli.maintenance import group as move
@@ -77,7 +78,7 @@ def worker(settings: WorkerSettings) -> None:
 
 
 app.command(cls=PeersOptions)(train)
-for _command in (generate, chat, compare, decide, compose, jobs, doctor, prune, backup, restore):
+for _command in (generate, chat, compare, decide, evaluate, compose, jobs, doctor, prune, backup, restore):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(cluster, name="cluster")
