@@ -85,6 +85,27 @@ def merge(
     return LoraWeights(modules)
 
 
+def stacked(adapters: WeightedAdapters) -> LoraWeights:
+    """Return the exact weighted sum as one adapter, whose ranks are the sums of the adapters' ranks.
+
+    A contains weights and scalings, as in the server's memory.
+    """
+    parts: dict[ModuleKey, list[tuple[LoraModule, float]]] = {}
+    for weights, weight in adapters:
+        for key, module in weights.modules.items():
+            parts.setdefault(key, []).append((module, weight * module.scaling))
+    return LoraWeights(
+        {
+            key: LoraModule(
+                torch.cat([factor * module.a.float() for module, factor in here]),
+                torch.cat([module.b.float() for module, _ in here], dim=1),
+                1.0,
+            )
+            for key, here in parts.items()
+        }
+    )
+
+
 def _default_rank(parts: WeightedAdapters) -> int:
     """Return the largest rank of any adapter, limited by the largest rank that a module's B·A can have."""
     modules = [module for weights, _ in parts for module in weights.modules.values()]

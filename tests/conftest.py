@@ -22,7 +22,7 @@ GROUPS = {
         "test_streams_and_sampling.py",
         "test_structured_output.py",
     ),
-    "trainers": ("test_fine_tuning.py", "test_merging.py", "test_real_training.py"),
+    "trainers": ("test_evaluating.py", "test_fine_tuning.py", "test_merging.py", "test_real_training.py"),
 }
 """Files of end_to_end that share servers, so that one process should run them.
 

@@ -14,6 +14,7 @@ from server import __version__
 from server.api import accounts, adapters, compositions, datasets, health, imports, openapi, problems, tokens, web
 from server.api import compare as compare
 from server.api import decisions as decisions
+from server.api import evaluate as evaluate
 from server.api import generate as generate
 from server.api import train as train
 from server.api.accounts import keep_books, keep_now
@@ -41,6 +42,7 @@ _ROUTERS = (
     adapters.aliases_router,
     compositions.router,
     train.router,
+    evaluate.router,
     datasets.router,
     accounts.keys_router,
     accounts.projects_router,

@@ -129,7 +129,7 @@ class Comparison:
 
     async def _result(self, place: int, compared: _Compared) -> dict[str, object]:
         scores = None
-        with _faults_of_item(place):
+        with faults_of_item(place):
             answer = await generate.collect(compared.answer, self._model, sums=True, num_top=self._num_top)
             if self._texts is not None:
                 scored = zip(self._texts, compared.scores, strict=True)
@@ -186,12 +186,12 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
 
 def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
     """Parse the adapter expression at index `place` of the field `adapters`."""
-    with _faults_of_item(place):
+    with faults_of_item(place):
         return adapter_terms(expression, None, services.base_name)
 
 
 @contextmanager
-def _faults_of_item(place: int) -> Iterator[None]:
+def faults_of_item(place: int) -> Iterator[None]:
     """Convert errors in the field `adapter` into errors in item `place` of the field `adapters`."""
     try:
         yield

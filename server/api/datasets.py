@@ -93,5 +93,5 @@ def _delete(services: Services, dataset_id: str) -> None:
     if not services.datasets.has(dataset_id):  # `get` would refuse a damaged data set
         raise no_dataset()
     if services.jobs.in_use(dataset_id, services.principal.project):
-        raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")
+        raise Conflict("a job that hasn't ended needs this data set: cancel it, or wait for its end")
     services.datasets.delete(dataset_id)

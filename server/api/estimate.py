@@ -67,7 +67,12 @@ class Estimator:
         """Return the training speed in tokens per second, and the source of that figure."""
         for job in self._jobs.list(Status.SUCCEEDED, _SEEN_JOBS):
             rate = job.progress.get("tokens_per_second")
-            if job.spec.method != method or not isinstance(rate, int | float) or rate <= 0:
+            if (
+                not isinstance(job.spec, JobSpec)
+                or job.spec.method != method
+                or not isinstance(rate, int | float)
+                or rate <= 0
+            ):
                 continue
             if self._is_comparable(job):
                 return float(rate), "an earlier job"

@@ -77,6 +77,15 @@ SUBMISSIONS = FULL_DISK | _problems(
         429: "Too many jobs haven't ended; see `Retry-After`",
     }
 )
+EVALUATIONS = FULL_DISK | _problems(
+    {
+        401: "No valid key",
+        404: "Unknown data set, adapter or version",
+        409: "An adapter was made for a base of other shapes",
+        422: "A bad field or row; `errors[].loc` ends in its name",
+        429: "Too many jobs haven't ended; see `Retry-After`",
+    }
+)
 JOB_LOOKUPS = _problems({401: "No valid key", 404: "Unknown job", 422: "A bad field"})
 JOB_RESULTS = _problems(
     {401: "No valid key", 404: "Unknown job, or it has no such result", 409: "Not in the job's status"}

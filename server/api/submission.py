@@ -31,6 +31,7 @@ from server.decisions.stored import StoredDecisions
 from server.errors import Unavailable
 from server.jobs.files import TRACEPARENT_NAME, JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
+from server.jobs.specs import Spec
 from server.system.messages import plural
 from server.training.encoding import RowEncoder, texts_of
 from server.training.files import RowSources
@@ -124,13 +125,12 @@ def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
         used=frozenset(used),
         mapping=notes.mapping,
         warnings=tuple(notes.warnings()),
-        questions=_questions(body),
+        questions=named_questions(body.questions or {}),
     )
 
 
-def _questions(body: TrainBody) -> dict[str, Question]:
-    """Return the body's questions by name. Raise InvalidInput if one is invalid."""
-    given = {} if body.questions is None else body.questions
+def named_questions(given: Mapping[str, object]) -> dict[str, Question]:
+    """Parse the field `questions`, which has questions by name. Raise InvalidInput if one is invalid."""
     if len(given) > MAX_QUESTIONS:
         raise InvalidInput.of("questions", f"are {len(given)}, and may be {MAX_QUESTIONS}")
     questions = {name: parse_question(value, ("questions", name)) for name, value in given.items()}
@@ -367,30 +367,56 @@ class Submissions:
         if (first := self.jobs.repeated(idempotency_key, digest)) is not None:
             return first
         require_room()
-        job_id = f"job-{secrets.token_hex(8)}"
-        directory, request = self._files.directory(job_id), facts.get()
         # `prepared` pins the parent's bytes until the job itself pins them
         with self.prepared(body) as prepared:
-            try:
-                with new_directory(directory) as unfinished:
-                    prepared.data.save(unfinished)
-                    if request is not None and request.span is not None:
-                        (unfinished / TRACEPARENT_NAME).write_text(request.span.traceparent, encoding="ascii")
-                self._files.keep(job_id)
-                job = self.jobs.submit(
-                    prepared.spec,
-                    job_id=job_id,
-                    data={**prepared.facts, **kept},
-                    used=prepared.rows.used,
-                    idempotency_key=idempotency_key,
-                    body_digest=digest,
-                    warnings=prepared.warnings,
-                )
-            except InDoubt:  # the job may be queued; if it isn't, a sweep removes the files
-                raise
-            except BaseException:
-                self._drop(job_id)
-                raise
+            return self.queue(
+                prepared.spec,
+                prepared.data.save,
+                data={**prepared.facts, **kept},
+                used=prepared.rows.used,
+                idempotency_key=idempotency_key,
+                body_digest=digest,
+                warnings=prepared.warnings,
+            )
+
+    def queue(
+        self,
+        spec: Spec,
+        save: Callable[[Path], None],
+        *,
+        data: Mapping[str, object],
+        used: Collection[str],
+        idempotency_key: str | None,
+        body_digest: str,
+        warnings: Sequence[str],
+    ) -> Job:
+        """Store a job's files and queue it. `save` writes the files into a directory.
+
+        The adapters that the job reads must be pinned. The other arguments, the result and the errors are those of
+        `Jobs.submit`. Raise OSError if the disk fails.
+        """
+        job_id = f"job-{secrets.token_hex(8)}"
+        request = facts.get()
+        try:
+            with new_directory(self._files.directory(job_id)) as unfinished:
+                save(unfinished)
+                if request is not None and request.span is not None:
+                    (unfinished / TRACEPARENT_NAME).write_text(request.span.traceparent, encoding="ascii")
+            self._files.keep(job_id)
+            job = self.jobs.submit(
+                spec,
+                job_id=job_id,
+                data=data,
+                used=used,
+                idempotency_key=idempotency_key,
+                body_digest=body_digest,
+                warnings=warnings,
+            )
+        except InDoubt:  # the job may be queued; if it isn't, a sweep removes the files
+            raise
+        except BaseException:
+            self._drop(job_id)
+            raise
         if job.id != job_id:  # another request with the same key came first
             self._drop(job_id)
         if request is not None:

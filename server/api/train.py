@@ -22,6 +22,7 @@ from server.api.train_schemas import TrainBody
 from server.api.zips import StoredZip, zip_download
 from server.jobs.files import JobFiles
 from server.jobs.jobs import Job, Jobs, Status
+from server.training.spec import JobSpec
 
 router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 
@@ -201,7 +202,7 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
     Adapters are under /adapters.
     """
     job = await to_thread.run_sync(services.jobs.get, job_id)
-    if job.spec.method != "full":
+    if not isinstance(job.spec, JobSpec) or job.spec.method != "full":
         where = (
             "its adapter" if job.adapter is None else "/adapters/{name}/{version}/download".format(**job.adapter)
         )
@@ -223,7 +224,7 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     The job's record, events and report stay, and so do the versions that it published and the data sets that it
     used. Repeating the request gives the same answer.
     """
-    await to_thread.run_sync(_remove_files, services, job_id)
+    await to_thread.run_sync(remove_job_files, services, job_id)
     return Response(status_code=204)
 
 
@@ -262,7 +263,8 @@ async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
     return wire.answer(JobAnswer.of(await to_thread.run_sync(move, job_id)))
 
 
-def _remove_files(services: Services, job_id: str) -> None:
+def remove_job_files(services: Services, job_id: str) -> None:
+    """Remove an ended job's files, and record that in the audit list."""
     project = services.jobs.get(job_id).project  # an operator may remove another project's files
     services.audited("job.delete", job_id, partial(services.retention.remove, job_id), project=project)
 

@@ -10,7 +10,8 @@ from server.api.estimate import Estimate
 from server.api.schemas import Answer, Timestamp
 from server.api.submission import JobRows, Prepared
 from server.jobs.jobs import Job
-from server.jobs.merge_spec import Spec
+from server.jobs.specs import Spec
+from server.jobs.tables import JobKind
 from server.training.encoding import FACT_SHARE, FACT_TOKENS, preview, texts_of
 from server.training.formats import RowFormat
 from server.training.job_data import JobData
@@ -84,7 +85,7 @@ class JobAnswer(Answer):
     id: str
     project: str = Field(description="the owner; names in the answer are this project's")
     key: str | None = Field(description="id of the key that submitted the job; null if it needed none")
-    kind: Literal["train", "merge"]
+    kind: JobKind
     name: str
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     position: int | None = Field(
@@ -103,7 +104,7 @@ class JobAnswer(Answer):
         description="when the job's files were removed, or null; its rows are removed as soon as it ends"
     )
     config: dict[str, object] = Field(description="the body with every default filled in")
-    data: RowCounts | None = Field(description="null for a merge")
+    data: RowCounts | None = Field(description="null unless the job trains")
     attempt: int = Field(description="how many times a worker has started the job")
 
     @classmethod

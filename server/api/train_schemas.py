@@ -114,7 +114,9 @@ Validation = Annotated[
         }
     ),
 ]
-_QUESTIONS = {"type": "object", "additionalProperties": QUESTION_SCHEMA}
+Questions = Annotated[
+    dict[str, object], WithJsonSchema({"type": "object", "additionalProperties": QUESTION_SCHEMA})
+]
 Rows = Annotated[list[object], Field(min_length=1), WithJsonSchema(_ROWS)]
 
 
@@ -197,7 +199,7 @@ class TrainBody(Body):
     name: str = Field(min_length=1, max_length=MAX_NAME, description="the adapter to publish a version of")
     data: Rows | None = Field(None, description="the rows; or give a dataset")
     dataset: str | None = Field(None, max_length=64, description="an id from POST /datasets, instead of data")
-    questions: Annotated[dict[str, object], WithJsonSchema(_QUESTIONS)] | None = Field(
+    questions: Questions | None = Field(
         None, description="the questions, by name, of rows of `input` and `answer`; the version stores them"
     )
     validation: Validation = Field(

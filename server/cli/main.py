@@ -25,6 +25,7 @@ from server.cli.check import check_here
 from server.cli.cluster import group as cluster
 from server.cli.common import PeersOptions, with_flags
 from server.cli.decide import decide
+from server.cli.evaluate import evaluate
 from server.cli.generate import chat, compare, generate
 from server.cli.maintenance import backup, doctor, prune, restore
 from server.cli.maintenance import group as move
@@ -88,7 +89,7 @@ def check(settings: Settings) -> None:
 
 
 app.command(cls=PeersOptions)(train)
-for _command in (generate, chat, compare, decide, compose, jobs, doctor, prune, backup, restore):
+for _command in (generate, chat, compare, decide, evaluate, compose, jobs, doctor, prune, backup, restore):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(cluster, name="cluster")

@@ -279,12 +279,12 @@ def train(
     )
     labelled = _labelled(data, text, label)
     questions = None if labelled is None or label is None else {label: _question(labelled, label, instructions)}
-    with connected(url, api_key) as client, _uploads(client, keep=not dry_run) as upload_file:
-        upload = upload_file if text is None or label is None else _labels_uploaded(upload_file, text, label)
+    with connected(url, api_key) as client, uploads(client, keep=not dry_run) as upload_file:
+        upload = upload_file if text is None or label is None else labels_uploaded(upload_file, text, label)
         body = given(
             name=name,
             validation=None if validation is None else _validation(upload, validation),
-            dataset=_dataset(upload, data),
+            dataset=dataset_of(upload, data),
             questions=questions,
             method=method,
             lora=lora,
@@ -322,7 +322,7 @@ def watch(client: "Client", job: Document, as_json: bool) -> int:
 
 
 @contextmanager
-def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
+def uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
     """Yield a function that uploads a file and returns its id. Unless `keep`, delete new data sets at the end."""
     before = set[object]() if keep else {dataset["id"] for dataset in client.datasets()}
     uploaded = set[str]()
@@ -367,7 +367,7 @@ def _question(labelled: "LabelledTexts", label: str, instructions: str | None) -
         raise typer.BadParameter(str(error), param_hint="DATA") from None
 
 
-def _labels_uploaded(upload: Callable[[Path], str], text: str, label: str) -> Callable[[Path], str]:
+def labels_uploaded(upload: Callable[[Path], str], text: str, label: str) -> Callable[[Path], str]:
     """Return a function like `upload` that uploads the labelled texts of a CSV file as rows of decisions."""
     from server.cli.labels import TableError, read_labelled
 
@@ -384,7 +384,7 @@ def _labels_uploaded(upload: Callable[[Path], str], text: str, label: str) -> Ca
     return upload_labelled
 
 
-def _dataset(upload: Callable[[Path], str], data: str, parameter: str = "DATA") -> str:
+def dataset_of(upload: Callable[[Path], str], data: str, parameter: str = "DATA") -> str:
     """Return `data` if it is a data set's id.
 
     Otherwise upload the file `data`, and return the new data set's id. An error names the command's `parameter`.
@@ -402,7 +402,7 @@ def _validation(upload: Callable[[Path], str], value: str) -> float | str:
     try:
         return finite(float(value), "--validation")
     except ValueError:
-        return _dataset(upload, value, "--validation")
+        return dataset_of(upload, value, "--validation")
 
 
 def _show_progress(client: "Client", job: Document) -> None:
@@ -468,6 +468,11 @@ def _show_end(client: "Client", job: Document) -> None:
     report: Document = {}
     if job["status"] == "succeeded":
         report = client.report(str(job["id"]))
+    if report.get("kind") == "evaluate":
+        from server.cli.evaluate import show_findings
+
+        show_findings(report)
+        return
     if report and job["kind"] == "train" and (kept := _kept(progress, report)):
         console.print(kept)
     if metrics["eval_loss"] is not None:

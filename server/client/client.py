@@ -42,18 +42,15 @@ class Client(Connection):
 
     def train(self, body: Mapping[str, object], dry_run: bool = False) -> Document:
         """Submit a training job and return it. If the response is lost, retry with the same idempotency key."""
-        headers = {"Idempotency-Key": uuid.uuid4().hex}
-        params = {"dry_run": "true"} if dry_run else {}
+        return self._submit("/train", body, {"dry_run": "true"} if dry_run else {})
 
-        def post() -> Document:
-            return self.json("POST", "/train", json=dict(body), headers=headers, params=params)
+    def evaluate(self, body: Mapping[str, object]) -> Document:
+        """Submit an evaluation and return it, as `train` does."""
+        return self._submit("/evaluate", body, {})
 
-        try:
-            return post()
-        except ClientError as error:
-            if error.status is not None or isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout):
-                raise
-        return self.again(post)
+    def evaluation(self, job_id: str) -> Document:
+        """Return an evaluation, with its findings if it has succeeded."""
+        return self.json("GET", path_of("evaluate", job_id))
 
     def job(self, job_id: str) -> Document:
         """Return a job."""
@@ -213,6 +210,19 @@ class Client(Connection):
                     raise ClientError(str(document.get("detail")), cast("int", document.get("status")))
                 yield document
         raise ClientError("the answer broke off")
+
+    def _submit(self, path: str, body: Mapping[str, object], params: Mapping[str, str]) -> Document:
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+
+        def post() -> Document:
+            return self.json("POST", path, json=dict(body), headers=headers, params=dict(params))
+
+        try:
+            return post()
+        except ClientError as error:
+            if error.status is not None or isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout):
+                raise
+        return self.again(post)
 
     def _save(self, path: str, headers: Mapping[str, str], target: Path) -> None:
         with self.open("GET", path, headers=headers) as response, target.open("wb") as file:

@@ -19,7 +19,6 @@ from server.database.clock import database_now, database_time
 from server.errors import QueueFull
 from server.jobs import events as job_events
 from server.jobs.events import Event, plain
-from server.jobs.merge_spec import Spec
 from server.jobs.queries import (
     FINE_TUNING,
     Job,
@@ -30,7 +29,8 @@ from server.jobs.queries import (
     repeated,
     select_jobs,
 )
-from server.jobs.tables import Status, charge, count_time, jobs, uses
+from server.jobs.specs import Spec
+from server.jobs.tables import EVALUATE, Status, charge, count_time, jobs, kind_of, uses
 from server.jobs.turns import is_over
 from server.storage.places import Storage
 from server.system.messages import plural
@@ -143,13 +143,20 @@ class Jobs:
             return get_job(connection, job_id, self._mine)
 
     def list(
-        self, status: Status | None = None, limit: int = 100, before: str | None = None
+        self,
+        status: Status | None = None,
+        limit: int = 100,
+        before: str | None = None,
+        *,
+        evaluations: bool = False,
     ) -> builtins.list[Job]:
-        """List at most `limit` jobs, the newest first. If given, `status` and `before` restrict the list.
+        """List at most `limit` trainings and merges, or `evaluations` instead, the newest first.
 
-        `before` is a job's id: only older jobs are listed.
+        If given, `status` and `before` restrict the list. `before` is a job's id: only older jobs are listed.
         """
-        query = select_jobs().where(self._mine).order_by(jobs.c.number.desc()).limit(limit)
+        is_evaluation = kind_of(jobs) == EVALUATE
+        query = select_jobs().where(self._mine, is_evaluation if evaluations else sa.not_(is_evaluation))
+        query = query.order_by(jobs.c.number.desc()).limit(limit)
         if status is not None:
             query = query.where(jobs.c.status == status)
         if before is not None:

@@ -21,7 +21,7 @@ from adapters.sql import reader_of, transact, transacted
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
-from server.jobs.tables import JobKind, Status, Time, charge, count_time, jobs
+from server.jobs.tables import EVALUATE, Lane, Status, Time, charge, count_time, jobs
 from server.jobs.turns import claimable, must_give_way, seconds_at_claim
 
 LEASE_SECONDS = 10.0
@@ -77,14 +77,14 @@ class Leases:
         self._now = now
         self._reader = reader_of(engine)
 
-    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, kind: JobKind | None = None) -> Claim | None:
+    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, lane: Lane | None = None) -> Claim | None:
         """Claim the job whose turn is next, among those that are waiting or whose lease has expired.
 
-        Return None if there is no such job. If `kind` is None, jobs of every kind are considered.
+        Return None if there is no such job. If `lane` is None, jobs of every lane are considered.
         """
 
         def work(connection: sa.Connection) -> Claim | None:
-            query = claimable(self._now(), kind).with_for_update(of=jobs, skip_locked=True)
+            query = claimable(self._now(), lane).with_for_update(of=jobs, skip_locked=True)
             while (row := connection.execute(query).first()) is not None:
                 if row.wants_pause:
                     paused = {"status": Status.PAUSED, "wants_pause": False}
@@ -104,7 +104,7 @@ class Leases:
             return None
 
         with self._reader.connect() as connection:  # takes no lock, unlike the transaction
-            if connection.execute(claimable(self._now(), kind)).first() is None:
+            if connection.execute(claimable(self._now(), lane)).first() is None:
                 return None
         return transact(self._engine, work)
 
@@ -203,7 +203,7 @@ class Leases:
         """End the job with success and publish its adapter in one transaction.
 
         Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
-        None, no version is published, and the report says why. `publish_unattended_in` explains `alias`,
+        None, no version is published, and a training's report says why. `publish_unattended_in` explains `alias`,
         `compared_with`, `worse` and LatestMoved. If the new version doesn't become `latest`, the reason becomes an
         event. Each of the `notes`, which are sentences, becomes an event, too. If a version is published, so does
         each of the `warnings`, with words like "codes@1 is" in front of it.
@@ -214,7 +214,9 @@ class Leases:
             documents = {"progress": progress, "metrics": metrics, "report": report}
             values: dict[str, object] = {key: plain(value) for key, value in documents.items()}
             version = stays = None
-            message = "succeeded; no version was published"
+            message = "succeeded"
+            if publish is None and report.get("kind") != EVALUATE:
+                message += "; no version was published"
             if publish is not None:
                 mine = sa.select(jobs.c.project, jobs.c.key_id).where(jobs.c.id == claim.job_id)
                 project, key_id = connection.execute(mine).one()

@@ -1,7 +1,4 @@
-"""The specification of a merge job, as plain values that are stored with the job.
-
-A stored document with `"kind": "merge"` specifies a merge, and any other document a training.
-"""
+"""The specification of a merge job, as plain values that are stored with the job."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +7,7 @@ from adapters.catalog.versions import Origin, Part
 from adapters.expression import Term, render
 from adapters.merge_recipe import MergeMethod, Recipe
 from server.jobs.tables import MERGE
-from server.training.spec import JobSpec, read_document
+from server.training.spec import read_document
 
 ORIGIN = "origin"
 """The key in a merge's `Job.data` for the `Origin` of the adapters, which may be deleted before the job ends."""
@@ -54,14 +51,6 @@ class MergeSpec:
         recipe = {name: document.get(name) for name in Recipe.__dataclass_fields__}
         fields = {"name": document.get("name"), "parts": document.get("parts"), "recipe": recipe}
         return read_document(cls, fields)
-
-
-Spec = JobSpec | MergeSpec
-
-
-def read_spec(document: Mapping[str, object]) -> Spec:
-    """Read a document that either kind's `to_document` returned. Raise ValueError for any other document."""
-    return MergeSpec.from_document(document) if document.get("kind") == MERGE else JobSpec.from_document(document)
 
 
 def read_origin(data: Mapping[str, object]) -> Origin:

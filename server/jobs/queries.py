@@ -8,8 +8,10 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from adapters.errors import Hint, InvalidInput, NotFound
-from server.jobs.merge_spec import MergeSpec, Spec, read_spec
-from server.jobs.tables import JobKind, Status, jobs
+from server.jobs.evaluate_spec import EvaluateSpec
+from server.jobs.merge_spec import MergeSpec
+from server.jobs.specs import Spec, read_spec
+from server.jobs.tables import EVALUATE, MERGE, TRAIN, JobKind, Status, jobs
 from server.jobs.turns import position
 
 FINE_TUNING = "fine_tuning"
@@ -41,7 +43,9 @@ class Job:
 
     @property
     def kind(self) -> JobKind:
-        return "merge" if isinstance(self.spec, MergeSpec) else "train"
+        if isinstance(self.spec, EvaluateSpec):
+            return EVALUATE
+        return MERGE if isinstance(self.spec, MergeSpec) else TRAIN
 
 
 class Standing(NamedTuple):

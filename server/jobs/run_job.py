@@ -1,10 +1,10 @@
 """The process in which one attempt at a job runs: `python -m server.jobs ASSIGNMENT`.
 
-`worker.py` starts the process and renews the lease. The process loads the base, runs `train_job` or `merge_job`,
-and stores how the job ended. Success and the new version are stored in one transaction. If another attempt would
-fail in the same way, the job fails. Any other failure becomes an exit code: the worker tries the job again, or
-exits if the base can't be loaded. It isn't the job's fault if the database or the object store can't be used. If
-the disk is full, the worker decides what to do, since other machines may have room.
+`worker.py` starts the process and renews the lease. The process loads the base, runs `train_job`, `merge_job` or
+`evaluate_job`, and stores how the job ended. Success and the new version are stored in one transaction. If another
+attempt would fail in the same way, the job fails. Any other failure becomes an exit code: the worker tries the job
+again, or exits if the base can't be loaded. It isn't the job's fault if the database or the object store can't be
+used. If the disk is full, the worker decides what to do, since other machines may have room.
 """
 
 import ctypes
@@ -22,11 +22,13 @@ from adapters.names import Viewpoint
 from server.config import WorkerSettings
 from server.database import WORKER_PATIENCE_SECONDS, connect, records_of
 from server.errors import StartupError, TryAgain
+from server.jobs.evaluate_job import EvaluationAttempt
+from server.jobs.evaluate_spec import EvaluateSpec
 from server.jobs.files import JobFiles
 from server.jobs.jobs import Jobs
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.merge_job import run_merge
-from server.jobs.merge_spec import MergeSpec, Spec, read_origin
+from server.jobs.merge_spec import MergeSpec, read_origin
 from server.jobs.pipe import (
     EXIT_DONE,
     EXIT_LATEST_MOVED,
@@ -39,6 +41,7 @@ from server.jobs.pipe import (
     WorkerLink,
 )
 from server.jobs.reporter import JobReporter, JobTrace, Leave, beating
+from server.jobs.specs import Spec
 from server.jobs.train_job import TrainingAttempt
 from server.jobs.yielding import BusyFlag, Yielding
 from server.model.base.source import resolve_base
@@ -110,6 +113,8 @@ def main(argument: str) -> int:
             reporter = JobReporter(link, leases, claim, yielding, num_parameters, trace, is_on_gpu=is_on_gpu)
             if isinstance(job.spec, MergeSpec):
                 run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data))
+            elif isinstance(job.spec, EvaluateSpec):
+                EvaluationAttempt(job.spec, claim, leases, library, base, reporter, storage, native).run()
             else:
                 TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, storage, native).run()
     except Leave:

@@ -15,10 +15,15 @@ from adapters.sql import UtcDateTime
 from server.access.principal import ANONYMOUS
 from server.access.usage import Account, Usage, add_in
 
-JobKind = Literal["train", "merge"]
-TRAIN: JobKind = "train"
-MERGE: JobKind = "merge"
-"""The value of `spec["kind"]` for a merge. A training job's spec has no "kind"."""
+JobKind = Literal["train", "merge", "evaluate"]
+"""The value of `spec["kind"]`, except that a training job's spec has no "kind"."""
+Lane = Literal["train", "merge"]
+"""A worker runs one job of each lane at a time. Evaluations are in the lane of trainings, since both load the
+base's weights.
+"""
+TRAIN: Literal["train"] = "train"
+MERGE: Literal["merge"] = "merge"
+EVALUATE: Literal["evaluate"] = "evaluate"
 
 
 Time = sa.ColumnElement[float]
@@ -31,7 +36,7 @@ class Status(StrEnum):
     QUEUED = "queued"  # waits for a worker, for the first time or again
     RUNNING = "running"  # a worker runs it, or did when it died
     PAUSED = "paused"  # waits until it is resumed
-    SUCCEEDED = "succeeded"  # trained, and published if its gate allowed it
+    SUCCEEDED = "succeeded"  # and published, if it is a training whose gate allowed that, or a merge
     FAILED = "failed"  # for good; `error` says why
     CANCELLED = "cancelled"  # by a client
 
@@ -114,18 +119,23 @@ def kind_of(table: sa.FromClause) -> sa.ColumnElement[str]:
     return sa.func.coalesce(table.c.spec["kind"].as_string(), TRAIN)
 
 
+def lane_of(table: sa.FromClause) -> sa.ColumnElement[str]:
+    """Return the SQL expression for a job's lane. `table` is `jobs` or an alias of it."""
+    return sa.case((kind_of(table) == MERGE, MERGE), else_=TRAIN)
+
+
 def count_time(now: Time) -> dict[str, object]:
     """Return the values to write to a running job's row so that its time is counted up to `now`.
 
-    Time counts up to the lease's end at most, since after that no worker is known to run the job. For each kind of
-    job, the seconds that a project has used are the largest `project_seconds` of its jobs. So that value also
-    grows by the time of the project's other running jobs of the kind.
+    Time counts up to the lease's end at most, since after that no worker is known to run the job. For each lane,
+    the seconds that a project has used are the largest `project_seconds` of its jobs. So that value also grows by
+    the time of the project's other running jobs in the lane.
     """
     since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
     until = sa.case((now < lease_until, now), else_=lease_until)
     seconds = sa.case((until > since, until - since), else_=0.0)
     other = jobs.alias()
-    same = (other.c.status == Status.RUNNING, other.c.project == jobs.c.project, kind_of(other) == kind_of(jobs))
+    same = (other.c.status == Status.RUNNING, other.c.project == jobs.c.project, lane_of(other) == lane_of(jobs))
     num_running = sa.select(sa.func.count()).where(*same).correlate(jobs).scalar_subquery()
     used = sa.func.coalesce(jobs.c.project_seconds, 0.0) + seconds * num_running
     return {"run_seconds": jobs.c.run_seconds + seconds, "project_seconds": used, "timed_at": now}

@@ -6,13 +6,13 @@ The serving engine scores the options, so the probabilities are those that users
 import ctypes
 import logging
 from collections.abc import Callable, Mapping
+from itertools import islice
 
 from adapters.errors import InvalidInput
-from adapters.lora import AdapterRef, LoraWeights
+from adapters.lora import LoraWeights
 from server.decisions.calibration import MIN_ROWS, fit_temperature
-from server.engine.request import GenerationRequest, SamplingParams
 from server.errors import GenerationFailed
-from server.jobs.exact_match import MAX_ADAPTER_BYTES, adapter_bytes, engine_for, outputs_of
+from server.jobs.scoring import MAX_ADAPTER_BYTES, adapter_bytes, option_scores
 from server.model.base.weights import BaseModel
 from server.training.encoding import Asked
 from server.training.job_data import JobData
@@ -41,41 +41,16 @@ def fit_temperatures(
     groups = {digest: group for digest, group in groups.items() if len(group) >= MIN_ROWS}
     if not groups or adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
         return {}
-    requests = [
-        GenerationRequest(
-            *(f"{digest}-{number}", one.prompt, SamplingParams(max_tokens=0), (AdapterRef(weights.digest),)),
-            scored_from=len(one.prompt),
-            continuations=data.options[digest],
-        )
-        for digest, group in groups.items()
-        for number, one in enumerate(group)
-    ]
+    asked = [one for group in groups.values() for one in group]
     try:
-        scores = _scores(base, weights, requests, yield_or_leave, library)
+        scores = option_scores(base, ((weights, 1.0),), asked, data.options, yield_or_leave, library)
     except (GenerationFailed, InvalidInput) as error:  # the finished job doesn't fail
         log.warning("no temperatures are fitted: %s", error)
         return {}
     found: dict[str, float] = {}
+    rest = iter(scores)
     for digest, group in groups.items():
-        of_group = [scores[f"{digest}-{number}"] for number in range(len(group))]
-        temperature = fit_temperature(of_group, [one.answer for one in group])
+        temperature = fit_temperature(list(islice(rest, len(group))), [one.answer for one in group])
         if temperature is not None:
             found[digest] = temperature
     return found
-
-
-def _scores(
-    base: BaseModel,
-    weights: LoraWeights,
-    requests: list[GenerationRequest],
-    yield_or_leave: Callable[[], None],
-    library: ctypes.CDLL | None,
-) -> dict[str, tuple[float, ...]]:
-    """Return the scores of each request's continuations, by the request's id."""
-    lengths = [len(one.prompt_token_ids) + max(map(len, one.continuations)) for one in requests]
-    engine = engine_for(base, weights, lengths, library)
-    try:
-        outputs = outputs_of(engine, requests, yield_or_leave)
-        return {output.request_id: output.scores for output in outputs if output.finish_reason is not None}
-    finally:
-        engine.close()

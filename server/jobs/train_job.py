@@ -24,11 +24,11 @@ from adapters.peft.files import PeftAdapter
 from adapters.storage.durable import remove_unfinished
 from server.decisions.stored import KEY as DECISIONS
 from server.errors import GenerationFailed
-from server.jobs.exact_match import exact_match
 from server.jobs.files import JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.reporter import Leave
+from server.jobs.scoring import exact_match
 from server.jobs.temperatures import fit_temperatures
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel

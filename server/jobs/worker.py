@@ -1,7 +1,7 @@
 """The worker: claim one job after another and run each in a process of its own, which has its own memory.
 
-A worker has two lanes, each with its own thread: one trains and one merges, so that a merge, which takes seconds,
-never waits for a training.
+A worker has two lanes, each with its own thread: one trains and evaluates, and one merges. So a merge, which takes
+seconds, never waits for a training.
 
 The worker itself stays small and never blocks. A training step may take longer than a lease, so a separate thread
 renews the lease. The worker asks the process to exit if the job is paused or the worker is stopped, and to exit
@@ -44,7 +44,7 @@ from server.jobs.pipe import (
     has_lost_parent,
 )
 from server.jobs.supervisor import own_name, present
-from server.jobs.tables import MERGE, TRAIN, JobKind
+from server.jobs.tables import MERGE, TRAIN, Lane
 from server.storage.places import Storage
 from server.storage.reserve import DISK_FULL, Reserve, once_unlocked
 from server.telemetry import logs
@@ -80,7 +80,7 @@ class Timing:
 
 
 class Worker:
-    """Claims jobs and runs one at a time. A worker process has two of these: one for training and one for merges.
+    """Claims jobs of a lane and runs one at a time. A worker process has one of these for each lane.
 
     The thread that calls `run` must outlive the jobs' processes that it starts. Any thread may call `stop`.
     """
@@ -95,13 +95,13 @@ class Worker:
         command: Sequence[str] = COMMAND,
         timing: Timing | None = None,
         parent: int | None = None,
-        kind: JobKind | None = None,
+        lane: Lane | None = None,
         bucket: "Bucket | None" = None,
         has_peers: bool = False,
     ) -> None:
         """`command` runs a job, and receives `settings`, the JSON of WorkerSettings.
 
-        The worker exits when the process `parent` dies. If `kind` is None, it claims jobs of every kind. If
+        The worker exits when the process `parent` dies. If `lane` is None, it claims jobs of every lane. If
         `has_peers`, workers with other HOMEs may have room for a job that doesn't fit on this worker's disk.
         """
         self._leases = leases
@@ -109,7 +109,7 @@ class Worker:
         self._command = command
         self._timing = timing or Timing()
         self._parent = parent
-        self._kind = kind
+        self._lane = lane
         self._files = JobFiles(home, bucket)
         self._retention = Retention(home, jobs, bucket)
         self._has_peers = has_peers
@@ -147,7 +147,7 @@ class Worker:
             log.warning("SMOLORA_HOME has no room, or can't be written: this worker takes no jobs")
             self._sleep(self._timing.hindered)
             return
-        claim = self._leases.claim(self._owner, self._timing.lease, self._kind)
+        claim = self._leases.claim(self._owner, self._timing.lease, self._lane)
         if claim is None:
             self._sleep(self._timing.poll)
         else:
@@ -293,7 +293,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     storage = Storage.open(settings.home, settings)
     agree(engine, storage.place)
     has_peers = storage.bucket is not None and not is_file(engine)  # otherwise all workers share this HOME
-    lane = partial(
+    make = partial(
         Worker,
         settings.home,
         jobs,
@@ -303,7 +303,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
         parent=parent,
         bucket=storage.bucket,
     )
-    lanes = [lane(kind=kind, has_peers=has_peers) for kind in (TRAIN, MERGE)]
+    lanes = [make(lane=lane, has_peers=has_peers) for lane in (TRAIN, MERGE)]
     codes = list[int]()
 
     def stop(*_: object) -> None:

@@ -66,7 +66,7 @@ class HomeCollector(Collector):
 
     def _of_jobs(self) -> Iterator[Metric]:
         counts = self._jobs.counts()
-        jobs = GaugeMetricFamily("smolora_jobs", "Training jobs and merges, by status", labels=["status"])
+        jobs = GaugeMetricFamily("smolora_jobs", "Trainings, merges and evaluations, by status", labels=["status"])
         for status in Status:
             jobs.add_metric([status.value], counts.get(status, 0))
         yield jobs

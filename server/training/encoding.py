@@ -94,6 +94,11 @@ class Examples(Sequence[Example]):
         return [end - start for start, end in zip(self._offsets, self._offsets[1:], strict=False)]
 
     @property
+    def sources(self) -> Sequence[int]:
+        """The number of each example's row."""
+        return self._sources
+
+    @property
     def num_tokens(self) -> int:
         return len(self._token_ids)
 
@@ -197,9 +202,9 @@ class LongRows:
     def __add__(self, other: Self) -> Self:
         return type(self)(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
-    def warnings(self, max_length: int) -> list[str]:
-        """Return a warning for each kind of long rows that occurs: cut, dropped or split."""
-        limit = f"training.max_length ({plural(max_length, 'token')})"
+    def warnings(self, max_length: int, name: str = "training.max_length") -> list[str]:
+        """Return a warning for each kind of long rows that occurs. `name` is the limit's, for the text."""
+        limit = f"{name} ({plural(max_length, 'token')})"
         counts = {
             f"cut at {limit}: {plural(self.num_cut_tokens, 'token')} lost": self.num_truncated,
             f"dropped as too long for {limit}: {plural(self.num_dropped_tokens, 'token')} lost": self.num_dropped,

@@ -1,7 +1,7 @@
 """Loss and accuracy of a model on held-out rows, without dropout.
 
 Counted tokens are those that training would train on. The model predicts each of them from the true tokens before
-it. Exact match needs generated completions, so `server.jobs.exact_match` measures it with the engine.
+it. Exact match needs generated completions, so `server.jobs.scoring` measures it with the engine.
 """
 
 import math
@@ -69,6 +69,14 @@ def _go_on() -> None:
     pass
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """The counted tokens of one example: their losses in nats, and how many the model finds the likeliest."""
+
+    losses: Sequence[float]
+    num_right: int
+
+
 def evaluate(
     passes: Pass,
     examples: Sequence[Example],
@@ -80,32 +88,52 @@ def evaluate(
 ) -> Evaluation:
     """Measure loss and accuracy over the target tokens of `examples`. Raise ValueError if there are none.
 
-    `keys` are the examples' `Examples.row_keys`, if some rows may be split into several examples. `yield_or_leave`
-    is called before each micro-batch, and may raise. Each micro-batch runs within the context manager
-    `computing(number of tokens)`. Losses are summed exactly, so `max_tokens` changes the result only by rounding
-    in torch's passes, and not at all in native code.
+    `keys` are the examples' `Examples.row_keys`, if some rows may be split into several examples. The other
+    arguments are those of `token_scores`.
     """
-    losses, num_right = array("d"), 0
-    spans: dict[int, tuple[int, int, int]] = {}  # by index: the row's key; where losses begin and end
+    scores = token_scores(
+        passes, examples, max_tokens=max_tokens, yield_or_leave=yield_or_leave, computing=computing
+    )
+    num_tokens = sum(len(one.losses) for one in scores)
+    if not num_tokens:
+        raise ValueError("nothing to evaluate: no example has a token that is trained on")
+    rows: dict[int, tuple[float, int]] = {}
+    for key, one in zip(map(hash, examples) if keys is None else keys, scores, strict=True):
+        if one.losses:
+            loss, count = rows.get(key, (0.0, 0))
+            rows[key] = (loss + math.fsum(one.losses), count + len(one.losses))
+    accuracy = sum(one.num_right for one in scores) / num_tokens
+    return Evaluation(mean_loss(scores), accuracy, len(examples), num_tokens, tuple(rows.values()))
+
+
+def mean_loss(scores: Sequence[TokenScores]) -> float:
+    """Return the loss in nats per counted token. The sum is exact, so the order of examples doesn't matter."""
+    return math.fsum(loss for one in scores for loss in one.losses) / sum(len(one.losses) for one in scores)
+
+
+def token_scores(
+    passes: Pass,
+    examples: Sequence[Example],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    yield_or_leave: Callable[[], None] = _go_on,
+    computing: Callable[[int], AbstractContextManager[object]] = nullcontext,
+) -> list[TokenScores]:
+    """Return the scores of each example's target tokens, in the order of `examples`.
+
+    `yield_or_leave` is called before each micro-batch, and may raise. Each micro-batch runs within the context
+    manager `computing(number of tokens)`. `max_tokens` changes the result only by rounding in torch's passes, and
+    not at all in native code.
+    """
+    found: dict[int, TokenScores] = {}
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
         yield_or_leave()
         batch = MicroBatch.of(chosen := [examples[index] for index in indices])
         with computing(len(batch.token_ids)):
-            found = passes.measure(batch)
-        start = len(losses)
-        losses.extend(found.losses)
-        num_right += sum(found.are_right)
+            measured = passes.measure(batch)
+        start = 0
         for index, example in zip(indices, chosen, strict=True):
             end = start + sum(example.is_target)
-            spans[index] = (hash(example) if keys is None else keys[index], start, end)
+            found[index] = TokenScores(array("d", measured.losses[start:end]), sum(measured.are_right[start:end]))
             start = end
-    if not losses:
-        raise ValueError("nothing to evaluate: no example has a token that is trained on")
-    rows: dict[int, tuple[float, int]] = {}
-    for index in sorted(spans):
-        key, start, end = spans[index]
-        if start < end:
-            loss, count = rows.get(key, (0.0, 0))
-            rows[key] = (loss + math.fsum(losses[start:end]), count + end - start)
-    loss, accuracy = math.fsum(losses) / len(losses), num_right / len(losses)
-    return Evaluation(loss, accuracy, len(examples), len(losses), tuple(rows.values()))
+    return [found[index] for index in range(len(examples))]

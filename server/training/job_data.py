@@ -73,11 +73,7 @@ class JobData:
 
     def check_base(self, base: "BaseModel") -> None:
         """Raise AnotherBase if the rows were tokenized for another base."""
-        if base.digest != self.base_digest:
-            raise AnotherBase(
-                f"the rows were tokenized for another base ({self.base_digest[:12]}) than the worker's, "
-                f"{base.name} ({base.digest[:12]}): give server and worker the same SMOLORA_MODEL, submit again"
-            )
+        check_base(self.base_digest, base)
 
     def save(self, directory: Path) -> None:
         """Write all files, `data.json` last. Raise OSError if that fails."""
@@ -113,4 +109,13 @@ class JobData:
             decisions=StoredDecisions.of(rest),
             asked=read_document(list[Asked], rest.get("asked", [])),
             options=read_document(dict[str, tuple[tuple[int, ...], ...]], rest.get("options", {})),
+        )
+
+
+def check_base(digest: str, base: "BaseModel") -> None:
+    """Raise AnotherBase if rows that were tokenized for the base with this digest are for another one."""
+    if base.digest != digest:
+        raise AnotherBase(
+            f"the rows were tokenized for another base ({digest[:12]}) than the worker's, "
+            f"{base.name} ({base.digest[:12]}): give server and worker the same SMOLORA_MODEL, submit again"
         )

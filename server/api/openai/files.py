@@ -149,5 +149,5 @@ def _delete(services: Services, file_id: str) -> None:
     if not services.files.has(file_id):  # damaged files can be deleted, too
         raise NotFound("no file has this id")
     if services.jobs.in_use(file_id, services.principal.project):
-        raise Conflict("a training job that hasn't ended needs this file: cancel it, or wait for its end")
+        raise Conflict("a job that hasn't ended needs this file: cancel it, or wait for its end")
     services.files.delete(file_id)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from adapters.errors import InvalidInput
 from adapters.lora import LoraModule, LoraWeights, ModuleKey
-from adapters.merge import check, distance, merge
+from adapters.merge import check, distance, merge, stacked
 from adapters.merge_recipe import MergeMethod, Recipe
 from tests.adapters.merging.merge_oracle import (
     delta,
@@ -100,6 +100,16 @@ def test_svd_with_enough_rank_is_the_exact_sum(mixed: PeftModel) -> None:
     found = merge(parts, Recipe("svd", rank=3 + 7 + 5))
     assert gap(delta(found), dense_sum(parts)) < 1e-5
     assert distance(parts, found) < 1e-5
+
+
+def test_stacked_adapters_are_the_exact_sum(mixed: PeftModel) -> None:
+    adapters = [
+        (weights_of(mixed, name), weight) for name, weight in {"one": 0.7, "two": -0.4, "three": 1.3}.items()
+    ]
+    found = stacked(adapters)
+    assert gap(delta(found), dense_sum(adapters)) < 1e-6
+    assert found.max_rank == 3 + 7 + 5
+    assert stacked(()).modules == {}
 
 
 def test_a_rank_above_the_modules_is_padded_with_zeros(mixed: PeftModel) -> None:

@@ -23,6 +23,7 @@ DOCUMENTS = [
     ("POST", "/compare"),
     ("POST", "/tokenize"),
     ("POST", "/train"),
+    ("POST", "/evaluate"),
     ("POST", "/compositions/m"),
     ("PUT", "/adapters/a/aliases/b"),
     ("POST", "/adapters/a/import"),

@@ -23,6 +23,7 @@ WRITES = (
     "POST /datasets",
     "POST /v1/files",
     "POST /train",
+    "POST /evaluate",
     "POST /v1/fine_tuning/jobs",
 )
 

@@ -33,7 +33,10 @@ READS = {
     *("/v1/chat/completions", "/v1/completions", "/v1/decisions"),
 }
 """POST routes that write nothing."""
-DELETES_FILES = {"DELETE /datasets/{dataset_id}", "DELETE /v1/files/{file_id}", "DELETE /train/{job_id}"}
+DELETES_FILES = {
+    *("DELETE /datasets/{dataset_id}", "DELETE /v1/files/{file_id}"),
+    *("DELETE /train/{job_id}", "DELETE /evaluate/{job_id}"),
+}
 """Routes that need no space, or have reserved space: they free space."""
 REVOKES = "DELETE /keys/{key_id}"
 """The same: the owner of a stolen key must be able to revoke it on a full disk."""
@@ -92,6 +95,10 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
     StandIn(leases).succeed()
     JobFiles(home).log(ended).write_text("it went well")
     job, paused = await submit(client), await submit(client)
+    rows = {"file": ("c.jsonl", b'{"text": "measured"}')}
+    evaluation = {"adapters": ["base"], "datasets": [(await client.post("/datasets", files=rows)).json()["id"]]}
+    measured, dropped = [(await client.post("/evaluate", json=evaluation)).json()["id"] for _ in range(2)]
+    assert (await client.post(f"/evaluate/{dropped}/cancel")).status_code == 200
     tuning = {"model": "base", "training_file": file}
     jobs = "/v1/fine_tuning/jobs"
     theirs, their_paused = [(await client.post(jobs, json=tuning)).json()["id"] for _ in range(2)]
@@ -120,6 +127,9 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
         "POST /train/{job_id}/resume": Ask(f"/train/{paused}/resume"),
         "POST /train/{job_id}/cancel": Ask(f"/train/{job}/cancel"),
         "DELETE /train/{job_id}": Ask(f"/train/{ended}", 204),
+        "POST /evaluate": Ask("/evaluate", 202, {"json": evaluation}),
+        "POST /evaluate/{job_id}/cancel": Ask(f"/evaluate/{measured}/cancel"),
+        "DELETE /evaluate/{job_id}": Ask(f"/evaluate/{dropped}", 204),
         "POST /v1/fine_tuning/jobs": Ask(jobs, 200, {"json": tuning}),
         "POST /v1/fine_tuning/jobs/{job_id}/pause": Ask(f"{jobs}/{theirs}/pause"),
         "POST /v1/fine_tuning/jobs/{job_id}/resume": Ask(f"{jobs}/{their_paused}/resume"),
@@ -137,7 +147,7 @@ PURPOSE = {"purpose": "fine-tune"}
 
 async def stored(client: httpx.AsyncClient, home: Path) -> dict[str, object]:
     """Return everything that clients see, and every file except the database's."""
-    lists = ("/adapters", "/train", "/datasets", "/keys", "/projects")
+    lists = ("/adapters", "/train", "/evaluate", "/datasets", "/keys", "/projects")
     paths = (*lists, "/v1/files", "/v1/fine_tuning/jobs", "/v1/models")
     seen: dict[str, object] = {path: (await client.get(path)).json() for path in paths}
     for job in (await client.get("/train")).json()["jobs"]:
@@ -213,6 +223,8 @@ async def test_room_can_be_made(app: FastAPI, leases: Leases, database: sa.Engin
         for name in sorted(DELETES_FILES):
             leave_no_room(database, small_disk)
             assert await status_of(client, name, wanted[name]) in (200, 204), name
+            make_room(small_disk)
+            assert Reserve(small_disk).fill()  # the next request may need it
 
 
 async def test_a_key_is_revoked(app: FastAPI, leases: Leases, database: sa.Engine, small_disk: Path) -> None:

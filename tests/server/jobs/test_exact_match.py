@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from adapters.lora import LoraModule, LoraWeights
-from server.jobs.exact_match import MORE_TOKENS, _may_become, exact_match
+from server.jobs.scoring import MORE_TOKENS, _may_become, exact_match
 from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import NoAdapters
 from server.model.text.chat import ChatMessage, PromptEncoder
@@ -226,7 +226,7 @@ def test_exact_match_where_there_is_no_memory_for_native_code(
     def none_left(*given: object, **named: object) -> None:
         raise MemoryError("no memory for the packed weights")
 
-    monkeypatch.setattr("server.jobs.exact_match.NativeModel", none_left)
+    monkeypatch.setattr("server.jobs.scoring.NativeModel", none_left)
     one = replace(first_reference(tiny_base, tiny_base_dir, "Not"), num_tokens=12 - MORE_TOKENS)
     with caplog.at_level("INFO"):
         found = exact_match(tiny_base, None, [one], library=ctypes.CDLL(None))
@@ -242,9 +242,9 @@ def test_an_adapter_that_needs_too_much_memory(
     features = tiny_base.config.shape.features.values()
     needed = 40 * tiny_base.config.num_layers * 4 * sum(outputs + inputs for outputs, inputs in features)
     one = Reference((3, 4, 5), "x", 1)
-    monkeypatch.setattr("server.jobs.exact_match.MAX_ADAPTER_BYTES", needed)
+    monkeypatch.setattr("server.jobs.scoring.MAX_ADAPTER_BYTES", needed)
     assert exact_match(tiny_base, weights, [one]) is not None
-    monkeypatch.setattr("server.jobs.exact_match.MAX_ADAPTER_BYTES", needed - 1)
+    monkeypatch.setattr("server.jobs.scoring.MAX_ADAPTER_BYTES", needed - 1)
     assert exact_match(tiny_base, weights, [one]) is None
     assert "exact match isn't measured: an adapter of rank 40" in caplog.text
     assert exact_match(tiny_base, None, [one]) is not None

@@ -21,7 +21,8 @@ from adapters.store.store import AdapterStore
 from server.jobs.jobs import Jobs, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.merge_job import run_merge
-from server.jobs.merge_spec import ORIGIN, MergeSpec, read_origin, read_spec
+from server.jobs.merge_spec import ORIGIN, MergeSpec, read_origin
+from server.jobs.specs import read_spec
 from server.model.base.weights import BaseModel
 from server.training.model_card import model_card
 from server.training.spec import JobSpec

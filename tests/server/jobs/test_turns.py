@@ -7,6 +7,7 @@ from adapters.catalog.versions import Part
 from adapters.merge_recipe import Recipe
 from adapters.names import Viewpoint
 from server.jobs.attempt import Attempt
+from server.jobs.evaluate_spec import Candidate, EvaluateSpec
 from server.jobs.jobs import Jobs, Status
 from server.jobs.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
 from server.jobs.merge_spec import MergeSpec
@@ -32,6 +33,10 @@ class Workers:
 
     def submit_merge(self, job_id: str) -> None:
         spec = MergeSpec("merged", (Part("x", 1, "d" * 64, 1.0),), Recipe("ties", density=0.5))
+        self.jobs.of(Viewpoint(job_id[0])).submit(spec, job_id=job_id, data={})
+
+    def submit_evaluation(self, job_id: str) -> None:
+        spec = EvaluateSpec((Candidate("base", ()),), ("ds",), ("loss",), 200)
         self.jobs.of(Viewpoint(job_id[0])).submit(spec, job_id=job_id, data={})
 
     def claim(self) -> str | None:
@@ -377,3 +382,20 @@ def test_without_a_time_slice_no_job_gives_way(workers: Workers) -> None:
     attempt.note({"step": 1}, {})
     workers.run(10 * SLICE)
     assert looks(workers, attempt) == [Directive.GO_ON] * 2
+
+
+def test_evaluations_take_turns_with_trainings(workers: Workers) -> None:
+    """They count towards the same time, wait for older jobs, and give way. Merges are in a lane of their own."""
+    workers.submit("a1", "b1")
+    workers.submit_evaluation("a2")
+    assert workers.jobs.get("a2").position == 3
+    assert workers.leases.claim("w", LEASE, MERGE) is None
+    assert [workers.turn() for _ in range(2)] == ["a1", "b1"]
+    assert workers.claim() == "a1"
+    workers.end("a1")
+    assert workers.claim() == "b1"
+    workers.end("b1")
+    workers.submit("b2")
+    assert workers.claim() == "a2"
+    workers.run(SLICE)
+    assert workers.asked_to_give_way() == ["a2"]

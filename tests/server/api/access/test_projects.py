@@ -73,7 +73,15 @@ async def test_other_projects_objects_are_404(projects: Projects, leases: Leases
         assert answers[0][0] == 404, (method, template, answers)
         num_asked += 1
     assert num_asked > 20
-    for path in ("/adapters", "/train", "/datasets", "/v1/files", "/v1/fine_tuning/jobs", "/v1/models"):
+    for path in (
+        "/adapters",
+        "/train",
+        "/evaluate",
+        "/datasets",
+        "/v1/files",
+        "/v1/fine_tuning/jobs",
+        "/v1/models",
+    ):
         listed = (await projects.other.get(path)).text
         assert not [value for value in theirs.values() if len(value) > 4 and value in listed], path
     assert (await projects.acme.get("/adapters/tweets/1")).status_code == 200  # everything still exists
@@ -90,6 +98,7 @@ async def test_names_in_bodies_are_the_projects_own(projects: Projects, leases: 
             "/v1/chat/completions": {"model": named, "messages": [{"role": "user", "content": "a"}]},
             "/compositions/mix": {"expression": named},
             "/train": train_body(start_from=named.removesuffix("*0.5")),
+            "/evaluate": {"adapters": ["base", named], "datasets": [theirs["dataset_id"]]},
         }.items():
             response = await other.post(path, json=body)
             assert response.status_code == 404, (path, named, response.text)
@@ -97,6 +106,10 @@ async def test_names_in_bodies_are_the_projects_own(projects: Projects, leases: 
     for field in ("dataset", "validation"):
         body = train_body(**{field: theirs["dataset_id"]}, data=None if field == "dataset" else ROWS)
         assert (await other.post("/train", json=body)).status_code == 404
+    measured = {"adapters": ["base"], "datasets": [theirs["dataset_id"]]}
+    response = await other.post("/evaluate", json=measured)
+    assert (response.status_code, "no data set has this id" in response.text) == (404, True)
+    assert (await projects.acme.post("/evaluate", json=measured)).status_code == 202
     tuning = {"model": "base", "training_file": theirs["file_id"]}
     response = await other.post("/v1/fine_tuning/jobs", json=tuning)
     assert response.status_code == 400

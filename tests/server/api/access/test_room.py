@@ -336,6 +336,7 @@ async def test_a_disk_that_is_nearly_full(make_services: MakeServices, monkeypat
             await client.post("/train", json=job),
             await client.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": "file-a"}),
             await client.post("/compositions/a", json={"expression": "a*0.5+b*0.5", "method": "ties"}),
+            await client.post("/evaluate", json={"adapters": ["base"], "datasets": ["ds-a"]}),
         ]
         for response in writes:
             assert response.status_code == 503, response.text
@@ -441,7 +442,10 @@ async def test_repeated_submission_is_answered_under_overload(
         job = {"name": "j", "data": ROWS}
         fine_tuning = {"model": BASE_NAME, "training_file": file.json()["id"], "suffix": "f"}
         merge = {"expression": "a*0.5+b*0.25", "method": "ties"}
+        dataset = await client.post("/datasets", files={"file": ("a.jsonl", b'{"text": "a"}')})
+        measured = {"adapters": ["a"], "datasets": [dataset.json()["id"]]}
         bodies = {"/train": job, "/v1/fine_tuning/jobs": fine_tuning, "/compositions/m": merge}
+        bodies["/evaluate"] = measured
         firsts = {}
         for number, (path, body) in enumerate(bodies.items()):
             headers = {"Idempotency-Key": f"key-{number}"}

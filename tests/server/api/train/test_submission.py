@@ -13,10 +13,9 @@ from fastapi import FastAPI
 from adapters.errors import CorruptAdapter, InDoubt, NotFound
 from adapters.library import Library
 from server.jobs.jobs import Job, Jobs
-from server.jobs.merge_spec import MergeSpec
+from server.jobs.specs import Spec
 from server.training.datasets import Dataset, DatasetStore
 from server.training.job_data import DATA_NAME, JobData
-from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import train_body
 from tests.server.conftest import MAX_POSITIONS, client_of
@@ -34,7 +33,7 @@ class MeddlingJobs(Jobs):
 
     def submit(
         self,
-        spec: JobSpec | MergeSpec,
+        spec: Spec,
         *,
         job_id: str,
         data: Mapping[str, object],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from server.jobs.exact_match import exact_match
+from server.jobs.scoring import exact_match
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
 from server.training.checkpoint import Checkpoints

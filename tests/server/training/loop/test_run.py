@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
-from server.jobs.exact_match import exact_match
+from server.jobs.scoring import exact_match
 from server.model.base.weights import BaseModel, digest_of
 from server.model.text.chat import PromptEncoder
 from server.training.checkpoint import Checkpoints

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.jobs.exact_match import exact_match
+from server.jobs.scoring import exact_match
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import computed_by
 from server.model.native.training import NativeTraining

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
-from server.jobs.exact_match import exact_match
+from server.jobs.scoring import exact_match
 from server.model.base.weights import BaseModel, load_base
 from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.lora import LoraModule, LoraWeights
-from server.jobs.exact_match import exact_match
+from server.jobs.scoring import exact_match
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.build import NativeUnavailable
 from server.model.native.library import computed_by

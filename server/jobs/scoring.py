@@ -1,0 +1,215 @@
+"""Measure adapters with the serving engine: completions, exact match, and the scores of decisions' options.
+
+So the measurements are about the answers that users will get. Training jobs and evaluations use the same
+functions. `exact_match` is passed to `server.training.run.Run`, so that `server.training` doesn't import the
+engine.
+"""
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from adapters.lora import AdapterRef, LoraWeights
+from adapters.merge import WeightedAdapters
+from server.engine.backend import Backend
+from server.engine.detokenizer import TokenBytes
+from server.engine.engine import Engine, EngineConfig
+from server.engine.native_backend import NativeBackend
+from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
+from server.engine.scheduler import SchedulerLimits
+from server.engine.torch_backend import TorchBackend
+from server.model.base.weights import BaseModel
+from server.model.native.model import ROW_FORMAT, NativeModel
+from server.model.rank_rows import RowFormat
+from server.model.smollm import SmolLM
+from server.model.text.tokenizer import vocabulary_of
+from server.training.encoding import Asked, Reference
+
+MORE_TOKENS = 8
+"""Tokens that a completion may have beyond its reference's length."""
+MAX_CACHED_TOKENS = 8192
+"""Tokens in the KV cache, unless a single completion needs more: 190 MB on the 135M base."""
+MAX_ADAPTER_BYTES = 4 << 30
+"""The most memory for an adapter, if all linear modules had its largest rank: rank 3,500 on the 135M base."""
+
+log = logging.getLogger("smolora.training")
+
+
+def _go_on() -> None:
+    pass
+
+
+def exact_match(
+    base: BaseModel,
+    weights: LoraWeights | None,
+    references: Sequence[Reference],
+    yield_or_leave: Callable[[], None] = _go_on,
+    *,
+    library: ctypes.CDLL | None = None,
+) -> list[bool] | None:
+    """Return for each reference whether the greedy completion of its prompt equals its text.
+
+    Whitespace at both ends is ignored. Completions end as in `completions`, or as soon as they can't become equal
+    to the text any more. A prompt without a completion counts as not equal. Return None if there are no
+    references, or if the adapter needs more than `MAX_ADAPTER_BYTES`.
+    """
+    if weights is not None and adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
+        log.warning("exact match isn't measured: an adapter of rank %s needs too much memory", weights.max_rank)
+        return None
+    if not references:
+        return None
+    adapters = () if weights is None else ((weights, 1.0),)
+    found = completions(base, adapters, references, yield_or_leave, library, gives_up=True)
+    return [is_exact(text, reference) for text, reference in zip(found, references, strict=True)]
+
+
+def is_exact(completion: str | None, reference: Reference) -> bool:
+    """Return whether the completion equals the reference's text, without whitespace at both ends."""
+    return completion is not None and completion.strip() == reference.text.strip()
+
+
+def completions(
+    base: BaseModel,
+    adapters: WeightedAdapters,
+    references: Sequence[Reference],
+    yield_or_leave: Callable[[], None] = _go_on,
+    library: ctypes.CDLL | None = None,
+    *,
+    gives_up: bool = False,
+) -> list[str | None]:
+    """Return the greedy completion of each reference's prompt under the weighted sum of the adapters.
+
+    A completion ends at an end token, or when it is `MORE_TOKENS` tokens longer than the reference's text. If
+    `gives_up`, it also ends as soon as it can't become equal to that text any more. It is None if the prompt is
+    empty or leaves no room for a completion in the base's context. `yield_or_leave` is called before each step of
+    the engine. If `library` is given, native code computes the steps.
+    """
+    limit = base.config.max_position_embeddings
+    requests: list[GenerationRequest] = []
+    texts: dict[int, str] = {}
+    for number, reference in enumerate(references):
+        room = limit - len(reference.prompt)
+        if room > 0 and reference.prompt:
+            sampling = SamplingParams(min(reference.num_tokens + MORE_TOKENS, room), temperature=0.0)
+            requests.append(GenerationRequest(str(number), reference.prompt, sampling, _refs(adapters)))
+            texts[number] = ""
+    if requests:
+        lengths = [len(request.prompt_token_ids) + request.sampling.max_tokens for request in requests]
+        engine = engine_for(base, [weights for weights, _ in adapters], lengths, library)
+        try:
+            for output in outputs_of(engine, requests, yield_or_leave):
+                number = int(output.request_id)
+                texts[number] += output.text
+                has_ended = output.finish_reason is not None
+                if gives_up and not has_ended and not _may_become(texts[number], references[number].text.strip()):
+                    engine.abort(output.request_id)
+        finally:
+            engine.close()
+    return [texts.get(number) for number in range(len(references))]
+
+
+def option_scores(
+    base: BaseModel,
+    adapters: WeightedAdapters,
+    asked: Sequence[Asked],
+    options: Mapping[str, tuple[tuple[int, ...], ...]],
+    yield_or_leave: Callable[[], None] = _go_on,
+    library: ctypes.CDLL | None = None,
+) -> list[tuple[float, ...]]:
+    """Return the log-probabilities of each decision's options under the weighted sum of the adapters.
+
+    `options` has the options' tokens by the question's digest. The other arguments are those of `completions`.
+    Raise InvalidInput or GenerationFailed if the model's numbers overflow.
+    """
+    if not asked:
+        return []
+    requests = [
+        GenerationRequest(
+            *(str(number), one.prompt, SamplingParams(max_tokens=0), _refs(adapters)),
+            scored_from=len(one.prompt),
+            continuations=options[one.question],
+        )
+        for number, one in enumerate(asked)
+    ]
+    lengths = [len(one.prompt_token_ids) + max(map(len, one.continuations)) for one in requests]
+    engine = engine_for(base, [weights for weights, _ in adapters], lengths, library)
+    try:
+        outputs = outputs_of(engine, requests, yield_or_leave)
+        found = {int(output.request_id): output.scores for output in outputs if output.finish_reason is not None}
+    finally:
+        engine.close()
+    return [found[number] for number in range(len(asked))]
+
+
+def adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
+    """Return the bytes that torch needs for the adapter. Native code needs less."""
+    return weights.max_rank * RowFormat.of_torch(base.dtype, base.device).bytes_per_rank(base.config.shape)
+
+
+def outputs_of(
+    engine: Engine, requests: Iterable[GenerationRequest], yield_or_leave: Callable[[], None]
+) -> Iterator[SequenceOutput]:
+    """Run the requests, and yield their outputs. Raise the error of the first that fails.
+
+    `yield_or_leave` is called before each step.
+    """
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        yield_or_leave()
+        outputs = engine.step()
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+            yield output
+        if not outputs:
+            time.sleep(0.001)  # the adapter is still being loaded
+
+
+def engine_for(
+    base: BaseModel, adapters: Iterable[LoraWeights], lengths: Sequence[int], library: ctypes.CDLL | None
+) -> Engine:
+    """Make an engine for sequences of these lengths in tokens. It uses the base that is already in memory."""
+    longest = max(lengths)
+    backend = _backend(base, longest, library)
+    cached = max(longest + EngineConfig.block_size, min(sum(lengths), MAX_CACHED_TOKENS))
+    by_digest = {weights.digest: weights for weights in adapters}
+    num_rows = sum(ROW_FORMAT.rounded(weights.max_rank) for weights in by_digest.values())
+    config = EngineConfig(
+        max_model_len=longest,
+        kv_cache_bytes=cached * backend.bytes_per_block(1),
+        adapter_cache_bytes=max(num_rows, 1) * backend.bytes_per_rank,
+        scheduler=SchedulerLimits.on(base.device.type),
+    )
+    return Engine(backend, TokenBytes(*vocabulary_of(base.tokenizer)), by_digest.__getitem__, config)
+
+
+def _refs(adapters: WeightedAdapters) -> tuple[AdapterRef, ...]:
+    return tuple(sorted(AdapterRef(weights.digest, weight) for weights, weight in adapters))
+
+
+def _may_become(text: str, wanted: str) -> bool:
+    """Return whether `text`, with more text appended and stripped, can equal `wanted`."""
+    begun = text.lstrip()
+    return wanted.startswith(begun) or begun.rstrip() == wanted
+
+
+def _backend(base: BaseModel, max_positions: int, library: ctypes.CDLL | None) -> Backend:
+    """Return the native backend, or torch's if there is no library or too little memory for native weights."""
+    if library is not None:
+        try:
+            return NativeBackend(
+                NativeModel(
+                    library,
+                    base.config,
+                    base.weights,
+                    max_positions=max_positions,
+                    num_threads=torch.get_num_threads(),
+                )
+            )
+        except MemoryError as reason:
+            log.info("%s: torch completes, more slowly", reason)
+    return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions))
