@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,9 +50,11 @@ from server.training.rows import (
 )
 from server.training.spec import (
     COMPARE_WITH_LATEST,
+    DECISION_METRICS,
     LEARNING_RATES,
     JobSpec,
     LoraSpec,
+    Metric,
     TrainingSpec,
     default_alpha,
 )
@@ -584,7 +586,12 @@ def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
 
 
 def _check_completions(spec: JobSpec, data: JobData) -> None:
-    """Raise InvalidInput if `publish_metric` is exact_match, but the job's rows have no completions."""
+    """Raise InvalidInput if `publish_metric` measures completions or decisions, and the job's rows have none."""
+    if spec.publish_metric in DECISION_METRICS and data.decisions is None:
+        raise InvalidInput.of(
+            "publish_metric",
+            f"{spec.publish_metric} needs rows of decisions (input and answer): set it to loss or exact_match",
+        )
     if spec.publish_metric == "exact_match" and not (data.references or data.trained_references):
         raise InvalidInput.of(
             "publish_metric", "exact_match needs rows with completions that fit max_length: set it to loss"
@@ -602,21 +609,33 @@ def _few_rows_warning(spec: JobSpec, data: JobData) -> Iterator[str]:
         )
     if spec.training.eval_steps is None or data.validation is None:
         return
-    is_by_match = spec.publish_metric == "exact_match"
-    number = _num_distinct(data, by_match=is_by_match)
+    number = _num_distinct(data, spec.publish_metric)
     if number < MIN_HELD_OUT:
-        rows = plural(number, "distinct row") + (" with completions" if is_by_match else "")
+        rows = plural(number, "distinct row") + _ROWS_OF[spec.publish_metric]
         yield (
             f"only {rows} held out: below {MIN_HELD_OUT}, evaluations choose no step and stop "
             "nothing, so the last step's weights are kept"
         )
 
 
-def _num_distinct(data: JobData, *, by_match: bool = False) -> int:
-    """Return the number of distinct held-out rows. If `by_match`, count only rows with completions."""
+_ROWS_OF: Mapping[Metric, str] = {
+    "loss": "",
+    "exact_match": " with completions",
+    "accuracy": " of decisions",
+    "brier": " of decisions",
+}
+
+
+def _num_distinct(data: JobData, metric: Metric = "loss") -> int:
+    """Return the number of distinct held-out rows that have what the metric measures."""
     if data.validation is None:
         return 0
-    found = len(set(data.references if by_match else data.validation.row_keys()))
+    rows: Iterable[object] = data.validation.row_keys()
+    if metric == "exact_match":
+        rows = data.references
+    elif metric in DECISION_METRICS:
+        rows = [one for one in data.asked if one.question in data.options]
+    found = len(set(rows))
     return round(found * data.facts.num_validation_rows / len(data.validation))  # the rows may be a sample
 
 

@@ -235,7 +235,7 @@ def train(
         typer.Option(help="always, improves_base, improves_latest or not_worse. Default: always."),
     ] = None,
     publish_metric: Annotated[
-        str | None, typer.Option(help="loss or exact_match: what decides. Default: loss.")
+        str | None, typer.Option(help="What decides: loss, exact_match, accuracy or brier. Default: loss.")
     ] = None,
     alias: Annotated[str | None, typer.Option(help="An alias for the new version.")] = None,
     description: Annotated[str | None, typer.Option(help="For the adapter's card.")] = None,
@@ -480,6 +480,8 @@ def _show_end(client: "Client", job: Document) -> None:
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
     if remembered := _remembered(report):
         console.print(remembered)
+    for question, decisions in cast("dict[str, Document]", report.get("decisions") or {}).items():
+        console.print(Text(f"{question}: {decisions['summary']}"))
     for name, comparison in cast("dict[str, Document | None]", report.get("comparisons") or {}).items():
         if comparison is not None:
             console.print(Text(str(comparison["summary"]), style=_STYLES.get(str(comparison["verdict"]), "")))

@@ -45,7 +45,7 @@ class Bin:
 class Confusion:
     """How often each right option (row) was answered with each option (column).
 
-    `options` has the indices of the rows and columns, in order. If options are left out, they share one further row
+    `options` has the indices of the rows and columns, in order. If options are left out, they share one more row
     and column.
     """
 
@@ -53,7 +53,7 @@ class Confusion:
     counts: tuple[tuple[int, ...], ...]
 
 
-class Decided:
+class MeasuredDecisions:
     """Answers to one question on several rows. The answer to a row is its likeliest option.
 
     A row's confidence is the probability of the answer, not the `confidence` of a response of /decide.
@@ -74,19 +74,23 @@ class Decided:
 
         This is the original, multiclass form (Brier 1950), for two options as well.
         """
-        return ((self.probabilities - self._one_hot(self.answers)) ** 2).sum(1)
+        found: Array = ((self.probabilities - self._one_hot(self.answers)) ** 2).sum(1)
+        return found
 
     @cached_property
     def confidences(self) -> Array:
-        return self.probabilities.max(1)
+        found: Array = self.probabilities.max(1)
+        return found
 
     @cached_property
     def bins(self) -> npt.NDArray[np.int64]:
         """The index of the bin of each row's confidence."""
-        return np.minimum((self.confidences * self.num_bins).astype(np.int64), self.num_bins - 1)
+        found: npt.NDArray[np.int64] = (self.confidences * self.num_bins).astype(np.int64)
+        return np.where(found < self.num_bins, found, self.num_bins - 1)
 
+    @cached_property
     def figures(self) -> dict[str, Estimate]:
-        """Return accuracy, macro-F1, Brier score and expected calibration error.
+        """Accuracy, macro-F1, Brier score and expected calibration error.
 
         Macro-F1 is the mean over the options that occur as answers or as right options. The expected calibration
         error is the mean of |confidence - accuracy| of the bins, weighted by rows (Guo et al. 2017,

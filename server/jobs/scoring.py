@@ -1,8 +1,8 @@
 """Measure adapters with the serving engine: completions, exact match, and the scores of decisions' options.
 
 So the measurements are about the answers that users will get. Training jobs and evaluations use the same
-functions. `exact_match` is passed to `server.training.run.Run`, so that `server.training` doesn't import the
-engine.
+functions. `exact_match` and `decision_scores` are passed to `server.training.run.Run`, so that `server.training`
+doesn't import the engine.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from adapters.errors import InvalidInput
 from adapters.lora import AdapterRef, LoraWeights
 from adapters.merge import WeightedAdapters
 from server.engine.backend import Backend
@@ -21,12 +22,14 @@ from server.engine.native_backend import NativeBackend
 from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
 from server.engine.torch_backend import TorchBackend
+from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT, NativeModel
 from server.model.rank_rows import RowFormat
 from server.model.smollm import SmolLM
 from server.model.text.tokenizer import vocabulary_of
 from server.training.encoding import Asked, Reference
+from server.training.job_data import JobData
 
 MORE_TOKENS = 8
 """Tokens that a completion may have beyond its reference's length."""
@@ -142,6 +145,41 @@ def option_scores(
     finally:
         engine.close()
     return [found[number] for number in range(len(asked))]
+
+
+def decision_scores(
+    base: BaseModel,
+    weights: LoraWeights | None,
+    data: JobData,
+    yield_or_leave: Callable[[], None] = _go_on,
+    *,
+    library: ctypes.CDLL | None = None,
+) -> list[tuple[float, ...]] | None:
+    """Return `option_scores` of a training job's held-out decisions.
+
+    A row has none if its question has no training row, or if it doesn't fit the base's context. Return None if
+    there are no other rows, if the adapter needs more than `MAX_ADAPTER_BYTES`, or if the model's numbers
+    overflow: the job doesn't fail.
+    """
+    if weights is not None and adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
+        return None
+    limit = base.config.max_position_embeddings
+    numbers = [
+        number
+        for number, one in enumerate(data.asked)
+        if (options := data.options.get(one.question)) and len(one.prompt) + max(map(len, options)) <= limit
+    ]
+    if not numbers:
+        return None
+    adapters = () if weights is None else ((weights, 1.0),)
+    asked = [data.asked[number] for number in numbers]
+    try:
+        scores = option_scores(base, adapters, asked, data.options, yield_or_leave, library)
+    except (GenerationFailed, InvalidInput) as error:
+        log.warning("decisions aren't measured: %s", error)
+        return None
+    found = dict(zip(numbers, scores, strict=True))
+    return [found.get(number, ()) for number in range(len(data.asked))]
 
 
 def adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import cast
 
 from adapters import recorded
@@ -28,13 +29,13 @@ from server.jobs.files import JobFiles
 from server.jobs.jobs import FINE_TUNING, Job, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.reporter import Leave
-from server.jobs.scoring import exact_match
-from server.jobs.temperatures import fit_temperatures
+from server.jobs.scoring import decision_scores, exact_match
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.model.device import is_out_of_memory
 from server.storage.places import Storage
 from server.training.checkpoint import Checkpoints
+from server.training.decisions import fit_temperatures, question_reports, row_measures
 from server.training.evaluate import Scores
 from server.training.files import RowSources, results_id
 from server.training.job_data import JobData
@@ -111,6 +112,7 @@ class TrainingAttempt:
             self._checkpoints,
             self._reporter,
             partial(exact_match, library=self._native),
+            partial(decision_scores, library=self._native),
             start=None if parent is None else parent.weights,
             library=self._native,
             peak_memory=lambda: peak_memory_bytes(self._base.device),
@@ -124,10 +126,8 @@ class TrainingAttempt:
         if outcome.weights is not None:
             config = adapter_config(spec.lora) if parent is None else self._config_of(parent)
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
-        if adapter is not None and data.decisions is not None:
-            fitted = fit_temperatures(
-                *(self._base, adapter.weights, data, self._reporter.yield_or_leave), library=self._native
-            )
+        if data.decisions is not None:
+            fitted = fit_temperatures(data, outcome.tuned.held_out)
             data = replace(data, decisions=replace(data.decisions, temperatures=fitted))
         measured = _Measured()
         if parent is not None:
@@ -175,6 +175,8 @@ class TrainingAttempt:
             peak_memory_bytes=counters.peak_memory_bytes,
             bytes_stored=num_bytes,
         )
+        evaluations = {str(name): None if of is None else of.held_out for name, of in measured.items()}
+        evaluations["tuned"] = outcome.tuned.held_out
         findings = Findings(
             data=data.facts,
             cost=cost,
@@ -190,9 +192,10 @@ class TrainingAttempt:
             comparisons=comparisons,
             versions=versions,
             unmeasured=unmeasured,
+            decisions=question_reports(data, evaluations),
         )
         report = build_report(spec, self._base, findings)
-        metrics = counters.newest_losses | _final_metrics(outcome)
+        metrics = counters.newest_losses | _final_metrics(outcome, data)
         publish = worse = None
         warnings = []
         if adapter is not None and gate.passes:
@@ -376,7 +379,7 @@ def _facts_of(adapter: PeftAdapter) -> AdapterFacts:
     return AdapterFacts(adapter.weights.digest, adapter.config, adapter.weights.num_parameters)
 
 
-def _final_metrics(outcome: Outcome) -> dict[str, object]:
+def _final_metrics(outcome: Outcome, data: JobData) -> dict[str, object]:
     """Return the published weights' metrics and the base's, by their names in `GET /train/{id}`."""
     found: dict[str, object] = {}
     for prefix, scores in (("", outcome.tuned), ("base_", outcome.base)):
@@ -388,6 +391,10 @@ def _final_metrics(outcome: Outcome) -> dict[str, object]:
                 "eval_accuracy": evaluation.accuracy,
                 "eval_exact_match": evaluation.exact_match,
             }
+        are_right, brier_scores = row_measures(data, scores.held_out)
+        if are_right:
+            measures["decision_accuracy"] = fmean(are_right)
+            measures["decision_brier"] = fmean(brier_scores)
         if scores.recalled:
             measures["recall"] = sum(scores.recalled) / len(scores.recalled)
         found |= {prefix + name: value for name, value in measures.items() if value is not None}

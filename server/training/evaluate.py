@@ -32,7 +32,8 @@ class Evaluation:
     `rows` has the summed loss and the number of counted tokens of each distinct row. Equal rows share one entry,
     since a repeated row says nothing new. The windows of a split row also share one, since they are alike.
     `matches` says for each reference (a row's prompt and answer) whether the model gave exactly this answer; None
-    if that wasn't measured.
+    if that wasn't measured. `option_scores` has for each of `JobData.asked` the log-probabilities of the options;
+    a decision that couldn't be scored has none.
     """
 
     loss: float  # nats per counted token
@@ -41,6 +42,7 @@ class Evaluation:
     num_tokens: int  # counted
     rows: tuple[tuple[float, int], ...] = ()
     matches: tuple[bool, ...] | None = None
+    option_scores: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def exact_match(self) -> float | None:

@@ -17,6 +17,7 @@ _MARKUP = re.compile(r"[\\`*_\[\]<>|#&!~]")
 _MARKUP_AT_START = re.compile(r"^(\d*)([-+=.)])")  # starts a list or a rule, or underlines a heading
 _MAX_CURVE_ROWS = 10
 _MEASURES = {"loss": "{:.4f}", "perplexity": "{:.3f}", "accuracy": "{:.2%}", "exact_match": "{:.2%}"}
+_FIGURES = {"accuracy": "{:.1%}", "macro_f1": "{:.3f}", "brier": "{:.3f}", "calibration_error": "{:.3f}"}
 _TITLES = {"base": "untouched base", "latest": "version before", "parent": "parent", "tuned": "this"}
 
 
@@ -31,6 +32,7 @@ def model_card(report: Fields, hub: HubModel | None = None) -> str:
     if report["description"]:
         parts.append("\n".join(f"> {_text(line)}" for line in str(report["description"]).splitlines()))
     parts += [_introduction(report), *_usage(report, hub), "## Evaluation", _evaluation(report)]
+    parts += _decisions(report)
     parts += ["## Cost", _table(("", ""), _cost(report)), "## Origin"]
     parts += [_table(("", ""), _origin(report)), "## Configuration", _configuration(report)]
     curves = _curves(_fields(report, "curves"))
@@ -169,6 +171,62 @@ def _verdicts(report: Fields) -> list[str]:
     lines = [f"- {_text(comparison['summary'])}" for comparison in found.values() if comparison is not None]
     lines += [f"- {_text(reason)}" for reason in cast("Fields", report.get("unmeasured") or {}).values()]
     return ["\n".join(lines)] if lines else []
+
+
+def _decisions(report: Fields) -> list[str]:
+    """Return a section for each question of a job of decisions: how far to trust the answers."""
+    parts = []
+    for name, found in cast("Mapping[str, Fields]", report.get("decisions") or {}).items():
+        parts += [f"## Decisions: {_text(name)}", _text(found["summary"])]
+        if not found["num_rows"]:
+            continue
+        columns = {key: _fields(found, key) for key in _TITLES if found.get(key)}
+        rows = []
+        for figure, form in _FIGURES.items():
+            if figure in columns["tuned"]:
+                cells = [_estimate(column[figure], form) for column in columns.values()]
+                rows.append((figure.replace("_", " "), *cells))
+            if figure in cast("Fields", columns["tuned"].get("uncalibrated", {})):
+                cells = [_estimate(_fields(column, "uncalibrated")[figure], form) for column in columns.values()]
+                rows.append((f"{figure.replace('_', ' ')} without temperature", *cells))
+        parts.append(_table(("", *(_TITLES[key] for key in columns)), rows))
+        if found["temperature"] is not None:
+            parts.append(
+                f"In brackets: 95 % intervals over {_count(found, 'num_rows', 'held-out row')}. The version's "
+                f"temperature is {found['temperature']:.3f}; each row was measured with one fitted without it."
+            )
+        parts += _reliability(found) + _confusion(_fields(found, "confusion"))
+    return parts
+
+
+def _estimate(estimate: object, form: str) -> str:
+    value, low, high = (form.format(cast("Fields", estimate)[name]) for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _reliability(found: Fields) -> list[str]:
+    """Return the reliability curve as a table, if there is one."""
+    bins = cast("Sequence[Fields]", found["reliability"])
+    rows = [
+        (
+            f"{one['low']:.0%} to {one['high']:.0%}",
+            f"{one['num_rows']:,}",
+            f"{one['confidence']:.1%}",
+            f"{one['accuracy']:.1%}",
+        )
+        for one in bins
+    ]
+    return [_table(("confidence", "rows", "mean confidence", "accuracy"), rows)] if rows else []
+
+
+def _confusion(confusion: Fields) -> list[str]:
+    """Return the confusion matrix as a table: a row for each right answer, a column for each given one."""
+    counts = cast("Sequence[Sequence[int]]", confusion["counts"])
+    options = [_text(option) for option in cast("Sequence[str]", confusion["options"])]
+    if len(counts) > len(options):
+        options.append("others")
+    rows = [(option, *(f"{count:,}" for count in row)) for option, row in zip(options, counts, strict=True)]
+    return ["Right answers by row, given answers by column:", _table(("", *options), rows)]
 
 
 def _cost(report: Fields) -> list[tuple[str, str]]:

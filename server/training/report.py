@@ -158,6 +158,7 @@ class Findings:
     comparisons: Comparisons = field(default_factory=dict)
     versions: Mapping[Other, str] = field(default_factory=dict)
     unmeasured: Mapping[Other, str] = field(default_factory=dict)  # sentences: why a version wasn't measured
+    decisions: Mapping[str, object] | None = None  # by question; None: the job has no decisions
 
     @property
     def measured(self) -> dict[str, Scores | None]:
@@ -180,6 +181,7 @@ def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, o
         "trainable_share": found.num_trainable / num_base,
         "evaluation": _evaluation(found),
         "recall": _recall(found),
+        "decisions": found.decisions,
         "comparisons": {name: _comparison(found, name) for name in NAMES},
         "unmeasured": dict(found.unmeasured),
         "moves_latest": None,  # known once the version is published

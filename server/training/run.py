@@ -22,7 +22,7 @@ from server.training.encoding import Reference
 from server.training.evaluate import Evaluation, LossNotFinite, Scores, evaluate
 from server.training.job_data import JobData
 from server.training.passes import Pass
-from server.training.spec import JobSpec, read_document
+from server.training.spec import DECISION_METRICS, JobSpec, read_document
 from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trained_rows import initial_weights
 from server.training.trainer import StepResult, Trainer, TrainingDiverged
@@ -38,6 +38,10 @@ ExactMatch = Callable[
 ]
 """Returns which references the base with the weights completes exactly, or None if that can't be measured. The
 last argument is called before each step of the engine."""
+DecisionScores = Callable[
+    [BaseModel, LoraWeights | None, JobData, Callable[[], None]], Sequence[tuple[float, ...]] | None
+]
+"""Returns `Evaluation.option_scores` of the base with the weights. The last argument is as above."""
 
 
 class Reporter(Protocol):
@@ -47,7 +51,7 @@ class Reporter(Protocol):
         """Yield to serving, or raise if the run should stop.
 
         Called before each micro-batch, each step of the engine that measures exact
-        match, and each module that is merged or decomposed.
+        match or decisions, and each module that is merged or decomposed.
         """
         ...
 
@@ -165,6 +169,7 @@ class Run:
         checkpoints: Checkpoints,
         reporter: Reporter,
         exact_match: ExactMatch,
+        decision_scores: DecisionScores,
         *,
         start: LoraWeights | None = None,
         library: ctypes.CDLL | None = None,
@@ -176,6 +181,7 @@ class Run:
         self._checkpoints = checkpoints
         self._reporter = reporter
         self._exact_match = exact_match
+        self._decision_scores = decision_scores
         self._peak_memory = peak_memory
         self._library = library
         self._trainable = self._make_trainable(start)
@@ -348,13 +354,15 @@ class Run:
     def _held_out(self) -> Evaluation:
         """Evaluate the current weights on the held-out rows.
 
-        Exact match is measured only if the best step is chosen by it.
+        Exact match and decisions are measured only if the best step is chosen by them.
         """
         found = self._evaluate(self._trainable.passes)
         self._check_finite(found)
         if self._spec.publish_metric == "loss":
             return found
         weights, tuned_base = self._weights()
+        if self._spec.publish_metric in DECISION_METRICS:
+            return self._with_decisions(found, tuned_base, weights)
         matches = self._matches(tuned_base, weights, self._data.references)
         return replace(found, matches=None if matches is None else tuple(matches))
 
@@ -403,10 +411,12 @@ class Run:
         return None, self._trainable.tuned(self._base)
 
     def _measure(self, passes: Pass, weights: LoraWeights | None, tuned_base: BaseModel | None = None) -> Scores:
-        """Measure loss, accuracy and, if the loss is finite, exact matches."""
+        """Measure loss, accuracy and, if the loss is finite, decisions and exact matches."""
         found = None if self._data.validation is None else self._evaluate(passes)
         if found is not None and not found.is_finite:
             return Scores(found)
+        if found is not None:
+            found = self._with_decisions(found, tuned_base, weights)
         held_out, trained = self._data.references, self._data.trained_references
         matches = self._matches(tuned_base, weights, [*held_out, *trained])
         if matches is None:
@@ -420,6 +430,14 @@ class Run:
     ) -> Sequence[bool] | None:
         base = tuned_base or self._base
         return self._exact_match(base, weights, references, self._reporter.yield_or_leave)
+
+    def _with_decisions(
+        self, found: Evaluation, tuned_base: BaseModel | None, weights: LoraWeights | None
+    ) -> Evaluation:
+        """Return the evaluation with the scores of the held-out decisions' options."""
+        yield_or_leave = self._reporter.yield_or_leave
+        scores = self._decision_scores(tuned_base or self._base, weights, self._data, yield_or_leave)
+        return found if scores is None else replace(found, option_scores=tuple(scores))
 
     def _evaluate(self, passes: Pass) -> Evaluation:
         """Measure loss and accuracy on the held-out rows."""

@@ -35,7 +35,10 @@ Overlong = Literal["auto", "truncate", "split", "drop", "refuse"]
 """What to do with rows longer than `max_length`. `auto` splits texts into windows, cuts other rows at the end, and
 drops rows whose prompt leaves nothing to train on."""
 PublishIf = Literal["always", "improves_base", "improves_latest", "not_worse"]
-Metric = Literal["loss", "exact_match"]
+Metric = Literal["loss", "exact_match", "accuracy", "brier"]
+"""What decides on publishing: `accuracy` and `brier` are those of held-out decisions."""
+DECISION_METRICS: frozenset[Metric] = frozenset({"accuracy", "brier"})
+LOWER_IS_BETTER: frozenset[Metric] = frozenset({"loss", "brier"})
 COMPARE_WITH_LATEST: frozenset[PublishIf] = frozenset({"improves_latest", "not_worse"})
 
 LEARNING_RATES: Mapping[Method, float] = {"lora": 1e-3, "full": 3e-5}

@@ -6,14 +6,18 @@ all rows of the job, trained ones included.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from statistics import fmean
 from typing import Literal
 
+from server.decisions.quality import share_interval
+from server.training.decisions import row_measures
 from server.training.encoding import MAX_REFERENCES, Reference
 from server.training.evaluate import Evaluation, Scores
 from server.training.job_data import JobData
-from server.training.spec import Metric
+from server.training.spec import DECISION_METRICS, LOWER_IS_BETTER, Metric
 
 Verdict = Literal["better", "worse", "can't tell"]
 
@@ -21,6 +25,7 @@ MIN_HELD_OUT = 20
 """The fewest distinct held-out rows that a verdict, early stopping and the choice of the best step may use."""
 _Z = 1.959964
 """The normal distribution's quantile for a two-sided interval of 95 %."""
+_MEANS = {"loss": "loss", "brier": "Brier score"}
 _WORDS = {"better": "better than", "worse": "worse than", "can't tell": "neither clearly better nor worse than"}
 
 
@@ -45,7 +50,7 @@ class Comparison:
     def verdict(self) -> Verdict:
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "can't tell"
-        return "better" if (self.difference < 0) == (self.metric == "loss") else "worse"
+        return "better" if self._gain > 0 else "worse"
 
     @property
     def is_gain(self) -> bool:
@@ -59,16 +64,18 @@ class Comparison:
 
     @property
     def _gain(self) -> float:
-        return -self.difference if self.metric == "loss" else self.difference
+        return -self.difference if self.metric in LOWER_IS_BETTER else self.difference
 
     def sentence(self, other: str) -> str:
         """Return the verdict in words, with its numbers. `other` names what `tuned` was compared with."""
-        if self.metric == "loss":
-            numbers = f"loss {self.tuned:.4f} against {self.other:.4f} on {self.num_rows} held-out rows"
+        if self.metric in _MEANS:
+            values = f"{_MEANS[self.metric]} {self.tuned:.4f} against {self.other:.4f}"
+            numbers = f"{values} on {self.num_rows} held-out rows"
         else:
             tuned, others = (round(share * self.num_rows) for share in (self.tuned, self.other))
             kind = "rows, trained ones included," if self.includes_trained else "held-out rows"
-            numbers = f"{tuned} of {self.num_rows} {kind} exactly right, against {others}"
+            right = "exactly right" if self.metric == "exact_match" else "decided right"
+            numbers = f"{tuned} of {self.num_rows} {kind} {right}, against {others}"
         if self.low is None or self.high is None:
             interval = f"a verdict takes {MIN_HELD_OUT} held-out rows, or rows with completions"
         else:
@@ -107,20 +114,38 @@ def compare(tuned: Scores, other: Scores, data: JobData, metric: Metric) -> Comp
 def compare_held_out(tuned: Evaluation, other: Evaluation, data: JobData, metric: Metric) -> Comparison | None:
     """Compare two evaluations. Return None if they have fewer than `MIN_HELD_OUT` rows for the metric."""
     if metric == "loss":
-        return None if len(tuned.rows) < MIN_HELD_OUT else _of_losses(tuned, other)
+        differences = [first - second for (first, _), (second, _) in zip(tuned.rows, other.rows, strict=True)]
+        counts = [count for _, count in tuned.rows]
+        return (
+            None if len(counts) < MIN_HELD_OUT else _of_means(metric, differences, counts, tuned.loss, other.loss)
+        )
+    if metric in DECISION_METRICS:
+        return _of_decisions(tuned, other, data, metric)
     pairs = _pairs(data, Scores(tuned), Scores(other))
     return None if len(pairs) < MIN_HELD_OUT else _of_matches(pairs, includes_trained=False)
 
 
-def _of_losses(tuned: Evaluation, other: Evaluation) -> Comparison:
+def _of_decisions(tuned: Evaluation, other: Evaluation, data: JobData, metric: Metric) -> Comparison | None:
+    """Compare decisions, with temperatures by cross-fitting on both sides."""
+    (are_right, scores), (others_right, others) = row_measures(data, tuned), row_measures(data, other)
+    if min(len(scores), len(others)) < MIN_HELD_OUT:
+        return None
+    if metric == "accuracy":
+        pairs = list(zip(are_right, others_right, strict=True))
+        return _of_matches(pairs, includes_trained=False, metric="accuracy")
+    differences = [first - second for first, second in zip(scores, others, strict=True)]
+    return _of_means(metric, differences, [1] * len(scores), fmean(scores), fmean(others))
+
+
+def _of_means(
+    metric: Metric, differences: Sequence[float], counts: Sequence[int], tuned: float, other: float
+) -> Comparison:
     """Compare losses per token, by the standard error of a ratio estimator over rows (Cochran 1977, section 6.4).
 
-    The difference is Σd / Σt, for each row's difference d of summed losses and its number t of tokens. Student's t
-    is approximated by the first terms of its expansion in 1/(n - 1), which is exact to 0.001 from 19 degrees
-    of freedom on.
+    The difference is Σd / Σt, for each row's difference d of summed losses and its number t of tokens. With t = 1,
+    it is a mean over rows, and the interval is that of the paired t-test. Student's t is approximated by the first
+    terms of its expansion in 1/(n - 1), which is exact to 0.001 from 19 degrees of freedom on.
     """
-    differences = [first - second for (first, _), (second, _) in zip(tuned.rows, other.rows, strict=True)]
-    counts = [count for _, count in tuned.rows]
     num_rows, total = len(counts), sum(counts)
     ratio = math.fsum(differences) / total
     squares = math.fsum((d - ratio * t) ** 2 for d, t in zip(differences, counts, strict=True))
@@ -128,11 +153,13 @@ def _of_losses(tuned: Evaluation, other: Evaluation) -> Comparison:
     degrees = num_rows - 1
     t95 = _Z + (_Z**3 + _Z) / (4 * degrees) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * degrees**2)
     low, high = ratio - t95 * error, ratio + t95 * error
-    return Comparison("loss", num_rows, False, tuned.loss, other.loss, error, low, high)
+    return Comparison(metric, num_rows, False, tuned, other, error, low, high)
 
 
-def _of_matches(pairs: list[tuple[bool, bool]], *, includes_trained: bool) -> Comparison:
-    """Compare shares of exact matches, by the exact interval that belongs to McNemar's exact test.
+def _of_matches(
+    pairs: Sequence[tuple[bool, bool]], *, includes_trained: bool, metric: Metric = "exact_match"
+) -> Comparison:
+    """Compare shares of right answers, by the exact interval that belongs to McNemar's exact test.
 
     Only the m rows that one of the two has right, and the other hasn't, say which is better. Clopper and Pearson's
     interval (1934) for the share p of gains among them becomes one for the difference, (2p - 1) · m / n. It takes
@@ -141,24 +168,10 @@ def _of_matches(pairs: list[tuple[bool, bool]], *, includes_trained: bool) -> Co
     num_rows = len(pairs)
     gained = sum(tuned and not other for tuned, other in pairs)
     differing = gained + sum(other and not tuned for tuned, other in pairs)
-    low = _least_share(gained, differing)
-    high = 1 - _least_share(differing - gained, differing)
-    low, high = ((2 * share - 1) * differing / num_rows for share in (low, high))
+    low, high = ((2 * share - 1) * differing / num_rows for share in share_interval(gained, differing))
     shares = (sum(tuned for tuned, _ in pairs) / num_rows, sum(other for _, other in pairs) / num_rows)
     error = math.sqrt(differing) / num_rows  # if gains and losses are equally likely
-    return Comparison("exact_match", num_rows, includes_trained, *shares, error, low, high)
-
-
-def _least_share(gained: int, differing: int) -> float:
-    """Return the least p at which a binomial variable reaches `gained` with a probability of at least 2.5 %."""
-    low, high = 0.0, 1.0
-    for _ in range(50 if gained else 0):
-        p = (low + high) / 2
-        tail = math.fsum(
-            math.comb(differing, k) * p**k * (1 - p) ** (differing - k) for k in range(gained, differing + 1)
-        )
-        low, high = (low, p) if tail > 0.025 else (p, high)
-    return low
+    return Comparison(metric, num_rows, includes_trained, *shares, error, low, high)
 
 
 def _pairs(data: JobData, tuned: Scores, other: Scores) -> list[tuple[bool, bool]]:

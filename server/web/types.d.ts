@@ -8,7 +8,7 @@ interface Part {
 }
 
 /** Numbers of rows. */
-type Kinds = { completion?: number; messages?: number; text?: number };
+type Kinds = { completion?: number; messages?: number; text?: number; decision?: number };
 
 type Verdict = "better" | "worse" | "can't tell";
 
@@ -26,7 +26,7 @@ interface Version {
   base_model: string | null;
   metrics: Record<string, number>;
   verdict?: Verdict | null;
-  config: { kinds?: Kinds };
+  config: { kinds?: Kinds; decisions?: object };
   parent: string | null;
   job_id: string | null;
   created_at: string;

@@ -283,3 +283,67 @@ def test_an_adapter_is_tried_with_its_rows_kind_of_prompt(
         )
         page.get_by_role("button", name="Try it").click()
         expect(page.get_by_role("radio", name=kind)).to_be_checked()
+
+
+DECISIONS = {
+    "team": {
+        "num_rows": 46,
+        "summary": "Right on 41 of 46 held-out rows: expect 76% to 96% right answers on rows like these.",
+        "reliability": [
+            {"low": 0.4, "high": 0.6, "num_rows": 16, "confidence": 0.52, "accuracy": 0.75},
+            {"low": 0.8, "high": 1.0, "num_rows": 30, "confidence": 0.93, "accuracy": 29 / 30},
+        ],
+        "confusion": {"options": ["billing", "sales"], "counts": [[20, 1, 0], [3, 20, 0], [1, 0, 1]]},
+    }
+}
+
+
+def test_a_report_says_how_far_to_trust_decisions(server: ServerProcess, browser: Browser, job: str) -> None:
+    with page_of(browser, server.url, PHONE) as page:
+        pretend(page, server, job, REPORT | {"decisions": DECISIONS}, adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        section = page.get_by_role("region", name="Decisions: team", exact=True)
+        expect(section).to_contain_text("Right on 41 of 46 held-out rows")
+        section.get_by_text("As a table").click()
+        curve = section.get_by_role("region", name="Right answers by confidence, as a table")
+        expect(curve.locator("tbody tr")).to_have_text([re.compile(r"52\s*75.00"), re.compile(r"93\s*96.67")])
+        section.get_by_text("Which answers are confused").click()
+        matrix = section.get_by_role("region", name="Answers to team, as a table")
+        expect(matrix.locator("tbody tr").nth(1)).to_have_text(re.compile(r"sales\s*3\s*20\s*0"))
+        expect(matrix.locator("tbody tr").nth(2)).to_have_text(re.compile(r"others\s*1\s*0\s*1"))
+        assert not is_wider_than_the_screen(page)
+        assert violations(page) == []
+
+
+def test_an_adapter_of_decisions_decides(server: ServerProcess, browser: Browser, job: str) -> None:
+    listed = server.client.get("/adapters").json()
+    (plain,) = (one for one in listed["adapters"] if one["name"] == "plain")
+    plain["versions"][-1] |= {"job_id": job, "config": {"decisions": {}}}
+    options = [{"value": "billing", "probability": 0.3}, {"value": "sales", "probability": 0.7}]
+    answer = {"type": "choice", "name": "team", "choice": "sales", "confidence": 0.4, "probabilities": options}
+    decided = {"results": [{"index": 0, "answers": [answer]}], "calibrated": True, "warnings": []}
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, REPORT | {"decisions": DECISIONS})
+        page.route(re.compile(r"/adapters\?"), lambda route: route.fulfill(json=listed))
+        page.route("**/decide", lambda route: route.fulfill(json=decided))
+        page.goto(f"{server.url}/#/adapters/plain")
+        page.get_by_label("Input", exact=True).fill("What do you charge?")
+        with page.expect_request("**/decide") as request:
+            page.get_by_role("button", name="Decide", exact=True).click()
+        version = plain["versions"][-1]["version"]
+        assert request.value.post_data_json == {"adapter": f"plain@{version}", "input": "What do you charge?"}
+        group = page.get_by_role("group", name="team")
+        expect(group.locator(".badge")).to_have_text("sales")
+        expect(group.locator("tbody tr")).to_have_text([re.compile(r"sales\s*70"), re.compile(r"billing\s*30")])
+        assert group.locator("meter").first.evaluate("(meter) => meter.value") == 0.7
+        assert violations(page) == []
+        threshold = group.get_by_label("Answer only if it is at least this likely")
+        expect(threshold.locator("option")).to_have_text(
+            [
+                re.compile("^0.%: answers 46 of 46 held-out rows, 89.% of them right"),
+                re.compile("^80.%: answers 30 of 46 held-out rows, 97.% of them right"),
+            ]
+        )
+        threshold.select_option("0.8")
+        expect(group.locator(".badge")).to_have_text("unsure")
+        expect(page.get_by_role("region", name="Decisions: team", exact=True)).to_be_visible()

@@ -1,10 +1,11 @@
 /** A job's report: verdicts, evaluation against the base and earlier versions, and cost. */
 import { bytes, compact, count, duration, loss, percent, plural } from "../lib/format.js";
 import { html } from "../lib/html.js";
+import { Trust } from "./decisions.js";
 
 /** @import { Point } from "./loss.js" */
 /**
- * @typedef {{version: string | null, metric: "loss" | "exact_match", num_rows: number, tuned: number, other: number,
+ * @typedef {{version: string | null, metric: "loss" | "exact_match" | "accuracy" | "brier", num_rows: number, tuned: number, other: number,
  *   includes_trained?: boolean, low: number | null, high: number | null, verdict: Verdict}} Comparison
  */
 
@@ -35,6 +36,7 @@ export function Card({ report, points }) {
     ${report.description ? html`<p>${report.description}</p>` : null}
     ${report.evaluation ? null : html`<p class="muted">No rows were held out, so its quality on new rows wasn't measured.</p>`}
     <${Measures} held=${report.evaluation} recall=${report.recall ?? null} />
+    <${Trust} reports=${report.decisions ?? {}} />
     <dl>
       <dt>Method</dt>
       <dd>${report.method === "full" ? "full fine-tuning" : "LoRA"}</dd>
@@ -127,8 +129,8 @@ function sentenceOf({
   const name = version ?? "the base";
   const right = (/** @type {number} */ share) => count(Math.round(share * rows));
   const measured =
-    metric === "loss"
-      ? `held-out loss ${loss(tuned)} against ${loss(other)}`
+    metric === "loss" || metric === "brier"
+      ? `${metric === "loss" ? "held-out loss" : "Brier score"} ${loss(tuned)} against ${loss(other)}`
       : `${right(tuned)} rows right against ${right(other)}`;
   const on = `${count(rows)} ${isMixed ? "rows, trained ones included" : rows === 1 ? "held-out row" : "held-out rows"}`;
   if (verdict !== "can't tell")

@@ -8,6 +8,7 @@ import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
+import { Decide } from "../parts/decisions.js";
 import { Lineage } from "../parts/lineage.js";
 import { LossChart, pointsOf } from "../parts/loss.js";
 
@@ -164,16 +165,21 @@ function VersionDetail({ version }) {
     </dl>
     <h3>Origin</h3>
     <${Lineage} version=${version} />
-    ${version.job_id ? html`<${CardOfJob} id=${version.job_id} />` : null}
+    ${version.job_id ? html`<${CardOfJob} id=${version.job_id} version=${version} />` : null}
   </section>`;
 }
 
-/** @param {{id: string}} props */
-function CardOfJob({ id }) {
+/** @param {{id: string, version: Version}} props */
+function CardOfJob({ id, version }) {
   const report = useResource((signal) => get(`/train/${encodeURIComponent(id)}/report`, signal), [id]);
   const points = useMemo(() => pointsOf(report.data?.curves), [report.data]);
-  if (report.problem?.status === 403 || report.problem?.status === 404) return null; // not this key's to read, or not kept
-  return html`<h3>Card</h3>
+  const adapter = `${version.name}@${version.version}`;
+  const decide = version.config.decisions
+    ? html`<${Decide} adapter=${adapter} reports=${report.data?.decisions ?? {}} />`
+    : null;
+  if (report.problem?.status === 403 || report.problem?.status === 404) return decide; // not this key's to read, or not kept
+  return html`${decide}
+    <h3>Card</h3>
     <${Fault} problem=${report.problem} />
     ${
       report.data

@@ -10,7 +10,7 @@ import pytest
 from server.decisions.questions import parse_question
 from server.decisions.stored import StoredDecisions
 from server.training.job_data import JobData
-from tests.server.api.train_kit import submit
+from tests.server.api.train_kit import submit, train_body
 from tests.server.conftest import MAX_POSITIONS
 
 pytestmark = pytest.mark.anyio
@@ -78,3 +78,32 @@ async def test_a_dry_run_shows_the_prompt_that_decide_asks(client: httpx.AsyncCl
     assert "".join(token["text"] for token in tokens if token["trained"]) in ("a<|im_end|>", "b<|im_end|>")
     asked = "".join(token["text"] for token in tokens if not token["trained"])
     assert asked.endswith("Answer with one option.<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "brier"])
+async def test_metrics_of_decisions_need_decisions(client: httpx.AsyncClient, metric: str) -> None:
+    fields = {"publish_metric": metric, "publish_if": "improves_base", "validation": 0.2}
+    response = await client.post("/train", json=train_body(**fields))
+    assert response.status_code == 422
+    (error,) = response.json()["errors"]
+    assert error["loc"] == ["publish_metric"]
+    assert error["message"] == (
+        f"{metric} needs rows of decisions (input and answer): set it to loss or exact_match"
+    )
+    job_id = await submit(client, data=ROWS, questions={"team": TEAM}, training=TRAINING, **fields)
+    assert (await client.get(f"/train/{job_id}")).json()["config"]["publish_metric"] == metric
+
+
+async def test_evaluations_of_few_decisions_raise_a_warning(client: httpx.AsyncClient) -> None:
+    for num_rows, is_warned in ((19, True), (20, False)):
+        body = {
+            "name": "team",
+            "data": ROWS,
+            "validation": [{**row, "input": f"New {n}"} for n, row in enumerate(ROWS[:num_rows])],
+            "questions": {"team": TEAM},
+            "training": {**TRAINING, "eval_steps": 4},
+            "publish_metric": "brier",
+        }
+        answer = (await client.post("/train?dry_run=true", json=body)).json()
+        warning = f"only {num_rows} distinct rows of decisions held out"
+        assert any(one.startswith(warning) for one in answer["warnings"]) is is_warned

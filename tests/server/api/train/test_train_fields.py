@@ -56,7 +56,7 @@ OUTER: list[tuple[str, object]] = [
     *each("training", None, [], 5),
     *each("start_from", "", "a b", "a*0.5", "a+b", "a@0", 5, "x" * 500),
     *each("publish_if", "", "never", None, True),
-    *each("publish_metric", "", "accuracy", None, True),
+    *each("publish_metric", "", "bleu", None, True),
     *each("alias", "", "a b", "7", "base", "x" * 65, 5),
     *each("description", 5, None, "x" * 2001),
     ("dataset", "x" * 65),

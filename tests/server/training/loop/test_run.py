@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
-from server.jobs.scoring import exact_match
+from server.jobs.scoring import decision_scores, exact_match
 from server.model.base.weights import BaseModel, digest_of
 from server.model.text.chat import PromptEncoder
 from server.training.checkpoint import Checkpoints
@@ -83,7 +83,9 @@ def run(
     base: BaseModel, data: JobData, directory: Path, spec: JobSpec = SPEC, token: int = 1, end: int | None = None
 ) -> tuple[Outcome, Listener]:
     listener = Listener(end)
-    return Run(spec, data, base, Checkpoints(directory, token), listener, exact_match).run(), listener
+    return Run(
+        spec, data, base, Checkpoints(directory, token), listener, exact_match, decision_scores
+    ).run(), listener
 
 
 def tensors(weights: LoraWeights | None) -> list[torch.Tensor]:

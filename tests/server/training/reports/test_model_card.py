@@ -9,10 +9,12 @@ from markdown_it import MarkdownIt
 
 from server.model.base.source import HubModel
 from server.model.base.weights import BaseModel
+from server.training.decisions import question_reports
 from server.training.evaluate import Scores
 from server.training.model_card import bare_card, model_card
 from server.training.report import build_report
 from server.training.spec import JobSpec
+from tests.server.training.reports.decisions_kit import decision_data, decision_evaluation, sharp_scores
 from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
 
 READER = MarkdownIt("commonmark").enable("table")
@@ -118,9 +120,32 @@ def test_recall_without_held_out_rows(tiny_base: BaseModel) -> None:
     )
 
 
+def test_decisions(tiny_base: BaseModel) -> None:
+    data = decision_data([n % 3 for n in range(40)])
+    base, tuned = decision_evaluation([(0.0, -1.0, -2.0)] * 40), decision_evaluation(sharp_scores(40))
+    found = question_reports(data, {"base": base, "tuned": tuned})
+    text = model_card(json.loads(json.dumps(build_report(SPEC, tiny_base, replace(FOUND, decisions=found)))))
+    table = rows(text)
+    assert "## Decisions: team\n\nRight on 32 of 40 held-out rows (the base on 14, " in text
+    assert ["accuracy", "35.0% (20.6% to 51.7%)", "80.0% (64.4% to 90.9%)"] in table
+    names = [row[0] for row in table]
+    assert names.index("brier") + 1 == names.index("brier without temperature")
+    assert ["", "billing", "shipping", "sales"] in table
+    assert ["sales", "3", "0", "10"] in table
+    assert "fitted without it" in text
+    few = question_reports(decision_data([0]), {"base": None, "tuned": decision_evaluation([(0.0, -9.0, -9.0)])})
+    text = model_card(build_report(SPEC, tiny_base, replace(FOUND, decisions=few)))
+    assert ["accuracy", "100.0% (2.5% to 100.0%)"] in rows(text)
+    assert "fitted without it" not in text
+    none = question_reports(decision_data([0]), {"base": None, "tuned": None})
+    text = model_card(build_report(SPEC, tiny_base, replace(FOUND, decisions=none)))
+    assert "No held-out row was measured" in text
+
+
 def test_a_report_of_an_older_release(tiny_base: BaseModel) -> None:
     report = build_report(SPEC, tiny_base, FOUND)
-    old = {key: value for key, value in report.items() if key not in ("recall", "comparisons", "moves_latest")}
+    newer = ("recall", "comparisons", "moves_latest", "decisions")
+    old = {key: value for key, value in report.items() if key not in newer}
     assert ["loss", "2.5000", "0.7500", "0.5000"] in rows(model_card(old))
 
 

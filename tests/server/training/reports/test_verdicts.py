@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from server.training.decisions import row_measures
 from server.training.encoding import Example, Examples, Reference
 from server.training.evaluate import Evaluation, Scores
 from server.training.job_data import DataFacts, JobData
+from server.training.spec import Metric
 from server.training.verdicts import MIN_HELD_OUT, compare, compare_held_out
+from tests.server.training.reports.decisions_kit import decision_data, decision_evaluation, sharp_scores
 
 Rows = Sequence[tuple[float, int]]
 
@@ -187,3 +190,55 @@ def test_equal_rows_count_once() -> None:
     found = compare(Scores(right), Scores(replace(wrong)), data, "loss")
     assert found is not None
     assert (found.num_rows, found.verdict) == (1, "can't tell")
+
+
+def test_decisions_are_judged_by_accuracy() -> None:
+    """As matches are: 6 gains without a loss are better, and 5 aren't."""
+    data = decision_data([0] * 40)
+    right, wrong = (0.0, -3.0, -3.0), (-3.0, 0.0, -3.0)
+    other = decision_evaluation([wrong] * 40)
+    for num_gained, verdict in ((6, "better"), (5, "can't tell")):
+        tuned = decision_evaluation([right] * num_gained + [wrong] * (40 - num_gained))
+        found = compare_held_out(tuned, other, data, "accuracy")
+        assert found is not None
+        assert (found.metric, found.num_rows, found.verdict) == ("accuracy", 40, verdict)
+        assert found.difference == pytest.approx(num_gained / 40)
+        turned = compare_held_out(other, tuned, data, "accuracy")
+        assert turned is not None
+        assert turned.verdict == ("worse" if verdict == "better" else verdict)
+        assert f"{num_gained} of 40 held-out rows decided right, against 0" in found.sentence("base")
+
+
+def test_decisions_are_judged_by_a_paired_t_test_of_brier_scores() -> None:
+    answers = [n % 3 for n in range(60)]
+    data = decision_data(answers)
+    sure, unsure = (
+        decision_evaluation(
+            [tuple(gap * (k == one) + math.sin(n + k) for k in range(3)) for n, one in enumerate(answers)]
+        )
+        for gap in (3.0, 1.0)
+    )
+    found = compare_held_out(sure, unsure, data, "brier")
+    assert found is not None
+    briers = np.array([row_measures(data, one)[1] for one in (sure, unsure)])
+    differences = briers[0] - briers[1]
+    error = differences.std(ddof=1) / math.sqrt(60)
+    t95 = 2.000995  # Student's quantile for 59 degrees of freedom
+    assert (found.tuned, found.other) == pytest.approx(tuple(briers.mean(1)))
+    assert (found.low, found.high) == pytest.approx(
+        (differences.mean() - t95 * error, differences.mean() + t95 * error), abs=1e-6
+    )
+    assert (found.verdict, found.is_gain) == ("better", True)  # lower is better
+    turned = compare_held_out(unsure, sure, data, "brier")
+    assert turned is not None
+    assert (turned.verdict, turned.is_loss) == ("worse", True)
+    assert found.sentence("base").startswith("better than base: Brier score 0.")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "brier"])
+def test_few_decisions_allow_no_verdict(metric: Metric) -> None:
+    for num_rows, is_judged in ((MIN_HELD_OUT - 1, False), (MIN_HELD_OUT, True)):
+        data = decision_data([n % 3 for n in range(num_rows)])
+        found = decision_evaluation(sharp_scores(num_rows))
+        assert (compare_held_out(found, found, data, metric) is not None) is is_judged
+    assert compare_held_out(found, evaluation([(1.0, 5)] * 20), data, metric) is None

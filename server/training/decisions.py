@@ -1,0 +1,146 @@
+"""Measures of held-out decisions: temperatures, rows for verdicts, and what the report says about each question.
+
+All of it follows from the scores of the options (`Evaluation.option_scores`). Equal rows count once, so that no
+temperature is fitted to a row and then judged by its copy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+
+import numpy as np
+
+from server.decisions.calibration import MIN_ROWS, cross_fitted, fit_temperature, softmax
+from server.decisions.quality import Array, MeasuredDecisions
+from server.decisions.questions import Question
+from server.system.messages import plural
+from server.training.encoding import Asked
+from server.training.evaluate import Evaluation
+from server.training.job_data import JobData
+
+_WIDE = 0.2
+"""An interval of accuracy wider than this calls for more held-out rows."""
+
+
+class QuestionScores:
+    """One question's held-out rows: the options' log-probabilities, shaped (rows, options), and right answers."""
+
+    def __init__(self, rows: Mapping[Asked, tuple[float, ...]]) -> None:
+        self.scores: Array = np.asarray(list(rows.values()), dtype=np.float64)
+        self.answers = np.asarray([one.answer for one in rows])
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def temperature(self) -> float | None:
+        """The likeliest temperature, or None if there are fewer than `MIN_ROWS` rows."""
+        return fit_temperature(self.scores, self.answers) if len(self) >= MIN_ROWS else None
+
+    @cached_property
+    def uncalibrated(self) -> MeasuredDecisions:
+        return MeasuredDecisions(softmax(self.scores), self.answers)
+
+    @cached_property
+    def calibrated(self) -> MeasuredDecisions:
+        """The decisions with temperatures by cross-fitting, or without temperatures if there are too few rows."""
+        if len(self) < MIN_ROWS:
+            return self.uncalibrated
+        return MeasuredDecisions(cross_fitted(self.scores, self.answers), self.answers)
+
+
+def by_question(data: JobData, evaluation: Evaluation | None) -> dict[str, QuestionScores]:
+    """Return the scored rows by the questions' digests. Empty if no options were scored."""
+    if evaluation is None or evaluation.option_scores is None:
+        return {}
+    groups: dict[str, dict[Asked, tuple[float, ...]]] = {}
+    for one, scores in zip(data.asked, evaluation.option_scores, strict=True):
+        if scores:
+            groups.setdefault(one.question, {}).setdefault(one, scores)
+    return {digest: QuestionScores(rows) for digest, rows in groups.items()}
+
+
+def fit_temperatures(data: JobData, evaluation: Evaluation | None) -> dict[str, float]:
+    """Return temperatures by the digests of the questions that have at least `MIN_ROWS` rows."""
+    found = {digest: group.temperature for digest, group in by_question(data, evaluation).items()}
+    return {digest: temperature for digest, temperature in found.items() if temperature is not None}
+
+
+def row_measures(data: JobData, evaluation: Evaluation | None) -> tuple[list[bool], list[float]]:
+    """Return for all questions' rows whether the decision is right, and its Brier score."""
+    decided = [group.calibrated for group in by_question(data, evaluation).values()]
+    are_right = [bool(one) for group in decided for one in group.is_right]
+    return are_right, [float(one) for group in decided for one in group.brier_scores]
+
+
+def question_reports(data: JobData, evaluations: Mapping[str, Evaluation | None]) -> dict[str, object] | None:
+    """Return the report's entries by the questions' names, or None if the job has no decisions.
+
+    `evaluations` are by the names of weights: `base`, `tuned`, and maybe `latest` and `parent`.
+    """
+    if data.decisions is None:
+        return None
+    groups = {name: by_question(data, evaluation) for name, evaluation in evaluations.items()}
+    return {
+        question.name or "": _question_report(
+            question, {name: found.get(question.digest) for name, found in groups.items()}
+        )
+        for question in data.decisions.questions
+    }
+
+
+def _question_report(question: Question, groups: Mapping[str, QuestionScores | None]) -> dict[str, object]:
+    tuned = groups["tuned"]
+    if tuned is None:
+        return {"num_rows": 0, "summary": "No held-out row was measured: nothing says how far to trust it."}
+    confusion = tuned.calibrated.confusion()
+    return {
+        "num_rows": len(tuned),
+        "temperature": tuned.temperature,
+        **{name: None if group is None else _measures(group) for name, group in groups.items()},
+        "reliability": [asdict(one) for one in tuned.calibrated.reliability()] if len(tuned) >= MIN_ROWS else [],
+        "confusion": {
+            "options": [question.options[index].text for index in confusion.options],
+            "counts": [list(row) for row in confusion.counts],
+        },
+        "summary": _summary(question, tuned, groups["base"]),
+    }
+
+
+def _measures(group: QuestionScores) -> dict[str, object]:
+    """Return the figures with their intervals. Few rows have only an accuracy, whose interval is exact."""
+    found = group.calibrated.figures
+    if len(group) < MIN_ROWS:
+        return {"accuracy": asdict(found["accuracy"])}
+    without = group.uncalibrated.figures
+    return {
+        **{name: asdict(estimate) for name, estimate in found.items()},
+        "uncalibrated": {name: asdict(without[name]) for name in ("brier", "calibration_error")},
+    }
+
+
+def _summary(question: Question, group: QuestionScores, base: QuestionScores | None) -> str:
+    """Return sentences that say how far to trust the decisions."""
+    decided, num_rows = group.calibrated, len(group)
+    accuracy = decided.figures["accuracy"]
+    counts = np.bincount(decided.answers, minlength=decided.num_options)
+    most = int(counts.argmax())
+    others = [f"always answering {question.options[most].text} is right on {counts[most]}"]
+    if base is not None:
+        others.insert(0, f"the base on {base.calibrated.is_right.sum()}")
+    found = [
+        f"Right on {decided.is_right.sum()} of {plural(num_rows, 'held-out row')} ({', '.join(others)}): expect "
+        f"{accuracy.low:.0%} to {accuracy.high:.0%} right answers on rows like these."
+    ]
+    if accuracy.high - accuracy.low > _WIDE:
+        found.append("More held-out rows would narrow this.")
+    if num_rows < MIN_ROWS:
+        found.append(
+            f"Don't trust its probabilities: {MIN_ROWS} held-out rows are needed to fit and measure them."
+        )
+        return " ".join(found)
+    error, before = (one.figures["calibration_error"].value for one in (decided, group.uncalibrated))
+    found.append(
+        f"Confidence and accuracy differ by {error:.1%} on average, and by {before:.1%} without the temperature."
+    )
+    return " ".join(found)
