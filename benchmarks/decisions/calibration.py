@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.decisions.data import DataSet
 from benchmarks.decisions.methods import ADAPTER, Scored
-from server.decisions.quality import Array, Decided, Estimate, bootstrap
+from server.decisions.quality import Array, Estimate, MeasuredDecisions, bootstrap
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def measure(data: DataSet, scored: Mapping[str, Scored]) -> Outcome:
     numbers = {name: number for number, name in enumerate(names)}
     source = np.array([numbers[row.source] for row in data.test])
     decided = {
-        name: (Decided(softmax(one.scores), answers), Decided(softmax(one.scores / one.temperature), answers))
+        name: (
+            MeasuredDecisions(softmax(one.scores), answers),
+            MeasuredDecisions(softmax(one.scores / one.temperature), answers),
+        )
         for name, one in scored.items()
     }
 
@@ -85,7 +88,7 @@ def measure(data: DataSet, scored: Mapping[str, Scored]) -> Outcome:
     )
 
 
-def _plain(counts: Array, decided: Decided) -> Array:
+def _plain(counts: Array, decided: MeasuredDecisions) -> Array:
     """Return (accuracy, Brier score, calibration error) of each resample; `counts` is shaped (resamples, rows)."""
     gaps = np.zeros((decided.num_rows, decided.num_bins))
     gaps[np.arange(decided.num_rows), decided.bins] = decided.confidences - decided.is_right

@@ -128,6 +128,7 @@ def test_plain_rows_are_drawn_by_the_kernel_and_others_by_torch(base: BaseModel)
 
 
 @pytest.mark.real
+@pytest.mark.thorough
 def test_the_real_base_answers_as_on_the_torch_backend(real_base: BaseModel) -> None:
     requests = [
         GenerationRequest("base", tuple(range(100, 130)), replace(GREEDY, max_tokens=5)),

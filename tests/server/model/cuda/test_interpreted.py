@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="needs triton")
 ROOT = Path(__file__).parents[4]
 
 
-@pytest.mark.parametrize("sizes", ["", pytest.param("--all", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("sizes", ["", "--all"])
 def test_fp32_is_right_and_has_the_same_bits_in_any_batch(sizes: str) -> None:
     command = [sys.executable, "-m", "tests.server.model.cuda.interpreted", *sizes.split()]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
