@@ -1,9 +1,9 @@
 """Measure decisions: `python -m benchmarks.decisions`.
 
 `--parts calibration` trains an adapter for each of four data sets with the server's defaults, and compares its
-accuracy and probabilities with PEFT's and scikit-learn's. It needs `python -m benchmarks.peers make scikit-learn`.
-Data sets that are measured are kept, so an interrupted run resumes. `--parts speed` needs an idle machine. Writes
-the results and docs/decisions.md.
+accuracy and probabilities with PEFT's and scikit-learn's. It installs scikit-learn into an environment of its own
+if it is missing. Data sets that are measured are kept, so an interrupted run resumes. `--parts speed` needs an
+idle machine. Writes the results and docs/decisions.md.
 """
 
 import argparse

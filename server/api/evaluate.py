@@ -111,8 +111,8 @@ class Difference(Answer):
     difference: float = Field(description="value of `to` minus value of `from`, on the same rows")
     low: float
     high: float
-    gained: int | None = Field(None, description="exact_match and accuracy: rows that only `to` has right")
-    lost: int | None = Field(None, description="rows that only `from` has right")
+    gained: int | None = Field(None, description="exact_match and accuracy: rows that only `to` gets right")
+    lost: int | None = Field(None, description="rows that only `from` gets right")
 
 
 class Flip(Answer):
@@ -131,7 +131,7 @@ class EvaluationAnswer(EvaluationJob):
     results: list[Result] | None = Field(description="null until the job has succeeded")
     differences: list[Difference] | None = Field(description="between the first adapter and each other one")
     flips: list[Flip] | None = Field(
-        description="up to 1,000 rows that only one of two compared adapters has right"
+        description="up to 1,000 rows that only one of two compared adapters gets right"
     )
 
     @classmethod

@@ -191,15 +191,16 @@ class _Rows:
             for number, metric in enumerate(body.metrics or ()):
                 if metric not in of_dataset:
                     fits = ", ".join(name for name in METRICS if name in of_dataset)
-                    message = f"item {number}: {metric} fits no row of {dataset}, where these fit: {fits}"
+                    message = f"item {number}: {metric} fits no row of {dataset}; metrics that fit: {fits}"
                     raise InvalidInput.of("metrics", message)
             fitting |= of_dataset
         self.metrics = tuple(body.metrics or [name for name in METRICS if name in fitting])
 
     def _add(self, place: int, dataset: str, numbers: Sequence[int], rows: CanonicalRows) -> None:
         """Add a data set's rows, which have these numbers in it. `place` is its index in the field `datasets`."""
-        if self._ambiguous and any(_needs_question(row) for row in rows):
-            message = f"are needed: the adapters store different questions with the name {self._ambiguous[0]}"
+        asked = [row.question for row in rows if isinstance(row, DecisionRow)]
+        if self._ambiguous and any(question is None or question in self._ambiguous for question in asked):
+            message = f"must be given: the adapters store different questions named {self._ambiguous[0]}"
             raise InvalidInput.of("questions", message)
         try:
             encoded = self._encoder.encode_all(rows, self._max_length, "auto", ("datasets", place))
@@ -238,10 +239,6 @@ class _Rows:
         if any(row.asked is not None for row in rows):
             found |= {"accuracy", "brier"}
         return found
-
-
-def _needs_question(row: Row) -> bool:
-    return isinstance(row, DecisionRow) and not isinstance(row.question, Question)
 
 
 def _first_different(rows: CanonicalRows, limit: int) -> tuple[list[int], CanonicalRows]:

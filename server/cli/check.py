@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def check_here(settings: Settings) -> int:
     """Print the comparisons as a table, and return the exit code: 0 if all are within their margins.
 
-    It is 1, too, if a GPU's kernels don't serve, or not as they should.
+    It is also 1 if a GPU's kernels don't serve, or a fallback is active.
     """
     with exempt_from_gc():
         from server.model.load import load_on_device
@@ -32,7 +32,7 @@ def check_here(settings: Settings) -> int:
         fail(f"the backend failed: {error}")
     _print(found)
     same = "the same" if found.is_batch_invariant else "different"
-    typer.echo(f"{backend.name} has {same} bits alone and in a batch.")
+    typer.echo(f"{backend.name} gives {same} bits alone and in a batch.")
     for reason in backend.fallbacks:
         say(reason)
     return 1 if found.beyond or backend.fallbacks else 0

@@ -34,7 +34,7 @@ def evaluate(
     adapter: Annotated[
         list[str],
         typer.Option(
-            "--adapter", "-a", help="Such as base or tweets@3. Give it again: each is compared with the first."
+            "--adapter", "-a", help="Such as base or tweets@3. Repeat it to compare others with the first."
         ),
     ],
     metric: Annotated[

@@ -97,7 +97,7 @@ class MeasuredDecisions:
         arXiv:1706.04599). With few rows it is too high on average, since chance makes the two differ in each bin.
 
         The interval of accuracy is exact, by Clopper and Pearson (1934). The other intervals are a percentile
-        bootstrap's, which knows no error that no row shows.
+        bootstrap's, which can't account for errors that don't occur in the rows.
         """
         values = self._resampled(np.ones((1, self.num_rows)))[0]
         lows, highs = bootstrap(self.num_rows, self._resampled)
@@ -172,23 +172,26 @@ def bootstrap(num_rows: int, figures: Callable[[Array], Array]) -> tuple[Array, 
     return lows, highs
 
 
-def share_interval(num_hits: int, num_rows: int) -> tuple[float, float]:
-    """Return the exact 95 % interval of a binomial variable's probability (Clopper and Pearson 1934)."""
-    return _least_share(num_hits, num_rows), 1 - _least_share(num_rows - num_hits, num_rows)
+def share_interval(num_hits: int, num_rows: int, tail: float = 0.025) -> tuple[float, float]:
+    """Return the exact interval of a binomial variable's probability (Clopper and Pearson 1934).
+
+    Each end is wrong with a probability of at most `tail`.
+    """
+    return _least_share(num_hits, num_rows, tail), 1 - _least_share(num_rows - num_hits, num_rows, tail)
 
 
-def _least_share(num_hits: int, num_rows: int) -> float:
-    """Return the least p at which a binomial variable reaches `num_hits` with a probability of at least 2.5 %."""
+def _least_share(num_hits: int, num_rows: int, tail: float) -> float:
+    """Return the least p at which a binomial variable reaches `num_hits` with at least the probability `tail`."""
     low, high = 0.0, 1.0
     numbers = range(num_hits, num_rows + 1)
     ways = [math.lgamma(num_rows + 1) - math.lgamma(k + 1) - math.lgamma(num_rows - k + 1) for k in numbers]
     for _ in range(50 if num_hits else 0):
         p = (low + high) / 2
-        tail = math.fsum(
+        reached = math.fsum(
             math.exp(way + k * math.log(p) + (num_rows - k) * math.log1p(-p))
             for k, way in zip(numbers, ways, strict=True)
         )
-        low, high = (low, p) if tail > 0.025 else (p, high)
+        low, high = (low, p) if reached > tail else (p, high)
     return low
 
 

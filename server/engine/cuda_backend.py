@@ -25,7 +25,6 @@ from server.model.cuda.work import lora_work
 from server.model.device import to_device
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import RowFormat
-from server.system.messages import first_line
 
 Launch = Callable[[Variant, tuple[int, ...], Seq[torch.Tensor]], None]
 _MAX_SHORT = 32
@@ -86,7 +85,7 @@ class CudaBackend(Backend):
                 self.graphs = Graphs(sizes, self._dtype, self._device, self._compute, self._capture)
         except Exception as error:
             log.exception("no CUDA graphs, so the host launches each kernel")
-            self.fallbacks.append(f"no CUDA graphs: {first_line(error)}")
+            self.fallbacks.append(f"no CUDA graphs ({type(error).__name__}): see the log")
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
         self._use_device()

@@ -1,8 +1,9 @@
 """A check of a backend on this machine: fixed prompts, whose answers are compared with the torch backend's.
 
-Answers may part at near ties, so tokens aren't compared. Instead torch scores the tokens that the backend chose:
-its log-probabilities must be the backend's, and no other token may be much likelier. Seeded draws are compared as
-texts, of which some may differ. In one batch the same prompts must have the same bits, if the backend claims so.
+Answers may diverge at near ties, so tokens aren't compared. Instead torch scores the tokens that the backend
+chose: its log-probabilities must be the backend's, and no other token may be much likelier. Seeded draws are
+compared as texts, of which some may differ. In one batch the same prompts must have the same bits, if the backend
+claims so.
 """
 
 import logging
@@ -21,11 +22,10 @@ from server.engine.engine import Engine, EngineConfig
 from server.engine.request import GenerationRequest, SampledLogprob, SamplingParams
 from server.model.base.weights import BaseModel
 from server.model.text.tokenizer import vocabulary_of
-from server.system.messages import first_line
 
 MARGINS = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.05}
 """The largest difference of log-probabilities in nats, by the base's dtype. Sound native code in bf16 has 0.11."""
-MAX_PARTED_DRAWS = 0.5
+MAX_DIVERGED_DRAWS = 0.5
 """The largest share of seeded answers that may differ. With other noise, all do."""
 MAX_LENGTH = 704
 """The most tokens of a sequence of the check: three splits of the cuda backend's attention."""
@@ -92,7 +92,7 @@ def checked(base: BaseModel, make: Make, make_oracle: Make, max_length: int) -> 
         found = check(base, make(), make_oracle(), max_length)
     except Exception as error:
         log.exception("the self-check of the backend failed")
-        return _fallback(make_oracle, f"the self-check failed: {first_line(error)}")
+        return _fallback(make_oracle, f"the self-check failed ({type(error).__name__}): see the log")
     if found.beyond:
         return _fallback(make_oracle, f"answers differ from torch's: {found.beyond}")
     backend = make()
@@ -134,8 +134,8 @@ def check(base: BaseModel, backend: Backend, oracle: Backend, max_length: int) -
         expected = _run(engine, requests[-1:])
     finally:
         engine.close()
-    parted = sum(alone[key].text != answer.text for key, answer in expected.items())
-    draws = Comparison("seeded", len(expected), "of the answers", parted / len(expected), MAX_PARTED_DRAWS)
+    diverged = sum(alone[key].text != answer.text for key, answer in expected.items())
+    draws = Comparison("seeded", len(expected), "of the answers", diverged / len(expected), MAX_DIVERGED_DRAWS)
     return SelfCheck((*found, draws), all(batch[key] == answer for key, answer in alone.items()))
 
 

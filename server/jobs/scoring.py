@@ -1,8 +1,8 @@
 """Measure adapters with the serving engine: completions, exact match, and the scores of decisions' options.
 
-So the measurements are about the answers that users will get. Training jobs and evaluations use the same
-functions. `exact_match` and `decision_scores` are passed to `server.training.run.Run`, so that `server.training`
-doesn't import the engine.
+On a CPU these are the answers that users will get; on a GPU torch computes them. Training jobs and evaluations use
+the same functions. `exact_match` and `decision_scores` are passed to `server.training.run.Run`, so that
+`server.training` doesn't import the engine.
 """
 
 import ctypes

@@ -27,7 +27,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
     ("smolora_adapters_resident", "Adapters in the engine's memory", lambda s: s.adapters_resident),
     ("smolora_adapter_rows", "Rank rows in the engine's memory", lambda s: s.adapter_rows_total),
     ("smolora_adapter_rows_used", "Rank rows that resident adapters own", lambda s: s.adapter_rows_used),
-    ("smolora_fallbacks", "What doesn't work as it should, as /ready lists it", lambda s: len(s.fallbacks)),
+    ("smolora_fallbacks", "Number of fallbacks that /ready lists", lambda s: len(s.fallbacks)),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
     ("smolora_adapter_loads", "Adapters loaded", lambda s: s.adapter_loads),

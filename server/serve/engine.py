@@ -209,7 +209,8 @@ def _backend(settings: Settings, base: BaseModel, max_positions: int, max_num_se
 def self_check(settings: Settings, base: BaseModel, say: Say) -> tuple[Backend, SelfCheck]:
     """Compare the backend that the settings choose with torch's. Return the backend, and what was found."""
     max_model_len = max_model_len_of(settings, base)
-    backend = _backend(settings, base, max_model_len, SchedulerLimits.max_num_seqs, say)
+    max_num_seqs = settings.max_num_seqs or SchedulerLimits.max_num_seqs
+    backend = _backend(settings, base, max_model_len, max_num_seqs, say)
     return backend, check(base, backend, _torch_backend(base, max_model_len), max_model_len)
 
 

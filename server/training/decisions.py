@@ -92,7 +92,10 @@ def question_reports(data: JobData, evaluations: Mapping[str, Evaluation | None]
 def _question_report(question: Question, groups: Mapping[str, QuestionScores | None]) -> dict[str, object]:
     tuned = groups["tuned"]
     if tuned is None:
-        return {"num_rows": 0, "summary": "No held-out row was measured: nothing says how far to trust it."}
+        return {
+            "num_rows": 0,
+            "summary": "No held-out row was measured, so its quality is unknown.",
+        }
     confusion = tuned.calibrated.confusion()
     return {
         "num_rows": len(tuned),

@@ -116,7 +116,7 @@ function Matrix({ name, confusion: { options, counts } }) {
   const names = counts.length > options.length ? [...options, "others"] : options;
   return html`<details>
     <summary>Which answers are confused</summary>
-    <${Table} label="Answers to ${name}" columns=${["Right answer, below; given, on the right", ...names.map((option) => `#${option}`)]}>
+    <${Table} label="Answers to ${name}" columns=${["Right answer (rows), given answer (columns)", ...names.map((option) => `#${option}`)]}>
       ${counts.map(
         (row, place) =>
           html`<tr>

@@ -172,7 +172,7 @@ def test_after_a_failed_capture_steps_run_without_graphs(
     backend = CudaBackend(base.config, base.weights, max_positions=64, launch=in_torch(), capture=fail)
     with caplog.at_level(logging.ERROR):
         placements = filled(backend, 8)
-    assert backend.fallbacks == ["no CUDA graphs: RuntimeError: operation not permitted when stream is capturing"]
+    assert backend.fallbacks == ["no CUDA graphs (RuntimeError): see the log"]
     assert "the host launches each kernel" in caplog.text
     chunks, rows, _ = step(3, placements, seed=1)
     for chunk in chunks:

@@ -66,7 +66,7 @@ def test_torch_agrees_with_itself(tiny_base: BaseModel) -> None:
         (lambda hidden: hidden.roll(1, -1), 0, "base: "),
         (lambda hidden: hidden * float("nan"), 0, ""),
         (lambda hidden: hidden, 1, "seeded: 1 of the answers, margin 0.5"),
-        (broken, 0, "the self-check failed: GenerationFailed"),
+        (broken, 0, "the self-check failed (GenerationFailed)"),
     ],
     ids=["a wrong norm", "features in wrong places", "not a number", "other noise", "a crash"],
 )

@@ -205,7 +205,7 @@ async def test_questions_of_the_adapters(client: httpx.AsyncClient, library: Lib
     refused = await client.post("/evaluate", json=body)
     assert refused.status_code == 422
     assert refused.json()["errors"][0]["loc"] == ["questions"]
-    assert "the adapters store different questions with the name team" in refused.json()["detail"]
+    assert "the adapters store different questions named team" in refused.json()["detail"]
     await evaluation(client, **body, questions={"team": TEAM})
     own = [{**row, "question": TEAM} for row in DECISIONS]
     await evaluation(client, adapters=["first", "second"], datasets=[await dataset(client, own)])
@@ -227,7 +227,7 @@ async def test_questions_of_the_adapters(client: httpx.AsyncClient, library: Lib
             {"metrics": ["loss", "brier"]},
             422,
             "metrics",
-            "where these fit: loss, token_accuracy, exact_match",
+            "metrics that fit: loss, token_accuracy, exact_match",
         ),
         ({"limit": 0}, 422, "limit", "at least 1"),
         ({"limit": 1001}, 422, "limit", "at most 1000"),
