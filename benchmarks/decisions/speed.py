@@ -180,7 +180,7 @@ def measure(
     """Measure all works in all rounds. The figures of a single decision are means over `SHORT_CALLS` calls."""
     found: dict[Work, dict[str, list[Cost]]] = {work: {name: [] for name in systems.calls} for work in works}
     names = list(systems.calls)
-    for name in names:  # compile grammars, of which few may wait, and run every kernel once
+    for name in names:  # compile grammars (few may wait), and run every kernel once
         for question in QUESTIONS:
             systems.cost(name, prompts.take(1, works[0].input_tokens), [question])
     for number in range(rounds):

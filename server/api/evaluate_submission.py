@@ -71,7 +71,7 @@ class EvaluateBody(Body):
 
 @dataclass(frozen=True)
 class _Questions:
-    """The questions that rows may name. `ambiguous` has the names of which adapters store different questions."""
+    """The questions that rows may name. `ambiguous` lists names whose questions differ between adapters."""
 
     by_name: Mapping[str, Question]
     ambiguous: Sequence[str] = ()

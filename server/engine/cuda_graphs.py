@@ -181,7 +181,7 @@ class Graphs:
         return all(len(lists.arrays[name]) <= shapes[name][0] for name in self._names(lists.has_adapters))
 
     def _words(self, lists: StepLists, size: int) -> Ints:
-        """Return what to upload: the header, and the lists, of which those by token are padded to `size`."""
+        """Return what to upload: the header and the lists. Lists by token are padded to `size`."""
         arrays = []
         for name in self._names(lists.has_adapters):
             one = lists.arrays[name]

@@ -2,7 +2,7 @@
 
 Answers may diverge at near ties, so tokens aren't compared. Instead torch scores the tokens that the backend
 chose: its log-probabilities must be the backend's, and no other token may be much likelier. Seeded draws are
-compared as texts, of which some may differ. In one batch the same prompts must have the same bits, if the backend
+compared as texts, and some may differ. In one batch the same prompts must have the same bits, if the backend
 claims so.
 """
 

@@ -13,7 +13,7 @@ from server.training.spec import read_document
 Metric = Literal["loss", "token_accuracy", "exact_match", "accuracy", "brier"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 SHARES: frozenset[Metric] = frozenset({"exact_match", "accuracy"})
-"""Metrics whose values are shares of rows, each of which is right or wrong."""
+"""Metrics whose values are shares of right rows."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ TEAM = {"type": "choice", "instructions": "Which team?", "choices": [{"value": c
 
 
 def noisy_rows(first: int, count: int) -> list[dict[str, object]]:
-    """Return tickets, of which every sixth has another team's label."""
+    """Return tickets. Every sixth has another team's label."""
     return [
         {"input": f"Ticket {n} about {TEAMS[n % 3]}", "answer": CODES[(n + (n % 6 == 0)) % 3]}
         for n in range(first, first + count)

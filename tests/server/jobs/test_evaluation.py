@@ -31,7 +31,7 @@ def completion(number: int, text: str = "yes", dataset: str = "ds") -> Evaluated
 
 
 def completed(*texts: str | None, loss: float = 1.5) -> Measured:
-    """Return measurements of rows of two tokens each, the first of which is right."""
+    """Return measurements of rows of two tokens each. The first token is right."""
     tokens = [TokenSums(2 * loss, 1, 2) for _ in texts]
     return Measured({"ds": loss}, tokens, texts, [None for _ in texts])
 
@@ -90,7 +90,7 @@ def test_exact_match_has_exact_intervals_and_counts_flips() -> None:
 
 
 def test_loss_is_a_ratio_of_sums_with_a_paired_bootstrap() -> None:
-    """Rows have very different losses, of which the adapter has 0.1 nats a token less: pairing shows that."""
+    """Rows have very different losses. The adapter's are 0.1 nats a token less, which pairing shows."""
     rng = random.Random(1)
     counts = [rng.randrange(1, 9) for _ in range(60)]
     losses = [count * rng.uniform(0.1, 6) for count in counts]
