@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.decisions.data import DataSet
 from benchmarks.decisions.methods import ADAPTER, Scored
+from server.decisions.calibration import softmax
 from server.decisions.quality import Array, Estimate, MeasuredDecisions, bootstrap
 
 
@@ -54,7 +55,7 @@ def measure(data: DataSet, scored: Mapping[str, Scored]) -> Outcome:
     decided = {
         name: (
             MeasuredDecisions(softmax(one.scores), answers),
-            MeasuredDecisions(softmax(one.scores / one.temperature), answers),
+            MeasuredDecisions(softmax(one.scores, one.temperature), answers),
         )
         for name, one in scored.items()
     }
@@ -94,11 +95,4 @@ def _plain(counts: Array, decided: MeasuredDecisions) -> Array:
     gaps[np.arange(decided.num_rows), decided.bins] = decided.confidences - decided.is_right
     sums = [counts @ decided.is_right, counts @ decided.brier_scores, np.abs(counts @ gaps).sum(1)]
     found: Array = np.stack(sums, axis=1) / counts.sum(1, keepdims=True)
-    return found
-
-
-def softmax(scores: Array) -> Array:
-    """Return probabilities, shaped as `scores`: (rows, options)."""
-    weights = np.exp(scores - scores.max(1, keepdims=True))
-    found: Array = weights / weights.sum(1, keepdims=True)
     return found

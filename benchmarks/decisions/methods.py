@@ -183,7 +183,7 @@ def _calibrated(
     validation: npt.NDArray[np.float64], test: npt.NDArray[np.float64], data: DataSet, settings: str
 ) -> Scored:
     """Return test rows' scores with the temperature that suits the validation rows, as the service fits it."""
-    return Scored(test, fit_temperature(validation.tolist(), _answers(data.validation)) or 1.0, settings)
+    return Scored(test, fit_temperature(validation, _answers(data.validation)), settings)
 
 
 def _answers(rows: Sequence[Labelled]) -> list[int]:
