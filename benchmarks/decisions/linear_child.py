@@ -11,7 +11,7 @@ import sys
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 
@@ -35,9 +35,9 @@ def main() -> None:
     json.dump({"probabilities": probabilities, "settings": f"C = {strength:g}"}, sys.stdout)
 
 
-def _all(model: object, known: list[int], options: range, texts: list[str]) -> list[list[float]]:
+def _all(model: Pipeline, known: list[int], options: range, texts: list[str]) -> list[list[float]]:
     """Return the probabilities of all options. Those without a training row have almost none."""
-    found = model.predict_proba(texts)  # type: ignore[attr-defined]
+    found = model.predict_proba(texts)
     return [[float(row[known.index(one)]) if one in known else 1e-6 for one in options] for row in found]
 
 
