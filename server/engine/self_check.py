@@ -20,6 +20,7 @@ from server.engine.backend import Backend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.request import GenerationRequest, SampledLogprob, SamplingParams
+from server.errors import StartupError
 from server.model.base.weights import BaseModel
 from server.model.text.tokenizer import vocabulary_of
 
@@ -86,12 +87,14 @@ Make = Callable[[], Backend]
 def checked(base: BaseModel, make: Make, make_oracle: Make, max_length: int) -> Backend:
     """Return a backend that answers as torch does, or torch's with the reason in its `fallbacks`.
 
-    If bits depend on the batch, the backend doesn't claim otherwise. Don't raise errors of the backend.
+    If bits depend on the batch, the backend doesn't claim otherwise. Don't raise errors of the backend, except
+    StartupError if they have made the GPU unusable for this process.
     """
     try:
         found = check(base, make(), make_oracle(), max_length)
     except Exception as error:
         log.exception("the self-check of the backend failed")
+        _require_gpu(base)
         return _fallback(make_oracle, f"the self-check failed ({type(error).__name__}): see the log")
     if found.beyond:
         return _fallback(make_oracle, f"answers differ from torch's: {found.beyond}")
@@ -102,6 +105,17 @@ def checked(base: BaseModel, make: Make, make_oracle: Make, max_length: int) -> 
         log.error("%s: %s", backend.name, reason)
         backend.fallbacks.append(f"{backend.name}: {reason}")
     return backend
+
+
+def _require_gpu(base: BaseModel) -> None:
+    """Raise StartupError if torch can't read the base's weights: an illegal access ends the CUDA context."""
+    try:
+        base.weights.final_norm.cpu()
+    except RuntimeError:
+        raise StartupError(
+            "the GPU's kernels failed in their self-check (see the log), and this process can't use the GPU any "
+            "more: set SMOLORA_NATIVE=0 to serve by torch"
+        ) from None
 
 
 def _fallback(make_oracle: Make, reason: str) -> Backend:

@@ -210,7 +210,10 @@ def self_check(settings: Settings, base: BaseModel, say: Say) -> tuple[Backend, 
     """Compare the backend that the settings choose with torch's. Return the backend, and what was found."""
     max_model_len = max_model_len_of(settings, base)
     max_num_seqs = settings.max_num_seqs or SchedulerLimits.max_num_seqs
-    backend = _backend(settings, base, max_model_len, max_num_seqs, say)
+    if base.device.type == "cuda" and _why_no_kernels(settings, base) is None:
+        backend = _cuda_backend(base, max_model_len, max_num_seqs)  # not torch in its place if the check fails
+    else:
+        backend = _backend(settings, base, max_model_len, max_num_seqs, say)
     return backend, check(base, backend, _torch_backend(base, max_model_len), max_model_len)
 
 
@@ -227,22 +230,28 @@ def _gpu_backend(settings: Settings, base: BaseModel, max_positions: int, max_nu
             say(f"torch serves: {reason}")
             backend.fallbacks.append(f"torch serves: {reason}")
         return backend
+    say("compiling the GPU's kernels if they are new here, and comparing their answers with torch's")
+    backend = checked(
+        base,
+        lambda: _cuda_backend(base, max_positions, max_num_seqs),
+        lambda: _torch_backend(base, max_positions),
+        max_positions,
+    )
+    empty_cache()
+    return backend
+
+
+def _cuda_backend(base: BaseModel, max_positions: int, max_num_seqs: int) -> Backend:
     from server.engine.cuda_backend import CudaBackend
     from server.engine.cuda_graphs import capture_on_gpu
 
-    def make() -> Backend:
-        return CudaBackend(
-            base.config,
-            base.weights,
-            max_positions=max_positions,
-            max_num_seqs=max_num_seqs,
-            capture=capture_on_gpu(base.device),
-        )
-
-    say("compiling the GPU's kernels if they are new here, and comparing their answers with torch's")
-    backend = checked(base, make, lambda: _torch_backend(base, max_positions), max_positions)
-    empty_cache()
-    return backend
+    return CudaBackend(
+        base.config,
+        base.weights,
+        max_positions=max_positions,
+        max_num_seqs=max_num_seqs,
+        capture=capture_on_gpu(base.device),
+    )
 
 
 def _why_no_kernels(settings: Settings, base: BaseModel) -> str | None:

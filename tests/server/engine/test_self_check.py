@@ -14,6 +14,7 @@ from server.engine.sampling import LogitsRow, Sampled
 from server.engine.self_check import MAX_LENGTH, check, checked
 from server.engine.sequence import Chunk
 from server.engine.torch_backend import TorchBackend
+from server.errors import StartupError
 from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import SmolLM
 from tests.kits.native import native_model
@@ -85,6 +86,20 @@ def test_torch_serves_instead_of_a_faulty_backend(
     assert reason.startswith("torch serves: ")
     assert finds in reason
     assert "torch serves, since" in caplog.text
+
+
+class Lost(torch.Tensor):
+    """A tensor on a GPU whose context was lost."""
+
+    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> torch.Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_the_start_fails_if_a_fault_has_made_the_gpu_unusable(tiny_base: BaseModel) -> None:
+    weights = replace(tiny_base.weights, final_norm=tiny_base.weights.final_norm.as_subclass(Lost))
+    base = replace(tiny_base, weights=weights)
+    with pytest.raises(StartupError, match="set SMOLORA_NATIVE=0 to serve by torch"):
+        checked(base, lambda: faulty(tiny_base, broken), lambda: torch_backend(tiny_base), LENGTH)
 
 
 @pytest.mark.real

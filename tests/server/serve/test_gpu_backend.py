@@ -48,6 +48,18 @@ def replaced_launch(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
     monkeypatch.setattr(cuda_graphs, "capture_on_gpu", lambda device: capture)
 
 
+def wrong_swiglu() -> Launch:
+    """Return a launch whose SwiGLU is 1.5 times as large as it should be."""
+    right = in_torch()
+
+    def launch(variant: Variant, grid: tuple[int, ...], tensors: Sequence[torch.Tensor]) -> None:
+        right(variant, grid, tensors)
+        if variant.kernel.__name__ == "swiglu":
+            tensors[1].mul_(1.5)
+
+    return launch
+
+
 def test_the_kernels_serve_if_they_answer_as_torch_does(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced_launch(monkeypatch, in_torch())
     backend, said = chosen(base)
@@ -57,17 +69,21 @@ def test_the_kernels_serve_if_they_answer_as_torch_does(base: BaseModel, monkeyp
 
 
 def test_torch_serves_if_a_kernel_is_wrong(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = in_torch()
-
-    def wrong(variant: Variant, grid: tuple[int, ...], tensors: Sequence[torch.Tensor]) -> None:
-        right(variant, grid, tensors)
-        if variant.kernel.__name__ == "swiglu":
-            tensors[1].mul_(1.5)
-
-    replaced_launch(monkeypatch, wrong)
+    replaced_launch(monkeypatch, wrong_swiglu())
     backend, _ = chosen(base)
     assert backend.name == "torch"
     assert backend.fallbacks[0].startswith("torch serves: answers differ from torch's: base: ")
+
+
+def test_the_command_compares_the_kernels_though_torch_would_serve(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced_launch(monkeypatch, wrong_swiglu())
+    monkeypatch.setattr(BaseModel, "device", torch.device("cuda"))
+    settings = Settings.model_validate({"home": Path("unused"), "max_model_len": LENGTH, "max_num_seqs": 4})
+    backend, found = engine.self_check(settings, base, lambda text: None)
+    assert backend.name == "cuda"
+    assert found.beyond.startswith("base: ")
 
 
 def test_bits_that_depend_on_the_batch_are_no_more_claimed(
