@@ -36,8 +36,8 @@ _TYPES = {
 }
 _LAZY = frozenset({"vendor/uplot.mjs"})
 """Modules that aren't preloaded, since the page doesn't need them at first."""
-_COMMENTS = re.compile(rb"^ */\*\*.*?\*/", re.MULTILINE | re.DOTALL)
-"""A pattern for JSDoc comments in our own modules. They aren't sent, which saves a sixth of the bytes."""
+_COMMENTS = re.compile(rb"^ *(?:/\*\*.*?\*/|//[^\n]*)", re.MULTILINE | re.DOTALL)
+"""Comments on lines of their own in our modules. They aren't sent, which saves a sixth of the bytes."""
 
 _POLICY = "; ".join(
     (
@@ -93,7 +93,7 @@ class _Page:
 
 
 def _sent(path: Path) -> bytes:
-    """Return a file's content to send. JSDoc comments are removed from .js files; line numbers stay the same."""
+    """Return a file's content to send. Of .js files, comments are removed; line numbers stay the same."""
     content = path.read_bytes()
     if path.suffix != ".js":
         return content

@@ -67,7 +67,7 @@ export async function call(method, path, { json, headers = {}, signal } = {}) {
   }
   let response;
   try {
-    response = await fetch(new URL(path.replace(/^\//, ""), ROOT), init);
+    response = await fetch(linkTo(path), init);
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new Problem(0, UNREACHABLE);
@@ -95,7 +95,7 @@ export const get = (path, signal) => ask("GET", path, signal ? { signal } : {});
 /** Whether the server answers requests without a key. @param {AbortSignal} [signal] */
 export async function isOpen(signal) {
   if (!key.value) return true;
-  return (await fetch(new URL("keys", ROOT), { cache: "no-store", ...(signal ? { signal } : {}) })).ok;
+  return (await fetch(linkTo("keys"), { cache: "no-store", ...(signal ? { signal } : {}) })).ok;
 }
 
 /**
@@ -161,7 +161,7 @@ export async function upload(path, form, onProgress) {
   }
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
-    request.open("POST", new URL(path.replace(/^\//, ""), ROOT));
+    request.open("POST", linkTo(path));
     for (const [name, value] of Object.entries(headersOf())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => onProgress(event.total ? event.loaded / event.total : 0);
     request.onerror = () => reject(new Problem(0, UNREACHABLE));
@@ -188,5 +188,5 @@ export async function download(path, filename, headers = {}) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-/** A link to another page of the server, such as its documentation. @param {string} path */
-export const linkTo = (path) => new URL(path, ROOT).href;
+/** The URL of a path of the server, such as its documentation's. @param {string} path */
+export const linkTo = (path) => new URL(path.replace(/^\//, ""), ROOT).href;

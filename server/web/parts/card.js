@@ -1,6 +1,7 @@
 /** A job's report: verdicts, evaluation against the base and earlier versions, and cost. */
 import { bytes, compact, count, duration, loss, percent, plural } from "../lib/format.js";
 import { html } from "../lib/html.js";
+import { Table } from "./basics.js";
 import { Trust } from "./decisions.js";
 
 /** @import { Point } from "./loss.js" */
@@ -58,17 +59,8 @@ function Measures({ held, recall }) {
   if (!held && !recall) return null;
   const has = (/** @type {any} */ value) => value !== null && value !== undefined;
   const columns = COLUMNS.filter(([name]) => has(held?.[name]) || has(recall?.num_right[name]));
-  return html`<div class="scroll" tabindex="0" role="region" aria-label="What was measured, as a table"><table>
-    <caption>
-      ${held ? `On ${plural(held.num_rows, "held-out row")}` : "On trained rows"}
-    </caption>
-    <thead>
-      <tr>
-        <th scope="col"><span class="hidden">Measure</span></th>
-        ${columns.map(([, words]) => html`<th scope="col" class="number">${words}</th>`)}
-      </tr>
-    </thead>
-    <tbody>
+  const rows = held ? `On ${plural(held.num_rows, "held-out row")}` : "On trained rows";
+  return html`<${Table} label="What was measured" columns=${[rows, ...columns.map(([, words]) => `#${words}`)]}>
       ${MEASURES.filter(([name]) => columns.some(([of]) => has(held?.[of]?.[name]))).map(
         ([name, words, format]) =>
           html`<tr>
@@ -84,8 +76,7 @@ function Measures({ held, recall }) {
           </tr>`
           : null
       }
-    </tbody>
-  </table></div>`;
+    <//>`;
 }
 
 /** @param {{report: any}} props of a merge, which has neither rows nor steps */

@@ -14,21 +14,14 @@ const [WIDTH, HEIGHT, GAP_X, GAP_Y] = [132, 34, 56, 14];
 /** @param {{name: string, version: number | string}} of */
 const idOf = ({ name, version }) => `${name}@${version}`;
 
-/** @param {Version} version */
-function originsOf(version) {
-  if (version.parts)
-    return version.parts.map((part) => ({
-      id: idOf(part),
-      name: part.name,
-      version: String(part.version),
-      weight: part.weight,
-    }));
-  const terms = version.parent ? (parse(version.parent) ?? []) : [];
-  return terms.map((term) => ({
-    id: idOf({ name: term.name, version: term.pin }),
-    name: term.name,
-    version: term.pin,
-    weight: term.weight,
+/** @param {Version} of */
+function originsOf({ parts, parent }) {
+  const terms = parts ?? ((parent && parse(parent)) || []).map((term) => ({ ...term, version: term.pin }));
+  return terms.map(({ name, version, weight }) => ({
+    id: idOf({ name, version }),
+    name,
+    version: String(version),
+    weight,
   }));
 }
 

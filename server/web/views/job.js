@@ -94,22 +94,11 @@ function useEvents(id, onNews) {
   return found;
 }
 
-/** @param {JobEvent[]} found */
-function measured(found) {
-  /** @type {Map<number, Point>} */
-  const points = new Map();
-  for (const { type, data } of found) {
-    const step = data["step"];
-    if (type !== "metrics" || step === undefined) continue;
-    const before = points.get(step);
-    points.set(step, {
-      step,
-      train: data["train_loss"] ?? before?.train ?? null,
-      held: data["eval_loss"] ?? before?.held ?? null,
-    });
-  }
-  return [...points.values()].sort((one, other) => one.step - other.step);
-}
+/** The losses of all steps. @param {JobEvent[]} found @param {"train_loss" | "eval_loss"} name @returns {[number, number][]} */
+const losses = (found, name) =>
+  found.flatMap(({ type, data: { step, [name]: value } }) =>
+    type === "metrics" && step !== undefined && value !== undefined && value !== null ? [[step, value]] : [],
+  );
 
 /** @param {{id: string, onChange: () => void}} props */
 export function JobDetail({ id, onChange }) {
@@ -122,7 +111,7 @@ export function JobDetail({ id, onChange }) {
     [id, hasReport],
   );
   const points = useMemo(() => {
-    const live = measured(found);
+    const live = pointsOf({ train_loss: losses(found, "train_loss"), eval_loss: losses(found, "eval_loss") });
     return live.length ? live : pointsOf(report.data?.curves);
   }, [found, report.data]);
   const steer = useAction(async (/** @type {string} */ what) => {
