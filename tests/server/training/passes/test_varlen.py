@@ -89,6 +89,20 @@ def test_attention_and_gradients_are_those_of_packed_attention(lengths: list[int
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_switch_that_only_warns_is_restored() -> None:
+    """Gradients need deterministic operations even if the process only warns of others."""
+    flash = Flash()
+    inputs = [torch.randn(3, 2, 8).requires_grad_() for _ in range(3)]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        VarlenAttention([3], CPU, flash).attend(0, *inputs).sum().backward()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flash.were_deterministic == [True]
+
+
 def another_each_time(scores: torch.Tensor) -> torch.Tensor:
     return scores * (1 + 1e-3 * torch.rand(()))
 
