@@ -74,11 +74,16 @@ def main(arguments: list[str] | None = None) -> None:
     report.write(folder, folder / "decisions.md" if options.quick else options.page)
 
 
+def kept_outcomes(folder: Path, model: str) -> dict[str, calibration.Outcome]:
+    """Return what an interrupted run measured, by data set. Results of another model don't count."""
+    kept = command.read(folder, "calibration", report.Calibration)
+    return dict(kept.outcomes) if kept is not None and kept.model == model else {}
+
+
 def _calibration(
     options: argparse.Namespace, config: ServerConfig, base: Path, folder: Path, made: Made, say: command.Say
 ) -> None:
-    kept = command.read(folder, "calibration", report.Calibration)
-    outcomes = {} if kept is None else dict(kept.outcomes)
+    outcomes = kept_outcomes(folder, options.model)
     missing = [name for name in options.data if name not in outcomes]
     if not missing:
         return

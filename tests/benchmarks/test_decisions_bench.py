@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import command
 from benchmarks.decisions import data, report
-from benchmarks.decisions.__main__ import main
+from benchmarks.decisions.__main__ import kept_outcomes, main
 from benchmarks.decisions.calibration import Outcome, Quality, measure
 from benchmarks.decisions.data import DataSet, Labelled, split
 from benchmarks.decisions.methods import ADAPTER, LINEAR, PEFT, Scored
@@ -155,6 +155,8 @@ def test_page(tmp_path: Path) -> None:
     assert "Quality isn't measured yet." in page.read_text(encoding="utf-8")
     calibration = Calibration(made(), MACHINE, "tiny", "scikit-learn", {"towns": outcome})
     command.write(tmp_path, "calibration", calibration)
+    assert kept_outcomes(tmp_path, "tiny") == {"towns": outcome}
+    assert kept_outcomes(tmp_path, "another") == {}
     command.write(tmp_path, "speed", Speed(made(quick=True), MACHINE, "tiny", ROWS))
     report.write(tmp_path, page)
     text = page.read_text(encoding="utf-8")
