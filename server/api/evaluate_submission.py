@@ -27,10 +27,10 @@ from server.decisions.stored import StoredDecisions
 from server.jobs.evaluate_spec import METRICS, Candidate, EvaluateSpec, Metric
 from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.jobs.jobs import Job
-from server.jobs.train_job import MAX_MEASURED_RANK
 from server.system.messages import plural
 from server.training.encoding import Asked, Examples, Reference
 from server.training.rows import CanonicalRows, DecisionRow, Row, RowNotes
+from server.training.spec import MAX_MEASURED_RANK
 
 MAX_ADAPTERS = 16
 MAX_DATASETS = 16

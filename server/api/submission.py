@@ -447,7 +447,7 @@ class Submissions:
                 with suppress(NotFound):
                     self.library.pin([Term(spec.name)], "name").release()
             encoded = self._encode(spec.training, rows, max_bytes)
-            _check_completions(spec, encoded.data)
+            _check_publish_metric(spec, encoded.data)
             few = _few_rows_warning(spec, encoded.data)
             yield Prepared(
                 spec=_with_epochs(spec, body, encoded.data.facts.num_rows),
@@ -585,7 +585,7 @@ def _with_epochs(spec: JobSpec, body: TrainBody, num_rows: int) -> JobSpec:
     return spec
 
 
-def _check_completions(spec: JobSpec, data: JobData) -> None:
+def _check_publish_metric(spec: JobSpec, data: JobData) -> None:
     """Raise InvalidInput if `publish_metric` measures completions or decisions, and the job's rows have none."""
     if spec.publish_metric in DECISION_METRICS and data.decisions is None:
         raise InvalidInput.of(

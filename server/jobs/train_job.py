@@ -52,13 +52,10 @@ from server.training.report import (
     step_metrics_csv,
 )
 from server.training.run import Outcome, Reporter, Run
-from server.training.spec import JobSpec
+from server.training.spec import MAX_MEASURED_RANK, JobSpec
 from server.training.trained_rows import adapter_config
 from server.training.verdicts import compare
 
-MAX_MEASURED_RANK = 512
-"""The highest rank of a latest version that is measured: the highest that a job can publish. An uploaded adapter
-of any rank must not make jobs of its name run out of memory."""
 MAX_DECISIONS = 5
 """The most evaluations of a name's latest version. If a newer version appears each time, the job is requeued."""
 

@@ -52,6 +52,9 @@ ALPHA, RSLORA_ALPHA = 32.0, 8.0
 """The default alpha at every rank, and with `use_rslora`: at rank 16, both scale B A by 2."""
 INIT_STD = 1 / 16
 """The standard deviation of A with `init` gaussian, at every rank."""
+MAX_MEASURED_RANK = 512
+"""The highest rank of an adapter that a job measures, such as a name's latest version: the highest that a job can
+publish. An uploaded adapter of any rank must not make jobs run out of memory."""
 
 
 def default_alpha(*, use_rslora: bool) -> float:
