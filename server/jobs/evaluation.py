@@ -2,7 +2,7 @@
 
 Every metric is a ratio of sums over rows, such as summed losses over counted tokens. Each adapter is compared with
 the first one on the same rows. Intervals of shares of rows are exact (Clopper and Pearson 1934), and so are those
-of their differences, as in McNemar's test. Other intervals are a percentile bootstrap over rows with a fixed seed.
+of their differences. Other intervals are a percentile bootstrap over rows with a fixed seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from server.decisions.quality import bootstrap, share_interval
+from server.decisions.quality import bootstrap, difference_interval, share_interval
 from server.jobs.evaluate_spec import SHARES, EvaluateSpec, Metric
 from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.jobs.scoring import is_exact
@@ -112,9 +112,7 @@ class _Table:
             counts: dict[str, object] = {}
             if self._metric in SHARES:
                 gained, lost = (int(rows.sum()) for rows in self._changes(number))
-                # each of the four ends is wrong with at most 1.25 %, so the difference is inside with 95 %
-                gain, loss = (share_interval(number_of, num_rows, tail=0.0125) for number_of in (gained, lost))
-                low, high = gain[0] - loss[1], gain[1] - loss[0]
+                low, high = difference_interval(gained, lost, num_rows)
                 counts = {"gained": gained, "lost": lost}
             yield {
                 **self._about,

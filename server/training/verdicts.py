@@ -12,7 +12,7 @@ from itertools import islice
 from statistics import fmean
 from typing import Literal
 
-from server.decisions.quality import share_interval
+from server.decisions.quality import difference_interval
 from server.training.decisions import row_measures
 from server.training.encoding import MAX_REFERENCES, Reference
 from server.training.evaluate import Evaluation, Scores
@@ -159,18 +159,13 @@ def _of_means(
 def _of_matches(
     pairs: Sequence[tuple[bool, bool]], *, includes_trained: bool, metric: Metric = "exact_match"
 ) -> Comparison:
-    """Compare shares of right answers, by the exact interval that belongs to McNemar's exact test.
-
-    Only the m rows that one of the two has right, and the other hasn't, say which is better. Clopper and Pearson's
-    interval (1934) for the share p of gains among them becomes one for the difference, (2p - 1) · m / n. It takes
-    at least 6 gains without a loss to exclude 0.
-    """
+    """Compare shares of right answers. It takes at least 6 gains without a loss to be better."""
     num_rows = len(pairs)
     gained = sum(tuned and not other for tuned, other in pairs)
-    differing = gained + sum(other and not tuned for tuned, other in pairs)
-    low, high = ((2 * share - 1) * differing / num_rows for share in share_interval(gained, differing))
+    lost = sum(other and not tuned for tuned, other in pairs)
+    low, high = difference_interval(gained, lost, num_rows)
     shares = (sum(tuned for tuned, _ in pairs) / num_rows, sum(other for _, other in pairs) / num_rows)
-    error = math.sqrt(differing) / num_rows  # if gains and losses are equally likely
+    error = math.sqrt(gained + lost) / num_rows  # if gains and losses are equally likely
     return Comparison(metric, num_rows, includes_trained, *shares, error, low, high)
 
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from server.decisions.answers import probabilities
-from server.decisions.quality import MAX_SHOWN, MeasuredDecisions, bootstrap, share_interval
+from server.decisions.quality import (
+    MAX_SHOWN,
+    MeasuredDecisions,
+    bootstrap,
+    difference_interval,
+    share_interval,
+)
 
 
 def decided(num_rows: int, num_options: int) -> MeasuredDecisions:
@@ -112,3 +118,39 @@ def test_the_interval_of_a_share_is_clopper_and_pearsons() -> None:
     assert share_interval(10, 10) == pytest.approx((0.691503, 1.0), abs=1e-6)
     assert share_interval(0, 10) == pytest.approx((0.0, 0.308497), abs=1e-6)
     assert share_interval(3300, 5000) == pytest.approx((0.646673, 0.673139), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gain", "loss"), [(0.05, 0.0), (0.05, 0.05), (0.3, 0.1), (0.1, 0.02), (0.5, 0.4), (0.9, 0.0)]
+)
+def test_the_interval_of_a_difference_contains_the_true_one(gain: float, loss: float) -> None:
+    """By the exact probabilities of all outcomes. Each end is wrong in at most 2.5 % of samples."""
+    num_rows = 20
+    too_low = too_high = 0.0
+    for gained in range(num_rows + 1):
+        for lost in range(num_rows + 1 - gained):
+            rest = num_rows - gained - lost
+            ways = math.comb(num_rows, gained) * math.comb(num_rows - gained, lost)
+            p = ways * gain**gained * loss**lost * (1 - gain - loss) ** rest
+            if p < 1e-9:
+                continue
+            low, high = difference_interval(gained, lost, num_rows)
+            too_low += p * (high < gain - loss)
+            too_high += p * (low > gain - loss)
+    assert max(too_low, too_high) <= 0.025
+
+
+def test_the_interval_of_a_difference_by_hand() -> None:
+    """9 of 10 flips are gains, of 20 rows. Tails are 2 % for the share, and 0.5 % for the rate."""
+
+    def at_least(hits: int, num: int, p: float) -> float:
+        return math.fsum(math.comb(num, k) * p**k * (1 - p) ** (num - k) for k in range(hits, num + 1))
+
+    low, high = difference_interval(9, 1, 20)
+    rarest, most_frequent = share_interval(10, 20, 0.005)
+    assert at_least(10, 20, rarest) == pytest.approx(0.005, abs=1e-9)
+    assert at_least(9, 10, (1 + low / rarest) / 2) == pytest.approx(0.02, abs=1e-9)
+    assert 1 - at_least(10, 10, (1 + high / most_frequent) / 2) == pytest.approx(0.02, abs=1e-9)
+    assert difference_interval(1, 9, 20) == pytest.approx((-high, -low))
+    assert difference_interval(0, 0, 20) == pytest.approx((-(1 - 0.005 ** (1 / 20)), 1 - 0.005 ** (1 / 20)))
+    assert difference_interval(6, 0, 200)[0] > 0 > difference_interval(5, 0, 200)[0]

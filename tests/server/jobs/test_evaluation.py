@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from server.decisions.quality import NUM_RESAMPLES, share_interval
+from server.decisions.quality import NUM_RESAMPLES, difference_interval
 from server.jobs import evaluation
 from server.jobs.evaluate_spec import METRICS, Candidate, EvaluateSpec
 from server.jobs.evaluation import Findings, Measured, TokenSums, find
@@ -73,10 +73,7 @@ def test_exact_match_has_exact_intervals_and_counts_flips() -> None:
     assert difference["difference"] == pytest.approx(18 / 30)
     assert (difference["from"], difference["to"]) == ("base", "a@1")
     assert (difference["gained"], difference["lost"]) == (20, 2)
-    gain, loss = share_interval(20, 30, 0.0125), share_interval(2, 30, 0.0125)
-    assert (difference["low"], difference["high"]) == (gain[0] - loss[1], gain[1] - loss[0])
-    assert at_least(20, 30, gain[0]) == pytest.approx(0.0125, abs=1e-9)
-    assert 1 - at_least(3, 30, loss[1]) == pytest.approx(0.0125, abs=1e-9)
+    assert (difference["low"], difference["high"]) == difference_interval(20, 2, 30)
     assert [flip["row"] for flip in findings.flips] == list(range(2)) + list(range(10, 30))
     assert findings.flips[1] == {
         "dataset": "ds",
@@ -169,7 +166,7 @@ def test_equal_answers_on_few_rows_show_little() -> None:
     assert (difference["difference"], difference["gained"], difference["lost"]) == (0, 0, 0)
     low, high = number(difference, "low"), number(difference, "high")
     assert low == -high
-    assert high == pytest.approx(1 - 0.0125 ** (1 / 3)), "the largest share of gains that may show none in 3 rows"
+    assert high == pytest.approx(1 - 0.005 ** (1 / 3)), "the largest share of flips that may show none in 3 rows"
 
 
 def test_listed_flips_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
