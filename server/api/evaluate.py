@@ -22,7 +22,7 @@ from server.api.routes import TRAIN, requires
 from server.api.schemas import Answer, Timestamp, UsedAdapter
 from server.api.strict_route import StrictRoute
 from server.api.train import MAX_PAGE, JobId, remove_job_files
-from server.jobs.evaluate_spec import Candidate, EvaluateSpec, Metric
+from server.jobs.evaluate_spec import MAX_TEXT_BYTES, Candidate, EvaluateSpec, Metric
 from server.jobs.jobs import Job, Status
 
 router = APIRouter(prefix="/evaluate", route_class=StrictRoute, tags=["train"])
@@ -96,8 +96,8 @@ class Result(Answer):
     dataset: str
     metric: Metric
     value: float
-    low: float = Field(description="of the 95 % interval")
-    high: float
+    low: float | None = Field(description="of the 95 % interval; null: too few rows for a bootstrap's")
+    high: float | None
     n: int = Field(description="rows that the metric fits")
 
 
@@ -109,8 +109,8 @@ class Difference(Answer):
     from_: str = Field(alias="from", description="the first adapter")
     to: str
     difference: float = Field(description="value of `to` minus value of `from`, on the same rows")
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     gained: int | None = Field(None, description="exact_match and accuracy: rows that only `to` gets right")
     lost: int | None = Field(None, description="rows that only `from` gets right")
 
@@ -123,7 +123,9 @@ class Flip(Answer):
     row: int = Field(description="number in the data set, from 0")
     from_: str = Field(alias="from")
     to: str
-    answers: list[str | bool | None] = Field(description="of `from` and of `to`; null: no room for an answer")
+    answers: list[str | bool | None] = Field(
+        description=f"of `from` and of `to`; null: no room for an answer; beyond {MAX_TEXT_BYTES:,} bytes cut"
+    )
     gained: bool = Field(description="whether `to` is right")
 
 

@@ -103,7 +103,7 @@ def show_findings(found: Document, names: Document = MappingProxyType({})) -> No
             str(result["metric"]),
             Text(str(result["adapter"])),
             f"{result['value']:.4f}",
-            f"{result['low']:.4f} to {result['high']:.4f}",
+            _interval(result, ".4f"),
             str(result["n"]),
             *(("", "", "") if difference is None else _difference(difference)),
         )
@@ -112,4 +112,9 @@ def show_findings(found: Document, names: Document = MappingProxyType({})) -> No
 
 def _difference(found: Document) -> tuple[str, str, str]:
     flips = f"{found['gained']} gained, {found['lost']} lost" if "gained" in found else ""
-    return f"{found['difference']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}", flips
+    return f"{found['difference']:+.4f}", _interval(found, "+.4f"), flips
+
+
+def _interval(found: Document, form: str) -> str:
+    low, high = found["low"], found["high"]
+    return "too few rows" if low is None else f"{low:{form}} to {high:{form}}"

@@ -8,6 +8,7 @@ import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import cast
 
 from adapters.errors import InvalidInput, SmoloraError
 from adapters.library import Library
@@ -15,7 +16,7 @@ from adapters.merge import WeightedAdapters, stacked
 from server.decisions.answers import probabilities
 from server.errors import GenerationFailed
 from server.jobs.evaluate_spec import Candidate, EvaluateSpec
-from server.jobs.evaluation import Measured, TokenSums, find
+from server.jobs.evaluation import Answers, Measured, TokenSums, find, judge, max_text_bytes
 from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.jobs.files import JobFiles
 from server.jobs.leases import Claim, Leases
@@ -70,10 +71,11 @@ class EvaluationAttempt:
         data = EvaluationData.load(self._directory)
         data.check_base(self._base)
         found = self._checkpoints.newest()
-        measured = [] if found is None else read_document(list[Measured], found.state["measured"])
+        measured = [] if found is None else self._read(found, data)
         progress: Mapping[str, object] = {"step": len(measured), "total_steps": len(candidates)}
         for number in range(len(measured), len(candidates)):
-            measured.append(self._measure(candidates[number], data, data.temperatures[number]))
+            answers = self._measure(candidates[number], data, data.temperatures[number])
+            measured.append(judge(answers, data, max_text_bytes(data, len(candidates))))
             progress = {"step": number + 1, "total_steps": len(candidates)}
             self._reporter.metrics(f"measured {candidates[number].expression}", {"step": number + 1})
             state = {"measured": [asdict(one) for one in measured]}
@@ -89,7 +91,15 @@ class EvaluationAttempt:
         }
         self._leases.succeed(self._claim, progress={**progress, "eta_seconds": 0.0}, metrics={}, report=report)
 
-    def _measure(self, candidate: Candidate, data: EvaluationData, temperatures: Mapping[str, float]) -> Measured:
+    def _read(self, checkpoint: Checkpoint, data: EvaluationData) -> list[Measured]:
+        """Return the measurements of a checkpoint. An earlier release stored the answers themselves."""
+        stored = cast("Sequence[Mapping[str, object]]", checkpoint.state["measured"])
+        if "probabilities" in stored[0]:
+            limit = max_text_bytes(data, len(self._spec.adapters))
+            return [judge(answers, data, limit) for answers in read_document(list[Answers], stored)]
+        return read_document(list[Measured], stored)
+
+    def _measure(self, candidate: Candidate, data: EvaluationData, temperatures: Mapping[str, float]) -> Answers:
         """Measure one adapter. `temperatures` are those of its questions, by digest."""
         adapters, metrics = self._load(candidate), set(self._spec.metrics)
         losses: Mapping[str, float] = {}
@@ -110,7 +120,7 @@ class EvaluationAttempt:
                 raise
             advice = "shorten the rows, or take adapters of lower rank"
             raise NotMeasurable(f"{candidate.expression} takes too much memory: {advice}") from error
-        return Measured(losses, tokens, completed, probable)
+        return Answers(losses, tokens, completed, probable)
 
     def _load(self, candidate: Candidate) -> WeightedAdapters:
         loaded = []

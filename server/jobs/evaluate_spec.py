@@ -14,6 +14,8 @@ Metric = Literal["loss", "token_accuracy", "exact_match", "accuracy", "brier"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 SHARES: frozenset[Metric] = frozenset({"exact_match", "accuracy"})
 """Metrics whose values are shares of right rows."""
+MAX_TEXT_BYTES = 1000
+"""The most bytes of an answer that is stored and shown."""
 
 
 @dataclass(frozen=True)

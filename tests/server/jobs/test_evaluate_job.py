@@ -1,6 +1,7 @@
 """Evaluations on a tiny base: next to transformers, next to a training's report, and ended at any moment."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.decisions.questions import parse_question
+from server.jobs import evaluate_job
 from server.jobs.evaluate_job import NotMeasurable
 from server.jobs.evaluate_spec import METRICS, EvaluateSpec
+from server.jobs.evaluation import MIN_BOOTSTRAP_ROWS, Answers, Measured, judge
 from server.jobs.evaluation_data import EvaluationData
 from server.jobs.jobs import Status
 from server.jobs.scoring import completions, exact_match
@@ -53,9 +56,9 @@ def test_every_metric_equals_transformers(adapters: Shop, tiny_base: BaseModel, 
     """The base, an adapter and a blend, on rows of every kind."""
     shop = adapters
     more: list[dict[str, object]] = [
-        {"text": "All of it counts."},
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
     ]
+    more += [{"text": f"All of it counts, {number} times."} for number in range(8)]
     datasets = [dataset(shop, COMPLETIONS + more), dataset(shop, DECISIONS)]
     job = submit(shop, adapters=["base", "left", BLEND], datasets=datasets)
     attempt(shop)
@@ -76,7 +79,8 @@ def test_every_metric_equals_transformers(adapters: Shop, tiny_base: BaseModel, 
                 }
                 assert found["loss"]["value"] == pytest.approx(loss, abs=1e-4)
                 assert found["token_accuracy"]["value"] == pytest.approx(accuracy, abs=1e-6)
-                assert found["loss"]["low"] < loss < found["loss"]["high"]
+                if len(places) >= MIN_BOOTSTRAP_ROWS:
+                    assert found["loss"]["low"] < loss < found["loss"]["high"]
                 assert found["loss"]["n"] == len(places)
                 assert found["exact_match"]["n"] == sum(data.rows[n].reference is not None for n in places)
             briers, rights = [], []
@@ -166,6 +170,51 @@ def test_ended_at_each_moment_in_turn(adapters: Shop, how: Interruption) -> None
         assert events == [1, 2]
     assert min(computed) == 2  # once for each adapter
     assert max(computed) == 3
+
+
+@pytest.mark.parametrize("how", ["leave", "kill"])
+def test_resumed_evaluation_finds_the_same_in_all_metrics(adapters: Shop, how: Interruption) -> None:
+    """Completions, decisions and sums of tokens are read back from the checkpoint of the first adapter."""
+    shop = adapters
+    datasets = [dataset(shop, COMPLETIONS[:4]), dataset(shop, DECISIONS[:4])]
+    fields = {"adapters": ["base", "left", BLEND], "datasets": datasets}
+    whole = submit(shop, **fields)
+    num_moments = attempt(shop).num_moments
+    expected = findings(shop, whole)
+    assert {one["metric"] for one in expected["results"]} == set(METRICS)
+    num_resumed = 0
+    for moment in range(num_moments // 3, num_moments, num_moments // 5):
+        job = submit(shop, **fields)
+        attempt(shop, moment, how)
+        num_resumed += any(shop.files.checkpoints(job.id).iterdir())
+        attempt(shop)
+        assert findings(shop, job) == expected
+    assert num_resumed >= 3
+
+
+def test_checkpoint_of_an_earlier_release_is_read(adapters: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has whole answers instead of judged ones."""
+    shop = adapters
+    datasets = [dataset(shop, COMPLETIONS[:4]), dataset(shop, DECISIONS[:4])]
+    fields = {"adapters": ["base", "left"], "datasets": datasets}
+    whole = submit(shop, **fields)
+    answers: list[Answers] = []
+
+    def kept_and_judged(one: Answers, *rest: Any) -> Measured:
+        answers.append(one)
+        return judge(one, *rest)
+
+    monkeypatch.setattr(evaluate_job, "judge", kept_and_judged)
+    num_moments = attempt(shop).num_moments
+    job = submit(shop, **fields)
+    attempt(shop, num_moments - 2)
+    (place,) = shop.files.checkpoints(job.id).iterdir()
+    state = {"step": 1, "measured": [asdict(answers[0])]}
+    (place / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    answers.clear()
+    attempt(shop)
+    assert len(answers) == 2, "one of the checkpoint, and one of the other adapter"
+    assert findings(shop, job) == findings(shop, whole)
 
 
 def test_a_stored_temperature_is_used_for_its_version_alone(adapters: Shop) -> None:

@@ -2,15 +2,16 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from server.decisions.quality import NUM_RESAMPLES, difference_interval
 from server.jobs import evaluation
-from server.jobs.evaluate_spec import METRICS, Candidate, EvaluateSpec
-from server.jobs.evaluation import Findings, Measured, TokenSums, find
+from server.jobs.evaluate_spec import MAX_TEXT_BYTES, METRICS, Candidate, EvaluateSpec
+from server.jobs.evaluation import Answers, Findings, TokenSums, judge, max_text_bytes, shortened
 from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.training.encoding import Asked, Examples, Reference
 
@@ -30,10 +31,14 @@ def completion(number: int, text: str = "yes", dataset: str = "ds") -> Evaluated
     return EvaluatedRow(dataset, number, Reference((1, 2), text, 1))
 
 
-def completed(*texts: str | None, loss: float = 1.5) -> Measured:
+def completed(*texts: str | None, loss: float = 1.5) -> Answers:
     """Return measurements of rows of two tokens each. The first token is right."""
     tokens = [TokenSums(2 * loss, 1, 2) for _ in texts]
-    return Measured({"ds": loss}, tokens, texts, [None for _ in texts])
+    return Answers({"ds": loss}, tokens, texts, [None for _ in texts])
+
+
+def find(spec: EvaluateSpec, data: EvaluationData, answers: Sequence[Answers]) -> Findings:
+    return evaluation.find(spec, data, [judge(one, data) for one in answers])
 
 
 def found(findings: Findings, metric: str) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
@@ -95,7 +100,7 @@ def test_loss_is_a_ratio_of_sums_with_a_paired_bootstrap() -> None:
     rows = data(*(EvaluatedRow("ds", number) for number in range(60)))
     nothing = [None] * 60
     measured = [
-        Measured(
+        Answers(
             {"ds": math.fsum(sums) / sum(counts)},
             [TokenSums(loss, 1, count) for loss, count in zip(sums, counts, strict=True)],
             nothing,
@@ -126,8 +131,8 @@ def test_decisions_are_judged_by_their_probabilities() -> None:
     rows = data(*(EvaluatedRow("ds", number, None, Asked((1,), "q", number % 3)) for number in range(3)))
     nothing = [None] * 3
     sure, unsure = (0.8, 0.1, 0.1), (0.3, 0.4, 0.3)
-    first = Measured({}, nothing, nothing, [sure, sure, sure])
-    other = Measured({}, nothing, nothing, [unsure, unsure, unsure])
+    first = Answers({}, nothing, nothing, [sure, sure, sure])
+    other = Answers({}, nothing, nothing, [unsure, unsure, unsure])
     findings = find(spec("base", "a"), rows, [first, other])
     assert {str(one["metric"]) for one in findings.results} == {"accuracy", "brier"}
     (base, tuned), _ = found(findings, "brier")
@@ -141,11 +146,55 @@ def test_decisions_are_judged_by_their_probabilities() -> None:
     ]
 
 
+@pytest.mark.parametrize("num_rows", [19, 20])
+def test_few_rows_have_no_bootstrapped_interval(num_rows: int) -> None:
+    """A share's interval is exact, however few rows there are."""
+    rows = data(*map(completion, range(num_rows)))
+    answers = [completed(*("yes" for _ in range(num_rows)), loss=loss) for loss in (1.5, 1.0)]
+    findings = find(spec("a", "b"), rows, answers)
+    has_interval = num_rows == 20
+    for metric in ("loss", "token_accuracy"):
+        results, differences = found(findings, metric)
+        for one in (*results, *differences):
+            assert (one["low"] is not None, one["high"] is not None) == (has_interval, has_interval)
+    for one in (part for parts in found(findings, "exact_match") for part in parts):
+        assert number(one, "low") < number(one, "high")
+
+
+def test_long_answers_are_cut_after_they_are_judged() -> None:
+    """The text says how long it was. A character of several bytes is cut as a whole."""
+    long, alike = "ä" * 3000, "ä" * 2999 + "ö"
+    rows = data(completion(0, long), EvaluatedRow("ds", 1, None, Asked((1,), "q", 0)))
+    values = {"q": (long, True, "shipping")}
+    rows = replace(rows, values=values)
+    nothing = [None, None]
+    answers = [
+        Answers({}, nothing, [text, None], [None, distribution])
+        for text, distribution in ((long, (0.1, 0.8, 0.1)), (alike, (0.8, 0.1, 0.1)))
+    ]
+    findings = find(spec("a", "b"), rows, answers)
+    cut = f"{'ä' * 500}… (cut, of 6,000 bytes)"
+    assert [(flip["metric"], flip["answers"], flip["gained"]) for flip in findings.flips] == [
+        ("exact_match", [cut, cut], False),
+        ("accuracy", [True, cut], True),
+    ]
+    assert shortened("ää", 3) == "ä… (cut, of 4 bytes)"
+    assert shortened("ää", 4) == "ää"
+
+
+def test_all_texts_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = data(*map(completion, range(10)), EvaluatedRow("ds", 10))
+    assert max_text_bytes(rows, 4) == MAX_TEXT_BYTES
+    monkeypatch.setattr(evaluation, "MAX_TEXTS_BYTES", 4000)
+    assert max_text_bytes(rows, 4) == 100
+    assert max_text_bytes(data(EvaluatedRow("ds", 0)), 16) == MAX_TEXT_BYTES
+
+
 def test_a_metric_counts_the_rows_that_it_fits() -> None:
     """Data sets are apart, and one adapter has no difference."""
     rows = data(completion(0), EvaluatedRow("ds", 1), completion(4, dataset="other"))
     tokens = [TokenSums(1.0, 1, 2), None, TokenSums(4.0, 2, 2)]
-    one = Measured({"ds": 0.5, "other": 2.0}, tokens, ["yes", None, "no"], [None] * 3)
+    one = Answers({"ds": 0.5, "other": 2.0}, tokens, ["yes", None, "no"], [None] * 3)
     findings = find(spec("base", datasets=("ds", "other")), rows, [one])
     values = {(one["dataset"], one["metric"]): (one["value"], one["n"]) for one in findings.results}
     assert values == {
