@@ -36,10 +36,15 @@ class NotMeasurable(SmoloraError):
     """An adapter can't be measured, for example because the model's numbers overflow under it."""
 
 
+class StepFailed(Exception):
+    """A step of the engine failed, for example for want of memory. Another attempt may succeed."""
+
+
 class EvaluationAttempt:
     """An attempt. `run` measures and ends the job, or raises Leave, LeaseLost, or an error.
 
-    If the error is a SmoloraError, every further attempt would raise it again.
+    If the error is a SmoloraError, every further attempt would raise it again. After a StepFailed, the job is
+    claimed again.
     """
 
     def __init__(
@@ -113,8 +118,10 @@ class EvaluationAttempt:
                 completed = self._complete(adapters, data.rows)
             if metrics & {"accuracy", "brier"}:
                 probable = self._decide(adapters, data, temperatures)
-        except (InvalidInput, GenerationFailed) as error:
+        except InvalidInput as error:
             raise NotMeasurable(f"{candidate.expression} can't be measured: {error}") from None
+        except GenerationFailed as error:
+            raise StepFailed(str(error)) from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -9,7 +9,7 @@ from typing import Any
 from adapters.names import Viewpoint
 from server.api.evaluate_submission import EvaluateBody, submit_evaluation
 from server.api.submission import Submissions
-from server.jobs.evaluate_job import EvaluationAttempt
+from server.jobs.evaluate_job import EvaluationAttempt, StepFailed
 from server.jobs.evaluate_spec import EvaluateSpec
 from server.jobs.jobs import Job
 from server.jobs.leases import LeaseLost
@@ -75,9 +75,9 @@ def attempt(shop: Shop, end_at: int | None = None, how: Interruption = "kill") -
         EvaluationAttempt(spec, claim, shop.leases, library, shop.base, reporter, storage).run()
     except Leave:
         shop.leases.release(claim)
-    except Killed:
+    except (Killed, StepFailed) as error:
         with suppress(LeaseLost):
-            shop.leases.crashed(claim, "killed by SIGKILL", max_delay=0.0)
+            shop.leases.crashed(claim, repr(error), max_delay=0.0)
     return reporter
 
 

@@ -1,6 +1,7 @@
 """Evaluations on a tiny base: next to transformers, next to a training's report, and ended at any moment."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.errors import SmoloraError
 from adapters.lora import LoraWeights
 from server.decisions.questions import parse_question
+from server.engine.runner import Drawn, Runner
+from server.engine.sequence import Chunk
 from server.jobs import evaluate_job
-from server.jobs.evaluate_job import NotMeasurable
+from server.jobs.evaluate_job import NotMeasurable, StepFailed
 from server.jobs.evaluate_spec import METRICS, EvaluateSpec
 from server.jobs.evaluation import MIN_BOOTSTRAP_ROWS, Answers, Measured, judge
 from server.jobs.evaluation_data import EvaluationData
@@ -214,6 +218,31 @@ def test_checkpoint_of_an_earlier_release_is_read(adapters: Shop, monkeypatch: p
     answers.clear()
     attempt(shop)
     assert len(answers) == 2, "one of the checkpoint, and one of the other adapter"
+    assert findings(shop, job) == findings(shop, whole)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "brier"])
+def test_failed_step_of_the_engine_ends_the_attempt_alone(
+    adapters: Shop, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as for want of memory on a GPU that others use, too."""
+    shop = adapters
+    rows = {"exact_match": COMPLETIONS, "brier": DECISIONS}[metric]
+    fields = {"adapters": ["base", "left"], "datasets": [dataset(shop, rows)], "metrics": [metric]}
+    whole = submit(shop, **fields)
+    attempt(shop)
+    run = Runner.run
+    job = submit(shop, **fields)
+
+    def short_of_memory(runner: Runner, chunks: Sequence[Chunk]) -> list[Drawn]:
+        monkeypatch.setattr(Runner, "run", run)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Runner, "run", short_of_memory)
+    attempt(shop)
+    assert not shop.jobs.get(job.id).status.has_ended
+    assert not issubclass(StepFailed, SmoloraError), "run_job would store the error of one as the job's end"
+    attempt(shop)
     assert findings(shop, job) == findings(shop, whole)
 
 
