@@ -60,6 +60,7 @@ ONLY_IN = {
     "pydantic_settings": ("server.config",),
     "obstore": ("adapters.storage.bucket",),
     "jinja2": ("server.model.text.template",),
+    "jsonschema_rs": ("server.training.json_schema",),
     "transformers": ("server.model.base",),
     "triton": ("server.model.cuda",),
     "huggingface_hub": ("server.model.base",),

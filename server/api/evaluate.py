@@ -111,7 +111,9 @@ class Difference(Answer):
     difference: float = Field(description="value of `to` minus value of `from`, on the same rows")
     low: float | None
     high: float | None
-    gained: int | None = Field(None, description="exact_match and accuracy: rows that only `to` gets right")
+    gained: int | None = Field(
+        None, description="exact_match, json_valid and accuracy: rows that only `to` gets right"
+    )
     lost: int | None = Field(None, description="rows that only `from` gets right")
 
 
@@ -157,9 +159,9 @@ class EvaluationAnswer(EvaluationJob):
 async def evaluate(body: EvaluateBody, services: ServicesDep, key: IdempotencyKey = None) -> Response:
     """Measure adapters on the same rows of data sets.
 
-    A row counts in each metric that fits it: `exact_match` needs a prompt and its completion, `accuracy` and
-    `brier` a decision. Intervals are of 95 %. Rows are tokenized before the job is queued, so errors in them are
-    reported here.
+    A row counts in each metric that fits it: `exact_match` needs a prompt and its completion, `json_valid` also a
+    `schema`, `accuracy` and `brier` a decision. Intervals are of 95 %. Rows are tokenized before the job is
+    queued, so errors in them are reported here.
     """
     room = partial(require_room, services)
     job = await services.limiters.preparing.run(

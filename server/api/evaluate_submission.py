@@ -29,7 +29,7 @@ from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.jobs.jobs import Job
 from server.system.messages import plural
 from server.training.encoding import Asked, Examples, Reference
-from server.training.rows import CanonicalRows, DecisionRow, Row, RowNotes
+from server.training.rows import CanonicalRows, CompletionRow, DecisionRow, MessagesRow, Row, RowNotes
 from server.training.spec import MAX_MEASURED_RANK
 
 MAX_ADAPTERS = 16
@@ -214,7 +214,9 @@ class _Rows:
         texts = (*encoded.warnings, *encoded.long.warnings(self._max_length, _LIMIT))
         self.warnings += [f"{dataset}: {text}" for text in texts]
         for number, row in zip(numbers, rows, strict=True):
-            self.rows.append(EvaluatedRow(dataset, number, self._reference(row), self._asked(row)))
+            reference = self._reference(row)
+            schema = row.schema if reference and isinstance(row, CompletionRow | MessagesRow) else None
+            self.rows.append(EvaluatedRow(dataset, number, reference, self._asked(row), schema))
 
     def _reference(self, row: Row) -> Reference | None:
         found = self._encoder.reference(row)
@@ -236,6 +238,8 @@ class _Rows:
         found: set[Metric] = {"loss", "token_accuracy"}
         if any(row.reference is not None for row in rows):
             found.add("exact_match")
+        if any(row.schema is not None for row in rows):
+            found.add("json_valid")
         if any(row.asked is not None for row in rows):
             found |= {"accuracy", "brier"}
         return found

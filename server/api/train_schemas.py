@@ -90,7 +90,13 @@ _OF_DECISIONS = {
     "answer": {"type": ["string", "boolean"]},
 }
 _DECISION = {"type": "object", "properties": _OF_DECISIONS, "required": ["input", "answer"]}
-_ROW = {"anyOf": [{"type": "object", "properties": of, "required": list(of)} for of in _ROW_FIELDS] + [_DECISION]}
+_SCHEMA = {"schema": {"description": "a JSON Schema that answers are to satisfy, for /evaluate; ignored in texts"}}
+_ROW = {
+    "anyOf": [
+        *({"type": "object", "properties": {**of, **_SCHEMA}, "required": list(of)} for of in _ROW_FIELDS),
+        _DECISION,
+    ]
+}
 _ROWS = {"type": "array", "minItems": 1, "items": _ROW}
 
 TargetModules = Annotated[

@@ -40,8 +40,8 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="loss, token_accuracy, exact_match, accuracy or brier. May be given more than once. "
-            "Default: those that fit the rows."
+            help="loss, token_accuracy, exact_match, json_valid, accuracy or brier. May be given more than "
+            "once. Default: those that fit the rows."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most rows of each data set. Default: 200.")] = None,

@@ -20,7 +20,7 @@ from server.jobs.evaluation import Answers, Measured, TokenSums, find, judge, ma
 from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.jobs.files import JobFiles
 from server.jobs.leases import Claim, Leases
-from server.jobs.scoring import completions, option_scores
+from server.jobs.scoring import MORE_JSON_TOKENS, MORE_TOKENS, completions, option_scores
 from server.jobs.tables import EVALUATE
 from server.model.base.weights import BaseModel
 from server.model.device import is_out_of_memory
@@ -114,7 +114,7 @@ class EvaluationAttempt:
         try:
             if metrics & {"loss", "token_accuracy"}:
                 losses, tokens = self._measure_tokens(candidate, adapters, data)
-            if "exact_match" in metrics:
+            if metrics & {"exact_match", "json_valid"}:
                 completed = self._complete(adapters, data.rows)
             if metrics & {"accuracy", "brier"}:
                 probable = self._decide(adapters, data, temperatures)
@@ -171,11 +171,18 @@ class EvaluationAttempt:
         return losses, tokens
 
     def _complete(self, adapters: WeightedAdapters, rows: Sequence[EvaluatedRow]) -> list[str | None]:
-        """Return the completion of each row that has a reference."""
-        references = {place: row.reference for place, row in enumerate(rows) if row.reference is not None}
-        yield_or_leave = self._reporter.yield_or_leave
-        texts = completions(self._base, adapters, list(references.values()), yield_or_leave, self._native)
-        found = dict(zip(references, texts, strict=True))
+        """Return the completion of each row that has a reference and is measured by its completion."""
+        needs_all = "exact_match" in self._spec.metrics
+        chosen = [place for place, row in enumerate(rows) if row.reference and (needs_all or row.schema)]
+        texts = completions(
+            self._base,
+            adapters,
+            [reference for place in chosen if (reference := rows[place].reference)],
+            self._reporter.yield_or_leave,
+            self._native,
+            more_tokens=[MORE_TOKENS if rows[place].schema is None else MORE_JSON_TOKENS for place in chosen],
+        )
+        found = dict(zip(chosen, texts, strict=True))
         return [found.get(place) for place in range(len(rows))]
 
     def _decide(

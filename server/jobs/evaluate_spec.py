@@ -10,9 +10,9 @@ from adapters.names import BASE
 from server.jobs.tables import EVALUATE
 from server.training.spec import read_document
 
-Metric = Literal["loss", "token_accuracy", "exact_match", "accuracy", "brier"]
+Metric = Literal["loss", "token_accuracy", "exact_match", "json_valid", "accuracy", "brier"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-SHARES: frozenset[Metric] = frozenset({"exact_match", "accuracy"})
+SHARES: frozenset[Metric] = frozenset({"exact_match", "json_valid", "accuracy"})
 """Metrics whose values are shares of right rows."""
 MAX_TEXT_BYTES = 1000
 """The most bytes of an answer that is stored and shown."""

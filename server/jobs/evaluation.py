@@ -16,6 +16,7 @@ from server.decisions.quality import bootstrap, difference_interval, share_inter
 from server.jobs.evaluate_spec import MAX_TEXT_BYTES, SHARES, EvaluateSpec, Metric
 from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.jobs.scoring import is_exact
+from server.training.json_schema import is_valid
 
 MAX_FLIPS = 1000
 """The most flips that an evaluation lists. All of them are counted."""
@@ -50,10 +51,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Completed:
-    """A judged completion. Its text is cut if it is long, and None if there was no room for one."""
+    """A judged completion. Its text is cut if it is long, and None if there was no room for one.
+
+    `is_valid` says whether it is JSON that satisfies the row's schema; None if the row has none.
+    """
 
     text: str | None
     is_exact: bool
+    is_valid: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def judge(answers: Answers, data: EvaluationData, max_text_bytes: int = MAX_TEXT
             completions.append(None)
         else:
             shown = None if text is None else shortened(text, max_text_bytes)
-            completions.append(Completed(shown, is_exact(text, row.reference)))
+            valid = None if row.schema is None else text is not None and is_valid(text, row.schema)
+            completions.append(Completed(shown, is_exact(text, row.reference), valid))
         if row.asked is None or distribution is None:
             decisions.append(None)
         else:
@@ -242,6 +248,9 @@ def _ratio(metric: Metric, row: EvaluatedRow, measured: Measured, place: int) ->
     if metric == "exact_match":
         completed = measured.completions[place]
         return None if completed is None else (completed.is_exact, 1)
+    if metric == "json_valid":
+        completed = measured.completions[place]
+        return None if completed is None or completed.is_valid is None else (completed.is_valid, 1)
     decided = measured.decisions[place]
     if row.asked is None or decided is None:
         return None

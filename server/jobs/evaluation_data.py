@@ -24,6 +24,7 @@ class EvaluatedRow:
     number: int  # within the data set, from 0
     reference: Reference | None = None
     asked: Asked | None = None
+    schema: str | None = None  # that the completion is to satisfy; as `json_schema.canonical` returns it
 
 
 @dataclass(frozen=True)

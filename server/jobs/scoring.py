@@ -33,6 +33,8 @@ from server.training.job_data import JobData
 
 MORE_TOKENS = 8
 """Tokens that a completion may have beyond its reference's length."""
+MORE_JSON_TOKENS = 256
+"""The same for a completion that is to satisfy a schema, since a longer answer than the reference may do so."""
 MAX_CACHED_TOKENS = 8192
 """Tokens in the KV cache, unless a single completion needs more: 190 MB on the 135M base."""
 MAX_ADAPTER_BYTES = 4 << 30
@@ -82,13 +84,15 @@ def completions(
     library: ctypes.CDLL | None = None,
     *,
     gives_up: bool = False,
+    more_tokens: Sequence[int] | None = None,
 ) -> list[str | None]:
     """Return the greedy completion of each reference's prompt under the weighted sum of the adapters.
 
-    A completion ends at an end token, or when it is `MORE_TOKENS` tokens longer than the reference's text. If
-    `gives_up`, it also ends as soon as it can't become equal to that text any more. It is None if the prompt is
-    empty or leaves no room for a completion in the base's context. `yield_or_leave` is called before each step of
-    the engine. If `library` is given, native code computes the steps.
+    A completion ends at an end token, or when it is longer than the reference's text by as many tokens as
+    `more_tokens` has for the reference (default: `MORE_TOKENS`). If `gives_up`, it also ends as soon as it can't
+    become equal to that text any more. It is None if the prompt is empty or leaves no room for a completion in the
+    base's context. `yield_or_leave` is called before each step of the engine. If `library` is given, native code
+    computes the steps.
     """
     limit = base.config.max_position_embeddings
     requests: list[GenerationRequest] = []
@@ -96,7 +100,8 @@ def completions(
     for number, reference in enumerate(references):
         room = limit - len(reference.prompt)
         if room > 0 and reference.prompt:
-            sampling = SamplingParams(min(reference.num_tokens + MORE_TOKENS, room), temperature=0.0)
+            more = MORE_TOKENS if more_tokens is None else more_tokens[number]
+            sampling = SamplingParams(min(reference.num_tokens + more, room), temperature=0.0)
             requests.append(GenerationRequest(str(number), reference.prompt, sampling, _refs(adapters)))
             texts[number] = ""
     if requests:

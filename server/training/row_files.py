@@ -21,6 +21,7 @@ from server.training.rows import (
     DECISION,
     FIELDS,
     MAX_NAMED,
+    SCHEMA,
     EmptyAnswer,
     Row,
     RowNotes,
@@ -111,7 +112,7 @@ def read_csv(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]:
     """Yield the rows of a CSV file, comma-separated, quoted by `"`, in UTF-8; skip blank records. See `read_rows`.
 
     Columns may be in any order, and other columns are allowed. The columns `messages`, `conversations` and
-    `history` have JSON. A field has at most 131,072 characters, the csv module's limit.
+    `history` have JSON, and so may `schema`. A field has at most 131,072 characters, the csv module's limit.
     """
     faults = _Faults()
     lines = _Lines(stream, faults, stops=True)
@@ -130,6 +131,8 @@ def read_csv(stream: BinaryIO, notes: RowNotes | None = None) -> Iterator[Row]:
                 )
             texts = dict(zip(names, fields, strict=True))
             parsed = {name: _json(texts[name], name) for name in _JSON_COLUMNS if texts.get(name)}
+            if texts.get(SCHEMA, "").startswith("{"):  # other schemas may be a database's
+                parsed[SCHEMA] = _json(texts[SCHEMA], SCHEMA)
             row = parse_row({**texts, **parsed}, notes)
         except EmptyAnswer:
             continue

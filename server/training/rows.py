@@ -5,10 +5,11 @@
     {"text": "…"}                           trained on all of it
     {"input", "question", "answer"}         a decision, trained on the answer
 
-A decision's `question` is a question's JSON, or the name of one of the job's questions. It may be left out if the
-job has only one. A turn's content may be a list of OpenAI's text parts, which are joined; the role `developer` is
-read as `system`. `formats.py` reads other trainers' rows as messages, `encoding.py` turns rows into tokens, and
-`row_files.py` reads uploaded files.
+The first two kinds may have `schema`, a JSON Schema that answers are to satisfy; evaluations measure whether they
+do, and it isn't trained on. A decision's `question` is a question's JSON, or the name of one of the job's
+questions. It may be left out if the job has only one. A turn's content may be a list of OpenAI's text parts, which
+are joined; the role `developer` is read as `system`. `formats.py` reads other trainers' rows as messages,
+`encoding.py` turns rows into tokens, and `row_files.py` reads uploaded files.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Literal, Self, overload
 
@@ -26,6 +27,7 @@ from server.decisions.parts import input_text
 from server.decisions.questions import Question, parse_question
 from server.model.text.chat import DEVELOPER, ChatMessage, joined_parts, meant_role
 from server.system.messages import plural
+from server.training import json_schema
 from server.training.formats import MEANINGS, Conversation, RowFormat, read_conversation
 
 ROLES = ("system", "user", "assistant")
@@ -37,6 +39,8 @@ DECISION = ("input", "answer")
 """The required fields of a decision, which must have no field of another kind of row."""
 FIELDS = (("prompt", "completion"), ("messages",), ("text",))
 """The fields of each kind of row. A row has the fields of exactly one kind."""
+SCHEMA = "schema"
+"""The field of a row's JSON Schema. If its value is no object, it is ignored as unknown fields are."""
 _KNOWN = tuple(name for shape in FIELDS for name in shape)
 _COMPARED = 64  # the most unknown names that are compared with known ones
 MAX_NAMED = 8
@@ -52,10 +56,11 @@ MIN_ROWS = 20
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """A prompt and its completion. Neither is empty."""
+    """A prompt and its completion. Neither is empty. `schema` is as `json_schema.canonical` returns it."""
 
     prompt: str
     completion: str
+    schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,12 @@ class MessagesRow:
     """A conversation that ends with a turn of the assistant. The assistant's turns aren't empty.
 
     `untrained` are the indices of the assistant's turns that aren't trained on: those with weight 0, as in
-    OpenAI's fine-tuning. At least one turn is trained on.
+    OpenAI's fine-tuning. At least one turn is trained on. `schema` is as `json_schema.canonical` returns it.
     """
 
     messages: tuple[ChatMessage, ...]
     untrained: frozenset[int] = frozenset()
+    schema: str | None = None
 
     @property
     def assistant(self) -> list[int]:
@@ -184,13 +190,14 @@ def parse_row(value: object, notes: RowNotes | None = None) -> Row:
         raise InvalidInput.of("row", f"must be {what}: {SHAPES}")
     given = {name for name in value if value[name] is not None}
     strange = [name for name in value if isinstance(name, str) and name not in _KNOWN]
+    used = {SCHEMA} if isinstance(value.get(SCHEMA), Mapping) else set()
     if (conversation := read_conversation(value)) is not None:
         if notes is not None:
             notes.converted(conversation.format)
             for name in value:
-                if name in given and name not in conversation.fields:
+                if name in given and name not in (*conversation.fields, *used):
                     notes.ignore(name)
-        return _converted(conversation, notes)
+        return replace(_converted(conversation, notes), schema=_schema(value))
     if given.issuperset(DECISION) and given.isdisjoint(_KNOWN):
         if notes is not None:
             for name in strange:
@@ -215,18 +222,23 @@ def parse_row(value: object, notes: RowNotes | None = None) -> Row:
         raise InvalidInput(faults[:MAX_FAULTS])
     if notes is not None:
         for name in strange:
-            if name in given:
+            if name in given and ("text" in names or name not in used):
                 notes.ignore(name, beside_text="text" in names)
     if "messages" in names:
-        return _messages(value["messages"])
+        return replace(_messages(value["messages"]), schema=_schema(value))
     faults = [FieldError((name,), fault) for name in names if (fault := _field_fault(value[name]))]
     if faults:
         raise InvalidInput(faults)
-    return TextRow(value["text"]) if "text" in names else CompletionRow(value["prompt"], value["completion"])
+    if "text" in names:
+        return TextRow(value["text"])
+    return CompletionRow(value["prompt"], value["completion"], _schema(value))
 
 
 def canonical_json(row: Row) -> bytes:
-    """Return the row's canonical JSON (RFC 8785): sorted keys, no spaces, UTF-8, nothing escaped needlessly."""
+    """Return the row's canonical JSON (RFC 8785): sorted keys, no spaces, UTF-8, nothing escaped needlessly.
+
+    Unlike in RFC 8785, a schema's numbers are written as Python writes them.
+    """
     if isinstance(row, CompletionRow):
         document: dict[str, object] = {"prompt": row.prompt, "completion": row.completion}
     elif isinstance(row, MessagesRow):
@@ -237,7 +249,10 @@ def canonical_json(row: Row) -> bytes:
             document["question"] = row.question if isinstance(row.question, str) else row.question.document()
     else:
         document = {"text": row.text}
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    line = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    if isinstance(row, CompletionRow | MessagesRow) and row.schema is not None:  # the last key
+        return line[:-1] + f',"{SCHEMA}":{row.schema}}}'.encode()
+    return line
 
 
 def misspelt(strange: Sequence[str], name: str) -> str | None:
@@ -387,6 +402,16 @@ def _decision(value: Mapping[str, object]) -> DecisionRow:
     if isinstance(question, Question):
         question.index_of(answer)
     return row
+
+
+def _schema(value: Mapping[str, object]) -> str | None:
+    schema = value.get(SCHEMA)
+    if not isinstance(schema, Mapping):
+        return None
+    try:
+        return json_schema.canonical(schema)
+    except json_schema.BadSchema as error:
+        raise InvalidInput.of(SCHEMA, str(error)) from None
 
 
 def _messages(value: object) -> MessagesRow:

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from typer.testing import CliRunner
 
@@ -125,6 +127,8 @@ def test_command_prints_a_table(tiny: ServerProcess, tmp_path: Path) -> None:
     followed = CliRunner().invoke(app, ["jobs", document["id"], "--follow"], env=own)
     assert followed.exit_code == 0, followed.output
     assert f"{document['results'][1]['value']:.4f}" in followed.stdout
+    few = CliRunner().invoke(app, [*arguments[:-1], "19", "--metric", "loss"], env=own)
+    assert few.stdout.count("too few rows") == 3, "of both values and of the difference"
     refused = CliRunner().invoke(app, [*arguments, "--metric", "brier"], env=own)
     assert refused.exit_code == 1
     assert "brier fits no row" in refused.stderr
@@ -181,3 +185,51 @@ def test_decisions_are_measured_as_decide_answers(trainer: ServerProcess) -> Non
         assert values(job, "accuracy")[adapter] == pytest.approx(sum(rights) / len(TICKETS))
         assert values(job, "brier")[adapter] == pytest.approx(sum(briers) / len(TICKETS), abs=1e-9)
     assert len(set(values(job, "brier").values())) == 3
+
+
+@pytest.mark.real
+@pytest.mark.thorough
+def test_json_answers_are_validated_as_by_another_library(trainer: ServerProcess) -> None:
+    """A base that hardly answers in JSON, and an adapter that learnt to: by /generate and jsonschema."""
+    schema = {
+        "type": "object",
+        "properties": {"code": {"type": "integer"}, "phrase": {"type": "string", "pattern": "^[A-Z]"}},
+        "required": ["code", "phrase"],
+        "additionalProperties": False,
+    }
+    rows = [
+        {
+            "prompt": f"{status.value} as JSON:",
+            "completion": f" {json.dumps({'code': status.value, 'phrase': status.phrase})}",
+            "schema": schema,
+        }
+        for status in HTTPStatus
+    ]
+    training = {"max_steps": 30, "max_length": 64}
+    body = {"name": "coded", "data": rows[::2], "lora": {"rank": 8}, "training": training}
+    succeeded(trainer, submit(trainer, **body), 300)
+    held_out = rows[1::2]
+    adapters, metrics = ["base", "coded@1"], ["json_valid", "exact_match"]
+    of_rows = upload(trainer, held_out)
+    job = findings(trainer, evaluate(trainer, adapters=adapters, datasets=[of_rows], metrics=metrics))
+    validator = jsonschema.Draft202012Validator(schema)
+
+    def is_valid(adapter: str, prompt: object) -> bool:
+        asked = {"adapter": adapter, "prompt": prompt, "max_tokens": 100, "temperature": 0}
+        answer = trainer.client.post("/generate", json=asked).json()["choices"][0]["text"]
+        try:
+            return validator.is_valid(json.loads(answer))
+        except json.JSONDecodeError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        shares = {
+            adapter: sum(pool.map(is_valid, [adapter] * len(held_out), [row["prompt"] for row in held_out]))
+            / len(held_out)
+            for adapter in adapters
+        }
+    assert values(job, "json_valid") == shares
+    assert shares["coded@1"] > 0.5 > shares["base"]
+    (valid, _) = job["differences"]
+    assert valid["gained"] >= 6
+    assert valid["low"] > 0

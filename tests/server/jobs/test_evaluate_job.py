@@ -12,6 +12,8 @@ import torch
 from adapters.errors import SmoloraError
 from adapters.lora import LoraWeights
 from server.decisions.questions import parse_question
+from server.engine.engine import Engine
+from server.engine.request import GenerationRequest
 from server.engine.runner import Drawn, Runner
 from server.engine.sequence import Chunk
 from server.jobs import evaluate_job
@@ -153,6 +155,28 @@ def test_exact_match_is_that_of_a_training(adapters: Shop, tiny_base: BaseModel)
     ]
 
 
+@pytest.mark.parametrize("metrics", [["json_valid"], ["exact_match", "json_valid"]])
+def test_completions_of_rows_with_a_schema_may_be_long(
+    shop: Shop, metrics: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other answers than the reference may be valid. Only rows that a metric needs are completed."""
+    rows = [dict(row) for row in COMPLETIONS[:3]]
+    rows[1]["schema"] = {"type": "object"}
+    job = submit(shop, adapters=["base"], datasets=[dataset(shop, rows)], metrics=metrics)
+    lengths: list[int] = []
+
+    def answer_nothing(engine: Engine, requests: Sequence[GenerationRequest], _: object) -> tuple[()]:
+        lengths.extend(request.sampling.max_tokens for request in requests)
+        return ()
+
+    monkeypatch.setattr("server.jobs.scoring.outputs_of", answer_nothing)
+    data = EvaluationData.load(shop.files.directory(job.id))
+    attempt(shop)
+    numbers = [row.reference.num_tokens for row in data.rows if row.reference is not None]
+    longest = [number + more for number, more in zip(numbers, (8, 256, 8), strict=True)]
+    assert lengths == (longest if "exact_match" in metrics else longest[1:2])
+
+
 @pytest.mark.parametrize("how", ["leave", "kill"])
 def test_ended_at_each_moment_in_turn(adapters: Shop, how: Interruption) -> None:
     """What an adapter's checkpoint has isn't measured again, and the findings are those of an undisturbed job."""
@@ -180,7 +204,8 @@ def test_ended_at_each_moment_in_turn(adapters: Shop, how: Interruption) -> None
 def test_resumed_evaluation_finds_the_same_in_all_metrics(adapters: Shop, how: Interruption) -> None:
     """Completions, decisions and sums of tokens are read back from the checkpoint of the first adapter."""
     shop = adapters
-    datasets = [dataset(shop, COMPLETIONS[:4]), dataset(shop, DECISIONS[:4])]
+    with_schema = [{**row, "schema": {"type": "object"}} for row in COMPLETIONS[:1]]
+    datasets = [dataset(shop, with_schema + COMPLETIONS[1:4]), dataset(shop, DECISIONS[:4])]
     fields = {"adapters": ["base", "left", BLEND], "datasets": datasets}
     whole = submit(shop, **fields)
     num_moments = attempt(shop).num_moments

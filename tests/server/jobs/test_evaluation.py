@@ -190,6 +190,26 @@ def test_all_texts_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert max_text_bytes(data(EvaluatedRow("ds", 0)), 16) == MAX_TEXT_BYTES
 
 
+def test_answers_to_rows_with_a_schema_are_validated() -> None:
+    """An answer may be right or valid without being the other. Rows without a schema don't count."""
+    schema = '{"required":["a"]}'
+    rows = data(*(replace(completion(n, '{"a": 1}'), schema=schema) for n in range(4)), completion(4, '{"a": 1}'))
+    first = completed('{"a": 1}', '{"a": 2}', '{"b": 1}', None, '{"a": 1}')
+    other = completed('{"a": 1', '{"a": 2}', '{"a": 3}', "{}", '{"a": 1}')
+    findings = find(spec("base", "a"), rows, [first, other])
+    (base, tuned), (difference,) = found(findings, "json_valid")
+    assert (base["value"], tuned["value"], base["n"]) == (0.5, 0.5, 4)
+    assert_exact(base, 2, 4)
+    assert (difference["gained"], difference["lost"]) == (1, 1)
+    flips = [flip for flip in findings.flips if flip["metric"] == "json_valid"]
+    assert [(flip["row"], flip["answers"], flip["gained"]) for flip in flips] == [
+        (0, ['{"a": 1}', '{"a": 1'], False),
+        (2, ['{"b": 1}', '{"a": 3}'], True),
+    ]
+    (base, tuned), _ = found(findings, "exact_match")
+    assert (base["value"], tuned["value"], base["n"]) == (2 / 5, 1 / 5, 5)
+
+
 def test_a_metric_counts_the_rows_that_it_fits() -> None:
     """Data sets are apart, and one adapter has no difference."""
     rows = data(completion(0), EvaluatedRow("ds", 1), completion(4, dataset="other"))

@@ -256,6 +256,39 @@ async def test_bad_fields_are_named(
     assert (await client.get("/evaluate")).json()["evaluations"] == []
 
 
+CODE = {"type": "object", "properties": {"code": {"type": "integer"}}, "required": ["code"]}
+
+
+async def test_rows_with_a_schema_are_measured_by_it(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "404"}, {"role": "assistant", "content": '{"code": 404}'}]
+    rows: list[dict[str, object]] = [
+        {"prompt": "200", "completion": '{"code": 200}', "schema": CODE},
+        {"messages": turns, "schema": CODE},
+        {"prompt": "200", "completion": '{"code": 200}'},
+        {"prompt": "word " * MAX_POSITIONS, "completion": "{}", "schema": CODE},
+    ]
+    job = await evaluation(client, datasets=[await dataset(client, rows)])
+    assert job["config"]["metrics"] == ["loss", "token_accuracy", "exact_match", "json_valid"]
+    stored = EvaluationData.load(tmp_path / "jobs" / job["id"])
+    assert [row.schema and json.loads(row.schema) for row in stored.rows] == [CODE, CODE, None, None]
+    body = {"adapters": ["base"], "datasets": [await dataset(client, rows[2:3])], "metrics": ["json_valid"]}
+    refused = await client.post("/evaluate", json=body)
+    assert refused.status_code == 422
+    assert "metrics that fit: loss, token_accuracy, exact_match" in refused.json()["detail"]
+
+
+async def test_a_bad_schema_is_refused_where_rows_come_in(client: httpx.AsyncClient) -> None:
+    rows = [ROWS[0], {"prompt": "a", "completion": "{}", "schema": {"type": "invoice"}}]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    uploaded = await client.post("/datasets", files={"file": ("rows.jsonl", content)})
+    submitted = await client.post("/train", json={"name": "codes", "data": rows})
+    for response, loc in ((uploaded, ["file", 2, "schema"]), (submitted, ["data", 1, "schema"])):
+        assert response.status_code == 422, response.text
+        (error,) = response.json()["errors"]
+        assert error["loc"][-3:] == loc
+        assert "isn't a valid JSON Schema" in error["message"]
+
+
 async def test_exact_match_fits_no_texts(client: httpx.AsyncClient) -> None:
     of_texts = await dataset(client, [{"text": "a b"}])
     body = {"adapters": ["base"], "datasets": [await dataset(client), of_texts], "metrics": ["exact_match"]}

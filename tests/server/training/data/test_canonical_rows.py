@@ -13,15 +13,17 @@ from server.api.train_schemas import TrainBody
 from server.model.text.chat import ChatMessage
 from server.training.datasets import DatasetStore
 from server.training.files import FileStore, RowSources
+from server.training.json_schema import canonical
 from server.training.rows import CanonicalRows, CompletionRow, MessagesRow, Row, TextRow, kind_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5)
 TURN = st.builds(ChatMessage, st.sampled_from(["system", "user"]), TEXT)
+SCHEMA = st.none() | st.sampled_from([{}, {"minimum": 1.5, "$comment": "ä"}]).map(canonical)
 ANSWER = st.builds(ChatMessage, st.just("assistant"), TEXT)
 ROW: st.SearchStrategy[Row] = st.one_of(
-    st.builds(CompletionRow, TEXT, TEXT),
+    st.builds(CompletionRow, TEXT, TEXT, SCHEMA),
     st.builds(TextRow, TEXT),
-    st.builds(lambda *turns: MessagesRow(turns), TURN, ANSWER, TURN, ANSWER),
+    st.builds(lambda schema, *turns: MessagesRow(turns, schema=schema), SCHEMA, TURN, ANSWER, TURN, ANSWER),
 )
 
 

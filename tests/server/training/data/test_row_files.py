@@ -74,6 +74,13 @@ def test_the_other_csv_columns() -> None:
     assert row.messages[0].content == "OK"
 
 
+def test_a_schema_in_a_csv_is_json_or_ignored() -> None:
+    data = b'prompt,completion,schema\na,b,"{""type"": ""object""}"\na,b,CREATE TABLE t\na,b,\n'
+    assert csv_rows(data) == [CompletionRow("a", "b", '{"type":"object"}'), *[CompletionRow("a", "b")] * 2]
+    ((found, said),) = faults(b'prompt,completion,schema\na,b,"{""type"": 1"\n', "csv")
+    assert (found, said[:26]) == (("file", 2, "schema"), "line 2: schema is not JSON")
+
+
 def test_rows_of_several_shapes_may_share_a_jsonl_file() -> None:
     data = b'\n{"text": "a"}\n  \n{"prompt": "b", "completion": "c"}\n\n'
     assert jsonl(data) == [TextRow("a"), CompletionRow("b", "c")]
@@ -106,6 +113,11 @@ def test_an_empty_file_has_no_fault() -> None:
             "line 2: messages.0.role must be system",
         ),
         (b'"text"', ("file", 2, "row"), "line 2: row must be an object"),
+        (
+            b'{"prompt": "a", "completion": "b", "schema": {"$ref": "https://example.com/a"}}',
+            ("file", 2, "schema"),
+            "line 2: schema has the $ref https://example.com/a: it must be a path within the schema",
+        ),
         (b'{"text": "a"', ("file",), "line 2: is not JSON: Expecting ',' delimiter at character"),
         (b'{"text": "a"} {}', ("file",), "line 2: is not JSON: Extra data at character 15"),
         (b'{"text": NaN}', ("file",), "line 2: is not JSON: NaN is no JSON number"),

@@ -150,6 +150,54 @@ def test_null_fields_are_ignored() -> None:
     assert faults({"text": None, "prompt": "a"}) == [("completion",)]
 
 
+SCHEMA = {"type": "object", "properties": {"code": {"minimum": 100}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ({"prompt": "a", "completion": "b"}, b'{"completion":"b","prompt":"a",'),
+        (turns("a", "b"), b'{"messages":[{"content":"a","role":"user"},{"content":"b","role":"assistant"}],'),
+        ({"instruction": "a", "output": "b"}, b'{"messages":['),
+    ],
+)
+def test_a_schema_is_kept(row: dict[str, object], written: bytes) -> None:
+    notes = RowNotes()
+    found = parse_row({"schema": SCHEMA, **row}, notes)
+    assert isinstance(found, CompletionRow | MessagesRow)
+    assert found.schema == '{"properties":{"code":{"minimum":100}},"type":"object"}'
+    assert not any("schema" in text for text in notes.warnings())
+    line = canonical_json(found)
+    assert line.startswith(written)
+    assert line.endswith(b',"schema":{"properties":{"code":{"minimum":100}},"type":"object"}}')
+    assert parse_row(json.loads(line)) == found
+    assert canonical_json(parse_row(row)) != line
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a", "schema": SCHEMA},
+        {"input": "a", "answer": "b", "schema": SCHEMA},
+        {"prompt": "a", "completion": "b", "schema": "CREATE TABLE t (id INT)"},
+    ],
+)
+def test_other_schemas_are_ignored_as_unknown_fields_are(row: dict[str, object]) -> None:
+    """A text has no answer, a decision's is an option, and tables of SQL have schemas of databases."""
+    notes = RowNotes()
+    rest = {name: value for name, value in row.items() if name != "schema"}
+    assert parse_row(row, notes) == parse_row(rest)
+    assert notes.warnings() == ["fields that are not trained on were ignored: schema in 1 row"]
+
+
+def test_a_bad_schema_is_named() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_row({**turns("a", "b"), "schema": {"type": "invoice"}})
+    (fault,) = caught.value.errors
+    assert fault.loc == ("schema",)
+    assert fault.message.startswith("isn't a valid JSON Schema")
+
+
 def test_white_space_is_text_and_users_may_say_nothing() -> None:
     assert parse_row({"prompt": "\n", "completion": " "}) == CompletionRow("\n", " ")
     assert isinstance(parse_row(turns("", "OK")), MessagesRow)
