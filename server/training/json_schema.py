@@ -55,7 +55,7 @@ def is_valid(answer: str, schema: str) -> bool:
         return False
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # a validator takes up to 2 MB
 def _validator(schema: str) -> jsonschema_rs.Validator:
     document = json.loads(schema)
     if _size(document, document, {}).num_parts > MAX_PARTS:
