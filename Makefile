@@ -24,11 +24,13 @@ USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
 GPU_PROOFS := $(wildcard tests/server/engine/test_cuda_*.py) tests/server/serve/test_gpu_backend.py
 
-.PHONY: help serve test tests slow fuzz attack soak faults fairness check lint types sanitize bench guard gpu gpu-proofs screenshots vendor clean
+.PHONY: help serve free-port install wheel test tests slow fuzz attack soak faults fairness check lint types sanitize bench guard gpu gpu-proofs screenshots vendor clean
 .PHONY: client-tests cluster cluster-tests cluster-faults
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
+	@echo 'make install   set everything up'
+	@echo 'make wheel     build dist/smolora-*.whl, with native code'
 	@echo 'make test      linters, types and tests'
 	@echo 'make slow      the tests that take long: the real base throughout, rounds of faults, reduced benchmarks'
 	@echo 'make fuzz      the property tests with all of their examples, of which make test takes a quarter'
@@ -50,8 +52,33 @@ help:
 	@echo 'make vendor    take the libraries of the page from their packages again'
 	@echo 'make clean     drop .venv and caches; data/ stays'
 
-serve: $(READY)
+serve: free-port $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
+
+install: $(READY)
+
+wheel: $(READY)
+	@rm -rf build dist  # setuptools would keep files that are no longer there
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
+# Before minutes of set-up. The server checks the port again when it starts.
+define FREE_PORT
+import errno, os, socket, sys
+given = dict(zip(sys.argv, sys.argv[1:])) | dict(word.split("=", 1) for word in sys.argv if "=" in word)
+named = {name: given.get(f"--{name}") or os.environ.get(f"SMOLORA_{name.upper()}") for name in ("host", "port")}
+host, port = named["host"] or "127.0.0.1", named["port"] or "8000"
+try:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, int(port)))
+except (OSError, ValueError) as error:
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        sys.exit(f"port {port} on {host} is taken: stop what listens there, or choose another: make serve ARGS='--port 8001'")
+endef
+export FREE_PORT
+
+free-port:
+	@[ -e $(READY) ] || ! command -v python3 > /dev/null || python3 -c "$$FREE_PORT" $(ARGS)
 
 # Types take a core a minute, in which the tests begin.
 test: lint

@@ -1,10 +1,18 @@
 """Installation without a checkout, as in the container: all files that are read at run time."""
 
 import ast
+import os
 import re
+import shutil
+import socket
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
+
+import server
 
 ROOT = Path(__file__).parent.parent
 CHECKED_WITH = {"package.json", "package-lock.json", "tsconfig.json", ".prettierrc.json", ".prettierignore"}
@@ -75,3 +83,26 @@ def test_imports_are_declared_dependencies() -> None:
     }
     assert {of_others.get(name, name) for name in imported()} - names == set()
     assert all(re.search(r">=\d", one) for one in project["dependencies"])
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_taken_port_is_reported_before_the_set_up(how: str, tmp_path: Path) -> None:
+    for path in (ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("*.lock")):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "server" / "web").mkdir(parents=True)
+    shutil.copy(ROOT / "server" / "web" / "package-lock.json", tmp_path / "server" / "web")
+    (tmp_path / "tests").mkdir()
+
+    def served(port: int) -> "subprocess.CompletedProcess[str]":
+        flags = [f"ARGS=--port {port}"] if how == "flag" else []
+        own = os.environ | ({"SMOLORA_PORT": str(port)} if how == "variable" else {})
+        command = ["make", "serve", "PYTHON=false", *flags]  # with no Python, the set-up ends as it begins
+        return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = served(port)
+        assert done.returncode != 0
+        assert done.stderr.startswith(f"port {port} on 127.0.0.1 is taken: ")
+        assert "make serve ARGS='--port 8001'" in done.stderr
+    assert served(port).stderr.startswith("smolora needs Python 3.11")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Path
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from adapters.catalog.catalog import combine
@@ -39,6 +39,13 @@ from server.jobs.jobs import Job, Jobs
 from server.jobs.merge_spec import ORIGIN, MergeSpec
 
 
+def _method(value: object) -> object:
+    """Refuse PEFT's names of the exact sum. Raise ValueError."""
+    if value in ("linear", "cat"):
+        raise ValueError("leave it out for the exact sum, or give svd and the sum of the ranks to store it")
+    return value
+
+
 class CompositionBody(Body):
     """POST /compositions/{name}."""
 
@@ -56,7 +63,7 @@ class CompositionBody(Body):
         max_length=MAX_LENGTH,
         description="an adapter expression; its adapters are pinned to their current versions",
     )
-    method: MergeMethod | None = Field(
+    method: Annotated[MergeMethod | None, BeforeValidator(_method)] = Field(
         None,
         description="queue a job that merges the parts into a new adapter; null: name the exact sum instead",
     )

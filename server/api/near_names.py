@@ -39,8 +39,21 @@ _PEER_UNITS = {
 }
 """What our field counts, if the field with this name in PEFT or TRL counts something else."""
 
+_OTHER_API = {
+    "adapter": "model",
+    "model": "adapter",
+    "max_completion_tokens": "max_tokens",
+    "guided_choice": "structured_outputs",
+    "guided_json": "response_format",
+    "guided_regex": "regex",
+}
+"""Names of fields in our other API, OpenAI's or ours, and in older versions of vLLM, with the names here."""
+
 _CHAT, _CHAT_PEERS = "/v1/chat/completions", ("/v1/responses", "/v1/messages")
 """Our path for chats, and those of OpenAI's and Anthropic's newer APIs, which no similarity of names connects."""
+
+WITHOUT_V1 = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses")
+"""The paths that OpenAI's client requests if /v1 is missing in its base URL."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:
@@ -55,7 +68,9 @@ def unknown_path(path: str, known: Iterable[str]) -> str:
     appended = (route for route in routes if route and f"/{name}".endswith(f"/{route}"))
     similar = max(appended, key=len, default=None) or near(name, routes)
     meant = _CHAT if path in _CHAT_PEERS else similar and routes[similar]
-    return f"no such path{f' (did you mean {meant}?)' if meant else ''}: /docs lists them"
+    hint = f" (did you mean {meant}?)" if meant else ""
+    hint = " (the client's base URL must end with /v1)" if path in WITHOUT_V1 else hint
+    return f"no such path{hint}: /docs lists them"
 
 
 def _bare(path: str) -> str:
@@ -71,7 +86,7 @@ def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> s
     if elsewhere := [path for path, model in _models(body) if model is not here and name in _names(model)]:
         return f"no such field here: it belongs {f'under {elsewhere[0]}' if elsewhere[0] else 'at the top level'}"
     names = _names(here)
-    meant = _PEERS[name] if name in _PEERS else near(name, names)
+    meant = _PEERS[name] if name in _PEERS else near(name, names) or _OTHER_API.get(name)
     if meant not in names:
         return "no such field"
     return f"no such field: did you mean {meant}?{_unit(name)}"

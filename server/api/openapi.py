@@ -146,6 +146,9 @@ _RATE = "The key or its project has used up its minute; see `Retry-After`"
 _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `Origin`, or a setting rules it out"
 
 
+_KEY = "key"
+
+
 class App(FastAPI):
     """An application whose OpenAPI document describes smolora's errors instead of FastAPI's."""
 
@@ -155,7 +158,12 @@ class App(FastAPI):
             for name, path in schema["paths"].items():
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
                 for method, operation in path.items():
+                    if not {"401", "4XX"}.isdisjoint(operation["responses"]):
+                        operation["security"] = [{_KEY: []}, {}]  # a server without keys needs none
                     _add_errors(operation["responses"], error, method != "get")
+            schema["components"]["securitySchemes"] = {
+                _KEY: {"type": "http", "scheme": "bearer", "description": "An API key, once the server has one"}
+            }
             for unused in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema

@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, NotFound, SmoloraError
 from server.api import wire
-from server.api.near_names import unknown_field, unknown_path
+from server.api.near_names import WITHOUT_V1, unknown_field, unknown_path
 from server.api.routes import Routes
 from server.errors import Forbidden, PayloadTooLarge, RateLimited, TryAgain, Unauthorized, Unavailable
 from server.telemetry.logs import place_of
@@ -53,8 +53,8 @@ _OPENAI_CODES: tuple[tuple[type[SmoloraError], str], ...] = (
     (Unavailable, "service_unavailable"),
     (TryAgain, "rate_limit_exceeded"),
 )
-_OPENAI_FIELDS: dict[tuple[str | int, ...], tuple[str | int, ...]] = {("adapter",): ("model",)}
-"""Our names of fields, with OpenAI's names for the same fields."""
+_ENGINE_FIELDS: dict[tuple[str | int, ...], tuple[str | int, ...]] = {("adapter",): ("model",)}
+"""The engine's names of fields, with OpenAI's names for the same fields."""
 _WORDS = {
     "missing": "is missing",
     "string_type": "must be a text",
@@ -93,6 +93,10 @@ class ModelNotFound(NotFound):
 
 class ContextTooLong(InvalidInput):
     """The error if a prompt, alone or together with the answer's maximum length, exceeds the model's context."""
+
+
+class InvalidFields(InvalidInput):
+    """The error for a body or a query whose fields are invalid. It names them as the client sent them."""
 
 
 class Form(ABC):
@@ -199,9 +203,10 @@ class _OpenAI(Form):
     def _of(self, status: int, error: SmoloraError) -> tuple[int, dict[str, object]]:
         if isinstance(error, InvalidInput):
             code = "context_length_exceeded" if isinstance(error, ContextTooLong) else None
-            errors = [FieldError(_OPENAI_FIELDS.get(one.loc, one.loc), one.message) for one in error.errors]
+            names = {} if isinstance(error, InvalidFields) else _ENGINE_FIELDS
+            errors = [FieldError(names.get(one.loc, one.loc), one.message) for one in error.errors]
             path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in errors[0].loc)
-            detail = _summary(errors, error.num_more)
+            detail = _summary(errors, error.num_more, shown=MAX_ERRORS)  # no other field lists the errors
             return 400, self._document(400, detail, path.removeprefix("."), code)
         if isinstance(error, ModelNotFound):
             return status, self._document(status, str(error), "model", "model_not_found")
@@ -221,8 +226,8 @@ OPENAI: Form = _OpenAI()
 
 
 def form_of(path: str) -> Form:
-    """Return the format of errors for a request's path."""
-    return OPENAI if path == "/v1" or path.startswith("/v1/") else PROBLEMS
+    """Return the format of errors for a request's path. It is OpenAI's if its client sent the request."""
+    return OPENAI if path == "/v1" or path.startswith("/v1/") or path in WITHOUT_V1 else PROBLEMS
 
 
 def install(app: FastAPI, routes: Routes) -> None:
@@ -267,18 +272,18 @@ def _body_of(request: Request) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
-    """Return one line with the first three errors, followed by the number of all other errors.
+def _summary(errors: Sequence[FieldError], num_more: int = 0, shown: int = 3) -> str:
+    """Return one line with the first `shown` errors, followed by the number of all other errors.
 
     `num_more` is the number of errors that aren't in `errors`.
     """
-    first = "; ".join(map(str, errors[:3]))
-    more = len(errors[3:]) + num_more
+    first = "; ".join(map(str, errors[:shown]))
+    more = len(errors[shown:]) + num_more
     return f"{first}; and {more} more" if more else first
 
 
-def _invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None = None) -> InvalidInput:
-    """Convert pydantic's errors into InvalidInput, without the invalid values.
+def _invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None = None) -> InvalidFields:
+    """Convert pydantic's errors into InvalidFields, without the invalid values.
 
     The first `MAX_ERRORS` errors are listed, and the others are counted. Each location ends in a field's name. If
     an item of that field's list is invalid, the message says which item. `body` is the model of the request's JSON
@@ -288,12 +293,12 @@ def _invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | Non
     num_unknown = 0
     for number, fault in enumerate(faults):
         if len(found) == MAX_ERRORS:
-            return InvalidInput(list(found), len(faults) - number)
+            return InvalidFields(list(found), len(faults) - number)
         loc = fault["loc"]
         assert isinstance(loc, tuple)
         num_unknown += fault["type"] == "extra_forbidden"
         found[_field_error(loc, fault, body if num_unknown <= _MAX_COMPARED else None)] = None
-    return InvalidInput(list(found))
+    return InvalidFields(list(found))
 
 
 def _field_error(

@@ -20,7 +20,7 @@ from rich.text import Text
 from adapters.errors import FieldError, InvalidInput
 from adapters.names import DEFAULT_PROJECT
 from server.access.principal import DEFAULT_SCOPES, LIMITS, OPERATOR, SCOPES, Quota, Scope
-from server.cli.common import JsonOption, print_json, say, show, table_of
+from server.cli.common import Commands, JsonOption, print_json, say, show, table_of
 from server.cli.home import HomeOption, opened, opened_or_new, refusals, storage_for
 from server.errors import StartupError
 from server.system.messages import plural
@@ -91,7 +91,9 @@ def _size(num_bytes: int) -> str:
     return plural(num_bytes, "byte")
 
 
-keys_group = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys. No server needs to run.")
+keys_group = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Create, list and revoke API keys. No server needs to run."
+)
 
 
 @keys_group.command()
@@ -211,6 +213,7 @@ def _time(at: datetime | None) -> str:
 
 
 projects_group = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     help="List, limit and delete projects. No server needs to run.",
 )

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from adapters.names import alias_fault
 from server.cli.common import (
+    Commands,
     DetachOption,
     Document,
     JsonOption,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 _NUM_MODULES = 7  # linear modules of a layer
 _VERSION = re.compile(r"[0-9]{1,18}")
 
-group = typer.Typer(invoke_without_command=True, help="List adapters with their versions; or work on one.")
+group = typer.Typer(
+    cls=Commands, invoke_without_command=True, help="List adapters with their versions; or work on one."
+)
 
 ReferenceArgument = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Such as tweets or tweets@2.")]
 MeantArgument = Annotated[
@@ -46,16 +49,20 @@ MeantArgument = Annotated[
 
 @group.callback()
 def _list(
-    context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
+    context: typer.Context,
+    public: Annotated[bool, typer.Option("--public", help="Those that any project shares.")] = False,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
 ) -> None:
     refuse_options_before(context)
     if context.invoked_subcommand is None:
-        _print_all(as_json, url, api_key)
+        _print_all(public, as_json, url, api_key)
 
 
-def _print_all(as_json: bool, url: str | None, api_key: str | None) -> None:
+def _print_all(public: bool, as_json: bool, url: str | None, api_key: str | None) -> None:
     with connected(url, api_key) as client:
-        found = list(client.adapters())
+        found = list(client.adapters(public))
     print_json({"adapters": found}) if as_json else show(_table(found))
 
 
@@ -196,6 +203,19 @@ def alias(
         else:
             client.point(name, alias, version)
     typer.echo(f"{name}@{alias} is removed" if version is None else f"{name}@{alias} is {name}@{version} now")
+
+
+@group.command()
+def share(
+    name: Annotated[str, typer.Argument(help="The adapter or composition.")],
+    stop: Annotated[bool, typer.Option("--stop", help="Make it private again.")] = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Let other projects use an adapter, with all its versions, as PROJECT/NAME."""
+    with connected(url, api_key) as client:
+        client.set_visibility(name, "private" if stop else "public")
+    typer.echo(f"{name} is {'private' if stop else 'public'} now")
 
 
 @group.command("import")

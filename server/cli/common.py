@@ -21,9 +21,10 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from adapters.errors import SmoloraError
+from adapters.names import near
 from server.config import Flag, SettingsT, WorkerSettings, described, load
 from server.config.environment import log_format, server_url
 from server.errors import StartupError
@@ -258,3 +259,29 @@ class PeersOptions(TyperCommand):
             if hint := peers_option(str(getattr(error, "option_name", ""))):
                 ctx.fail(hint)
             raise
+
+
+_DESTRUCTIVE = frozenset({"delete", "move", "prune", "restore", "revoke"})
+_HABITS = {
+    "create": "train",
+    "finetune": "train",
+    "list": "adapters",
+    "ls": "adapters",
+    "ps": "jobs",
+    "run": "chat",
+    "start": "serve",
+}
+"""Commands of similar programs, with our commands."""
+
+
+class Commands(TyperGroup):
+    """A group of commands. For an unknown command it suggests a similar one, but none that deletes something."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401  # types that are private to Typer
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            harmless = self.commands.keys() - _DESTRUCTIVE
+            meant = _HABITS.get(name)
+            meant = meant if meant in harmless else near(name, harmless)
+            ctx.fail(f"No such command '{name}'." + (f" Did you mean '{meant}'?" if meant else ""))
+        return super().resolve_command(ctx, args)

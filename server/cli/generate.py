@@ -88,6 +88,8 @@ def chat(
 
     options = given(adapter=adapter, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     turns = [] if system is None else [{"role": "system", "content": system}]
+    if message is None and sys.stdin.isatty():
+        say("Ctrl-D ends the conversation")
     with connected(url, api_key) as client:
         while (text := message if message is not None else _next_message()) is not None:
             turn = {"role": "user", "content": text}

@@ -63,6 +63,18 @@ def refuse_server(command: str, instead: str) -> None:
         raise StartupError(f"{command} is for a database in HOME, and SMOLORA_DATABASE_URL is set: {instead}")
 
 
+def refuse_unmade(settings: WorkerSettings) -> None:
+    """Raise StartupError if HOME is the default ./data, and no server has made it.
+
+    Probably the user forgot to name the server's HOME. In a new one, a key would protect nothing, and a worker
+    would wait forever.
+    """
+    from server.database import existing
+
+    if settings.database is None and "home" not in settings.model_fields_set:
+        existing(settings.home.absolute())
+
+
 @contextmanager
 def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
     """Open the database of an existing HOME, and yield the result of `build(database, home)`.
@@ -80,10 +92,14 @@ def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
 
 @contextmanager
 def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
-    """Work like `opened`, but create HOME if it is missing. Print on stderr which HOME is used."""
+    """Work like `opened`, but create HOME if it is missing. Print on stderr which HOME is used.
+
+    Raise StartupError instead if HOME is missing and only its default names it.
+    """
     from server.database import FILE_NAME
 
     settings = load(WorkerSettings, home=home)
+    refuse_unmade(settings)
     is_new = settings.database is None and not (settings.home / FILE_NAME).exists()
     with _database(settings, build) as built:
         yield built

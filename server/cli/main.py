@@ -23,10 +23,11 @@ from server.cli.adapters import compose
 from server.cli.adapters import group as adapters
 from server.cli.check import check_here
 from server.cli.cluster import group as cluster
-from server.cli.common import PeersOptions, with_flags
+from server.cli.common import Commands, PeersOptions, with_flags
 from server.cli.decide import decide
 from server.cli.evaluate import evaluate
 from server.cli.generate import chat, compare, generate
+from server.cli.home import refuse_unmade
 from server.cli.maintenance import backup, doctor, prune, restore
 from server.cli.maintenance import group as move
 from server.cli.serve import serve_here
@@ -39,6 +40,7 @@ from server.telemetry import logs
 
 app = typer.Typer(
     name="smolora",
+    cls=Commands,
     help="One frozen SmolLM, any LoRA adapter per request: train, serve, version, blend, and never merge.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -73,8 +75,11 @@ def worker(settings: WorkerSettings) -> None:
     from server.jobs.worker import run_worker
 
     logs.set_up(settings.log_format)
+    log = logging.getLogger("smolora.worker")
     for line in unknown_variables():
-        logging.getLogger("smolora.worker").warning(line)
+        log.warning(line)
+    refuse_unmade(settings)
+    log.info("waiting for jobs in %s", settings.home.absolute())
     raise typer.Exit(run_worker(settings))
 
 

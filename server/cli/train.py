@@ -16,6 +16,7 @@ from rich.text import Text
 from adapters.names import DEFAULT_PROJECT
 from server.cli.common import (
     INTERRUPTED,
+    Commands,
     DetachOption,
     Document,
     JsonOption,
@@ -50,7 +51,7 @@ _USE_LORA = " Or train an adapter with --method lora."  # full fine-tuning publi
 _POLL_SECONDS = 1.0  # between polls of the job, whose events arrive at every step
 _TRAINED_STYLE = "bold green"
 
-group = typer.Typer(invoke_without_command=True, help="List data sets; upload or delete one.")
+group = typer.Typer(cls=Commands, invoke_without_command=True, help="List data sets; upload or delete one.")
 
 
 @group.callback()
@@ -152,15 +153,12 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
     table = table_of("job", *project_title, *titles)
     for project, job in zip(projects, jobs, strict=True):
         progress, metrics, config = (part_of(job, name) for name in ("progress", "metrics", "config"))
-        status = str(job["status"])
-        if job["position"] is not None:
-            status += f" ({job['position']})"
         adapter = "" if job["adapter"] is None else "{name}@{version}".format(**part_of(job, "adapter"))
         table.add_row(
             Text(str(job["id"])),
             *([Text(project)] if shows_project else []),
             Text(str(job["name"])),
-            Text("pausing" if job["pausing"] else status),
+            Text("pausing" if job["pausing"] else _status(job)),
             f"{progress['step']}/{progress['total_steps']}",
             *_rank_and_rate(config),
             number(metrics["train_loss"]),
@@ -169,6 +167,11 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
             Text(adapter),
         )
     return table
+
+
+def _status(job: Document) -> str:
+    """Return a job's status; of a queued job with its place in the order of turns."""
+    return str(job["status"]) + ("" if job["position"] is None else f" ({job['position']})")
 
 
 def _rank_and_rate(config: Document) -> tuple[str, str]:
@@ -413,7 +416,7 @@ def _show_progress(client: "Client", job: Document) -> None:
         console.print(Text(_counts(cast("Document", job["data"]))))
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[news]}", markup=False))
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=None, news=str(job["status"]))
+        task = progress.add_task("", total=None, news=_status(job))
         _update(progress, task, job)
         polled_at = time.monotonic()
         for event in client.events(str(job["id"])):
@@ -444,7 +447,7 @@ def _counts(data: Document) -> str:
 
 def _update(progress: Progress, task: TaskID, job: Document) -> None:
     at = cast("Document", job["progress"])
-    parts = [f"{at['tokens_per_second']:,.0f} tokens/s"] if at["tokens_per_second"] else [str(job["status"])]
+    parts = [f"{at['tokens_per_second']:,.0f} tokens/s"] if at["tokens_per_second"] else [_status(job)]
     if at["eta_seconds"]:
         parts.append(f"{at['eta_seconds']:,.0f} s left")
     progress.update(task, speed=", ".join(parts), total=cast("float", at["total_steps"]))

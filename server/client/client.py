@@ -90,11 +90,12 @@ class Client(Connection):
                 num_failures += 1
             time.sleep(self.retries[max(0, num_failures - 1)])
 
-    def adapters(self) -> Iterator[Document]:
-        """Yield all adapters with their versions, sorted by name."""
+    def adapters(self, public: bool = False) -> Iterator[Document]:
+        """Yield all adapters with their versions, sorted by name; or the public ones of all projects."""
+        more = {"public": "true"} if public else {}
         after: str | None = ""
         while after is not None:
-            page = self.json("GET", "/adapters", params={"limit": "500", "after": after})
+            page = self.json("GET", "/adapters", params={"limit": "500", "after": after, **more})
             yield from self._documents(page, "adapters")
             after = cast("str | None", page["next"])
 
@@ -153,6 +154,11 @@ class Client(Connection):
         """Remove an alias."""
         path, headers = self._place(name, "aliases", alias)
         self.nothing("DELETE", path, headers=headers)
+
+    def set_visibility(self, name: str, visibility: str) -> None:
+        """Make an adapter `public`, so that other projects may use it, or `private`."""
+        path, headers = self._place(name, "visibility")
+        self.nothing("PUT", path, json={"visibility": visibility}, headers=headers)
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
         """Name a weighted sum of adapters, and return the new version.

@@ -135,7 +135,7 @@ class Connection:
             with self._http.stream(method, path, **options) as response:
                 if response.is_error:
                     response.read()
-                    raise _refused(response)
+                    raise _refused(response, self.url)
                 if response.has_redirect_location:  # not followed: another server mustn't get the key
                     place = response.headers["Location"]
                     raise ClientError(
@@ -186,7 +186,7 @@ def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
             name, data = "message", ""
 
 
-def _refused(response: httpx.Response) -> ClientError:
+def _refused(response: httpx.Response, base_url: str) -> ClientError:
     """Return the error for a refusal.
 
     Its message has a line for each invalid field or, if there are none, is the field `detail` of the answer. If
@@ -197,6 +197,13 @@ def _refused(response: httpx.Response) -> ClientError:
         problem = response.json()
         lines = [sentence(error["loc"], error["message"]) for error in problem["errors"]]
         hint = problem.get("hint") and Hint(problem["hint"]["code"], problem["hint"]["text"])
-        return ClientError("\n".join(lines) or str(problem["detail"]), status, hint)
+        message = "\n".join(lines) or str(problem["detail"])
     except (ValueError, LookupError, TypeError):
-        return ClientError(f"{response.url.host} answered {status} {response.reason_phrase}", status)
+        hint = None
+        message = f"{response.url.host} answered {status} {response.reason_phrase}"
+        if base_url.endswith("/v1"):
+            message += f"; leave /v1 out of {_URL_VARIABLE} or --url: it is for OpenAI's clients"
+    wait = response.headers.get("Retry-After", "")
+    if status == httpx.codes.TOO_MANY_REQUESTS and wait.isdecimal():
+        message += f"; try again in {wait} s"
+    return ClientError(message, status, hint)

@@ -197,7 +197,7 @@ class Process:
         try:
             await serving
         except OSError as error:  # the address was taken between binding and listening
-            await self._engine.stop()
+            await self._server.lifespan.shutdown()  # else it is cancelled later, and logs a traceback
             host, port = self._bound.getsockname()[:2]
             raise cannot_listen(host, port, error) from None
         finally:

@@ -111,6 +111,9 @@ class EmptyAnswer(InvalidInput):
     """
 
 
+_FEW = 2  # such rows may be meant so
+
+
 class RowNotes:
     """Notes on rows as they are read: ignored fields, rows in another trainer's format, and dropped ones.
 
@@ -124,6 +127,7 @@ class RowNotes:
         self._ignored: Counter[str] = Counter()
         self._num_others = 0
         self._num_dropped = 0
+        self._num_completions = self._num_joined = 0
         self._answer: str | None = None
 
     def ignore(self, name: str, beside_text: bool = False) -> None:
@@ -144,6 +148,12 @@ class RowNotes:
         """Count a row that is dropped since its last answer is empty."""
         self._num_dropped += 1
 
+    def joined(self, row: CompletionRow) -> None:
+        """Note a row of prompt and completion. Count it if the two meet within a word or a number."""
+        self._num_completions += 1
+        ends = row.prompt[-1], row.completion[0]
+        self._num_joined += all(end.isdecimal() or end.lower() != end.upper() for end in ends)  # or has no cases
+
     def warnings(self) -> list[str]:
         """Return the warnings for the user, one line each."""
         found = [f"rows were read as {MEANINGS[row_format]}" for row_format in self._formats]
@@ -154,6 +164,9 @@ class RowNotes:
             fields.append(f"{self._num_others} times others")
         if fields:
             found.append(f"fields that are not trained on were ignored: {', '.join(fields)}")
+        if self._num_joined > max(_FEW, self._num_completions // 2):
+            rows = plural(self._num_joined, "row")
+            found.append(f"prompt and completion meet within a word in {rows}: begin completions with a space")
         if self._answer:
             found.append(f"to learn {shown(self._answer)} from text, name these fields completion and prompt")
         return found
@@ -231,7 +244,10 @@ def parse_row(value: object, notes: RowNotes | None = None) -> Row:
         raise InvalidInput(faults)
     if "text" in names:
         return TextRow(value["text"])
-    return CompletionRow(value["prompt"], value["completion"], _schema(value))
+    row = CompletionRow(value["prompt"], value["completion"], _schema(value))
+    if notes is not None:
+        notes.joined(row)
+    return row
 
 
 def canonical_json(row: Row) -> bytes:

@@ -35,6 +35,8 @@ def test_the_docs_work_under_their_policy(server: ServerProcess, browser: Browse
         page.get_by_role("button", name="Try it out").click()
         page.get_by_role("button", name="Execute").click()
         expect(page.get_by_text('"ok"').first).to_be_visible()
+        page.get_by_role("button", name="Authorize").click()
+        page.get_by_label("auth-bearer-value").fill("a key")
 
 
 def make_key(page: Page, name: str, project: str, scopes: tuple[str, ...]) -> str:

@@ -36,6 +36,13 @@ pytestmark = pytest.mark.anyio
         ),
         ("/train", {"name": "a", "eval_dataset": []}, ["eval_dataset"], "no such field: did you mean validation?"),
         ("/compare", {"prompt": "a", "adapter": "x"}, ["adapter"], "no such field: did you mean adapters?"),
+        ("/generate", {"prompt": "a", "model": "x"}, ["model"], "no such field: did you mean adapter?"),
+        (
+            "/generate",
+            {"prompt": "a", "guided_choice": ["b"]},
+            ["guided_choice"],
+            "no such field: did you mean structured_outputs?",
+        ),
     ],
 )
 async def test_unknown_fields(
@@ -82,10 +89,29 @@ async def test_unknown_openai_fields(client: httpx.AsyncClient) -> None:
     assert response.json()["error"]["message"] == "max_token: no such field: did you mean max_tokens?"
 
 
+@pytest.mark.parametrize("with_model", [False, True])
+async def test_our_name_of_a_model_is_explained_to_openais_clients(
+    client: httpx.AsyncClient, with_model: bool
+) -> None:
+    body = {
+        "adapter": "x",
+        "messages": [{"role": "user", "content": "a"}],
+        **({"model": "base"} if with_model else {}),
+    }
+    error = (await client.post("/v1/chat/completions", json=body)).json()["error"]
+    messages = ["adapter: no such field: did you mean model?"]
+    messages = messages if with_model else ["model: is missing", *messages]
+    assert error["message"] == "; ".join(messages)
+    assert error["param"] == ("adapter" if with_model else "model")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/chat/completions", "no such path (did you mean /v1/chat/completions?): /docs lists them"),
+        *(
+            (path, "no such path (the client's base URL must end with /v1): /docs lists them")
+            for path in ("/chat/completions", "/completions", "/embeddings", "/models", "/responses")
+        ),
         (
             "/v1/chat/completions/chat/completions",
             "no such path (did you mean /v1/chat/completions?): /docs lists them",
@@ -104,7 +130,8 @@ async def test_paths_of_clients_with_a_wrong_base_url(client: httpx.AsyncClient,
     response = await client.post(path, json={})
     assert response.status_code == 404
     answer = response.json()
-    assert (answer["error"]["message"] if path.startswith("/v1/") else answer["detail"]) == message
+    is_openais = path.startswith("/v1/") or "base URL" in message
+    assert (answer["error"]["message"] if is_openais else answer["detail"]) == message
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.api.app import ROUTES
 from server.api.openapi import App
 
 pytestmark = pytest.mark.anyio
@@ -42,6 +43,19 @@ def test_errors_of_any_route_are_documented(app: App) -> None:
                     method,
                     path,
                 )
+
+
+def test_routes_that_need_a_key_declare_it(app: App) -> None:
+    """So /docs has the button Authorize, and generated clients a parameter for the key."""
+    document = app.openapi()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    keyless = set[str]()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            needed = ROUTES.find(path.replace("{", "").replace("}", "")).methods[method.upper()].scopes
+            assert operation.get("security") == (None if needed is None else [{"key": []}, {}]), (method, path)
+            keyless |= {path} if needed is None else set()
+    assert keyless == {"/health", "/ready"}
 
 
 def test_the_page_has_every_status_of_an_error(app: App) -> None:

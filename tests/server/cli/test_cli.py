@@ -185,6 +185,61 @@ def test_options_of_peft_and_trl_get_a_suggestion(option: str, expected: str) ->
     assert ("(" in result.stderr) == ("(" in expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("run", "No such command 'run'. Did you mean 'chat'?"),
+        ("ls", "No such command 'ls'. Did you mean 'adapters'?"),
+        ("ps", "No such command 'ps'. Did you mean 'jobs'?"),
+        ("create", "No such command 'create'. Did you mean 'train'?"),
+        ("compar", "No such command 'compar'. Did you mean 'compare'?"),
+        ("prun", "No such command 'prun'."),
+        ("restor", "No such command 'restor'."),
+        ("keys ls", "No such command 'ls'."),
+        ("keys revok", "No such command 'revok'."),
+        ("adapters delet", "No such command 'delet'."),
+        ("adapters downlod", "No such command 'downlod'. Did you mean 'download'?"),
+        ("datasets rm", "No such command 'rm'."),
+        ("projects delte", "No such command 'delte'."),
+    ],
+)
+def test_unknown_commands_never_suggest_a_destructive_one(words: str, expected: str) -> None:
+    result = CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    (line,) = [line.strip("│ ") for line in result.stderr.splitlines() if "No such command" in line]
+    assert line == expected
+
+
+@pytest.mark.parametrize(
+    "command", [("worker",), ("keys", "create", "a"), ("projects", "limit", "a", "--max-jobs", "1")]
+)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_commands_do_not_make_the_default_home(
+    command: tuple[str, ...], is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the wrong folder, a key would protect nothing, and a worker would wait forever."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SMOLORA_HOME", raising=False)
+    if is_there:  # a folder of something else
+        (tmp_path / "data").mkdir()
+    done = smolora(*command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"smolora: {tmp_path}/data isn't a server's home: it has no smolora.db; give --home or SMOLORA_HOME\n"
+    )
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "data"] if is_there else [])
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_a_home_that_is_named_is_made(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before the first start of a server that other machines reach."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMOLORA_HOME", "data") if how == "variable" else monkeypatch.delenv("SMOLORA_HOME", False)
+    done = smolora("keys", "create", "a", *(["--home", "data"] if how == "flag" else []))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"smolora: made a home in {tmp_path}/data\n")
+
+
 def test_values_that_look_like_options() -> None:
     """They are taken for a file, which doesn't exist."""
     arguments = ["train", "--name", "a", "--description", "--lr", "--", "--lr"]

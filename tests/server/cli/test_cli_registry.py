@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import zipfile
@@ -111,6 +112,15 @@ def test_blend_gets_a_name(smolora: Run, server: Running, tmp_path: Path) -> Non
     assert queued.stdout.startswith("job-")
 
 
+def test_adapters_are_shared(smolora: Run, server: Running, tmp_path: Path) -> None:
+    publish(smolora, server, tmp_path, "ours", (5,))
+    assert "ours@1" not in smolora("adapters", "--public").stdout
+    assert smolora("adapters", "share", "ours").stdout == "ours is public now\n"
+    assert "ours@1" in smolora("adapters", "--public").stdout
+    assert smolora("adapters", "share", "ours", "--stop").stdout == "ours is private now\n"
+    assert "ours@1" not in smolora("adapters", "--public").stdout
+
+
 def test_data_sets_are_listed_and_deleted(smolora: Run, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n{"text": "b"}\n')
@@ -141,7 +151,9 @@ def test_refusal_does_not_end_a_conversation(server: Running) -> None:
         typed.write(b"a " * 1500 + b"\n" + b"hello\n" + b"\x04")  # too long for the base; then Ctrl-D
         done = subprocess.run(command, stdin=read, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("smolora: messages: ")
+    first, second, *_ = done.stderr.splitlines()
+    assert first == "smolora: Ctrl-D ends the conversation"
+    assert second.startswith("smolora: messages: ")
     assert done.stdout.count("> ") == 3, "the last one at Ctrl-D"
     assert len(done.stdout) > len("> > \n> ")
 
@@ -151,6 +163,28 @@ def test_stdin_in_another_encoding(smolora: Run) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert "standard input" in result.stderr
     assert "is not in utf-8" in result.stderr
+
+
+def test_address_of_openais_clients_is_explained(smolora: Run, server: Running) -> None:
+    result = smolora("adapters", environment={"SMOLORA_URL": f"{server.url}/v1"})
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "smolora: 127.0.0.1 answered 404 Not Found; leave /v1 out of SMOLORA_URL or --url: it is for OpenAI's "
+        "clients\n"
+    )
+
+
+def test_exhausted_rate_says_when_to_try_again(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path
+) -> None:
+    home = tmp_path_factory.mktemp("limited")
+    made = CliRunner().invoke(app, ["keys", "create", "a", "--requests-per-minute", "1", "--home", str(home)])
+    with running(home, tiny_base_dir) as limited:
+        environment = {"SMOLORA_URL": limited.url, "SMOLORA_API_KEY": made.stdout.strip()}
+        asked = ["generate", "a", "--max-tokens", "1"]
+        first, second = (CliRunner().invoke(app, asked, env=environment) for _ in range(2))
+    assert (first.exit_code, second.exit_code) == (0, 1)
+    assert re.search(r"too few are left of this one; try again in \d+ s\n$", second.stderr), second.stderr
 
 
 def test_default_address_is_this_machines_port(smolora: Run, server: Running) -> None:

@@ -289,7 +289,10 @@ def test_a_taken_port_is_an_error_of_one_line() -> None:
             bind("127.0.0.1", port)
 
 
-async def test_a_port_taken_between_binding_and_listening(app: FastAPI, engine: FakeEngine) -> None:
+async def test_a_port_taken_between_binding_and_listening(
+    app: FastAPI, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is a StartupError, and nothing else is logged."""
     with bind("127.0.0.1", 0) as bound, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(bound.getsockname())
@@ -297,6 +300,8 @@ async def test_a_port_taken_between_binding_and_listening(app: FastAPI, engine: 
         with pytest.raises(StartupError, match="is taken"):
             await Process(app, engine, bound).run(lambda: None)
         assert engine.stopped
+    await asyncio.sleep(0.1)
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
 
 
 @pytest.mark.parametrize("trusted", ["127.0.0.1", "127.0.0.0/8", "::ffff:127.0.0.1"])

@@ -196,7 +196,7 @@ async def test_unknown_path_suggests_a_similar_one(locked: FastAPI, operator: ht
             headers = {"Authorization": f"Bearer {secret}"}
             response = await client.post("/chat/completions", headers=headers, json={})
             assert response.status_code == 404
-            assert "did you mean /v1/chat/completions?" in response.json()["detail"]
+            assert "the client's base URL must end with /v1" in response.json()["error"]["message"]
 
 
 async def test_trailing_line_end_does_not_match_a_route(

@@ -218,6 +218,15 @@ async def test_bad_fields(client: httpx.AsyncClient, field: str, body: dict[str,
     assert (await client.get("/train")).json()["jobs"] == []
 
 
+@pytest.mark.parametrize("method", ["linear", "cat"])
+async def test_pefts_names_of_the_exact_sum_are_explained(client: httpx.AsyncClient, method: str) -> None:
+    (error,) = (await compose(client, "m", expression="left", method=method)).json()["errors"]
+    assert error == {
+        "loc": ["method"],
+        "message": "leave it out for the exact sum, or give svd and the sum of the ranks to store it",
+    }
+
+
 async def test_not_a_number(client: httpx.AsyncClient) -> None:
     body = '{"expression": "left", "method": "ties", "density": NaN}'
     response = await client.post("/compositions/m", content=body, headers={"Content-Type": "application/json"})

@@ -43,6 +43,13 @@ async def test_nested_field_has_its_path(client: httpx.AsyncClient) -> None:
     assert (response.status_code, error_of(response)["param"]) == (400, "messages[1].role")
 
 
+async def test_every_invalid_field_is_named(client: httpx.AsyncClient) -> None:
+    """OpenAI's error has one message and no list."""
+    fields = ("tools", "functions", "audio", "prediction", "reasoning_effort", "verbosity")
+    message = str(error_of(await client.post(CHAT, json=HELLO | dict.fromkeys(fields, "x")))["message"])
+    assert [part.partition(":")[0] for part in message.split("; ")] == list(fields)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b'{"model": "\xff"}'])
 async def test_body_that_is_no_json_object_is_400(client: httpx.AsyncClient, body: bytes) -> None:
     response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})

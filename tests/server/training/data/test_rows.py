@@ -123,6 +123,20 @@ def test_turns_may_be_what_openai_takes_as_such() -> None:
     assert isinstance(parse_row(document), MessagesRow)  # users may say nothing
 
 
+def test_prompts_and_completions_that_meet_within_a_word_are_counted() -> None:
+    notes = RowNotes()
+    separate = [("404", " Not Found"), ("404:", "Not Found"), ("2 + 2 =", "4"), ("水はどこ", "ここ")]
+    joined = [("from Özdemir", "billing"), ("404", "Not Found"), ("q", "a")]
+    for prompt, completion in (*separate[:2], *joined):
+        assert notes.warnings() == []
+        parse_row({"prompt": prompt, "completion": completion}, notes)
+    message = "prompt and completion meet within a word in 3 rows: begin completions with a space"
+    assert notes.warnings() == [message]
+    for prompt, completion in separate[2:]:  # now most rows separate them
+        parse_row({"prompt": prompt, "completion": completion}, notes)
+    assert notes.warnings() == []
+
+
 def test_null_fields_are_ignored() -> None:
     """As tables with other rows, or turns, that have such a column: Parquet's, and what `datasets` writes."""
     assert parse_row({"prompt": "200", "completion": "OK", "text": None, "messages": None}) == CompletionRow(
