@@ -6,7 +6,7 @@
     │   ├── RateLimited            a key or a project has used up its rate (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
     │       ├── Interrupted        from `adapters.errors`, like BytesUnavailable and InDoubt
-    │       ├── GenerationTimeout  a generation took too long
+    │       ├── GenerationTimeout  a generation took too long (HTTP 504)
     │       │   └── ReadTooSlowly  the client read its answer too slowly
     │       ├── NotReady           the model, an engine or the grammar checker isn't ready
     │       ├── Draining           the process is shutting down

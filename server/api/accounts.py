@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated, Self
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Path, Query
+from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
@@ -26,6 +26,7 @@ from server.api import wire
 from server.api.authentication import PROJECT_HEADER
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, READS
+from server.api.pages import LINK, MAX_ALL, After, AllLimit, Limit, link, page_of
 from server.api.routes import ADMIN, READ, requires
 from server.api.schemas import Answer, LimitFields, Timestamp
 from server.api.strict_route import StrictRoute
@@ -89,6 +90,7 @@ class NewKeyAnswer(KeyAnswer):
 
 class KeyList(Answer):
     keys: list[KeyAnswer]
+    next: str | None = Field(description="pass it as `after` for the next page")
 
 
 class ProjectBody(LimitFields):
@@ -111,6 +113,7 @@ class ProjectAnswer(Answer):
 
 class ProjectList(Answer):
     projects: list[ProjectAnswer]
+    next: str | None = Field(description="pass it as `after` for the next page")
 
 
 class UsageRow(Answer):
@@ -144,7 +147,7 @@ class AuditEntry(Answer):
 
 class AuditList(Answer):
     entries: list[AuditEntry]
-    next: int | None = Field(description="pass it as `before` for older entries")
+    next: int | None = Field(description="pass it as `after` for older entries")
 
 
 log = logging.getLogger("smolora.access")
@@ -177,7 +180,7 @@ keys_router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute
     response_class=Response,
     responses={201: {"model": NewKeyAnswer, "description": "The key, and its secret, once"}, **ADMIN_CHANGES},
 )
-@requires(ADMIN)
+@requires(ADMIN, adds=True)
 async def create_key(
     body: KeyBody,
     services: ServicesDep,
@@ -188,20 +191,28 @@ async def create_key(
     Once a key exists, clients need one. With SMOLORA_ALLOW_ANONYMOUS=1, they can still generate and train without.
     """
     key, secret = await to_thread.run_sync(_create, services, body, at_work_in)
-    return wire.answer(NewKeyAnswer.of(key, secret=secret), 201, {"Cache-Control": "no-store"})
+    return wire.answer(NewKeyAnswer.of(key, secret=secret), 201)
 
 
 @keys_router.get(
-    "", summary="List keys", response_class=Response, responses={200: {"model": KeyList}, **ADMIN_READS}
+    "",
+    summary="List keys",
+    response_class=Response,
+    responses={200: {"model": KeyList, "headers": LINK}, **ADMIN_READS},
 )
 @requires(ADMIN)
 async def list_keys(
+    request: Request,
     services: ServicesDep,
     project: Annotated[str | None, Query(max_length=4 * MAX_NAME, description="only this project's keys")] = None,
+    limit: AllLimit = MAX_ALL,
+    after: After = None,
 ) -> Response:
     """List keys, oldest first, including revoked and expired ones. Secrets are not stored."""
     found = await to_thread.run_sync(services.access.keys.list, project)
-    return wire.answer(KeyList(keys=[KeyAnswer.of(key) for key in found]))
+    page, following = page_of(found, lambda key: key.id, limit, after)
+    answer = KeyList(keys=[KeyAnswer.of(key) for key in page], next=following)
+    return wire.answer(answer, headers=link(request, following))
 
 
 @keys_router.delete(
@@ -247,13 +258,20 @@ ProjectName = Annotated[str, Path(max_length=4 * MAX_NAME)]
 
 
 @projects_router.get(
-    "", summary="List projects", response_class=Response, responses={200: {"model": ProjectList}, **ADMIN_READS}
+    "",
+    summary="List projects",
+    response_class=Response,
+    responses={200: {"model": ProjectList, "headers": LINK}, **ADMIN_READS},
 )
 @requires(ADMIN)
-async def list_projects(services: ServicesDep) -> Response:
+async def list_projects(
+    request: Request, services: ServicesDep, limit: AllLimit = MAX_ALL, after: After = None
+) -> Response:
     """List projects by name. A project is created with its first key, or by setting its limits."""
     found = await to_thread.run_sync(services.access.projects.list)
-    return wire.answer(ProjectList(projects=[ProjectAnswer.of(project) for project in found]))
+    page, following = page_of(found, lambda project: project.name, limit, after)
+    answer = ProjectList(projects=[ProjectAnswer.of(project) for project in page], next=following)
+    return wire.answer(answer, headers=link(request, following))
 
 
 @projects_router.get(
@@ -307,8 +325,6 @@ async def delete_project(services: ServicesDep, project: ProjectName) -> Respons
 
 usage_router = APIRouter(tags=["access"])
 
-MAX_PAGE = 1000
-
 
 def _iso_day(given: object) -> object:
     """Refuse dates not written as YYYY-MM-DD: pydantic also accepts seconds since 1970, and times at midnight."""
@@ -341,21 +357,26 @@ async def get_usage(
 
 
 @usage_router.get(
-    "/audit", summary="Audit list", response_class=Response, responses={200: {"model": AuditList}, **ADMIN_READS}
+    "/audit",
+    summary="Audit list",
+    response_class=Response,
+    responses={200: {"model": AuditList, "headers": LINK}, **ADMIN_READS},
 )
 @requires(ADMIN)
 async def get_audit(
+    request: Request,
     services: ServicesDep,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="entries on a page")] = 100,
-    before: Annotated[int | None, Query(ge=0, lt=1 << 53, description="`next` of the previous page")] = None,
+    limit: Limit = 100,
+    after: Annotated[int | None, Query(ge=0, lt=1 << 53, description="`next` of the previous page")] = None,
 ) -> Response:
     """List who made and revoked keys, set limits, visibility and aliases, and deleted things; newest first.
 
     Versions that a job publishes, and aliases that it sets, are in the job's record instead.
     """
-    found = await to_thread.run_sync(services.access.audit.list, limit + 1, before)
+    found = await to_thread.run_sync(services.access.audit.list, limit + 1, after)
     page = [AuditEntry.model_validate(entry) for entry in found[:limit]]
-    return wire.answer(AuditList(entries=page, next=found[limit - 1].number if len(found) > limit else None))
+    following = found[limit - 1].number if len(found) > limit else None
+    return wire.answer(AuditList(entries=page, next=following), headers=link(request, following))
 
 
 def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[UsageRow]:

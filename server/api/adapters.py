@@ -20,6 +20,7 @@ from adapters.recorded import FILE_DIGEST
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ALIASES, DELETES, DOWNLOADS, LOOKUPS, UNALIASES, UPLOAD_BODY, UPLOADS
+from server.api.pages import LINK, MAX_ALL, After, AllLimit, link
 from server.api.quotas import reserved
 from server.api.routes import READ, TRAIN, requires
 from server.api.schemas import Answer, Body, Timestamp, UsedAdapter
@@ -118,7 +119,6 @@ def _is_resident(version: Version, resident: Set[str]) -> bool:
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
-MAX_PAGE = 10_000
 _SHARED = "/adapters?public=true&name=PROJECT/NAME"
 
 Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
@@ -137,28 +137,26 @@ Force = Annotated[bool, Query(description="also delete aliases; versions in comp
 
 
 @router.get(
-    "", summary="List adapters", response_class=Response, responses={200: {"model": AdapterList}, **LOOKUPS}
+    "",
+    summary="List adapters",
+    response_class=Response,
+    responses={200: {"model": AdapterList, "headers": LINK}, **LOOKUPS},
 )
 @requires(READ)
 async def list_adapters(
+    request: Request,
     services: ServicesDep,
     name: Annotated[str | None, Query(max_length=MAX_KEY, description="only this adapter")] = None,
-    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="adapters on a page")] = None,
-    after: Annotated[
-        str | None, Query(max_length=MAX_KEY, description="the last name of the previous page")
-    ] = None,
+    limit: AllLimit = MAX_ALL,
+    after: After = None,
     contains: Annotated[
         str | None, Query(max_length=MAX_KEY, description="only adapters with this in their names, in any case")
     ] = None,
     public: Annotated[bool, Query(description="public adapters of all projects")] = False,
 ) -> Response:
-    """List the project's adapters by name, with all their versions; or all projects' public adapters.
-
-    If `next` is not null, pass it as `after` for the next page.
-    """
-    resident = services.engine.stats.resident
-    page = partial(services.library.page, name, limit or MAX_PAGE, after, contains=contains, public=public)
-    return await to_thread.run_sync(_page, page, resident)
+    """List the project's adapters by name, with all their versions; or all projects' public adapters."""
+    page = partial(services.library.page, name, limit, after, contains=contains, public=public)
+    return await to_thread.run_sync(_page, request, page, services.engine.stats.resident)
 
 
 @router.get(
@@ -208,7 +206,7 @@ async def download(services: ServicesDep, name: Name, version: VersionNumber) ->
     responses={201: {"model": VersionAnswer, "description": "Published"}, **UPLOADS},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
-@requires(TRAIN, upload=True)
+@requires(TRAIN, upload=True, adds=True)
 async def upload(request: Request, services: ServicesDep, name: Name) -> Response:
     """Upload a PEFT adapter as the next version of the name. It becomes the latest.
 
@@ -249,10 +247,12 @@ async def delete_version(
     return Response(status_code=204)
 
 
-def _page(page: Callable[[], tuple[list[Adapter], str | None]], resident: frozenset[str]) -> Response:
+def _page(
+    request: Request, page: Callable[[], tuple[list[Adapter], str | None]], resident: frozenset[str]
+) -> Response:
     found, following = page()
     adapters = [AdapterAnswer.of(adapter, resident) for adapter in found]
-    return wire.answer(AdapterList(adapters=adapters, next=following))
+    return wire.answer(AdapterList(adapters=adapters, next=following), headers=link(request, following))
 
 
 def _archive(services: Services, name: str, version: int) -> StoredZip:

@@ -12,6 +12,7 @@ from adapters.errors import Conflict
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
+from server.api.pages import LINK, MAX_ALL, After, AllLimit, link, page_of
 from server.api.quotas import growing
 from server.api.routes import MAX_UPLOAD_BYTES, TRAIN, requires
 from server.api.train_answers import DatasetAnswer, DatasetList, DatasetUploaded
@@ -45,13 +46,20 @@ async def upload(request: Request, services: ServicesDep) -> Response:
 
 
 @router.get(
-    "", summary="List data sets", response_class=Response, responses={200: {"model": DatasetList}, **DATASETS}
+    "",
+    summary="List data sets",
+    response_class=Response,
+    responses={200: {"model": DatasetList, "headers": LINK}, **DATASETS},
 )
 @requires(TRAIN)
-async def list_datasets(services: ServicesDep) -> Response:
+async def list_datasets(
+    request: Request, services: ServicesDep, limit: AllLimit = MAX_ALL, after: After = None
+) -> Response:
     """List data sets, newest first."""
     found = await to_thread.run_sync(services.datasets.list)
-    return wire.answer(DatasetList(datasets=[DatasetAnswer.model_validate(dataset) for dataset in found]))
+    page, following = page_of(found, lambda dataset: dataset.id, limit, after)
+    answer = DatasetList(datasets=[DatasetAnswer.model_validate(dataset) for dataset in page], next=following)
+    return wire.answer(answer, headers=link(request, following))
 
 
 @router.get(

@@ -1,8 +1,8 @@
 """The middleware that every request passes through before its route.
 
 In order, it handles the proxy's path prefix, the request id, the span and log line, the allowed sites, CORS, the
-API key, the engine's queue and the body. It is a single ASGI middleware. With several, each piece of a stream
-would pass through all of them.
+API key, the engine's queue, the body and the answer's compression. It is a single ASGI middleware. With several,
+each piece of a stream would pass through all of them.
 """
 
 import logging
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.errors import SmoloraError
+from adapters.errors import InvalidInput, SmoloraError
 from server.access.principal import Principal
 from server.access.rates import KINDS
 from server.api.authentication import FREE_METHODS, Authentication, end_of_key, principal_of
@@ -26,6 +26,7 @@ from server.api.deps import Services
 from server.api.generation import ask_queue
 from server.api.lanes import receiving
 from server.api.problems import form_of
+from server.api.representation import compact, is_long_json
 from server.api.routes import Resource, Routes
 from server.api.sites import Sites
 from server.api.tracing import RequestFacts, end_request, facts
@@ -34,7 +35,7 @@ from server.storage.reserve import Reserve, is_database_locked, is_disk_failing
 from server.telemetry.logs import Fields, place_of, request_id
 
 _LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
-_EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
+_EXPOSED = ["ETag", "Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
 """Response headers that pages of allowed sites may read."""
 _ABSOLUTE = re.compile(r"https?://(?P<host>[^/]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 _LINK = re.compile(r"<(/[^>]*)>")
@@ -42,6 +43,7 @@ _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CLIENT_GONE = 499
 _VERSIONS = ("1.0", "1.1")
 _MAX_PATH = 200  # characters in a log line
+_NOT_IDEMPOTENT = "is not supported here: each request adds something, so look what is there before you retry"
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
 _DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
 _DATABASE_LOCKED = Unavailable("the database is locked by another process", retry_after=5.0)
@@ -93,9 +95,13 @@ class Edge:
         receiving.set(receive)
         started = time.perf_counter()
         status = 0
+        held: Message | None = None  # the start of a long JSON answer
+        method = scope["method"]
+        if method == "HEAD" and "GET" in resource.methods and method not in resource.methods:
+            scope = {**scope, "method": "GET"}  # uvicorn doesn't send the body
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, held
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -104,8 +110,19 @@ class Edge:
                 if has_two_lengths:  # a proxy may disagree about where the request ends (RFC 9112, 6.3)
                     headers["Connection"] = "close"
                 headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
+                if "etag" not in headers:  # files of the pages have one
+                    headers.setdefault("Cache-Control", "no-store")
                 if root_path:
                     _add_prefix(headers, root_path)
+                if is_long_json(headers):
+                    held = message
+                    return
+            elif held is not None:
+                start, held = held, None
+                if not message.get("more_body", False):
+                    await compact(asked, method, start, message)
+                    status = start["status"]
+                await send(start)
             await send(message)
 
         form = form_of(scope["path"])
@@ -129,11 +146,11 @@ class Edge:
             await response(scope, receive, answer)
         finally:
             took = time.perf_counter() - started
-            self._services.metrics.http.ended(scope["method"], resource.template, status or _CLIENT_GONE, took)
+            self._services.metrics.http.ended(method, resource.template, status or _CLIENT_GONE, took)
             if found.span is not None:
                 end_request(found.span, scope, resource.template, status, own_id, principal_of(scope), found)
             if resource.all.watcher is None or status not in (200, 503):
-                log.info(_line(scope, status, took, found))
+                log.info(_line(scope, method, status, took, found))
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request to the application, or refuse it."""
@@ -162,11 +179,14 @@ class Edge:
         change something are refused.
         """
         form, method = form_of(scope["path"]), scope["method"]
+        required = resource.methods.get(method)
         try:
             if not resource.is_open:
                 await self._authentication.admit(scope, resource)
                 body.end_of_key = None if method in FREE_METHODS else end_of_key(scope)
-            if method in resource.methods and resource.methods[method].queued:
+            if required is not None and required.adds and "idempotency-key" in Headers(scope=scope):
+                raise InvalidInput.of("Idempotency-Key", _NOT_IDEMPOTENT)
+            if required is not None and required.queued:
                 ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
             elif method not in FREE_METHODS and self._services.engine.draining:
                 raise Draining
@@ -217,14 +237,14 @@ def _is_limited(principal: Principal) -> bool:
     return any((quota.requests_per_minute, quota.tokens_per_minute) != (None, None) for quota in quotas)
 
 
-def _line(scope: Scope, status: int, seconds: float, found: RequestFacts) -> Fields:
+def _line(scope: Scope, method: str, status: int, seconds: float, found: RequestFacts) -> Fields:
     """Return a request's log line."""
     who: dict[str, str] = {}
     if (principal := principal_of(scope)) is not None:
         who = {"key": principal.key_id, "project": principal.project}
     client = scope["client"][0] if scope.get("client") else "-"
     return Fields(
-        method=scope["method"],
+        method=method,
         path=scope["path"][:_MAX_PATH],
         status=status,
         ms=round(seconds * 1e3, 1),

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated, Literal, Self
 
 from anyio import to_thread
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
@@ -17,11 +17,12 @@ from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.evaluate_submission import EvaluateBody, submit_evaluation
 from server.api.openapi import EVALUATIONS, JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS
+from server.api.pages import LINK, After, Limit, link
 from server.api.quotas import require_room
 from server.api.routes import TRAIN, requires
 from server.api.schemas import Answer, Timestamp, UsedAdapter
 from server.api.strict_route import StrictRoute
-from server.api.train import MAX_PAGE, JobId, remove_job_files
+from server.api.train import JobId, remove_job_files
 from server.jobs.evaluate_spec import MAX_TEXT_BYTES, Candidate, EvaluateSpec, Metric
 from server.jobs.jobs import Job, Status
 
@@ -174,17 +175,18 @@ async def evaluate(body: EvaluateBody, services: ServicesDep, key: IdempotencyKe
     "",
     summary="List evaluations",
     response_class=Response,
-    responses={200: {"model": EvaluationList}, **JOB_LOOKUPS},
+    responses={200: {"model": EvaluationList, "headers": LINK}, **JOB_LOOKUPS},
 )
 @requires(TRAIN)
 async def list_evaluations(
+    request: Request,
     services: ServicesDep,
     status: Annotated[Status | None, Query(description="only jobs with this status")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="jobs on a page")] = 100,
-    after: Annotated[str | None, Query(max_length=256, description="the last id of the previous page")] = None,
+    limit: Limit = 100,
+    after: After = None,
 ) -> Response:
     """List evaluations, newest first, without their findings."""
-    return await to_thread.run_sync(_page, services, status, limit, after)
+    return await to_thread.run_sync(_page, request, services, status, limit, after)
 
 
 @router.get(
@@ -221,7 +223,7 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     return Response(status_code=204)
 
 
-def _page(services: Services, status: Status | None, size: int, after: str | None) -> Response:
+def _page(request: Request, services: Services, status: Status | None, size: int, after: str | None) -> Response:
     if after is not None:
         try:
             _evaluation(services, after)
@@ -230,7 +232,7 @@ def _page(services: Services, status: Status | None, size: int, after: str | Non
     found = services.jobs.list(status, size + 1, after, evaluations=True)
     page = [EvaluationJob.model_validate(EvaluationJob.fields(job)) for job in found[:size]]
     following = found[size - 1].id if len(found) > size else None
-    return wire.answer(EvaluationList(evaluations=page, next=following))
+    return wire.answer(EvaluationList(evaluations=page, next=following), headers=link(request, following))
 
 
 def _evaluation(services: Services, job_id: str) -> Job:

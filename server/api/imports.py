@@ -67,7 +67,7 @@ async def get_fetch() -> Fetch:
     response_class=Response,
     responses={201: {"model": VersionAnswer, "description": "Published"}, **IMPORTS},
 )
-@requires(TRAIN)
+@requires(TRAIN, adds=True)
 async def import_adapter(
     services: ServicesDep,
     fetch: Annotated[Fetch, Depends(get_fetch)],

@@ -24,6 +24,7 @@ REFUSALS = _problems(
         422: "A bad field; `errors[].loc` ends in its name",
         429: "The queue is full; see `Retry-After`",
         503: "Not ready, draining, or the engine is dead; see `Retry-After`",
+        504: "It took longer than `SMOLORA_REQUEST_TIMEOUT`",
     }
 )
 KEYS = _problems({401: "No valid key"})

@@ -24,7 +24,15 @@ from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, NotFoun
 from server.api import wire
 from server.api.near_names import WITHOUT_V1, unknown_field, unknown_path
 from server.api.routes import Routes
-from server.errors import Forbidden, PayloadTooLarge, RateLimited, TryAgain, Unauthorized, Unavailable
+from server.errors import (
+    Forbidden,
+    GenerationTimeout,
+    PayloadTooLarge,
+    RateLimited,
+    TryAgain,
+    Unauthorized,
+    Unavailable,
+)
 from server.telemetry.logs import place_of
 
 MEDIA_TYPE = "application/problem+json"
@@ -42,6 +50,7 @@ _STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
     (Unauthorized, 401),
     (Forbidden, 403),
     (PayloadTooLarge, 413),
+    (GenerationTimeout, 504),
     (Unavailable, 503),
     (TryAgain, 429),
 )
@@ -50,6 +59,7 @@ _OPENAI_CODES: tuple[tuple[type[SmoloraError], str], ...] = (
     (NotFound, "not_found"),
     (Conflict, "conflict"),
     (PayloadTooLarge, "payload_too_large"),
+    (GenerationTimeout, "timeout"),
     (Unavailable, "service_unavailable"),
     (TryAgain, "rate_limit_exceeded"),
 )
@@ -143,7 +153,9 @@ class Form(ABC):
 
     def _headers(self, error: SmoloraError) -> dict[str, str]:
         headers: dict[str, str] = {}
-        if isinstance(error, TryAgain):
+        if isinstance(error, TryAgain) and not isinstance(
+            error, GenerationTimeout
+        ):  # which would take as long again
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
         if isinstance(error, RateLimited):
             headers |= error.headers
@@ -215,8 +227,9 @@ class _OpenAI(Form):
 
     def _headers(self, error: SmoloraError) -> dict[str, str]:
         headers = super()._headers(error)
-        if isinstance(error, Conflict | InDoubt):
-            # stops the client's automatic retry: a conflict would recur, and a job in doubt might be queued twice
+        if isinstance(error, Conflict | InDoubt | GenerationTimeout):
+            # stops the client's automatic retry: the first and the last would recur, and a job in doubt might be
+            # queued twice
             headers["x-should-retry"] = "false"
         return headers
 

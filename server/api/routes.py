@@ -38,6 +38,7 @@ class Requirements:
     scopes: Scopes | None  # a key needs one of them; None: no key is needed
     upload: bool = False  # the body is spooled to disk, and may be up to MAX_UPLOAD_BYTES long
     queued: bool = False  # requests are refused while the engine's queue is full
+    adds: bool = False  # a repeated request adds one more thing, and Idempotency-Key is refused
     hint: str = ""  # advice in errors about a body that is too large
     watcher: Watcher | None = None  # who polls this route; its requests are neither logged nor traced
 

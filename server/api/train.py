@@ -13,6 +13,7 @@ from adapters.store.packed import open_all
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
+from server.api.pages import LINK, After, Limit, link
 from server.api.quotas import require_room
 from server.api.routes import TRAIN, requires
 from server.api.streams import EventStream
@@ -26,7 +27,6 @@ from server.training.spec import JobSpec
 
 router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 
-MAX_PAGE = 1000
 MAX_EVENTS = 10_000
 DRY_RUN_BYTES = 1 << 20
 """The most bytes of text that a dry run tokenizes. This takes about a second of processor time."""
@@ -72,16 +72,22 @@ async def submit(
     return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
 
 
-@router.get("", summary="List jobs", response_class=Response, responses={200: {"model": JobList}, **JOB_LOOKUPS})
+@router.get(
+    "",
+    summary="List jobs",
+    response_class=Response,
+    responses={200: {"model": JobList, "headers": LINK}, **JOB_LOOKUPS},
+)
 @requires(TRAIN)
 async def list_jobs(
+    request: Request,
     services: ServicesDep,
     status: Annotated[Status | None, Query(description="only jobs with this status")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="jobs on a page")] = 100,
-    after: Annotated[str | None, Query(max_length=256, description="the last id of the previous page")] = None,
+    limit: Limit = 100,
+    after: After = None,
 ) -> Response:
-    """List jobs, newest first. If `next` is not null, pass it as `after` for the next page."""
-    return await to_thread.run_sync(_page, services.jobs, status, limit, after)
+    """List jobs, newest first."""
+    return await to_thread.run_sync(_page, request, services.jobs, status, limit, after)
 
 
 @router.get(
@@ -101,9 +107,7 @@ async def get_job(services: ServicesDep, job_id: JobId) -> Response:
         200: {
             "model": list[EventAnswer],
             "description": f"The events; with `Accept: {_SSE}`, each as it happens, until the job ends",
-            "headers": {
-                "Link": {"schema": {"type": "string"}, "description": 'rel="next", if there are more events'}
-            },
+            "headers": LINK,
             "content": {_SSE: {"example": 'id: 2\ndata: {"seq":2,"type":"message","message":"started"}\n\n'}},
         },
         **JOB_LOOKUPS,
@@ -126,12 +130,9 @@ async def get_events(
         ),
     ] = None,
 ) -> Response:
-    """List a job's events: messages, and metrics of steps.
-
-    If there are more events, a `Link` header has the URL of the next ones.
-    """
+    """List a job's events: messages, and metrics of steps."""
     if _SSE not in request.headers.get("accept", "").lower():
-        return await to_thread.run_sync(_events, services.jobs, request.url.path, job_id, after, limit)
+        return await to_thread.run_sync(_events, request, services.jobs, job_id, after, limit)
     await to_thread.run_sync(services.jobs.get, job_id)  # raises NotFound for another project's job
     begin = after if last_id is None else last_id
     follower = services.feeds.follow(job_id, begin, services.principal.project)
@@ -234,12 +235,13 @@ def _dry_run(services: Services, body: TrainBody) -> DryRunAnswer:
         return DryRunAnswer.of(prepared, estimate, services.tokenizer.decode)
 
 
-def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:
+def _page(request: Request, jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:
     if after is not None:
         check_after(jobs, after)
     found = jobs.list(status, size + 1, after)
     page = [JobAnswer.of(job) for job in found[:size]]
-    return wire.answer(JobList(jobs=page, next=found[size - 1].id if len(found) > size else None))
+    following = found[size - 1].id if len(found) > size else None
+    return wire.answer(JobList(jobs=page, next=following), headers=link(request, following))
 
 
 def check_after(jobs: Jobs, after: str) -> None:
@@ -250,13 +252,11 @@ def check_after(jobs: Jobs, after: str) -> None:
         raise InvalidInput.of("after", f"{error}; if it was deleted, begin with the first page") from None
 
 
-def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Response:
+def _events(request: Request, jobs: Jobs, job_id: str, after: int, limit: int) -> Response:
     found = jobs.events(job_id, after, limit + 1)
-    headers = {}
-    if len(found) > limit:
-        query = f"after={found[limit - 1].seq}" + ("" if limit == MAX_EVENTS else f"&limit={limit}")
-        headers["Link"] = f'<{path}?{query}>; rel="next"'
-    return wire.answer([EventAnswer.model_validate(event) for event in found[:limit]], headers=headers)
+    following = found[limit - 1].seq if len(found) > limit else None
+    page = [EventAnswer.model_validate(event) for event in found[:limit]]
+    return wire.answer(page, headers=link(request, following))
 
 
 async def _steer(move: Callable[[str], Job], job_id: str) -> Response:

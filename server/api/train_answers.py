@@ -217,6 +217,7 @@ class DatasetUploaded(DatasetAnswer):
 
 class DatasetList(Answer):
     datasets: list[DatasetAnswer]
+    next: str | None = Field(description="pass it as `after` for the next page")
 
 
 def _config(spec: Spec, source: object) -> dict[str, object]:

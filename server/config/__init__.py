@@ -81,7 +81,7 @@ class Limits(BaseModel):
         default=600,
         gt=0,
         le=86_400,
-        description="Seconds from a generation's acceptance to its last token; then event: error, or 503 if "
+        description="Seconds from a generation's acceptance to its last token; then event: error, or 504 if "
         "nothing was sent. An import from the hub may take as long.",
     )
     queue_timeout: float = Field(

@@ -51,6 +51,25 @@ def chat_of(server: ServerProcess, **fields: object) -> str:
     return str(answer["choices"][0]["text"])
 
 
+def test_labels_change_no_answer(client: OpenAI, model: str) -> None:
+    def asked(**labels: object) -> str:
+        answer = client.chat.completions.with_raw_response.create(
+            model=model, messages=MESSAGES, temperature=0, max_tokens=8, extra_body=labels
+        )
+        assert ("x-smolora-warning" in answer.headers) == bool(labels)
+        return str(answer.parse().choices[0].message.content)
+
+    assert asked(user="me", metadata={"a": "b"}, store=True, tool_choice="auto") == asked()
+
+
+def test_base_url_without_v1_is_explained(server: ServerProcess) -> None:
+    with OpenAI(base_url=server.url, api_key="any", max_retries=0) as lost:
+        with pytest.raises(openai.NotFoundError, match="the client's base URL must end with /v1"):
+            lost.chat.completions.create(model="base", messages=MESSAGES)
+        with pytest.raises(openai.NotFoundError, match="the client's base URL must end with /v1"):
+            lost.models.list()
+
+
 def test_models(client: OpenAI, model: str) -> None:
     base, *others = client.models.list()
     assert (base.id, base.object, base.owned_by) == (model, "model", "smolora")

@@ -52,8 +52,17 @@ class Batch:
     Either iterate over `pieces` once, or await `collect` once. `close` aborts the generations that still run.
     """
 
-    def __init__(self, generations: Sequence[Generation], base_name: str, echoed: Sequence[str] = ()) -> None:
-        """If there are `echoed` texts, one for each prompt, choices begin with them."""
+    def __init__(
+        self,
+        generations: Sequence[Generation],
+        base_name: str,
+        echoed: Sequence[str] = (),
+        warnings: Sequence[str] = (),
+    ) -> None:
+        """If there are `echoed` texts, one for each prompt, choices begin with them.
+
+        `warnings` are about the request; those about its adapters follow them.
+        """
         self._generations = generations
         self._echoed = echoed
         self._n = generations[0].request.n
@@ -63,7 +72,7 @@ class Batch:
         self.model = render(Term(part.name, part.version, weight=part.weight) for part in parts)
         if not parts:
             self.model = base_name
-        self.warnings = generations[0].warnings
+        self.warnings = (*warnings, *generations[0].warnings)
         self.created = int(time.time())
 
     @property
@@ -184,7 +193,7 @@ def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
 
 
 def warning_headers(warnings: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the warnings about the adapters as headers: in ASCII, and short enough for proxies."""
+    """Yield the warnings as headers: in ASCII, and short enough for proxies."""
     texts = warnings[:_MAX_WARNINGS]
     if len(warnings) > len(texts):
         texts = (*texts[:-1], f"and {len(warnings) - len(texts) + 1} more: see GET /adapters")

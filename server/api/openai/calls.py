@@ -46,7 +46,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     num_top = _num_top(body)
     is_scored = scores_prompt(body.prompt_logprobs, body.n, body.stream)
     grammar = grammar_of(body.response_format, body.structured_outputs)
-    turns = [ChatMessage(meant_role(message.role), message.content) for message in body.messages]
+    turns = [ChatMessage(meant_role(message.role), message.content or "") for message in body.messages]
     is_open = bool(body.continue_final_message)
     if body.add_generation_prompt not in (None, not is_open):
         raise InvalidInput.of("add_generation_prompt", f"must be {not is_open} here, or left out".lower())
@@ -181,4 +181,5 @@ async def _start(
     except BaseException:
         await close_all(started)
         raise
-    return Batch(started, services.base_name, echoed)
+    labels = [f"these change nothing: {', '.join(body.ineffective)}"] if body.ineffective else []
+    return Batch(started, services.base_name, echoed, labels)

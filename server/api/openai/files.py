@@ -56,7 +56,7 @@ _BODY = {
     responses={200: {"model": FileAnswer}, **REFUSALS},
     openapi_extra={"requestBody": _BODY},
 )
-@requires(TRAIN, upload=True)
+@requires(TRAIN, upload=True, adds=True)
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Upload a file of rows. Every line is checked. Uploading the same bytes again makes another file."""
     async with received_form(request, services) as form:

@@ -1,7 +1,7 @@
 """The bodies of /v1/chat/completions and /v1/completions, with OpenAI's fields and defaults.
 
-OpenAI's fields that aren't supported are refused by name, unless their value switches them off. `user`,
-`safety_identifier` and `prompt_cache_key` are accepted and ignored, because they are only labels.
+OpenAI's fields that aren't supported are refused by name, unless their value switches them off. Labels, such as
+`user` and `metadata`, change no answer, so they are accepted. `CallBody.ineffective` names them for a warning.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _OFF: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "audio": (),
@@ -39,12 +37,9 @@ _OFF: Mapping[str, tuple[object, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "service_tier": ("auto", "default"),
-    "store": (False,),
-    "metadata": ({},),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     # fields of messages
-    "name": (),
     "refusal": (),
     "tool_calls": ([],),
     "tool_call_id": (),
@@ -68,9 +63,21 @@ def _refuse(value: object, info: ValidationInfo) -> None:
 Unsupported = Annotated[None, BeforeValidator(_refuse), Field(description="not supported")]
 
 
+_LABEL = "changes nothing"
+_LABELS = (
+    "user",
+    "metadata",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "tool_choice",
+    "parallel_tool_calls",
+)
+
+
 class StreamOptions(Body):
     include_usage: bool = Field(False, description="a last chunk with the usage and no choices")
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = Field(None, description=_LABEL)
 
 
 class CallBody(SamplingFields):
@@ -87,7 +94,14 @@ class CallBody(SamplingFields):
     structured_outputs: StructuredOutputsBody | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="a label; changes nothing")
+    user: str | None = Field(None, description=_LABEL)
+
+    @property
+    def ineffective(self) -> list[str]:
+        """Names of the given fields that change nothing, except those whose value asks for nothing."""
+        given = [name for name in _LABELS if getattr(self, name, None) not in (None, False, {}, "none")]
+        pads = self.stream_options is not None and self.stream_options.include_obfuscation
+        return [*given, "stream_options.include_obfuscation"] if pads else given
 
     @field_validator("stream_options")
     @classmethod
@@ -105,8 +119,10 @@ class ChatMessageBody(Body):
     """A turn: a text, or parts of text, which are joined without a separator. `developer` means `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(joined_parts, str | list[dict[str, str]])]
-    name: Unsupported = None
+    content: Annotated[str | None, BeforeValidator(joined_parts, str | list[dict[str, str]] | None)] = Field(
+        description="null: an empty text"
+    )
+    name: str | None = Field(None, description=_LABEL)
     refusal: Unsupported = None
     audio: Unsupported = None
     annotations: Unsupported = None
@@ -130,11 +146,13 @@ class ChatBody(CallBody):
     add_generation_prompt: bool | None = Field(
         None, description="vLLM's clients send false with continue_final_message; may be left out"
     )
-    safety_identifier: str | None = Field(None, description="a label; changes nothing")
-    prompt_cache_key: str | None = Field(None, description="a label; changes nothing")
+    safety_identifier: str | None = Field(None, description=_LABEL)
+    prompt_cache_key: str | None = Field(None, description=_LABEL)
+    store: bool | None = Field(None, description=_LABEL)
+    metadata: dict[str, str] | None = Field(None, description=_LABEL)
+    tool_choice: Literal["none", "auto"] | None = Field(None, description=_LABEL)
+    parallel_tool_calls: bool | None = Field(None, description=_LABEL)
     tools: Unsupported = None
-    tool_choice: Unsupported = None
-    parallel_tool_calls: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
@@ -145,10 +163,17 @@ class ChatBody(CallBody):
     reasoning_effort: Unsupported = None
     verbosity: Unsupported = None
     service_tier: Unsupported = None
-    store: Unsupported = None
-    metadata: Unsupported = None
     prompt_cache_options: Unsupported = None
     prompt_cache_retention: Unsupported = None
+
+    @property
+    def ineffective(self) -> list[str]:
+        names = super().ineffective
+        if any(message.name is not None for message in self.messages):
+            names.append("messages[].name")
+        if any(message.content is None for message in self.messages):
+            names.append("messages[].content: null")
+        return names
 
 
 Prompt = str | tuple[int, ...]
@@ -202,7 +227,7 @@ class CompletionBody(CallBody):
 
 
 WARNING = "X-Smolora-Warning"
-"""The header with a warning about an adapter, since OpenAI's answers have no field for warnings."""
+"""The header with a warning, since OpenAI's answers have no field for warnings."""
 
 
 class ErrorBody(BaseModel):
@@ -228,6 +253,7 @@ REFUSALS: Responses = {
         "model": ErrorAnswer,
         "description": "Not ready, draining, the engine is dead or the disk is full; see `Retry-After`",
     },
+    504: {"model": ErrorAnswer, "description": "It took longer than `SMOLORA_REQUEST_TIMEOUT`"},
 }
 
 
@@ -239,7 +265,7 @@ def answers_with(example: object) -> dict[str, object]:
         "headers": {
             WARNING: {
                 "schema": {"type": "string"},
-                "description": "about an adapter, such as one made on another base",
+                "description": "about an adapter, such as one made on another base, or fields that change nothing",
             }
         },
     }

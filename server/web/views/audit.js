@@ -26,7 +26,7 @@ export function Audit({ keys }) {
   const names = new Map(keys.map((key) => [key.id, key.name]));
   const [before, setBefore] = useState("");
   const audit = useResource(
-    (signal) => get(`/audit${before && `?before=${before}`}`, signal),
+    (signal) => get(`/audit${before && `?after=${before}`}`, signal),
     [before, keys.map((key) => key.revoked_at).join()],
   );
   /** @type {AuditEntry[]} */

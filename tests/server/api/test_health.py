@@ -130,7 +130,7 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
         "/metrics",
     } <= set(document["paths"])
     generate = document["paths"]["/generate"]["post"]
-    assert {"200", "401", "403", "404", "408", "409", "413", "415", "422", "429", "503"} == set(
+    assert {"200", "401", "403", "404", "408", "409", "413", "415", "422", "429", "503", "504"} == set(
         generate["responses"]
     )
     refused = generate["responses"]["422"]["content"]

@@ -258,7 +258,7 @@ async def test_bad_fields_of_a_key(client: httpx.AsyncClient, body: dict[str, ob
     response = await client.post("/keys", json=body)
     assert response.status_code == 422
     assert field in {part for error in response.json()["errors"] for part in error["loc"]}
-    assert (await client.get("/keys")).json() == {"keys": []}
+    assert (await client.get("/keys")).json() == {"keys": [], "next": None}
 
 
 async def test_key_revoked_by_a_command_is_refused_at_once(
@@ -658,7 +658,7 @@ async def test_a_prompt_does_not_count_if_the_server_ends_it_before_the_first_to
     app = create_app(make_services(request_timeout=0.05))
     async with client_of(app) as client:
         engine.hold_after = 0
-        assert (await client.post("/generate", json=GENERATE)).status_code == 503
+        assert (await client.post("/generate", json=GENERATE)).status_code == 504
         engine.hold_after, engine.script = None, failing(0, GenerationFailed("no"))
         assert (await client.post("/generate", json=GENERATE)).status_code == 500
         assert await usage(client, by="project") == []
@@ -723,7 +723,7 @@ async def test_the_audit_list(app: FastAPI) -> None:
         assert document["entries"][3]["detail"] == {"version": 1}
         assert document["entries"][0]["detail"]["max_jobs"] == 4
         assert document["entries"][1]["who"].startswith("key-")
-        older = (await projects.operator.get(f"/audit?before={document['next']}")).json()
+        older = (await projects.operator.get(f"/audit?after={document['next']}")).json()
         assert [entry["action"] for entry in older["entries"]] == ["key.create"] * 3
         assert older["next"] is None
         assert (await projects.acme.get("/audit")).status_code == 403

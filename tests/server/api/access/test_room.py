@@ -472,6 +472,8 @@ async def test_a_generation_that_takes_too_long(make_services: MakeServices, eng
             base |= {"adapters": ["base"]} if "adapters" in body else {}
             base |= {"prompt": "a"} if "prompt" in body else {"messages": [{"role": "user", "content": "a"}]}
             response = await client.post(path, json={**base, "max_tokens": 4})
-            assert response.status_code == 503, response.text
+            assert response.status_code == 504, response.text
             assert "SMOLORA_REQUEST_TIMEOUT" in response.text
+            assert "retry-after" not in response.headers  # a retry would take as long
+            assert response.headers.get("x-should-retry") == ("false" if path.startswith("/v1") else None)
     assert engine.open == set()

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from adapters.lora import AdapterRef
+from server.api.openai.schemas import WARNING
 from server.engine.request import Grammar, SamplingParams
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -17,24 +18,25 @@ pytestmark = pytest.mark.anyio
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}]
+HELLO = {"model": BASE_NAME, "messages": MESSAGES, "max_tokens": 2}
 
 
 async def ask(client: httpx.AsyncClient, **fields: object) -> dict[str, Any]:
-    response = await client.post(PATH, json={"model": BASE_NAME, "messages": MESSAGES, "max_tokens": 2, **fields})
+    response = await client.post(PATH, json={**HELLO, **fields})
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
 
 
 async def refusal(client: httpx.AsyncClient, **fields: object) -> dict[str, Any]:
-    response = await client.post(PATH, json={"model": BASE_NAME, "messages": MESSAGES, "max_tokens": 2, **fields})
+    response = await client.post(PATH, json={**HELLO, **fields})
     assert response.status_code == 400, response.text
     error: dict[str, Any] = response.json()["error"]
     return error
 
 
 async def chunks(client: httpx.AsyncClient, **fields: object) -> list[dict[str, Any]]:
-    body = {"model": BASE_NAME, "messages": MESSAGES, "max_tokens": 2, "stream": True, **fields}
+    body = {**HELLO, "stream": True, **fields}
     response = await client.post(PATH, json=body)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -169,10 +171,9 @@ async def test_text_parts_and_returned_messages_are_accepted(
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]},
         {"role": "user", "content": [{"type": "text", "text": 1}]},
         {"role": "user", "content": []},
-        {"role": "user", "content": None},
         {"role": "user"},
         {"role": "tool", "content": "a", "tool_call_id": "1"},
-        {"role": "user", "content": "a", "name": "me"},
+        {"role": "user", "content": "a", "name": 3},
         {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]},
     ],
 )
@@ -184,8 +185,6 @@ async def test_invalid_messages_are_refused(client: httpx.AsyncClient, message: 
     ("name", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "auto"),
-        ("parallel_tool_calls", True),
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
         ("audio", {"voice": "alloy", "format": "wav"}),
@@ -195,8 +194,6 @@ async def test_invalid_messages_are_refused(client: httpx.AsyncClient, message: 
         ("reasoning_effort", "low"),
         ("verbosity", "low"),
         ("service_tier", "flex"),
-        ("store", True),
-        ("metadata", {"a": "b"}),
         ("moderation", {"model": "m"}),
         ("prompt_cache_retention", "24h"),
     ],
@@ -213,7 +210,53 @@ async def test_unsupported_fields_are_refused_by_name(
 
 
 async def test_values_that_disable_unsupported_fields_are_accepted(client: httpx.AsyncClient) -> None:
-    await ask(client, tools=[], tool_choice="none", modalities=["text"], service_tier="auto", store=False)
+    off = {"tools": [], "tool_choice": "none", "modalities": ["text"], "service_tier": "auto", "store": False}
+    response = await client.post(PATH, json=HELLO | off)
+    assert response.status_code == 200
+    assert WARNING not in response.headers
+
+
+LABELS = {
+    "user": "me",
+    "metadata": {"a": "b"},
+    "store": True,
+    "safety_identifier": "me",
+    "prompt_cache_key": "mine",
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_labels_are_accepted_and_named_in_a_header(
+    client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder, stream: bool
+) -> None:
+    messages = [
+        {"role": "user", "content": "a", "name": "me"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "b"},
+    ]
+    body = HELLO | LABELS | {"messages": messages, "stream": stream}
+    body |= {"stream_options": {"include_obfuscation": True}} if stream else {}
+    response = await client.post(PATH, json=body)
+    assert response.status_code == 200, response.text
+    pads = ["stream_options.include_obfuscation"] if stream else []
+    named = [*LABELS, *pads, "messages[].name", "messages[].content: null"]
+    assert response.headers[WARNING] == f"these change nothing: {', '.join(named)}"
+    turns = (("user", "a"), ("assistant", ""), ("user", "b"))
+    assert engine.requests[0].prompt_token_ids == encoded(encoder, *turns)
+
+
+async def test_labels_of_completions(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json={"model": BASE_NAME, "prompt": "a", "user": "me"})
+    assert response.headers[WARNING] == "these change nothing: user"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tool_choice", "required"), ("metadata", {"a": 1}), ("store", "yes"), ("user", 3)]
+)
+async def test_labels_of_a_wrong_kind_are_refused(client: httpx.AsyncClient, name: str, value: object) -> None:
+    assert str((await refusal(client, **{name: value}))["param"]).startswith(name)
 
 
 @pytest.mark.parametrize(

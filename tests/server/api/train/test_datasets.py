@@ -39,9 +39,9 @@ async def test_upload_list_delete(client: httpx.AsyncClient, tmp_path: Path) -> 
         "created_at": dataset["created_at"],
     }
     assert (await client.get(f"/datasets/{dataset['id']}")).json() == dataset
-    assert (await client.get("/datasets")).json() == {"datasets": [dataset]}
+    assert (await client.get("/datasets")).json() == {"datasets": [dataset], "next": None}
     assert (await client.delete(f"/datasets/{dataset['id']}")).status_code == 204
-    assert (await client.get("/datasets")).json() == {"datasets": []}
+    assert (await client.get("/datasets")).json() == {"datasets": [], "next": None}
     for method in ("GET", "DELETE"):
         assert (await client.request(method, f"/datasets/{dataset['id']}")).status_code == 404
     assert not list((tmp_path / "datasets").glob("*"))

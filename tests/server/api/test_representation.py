@@ -1,0 +1,163 @@
+"""Long JSON answers are compressed and have ETags; nothing is cached; HEAD answers like GET."""
+
+import asyncio
+import gzip
+import json
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+
+from server.api.representation import MIN_BYTES, compact, is_long_json
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.fakes import Caller
+
+pytestmark = pytest.mark.anyio
+
+PROMPT = {"prompt": "a", "max_tokens": 2}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An answer as it is sent. httpx would decompress it."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+async def raw(app: FastAPI, method: str, path: str, body: object = None, **headers: str) -> Sent:
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    caller = Caller(app, path, body, method, [(b"host", b"localhost"), *given])
+    await asyncio.wait_for(caller.task, 30)
+    start, *bodies = caller.sent
+    content = b"".join(message.get("body", b"") for message in bodies)
+    return Sent(start["status"], Headers(raw=start["headers"]), content)
+
+
+async def test_long_json_is_compressed_if_the_client_accepts_it(client: httpx.AsyncClient, app: FastAPI) -> None:
+    plain = await raw(app, "GET", "/openapi.json", accept_encoding="identity")
+    packed = await raw(app, "GET", "/openapi.json", accept_encoding="br, gzip;q=0.5")
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == plain.body
+    assert len(packed.body) == int(packed.headers["content-length"]) < len(plain.body) / 3
+    assert plain.headers["vary"] == packed.headers["vary"] == "Accept-Encoding"
+    assert plain.headers["etag"] == packed.headers["etag"]
+    refused = await raw(app, "GET", "/openapi.json", accept_encoding="gzip;q=0, br")
+    assert refused.body == plain.body
+
+
+async def test_unchanged_answers_are_not_sent_again(client: httpx.AsyncClient, app: FastAPI) -> None:
+    for name in ("a", "b"):
+        await client.post(f"/adapters/{name}", files=as_parts(*peft_files()))
+    first = await raw(app, "GET", "/adapters")
+    tag = first.headers["etag"]
+    for known in (tag, tag.removeprefix("W/"), f'"other", {tag}', "*"):
+        again = await raw(app, "GET", "/adapters", if_none_match=known)
+        assert (again.status, again.body) == (304, b"")
+        assert again.headers["etag"] == tag
+        assert not {"content-length", "content-type", "content-encoding"} & set(again.headers)
+        assert "x-request-id" in again.headers
+    assert (await raw(app, "GET", "/adapters", if_none_match='"other"')).body == first.body
+    await client.delete("/adapters/b")
+    await client.post("/adapters/c", files=as_parts(*peft_files()))
+    changed = await raw(app, "GET", "/adapters", if_none_match=tag)
+    assert changed.status == 200
+    assert changed.headers["etag"] != tag
+
+
+async def test_short_answers_errors_and_streams_are_sent_as_they_are(
+    client: httpx.AsyncClient, app: FastAPI
+) -> None:
+    for method, path, body, status in (
+        ("GET", "/health", None, 200),
+        ("POST", "/generate", PROMPT, 200),
+        ("POST", "/generate", PROMPT | {"stream": True, "max_tokens": 80}, 200),
+        ("POST", "/v1/completions", PROMPT | {"model": "base", "stream": True, "max_tokens": 80}, 200),
+        ("GET", "/nowhere", None, 404),
+    ):
+        sent = await raw(app, method, path, body, accept_encoding="gzip")
+        assert sent.status == status
+        assert not {"content-encoding", "etag", "vary"} & set(sent.headers), path
+    assert len(sent.body) < MIN_BYTES
+
+
+async def test_generations_have_no_etag(client: httpx.AsyncClient, app: FastAPI) -> None:
+    body = PROMPT | {"max_tokens": 80, "logprobs": 5}
+    sent = await raw(app, "POST", "/generate", body, accept_encoding="gzip")
+    assert sent.headers["content-encoding"] == "gzip"
+    assert "etag" not in sent.headers
+    assert len(json.loads(gzip.decompress(sent.body))["choices"][0]["logprobs"]) == 80
+
+
+@pytest.mark.parametrize(
+    "path", ["/adapters", "/nowhere", "/v1/models", "/ready", "/openapi.json", "/metrics", "/docs"]
+)
+async def test_no_answer_is_stored(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.get(path)).headers["cache-control"] == "no-store"
+
+
+async def test_files_of_the_pages_stay_in_caches(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/")).headers["cache-control"] == "no-cache"
+    asset = await client.get("/docs/assets/favicon.png")
+    assert "etag" in asset.headers
+    assert "cache-control" not in asset.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/adapters", "/v1/models", "/openapi.json", "/docs", "/", "/metrics", "/nowhere", "/ready"]
+)
+async def test_head_answers_like_get(client: httpx.AsyncClient, path: str) -> None:
+    get, head = await client.get(path), await client.head(path)
+    assert head.status_code == get.status_code
+    changing = {"x-request-id", "content-length"} if path == "/metrics" else {"x-request-id"}
+    assert {**head.headers, **dict.fromkeys(changing, "")} == {**get.headers, **dict.fromkeys(changing, "")}
+
+
+@pytest.mark.parametrize("path", ["/generate", "/adapters/a/aliases/b"])
+async def test_head_is_not_possible_without_get(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.head(path)).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"content-type": "application/json", "content-length": "1024"}, True),
+        ({"content-type": "application/problem+json", "content-length": "5000"}, True),
+        ({"content-type": "application/json", "content-length": "1023"}, False),
+        ({"content-type": "application/json"}, False),
+        ({"content-type": "application/zip", "content-length": "5000"}, False),
+        ({"content-type": "text/event-stream"}, False),
+        ({"content-type": "application/json", "content-length": "5000", "content-encoding": "br"}, False),
+    ],
+)
+def test_what_counts_as_long_json(headers: dict[str, str], expected: bool) -> None:
+    assert is_long_json(Headers(headers)) == expected
+
+
+async def test_large_answers_are_compressed_in_a_thread() -> None:
+    """It would stop everything else for tens of milliseconds."""
+    content = json.dumps([{"name": f"n{number}", "digest": number**7} for number in range(200_000)]).encode()
+    longest, ended = 0.0, False
+
+    async def tick() -> None:
+        nonlocal longest
+        loop = asyncio.get_running_loop()
+        while not ended:
+            before = loop.time()
+            await asyncio.sleep(0.001)
+            longest = max(longest, loop.time() - before)
+
+    ticking = asyncio.create_task(tick())
+    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(content))]}
+    body = {"type": "http.response.body", "body": content}
+    began = asyncio.get_running_loop().time()
+    await compact(Headers({"accept-encoding": "gzip"}), "POST", start, body)
+    took = asyncio.get_running_loop().time() - began
+    ended = True
+    await ticking
+    assert len(body["body"]) < len(content) / 3
+    assert longest < took / 2
