@@ -36,10 +36,15 @@ class Hint:
 class SmoloraError(Exception):
     """Base class of all errors that smolora raises. `str(error)` is safe to show: no paths, no prompt text."""
 
-    def __init__(self, message: str = "", *, hint: Hint | None = None) -> None:
+    reason: str | None = None
+    """Why a request is refused, as /metrics and the log name it; None: it isn't counted by its reason."""
+
+    def __init__(self, message: str = "", *, hint: Hint | None = None, reason: str | None = None) -> None:
         """`message` includes the text of `hint`."""
         super().__init__(message)
         self.hint = hint
+        if reason is not None:
+            self.reason = reason
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exception.__reduce__ would call the constructor with the finished message, and drop the cause
@@ -109,8 +114,8 @@ class TryAgain(SmoloraError):
 
     default_message = "try again later"
 
-    def __init__(self, message: str | None = None, retry_after: float = 1.0) -> None:
-        super().__init__(message or self.default_message)
+    def __init__(self, message: str | None = None, retry_after: float = 1.0, *, reason: str | None = None) -> None:
+        super().__init__(message or self.default_message, reason=reason)
         self.retry_after = retry_after
 
 

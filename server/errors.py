@@ -44,6 +44,21 @@ __all__ = [
 ]
 
 
+REASONS = (
+    "queue",
+    "not_serving",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_jobs",
+    "max_bytes",
+    "disk",
+    "scope",
+    "site",
+    "wrong_keys",
+)
+"""The reasons of refusals in /metrics, in addition to the names of lanes and other bounds on concurrent work."""
+
+
 class QueueFull(TryAgain):
     """The queue is full."""
 
@@ -53,8 +68,8 @@ class QueueFull(TryAgain):
 class RateLimited(TryAgain):
     """A key or its project has used up its rate. The response `headers` show the limits and what remains."""
 
-    def __init__(self, message: str, retry_after: float, headers: Mapping[str, str]) -> None:
-        super().__init__(message, retry_after)
+    def __init__(self, message: str, retry_after: float, headers: Mapping[str, str], reason: str) -> None:
+        super().__init__(message, retry_after, reason=reason)
         self.headers = dict(headers)
 
 
@@ -74,18 +89,21 @@ class NotReady(Unavailable):
     """The model, an engine or the grammar checker isn't ready."""
 
     default_message = "the server is not ready"
+    reason = "not_serving"
 
 
 class Draining(Unavailable):
     """The server finishes running requests and takes no new ones."""
 
     default_message = "the server is shutting down"
+    reason = "not_serving"
 
 
 class EngineDead(Unavailable):
     """The engine has failed; the process will exit."""
 
     default_message = "the engine has stopped"
+    reason = "not_serving"
 
 
 class GenerationFailed(SmoloraError):

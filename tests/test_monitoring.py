@@ -18,6 +18,7 @@ from server.jobs.jobs import Jobs
 from server.metrics.engine import GatewayCollector
 from server.metrics.home import HomeCollector
 from server.metrics.metrics import Metrics, ServerCollector
+from server.metrics.quotas import QuotaCollector
 from tests.kits.monitoring import ALERTS, DASHBOARD, FOLDER, alerts, queries
 
 needs_promtool = pytest.mark.skipif(
@@ -52,6 +53,17 @@ HEALTHY: Mapping[str, str] = {
     "smolora_kv_blocks_used": "999x1600",
     "smolora_preemptions_total": "0x1600",
     "smolora_adapter_evictions_total": "0+60x1600",
+    'smolora_refused_total,reason="disk"': "0+2x1600",
+    'smolora_refused_total,reason="requests_per_minute"': "0+600x1600",
+    'smolora_lane_wait_seconds_bucket,lane="encoding",le="5.0"': "0+590x1600",
+    'smolora_lane_wait_seconds_bucket,lane="encoding",le="+Inf"': "0+600x1600",
+    'smolora_event_loop_lag_seconds_bucket,le="0.1"': "0+235x1600",
+    'smolora_event_loop_lag_seconds_bucket,le="1"': "0+240x1600",
+    'smolora_event_loop_lag_seconds_bucket,le="+Inf"': "0+240x1600",
+    'smolora_quota_used_ratio,project="acme",limit="max_bytes"': "0.8x1600",
+    "smolora_adapters_waiting": "3 0 " * 800,  # different ones
+    "smolora_oldest_queued_job_seconds": "600x1600",
+    "smolora_last_backup_timestamp_seconds": "0x1600",
     'smolora_jobs,status="queued"': "5x1600",
     'smolora_jobs,status="failed"': "7x1600",
     'smolora_workers,state="busy"': "1x1600",
@@ -67,6 +79,13 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraErrors": {'smolora_http_requests_total,status="500"': "0+20x1600"},
     "SmoloraGenerationsFail": {'smolora_requests_total,outcome="failed"': "0+20x1600"},
     "SmoloraRefuses": {'smolora_requests_total,outcome="refused"': "0+200x1600"},
+    "SmoloraRefusesWork": {'smolora_refused_total,reason="disk"': "0+20x1600"},
+    "SmoloraLaneWaits": {'smolora_lane_wait_seconds_bucket,lane="encoding",le="5.0"': "0+300x1600"},
+    "SmoloraLoopLags": {'smolora_event_loop_lag_seconds_bucket,le="0.1"': "0+120x1600"},
+    "SmoloraQuotaFull": {'smolora_quota_used_ratio,project="acme",limit="max_bytes"': "0.95x1600"},
+    "SmoloraAdaptersWait": {"smolora_adapters_waiting": "1x1600"},
+    "SmoloraJobsQueue": {"smolora_oldest_queued_job_seconds": "0+60x1600"},
+    "SmoloraBackupOld": {"smolora_last_backup_timestamp_seconds": "-700000x1600"},  # the test's clock begins at 0
     "SmoloraWrongKeys": {'smolora_auth_failures_total,reason="unknown"': "0+40x1600"},
     "SmoloraSlowFirstToken": {'smolora_time_to_first_token_seconds_bucket,le="1"': "0+500x1600"},
     "SmoloraCacheFull": {
@@ -122,8 +141,14 @@ def unit_test(series: Mapping[str, str], firing: tuple[str, ...]) -> dict[str, o
 
 def _own_labels(name: str, series: Mapping[str, str]) -> dict[str, str]:
     labels = {"job": "smolora", **({} if series is GONE else {"instance": "a:8000"})}
-    status = {"SmoloraJobsWait": "queued", "SmoloraJobsFail": "failed"}.get(name)
-    return labels if status is None else {**labels, "status": status}
+    own = {
+        "SmoloraJobsWait": {"status": "queued"},
+        "SmoloraJobsFail": {"status": "failed"},
+        "SmoloraRefusesWork": {"reason": "disk"},
+        "SmoloraLaneWaits": {"lane": "encoding"},
+        "SmoloraQuotaFull": {"project": "acme", "limit": "max_bytes"},
+    }
+    return labels | own.get(name, {})
 
 
 @pytest.mark.thorough
@@ -187,6 +212,7 @@ def test_every_queried_metric_exists(tmp_path: Path) -> None:
         GatewayCollector(EngineStats, "tiny", lambda _: [], lambda: 0, 16),
         HomeCollector(tmp_path, Jobs(connect(tmp_path)), 0),
         ServerCollector("tiny", lambda: True),
+        QuotaCollector(dict),
     ]
     text = Metrics(EngineStats, collectors).render().decode()
     there = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)) | {"up", "ALERTS"}

@@ -132,7 +132,9 @@ def refusal(limit: Limit, amount: int, window: Window, headers: dict[str, str]) 
         unit = "requests" if limit.kind == "requests" else "tokens, prompt and max_tokens together"
         message = f"this asks for up to {amount} {unit}, and {whose} a minute: ask for less"
         headers = headers | {"x-should-retry": "false"}  # else OpenAI's client retries twice, after a minute
-    return RateLimited(message, retry_after=window.seconds_left, headers=headers)
+    return RateLimited(
+        message, retry_after=window.seconds_left, headers=headers, reason=f"{limit.kind}_per_minute"
+    )
 
 
 def _item(limit: Limit) -> tuple[RateLimitItemPerMinute, str, str, str]:

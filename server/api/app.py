@@ -78,6 +78,7 @@ def create_app(services: Services) -> FastAPI:
             asyncio.create_task(keep_house(services.retention, services.settings.retain_jobs, sweep=sweep)),
             asyncio.create_task(keep_books(services.access)),
             asyncio.create_task(services.access.ring.watch()),
+            asyncio.create_task(services.metrics.loop.watch()),
         ]
         try:
             yield

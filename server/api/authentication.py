@@ -77,7 +77,7 @@ class Guesses:
             return
         if self._num_delayed >= _MAX_DELAYED:
             left = found.since + _WINDOW_SECONDS - now
-            raise TooManyGuesses("too many wrong keys from this address", retry_after=left)
+            raise TooManyGuesses("too many wrong keys from this address", retry_after=left, reason="wrong_keys")
         self._num_delayed += 1
         try:
             await asyncio.sleep(DELAY_SECONDS)
@@ -151,8 +151,10 @@ class Authentication:
             needed = " or ".join(sorted(scopes))
             has = ", ".join(sorted(principal.scopes))
             if principal.key_id == ANONYMOUS:
-                raise Forbidden(f"send a key with the scope {needed}: clients without a key have {has}")
-            raise Forbidden(f"this key lacks the scope {needed}: it has {has}")
+                raise Forbidden(
+                    f"send a key with the scope {needed}: clients without a key have {has}", reason="scope"
+                )
+            raise Forbidden(f"this key lacks the scope {needed}: it has {has}", reason="scope")
         principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
         if method not in FREE_METHODS:
             await self._access.rates.take(principal, "requests")
@@ -166,7 +168,9 @@ class Authentication:
             return principal
         if not principal.is_operator:
             whose = "clients without a key work in" if principal.key_id == ANONYMOUS else "this key belongs to"
-            raise Forbidden(f"{whose} the project {principal.project}: {_OMIT_PROJECT}", hint=_OMIT_PROJECT)
+            raise Forbidden(
+                f"{whose} the project {principal.project}: {_OMIT_PROJECT}", hint=_OMIT_PROJECT, reason="scope"
+            )
         found = self._access.ring.within(principal, project)
         if found is None and principal.key_id != ANONYMOUS:
             raise NotFound("there is no project of the name that OpenAI-Project gives")

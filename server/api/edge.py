@@ -30,7 +30,7 @@ from server.api.representation import compact, is_long_json
 from server.api.routes import Resource, Routes
 from server.api.sites import Sites
 from server.api.tracing import RequestFacts, end_request, facts
-from server.errors import Draining, Unauthorized, Unavailable
+from server.errors import REASONS, Draining, Unauthorized, Unavailable
 from server.storage.reserve import Reserve, is_database_locked, is_disk_failing
 from server.telemetry.logs import Fields, place_of, request_id
 
@@ -44,7 +44,7 @@ _CLIENT_GONE = 499
 _VERSIONS = ("1.0", "1.1")
 _MAX_PATH = 200  # characters in a log line
 _NOT_IDEMPOTENT = "is not supported here: each request adds something, so look what is there before you retry"
-_DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
+_DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0, reason="disk")
 _DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
 _DATABASE_LOCKED = Unavailable("the database is locked by another process", retry_after=5.0)
 
@@ -67,6 +67,8 @@ class Edge:
         self._reserve = Reserve(settings.home)
         self._sites = Sites(settings.allowed_hosts, settings.allowed_origins, settings.host)
         self._authentication = Authentication(services.access, services.metrics.http, routes)
+        for reason in REASONS:
+            services.metrics.lanes.declare(reason, is_lane=False)
         self._admitting: ASGIApp = self._admit
         if settings.allowed_origins:
             self._admitting = CORSMiddleware(
@@ -130,6 +132,7 @@ class Edge:
             if scope.get("http_version", "1.1") not in _VERSIONS:
                 await form.problem(505, "use HTTP/1.1")(scope, receive, answer)
             elif (fault := self._sites.fault(asked, resource.all.watcher)) is not None:
+                found.refused = "site"
                 await form.problem(403, fault)(scope, receive, answer)
             else:
                 await self._admitting(scope, receive, answer)
@@ -147,6 +150,8 @@ class Edge:
         finally:
             took = time.perf_counter() - started
             self._services.metrics.http.ended(method, resource.template, status or _CLIENT_GONE, took)
+            if found.refused is not None:
+                self._services.metrics.lanes.refused(found.refused)
             if found.span is not None:
                 end_request(found.span, scope, resource.template, status, own_id, principal_of(scope), found)
             if resource.all.watcher is None or status not in (200, 503):

@@ -24,6 +24,7 @@ from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, NotFoun
 from server.api import wire
 from server.api.near_names import WITHOUT_V1, unknown_field, unknown_path
 from server.api.routes import Routes
+from server.api.tracing import is_refused
 from server.errors import (
     Forbidden,
     GenerationTimeout,
@@ -118,6 +119,7 @@ class Form(ABC):
     def of_error(self, error: SmoloraError) -> Response:
         """Return the response for an error, with the headers that its status needs."""
         status, document = self._described(error)
+        is_refused(error.reason)
         return Response(wire.encode(document), status, headers=self._headers(error), media_type=self.media_type)
 
     def problem(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response:

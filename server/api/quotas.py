@@ -9,9 +9,11 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from threading import RLock
 from typing import TYPE_CHECKING
 
+from server.access.principal import EVERYBODY
 from server.config import Settings
 from server.errors import Forbidden, Unavailable
 from server.system.messages import plural
@@ -28,7 +30,7 @@ def require_space(settings: Settings, num_bytes: int = 0) -> None:
         if settings.min_free_bytes:
             least = settings.min_free_bytes.human_readable()
             message = f"the server's disk has less than {least} left (SMOLORA_MIN_FREE_BYTES)"
-        raise Unavailable(message, retry_after=_RETRY_SECONDS)
+        raise Unavailable(message, retry_after=_RETRY_SECONDS, reason="disk")
 
 
 class Spooling:
@@ -151,8 +153,27 @@ def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str,
         if stored + num_bytes > most or stored >= most:
             raise Forbidden(
                 f"the {owner} may store {plural(most, 'byte')}, has {stored} and would add {num_bytes}: delete "
-                "adapters, data sets or files, or ask for a larger max_bytes"
+                "adapters, data sets or files, or ask for a larger max_bytes",
+                reason="max_bytes",
             )
+
+
+def quota_use(services: "Services") -> dict[tuple[str, str], float]:
+    """Return the used share of each project's limits on jobs and bytes, by project and limit.
+
+    This does disk I/O, so it may block.
+    """
+    found = {}
+    for project in services.access.projects.list():
+        quota = project.quota
+        if quota.max_jobs is None and quota.max_bytes is None:
+            continue
+        own = services.of(replace(EVERYBODY, project=project.name, sees_all=False))
+        if quota.max_jobs is not None:
+            found[project.name, "max_jobs"] = own.jobs.num_unfinished() / quota.max_jobs
+        if quota.max_bytes is not None:
+            found[project.name, "max_bytes"] = stored_bytes(own) / quota.max_bytes
+    return found
 
 
 def require_room(services: "Services") -> None:

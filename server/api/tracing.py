@@ -44,6 +44,7 @@ class RequestFacts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens that were cached
+    refused: str | None = None  # the reason, as in `server.errors.REASONS`
 
     def generated(
         self, generation_id: str, adapters: Iterable[str], num_prompt: int, num_completion: int, num_cached: int
@@ -61,6 +62,8 @@ class RequestFacts:
             yield "trace", self.span.trace_id
         if self.job_id is not None:
             yield "job", self.job_id
+        if self.refused is not None:
+            yield "refused", self.refused
         if self.generations:
             yield "generation", _listed(self.generations)
             yield "adapters", _listed(self.adapters) or "base"
@@ -71,6 +74,12 @@ class RequestFacts:
 
 facts: ContextVar[RequestFacts | None] = ContextVar("facts", default=None)
 """The facts of the current request, or None outside of requests."""
+
+
+def is_refused(reason: str | None) -> None:
+    """Record why the current request is refused, if the reason is counted."""
+    if (request := facts.get()) is not None and reason is not None:
+        request.refused = reason
 
 
 def is_chat() -> None:

@@ -259,7 +259,7 @@ class AsyncEngine:
         wait = _WAIT_ERROR * self._rate.wait(self._clock(), self._in_flight.num_ahead(project))
         if wait > self._queue_timeout:
             message = f"the queue takes up to {wait:.0f} s, more than SMOLORA_QUEUE_TIMEOUT"
-            raise QueueFull(message, retry_after=wait - self._queue_timeout)
+            raise QueueFull(message, retry_after=wait - self._queue_timeout, reason="queue")
 
     def submit(self, request: GenerationRequest) -> OutputStream:
         """Queue a request. Raise QueueFull, Draining, NotReady, EngineDead or InvalidInput if it is refused."""
@@ -290,7 +290,7 @@ class AsyncEngine:
         if not self.ready:
             raise NotReady
         if not self._in_flight.has_room(project, num_sequences):
-            raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)")
+            raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)", reason="queue")
 
     def _observe(self, num_ended: int = 0) -> None:
         """Record the new number of sequences in flight, after `num_ended` sequences have left the batch."""

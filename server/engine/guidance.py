@@ -331,7 +331,7 @@ class Guidance:
         if self.is_usable(grammar):
             return
         if not self._turn.acquire(timeout=_TURN_SECONDS):
-            raise QueueFull("too many grammars wait to be compiled")
+            raise QueueFull("too many grammars wait to be compiled", reason="queue")
         try:
             if not self.holds(grammar):
                 self._checker.check(grammar)

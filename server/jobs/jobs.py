@@ -255,6 +255,12 @@ class Jobs:
         with self._reader.connect() as connection:
             return {Status(status): number for status, number in connection.execute(query)}
 
+    def oldest_queued(self) -> datetime | None:
+        """Return when the oldest job was queued that waits for its first start, or None if no job does."""
+        waits = sa.and_(jobs.c.status == Status.QUEUED, jobs.c.started_at.is_(None))
+        with self._reader.connect() as connection:
+            return connection.execute(sa.select(sa.func.min(jobs.c.created_at)).where(self._mine, waits)).scalar()
+
     def owners(self) -> set[str]:
         """Return the names of the workers that hold a lease."""
         is_kept = sa.not_(is_over(jobs.c.lease_until, database_time()))
@@ -333,7 +339,7 @@ class Jobs:
         for most, whose, query in bounds:
             if (number := connection.execute(query).scalar_one()) >= most:
                 message = f"this {whose} has {plural(number, 'unfinished job')}, and may have {most:,} at once"
-                raise QueueFull(message, _RETRY_SECONDS)
+                raise QueueFull(message, _RETRY_SECONDS, reason="max_jobs")
 
 
 def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:

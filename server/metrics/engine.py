@@ -25,6 +25,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
     ("smolora_kv_blocks", "Blocks of the KV cache", lambda s: s.kv_blocks_total),
     ("smolora_kv_blocks_used", "Blocks that a request refers to", lambda s: s.kv_blocks_used),
     ("smolora_adapters_resident", "Adapters in the engine's memory", lambda s: s.adapters_resident),
+    (
+        "smolora_adapters_waiting",
+        "Adapters of waiting requests that aren't in memory; a sample if many wait",
+        lambda s: len(s.waiting - s.resident),
+    ),
     ("smolora_adapter_rows", "Rank rows in the engine's memory", lambda s: s.adapter_rows_total),
     ("smolora_adapter_rows_used", "Rank rows that resident adapters own", lambda s: s.adapter_rows_used),
     ("smolora_fallbacks", "Number of fallbacks that /ready lists", lambda s: len(s.fallbacks)),

@@ -1,4 +1,4 @@
-"""Metrics of HOME: jobs, workers, and disk space.
+"""Metrics of HOME: jobs, workers, disk space, and the last backup.
 
 They are read at most once a second, however often gateways request them. If something can't be read, its metrics
 are omitted, and a warning is logged: the other metrics are needed most when a disk fails.
@@ -9,6 +9,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -17,6 +19,7 @@ from prometheus_client.registry import Collector
 from server.jobs.jobs import Jobs
 from server.jobs.supervisor import workers_of
 from server.jobs.tables import Status
+from server.storage.home import Home
 
 _KEEP_SECONDS = 1.0
 _QUIET_SECONDS = 60.0  # between two log lines about the same fault
@@ -70,6 +73,10 @@ class HomeCollector(Collector):
         for status in Status:
             jobs.add_metric([status.value], counts.get(status, 0))
         yield jobs
+        oldest = self._jobs.oldest_queued()
+        age = 0.0 if oldest is None else max(0.0, (datetime.now(UTC) - oldest).total_seconds())
+        text = "Age of the oldest queued job that waits for its first start; 0: there is none"
+        yield GaugeMetricFamily("smolora_oldest_queued_job_seconds", text, value=age)
         busy, living = self._jobs.owners(), set(workers_of(self._home))
         living |= busy if self._is_shared else set()
         states = Counter("busy" if worker in busy else "idle" for worker in living)
@@ -80,6 +87,11 @@ class HomeCollector(Collector):
 
     def _of_disk(self) -> Iterator[Metric]:
         usage = shutil.disk_usage(self._home)
+        at = 0.0
+        with suppress(FileNotFoundError):
+            at = Home(self._home).backed_up.stat().st_mtime
+        text = "Time of the last complete `smolora backup`, in seconds since 1970; 0: there was none"
+        yield GaugeMetricFamily("smolora_last_backup_timestamp_seconds", text, value=at)
         yield GaugeMetricFamily("smolora_disk_bytes", "Size of HOME's disk", value=usage.total)
         yield GaugeMetricFamily("smolora_disk_free_bytes", "Free space on HOME's disk", value=usage.free)
         text = "Free space that uploads and jobs leave (SMOLORA_MIN_FREE_BYTES)"

@@ -7,6 +7,7 @@ Each server has its own registry. Labels are bounded: routes are templates, such
 without a route share one label; past MAX_ADAPTER_LABELS distinct adapters, the rest share the label "other".
 """
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -93,9 +94,10 @@ _WAIT_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 
 class LaneMetrics:
-    """Metrics of lanes, which are limits on concurrent work: waits for a thread, and refused requests.
+    """Metrics of lanes, which are limits on concurrent work: waits for a thread; and refused requests by reason.
 
-    A request is refused if its lane, or another limit on concurrent work, is full.
+    A reason is the name of a lane, or of another limit on concurrent work, that is full, or one of
+    `server.errors.REASONS`.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -108,13 +110,13 @@ class LaneMetrics:
         )
         self._refusals = Counter(
             "smolora_refused",
-            "Requests refused with 429 because a lane or another bound was full, by its name",
+            "Requests refused because something is full or used up, or because the key or the site may not",
             ["reason"],
             registry=registry,
         )
 
     def declare(self, name: str, *, is_lane: bool) -> None:
-        """Create the Prometheus series of a lane or another limit on concurrent work, with value 0.
+        """Create the Prometheus series of a lane or another reason of refusals, with value 0.
 
         Otherwise Prometheus wouldn't see the first refusal as an increase.
         """
@@ -127,8 +129,32 @@ class LaneMetrics:
         self._waits.labels(lane).observe(seconds)
 
     def refused(self, reason: str) -> None:
-        """Count a request that was refused because `reason`, a limit on concurrent work, was reached."""
+        """Count a request that was refused because of `reason`."""
         self._refusals.labels(reason).inc()
+
+
+_LAG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LOOK_SECONDS = 0.25
+
+
+class LoopMetrics:
+    """How late the event loop runs: all requests wait while something computes on it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lags = Histogram(
+            "smolora_event_loop_lag_seconds",
+            "Delay of a timer that is due four times a second",
+            buckets=_LAG_SECONDS,
+            registry=registry,
+        )
+
+    async def watch(self) -> None:
+        """Measure the current event loop until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _LOOK_SECONDS
+            await asyncio.sleep(_LOOK_SECONDS)
+            self._lags.observe(max(0.0, loop.time() - due))
 
 
 _THREADS = "/proc/self/task"
@@ -200,6 +226,7 @@ class Metrics:
         PlatformCollector(registry=self._registry)
         self.http = HttpMetrics(self._registry)
         self.lanes = LaneMetrics(self._registry)
+        self.loop = LoopMetrics(self._registry)
         self._labels: set[str] = set()
         self._requests = Counter(
             "smolora_requests", "Requests to generate, by outcome", ["outcome"], registry=self._registry
@@ -219,6 +246,10 @@ class Metrics:
         self.observe_first_token = self._first_token.observe
         self.observe_inter_token = self._inter_token.observe
         self.observe_queue = self._queue.observe
+
+    def add(self, collector: Collector) -> None:
+        """Add a collector, which is read at each request."""
+        self._current.register(collector)
 
     def accepted(self, adapters: Iterable[str]) -> None:
         """Count a request that is passed to the engine, once for each of its adapters ("base" if it has none)."""

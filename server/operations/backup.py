@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -99,6 +99,7 @@ def back_up(home: Path, target: Path) -> Made:
             os.fsync(file.fileno())
         archive.replace(target)
         sync(target.parent)
+        _note(home)
         return made
 
 
@@ -114,7 +115,14 @@ def stream(home: Path, target: IO[bytes]) -> Made:
         with workspace(scratch / "backup") as space, writing(target, compressed=False) as writer:
             made = _Backup(home, space, writer).run()
         target.flush()
+        _note(home)
         return made
+
+
+def _note(home: Path) -> None:
+    """Record the time of a complete backup, for /metrics. A full disk doesn't fail the backup."""
+    with suppress(OSError):
+        Home(home).backed_up.touch()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from server.api.deps import EngineClient, Limiters, RecentPins, Services
 from server.api.estimate import Estimator
 from server.api.housekeeping import clean_uploads
 from server.api.job_feeds import JobFeeds
+from server.api.quotas import quota_use
 from server.api.submission import Submissions
 from server.config import Settings
 from server.database import agree, commits_at_once, commits_of, described, is_file, records_of
@@ -30,6 +31,7 @@ from server.jobs.jobs import Jobs
 from server.metrics.engine import GatewayCollector
 from server.metrics.home import HomeCollector
 from server.metrics.metrics import Metrics, ServerCollector
+from server.metrics.quotas import QuotaCollector
 from server.model.base.source import hub_model
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import training_dtype
@@ -130,7 +132,7 @@ def build(
             ServerCollector(base.name, lambda: engine.ready),
         ],
     )
-    return Services(
+    services = Services(
         settings=settings,
         engine=engine,
         hub_base=hub_model(base.directory),
@@ -153,6 +155,8 @@ def build(
         recent_pins=RecentPins(commits_at_once(database, settings.home)),
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
     )
+    metrics.add(QuotaCollector(partial(quota_use, services)))
+    return services
 
 
 def _end_token(base: BaseModel) -> int:

@@ -74,6 +74,11 @@ class Home:
         return self.path / "keyed"
 
     @property
+    def backed_up(self) -> Path:
+        """An empty file, written by each complete backup: its time is the backup's."""
+        return self.path / "backed-up"
+
+    @property
     def models(self) -> Path:
         """The folder with the converted bases, by name."""
         return self.path / "models"

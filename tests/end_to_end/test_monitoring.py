@@ -126,6 +126,7 @@ def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) 
     """Start a Prometheus; return it once the server has trained, published and generated for a while."""
     made = server.client.post("/keys", json={"name": "prometheus", "scopes": ["metrics"]})
     assert made.status_code == 201, made.text
+    assert server.client.put("/projects/acme", json={"max_jobs": 5}).status_code == 200
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), server, made.json()["secret"])
     try:
         wait_until(prometheus.is_scraping, what="the first scrape")

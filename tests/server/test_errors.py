@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_more": 0,
     "retry_after": 2.5,
     "headers": {"x-ratelimit-limit-requests": "2"},
+    "reason": "queue",
 }
 """Arguments of the constructors, by parameter name."""
 

@@ -2,16 +2,21 @@
 
 import logging
 import shutil
+import time
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from server.errors import StartupError
 from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
 from server.jobs.supervisor import own_name, present
 from server.jobs.tables import Status
 from server.metrics.home import HomeCollector
+from server.operations.backup import back_up, stream
 from tests.server.jobs.job_kit import submit
 
 Samples = dict[tuple[str, str], float]
@@ -49,6 +54,48 @@ def test_every_status_has_its_count(tmp_path: Path, jobs: Jobs, leases: Leases) 
         "failed": 0,
         "cancelled": 1,
     }
+
+
+def test_the_oldest_job_that_waits_for_its_first_start(
+    tmp_path: Path, jobs: Jobs, leases: Leases, database: sa.Engine
+) -> None:
+    collector, clock = _collector(tmp_path, jobs)
+    assert read(collector)["smolora_oldest_queued_job_seconds", ""] == 0
+    for number in range(3):
+        submit(jobs, f"job-{number}")
+    with database.begin() as connection:
+        for number, minutes in ((0, 90), (1, 30)):
+            connection.execute(
+                sa.text("UPDATE jobs SET created_at = :at WHERE id = :id"),
+                {
+                    "at": f"{datetime.now(UTC) - timedelta(minutes=minutes):%Y-%m-%d %H:%M:%S.%f}",
+                    "id": f"job-{number}",
+                },
+            )
+    clock.now += 1
+    assert read(collector)["smolora_oldest_queued_job_seconds", ""] == pytest.approx(90 * 60, abs=60)
+    claim = leases.claim("somebody")  # job-0, which then gives way to others: it has begun
+    assert claim is not None
+    assert claim.job_id == "job-0"
+    clock.now += 1
+    assert read(collector)["smolora_oldest_queued_job_seconds", ""] == pytest.approx(30 * 60, abs=60)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_the_time_of_the_last_complete_backup(tmp_path: Path, jobs: Jobs, is_streamed: bool) -> None:
+    collector, clock = _collector(tmp_path, jobs)
+    assert read(collector)["smolora_last_backup_timestamp_seconds", ""] == 0
+    with pytest.raises(StartupError):
+        back_up(tmp_path, tmp_path / "nowhere" / "backup.tar")
+    clock.now += 1
+    assert read(collector)["smolora_last_backup_timestamp_seconds", ""] == 0
+    started = time.time()
+    if is_streamed:
+        stream(tmp_path, BytesIO())
+    else:
+        back_up(tmp_path, tmp_path / "backup.tar")
+    clock.now += 1
+    assert started - 1 <= read(collector)["smolora_last_backup_timestamp_seconds", ""] <= time.time() + 1
 
 
 def test_a_worker_is_busy_while_it_keeps_a_lease(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
@@ -96,6 +143,7 @@ def test_unreadable_metrics_are_left_out_and_logged_once_a_minute(
     for _ in range(30):
         clock.now += 1
         assert {name for name, _ in read(collector)} == {
+            "smolora_last_backup_timestamp_seconds",
             "smolora_disk_bytes",
             "smolora_disk_free_bytes",
             "smolora_disk_min_free_bytes",

@@ -1,14 +1,17 @@
 """/metrics: the names of the contract, the engine's numbers, and a bound on labels."""
 
+import asyncio
 import os
 import threading
 import time
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import __version__
 from server.engine.request import EngineStats
 from server.metrics.metrics import MAX_ADAPTER_LABELS, MAX_AGE, Metrics, ServerCollector
+from server.metrics.quotas import QuotaCollector
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -38,6 +41,55 @@ def test_fallbacks_are_counted() -> None:
     stats = EngineStats(fallbacks=frozenset({"no CUDA graphs: a reason"}))
     assert samples(Metrics(lambda: stats))["smolora_fallbacks", ()] == 1
     assert samples(Metrics(EngineStats))["smolora_fallbacks", ()] == 0
+
+
+def test_adapters_that_wait_are_counted_unless_they_are_resident() -> None:
+    stats = EngineStats(resident=frozenset({"a", "b"}), waiting=frozenset({"b", "c", "d"}))
+    assert samples(Metrics(lambda: stats))["smolora_adapters_waiting", ()] == 2
+
+
+@pytest.mark.anyio
+async def test_a_blocked_event_loop_lags() -> None:
+    metrics = Metrics(EngineStats)
+    watching = asyncio.create_task(metrics.loop.watch())
+    await asyncio.sleep(0)
+    time.sleep(0.6)  # as parsing a huge body would; the timer is due after 0.25 s
+    await asyncio.sleep(0.01)
+    watching.cancel()
+    found = samples(metrics)
+    assert found["smolora_event_loop_lag_seconds_count", ()] == 1
+    assert found["smolora_event_loop_lag_seconds_bucket", (("le", "0.25"),)] == 0
+    assert found["smolora_event_loop_lag_seconds_sum", ()] >= 0.34
+
+
+def test_use_of_quotas_is_read_once_a_minute_and_bounded() -> None:
+    use = {(f"p{number}", "max_jobs"): number / 1000 for number in range(150)}
+    reads: list[float] = []
+    now = [0.0]
+
+    def read() -> dict[tuple[str, str], float]:
+        reads.append(now[0])
+        if len(reads) == 2:
+            raise OSError("the disk fails")
+        return use
+
+    metrics = Metrics(EngineStats)
+    metrics.add(QuotaCollector(read, lambda: now[0]))
+
+    def shares() -> dict[str, float]:
+        found = samples(metrics).items()
+        return {
+            dict(labels)["project"]: value for (name, labels), value in found if name == "smolora_quota_used_ratio"
+        }
+
+    fullest = {f"p{number}": number / 1000 for number in range(50, 150)}
+    for now[0] in (0.0, 1.0, 59.0):
+        assert shares() == fullest
+    now[0] = 60.0
+    assert shares() == {}, "the rest of the metrics is needed most when a disk fails"
+    now[0] = 120.0
+    assert shares() == fullest
+    assert reads == [0.0, 60.0, 120.0]
 
 
 def test_requests_are_counted_by_outcome_and_adapter() -> None:
