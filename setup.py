@@ -1,9 +1,10 @@
-"""Puts the native code into a wheel, compiled for every instruction set of this kind of machine.
+"""Puts the native code into a wheel, compiled for every instruction set of this kind of machine; and its commit.
 
 Nothing is compiled without a C++ compiler, or for an editable install: the server compiles at its first start.
 """
 
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent))
 from server.model.native.build import NativeUnavailable, compile_libraries
+from server.system.version import FILE, commit
 
 PREBUILT = "server/model/native/prebuilt"
 
@@ -25,6 +27,8 @@ class BuildWithNative(build_py):
         super().run()
         if self.editable_mode:
             return
+        built = os.environ.get("COMMIT") or commit() or ""  # an image is built without Git's files
+        Path(self.build_lib, "server", FILE).write_text(built, encoding="ascii")
         directory = Path(self.build_lib, PREBUILT)
         shutil.rmtree(directory, ignore_errors=True)  # an earlier build's
         try:

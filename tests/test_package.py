@@ -39,6 +39,24 @@ def test_wheel_has_all_runtime_files() -> None:
     assert wanted - there == set()
 
 
+def test_changelog_and_project_have_one_version() -> None:
+    """The number stands once, in `server.__version__`. The changelog's newest heading is about that version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "server.__version__"}
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    releases = [
+        re.fullmatch(r"(\d+\.\d+\.\d+) \((unreleased|\d{4}-\d{2}-\d{2})\)", heading) for heading in headings
+    ]
+    versions = [release[1] for release in releases if release]
+    assert len(versions) == len(headings) > 0, "each heading is a version and a date"
+    assert versions[0] == server.__version__
+    numbers = [tuple(map(int, version.split("."))) for version in versions]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert not any(release and release[2] == "unreleased" for release in releases[1:])
+
+
 def test_documented_extras_keep_the_editable_install() -> None:
     """Without `-e` pip would replace the installation of `make serve` by a copy, which would then never be
     updated."""

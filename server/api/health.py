@@ -1,19 +1,23 @@
-"""GET /health, /ready and /metrics.
+"""GET /health, /ready, /version and /metrics.
 
 /health and /ready also answer HEAD, which load balancers often send.
 """
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.responses import Response
 
+from server import __version__
 from server.access.principal import SCOPES
 from server.api import wire
 from server.api.deps import ServicesDep
 from server.api.openapi import KEYS, READY
-from server.api.routes import METRICS, OPEN, requires
+from server.api.routes import ANY, METRICS, OPEN, requires
+from server.api.schemas import Answer
 from server.errors import EngineDead, NotReady
 from server.metrics.metrics import CONTENT_TYPE
+from server.system.version import commit
 
 _rendering = CapacityLimiter(1)
 
@@ -54,6 +58,23 @@ async def ready(services: ServicesDep) -> Response:
             "fallbacks": sorted(stats.fallbacks),
         }
     )
+
+
+class VersionAnswer(Answer):
+    version: str
+    commit: str | None = Field(description="the Git commit of this code; null if it isn't known")
+
+
+@router.get(
+    "/version",
+    summary="What runs here",
+    response_class=Response,
+    responses={200: {"model": VersionAnswer}, **KEYS},
+)
+@requires(ANY)
+async def version() -> Response:
+    """Return the version, and the commit that it was built from."""
+    return wire.answer(VersionAnswer(version=__version__, commit=await to_thread.run_sync(commit)))
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from server.access.principal import Scope
+from server.access.principal import SCOPES, Scope
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
@@ -24,6 +24,7 @@ GENERATE: Scopes = frozenset({"generate"})
 TRAIN: Scopes = frozenset({"train"})
 METRICS: Scopes = frozenset({"metrics"})
 ADMIN: Scopes = frozenset({"admin"})
+ANY: Scopes = frozenset(SCOPES)
 OPEN = None
 """The `scopes` of routes that need no key."""
 

@@ -1,11 +1,16 @@
-"""/health, /ready, /metrics, and the OpenAPI document."""
+"""/health, /ready, /version, /metrics, and the OpenAPI document."""
+
+import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
 
 from adapters.errors import InvalidInput, SmoloraError
+from server import __version__
 from server.errors import EngineDead, GenerationFailed, GenerationTimeout, QueueFull, ReadTooSlowly
 from server.metrics.metrics import Outcome
+from server.system import version
 from tests.server.api.access.key_kit import new_secret
 from tests.server.api.fakes import FakeEngine, failing
 from tests.server.conftest import MakeServices, client_of, new_app
@@ -159,3 +164,20 @@ async def test_a_scraper_without_a_key_may_bring_an_empty_one(make_services: Mak
             assert (await client.get("/metrics", headers={"Authorization": given})).status_code == 200
         new_secret(app)
         assert (await client.get("/metrics", headers={"Authorization": "Bearer wrong"})).status_code == 401
+
+
+async def test_the_version_has_its_commit(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/version")
+    git = ["git", "-C", str(Path(__file__).parents[3]), "rev-parse", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    assert answer.json() == {"version": __version__, "commit": done.stdout.strip() or None}
+
+
+@pytest.mark.parametrize("file", ["c0ffee\n", "", None])
+def test_a_wheels_commit_is_in_its_file(file: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, and without Git's files, the commit isn't known."""
+    monkeypatch.setattr(version, "PACKAGE", tmp_path / "server")
+    (tmp_path / "server").mkdir()
+    if file is not None:
+        (tmp_path / "server" / version.FILE).write_text(file)
+    assert version.commit.__wrapped__() == ((file or "").strip() or None)

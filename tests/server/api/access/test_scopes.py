@@ -13,7 +13,7 @@ from server.access.principal import SCOPES, Scope
 from server.access.tables import api_keys
 from server.api.app import ROUTES
 from server.api.openapi import App
-from server.api.routes import ADMIN, GENERATE, METRICS, NOWHERE, READ, TRAIN, Routes, requires
+from server.api.routes import ADMIN, ANY, GENERATE, METRICS, NOWHERE, READ, TRAIN, Routes, requires
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -45,6 +45,7 @@ EVERYTHING: dict[str, frozenset[Scope] | None] = {
     "PUT /projects/{project}": ADMIN,
     "DELETE /projects/{project}": ADMIN,
     "GET /audit": ADMIN,
+    "GET /version": ANY,
 }
 """Scopes of each route that `train` doesn't open, or not alone; `train` opens all others."""
 VALUES = {
