@@ -70,6 +70,15 @@ def test_unit_allows_time_to_stop() -> None:
     assert unit["SuccessExitStatus"] == "143"
 
 
+def test_unit_waits_until_the_server_is_ready_and_watches_it() -> None:
+    unit = settings()
+    assert unit["Type"] == "notify"
+    assert int(unit["TimeoutStartSec"]) >= 600, "the first start converts the base"
+    assert int(unit["WatchdogSec"]) > DRAIN_SECONDS + GRACE_SECONDS, "nothing is sent while workers end"
+    assert unit["ExecReload"] == "/bin/kill -USR1 $MAINPID"
+    assert "AF_UNIX" in unit["RestrictAddressFamilies"]
+
+
 def test_unit_limits_cover_the_servers_needs() -> None:
     unit = settings()
     assert int(unit["LimitNOFILE"]) > 4 * Limits().max_connections

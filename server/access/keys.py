@@ -16,6 +16,7 @@ event loop never waits. Concurrent requests share one read.
 import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,8 +38,11 @@ from server.access.principal import DEFAULT_SCOPES, EVERYBODY, GUEST, SCOPES, Pr
 from server.access.projects import Projects, ensure, quota_of
 from server.access.tables import api_keys, changed
 from server.config.operator_keys import OperatorKeys
+from server.system.messages import plural
 
 PREFIX = "sk-smolora-"
+
+log = logging.getLogger("smolora.access")
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,7 @@ class KeyRing:
         self._fault: Unavailable | None = None
         self._used: dict[str, datetime] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}
-        self._read_operators_keys(is_first=True)
+        self._read_operators_keys(always=True)
 
     @property
     def has_keys(self) -> bool:
@@ -299,13 +303,19 @@ class KeyRing:
             if self._fault is not None:
                 raise self._fault
 
+    async def reload(self) -> None:
+        """Read the file of operator's keys again, even if it seems unchanged, and log the number of its keys."""
+        self._read_operators_keys(always=True)
+        await self.refresh()
+        log.info("reloaded: SMOLORA_API_KEYS has %s", plural(len(self._fixed), "valid key"))
+
     def refresh_now(self) -> None:
         """Bring the cache up to date. This blocks the caller's thread."""
         if (seen := self._commits()) != self._seen:
             self._take(self._read(), seen)
 
-    def _read_operators_keys(self, is_first: bool = False) -> None:
-        if not (self._operator.refresh() or is_first):
+    def _read_operators_keys(self, always: bool = False) -> None:
+        if not (self._operator.refresh(always) or always):
             return
         digests = map(digest_of, self._operator.secrets)
         self._fixed = {digest: _of_setting(digest) for digest in digests}

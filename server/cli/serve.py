@@ -105,4 +105,14 @@ def _serve_at(
             say("SMOLORA_API_KEY is what commands send: no API key is asked for, unless SMOLORA_API_KEYS has some")
 
     supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
-    return run(app, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies, settings)
+    return run(
+        app,
+        services.engine,
+        bound,
+        announce,
+        supervisor,
+        flag,
+        settings.trusted_proxies,
+        settings,
+        services.access.ring.reload,
+    )

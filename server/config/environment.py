@@ -81,6 +81,16 @@ def trace_exporters() -> tuple[str, ...]:
     return tuple(otlp if name == "otlp" else name for name in map(str.strip, (named or "otlp").split(",")) if name)
 
 
+def service_manager() -> tuple[str, float | None]:
+    """Return the address of the systemd that runs this process, and its watchdog's timeout in seconds.
+
+    The address is empty if there is no systemd, and the timeout is None if there is no watchdog.
+    """
+    is_ours = os.environ.get("WATCHDOG_PID", "") in ("", str(os.getpid()))
+    timeout = os.environ.get("WATCHDOG_USEC", "") if is_ours else ""
+    return os.environ.get("NOTIFY_SOCKET", ""), int(timeout) / 1e6 if timeout.isdecimal() else None
+
+
 def without_secrets() -> dict[str, str]:
     """Return an environment without passwords and keys, for a Python process that handles users' input."""
     names = ("PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")

@@ -64,8 +64,8 @@ class OperatorKeys:
         self.secrets = tuple(given) if self._path is None else ()
         self._seen: object = None
 
-    def refresh(self) -> bool:
-        """Read the file of keys again if it has changed. Return whether it has changed.
+    def refresh(self, always: bool = False) -> bool:
+        """Read the file of keys again if it has changed, or `always`. Return whether it was read.
 
         If the file has become invalid, log why and accept no key, so that a removed key can't stay valid.
         """
@@ -76,7 +76,7 @@ class OperatorKeys:
             seen: object = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
         except OSError as error:
             seen = error.errno
-        if seen == self._seen:
+        if seen == self._seen and not always:
             return False
         self._seen = seen
         try:

@@ -4,7 +4,8 @@ SIGTERM, SIGINT or SIGHUP drains the server: /ready answers 503, and new request
 requests fail unless they finish within DRAIN_SECONDS. The exit code is 0. After a second signal the process exits
 within HURRY_SECONDS, with code 1. Training workers start when everything is ready, and are asked to release
 their jobs when draining begins. If the engine is dead, /ready reports this for a moment, and the exit code is 1.
-The process doesn't wait for an engine's thread that hangs.
+The process doesn't wait for an engine's thread that hangs. SIGUSR1 calls `reload`. If systemd runs the process, it
+is notified of its states.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -23,12 +25,14 @@ from fastapi import FastAPI
 
 from server.api.deps import EngineClient
 from server.config import Limits
+from server.config.environment import service_manager
 from server.jobs.supervisor import Supervisor
 from server.jobs.yielding import BusyFlag
 from server.serve.address import cannot_listen
 from server.serve.connections import Connections, allow_files
 from server.serve.event_loop import new_event_loop
 from server.system.messages import plural
+from server.system.service import ServiceManager
 
 DRAIN_SECONDS = 30.0
 HURRY_SECONDS = 5.0
@@ -50,10 +54,12 @@ def run(
     flag: BusyFlag,
     trusted_proxies: Sequence[str],
     limits: Limits,
+    reload: Callable[[], Awaitable[None]],
 ) -> int:
     """Serve until a signal or the engine's death, and return the exit code.
 
-    `announce` is called when the server is ready. X-Forwarded-For and -Proto are accepted from `trusted_proxies`.
+    `announce` is called when the server is ready, and `reload` at SIGUSR1. X-Forwarded-For and -Proto are accepted
+    from `trusted_proxies`.
     """
     limits = allow_files(limits)
     hurry = threading.Timer(HURRY_SECONDS, _leave, [1])
@@ -67,6 +73,7 @@ def run(
         trusted_proxies=trusted_proxies,
         limits=limits,
         on_hurry=hurry.start,
+        reload=reload,
     )
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         code = runner.run(process.run(announce))
@@ -100,6 +107,11 @@ def as_seen(networks: Sequence[str]) -> list[str]:
     return [*networks, *mapped]
 
 
+def _log_failure(reloading: "asyncio.Future[None]") -> None:
+    if not reloading.cancelled() and (error := reloading.exception()) is not None:
+        log.error("can't reload: %s", type(error).__name__)
+
+
 class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -128,6 +140,7 @@ class Process:
         trusted_proxies: Sequence[str] = (),
         limits: Limits | None = None,
         on_hurry: Callable[[], None] = lambda: None,
+        reload: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._connections = Connections(limits or Limits())
         config = uvicorn.Config(
@@ -154,6 +167,9 @@ class Process:
         self._flag = flag
         self._num_signals = 0
         self._on_hurry = on_hurry
+        self._reload = reload
+        self._reloading: asyncio.Future[None] | None = None
+        self._manager = ServiceManager(*service_manager())
 
     @property
     def is_hurried(self) -> bool:
@@ -178,6 +194,8 @@ class Process:
             if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup ignores it
             loop.add_signal_handler(number, self._signalled)
+        if self._reload is not None:
+            loop.add_signal_handler(signal.SIGUSR1, self._begin_reload)
         serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
         watching = asyncio.create_task(self._connections.watch())
         announced = False
@@ -186,6 +204,7 @@ class Process:
                 announced = True
                 self._supervisor.start()
                 announce()
+                self._manager.notify("READY=1")
             await self._tick()
         self._supervisor.ask_to_stop()
         if self._engine.dead:
@@ -205,7 +224,9 @@ class Process:
         return 1 if self._engine.dead else 0
 
     async def _tick(self) -> None:
-        """Report the engine's load to the training processes, and wait for a moment."""
+        """Report the engine's load to the training processes, reset the watchdog, and wait for a moment."""
+        if not self._engine.hung:
+            self._manager.keep_alive(time.monotonic())
         if self._flag is not None:
             self._flag.set(self._engine.num_in_flight)
         await asyncio.sleep(_POLL_SECONDS)
@@ -216,8 +237,14 @@ class Process:
         if self._num_signals == 2:
             self._on_hurry()
 
+    def _begin_reload(self) -> None:
+        assert self._reload is not None
+        self._reloading = asyncio.ensure_future(self._reload())  # kept: the loop has only a weak reference
+        self._reloading.add_done_callback(_log_failure)
+
     async def _drain(self) -> None:
         """Wait for running requests to end. Requests that don't end in time fail."""
+        self._manager.notify("STOPPING=1")
         left = self._engine.num_in_flight
         waits = (
             f"waiting at most {self._drain_seconds:.0f} s for {plural(left, 'running sequence')}"

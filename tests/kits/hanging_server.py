@@ -77,7 +77,10 @@ def main() -> None:
     supervisor = Supervisor(1, [sys.executable, "-c", _WORKER, str(given.home / LET_GO)])
     bound = bind("127.0.0.1", given.port)
     flag = BusyFlag(given.home)
-    sys.exit(run(create_app(services), services.engine, bound, lambda: None, supervisor, flag, (), settings))
+    reload = services.access.ring.reload
+    sys.exit(
+        run(create_app(services), services.engine, bound, lambda: None, supervisor, flag, (), settings, reload)
+    )
 
 
 if __name__ == "__main__":
