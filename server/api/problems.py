@@ -155,9 +155,8 @@ class Form(ABC):
 
     def _headers(self, error: SmoloraError) -> dict[str, str]:
         headers: dict[str, str] = {}
-        if isinstance(error, TryAgain) and not isinstance(
-            error, GenerationTimeout
-        ):  # which would take as long again
+        # A generation that took too long would take as long again.
+        if isinstance(error, TryAgain) and not isinstance(error, GenerationTimeout):
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
         if isinstance(error, RateLimited):
             headers |= error.headers
