@@ -6,6 +6,7 @@
     │   └── InvalidAdapter         PEFT files whose effect can't be reproduced exactly
     ├── NotFound                   no adapter, version or alias of that name (HTTP 404)
     ├── Conflict                   the name is taken, or what is to be deleted is in use (HTTP 409)
+    ├── LimitReached               a limit of the project or the key (HTTP 403)
     ├── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
     └── TryAgain                   refused now, accepted later; has `retry_after` (HTTP 429)
         └── Unavailable            nothing can be served now (HTTP 503)
@@ -103,6 +104,10 @@ class NotFound(SmoloraError):
 
 class Conflict(SmoloraError):
     """The name is taken, or the object to delete is still in use."""
+
+
+class LimitReached(SmoloraError):
+    """The project or the API key has as much as its limit allows."""
 
 
 class CorruptAdapter(SmoloraError):

@@ -1,7 +1,11 @@
-"""The audit log: what operators and keys did, and when. Entries never change."""
+"""The audit log: what operators and keys did, when, and by which request. Entries never change.
+
+If a request is being handled, its id and its client's address are added to every entry.
+"""
 
 import logging
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -10,14 +14,24 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters.errors import Unavailable
 from adapters.sql import reader_of, transact
-from server.access.tables import audit
+from server.access.tables import MAX_ADDRESS, audit
+from server.telemetry.logs import NO_REQUEST, request_id
+
+REFUSED = "refused"
+"""The action of an attempt that was answered with 401 or 403."""
+
+client_address: ContextVar[str | None] = ContextVar("client_address", default=None)
+"""The address of the client whose request is being handled, or None."""
 
 log = logging.getLogger("smolora.access")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the log. `who` is a key's id, "command-line", "anonymous", or "env-…" for one of API_KEYS."""
+    """An entry of the log.
+
+    `who` is a key's id, "env-…" for one of API_KEYS, "command-line", "anonymous", or "unknown" for a wrong key.
+    """
 
     number: int
     at: datetime  # in UTC
@@ -26,6 +40,8 @@ class Entry:
     project: str  # the project that `target` belongs to
     target: str
     detail: Mapping[str, object]
+    address: str | None  # of the client; None if it was no request
+    request_id: str | None
 
 
 def record(
@@ -37,8 +53,18 @@ def record(
     detail: Mapping[str, object] | None = None,
 ) -> None:
     """Add an entry that describes a change, in the same transaction as the change."""
-    row = {"at": datetime.now(UTC), "who": who, "action": action, "project": project, "target": target}
-    connection.execute(sa.insert(audit).values(row | {"detail": dict(detail or {})}))
+    address, request = client_address.get(), request_id.get()
+    row = {
+        "at": datetime.now(UTC),
+        "who": who,
+        "action": action,
+        "project": project,
+        "target": target,
+        "detail": dict(detail or {}),
+        "address": None if address is None else address[:MAX_ADDRESS],
+        "request_id": None if request == NO_REQUEST else request,
+    }
+    connection.execute(sa.insert(audit).values(row))
 
 
 class Audit:
@@ -61,12 +87,26 @@ class Audit:
         except (DBAPIError, Unavailable):
             log.error("not on the audit list: %s did %s of %s in %s", who, action, ascii(target), project)
 
-    def list(self, limit: int, before: int | None = None) -> list[Entry]:
-        """Return at most `limit` entries, the newest first.
+    def list(
+        self,
+        limit: int,
+        before: int | None = None,
+        *,
+        project: str | None = None,
+        who: str | None = None,
+        action: str | None = None,
+        since: datetime | None = None,
+    ) -> list[Entry]:
+        """Return at most `limit` entries that meet the given conditions, the newest first.
 
         If `before` is given, only entries with a lower number are included.
         """
         query = sa.select(audit).order_by(audit.c.number.desc()).limit(limit)
+        for column, value in ((audit.c.project, project), (audit.c.who, who), (audit.c.action, action)):
+            if value is not None:
+                query = query.where(column == value)
+        if since is not None:
+            query = query.where(audit.c.at >= since)
         if before is not None:
             query = query.where(audit.c.number < before)
         with self._reader.connect() as connection:

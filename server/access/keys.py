@@ -23,24 +23,40 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapters.errors import FieldError, Hint, InvalidInput, NotFound, Unavailable
+from adapters.errors import Conflict, FieldError, Hint, InvalidInput, LimitReached, NotFound, Unavailable
 from adapters.names import DEFAULT_PROJECT, NAME_RULE, is_name, project_fault
 from adapters.sql import reader_of, transact, transacted
 from adapters.storage.durable import new_file
 from server.access.audit import record
-from server.access.principal import DEFAULT_SCOPES, EVERYBODY, GUEST, SCOPES, Principal, Quota, Scope
+from server.access.managers import check_grant, exceeding, manages
+from server.access.principal import (
+    DEFAULT_SCOPES,
+    EVERYBODY,
+    GUEST,
+    LIMITS,
+    OPERATORS_SCOPES,
+    SCOPES,
+    Principal,
+    Quota,
+    Scope,
+)
 from server.access.projects import Projects, ensure, quota_of
 from server.access.tables import api_keys, changed
 from server.config.operator_keys import OperatorKeys
 from server.system.messages import plural
 
 PREFIX = "sk-smolora-"
+MAX_MANAGED = 1000
+"""Keys of a project, revoked ones included, up to which its managers can make more.
+
+Each change of a key makes every server read all keys.
+"""
 
 log = logging.getLogger("smolora.access")
 
@@ -76,10 +92,22 @@ def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+class KeyChanges(TypedDict, total=False):
+    """What `Keys.change` changes: the fields that are there."""
+
+    name: str
+    scopes: Sequence[Scope]
+    expires_at: datetime | None
+    limits: Mapping[str, int | None]
+
+
 class Keys:
     """All API keys. Thread-safe; other processes may write the same tables.
 
     `keyed` is the path of a file that is created with the first key: `server.storage.home.Home.keyed`.
+
+    In all methods `who` is for the audit log. If a `manager` is given, other projects' keys and the operator's
+    seem not to exist, and the rules of `server.access.managers` hold for what it makes and changes.
     """
 
     def __init__(self, engine: sa.Engine, keyed: Path) -> None:
@@ -96,24 +124,27 @@ class Keys:
         scopes: Sequence[Scope] = DEFAULT_SCOPES,
         expires_at: datetime | None = None,
         quota: Quota | None = None,
+        manager: Principal | None = None,
         deliver: Callable[["ApiKey", str], None] = lambda key, secret: None,
     ) -> tuple[ApiKey, str]:
         """Create a key, and its project if that doesn't exist. Return the key and its secret, which isn't stored.
 
         `deliver` is called with the key and the secret before anything is stored; if it raises, no key is created.
-        `who` is for the audit log. Raise InvalidInput if a field is invalid.
+        Raise InvalidInput if a field is invalid, and Forbidden if the manager can't give the scopes or project.
         """
         now = datetime.now(UTC)
-        expires_at = _in_utc(expires_at)
-        _check(name, project, scopes, expires_at, now)
-        secret = PREFIX + secrets.token_urlsafe(32)
         kept = tuple(scope for scope in SCOPES if scope in scopes)
         key_id = f"key-{secrets.token_hex(8)}"
-        key = ApiKey(key_id, name, project, kept, now, expires_at, None, None, quota or Quota())
+        key = ApiKey(key_id, name, project, kept, now, _in_utc(expires_at), None, None, quota or Quota())
+        _check(key, scopes, now)
+        secret = PREFIX + secrets.token_urlsafe(32)
         values = {field: getattr(key, field) for field in ("id", "name", "project", "created_at", "expires_at")}
         values |= {"scopes": list(kept), "secret_digest": digest_of(secret), **asdict(key.quota)}
 
         def work(connection: sa.Connection) -> None:
+            if manager is not None:
+                _check_managed(connection, manager, key, asdict(key.quota))
+                _refuse_too_many(connection, manager.project)
             ensure(connection, project)
             connection.execute(sa.insert(api_keys).values(values))
             changed(connection)
@@ -126,13 +157,58 @@ class Keys:
         transact(self._engine, work)
         return key, secret
 
-    def list(self, project: str | None = None) -> list[ApiKey]:
+    def list(self, project: str | None = None, manager: Principal | None = None) -> list[ApiKey]:
         """Return all keys, or those of `project`, the oldest first. Revoked and expired keys are included."""
         query = sa.select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
         if project is not None:
             query = query.where(api_keys.c.project == project)
         with self._reader.connect() as connection:
-            return [_key(row) for row in connection.execute(query).mappings()]
+            found = [_key(row) for row in connection.execute(query).mappings()]
+        return [key for key in found if manages(manager, key.project, key.scopes)]
+
+    def get(self, key_id: str, manager: Principal | None = None) -> ApiKey:
+        """Return the key. Raise NotFound if there is no such key."""
+        with self._reader.connect() as connection:
+            return _get(connection, key_id, manager)
+
+    def change(self, key_id: str, changes: KeyChanges, *, who: str, manager: Principal | None = None) -> ApiKey:
+        """Change the given fields of a key.
+
+        Raise NotFound if there is no such key, Conflict if it is revoked, InvalidInput if a field is invalid, and
+        Forbidden if the manager can't give the scopes.
+        """
+
+        def work(connection: sa.Connection) -> ApiKey:
+            key, limits = _get(connection, key_id, manager), changes.get("limits", {})
+            if key.revoked_at is not None:
+                raise Conflict(f"the key {key_id} is revoked, for good: create another one")
+            scopes = changes.get("scopes", key.scopes)
+            new = replace(
+                key,
+                name=changes.get("name", key.name),
+                scopes=tuple(scope for scope in SCOPES if scope in scopes),
+                expires_at=_in_utc(changes.get("expires_at", key.expires_at)),
+                quota=key.quota.with_limits(limits),
+            )
+            _check(new, scopes, datetime.now(UTC) if "expires_at" in changes else None)
+            if manager is not None:
+                _check_managed(
+                    connection, manager, new, limits, {"scopes", "expires_at"} & changes.keys() != set()
+                )
+            values: dict[str, object] = {
+                "name": new.name,
+                "scopes": list(new.scopes),
+                "expires_at": new.expires_at,
+            }
+            mine = api_keys.c.id == key_id
+            connection.execute(sa.update(api_keys).where(mine).values(values | asdict(new.quota)))
+            changed(connection)
+            document = new.to_document()
+            given = [*(field for field in changes if field != "limits"), *limits]
+            record(connection, who, "key.change", key.project, key_id, {field: document[field] for field in given})
+            return new
+
+        return transact(self._engine, work)
 
     def by_digest(self) -> dict[str, ApiKey]:
         """Return all keys by their secrets' digests."""
@@ -140,23 +216,18 @@ class Keys:
             rows = connection.execute(sa.select(api_keys)).mappings()
             return {row["secret_digest"]: _key(row) for row in rows}
 
-    def revoke(self, key_id: str, *, who: str) -> ApiKey:
-        """Revoke the key. Repeated calls have no effect. Raise NotFound if there is no such key.
-
-        `who` is for the audit log.
-        """
+    def revoke(self, key_id: str, *, who: str, manager: Principal | None = None) -> ApiKey:
+        """Revoke the key. Repeated calls have no effect. Raise NotFound if there is no such key."""
 
         def work(connection: sa.Connection) -> ApiKey:
-            mine = api_keys.c.id == key_id
-            row = connection.execute(sa.select(api_keys).where(mine)).mappings().first()
-            if row is None:
-                hint = Hint("list_keys", "GET /keys lists them")
-                raise NotFound(f"there is no key {key_id}: {hint}", hint=hint)
-            if row["revoked_at"] is None:
-                connection.execute(sa.update(api_keys).where(mine).values(revoked_at=datetime.now(UTC)))
-                changed(connection)
-                record(connection, who, "key.revoke", row["project"], key_id, {"name": row["name"]})
-            return _key(connection.execute(sa.select(api_keys).where(mine)).mappings().one())
+            key = _get(connection, key_id, manager)
+            if key.revoked_at is not None:
+                return key
+            revoked = sa.update(api_keys).where(api_keys.c.id == key_id).values(revoked_at=datetime.now(UTC))
+            connection.execute(revoked)
+            changed(connection)
+            record(connection, who, "key.revoke", key.project, key_id, {"name": key.name})
+            return _get(connection, key_id)
 
         return transact(self._engine, work)
 
@@ -185,20 +256,65 @@ def _in_utc(moment: datetime | None) -> datetime | None:
         raise InvalidInput.of("expires_at", "is beyond the year 9999: leave it out") from None
 
 
-def _check(name: str, project: str, scopes: Sequence[Scope], expires_at: datetime | None, now: datetime) -> None:
+def _check(key: ApiKey, scopes: Sequence[str], now: datetime | None) -> None:
+    """Raise InvalidInput if fields of a new or changed key are invalid.
+
+    `scopes` are those that were asked for. `now` is None if the key's expiry doesn't change.
+    """
     faults = []
-    if not is_name(name):
+    if not is_name(key.name):
         faults.append(FieldError(("name",), NAME_RULE))
-    if fault := project_fault(project):
+    if fault := project_fault(key.project):
         faults.append(FieldError(("project",), fault))
     if not scopes or any(scope not in SCOPES for scope in scopes):
         faults.append(FieldError(("scopes",), f"must be one or more of {', '.join(SCOPES)}"))
-    if "metrics" in scopes and project != DEFAULT_PROJECT:  # metrics name the adapters of all projects
-        faults.append(FieldError(("scopes",), f"metrics is for keys of the project {DEFAULT_PROJECT} alone"))
-    if expires_at is not None and expires_at <= now:
+    if key.project != DEFAULT_PROJECT and (beyond := [scope for scope in OPERATORS_SCOPES if scope in scopes]):
+        advice = "; give manage to administer one project" if "admin" in beyond else ""
+        verb = "is" if len(beyond) == 1 else "are"
+        message = f"{' and '.join(beyond)} {verb} for keys of the project {DEFAULT_PROJECT} alone{advice}"
+        faults.append(FieldError(("scopes",), message))
+    if "manage" in scopes and key.quota != Quota():  # other keys could be made without the limits
+        names = [name for name in LIMITS if getattr(key.quota, name) is not None]
+        message = "can't be a limit of a key with the scope manage: limit its project"
+        faults += [FieldError((name,), message) for name in names]
+    if now is not None and key.expires_at is not None and key.expires_at <= now:
         faults.append(FieldError(("expires_at",), "must be in the future"))
     if faults:
         raise InvalidInput(faults)
+
+
+def _check_managed(
+    connection: sa.Connection,
+    manager: Principal,
+    key: ApiKey,
+    limits: Mapping[str, int | None],
+    is_grant: bool = True,
+) -> None:
+    """Raise Forbidden or InvalidInput if the manager can't make the key as it is, with these limits.
+
+    `is_grant` is false if only the name and limits of an existing key change.
+    """
+    if is_grant:
+        own = sa.select(api_keys.c.expires_at).where(api_keys.c.id == manager.key_id)
+        latest_end = connection.execute(own).scalar_one_or_none()
+        check_grant(manager, key.project, key.scopes, key.expires_at, latest_end)
+    if faults := list(exceeding(limits, manager.project_quota, "the project's limit")):
+        raise InvalidInput(faults)
+
+
+def _refuse_too_many(connection: sa.Connection, project: str) -> None:
+    """Raise LimitReached if the project has so many keys that only the operator may make more."""
+    query = sa.select(sa.func.count()).where(api_keys.c.project == project)
+    if (number := connection.execute(query).scalar_one()) >= MAX_MANAGED:
+        raise LimitReached(f"the project has {number:,} keys, with those revoked: ask the operator for more")
+
+
+def _get(connection: sa.Connection, key_id: str, manager: Principal | None = None) -> ApiKey:
+    row = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).mappings().first()
+    if row is None or not manages(manager, row["project"], row["scopes"]):
+        hint = Hint("list_keys", "GET /keys lists them")
+        raise NotFound(f"there is no key {key_id}: {hint}", hint=hint)
+    return _key(row)
 
 
 def _key(row: sa.RowMapping) -> ApiKey:
@@ -370,9 +486,13 @@ class KeyRing:
         """Return why a secret for which `principal` returned None is refused."""
         if secret is None:
             return "missing"
-        if (key := self._known.by_digest.get(digest_of(secret))) is None:
+        if (key := self.key_of(secret)) is None:
             return "unknown"
         return "expired" if key.revoked_at is None else "revoked"
+
+    def key_of(self, secret: str) -> ApiKey | None:
+        """Return the stored key with this secret, valid or not. None if there is none, or if API_KEYS has it."""
+        return self._known.by_digest.get(digest_of(secret))
 
     def within(self, principal: Principal, project: str) -> Principal | None:
         """Return the operator's `principal` restricted to one project, or None if there is no such project.

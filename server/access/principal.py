@@ -1,14 +1,16 @@
 """The principal of a request: found by its API key, then used to resolve names, count usage and limit rates."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
 from adapters.names import DEFAULT_PROJECT, Viewpoint
 
-Scope = Literal["generate", "train", "metrics", "admin"]
+Scope = Literal["generate", "train", "metrics", "manage", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "train")
+OPERATORS_SCOPES: tuple[Scope, ...] = ("metrics", "admin")
+"""The scopes that reach into all projects. Only keys of the default project get them."""
 
 ANONYMOUS = "anonymous"
 """The key id of clients that need no key."""
@@ -24,6 +26,10 @@ class Quota:
     tokens_per_minute: int | None = None  # of prompts, and of answers at their maximum length
     max_jobs: int | None = None  # unfinished jobs
     max_bytes: int | None = None  # stored: adapters, data sets, files
+
+    def with_limits(self, limits: Mapping[str, int | None]) -> "Quota":
+        """Return the limits with the given ones in the place of the old ones."""
+        return Quota(**{**asdict(self), **limits})
 
 
 LIMITS = tuple(field.name for field in fields(Quota))

@@ -1,6 +1,7 @@
 """Projects and their limits. A project is created with its first key, or when its limits are set."""
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -8,11 +9,18 @@ import sqlalchemy as sa
 
 from adapters.catalog.tables import names
 from adapters.errors import Conflict, Hint, InvalidInput, NotFound
-from adapters.names import DEFAULT_PROJECT, project_fault, split_key
+from adapters.names import DEFAULT_PROJECT, MAX_NAME, project_fault, split_key
 from adapters.sql import reader_of, transact
 from server.access.audit import record
-from server.access.principal import LIMITS, Quota
-from server.access.tables import api_keys, changed, projects
+from server.access.managers import exceeding
+from server.access.principal import LIMITS, Principal, Quota
+from server.access.tables import api_keys, audit, changed, projects, usage
+
+RETIRED = "~"
+"""Begins the last part of the name under which a deleted project's history is kept. No project's name has it."""
+
+RetireJobs = Callable[[sa.Connection, str, str], None]
+"""Renames the project of jobs, from a name to another."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,48 @@ class Projects:
 
         def work(connection: sa.Connection) -> Project:
             ensure(connection, name)
-            connection.execute(sa.update(projects).where(projects.c.name == name).values(asdict(quota)))
+            values = {**asdict(quota), "ceiling": None}
+            connection.execute(sa.update(projects).where(projects.c.name == name).values(values))
             changed(connection)
             record(connection, who, "project.limit", name, name, asdict(quota))
             return _get(connection, name)
 
         return transact(self._engine, work)
 
-    def delete(self, name: str, refuse: Callable[[], None], *, who: str) -> None:
-        """Delete a project and revoke its keys.
+    def change(
+        self, name: str, limits: Mapping[str, int | None], *, who: str, manager: Principal | None = None
+    ) -> Project:
+        """Change only the given limits of the project.
 
-        Revoked keys stay listed: if there were no keys, clients would need none.
+        A `manager` can set limits up to the operator's; None restores the operator's. `who` is for the audit log.
+        Raise NotFound if the project doesn't exist, and InvalidInput if a limit is above the operator's.
+        """
+
+        def work(connection: sa.Connection) -> Project:
+            mine = projects.c.name == name
+            quota = _get(connection, name).quota
+            ceiling = connection.execute(sa.select(projects.c.ceiling).where(mine)).scalar_one()
+            operators = quota if ceiling is None else quota.with_limits(ceiling)
+            if manager is None:
+                operators, quota = operators.with_limits(limits), quota.with_limits(limits)
+            else:
+                if faults := list(exceeding(limits, operators, "the operator's limit")):
+                    raise InvalidInput(faults)
+                given = {key: getattr(operators, key) if value is None else value for key, value in limits.items()}
+                quota = quota.with_limits(given)
+            values = {**asdict(quota), "ceiling": None if quota == operators else asdict(operators)}
+            connection.execute(sa.update(projects).where(mine).values(values))
+            changed(connection)
+            record(connection, who, "project.limit", name, name, dict(limits))
+            return _get(connection, name)
+
+        return transact(self._engine, work)
+
+    def delete(self, name: str, refuse: Callable[[], None], retire_jobs: RetireJobs, *, who: str) -> str:
+        """Delete a project and revoke its keys. Return the name under which its history is kept.
+
+        Its keys, jobs, usage and audit entries stay for the operator, under a name that no project can have. So a
+        new project of the same name starts empty. `retire_jobs` renames its jobs' project.
 
         Raise NotFound if the project doesn't exist, or Conflict if it has adapters or is the default project.
         `refuse` must raise an error if anything else forbids the deletion, such as unfinished jobs.
@@ -74,8 +113,10 @@ class Projects:
             raise Conflict("the project default is always there")
         self.get(name)
         refuse()
+        mark = f"{RETIRED}{secrets.token_hex(4)}"
+        retired = name[: MAX_NAME - len(mark)] + mark
 
-        def work(connection: sa.Connection) -> None:
+        def work(connection: sa.Connection) -> str:
             _get(connection, name)
             _refuse_with_adapters(connection, name)
             mine = sa.and_(api_keys.c.project == name, api_keys.c.revoked_at.is_(None))
@@ -83,10 +124,16 @@ class Projects:
                 record(connection, who, "key.revoke", name, key_id)
             connection.execute(sa.update(api_keys).where(mine).values(revoked_at=datetime.now(UTC)))
             connection.execute(sa.delete(projects).where(projects.c.name == name))
+            # without versions: else a new project's adapters would continue the old numbers
+            connection.execute(sa.delete(names).where(names.c.project == name))
             changed(connection)
-            record(connection, who, "project.delete", name, name)
+            record(connection, who, "project.delete", name, name, {"history": retired})
+            for table in (api_keys, usage, audit):
+                connection.execute(sa.update(table).where(table.c.project == name).values(project=retired))
+            retire_jobs(connection, name, retired)
+            return retired
 
-        transact(self._engine, work)
+        return transact(self._engine, work)
 
 
 def ensure(connection: sa.Connection, name: str) -> None:

@@ -11,6 +11,8 @@ from adapters.sql import UtcDateTime
 
 metadata = sa.MetaData()
 
+MAX_ADDRESS = 64
+
 
 def _limits() -> list["sa.Column[int]"]:
     """Return a column for each field of `principal.Quota`. Null means no limit."""
@@ -24,6 +26,7 @@ projects = sa.Table(
     sa.Column("name", sa.String(MAX_NAME), primary_key=True),
     sa.Column("created_at", UtcDateTime, nullable=False),
     *_limits(),
+    sa.Column("ceiling", sa.JSON(none_as_null=True)),  # the operator's limits, if a manager has set lower ones
 )
 
 api_keys = sa.Table(
@@ -55,9 +58,12 @@ audit = sa.Table(
     sa.Column("at", UtcDateTime, nullable=False),
     sa.Column("who", sa.String(64), nullable=False),  # as `audit.Entry.who`
     sa.Column("action", sa.String(64), nullable=False),
-    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # the project that `target` belongs to
+    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # that `target` belongs to; "": unknown
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("detail", sa.JSON, nullable=False),
+    sa.Column("address", sa.String(MAX_ADDRESS)),  # the client's; null if no request was made
+    sa.Column("request_id", sa.String(128)),  # as in the answer's X-Request-Id
+    sa.Index("ix_audit_project_number", "project", "number"),
 )
 
 usage = sa.Table(

@@ -1,12 +1,12 @@
 """The routes under /keys, /projects, /usage and /audit, and the background task that stores usage.
 
-All of these routes except /usage are for operators only.
+Except /usage, they are for operators, and for managers within the rules of `server.access.managers`.
 """
 
 import asyncio
 import logging
 import re
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from functools import partial
 from typing import Annotated, Self
 
@@ -18,19 +18,20 @@ from starlette.responses import Response
 from adapters.errors import InvalidInput
 from adapters.names import BASE, DEFAULT_PROJECT, MAX_NAME, NAME, NAME_RULE, is_name
 from server.access.access import Access
-from server.access.keys import ApiKey
-from server.access.principal import DEFAULT_SCOPES, Scope
+from server.access.keys import ApiKey, KeyChanges
+from server.access.managers import managed_project, manager_of
+from server.access.principal import DEFAULT_SCOPES, SCOPES, Scope
 from server.access.projects import Project
 from server.access.usage import FLUSH_SECONDS, By
 from server.api import wire
 from server.api.authentication import PROJECT_HEADER
 from server.api.deps import Services, ServicesDep
-from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, READS
+from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, KEY_CHANGES, READS
 from server.api.pages import LINK, MAX_ALL, After, AllLimit, Limit, link, page_of
-from server.api.routes import ADMIN, READ, requires
+from server.api.routes import ADMIN, MANAGE, READ, requires
 from server.api.schemas import Answer, LimitFields, Timestamp
 from server.api.strict_route import StrictRoute
-from server.jobs.jobs import refuse_with_uploads
+from server.jobs.jobs import refuse_with_uploads, retire_jobs
 from server.storage.reserve import Reserve
 
 _NAME = rf"^{NAME.pattern}$"
@@ -43,6 +44,7 @@ def _name(given: str) -> str:
     return given
 
 
+Expiry = Annotated[datetime, Field(strict=False)] | None
 Name = Annotated[
     str,
     AfterValidator(_name),
@@ -56,12 +58,33 @@ class KeyBody(LimitFields):
     name: Name = Field(description="a label")
     project: Name | None = Field(
         None,
-        description=f"created if it doesn't exist; default: the header OpenAI-Project, else {DEFAULT_PROJECT}",
+        description="created if it doesn't exist; default: the header OpenAI-Project, else "
+        f"{DEFAULT_PROJECT}, or a manager's own",
     )
-    scopes: list[Scope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=4)
-    expires_at: Annotated[datetime, Field(strict=False)] | None = Field(
-        None, description="with an offset from UTC"
-    )
+    scopes: list[Scope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
+    expires_at: Expiry = Field(None, description="with an offset from UTC")
+
+
+class KeyPatch(LimitFields):
+    """PATCH /keys/{key_id}: what is left out stays as it is."""
+
+    name: Name = Field("", description="a label")
+    scopes: list[Scope] = Field([], min_length=1, max_length=len(SCOPES))
+    expires_at: Expiry = Field(None, description="with an offset from UTC; null: never")
+
+    @property
+    def changes(self) -> KeyChanges:
+        given = self.model_fields_set
+        changes = KeyChanges()
+        if "name" in given:
+            changes["name"] = self.name
+        if "scopes" in given:
+            changes["scopes"] = self.scopes
+        if "expires_at" in given:
+            changes["expires_at"] = _with_offset(self.expires_at)
+        if limits := self.given_limits:
+            changes["limits"] = limits
+        return changes
 
 
 class KeyAnswer(Answer):
@@ -95,6 +118,10 @@ class KeyList(Answer):
 
 class ProjectBody(LimitFields):
     """PUT /projects/{project}: new limits, which replace all earlier ones."""
+
+
+class ProjectPatch(LimitFields):
+    """PATCH /projects/{project}: limits that are left out stay as they are."""
 
 
 class ProjectAnswer(Answer):
@@ -138,11 +165,15 @@ class UsageAnswer(Answer):
 class AuditEntry(Answer):
     number: int
     at: DateTime
-    who: str = Field(description="a key's id, or command-line, anonymous, or env-… for one of SMOLORA_API_KEYS")
+    who: str = Field(
+        description="a key's id, env-… for one of SMOLORA_API_KEYS, command-line, anonymous, or unknown: wrong key"
+    )
     action: str
-    project: str
+    project: str = Field(description="empty for attempts without a known key")
     target: str
     detail: dict[str, object]
+    address: str | None = Field(description="of the client; null for commands and workers")
+    request_id: str | None = Field(description="X-Request-Id of the answer")
 
 
 class AuditList(Answer):
@@ -172,6 +203,8 @@ async def keep_now(access: Access) -> None:
 
 keys_router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
 
+KeyId = Annotated[str, Path(max_length=256)]
+
 
 @keys_router.post(
     "",
@@ -180,7 +213,7 @@ keys_router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute
     response_class=Response,
     responses={201: {"model": NewKeyAnswer, "description": "The key, and its secret, once"}, **ADMIN_CHANGES},
 )
-@requires(ADMIN, adds=True)
+@requires(MANAGE, adds=True)
 async def create_key(
     body: KeyBody,
     services: ServicesDep,
@@ -189,6 +222,8 @@ async def create_key(
     """Make a key for a project. The answer has its secret, which is never shown again.
 
     Once a key exists, clients need one. With SMOLORA_ALLOW_ANONYMOUS=1, they can still generate and train without.
+    A manager can make keys of its own project, with the scopes `generate`, `train` and `manage`, limits up to the
+    project's, and an expiry up to its own. Keys with `manage` have no limits of their own: limit their project.
     """
     key, secret = await to_thread.run_sync(_create, services, body, at_work_in)
     return wire.answer(NewKeyAnswer.of(key, secret=secret), 201)
@@ -200,7 +235,7 @@ async def create_key(
     response_class=Response,
     responses={200: {"model": KeyList, "headers": LINK}, **ADMIN_READS},
 )
-@requires(ADMIN)
+@requires(MANAGE)
 async def list_keys(
     request: Request,
     services: ServicesDep,
@@ -208,11 +243,45 @@ async def list_keys(
     limit: AllLimit = MAX_ALL,
     after: After = None,
 ) -> Response:
-    """List keys, oldest first, including revoked and expired ones. Secrets are not stored."""
-    found = await to_thread.run_sync(services.access.keys.list, project)
+    """List keys, oldest first, including revoked and expired ones. Secrets are not stored.
+
+    A manager sees its own project's keys, without the operator's.
+    """
+    whose, manager = managed_project(services.principal, project), manager_of(services.principal)
+    found = await to_thread.run_sync(services.access.keys.list, whose, manager)
     page, following = page_of(found, lambda key: key.id, limit, after)
     answer = KeyList(keys=[KeyAnswer.of(key) for key in page], next=following)
     return wire.answer(answer, headers=link(request, following))
+
+
+@keys_router.get(
+    "/{key_id}",
+    summary="One key",
+    response_class=Response,
+    responses={200: {"model": KeyAnswer}, **ADMIN_LOOKUPS},
+)
+@requires(MANAGE)
+async def get_key(services: ServicesDep, key_id: KeyId) -> Response:
+    """Get a key's scopes, limits and times."""
+    manager = manager_of(services.principal)
+    return wire.answer(KeyAnswer.of(await to_thread.run_sync(services.access.keys.get, key_id, manager)))
+
+
+@keys_router.patch(
+    "/{key_id}",
+    summary="Change a key",
+    response_class=Response,
+    responses={200: {"model": KeyAnswer}, **KEY_CHANGES},
+)
+@requires(MANAGE)
+async def change_key(services: ServicesDep, key_id: KeyId, body: KeyPatch) -> Response:
+    """Change a key's name, scopes, expiry or limits, from its next request on. Fields that are left out stay.
+
+    What a manager can give is as in POST /keys.
+    """
+    keys, who, manager = services.access.keys, services.principal.key_id, manager_of(services.principal)
+    key = await to_thread.run_sync(lambda: keys.change(key_id, body.changes, who=who, manager=manager))
+    return wire.answer(KeyAnswer.of(key))
 
 
 @keys_router.delete(
@@ -221,8 +290,8 @@ async def list_keys(
     response_class=Response,
     responses={200: {"model": KeyAnswer}, **ADMIN_LOOKUPS},
 )
-@requires(ADMIN)
-async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_length=256)]) -> Response:
+@requires(MANAGE)
+async def revoke_key(services: ServicesDep, key_id: KeyId) -> Response:
     """Revoke a key. Its open streams end at once. Repeating the request gives the same answer."""
     key = await to_thread.run_sync(_revoke, services, key_id)
     await services.access.ring.refresh()
@@ -232,7 +301,8 @@ async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_leng
 def _revoke(services: Services, key_id: str) -> ApiKey:
     """Revoke a key, even if the disk is full: requests with this key may have filled the disk."""
     reserve = Reserve(services.settings.home)
-    key = reserve.spend_on(lambda: services.access.keys.revoke(key_id, who=services.principal.key_id))
+    who, manager = services.principal.key_id, manager_of(services.principal)
+    key = reserve.spend_on(lambda: services.access.keys.revoke(key_id, who=who, manager=manager))
     reserve.fill()
     return key
 
@@ -240,16 +310,22 @@ def _revoke(services: Services, key_id: str) -> ApiKey:
 def _create(services: Services, body: KeyBody, at_work_in: str | None) -> tuple[ApiKey, str]:
     if None not in (body.project, at_work_in) and body.project != at_work_in:
         raise InvalidInput.of("project", "contradicts the header OpenAI-Project: leave one of them out")
-    if body.expires_at is not None and body.expires_at.tzinfo is None:
-        raise InvalidInput.of("expires_at", "must have an offset from UTC, such as 2027-01-01T00:00:00Z")
+    manager = manager_of(services.principal)
     return services.access.keys.create(
         body.name,
         who=services.principal.key_id,
-        project=body.project or at_work_in or DEFAULT_PROJECT,
+        project=body.project or at_work_in or (DEFAULT_PROJECT if manager is None else manager.project),
         scopes=body.scopes,
-        expires_at=body.expires_at,
+        expires_at=_with_offset(body.expires_at),
         quota=body.quota,
+        manager=manager,
     )
+
+
+def _with_offset(moment: datetime | None) -> datetime | None:
+    if moment is not None and moment.tzinfo is None:
+        raise InvalidInput.of("expires_at", "must have an offset from UTC, such as 2027-01-01T00:00:00Z")
+    return moment
 
 
 projects_router = APIRouter(prefix="/projects", tags=["access"], route_class=StrictRoute)
@@ -263,13 +339,18 @@ ProjectName = Annotated[str, Path(max_length=4 * MAX_NAME)]
     response_class=Response,
     responses={200: {"model": ProjectList, "headers": LINK}, **ADMIN_READS},
 )
-@requires(ADMIN)
+@requires(MANAGE)
 async def list_projects(
     request: Request, services: ServicesDep, limit: AllLimit = MAX_ALL, after: After = None
 ) -> Response:
-    """List projects by name. A project is created with its first key, or by setting its limits."""
+    """List projects by name. A project is created with its first key, or by setting its limits.
+
+    A manager sees its own project.
+    """
+    whose = managed_project(services.principal, None)
     found = await to_thread.run_sync(services.access.projects.list)
-    page, following = page_of(found, lambda project: project.name, limit, after)
+    seen = [project for project in found if whose in (None, project.name)]
+    page, following = page_of(seen, lambda project: project.name, limit, after)
     answer = ProjectList(projects=[ProjectAnswer.of(project) for project in page], next=following)
     return wire.answer(answer, headers=link(request, following))
 
@@ -280,9 +361,10 @@ async def list_projects(
     response_class=Response,
     responses={200: {"model": ProjectAnswer}, **ADMIN_LOOKUPS},
 )
-@requires(ADMIN)
+@requires(MANAGE)
 async def get_project(services: ServicesDep, project: ProjectName) -> Response:
     """Get a project's limits."""
+    managed_project(services.principal, project)
     return wire.answer(ProjectAnswer.of(await to_thread.run_sync(services.access.projects.get, project)))
 
 
@@ -303,6 +385,25 @@ async def put_project(services: ServicesDep, project: ProjectName, body: Project
     return wire.answer(ProjectAnswer.of(found))
 
 
+@projects_router.patch(
+    "/{project}",
+    summary="Change a project's limits",
+    response_class=Response,
+    responses={200: {"model": ProjectAnswer}, **ADMIN_LOOKUPS, **ADMIN_CHANGES},
+)
+@requires(MANAGE)
+async def change_project(services: ServicesDep, project: ProjectName, body: ProjectPatch) -> Response:
+    """Change some of a project's limits. Fields that are left out stay.
+
+    A manager can set its project's limits up to the operator's; null restores the operator's limit.
+    """
+    managed_project(services.principal, project)
+    projects, who, manager = services.access.projects, services.principal.key_id, manager_of(services.principal)
+    limits = body.given_limits
+    found = await to_thread.run_sync(lambda: projects.change(project, limits, who=who, manager=manager))
+    return wire.answer(ProjectAnswer.of(found))
+
+
 @projects_router.delete(
     "/{project}",
     summary="Delete a project",
@@ -314,13 +415,20 @@ async def put_project(services: ServicesDep, project: ProjectName, body: Project
 async def delete_project(services: ServicesDep, project: ProjectName) -> Response:
     """Delete a project that is empty: without adapters, data sets, files and unfinished jobs.
 
-    Its keys are revoked. Jobs that have ended, usage and audit entries stay.
+    Its keys are revoked. Jobs that have ended, usage and audit entries stay for the operator, as those of the
+    project that the audit entry `project.delete` names in `detail.history`. A new project of this name starts
+    empty.
     """
-    access, who = services.access, services.principal.key_id
-    refuse = partial(refuse_with_uploads, services.storage, services.jobs, project)
-    await to_thread.run_sync(lambda: access.projects.delete(project, refuse, who=who))
-    await access.ring.refresh()
+    await to_thread.run_sync(_delete_project, services, project)
+    await services.access.ring.refresh()
     return Response(status_code=204)
+
+
+def _delete_project(services: Services, project: str) -> None:
+    access = services.access
+    access.ledger.try_to_flush()  # else the rest of its usage would be a new project's of its name
+    refuse = partial(refuse_with_uploads, services.storage, services.jobs, project)
+    access.projects.delete(project, refuse, retire_jobs, who=services.principal.key_id)
 
 
 usage_router = APIRouter(tags=["access"])
@@ -336,10 +444,28 @@ def _iso_day(given: object) -> object:
 Day = Annotated[date | None, BeforeValidator(_iso_day)]
 
 
+def _iso_moment(given: object) -> object:
+    """Parse a day, which begins at midnight in UTC, or a time with an offset. Refuse other forms."""
+    try:
+        found = datetime.fromisoformat(str(given))
+        if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", str(given)):
+            return found.replace(tzinfo=UTC)
+        if found.tzinfo is not None:
+            return found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("must be a day, such as 2027-01-31, or a time with an offset, such as 2027-01-31T12:00:00Z")
+
+
+Moment = Annotated[
+    datetime | None, BeforeValidator(_iso_moment), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+
+
 @usage_router.get(
     "/usage", summary="Usage", response_class=Response, responses={200: {"model": UsageAnswer}, **READS}
 )
-@requires(READ)
+@requires(READ | MANAGE)
 async def get_usage(
     services: ServicesDep,
     first: Annotated[Day, Query(alias="from", description="a day in UTC, included")] = None,
@@ -362,18 +488,28 @@ async def get_usage(
     response_class=Response,
     responses={200: {"model": AuditList, "headers": LINK}, **ADMIN_READS},
 )
-@requires(ADMIN)
+@requires(MANAGE)
 async def get_audit(
     request: Request,
     services: ServicesDep,
+    project: Annotated[str | None, Query(max_length=4 * MAX_NAME, description="only this project's")] = None,
+    who: Annotated[str | None, Query(max_length=256, description="only what this key did")] = None,
+    action: Annotated[str | None, Query(max_length=64, description="only this action, such as job.cancel")] = None,
+    since: Annotated[
+        Moment, Query(alias="from", description="only from then on: a day in UTC, or a time with an offset")
+    ] = None,
     limit: Limit = 100,
     after: Annotated[int | None, Query(ge=0, lt=1 << 53, description="`next` of the previous page")] = None,
 ) -> Response:
-    """List who made and revoked keys, set limits, visibility and aliases, and deleted things; newest first.
+    """List who did what, and when, by which request and from which address; newest first.
 
-    Versions that a job publishes, and aliases that it sets, are in the job's record instead.
+    The list has changes of keys and limits, uploads, downloads, imports, compositions, aliases, visibility,
+    deletions, jobs that were submitted, paused, resumed, cancelled and published, and attempts refused with 401 or
+    403. A manager sees its own project's entries.
     """
-    found = await to_thread.run_sync(services.access.audit.list, limit + 1, after)
+    audit, whose = services.access.audit, managed_project(services.principal, project)
+    listed = partial(audit.list, limit + 1, after, project=whose, who=who, action=action, since=since)
+    found = await to_thread.run_sync(listed)
     page = [AuditEntry.model_validate(entry) for entry in found[:limit]]
     following = found[limit - 1].number if len(found) > limit else None
     return wire.answer(AuditList(entries=page, next=following), headers=link(request, following))

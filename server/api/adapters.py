@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from adapters.catalog.catalog import Adapter, Version
 from adapters.errors import NotFound
-from adapters.names import MAX_KEY, MAX_NAME, is_name
+from adapters.names import MAX_KEY, MAX_NAME, is_name, split_key
 from adapters.peft.files import CONFIG_NAME, with_base
 from adapters.recorded import FILE_DIGEST
 from server.api import wire
@@ -267,6 +267,8 @@ def _archive(services: Services, name: str, version: int) -> StoredZip:
     if hub is not None and hub.id != found.base_model:
         with files[CONFIG_NAME] as file:
             files[CONFIG_NAME] = BytesIO(with_base(file.read(), hub.id, hub.revision))
+    project, own = split_key(services.principal.viewpoint.key(name))
+    services.audit("adapter.download", f"{own}@{version}", project=project)
     return StoredZip(files | {"README.md": BytesIO(card.encode())})
 
 
@@ -283,7 +285,9 @@ def _hub_base(services: Services, version: Version) -> HubModel | None:
 
 def _publish(services: Services, name: str, form: FormData) -> Version:
     with uploaded_files(form) as files, reserved(services, max(0, files.num_bytes - form_bytes(form))):
-        return services.library.publish(name, files.config_json, files.weights)
+        version = services.library.publish(name, files.config_json, files.weights)
+    services.audit("adapter.upload", f"{name}@{version.version}", {"digest": version.digest})
+    return version
 
 
 aliases_router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)

@@ -97,7 +97,7 @@ def _network(address: str) -> str:
 PROJECT_HEADER = "OpenAI-Project"
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """HTTP methods that change nothing and don't count towards a rate limit."""
-_PRINCIPAL, _END = "principal", "end_of_key"
+_PRINCIPAL, _END, _SENDER = "principal", "end_of_key", "sender"
 _SEND_KEY = Hint("send_key", "Authorization: Bearer <key>")
 _OMIT_PROJECT = Hint("omit_project", "leave out OpenAI-Project")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -106,6 +106,23 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 def principal_of(scope: Scope) -> Principal | None:
     """Return the request's principal, or None if its route needs no key."""
     return cast("Principal | None", scope.get("state", {}).get(_PRINCIPAL))
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who sent a request, whether it was admitted or not.
+
+    `who` is as in `server.access.audit.Entry`. `project` is empty if the key is missing or unknown.
+    """
+
+    who: str = ANONYMOUS
+    project: str = ""
+    has_key: bool = False  # a key that exists, though it may be revoked or expired
+
+
+def sender_of(scope: Scope) -> Sender:
+    """Return the request's sender."""
+    return cast("Sender", scope.get("state", {}).get(_SENDER, Sender()))
 
 
 def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
@@ -129,11 +146,12 @@ class Authentication:
         Raise Unauthorized, Forbidden or RateLimited if the request is refused, and NotFound if there is no such
         path or project.
         """
-        principal = await self._principal(scope, resource)
-        end = partial(self._access.ring.end_of, principal)
-        scope.setdefault("state", {}).update({_PRINCIPAL: principal, _END: end})
+        state = scope.setdefault("state", {})
+        principal = await self._principal(scope, resource, state)
+        state.update({_PRINCIPAL: principal, _END: partial(self._access.ring.end_of, principal)})
 
-    async def _principal(self, scope: Scope, resource: Resource) -> Principal:
+    async def _principal(self, scope: Scope, resource: Resource, state: dict[str, object]) -> Principal:
+        """Check a request as `admit` does, and return its principal. `state` gets the sender in any case."""
         method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
         if _CONTROL.search(path):  # without this check, a route would also match its path with a line feed added
             raise self._no_such_path(path)
@@ -142,8 +160,12 @@ class Authentication:
         if principal is None:
             self._metrics.refused(self._access.ring.fault_of(secret))
             if secret is not None:
+                key = self._access.ring.key_of(secret)
+                state[_SENDER] = Sender("unknown") if key is None else Sender(key.id, key.project, has_key=True)
                 await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
             raise Unauthorized(f"send a valid key: {_SEND_KEY}", hint=_SEND_KEY)
+        has_key = principal.key_id != ANONYMOUS
+        state[_SENDER] = Sender(principal.key_id, principal.project if has_key else "", has_key)
         if resource is NOWHERE and not principal.is_operator:
             raise self._no_such_path(path)
         scopes = resource.methods.get(method, resource.all).scopes or ()

@@ -6,7 +6,7 @@ A merge job's parts are pinned to versions, which can't be deleted until the job
 import hashlib
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated
@@ -16,10 +16,10 @@ from fastapi import APIRouter, Path
 from pydantic import BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
-from adapters.catalog.catalog import combine
+from adapters.catalog.catalog import Version, combine
 from adapters.catalog.versions import Origin
 from adapters.errors import FieldError, InvalidInput, NotFound
-from adapters.expression import MAX_LENGTH, parse
+from adapters.expression import MAX_LENGTH, Term, parse
 from adapters.library import Library, Pinned
 from adapters.lora import ModuleKey
 from adapters.merge import check
@@ -27,7 +27,7 @@ from adapters.merge_recipe import MergeMethod, Recipe
 from adapters.names import MAX_NAME
 from server.api import wire
 from server.api.adapters import VersionAnswer
-from server.api.deps import IdempotencyKey, ServicesDep
+from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import COMPOSITIONS
 from server.api.quotas import require_room
 from server.api.routes import READ, TRAIN, requires
@@ -165,6 +165,13 @@ def _digest(name: str, body: CompositionBody) -> str:
     return hashlib.sha256(document.encode()).hexdigest()
 
 
+def _compose(services: Services, name: str, terms: Sequence[Term]) -> tuple[Version, bool]:
+    version, is_new = services.library.compose(name, terms, FIELD)
+    if is_new:
+        services.audit("adapter.compose", f"{name}@{version.version}", {"parts": version.parent})
+    return version, is_new
+
+
 router = APIRouter(prefix="/compositions", tags=["adapters"], route_class=StrictRoute)
 
 
@@ -210,7 +217,7 @@ async def compose(
         job = await services.limiters.merging.run(services.principal.project, submit_merge, *given)
         return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
     terms = parse(body.expression, FIELD)
-    version, is_new = await to_thread.run_sync(services.library.compose, name, terms, FIELD)
+    version, is_new = await to_thread.run_sync(_compose, services, name, terms)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     answer = VersionAnswer.of(version, services.engine.stats.resident)
     return wire.answer(answer, 201 if is_new else 200, headers)

@@ -94,6 +94,7 @@ def _put(services: Services, form: FormData) -> DatasetUploaded:
     notes = RowNotes()
     with growing(services, form_bytes(form)) as grown:
         dataset = services.datasets.put(file, filename, notes, max_bytes=MAX_UPLOAD_BYTES, grown=grown)
+    services.audit("dataset.upload", dataset.id, {"rows": dataset.num_rows})
     return DatasetUploaded(**vars(dataset), warnings=notes.warnings())
 
 

@@ -245,8 +245,14 @@ class Services:
         block.
         """
         result = deed()
-        self.access.audit.add(self.principal.key_id, action, project or self.principal.project, target, detail)
+        self.audit(action, target, detail, project)
         return result
+
+    def audit(
+        self, action: str, target: str, detail: Mapping[str, object] | None = None, project: str | None = None
+    ) -> None:
+        """Record in the audit list what the caller has done. The arguments are as in `audited`."""
+        self.access.audit.add(self.principal.key_id, action, project or self.principal.project, target, detail)
 
     def _seen_by(self, principal: Principal) -> "Services":
         viewpoint = principal.viewpoint

@@ -18,14 +18,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import InvalidInput, SmoloraError
+from server.access.audit import client_address
 from server.access.principal import Principal
 from server.access.rates import KINDS
-from server.api.authentication import FREE_METHODS, Authentication, end_of_key, principal_of
+from server.api.authentication import FREE_METHODS, Authentication, end_of_key, principal_of, sender_of
 from server.api.bodies import Body, KeyEnded, TooSlow
 from server.api.deps import Services
 from server.api.generation import ask_queue
 from server.api.lanes import receiving
 from server.api.problems import form_of
+from server.api.refusals import Refusals
 from server.api.representation import compact, is_long_json
 from server.api.routes import Resource, Routes
 from server.api.sites import Sites
@@ -67,6 +69,7 @@ class Edge:
         self._reserve = Reserve(settings.home)
         self._sites = Sites(settings.allowed_hosts, settings.allowed_origins, settings.host)
         self._authentication = Authentication(services.access, services.metrics.http, routes)
+        self._refusals = Refusals(services.access.audit)
         for reason in REASONS:
             services.metrics.lanes.declare(reason, is_lane=False)
         self._admitting: ASGIApp = self._admit
@@ -90,6 +93,8 @@ class Edge:
         has_two_lengths = "transfer-encoding" in asked and "content-length" in asked
         own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(own_id)
+        address = scope["client"][0] if scope.get("client") else None
+        client_address.set(address)
         found = RequestFacts()
         if self._services.tracer is not None and resource.all.watcher is None:
             found.span = self._services.tracer.request(asked)
@@ -156,6 +161,8 @@ class Edge:
                 end_request(found.span, scope, resource.template, status, own_id, principal_of(scope), found)
             if resource.all.watcher is None or status not in (200, 503):
                 log.info(_line(scope, method, status, took, found))
+            if status in (401, 403):
+                await self._refusals.add(sender_of(scope), address or "", method, resource.template, status)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request to the application, or refuse it."""

@@ -110,4 +110,6 @@ def _import(services: Services, fetch: Fetch, name: str, body: ImportBody) -> Ve
         )
         source = {"source": {"hub": body.repo_id, "revision": found.commit}}
         with reserved(services, len(found.config_json) + found.weights.stat().st_size):
-            return services.library.publish(name, found.config_json, found.weights, source)
+            version = services.library.publish(name, found.config_json, found.weights, source)
+    services.audit("adapter.import", f"{name}@{version.version}", {"digest": version.digest, **source})
+    return version

@@ -30,11 +30,14 @@ REFUSALS = _problems(
 KEYS = _problems({401: "No valid key"})
 READY = _problems({503: "Not ready, draining, or the engine is dead; see `Retry-After`"})
 READS = _problems({401: "No valid key", 422: "A bad field"})
-ADMIN_READS = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
+ADMIN_READS = _problems(
+    {401: "No valid key", 403: "The key lacks the scope, or can't give it", 422: "A bad field"}
+)
 FULL_DISK = _problems({503: "The disk is full, or the server is shutting down; see `Retry-After`"})
 """The errors of every route that writes to the disk."""
 ADMIN_LOOKUPS = {**ADMIN_READS, **FULL_DISK, **_problems({404: "Nothing has this id or name"})}
 ADMIN_CHANGES = {**ADMIN_READS, **FULL_DISK, **_problems({413: "The body is too large"})}
+KEY_CHANGES = {**ADMIN_LOOKUPS, **ADMIN_CHANGES, **_problems({409: "The key is revoked"})}
 ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says what is left"})}
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
 ALIASES = {**LOOKUPS, **FULL_DISK}

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, NotFound, SmoloraError
+from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, LimitReached, NotFound, SmoloraError
 from server.api import wire
 from server.api.near_names import WITHOUT_V1, unknown_field, unknown_path
 from server.api.routes import Routes
@@ -50,6 +50,7 @@ _STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
     (Conflict, 409),
     (Unauthorized, 401),
     (Forbidden, 403),
+    (LimitReached, 403),
     (PayloadTooLarge, 413),
     (GenerationTimeout, 504),
     (Unavailable, 503),

@@ -23,6 +23,7 @@ READ: Scopes = frozenset({"generate", "train"})
 GENERATE: Scopes = frozenset({"generate"})
 TRAIN: Scopes = frozenset({"train"})
 METRICS: Scopes = frozenset({"metrics"})
+MANAGE: Scopes = frozenset({"manage"})
 ADMIN: Scopes = frozenset({"admin"})
 ANY: Scopes = frozenset(SCOPES)
 OPEN = None

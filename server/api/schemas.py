@@ -14,7 +14,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.access.principal import Quota
+from server.access.principal import LIMITS, Quota
 
 MAX_SEED = (1 << 63) - 1
 MAX_STOPS = 16
@@ -154,7 +154,12 @@ class LimitFields(Body):
 
     @property
     def quota(self) -> Quota:
-        return Quota(**{name: getattr(self, name) for name in LimitFields.model_fields})
+        return Quota(**{name: getattr(self, name) for name in LIMITS})
+
+    @property
+    def given_limits(self) -> dict[str, int | None]:
+        """The limits that the body has, by name."""
+        return {name: getattr(self, name) for name in LIMITS if name in self.model_fields_set}
 
 
 class FieldProblem(Answer):

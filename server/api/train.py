@@ -211,7 +211,7 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
     _refuse_unfinished(job, "model")
     if job.files_removed_at is not None:
         raise NotFound("the job's files were removed, and its model with them")
-    archive = await to_thread.run_sync(_model, services, job_id)
+    archive = await to_thread.run_sync(_model, services, job)
     return zip_download(archive, f"{job.name}-{job.id}")
 
 
@@ -269,12 +269,14 @@ def remove_job_files(services: Services, job_id: str) -> None:
     services.audited("job.delete", job_id, partial(services.retention.remove, job_id), project=project)
 
 
-def _model(services: Services, job_id: str) -> StoredZip:
-    directory = JobFiles(services.settings.home, services.bucket).fetch_model(job_id)
+def _model(services: Services, job: Job) -> StoredZip:
+    directory = JobFiles(services.settings.home, services.bucket).fetch_model(job.id)
     try:
-        return StoredZip(open_all({path.name: path for path in sorted(directory.iterdir()) if path.is_file()}))
+        archive = StoredZip(open_all({path.name: path for path in sorted(directory.iterdir()) if path.is_file()}))
     except FileNotFoundError:
         raise NotFound("the model is no longer stored") from None
+    services.audit("job.download", job.id, project=job.project)
+    return archive
 
 
 def _report(jobs: Jobs, job_id: str) -> object:

@@ -260,15 +260,17 @@ def delete(
 ) -> None:
     """Delete a project. It must have no adapters, data sets, files or unfinished jobs.
 
-    Its keys are revoked. Its finished jobs, usage and audit entries stay.
+    Its keys are revoked. Its finished jobs, usage and audit entries stay, under another name. A new project of
+    this name starts empty.
     """
     from server.access.projects import Projects
-    from server.jobs.jobs import Jobs, refuse_with_uploads
+    from server.jobs.jobs import Jobs, refuse_with_uploads, retire_jobs
 
     with refusals(), opened(home, lambda engine, _: engine) as engine:
         jobs, storage = Jobs(engine), storage_for(engine, home)
-        Projects(engine).delete(name, lambda: refuse_with_uploads(storage, jobs, name), who=OPERATOR)
-    typer.echo(f"{name} is deleted, and its keys are revoked")
+        refuse = partial(refuse_with_uploads, storage, jobs, name)
+        history = Projects(engine).delete(name, refuse, retire_jobs, who=OPERATOR)
+    typer.echo(f"{name} is deleted, and its keys are revoked; its history is kept as {history}")
 
 
 def _projects(engine: Any, _: object) -> "Projects":  # noqa: ANN401 SQLAlchemy's, which the database knows

@@ -15,6 +15,8 @@ import sqlalchemy as sa
 from adapters.errors import Conflict
 from adapters.names import Viewpoint
 from adapters.sql import reader_of, transact, transacted
+from server.access.audit import record
+from server.access.principal import ANONYMOUS
 from server.database.clock import database_now, database_time
 from server.errors import QueueFull
 from server.jobs import events as job_events
@@ -125,7 +127,9 @@ class Jobs:
             job_events.append(connection, job_id, "queued")
             for text in warnings:
                 job_events.append(connection, job_id, text, level="warning")
-            return get_job(connection, job_id, sa.true())
+            job = get_job(connection, job_id, sa.true())
+            record(connection, self._who, "job.submit", of.project, job_id, {"kind": job.kind, "name": job.name})
+            return job
 
         return transact(self._engine, work)
 
@@ -200,7 +204,7 @@ class Jobs:
         ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": database_now()}
         of_running = {**ended, **count_time(database_time())}
         moves = {status: (ended, "cancelled") for status in Status if not status.has_ended}
-        return self._steer(job_id, {**moves, Status.RUNNING: (of_running, "cancelled")})
+        return self._steer(job_id, "job.cancel", {**moves, Status.RUNNING: (of_running, "cancelled")})
 
     def pause(self, job_id: str) -> Job:
         """Pause the job until it is resumed. A running job first finishes its current micro-batch.
@@ -209,6 +213,7 @@ class Jobs:
         """
         return self._steer(
             job_id,
+            "job.pause",
             {
                 Status.QUEUED: ({"status": Status.PAUSED}, "paused"),
                 Status.RUNNING: ({"wants_pause": True}, "pausing"),
@@ -223,6 +228,7 @@ class Jobs:
         """
         return self._steer(
             job_id,
+            "job.resume",
             {
                 Status.QUEUED: None,
                 Status.RUNNING: ({"wants_pause": False}, "goes on"),
@@ -304,14 +310,14 @@ class Jobs:
         return [job_id for job_id in job_ids if job_id in found]
 
     @transacted
-    def _steer(self, connection: sa.Connection, job_id: str, moves: _Moves) -> Job:
+    def _steer(self, connection: sa.Connection, job_id: str, action: str, moves: _Moves) -> Job:
         """Change the job's row and add an event, as the entry of `moves` for the job's status says.
 
-        If that entry is None, change nothing. Raise NotFound if there is no such job, and Conflict if `moves` has
-        no entry for the job's status.
+        `action` is for the audit log. If that entry is None, change nothing. Raise NotFound if there is no such
+        job, and Conflict if `moves` has no entry for the job's status.
         """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
-        query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
+        query = sa.select(jobs.c.status, jobs.c.wants_pause, jobs.c.project).where(mine).with_for_update()
         row = connection.execute(query).first()
         if row is None:
             raise no_job(job_id)
@@ -322,9 +328,14 @@ class Jobs:
             values, message = move
             connection.execute(sa.update(jobs).where(mine).values(dict(values)))
             job_events.append(connection, job_id, message)
+            record(connection, self._who, action, row.project, job_id)
             if values.get("status") == Status.CANCELLED:
                 charge(connection, job_id)
         return get_job(connection, job_id, self._mine)
+
+    @property
+    def _who(self) -> str:
+        return (self._of or Viewpoint()).key_id or ANONYMOUS
 
     def _stored(self, idempotency_key: str | None) -> str | None:
         """Return the idempotency key with the project's name in front, since each project has its own keys."""
@@ -340,6 +351,12 @@ class Jobs:
             if (number := connection.execute(query).scalar_one()) >= most:
                 message = f"this {whose} has {plural(number, 'unfinished job')}, and may have {most:,} at once"
                 raise QueueFull(message, _RETRY_SECONDS, reason="max_jobs")
+
+
+def retire_jobs(connection: sa.Connection, project: str, retired: str) -> None:
+    """Rename the project of a deleted project's jobs, within a transaction. Drop their idempotency keys."""
+    values = {"project": retired, "idempotency_key": None}
+    connection.execute(sa.update(jobs).where(jobs.c.project == project).values(values))
 
 
 def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:

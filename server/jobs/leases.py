@@ -18,6 +18,8 @@ from adapters.catalog.records import Records
 from adapters.catalog.writes import publish_unattended_in
 from adapters.names import key_of
 from adapters.sql import reader_of, transact, transacted
+from server.access.audit import record
+from server.access.principal import ANONYMOUS
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
@@ -227,6 +229,9 @@ class Leases:
                 moves = {"moves_latest": stays is None}
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")} | moves
                 values["report"] = plain({**report, **moves})
+                detail = {"job": claim.job_id, "digest": version.digest, "alias": alias, **moves}
+                target = f"{version.name}@{version.version}"
+                record(connection, key_id or ANONYMOUS, "job.publish", project, target, detail)
                 message = f"succeeded: {version.name}@{version.version}"
             _end(connection, claim.job_id, Status.SUCCEEDED, self._now(), **values)
             job_events.append(connection, claim.job_id, message)

@@ -24,7 +24,8 @@ for _name in _URL_LOGGERS:  # at import, since a base is downloaded before `set_
     logging.getLogger(_name).setLevel(logging.ERROR)
 _WORD = re.compile(r"[!-\[\]-~]+")  # ASCII without blanks and backslashes
 
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
+NO_REQUEST = "-"
+request_id: ContextVar[str] = ContextVar("request_id", default=NO_REQUEST)
 
 
 class Fields:

@@ -42,6 +42,7 @@ interface Adapter {
   aliases: Record<string, number>;
   parts: Part[] | null;
   versions: Version[];
+  next?: number;
   resident: boolean;
 }
 
@@ -181,4 +182,6 @@ interface AuditEntry {
   project: string;
   target: string;
   detail: Record<string, unknown>;
+  address: string | null;
+  request_id: string | null;
 }

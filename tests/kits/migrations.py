@@ -7,13 +7,14 @@ import pytest
 
 from server.database import migrating
 
-LATER = "0002"
+NEWEST = migrating.newest_schema()
+LATER = f"{int(NEWEST) + 1:04}"
 _REVISION = f'''
 import sqlalchemy as sa
 from alembic import op
 
 revision = "{LATER}"
-down_revision = "0001"
+down_revision = "{NEWEST}"
 
 
 def upgrade() -> None:

@@ -110,7 +110,7 @@ def test_another_project_sees_nothing(server: ServerProcess, browser: Browser, a
         page.get_by_role("link", name="Engine").click()
         expect(page.get_by_text("may not read the engine's metrics")).to_be_visible()
         page.get_by_role("link", name="Keys and usage").click()
-        expect(page.get_by_text("are for keys with the scope admin")).to_be_visible()
+        expect(page.get_by_text("are for keys with the scope manage or admin")).to_be_visible()
         expect(page.get_by_role("region", name="Keys", exact=True)).to_have_count(0)
         assert violations(page) == []
 

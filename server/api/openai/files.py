@@ -60,7 +60,7 @@ _BODY = {
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Upload a file of rows. Every line is checked. Uploading the same bytes again makes another file."""
     async with received_form(request, services) as form:
-        file = await services.limiters.checking.run(services.principal.project, _put, services.files, form)
+        file = await services.limiters.checking.run(services.principal.project, _put, services, form)
     return wire.answer(file_object(file))
 
 
@@ -100,7 +100,7 @@ async def get_file(services: ServicesDep, file_id: FileId) -> Response:
 @requires(TRAIN)
 async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     """Download a file's content."""
-    file, content = await to_thread.run_sync(_open, services.files, file_id)
+    file, content = await to_thread.run_sync(_open, services, file_id)
     ending = "csv" if file.format == "csv" else "jsonl"
     # the file's id, since its own name may have any characters
     headers = {"Content-Disposition": f'attachment; filename="{file.id}.{ending}"'}
@@ -121,11 +121,13 @@ async def delete_file(services: ServicesDep, file_id: FileId) -> Response:
     return wire.answer({"id": file_id, "object": "file", "deleted": True})
 
 
-def _put(files: FileStore, form: FormData) -> StoredFile:
+def _put(services: Services, form: FormData) -> StoredFile:
     file, filename = uploaded_rows(form, _PURPOSE)
     if form.getlist(_PURPOSE) != ["fine-tune"]:
         raise InvalidInput.of(_PURPOSE, 'must be "fine-tune", once: other purposes are not supported')
-    return files.put(file, filename)
+    stored = services.files.put(file, filename)
+    services.audit("file.upload", stored.id, {"bytes": stored.bytes})
+    return stored
 
 
 def _page(files: FileStore, purpose: Purpose | None, limit: int, order: str, after: str | None) -> Response:
@@ -141,8 +143,10 @@ def _page(files: FileStore, purpose: Purpose | None, limit: int, order: str, aft
     return wire.answer(page_object([file_object(file) for file in found[:limit]], len(found) > limit))
 
 
-def _open(files: FileStore, file_id: str) -> tuple[StoredFile, BinaryIO]:
-    return files.get(file_id), files.open(file_id)
+def _open(services: Services, file_id: str) -> tuple[StoredFile, BinaryIO]:
+    file, content = services.files.get(file_id), services.files.open(file_id)
+    services.audit("file.download", file_id)
+    return file, content
 
 
 def _delete(services: Services, file_id: str) -> None:

@@ -1,4 +1,4 @@
-/** Keys and usage; for admins also projects, keys and the audit list. */
+/** Keys and usage; for admins and managers also projects, keys and the audit list. */
 import { ask, get, isOpen } from "../lib/api.js";
 import { compact, count, duration } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
@@ -8,7 +8,7 @@ import { Audit } from "./audit.js";
 import { Keys } from "./keys.js";
 import { Projects } from "./projects.js";
 
-/** A key is an admin's if it may list the keys. */
+/** A key is an admin's, or its project's manager's, if it may list keys. */
 export function AccessView() {
   const keys = useResource(
     async (signal) => {
@@ -23,7 +23,7 @@ export function AccessView() {
     <${Usage} isAdmin=${isAdmin} keys=${keys.data?.found ?? []} />
     ${
       keys.problem?.status === 403
-        ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>admin</code>.</p>`
+        ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>manage</code> or <code>admin</code>.</p>`
         : html`<${Fault} problem=${keys.problem} />`
     }
     ${keys.data ? html`<${Keys} keys=${keys.data.found} isOpen=${keys.data.isOpen} onChange=${keys.reload} /><${Projects} keys=${keys.data.found} /><${Audit} keys=${keys.data.found} />` : null}`;

@@ -8,17 +8,32 @@ import { Fault, Table } from "../parts/basics.js";
 /** @type {Record<string, string>} */
 const WORDS = {
   "key.create": "made a key",
+  "key.change": "changed a key",
   "key.revoke": "revoked a key",
+  "adapter.upload": "uploaded an adapter",
+  "adapter.import": "imported an adapter",
+  "adapter.compose": "named a blend",
+  "adapter.download": "downloaded an adapter",
   "adapter.delete": "deleted an adapter",
   "adapter.public": "made an adapter public",
   "adapter.private": "made an adapter private",
+  "job.submit": "submitted a job",
+  "job.pause": "paused a job",
+  "job.resume": "resumed a job",
+  "job.cancel": "cancelled a job",
+  "job.publish": "published a job's adapter",
+  "job.download": "downloaded a job's model",
   "job.delete": "removed a job's files",
+  "dataset.upload": "uploaded a data set",
   "dataset.delete": "deleted a data set",
+  "file.upload": "uploaded a file",
+  "file.download": "downloaded a file",
   "file.delete": "deleted a file",
   "alias.set": "set an alias",
   "alias.delete": "removed an alias",
   "project.limit": "set a project's limits",
   "project.delete": "deleted a project",
+  refused: "was refused",
 };
 
 /** @param {{keys: Key[]}} props `keys`: for showing ids as names */
@@ -34,10 +49,10 @@ export function Audit({ keys }) {
   return html`<section class="card" aria-label="Audit">
     <h2>Log</h2>
     <${Fault} problem=${audit.problem} />
-    ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, visibility, aliases and deletes are written down here.</p>` : null}
+    ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, uploads, downloads, jobs, deletes and refused attempts are written down here.</p>` : null}
     ${
       entries.length
-        ? html`<${Table} label="Audit" columns=${["When", "Who", "What", "Of", "Project"]}>
+        ? html`<${Table} label="Audit" columns=${["When", "Who", "What", "Of", "Project", "From"]}>
               ${entries.map(
                 (entry) =>
                   html`<tr key=${entry.number}>
@@ -46,6 +61,7 @@ export function Audit({ keys }) {
                     <td>${WORDS[entry.action] ?? entry.action}</td>
                     <td>${names.get(entry.target) ?? entry.target}${entry.action === "alias.set" ? ` → ${String(entry.detail.version)}` : ""}</td>
                     <td>${entry.project}</td>
+                    <td title=${entry.request_id}>${entry.address}</td>
                   </tr>`,
               )}
             <//>`

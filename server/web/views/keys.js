@@ -12,6 +12,7 @@ const SCOPES = /** @type {const} */ ([
   ["generate", "generate"],
   ["train", "train, upload and delete"],
   ["metrics", "read the metrics"],
+  ["manage", "manage its project's keys and limits"],
   ["admin", "everything, in all projects (admin)"],
 ]);
 
@@ -65,13 +66,13 @@ const made = perKey(/** @type {(Key & {secret: string}) | null} */ (null));
  */
 function NewKey({ isFirst, onMade }) {
   const [name, setName] = useState("");
-  const [project, setProject] = useState("default");
+  const [project, setProject] = useState("");
   const [scopes, setScopes] = useState(/** @type {string[]} */ (isFirst ? ["admin"] : ["generate", "train"]));
   const [expires, setExpires] = useState("");
   const [limits, setLimits] = useState(UNLIMITED);
   const create = useAction(async () => {
     const expires_at = expires ? new Date(expires).toISOString() : null;
-    const key = await ask("POST", "/keys", { json: { name, project, scopes, expires_at, ...limits } });
+    const key = await ask("POST", "/keys", { json: { name, project: project || null, scopes, expires_at, ...limits } });
     setName("");
     if (isFirst) signIn(key.secret);
     made.set(key);
@@ -84,7 +85,7 @@ function NewKey({ isFirst, onMade }) {
     <${Form} label="New key" onSubmit=${create.run}>
       <div class="fields">
         <${TextField} label="Name" name="name" hint="for people, such as laptop" value=${name} onChange=${setName} ...${about} />
-        <${TextField} label="Project" name="project" hint="The key sees this project's adapters and jobs." value=${project} onChange=${setProject} ...${about} />
+        <${TextField} label="Project" name="project" hint="The key sees this project's adapters and jobs. Empty: default, or that of your managing key." value=${project} onChange=${setProject} ...${about} />
         <${TextField} label="Expires" name="expires_at" type="date" hint="empty: never" value=${expires} onChange=${setExpires} ...${about} />
       </div>
       <fieldset>

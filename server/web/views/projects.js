@@ -31,7 +31,7 @@ function ProjectLimits({ project, onChange }) {
   const { requests_per_minute, tokens_per_minute, max_jobs, max_bytes } = project;
   const [limits, setLimits] = useState({ requests_per_minute, tokens_per_minute, max_jobs, max_bytes });
   const save = useAction(async () => {
-    await ask("PUT", `/projects/${encodeURIComponent(project.name)}`, { json: limits });
+    await ask("PATCH", `/projects/${encodeURIComponent(project.name)}`, { json: limits });
     await onChange();
   });
   const shown = LIMITS.flatMap(([name, words]) =>

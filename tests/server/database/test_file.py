@@ -16,6 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from adapters.catalog import catalog
+from adapters.names import Viewpoint
 from server.access import tables as access_tables
 from server.access.keys import Keys
 from server.access.usage import Ledger
@@ -268,7 +269,7 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
 def test_a_current_database_is_opened_without_alembic(engine: sa.Engine, tmp_path: Path) -> None:
     """Importing Alembic takes longer than opening the database."""
     home = tmp_path / "new" / "home"
-    assert schema_of(home / FILE_NAME) == newest_schema() == "0001"
+    assert schema_of(home / FILE_NAME) == newest_schema() == "0002"
     code = (
         "import sys; from pathlib import Path; from server.database import connect;"
         "connect(Path(sys.argv[1])); print('alembic' in sys.modules)"
@@ -308,6 +309,21 @@ def test_a_database_of_version_1_opens(tmp_path: Path) -> None:
     (key,) = Keys(engine, tmp_path / "keyed").list()
     assert (key.name, key.project, key.scopes) == ("laptop", "default", ("generate", "train"))
     assert [row["requests"] for row in Ledger(engine).rows(None, None, ["adapter"])] == [1, 0]
+    engine.dispose()
+
+
+def test_history_of_projects_deleted_in_version_1_is_retired(tmp_path: Path) -> None:
+    """Else it would belong to a new project of the same name."""
+    make_version_1(tmp_path)
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        for table in ("jobs", "api_keys", "usage"):
+            connection.execute(f"UPDATE {table} SET project = 'gone'")
+        connection.commit()
+    engine = connect(tmp_path)
+    assert {job.project for job in Jobs(engine).list()} == {"gone~old"}
+    assert Jobs(engine).of(Viewpoint("gone")).list() == []
+    assert {key.project for key in Keys(engine, tmp_path / "keyed").list()} == {"gone~old"}
+    assert Ledger(engine).rows(None, None, ["project"], "gone") == []
     engine.dispose()
 
 

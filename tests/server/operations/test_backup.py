@@ -30,7 +30,7 @@ from server.operations.doctor import examine
 from server.operations.restore import restore
 from server.storage.home import RESTORING, Home, make, serving
 from server.training.datasets import DatasetStore
-from tests.kits.migrations import LATER, upgrade_smolora
+from tests.kits.migrations import LATER, NEWEST, upgrade_smolora
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
 from tests.server.jobs.job_kit import submit
 
@@ -530,13 +530,13 @@ def test_a_backup_with_an_older_schema_is_migrated(
         header = tar.extractfile("backup.json")
         assert header is not None
         found = json.loads(header.read())
-    assert found["schema"] == "0001"
+    assert found["schema"] == NEWEST
     assert datetime.fromisoformat(found["created_at"]) <= datetime.now(UTC)
     upgrade_smolora(monkeypatch, tmp_path)
     assert restore(target, tmp_path / "again").diagnosis.is_sound
     assert schema_of(tmp_path / "again" / FILE_NAME) == LATER
     with registry.engine.connect() as connection:
-        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "0001"
+        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == NEWEST
 
 
 def test_concurrent_backups_keep_each_others_folders(registry: Registry, target: Path) -> None:

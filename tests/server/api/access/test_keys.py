@@ -142,7 +142,7 @@ async def test_requests_without_a_key_use_the_default_project(make_services: Mak
             assert answer.status_code == 403
             assert "leave out OpenAI-Project" in answer.json()["error"]["message"]
         refused = (await client.get("/keys")).json()["detail"]
-        assert refused == "send a key with the scope admin: clients without a key have generate, train"
+        assert refused == "send a key with the scope manage: clients without a key have generate, train"
         assert (await client.get("/keys", headers=bearer(OPERATORS))).status_code == 200
 
 
@@ -724,7 +724,7 @@ async def test_the_audit_list(app: FastAPI) -> None:
         assert document["entries"][0]["detail"]["max_jobs"] == 4
         assert document["entries"][1]["who"].startswith("key-")
         older = (await projects.operator.get(f"/audit?after={document['next']}")).json()
-        assert [entry["action"] for entry in older["entries"]] == ["key.create"] * 3
+        assert [entry["action"] for entry in older["entries"]] == ["adapter.upload", *["key.create"] * 3]
         assert older["next"] is None
         assert (await projects.acme.get("/audit")).status_code == 403
 

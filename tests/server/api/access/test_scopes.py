@@ -9,11 +9,11 @@ import pytest
 import sqlalchemy as sa
 from fastapi import APIRouter, FastAPI
 
-from server.access.principal import SCOPES, Scope
+from server.access.principal import OPERATORS_SCOPES, SCOPES, Scope
 from server.access.tables import api_keys
 from server.api.app import ROUTES
 from server.api.openapi import App
-from server.api.routes import ADMIN, ANY, GENERATE, METRICS, NOWHERE, READ, TRAIN, Routes, requires
+from server.api.routes import ADMIN, ANY, GENERATE, MANAGE, METRICS, NOWHERE, READ, TRAIN, Routes, requires
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -36,15 +36,18 @@ EVERYTHING: dict[str, frozenset[Scope] | None] = {
     "GET /adapters/{name}/{version}": READ,
     "GET /v1/models": READ,
     "GET /v1/models/{model}": READ,
-    "GET /usage": READ,
-    "GET /keys": ADMIN,
-    "POST /keys": ADMIN,
-    "DELETE /keys/{key_id}": ADMIN,
-    "GET /projects": ADMIN,
-    "GET /projects/{project}": ADMIN,
+    "GET /usage": READ | MANAGE,
+    "GET /keys": MANAGE,
+    "POST /keys": MANAGE,
+    "GET /keys/{key_id}": MANAGE,
+    "PATCH /keys/{key_id}": MANAGE,
+    "DELETE /keys/{key_id}": MANAGE,
+    "GET /projects": MANAGE,
+    "GET /projects/{project}": MANAGE,
+    "PATCH /projects/{project}": MANAGE,
     "PUT /projects/{project}": ADMIN,
     "DELETE /projects/{project}": ADMIN,
-    "GET /audit": ADMIN,
+    "GET /audit": MANAGE,
     "GET /version": ANY,
 }
 """Scopes of each route that `train` doesn't open, or not alone; `train` opens all others."""
@@ -166,7 +169,7 @@ def operator_like(operator: httpx.AsyncClient) -> str:
 
 @pytest.mark.parametrize("scope", SCOPES)
 async def test_scopes_open_only_their_routes(locked: FastAPI, operator: httpx.AsyncClient, scope: Scope) -> None:
-    project = "default" if scope == "metrics" else "acme"
+    project = "default" if scope in OPERATORS_SCOPES else "acme"
     key = (await operator.post("/keys", json={"name": "one", "project": project, "scopes": [scope]})).json()
     found = await statuses(locked, {"Authorization": f"Bearer {key['secret']}"})
     for (method, template), status in found.items():

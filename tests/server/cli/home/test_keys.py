@@ -185,8 +185,15 @@ SIZE_RULE = "must be a size, such as 2GiB, or a number of bytes"
     [
         (["a/b"], f"NAME: {NAME_RULE}"),
         (["a", "--project", ""], f"--project: {NAME_RULE}"),
-        (["a", "--scopes", "generate,all"], "--scopes: must be one or more of generate, train, metrics, admin"),
-        (["a", "--scopes", ""], "--scopes: must be one or more of generate, train, metrics, admin"),
+        (
+            ["a", "--scopes", "generate,all"],
+            "--scopes: must be one or more of generate, train, metrics, manage, admin",
+        ),
+        (
+            ["a", "--scopes", "admin", "--project", "acme"],
+            "--scopes: admin is for keys of the project default alone; give manage to administer one project",
+        ),
+        (["a", "--scopes", ""], "--scopes: must be one or more of generate, train, metrics, manage, admin"),
         (["a", "--expires", "0d"], "--expires: must be in the future"),
         (["a", "--expires", "2020-01-01"], "--expires: must be in the future"),
         (["a", "--expires", "soon"], f"--expires: {SPAN_RULE}"),

@@ -1,6 +1,7 @@
 """`smolora projects`: limits that a running server applies, and deleting empty projects."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,8 @@ async def test_project_that_owns_something_is_not_deleted(
     assert (await client.delete(f"/datasets/{dataset}")).status_code == 204
     assert (await client.delete("/adapters/tweets")).status_code == 204
     assert (await client.post("/train/job-1/cancel")).status_code == 200
-    assert smolora("projects", "delete", "acme") == "acme is deleted, and its keys are revoked\n"
+    line = r"acme is deleted, and its keys are revoked; its history is kept as acme~[0-9a-f]{8}\n"
+    assert re.fullmatch(line, smolora("projects", "delete", "acme"))
     assert (await client.get("/adapters")).status_code == 401
     (key,) = json.loads(smolora("keys", "list", "--json"))["keys"]
     assert key["revoked_at"] is not None

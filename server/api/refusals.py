@@ -1,0 +1,53 @@
+"""Refused attempts on the audit list: requests that were answered with 401 or 403.
+
+Anybody can send such requests, at any rate. So each client has at most one entry a minute for the same route and
+status, and MAX_ENTRIES entries in all; clients without a valid key share these. An entry's `left_out` counts the
+equal attempts since the last one that was written.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from anyio import to_thread
+
+from server.access.audit import REFUSED, Audit
+from server.api.authentication import Sender
+
+MAX_ENTRIES = 30
+_SECONDS = 60.0
+_MAX_COUNTED = 4096
+
+
+class Refusals:
+    """Writes refused attempts to the audit list. Use it from one event loop."""
+
+    def __init__(self, audit: Audit, clock: Callable[[], float] = time.monotonic) -> None:
+        self._audit = audit
+        self._clock = clock
+        self._since = clock()
+        self._written: Counter[str] = Counter()  # this minute's entries, by client
+        self._seen: set[tuple[str, str, str, int]] = set()
+        self._left_out: Counter[tuple[str, str, str, int]] = Counter()
+
+    async def add(self, sender: Sender, address: str, method: str, route: str, status: int) -> None:
+        """Write an attempt, or only count it if there are too many.
+
+        `route` is the path's template, or empty if the path has no route.
+        """
+        now = self._clock()
+        if now - self._since >= _SECONDS:
+            self._since = now
+            self._written.clear()
+            self._seen.clear()
+        target = f"{method} {route or 'unknown path'}"
+        attempt = (sender.who, "" if sender.has_key else address, target, status)
+        client = sender.who if sender.has_key else ""
+        if attempt in self._seen or self._written[client] >= MAX_ENTRIES:
+            if len(self._left_out) < _MAX_COUNTED or attempt in self._left_out:
+                self._left_out[attempt] += 1
+            return
+        self._written[client] += 1
+        self._seen.add(attempt)
+        detail = {"status": status, "left_out": self._left_out.pop(attempt, 0)}
+        await to_thread.run_sync(self._audit.add, sender.who, REFUSED, sender.project, target, detail)

@@ -1,0 +1,195 @@
+"""The audit list: who did what, when, by which request and from which address; refused attempts, too."""
+
+import json
+from contextvars import Context
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.access.audit import Audit
+from server.access.principal import OPERATOR
+from server.api.authentication import Sender
+from server.api.refusals import MAX_ENTRIES, Refusals
+from server.jobs.leases import Leases
+from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
+
+pytestmark = pytest.mark.anyio
+
+CONTENT = "\n".join(map(json.dumps, ROWS)).encode()
+
+
+async def entries(client: httpx.AsyncClient, **query: str) -> list[dict[str, Any]]:
+    response = await client.get("/audit", params={"limit": "1000", **query})
+    assert response.status_code == 200, response.text
+    found: list[dict[str, Any]] = response.json()["entries"]
+    return found[::-1]
+
+
+async def test_every_deed_is_listed_with_its_request(app: FastAPI, leases: Leases) -> None:
+    async with two_projects(app) as projects:
+        acme, operator = projects.acme, projects.operator
+        await acme.post("/adapters/tweets", files=as_parts(*peft_files()))
+        await acme.get("/adapters/tweets/1/download")
+        await acme.post("/compositions/half", json={"expression": "tweets*0.5"})
+        await acme.post("/compositions/half", json={"expression": "tweets*0.5"})  # no new version
+        dataset = (await acme.post("/datasets", files={"file": ("a.jsonl", CONTENT)})).json()["id"]
+        file = (
+            await acme.post("/v1/files", files={"file": ("a.jsonl", CONTENT)}, data={"purpose": "fine-tune"})
+        ).json()["id"]
+        await acme.get(f"/v1/files/{file}/content")
+        job = await submit(acme)
+        await acme.post(f"/train/{job}/pause")
+        await acme.post(f"/train/{job}/resume")
+        Context().run(lambda: StandIn(leases).succeed(digest="ab" * 32))  # no request is being handled
+        headers = {"X-Request-Id": "cancelling-1"}
+        second = await submit(acme, name="other")
+        assert (await operator.post(f"/train/{second}/cancel", headers=headers)).status_code == 200
+        assert (await operator.post(f"/train/{second}/cancel")).status_code == 409  # nothing was done
+        evaluated = {"adapters": ["base"], "datasets": [dataset]}
+        third = (await acme.post("/evaluate", json=evaluated)).json()["id"]
+        await acme.post(f"/evaluate/{third}/cancel")
+        await acme.delete(f"/datasets/{dataset}")
+        found = await entries(operator, project="acme")
+        assert [(entry["action"], entry["target"]) for entry in found] == [
+            ("key.create", found[0]["target"]),
+            ("adapter.upload", "tweets@1"),
+            ("adapter.download", "tweets@1"),
+            ("adapter.compose", "half@1"),
+            ("dataset.upload", dataset),
+            ("file.upload", file),
+            ("file.download", file),
+            ("job.submit", job),
+            ("job.pause", job),
+            ("job.resume", job),
+            ("job.publish", "codes@1"),
+            ("job.submit", second),
+            ("job.cancel", second),
+            ("job.submit", third),
+            ("job.cancel", third),
+            ("dataset.delete", dataset),
+        ]
+        (key,) = await entries(operator, action="key.create", project="acme")
+        (operators,) = await entries(operator, action="key.create", project="default")
+        by_action = {entry["action"]: entry for entry in found}
+        assert by_action["adapter.upload"]["who"] == by_action["job.publish"]["who"] == key["target"]
+        published = by_action["job.publish"]
+        assert published["detail"] == {"job": job, "digest": "ab" * 32, "alias": None, "moves_latest": True}
+        assert (published["address"], published["request_id"]) == (None, None)
+        cancelled = next(entry for entry in found if entry["target"] == second and entry["action"] == "job.cancel")
+        assert (cancelled["who"], cancelled["request_id"]) == (operators["target"], "cancelling-1")
+        assert cancelled["address"] == "127.0.0.1"
+        assert by_action["job.submit"]["detail"]["kind"] == "evaluate"
+
+
+async def test_filters_select_entries(app: FastAPI) -> None:
+    async with two_projects(app) as projects:
+        for client in (projects.acme, projects.other):
+            await client.post("/adapters/tweets", files=as_parts(*peft_files()))
+        operator = projects.operator
+        (upload,) = await entries(operator, action="adapter.upload", project="other")
+        assert upload["project"] == "other"
+        assert await entries(operator, who=upload["who"]) == [upload]
+        everything = await entries(operator)
+        now = datetime.now(UTC)
+        for since, number in (
+            (now - timedelta(days=1), len(everything)),
+            (now + timedelta(days=1), 0),
+        ):
+            assert len(await entries(operator, **{"from": since.date().isoformat()})) == number
+            assert len(await entries(operator, **{"from": since.isoformat()})) == number
+        assert await entries(operator, **{"from": upload["at"]}) == [upload]
+        assert await entries(operator, action="nothing") == []
+        page = (await operator.get("/audit?limit=1&action=adapter.upload")).json()
+        (older,) = await entries(operator, action="adapter.upload", after=str(page["next"]))
+        assert (older["project"], page["entries"]) == ("acme", [upload])
+        for wrong in ("yesterday", "2026-01-31T12:00:00", "0", "9999-99-99"):
+            assert (await operator.get("/audit", params={"from": wrong})).status_code == 422, wrong
+
+
+async def test_refused_attempts_are_listed(app: FastAPI) -> None:
+    async with two_projects(app) as projects:
+        operator, acme = projects.operator, projects.acme
+        key, secret = access_of(app).keys.create("gone", who=OPERATOR, project="acme")
+        access_of(app).keys.revoke(key.id, who=OPERATOR)
+        for _ in range(3):
+            assert (await acme.get("/projects")).status_code == 403
+        async with client_with(app, secret) as gone, client_with(app, "sk-smolora-wrong") as wrong:
+            assert (await gone.get("/adapters/tweets")).status_code == 401
+            assert (await wrong.get("/adapters/tweets")).status_code == 401
+            del wrong.headers["Authorization"]
+            assert (await wrong.delete("/adapters/tweets")).status_code == 401
+        assert (await acme.post("/train", json=train_body(), headers={"Host": "evil.example"})).status_code == 403
+        found = await entries(operator, action="refused")
+        who = next(one["id"] for one in (await operator.get("/keys?project=acme")).json()["keys"])
+        assert [
+            (entry["who"], entry["project"], entry["target"], entry["detail"]["status"]) for entry in found
+        ] == [
+            (who, "acme", "GET /projects", 403),
+            (key.id, "acme", "GET /adapters/{name}", 401),
+            ("unknown", "", "GET /adapters/{name}", 401),
+            ("anonymous", "", "DELETE /adapters/{name}", 401),
+            ("anonymous", "", "POST /train", 403),
+        ]
+        assert {entry["address"] for entry in found} == {"127.0.0.1"}
+        async with client_with(app, new_secret(app, "acme", ["manage"])) as manager:
+            assert {entry["who"] for entry in await entries(manager, action="refused")} == {who, key.id}
+
+
+async def test_floods_of_refused_attempts_are_bounded(app: FastAPI) -> None:
+    """Clients without a valid key can't fill the list, or keep a key's own attempts off it."""
+    audit, times = Audit(access_of(app).audit._engine), [0.0]
+    refusals = Refusals(audit, lambda: times[0])
+    for number in range(2 * MAX_ENTRIES):
+        await refusals.add(Sender("unknown"), f"10.0.0.{number}", "GET", "/adapters", 401)
+    for _ in range(5):
+        await refusals.add(Sender("key-1", "acme", has_key=True), "10.0.0.1", "GET", "/keys", 403)
+    assert len(audit.list(1000, who="unknown")) == MAX_ENTRIES
+    (entry,) = audit.list(1000, who="key-1")
+    assert entry.detail == {"status": 403, "left_out": 0}
+    times[0] = 60.0
+    await refusals.add(Sender("key-1", "acme", has_key=True), "10.0.0.1", "GET", "/keys", 403)
+    assert audit.list(1, who="key-1")[0].detail == {"status": 403, "left_out": 4}
+    await refusals.add(Sender("unknown"), "10.0.0.59", "GET", "/adapters", 401)
+    assert audit.list(1, who="unknown")[0].detail["left_out"] == 1
+
+
+async def test_a_new_project_of_a_deleted_ones_name_starts_empty(app: FastAPI, leases: Leases) -> None:
+    async with two_projects(app) as projects:
+        acme, operator = projects.acme, projects.operator
+        await acme.post("/generate", json={"prompt": "a", "max_tokens": 4})
+        await acme.post("/adapters/codes", files=as_parts(*peft_files()))
+        once = {"Idempotency-Key": "once"}
+        job = (await acme.post("/train", json=train_body(description="confidential"), headers=once)).json()["id"]
+        StandIn(leases).succeed(digest="ab" * 32)
+        for version in (1, 2):
+            assert (await acme.delete(f"/adapters/codes/{version}")).status_code == 204
+        assert (await operator.delete("/projects/acme")).status_code == 204
+        (deleted,) = await entries(operator, action="project.delete")
+        history = deleted["detail"]["history"]
+        assert history.startswith("acme~")
+        async with (
+            client_with(app, new_secret(app, "acme")) as reborn,
+            client_with(app, new_secret(app, "acme", ["manage"])) as manager,
+        ):
+            assert (await reborn.get("/train")).json()["jobs"] == []
+            for path in (f"/train/{job}", f"/train/{job}/events", f"/train/{job}/report"):
+                assert (await reborn.get(path)).status_code == 404, path
+            assert (await reborn.get("/usage?by=key")).json()["rows"] == []
+            assert len((await manager.get("/keys")).json()["keys"]) == 2
+            assert {entry["action"] for entry in await entries(manager)} == {"key.create"}
+            fresh = await reborn.post("/train", json=train_body(description="another"), headers=once)
+            assert fresh.status_code == 202
+            assert fresh.json()["id"] != job
+            uploaded = await reborn.post("/adapters/codes", files=as_parts(*peft_files()))
+            assert uploaded.json()["version"] == 1
+        # The operator still sees all of it, under the other name.
+        assert (await operator.get(f"/train/{job}")).json()["project"] == history
+        assert "adapter.upload" in {entry["action"] for entry in await entries(operator, project=history)}
+        by_project = (await operator.get("/usage?by=project")).json()["rows"]
+        assert history in {row["project"] for row in by_project}
+        assert {key["project"] for key in (await operator.get("/keys")).json()["keys"]} >= {history, "acme"}
