@@ -25,7 +25,7 @@ class Quota:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts, and of answers at their maximum length
     max_jobs: int | None = None  # unfinished jobs
-    max_bytes: int | None = None  # stored: adapters, data sets, files
+    max_bytes: int | None = None  # stored: adapters, data sets, files, and jobs as `server.jobs.room` counts them
 
     def with_limits(self, limits: Mapping[str, int | None]) -> "Quota":
         """Return the limits with the given ones in the place of the old ones."""

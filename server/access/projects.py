@@ -142,6 +142,15 @@ def ensure(connection: sa.Connection, name: str) -> None:
         connection.execute(sa.insert(projects).values(name=name, created_at=datetime.now(UTC)))
 
 
+def quotas_in(connection: sa.Connection, project: str, key_id: str | None) -> tuple[Quota, Quota]:
+    """Return the limits of a project and of a key, as they are now. Neither has to exist."""
+    found = []
+    for table, mine in ((projects, projects.c.name == project), (api_keys, api_keys.c.id == key_id)):
+        row = connection.execute(sa.select(table).where(mine)).mappings().first()
+        found.append(Quota() if row is None else quota_of(row))
+    return found[0], found[1]
+
+
 def quota_of(row: sa.RowMapping) -> Quota:
     """Return the limits in a row of a project or a key."""
     return Quota(**{name: row[name] for name in LIMITS})

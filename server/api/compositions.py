@@ -6,7 +6,7 @@ A merge job's parts are pinned to versions, which can't be deleted until the job
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated
@@ -29,14 +29,16 @@ from server.api import wire
 from server.api.adapters import VersionAnswer
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import COMPOSITIONS
-from server.api.quotas import require_room
+from server.api.quotas import room_for_job
 from server.api.routes import READ, TRAIN, requires
 from server.api.schemas import MAX_SEED, Body
 from server.api.strict_route import StrictRoute
+from server.api.submission import Room
 from server.api.train_answers import JobAnswer
 from server.api.train_schemas import MAX_TRAINED_RANK
 from server.jobs.jobs import Job, Jobs
 from server.jobs.merge_spec import ORIGIN, MergeSpec
+from server.jobs.room import merge_bytes
 
 
 def _method(value: object) -> object:
@@ -114,20 +116,21 @@ def submit_merge(
     body: CompositionBody,
     recipe: Recipe,
     idempotency_key: str | None,
-    require_room: Callable[[], None],
+    room: Room,
 ) -> Job:
     """Queue a job that merges adapters into a new version of `name`.
 
-    If there is a job with the same idempotency key already, return that job. `require_room` is called before a new
-    job is queued. This does disk I/O, so call it in a thread. Raise InvalidInput if the body is invalid, NotFound
-    if an adapter doesn't exist, Conflict if `name` is a composition or an adapter doesn't fit the base model's
+    If there is a job with the same idempotency key already, return that job. `room` is as in `Submissions.submit`.
+    This does disk I/O, so call it in a thread. Raise InvalidInput if the body is invalid, NotFound if an adapter
+    doesn't exist, Conflict if `name` is a composition or an adapter doesn't fit the base model's
     shapes, and QueueFull if too many jobs haven't ended.
     """
     library.check_name(name)
     digest = _digest(name, body)
     if (first := jobs.repeated(idempotency_key, digest)) is not None:
         return first
-    require_room()
+    with room(0):
+        pass
     # the parts' bytes are pinned here until the job itself pins them
     pinned = library.pin(parse(body.expression, FIELD), FIELD)
     try:
@@ -135,14 +138,17 @@ def submit_merge(
         check(ranks, recipe)
         num_modules = len({key for part in ranks for key in part})
         origin = Origin.of(library.catalog.version(part.name, part.version) for part in pinned.parts)
-        return jobs.submit(
-            MergeSpec(name, pinned.parts, recipe),
-            job_id=f"job-{secrets.token_hex(8)}",
-            data={"total_steps": num_modules, ORIGIN: asdict(origin)},
-            idempotency_key=idempotency_key,
-            body_digest=digest,
-            warnings=pinned.warnings,
-        )
+        num_bytes = merge_bytes(ranks, recipe, library.shape)
+        with room(num_bytes):
+            return jobs.submit(
+                MergeSpec(name, pinned.parts, recipe),
+                job_id=f"job-{secrets.token_hex(8)}",
+                data={"total_steps": num_modules, ORIGIN: asdict(origin)},
+                idempotency_key=idempotency_key,
+                body_digest=digest,
+                warnings=pinned.warnings,
+                num_bytes=num_bytes,
+            )
     finally:
         pinned.release()
 
@@ -212,7 +218,7 @@ async def compose(
     publishes the result as the next version of the adapter `name`.
     """
     if (recipe := recipe_of(body)) is not None:
-        room = partial(require_room, services)
+        room = partial(room_for_job, services)
         given = (services.jobs, services.library, name, body, recipe, key, room)
         job = await services.limiters.merging.run(services.principal.project, submit_merge, *given)
         return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})

@@ -18,7 +18,7 @@ from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.evaluate_submission import EvaluateBody, submit_evaluation
 from server.api.openapi import EVALUATIONS, JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS
 from server.api.pages import LINK, After, Limit, link
-from server.api.quotas import require_room
+from server.api.quotas import room_for_job
 from server.api.routes import TRAIN, requires
 from server.api.schemas import Answer, Timestamp, UsedAdapter
 from server.api.strict_route import StrictRoute
@@ -164,7 +164,7 @@ async def evaluate(body: EvaluateBody, services: ServicesDep, key: IdempotencyKe
     `schema`, `accuracy` and `brier` a decision. Intervals are of 95 %. Rows are tokenized before the job is
     queued, so errors in them are reported here.
     """
-    room = partial(require_room, services)
+    room = partial(room_for_job, services)
     job = await services.limiters.preparing.run(
         services.principal.project, submit_evaluation, services.submissions, body, key, room
     )
@@ -218,7 +218,7 @@ async def cancel(services: ServicesDep, job_id: JobId) -> Response:
 )
 @requires(TRAIN)
 async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
-    """Remove the rows and the log of an evaluation that has ended. Its record and findings stay."""
+    """Remove the rows, flips and log of an evaluation that has ended. Its record and other findings stay."""
     await to_thread.run_sync(_remove_files, services, job_id)
     return Response(status_code=204)
 

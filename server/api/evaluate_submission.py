@@ -7,7 +7,7 @@ functions block, on disk I/O or on the tokenizer, so call them in a thread.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -20,13 +20,14 @@ from adapters.library import Library, Pinned
 from adapters.lora import ModuleKey
 from server.api.compare import faults_of_item
 from server.api.schemas import Body
-from server.api.submission import Submissions, named_questions
+from server.api.submission import Room, Submissions, named_questions
 from server.api.train_schemas import Questions
 from server.decisions.questions import Question
 from server.decisions.stored import StoredDecisions
 from server.jobs.evaluate_spec import METRICS, Candidate, EvaluateSpec, Metric
 from server.jobs.evaluation_data import EvaluatedRow, EvaluationData
 from server.jobs.jobs import Job
+from server.jobs.room import evaluation_bytes
 from server.system.messages import plural
 from server.training.encoding import Asked, Examples, Reference
 from server.training.rows import CanonicalRows, CompletionRow, DecisionRow, MessagesRow, Row, RowNotes
@@ -78,18 +79,19 @@ class _Questions:
 
 
 def submit_evaluation(
-    submissions: Submissions, body: EvaluateBody, idempotency_key: str | None, require_room: Callable[[], None]
+    submissions: Submissions, body: EvaluateBody, idempotency_key: str | None, room: Room
 ) -> Job:
     """Queue an evaluation, or return the job that was queued with the same idempotency key before.
 
-    `require_room` is called before a new job is prepared. Raise InvalidInput if the body or rows are invalid,
+    `room` is as in `Submissions.submit`. Raise InvalidInput if the body or rows are invalid,
     NotFound if an adapter or a data set doesn't exist, Conflict if an adapter doesn't fit the base's shapes,
     QueueFull if too many jobs haven't ended, or OSError if the disk fails.
     """
     digest = _digest(body)
     if (first := submissions.jobs.repeated(idempotency_key, digest)) is not None:
         return first
-    require_room()
+    with room(0):
+        pass
     for name in ("adapters", "datasets", "metrics"):
         _refuse_repetition(name, getattr(body, name) or ())
     with ExitStack() as stack:  # the adapters' bytes stay pinned until the job itself pins them
@@ -115,6 +117,8 @@ def submit_evaluation(
             idempotency_key=idempotency_key,
             body_digest=digest,
             warnings=list(dict.fromkeys(warnings)),
+            room=room,
+            result_bytes=lambda row_bytes: evaluation_bytes(row_bytes, len(candidates)),
         )
 
 

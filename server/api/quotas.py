@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from server.access.principal import EVERYBODY
 from server.config import Settings
-from server.errors import Forbidden, Unavailable
-from server.system.messages import plural
+from server.errors import Unavailable
+from server.jobs.room import refuse_beyond, stored_bytes
 
 CHECK_BYTES = 16 << 20
 """Bytes of an upload between two checks of the free disk space."""
@@ -149,13 +149,8 @@ def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str,
     for owner, most, key_id in bounds:
         if most is None:
             continue
-        stored = before[owner] + stored_bytes(services, key_id)  # bytes stored in the meantime count twice
-        if stored + num_bytes > most or stored >= most:
-            raise Forbidden(
-                f"the {owner} may store {plural(most, 'byte')}, has {stored} and would add {num_bytes}: delete "
-                "adapters, data sets or files, or ask for a larger max_bytes",
-                reason="max_bytes",
-            )
+        # bytes stored in the meantime count twice
+        refuse_beyond(most, owner, before[owner] + _stored_bytes(services, key_id), num_bytes)
 
 
 def quota_use(services: "Services") -> dict[tuple[str, str], float]:
@@ -172,26 +167,31 @@ def quota_use(services: "Services") -> dict[tuple[str, str], float]:
         if quota.max_jobs is not None:
             found[project.name, "max_jobs"] = own.jobs.num_unfinished() / quota.max_jobs
         if quota.max_bytes is not None:
-            found[project.name, "max_bytes"] = stored_bytes(own) / quota.max_bytes
+            found[project.name, "max_bytes"] = _stored_bytes(own) / quota.max_bytes
     return found
 
 
-def require_room(services: "Services") -> None:
-    """Raise Unavailable or Forbidden if the disk or the caller's quotas leave no room for a new job."""
-    require_space(services.settings)
-    require_quota(services)
+@contextmanager
+def room_for_job(services: "Services", num_bytes: int) -> Iterator[None]:
+    """Reserve what a new job may store until the context ends.
+
+    Raise Unavailable or Forbidden if the disk or the caller's quotas leave no room for it. With 0 bytes, this is
+    only checked.
+    """
+    if num_bytes:
+        with reserved(services, num_bytes):
+            yield
+    else:
+        require_space(services.settings)
+        require_quota(services)
+        yield
+
+
+def _stored_bytes(services: "Services", key_id: str | None = None) -> int:
+    """Return what the project stores, or only what was created with this key. This may block on the disk."""
+    return stored_bytes(services.submissions.sources, services.library.catalog, services.jobs, key_id)
 
 
 def owners_of(services: "Services") -> tuple[str, str]:
     """Return the owners of the caller's uploads: the caller's project and key."""
     return f"project {services.principal.project}", f"key {services.principal.key_id}"
-
-
-def stored_bytes(services: "Services", key_id: str | None = None) -> int:
-    """Return the stored bytes of the project's adapters, data sets and files.
-
-    If `key_id` is given, only what was created with this key counts. This does disk I/O, so it may block.
-    """
-    datasets = sum(d.stored_bytes for d in services.datasets.list() if key_id in (None, d.key_id))
-    files = sum(file.bytes for file in services.files.list() if key_id in (None, file.key_id))
-    return datasets + files + services.library.catalog.num_bytes(key_id)

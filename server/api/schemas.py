@@ -150,7 +150,10 @@ class LimitFields(Body):
         None, description="tokens of prompts and of the longest possible answers"
     )
     max_jobs: Limit | None = Field(None, description="unfinished jobs")
-    max_bytes: Limit | None = Field(None, description="stored bytes of adapters, data sets and files")
+    max_bytes: Limit | None = Field(
+        None,
+        description="stored bytes of adapters, data sets and files, and of jobs with what they may still store",
+    )
 
     @property
     def quota(self) -> Quota:

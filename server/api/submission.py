@@ -11,7 +11,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +29,9 @@ from server.api.train_schemas import MAX_STEPS, MAX_TRAINED_RANK, LoraBody, Trai
 from server.decisions.questions import MAX_QUESTIONS, Question, name_fault, parse_question
 from server.decisions.stored import StoredDecisions
 from server.errors import Unavailable
-from server.jobs.files import TRACEPARENT_NAME, JobFiles
+from server.jobs.files import TRACEPARENT_NAME, JobFiles, size_of
 from server.jobs.jobs import FINE_TUNING, Job, Jobs
+from server.jobs.room import training_bytes
 from server.jobs.specs import Spec
 from server.system.messages import plural
 from server.training.encoding import RowEncoder, texts_of
@@ -62,6 +63,15 @@ from server.training.verdicts import MIN_HELD_OUT
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
+
+Room = Callable[[int], AbstractContextManager[None]]
+"""Reserves bytes for a new job until the context ends, or raises an error. 0 bytes only check for room."""
+
+
+def unlimited(num_bytes: int) -> AbstractContextManager[None]:
+    """Return a context that reserves nothing."""
+    return nullcontext()
+
 
 MAX_FAULTS = 20
 """The most faults of rows that one answer lists."""
@@ -335,7 +345,10 @@ class _Encoded:
 
 @dataclass(frozen=True)
 class Submissions:
-    """A submitter of training jobs for one base and one project. `max_length` is the base's limit, in tokens."""
+    """A submitter of training jobs for one base and one project.
+
+    `max_length` is the base's limit, in tokens. `num_parameters` is the number of the base's parameters.
+    """
 
     home: Path
     jobs: Jobs
@@ -344,6 +357,7 @@ class Submissions:
     encoder: RowEncoder
     max_length: int
     base_digest: str
+    num_parameters: int
     bucket: "Bucket | None" = None
 
     @property
@@ -355,20 +369,22 @@ class Submissions:
         body: TrainBody,
         idempotency_key: str | None,
         fine_tuning: Mapping[str, object] | None = None,
-        require_room: Callable[[], None] = lambda: None,
+        room: Room = unlimited,
     ) -> Job:
         """Queue a job, or return the job that was queued with the same idempotency key before.
 
-        `require_room` is called before a new job is prepared. `fine_tuning` is stored with the job's data under
-        FINE_TUNING. Raise InvalidInput if the body or the rows are invalid, NotFound if the rows or the parent
-        don't exist, Conflict if the name is a composition's, or if the parent or the latest version to compare
-        with doesn't fit the base's shapes, QueueFull if too many jobs haven't ended, or OSError if the disk fails.
+        `room` is asked before a new job is prepared, and for what it may store before it is queued. `fine_tuning`
+        is stored with the job's data under FINE_TUNING. Raise InvalidInput if the body or the rows are invalid,
+        NotFound if the rows or the parent don't exist, Conflict if the name is a composition's, or if the parent
+        or the latest version to compare with doesn't fit the base's shapes, QueueFull if too many jobs haven't
+        ended, or OSError if the disk fails.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
         if (first := self.jobs.repeated(idempotency_key, digest)) is not None:
             return first
-        require_room()
+        with room(0):
+            pass
         # `prepared` pins the parent's bytes until the job itself pins them
         with self.prepared(body) as prepared:
             return self.queue(
@@ -379,6 +395,8 @@ class Submissions:
                 idempotency_key=idempotency_key,
                 body_digest=digest,
                 warnings=prepared.warnings,
+                room=room,
+                result_bytes=lambda _: training_bytes(prepared.spec, self.library.shape, self.num_parameters),
             )
 
     def queue(
@@ -391,29 +409,37 @@ class Submissions:
         idempotency_key: str | None,
         body_digest: str,
         warnings: Sequence[str],
+        room: Room,
+        result_bytes: Callable[[int], int],
     ) -> Job:
         """Store a job's files and queue it. `save` writes the files into a directory.
 
-        The adapters that the job reads must be pinned. The other arguments, the result and the errors are those of
+        `result_bytes` returns the most bytes that the job may store, given the size of its files. The adapters
+        that the job reads must be pinned. The other arguments, the result and the errors are those of
         `Jobs.submit`. Raise OSError if the disk fails.
         """
         job_id = f"job-{secrets.token_hex(8)}"
         request = facts.get()
         try:
-            with new_directory(self._files.directory(job_id)) as unfinished:
-                save(unfinished)
-                if request is not None and request.span is not None:
-                    (unfinished / TRACEPARENT_NAME).write_text(request.span.traceparent, encoding="ascii")
-            self._files.keep(job_id)
-            job = self.jobs.submit(
-                spec,
-                job_id=job_id,
-                data=data,
-                used=used,
-                idempotency_key=idempotency_key,
-                body_digest=body_digest,
-                warnings=warnings,
-            )
+            with ExitStack() as reservation:
+                with new_directory(self._files.directory(job_id)) as unfinished:
+                    save(unfinished)
+                    if request is not None and request.span is not None:
+                        (unfinished / TRACEPARENT_NAME).write_text(request.span.traceparent, encoding="ascii")
+                    row_bytes = size_of(unfinished)
+                    num_bytes = row_bytes + result_bytes(row_bytes)
+                    reservation.enter_context(room(num_bytes))
+                self._files.keep(job_id)
+                job = self.jobs.submit(
+                    spec,
+                    job_id=job_id,
+                    data=data,
+                    used=used,
+                    idempotency_key=idempotency_key,
+                    body_digest=body_digest,
+                    warnings=warnings,
+                    num_bytes=num_bytes,
+                )
         except InDoubt:  # the job may be queued; if it isn't, a sweep removes the files
             raise
         except BaseException:

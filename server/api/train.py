@@ -14,7 +14,7 @@ from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.pages import LINK, After, Limit, link
-from server.api.quotas import require_room
+from server.api.quotas import room_for_job
 from server.api.routes import TRAIN, requires
 from server.api.streams import EventStream
 from server.api.strict_route import StrictRoute
@@ -65,7 +65,7 @@ async def submit(
         return wire.answer(
             await services.limiters.preparing.run(services.principal.project, _dry_run, services, body)
         )
-    room = partial(require_room, services)
+    room = partial(room_for_job, services)
     job = await services.limiters.preparing.run(
         services.principal.project, services.submissions.submit, body, key, None, room
     )

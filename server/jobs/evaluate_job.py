@@ -5,8 +5,9 @@ engine. A checkpoint after each adapter has its measurements, so an interrupted 
 """
 
 import ctypes
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import cast
 
@@ -57,8 +58,12 @@ class EvaluationAttempt:
         reporter: Reporter,
         storage: Storage,
         native: ctypes.CDLL | None = None,
+        require_room: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        """`native` is the compiled library, or None to compute with torch."""
+        """`native` is the compiled library, or None to compute with torch.
+
+        `require_room` is as in `TrainingAttempt`.
+        """
         self._spec = spec
         self._claim = claim
         self._leases = leases
@@ -66,6 +71,7 @@ class EvaluationAttempt:
         self._base = base
         self._reporter = reporter
         self._native = native
+        self._require_room = require_room
         files = JobFiles(storage.home.path, storage.bucket)
         self._directory = files.directory(claim.job_id)
         place = files.checkpoints(claim.job_id)
@@ -94,7 +100,10 @@ class EvaluationAttempt:
             "base_model": {"name": self._base.name, "digest": self._base.digest},
             "config": self._spec.to_document(),
         }
-        self._leases.succeed(self._claim, progress={**progress, "eta_seconds": 0.0}, metrics={}, report=report)
+        num_bytes = len(json.dumps(report))
+        self._require_room(num_bytes)
+        ended = {**progress, "eta_seconds": 0.0}
+        self._leases.succeed(self._claim, progress=ended, metrics={}, report=report, num_bytes=num_bytes)
 
     def _read(self, checkpoint: Checkpoint, data: EvaluationData) -> list[Measured]:
         """Return the measurements of a checkpoint. An earlier release stored the answers themselves."""

@@ -139,11 +139,7 @@ class JobFiles:
         """Return the total size of the job's files in the bucket, or in HOME if the bucket has none of them."""
         if copies := self._copies.of(job_id):
             return sum(copy.num_bytes for copy in copies)
-        total = 0
-        for path in self.directory(job_id).rglob("*"):
-            with suppress(FileNotFoundError):  # it is being removed
-                total += path.stat().st_size if path.is_file() else 0
-        return total
+        return size_of(self.directory(job_id))
 
     def remove(self, job_id: str) -> None:
         """Remove all files of a job. Before this, call `Jobs.remove_files`, which records the removal."""
@@ -194,6 +190,15 @@ class JobFiles:
         for name in _ROWS:
             with suppress(OSError):  # the next sweep tries again
                 (self.directory(job_id) / name).unlink(missing_ok=True)
+
+
+def size_of(directory: Path) -> int:
+    """Return the total size of the files in a directory and its subdirectories."""
+    total = 0
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):  # it is being removed
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _has_leftovers(directory: Path) -> bool:
@@ -275,11 +280,15 @@ class Retention:
     def finish(self) -> None:
         """Finish interrupted removals, call `sweep_bucket`, and make the reserve file again if it was deleted.
 
+        Also count the bytes of jobs that an older release made.
+
         The reserve file is deleted on a full disk, to make room for a few last writes.
         """
         for job_id in self._jobs.without_files(self._files.stored()):
             self._files.remove(job_id)
         self._files.sweep_bucket(self._statuses)
+        for job_id in self._jobs.uncounted():
+            self._jobs.count_bytes(job_id, self._files.num_bytes(job_id))
         self._reserve.fill()
 
     def _statuses(self, job_ids: Sequence[str]) -> dict[str, Status]:

@@ -84,8 +84,9 @@ class Jobs:
         idempotency_key: str | None = None,
         body_digest: str = "",
         warnings: Iterable[str] = (),
+        num_bytes: int = 0,
     ) -> Job:
-        """Queue a job whose files are already in its folder.
+        """Queue a job whose files are already in its folder. `num_bytes` count as stored until the job ends.
 
         `used` are the ids of data sets and digests of adapters that must not be deleted before the job ends.
         `warnings` become events of the job. If the idempotency key was used before, return the job that was
@@ -120,6 +121,7 @@ class Jobs:
                 "checkpoint_step": -1,
                 "metrics_step": -1,
                 "num_events": 0,
+                "bytes": num_bytes,
             }
             connection.execute(sa.insert(jobs).values(row))
             for name in sorted({*used, *spec.parents}):
@@ -201,7 +203,7 @@ class Jobs:
 
         Raise NotFound if there is no such job, and Conflict if it has ended.
         """
-        ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": database_now()}
+        ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": database_now(), "bytes": 0}
         of_running = {**ended, **count_time(database_time())}
         moves = {status: (ended, "cancelled") for status in Status if not status.has_ended}
         return self._steer(job_id, "job.cancel", {**moves, Status.RUNNING: (of_running, "cancelled")})
@@ -255,6 +257,32 @@ class Jobs:
         with self._reader.connect() as connection:
             return connection.execute(query).scalar_one()
 
+    def num_bytes(self, key_id: str | None = None, without: str | None = None) -> int:
+        """Return the bytes that the project's jobs count with, except the job `without`. See `server.jobs.room`.
+
+        If `key_id` is given, only jobs that this API key submitted count.
+        """
+        total = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.bytes), 0))
+        total = total.where(jobs.c.project == (self._of or Viewpoint()).project)
+        if key_id is not None:
+            total = total.where(jobs.c.key_id == key_id)
+        if without is not None:
+            total = total.where(jobs.c.id != without)
+        with self._reader.connect() as connection:
+            return int(connection.execute(total).scalar_one())
+
+    def uncounted(self) -> builtins.list[str]:
+        """Return the ids of jobs of an older release that still have files, whose size isn't known yet."""
+        query = sa.select(jobs.c.id).where(jobs.c.bytes.is_(None), jobs.c.files_removed_at.is_(None))
+        with self._reader.connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    @transacted
+    def count_bytes(self, connection: sa.Connection, job_id: str, num_bytes: int) -> None:
+        """Store the size of the files of a job of an older release, unless it is known already."""
+        mine = (jobs.c.id == job_id, jobs.c.bytes.is_(None))
+        connection.execute(sa.update(jobs).where(*mine).values(bytes=num_bytes))
+
     def counts(self) -> dict[Status, int]:
         """Count the jobs of each status; statuses without jobs are left out."""
         query = sa.select(jobs.c.status, sa.func.count()).where(self._mine).group_by(jobs.c.status)
@@ -284,17 +312,20 @@ class Jobs:
     def remove_files(self, connection: sa.Connection, job_id: str) -> None:
         """Record that an ended job's files are removed. Call this before removing the files.
 
-        A second call keeps the recorded time of the first. Raise NotFound if there is no such job, and Conflict if
-        it hasn't ended.
+        An evaluation's list of flips is removed with them. A second call keeps the recorded time of the first.
+        Raise NotFound if there is no such job, and Conflict if it hasn't ended.
         """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
-        status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
-        if status is None:
+        row = connection.execute(sa.select(jobs.c.status, jobs.c.report).where(mine)).first()
+        if row is None:
             raise no_job(job_id)
-        if not Status(status).has_ended:
-            raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
-        at = sa.func.coalesce(jobs.c.files_removed_at, database_now())
-        connection.execute(sa.update(jobs).where(mine).values(files_removed_at=at))
+        if not Status(row.status).has_ended:
+            raise Conflict(f"the job is {row.status}: cancel it first, or wait for its end")
+        values: dict[str, object] = {"bytes": 0}
+        values["files_removed_at"] = sa.func.coalesce(jobs.c.files_removed_at, database_now())
+        if (row.report or {}).get("kind") == EVALUATE:
+            values["report"] = {**row.report, "flips": []}
+        connection.execute(sa.update(jobs).where(mine).values(values))
 
     def with_files(self, before: datetime) -> builtins.list[str]:
         """Return the ids of jobs that ended before `before` and still have their files, the oldest first."""

@@ -201,6 +201,7 @@ class Leases:
         worse: str | None = None,
         warnings: Sequence[str] = (),
         notes: Sequence[str] = (),
+        num_bytes: int = 0,
     ) -> Version | None:
         """End the job with success and publish its adapter in one transaction.
 
@@ -215,6 +216,7 @@ class Leases:
             _lock_claimed(connection, claim)
             documents = {"progress": progress, "metrics": metrics, "report": report}
             values: dict[str, object] = {key: plain(value) for key, value in documents.items()}
+            values["bytes"] = num_bytes
             version = stays = None
             message = "succeeded"
             if publish is None and report.get("kind") != EVALUATE:
@@ -381,7 +383,12 @@ def _end(connection: sa.Connection, job_id: str, status: Status, now: Time | Non
 
     If a worker ran the job until now, pass `now`, so that the running time includes the last seconds.
     """
-    general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": database_now()}
+    general: dict[str, object] = {
+        "status": status,
+        "wants_pause": False,
+        "finished_at": database_now(),
+        "bytes": 0,
+    }
     general |= {} if now is None else count_time(now)
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))
     charge(connection, job_id)

@@ -7,6 +7,7 @@ from which `server.training.model_card` makes a README.md.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from adapters.catalog.catalog import NewVersion, combine
@@ -75,8 +76,9 @@ def run_merge(
     base: BaseModel,
     reporter: Reporter,
     origin: Origin,
+    require_room: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Merge the adapters of `spec` and publish the result.
+    """Merge the adapters of `spec` and publish the result. `require_room` is as in `TrainingAttempt`.
 
     `origin` names the base that the adapters were trained on. `origin` was stored when the job was submitted,
     since the adapters may be deleted before the job ends. Raise LeaseLost if the job has ended or another worker
@@ -110,6 +112,7 @@ def run_merge(
             peak_memory_bytes=peak_memory_bytes(base.device),
             bytes_stored=num_bytes,
         )
+        require_room(num_bytes)
         leases.succeed(
             claim,
             progress={"step": len(weights.modules), "total_steps": len(weights.modules), "eta_seconds": 0.0},

@@ -41,6 +41,7 @@ from server.jobs.pipe import (
     WorkerLink,
 )
 from server.jobs.reporter import JobReporter, JobTrace, Leave, beating
+from server.jobs.room import require_room
 from server.jobs.specs import Spec
 from server.jobs.train_job import TrainingAttempt
 from server.jobs.yielding import BusyFlag, Yielding
@@ -111,12 +112,13 @@ def main(argument: str) -> int:
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
             num_parameters = base.weights.num_parameters
             reporter = JobReporter(link, leases, claim, yielding, num_parameters, trace, is_on_gpu=is_on_gpu)
+            room = partial(require_room, database, storage, job)
             if isinstance(job.spec, MergeSpec):
-                run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data))
+                run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data), room)
             elif isinstance(job.spec, EvaluateSpec):
-                EvaluationAttempt(job.spec, claim, leases, library, base, reporter, storage, native).run()
+                EvaluationAttempt(job.spec, claim, leases, library, base, reporter, storage, native, room).run()
             else:
-                TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, storage, native).run()
+                TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, storage, native, room).run()
     except Leave:
         return EXIT_LEFT
     except LeaseLost:

@@ -88,6 +88,7 @@ jobs = sa.Table(
     sa.Column("metrics_step", sa.Integer, nullable=False),  # the newest metrics event's; -1: none
     sa.Column("num_events", sa.Integer, nullable=False),
     sa.Column("files_removed_at", UtcDateTime),  # null while its model and log exist
+    sa.Column("bytes", sa.BigInteger),  # as `room` counts them; null: not yet, since an older release made the job
     sa.Index("ix_jobs_status_number", "status", "number"),
     sa.Index("ix_jobs_project_number", "project", "number"),
     sa.Index("ix_jobs_project_seconds", "project", "project_seconds"),

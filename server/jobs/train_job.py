@@ -78,8 +78,13 @@ class TrainingAttempt:
         reporter: Reporter,
         storage: Storage,
         native: ctypes.CDLL | None = None,
+        require_room: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        """`native` is the compiled library, or None to train with torch."""
+        """`native` is the compiled library, or None to train with torch.
+
+        `require_room` is called with the size of what the job is about to leave. It raises Forbidden if the
+        project has no room for it.
+        """
         self._job = job
         self._spec = spec
         self._claim = claim
@@ -92,6 +97,7 @@ class TrainingAttempt:
         self._base = base
         self._reporter = reporter
         self._native = native
+        self._require_room = require_room
 
     def run(self) -> None:
         spec, directory = self._spec, self._files.directory(self._job.id)
@@ -205,6 +211,8 @@ class TrainingAttempt:
                 warnings.append(against_base.sentence(NAMES["base"]))
             publish = self._new_version(adapter, num_bytes, metrics, data, verdict, warnings)
         with nullcontext() if adapter is None else self._library.publishing(adapter):
+            if publish is not None:
+                self._require_room(num_bytes)
             if FINE_TUNING in self._job.data:
                 tuned = outcome.tuned.held_out
                 csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, tuned)
@@ -221,6 +229,7 @@ class TrainingAttempt:
                     worse=worse,
                     warnings=warnings,
                     notes=tuple(unmeasured.values()),
+                    num_bytes=num_bytes if adapter is None else 0,
                 )
             except LeaseLost:
                 self._drop_results()
@@ -258,7 +267,9 @@ class TrainingAttempt:
                 return self._library.keep(adapter)
         assert outcome.tuned_base is not None
         place = self._files.model(self._job.id)
-        with self._reporter.transferring(sum(tensor.nbytes for _, tensor in outcome.tuned_base.weights.tensors())):
+        num_bytes = sum(tensor.nbytes for _, tensor in outcome.tuned_base.weights.tensors())
+        self._require_room(num_bytes)
+        with self._reporter.transferring(num_bytes):
             if place.exists():  # of an attempt that ended after this one
                 shutil.rmtree(place)
             remove_unfinished(place.parent, place.name)  # and of one that was killed while writing

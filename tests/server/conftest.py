@@ -200,7 +200,7 @@ def build_services(
         datasets=datasets,
         files=files,
         submissions=Submissions(
-            home, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST
+            home, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST, NUM_PARAMETERS
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
         limiters=Limiters.build(settings.queue_timeout, metrics.lanes),

@@ -26,7 +26,7 @@ from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openai.schemas import REFUSALS
 from server.api.openapi import Responses
 from server.api.problems import ModelNotFound
-from server.api.quotas import require_room
+from server.api.quotas import room_for_job
 from server.api.routes import TRAIN, requires
 from server.api.schemas import MAX_SEED, Body
 from server.api.strict_route import KEYED, StrictRoute
@@ -525,7 +525,7 @@ def _submit(services: Services, body: FineTuningBody, key: str | None) -> Job:
     submitted = train_body(body, services.base_name, key)
     try:
         return services.submissions.submit(
-            submitted, key, kept_fields(body, services.base_name), partial(require_room, services)
+            submitted, key, kept_fields(body, services.base_name), partial(room_for_job, services)
         )
     except InvalidInput as error:
         raise with_openai_field_names(error) from None

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,7 @@ from server.jobs.files import JobFiles
 from server.jobs.jobs import Job, Jobs
 from server.jobs.leases import Claim, Leases
 from server.jobs.reporter import Leave
+from server.jobs.room import require_room
 from server.jobs.train_job import TrainingAttempt
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
@@ -197,7 +199,10 @@ class Shop:
         reporter = Reporter(self.leases, claim, end_at, how, on_metrics)
         library = library_of(self.catalog, self.store, self.base)
         storage = Storage(Home(self.home), self.bucket)
-        attempt = TrainingAttempt(job, job.spec, claim, self.leases, library, self.base, reporter, storage)
+        room = partial(require_room, self.engine, storage, job)
+        attempt = TrainingAttempt(
+            job, job.spec, claim, self.leases, library, self.base, reporter, storage, require_room=room
+        )
         try:
             attempt.run()
         except Leave:

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters.names import Viewpoint
 from server.api.evaluate_submission import EvaluateBody, submit_evaluation
-from server.api.submission import Submissions
+from server.api.submission import Submissions, unlimited
 from server.jobs.evaluate_job import EvaluationAttempt, StepFailed
 from server.jobs.evaluate_spec import EvaluateSpec
 from server.jobs.jobs import Job
@@ -47,6 +47,7 @@ def submissions_of(shop: Shop) -> Submissions:
         RowEncoder(PromptEncoder(base.tokenizer), eos[0], eos),
         base.config.max_position_embeddings,
         base.digest,
+        base.weights.num_parameters,
         shop.bucket,
     )
 
@@ -58,7 +59,7 @@ def dataset(shop: Shop, rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def submit(shop: Shop, **fields: object) -> Job:
-    return submit_evaluation(submissions_of(shop), EvaluateBody.model_validate(fields), None, lambda: None)
+    return submit_evaluation(submissions_of(shop), EvaluateBody.model_validate(fields), None, unlimited)
 
 
 def attempt(shop: Shop, end_at: int | None = None, how: Interruption = "kill") -> Reporter:

@@ -1,4 +1,4 @@
-"""Managers' limits, requests on the audit log, and the history of deleted projects."""
+"""Managers' limits, bytes of jobs, requests on the audit log, and the history of deleted projects."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,6 +12,7 @@ def upgrade() -> None:
     op.add_column("audit", sa.Column("address", sa.String(64)))
     op.add_column("audit", sa.Column("request_id", sa.String(128)))
     op.create_index("ix_audit_project_number", "audit", ["project", "number"])
+    op.add_column("jobs", sa.Column("bytes", sa.BigInteger))
     _retire_deleted_projects()
 
 

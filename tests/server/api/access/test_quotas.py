@@ -1,6 +1,7 @@
-"""Concurrent uploads store as much as sequential ones, in any transfer encoding."""
+"""Storage quotas: uploads, jobs and versions count, concurrent ones as sequential ones."""
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,13 +10,19 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from adapters.names import Viewpoint
 from server.access.principal import OPERATOR, Quota
 from server.api.app import create_app
 from server.api.imports import get_fetch
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
+from server.jobs.room import training_bytes
 from server.model.base.hub import HubAdapter
+from server.training.spec import JobSpec
 from tests.server.api.access.key_kit import access_of, client_with, new_secret
 from tests.server.api.adapters.peft_files import as_parts, as_zip, peft_files
-from tests.server.conftest import MakeServices
+from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
+from tests.server.conftest import NUM_PARAMETERS, SHAPE, MakeServices
 
 pytestmark = pytest.mark.anyio
 
@@ -124,3 +131,74 @@ async def test_rows_count_as_they_are_kept(app: FastAPI, tmp_path: Path) -> None
         refused = await client.post("/datasets", files={"file": ("b.csv", second)})
         assert refused.status_code == 403
         assert not any(path.is_file() for path in tmp_path.glob("**/datasets/**/*"))
+
+
+JOB_BYTES = training_bytes(JobSpec("codes"), SHAPE, NUM_PARAMETERS)
+"""What a job of the defaults may store, apart from its rows."""
+
+
+def quota_of(app: FastAPI, quota: Quota) -> str:
+    """Set a project's limits; return its key."""
+    access_of(app).projects.put("acme", quota, who=OPERATOR)
+    return new_secret(app, "acme")
+
+
+async def test_jobs_count_until_they_end(app: FastAPI, jobs: Jobs, leases: Leases) -> None:
+    """With all that they may store. Afterwards only what they leave behind counts."""
+    async with client_with(app, quota_of(app, Quota(max_bytes=2 * JOB_BYTES + JOB_BYTES // 2))) as client:
+        first = await submit(client)
+        assert JOB_BYTES < jobs.of(Viewpoint("acme")).num_bytes() < 1.1 * JOB_BYTES
+        second = await submit(client)
+        refused = await client.post("/train", json=train_body())
+        assert refused.status_code == 403
+        assert "ended jobs" in refused.json()["detail"]
+        assert (await client.post(f"/train/{first}/cancel")).status_code == 200
+        third = await submit(client)
+        ended = StandIn(leases)
+        assert ended.claim.job_id == second
+        ended.succeed()
+        await submit(client)
+        StandIn(leases).fail("no")
+        assert (await client.get(f"/train/{third}")).json()["status"] == "failed"
+        await submit(client)
+    async with client_with(app, new_secret(app, "other")) as other:
+        await submit(other)
+
+
+async def test_jobs_submitted_at_once_stay_within_the_quota(app: FastAPI, tmp_path: Path) -> None:
+    async with client_with(app, quota_of(app, Quota(max_bytes=3 * JOB_BYTES + JOB_BYTES // 2))) as client:
+        sent = [client.post("/train", json=train_body(name=f"a{number}")) for number in range(8)]
+        statuses = [response.status_code for response in await asyncio.gather(*sent)]
+    # a job that was just queued may count twice for a moment
+    assert 1 <= statuses.count(202) <= 3
+    assert statuses.count(202) + statuses.count(403) == 8
+    assert len(list((tmp_path / "jobs").iterdir())) == statuses.count(202)  # refused jobs leave no rows
+
+
+@pytest.mark.parametrize("limit", ["project", "key"])
+async def test_full_fine_tuning_needs_room_for_the_model(app: FastAPI, limit: str) -> None:
+    most = Quota(max_bytes=20 * NUM_PARAMETERS)
+    if limit == "project":
+        access_of(app).projects.put("acme", most, who=OPERATOR)
+    secret = new_secret(app, "acme", quota=most if limit == "key" else None)
+    async with client_with(app, secret) as client:
+        refused = await client.post("/train", json=train_body(method="full"))
+        assert refused.status_code == 403
+        assert refused.json()["detail"].startswith(f"the {limit} ")
+        await submit(client)
+
+
+async def test_merges_and_evaluations_count(app: FastAPI, jobs: Jobs) -> None:
+    async with client_with(app, quota_of(app, Quota(max_bytes=10 * JOB_BYTES))) as client:
+        assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+        content = "\n".join(map(json.dumps, ROWS)).encode()
+        dataset = (await client.post("/datasets", files={"file": ("a.jsonl", content)})).json()["id"]
+        merge = ("/compositions/b", {"expression": "a", "method": "svd", "rank": 4})
+        evaluation = ("/evaluate", {"adapters": ["base", "a"], "datasets": [dataset]})
+        for path, body in (merge, evaluation):
+            before = jobs.of(Viewpoint("acme")).num_bytes()
+            assert (await client.post(path, json=body)).status_code == 202
+            assert jobs.of(Viewpoint("acme")).num_bytes() > before + 64_000
+        access_of(app).projects.put("acme", Quota(max_bytes=10), who=OPERATOR)
+        for path, body in (merge, evaluation):
+            assert (await client.post(path, json=body)).status_code == 403

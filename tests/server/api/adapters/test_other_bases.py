@@ -55,7 +55,7 @@ def serve(
         library = Library(catalog, store, shape, name, jobs.in_use, digest)
         rows = RowEncoder(encoder, tiny_tokenizer().eos_token_id)
         sources = RowSources(datasets, files)
-        submissions = Submissions(tmp_path, jobs, sources, library, rows, MAX_POSITIONS, digest)
+        submissions = Submissions(tmp_path, jobs, sources, library, rows, MAX_POSITIONS, digest, 1)
         services = replace(make_services(), library=library, base_name=name, submissions=submissions)
         return client_of(new_app(services))
 

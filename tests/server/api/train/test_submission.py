@@ -41,6 +41,7 @@ class MeddlingJobs(Jobs):
         idempotency_key: str | None = None,
         body_digest: str = "",
         warnings: Iterable[str] = (),
+        num_bytes: int = 0,
     ) -> Job:
         self.meddle()
         job = super().submit(
@@ -51,6 +52,7 @@ class MeddlingJobs(Jobs):
             idempotency_key=idempotency_key,
             body_digest=body_digest,
             warnings=warnings,
+            num_bytes=num_bytes,
         )
         self.meddle_after()
         return job
