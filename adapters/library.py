@@ -19,7 +19,7 @@ from typing import BinaryIO
 from adapters import recorded
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
-from adapters.catalog.versions import Part, gather
+from adapters.catalog.versions import Part, VersionLimits, gather
 from adapters.errors import Conflict, InvalidInput
 from adapters.expression import Term
 from adapters.lora import BaseShape, LoraWeights, ModuleKey
@@ -27,6 +27,9 @@ from adapters.names import BASE, Viewpoint, alias_fault, name_fault, split_key
 from adapters.peft import files as peft_format
 from adapters.sql import FAILURES
 from adapters.store.store import AdapterStore
+
+NUM_VERSIONS = 100
+"""The most versions with which `Library.get` describes an adapter by default."""
 
 Removal = Callable[[], None]
 
@@ -109,10 +112,10 @@ class Library:
     def base_name(self) -> str:
         return self._base.name
 
-    def of(self, viewpoint: Viewpoint) -> "Library":
-        """Return the library as another project sees it."""
+    def of(self, viewpoint: Viewpoint, limits: VersionLimits | None = None) -> "Library":
+        """Return the library as another project sees it. `limits` are as in `Catalog.of`."""
         view = copy(self)
-        view.catalog = self.catalog.of(viewpoint)
+        view.catalog = self.catalog.of(viewpoint, limits)
         return view
 
     def pin(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
@@ -228,21 +231,37 @@ class Library:
         return self.get(name)
 
     def page(
-        self, name: str | None, limit: int, after: str | None, *, contains: str | None = None, public: bool = False
+        self,
+        name: str | None,
+        limit: int,
+        after: str | None,
+        *,
+        contains: str | None = None,
+        public: bool = False,
+        num_versions: int | None = None,
+        max_versions: int | None = None,
     ) -> tuple[list[Adapter], str | None]:
         """Return one page of the adapters that `Catalog.list` returns, and the `after` for the next page.
 
         On the last page, `after` is None.
         """
-        found = self.catalog.list(name, limit, after, contains=contains, public=public)
+        found = self.catalog.list(
+            name,
+            limit,
+            after,
+            contains=contains,
+            public=public,
+            num_versions=num_versions,
+            max_versions=max_versions,
+        )
         last = found[-1].name if len(found) == limit and name is None else None
         if last is not None and not self.catalog.has_after(last, contains=contains, public=public):
             last = None
         return list(map(self._with_all_warnings, found)), last
 
-    def get(self, name: str) -> Adapter:
-        """Return the adapter with all its versions. Raise NotFound if it doesn't exist."""
-        return self._with_all_warnings(self.catalog.get(name))
+    def get(self, name: str, num_versions: int = NUM_VERSIONS, below: int | None = None) -> Adapter:
+        """Return the adapter with versions as `Catalog.list` does. Raise NotFound if it doesn't exist."""
+        return self._with_all_warnings(self.catalog.get(name, num_versions, below))
 
     def version(self, name: str, version: int) -> Version:
         """Return one version. Raise NotFound if it doesn't exist."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from datetime import datetime
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -30,7 +31,7 @@ from adapters.catalog.reads import (
 from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import aliases, metadata, names, versions
-from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
+from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, VersionLimits, combine
 from adapters.catalog.writes import (
     compose_in,
     drop_in,
@@ -70,15 +71,19 @@ class Catalog:
 
     def __init__(self, engine: sa.Engine, records: Records | None = None, of: Viewpoint | None = None) -> None:
         self.viewpoint = of or Viewpoint()
+        self._limits = VersionLimits()
         self._engine = engine
         self._records = records
         # a read is one statement, which needs no transaction
         self._reader = reader_of(engine)
 
-    def of(self, viewpoint: Viewpoint) -> "Catalog":
-        """Return a catalog of the same tables, as the viewpoint's project sees them."""
+    def of(self, viewpoint: Viewpoint, limits: VersionLimits | None = None) -> "Catalog":
+        """Return a catalog of the same tables, as the viewpoint's project sees them.
+
+        `publish` and `compose` keep within the `limits`; None means no limits.
+        """
         view = copy(self)
-        view.viewpoint = viewpoint
+        view.viewpoint, view._limits = viewpoint, limits or VersionLimits()
         return view
 
     def publish(
@@ -102,7 +107,7 @@ class Catalog:
     ) -> Version:
         """Add the next version of `name`, which may be new, and make it the latest.
 
-        Raise InvalidInput if the name is invalid, or Conflict if a composition has the name.
+        Raise InvalidInput if the name is invalid, Conflict if a composition has the name, or LimitReached.
         """
         new = NewVersion(
             name=self._new_key(name),
@@ -123,10 +128,8 @@ class Catalog:
             key_id=self.viewpoint.key_id,
         )
         with recording(self._engine, self._records) as records:
-            return show_version(
-                self.viewpoint,
-                transact(self._engine, lambda connection: publish_in(connection, new, records=records)),
-            )
+            work = partial(publish_in, new=new, records=records, limits=self._limits)
+            return show_version(self.viewpoint, transact(self._engine, work))
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
         """Add the next version of the composition `name`. Each term is pinned to the version that it means now.
@@ -136,12 +139,13 @@ class Catalog:
 
         Raise NotFound if a term's adapter doesn't exist; InvalidInput on `field` if there are too many parts, a
         weight is too large or the weights cancel out; or Conflict if an adapter that is no composition has the
-        name, or the composition is public and a part isn't.
+        name, or the composition is public and a part isn't; or LimitReached.
         """
-        viewpoint, key = self.viewpoint, self._new_key(name)
+        viewpoint, key, limits = self.viewpoint, self._new_key(name), self._limits
         with recording(self._engine, self._records) as records:
             version, is_new = transact(
-                self._engine, lambda connection: compose_in(connection, key, terms, field, viewpoint, records)
+                self._engine,
+                lambda connection: compose_in(connection, key, terms, field, viewpoint, records, limits),
             )
         return show_version(self.viewpoint, version), is_new
 
@@ -153,17 +157,28 @@ class Catalog:
         *,
         contains: str | None = None,
         public: bool = False,
+        num_versions: int | None = None,
+        max_versions: int | None = None,
+        below: int | None = None,
     ) -> list[Adapter]:
         """Return the project's adapters, sorted by name. If `public`, return the public adapters of all projects.
 
+        Each comes with its `num_versions` newest versions, or with those below the version `below`; None: all.
+        If that could be more than `max_versions` together, each comes with fewer.
         `name` selects one adapter. `after` selects the adapters whose names sort after this text. `contains`
         selects the adapters whose names, as the project sees them, contain this text; case is ignored.
         """
         chosen = reads.select_listed(self.viewpoint, after, contains, public)
         if name is not None:
             chosen = chosen.where(names.c.name == self.viewpoint.key(name))
+        chosen = chosen.limit(limit)
         with self._reader.connect() as connection:
-            found = adapters_of(connection.execute(select_adapters(chosen.limit(limit))).mappings())
+            if num_versions is not None and max_versions is not None:
+                count = sa.select(sa.func.count()).select_from(chosen.subquery())
+                num_adapters = connection.execute(count).scalar_one()
+                num_versions = min(num_versions, max(1, max_versions // max(1, num_adapters)))
+            rows = connection.execute(select_adapters(chosen, num_versions, below)).mappings()
+            found = adapters_of(rows, num_versions)
         return [show_adapter(self.viewpoint, adapter) for adapter in found]
 
     def has_after(self, name: str, *, contains: str | None = None, public: bool = False) -> bool:
@@ -178,9 +193,10 @@ class Catalog:
         with self._reader.connect() as connection:
             return {self.viewpoint.shown(row.name): row.created_at for row in connection.execute(query)}
 
-    def get(self, name: str) -> Adapter:
-        """Return the adapter. Raise NotFound if it doesn't exist."""
-        if self._is_visible(name) and (found := self.list(name) or self.list(name, public=True)):
+    def get(self, name: str, num_versions: int | None = None, below: int | None = None) -> Adapter:
+        """Return the adapter, with versions as `list` does. Raise NotFound if it doesn't exist."""
+        page = partial(self.list, name, num_versions=num_versions, below=below)
+        if self._is_visible(name) and (found := page() or page(public=True)):
             return found[0]
         with self._reader.connect() as connection:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(self.viewpoint.key(name))))
@@ -207,6 +223,11 @@ class Catalog:
         with self._reader.connect() as connection:
             number: int | None = connection.execute(query).scalar_one()
         return number
+
+    def check_limits(self, name: str) -> None:
+        """Raise LimitReached if there can't be another version of `name`, which may be new."""
+        with self._reader.connect() as connection:
+            writes.refuse_too_many(connection, self.viewpoint.key(name), self.viewpoint.key_id, self._limits)
 
     def check_kind(self, name: str, kind: Kind) -> None:
         """Raise Conflict if `kind` is "adapter" and the name means a composition, or the other way round."""

@@ -29,6 +29,10 @@ _SHOWN_ALIASES = 10
 _PART = (parts.c.place, parts.c.part_name, parts.c.part_version, parts.c.part_digest, parts.c.weight)
 _OF_VERSION = sa.and_(parts.c.name == versions.c.name, parts.c.version == versions.c.version)
 
+_NUMBER = (
+    sa.func.row_number().over(partition_by=versions.c.name, order_by=versions.c.version.desc()).label("number")
+)
+
 # built once, since building a statement takes longer than running it
 _LATEST = sa.select(names.c.name, names.c.latest).where(names.c.name.in_(sa.bindparam("names", expanding=True)))
 _ALIASES = (
@@ -84,7 +88,8 @@ def show_part(viewpoint: Viewpoint, part: Part) -> Part:
 def show_adapter(viewpoint: Viewpoint, adapter: Adapter) -> Adapter:
     """Return the adapter as the project sees it."""
     versions = tuple(show_version(viewpoint, version) for version in adapter.versions)
-    return replace(adapter, name=viewpoint.shown(adapter.name), versions=versions)
+    latest = show_version(viewpoint, adapter.latest_version)
+    return replace(adapter, name=viewpoint.shown(adapter.name), versions=versions, latest_version=latest)
 
 
 def _without_parts(warning: str) -> str:
@@ -92,13 +97,18 @@ def _without_parts(warning: str) -> str:
     return warning if found is None else warning[found.end() :]
 
 
-def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]":
+def select_adapters(
+    chosen: "sa.Select[str]", num_versions: int | None = None, below: int | None = None
+) -> "sa.Select[tuple[object, ...]]":
     """Return a query for the adapters whose keys `chosen` selects. `adapters_of` reads the rows.
 
-    There is a row for each combination of a version, one of its aliases and one of its parts.
+    There is a row for each combination of a version, one of its aliases and one of its parts. With `num_versions`,
+    the column `number` is 1 for the newest version, 2 for the next one, and so on; it is null for versions that
+    aren't below the version `below`. Versions with higher numbers are left out, except one more, which shows that
+    there are more, the latest one, and those with aliases.
     """
     aliased = sa.and_(aliases.c.name == versions.c.name, aliases.c.version == versions.c.version)
-    return (
+    query = (
         sa.select(versions, names.c.latest, names.c.is_public, aliases.c.alias, *_PART)
         .where(versions.c.name.in_(chosen))
         .join(names, names.c.name == versions.c.name)
@@ -106,6 +116,16 @@ def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]"
         .outerjoin(parts, _OF_VERSION)
         .order_by(versions.c.name, versions.c.version, aliases.c.alias, parts.c.place)
     )
+    if num_versions is None:
+        return query.add_columns(sa.literal_column("1", sa.Integer).label("number"))
+    counted = sa.select(versions.c.name, versions.c.version, _NUMBER).where(versions.c.name.in_(chosen))
+    if below is not None:
+        counted = counted.where(versions.c.version < below)
+    page = counted.subquery()
+    on_page = sa.and_(page.c.name == versions.c.name, page.c.version == versions.c.version)
+    query = query.add_columns(page.c.number).outerjoin(page, on_page)
+    is_latest = versions.c.version == names.c.latest
+    return query.where(sa.or_(page.c.number <= num_versions + 1, is_latest, aliases.c.alias.is_not(None)))
 
 
 def in_sight(viewpoint: Viewpoint) -> sa.ColumnElement[bool]:
@@ -146,21 +166,38 @@ def select_latest() -> "sa.Select[tuple[str, datetime]]":
     return sa.select(names.c.name, versions.c.created_at).join(versions, is_latest).order_by(names.c.name)
 
 
-def adapters_of(rows: Iterable[sa.RowMapping]) -> list[Adapter]:
-    """Return the adapters in the rows of `select_adapters`."""
-    latest: dict[str, tuple[int, bool]] = {}
-    by_version: dict[str, dict[int, list[sa.RowMapping]]] = {}
+def adapters_of(rows: Iterable[sa.RowMapping], num_versions: int | None = None) -> list[Adapter]:
+    """Return the adapters in the rows of `select_adapters`, each with up to `num_versions` versions."""
+    by_name: dict[str, dict[int, list[sa.RowMapping]]] = {}
     by_alias: dict[str, dict[str, int]] = {}
     for row in rows:
-        name, number = row["name"], row["version"]
-        latest[name] = row["latest"], row["is_public"]
-        by_version.setdefault(name, {}).setdefault(number, []).append(row)
+        name, version = row["name"], row["version"]
+        by_name.setdefault(name, {}).setdefault(version, []).append(row)
         if row["alias"] is not None:
-            by_alias.setdefault(name, {})[row["alias"]] = number
-    return [
-        Adapter(name, number, by_alias.get(name, {}), tuple(map(version_of, by_version[name].values())), is_public)
-        for name, (number, is_public) in latest.items()
-    ]
+            by_alias.setdefault(name, {})[row["alias"]] = version
+    found = []
+    for name, by_version in by_name.items():
+        of_page: list[Version] = []
+        has_more = False
+        for of_version in by_version.values():
+            number = of_version[0]["number"]
+            if number is not None and (num_versions is None or number <= num_versions):
+                of_page.append(version_of(of_version))
+            elif number is not None:
+                has_more = True
+        first = next(iter(by_version.values()))[0]
+        found.append(
+            Adapter(
+                name,
+                first["latest"],
+                by_alias.get(name, {}),
+                tuple(of_page),
+                version_of(by_version[first["latest"]]),
+                first["is_public"],
+                of_page[0].version if of_page and has_more else None,
+            )
+        )
+    return found
 
 
 def select_versions(*which: sa.ColumnElement[bool]) -> "sa.Select[tuple[object, ...]]":

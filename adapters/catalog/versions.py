@@ -26,6 +26,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class VersionLimits:
+    """The most versions of a project, and of those that one of its API keys published. None means no limit."""
+
+    of_project: int | None = None
+    of_key: int | None = None
+
+
+@dataclass(frozen=True)
 class NewVersion:
     """An adapter to publish.
 
@@ -95,17 +103,23 @@ class Version(NewVersion):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A name with its versions, oldest first, and its aliases without `latest`."""
+    """A name with its versions, oldest first, and its aliases without `latest`.
+
+    `versions` may be only the newest ones, or a page of older ones. `next` is then the oldest version on the page,
+    if there are older ones, else None. `latest_version` is the version `latest`, which may not be on the page.
+    """
 
     name: str
     latest: int
     aliases: Mapping[str, int]
     versions: tuple[Version, ...]
+    latest_version: Version
     is_public: bool = False
+    next: int | None = None
 
     @property
     def kind(self) -> Kind:
-        return self.versions[-1].kind
+        return self.latest_version.kind
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,18 @@ from adapters.catalog.reads import (
 )
 from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import aliases, lock, names, parts, versions
-from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
-from adapters.errors import Conflict, Hint, InvalidInput, NotFound, TryAgain
+from adapters.catalog.versions import (
+    Kind,
+    NewVersion,
+    Origin,
+    Part,
+    Version,
+    VersionLimits,
+    blend_digest,
+    combine,
+    gather,
+)
+from adapters.errors import Conflict, Hint, InvalidInput, LimitReached, NotFound, TryAgain
 from adapters.expression import Term, render
 from adapters.names import Viewpoint, name_fault, split_key
 from adapters.sql import FAILURES, transact
@@ -69,11 +79,13 @@ def publish_in(
     alias: str | None = None,
     records: Recorder | None = None,
     moves_latest: bool = True,
+    limits: VersionLimits | None = None,
 ) -> Version:
     """Publish as `Catalog.publish` does, and point `alias` to the version. `moves_latest` is as in `insert_in`."""
     if not all(map(math.isfinite, new.metrics.values())):
         raise ValueError("metrics must be finite")
     number = _next_number(connection, new.name, "adapter")
+    refuse_too_many(connection, new.name, new.key_id, limits)
     version = Version(**vars(new), version=number, created_at=datetime.now(UTC))
     insert_in(connection, version, records, moves_latest)
     if alias is not None and alias != LATEST:
@@ -94,6 +106,7 @@ def publish_unattended_in(
     records: Recorder | None,
     compared_with: int | None = None,
     worse: str | None = None,
+    limits: VersionLimits | None = None,
 ) -> tuple[Version, str | None]:
     """Publish a version from a job. Return the version, and a message for people if `latest` stays, else None.
 
@@ -115,7 +128,7 @@ def publish_unattended_in(
             stays = f"latest stays at {row.latest}, where it was moved back to by hand"
         elif worse is not None:
             stays = f"latest stays at {row.latest}: the new version is {worse}"
-    version = publish_in(connection, new, alias, records, moves_latest=stays is None)
+    version = publish_in(connection, new, alias, records, moves_latest=stays is None, limits=limits)
     if stays is None:
         return version, None
     return version, f"{stays}; PUT /adapters/{split_key(new.name)[1]}/aliases/latest moves it"
@@ -128,6 +141,7 @@ def compose_in(
     field: str,
     viewpoint: Viewpoint,
     records: Recorder | None = None,
+    limits: VersionLimits | None = None,
 ) -> tuple[Version, bool]:
     """Publish a composition as `Catalog.compose` does."""
     # called first: it takes a lock, so that the parts can't be deleted meanwhile
@@ -139,6 +153,7 @@ def compose_in(
     if row.latest is not None and set((same := one_version(connection, name, row.latest)).parts) == set(leaves):
         connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
         return same, False
+    refuse_too_many(connection, name, viewpoint.key_id, limits)
     if row.is_public:
         _refuse_private(connection, name, (part.name for part in leaves), viewpoint)
     made_of = [one_version(connection, part.name, part.version) for part in leaves]
@@ -353,6 +368,27 @@ def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
     refuse_other_kind(own, row.kind if row.latest is not None else None, kind)
     number: int = row.next_version - 1
     return number
+
+
+def refuse_too_many(
+    connection: sa.Connection, name: str, key_id: str | None, limits: VersionLimits | None
+) -> None:
+    """Raise LimitReached if the project that `name` belongs to, or the key, can't have one more version."""
+    if limits is None:
+        return
+    project, _ = split_key(name)
+    of_project = sa.select(sa.func.count()).select_from(versions).join(names, names.c.name == versions.c.name)
+    of_project = of_project.where(names.c.project == project)
+    of_key = of_project.where(versions.c.key_id == key_id)
+    for most, owner, query in (
+        (limits.of_project, f"project {project}", of_project),
+        (limits.of_key, f"key {key_id}", of_key),
+    ):
+        if most is not None and (number := connection.execute(query).scalar_one()) >= most:
+            message = (
+                f"the {owner} has {number:,} versions, and may have {most:,}: delete some, or ask for a larger"
+            )
+            raise LimitReached(f"{message} max_versions")
 
 
 def _newest(name: str) -> "sa.ScalarSelect[int]":

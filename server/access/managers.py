@@ -60,4 +60,5 @@ def exceeding(limits: Mapping[str, int | None], bounds: Quota, whose: str) -> It
     for name, value in limits.items():
         bound = getattr(bounds, name)
         if value is not None and bound is not None and value > bound:
-            yield FieldError((name,), f"must be at most {bound:,}, {whose}")
+            most = "false" if bound is False else f"at most {bound:,}"
+            yield FieldError((name,), f"must be {most}, {whose}")

@@ -26,6 +26,9 @@ class Quota:
     tokens_per_minute: int | None = None  # of prompts, and of answers at their maximum length
     max_jobs: int | None = None  # unfinished jobs
     max_bytes: int | None = None  # stored: adapters, data sets, files, and jobs as `server.jobs.room` counts them
+    max_versions: int | None = None  # of adapters and compositions
+    max_job_seconds: int | None = None  # for which one job may run
+    allow_full: bool | None = None  # whether full fine-tuning is allowed; None: it is
 
     def with_limits(self, limits: Mapping[str, int | None]) -> "Quota":
         """Return the limits with the given ones in the place of the old ones."""

@@ -14,10 +14,19 @@ metadata = sa.MetaData()
 MAX_ADDRESS = 64
 
 
-def _limits() -> list["sa.Column[int]"]:
+_COUNTS = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_jobs",
+    "max_bytes",
+    "max_versions",
+    "max_job_seconds",
+)
+
+
+def _limits() -> "list[sa.Column[int] | sa.Column[bool]]":
     """Return a column for each field of `principal.Quota`. Null means no limit."""
-    names = ("requests_per_minute", "tokens_per_minute", "max_jobs", "max_bytes")
-    return [sa.Column(name, sa.BigInteger) for name in names]
+    return [*(sa.Column(name, sa.BigInteger) for name in _COUNTS), sa.Column("allow_full", sa.Boolean)]
 
 
 projects = sa.Table(

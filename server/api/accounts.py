@@ -100,6 +100,9 @@ class KeyAnswer(Answer):
     tokens_per_minute: int | None
     max_jobs: int | None
     max_bytes: int | None
+    max_versions: int | None
+    max_job_seconds: int | None
+    allow_full: bool | None
 
     @classmethod
     def of(cls, key: ApiKey, **more: object) -> Self:
@@ -131,6 +134,9 @@ class ProjectAnswer(Answer):
     tokens_per_minute: int | None
     max_jobs: int | None
     max_bytes: int | None
+    max_versions: int | None
+    max_job_seconds: int | None
+    allow_full: bool | None
 
     @classmethod
     def of(cls, project: Project) -> Self:
@@ -235,7 +241,7 @@ async def create_key(
     response_class=Response,
     responses={200: {"model": KeyList, "headers": LINK}, **ADMIN_READS},
 )
-@requires(MANAGE)
+@requires(MANAGE, is_list=True)
 async def list_keys(
     request: Request,
     services: ServicesDep,
@@ -339,7 +345,7 @@ ProjectName = Annotated[str, Path(max_length=4 * MAX_NAME)]
     response_class=Response,
     responses={200: {"model": ProjectList, "headers": LINK}, **ADMIN_READS},
 )
-@requires(MANAGE)
+@requires(MANAGE, is_list=True)
 async def list_projects(
     request: Request, services: ServicesDep, limit: AllLimit = MAX_ALL, after: After = None
 ) -> Response:
@@ -465,7 +471,7 @@ Moment = Annotated[
 @usage_router.get(
     "/usage", summary="Usage", response_class=Response, responses={200: {"model": UsageAnswer}, **READS}
 )
-@requires(READ | MANAGE)
+@requires(READ | MANAGE, is_list=True)
 async def get_usage(
     services: ServicesDep,
     first: Annotated[Day, Query(alias="from", description="a day in UTC, included")] = None,
@@ -488,7 +494,7 @@ async def get_usage(
     response_class=Response,
     responses={200: {"model": AuditList, "headers": LINK}, **ADMIN_READS},
 )
-@requires(MANAGE)
+@requires(MANAGE, is_list=True)
 async def get_audit(
     request: Request,
     services: ServicesDep,

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from adapters.catalog.catalog import Adapter, Version
 from adapters.errors import NotFound
+from adapters.library import NUM_VERSIONS
 from adapters.names import MAX_KEY, MAX_NAME, is_name, split_key
 from adapters.peft.files import CONFIG_NAME, with_base
 from adapters.recorded import FILE_DIGEST
@@ -83,14 +84,16 @@ class AdapterAnswer(Answer):
     parts: list[UsedAdapter] | None = Field(
         default=None, description="only of a composition: the parts of its latest version"
     )
-    versions: list[VersionAnswer]
-    resident: bool
+    versions: list[VersionAnswer] = Field(description="oldest first; only the newest, if there are many")
+    next: int | None = Field(
+        default=None, description="only if there are older versions: pass it as `after` to GET /adapters/{name}"
+    )
+    resident: bool = Field(description="whether any of these versions is in the engine's memory")
 
     @classmethod
     def of(cls, adapter: Adapter, resident: Set[str]) -> Self:
         """Return the description of an adapter with its versions. `resident` is as in `VersionAnswer.of`."""
         versions = [VersionAnswer.of(version, resident) for version in adapter.versions]
-        latest = next(version for version in versions if version.version == adapter.latest)
         answer = cls(
             name=adapter.name,
             kind=adapter.kind,
@@ -100,8 +103,10 @@ class AdapterAnswer(Answer):
             versions=versions,
             resident=any(version.resident for version in versions),
         )
-        if latest.parts is not None:
-            answer.parts = latest.parts
+        if adapter.next is not None:
+            answer.next = adapter.next
+        if adapter.latest_version.parts:
+            answer.parts = VersionAnswer.of(adapter.latest_version, resident).parts
         return answer
 
 
@@ -142,7 +147,7 @@ Force = Annotated[bool, Query(description="also delete aliases; versions in comp
     response_class=Response,
     responses={200: {"model": AdapterList, "headers": LINK}, **LOOKUPS},
 )
-@requires(READ)
+@requires(READ, is_list=True)
 async def list_adapters(
     request: Request,
     services: ServicesDep,
@@ -154,18 +159,41 @@ async def list_adapters(
     ] = None,
     public: Annotated[bool, Query(description="public adapters of all projects")] = False,
 ) -> Response:
-    """List the project's adapters by name, with all their versions; or all projects' public adapters."""
-    page = partial(services.library.page, name, limit, after, contains=contains, public=public)
+    """List the project's adapters by name, with their versions; or all projects' public adapters.
+
+    Each adapter comes with its 100 newest versions; on a page of over 100 adapters, with as many as make 10,000
+    together.
+    """
+    page = partial(
+        services.library.page,
+        name,
+        limit,
+        after,
+        contains=contains,
+        public=public,
+        num_versions=NUM_VERSIONS,
+        max_versions=MAX_ALL,
+    )
     return await to_thread.run_sync(_page, request, page, services.engine.stats.resident)
 
 
 @router.get(
     "/{name}", summary="One adapter", response_class=Response, responses={200: {"model": AdapterAnswer}, **LOOKUPS}
 )
-@requires(READ)
-async def get_adapter(services: ServicesDep, name: Name) -> Response:
-    """Get an adapter with all its versions."""
-    found = await to_thread.run_sync(services.library.get, name)
+@requires(READ, is_list=True)
+async def get_adapter(
+    services: ServicesDep,
+    name: Name,
+    limit: Annotated[int, Query(ge=1, le=MAX_ALL, description="versions on a page")] = NUM_VERSIONS,
+    after: Annotated[
+        int | None, Query(ge=1, lt=1 << 31, description="`next` of the page of newer versions")
+    ] = None,
+) -> Response:
+    """Get an adapter with its newest versions.
+
+    If there are more, the answer has `next`: pass it as `after` for a page of older ones.
+    """
+    found = await to_thread.run_sync(services.library.get, name, limit, after)
     return wire.answer(AdapterAnswer.of(found, services.engine.stats.resident))
 
 
@@ -188,7 +216,7 @@ async def get_version(services: ServicesDep, name: Name, version: VersionNumber)
     response_class=Response,
     responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **DOWNLOADS},
 )
-@requires(TRAIN)
+@requires(TRAIN, counts=True)
 async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """Download a version as a zip for PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -213,6 +241,7 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
     An adapter that can't be applied exactly is refused, with the name of each key at fault.
     """
     await to_thread.run_sync(services.library.check_name, name)
+    await to_thread.run_sync(services.library.catalog.check_limits, name)
     async with received_form(request, services) as form:
         version = await services.limiters.parsing.run(services.principal.project, _publish, services, name, form)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}

@@ -96,7 +96,7 @@ def _network(address: str) -> str:
 
 PROJECT_HEADER = "OpenAI-Project"
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-"""HTTP methods that change nothing and don't count towards a rate limit."""
+"""HTTP methods that change nothing. They don't count towards a rate limit, except downloads and long lists."""
 _PRINCIPAL, _END, _SENDER = "principal", "end_of_key", "sender"
 _SEND_KEY = Hint("send_key", "Authorization: Bearer <key>")
 _OMIT_PROJECT = Hint("omit_project", "leave out OpenAI-Project")
@@ -178,8 +178,11 @@ class Authentication:
                 )
             raise Forbidden(f"this key lacks the scope {needed}: it has {has}", reason="scope")
         principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
-        if method not in FREE_METHODS:
+        needs = resource.methods.get(method)
+        if method not in FREE_METHODS or (needs is not None and needs.counts):
             await self._access.rates.take(principal, "requests")
+        elif needs is not None and needs.is_list:
+            await self._access.rates.take(principal, "requests", 0)
         return principal
 
     def _no_such_path(self, path: str) -> NotFound:

@@ -122,13 +122,14 @@ def submit_merge(
 
     If there is a job with the same idempotency key already, return that job. `room` is as in `Submissions.submit`.
     This does disk I/O, so call it in a thread. Raise InvalidInput if the body is invalid, NotFound if an adapter
-    doesn't exist, Conflict if `name` is a composition or an adapter doesn't fit the base model's
-    shapes, and QueueFull if too many jobs haven't ended.
+    doesn't exist, Conflict if `name` is a composition or an adapter doesn't fit the base model's shapes, QueueFull
+    if too many jobs haven't ended, and LimitReached if there are too many versions.
     """
     library.check_name(name)
     digest = _digest(name, body)
     if (first := jobs.repeated(idempotency_key, digest)) is not None:
         return first
+    library.catalog.check_limits(name)
     with room(0):
         pass
     # the parts' bytes are pinned here until the job itself pins them

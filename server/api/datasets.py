@@ -51,7 +51,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
     response_class=Response,
     responses={200: {"model": DatasetList, "headers": LINK}, **DATASETS},
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def list_datasets(
     request: Request, services: ServicesDep, limit: AllLimit = MAX_ALL, after: After = None
 ) -> Response:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 from anyio import CancelScope, to_thread
 from fastapi import Depends, Header, Request
 
+from adapters.catalog.versions import VersionLimits
 from adapters.errors import SmoloraError
 from adapters.expression import Term
 from adapters.library import Library, Pinned
@@ -256,7 +257,8 @@ class Services:
 
     def _seen_by(self, principal: Principal) -> "Services":
         viewpoint = principal.viewpoint
-        library = self.library.of(viewpoint)
+        limits = VersionLimits(principal.project_quota.max_versions, principal.quota.max_versions)
+        library = self.library.of(viewpoint, limits)
         jobs = self.jobs.of(viewpoint, principal.project_quota.max_jobs, principal.quota.max_jobs)
         sources = RowSources.of(self.storage, viewpoint.project, viewpoint.key_id)
         return replace(

@@ -29,7 +29,7 @@ from server.api.lanes import receiving
 from server.api.problems import form_of
 from server.api.refusals import Refusals
 from server.api.representation import compact, is_long_json
-from server.api.routes import Resource, Routes
+from server.api.routes import LIST_BYTES, Resource, Routes
 from server.api.sites import Sites
 from server.api.tracing import RequestFacts, end_request, facts
 from server.errors import REASONS, Draining, Unauthorized, Unavailable
@@ -172,7 +172,8 @@ class Edge:
         try:
             refusal = await self._refusal(scope, resource, body)
             if (principal := principal_of(scope)) is not None and _is_limited(principal):
-                answer = partial(self._answer_with_limits, principal, send)
+                method = resource.methods.get(scope["method"])
+                answer = partial(self._answer_with_limits, principal, method is not None and method.is_list, send)
             if refusal is not None:
                 await body.drain()
                 await refusal(scope, receive, answer)
@@ -207,9 +208,12 @@ class Edge:
         fault = body.fault()
         return None if fault is None else form.problem(*fault)
 
-    async def _answer_with_limits(self, principal: Principal, send: Send, message: Message) -> None:
+    async def _answer_with_limits(self, principal: Principal, is_list: bool, send: Send, message: Message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update(self._services.access.rates.headers(principal))
+            headers, rates = MutableHeaders(scope=message), self._services.access.rates
+            if is_list and (num_requests := int(headers.get("content-length", "0")) // LIST_BYTES):
+                await rates.charge(principal, "requests", num_requests)
+            headers.update(rates.headers(principal))
         await send(message)
 
     def _unavailable(self, error: Exception) -> Unavailable | None:

@@ -177,7 +177,7 @@ async def evaluate(body: EvaluateBody, services: ServicesDep, key: IdempotencyKe
     response_class=Response,
     responses={200: {"model": EvaluationList, "headers": LINK}, **JOB_LOOKUPS},
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def list_evaluations(
     request: Request,
     services: ServicesDep,
@@ -195,7 +195,7 @@ async def list_evaluations(
     response_class=Response,
     responses={200: {"model": EvaluationAnswer}, **JOB_LOOKUPS},
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def get_evaluation(services: ServicesDep, job_id: JobId) -> Response:
     """Get an evaluation, with its findings once it has succeeded."""
     return wire.answer(await to_thread.run_sync(_answer, services, job_id))

@@ -82,6 +82,7 @@ async def import_adapter(
     if not services.settings.allow_hub_adapters:
         raise Forbidden("imports from the hub are off: SMOLORA_ALLOW_HUB_ADAPTERS=1 allows them")
     await to_thread.run_sync(services.library.check_name, name)
+    await to_thread.run_sync(services.library.catalog.check_limits, name)
     require_space(services.settings)
     await to_thread.run_sync(require_quota, services)
     version = await services.limiters.fetching.run(

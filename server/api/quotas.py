@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from server.access.principal import EVERYBODY
 from server.config import Settings
-from server.errors import Unavailable
+from server.errors import Forbidden, Unavailable
 from server.jobs.room import refuse_beyond, stored_bytes
+from server.training.spec import Method
 
 CHECK_BYTES = 16 << 20
 """Bytes of an upload between two checks of the free disk space."""
@@ -169,6 +170,13 @@ def quota_use(services: "Services") -> dict[tuple[str, str], float]:
         if quota.max_bytes is not None:
             found[project.name, "max_bytes"] = _stored_bytes(own) / quota.max_bytes
     return found
+
+
+def require_method(services: "Services", method: Method) -> None:
+    """Raise Forbidden if the caller's limits don't allow jobs of this method."""
+    principal = services.principal
+    if method == "full" and False in (principal.quota.allow_full, principal.project_quota.allow_full):
+        raise Forbidden("method: full fine-tuning isn't allowed here (the limit allow_full): set it to lora")
 
 
 @contextmanager

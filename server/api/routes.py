@@ -17,6 +17,7 @@ from server.access.principal import SCOPES, Scope
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
+LIST_BYTES = 256 << 10
 
 Scopes = frozenset[Scope]
 READ: Scopes = frozenset({"generate", "train"})
@@ -41,6 +42,8 @@ class Requirements:
     upload: bool = False  # the body is spooled to disk, and may be up to MAX_UPLOAD_BYTES long
     queued: bool = False  # requests are refused while the engine's queue is full
     adds: bool = False  # a repeated request adds one more thing, and Idempotency-Key is refused
+    counts: bool = False  # it counts as a request, though it is a GET
+    is_list: bool = False  # each LIST_BYTES of an answer count as a request
     hint: str = ""  # advice in errors about a body that is too large
     watcher: Watcher | None = None  # who polls this route; its requests are neither logged nor traced
 

@@ -145,7 +145,7 @@ Limit = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # the largest integer tha
 class LimitFields(Body):
     """The limits of a key, or of all keys of a project together. Null: no limit."""
 
-    requests_per_minute: Limit | None = Field(None, description="requests other than GET")
+    requests_per_minute: Limit | None = Field(None, description="requests other than GET, and downloads")
     tokens_per_minute: Limit | None = Field(
         None, description="tokens of prompts and of the longest possible answers"
     )
@@ -154,6 +154,9 @@ class LimitFields(Body):
         None,
         description="stored bytes of adapters, data sets and files, and of jobs with what they may still store",
     )
+    max_versions: Limit | None = Field(None, description="versions of adapters and compositions")
+    max_job_seconds: Limit | None = Field(None, description="seconds for which a job may run; then it fails")
+    allow_full: bool | None = Field(None, description="false: no full fine-tuning")
 
     @property
     def quota(self) -> Quota:

@@ -383,6 +383,8 @@ class Submissions:
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
         if (first := self.jobs.repeated(idempotency_key, digest)) is not None:
             return first
+        if body.method != "full":
+            self.library.catalog.check_limits(body.name)
         with room(0):
             pass
         # `prepared` pins the parent's bytes until the job itself pins them

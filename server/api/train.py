@@ -14,7 +14,7 @@ from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.pages import LINK, After, Limit, link
-from server.api.quotas import room_for_job
+from server.api.quotas import require_method, room_for_job
 from server.api.routes import TRAIN, requires
 from server.api.streams import EventStream
 from server.api.strict_route import StrictRoute
@@ -61,6 +61,7 @@ async def submit(
     Its rows are split and tokenized before it is queued, so errors in them are reported here. A dry run
     tokenizes the first MiB of the rows. If there are more, token counts are estimates, and a warning says so.
     """
+    require_method(services, body.method)
     if dry_run:
         return wire.answer(
             await services.limiters.preparing.run(services.principal.project, _dry_run, services, body)
@@ -78,7 +79,7 @@ async def submit(
     response_class=Response,
     responses={200: {"model": JobList, "headers": LINK}, **JOB_LOOKUPS},
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def list_jobs(
     request: Request,
     services: ServicesDep,
@@ -113,7 +114,7 @@ async def get_job(services: ServicesDep, job_id: JobId) -> Response:
         **JOB_LOOKUPS,
     },
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def get_events(
     request: Request,
     services: ServicesDep,
@@ -196,7 +197,7 @@ async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     response_class=Response,
     responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_RESULTS},
 )
-@requires(TRAIN)
+@requires(TRAIN, counts=True)
 async def download(services: ServicesDep, job_id: JobId) -> Response:
     """Download a model from full fine-tuning, as a zip of its Hugging Face directory.
 

@@ -35,7 +35,9 @@ _TIME_UNITS = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(m
 _EXPIRES = "must be a span, such as 90d, 12h or 30m, or a date or time, such as 2027-01-31 or 2027-01-31T12:00Z"
 _BYTE_UNITS = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
 
-RequestsOption = Annotated[int | None, typer.Option(help="Requests other than GET. Default: no limit.")]
+RequestsOption = Annotated[
+    int | None, typer.Option(help="Requests other than GET, and downloads. Default: no limit.")
+]
 TokensOption = Annotated[
     int | None, typer.Option(help="Tokens of prompts, and the most that answers may have. Default: no limit.")
 ]
@@ -44,16 +46,32 @@ BytesOption = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Stored bytes, such as 2GiB. Default: no limit."),
 ]
+VersionsOption = Annotated[
+    int | None, typer.Option(help="Versions of adapters and compositions. Default: no limit.")
+]
+SecondsOption = Annotated[
+    int | None, typer.Option(help="Seconds for which a job may run; then it fails. Default: no limit.")
+]
+FullOption = Annotated[
+    bool | None, typer.Option("--allow-full/--no-full", help="Full fine-tuning. Default: allowed.")
+]
 
 
 def _quota(
-    requests_per_minute: int | None, tokens_per_minute: int | None, max_jobs: int | None, max_bytes: str | None
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    max_jobs: int | None,
+    max_bytes: str | None,
+    max_versions: int | None,
+    max_job_seconds: int | None,
+    allow_full: bool | None,
 ) -> Quota:
     """Return the limits that the options give. Raise InvalidInput if a value is invalid."""
     from server.api.schemas import LimitFields
 
     num_bytes = None if max_bytes is None else _num_bytes(max_bytes)
-    values = (requests_per_minute, tokens_per_minute, max_jobs, num_bytes)
+    counts = (requests_per_minute, tokens_per_minute, max_jobs, num_bytes, max_versions, max_job_seconds)
+    values = (*counts, allow_full)
     try:
         return LimitFields.model_validate(dict(zip(LIMITS, values, strict=True))).quota
     except ValidationError as error:
@@ -68,6 +86,9 @@ def _limits(quota: Quota) -> str:
         _counted(quota.tokens_per_minute, "token", " a minute"),
         _counted(quota.max_jobs, "unfinished job"),
         "" if quota.max_bytes is None else _size(quota.max_bytes),
+        _counted(quota.max_versions, "version"),
+        _counted(quota.max_job_seconds, "second", " a job"),
+        "no full fine-tuning" if quota.allow_full is False else "",
     ]
     return ", ".join(filter(None, parts))
 
@@ -111,6 +132,9 @@ def create(
     tokens_per_minute: TokensOption = None,
     max_jobs: JobsOption = None,
     max_bytes: BytesOption = None,
+    max_versions: VersionsOption = None,
+    max_job_seconds: SecondsOption = None,
+    allow_full: FullOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -119,7 +143,9 @@ def create(
     After the first key, a server on this HOME refuses clients without one.
     """
     with refusals(name="NAME", expires_at="--expires"):
-        quota = _quota(requests_per_minute, tokens_per_minute, max_jobs, max_bytes)
+        quota = _quota(
+            requests_per_minute, tokens_per_minute, max_jobs, max_bytes, max_versions, max_job_seconds, allow_full
+        )
         expires_at = None if expires is None else _moment(expires, datetime.now(UTC))
         with opened_or_new(home, _keys) as keys:
             is_first = not keys.are_there()
@@ -240,6 +266,9 @@ def limit(
     tokens_per_minute: TokensOption = None,
     max_jobs: JobsOption = None,
     max_bytes: BytesOption = None,
+    max_versions: VersionsOption = None,
+    max_job_seconds: SecondsOption = None,
+    allow_full: FullOption = None,
     home: HomeOption = None,
 ) -> None:
     """Set the limits of a project, which its keys share.
@@ -247,7 +276,9 @@ def limit(
     They replace all earlier limits: an option that is left out means no limit.
     """
     with refusals(project="NAME"):
-        quota = _quota(requests_per_minute, tokens_per_minute, max_jobs, max_bytes)
+        quota = _quota(
+            requests_per_minute, tokens_per_minute, max_jobs, max_bytes, max_versions, max_job_seconds, allow_full
+        )
         with opened_or_new(home, _projects) as projects:
             project = projects.put(name, quota, who=OPERATOR)
     typer.echo(f"{project.name}: {_limits(project.quota) or 'no limits'}")

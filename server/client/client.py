@@ -91,7 +91,10 @@ class Client(Connection):
             time.sleep(self.retries[max(0, num_failures - 1)])
 
     def adapters(self, public: bool = False) -> Iterator[Document]:
-        """Yield all adapters with their versions, sorted by name; or the public ones of all projects."""
+        """Yield all adapters, sorted by name; or the public ones of all projects.
+
+        An adapter with many versions comes with the newest ones.
+        """
         more = {"public": "true"} if public else {}
         after: str | None = ""
         while after is not None:
@@ -102,10 +105,16 @@ class Client(Connection):
     def adapter(self, name: str) -> Document:
         """Return an adapter with its versions.
 
-        If the name has a project, as in `acme/tweets`, look the adapter up in the list of adapters.
+        If the name has a project, as in `acme/tweets`, look the adapter up in the list of adapters, which has only
+        its newest versions.
         """
         if "/" not in name:
-            return self.json("GET", path_of("adapters", name))
+            page = newest = self.json("GET", path_of("adapters", name))
+            versions = self._documents(newest, "versions")
+            while (after := page.get("next")) is not None:
+                page = self.json("GET", path_of("adapters", name), params={"after": str(after)})
+                versions = [*self._documents(page, "versions"), *versions]
+            return {key: value for key, value in newest.items() if key != "next"} | {"versions": versions}
         for more in ({}, {"public": "true"}):
             if found := self._documents(self.json("GET", "/adapters", params={"name": name, **more}), "adapters"):
                 return found[0]

@@ -15,11 +15,13 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import NewVersion, Version, recording
 from adapters.catalog.records import Records
+from adapters.catalog.versions import VersionLimits
 from adapters.catalog.writes import publish_unattended_in
 from adapters.names import key_of
 from adapters.sql import reader_of, transact, transacted
 from server.access.audit import record
 from server.access.principal import ANONYMOUS
+from server.access.projects import quotas_in
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
@@ -145,12 +147,19 @@ class Leases:
         progress: Mapping[str, object] | None = None,
         metrics: Mapping[str, object] | None = None,
     ) -> Directive:
-        """Extend the lease to `lease_seconds` from now, store the job's progress, and return the directive."""
+        """Extend the lease to `lease_seconds` from now, store the job's progress, and return the directive.
+
+        If the job has run for longer than its project or key allows (`max_job_seconds`), it fails instead.
+        """
         values: dict[str, object] = {"lease_until": self._now() + lease_seconds, **count_time(self._now())}
         values |= {"progress": plain(progress)} if progress is not None else {}
         values |= {"metrics": plain(metrics)} if metrics is not None else {}
         connection.execute(sa.update(jobs).where(_is_claimed_by(claim)).values(values))
-        return _directive(connection, claim)
+        if (error := _overtime(connection, claim)) is None:
+            return _directive(connection, claim)
+        _end(connection, claim.job_id, Status.FAILED, self._now(), error=error)
+        job_events.append(connection, claim.job_id, error, level="error")
+        return Directive.CANCEL
 
     @transacted
     def add_event(
@@ -205,11 +214,13 @@ class Leases:
     ) -> Version | None:
         """End the job with success and publish its adapter in one transaction.
 
-        Raise LeaseLost if the claim is void. The adapter's bytes must be in the store already. If `publish` is
-        None, no version is published, and a training's report says why. `publish_unattended_in` explains `alias`,
-        `compared_with`, `worse` and LatestMoved. If the new version doesn't become `latest`, the reason becomes an
-        event. Each of the `notes`, which are sentences, becomes an event, too. If a version is published, so does
-        each of the `warnings`, with words like "codes@1 is" in front of it.
+        Raise LeaseLost if the claim is void, and LimitReached if the project has too many versions. The adapter's
+        bytes must be in the store already. If `publish` is None, no version is published, and a training's report
+        says why. `publish_unattended_in` explains `alias`, `compared_with`, `worse` and LatestMoved. If the new
+        version doesn't become `latest`, the reason becomes an event. Each of the `notes`, which are sentences,
+        becomes an event, too. If a version is published, so does each of the `warnings`, with words like "codes@1
+        is" in front of it. `num_bytes` is the size of what the job leaves, apart from an adapter: a model, or
+        findings.
         """
 
         def work(connection: sa.Connection) -> Version | None:
@@ -226,7 +237,10 @@ class Leases:
                 project, key_id = connection.execute(mine).one()
                 of_project = {"name": key_of(project, publish.name), "job_id": claim.job_id, "key_id": key_id}
                 new = dataclasses.replace(publish, **of_project)
-                version, stays = publish_unattended_in(connection, new, alias, records, compared_with, worse)
+                limits = VersionLimits(*(q.max_versions for q in quotas_in(connection, project, key_id)))
+                version, stays = publish_unattended_in(
+                    connection, new, alias, records, compared_with, worse, limits
+                )
                 version = dataclasses.replace(version, name=publish.name)
                 moves = {"moves_latest": stays is None}
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")} | moves
@@ -356,6 +370,19 @@ def _requeue(
     }
     connection.execute(sa.update(jobs).where(mine).values(general | dict(values)))
     job_events.append(connection, job_id, "paused" if pauses else message)
+
+
+def _overtime(connection: sa.Connection, claim: Claim) -> str | None:
+    """Return an error if the claimed job has run for longer than `max_job_seconds`, or None if it hasn't."""
+    columns = (jobs.c.run_seconds, jobs.c.project, jobs.c.key_id)
+    row = connection.execute(sa.select(*columns).where(_is_claimed_by(claim))).first()
+    if row is None:
+        return None
+    limits = [quota.max_job_seconds for quota in quotas_in(connection, row.project, row.key_id)]
+    most = min((limit for limit in limits if limit is not None), default=None)
+    if most is None or row.run_seconds <= most:
+        return None
+    return f"it ran for longer than {most:,} s, the most that a job of its project or key may (max_job_seconds)"
 
 
 def _is_claimed_by(claim: Claim) -> sa.ColumnElement[bool]:

@@ -17,7 +17,7 @@ from adapters import recorded
 from adapters.catalog.catalog import NewVersion
 from adapters.catalog.versions import VERDICT
 from adapters.catalog.writes import LatestMoved
-from adapters.errors import Conflict, CorruptAdapter, InvalidInput, NotFound
+from adapters.errors import Conflict, CorruptAdapter, InvalidInput, LimitReached, NotFound
 from adapters.expression import Term, parse
 from adapters.library import Library
 from adapters.lora import LoraConfig, LoraWeights
@@ -231,18 +231,18 @@ class TrainingAttempt:
                     notes=tuple(unmeasured.values()),
                     num_bytes=num_bytes if adapter is None else 0,
                 )
-            except LeaseLost:
-                self._drop_results()
+            except (LeaseLost, LimitReached) as error:
+                self._drop_results(is_failing=isinstance(error, LimitReached))
                 raise
         if adapter is not None and publish is None:
             self._library.discard(adapter.weights.digest)
 
-    def _drop_results(self) -> None:
-        """Remove the stored results if the job has failed or was cancelled.
+    def _drop_results(self, is_failing: bool) -> None:
+        """Remove the stored results if the job is failing, has failed or was cancelled.
 
         Otherwise another attempt may use them.
         """
-        if self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
+        if is_failing or self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
             with suppress(NotFound):
                 self._results.delete(results_id(self._job.id))
 

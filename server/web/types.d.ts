@@ -155,6 +155,8 @@ interface Limits {
   tokens_per_minute: number | null;
   max_jobs: number | null;
   max_bytes: number | null;
+  max_versions: number | null;
+  max_job_seconds: number | null;
 }
 
 interface Project extends Limits {

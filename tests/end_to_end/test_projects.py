@@ -19,7 +19,7 @@ from server.database import FILE_NAME, connect
 from server.database.file import driver
 from server.storage.home import Home
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
-from tests.end_to_end.training_client import wait_until
+from tests.end_to_end.training_client import ENDED, wait_until
 
 SECONDS = 1.0
 """Time limit of a normal request during an attack; the best of several counts, as the machine is shared."""
@@ -141,6 +141,57 @@ def test_key_revoked_by_a_command_is_refused(tenants: Tenants) -> None:
             assert any("the key was revoked" in line for line in lines)
         assert client.post("/generate", json={"prompt": "a"}).status_code == 401
     tenants.server.wait_until_idle()
+
+
+def test_limits_and_audit_of_real_jobs(tenants: Tenants) -> None:
+    """A manager lowers the limit while a job waits for a worker: the job fails before it stores its adapter."""
+    body = {
+        "name": "tiny",
+        "data": [{"prompt": f"{number} ", "completion": "one"} for number in range(4)],
+        "validation": 0,
+        "lora": {"rank": 1},
+        "training": {"max_steps": 1},
+    }
+    acme, operator = tenants.clients["acme"], tenants.server.client
+
+    def submitted() -> str:
+        response = acme.post("/train", json=body)
+        assert response.status_code == 202, response.text
+        return str(response.json()["id"])
+
+    def ended(job_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        wait_until(lambda: found.update(acme.get(f"/train/{job_id}").json()) or found["status"] in ENDED)
+        return found
+
+    made = operator.post("/keys", json={"name": "lead", "project": "acme", "scopes": ["manage"]}).json()
+    with tenants.client(made["secret"]) as manager:
+        waiting = submitted()
+        assert manager.patch("/projects/acme", json={"max_bytes": 1}).status_code == 200
+        refused = acme.post("/train", json=body)
+        assert (refused.status_code, "may store 1 byte" in refused.json()["detail"]) == (403, True)
+        smolora = str(Path(sys.executable).with_name("smolora"))
+        command = [smolora, "worker", "--home", str(tenants.home), "--model", str(tenants.flags["model"])]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as worker:
+            try:
+                failed = ended(waiting)
+                assert failed["status"] == "failed"
+                assert "the project acme may store 1 byte, has 0 and would add" in failed["error"]
+                assert acme.get("/adapters").json()["adapters"] == []
+                assert manager.patch("/projects/acme", json={"max_bytes": None}).status_code == 200
+                trained = submitted()
+                assert ended(trained)["status"] == "succeeded"
+            finally:
+                worker.terminate()
+        entries = manager.get("/audit", params={"limit": 5}).json()["entries"]
+        assert [(entry["action"], entry["target"], entry["address"]) for entry in entries] == [
+            ("job.publish", "tiny@1", None),
+            ("job.submit", trained, "127.0.0.1"),
+            ("project.limit", "acme", "127.0.0.1"),
+            ("refused", "POST /train", "127.0.0.1"),
+            ("project.limit", "acme", "127.0.0.1"),
+        ]
+        assert all(entry["request_id"] for entry in entries[1:])
 
 
 def test_usage_survives_a_kill(tenants: Tenants) -> None:

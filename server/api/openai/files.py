@@ -67,7 +67,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
 @router.get(
     "", summary="List files", response_class=Response, responses={200: {"model": Page[FileAnswer]}, **REFUSALS}
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def list_files(
     services: ServicesDep,
     purpose: Annotated[Purpose | None, Query(description="only files of this purpose")] = None,
@@ -97,7 +97,7 @@ async def get_file(services: ServicesDep, file_id: FileId) -> Response:
         **REFUSALS,
     },
 )
-@requires(TRAIN)
+@requires(TRAIN, counts=True)
 async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     """Download a file's content."""
     file, content = await to_thread.run_sync(_open, services, file_id)

@@ -449,7 +449,7 @@ async def create(
 @router.get(
     "", summary="List jobs", response_class=Response, responses={200: {"model": Page[FineTuningJob]}, **REFUSALS}
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def list_jobs(
     request: Request,
     services: ServicesDep,
@@ -480,7 +480,7 @@ async def retrieve(services: ServicesDep, job_id: JobId) -> Response:
     response_class=Response,
     responses={200: {"model": Page[FineTuningEvent]}, **REFUSALS},
 )
-@requires(TRAIN)
+@requires(TRAIN, is_list=True)
 async def list_events(services: ServicesDep, job_id: JobId, limit: Limit = 20, after: After = None) -> Response:
     """List a job's events, newest first."""
     return await to_thread.run_sync(_events_page, services.jobs, job_id, limit, after)

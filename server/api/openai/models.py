@@ -24,7 +24,7 @@ OWNER = "smolora"
 
 
 @router.get("/models", summary="List models", response_class=Response, responses=REFUSALS)
-@requires(READ)
+@requires(READ, is_list=True)
 async def models(services: ServicesDep) -> Response:
     """List the base, adapters and compositions.
 

@@ -1,9 +1,16 @@
-/** The four limits of a key or a project. */
+/** The limits of a key or a project. */
 import { html } from "../lib/html.js";
 import { NumberField } from "./basics.js";
 
 /** @type {Limits} */
-export const UNLIMITED = { requests_per_minute: null, tokens_per_minute: null, max_jobs: null, max_bytes: null };
+export const UNLIMITED = {
+  requests_per_minute: null,
+  tokens_per_minute: null,
+  max_jobs: null,
+  max_bytes: null,
+  max_versions: null,
+  max_job_seconds: null,
+};
 
 /** @type {[keyof Limits, string][]} */
 export const LIMITS = [
@@ -11,6 +18,8 @@ export const LIMITS = [
   ["tokens_per_minute", "Tokens a minute"],
   ["max_jobs", "Jobs at once"],
   ["max_bytes", "Stored bytes"],
+  ["max_versions", "Versions"],
+  ["max_job_seconds", "Seconds of a job"],
 ];
 
 /** @param {{limits: Limits, problem: import("../lib/api.js").Problem | null, onChange: (limits: Limits) => void}} props */

@@ -69,6 +69,7 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
     <${Table} label="Versions of ${adapter.name}" columns=${["Version", "Names", "#Recall", "Than before", "", "Made", "#Rank", "#Size"]}>
           ${versions.map((one) => html`<${VersionRow} key=${one.version} adapter=${adapter} version=${one} isOwn=${isOwn} isChosen=${one === version} path=${path} change=${change} onChoose=${() => choose(one.version)} />`)}
         <//>
+    ${adapter.next ? html`<p class="muted">Older versions than ${adapter.next} aren't shown.</p>` : null}
     ${isOwn ? html`<${NewAlias} adapter=${adapter} path=${path} change=${change} />` : null}
     ${version ? html`<${VersionDetail} key=${version.digest + version.version} version=${version} />` : null}
   </article>`;

@@ -28,8 +28,9 @@ export function Projects({ keys }) {
 
 /** @param {{project: Project, onChange: () => Promise<void>}} props */
 function ProjectLimits({ project, onChange }) {
-  const { requests_per_minute, tokens_per_minute, max_jobs, max_bytes } = project;
-  const [limits, setLimits] = useState({ requests_per_minute, tokens_per_minute, max_jobs, max_bytes });
+  const [limits, setLimits] = useState(
+    /** @type {Limits} */ (Object.fromEntries(LIMITS.map(([name]) => [name, project[name]]))),
+  );
   const save = useAction(async () => {
     await ask("PATCH", `/projects/${encodeURIComponent(project.name)}`, { json: limits });
     await onChange();

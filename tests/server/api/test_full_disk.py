@@ -136,8 +136,10 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
         "POST /v1/fine_tuning/jobs/{job_id}/cancel": Ask(f"{jobs}/{theirs}/cancel"),
         "DELETE /v1/files/{file_id}": Ask(f"/v1/files/{file}", 409),  # a job still needs it
         "POST /keys": Ask("/keys", 201, {"json": {"name": "laptop"}}),
+        "PATCH /keys/{key_id}": Ask(f"/keys/{key}", 200, {"json": {"name": "desk"}}),
         "DELETE /keys/{key_id}": Ask(f"/keys/{key}"),
         "PUT /projects/{project}": Ask("/projects/acme", 200, {"json": {"max_jobs": 2}}),
+        "PATCH /projects/{project}": Ask("/projects/gone", 200, {"json": {"max_jobs": 3}}),
         "DELETE /projects/{project}": Ask("/projects/gone", 204),
     }
 

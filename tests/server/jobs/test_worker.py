@@ -24,6 +24,8 @@ import sqlalchemy as sa
 from adapters.catalog.catalog import Catalog, Part
 from adapters.merge_recipe import Recipe
 from adapters.names import Viewpoint
+from server.access.principal import Quota
+from server.access.projects import Projects
 from server.database import connect
 from server.database.file import driver
 from server.jobs.jobs import Job, Jobs, Status
@@ -381,6 +383,18 @@ def test_cancel_ends_what_runs(tmp_path: Path, engine: sa.Engine, jobs: Jobs, le
     assert min(took) < 3.0, took
     assert {job.status for job in jobs.list()} == {Status.CANCELLED}
     assert Catalog(engine).list() == []
+
+
+def test_a_job_that_runs_too_long_is_ended(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
+    with working(tmp_path, jobs, leases):
+        submit_stub(tmp_path, jobs, "j1", steps=100_000, seconds=0.01, every=5)
+        until(partial(has_done, tmp_path, 9, "j1"))
+        child = child_of(tmp_path, "j1")
+        Projects(engine).put("default", Quota(max_job_seconds=1), who="test")
+        until(partial(is_gone, child))
+        until(partial(have_gone, tmp_path / "jobs" / "j1" / "checkpoints"))
+    job = jobs.get("j1")
+    assert (job.status, "longer than 1 s" in str(job.error)) == (Status.FAILED, True)
 
 
 def test_a_stopped_worker_puts_its_job_back(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:

@@ -1,4 +1,4 @@
-"""Managers' limits, bytes of jobs, requests on the audit log, and the history of deleted projects."""
+"""Roles, storage and audit: managers' limits, bytes of jobs, limits on versions, requests on the audit log."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,6 +13,10 @@ def upgrade() -> None:
     op.add_column("audit", sa.Column("request_id", sa.String(128)))
     op.create_index("ix_audit_project_number", "audit", ["project", "number"])
     op.add_column("jobs", sa.Column("bytes", sa.BigInteger))
+    for table in ("projects", "api_keys"):
+        op.add_column(table, sa.Column("max_versions", sa.BigInteger))
+        op.add_column(table, sa.Column("max_job_seconds", sa.BigInteger))
+        op.add_column(table, sa.Column("allow_full", sa.Boolean))
     _retire_deleted_projects()
 
 

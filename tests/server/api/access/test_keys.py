@@ -224,6 +224,9 @@ async def test_keys_are_listed_and_revoked(app: FastAPI) -> None:
             "tokens_per_minute": None,
             "max_jobs": 3,
             "max_bytes": None,
+            "max_versions": None,
+            "max_job_seconds": None,
+            "allow_full": None,
         }
         async with client_with(app, secret) as client:
             assert (await client.get("/train")).status_code == 200

@@ -98,13 +98,15 @@ async def test_other_projects_and_the_operators_keys_seem_not_to_exist(
         ({"max_jobs": 5}, 422),  # the project's is 4
         ({"max_jobs": 4}, 201),
         ({"max_bytes": 5}, 201),
+        ({"allow_full": True}, 422),
+        ({"allow_full": False, "max_job_seconds": 9}, 201),
         ({"scopes": ["generate", "train", "manage"]}, 201),
     ],
 )
 async def test_what_a_manager_can_give(
     app: FastAPI, manager: httpx.AsyncClient, body: dict[str, object], status: int
 ) -> None:
-    access_of(app).projects.put("acme", Quota(max_jobs=4), who=OPERATOR)
+    access_of(app).projects.put("acme", Quota(max_jobs=4, allow_full=False), who=OPERATOR)
     response = await manager.post("/keys", json={"name": "one", **body})
     assert response.status_code == status, response.text
     assert [project.name for project in access_of(app).projects.list()] == ["acme", "default", "other"]

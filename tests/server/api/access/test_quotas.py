@@ -8,14 +8,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 
+from adapters.errors import LimitReached
 from adapters.names import Viewpoint
 from server.access.principal import OPERATOR, Quota
 from server.api.app import create_app
 from server.api.imports import get_fetch
 from server.jobs.jobs import Jobs
-from server.jobs.leases import Leases
+from server.jobs.leases import Directive, Leases
 from server.jobs.room import training_bytes
 from server.model.base.hub import HubAdapter
 from server.training.spec import JobSpec
@@ -202,3 +204,102 @@ async def test_merges_and_evaluations_count(app: FastAPI, jobs: Jobs) -> None:
         access_of(app).projects.put("acme", Quota(max_bytes=10), who=OPERATOR)
         for path, body in (merge, evaluation):
             assert (await client.post(path, json=body)).status_code == 403
+
+
+async def test_versions_are_limited(app: FastAPI, leases: Leases) -> None:
+    async with client_with(app, quota_of(app, Quota(max_versions=3))) as client:
+        await submit(client)
+        assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+        sent = [client.post("/compositions/mix", json={"expression": f"a*0.{n}"}) for n in range(1, 8)]
+        statuses = [response.status_code for response in await asyncio.gather(*sent)]
+        assert sorted(statuses) == [201] * 2 + [403] * 5
+        bodies: list[tuple[str, dict[str, object]]] = [
+            ("/compositions/more", {"expression": "a*3"}),
+            ("/compositions/more", {"expression": "a", "method": "svd", "rank": 1}),
+            ("/train", train_body()),
+        ]
+        answers = [await client.post(path, json=body) for path, body in bodies]
+        for refused in (*answers, await client.post("/adapters/b", files=as_parts(CONFIG, WEIGHTS))):
+            assert refused.status_code == 403, refused.text
+            assert "has 3 versions, and may have 3" in refused.json()["detail"]
+        with pytest.raises(LimitReached, match="larger max_versions"):  # the job that was submitted before
+            StandIn(leases).succeed(digest="ab" * 32)
+        assert (await client.delete("/adapters/mix")).status_code == 204
+        assert (await client.post("/adapters/b", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+
+
+async def test_a_keys_versions_are_limited(app: FastAPI) -> None:
+    secret = new_secret(app, "acme", quota=Quota(max_versions=1))
+    async with client_with(app, secret) as client, client_with(app, new_secret(app, "acme")) as colleague:
+        assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+        assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 403
+        assert (await colleague.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+
+
+async def test_long_lists_cost_requests(app: FastAPI) -> None:
+    """Each 256 KiB of a list's answer counts as a request, so that a minute's lists are bounded, too."""
+    async with client_with(app, new_secret(app, quota=Quota(requests_per_minute=40))) as client:
+        assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+        for number in range(1, 31):
+            body = {"expression": f"a*0.{number:02}1"}
+            assert (await client.post("/compositions/mix", json=body)).status_code == 201
+        short = await client.get("/adapters/a")
+        assert short.headers["x-ratelimit-remaining-requests"] == "9"
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("server.api.edge.LIST_BYTES", 4096)
+            answer = await client.get("/adapters")
+            assert answer.status_code == 200
+            cost = len(answer.content) // 4096
+            assert cost > 3
+            remaining = 9
+            while answer.status_code == 200:
+                remaining = max(0, remaining - cost)
+                assert answer.headers["x-ratelimit-remaining-requests"] == str(remaining)
+                answer = await client.get("/adapters")
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert (await client.get("/adapters/a/1")).status_code == 200  # not a list
+
+
+async def test_downloads_count_as_requests(app: FastAPI) -> None:
+    async with client_with(app, new_secret(app, quota=Quota(requests_per_minute=2))) as client:
+        assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+        statuses = [(await client.get("/adapters/a/1/download")).status_code for _ in range(2)]
+        assert statuses == [200, 429]
+        assert (await client.get("/adapters/a/1")).status_code == 200
+
+
+@pytest.mark.parametrize("limit", ["project", "key"])
+async def test_full_fine_tuning_can_be_ruled_out(app: FastAPI, limit: str) -> None:
+    never = Quota(allow_full=False)
+    access_of(app).projects.put("acme", never if limit == "project" else Quota(allow_full=True), who=OPERATOR)
+    secret = new_secret(app, "acme", quota=never if limit == "key" else None)
+    async with client_with(app, secret) as client:
+        for path in ("/train", "/train?dry_run=true"):
+            refused = await client.post(path, json=train_body(method="full"))
+            assert (refused.status_code, "allow_full" in refused.json()["detail"]) == (403, True)
+        await submit(client)
+
+
+@pytest.mark.parametrize("limit", ["project", "key"])
+async def test_a_job_ends_after_its_seconds(app: FastAPI, database: sa.Engine, limit: str) -> None:
+    clock = [1000.0]
+    leases = Leases(database, now=lambda: sa.literal(clock[0], sa.Float(53)))
+    limits = {name: Quota(max_job_seconds=20 if name == limit else 40) for name in ("project", "key")}
+    access_of(app).projects.put("acme", limits["project"], who=OPERATOR)
+    async with client_with(app, new_secret(app, "acme", quota=limits["key"])) as client:
+        job = await submit(client)
+        for _ in range(2):  # two attempts together
+            claim = leases.claim("worker", 60)
+            assert claim is not None
+            clock[0] += 9
+            assert leases.heartbeat(claim, 60) is Directive.GO_ON
+            leases.release(claim)
+            clock[0] += 100
+        claim = leases.claim("worker", 60)
+        assert claim is not None
+        clock[0] += 3
+        assert leases.heartbeat(claim, 60) is Directive.CANCEL
+        ended = (await client.get(f"/train/{job}")).json()
+        assert (ended["status"], "longer than 20 s" in ended["error"]) == ("failed", True)
+        assert leases.claim("worker") is None

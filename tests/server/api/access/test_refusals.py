@@ -35,7 +35,7 @@ async def refusals(app: FastAPI) -> dict[str, float]:
 
 
 def key(app: FastAPI, **limits: int) -> str:
-    return new_secret(app, "acme", quota=Quota(**limits))
+    return new_secret(app, "acme", quota=Quota().with_limits(limits))
 
 
 async def test_every_reason_is_counted(
