@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from server.system.messages import plural
+
 PACKAGES = ("smolora", "torch", "transformers", "peft")
 
 
@@ -47,7 +49,7 @@ class Machine:
     @property
     def hardware(self) -> str:
         """The processor, the threads in use, and the commit."""
-        found = f"{self.processor}, {self.threads} threads"
+        found = f"{self.processor}, {plural(self.threads, 'thread')}"
         return f"{found}; commit {self.commit}" if self.commit else found
 
     @property
