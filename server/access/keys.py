@@ -181,7 +181,7 @@ class Keys:
         def work(connection: sa.Connection) -> ApiKey:
             key, limits = _get(connection, key_id, manager), changes.get("limits", {})
             if key.revoked_at is not None:
-                raise Conflict(f"the key {key_id} is revoked, for good: create another one")
+                raise Conflict(f"the key {key_id} is permanently revoked: create another key")
             scopes = changes.get("scopes", key.scopes)
             new = replace(
                 key,

@@ -1,8 +1,8 @@
 """The rules for a manager: a key with the scope `manage`, which administers its own project's keys and limits.
 
 A manager can make keys for its project with the scopes `generate`, `train` and `manage`. So it can do what any
-such key can do, but it gets nothing from outside its project, and nothing above the limits that the operator set
-for the project. A key with `manage` has no limits of its own, since other keys could be made without them.
+such key can do. It can't see or change anything outside its project, and can't exceed the limits that the operator
+set for the project. A key with `manage` has no limits of its own, since other keys could be made without them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ def manager_of(principal: Principal) -> Principal | None:
 def manages(manager: Principal | None, project: str, scopes: Sequence[Scope] = ()) -> bool:
     """Return whether the manager may see and change a key of this project with these scopes.
 
-    The operator's keys in the project `default` aren't its managers' to change. If `manager` is None, return True.
+    The managers of `default` can't see or change the operator's keys there. If `manager` is None, return True.
     """
     return manager is None or (project == manager.project and not set(scopes) & set(OPERATORS_SCOPES))
 

@@ -27,11 +27,11 @@ class Quota:
     max_jobs: int | None = None  # unfinished jobs
     max_bytes: int | None = None  # stored: adapters, data sets, files, and jobs as `server.jobs.room` counts them
     max_versions: int | None = None  # of adapters and compositions
-    max_job_seconds: int | None = None  # for which one job may run
+    max_job_seconds: int | None = None  # the most seconds that one job may run; then it fails
     allow_full: bool | None = None  # whether full fine-tuning is allowed; None: it is
 
     def with_limits(self, limits: Mapping[str, int | None]) -> "Quota":
-        """Return the limits with the given ones in the place of the old ones."""
+        """Return the limits with the given ones instead of the old ones."""
         return Quota(**{**asdict(self), **limits})
 
 

@@ -20,7 +20,7 @@ RETIRED = "~"
 """Begins the last part of the name under which a deleted project's history is kept. No project's name has it."""
 
 RetireJobs = Callable[[sa.Connection, str, str], None]
-"""Renames the project of jobs, from a name to another."""
+"""Renames the project of jobs, from one name to another."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class LimitFields(Body):
         description="stored bytes of adapters, data sets and files, and of jobs with what they may still store",
     )
     max_versions: Limit | None = Field(None, description="versions of adapters and compositions")
-    max_job_seconds: Limit | None = Field(None, description="seconds for which a job may run; then it fails")
+    max_job_seconds: Limit | None = Field(None, description="the most seconds that one job may run; then it fails")
     allow_full: bool | None = Field(None, description="false: no full fine-tuning")
 
     @property

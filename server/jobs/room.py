@@ -1,6 +1,6 @@
 """The bytes of a project's data and jobs, as they count against `max_bytes`.
 
-From its submission to its end, a job counts with what it may store at most: its rows, two checkpoints (a new one
+From its submission to its end, a job counts as the most it may store: its rows, two checkpoints (a new one
 is written before the old one is removed) and its result. Once it has ended, it counts with what is left of it: a
 model of full fine-tuning, or an evaluation's findings. A published adapter counts as a version.
 """

@@ -429,7 +429,7 @@ def test_user_who_left_a_delete_stays_there(server: ServerProcess, browser: Brow
             assert page.url.endswith("#/engine")
 
 
-def test_the_audit_list_has_words_for_every_deed(server: ServerProcess, browser: Browser, job: str) -> None:
+def test_the_audit_list_has_words_for_every_action(server: ServerProcess, browser: Browser, job: str) -> None:
     server.client.post(f"/train/{job}/cancel").raise_for_status()
     server.client.delete(f"/train/{job}").raise_for_status()
     rows = server.client.post("/datasets", files={"file": ("few.jsonl", JSONL + b"\n" + JSONL)}).json()["id"]

@@ -30,7 +30,7 @@ async def entries(client: httpx.AsyncClient, **query: str) -> list[dict[str, Any
     return found[::-1]
 
 
-async def test_every_deed_is_listed_with_its_request(app: FastAPI, leases: Leases) -> None:
+async def test_every_action_is_listed_with_its_request(app: FastAPI, leases: Leases) -> None:
     async with two_projects(app) as projects:
         acme, operator = projects.acme, projects.operator
         await acme.post("/adapters/tweets", files=as_parts(*peft_files()))

@@ -192,7 +192,7 @@ async def test_only_the_fields_given_change(app: FastAPI, projects: Projects) ->
             assert (await operator.patch(path, json=wrong)).status_code == 422, wrong
         await operator.delete(path)
         refused = await operator.patch(path, json={"name": "again"})
-        assert (refused.status_code, "for good" in refused.json()["detail"]) == (409, True)
+        assert (refused.status_code, "permanently revoked" in refused.json()["detail"]) == (409, True)
         assert (await client.get("/adapters")).status_code == 401
 
 
