@@ -63,7 +63,7 @@ class Guesses:
         Raise TooManyGuesses instead of the delay if too many requests are being delayed already.
         """
         now = self._clock()
-        key = _network(address)
+        key = network_of(address)
         found = self._wrong.get(key)
         if found is None or now - found.since >= _WINDOW_SECONDS:
             found = self._wrong[key] = _Wrong(now)
@@ -85,7 +85,7 @@ class Guesses:
             self._num_delayed -= 1
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """Return the part of an address that identifies a client: for IPv6 the first 64 bits, for IPv4 all of it."""
     try:
         found = ipaddress.IPv6Address(address)

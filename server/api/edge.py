@@ -33,6 +33,7 @@ from server.api.routes import LIST_BYTES, Resource, Routes
 from server.api.sites import Sites
 from server.api.tracing import RequestFacts, end_request, facts
 from server.errors import REASONS, Draining, Unauthorized, Unavailable
+from server.metrics.metrics import known_method
 from server.storage.reserve import Reserve, is_database_locked, is_disk_failing
 from server.telemetry.logs import Fields, place_of, request_id
 
@@ -260,7 +261,7 @@ def _line(scope: Scope, method: str, status: int, seconds: float, found: Request
         who = {"key": principal.key_id, "project": principal.project}
     client = scope["client"][0] if scope.get("client") else "-"
     return Fields(
-        method=method,
+        method=known_method(method),
         path=scope["path"][:_MAX_PATH],
         status=status,
         ms=round(seconds * 1e3, 1),

@@ -48,6 +48,11 @@ _HTTP_SECONDS = (
 )  # few buckets, since each of the many routes has them
 
 
+def known_method(method: str) -> str:
+    """Return the method of a request, or OTHER if HTTP doesn't define it: a client may send any word."""
+    return method if method in METHODS else OTHER
+
+
 class HttpMetrics:
     """HTTP requests by method, route and status, and their durations by route."""
 
@@ -81,7 +86,7 @@ class HttpMetrics:
 
     def ended(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count an HTTP request that was answered. `route` is a template, or empty if the path has no route."""
-        key = (method if method in METHODS else OTHER, route or OTHER, status)
+        key = (known_method(method), route or OTHER, status)
         if (children := self._children.get(key)) is None:
             children = self._responses.labels(*map(str, key)), self._seconds.labels(key[1])
             self._children[key] = children

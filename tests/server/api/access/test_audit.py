@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from server.access.audit import Audit
 from server.access.principal import OPERATOR
 from server.api.authentication import Sender
-from server.api.refusals import MAX_ENTRIES, Refusals
+from server.api.refusals import LEFT_OUT, MAX_ENTRIES, Refusals
 from server.jobs.leases import Leases
 from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -150,12 +150,33 @@ async def test_floods_of_refused_attempts_are_bounded(app: FastAPI) -> None:
         await refusals.add(Sender("key-1", "acme", has_key=True), "10.0.0.1", "GET", "/keys", 403)
     assert len(audit.list(1000, who="unknown")) == MAX_ENTRIES
     (entry,) = audit.list(1000, who="key-1")
-    assert entry.detail == {"status": 403, "left_out": 0}
-    times[0] = 60.0
-    await refusals.add(Sender("key-1", "acme", has_key=True), "10.0.0.1", "GET", "/keys", 403)
-    assert audit.list(1, who="key-1")[0].detail == {"status": 403, "left_out": 4}
-    await refusals.add(Sender("unknown"), "10.0.0.59", "GET", "/adapters", 401)
-    assert audit.list(1, who="unknown")[0].detail["left_out"] == 1
+    assert (entry.target, entry.detail) == ("GET /keys", {"status": 403})
+    for minute in (1, 2):  # what was left out is written once
+        times[0] = 60.0 * minute
+        await refusals.add(Sender("key-1", "acme", has_key=True), "10.0.0.1", "GET", "/keys", 403)
+    newest = audit.list(4)
+    assert [(entry.who, entry.project, entry.target, entry.detail) for entry in newest] == [
+        ("key-1", "acme", "GET /keys", {"status": 403}),
+        ("key-1", "acme", "GET /keys", {"status": 403}),
+        ("key-1", "acme", LEFT_OUT, {"left_out": 4}),
+        ("unknown", "", LEFT_OUT, {"left_out": MAX_ENTRIES}),
+    ]
+
+
+async def test_a_refused_attempts_size_is_bounded_whatever_its_method_and_address(
+    app: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="smolora.api")
+    async with two_projects(app) as projects, client_with(app, "sk-smolora-wrong") as wrong:
+        assert (await wrong.request("X" * 60_000, "/adapters")).status_code == 401
+        assert len(caplog.records[-1].getMessage()) < 1000
+        (entry,) = await entries(projects.operator, action="refused")
+        assert entry["target"] == "other /adapters"
+    audit = access_of(app).audit
+    refusals = Refusals(audit)
+    for number in range(9):  # one client has a whole /64
+        await refusals.add(Sender("unknown"), f"2001:db8::{number}", "GET", "/keys", 401)
+    assert [entry.target for entry in audit.list(9, who="unknown")].count("GET /keys") == 1
 
 
 async def test_a_new_project_of_a_deleted_ones_name_starts_empty(app: FastAPI, leases: Leases) -> None:
