@@ -34,7 +34,7 @@ from adapters.names import DEFAULT_PROJECT, NAME_RULE, is_name, project_fault
 from adapters.sql import reader_of, transact, transacted
 from adapters.storage.durable import new_file
 from server.access.audit import record
-from server.access.managers import check_grant, exceeding, manages
+from server.access.managers import check_grant, exceeding, manages, require_manager
 from server.access.principal import (
     DEFAULT_SCOPES,
     EVERYBODY,
@@ -107,7 +107,8 @@ class Keys:
     `keyed` is the path of a file that is created with the first key: `server.storage.home.Home.keyed`.
 
     In all methods `who` is for the audit log. If a `manager` is given, other projects' keys and the operator's
-    seem not to exist, and the rules of `server.access.managers` hold for what it makes and changes.
+    seem not to exist, and the rules of `server.access.managers` hold for what it makes and changes. Forbidden is
+    raised if its key is no longer valid, or no longer has the scope `manage`.
     """
 
     def __init__(self, engine: sa.Engine, keyed: Path) -> None:
@@ -142,6 +143,7 @@ class Keys:
         values |= {"scopes": list(kept), "secret_digest": digest_of(secret), **asdict(key.quota)}
 
         def work(connection: sa.Connection) -> None:
+            require_manager(connection, manager)
             if manager is not None:
                 _check_managed(connection, manager, key, asdict(key.quota))
                 _refuse_too_many(connection, manager.project)
@@ -179,6 +181,7 @@ class Keys:
         """
 
         def work(connection: sa.Connection) -> ApiKey:
+            require_manager(connection, manager)
             key, limits = _get(connection, key_id, manager), changes.get("limits", {})
             if key.revoked_at is not None:
                 raise Conflict(f"the key {key_id} is permanently revoked: create another key")
@@ -220,6 +223,7 @@ class Keys:
         """Revoke the key. Repeated calls have no effect. Raise NotFound if there is no such key."""
 
         def work(connection: sa.Connection) -> ApiKey:
+            require_manager(connection, manager)
             key = _get(connection, key_id, manager)
             if key.revoked_at is not None:
                 return key

@@ -6,16 +6,34 @@ set for the project. A key with `manage` has no limits of its own, since other k
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
 
 from adapters.errors import FieldError, InvalidInput, NotFound
 from server.access.principal import OPERATORS_SCOPES, Principal, Quota, Scope
+from server.access.tables import api_keys
 from server.errors import Forbidden
 
 
 def manager_of(principal: Principal) -> Principal | None:
     """Return the principal if these rules bind it, or None for an operator, who may do everything."""
     return None if principal.is_operator else principal
+
+
+def require_manager(connection: sa.Connection, manager: Principal | None) -> None:
+    """Raise Forbidden if the manager's key isn't valid now, or has lost `manage` since the request was admitted.
+
+    Call this first in a transaction that changes keys or limits.
+    """
+    if manager is None:
+        return
+    columns = (api_keys.c.scopes, api_keys.c.revoked_at, api_keys.c.expires_at)
+    row = connection.execute(sa.select(*columns).where(api_keys.c.id == manager.key_id)).first()
+    if row is None or row.revoked_at is not None or "manage" not in row.scopes:
+        raise Forbidden("this key can't manage the project any more", reason="scope")
+    if row.expires_at is not None and row.expires_at <= datetime.now(UTC):
+        raise Forbidden("this key has expired", reason="scope")
 
 
 def manages(manager: Principal | None, project: str, scopes: Sequence[Scope] = ()) -> bool:

@@ -12,7 +12,7 @@ from adapters.errors import Conflict, Hint, InvalidInput, NotFound
 from adapters.names import DEFAULT_PROJECT, MAX_NAME, project_fault, split_key
 from adapters.sql import reader_of, transact
 from server.access.audit import record
-from server.access.managers import exceeding
+from server.access.managers import exceeding, require_manager
 from server.access.principal import LIMITS, Principal, Quota
 from server.access.tables import api_keys, audit, changed, projects, usage
 
@@ -77,10 +77,12 @@ class Projects:
         """Change only the given limits of the project.
 
         A `manager` can set limits up to the operator's; None restores the operator's. `who` is for the audit log.
-        Raise NotFound if the project doesn't exist, and InvalidInput if a limit is above the operator's.
+        Raise NotFound if the project doesn't exist, InvalidInput if a limit is above the operator's, and Forbidden
+        if the manager's key is no longer valid.
         """
 
         def work(connection: sa.Connection) -> Project:
+            require_manager(connection, manager)
             mine = projects.c.name == name
             quota = _get(connection, name).quota
             ceiling = connection.execute(sa.select(projects.c.ceiling).where(mine)).scalar_one()

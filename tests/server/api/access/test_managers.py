@@ -1,14 +1,17 @@
 """Managers: they administer their own project's keys and limits, and gain nothing beyond them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 
-from server.access.principal import OPERATOR, Quota
+from server.access.principal import OPERATOR, Principal, Quota
+from server.access.tables import api_keys
+from server.errors import Forbidden
 from tests.server.api.access.key_kit import Projects, access_of, client_with, new_secret, two_projects
 
 pytestmark = pytest.mark.anyio
@@ -210,6 +213,36 @@ async def test_admin_is_for_keys_of_the_default_project_alone(projects: Projects
     assert refused.status_code == 422
     theirs = next(key["id"] for key in await keys_of(projects.operator) if key["project"] == "acme")
     assert (await projects.operator.patch(f"/keys/{theirs}", json={"scopes": ["admin"]})).status_code == 422
+
+
+@pytest.mark.parametrize("loss", ["revoked", "expired", "scopes"])
+async def test_a_request_in_flight_does_nothing_once_its_managers_key_is_lost(app: FastAPI, loss: str) -> None:
+    """The request was admitted before the key was revoked, say, and its transaction begins after it."""
+    keys, projects = access_of(app).keys, access_of(app).projects
+    key, _ = keys.create("lead", who=OPERATOR, project="acme", scopes=["generate", "manage"])
+    other, _ = keys.create("ci", who=OPERATOR, project="acme")
+    manager = Principal("acme", key.id, frozenset(key.scopes))
+    match loss:
+        case "revoked":
+            keys.revoke(key.id, who=OPERATOR)
+        case "expired":
+            expired = sa.update(api_keys).where(api_keys.c.id == key.id)
+            with keys._engine.begin() as connection:
+                connection.execute(expired.values(expires_at=datetime.now(UTC) - timedelta(seconds=1)))
+        case _:
+            keys.change(key.id, {"scopes": ["generate"]}, who=OPERATOR)
+    before = keys.list(), projects.list(), access_of(app).audit.list(100)
+    requests: list[Callable[[], object]] = [
+        lambda: keys.create("more", who=key.id, project="acme", manager=manager),
+        lambda: keys.change(other.id, {"name": "mine"}, who=key.id, manager=manager),
+        lambda: keys.change(key.id, {"scopes": ["manage"]}, who=key.id, manager=manager),
+        lambda: keys.revoke(other.id, who=key.id, manager=manager),
+        lambda: projects.change("acme", {"max_jobs": 1}, who=key.id, manager=manager),
+    ]
+    for request in requests:
+        with pytest.raises(Forbidden):
+            request()
+    assert (keys.list(), projects.list(), access_of(app).audit.list(100)) == before
 
 
 async def test_managers_make_a_bounded_number_of_keys(
