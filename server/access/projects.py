@@ -20,7 +20,7 @@ RETIRED = "~"
 """Begins the last part of the name under which a deleted project's history is kept. No project's name has it."""
 
 RetireJobs = Callable[[sa.Connection, str, str], None]
-"""Renames the project of jobs, from one name to another."""
+"""Renames the project of jobs, from one name to another. Raises Conflict if one of them hasn't ended."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,9 @@ class Projects:
         Its keys, jobs, usage and audit entries stay for the operator, under a name that no project can have. So a
         new project of the same name starts empty. `retire_jobs` renames its jobs' project.
 
-        Raise NotFound if the project doesn't exist, or Conflict if it has adapters or is the default project.
-        `refuse` must raise an error if anything else forbids the deletion, such as unfinished jobs.
+        Raise NotFound if the project doesn't exist, or Conflict if it has adapters or unfinished jobs, or is the
+        default project.
+        `refuse` must raise an error if anything else forbids the deletion, such as data sets.
         """
         if name == DEFAULT_PROJECT:
             raise Conflict("the project default is always there")
@@ -142,6 +143,13 @@ def ensure(connection: sa.Connection, name: str) -> None:
     """Create the project, within the connection's transaction, if it doesn't exist."""
     if connection.execute(sa.select(projects.c.name).where(projects.c.name == name)).first() is None:
         connection.execute(sa.insert(projects).values(name=name, created_at=datetime.now(UTC)))
+
+
+def require_project(connection: sa.Connection, name: str) -> None:
+    """Raise Conflict, within the connection's transaction, if the project was deleted."""
+    row = sa.select(projects.c.name).where(projects.c.name == name)
+    if name != DEFAULT_PROJECT and connection.execute(row).first() is None:
+        raise Conflict(f"the project {name} was deleted")
 
 
 def quotas_in(connection: sa.Connection, project: str, key_id: str | None) -> tuple[Quota, Quota]:

@@ -17,6 +17,7 @@ from adapters.names import Viewpoint
 from adapters.sql import reader_of, transact, transacted
 from server.access.audit import record
 from server.access.principal import ANONYMOUS
+from server.access.projects import require_project
 from server.database.clock import database_now, database_time
 from server.errors import QueueFull
 from server.jobs import events as job_events
@@ -91,7 +92,7 @@ class Jobs:
         `used` are the ids of data sets and digests of adapters that must not be deleted before the job ends.
         `warnings` become events of the job. If the idempotency key was used before, return the job that was
         submitted then; the new files aren't needed. But if that request's body was different, raise InvalidInput.
-        Raise QueueFull if there are too many unfinished jobs.
+        Raise QueueFull if there are too many unfinished jobs, and Conflict if the project was deleted.
         """
 
         of = self._of or Viewpoint()
@@ -100,6 +101,7 @@ class Jobs:
         def work(connection: sa.Connection) -> Job:
             if (first := repeated(connection, stored_key, body_digest)) is not None:
                 return first
+            require_project(connection, of.project)
             self._refuse_too_many(connection, of)
             row = {
                 "id": job_id,
@@ -385,7 +387,13 @@ class Jobs:
 
 
 def retire_jobs(connection: sa.Connection, project: str, retired: str) -> None:
-    """Rename the project of a deleted project's jobs, within a transaction. Drop their idempotency keys."""
+    """Rename the project of a deleted project's jobs, within a transaction. Drop their idempotency keys.
+
+    Raise Conflict if one of them hasn't ended.
+    """
+    unfinished = sa.select(jobs.c.id).where(jobs.c.project == project, jobs.c.status.not_in(_ENDED))
+    if connection.execute(unfinished.limit(1)).first() is not None:
+        raise Conflict(f"{project} has unfinished jobs: cancel them first")
     values = {"project": retired, "idempotency_key": None}
     connection.execute(sa.update(jobs).where(jobs.c.project == project).values(values))
 

@@ -17,6 +17,8 @@ from adapters.catalog.records import Recorder, Records
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
 from adapters.names import Viewpoint
+from server.access.principal import Quota
+from server.access.projects import Projects
 from server.database.clock import database_time
 from server.errors import QueueFull
 from server.jobs import tables as job_tables
@@ -255,6 +257,8 @@ def test_a_lease_of_a_clock_that_was_set_back_is_nobodys(jobs: Jobs, engine: sa.
 
 
 def test_turns_go_on_after_a_clock_was_set_back(jobs: Jobs, leases: Leases, clock: Clock) -> None:
+    for project in ("acme", "other"):
+        Projects(jobs._engine).put(project, Quota(), who="test")
     acme, other = (jobs.of(Viewpoint(project)) for project in ("acme", "other"))
     for of, job_id in ((acme, "a1"), (acme, "a2"), (other, "b1"), (other, "b2")):
         submit(of, job_id)

@@ -18,6 +18,8 @@ from adapters.merge_recipe import Recipe
 from adapters.names import Viewpoint
 from adapters.peft.files import WEIGHTS_NAME, PeftAdapter
 from adapters.store.store import AdapterStore
+from server.access.principal import Quota
+from server.access.projects import Projects
 from server.jobs.jobs import Jobs, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.merge_job import run_merge
@@ -219,6 +221,7 @@ def test_part_withdrawn_before_the_merge(
     """Another project's: the job has its bytes, and knows where they were made."""
     for name in ("left", "right"):
         catalog.set_visibility(name, is_public=True)
+    Projects(engine).put("acme", Quota(), who="test")
     viewpoint = Viewpoint("acme")
     seen = Catalog(engine, of=viewpoint)
     spec = merge_spec(seen, "default/left+default/right", TIES)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from adapters.names import Viewpoint
+from server.access.principal import Quota
+from server.access.projects import Projects
 from server.api.train_answers import JobAnswer
 from server.jobs.jobs import Status
 from server.jobs.pipe import EXIT_NO_BASE
@@ -82,6 +84,7 @@ def test_a_job_of_days_gives_way_to_another_projects_job(shop: Shop) -> None:
     data = job_data(shop.base, num_held_out=0)
     time_slice = 3.0
     shop.submit(replace(SPEC, training=replace(SPEC.training, max_steps=1_000_000)), data, "days")
+    Projects(shop.engine).put("other", Quota(), who="test")
     other = shop.jobs.of(Viewpoint("other"))
     with working(shop, shop.base.directory, f"--train-slice={time_slice}"):
         until(lambda: shop.jobs.get("days").progress, PATIENCE)

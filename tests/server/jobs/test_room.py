@@ -114,6 +114,8 @@ def test_jobs_of_an_older_release_are_counted(shop: Shop, tiny_base: BaseModel) 
 
 
 def test_bytes_are_those_of_a_project_and_of_a_key(shop: Shop) -> None:
+    for project in ("acme", "other"):
+        Projects(shop.engine).put(project, Quota(), who="test")
     acme, colleague = Viewpoint("acme", key_id="one"), Viewpoint("acme", key_id="two")
     for number, viewpoint in enumerate((acme, acme, colleague, Viewpoint("other"))):
         shop.jobs.of(viewpoint).submit(SPEC, job_id=f"job-{number}", data={}, num_bytes=10**number)

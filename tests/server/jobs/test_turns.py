@@ -6,6 +6,8 @@ import sqlalchemy as sa
 from adapters.catalog.versions import Part
 from adapters.merge_recipe import Recipe
 from adapters.names import Viewpoint
+from server.access.principal import Quota
+from server.access.projects import Projects
 from server.jobs.attempt import Attempt
 from server.jobs.evaluate_spec import Candidate, EvaluateSpec
 from server.jobs.jobs import Jobs, Status
@@ -24,6 +26,8 @@ class Workers:
     def __init__(self, engine: sa.Engine) -> None:
         self.now = 1e9
         self.jobs = Jobs(engine)
+        for project in "abcxy":
+            Projects(engine).put(project, Quota(), who="test")
         self.leases = Leases(engine, now=lambda: sa.literal(self.now, sa.Float(53)), time_slice=SLICE)
         self.held: dict[str, Claim] = {}
 

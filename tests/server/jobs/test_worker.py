@@ -351,6 +351,7 @@ def test_pause_and_resume_give_the_undisturbed_result(
 
 def test_a_job_that_gives_way_ends_in_the_undisturbed_state(tmp_path: Path, engine: sa.Engine, jobs: Jobs) -> None:
     """One worker, and one-step jobs of another project. No step is done twice."""
+    Projects(engine).put("other", Quota(), who="test")
     other = jobs.of(Viewpoint("other"))
     submit_stub(tmp_path, jobs, "j1", steps=60, every=1000, stay_at=[20, 40])
     with working(tmp_path, jobs, Leases(engine, time_slice=0.05)):

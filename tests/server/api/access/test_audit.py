@@ -9,11 +9,15 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from adapters.errors import Conflict
+from adapters.names import Viewpoint
 from server.access.audit import Audit
-from server.access.principal import OPERATOR
+from server.access.principal import OPERATOR, Quota
 from server.api.authentication import Sender
 from server.api.refusals import LEFT_OUT, MAX_ENTRIES, Refusals
+from server.jobs.jobs import retire_jobs
 from server.jobs.leases import Leases
+from server.training.spec import JobSpec
 from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
@@ -177,6 +181,24 @@ async def test_a_refused_attempts_size_is_bounded_whatever_its_method_and_addres
     for number in range(9):  # one client has a whole /64
         await refusals.add(Sender("unknown"), f"2001:db8::{number}", "GET", "/keys", 401)
     assert [entry.target for entry in audit.list(9, who="unknown")].count("GET /keys") == 1
+
+
+async def test_a_job_and_its_projects_deletion_exclude_each_other(app: FastAPI) -> None:
+    """Neither a job that is submitted during a deletion nor one submitted after it ends up without its project."""
+    projects, jobs = access_of(app).projects, app.state.services.jobs.of(Viewpoint("acme"))
+
+    def submit_job(job_id: str = "job-1") -> None:
+        jobs.submit(JobSpec("codes"), job_id=job_id, data={})
+
+    projects.put("acme", Quota(), who=OPERATOR)
+    with pytest.raises(Conflict, match="acme has unfinished jobs: cancel them first"):
+        projects.delete("acme", submit_job, retire_jobs, who=OPERATOR)
+    assert (projects.get("acme").name, jobs.get("job-1").project) == ("acme", "acme")
+    jobs.cancel("job-1")
+    projects.delete("acme", lambda: None, retire_jobs, who=OPERATOR)
+    with pytest.raises(Conflict, match="the project acme was deleted"):
+        submit_job("job-2")
+    assert jobs.list() == []
 
 
 async def test_a_new_project_of_a_deleted_ones_name_starts_empty(app: FastAPI, leases: Leases) -> None:
