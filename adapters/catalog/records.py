@@ -87,6 +87,13 @@ class Records:
         """Remove the records of versions that were never committed."""
         self._blobs.delete(f"{folder_of(name)}/{number}.json" for number in numbers)
 
+    def forget_project(self, project: str) -> None:
+        """Remove all records of a project that is being deleted, and the numbers that its versions have used.
+
+        Call this before the deletion's transaction is committed. If it isn't, `recover` writes the numbers again.
+        """
+        self._blobs.delete(self._blobs.keys(f"{PROJECTS}/{project}/"))
+
     def read(self) -> Found:
         """Return the content of all records, ordered by name and number."""
         keys = [key for folder in (FOLDER, PROJECTS) for key in self._blobs.keys(f"{folder}/")]

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from adapters.catalog.records import Records
 from adapters.catalog.tables import names
 from adapters.errors import Conflict, Hint, InvalidInput, NotFound
 from adapters.names import DEFAULT_PROJECT, MAX_NAME, project_fault, split_key
@@ -102,11 +103,14 @@ class Projects:
 
         return transact(self._engine, work)
 
-    def delete(self, name: str, refuse: Callable[[], None], retire_jobs: RetireJobs, *, who: str) -> str:
+    def delete(
+        self, name: str, refuse: Callable[[], None], retire_jobs: RetireJobs, records: Records, *, who: str
+    ) -> str:
         """Delete a project and revoke its keys. Return the name under which its history is kept.
 
         Its keys, jobs, usage and audit entries stay for the operator, under a name that no project can have. So a
-        new project of the same name starts empty. `retire_jobs` renames its jobs' project.
+        new project of the same name starts empty. `retire_jobs` renames its jobs' project. `records` are those of
+        adapters' versions.
 
         Raise NotFound if the project doesn't exist, or Conflict if it has adapters or unfinished jobs, or is the
         default project.
@@ -116,6 +120,7 @@ class Projects:
             raise Conflict("the project default is always there")
         self.get(name)
         refuse()
+        records.reach(to_write=False)
         mark = f"{RETIRED}{secrets.token_hex(4)}"
         retired = name[: MAX_NAME - len(mark)] + mark
 
@@ -134,6 +139,7 @@ class Projects:
             for table in (api_keys, usage, audit):
                 connection.execute(sa.update(table).where(table.c.project == name).values(project=retired))
             retire_jobs(connection, name, retired)
+            records.forget_project(name)
             return retired
 
         return transact(self._engine, work)

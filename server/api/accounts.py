@@ -434,7 +434,7 @@ def _delete_project(services: Services, project: str) -> None:
     access = services.access
     access.ledger.try_to_flush()  # else the rest of its usage would be a new project's of its name
     refuse = partial(refuse_with_uploads, services.storage, services.jobs, project)
-    access.projects.delete(project, refuse, retire_jobs, who=services.principal.key_id)
+    access.projects.delete(project, refuse, retire_jobs, services.storage.records(), who=services.principal.key_id)
 
 
 usage_router = APIRouter(tags=["access"])

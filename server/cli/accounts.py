@@ -300,7 +300,7 @@ def delete(
     with refusals(), opened(home, lambda engine, _: engine) as engine:
         jobs, storage = Jobs(engine), storage_for(engine, home)
         refuse = partial(refuse_with_uploads, storage, jobs, name)
-        history = Projects(engine).delete(name, refuse, retire_jobs, who=OPERATOR)
+        history = Projects(engine).delete(name, refuse, retire_jobs, storage.records(), who=OPERATOR)
     typer.echo(f"{name} is deleted, and its keys are revoked; its history is kept as {history}")
 
 

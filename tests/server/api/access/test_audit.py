@@ -187,15 +187,17 @@ async def test_a_job_and_its_projects_deletion_exclude_each_other(app: FastAPI) 
     """Neither a job that is submitted during a deletion nor one submitted after it ends up without its project."""
     projects, jobs = access_of(app).projects, app.state.services.jobs.of(Viewpoint("acme"))
 
+    records = app.state.services.storage.records()
+
     def submit_job(job_id: str = "job-1") -> None:
         jobs.submit(JobSpec("codes"), job_id=job_id, data={})
 
     projects.put("acme", Quota(), who=OPERATOR)
     with pytest.raises(Conflict, match="acme has unfinished jobs: cancel them first"):
-        projects.delete("acme", submit_job, retire_jobs, who=OPERATOR)
+        projects.delete("acme", submit_job, retire_jobs, records, who=OPERATOR)
     assert (projects.get("acme").name, jobs.get("job-1").project) == ("acme", "acme")
     jobs.cancel("job-1")
-    projects.delete("acme", lambda: None, retire_jobs, who=OPERATOR)
+    projects.delete("acme", lambda: None, retire_jobs, records, who=OPERATOR)
     with pytest.raises(Conflict, match="the project acme was deleted"):
         submit_job("job-2")
     assert jobs.list() == []
@@ -215,6 +217,7 @@ async def test_a_new_project_of_a_deleted_ones_name_starts_empty(app: FastAPI, l
         (deleted,) = await entries(operator, action="project.delete")
         history = deleted["detail"]["history"]
         assert history.startswith("acme~")
+        app.state.services.library.recover()  # as the next start does
         async with (
             client_with(app, new_secret(app, "acme")) as reborn,
             client_with(app, new_secret(app, "acme", ["manage"])) as manager,
