@@ -1,8 +1,9 @@
 """Jobs' files: where they are, and what removes them.
 
 A job's folder is HOME/jobs/<id>/. Its training rows and checkpoints are removed when the job ends, since the job
-never runs again. The model and the log stay until somebody removes the job's files, or until they are old enough.
-Even then, the job's record, events and card, the versions that it published and the data sets that it used stay.
+never runs again. If it failed or was cancelled, its model is removed, too. The model of a successful job and the
+log stay until somebody removes the job's files, or until they are old enough. Even then, the job's record, events
+and card, the versions that it published and the data sets that it used stay.
 
 If there is a bucket, it has all of a job's files except the log, as immutable copies under `jobs/<id>`: `rows`,
 `checkpoint-<token>-<step>` and `model-<token>`, where the token is that of the attempt's claim. HOME then has only
@@ -49,6 +50,7 @@ TRACEPARENT_NAME = "traceparent"
 _ROWS = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME)  # all of them exist as long as the first does
 _ORPHAN_SECONDS = 3600.0
 _AT_ONCE = 500  # jobs per query
+_WITHOUT_RESULT = (Status.FAILED, Status.CANCELLED)
 
 Statuses = Callable[[Sequence[str]], Mapping[str, Status]]
 """A function that returns the status of each given job. Jobs that don't exist are left out."""
@@ -131,6 +133,11 @@ class JobFiles:
         shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
         self._copies.remove(copy for copy in self._copies.of(job_id) if copy.id.startswith(CHECKPOINT_COPY))
 
+    def drop_model(self, job_id: str) -> None:
+        """Remove the model of a job that failed or was cancelled: it doesn't count, and nobody can download it."""
+        shutil.rmtree(self.model(job_id), ignore_errors=True)
+        self._copies.remove(copy for copy in self._copies.of(job_id) if copy.id.startswith(MODEL_COPY))
+
     def stored(self) -> list[str]:
         """Return the ids of the jobs that have a folder in HOME or in the bucket."""
         return sorted({path.name for path in self._root.glob("*/")}.union(self._copies.folders()))
@@ -162,6 +169,8 @@ class JobFiles:
     def sweep_ended(self, statuses: Statuses) -> None:
         """Remove the rows, checkpoints and unfinished model copies of ended jobs from HOME, not from the bucket.
 
+        Also remove the models of jobs that failed or were cancelled.
+
         Usually a cancellation removes the job's rows, and the worker removes the checkpoints when the job ends.
         These files remain if a process was killed, or if the job ended on another machine or without a worker. The
         process of an ended job may write one more checkpoint before it is killed; the next sweep removes it.
@@ -172,9 +181,14 @@ class JobFiles:
                 self._unlink_rows(job_id)
                 shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
                 remove_abandoned(self.directory(job_id))
+            if status in _WITHOUT_RESULT:
+                shutil.rmtree(self.model(job_id), ignore_errors=True)
 
     def sweep_bucket(self, statuses: Statuses) -> None:
-        """Remove from the bucket the rows and checkpoints of ended jobs and, once old, of jobs never submitted."""
+        """Remove from the bucket the rows and checkpoints of ended jobs and, once old, of jobs never submitted.
+
+        Also remove the models of jobs that failed or were cancelled.
+        """
         jobs: dict[str, list[Copy]] = {}
         for copy in self._copies.all():
             jobs.setdefault(copy.folder, []).append(copy)
@@ -184,7 +198,10 @@ class JobFiles:
         for job_id, copies in jobs.items():
             age = (now - max(copy.modified for copy in copies)).total_seconds()
             if known[job_id].has_ended if job_id in known else age > _ORPHAN_SECONDS:
-                self._copies.remove(copy for copy in copies if not copy.id.startswith(MODEL_COPY))
+                keeps_model = known.get(job_id) not in _WITHOUT_RESULT
+                self._copies.remove(
+                    copy for copy in copies if not (keeps_model and copy.id.startswith(MODEL_COPY))
+                )
 
     def _unlink_rows(self, job_id: str) -> None:
         for name in _ROWS:
@@ -202,8 +219,8 @@ def size_of(directory: Path) -> int:
 
 
 def _has_leftovers(directory: Path) -> bool:
-    """Return whether a job's folder has files that should be removed when the job ends."""
-    names = (*_ROWS, CHECKPOINTS_NAME)
+    """Return whether a job's folder has files that may have to be removed when the job ends."""
+    names = (*_ROWS, CHECKPOINTS_NAME, MODEL_NAME)  # the model if the job fails or is cancelled
     return any((directory / name).exists() for name in names) or any(directory.glob(f"{UNFINISHED}*"))
 
 

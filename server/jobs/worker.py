@@ -31,7 +31,7 @@ from server.database import WORKER_PATIENCE_SECONDS, agree, connect, is_file
 from server.errors import StartupError
 from server.jobs.attempt import Attempt
 from server.jobs.files import JobFiles, Retention
-from server.jobs.jobs import Jobs
+from server.jobs.jobs import Jobs, Status
 from server.jobs.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
 from server.jobs.pipe import (
     EXIT_DONE,
@@ -262,6 +262,8 @@ class Worker:
         log.info("job %s: %s%s", claim.job_id, status, f" ({reason})" if reason else "")
         if status is not None and status.has_ended:
             self._files.drop_checkpoints(claim.job_id)
+            if status is not Status.SUCCEEDED:
+                self._files.drop_model(claim.job_id)  # of an attempt that kept it, and then ended too late
         elif attempt.hindrance:
             self._sleep(self._timing.hindered)
 

@@ -144,6 +144,13 @@ def test_a_model_outlives_the_database(tmp_path: Path, bucket: "Bucket", monkeyp
     ]
 
 
+@pytest.mark.parametrize("status", [Status.SUCCEEDED, Status.FAILED, Status.CANCELLED])
+def test_only_the_model_of_a_successful_job_stays(tmp_path: Path, bucket: "Bucket", status: Status) -> None:
+    bucket.put("jobs/job-1/model-1/config.json", b"{}")
+    JobFiles(tmp_path, bucket).sweep_bucket(lambda ids: dict.fromkeys(ids, status))
+    assert bool(bucket.listed("jobs/")) is (status is Status.SUCCEEDED)
+
+
 @pytest.fixture
 def open_checkpoints(tmp_path: Path, bucket: "Bucket") -> "OpenCheckpoints":
     def on(name: str, token: int, through: "Bucket | None" = None) -> Checkpoints:

@@ -114,13 +114,13 @@ def statuses_of(status: Status | None) -> Statuses:
 
 
 @pytest.mark.parametrize("status", [*Status, None])
-def test_checkpoints_of_unended_jobs_stay(tmp_path: Path, status: Status | None) -> None:
+def test_checkpoints_of_unended_jobs_and_models_of_successes_stay(tmp_path: Path, status: Status | None) -> None:
     """This includes jobs that aren't known here: they may be about to be queued."""
     leave_files(tmp_path, "j1")
     files = JobFiles(tmp_path)
     files.sweep_ended(statuses_of(status))
     assert files.checkpoints("j1").exists() is (status is None or not status.has_ended)
-    assert files.model("j1").exists()
+    assert files.model("j1").exists() is (status not in (Status.FAILED, Status.CANCELLED))
     assert files.log("j1").exists()
 
 
@@ -143,6 +143,8 @@ def test_rows_of_unended_jobs_stay(tmp_path: Path, status: Status | None) -> Non
     before = names(tmp_path, "j1")
     JobFiles(tmp_path).sweep_ended(statuses_of(status))
     gone = ROWS | {"checkpoints"} if status is not None and status.has_ended else set()
+    if status in (Status.FAILED, Status.CANCELLED):
+        gone |= {"model"}
     assert names(tmp_path, "j1") == before - gone
 
 
@@ -158,6 +160,14 @@ def test_an_abandoned_half_of_a_model_is_removed(tmp_path: Path, status: Status 
     JobFiles(tmp_path).sweep_ended(statuses_of(status))
     assert old.exists() is (status is None or not status.has_ended)
     assert new.exists(), "a download may be fetching it"
+
+
+def test_a_model_alone_is_removed_if_its_job_has_no_result(tmp_path: Path) -> None:
+    """The attempt stored the model, and its job was cancelled before the attempt could store its end."""
+    leave_files(tmp_path, "j1")
+    shutil.rmtree(JobFiles(tmp_path).checkpoints("j1"))
+    JobFiles(tmp_path).sweep_ended(statuses_of(Status.CANCELLED))
+    assert names(tmp_path, "j1") == {"log.txt"}
 
 
 def test_old_folders_of_jobs_never_submitted_are_removed(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
