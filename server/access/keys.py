@@ -174,7 +174,7 @@ class Keys:
             return _get(connection, key_id, manager)
 
     def change(self, key_id: str, changes: KeyChanges, *, who: str, manager: Principal | None = None) -> ApiKey:
-        """Change the given fields of a key.
+        """Change the given fields of a key. If all of them have these values already, nothing is recorded.
 
         Raise NotFound if there is no such key, Conflict if it is revoked, InvalidInput if a field is invalid, and
         Forbidden if the manager can't give the scopes.
@@ -198,6 +198,8 @@ class Keys:
                 _check_managed(
                     connection, manager, new, limits, {"scopes", "expires_at"} & changes.keys() != set()
                 )
+            if new == key:
+                return key
             values: dict[str, object] = {
                 "name": new.name,
                 "scopes": list(new.scopes),

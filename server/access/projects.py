@@ -75,7 +75,7 @@ class Projects:
     def change(
         self, name: str, limits: Mapping[str, int | None], *, who: str, manager: Principal | None = None
     ) -> Project:
-        """Change only the given limits of the project.
+        """Change only the given limits of the project. If this changes nothing, nothing is recorded.
 
         A `manager` can set limits up to the operator's; None restores the operator's. `who` is for the audit log.
         Raise NotFound if the project doesn't exist, InvalidInput if a limit is above the operator's, and Forbidden
@@ -85,9 +85,9 @@ class Projects:
         def work(connection: sa.Connection) -> Project:
             require_manager(connection, manager)
             mine = projects.c.name == name
-            quota = _get(connection, name).quota
+            quota = (old := _get(connection, name)).quota
             ceiling = connection.execute(sa.select(projects.c.ceiling).where(mine)).scalar_one()
-            operators = quota if ceiling is None else quota.with_limits(ceiling)
+            operators = old_operators = quota if ceiling is None else quota.with_limits(ceiling)
             if manager is None:
                 operators, quota = operators.with_limits(limits), quota.with_limits(limits)
             else:
@@ -95,6 +95,8 @@ class Projects:
                     raise InvalidInput(faults)
                 given = {key: getattr(operators, key) if value is None else value for key, value in limits.items()}
                 quota = quota.with_limits(given)
+            if (quota, operators) == (old.quota, old_operators):
+                return old
             values = {**asdict(quota), "ceiling": None if quota == operators else asdict(operators)}
             connection.execute(sa.update(projects).where(mine).values(values))
             changed(connection)

@@ -257,6 +257,24 @@ async def test_managers_make_a_bounded_number_of_keys(
     assert (await projects.operator.post("/keys", json={"name": "one", "project": "acme"})).status_code == 201
 
 
+async def test_a_change_to_the_same_values_is_not_recorded(
+    app: FastAPI, projects: Projects, manager: httpx.AsyncClient
+) -> None:
+    await projects.operator.put("/projects/acme", json={"max_jobs": 4})
+    body = {"name": "ci", "scopes": ["train"], "max_jobs": 2, "expires_at": "2999-01-01T00:00:00Z"}
+    key = (await projects.operator.post("/keys", json={**body, "project": "acme"})).json()
+    assert (await manager.patch("/projects/acme", json={"max_jobs": 3})).status_code == 200
+    entries, number = access_of(app).audit.list(100), access_of(app).ring._changes()
+    for client in (projects.operator, manager):
+        for same in ({}, body):
+            assert (await client.patch(f"/keys/{key['id']}", json=same)).status_code == 200
+        assert (await client.patch("/projects/acme", json={})).status_code == 200
+    assert (await manager.patch("/projects/acme", json={"max_jobs": 3})).status_code == 200
+    assert (access_of(app).audit.list(100), access_of(app).ring._changes()) == (entries, number)
+    assert (await projects.operator.patch("/projects/acme", json={"max_jobs": 3})).status_code == 200
+    assert (await manager.patch("/projects/acme", json={"max_jobs": 4})).status_code == 422, "the operator's is 3"
+
+
 async def test_changes_of_keys_and_limits_are_audited(projects: Projects, manager: httpx.AsyncClient) -> None:
     key = (await manager.post("/keys", json={"name": "ci", "max_jobs": 2})).json()
     await manager.patch(f"/keys/{key['id']}", json={"max_jobs": 1, "scopes": ["train"]})
