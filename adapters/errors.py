@@ -109,6 +109,8 @@ class Conflict(SmoloraError):
 class LimitReached(SmoloraError):
     """The project or the API key has as much as its limit allows."""
 
+    reason = "limit"
+
 
 class CorruptAdapter(SmoloraError):
     """Stored bytes are missing or no longer match the digest that names them."""

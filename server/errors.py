@@ -51,6 +51,7 @@ REASONS = (
     "tokens_per_minute",
     "max_jobs",
     "max_bytes",
+    "limit",
     "disk",
     "scope",
     "site",

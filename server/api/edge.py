@@ -44,6 +44,7 @@ _ABSOLUTE = re.compile(r"https?://(?P<host>[^/]+)(?P<path>/.*)?", re.IGNORECASE 
 _LINK = re.compile(r"<(/[^>]*)>")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CLIENT_GONE = 499
+_LIMITED = ("max_bytes", "limit")  # reasons of a 403 that isn't an attempt at what is forbidden
 _VERSIONS = ("1.0", "1.1")
 _MAX_PATH = 200  # characters in a log line
 _NOT_IDEMPOTENT = "is not supported here: each request adds something, so look what is there before you retry"
@@ -162,7 +163,7 @@ class Edge:
                 end_request(found.span, scope, resource.template, status, own_id, principal_of(scope), found)
             if resource.all.watcher is None or status not in (200, 503):
                 log.info(_line(scope, method, status, took, found))
-            if status in (401, 403):
+            if status in (401, 403) and found.refused not in _LIMITED:
                 await self._refusals.add(sender_of(scope), address or "", method, resource.template, status)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -176,7 +176,8 @@ def require_method(services: "Services", method: Method) -> None:
     """Raise Forbidden if the caller's limits don't allow jobs of this method."""
     principal = services.principal
     if method == "full" and False in (principal.quota.allow_full, principal.project_quota.allow_full):
-        raise Forbidden("method: full fine-tuning isn't allowed here (the limit allow_full): set it to lora")
+        message = "method: full fine-tuning isn't allowed here (the limit allow_full): set it to lora"
+        raise Forbidden(message, reason="limit")
 
 
 @contextmanager

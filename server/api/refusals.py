@@ -1,4 +1,4 @@
-"""Refused attempts on the audit list: requests that were answered with 401 or 403.
+"""Refused attempts on the audit list: requests that were answered with 401 or 403, except for a used-up quota.
 
 Anybody can send such requests, at any rate. So each client has at most one entry a minute for the same route and
 status, and MAX_ENTRIES entries in all; clients without a valid key share these. The first attempt after such a

@@ -144,6 +144,18 @@ async def test_refused_attempts_are_listed(app: FastAPI) -> None:
             assert {entry["who"] for entry in await entries(manager, action="refused")} == {who, key.id}
 
 
+async def test_used_up_quotas_are_not_refused_attempts(app: FastAPI) -> None:
+    cases: list[tuple[Quota, str, dict[str, Any]]] = [
+        (Quota(max_bytes=1), "/adapters/a", {"files": as_parts(*peft_files())}),
+        (Quota(max_versions=0), "/adapters/a", {"files": as_parts(*peft_files())}),
+        (Quota(allow_full=False), "/train", {"json": train_body(method="full")}),
+    ]
+    for limits, path, body in cases:
+        async with client_with(app, new_secret(app, "acme", quota=limits)) as client:
+            assert (await client.post(path, **body)).status_code == 403
+    assert access_of(app).audit.list(100, action="refused") == []
+
+
 async def test_floods_of_refused_attempts_are_bounded(app: FastAPI) -> None:
     """Clients without a valid key can't fill the list, or keep a key's own attempts off it."""
     audit, times = Audit(access_of(app).audit._engine), [0.0]

@@ -71,6 +71,8 @@ async def test_every_reason_is_counted(
         await counted("max_jobs", await client.post("/train", json=JOB), 429)
     async with client_with(app, key(app, max_bytes=1)) as client:
         await counted("max_bytes", await client.post("/adapters/a", files=as_parts(*peft_files())), 403)
+    async with client_with(app, key(app, allow_full=False)) as client:
+        await counted("limit", await client.post("/train", json={**JOB, "method": "full"}), 403)
     engine.draining = True
     async with client_with(app, OPERATORS) as client:
         await counted("not_serving", await client.post("/generate", json=PROMPT), 503)
