@@ -21,7 +21,7 @@ from adapters.errors import InvalidInput, SmoloraError
 from server.access.audit import client_address
 from server.access.principal import Principal
 from server.access.rates import KINDS
-from server.api.authentication import FREE_METHODS, Authentication, end_of_key, principal_of, sender_of
+from server.api.authentication import FREE_METHODS, Authentication, end_of_key, is_exempt, principal_of, sender_of
 from server.api.bodies import Body, KeyEnded, TooSlow
 from server.api.deps import Services
 from server.api.generation import ask_queue
@@ -174,8 +174,9 @@ class Edge:
         try:
             refusal = await self._refusal(scope, resource, body)
             if (principal := principal_of(scope)) is not None and _is_limited(principal):
-                method = resource.methods.get(scope["method"])
-                answer = partial(self._answer_with_limits, principal, method is not None and method.is_list, send)
+                needs = resource.methods.get(scope["method"])
+                is_charged = needs is not None and needs.is_list and not is_exempt(principal, needs)
+                answer = partial(self._answer_with_limits, principal, is_charged, send)
             if refusal is not None:
                 await body.drain()
                 await refusal(scope, receive, answer)
@@ -210,10 +211,12 @@ class Edge:
         fault = body.fault()
         return None if fault is None else form.problem(*fault)
 
-    async def _answer_with_limits(self, principal: Principal, is_list: bool, send: Send, message: Message) -> None:
+    async def _answer_with_limits(
+        self, principal: Principal, is_charged: bool, send: Send, message: Message
+    ) -> None:
         if message["type"] == "http.response.start":
             headers, rates = MutableHeaders(scope=message), self._services.access.rates
-            if is_list and (num_requests := int(headers.get("content-length", "0")) // LIST_BYTES):
+            if is_charged and (num_requests := int(headers.get("content-length", "0")) // LIST_BYTES):
                 await rates.charge(principal, "requests", num_requests)
             headers.update(rates.headers(principal))
         await send(message)

@@ -47,6 +47,11 @@ class Requirements:
     hint: str = ""  # advice in errors about a body that is too large
     watcher: Watcher | None = None  # who polls this route; its requests are neither logged nor traced
 
+    @property
+    def administers(self) -> bool:
+        """Return whether only managers and operators may use the route."""
+        return self.scopes is not None and self.scopes <= MANAGE | ADMIN
+
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         DECLARED[endpoint] = self
         return endpoint

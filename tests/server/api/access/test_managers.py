@@ -171,6 +171,22 @@ async def test_a_manager_moves_limits_below_the_operators(
     assert (await operator.patch("/projects/nobody", json={})).status_code == 404
 
 
+async def test_a_manager_of_default_cannot_lock_the_operator_out(app: FastAPI, projects: Projects) -> None:
+    operator = projects.operator
+    access_of(app).projects.put("default", Quota(), who=OPERATOR)
+    async with client_with(app, new_secret(app, scopes=["manage", "generate"])) as manager:
+        limits = {"requests_per_minute": 1}
+        assert (await manager.patch("/projects/default", json=limits)).status_code == 200
+        for status in (200, 429):
+            assert (await manager.patch("/projects/default", json=limits)).status_code == status
+        key = next(key["id"] for key in await keys_of(operator) if key["scopes"] == ["generate", "manage"])
+        assert (await operator.post("/generate", json={"prompt": "a", "max_tokens": 1})).status_code == 429
+        assert (await operator.delete(f"/keys/{key}")).status_code == 200
+        lifted = await operator.patch("/projects/default", json={"requests_per_minute": None})
+        assert (lifted.status_code, lifted.json()["requests_per_minute"]) == (200, None)
+        assert (await manager.get("/keys")).status_code == 401
+
+
 async def test_only_the_fields_given_change(app: FastAPI, projects: Projects) -> None:
     operator = projects.operator
     body = {"name": "ci", "project": "acme", "max_jobs": 3, "expires_at": "2999-01-01T00:00:00Z"}
