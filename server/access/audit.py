@@ -4,7 +4,7 @@ If a request is being handled, its id and its client's address are added to ever
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters.errors import Unavailable
 from adapters.sql import reader_of, transact
+from server.access.principal import OF_SETTING, OPERATOR
 from server.access.tables import MAX_ADDRESS, audit
 from server.telemetry.logs import NO_REQUEST, request_id
 
@@ -96,13 +97,27 @@ class Audit:
         who: str | None = None,
         action: str | None = None,
         since: datetime | None = None,
+        hidden: Collection[str] | None = None,
     ) -> list[Entry]:
         """Return at most `limit` entries that meet the given conditions, the newest first.
 
-        If `before` is given, only entries with a lower number are included.
+        If `before` is given, only entries with a lower number are included. For a manager, `hidden` must have the
+        ids of operators' keys. Entries about these keys are then left out, and what operators did has "operator"
+        as `who`, and neither address nor request id.
         """
-        query = sa.select(audit).order_by(audit.c.number.desc()).limit(limit)
-        for column, value in ((audit.c.project, project), (audit.c.who, who), (audit.c.action, action)):
+        columns: dict[str, sa.ColumnElement[object]] = {column.name: column for column in audit.c}
+        if hidden is not None:
+            is_operators = sa.or_(
+                audit.c.who.in_(hidden), audit.c.who == OPERATOR, audit.c.who.startswith(OF_SETTING)
+            )
+            columns["who"] = sa.case((is_operators, "operator"), else_=audit.c.who)
+            for name in ("address", "request_id"):
+                columns[name] = sa.case((is_operators, None), else_=audit.c[name])
+        query = sa.select(*(column.label(name) for name, column in columns.items()))
+        query = query.order_by(audit.c.number.desc()).limit(limit)
+        if hidden:
+            query = query.where(audit.c.target.not_in(hidden))
+        for column, value in ((audit.c.project, project), (columns["who"], who), (audit.c.action, action)):
             if value is not None:
                 query = query.where(column == value)
         if since is not None:

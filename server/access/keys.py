@@ -40,6 +40,7 @@ from server.access.principal import (
     EVERYBODY,
     GUEST,
     LIMITS,
+    OF_SETTING,
     OPERATORS_SCOPES,
     SCOPES,
     Principal,
@@ -167,6 +168,10 @@ class Keys:
         with self._reader.connect() as connection:
             found = [_key(row) for row in connection.execute(query).mappings()]
         return [key for key in found if manages(manager, key.project, key.scopes)]
+
+    def operators(self) -> set[str]:
+        """Return the ids of the keys that managers can't see in any project: those with an operator's scope."""
+        return {key.id for key in self.list() if not set(key.scopes).isdisjoint(OPERATORS_SCOPES)}
 
     def get(self, key_id: str, manager: Principal | None = None) -> ApiKey:
         """Return the key. Raise NotFound if there is no such key."""
@@ -330,7 +335,6 @@ def _key(row: sa.RowMapping) -> ApiKey:
 
 WATCH_SECONDS = 0.1
 """The time between two checks for changes."""
-_OF_SETTING = "env-"
 
 KeyFault = Literal["missing", "unknown", "expired", "revoked"]
 
@@ -538,7 +542,7 @@ class KeyRing:
                 self._end_if_invalid(key_id)
 
     def _end_if_invalid(self, key_id: str) -> None:
-        if key_id.startswith(_OF_SETTING):
+        if key_id.startswith(OF_SETTING):
             is_valid = any(principal.key_id == key_id for principal in self._fixed.values())
         else:
             key = self._by_id.get(key_id)
@@ -553,4 +557,4 @@ class KeyRing:
 
 def _of_setting(digest: str) -> Principal:
     """Return the principal of a key in API_KEYS. The principal's key id contains the start of the key's digest."""
-    return Principal(DEFAULT_PROJECT, f"{_OF_SETTING}{digest[:12]}", frozenset(SCOPES), sees_all=True)
+    return Principal(DEFAULT_PROJECT, f"{OF_SETTING}{digest[:12]}", frozenset(SCOPES), sees_all=True)

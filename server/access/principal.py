@@ -16,6 +16,8 @@ ANONYMOUS = "anonymous"
 """The key id of clients that need no key."""
 OPERATOR = "command-line"
 """The key id of commands that read and write HOME directly, without a server."""
+OF_SETTING = "env-"
+"""Begins the key ids of the keys in API_KEYS."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from adapters.errors import InvalidInput
 from adapters.names import BASE, DEFAULT_PROJECT, MAX_NAME, NAME, NAME_RULE, is_name
 from server.access.access import Access
+from server.access.audit import Entry
 from server.access.keys import ApiKey, KeyChanges
 from server.access.managers import managed_project, manager_of
 from server.access.principal import DEFAULT_SCOPES, SCOPES, Scope
@@ -172,7 +173,8 @@ class AuditEntry(Answer):
     number: int
     at: DateTime
     who: str = Field(
-        description="a key's id, env-… for one of SMOLORA_API_KEYS, command-line, anonymous, or unknown: wrong key"
+        description="a key's id, env-… for one of SMOLORA_API_KEYS, command-line, anonymous, unknown: wrong key; "
+        "for a manager, operator instead of an operator's"
     )
     action: str
     project: str = Field(description="empty for attempts without a known key")
@@ -511,10 +513,18 @@ async def get_audit(
 
     The list has changes of keys and limits, uploads, downloads, imports, compositions, aliases, visibility,
     deletions, jobs that were submitted, paused, resumed, cancelled and published, and attempts refused with 401 or
-    403. A manager sees its own project's entries.
+    403. A manager sees its own project's entries, without those about the operator's keys. What the operator did
+    has `operator` as `who`, and no address and request id.
     """
-    audit, whose = services.access.audit, managed_project(services.principal, project)
-    listed = partial(audit.list, limit + 1, after, project=whose, who=who, action=action, since=since)
+    access, whose = services.access, managed_project(services.principal, project)
+    is_managers = manager_of(services.principal) is not None
+
+    def listed() -> list[Entry]:
+        hidden = access.keys.operators() if is_managers else None
+        return access.audit.list(
+            limit + 1, after, project=whose, who=who, action=action, since=since, hidden=hidden
+        )
+
     found = await to_thread.run_sync(listed)
     page = [AuditEntry.model_validate(entry) for entry in found[:limit]]
     following = found[limit - 1].number if len(found) > limit else None

@@ -13,14 +13,16 @@ from adapters.errors import Conflict
 from adapters.names import Viewpoint
 from server.access.audit import Audit
 from server.access.principal import OPERATOR, Quota
+from server.api.app import create_app
 from server.api.authentication import Sender
 from server.api.refusals import LEFT_OUT, MAX_ENTRIES, Refusals
 from server.jobs.jobs import retire_jobs
 from server.jobs.leases import Leases
 from server.training.spec import JobSpec
-from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
+from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
+from tests.server.conftest import MakeServices
 
 pytestmark = pytest.mark.anyio
 
@@ -142,6 +144,37 @@ async def test_refused_attempts_are_listed(app: FastAPI) -> None:
         assert {entry["address"] for entry in found} == {"127.0.0.1"}
         async with client_with(app, new_secret(app, "acme", ["manage"])) as manager:
             assert {entry["who"] for entry in await entries(manager, action="refused")} == {who, key.id}
+
+
+async def test_managers_see_neither_the_operators_keys_nor_its_addresses(
+    make_services: MakeServices,
+) -> None:
+    app = create_app(make_services(api_keys=OPERATORS))
+    new_secret(app, scopes=["metrics"])
+    _, secret = access_of(app).keys.create("lead", who=OPERATOR, scopes=["manage"])
+    async with (
+        client_with(app, new_secret(app, scopes=["admin"])) as operator,
+        client_with(app, OPERATORS) as of_setting,
+        client_with(app, secret) as manager,
+    ):
+        own = (await manager.post("/keys", json={"name": "ci"})).json()["id"]
+        for client in (operator, of_setting):
+            for jobs in (1, None):
+                assert (await client.patch(f"/keys/{own}", json={"max_jobs": jobs})).status_code == 200
+        everything, seen = await entries(operator, project="default"), await entries(manager)
+        lead = next(entry["who"] for entry in everything if entry["target"] == own)
+        assert [(entry["who"], entry["action"], entry["target"]) for entry in seen] == [
+            ("operator", "key.create", lead),
+            (lead, "key.create", own),
+            *[("operator", "key.change", own)] * 4,
+        ]
+        assert {entry["number"] for entry in seen} < {entry["number"] for entry in everything}
+        for entry in seen:
+            is_own = entry["who"] == lead
+            assert (entry["address"] is not None, entry["request_id"] is not None) == (is_own, is_own)
+        assert await entries(manager, who="operator") == [entry for entry in seen if entry["who"] == "operator"]
+        for who in {entry["who"] for entry in everything} - {lead}:
+            assert await entries(manager, who=who) == [], "it doesn't learn the operator's keys by asking"
 
 
 async def test_used_up_quotas_are_not_refused_attempts(app: FastAPI) -> None:
