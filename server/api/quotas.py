@@ -181,12 +181,13 @@ def require_method(services: "Services", method: Method) -> None:
 
 
 @contextmanager
-def room_for_job(services: "Services", num_bytes: int) -> Iterator[None]:
+def room_for_job(services: "Services", num_bytes: int, method: Method = "lora") -> Iterator[None]:
     """Reserve what a new job may store until the context ends.
 
-    Raise Unavailable or Forbidden if the disk or the caller's quotas leave no room for it. With 0 bytes, this is
-    only checked.
+    Raise Unavailable or Forbidden if the disk or the caller's quotas leave no room for it, or if the caller's
+    limits don't allow its method. With 0 bytes, this is only checked.
     """
+    require_method(services, method)
     if num_bytes:
         with reserved(services, num_bytes):
             yield

@@ -61,12 +61,12 @@ async def submit(
     Its rows are split and tokenized before it is queued, so errors in them are reported here. A dry run
     tokenizes the first MiB of the rows. If there are more, token counts are estimates, and a warning says so.
     """
-    require_method(services, body.method)
     if dry_run:
+        require_method(services, body.method)
         return wire.answer(
             await services.limiters.preparing.run(services.principal.project, _dry_run, services, body)
         )
-    room = partial(room_for_job, services)
+    room = partial(room_for_job, services, method=body.method)
     job = await services.limiters.preparing.run(
         services.principal.project, services.submissions.submit, body, key, None, room
     )

@@ -33,6 +33,7 @@ MAX_STALLED_ATTEMPTS = 25
 MAX_CRASH_DELAY = 5.0
 BACK = "back in the queue"
 GAVE_WAY = "gave way to another project's job after {}; goes on at its turn"
+RULED_OUT = "full fine-tuning isn't allowed any more (the limit allow_full)"
 Clock = Callable[[], Time]
 
 
@@ -84,7 +85,8 @@ class Leases:
     def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, lane: Lane | None = None) -> Claim | None:
         """Claim the job whose turn is next, among those that are waiting or whose lease has expired.
 
-        Return None if there is no such job. If `lane` is None, jobs of every lane are considered.
+        Return None if there is no such job. If `lane` is None, jobs of every lane are considered. A job whose
+        turn it is fails instead if too many attempts have stalled, or if its method is no longer allowed.
         """
 
         def work(connection: sa.Connection) -> Claim | None:
@@ -99,6 +101,9 @@ class Leases:
                     reason += f"; the last one: {row.crash}" if row.crash else ""
                     _end(connection, row.id, Status.FAILED, None, error=reason)
                     job_events.append(connection, row.id, reason, level="error")
+                elif _is_ruled_out(connection, row.id):
+                    _end(connection, row.id, Status.FAILED, None, error=RULED_OUT)
+                    job_events.append(connection, row.id, RULED_OUT, level="error")
                 else:
                     claim = Claim(row.id, row.token + 1, owner)
                     is_orphan = row.status == Status.RUNNING
@@ -383,6 +388,14 @@ def _overtime(connection: sa.Connection, claim: Claim) -> str | None:
     if most is None or row.run_seconds <= most:
         return None
     return f"it ran for longer than {most:,} s, the most that a job of its project or key may (max_job_seconds)"
+
+
+def _is_ruled_out(connection: sa.Connection, job_id: str) -> bool:
+    """Return whether the limits of the job's project and key don't allow its method, as they are now."""
+    columns = (jobs.c.spec, jobs.c.project, jobs.c.key_id)
+    row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).one()
+    limits = [quota.allow_full for quota in quotas_in(connection, row.project, row.key_id)]
+    return row.spec.get("method") == "full" and False in limits
 
 
 def _is_claimed_by(claim: Claim) -> sa.ColumnElement[bool]:

@@ -17,7 +17,7 @@ from server.access.principal import OPERATOR, Quota
 from server.api.app import create_app
 from server.api.imports import get_fetch
 from server.jobs.jobs import Jobs
-from server.jobs.leases import Directive, Leases
+from server.jobs.leases import RULED_OUT, Directive, Leases
 from server.jobs.room import training_bytes
 from server.model.base.hub import HubAdapter
 from server.training.spec import JobSpec
@@ -279,6 +279,30 @@ async def test_full_fine_tuning_can_be_ruled_out(app: FastAPI, limit: str) -> No
             refused = await client.post(path, json=train_body(method="full"))
             assert (refused.status_code, "allow_full" in refused.json()["detail"]) == (403, True)
         await submit(client)
+
+
+@pytest.mark.parametrize("limit", ["project", "key"])
+async def test_a_queued_job_of_full_fine_tuning_fails_once_it_is_ruled_out(
+    app: FastAPI, leases: Leases, limit: str
+) -> None:
+    """A repeated request still gets the job that the first one made."""
+    access, once = access_of(app), {"Idempotency-Key": "once"}
+    key, secret = access.keys.create("ci", who=OPERATOR, project="acme")
+    async with client_with(app, secret) as client:
+        first = await client.post("/train", json=train_body(method="full"), headers=once)
+        assert first.status_code == 202, first.text
+        other = await submit(client)
+        if limit == "project":
+            access.projects.put("acme", Quota(allow_full=False), who=OPERATOR)
+        else:
+            access.keys.change(key.id, {"limits": {"allow_full": False}}, who=OPERATOR)
+        again = await client.post("/train", json=train_body(method="full"), headers=once)
+        assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+        claim = leases.claim("worker")
+        assert claim is not None
+        assert claim.job_id == other
+        job = (await client.get(f"/train/{first.json()['id']}")).json()
+        assert (job["status"], job["error"]) == ("failed", RULED_OUT)
 
 
 @pytest.mark.parametrize("limit", ["project", "key"])
