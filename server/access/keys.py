@@ -200,9 +200,7 @@ class Keys:
             )
             _check(new, scopes, datetime.now(UTC) if "expires_at" in changes else None)
             if manager is not None:
-                _check_managed(
-                    connection, manager, new, limits, {"scopes", "expires_at"} & changes.keys() != set()
-                )
+                _check_managed(connection, manager, new, limits, is_grant=_grants(key, new))
             if new == key:
                 return key
             values: dict[str, object] = {
@@ -303,7 +301,7 @@ def _check_managed(
 ) -> None:
     """Raise Forbidden or InvalidInput if the manager can't make the key as it is, with these limits.
 
-    `is_grant` is false if only the name and limits of an existing key change.
+    `is_grant` is false if an existing key gets no more scopes and no later end.
     """
     if is_grant:
         own = sa.select(api_keys.c.expires_at).where(api_keys.c.id == manager.key_id)
@@ -311,6 +309,13 @@ def _check_managed(
         check_grant(manager, key.project, key.scopes, key.expires_at, latest_end)
     if faults := list(exceeding(limits, manager.project_quota, "the project's limit")):
         raise InvalidInput(faults)
+
+
+def _grants(old: ApiKey, new: ApiKey) -> bool:
+    """Return whether a changed key has more scopes than before, or ends later."""
+    if not set(new.scopes) <= set(old.scopes):
+        return True
+    return old.expires_at is not None and (new.expires_at is None or new.expires_at > old.expires_at)
 
 
 def _refuse_too_many(connection: sa.Connection, project: str) -> None:

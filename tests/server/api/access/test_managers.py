@@ -133,7 +133,11 @@ async def test_a_manager_cannot_outlive_its_own_expiry(app: FastAPI, projects: P
             assert (await manager.patch(f"/keys/{key.id}", json={"expires_at": later})).status_code == 422
         endless = next(one["id"] for one in await keys_of(manager) if one["expires_at"] is None)
         assert (await manager.patch(f"/keys/{endless}", json={"scopes": ["manage"]})).status_code == 422
-        assert (await manager.patch(f"/keys/{endless}", json={"max_jobs": 2})).status_code == 200
+        later = (ends + timedelta(days=9)).isoformat()
+        for less in ({"max_jobs": 2}, {"scopes": ["generate"]}, {"expires_at": later}):  # these take from the key
+            assert (await manager.patch(f"/keys/{endless}", json=less)).status_code == 200
+        for more in ({"scopes": ["generate", "train"]}, {"expires_at": None}):
+            assert (await manager.patch(f"/keys/{endless}", json=more)).status_code == 422
         made = await manager.post("/keys", json={"name": "fits", "expires_at": ends.isoformat()})
         assert made.status_code == 201
 
