@@ -16,8 +16,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from adapters.catalog import catalog
+from adapters.catalog import tables as adapter_tables
 from adapters.names import Viewpoint
 from server.access import tables as access_tables
+from server.access.audit import Audit
 from server.access.keys import Keys
 from server.access.usage import Ledger
 from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, opening, schema_of, set_aside
@@ -312,19 +314,32 @@ def test_a_database_of_version_1_opens(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_history_of_projects_deleted_in_version_1_is_retired(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_history_of_projects_deleted_in_version_1_is_retired(tmp_path: Path, is_deleted: bool) -> None:
     """Else it would belong to a new project of the same name. Jobs' bytes aren't known yet."""
     make_version_1(tmp_path)
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
-        for table in ("jobs", "api_keys", "usage"):
-            connection.execute(f"UPDATE {table} SET project = 'gone'")
+        for table in ("jobs", "api_keys", "usage", "audit"):
+            connection.execute(f"UPDATE {table} SET project = 'acme'")
+        connection.execute("UPDATE jobs SET idempotency_key = 'acme/' || id")
+        connection.execute("INSERT INTO adapters VALUES ('acme/empty', 'acme', 0, 'adapter', NULL, 0, 3)")
+        if not is_deleted:
+            connection.execute("INSERT INTO projects (name, created_at) VALUES ('acme', '2026-11-30 20:06:45')")
         connection.commit()
     engine = connect(tmp_path)
-    assert {job.project for job in Jobs(engine).list()} == {"gone~old"}
-    assert Jobs(engine).of(Viewpoint("gone")).list() == []
-    assert {key.project for key in Keys(engine, tmp_path / "keyed").list()} == {"gone~old"}
-    assert Ledger(engine).rows(None, None, ["project"], "gone") == []
+    kept = "acme~old" if is_deleted else "acme"
+    assert {job.project for job in Jobs(engine).list()} == {kept}
+    assert len(Jobs(engine).of(Viewpoint("acme")).list()) == (0 if is_deleted else 2)
+    assert {key.project for key in Keys(engine, tmp_path / "keyed").list()} == {kept}
+    assert {entry.project for entry in Audit(engine).list(9)} == {kept}
+    assert bool(Ledger(engine).rows(None, None, ["project"], "acme")) is not is_deleted
     assert len(Jobs(engine).uncounted()) == 2
+    once, adapters = job_tables.jobs.c.idempotency_key, adapter_tables.names.c
+    with engine.connect() as database:
+        found = set(database.execute(sa.select(once)).scalars())
+        numbers = database.execute(sa.select(adapters.next_version).where(adapters.project == "acme")).scalars()
+        assert found == ({None} if is_deleted else {"acme/job-1", "acme/job-2"})
+        assert list(numbers) == ([] if is_deleted else [3])
     engine.dispose()
 
 
