@@ -1,7 +1,6 @@
 """Limits on request bodies: the time and size of each body, and the memory of all bodies together."""
 
 import asyncio
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,8 +89,7 @@ class Body:
                 self.reserve(num_bytes)
             except QueueFull as error:
                 await self.drain()
-                retry = {"Retry-After": str(math.ceil(error.retry_after))}
-                raise HTTPException(429, str(error), headers=retry) from None
+                raise HTTPException(429, str(error)) from error
         return message
 
     async def drain(self) -> None:
@@ -139,7 +137,6 @@ class BytesInFlight:
         self._reserved: Counter[str] = Counter()
         self._peak = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._metrics = metrics
         if metrics is not None:
             metrics.declare(_BODIES, is_lane=False)
 
@@ -160,9 +157,7 @@ class BytesInFlight:
             nonlocal own
             total, of_owner = self.num_bytes + num_bytes, self._reserved[owner] + num_bytes
             if own + num_bytes > SMALL_BODY_BYTES and (total > self._max_bytes or of_owner > self._share):
-                if self._metrics is not None:
-                    self._metrics.refused(_BODIES)
-                raise QueueFull("too many large bodies at once", RETRY_SECONDS)
+                raise QueueFull("too many large bodies at once", RETRY_SECONDS, reason=_BODIES)
             own += num_bytes
             self._reserved[owner] += num_bytes
             self._peak = max(self._peak, total)

@@ -47,7 +47,6 @@ class Places:
         self._num_places = num_places
         self._share = num_places - num_places // 4
         self._name = name
-        self._metrics = metrics
         self._taken: Counter[str] = Counter()  # by owner
         if metrics is not None:
             metrics.declare(name, is_lane=False)
@@ -64,9 +63,7 @@ class Places:
     def take(self, owner: str) -> None:
         """Take a place for the project `owner` until `give_back` is called. Raise QueueFull if none is left."""
         if self._taken.total() >= self._num_places or self._taken[owner] >= self._share:
-            if self._metrics is not None:
-                self._metrics.refused(self._name)
-            raise QueueFull(self._message, RETRY_SECONDS)
+            raise QueueFull(self._message, RETRY_SECONDS, reason=self._name or None)
         self._taken[owner] += 1
 
     def give_back(self, owner: str) -> None:
@@ -218,11 +215,10 @@ class Lane:
             return
         if leaving is not None and leaving.done():
             raise ClientDisconnect
-        if self._metrics is not None:
-            self._metrics.refused(self._name)
         raise QueueFull(
             f"too many {self._what} wait: this one has waited {self._timeout:g} s (SMOLORA_QUEUE_TIMEOUT)",
             RETRY_SECONDS,
+            reason=self._name,
         )
 
     def _begin(self, work: Callable[[], T]) -> Future[T]:

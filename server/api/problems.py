@@ -261,6 +261,8 @@ def install(app: FastAPI, routes: Routes) -> None:
         form = form_of(request.url.path)
         if isinstance(error.__cause__, ClientDisconnect):
             return Response(status_code=499)  # the client has left, so only the log shows this status
+        if isinstance(error.__cause__, SmoloraError):  # raised while the framework read the body
+            return form.of_error(error.__cause__)
         if error.status_code == 400:  # the body couldn't be read at all
             return form.of_error(InvalidInput.of("body", "could not be read"))
         if error.status_code == 401:  # the key ended while the body arrived

@@ -1,5 +1,7 @@
 """Every refusal is counted by its reason, and its log line has the reason."""
 
+from dataclasses import replace
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -7,13 +9,15 @@ from fastapi import FastAPI
 from adapters.names import Viewpoint
 from server.access.principal import OPERATOR, Quota
 from server.api.app import create_app
+from server.api.bodies import SMALL_BODY_BYTES, BytesInFlight
+from server.api.lanes import Lane, Places, Turns
 from server.errors import REASONS, QueueFull
-from server.metrics.metrics import MAX_AGE, Metrics
+from server.metrics.metrics import Metrics
 from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, new_secret
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine
 from tests.server.api.train_kit import ROWS
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 from tests.server.metrics.test_metrics import samples
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +48,6 @@ async def test_every_reason_is_counted(
     caplog.set_level("INFO", logger="smolora.api")
     app = create_app(make_services(api_keys=OPERATORS))
     expected = dict.fromkeys(REASONS, 0)
-    assert MAX_AGE > 0
 
     async def counted(reason: str, response: httpx.Response, status: int) -> None:
         assert response.status_code == status, response.text
@@ -78,6 +81,35 @@ async def test_every_reason_is_counted(
         await counted("not_serving", await client.post("/generate", json=PROMPT), 503)
         await counted("not_serving", await client.get("/ready"), 503)
     assert {name for name, number in expected.items() if not number} == {"disk", "wrong_keys"}, "tested elsewhere"
+
+
+async def test_full_limits_are_counted_by_their_names(
+    make_services: MakeServices, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="smolora.api")
+    services = make_services()
+    metrics = services.metrics.lanes
+    merging = Lane("merging", "merges", Turns(1), 0, metrics=metrics)
+    uploads = Places("uploads", 1, name="uploads", metrics=metrics)
+    bodies = BytesInFlight(4 * SMALL_BODY_BYTES, metrics)
+    app = new_app(
+        replace(services, limiters=replace(services.limiters, merging=merging, uploads=uploads, bodies=bodies))
+    )
+    merge = {"expression": "a+b", "method": "ties"}
+    large = {"Content-Type": "application/json"}
+    async with client_of(app) as client:
+        with merging._places.taken("other"), uploads.taken("other"), bodies.reserving("other") as add:
+            add(3 * SMALL_BODY_BYTES)
+            for reason, refused in (
+                ("merging", await client.post("/compositions/c", json=merge)),
+                ("uploads", await client.post("/adapters/a", files=as_parts(*peft_files()))),
+                ("bodies", await client.post("/generate", content=b" " * 2 * SMALL_BODY_BYTES, headers=large)),
+                ("bodies", await client.post("/v1/decisions", content=b" " * (1 << 20), headers=large)),
+            ):
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "5"), reason
+    lines = [record.getMessage() for record in caplog.records if " status=429 " in record.getMessage()]
+    assert [line.split(" refused=")[1].split()[0] for line in lines] == ["merging", "uploads", "bodies", "bodies"]
+    assert await refusals(app) == {"merging": 1, "uploads": 1, "bodies": 2}
 
 
 async def test_a_full_disk_is_counted(make_services: MakeServices) -> None:
