@@ -216,13 +216,16 @@ async def compose(
     The name then works wherever an adapter's name does. Compositions in the expression are replaced by their
     parts, and no part can be deleted before the composition. If the latest version already has the same parts and
     weights, no new one is made, and the status is 200. With a `method`, a job merges the parts instead, and
-    publishes the result as the next version of the adapter `name`.
+    publishes the result as the next version of the adapter `name`. Only such a request may have an
+    Idempotency-Key.
     """
     if (recipe := recipe_of(body)) is not None:
         room = partial(room_for_job, services)
         given = (services.jobs, services.library, name, body, recipe, key, room)
         job = await services.limiters.merging.run(services.principal.project, submit_merge, *given)
         return wire.answer(JobAnswer.of(job), 202, {"Location": f"/train/{job.id}"})
+    if key is not None:
+        raise InvalidInput.of("Idempotency-Key", "is only for merges: leave it out, or set method")
     terms = parse(body.expression, FIELD)
     version, is_new = await to_thread.run_sync(_compose, services, name, terms)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}

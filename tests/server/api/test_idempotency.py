@@ -64,12 +64,35 @@ async def test_requests_that_add_something_refuse_it(
         assert next(value for value in found.values() if isinstance(value, list)) == []
 
 
-async def test_requests_that_queue_a_job_honour_it(client: httpx.AsyncClient) -> None:
-    body = json.dumps({"name": "a", "data": ROWS})
-    headers = KEY | {"Content-Type": "application/json"}
-    first, second = [(await client.post("/train", content=body, headers=headers)).json() for _ in range(2)]
-    assert first["id"] == second["id"]
-    assert len((await client.get("/train")).json()["jobs"]) == 1
+@pytest.mark.parametrize("post", sorted(HONOURS))
+async def test_requests_that_queue_a_job_honour_it(client: httpx.AsyncClient, post: str) -> None:
+    content = "\n".join(map(json.dumps, ROWS)).encode()
+    dataset = (await client.post("/datasets", files={"file": ("rows.jsonl", content)})).json()["id"]
+    file = await client.post("/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": "fine-tune"})
+    await client.post("/adapters/a", files=as_parts(*peft_files()))
+    path, body = {
+        "POST /train": ("/train", {"name": "a", "data": ROWS}),
+        "POST /evaluate": ("/evaluate", {"adapters": ["base"], "datasets": [dataset]}),
+        "POST /compositions/{name}": ("/compositions/m", {"expression": "a*2", "method": "ties"}),
+        "POST /v1/fine_tuning/jobs": (
+            "/v1/fine_tuning/jobs",
+            {"model": "base", "training_file": file.json()["id"]},
+        ),
+    }[post]
+    first, second, other = [
+        await client.post(path, json=body, headers={"Idempotency-Key": key}) for key in ("once", "once", "twice")
+    ]
+    assert (first.status_code, second.status_code) == (other.status_code, other.status_code), second.text
+    assert first.json()["id"] == second.json()["id"] != other.json()["id"]
+
+
+async def test_compositions_without_a_method_refuse_it(client: httpx.AsyncClient) -> None:
+    await client.post("/adapters/a", files=as_parts(*peft_files()))
+    refused = await client.post("/compositions/c", json={"expression": "a*2"}, headers=KEY)
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["loc"] == ["Idempotency-Key"]
+    assert "only for merges" in refused.json()["detail"]
+    assert (await client.get("/adapters/c")).status_code == 404
 
 
 async def test_generations_accept_it(client: httpx.AsyncClient) -> None:
