@@ -225,8 +225,7 @@ class Process:
 
     async def _tick(self) -> None:
         """Report the engine's load to the training processes, reset the watchdog, and wait for a moment."""
-        if not self._engine.hung:
-            self._manager.keep_alive(time.monotonic())
+        self._manager.keep_alive(time.monotonic())
         if self._flag is not None:
             self._flag.set(self._engine.num_in_flight)
         await asyncio.sleep(_POLL_SECONDS)

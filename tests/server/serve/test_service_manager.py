@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,19 +75,16 @@ async def test_states_of_a_run(
     assert [state for state in systemd.states if state != "WATCHDOG=1"] == ["READY=1", "STOPPING=1"]
 
 
-async def test_watchdog_is_not_reset_while_the_engine_hangs(
+async def test_watchdog_is_not_reset_while_the_event_loop_is_blocked(
     app: FastAPI, engine: FakeEngine, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
     ended = asyncio.create_task(Process(app, engine, bind("127.0.0.1", 0)).run(lambda: None))
     await until(lambda: "READY=1" in systemd.states)
-    engine.hung = True
-    await asyncio.sleep(0.1)
     num_before = len(systemd.states)
-    await asyncio.sleep(0.5)
+    time.sleep(0.5)
     assert len(systemd.states) == num_before
-    engine.hung = False
     await until(lambda: len(systemd.states) > num_before)
     os.kill(os.getpid(), signal.SIGTERM)
     assert await asyncio.wait_for(ended, 25) == 0
