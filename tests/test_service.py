@@ -75,6 +75,7 @@ def test_unit_waits_until_the_server_is_ready_and_watches_it() -> None:
     assert unit["Type"] == "notify"
     assert int(unit["TimeoutStartSec"]) >= 600, "the first start converts the base"
     assert int(unit["WatchdogSec"]) > DRAIN_SECONDS + GRACE_SECONDS, "nothing is sent while workers end"
+    assert unit["LimitCORE"] == "0", "the watchdog's SIGABRT would dump keys and prompts"
     assert unit["ExecReload"] == "/bin/kill -USR1 $MAINPID"
     assert "AF_UNIX" in unit["RestrictAddressFamilies"]
 
