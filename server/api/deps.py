@@ -202,6 +202,7 @@ class Services:
     estimator: Estimator
     access: Access
     limiters: Limiters
+    commit: str | None  # the commit of this code when the server started; None if it isn't known
     tracer: Tracer | None = None
     principal: Principal = EVERYBODY  # sets what library, jobs, datasets, files and submissions show
     bucket: "Bucket | None" = None  # if there is one, it stores bytes instead of HOME

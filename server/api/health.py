@@ -17,7 +17,6 @@ from server.api.routes import ANY, METRICS, OPEN, requires
 from server.api.schemas import Answer
 from server.errors import EngineDead, NotReady
 from server.metrics.metrics import CONTENT_TYPE
-from server.system.version import commit
 
 _rendering = CapacityLimiter(1)
 
@@ -72,9 +71,9 @@ class VersionAnswer(Answer):
     responses={200: {"model": VersionAnswer}, **KEYS},
 )
 @requires(ANY)
-async def version() -> Response:
+async def version(services: ServicesDep) -> Response:
     """Return the version, and the commit that it was built from."""
-    return wire.answer(VersionAnswer(version=__version__, commit=await to_thread.run_sync(commit)))
+    return wire.answer(VersionAnswer(version=__version__, commit=services.commit))
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)

@@ -47,6 +47,7 @@ from server.serve.engine import (
 )
 from server.storage.places import Storage
 from server.system.messages import program
+from server.system.version import commit
 from server.telemetry.spans import open_tracer
 from server.training.encoding import RowEncoder
 from server.training.files import RowSources
@@ -160,6 +161,7 @@ def build(
         ),
         access=access,
         limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
+        commit=commit(),
         bucket=storage.bucket,
         tracer=open_tracer(),
         recent_pins=RecentPins(commits_at_once(database, settings.home)),

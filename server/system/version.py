@@ -5,7 +5,6 @@ This module imports only the standard library: setup.py uses it before any depen
 
 import subprocess
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
@@ -14,7 +13,6 @@ FILE = "COMMIT"
 _TIMEOUT = 10.0  # seconds
 
 
-@cache
 def commit() -> str | None:
     """Return the commit of this wheel or checkout, or None if it isn't known. This may run Git and block."""
     with suppress(OSError):

@@ -56,6 +56,7 @@ SHAPE = BaseShape(
 MAX_MODEL_LEN = 96
 MAX_POSITIONS = 512
 NUM_PARAMETERS = 1_000_000
+COMMIT = "c0ffee"
 
 MakeServices = Callable[..., Services]
 
@@ -204,6 +205,7 @@ def build_services(
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
         limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
+        commit=COMMIT,
         access=open_access(
             database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allows_guests
         ),

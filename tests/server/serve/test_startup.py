@@ -141,6 +141,19 @@ async def test_a_wheels_library_needs_no_compiler(
     assert serves_natively(worker.model_copy(update={"dtype": "auto"}))
 
 
+async def test_the_commit_is_read_once_at_the_start(
+    tmp_path: Path, tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout that moves on later isn't what runs."""
+    commits = iter(["c0ffee"])
+    monkeypatch.setattr("server.serve.startup.commit", lambda: next(commits))
+    services = build(settings(tmp_path, tiny_base_dir), print)
+    async with client_of(create_app(services)) as client:
+        for _ in range(2):
+            assert (await client.get("/version")).json()["commit"] == "c0ffee"
+    await services.engine.stop()
+
+
 async def test_a_shorter_model_length(tmp_path: Path, tiny_base_dir: Path) -> None:
     services = build(settings(tmp_path, tiny_base_dir, max_model_len=40), print)
     assert services.max_num_tokens == 40
