@@ -140,6 +140,8 @@ class LaneMetrics:
 
 _LAG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LOOK_SECONDS = 0.25
+_MAX_MISSED = 400
+"""The most missed ticks that are added after a stall: 100 s of them."""
 
 
 class LoopMetrics:
@@ -154,12 +156,18 @@ class LoopMetrics:
         )
 
     async def watch(self) -> None:
-        """Measure the current event loop until cancelled."""
+        """Measure the current event loop until cancelled.
+
+        After a stall, the ticks that were due meanwhile count, too. Otherwise a stall would count as much as a
+        punctual tick, however long it took.
+        """
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + _LOOK_SECONDS
             await asyncio.sleep(_LOOK_SECONDS)
-            self._lags.observe(max(0.0, loop.time() - due))
+            lag = max(0.0, loop.time() - due)
+            for missed in range(min(int(lag / _LOOK_SECONDS), _MAX_MISSED) + 1):
+                self._lags.observe(lag - missed * _LOOK_SECONDS)
 
 
 _THREADS = "/proc/self/task"

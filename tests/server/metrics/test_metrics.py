@@ -53,13 +53,26 @@ async def test_a_blocked_event_loop_lags() -> None:
     metrics = Metrics(EngineStats)
     watching = asyncio.create_task(metrics.loop.watch())
     await asyncio.sleep(0)
-    time.sleep(0.6)  # as parsing a huge body would; the timer is due after 0.25 s
+    time.sleep(0.77)  # as parsing a huge body would; ticks were due after 0.25, 0.5 and 0.75 s
     await asyncio.sleep(0.01)
     watching.cancel()
     found = samples(metrics)
-    assert found["smolora_event_loop_lag_seconds_count", ()] == 1
-    assert found["smolora_event_loop_lag_seconds_bucket", (("le", "0.25"),)] == 0
-    assert found["smolora_event_loop_lag_seconds_sum", ()] >= 0.34
+    buckets = [("smolora_event_loop_lag_seconds_bucket", (("le", le),)) for le in ("0.25", "0.5", "1.0")]
+    assert found["smolora_event_loop_lag_seconds_count", ()] == 3
+    assert [found[bucket] for bucket in buckets] == [1, 2, 3]
+    assert found["smolora_event_loop_lag_seconds_sum", ()] >= 0.52 + 0.27 + 0.02
+
+
+@pytest.mark.anyio
+async def test_a_very_long_stall_adds_a_bounded_number_of_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, loop = Metrics(EngineStats), asyncio.get_running_loop()
+    watching = asyncio.create_task(metrics.loop.watch())
+    await asyncio.sleep(0)
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + 1e6)  # the machine slept
+    await asyncio.sleep(0.01)
+    watching.cancel()
+    assert samples(metrics)["smolora_event_loop_lag_seconds_count", ()] == 401
 
 
 def test_use_of_quotas_is_read_once_a_minute_and_bounded() -> None:
