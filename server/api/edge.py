@@ -157,7 +157,7 @@ class Edge:
         finally:
             took = time.perf_counter() - started
             self._services.metrics.http.ended(method, resource.template, status or _CLIENT_GONE, took)
-            if found.refused is not None:
+            if found.refused is not None and resource.all.watcher != "probe":  # probes aren't work
                 self._services.metrics.lanes.refused(found.refused)
             if found.span is not None:
                 end_request(found.span, scope, resource.template, status, own_id, principal_of(scope), found)

@@ -79,7 +79,9 @@ async def test_every_reason_is_counted(
     engine.draining = True
     async with client_with(app, OPERATORS) as client:
         await counted("not_serving", await client.post("/generate", json=PROMPT), 503)
-        await counted("not_serving", await client.get("/ready"), 503)
+        before = await refusals(app)
+        assert (await client.get("/ready")).status_code == 503
+        assert await refusals(app) == before, "a probe isn't work"
     assert {name for name, number in expected.items() if not number} == {"disk", "wrong_keys"}, "tested elsewhere"
 
 
