@@ -112,7 +112,6 @@ class Edge:
         async def answer(message: Message) -> None:
             nonlocal status, held
             if message["type"] == "http.response.start":
-                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = own_id
                 headers["X-Content-Type-Options"] = "nosniff"
@@ -123,14 +122,15 @@ class Edge:
                     headers.setdefault("Cache-Control", "no-store")
                 if root_path:
                     _add_prefix(headers, root_path)
-                if is_long_json(headers):
-                    held = message
+                held = message if is_long_json(headers) else None
+                if held is not None:
                     return
+                status = message["status"]
             elif held is not None:
                 start, held = held, None
                 if not message.get("more_body", False):
                     await compact(asked, method, start, message)
-                    status = start["status"]
+                status = start["status"]
                 await send(start)
             await send(message)
 
