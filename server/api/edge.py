@@ -31,6 +31,7 @@ from server.api.refusals import Refusals
 from server.api.representation import compact, is_long_json
 from server.api.routes import LIST_BYTES, Resource, Routes
 from server.api.sites import Sites
+from server.api.streams import ClientGoneError
 from server.api.tracing import RequestFacts, end_request, facts
 from server.errors import REASONS, Draining, Unauthorized, Unavailable
 from server.metrics.metrics import known_method
@@ -132,6 +133,9 @@ class Edge:
                     await compact(asked, method, start, message)
                 status = start["status"]
                 await send(start)
+            if method == "HEAD" and message.get("more_body", False):  # the rest may be endless
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                raise ClientGoneError
             await send(message)
 
         form = form_of(scope["path"])
@@ -145,7 +149,7 @@ class Edge:
                 await self._admitting(scope, receive, answer)
         except TooSlow as error:  # no route was reading the body
             await form.problem(error.status_code, error.detail)(scope, receive, answer)
-        except ClientDisconnect:  # during the upload, so nobody reads an answer
+        except (ClientDisconnect, ClientGoneError):  # during the upload, or the end of an answer to HEAD
             status = status or _CLIENT_GONE
         except Exception as error:
             log.error("%s at %s", type(error).__name__, place_of(error))

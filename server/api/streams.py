@@ -20,7 +20,7 @@ _reading = CapacityLimiter(4)  # a separate limit, so that downloads don't delay
 
 
 class ClientGoneError(Exception):
-    """The client left before the work was done."""
+    """The client left before the work was done, or wants no body because it sent HEAD."""
 
 
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, None, T]) -> T:

@@ -16,8 +16,10 @@ from starlette.datastructures import Headers
 from starlette.types import Message
 
 from server.api.representation import MIN_BYTES, compact, is_long_json
+from server.api.zips import StoredZip
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller
+from tests.server.api.train_kit import submit
 
 pytestmark = pytest.mark.anyio
 
@@ -124,6 +126,33 @@ async def test_head_answers_like_get(client: httpx.AsyncClient, path: str) -> No
     assert head.status_code == get.status_code
     changing = {"x-request-id", "content-length"} if path == "/metrics" else {"x-request-id"}
     assert {**head.headers, **dict.fromkeys(changing, "")} == {**get.headers, **dict.fromkeys(changing, "")}
+
+
+async def test_head_ends_a_download_at_once(
+    client: httpx.AsyncClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[StoredZip] = []
+    close = StoredZip.close
+
+    def noted(archive: StoredZip) -> None:
+        closed.append(archive)
+        close(archive)
+
+    monkeypatch.setattr(StoredZip, "close", noted)
+    await client.post("/adapters/a", files=as_parts(*peft_files()))
+    path = "/adapters/a/1/download"
+    get, head = await raw(app, "GET", path), await raw(app, "HEAD", path)
+    assert (head.status, head.body) == (get.status, b"")
+    assert int(head.headers["content-length"]) == len(get.body)
+    assert len(closed) == 2
+
+
+async def test_head_ends_an_endless_stream_at_once(client: httpx.AsyncClient, app: FastAPI) -> None:
+    path = f"/train/{await submit(client)}/events"
+    head = await raw(app, "HEAD", path, accept="text/event-stream")
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["content-type"].startswith("text/event-stream")
+    assert app.state.services.feeds._feeds == {}, "nobody follows the job"
 
 
 @pytest.mark.parametrize("path", ["/generate", "/adapters/a/aliases/b"])
