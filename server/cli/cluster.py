@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.common import say, with_flags
+from server.cli.common import Commands, say, with_flags
 from server.cli.home import HomeOption, place_of
 from server.cli.serve import serve_here
 from server.config import Settings
@@ -18,7 +18,9 @@ from server.telemetry import logs
 if TYPE_CHECKING:
     from server.cluster.deploy import Scale
 
-group = typer.Typer(help="Engine replicas on Ray Serve, API processes and workers.", no_args_is_help=True)
+group = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Engine replicas on Ray Serve, API processes and workers."
+)
 
 AddressOption = Annotated[
     str, typer.Option(help="A Ray cluster's address, such as 10.0.0.1:6379. Default: this machine's.")

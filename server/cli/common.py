@@ -261,7 +261,7 @@ class PeersOptions(TyperCommand):
             raise
 
 
-_DESTRUCTIVE = frozenset({"delete", "move", "prune", "restore", "revoke"})
+_DESTRUCTIVE = frozenset({"delete", "down", "move", "prune", "restart", "restore", "revoke"})
 _HABITS = {
     "create": "train",
     "finetune": "train",
@@ -275,7 +275,7 @@ _HABITS = {
 
 
 class Commands(TyperGroup):
-    """A group of commands. For an unknown command it suggests a similar one, but none that deletes something."""
+    """A group of commands. For an unknown command it suggests a similar one, but none that deletes or stops something."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401  # types that are private to Typer
         name = args[0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.common import JsonOption, print_json, say, suggestion
+from server.cli.common import Commands, JsonOption, print_json, say, suggestion
 from server.cli.home import (
     HomeOption,
     opened,
@@ -145,6 +145,7 @@ def doctor(
 
 
 group = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     help="Copy everything of a HOME to a cluster's database and object store, or back. Stop all servers and "
     "workers first. The source stays as it was.",

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_group
 from typer.testing import CliRunner
 
+from server.cli.common import Commands
 from server.cli.main import app
 
 
@@ -201,13 +204,37 @@ def test_options_of_peft_and_trl_get_a_suggestion(option: str, expected: str) ->
         ("adapters downlod", "No such command 'downlod'. Did you mean 'download'?"),
         ("datasets rm", "No such command 'rm'."),
         ("projects delte", "No such command 'delte'."),
+        ("cluster deplo", "No such command 'deplo'. Did you mean 'deploy'?"),
+        ("cluster dow", "No such command 'dow'."),
     ],
 )
 def test_unknown_commands_never_suggest_a_destructive_one(words: str, expected: str) -> None:
-    result = CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
+    assert refused_command(*words.split()) == expected
+
+
+def test_no_group_suggests_a_destructive_command() -> None:
+    found = set()
+    groups: list[tuple[list[str], TyperGroup]] = [([], get_group(app))]
+    for words, group in groups:
+        for name, command in group.commands.items():
+            if isinstance(command, TyperGroup):
+                groups.append(([*words, name], command))
+            if name in DESTRUCTIVE:
+                found.add(name)
+                assert f"Did you mean '{name}'?" not in refused_command(*words, name[:-1]), words
+        assert isinstance(group, Commands), words
+    assert found == DESTRUCTIVE
+
+
+DESTRUCTIVE = {"delete", "down", "move", "prune", "restart", "restore", "revoke"}
+
+
+def refused_command(*words: str) -> str:
+    """Return the error for an unknown command."""
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     (line,) = [line.strip("│ ") for line in result.stderr.splitlines() if "No such command" in line]
-    assert line == expected
+    return line
 
 
 @pytest.mark.parametrize(
