@@ -52,7 +52,7 @@ help:
 	@echo 'make vendor    take the libraries of the page from their packages again'
 	@echo 'make clean     drop .venv and caches; data/ stays'
 
-serve: free-port $(READY)
+serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
 
 install: $(READY)
@@ -61,7 +61,7 @@ wheel: $(READY)
 	@rm -rf build dist  # setuptools would keep files that are no longer there
 	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
-# Before minutes of set-up. The server checks the port again when it starts.
+# Before minutes of set-up, also with make -j. The server checks the port again when it starts.
 define FREE_PORT
 import errno, os, socket, sys
 given = dict(zip(sys.argv, sys.argv[1:])) | dict(word.split("=", 1) for word in sys.argv if "=" in word)
@@ -76,6 +76,10 @@ except (OSError, ValueError) as error:
         sys.exit(f"port {port} on {host} is taken: stop what listens there, or choose another: make serve ARGS='--port 8001'")
 endef
 export FREE_PORT
+
+ifneq ($(filter serve,$(MAKECMDGOALS)),)
+$(BIN)/pip $(READY): | free-port
+endif
 
 free-port:
 	@[ -e $(READY) ] || ! command -v python3 > /dev/null || python3 -c "$$FREE_PORT" $(ARGS)

@@ -103,8 +103,9 @@ def test_imports_are_declared_dependencies() -> None:
     assert all(re.search(r">=\d", one) for one in project["dependencies"])
 
 
+@pytest.mark.parametrize("jobs", ["-j1", "-j4"])
 @pytest.mark.parametrize("how", ["flag", "variable"])
-def test_taken_port_is_reported_before_the_set_up(how: str, tmp_path: Path) -> None:
+def test_taken_port_is_reported_before_the_set_up(how: str, jobs: str, tmp_path: Path) -> None:
     for path in (ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("*.lock")):
         shutil.copy(path, tmp_path)
     (tmp_path / "server" / "web").mkdir(parents=True)
@@ -114,7 +115,7 @@ def test_taken_port_is_reported_before_the_set_up(how: str, tmp_path: Path) -> N
     def served(port: int) -> "subprocess.CompletedProcess[str]":
         flags = [f"ARGS=--port {port}"] if how == "flag" else []
         own = os.environ | ({"SMOLORA_PORT": str(port)} if how == "variable" else {})
-        command = ["make", "serve", "PYTHON=false", *flags]  # with no Python, the set-up ends as it begins
+        command = ["make", jobs, "serve", "PYTHON=false", *flags]  # with no Python, the set-up ends as it begins
         return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -123,4 +124,5 @@ def test_taken_port_is_reported_before_the_set_up(how: str, tmp_path: Path) -> N
         assert done.returncode != 0
         assert done.stderr.startswith(f"port {port} on 127.0.0.1 is taken: ")
         assert "make serve ARGS='--port 8001'" in done.stderr
+        assert "smolora needs Python" not in done.stderr
     assert served(port).stderr.startswith("smolora needs Python 3.11")
