@@ -52,8 +52,8 @@ _OTHER_API = {
 _CHAT, _CHAT_PEERS = "/v1/chat/completions", ("/v1/responses", "/v1/messages")
 """Our path for chats, and those of OpenAI's and Anthropic's newer APIs, which no similarity of names connects."""
 
-WITHOUT_V1 = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses")
-"""The paths that OpenAI's client requests if /v1 is missing in its base URL."""
+WITHOUT_V1 = ("/chat/completions", "/completions", "/files", "/fine_tuning/jobs", "/models")
+"""Our paths under /v1 as OpenAI's client requests them if its base URL lacks /v1."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:

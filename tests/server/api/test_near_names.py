@@ -110,7 +110,7 @@ async def test_our_name_of_a_model_is_explained_to_openais_clients(
     [
         *(
             (path, "no such path (the client's base URL must end with /v1): /docs lists them")
-            for path in ("/chat/completions", "/completions", "/embeddings", "/models", "/responses")
+            for path in ("/chat/completions", "/completions", "/files", "/fine_tuning/jobs", "/models")
         ),
         (
             "/v1/chat/completions/chat/completions",
@@ -123,6 +123,8 @@ async def test_our_name_of_a_model_is_explained_to_openais_clients(
         ("/v1/moderations", "no such path: /docs lists them"),
         ("/v1/evals", "no such path: /docs lists them"),
         ("/v1/embeddings", "no such path: /docs lists them"),
+        ("/embeddings", "no such path: /docs lists them"),  # it isn't there with /v1, either
+        ("/responses", "no such path: /docs lists them"),
         ("/" + "a" * 1000, "no such path: /docs lists them"),
     ],
 )
