@@ -95,4 +95,4 @@ def test_every_list_is_in_pages(app: App) -> None:
         parameters = {parameter["name"] for parameter in operations["get"]["parameters"]}
         assert {"limit", "after"} <= parameters, path
         assert "Link" in schema["headers"], path
-        assert ROUTES.find(path).methods["GET"]
+        assert ROUTES.find(path).methods["GET"].is_list, path
