@@ -48,7 +48,7 @@ _CLIENT_GONE = 499
 _LIMITED = ("max_bytes", "limit")  # reasons of a 403 that isn't an attempt at what is forbidden
 _VERSIONS = ("1.0", "1.1")
 _MAX_PATH = 200  # characters in a log line
-_NOT_IDEMPOTENT = "is not supported here: each request adds something, so look what is there before you retry"
+_NOT_IDEMPOTENT = "is not supported here: each request adds something, so check what exists before you retry"
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0, reason="disk")
 _DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
 _DATABASE_LOCKED = Unavailable("the database is locked by another process", retry_after=5.0)

@@ -15,8 +15,8 @@ MAX_ALL = 10_000
 T = TypeVar("T")
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="the most items on a page")]
-AllLimit = Annotated[int, Query(ge=1, le=MAX_ALL, description="the most items on a page; default: all, in effect")]
-"""The limit of lists that are short as a rule. Its default is `MAX_ALL`."""
+AllLimit = Annotated[int, Query(ge=1, le=MAX_ALL, description="the most items on a page; default: the maximum")]
+"""The limit of lists that are usually short. Its default is `MAX_ALL`."""
 After = Annotated[str | None, Query(max_length=256, description="`next` of the previous page")]
 LINK = {"Link": {"schema": {"type": "string"}, "description": 'rel="next": the next page, if there is one'}}
 """The OpenAPI description of the header that `link` returns."""
@@ -33,7 +33,7 @@ def link(request: Request, after: object) -> dict[str, str]:
 def page_of(
     items: Sequence[T], id_of: Callable[[T], str], limit: int, after: str | None
 ) -> tuple[Sequence[T], str | None]:
-    """Return the items behind the one with the id `after`, at most `limit`, and the `after` of the next page.
+    """Return at most `limit` items after the item whose id is `after`, and the `after` of the next page.
 
     Raise InvalidInput if no item has that id.
     """

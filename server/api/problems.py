@@ -24,7 +24,7 @@ from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, LimitRe
 from server.api import wire
 from server.api.near_names import WITHOUT_V1, unknown_field, unknown_path
 from server.api.routes import Routes
-from server.api.tracing import is_refused
+from server.api.tracing import record_refusal
 from server.errors import (
     Forbidden,
     GenerationTimeout,
@@ -120,7 +120,7 @@ class Form(ABC):
     def of_error(self, error: SmoloraError) -> Response:
         """Return the response for an error, with the headers that its status needs."""
         status, document = self._described(error)
-        is_refused(error.reason)
+        record_refusal(error.reason)
         return Response(wire.encode(document), status, headers=self._headers(error), media_type=self.media_type)
 
     def problem(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response:
@@ -230,7 +230,7 @@ class _OpenAI(Form):
     def _headers(self, error: SmoloraError) -> dict[str, str]:
         headers = super()._headers(error)
         if isinstance(error, Conflict | InDoubt | GenerationTimeout):
-            # stops the client's automatic retry: the first and the last would recur, and a job in doubt might be
+            # stops the client's automatic retry: a conflict or a timeout would recur, and a job in doubt might be
             # queued twice
             headers["x-should-retry"] = "false"
         return headers

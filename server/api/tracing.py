@@ -76,7 +76,7 @@ facts: ContextVar[RequestFacts | None] = ContextVar("facts", default=None)
 """The facts of the current request, or None outside of requests."""
 
 
-def is_refused(reason: str | None) -> None:
+def record_refusal(reason: str | None) -> None:
     """Record why the current request is refused, if the reason is counted."""
     if (request := facts.get()) is not None and reason is not None:
         request.refused = reason

@@ -50,7 +50,7 @@ MeantArgument = Annotated[
 @group.callback()
 def _list(
     context: typer.Context,
-    public: Annotated[bool, typer.Option("--public", help="Those that any project shares.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="List the public adapters of all projects.")] = False,
     as_json: JsonOption = False,
     url: UrlOption = None,
     api_key: KeyOption = None,

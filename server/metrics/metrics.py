@@ -115,7 +115,7 @@ class LaneMetrics:
         )
         self._refusals = Counter(
             "smolora_refused",
-            "Requests refused because something is full or used up, or because the key or the site may not",
+            "Requests refused because something is full or used up, or because the key or the site isn't allowed",
             ["reason"],
             registry=registry,
         )

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 KEEP_SECONDS = 60.0
 MAX_PROJECTS = 100
-"""The most projects in one scrape: those that have used most."""
+"""The most projects in one scrape: the projects with the highest shares."""
 
 Use = Mapping[tuple[str, str], float]
 """By project and limit, such as ("acme", "max_bytes"): the share that is used."""

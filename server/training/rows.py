@@ -111,7 +111,7 @@ class EmptyAnswer(InvalidInput):
     """
 
 
-_FEW = 2  # such rows may be meant so
+_FEW = 2  # up to this many rows may be intentional
 
 
 class RowNotes:
@@ -152,7 +152,8 @@ class RowNotes:
         """Note a row of prompt and completion. Count it if the two meet within a word or a number."""
         self._num_completions += 1
         ends = row.prompt[-1], row.completion[0]
-        self._num_joined += all(end.isdecimal() or end.lower() != end.upper() for end in ends)  # or has no cases
+        # letters without case, such as CJK, don't count
+        self._num_joined += all(end.isdecimal() or end.lower() != end.upper() for end in ends)
 
     def warnings(self) -> list[str]:
         """Return the warnings for the user, one line each."""
