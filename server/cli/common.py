@@ -275,7 +275,7 @@ _HABITS = {
 
 
 class Commands(TyperGroup):
-    """A group of commands. For an unknown command it suggests a similar one, but none that deletes or stops something."""
+    """A group of commands. For an unknown command it suggests a similar one, but none that deletes or stops."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401  # types that are private to Typer
         name = args[0]
