@@ -219,7 +219,7 @@ def test_a_server_removes_rows_that_a_kill_left(
     for name in sorted(ROWS)[: 3 - left]:
         (JobFiles(tmp_path).directory("j1") / name).unlink()
     retention.sweep()
-    assert names(tmp_path, "j1") == {"log.txt", "model"}
+    assert names(tmp_path, "j1") == {"log.txt"}
     assert names(tmp_path, "j2") > ROWS
     assert jobs.get("j1").files_removed_at is None
 
