@@ -72,7 +72,9 @@ function NewKey({ isFirst, onMade }) {
   const [limits, setLimits] = useState(UNLIMITED);
   const create = useAction(async () => {
     const expires_at = expires ? new Date(expires).toISOString() : null;
-    const key = await ask("POST", "/keys", { json: { name, project: project || null, scopes, expires_at, ...limits } });
+    const key = await ask("POST", "/keys", {
+      json: { name, project: project || null, scopes, expires_at, ...limits },
+    });
     setName("");
     if (isFirst) signIn(key.secret);
     made.set(key);
