@@ -2,16 +2,6 @@
 import { html } from "../lib/html.js";
 import { NumberField } from "./basics.js";
 
-/** @type {Limits} */
-export const UNLIMITED = {
-  requests_per_minute: null,
-  tokens_per_minute: null,
-  max_jobs: null,
-  max_bytes: null,
-  max_versions: null,
-  max_job_seconds: null,
-};
-
 /** @type {[keyof Limits, string][]} */
 export const LIMITS = [
   ["requests_per_minute", "Requests a minute"],
@@ -22,12 +12,12 @@ export const LIMITS = [
   ["max_job_seconds", "Seconds of a job"],
 ];
 
-/** @param {{limits: Limits, problem: import("../lib/api.js").Problem | null, onChange: (limits: Limits) => void}} props */
+/** @param {{limits: Partial<Limits>, problem: import("../lib/api.js").Problem | null, onChange: (limits: Partial<Limits>) => void}} props */
 export function LimitFields({ limits, problem, onChange }) {
   return html`<div class="fields">
     ${LIMITS.map(
       ([name, words]) =>
-        html`<${NumberField} label=${words} name=${name} placeholder="no limit" step="1" value=${limits[name]} problem=${problem} onChange=${(/** @type {number | null} */ value) => onChange({ ...limits, [name]: value })} />`,
+        html`<${NumberField} label=${words} name=${name} placeholder="no limit" step="1" value=${limits[name] ?? null} problem=${problem} onChange=${(/** @type {number | null} */ value) => onChange({ ...limits, [name]: value })} />`,
     )}
   </div>`;
 }

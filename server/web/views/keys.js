@@ -6,7 +6,7 @@ import { useAction } from "../lib/resource.js";
 import { perKey, signIn } from "../lib/session.js";
 import { useStore } from "../lib/store.js";
 import { Badge, Careful, Check, Fault, Form, Table, TextField } from "../parts/basics.js";
-import { LimitFields, UNLIMITED } from "../parts/limits.js";
+import { LIMITS, LimitFields } from "../parts/limits.js";
 
 const SCOPES = /** @type {const} */ ([
   ["generate", "generate"],
@@ -69,7 +69,7 @@ function NewKey({ isFirst, onMade }) {
   const [project, setProject] = useState("");
   const [scopes, setScopes] = useState(/** @type {string[]} */ (isFirst ? ["admin"] : ["generate", "train"]));
   const [expires, setExpires] = useState("");
-  const [limits, setLimits] = useState(UNLIMITED);
+  const [limits, setLimits] = useState(/** @type {Partial<Limits>} */ ({}));
   const create = useAction(async () => {
     const expires_at = expires ? new Date(expires).toISOString() : null;
     const key = await ask("POST", "/keys", {
@@ -101,7 +101,7 @@ function NewKey({ isFirst, onMade }) {
         <summary>Limits</summary>
         <${LimitFields} limits=${limits} onChange=${setLimits} ...${about} />
       </details>
-      <${Fault} problem=${create.problem} beside=${["name", "project", "expires_at", ...Object.keys(UNLIMITED)]} />
+      <${Fault} problem=${create.problem} beside=${["name", "project", "expires_at", ...LIMITS.map(([name]) => name)]} />
       ${isShutOut ? html`<p class="warning">The first key has to be allowed everything: the others are made with it.</p>` : null}
       <button type="submit" disabled=${!name || !scopes.length || isShutOut || create.busy}>Make the key</button>
     <//>

@@ -4,7 +4,7 @@ import { compact } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { Fault, Form } from "../parts/basics.js";
-import { LIMITS, LimitFields, UNLIMITED } from "../parts/limits.js";
+import { LIMITS, LimitFields } from "../parts/limits.js";
 
 /** @param {{keys: Key[]}} props `keys`: reload the projects when they change, since a new key may create a project */
 export function Projects({ keys }) {
@@ -28,10 +28,9 @@ export function Projects({ keys }) {
 
 /** @param {{project: Project, onChange: () => Promise<void>}} props */
 function ProjectLimits({ project, onChange }) {
-  const [limits, setLimits] = useState({
-    ...UNLIMITED,
-    ...Object.fromEntries(LIMITS.map(([name]) => [name, project[name]])),
-  });
+  const [limits, setLimits] = useState(
+    /** @type {Partial<Limits>} */ (Object.fromEntries(LIMITS.map(([name]) => [name, project[name]]))),
+  );
   const save = useAction(async () => {
     await ask("PATCH", `/projects/${encodeURIComponent(project.name)}`, { json: limits });
     await onChange();

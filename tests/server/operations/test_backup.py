@@ -345,7 +345,7 @@ def test_a_failing_backup_keeps_the_older_one(
 def test_only_an_empty_home_is_filled(registry: Registry, target: Path, tmp_path: Path) -> None:
     back_up(registry.home, target)
     before = contents(registry.home)
-    with pytest.raises(StartupError, match=r"home isn't empty, it has adapters, smolora\.db"):
+    with pytest.raises(StartupError, match=r"home isn't empty, it has adapters, backed-up, smolora\.db"):
         restore(target, registry.home)
     assert contents(registry.home) == before
     again = tmp_path / "again"
