@@ -319,7 +319,7 @@ def _grants(old: ApiKey, new: ApiKey) -> bool:
 
 
 def _refuse_too_many(connection: sa.Connection, project: str) -> None:
-    """Raise LimitReached if the project has so many keys that only the operator may make more."""
+    """Raise LimitReached if the project has MAX_MANAGED keys: then only the operator may make more."""
     query = sa.select(sa.func.count()).where(api_keys.c.project == project)
     if (number := connection.execute(query).scalar_one()) >= MAX_MANAGED:
         raise LimitReached(f"the project has {number:,} keys, with those revoked: ask the operator for more")
