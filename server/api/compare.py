@@ -3,10 +3,13 @@
 Every answer and every score is a separate request to the engine. All requests are submitted together, so that they
 run in the same steps. Requests with the same expression share the prompt's keys and values. All answers use the
 same random stream. A comparison is accepted as a whole or refused as a whole.
+
+A stream has one event for each step of each answer. With `reference`, the tokens of an answer are scored under
+that expression once the answer has ended. So one request suffices to show what an adapter changed.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from adapters.errors import FieldError, InvalidInput
-from adapters.expression import MAX_LENGTH, Term
+from adapters.expression import MAX_LENGTH, Term, parse
 from server.api import generate, wire
 from server.api.deps import Services, ServicesDep
 from server.api.generation import (
@@ -41,14 +44,21 @@ from server.api.generation import (
 )
 from server.api.openapi import REFUSALS
 from server.api.routes import GENERATE, requires
-from server.api.streams import ClientGoneError, while_connected
+from server.api.streams import ClientGoneError, EventStream, while_connected
 from server.api.strict_route import StrictRoute
 from server.engine.request import SamplingParams
+from server.errors import TryAgain
 
 MAX_COMPARED = 16
 MAX_SCORED = 16
 
 router = APIRouter(route_class=StrictRoute, tags=["generate"])
+
+_EVENTS = (
+    'data: {"result":0,"index":0,"text":" great"}\n\n'
+    'data: {"result":0,"index":0,"text":"","finish_reason":"stop"}\n\n'
+    "data: [DONE]\n\n"
+)
 
 
 class CompareBody(PromptBody, SamplingBody, StructureBody):
@@ -67,6 +77,13 @@ class CompareBody(PromptBody, SamplingBody, StructureBody):
     )
     score: list[Annotated[str, Field(min_length=1)]] | None = Field(
         None, min_length=1, max_length=MAX_SCORED, description="continuations to score by their log-probability"
+    )
+    stream: bool = False
+    reference: str | None = Field(
+        None,
+        max_length=MAX_LENGTH,
+        description="only with `stream` and `logprobs`: an expression under which each answer of another one is "
+        "scored, too; an answer's tokens have these log-probabilities in an event after its last",
     )
 
 
@@ -101,18 +118,30 @@ class _Compared:
     expression: str
     answer: Generation
     scores: tuple[Generation, ...]
+    has_reference: bool
+    """Whether the answer is to be scored under the body's `reference`, too."""
 
 
 class Comparison:
     """An accepted comparison. Await `collect` only once. `close` aborts the requests that still run."""
 
     def __init__(
-        self, compared: Sequence[_Compared], texts: Sequence[str] | None, num_top: int, model: str
+        self,
+        services: Services,
+        compared: Sequence[_Compared],
+        body: CompareBody,
+        prompt: tuple[int, ...],
+        reference: tuple[Term, ...] | None,
     ) -> None:
+        """`reference`: the terms of the body's field, or None if it has none."""
+        self._services = services
         self._compared = tuple(compared)
-        self._texts = texts
-        self._num_top = num_top
-        self._model = model
+        self._texts = body.score
+        self._num_top = body.logprobs
+        self._model = services.base_name
+        self._prompt = prompt
+        self._reference = reference
+        self._references: list[Generation] = []
 
     async def collect(self) -> dict[str, object]:
         """Return the whole answer. If the engine ends one of the requests with an error, raise that error."""
@@ -123,9 +152,74 @@ class Comparison:
             for task in tasks:
                 task.cancel()
 
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield server-sent events: the steps of all answers as they come, and `[DONE]` at the end.
+
+        `result` in an event is the index of the expression. The next event is awaited only after the last one was
+        taken. If the engine ends one of the requests with an error, raise that error.
+        """
+        queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
+
+        async def forward(place: int, compared: _Compared) -> None:
+            try:
+                async for event in self._events(place, compared):
+                    await queue.put(wire.event({"result": place, **event}))
+            except Exception as error:
+                await queue.put(error)
+            else:
+                await queue.put(None)
+
+        tasks = [asyncio.ensure_future(forward(place, one)) for place, one in enumerate(self._compared)]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                event = await queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                if event is None:
+                    num_running -= 1
+                else:
+                    yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+        yield generate.DONE
+
     async def close(self) -> None:
         """Abort the requests that still run, and release the adapters. Idempotent."""
-        await close_all([generation for one in self._compared for generation in (one.answer, *one.scores)])
+        submitted = [generation for one in self._compared for generation in (one.answer, *one.scores)]
+        await close_all([*submitted, *self._references])
+
+    async def _events(self, place: int, compared: _Compared) -> AsyncIterator[dict[str, object]]:
+        token_ids: dict[int, list[int]] = {}
+        with faults_of_item(place):
+            async for output in compared.answer.outputs():
+                token_ids.setdefault(output.index, []).extend(one.chosen.token_id for one in output.logprobs)
+                event: dict[str, object] = {"index": output.index, "text": output.text}
+                if self._num_top:
+                    event["logprobs"] = [generate.sampled_logprob(one, self._num_top) for one in output.logprobs]
+                if output.finish_reason is not None:
+                    event |= generate.ending(compared.answer, self._model, output)
+                yield event
+        if compared.has_reference:
+            for index, answer in token_ids.items():
+                yield {"index": index, "reference": await self._scores(tuple(answer))}
+
+    async def _scores(self, answer: tuple[int, ...]) -> list[dict[str, object]] | None:
+        """Score an answer under the reference. Return None if the queue is full, as the answer itself was sent."""
+        scoring = SamplingParams(max_tokens=0, temperature=0.0, logprobs=self._num_top)
+        try:
+            generation = await start(
+                *(self._services, self._reference or (), self._prompt + answer, scoring, 1, "reference"),
+                scored_from=len(self._prompt),
+                num_taken=0,
+                is_booked=True,
+            )
+        except TryAgain:
+            return None
+        self._references.append(generation)
+        (output,) = [output async for output in generation.outputs()]
+        return await generate.in_turns(generate.sampled_logprob, output.logprobs)
 
     async def _result(self, place: int, compared: _Compared) -> dict[str, object]:
         scores = None
@@ -142,19 +236,22 @@ class Comparison:
 async def compare(services: Services, body: CompareBody) -> Comparison:
     """Submit all requests of a comparison to the engine. If one is refused, abort all and raise its error."""
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
+    reference = _reference(services, body)
     num_sequences = len(terms) * (body.n + len(body.score or ()))
     if num_sequences > body.n:
         check_sequences(num_sequences, services.engine.max_in_flight, "adapters")
     ask_queue_for(services, num_sequences)
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = await _continuations(services, len(prompt), body.score or ())
-    check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)
+    if not body.stream:
+        check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)
     grammar = grammar_of(body.response_format, body.structured_outputs, body.regex)
     sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
     scoring = SamplingParams(max_tokens=0, temperature=0.0, logprobs=body.logprobs)
-    num_tokens = len(terms) * (
-        len(prompt) + body.n * body.max_tokens + sum(len(prompt) + len(one) for one in continuations)
-    )
+    num_answer_tokens = len(prompt) + body.n * body.max_tokens
+    num_tokens = len(terms) * (num_answer_tokens + sum(len(prompt) + len(one) for one in continuations))
+    if reference is not None:
+        num_tokens += num_answer_tokens * sum(one != reference for one in terms)
     started: list[Generation] = []
     compared: list[_Compared] = []
     try:
@@ -177,11 +274,23 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
                 )
                 started.append(score)
                 scores.append(score)
-            compared.append(_Compared(expression, answer, tuple(scores)))
+            has_reference = reference is not None and named != reference
+            compared.append(_Compared(expression, answer, tuple(scores), has_reference))
     except BaseException:
         await close_all(started)
         raise
-    return Comparison(compared, body.score, body.logprobs, services.base_name)
+    return Comparison(services, compared, body, prompt, reference)
+
+
+def _reference(services: Services, body: CompareBody) -> tuple[Term, ...] | None:
+    """Return the terms of the field `reference`, or None if it is null. Raise InvalidInput if it is at fault."""
+    if body.stream and body.score is not None:
+        raise InvalidInput.of("score", "is not available in a stream: leave out one of the two")
+    if body.reference is None:
+        return None
+    if not (body.stream and body.logprobs):
+        raise InvalidInput.of("reference", "needs stream, and logprobs of at least 1")
+    return () if body.reference == services.base_name else parse(body.reference, "reference")
 
 
 def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
@@ -230,7 +339,14 @@ async def _score(text: str, generation: Generation, num_top: int) -> dict[str, o
     "/compare",
     summary="Compare adapters",
     response_class=Response,
-    responses={200: {"model": CompareAnswer, "description": "An answer for each expression"}, **REFUSALS},
+    responses={
+        200: {
+            "model": CompareAnswer,
+            "description": "An answer for each expression; with `stream`, server-sent events",
+            "content": {"text/event-stream": {"example": _EVENTS}},
+        },
+        **REFUSALS,
+    },
 )
 @requires(GENERATE, queued=True)
 async def compare_adapters(body: CompareBody, request: Request, services: ServicesDep) -> Response:
@@ -238,6 +354,8 @@ async def compare_adapters(body: CompareBody, request: Request, services: Servic
     each.
     """
     comparison = await compare(services, body)
+    if body.stream:
+        return EventStream(comparison.stream(), comparison.close)
     try:
         answer = await while_connected(request.scope, request.receive, comparison.collect())
     except ClientGoneError:

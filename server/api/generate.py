@@ -158,17 +158,21 @@ async def stream(generation: Generation, model: str) -> AsyncIterator[bytes]:
                 piece["logprobs"] = pending.pop(output.index)
             yield wire.event(piece)
         if output.finish_reason is not None:
-            last = {
-                "index": output.index,
-                "finish_reason": output.finish_reason,
-                "usage": _usage(generation, output.num_output_tokens, output.num_cached_tokens),
-                "timing": _timing([output.timing] if output.timing else []),
-                **_head(generation, model),
-            }
+            last = {"index": output.index, **ending(generation, model, output)}
             if rest := pending.pop(output.index, None):
                 last["logprobs"] = rest
             yield wire.event(last)
     yield DONE
+
+
+def ending(generation: Generation, model: str, output: SequenceOutput) -> dict[str, object]:
+    """Return what a stream says at the end of a choice, whose last output is `output`."""
+    return {
+        "finish_reason": output.finish_reason,
+        "usage": _usage(generation, output.num_output_tokens, output.num_cached_tokens),
+        "timing": _timing([output.timing] if output.timing else []),
+        **_head(generation, model),
+    }
 
 
 def _head(generation: Generation, model: str) -> dict[str, object]:

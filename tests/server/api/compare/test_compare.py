@@ -1,5 +1,6 @@
 """POST /compare: the engine's requests, the answer, and that it is complete or refused."""
 
+import json
 import weakref
 from collections.abc import Iterable, Mapping
 
@@ -128,7 +129,7 @@ BAD: list[tuple[str, Mapping[str, object]]] = [
     ("adapters", {"adapters": ["base", ""]}),
     ("adapters", {"adapters": [None]}),
     ("adapter", {"adapters": ["base"], "adapter": "base"}),
-    ("stream", {"adapters": ["base"], "stream": True}),
+    ("stream", {"adapters": ["base"], "stream": "yes"}),
     ("score", {"adapters": ["base"], "score": []}),
     ("score", {"adapters": ["base"], "score": "a"}),
     ("score", {"adapters": ["base"], "score": ["a", ""]}),
@@ -210,3 +211,83 @@ async def test_client_that_leaves_frees_everything(app: FastAPI, engine: FakeEng
     caller.hang_up()
     await caller.task
     assert not engine.open
+
+
+async def streamed(client: httpx.AsyncClient, body: Mapping[str, object]) -> list[dict[str, object]]:
+    response = await client.post("/compare", json={"prompt": "Not", "stream": True, **body})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.removesuffix("\n\n").split("\n\n")
+    assert events.pop() == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+async def test_stream_has_every_answer_and_its_reference(
+    client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
+) -> None:
+    engine.script = scoring
+    await upload(client, "tweets", 1)
+    body = {"adapters": ["base", "tweets"], "max_tokens": 2, "logprobs": 3, "seed": 5, "reference": "base"}
+    events = await streamed(client, body)
+    for result in (0, 1):
+        found = [event for event in events if event["result"] == result]
+        assert "".join(str(event.get("text", "")) for event in found) == "w0 w1 "
+        (last,) = [event for event in found if "finish_reason" in event]
+        assert (last["finish_reason"], last["seed"]) == ("length", 5)
+        tokens = [token for event in found for token in event.get("logprobs", [])]  # type: ignore[attr-defined]
+        assert [(token["token"], len(token["top"])) for token in tokens] == [("w0 ", 3), ("w1 ", 3)]
+    assert [event["result"] for event in events if "reference" in event] == [1]
+    (scores,) = [event["reference"] for event in events if "reference" in event]
+    assert isinstance(scores, list)
+    assert [token["logprob"] for token in scores] == [-0.5, -1]
+    scored = engine.requests[-1]
+    assert scored.prompt_token_ids == (*encoder.prompt("Not"), 100, 101)
+    assert scored.adapters == ()
+    assert not engine.open
+
+
+async def test_stream_without_logprobs_has_text_alone(client: httpx.AsyncClient) -> None:
+    events = await streamed(client, {"adapters": ["base"], "max_tokens": 1})
+    assert len(events) == 1
+    assert not {"logprobs", "reference"} & set(events[0])
+
+
+async def test_a_full_queue_leaves_out_the_reference(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await upload(client, "tweets", 1)
+    submit = engine.submit
+
+    def refusing(request: GenerationRequest) -> FakeStream:
+        if request.scored_from is not None:
+            raise QueueFull(retry_after=1)
+        return submit(request)
+
+    monkeypatch.setattr(engine, "submit", refusing)
+    body = {"adapters": ["tweets"], "max_tokens": 1, "logprobs": 1, "reference": "base"}
+    assert (await streamed(client, body))[-1] == {"result": 0, "index": 0, "reference": None}
+
+
+async def test_failure_ends_the_stream(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script = failing(2, GenerationFailed("broke"))
+    body = {"prompt": "a", "adapters": ["base"], "stream": True}
+    response = await client.post("/compare", json=body)
+    assert "event: error" in response.text
+    assert not engine.open
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"reference": "base"}, "reference"),
+        ({"reference": "base", "stream": True}, "reference"),
+        ({"reference": "a+", "stream": True, "logprobs": 1}, "reference"),
+        ({"score": ["a"], "stream": True}, "score"),
+    ],
+)
+async def test_fields_of_a_stream_are_checked(
+    client: httpx.AsyncClient, fields: dict[str, object], name: str
+) -> None:
+    response = await client.post("/compare", json={"prompt": "a", "adapters": ["base"], **fields})
+    assert response.status_code == 422
+    assert [error["loc"] for error in response.json()["errors"]] == [[name]]
