@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+metadata = sa.MetaData()
+
+ranges = sa.Table(
+    "schema_range",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),  # always 1
+    sa.Column("lowest", sa.String(32), nullable=False),  # older versions can't use the database
+)
 _LEAVING_SECONDS = 2.0  # for processes that were just told to stop, and for a copy in progress
 
 
@@ -24,9 +32,9 @@ def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
     """Run all missing migrations in one transaction.
 
     The transaction takes the writers' lock first, so of several processes that start at once only one migrates.
-    Raise StartupError if the database has a schema that this version doesn't know. Also raise it if the schema is
-    older, and other processes still have the database open (`is_alone` returns False) after `_LEAVING_SECONDS`:
-    they would keep writing to the old schema.
+    A newer schema is used as it is if it states that this version may use it (see `ranges`). Raise StartupError if
+    it doesn't. Also raise it if the schema is older, and other processes still have the database open (`is_alone`
+    returns False) after `_LEAVING_SECONDS`: they would keep writing to the old schema.
     """
     if (schema := _schema(engine)) == newest_schema():
         return
@@ -34,6 +42,9 @@ def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
         setting = "SMOLORA_HOME" if engine.url.database else "SMOLORA_DATABASE_URL"
         where = engine.url.database or setting
         if not knows_schema(schema):
+            lowest = _lowest_schema(engine)
+            if lowest is not None and newest_schema() >= lowest:
+                return
             raise StartupError(
                 f"{where}: the database has schema {schema}, which smolora {__version__} doesn't know: use the "
                 f"version of smolora that wrote it, or give an empty {setting}"
@@ -52,6 +63,15 @@ def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def refuse_newer(engine: sa.Engine) -> None:
+    """Raise StartupError if the database has a newer schema than this version's, whose rows it can't copy."""
+    if (schema := _schema(engine)) != newest_schema():
+        raise StartupError(
+            f"the database has schema {schema}, which is newer than smolora {__version__}: use the version of "
+            "smolora that wrote it"
+        )
 
 
 def newest_schema() -> str:
@@ -73,6 +93,14 @@ def _schema(engine: sa.Engine) -> str | None:
             return None
         version: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
     return version
+
+
+def _lowest_schema(engine: sa.Engine) -> str | None:
+    """Return the lowest revision whose smolora may use the database, or None if the database doesn't state it."""
+    with engine.begin() as connection:
+        if not sa.inspect(connection).has_table(ranges.name):
+            return None
+        return connection.execute(sa.select(ranges.c.lowest)).scalar_one_or_none()
 
 
 def _config() -> "Config":

@@ -43,6 +43,7 @@ from server.database import (
     opened_copy,
     refuse_in_use,
 )
+from server.database.migrating import refuse_newer
 from server.database.opening import MOVING, place_in, put_place, refuse_elsewhere
 from server.database.rows import contents, copy_rows, refuse_rows
 from server.errors import StartupError
@@ -121,6 +122,8 @@ def to_cluster(home: Path, url: str, target: Storage) -> Moved:
                 going_on = requeue_running(rows, MOVED_TO_CLUSTER)
                 cluster = connect(space / "cluster", url=url)
                 try:
+                    for engine in (rows, cluster):
+                        refuse_newer(engine)
                     return _fill_cluster(Home(home), rows, cluster, target, going_on)
                 finally:
                     cluster.dispose()
@@ -135,6 +138,7 @@ def to_home(home: Path, url: str, source: Storage) -> Moved:
     with _startup_errors(), filled(home) as staging:
         cluster = connect(staging, url=url)
         try:
+            refuse_newer(cluster)
             return _fill_home(Home(staging), cluster, source)
         finally:
             cluster.dispose()

@@ -22,7 +22,17 @@ from server.access import tables as access_tables
 from server.access.audit import Audit
 from server.access.keys import Keys
 from server.access.usage import Ledger
-from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, opening, schema_of, set_aside
+from server.database import (
+    FILE_NAME,
+    build_of,
+    connect,
+    faults,
+    migrating,
+    nobody_has_it_open,
+    opening,
+    schema_of,
+    set_aside,
+)
 from server.database.file import USERS_NAME, JournalMode, driver, has_wal_reset_bug
 from server.database.migrating import newest_schema
 from server.errors import StartupError
@@ -166,7 +176,8 @@ def test_processes_count_together(engine: sa.Engine, tmp_path: Path) -> None:
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        expected = [catalog.metadata, job_tables.metadata, access_tables.metadata, opening.metadata]
+        tables = (catalog, job_tables, access_tables, opening, migrating)
+        expected = [module.metadata for module in tables]
         assert compare_metadata(context, expected) == []  # type: ignore[arg-type]  # it takes several, too
 
 
@@ -271,7 +282,7 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
 def test_a_current_database_is_opened_without_alembic(engine: sa.Engine, tmp_path: Path) -> None:
     """Importing Alembic takes longer than opening the database."""
     home = tmp_path / "new" / "home"
-    assert schema_of(home / FILE_NAME) == newest_schema() == "0002"
+    assert schema_of(home / FILE_NAME) == newest_schema() == "0003"
     code = (
         "import sys; from pathlib import Path; from server.database import connect;"
         "connect(Path(sys.argv[1])); print('alembic' in sys.modules)"
@@ -283,9 +294,39 @@ def test_a_current_database_is_opened_without_alembic(engine: sa.Engine, tmp_pat
 def test_a_database_of_an_unknown_schema_is_refused(engine: sa.Engine, tmp_path: Path) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        connection.exec_driver_sql("UPDATE schema_range SET lowest = '9000'")
     message = r"smolora.db: the database has schema 9999, .*use the version .* or give an empty SMOLORA_HOME"
     with pytest.raises(StartupError, match=message):
         connect(tmp_path / "new" / "home")
+
+
+def test_this_version_uses_a_later_schema_that_only_expands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an upgrade is undone, the previous version starts again with the same database."""
+    with monkeypatch.context() as later:
+        upgrade_smolora(later, tmp_path)
+        connect(tmp_path).dispose()
+    assert schema_of(tmp_path / FILE_NAME) == LATER
+    engine = connect(tmp_path)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(insert_adapter(7))
+    with pytest.raises(StartupError, match=rf"schema {LATER}, which is newer than smolora"):
+        migrating.refuse_newer(engine)
+    engine.dispose()
+    with monkeypatch.context() as later:
+        upgrade_smolora(later, tmp_path / "again")
+        connect(tmp_path).dispose()
+
+
+def test_this_version_refuses_a_later_schema_that_contracts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as later:
+        upgrade_smolora(later, tmp_path, lowest=LATER)
+        connect(tmp_path).dispose()
+    with pytest.raises(StartupError, match=f"the database has schema {LATER}, which smolora .* doesn't know"):
+        connect(tmp_path)
 
 
 def make_version_1(home: Path) -> None:

@@ -24,12 +24,13 @@ from adapters.sql import transact
 from server.access import tables as access_tables
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
-from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, opening
+from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, migrating, opening
 from server.database.opening import PATIENCE_SECONDS
 from server.errors import StartupError
 from server.jobs import tables as job_tables
 from server.jobs.jobs import Jobs
 from server.storage.home import Home
+from tests.kits.migrations import upgrade_smolora
 from tests.kits.postgres import CLUSTER, Postgres
 
 pytestmark = CLUSTER
@@ -70,7 +71,8 @@ def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "include_name": lambda name, *_: name != "marks"}
         )
-        known: Any = [metadata, job_tables.metadata, access_tables.metadata, opening.metadata, windows.metadata]
+        tables = (job_tables, access_tables, opening, migrating)
+        known: Any = [metadata, windows.metadata, *(module.metadata for module in tables)]
         assert compare_metadata(context, known) == []
 
 
@@ -102,8 +104,22 @@ def test_processes_may_migrate_an_empty_database_at_once(postgres: Postgres, tmp
 def test_a_database_of_an_unknown_schema_is_refused(engine: sa.Engine, url: str, tmp_path: Path) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        connection.exec_driver_sql("UPDATE schema_range SET lowest = '9000'")
     with pytest.raises(StartupError, match=r"schema 9999, .* or give an empty SMOLORA_DATABASE_URL"):
         connect(tmp_path, url=url)
+
+
+def test_the_previous_version_starts_next_to_a_later_schema(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During an upgrade, or after its rollback, other processes restart, such as jobs' and API processes."""
+    with monkeypatch.context() as later:
+        upgrade_smolora(later, tmp_path)
+        connect(tmp_path, url=url).dispose()
+    code = f"{OPENER}\nprint(connect(Path(sys.argv[1]), url=sys.argv[2]).dialect.name)"
+    opening_it = [sys.executable, "-c", code, str(tmp_path), url]
+    done = subprocess.run(opening_it, capture_output=True, text=True, input="\n", check=False)
+    assert done.stdout.splitlines()[-1:] == ["postgresql"], done.stderr
 
 
 @pytest.mark.parametrize(

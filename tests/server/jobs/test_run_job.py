@@ -149,6 +149,7 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
     submit(jobs, "a")
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'of-tomorrow'")
+        connection.exec_driver_sql("UPDATE schema_range SET lowest = 'of-tomorrow'")
     settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu").to_json()
     start = time.monotonic()
     Worker(tmp_path, jobs, leases, settings, timing=replace(FAST, hung=120.0, hindered=0.5))._work()
