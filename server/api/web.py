@@ -9,7 +9,9 @@ also allows inline styles, which both viewers need.
 import base64
 import gzip
 import hashlib
+import posixpath
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,8 +36,9 @@ _TYPES = {
     ".svg": "image/svg+xml",
     ".LICENSE": "text/plain; charset=utf-8",
 }
-_LAZY = frozenset({"vendor/uplot.mjs"})
-"""Modules that aren't preloaded, since the page doesn't need them at first."""
+_MAIN = "app.js"
+_IMPORT = re.compile(rb"""^(?:import|export)\b[^;]*?\bfrom ?"(\.[^"]+)"|\bimport ?"(\.[^"]+)""", re.MULTILINE)
+"""Static imports. Modules that are imported by a call, `import(...)`, are loaded when they are needed."""
 _COMMENTS = re.compile(rb"^ *(?:/\*\*.*?\*/|//[^\n]*)", re.MULTILINE | re.DOTALL)
 """Comments on lines of their own in our modules. They aren't sent, which saves a sixth of the bytes."""
 
@@ -100,6 +103,20 @@ def _sent(path: Path) -> bytes:
     return _COMMENTS.sub(lambda found: b"\n" * found.group().count(b"\n"), content)
 
 
+def _imported_by(name: str, contents: Mapping[str, bytes]) -> set[str]:
+    """Return the module `name` and all modules that it imports statically, which the page needs at first."""
+    found, ahead = set[str](), [name]
+    while ahead:
+        module = ahead.pop()
+        if module in found or module not in contents:
+            continue
+        found.add(module)
+        for paths in _IMPORT.findall(contents[module]):
+            path = b"".join(paths).decode()
+            ahead.append(posixpath.normpath(posixpath.join(posixpath.dirname(module), path)))
+    return found
+
+
 @cache
 def _page() -> _Page:
     contents = {
@@ -112,7 +129,7 @@ def _page() -> _Page:
     for name, content in contents.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     short = digest.hexdigest()[:16]
-    modules = (name for name in contents if name.endswith((".js", ".mjs")) and name not in _LAZY)
+    modules = sorted(_imported_by(_MAIN, contents))
     preloads = "\n".join(f'<link rel="modulepreload" href="web/{short}/{name}">' for name in modules)
     index = template.replace("{{web}}", f"web/{short}").replace("{{preloads}}", preloads)
     files = {name: _File.of(content, _TYPES[Path(name).suffix]) for name, content in contents.items()}

@@ -1,23 +1,20 @@
 /** The page: its frame, navigation and sign-in. */
 import { linkTo } from "./lib/api.js";
 import { html, render, useEffect, useRef, useState } from "./lib/html.js";
+import { lazy } from "./lib/lazy.js";
 import { route, to } from "./lib/route.js";
 import { asksForKey, key, signIn } from "./lib/session.js";
 import { useStore } from "./lib/store.js";
 import { Form } from "./parts/basics.js";
-import { AccessView } from "./views/access.js";
-import { AdaptersView } from "./views/adapters.js";
-import { EngineView } from "./views/engine.js";
 import { PlaygroundView } from "./views/playground.js";
-import { TrainView } from "./views/train.js";
 
 /** @type {[string, string, (props: {path: string[]}) => unknown][]} */
 const VIEWS = [
   ["playground", "Playground", PlaygroundView],
-  ["adapters", "Adapters", AdaptersView],
-  ["train", "Train", TrainView],
-  ["engine", "Engine", EngineView],
-  ["access", "Keys and usage", AccessView],
+  ["adapters", "Adapters", lazy(async () => (await import("./views/adapters.js")).AdaptersView)],
+  ["train", "Train", lazy(async () => (await import("./views/train.js")).TrainView)],
+  ["engine", "Engine", lazy(async () => (await import("./views/engine.js")).EngineView)],
+  ["access", "Keys and usage", lazy(async () => (await import("./views/access.js")).AccessView)],
 ];
 
 function App() {

@@ -9,8 +9,8 @@ import { Bar, Careful, Fault, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
 import { LossChart, pointsOf } from "../parts/loss.js";
 import { Settings } from "../parts/settings.js";
+import { Status } from "../parts/status.js";
 import { TryIt } from "../parts/try_it.js";
-import { Status } from "./train.js";
 
 /** @import { Point } from "../parts/loss.js" */
 

@@ -4,7 +4,8 @@ import { ago } from "../lib/format.js";
 import { html, useRef } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { to } from "../lib/route.js";
-import { Badge, Bar, Fault, useInSight } from "../parts/basics.js";
+import { Bar, Fault, useInSight } from "../parts/basics.js";
+import { Status } from "../parts/status.js";
 import { JobDetail } from "./job.js";
 import { NewJob } from "./new_job.js";
 
@@ -78,16 +79,4 @@ export function TrainView({ path: [id] }) {
         }
       </div>
     </div>`;
-}
-
-const TONES = { queued: "", running: "busy", paused: "", succeeded: "good", failed: "bad", cancelled: "" };
-
-/** @param {{job: Job}} props */
-export function Status({ job }) {
-  const words = job.pausing
-    ? "pausing"
-    : job.status === "queued" && job.position
-      ? `queued, number ${job.position}`
-      : job.status;
-  return html`<${Badge} tone=${TONES[job.status]}>${words}<//>`;
 }

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.anyio
 
 OWN = re.compile(r"web/[0-9a-f]{16}/(?!vendor/).*")
 MOST_OWN_BYTES = 58 << 10
-"""Of the page's own code and style, as a browser fetches them."""
+"""Of the page's own code and style that the first view needs, as a browser fetches them."""
 
 
 async def files_of(client: httpx.AsyncClient) -> list[str]:
@@ -48,6 +48,12 @@ async def test_security_policy(client: httpx.AsyncClient) -> None:
     assert page.headers["referrer-policy"] == "no-referrer"
 
 
+async def test_only_the_modules_of_the_first_view_are_preloaded(client: httpx.AsyncClient) -> None:
+    modules = {path.split("/", 2)[2] for path in await files_of(client) if path.endswith("js")}
+    assert {"app.js", "lib/api.js", "vendor/hooks.mjs", "views/playground.js", "parts/basics.js"} <= modules
+    assert not {"views/train.js", "views/engine.js", "parts/chart.js", "vendor/uplot.mjs"} & modules
+
+
 async def test_it_is_small(client: httpx.AsyncClient) -> None:
     size = 0
     for path in filter(OWN.fullmatch, await files_of(client)):
@@ -62,11 +68,13 @@ async def test_it_is_small(client: httpx.AsyncClient) -> None:
 
 async def test_modules_come_without_notes(client: httpx.AsyncClient) -> None:
     """Lines keep their numbers, for reading errors."""
-    modules = [path for path in await files_of(client) if OWN.fullmatch(path) and path.endswith(".js")]
+    digest = (await files_of(client))[0].split("/")[1]
+    folder = Path(server.__file__).parent / "web"
+    modules = [path.relative_to(folder) for path in folder.rglob("*.js")]
     assert len(modules) > 30
     for path in modules:
-        sent = (await client.get(f"/{path}")).text.splitlines()
-        written = (Path(server.__file__).parent / "web" / path.split("/", 2)[2]).read_text("utf-8").splitlines()
+        sent = (await client.get(f"/web/{digest}/{path}")).text.splitlines()
+        written = (folder / path).read_text("utf-8").splitlines()
         assert len(sent) == len(written)
         assert not any(line.lstrip().startswith(("/**", "* ", "*/", "//")) for line in sent), path
         assert all(
