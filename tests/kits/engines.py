@@ -7,7 +7,9 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -33,7 +35,22 @@ from server.model.rank_rows import Placement, RankRows, Run
 from server.model.smollm import SmolLM
 from server.model.text.tokenizer import BaseTokenizer, vocabulary_of
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=1)
+
+
+class Immediate(Executor):
+    """An executor that runs each call before `submit` returns."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def token_bytes(tokenizer: BaseTokenizer) -> TokenBytes:
@@ -54,10 +71,12 @@ def build_engine(
     guidance: Guidance | None = None,
     native: NativeModel | None = None,
     other: Backend | None = None,
+    loads_at_once: bool = False,
 ) -> Engine:
     """Return an engine with `num_blocks` usable blocks and a total rank of at most `max_rank` on all modules.
 
-    Its backend is torch's, or that of `native`, or `other`.
+    Its backend is torch's, or that of `native`, or `other`. With `loads_at_once`, adapters are loaded within the
+    step that asks for them, so that the steps don't depend on the speed of threads.
     """
     adapters = {} if adapters is None else adapters
     model = model or SmolLM(base.config, base.weights, max_positions=max_model_len)
@@ -74,7 +93,10 @@ def build_engine(
         scheduler=limits or SchedulerLimits(),
     )
     load = adapters.__getitem__ if isinstance(adapters, Mapping) else adapters
-    return Engine(backend, token_bytes(base.tokenizer), load, config, guidance=guidance, wake=wake)
+    engine = Engine(backend, token_bytes(base.tokenizer), load, config, guidance=guidance, wake=wake)
+    if loads_at_once:
+        engine.pool._placers = engine.pool._reads._readers = Immediate()
+    return engine
 
 
 def random_adapter(

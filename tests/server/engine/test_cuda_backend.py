@@ -40,7 +40,15 @@ def answers(
 ) -> tuple[Results, EngineStats]:
     """Return the answers of the cuda backend with this launch, or of the torch backend."""
     cuda = None if launch is None else CudaBackend(base.config, base.weights, max_positions=512, launch=launch)
-    engine = build_engine(base, library(base), num_blocks=num_blocks, max_rank=max_rank, limits=TIGHT, other=cuda)
+    engine = build_engine(
+        base,
+        library(base),
+        num_blocks=num_blocks,
+        max_rank=max_rank,
+        limits=TIGHT,
+        other=cuda,
+        loads_at_once=True,  # otherwise the numbers of preemptions and evictions depend on threads
+    )
     found = run(engine, requests, arrivals=random.Random(0))
     check_idle(engine)
     engine.close()

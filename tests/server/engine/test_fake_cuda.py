@@ -58,7 +58,8 @@ def assert_all_same(found: Results, expected: Results) -> None:
 
 def test_all_kinds_of_requests_with_preemptions_and_evictions(tiny_base: BaseModel) -> None:
     requests = requests_of_all_kinds(tiny_base, 9)
-    found, expected, engine = both(tiny_base, requests, num_blocks=13, block_size=8, max_rank=24, limits=TIGHT)
+    tight: dict[str, Any] = {"num_blocks": 13, "block_size": 8, "max_rank": 24, "limits": TIGHT}
+    found, expected, engine = both(tiny_base, requests, **tight, loads_at_once=True)
     assert_all_same(found, expected)
     assert engine.stats.preemptions > 0
     assert engine.stats.adapter_evictions > 0
