@@ -106,6 +106,7 @@ def create_app(services: Services) -> FastAPI:
         middleware=[Middleware(Edge, routes=ROUTES, services=services)],
     )
     app.state.services = services
+    app.state.routes = ROUTES
     for router in _ROUTERS:
         app.include_router(router)
     app.mount(web.ASSETS_PATH, web.assets)

@@ -1,11 +1,14 @@
 """Add the errors of every route to the OpenAPI document that FastAPI derives."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 
+from server.access.principal import SCOPES
 from server.api import problems
+from server.api.routes import ANY, Routes, Scopes
 from server.api.schemas import Problem
 
 Responses = dict[int | str, dict[str, object]]
@@ -151,27 +154,39 @@ _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `
 
 
 _KEY = "key"
+_KEY_DESCRIPTION = "An API key, once the server has one. It needs one of the scopes given, or `admin`"
 
 
 class App(FastAPI):
-    """An application whose OpenAPI document describes smolora's errors instead of FastAPI's."""
+    """An application whose OpenAPI document describes smolora's errors instead of FastAPI's, and routes' scopes.
+
+    `state.routes` must have the table of its routes.
+    """
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             schema = super().openapi()
+            routes: Routes = self.state.routes
             for name, path in schema["paths"].items():
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
+                methods = routes.find(re.sub("[{}]", "", name)).methods
                 for method, operation in path.items():
-                    if not {"401", "4XX"}.isdisjoint(operation["responses"]):
-                        operation["security"] = [{_KEY: []}, {}]  # a server without keys needs none
+                    if (scopes := methods[method.upper()].scopes) is not None:
+                        operation["security"] = _security(scopes)
                     _add_errors(operation["responses"], error, method != "get")
             schema["components"]["securitySchemes"] = {
-                _KEY: {"type": "http", "scheme": "bearer", "description": "An API key, once the server has one"}
+                _KEY: {"type": "http", "scheme": "bearer", "description": _KEY_DESCRIPTION}
             }
             for unused in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
         return self.openapi_schema
+
+
+def _security(scopes: Scopes) -> list[dict[str, list[str]]]:
+    """Return an operation's security requirements: one for each scope that opens it, and none without keys."""
+    roles: list[list[str]] = [[]] if scopes == ANY else [[scope] for scope in SCOPES if scope in scopes]
+    return [*({_KEY: role} for role in roles), {}]
 
 
 def _add_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool) -> None:
