@@ -1,11 +1,13 @@
 """Adapters, versions and parts of compositions as plain values, and the canonical form of a set of parts."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
 from typing import Literal
+
+import sqlalchemy as sa
 
 from adapters.lora import AdapterRef
 
@@ -27,10 +29,15 @@ class Part:
 
 @dataclass(frozen=True)
 class VersionLimits:
-    """The most versions of a project, and of those that one of its API keys published. None means no limit."""
+    """The most versions of a project, and of those that one of its API keys published. None means no limit.
+
+    `num_reserved` counts versions that will be published later, in a connection's transaction: of a project, or of
+    one of its keys if the key's id is given, too.
+    """
 
     of_project: int | None = None
     of_key: int | None = None
+    num_reserved: Callable[[sa.Connection, str, str | None], int] = lambda connection, project, key_id: 0
 
 
 @dataclass(frozen=True)

@@ -373,22 +373,31 @@ def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
 def refuse_too_many(
     connection: sa.Connection, name: str, key_id: str | None, limits: VersionLimits | None
 ) -> None:
-    """Raise LimitReached if the project that `name` belongs to, or the key, can't have one more version."""
+    """Raise LimitReached if the project that `name` belongs to, or the key, can't have one more version.
+
+    Reserved versions count, too.
+    """
     if limits is None:
         return
     project, _ = split_key(name)
     of_project = sa.select(sa.func.count()).select_from(versions).join(names, names.c.name == versions.c.name)
     of_project = of_project.where(names.c.project == project)
     of_key = of_project.where(versions.c.key_id == key_id)
-    for most, owner, query in (
-        (limits.of_project, f"project {project}", of_project),
-        (limits.of_key, f"key {key_id}", of_key),
+    for most, owner, query, key in (
+        (limits.of_project, f"project {project}", of_project, None),
+        (limits.of_key, f"key {key_id}", of_key, key_id),
     ):
-        if most is not None and (number := connection.execute(query).scalar_one()) >= most:
-            message = (
-                f"the {owner} has {number:,} versions, and may have {most:,}: delete some, or ask for a larger"
+        if most is None:
+            continue
+        num_reserved = limits.num_reserved(connection, project, key)
+        number = connection.execute(query).scalar_one() + num_reserved
+        if number >= most:
+            reserved = f", {num_reserved:,} of them reserved by unfinished jobs," if num_reserved else ","
+            cancel = "cancel some jobs, " if num_reserved else ""
+            raise LimitReached(
+                f"the {owner} has {number:,} versions{reserved} and may have {most:,}: delete some, {cancel}or "
+                "ask for a larger max_versions"
             )
-            raise LimitReached(f"{message} max_versions")
 
 
 def _newest(name: str) -> "sa.ScalarSelect[int]":

@@ -32,6 +32,7 @@ from server.engine.guidance import Guidance
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.jobs.files import Retention
 from server.jobs.jobs import Jobs
+from server.jobs.queries import num_publishing
 from server.metrics.metrics import LaneMetrics, Metrics
 from server.model.base.source import HubModel
 from server.model.text.chat import PromptEncoder
@@ -258,7 +259,8 @@ class Services:
 
     def _seen_by(self, principal: Principal) -> "Services":
         viewpoint = principal.viewpoint
-        limits = VersionLimits(principal.project_quota.max_versions, principal.quota.max_versions)
+        of_project, of_key = principal.project_quota.max_versions, principal.quota.max_versions
+        limits = VersionLimits(of_project, of_key, num_publishing)
         library = self.library.of(viewpoint, limits)
         jobs = self.jobs.of(viewpoint, principal.project_quota.max_jobs, principal.quota.max_jobs)
         sources = RowSources.of(self.storage, viewpoint.project, viewpoint.key_id)

@@ -32,7 +32,7 @@ from adapters.storage.durable import UNFINISHED, new_directory, remove_abandoned
 from server.database.clock import database_time
 from server.jobs import events as job_events
 from server.jobs.jobs import Job, Jobs
-from server.jobs.tables import Status, jobs, uses
+from server.jobs.tables import ENDED, Status, jobs, uses
 from server.jobs.turns import is_over
 from server.storage.home import CHECKPOINT_COPY, MODEL_COPY, ROWS_COPY, Home
 from server.storage.reserve import Reserve
@@ -316,14 +316,11 @@ class Retention:
         return found
 
 
-_ENDED = [status for status in Status if status.has_ended]
-
-
 def used_by_unended(engine: sa.Engine) -> list[tuple[str, str]]:
     """Return (job id, used) for unfinished jobs. `used` is an adapter's digest or the id of a data set or file."""
     query = sa.select(uses.c.job_id, uses.c.used).join(jobs, jobs.c.id == uses.c.job_id)
     with engine.connect() as connection:
-        found = connection.execute(query.where(jobs.c.status.not_in(_ENDED)))
+        found = connection.execute(query.where(jobs.c.status.not_in(ENDED)))
         return [(row.job_id, row.used) for row in found]
 
 
@@ -361,6 +358,6 @@ def requeue_running(engine: sa.Engine, reason: str) -> list[str]:
             }
             connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(values))
             job_events.append(connection, row.id, reason)
-        unended = jobs.c.status.not_in(_ENDED)
+        unended = jobs.c.status.not_in(ENDED)
         connection.execute(sa.update(jobs).where(unended).values(lease_until=0.0, timed_at=None))
     return [row.id for row in running]

@@ -12,8 +12,9 @@ from typing import cast
 
 import sqlalchemy as sa
 
+from adapters.catalog.writes import refuse_too_many
 from adapters.errors import Conflict
-from adapters.names import Viewpoint
+from adapters.names import Viewpoint, key_of
 from adapters.sql import reader_of, transact, transacted
 from server.access.audit import record
 from server.access.principal import ANONYMOUS
@@ -31,9 +32,10 @@ from server.jobs.queries import (
     no_job,
     repeated,
     select_jobs,
+    version_limits,
 )
-from server.jobs.specs import Spec
-from server.jobs.tables import EVALUATE, Status, charge, count_time, jobs, kind_of, uses
+from server.jobs.specs import Spec, may_publish
+from server.jobs.tables import ENDED, EVALUATE, Status, charge, count_time, jobs, kind_of, uses
 from server.jobs.turns import is_over
 from server.storage.places import Storage
 from server.system.messages import plural
@@ -45,7 +47,6 @@ MAX_UNFINISHED = 1000
 _RETRY_SECONDS = 30.0
 
 _Moves = Mapping[Status, tuple[Mapping[str, object], str] | None]
-_ENDED = [status for status in Status if status.has_ended]
 
 
 class Jobs:
@@ -92,7 +93,8 @@ class Jobs:
         `used` are the ids of data sets and digests of adapters that must not be deleted before the job ends.
         `warnings` become events of the job. If the idempotency key was used before, return the job that was
         submitted then; the new files aren't needed. But if that request's body was different, raise InvalidInput.
-        Raise QueueFull if there are too many unfinished jobs, and Conflict if the project was deleted.
+        Raise QueueFull if there are too many unfinished jobs, LimitReached if there would be too many versions,
+        and Conflict if the project was deleted.
         """
 
         of = self._of or Viewpoint()
@@ -103,6 +105,9 @@ class Jobs:
                 return first
             require_project(connection, of.project)
             self._refuse_too_many(connection, of)
+            if may_publish(spec):
+                limits = version_limits(connection, of.project, of.key_id)
+                refuse_too_many(connection, key_of(of.project, spec.name), of.key_id, limits)
             row = {
                 "id": job_id,
                 "project": of.project,
@@ -247,7 +252,7 @@ class Jobs:
         If `project` is given, only that project's jobs are considered.
         """
         query = sa.select(uses.c.job_id).join(jobs, jobs.c.id == uses.c.job_id)
-        query = query.where(uses.c.used == used, jobs.c.status.not_in(_ENDED)).limit(1)
+        query = query.where(uses.c.used == used, jobs.c.status.not_in(ENDED)).limit(1)
         if project is not None:
             query = query.where(jobs.c.project == project)
         with self._reader.connect() as connection:
@@ -255,7 +260,7 @@ class Jobs:
 
     def num_unfinished(self) -> int:
         """Count the jobs that haven't ended."""
-        query = sa.select(sa.func.count()).select_from(jobs).where(self._mine, jobs.c.status.not_in(_ENDED))
+        query = sa.select(sa.func.count()).select_from(jobs).where(self._mine, jobs.c.status.not_in(ENDED))
         with self._reader.connect() as connection:
             return connection.execute(query).scalar_one()
 
@@ -376,7 +381,7 @@ class Jobs:
         return None if idempotency_key is None else f"{project}/{idempotency_key}"
 
     def _refuse_too_many(self, connection: sa.Connection, of: Viewpoint) -> None:
-        unfinished = sa.select(sa.func.count()).where(jobs.c.project == of.project, jobs.c.status.not_in(_ENDED))
+        unfinished = sa.select(sa.func.count()).where(jobs.c.project == of.project, jobs.c.status.not_in(ENDED))
         bounds = [(self._max_unfinished, "project", unfinished)]
         if self._max_of_key is not None:
             bounds.append((self._max_of_key, "key", unfinished.where(jobs.c.key_id == of.key_id)))
@@ -391,7 +396,7 @@ def retire_jobs(connection: sa.Connection, project: str, retired: str) -> None:
 
     Raise Conflict if one of them hasn't ended.
     """
-    unfinished = sa.select(jobs.c.id).where(jobs.c.project == project, jobs.c.status.not_in(_ENDED))
+    unfinished = sa.select(jobs.c.id).where(jobs.c.project == project, jobs.c.status.not_in(ENDED))
     if connection.execute(unfinished.limit(1)).first() is not None:
         raise Conflict(f"{project} has unfinished jobs: cancel them first")
     values = {"project": retired, "idempotency_key": None}

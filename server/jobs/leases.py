@@ -15,7 +15,6 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import NewVersion, Version, recording
 from adapters.catalog.records import Records
-from adapters.catalog.versions import VersionLimits
 from adapters.catalog.writes import publish_unattended_in
 from adapters.names import key_of
 from adapters.sql import reader_of, transact, transacted
@@ -25,6 +24,7 @@ from server.access.projects import quotas_in
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
+from server.jobs.queries import version_limits
 from server.jobs.tables import EVALUATE, Lane, Status, Time, charge, count_time, jobs
 from server.jobs.turns import claimable, must_give_way, seconds_at_claim
 
@@ -242,7 +242,7 @@ class Leases:
                 project, key_id = connection.execute(mine).one()
                 of_project = {"name": key_of(project, publish.name), "job_id": claim.job_id, "key_id": key_id}
                 new = dataclasses.replace(publish, **of_project)
-                limits = VersionLimits(*(q.max_versions for q in quotas_in(connection, project, key_id)))
+                limits = version_limits(connection, project, key_id, without=claim.job_id)
                 version, stays = publish_unattended_in(
                     connection, new, alias, records, compared_with, worse, limits
                 )

@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple
 
 import sqlalchemy as sa
 
+from adapters.catalog.versions import VersionLimits
 from adapters.errors import Hint, InvalidInput, NotFound
+from server.access.projects import quotas_in
 from server.jobs.evaluate_spec import EvaluateSpec
 from server.jobs.merge_spec import MergeSpec
 from server.jobs.specs import Spec, read_spec
-from server.jobs.tables import EVALUATE, MERGE, TRAIN, JobKind, Status, jobs
+from server.jobs.tables import ENDED, EVALUATE, MERGE, TRAIN, JobKind, Status, jobs, kind_of
 from server.jobs.turns import position
 
 FINE_TUNING = "fine_tuning"
@@ -89,6 +92,31 @@ def repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Jo
     if row["body_digest"] != body_digest:
         raise InvalidInput.of("Idempotency-Key", "this key was used with another body; take a new one")
     return job_of(row)
+
+
+def num_publishing(
+    connection: sa.Connection, project: str, key_id: str | None = None, without: str | None = None
+) -> int:
+    """Count a project's unfinished jobs that may publish a version, except the job `without`.
+
+    If `key_id` is given, only jobs that this API key submitted count.
+    """
+    may_publish = (kind_of(jobs) != EVALUATE, sa.func.coalesce(jobs.c.spec["method"].as_string(), "") != "full")
+    query = sa.select(sa.func.count()).select_from(jobs)
+    query = query.where(jobs.c.project == project, jobs.c.status.not_in(ENDED), *may_publish)
+    if key_id is not None:
+        query = query.where(jobs.c.key_id == key_id)
+    if without is not None:
+        query = query.where(jobs.c.id != without)
+    return connection.execute(query).scalar_one()
+
+
+def version_limits(
+    connection: sa.Connection, project: str, key_id: str | None, without: str | None = None
+) -> VersionLimits:
+    """Return the limits on a project's and a key's versions. `num_publishing` counts the reserved ones."""
+    of_project, of_key = quotas_in(connection, project, key_id)
+    return VersionLimits(of_project.max_versions, of_key.max_versions, partial(num_publishing, without=without))
 
 
 def job_of(row: sa.RowMapping) -> Job:

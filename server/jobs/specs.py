@@ -10,6 +10,11 @@ from server.training.spec import JobSpec
 Spec = JobSpec | MergeSpec | EvaluateSpec
 
 
+def may_publish(spec: Spec) -> bool:
+    """Return whether a job of this specification may publish a version. `num_publishing` does so in SQL."""
+    return not isinstance(spec, EvaluateSpec) and not (isinstance(spec, JobSpec) and spec.method == "full")
+
+
 def read_spec(document: Mapping[str, object]) -> Spec:
     """Read a document that any kind's `to_document` returned. Raise ValueError for any other document."""
     kind = document.get("kind")

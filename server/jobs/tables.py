@@ -45,6 +45,8 @@ class Status(StrEnum):
         return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
+ENDED = [status for status in Status if status.has_ended]
+
 metadata = sa.MetaData()
 
 jobs = sa.Table(

@@ -207,25 +207,48 @@ async def test_merges_and_evaluations_count(app: FastAPI, jobs: Jobs) -> None:
 
 
 async def test_versions_are_limited(app: FastAPI, leases: Leases) -> None:
+    """A job that may publish a version counts as one from its submission on."""
     async with client_with(app, quota_of(app, Quota(max_versions=3))) as client:
         await submit(client)
         assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
         sent = [client.post("/compositions/mix", json={"expression": f"a*0.{n}"}) for n in range(1, 8)]
         statuses = [response.status_code for response in await asyncio.gather(*sent)]
-        assert sorted(statuses) == [201] * 2 + [403] * 5
+        assert sorted(statuses) == [201] + [403] * 6
         bodies: list[tuple[str, dict[str, object]]] = [
             ("/compositions/more", {"expression": "a*3"}),
             ("/compositions/more", {"expression": "a", "method": "svd", "rank": 1}),
             ("/train", train_body()),
         ]
-        answers = [await client.post(path, json=body) for path, body in bodies]
-        for refused in (*answers, await client.post("/adapters/b", files=as_parts(CONFIG, WEIGHTS))):
-            assert refused.status_code == 403, refused.text
-            assert "has 3 versions, and may have 3" in refused.json()["detail"]
-        with pytest.raises(LimitReached, match="larger max_versions"):  # the job that was submitted before
-            StandIn(leases).succeed(digest="ab" * 32)
+
+        async def check_refusals(reserved: str) -> None:
+            answers = [await client.post(path, json=body) for path, body in bodies]
+            for refused in (*answers, await client.post("/adapters/b", files=as_parts(CONFIG, WEIGHTS))):
+                assert refused.status_code == 403, refused.text
+                assert f"has 3 versions,{reserved} and may have 3" in refused.json()["detail"]
+
+        await check_refusals(" 1 of them reserved by unfinished jobs,")
+        assert (await client.post("/train", json=train_body(method="full"))).status_code == 202  # publishes none
+        StandIn(leases).succeed(digest="ab" * 32)  # the job that was submitted first
+        await check_refusals("")
         assert (await client.delete("/adapters/mix")).status_code == 204
         assert (await client.post("/adapters/b", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+
+
+async def test_jobs_submitted_at_once_reserve_their_versions(app: FastAPI, leases: Leases) -> None:
+    async with client_with(app, quota_of(app, Quota(max_versions=2))) as client:
+        sent = [client.post("/train", json=train_body(name=f"a{number}")) for number in range(6)]
+        answers = await asyncio.gather(*sent)
+        assert sorted(answer.status_code for answer in answers) == [202] * 2 + [403] * 4
+        first, second = (answer.json()["id"] for answer in answers if answer.status_code == 202)
+        assert (await client.post(f"/train/{first}/cancel")).status_code == 200
+        third = await submit(client)
+        access_of(app).projects.put("acme", Quota(max_versions=1), who=OPERATOR)
+        running = StandIn(leases)
+        assert running.claim.job_id == second
+        with pytest.raises(LimitReached, match="larger max_versions"):  # the third has reserved the only one left
+            running.succeed(digest="ab" * 32)
+        running.fail("no")
+        assert StandIn(leases).claim.job_id == third
 
 
 async def test_a_keys_versions_are_limited(app: FastAPI) -> None:
@@ -233,7 +256,9 @@ async def test_a_keys_versions_are_limited(app: FastAPI) -> None:
     async with client_with(app, secret) as client, client_with(app, new_secret(app, "acme")) as colleague:
         assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
         assert (await client.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 403
+        assert (await client.post("/train", json=train_body())).status_code == 403
         assert (await colleague.post("/adapters/a", files=as_parts(CONFIG, WEIGHTS))).status_code == 201
+        await submit(colleague)  # a job of another key
 
 
 async def test_long_lists_cost_requests(app: FastAPI) -> None:
