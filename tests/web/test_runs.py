@@ -1,13 +1,16 @@
 """Runs, their curves and their data on the page: what helps to choose between trained adapters."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.end_to_end.server_process import ServerProcess
-from tests.web.browser import page_of
+from tests.end_to_end.training_client import wait_until
+from tests.web.browser import page_of, violations
+from tests.web.jobs_kit import submitted
 
 pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
 
@@ -20,6 +23,11 @@ def server(
     server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny)
     yield server
     server.close()
+
+
+@pytest.fixture
+def job(server: ServerProcess) -> str:
+    return submitted(server)
 
 
 def test_a_view_is_loaded_when_it_is_first_shown(server: ServerProcess, browser: Browser) -> None:
@@ -42,3 +50,99 @@ def test_a_view_that_cannot_be_loaded_offers_a_reload(server: ServerProcess, bro
         page.unroute("**/views/train.js")
         page.get_by_role("button", name="Reload the page").click()
         expect(page.get_by_role("heading", name="Train")).to_be_visible()
+
+
+LIVE = """() => {
+    const real = window.fetch;
+    const stream = new TransformStream();
+    const writer = stream.writable.getWriter();
+    window.report = (step, data) => {
+        const at = "2026-01-01T00:00:00Z";
+        const event = {seq: step, at, level: "info", type: "metrics", message: "", data: {step, ...data}};
+        void writer.write(new TextEncoder().encode(`id: ${step}\\ndata: ${JSON.stringify(event)}\\n\\n`));
+    };
+    window.fetch = async (url, init) =>
+        String(url).endsWith("/events") ? new Response(stream.readable) : real(url, init);
+}"""
+"""The page's stream of a job's events is what `report(step, data)` sends."""
+
+
+def open_live(page: Page, server: ServerProcess, job: str) -> None:
+    """Open a job that has reported ten steps, with a held-out loss at step 4 alone."""
+    page.add_init_script(f"({LIVE})()")
+    page.goto(f"{server.url}/#/train/{job}")
+    page.reload()
+    for step in range(1, 11):
+        held = {"eval_loss": 0.553} if step == 4 else {}
+        report_step(page, step, train_loss=6 / step, learning_rate=0.001 / step, gradient_norm=1 + step, **held)
+    expect(page.locator(".chart .u-over").first).to_be_visible()
+
+
+def report_step(page: Page, step: int, **data: float) -> None:
+    page.evaluate("([step, data]) => window.report(step, data)", [step, data])
+
+
+def picture(chart: Locator) -> str:
+    return str(chart.locator("canvas").evaluate("(canvas) => canvas.toDataURL()"))
+
+
+def drag_over(chart: Locator, first: float, last: float) -> None:
+    """Drag over the chart between two shares of its width."""
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    assert box is not None
+    mouse, middle = chart.page.mouse, box["y"] + box["height"] / 2
+    mouse.move(box["x"] + first * box["width"], middle)
+    mouse.down()
+    mouse.move(box["x"] + last * box["width"], middle, steps=5)
+    mouse.up()
+
+
+def test_a_zoom_survives_the_next_step(server: ServerProcess, browser: Browser, job: str) -> None:
+    with page_of(browser, server.url) as page:
+        open_live(page, server, job)
+        figure = page.locator(".chart").filter(has_text="Loss by step")
+        figure.get_by_text("As a table").click()
+        rows = figure.locator("details tbody tr")
+        expect(rows).to_have_count(10)
+        drag_over(figure.locator(".u-over"), 0.25, 0.75)
+        zoom = figure.locator(".zoom small")
+        expect(zoom).to_have_text(re.compile(r"^step 3\.\d+ to 7\.\d+$"))
+        before = zoom.inner_text()
+        report_step(page, 11, train_loss=0.5)
+        expect(rows).to_have_count(11)
+        expect(zoom).to_have_text(before)
+        figure.get_by_role("button", name="Reset zoom").click()
+        expect(zoom).to_have_text("Drag over the chart to zoom in.")
+
+
+def test_the_legend_keeps_the_last_held_out_loss(server: ServerProcess, browser: Browser, job: str) -> None:
+    with page_of(browser, server.url) as page:
+        open_live(page, server, job)
+        legend = page.locator(".chart .u-legend").first
+        expect(legend).to_contain_text("0.553 (at 4)")
+        expect(legend).to_contain_text("0.6")  # training, at step 10
+
+
+def test_curves_are_smoothed_and_logarithmic(server: ServerProcess, browser: Browser, job: str) -> None:
+    with page_of(browser, server.url) as page:
+        open_live(page, server, job)
+        figure = page.locator(".chart").filter(has_text="Loss by step")
+        figure.get_by_text("As a table").click()
+        expect(figure.locator("details tbody tr")).to_have_count(10)
+        page.get_by_label("Smoothing").fill("0.5")
+        expect(figure.locator("details thead th")).to_have_text(
+            ["step", "training", "training, smoothed", "held-out"]
+        )
+        expect(figure.locator("details tbody tr").nth(1).locator("td").nth(1)).to_have_text(
+            "4.000"
+        )  # (0.5·6 + 3) / 1.5
+        linear = picture(figure)
+        page.get_by_label("Logarithmic").check()
+        wait_until(lambda: picture(figure) != linear, what="a logarithmic chart")
+        page.get_by_text("Learning rate and gradient norm").click()
+        for title, wanted in (("Learning rate by step", "0.0001000"), ("Gradient norm by step", "11.00")):
+            course = page.locator(".chart").filter(has_text=title)
+            course.get_by_text("As a table").click()
+            expect(course.locator("details tbody tr").last.locator("td")).to_have_text(wanted)
+        assert violations(page) == []

@@ -4,7 +4,7 @@ import { html } from "../lib/html.js";
 import { Table } from "./basics.js";
 import { Trust } from "./decisions.js";
 
-/** @import { Point } from "./loss.js" */
+/** @import { Point } from "../lib/curves.js" */
 /**
  * @typedef {{version: string | null, metric: "loss" | "exact_match" | "accuracy" | "brier", num_rows: number, tuned: number, other: number,
  *   includes_trained?: boolean, low: number | null, high: number | null, verdict: Verdict}} Comparison

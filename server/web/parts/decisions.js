@@ -97,7 +97,7 @@ function TrustIn({ name, report: { summary, reliability = [], confusion } }) {
   const x = useMemo(() => reliability.map((bin) => Math.round(1000 * bin.confidence) / 10), [reliability]);
   const series = useMemo(
     () =>
-      /** @type {import("./chart.js").Series[]} */ ([
+      /** @type {import("./plot.js").Series[]} */ ([
         { label: "right, %", tone: "first", values: reliability.map((bin) => 100 * bin.accuracy) },
         { label: "ideal", tone: "third", values: x, isDashed: true },
       ]),

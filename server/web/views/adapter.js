@@ -1,6 +1,7 @@
 /** One adapter: its versions and aliases, rollback, lineage, and the card of each version. */
 import { isOfChats, newestFirst, placeOf } from "../lib/adapters.js";
 import { ask, download, get } from "../lib/api.js";
+import { pointsOf } from "../lib/curves.js";
 import { bytes, compact, moment, percent } from "../lib/format.js";
 import { html, useMemo, useState } from "../lib/html.js";
 import { asked, columns, expression } from "../lib/playground.js";
@@ -10,7 +11,7 @@ import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } 
 import { Card } from "../parts/card.js";
 import { Decide } from "../parts/decisions.js";
 import { Lineage } from "../parts/lineage.js";
-import { LossChart, pointsOf } from "../parts/loss.js";
+import { LossChart } from "../parts/loss.js";
 
 /** @param {{adapter: Adapter, isOwn: boolean, onChange: () => Promise<void>}} props */
 export function AdapterDetail({ adapter, isOwn, onChange }) {

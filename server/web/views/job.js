@@ -1,5 +1,6 @@
 /** One job: its live curves, log, actions and result. */
 import { Problem, ask, download, events, get } from "../lib/api.js";
+import { pointsOf, pointsOfEvents } from "../lib/curves.js";
 import { ago, count, duration, loss, moment, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
 import { filled, formOf } from "../lib/job_form.js";
@@ -7,12 +8,12 @@ import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { Bar, Careful, Fault, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
-import { LossChart, pointsOf } from "../parts/loss.js";
+import { LossChart } from "../parts/loss.js";
 import { Settings } from "../parts/settings.js";
 import { Status } from "../parts/status.js";
 import { TryIt } from "../parts/try_it.js";
 
-/** @import { Point } from "../parts/loss.js" */
+/** @import { Point } from "../lib/curves.js" */
 
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const RETRY_SECONDS = 2;
@@ -94,12 +95,6 @@ function useEvents(id, onNews) {
   return found;
 }
 
-/** The losses of all steps. @param {JobEvent[]} found @param {"train_loss" | "eval_loss"} name @returns {[number, number][]} */
-const losses = (found, name) =>
-  found.flatMap(({ type, data: { step, [name]: value } }) =>
-    type === "metrics" && step !== undefined && value !== undefined && value !== null ? [[step, value]] : [],
-  );
-
 /** @param {{id: string, onChange: () => void}} props */
 export function JobDetail({ id, onChange }) {
   const path = `/train/${encodeURIComponent(id)}`;
@@ -111,7 +106,7 @@ export function JobDetail({ id, onChange }) {
     [id, hasReport],
   );
   const points = useMemo(() => {
-    const live = pointsOf({ train_loss: losses(found, "train_loss"), eval_loss: losses(found, "eval_loss") });
+    const live = pointsOfEvents(found);
     return live.length ? live : pointsOf(report.data?.curves);
   }, [found, report.data]);
   const steer = useAction(async (/** @type {string} */ what) => {
