@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
-from tests.web.browser import page_of, violations
-from tests.web.jobs_kit import submitted
+from tests.web.browser import DESKTOP, PHONE, is_wider_than_the_screen, page_of, violations
+from tests.web.jobs_kit import PUBLISHED, ROWS, submitted
 
 pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
 
@@ -146,3 +147,77 @@ def test_curves_are_smoothed_and_logarithmic(server: ServerProcess, browser: Bro
             course.get_by_text("As a table").click()
             expect(course.locator("details tbody tr").last.locator("td")).to_have_text(wanted)
         assert violations(page) == []
+
+
+MEASURED = {"slow": (0.0001, 2.35, 0.25), "fast": (0.01, 1.83, 0.96), "unmeasured": (0.001, None, None)}
+"""By name: a run's learning rate, held-out loss and recall."""
+
+
+@pytest.fixture
+def runs(server: ServerProcess) -> list[dict[str, Any]]:
+    """Queue the runs, and return them as if they had succeeded, except one that still waits."""
+    found = []
+    for number, (name, (rate, held, recall)) in enumerate(MEASURED.items()):
+        body = {"name": name, "data": ROWS, "training": {"learning_rate": rate, "max_steps": 4}}
+        job = server.client.post("/train", json=body).raise_for_status().json()
+        if held is not None:
+            job |= {
+                "status": "succeeded",
+                "adapter": PUBLISHED | {"name": name},
+                "metrics": {"eval_loss": held, "base_eval_loss": 4.61, "recall": recall},
+                "started_at": "2026-01-01T00:00:00Z",
+                "finished_at": f"2026-01-01T00:0{number + 1}:00Z",
+            }
+        found.append(job)
+    return found
+
+
+def pretend_runs(page: Page, runs: list[dict[str, Any]]) -> None:
+    """Answer the page with these jobs alone, each of which has reported four steps if it succeeded."""
+    page.route(re.compile(r"/train(\?.*)?$"), lambda route: route.fulfill(json={"jobs": runs, "next": None}))
+
+    def events(route: Route) -> None:
+        (run,) = (run for run in runs if run["id"] in route.request.url)
+        held = run["metrics"].get("eval_loss")
+        steps = [{"step": step, "train_loss": 4 / step, "eval_loss": held} for step in range(1, 5)]
+        fields = {"at": "2026-01-01T00:00:00Z", "level": "info", "type": "metrics", "message": ""}
+        route.fulfill(json=[fields | {"seq": data["step"], "data": data} for data in steps if held])
+
+    page.route("**/events?limit=*", events)
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_runs_are_sorted_and_compared(
+    server: ServerProcess, browser: Browser, runs: list[dict[str, Any]], size: tuple[int, int]
+) -> None:
+    with page_of(browser, server.url, size) as page:
+        pretend_runs(page, runs)
+        page.goto(f"{server.url}/#/train")
+        expect(page.get_by_role("navigation", name="Jobs")).to_contain_text("held-out loss 1.83")
+        page.get_by_role("link", name="Compare runs").click()
+        table = page.get_by_role("region", name="Runs, as a table")
+        names = table.locator("tbody th a")
+        expect(names).to_have_count(3)
+        for column, wanted in (
+            ("Held-out loss", ["fast", "slow", "unmeasured"]),
+            ("Held-out loss", ["slow", "fast", "unmeasured"]),  # the other way round; unknown values stay last
+            ("Recall", ["slow", "fast", "unmeasured"]),
+            ("Learning rate", ["slow", "unmeasured", "fast"]),
+            ("Name", ["fast", "slow", "unmeasured"]),
+        ):
+            table.get_by_role("button", name=column).click()
+            expect(names).to_have_text(wanted)
+        expect(table.locator("th[aria-sort=ascending]")).to_contain_text("Name")
+        for name in ("fast", "slow"):
+            table.get_by_role("checkbox", name=f"Compare {name},").check()
+        expect(page.locator(".chart")).to_have_count(2)
+        curve = page.locator(".chart").filter(has_text="Held-out loss by step")
+        curve.get_by_text("As a table").click()
+        expect(curve.locator("details tbody tr").first.locator("td")).to_have_text(["1.830", "2.350"])
+        differing = page.get_by_role("region", name="Settings that differ, as a table").locator("tbody tr")
+        expect(differing).to_have_count(1)
+        expect(differing.first).to_have_text(re.compile(r"^Learning rate\s*0.01\s*0.0001$"))
+        assert violations(page) == []
+        assert not is_wider_than_the_screen(page)
+        page.reload()  # the chosen runs are in the address
+        expect(differing).to_have_count(1)

@@ -144,17 +144,33 @@ export function Form({ label, className = "", onSubmit, children }) {
  * A table that scrolls on narrow screens, also by keys.
  * @param {{label: string, columns: string[], children: unknown}} props a column of numbers begins with "#"; "" has buttons
  */
-export function Table({ label, columns, children }) {
+export const Table = (props) =>
+  html`<${SortedTable} ...${props} sortable=${[]} order=${{ by: "", isDown: false }} onOrder=${() => {}} />`;
+
+/**
+ * A table that is sorted by the column whose heading is pressed. It scrolls like `Table`.
+ * @param {{label: string, columns: string[], sortable: string[], order: {by: string, isDown: boolean},
+ *   onOrder: (column: string) => void, children: unknown}} props `sortable`: columns without their "#"; `order`: the
+ *   present one
+ */
+export function SortedTable({ label, columns, sortable, order, onOrder, children }) {
+  const headOf = (/** @type {string} */ column) => {
+    const words = column.replace(/^#/, "");
+    const direction = words !== order.by ? "none" : order.isDown ? "descending" : "ascending";
+    const sign = { none: "", ascending: " ↑", descending: " ↓" }[direction];
+    const isSortable = sortable.includes(words);
+    return html`<th scope="col" class=${words === column ? "" : "number"} aria-sort=${isSortable ? direction : undefined}>
+      ${
+        isSortable
+          ? html`<button type="button" class="sort" onClick=${() => onOrder(words)}>${words}<span aria-hidden="true">${sign}</span></button>`
+          : words || html`<span class="hidden">What to do</span>`
+      }
+    </th>`;
+  };
   return html`<div class="scroll" tabindex="0" role="region" aria-label="${label}, as a table">
     <table>
       <thead>
-        <tr>
-          ${columns.map((words) =>
-            words.startsWith("#")
-              ? html`<th scope="col" class="number">${words.slice(1)}</th>`
-              : html`<th scope="col">${words || html`<span class="hidden">What to do</span>`}</th>`,
-          )}
-        </tr>
+        <tr>${columns.map(headOf)}</tr>
       </thead>
       <tbody>${children}</tbody>
     </table>

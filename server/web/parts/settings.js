@@ -1,7 +1,8 @@
 /** Settings of a job, by their names in the API. */
 import { html } from "../lib/html.js";
 
-const HIDDEN = new Set(["name", "start_from_digest"]);
+/** Settings that say nothing about how a job trains. */
+export const HIDDEN = new Set(["name", "start_from_digest"]);
 
 /** @param {{config: Record<string, any>}} props */
 export function Settings({ config }) {
@@ -17,16 +18,16 @@ export function Settings({ config }) {
 }
 
 /** The entries, with those of `lora` and `training` in their places. @param {Record<string, any>} config @returns {[string, any][]} */
-const flat = (config) =>
+export const flat = (config) =>
   Object.entries(config).flatMap(([name, value]) =>
     value && typeof value === "object" && !Array.isArray(value) ? flat(value) : [[name, value]],
   );
 
 /** @param {string} name */
-const words = (name) => (name.charAt(0).toUpperCase() + name.slice(1)).replaceAll("_", " ");
+export const words = (name) => (name.charAt(0).toUpperCase() + name.slice(1)).replaceAll("_", " ");
 
 /** @param {any} value */
-function shown(value) {
+export function shown(value) {
   if (value === null) return "–";
   if (typeof value === "boolean") return value ? "yes" : "no";
   return Array.isArray(value) ? value.join(", ") : String(value);

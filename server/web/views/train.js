@@ -1,7 +1,8 @@
 /** Train: the list of jobs, a new job, one job. */
 import { get } from "../lib/api.js";
-import { ago } from "../lib/format.js";
+import { ago, loss } from "../lib/format.js";
 import { html, useRef } from "../lib/html.js";
+import { lazy } from "../lib/lazy.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { to } from "../lib/route.js";
 import { Bar, Fault, useInSight } from "../parts/basics.js";
@@ -31,8 +32,10 @@ async function newest(pages, signal) {
   };
 }
 
+const Runs = lazy(async () => (await import("./runs.js")).Runs);
+
 /** @param {{path: string[]}} props */
-export function TrainView({ path: [id] }) {
+export function TrainView({ path: [id, ...others] }) {
   const pages = useRef(1);
   const jobs = useResource((signal) => newest(pages.current, signal), [], 5);
   const older = useAction(() => {
@@ -44,11 +47,19 @@ export function TrainView({ path: [id] }) {
   const isOffered = useRef(false); // then the form stays, though a poll lists the job before its POST is answered
   if (id) isOffered.current = false;
   else if (listed?.length === 0) isOffered.current = true;
-  return html`<div class="row between">
+  const more = jobs.data?.isCut
+    ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>`
+    : null;
+  const heading = html`<div class="row between">
       <h1>Train</h1>
-      ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
+      <p class="row">
+        ${id === "runs" ? html`<a href=${to("train")}>List</a>` : html`<a href=${to("train", "runs")}>Compare runs</a>`}
+        ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
+      </p>
     </div>
-    <${Fault} problem=${jobs.problem} />
+    <${Fault} problem=${jobs.problem} />`;
+  if (id === "runs") return html`${heading}<${Runs} jobs=${listed ?? null} ids=${others} more=${more} />`;
+  return html`${heading}
     <div class="sides list">
       <nav aria-label="Jobs">
         ${listed?.length === 0 ? html`<p>No job yet.</p>` : null}
@@ -61,13 +72,14 @@ export function TrainView({ path: [id] }) {
                   <${Status} job=${job} />
                   ${job.project === "default" ? null : html`<small>of ${job.project}</small>`}
                   ${job.adapter ? html`<small>version ${job.adapter.version}</small>` : null}
+                  ${typeof job.metrics["eval_loss"] === "number" ? html`<small>held-out loss ${loss(job.metrics["eval_loss"])}</small>` : null}
                   <small>${ago(job.created_at)}</small>
                   ${job.status === "running" ? html`<${Bar} label="progress" value=${job.progress.step} most=${job.progress.total_steps ?? 0} />` : null}
                 </a>
               </li>`,
           )}
         </ul>
-        ${jobs.data?.isCut ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>` : null}
+        ${more}
       </nav>
       <div class=${id ? "chosen" : ""} tabindex="-1" ref=${detail}>
         ${
