@@ -1,4 +1,5 @@
-"""The audit log: what operators and keys did, when, and by which request. Entries never change.
+"""The audit log: what operators and keys did, when, and by which request. Entries never change, and
+RETAIN_AUDIT alone removes them.
 
 If a request is being handled, its id and its client's address are added to every entry.
 """
@@ -20,6 +21,7 @@ from server.telemetry.logs import NO_REQUEST, request_id
 
 REFUSED = "refused"
 """The action of an attempt that was answered with 401 or 403."""
+_PRUNED_AT_ONCE = 1000
 
 client_address: ContextVar[str | None] = ContextVar("client_address", default=None)
 """The address of the client whose request is being handled, or None."""
@@ -87,6 +89,20 @@ class Audit:
             transact(self._engine, lambda connection: record(connection, who, action, project, target, detail))
         except (DBAPIError, Unavailable):
             log.error("not on the audit list: %s did %s of %s in %s", who, action, ascii(target), project)
+
+    def prune(self, before: datetime) -> int:
+        """Remove all entries from before that time, and return their number.
+
+        Each transaction removes few of them, so that other writers don't wait.
+        """
+        with self._reader.connect() as connection:
+            newest = connection.execute(sa.select(sa.func.max(audit.c.number)).where(audit.c.at < before)).scalar()
+        old = sa.select(audit.c.number).where(audit.c.number <= (newest or 0)).order_by(audit.c.number)
+        removal = sa.delete(audit).where(audit.c.number.in_(old.limit(_PRUNED_AT_ONCE).scalar_subquery()))
+        num_removed = 0
+        while removed := transact(self._engine, lambda connection: connection.execute(removal).rowcount):
+            num_removed += removed
+        return num_removed
 
     def list(
         self,

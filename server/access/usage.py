@@ -8,7 +8,7 @@ usage of a job is stored in the transaction that ends the job.
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, date, datetime
 from functools import partial
 from typing import Literal, get_args
@@ -18,7 +18,8 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters.errors import InDoubt, Unavailable
 from adapters.sql import reader_of, transact
-from server.access.tables import usage
+from server.access.projects import RETIRED
+from server.access.tables import api_keys, usage
 
 FLUSH_SECONDS = 0.5
 
@@ -64,8 +65,15 @@ def add_in(connection: sa.Connection, account: Account, sums: Usage) -> None:
 
 
 def _add_all(pending: Mapping[Account, Usage], connection: sa.Connection) -> None:
+    """Add pending usage. That of a deleted project's key goes to the name under which its history is kept.
+
+    Otherwise an answer that ended after the deletion would count for a new project of the same name.
+    """
+    mine = api_keys.c.id.in_({account.key_id for account in pending})
+    retired = sa.select(api_keys.c.id, api_keys.c.project).where(mine, api_keys.c.project.contains(RETIRED))
+    projects = {row.id: row.project for row in connection.execute(retired)}
     for account, sums in pending.items():
-        add_in(connection, account, sums)
+        add_in(connection, replace(account, project=projects.get(account.key_id, account.project)), sums)
 
 
 def _sum_of(column: "sa.Column[float]") -> "sa.Cast[float]":

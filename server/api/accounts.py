@@ -167,6 +167,7 @@ class UsageRow(Answer):
 
 class UsageAnswer(Answer):
     rows: list[UsageRow]
+    next: str | None = Field(description="pass it as `after` for the next page")
 
 
 class AuditEntry(Answer):
@@ -471,14 +472,20 @@ Moment = Annotated[
 
 
 @usage_router.get(
-    "/usage", summary="Usage", response_class=Response, responses={200: {"model": UsageAnswer}, **READS}
+    "/usage",
+    summary="Usage",
+    response_class=Response,
+    responses={200: {"model": UsageAnswer, "headers": LINK}, **READS},
 )
 @requires(READ | MANAGE, is_list=True)
 async def get_usage(
+    request: Request,
     services: ServicesDep,
     first: Annotated[Day, Query(alias="from", description="a day in UTC, included")] = None,
     to: Annotated[Day, Query(description="a day in UTC, included")] = None,
     by: Annotated[By | None, Query(description="return a row for each; default: one row for all")] = None,
+    limit: AllLimit = MAX_ALL,
+    after: Annotated[str | None, Query(max_length=4096, description="`next` of the previous page")] = None,
 ) -> Response:
     """Sum usage: tokens of answers as in their `usage`, and tokens and time of jobs that have ended.
 
@@ -487,7 +494,9 @@ async def get_usage(
     """
     if first is not None and to is not None and to < first:
         raise InvalidInput.of("to", "must not be before from")
-    return wire.answer(UsageAnswer(rows=await to_thread.run_sync(_rows, services, first, to, by)))
+    rows = await to_thread.run_sync(_rows, services, first, to, by)
+    page, following = page_of(rows, lambda row: "" if by is None else str(getattr(row, by)), limit, after)
+    return wire.answer(UsageAnswer(rows=list(page), next=following), headers=link(request, following))
 
 
 @usage_router.get(

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from inspect import signature
 from typing import Any
 
@@ -73,6 +74,8 @@ def create_app(services: Services) -> FastAPI:
             if services.bucket is not None:
                 services.library.sweep()
             clean_uploads(services.storage)
+            if days := services.settings.retain_audit:
+                services.access.audit.prune(datetime.now(UTC) - timedelta(days=days))
 
         tasks = [
             asyncio.create_task(keep_house(services.retention, services.settings.retain_jobs, sweep=sweep)),

@@ -43,7 +43,8 @@ _BUSY_BLOCKS = 0.9  # used share of a replica's blocks above which one more repl
 _OF_APIS = {
     *("host", "port", "root_path", "public_url", "trusted_proxies", "allowed_hosts", "allowed_origins"),
     *("max_connections", "header_timeout", "body_timeout", "stall_timeout", "min_free_bytes", "allow_anonymous"),
-    *("api_keys", "database_url", "retain_jobs", "allow_hub_adapters", "train_share", "train_slice"),
+    *("api_keys", "database_url", "retain_jobs", "retain_audit"),
+    *("allow_hub_adapters", "train_share", "train_slice"),
 }
 """Settings that replicas don't use."""
 _CODE = ("*.py", "*.cpp", "*.h")  # files of the code that replicas run

@@ -320,6 +320,9 @@ class Settings(Limits, WorkerSettings):
         le=36_500,
         description="Days after which an ended job's model and log are removed; 0: never.",
     )
+    retain_audit: float = Field(
+        0, ge=0, le=36_500, description="Days after which entries of the audit list are removed; 0: never."
+    )
     allow_hub_adapters: bool = Field(False, description="Let clients import adapters from the Hugging Face hub.")
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import httpx
 import pytest
 
+from server.access.usage import Usage
 from server.api.app import ROUTES
 from server.api.openapi import App
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -85,12 +86,31 @@ async def test_unknown_ids_begin_no_page(client: httpx.AsyncClient, path: str) -
     assert "begin with the first page" in error["message"]
 
 
+async def test_usage_has_pages(client: httpx.AsyncClient, app: App) -> None:
+    await fill(client)
+    ledger = app.state.services.access.ledger
+    for number in range(NUM_ITEMS):
+        ledger.add("default", f"key-{number}", "+".join(f"n{one}" for one in range(number + 1)), Usage(requests=1))
+    assert (await client.get("/usage")).json()["next"] is None
+    for by in ("key", "adapter"):
+        whole = (await client.get(f"/usage?by={by}")).json()["rows"]
+        assert len(whole) == NUM_ITEMS
+        found, url = [], f"/usage?by={by}&limit=2"
+        while url:
+            response = await client.get(url)
+            assert response.status_code == 200, response.text
+            found += response.json()["rows"]
+            assert response.json()["next"] in (None, found[-1][by])
+            url = response.headers.get("link", "").partition(">")[0].removeprefix("<")
+        assert found == whole
+    assert (await client.get("/usage?by=key&after=nothing")).status_code == 422
+
+
 def test_every_list_is_in_pages(app: App) -> None:
-    """Except sums, whose number of rows the request's days bound."""
     for path, operations in app.openapi()["paths"].items():
         schema = operations.get("get", {}).get("responses", {}).get("200", {})
         reference = str(schema.get("content", {}).get("application/json", {}).get("schema", {}).get("$ref", ""))
-        if not reference.endswith("List") or path.startswith("/v1/"):
+        if not reference.endswith(("List", "UsageAnswer")) or path.startswith("/v1/"):
             continue
         parameters = {parameter["name"] for parameter in operations["get"]["parameters"]}
         assert {"limit", "after"} <= parameters, path

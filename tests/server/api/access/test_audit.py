@@ -7,12 +7,15 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 
 from adapters.errors import Conflict
 from adapters.names import Viewpoint
 from server.access.audit import Audit
 from server.access.principal import OPERATOR, Quota
+from server.access.tables import audit
+from server.access.usage import Usage
 from server.api.app import create_app
 from server.api.authentication import Sender
 from server.api.refusals import LEFT_OUT, MAX_ENTRIES, Refusals
@@ -21,6 +24,7 @@ from server.jobs.leases import Leases
 from server.training.spec import JobSpec
 from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.fakes import until
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
 from tests.server.conftest import MakeServices
 
@@ -251,7 +255,9 @@ async def test_a_job_and_its_projects_deletion_exclude_each_other(app: FastAPI) 
 async def test_a_new_project_of_a_deleted_ones_name_starts_empty(app: FastAPI, leases: Leases) -> None:
     async with two_projects(app) as projects:
         acme, operator = projects.acme, projects.operator
-        await acme.post("/generate", json={"prompt": "a", "max_tokens": 4})
+        generated = await acme.post("/generate", json={"prompt": "a", "max_tokens": 4})
+        num_tokens = generated.json()["usage"]["prompt_tokens"]
+        keys = (await operator.get("/keys?project=acme")).json()["keys"]
         await acme.post("/adapters/codes", files=as_parts(*peft_files()))
         once = {"Idempotency-Key": "once"}
         job = (await acme.post("/train", json=train_body(description="confidential"), headers=once)).json()["id"]
@@ -278,9 +284,35 @@ async def test_a_new_project_of_a_deleted_ones_name_starts_empty(app: FastAPI, l
             assert fresh.json()["id"] != job
             uploaded = await reborn.post("/adapters/codes", files=as_parts(*peft_files()))
             assert uploaded.json()["version"] == 1
+            # An answer of a deleted project's key ends: its usage isn't the new project's.
+            access_of(app).ledger.add("acme", keys[0]["id"], "base", Usage(requests=1, prompt_tokens=7))
+            assert (await reborn.get("/usage?by=key")).json()["rows"] == []
         # The operator still sees all of it, under the other name.
         assert (await operator.get(f"/train/{job}")).json()["project"] == history
         assert "adapter.upload" in {entry["action"] for entry in await entries(operator, project=history)}
         by_project = (await operator.get("/usage?by=project")).json()["rows"]
-        assert history in {row["project"] for row in by_project}
+        assert {row["project"]: row["prompt_tokens"] for row in by_project}[history] == num_tokens + 7
         assert {key["project"] for key in (await operator.get("/keys")).json()["keys"]} >= {history, "acme"}
+
+
+async def test_old_entries_are_removed_if_that_is_set(
+    app: FastAPI, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.access.audit._PRUNED_AT_ONCE", 2)
+    access, now = access_of(app), datetime.now(UTC)
+    for number in range(5):
+        access.audit.add(OPERATOR, "old", "default", str(number))
+    with database.begin() as connection:
+        connection.execute(sa.update(audit).values(at=now - timedelta(days=8)))
+    access.audit.add(OPERATOR, "new", "default", "5")
+    assert access.audit.prune(now - timedelta(days=9)) == 0
+    assert access.audit.prune(now - timedelta(days=7)) == 5
+    assert [entry.target for entry in access.audit.list(10)] == ["5"]
+
+
+async def test_the_server_removes_old_entries(make_services: MakeServices) -> None:
+    app = create_app(make_services(retain_audit=1e-9))
+    access = access_of(app)
+    access.audit.add(OPERATOR, "old", "default", "0")
+    async with app.router.lifespan_context(app):
+        await until(lambda: not access.audit.list(1))
