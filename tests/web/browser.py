@@ -1,5 +1,6 @@
 """Headless Chromium on a page of a running server; errors that the page reports fail the test."""
 
+import re
 import shutil
 from base64 import b64encode
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from playwright.sync_api import Browser, Page, Playwright, expect
+from playwright.sync_api import Browser, Locator, Page, Playwright, expect
 
 from tests.web.vendor import PACKAGES
 
@@ -96,6 +97,12 @@ def drop(page: Page, selector: str, files: dict[str, bytes]) -> None:
         contents,
     )
     page.dispatch_event(selector, "drop", {"dataTransfer": transfer})
+
+
+def act(place: Locator, action: str) -> None:
+    """Choose an action from the first menu ("⋯") in `place`."""
+    place.get_by_role("button", name=re.compile("[Aa]ctions for ")).first.click()
+    place.page.get_by_role("button", name=action, exact=True).click()
 
 
 def save(page: Page, path: Path) -> None:

@@ -13,7 +13,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.jobs.merge_kit import sample
-from tests.web.browser import drop, page_of
+from tests.web.browser import act, drop, page_of
 from tests.web.test_sign_in import make_key, sign_in
 
 pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
@@ -134,7 +134,9 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
         page.goto(f"{server.url}/#/adapters/{adapter}")
         expect(page.get_by_text("There are more than this page lists: find them by name.")).to_be_visible()
         expect(page.get_by_role("article", name=adapter)).to_contain_text("latest")
+        page.get_by_role("button", name=f"More actions for {adapter}").click()
         expect(page.get_by_role("button", name="Make private")).to_be_visible()  # it is its project's
+        page.keyboard.press("Escape")
         expect(page.get_by_role("heading", name="Other projects', public")).to_have_count(0)
         page.get_by_role("searchbox", name="Find").fill("EBR")
         expect(page.locator("ul.names").first.locator("li")).to_have_text(re.compile(adapter))  # its project's
@@ -194,13 +196,14 @@ def test_another_projects_adapters_are_the_operators_too(
         expect(page.locator("ul.hidden li", has_text="beta/tone@1 comes from base")).to_be_attached()
         page.goto(f"{server.url}/#/adapters/beta/tone")
         with page.expect_download() as saved:
-            page.get_by_role("button", name="Download").click()
+            act(page.get_by_role("region", name="Versions of beta/tone, as a table"), "Download")
         assert saved.value.suggested_filename == "beta-tone-1.zip"
-        page.get_by_role("button", name="Make public").click()
-        page.get_by_role("dialog", name="Make public?").get_by_role("button", name="Make public").click()
-        expect(page.get_by_role("button", name="Make private")).to_be_visible()
-        page.get_by_role("button", name="Make private").click()
-        expect(page.get_by_role("button", name="Make public", exact=True)).to_be_visible()
+        article = page.get_by_role("article", name="beta/tone")
+        act(article, "Make public…")
+        page.get_by_role("dialog").get_by_role("button", name="Make public").click()
+        expect(article.get_by_text("beta/tone is public now.")).to_be_visible()
+        act(article, "Make private")
+        expect(article.get_by_text("beta/tone is private now.")).to_be_visible()
     assert server.client.get("/adapters/tone", headers=beta).json()["visibility"] == "private"
 
 

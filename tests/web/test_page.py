@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
-from tests.web.browser import DESKTOP, PATIENCE, PHONE, drop, is_wider_than_the_screen, page_of, violations
+from tests.web.browser import DESKTOP, PATIENCE, PHONE, act, drop, is_wider_than_the_screen, page_of, violations
 
 pytestmark = pytest.mark.real
 
@@ -246,25 +246,27 @@ def test_roll_back(server: ServerProcess, browser: Browser, adapter_dir: Path, n
     with page_of(browser, view(server, f"adapters/{noise}")) as page:
         versions = page.get_by_role("region", name="Versions of noise")
         row = versions.get_by_role("row", name=re.compile("^1 "))
-        row.get_by_role("button", name="Roll back to it").click()
-        expect(row).to_contain_text("latest")
+        act(row, "Use this version")
+        expect(row).to_contain_text("in use (latest)")
+        expect(page.get_by_role("region", name="Version 1", exact=True)).to_be_visible()
         assert server.client.get("/adapters/noise").json()["latest"] == 1
-        page.get_by_text("Give a version a name").click()
+        page.get_by_text("Add alias").click()
         page.get_by_role("textbox", name="Alias").fill("prod")
         page.get_by_role("button", name="Set").click()
         expect(versions).to_contain_text("prod")
         assert list(server.client.get("/adapters/noise").json()["aliases"]) == ["prod"]
         with page.expect_download() as download:
-            row.get_by_role("button", name="Download").click()
+            act(row, "Download")
         assert download.value.suggested_filename == "noise-1.zip"
         other = versions.get_by_role("row", name=re.compile("^2 "))
-        other.get_by_role("button", name="Delete").click()
-        page.get_by_role("dialog", name="Delete?").get_by_role("button", name="Delete").click()
+        act(other, "Delete version 2…")
+        page.get_by_role("dialog", name="Delete version 2…?").get_by_role("button", name="Delete").click()
         expect(page.get_by_role("alert")).to_contain_text("prod")  # the alias holds it, and the answer says so
         page.get_by_role("button", name="Remove the alias prod").click()
         expect(versions).not_to_contain_text("prod")
-        other.get_by_role("button", name="Delete").click()
-        page.get_by_role("dialog", name="Delete?").get_by_role("button", name="Delete").click()
+        act(other, "Delete version 2…")
+        page.get_by_role("dialog", name="Delete version 2…?").get_by_role("button", name="Delete").click()
+        expect(page.get_by_role("status").filter(has_text="Version 2 was deleted.")).to_be_visible()
         expect(other).to_have_count(0)
 
 

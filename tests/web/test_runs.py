@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
+from adapters.peft.files import write
+from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
-from tests.web.browser import DESKTOP, PHONE, is_wider_than_the_screen, page_of, violations
+from tests.server.jobs.merge_kit import sample
+from tests.web.browser import DESKTOP, PHONE, act, is_wider_than_the_screen, page_of, violations
 from tests.web.jobs_kit import PUBLISHED, ROWS, submitted
 
 pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
@@ -221,3 +224,103 @@ def test_runs_are_sorted_and_compared(
         assert not is_wider_than_the_screen(page)
         page.reload()  # the chosen runs are in the address
         expect(differing).to_have_count(1)
+
+
+@pytest.fixture(scope="module")
+def versions(server: ServerProcess, tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Upload ten adapters, of which `a` has seven versions, the newest of all adapters."""
+    directory = tmp_path_factory.mktemp("adapter")
+    for number in range(16):
+        write(directory, sample(tiny_base.config.shape, number, rank=2))
+        server.upload("bcdefghij"[number] if number < 9 else "a", directory)
+
+
+def measured(page: Page, server: ServerProcess) -> None:
+    """Answer the page as if jobs had measured each version."""
+    listed = server.client.get("/adapters").json()
+    for adapter in listed["adapters"]:
+        for version in adapter["versions"]:
+            version["metrics"] = {"eval_loss": 1.83, "base_eval_loss": 4.61, "recall": 0.96}
+    page.route(re.compile(r"/adapters\?limit"), lambda route: route.fulfill(json=listed))
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_the_deciding_columns_of_versions_are_in_sight(
+    server: ServerProcess, browser: Browser, size: tuple[int, int]
+) -> None:
+    with page_of(browser, server.url, size) as page:
+        measured(page, server)
+        page.goto(f"{server.url}/#/adapters/a")
+        table = page.get_by_role("region", name="Versions of a, as a table")
+        expect(table.locator("tbody tr")).to_have_count(7)
+        held = table.locator("tbody tr").first.locator("td").first
+        expect(held).to_have_text(re.compile("^1\\.83\\s*\N{MINUS SIGN}2\\.78$"))
+        box, inside = held.bounding_box(), table.bounding_box()
+        assert box is not None
+        assert inside is not None
+        assert box["x"] + box["width"] <= inside["x"] + inside["width"]
+        page.get_by_role("button", name="Actions for version 1").click()
+        menu = page.locator(".menu:popover-open")
+        expect(menu.get_by_role("button")).to_have_text(["Use this version", "Download", "Delete version 1…"])
+        expect(menu.get_by_role("button").last).to_be_in_viewport(ratio=1)
+        assert violations(page) == []
+        assert not is_wider_than_the_screen(page)
+
+
+@pytest.mark.usefixtures("versions")
+def test_recent_adapters_come_first(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, server.url) as page:
+        measured(page, server)
+        page.goto(f"{server.url}/#/adapters")
+        expect(page.get_by_role("heading", name="Your project's 10")).to_be_visible()
+        names = page.locator("ul.names .name")
+        assert names.all_inner_texts() == list("ajihgfedcb")
+        expect(page.locator("ul.names li").first).to_contain_text("7 versions · held-out loss 1.83")
+        expect(page.get_by_role("form", name="Upload")).to_be_in_viewport()
+        page.get_by_role("searchbox", name="Find").fill("zzz")
+        expect(page.get_by_text("No adapter has “zzz” in its name.")).to_be_visible()
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_rollback_is_selected_and_undone(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/adapters/a") as page:
+        row = page.get_by_role("region", name="Versions of a, as a table").get_by_role("row").nth(5)
+        act(row, "Use this version")
+        expect(page.get_by_role("region", name="Version 3", exact=True)).to_be_visible()
+        expect(row).to_contain_text("in use (latest)")
+        assert server.client.get("/adapters/a").json()["latest"] == 3
+        page.get_by_role("button", name="Undo").click()
+        expect(page.get_by_role("region", name="Version 7", exact=True)).to_be_visible()
+        assert server.client.get("/adapters/a").json()["latest"] == 7
+        page.get_by_role("button", name="More actions for a").click()
+        page.get_by_role("button", name="Delete adapter…").click()
+        expect(page.get_by_role("dialog")).to_contain_text("All versions of a will be deleted.")
+        page.get_by_role("button", name="Keep it").click()
+        server.client.post("/compositions/gone", json={"expression": "a*0.5"}).raise_for_status()
+        page.goto(f"{server.url}/#/adapters/gone")
+        act(page.get_by_role("article", name="gone"), "Delete adapter…")
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(page.get_by_role("status").filter(has_text="gone was deleted.")).to_be_visible()
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_phone_shows_the_list_or_the_detail(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/adapters", PHONE) as page:
+        page.locator("ul.names").get_by_role("link").first.click()
+        expect(page.get_by_role("article", name="a", exact=True)).to_be_in_viewport()
+        expect(page.locator("ul.names")).to_be_hidden()
+        page.get_by_role("link", name="All adapters").click()
+        expect(page.locator("ul.names")).to_be_visible()
+        expect(page.get_by_role("article")).to_have_count(0)
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_list_that_has_not_changed_is_not_sent_again(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/adapters") as page:
+        expect(page.locator("ul.names li")).not_to_have_count(0)
+        with page.expect_response(lambda response: "/adapters?limit" in response.url) as polled:
+            pass
+        assert polled.value.status == 304
+        page.goto(f"{server.url}/#/adapters/b")
+        expect(page.get_by_role("article", name="b", exact=True)).to_be_visible()

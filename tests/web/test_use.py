@@ -15,7 +15,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.jobs.merge_kit import sample
-from tests.web.browser import DESKTOP, PATIENCE, PHONE, drop, is_wider_than_the_screen, page_of, violations
+from tests.web.browser import DESKTOP, PATIENCE, PHONE, act, drop, is_wider_than_the_screen, page_of, violations
 from tests.web.jobs_kit import JSONL, PUBLISHED, pretend, submitted
 
 pytestmark = pytest.mark.thorough  # what everybody does with it: test_page.py
@@ -259,7 +259,7 @@ def test_reading_position_is_kept(
         for path, routes in held.items():
             routes[0].continue_()
             page.unroute(path)
-        jobs = page.get_by_role("navigation", name="Jobs").get_by_role("link")
+        jobs = page.locator("nav[aria-label=Jobs] a")  # a phone hides them
         expect(jobs.nth(19)).to_be_attached()
         expect(page.get_by_label("Data set").locator("option", has_text="rows.jsonl")).not_to_have_count(0)
         page.wait_for_timeout(300)
@@ -418,7 +418,10 @@ def test_user_who_left_a_delete_stays_there(server: ServerProcess, browser: Brow
         for path in (f"train/{job}", "adapters/gone"):
             page.goto(f"{server.url}/#/{path}")
             held = held_back(page, f"**/{path}", "DELETE")
-            page.get_by_role("article").get_by_role("button", name="Delete").first.click()
+            if path.startswith("adapters/"):
+                act(page.get_by_role("article"), "Delete adapter…")
+            else:
+                page.get_by_role("article").get_by_role("button", name="Delete").click()
             page.get_by_role("dialog").get_by_role("button", name="Delete").click()
             wait_for_number(page, held, 1)
             page.get_by_role("link", name="Engine").click()
@@ -584,10 +587,13 @@ def test_the_focus_stays_where_something_was_done(server: ServerProcess, browser
         made.raise_for_status()
     with page_of(browser, f"{server.url}/#/adapters/turned") as page:
         versions = page.get_by_role("region", name="Versions of turned, as a table")
-        versions.get_by_role("button", name="Roll back to it").first.press("Enter")
+        rows = versions.locator("tbody tr")
+        rows.nth(1).get_by_role("button", name="Actions for version 2").press("Enter")
+        page.get_by_role("button", name="Use this version").press("Enter")
         expect(page.get_by_text("turned now means version 2.")).to_be_visible()
-        expect(versions).to_be_focused()
-        versions.locator("tbody tr").first.get_by_role("button", name="Delete").press("Enter")
+        expect(rows.nth(1).get_by_role("button", name="Actions for version 2")).to_be_focused()
+        rows.first.get_by_role("button", name="Actions for version 3").press("Enter")
+        page.get_by_role("button", name="Delete version 3…").press("Enter")
         page.keyboard.press("Enter")
         expect(versions.locator("tbody tr")).to_have_count(2)
         expect(versions).to_be_focused()
@@ -613,10 +619,10 @@ def test_an_alias_after_its_version_is_deleted(server: ServerProcess, browser: B
         made.raise_for_status()
     with page_of(browser, f"{server.url}/#/adapters/named") as page:
         article = page.get_by_role("article", name="named")
-        article.get_by_text("Give a version a name").click()
+        article.get_by_text("Add alias").click()
         expect(article.get_by_label("Version", exact=True)).to_have_value("2")
-        article.locator("tbody tr").first.get_by_role("button", name="Delete").click()
-        page.get_by_role("dialog", name="Delete?").get_by_role("button", name="Delete").click()
+        act(article.locator("tbody tr").first, "Delete version 2…")
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         expect(article.locator("tbody tr")).to_have_count(1)
         article.get_by_label("Alias", exact=True).fill("prod")
         article.get_by_role("button", name="Set").click()

@@ -1,13 +1,32 @@
 /** The adapters that the key may use: the project's own, and other projects' public ones. */
-import { get } from "./api.js";
+import { call } from "./api.js";
 import { useResource } from "./resource.js";
+import { perKey } from "./session.js";
 
 /** @typedef {{own: Adapter[], shared: Adapter[], isCut: boolean}} Listed `isCut`: there are more than are listed */
 
 const MOST = 500;
 const TYPING = 200; // ms
+const REMEMBERED = 4; // answers
+
+/** The newest lists by path, with their ETags. @type {import("./store.js").Store<Map<string, {etag: string, answer: any}>>} */
+const lists = perKey(new Map());
+
+/** The answer of a path; if it hasn't changed, it isn't sent again. @param {string} path @param {AbortSignal} [signal] */
+async function get(path, signal) {
+  const known = lists.value.get(path);
+  const headers = known ? { "If-None-Match": known.etag } : {};
+  const response = await call("GET", path, { headers, ...(signal ? { signal } : {}) });
+  if (known && response.status === 304) return known.answer;
+  const answer = await response.json();
+  const etag = response.headers.get("etag");
+  const others = [...lists.value].filter(([of]) => of !== path).slice(1 - REMEMBERED);
+  if (etag) lists.set(new Map([...others, [path, { etag, answer }]]));
+  return answer;
+}
 
 /**
+ * Adapters with a new version come first.
  * @param {AbortSignal} [signal]
  * @param {{name?: string, contains?: string}} [only] the adapter with this name, or adapters with this text in their names
  * @returns {Promise<Listed>}
@@ -21,8 +40,8 @@ export async function listAdapters(signal, only = {}) {
   const isOwn = (/** @type {Adapter} */ adapter) => !adapter.name.includes("/"); // public, and past the list of own
   const all = together(own.adapters, shared.adapters.filter(isOwn));
   return {
-    own: all,
-    shared: together(all, shared.adapters).slice(all.length),
+    own: recentFirst(all),
+    shared: recentFirst(together(all, shared.adapters).slice(all.length)),
     isCut: Boolean(own.next || shared.next),
   };
 }
@@ -67,6 +86,16 @@ export function placeOf(name) {
   const headers = project ? { "OpenAI-Project": project } : {};
   return { path: `/adapters/${encodeURIComponent(own)}`, headers };
 }
+
+/** When the newest version was made. @param {Adapter} adapter */
+export const madeAt = (adapter) => newestFirst(adapter)[0]?.created_at ?? "";
+
+/** @param {Adapter[]} adapters */
+const recentFirst = (adapters) =>
+  [...adapters].sort((one, other) => {
+    const [made, before] = [madeAt(one), madeAt(other)];
+    return made < before ? 1 : made > before ? -1 : 0;
+  });
 
 /** Versions, the newest first. @param {Adapter} adapter */
 export const newestFirst = (adapter) => [...adapter.versions].sort((one, other) => other.version - one.version);

@@ -52,7 +52,7 @@ function problemOf(status, text, retryAfter) {
 const UNREACHABLE = "the server can't be reached: is it still running?";
 
 /**
- * Send a request. Throws a Problem unless it succeeds; aborts are thrown unchanged.
+ * Send a request. Throws a Problem unless it succeeds or nothing has changed (304); aborts are thrown unchanged.
  * @param {string} method
  * @param {string} path
  * @param {Options} [options]
@@ -72,7 +72,7 @@ export async function call(method, path, { json, headers = {}, signal } = {}) {
     if (signal?.aborted) throw error;
     throw new Problem(0, UNREACHABLE);
   }
-  if (response.ok) return response;
+  if (response.ok || response.status === 304) return response;
   throw problemOf(response.status, await response.text(), response.headers.get("retry-after"));
 }
 

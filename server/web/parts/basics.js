@@ -1,5 +1,5 @@
 /** Building blocks of all views: problems, labelled fields, badges, bars. */
-import { html, useEffect, useId, useRef } from "../lib/html.js";
+import { html, useEffect, useId, useRef, useState } from "../lib/html.js";
 import { duration } from "../lib/format.js";
 
 /** @import { Problem } from "../lib/api.js" */
@@ -187,29 +187,40 @@ export function Bar({ label, value, most }) {
 
 /**
  * A button that asks for confirmation, since its action can't be undone.
- * @param {{label: string, sure: string, deed?: string, busy?: boolean, onSure: () => void}} props `deed`: the label of
- *   the confirming button, if it isn't `label`
+ * @param {{label: string, sure: string, deed?: string, keep?: string, busy?: boolean, onSure: () => void}} props as
+ *   those of `Confirm`
  */
-export function Careful({ label, sure, deed = label, busy = false, onSure }) {
+export function Careful({ label, busy = false, ...about }) {
+  const [isAsked, setAsked] = useState(false);
+  return html`<button type="button" class="plain risky" disabled=${busy} onClick=${() => setAsked(true)}>${label}</button>
+    ${isAsked ? html`<${Confirm} label=${label} ...${about} onClose=${() => setAsked(false)} />` : null}`;
+}
+
+/**
+ * A question whether to go on.
+ * @param {{label: string, sure: string, deed?: string, keep?: string, onClose: () => void, onSure: () => void}} props
+ *   `deed` and `keep`: the labels of the buttons that go on and that don't
+ */
+export function Confirm({ label, sure, deed = label, keep = "Keep it", onClose, onSure }) {
   const dialog = useRef(/** @type {HTMLDialogElement | null} */ (null));
+  useEffect(() => dialog.current?.showModal(), []);
   const close = () => dialog.current?.close();
-  return html`<button type="button" class="plain risky" disabled=${busy} onClick=${() => dialog.current?.showModal()}>${label}</button>
-    <dialog ref=${dialog} aria-label="${label}?">
-      <p>${sure}</p>
-      <p class="row">
-        <button
-          type="button"
-          class="danger"
-          onClick=${() => {
-            close();
-            onSure();
-          }}
-        >
-          ${deed}
-        </button>
-        <button type="button" class="plain" onClick=${close}>Keep it</button>
-      </p>
-    </dialog>`;
+  return html`<dialog ref=${dialog} aria-label="${label}?" onClose=${onClose}>
+    <p>${sure}</p>
+    <p class="row">
+      <button
+        type="button"
+        class="danger"
+        onClick=${() => {
+          close();
+          onSure();
+        }}
+      >
+        ${deed}
+      </button>
+      <button type="button" class="plain" onClick=${close}>${keep}</button>
+    </p>
+  </dialog>`;
 }
 
 /**

@@ -2,39 +2,57 @@
 import { isOfChats, newestFirst, placeOf } from "../lib/adapters.js";
 import { ask, download, get } from "../lib/api.js";
 import { pointsOf } from "../lib/curves.js";
-import { bytes, compact, moment, percent } from "../lib/format.js";
-import { html, useMemo, useState } from "../lib/html.js";
+import { bytes, compact, loss, moment, percent } from "../lib/format.js";
+import { html, useEffect, useMemo, useState } from "../lib/html.js";
 import { asked, columns, expression } from "../lib/playground.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
-import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } from "../parts/basics.js";
+import { perKey } from "../lib/session.js";
+import { Badge, Fault, Form, SelectField, Table, TextField, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
 import { Decide } from "../parts/decisions.js";
 import { Lineage } from "../parts/lineage.js";
 import { LossChart } from "../parts/loss.js";
+import { Menu } from "../parts/menu.js";
+
+/** The name of the adapter that was deleted last, until another is chosen. */
+export const deleted = perKey("");
+
+/** @typedef {ReturnType<typeof useAction<[string, string, unknown, string?]>>} Change its last argument: what to say then */
 
 /** @param {{adapter: Adapter, isOwn: boolean, onChange: () => Promise<void>}} props */
 export function AdapterDetail({ adapter, isOwn, onChange }) {
   const { path, headers } = placeOf(adapter.name);
-  const change = useAction(
-    async (/** @type {string} */ method, /** @type {string} */ of, /** @type {unknown} */ json) => {
+  const change = /** @type {Change} */ (
+    useAction(async (method, of, json, said = "") => {
       await ask(method, of, json === undefined ? { headers } : { json, headers });
-      setDone(
-        /** @type {any} */ (json)?.version && of.endsWith("/latest")
-          ? `${adapter.name} now means version ${/** @type {any} */ (json).version}.`
-          : "",
-      );
+      setDone(said);
+      setFormer(0);
       await onChange();
-    },
+    })
   );
+  const use = async (/** @type {number} */ version) => {
+    const before = adapter.latest;
+    await change.run(
+      "PUT",
+      `${path}/aliases/latest`,
+      { version },
+      `${adapter.name} now means version ${version}.`,
+    );
+    choose(version);
+    setFormer(before);
+  };
   const isShown = useIsShown();
   const remove = useAction(async () => {
     await ask("DELETE", path, { headers });
+    deleted.set(adapter.name);
     if (isShown()) go("adapters");
     await onChange();
   });
   const [number, choose] = useState(adapter.latest);
   const [done, setDone] = useState("");
+  const [former, setFormer] = useState(0); // the version that was used before
+  useEffect(() => deleted.set(""), []);
   const versions = newestFirst(adapter);
   const version = versions.find((one) => one.version === number) ?? versions[0];
   return html`<article class="card" aria-label=${adapter.name}>
@@ -53,35 +71,54 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
         >
           Try it
         </button>
-        ${
-          isOwn
-            ? html`${
-                adapter.visibility === "public"
-                  ? html`<button type="button" class="plain" disabled=${change.busy} onClick=${() => change.run("PUT", `${path}/visibility`, { visibility: "private" })}>Make private</button>`
-                  : html`<${Careful} label="Make public" sure="Every project on this server can use ${adapter.name} then, and build blends of it." busy=${change.busy} onSure=${() => change.run("PUT", `${path}/visibility`, { visibility: "public" })} />`
-              }
-              <${Careful} label="Delete" sure="All versions of ${adapter.name} will be deleted. This can't be undone." busy=${change.busy} onSure=${() => remove.run()} />`
-            : null
-        }
+        ${isOwn ? html`<${Menu} label="More actions for ${adapter.name}" busy=${change.busy || remove.busy} items=${actionsOf(adapter, path, change, remove.run)} />` : null}
       </p>
     </div>
     <${Fault} problem=${change.problem ?? remove.problem} />
-    ${done ? html`<p class="done" role="status">${done}</p>` : null}
-    <${Table} label="Versions of ${adapter.name}" columns=${["Version", "Names", "#Recall", "Than before", "", "Made", "#Rank", "#Size"]}>
-          ${versions.map((one) => html`<${VersionRow} key=${one.version} adapter=${adapter} version=${one} isOwn=${isOwn} isChosen=${one === version} path=${path} change=${change} onChoose=${() => choose(one.version)} />`)}
-        <//>
+    ${
+      done && !change.problem
+        ? html`<p class="done" role="status">
+            ${done} ${former ? html`<button type="button" class="link" disabled=${change.busy} onClick=${() => use(former)}>Undo</button>` : null}
+          </p>`
+        : null
+    }
+    <${Table} label="Versions of ${adapter.name}" columns=${["Version", "#Held-out loss", "#Recall", "Than before", "Aliases", "", "Made", "#Rank", "#Size"]}>
+      ${versions.map((one) => html`<${VersionRow} key=${one.version} adapter=${adapter} version=${one} isOwn=${isOwn} isChosen=${one === version} path=${path} change=${change} onUse=${() => use(one.version)} onChoose=${() => choose(one.version)} />`)}
+    <//>
     ${adapter.next ? html`<p class="muted">Older versions than ${adapter.next} aren't shown.</p>` : null}
     ${isOwn ? html`<${NewAlias} adapter=${adapter} path=${path} change=${change} />` : null}
     ${version ? html`<${VersionDetail} key=${version.digest + version.version} version=${version} />` : null}
   </article>`;
 }
 
+/** @param {Adapter} adapter @param {string} path @param {Change} change @param {() => void} onDelete @returns {import("../parts/menu.js").Item[]} */
+function actionsOf(adapter, path, change, onDelete) {
+  const show = (/** @type {"public" | "private"} */ visibility) => () =>
+    void change.run("PUT", `${path}/visibility`, { visibility }, `${adapter.name} is ${visibility} now.`);
+  return [
+    adapter.visibility === "public"
+      ? { label: "Make private", onRun: show("private") }
+      : {
+          label: "Make public…",
+          deed: "Make public",
+          sure: `Every project on this server will be able to use ${adapter.name} and to build blends of it.`,
+          onRun: show("public"),
+        },
+    {
+      label: "Delete adapter…",
+      deed: "Delete",
+      sure: `All versions of ${adapter.name} will be deleted. This can't be undone.`,
+      onRun: onDelete,
+    },
+  ];
+}
+
 /**
- * @param {{adapter: Adapter, version: Version, isOwn: boolean, isChosen: boolean, path: string,
- *   change: ReturnType<typeof useAction<[string, string, unknown]>>, onChoose: () => void}} props
+ * @param {{adapter: Adapter, version: Version, isOwn: boolean, isChosen: boolean, path: string, change: Change,
+ *   onUse: () => void, onChoose: () => void}} props
  */
-function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose }) {
-  const { recall } = version.metrics;
+function VersionRow({ adapter, version, isOwn, isChosen, path, change, onUse, onChoose }) {
+  const { recall, eval_loss: held, base_eval_loss: base } = version.metrics;
   const number = version.version;
   const save = useAction(() =>
     download(
@@ -90,10 +127,25 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
       placeOf(adapter.name).headers,
     ),
   );
+  const remove = () => change.run("DELETE", `${path}/${number}`, undefined, `Version ${number} was deleted.`);
+  /** @type {import("../parts/menu.js").Item[]} */
+  const items = [
+    ...(number === adapter.latest ? [] : [{ label: "Use this version", onRun: onUse }]),
+    ...(version.kind === "adapter" ? [{ label: "Download", onRun: () => void save.run() }] : []),
+    {
+      label: `Delete version ${number}…`,
+      deed: "Delete",
+      sure: `Version ${number} of ${adapter.name} will be deleted. This can't be undone.`,
+      onRun: () => void remove(),
+    },
+  ];
   return html`<tr class=${isChosen ? "chosen" : ""}>
     <th scope="row"><button type="button" class="link" aria-pressed=${isChosen} onClick=${onChoose}>${number}</button></th>
+    <td class="number">${loss(held)} ${held !== undefined && base !== undefined ? html`<${Against} held=${held} base=${base} />` : null}</td>
+    <td class="number">${recall === undefined ? "–" : percent(recall)}</td>
+    <td>${version.verdict ?? "–"}</td>
     <td>
-      ${number === adapter.latest ? html`<${Badge} tone="good">latest<//>` : null}
+      ${number === adapter.latest ? html`<${Badge} tone="good">in use (latest)<//>` : null}
       ${Object.entries(adapter.aliases)
         .filter(([, of]) => of === number)
         .map(
@@ -108,20 +160,8 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
         )}
       ${version.resident ? html`<${Badge}>in memory<//>` : null} ${version.warnings.length ? html`<${Badge} tone="bad">warning<//>` : null}
     </td>
-    <td class="number">${recall === undefined ? "–" : percent(recall)}</td>
-    <td>${version.verdict ?? "–"}</td>
     <td>
-      <div class="row">
-      ${
-        isOwn && number !== adapter.latest
-          ? html`<button type="button" class="plain" disabled=${change.busy} onClick=${() => change.run("PUT", `${path}/aliases/latest`, { version: number })}>
-            ${number < adapter.latest ? "Roll back to it" : "Make it the latest"}
-          </button>`
-          : null
-      }
-      ${isOwn && version.kind === "adapter" ? html`<button type="button" class="plain" disabled=${save.busy} onClick=${() => save.run()}>Download</button>` : null}
-      ${isOwn ? html`<${Careful} label="Delete" sure="Version ${number} will be deleted. This can't be undone." busy=${change.busy} onSure=${() => change.run("DELETE", `${path}/${number}`, undefined)} />` : null}
-      </div>
+      ${isOwn ? html`<${Menu} label="Actions for version ${number}" busy=${change.busy || save.busy} items=${items} />` : null}
       <${Fault} problem=${save.problem} />
     </td>
     <td>${moment(version.created_at)}</td>
@@ -130,14 +170,20 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
   </tr>`;
 }
 
-/** @param {{adapter: Adapter, path: string, change: ReturnType<typeof useAction<[string, string, unknown]>>}} props */
+/** How a held-out loss compares with the base's. @param {{held: number, base: number}} props */
+function Against({ held, base }) {
+  const change = held - base;
+  return html`<small class=${change < 0 ? "gain" : "loss"} title="Against the base's ${loss(base)}">${change < 0 ? "−" : "+"}${loss(Math.abs(change))}</small>`;
+}
+
+/** @param {{adapter: Adapter, path: string, change: Change}} props */
 function NewAlias({ adapter, path, change }) {
   const [alias, setAlias] = useState("");
   const [chosen, setNumber] = useState(String(adapter.latest)); // it may be deleted meanwhile
   const isThere = adapter.versions.some(({ version }) => String(version) === chosen);
   const number = isThere ? chosen : String(adapter.latest);
   return html`<details>
-    <summary>Give a version a name</summary>
+    <summary>Add alias</summary>
     <${Form} label="Alias of ${adapter.name}" className="row end" onSubmit=${() => {
       if (alias)
         void change.run("PUT", `${path}/aliases/${encodeURIComponent(alias)}`, { version: Number(number) });
@@ -181,7 +227,7 @@ function CardOfJob({ id, version }) {
     : null;
   if (report.problem?.status === 403 || report.problem?.status === 404) return decide; // not this key's to read, or not kept
   return html`${decide}
-    <h3>Card</h3>
+    <h3>Evaluation</h3>
     <${Fault} problem=${report.problem} />
     ${
       report.data

@@ -1,14 +1,15 @@
 /** Adapters: the list with origins and versions in use, and upload by drop. */
-import { listAdapters, useSearch } from "../lib/adapters.js";
+import { listAdapters, madeAt, newestFirst, useSearch } from "../lib/adapters.js";
 import { upload } from "../lib/api.js";
 import { checked } from "../lib/expression.js";
 import { html, useState } from "../lib/html.js";
-import { plural } from "../lib/format.js";
+import { ago, count, loss, plural } from "../lib/format.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
+import { useStore } from "../lib/store.js";
 import { Badge, Fault, Form, TextField, useInSight } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
-import { AdapterDetail } from "./adapter.js";
+import { AdapterDetail, deleted } from "./adapter.js";
 
 /** @param {{path: string[]}} props */
 export function AdaptersView({ path }) {
@@ -23,37 +24,46 @@ export function AdaptersView({ path }) {
   // an adapter beyond the cut list may be the project's own although it isn't in the list
   const found = [...ours, ...(adapters.data?.isCut ? [] : others)].find((adapter) => adapter.name === name);
   const detail = useInSight(adapters.data ? name : null);
+  const isLoading = !adapters.data && !adapters.problem;
+  const gone = useStore(deleted);
   const matches = (/** @type {Adapter} */ adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase());
-  return html`<h1>Adapters</h1>
+  const [isNone, isUnmatched] = [!own.length && !shared.length, ![...own, ...shared].some(matches)];
+  return html`<div class="row between">
+      <h1>Adapters</h1>
+      ${name ? html`<a class="button" href=${to("adapters")}>Upload</a>` : null}
+    </div>
     <${Fault} problem=${adapters.problem} />
-    <div class="sides list">
+    <div class="sides list ${name ? "has-choice" : "has-none"}">
       <div>
-        ${
-          own.length + shared.length > 8
-            ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} />`
-            : null
-        }
-        <${Names} title="Your project's" adapters=${own.filter(matches)} chosen=${name} />
-        ${shared.length ? html`<${Names} title="Other projects', public" adapters=${shared.filter(matches)} chosen=${name} />` : null}
+        ${own.length + shared.length > 8 ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} />` : null}
+        ${isLoading ? html`<p class="muted">Loading…</p>` : null}
+        ${adapters.data ? html`<${Names} title="Your project's" adapters=${own.filter(matches)} chosen=${name} isCut=${adapters.data.isCut} />` : null}
+        ${shared.length ? html`<${Names} title="Other projects', public" adapters=${shared.filter(matches)} chosen=${name} isCut=${adapters.data?.isCut ?? false} />` : null}
         ${adapters.data?.isCut ? html`<p><small>There are more than this page lists: find them by name.</small></p>` : null}
-        ${
-          adapters.data && !own.length && !shared.length
-            ? html`<p>None yet. <a href=${to("train", "new")}>Train one</a>, or upload one below.</p>`
-            : null
-        }
+        ${adapters.data && isNone && !filter ? html`<p>None yet. <a href=${to("train", "new")}>Train one</a>, or upload one.</p>` : null}
+        ${adapters.data && isUnmatched && filter ? html`<p>No adapter has “${filter}” in its name.</p>` : null}
       </div>
       <div class="detail ${name ? "chosen" : ""}" tabindex="-1" ref=${detail}>
+        ${name ? html`<p class="back"><a href=${to("adapters")}>‹ All adapters</a></p>` : null}
+        ${gone && !name ? html`<p class="done" role="status">${gone} was deleted.</p>` : null}
         ${
           found
             ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${ours.includes(found)} onChange=${adapters.reload} />`
             : name && adapters.data
               ? html`<${Unlisted} key=${name} name=${name} />`
-              : own.length
-                ? html`<div class="card"><p>Choose an adapter to see its versions and where they come from.</p></div>`
-                : null
+              : null
+        }
+        ${
+          name
+            ? null
+            : html`<${Upload}
+                onDone=${() => {
+                  setFilter("");
+                  return adapters.reload();
+                }}
+              />`
         }
       </div>
-      <div class="below"><${Upload} onDone=${adapters.reload} /></div>
     </div>`;
 }
 
@@ -67,16 +77,16 @@ function Unlisted({ name }) {
     : html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`;
 }
 
-/** @param {{title: string, adapters: Adapter[], chosen: string}} props */
-function Names({ title, adapters, chosen }) {
-  return html`<h2>${title}</h2>
+/** @param {{title: string, adapters: Adapter[], chosen: string, isCut: boolean}} props */
+function Names({ title, adapters, chosen, isCut }) {
+  return html`<h2>${title} <small>${isCut ? `the first ${count(adapters.length)}` : count(adapters.length)}</small></h2>
     <ul class="names">
       ${adapters.map(
         (adapter) =>
-          html`<li>
+          html`<li key=${adapter.name}>
             <a href=${to("adapters", ...adapter.name.split("/"))} aria-current=${adapter.name === chosen ? "true" : undefined}>
               <span class="name">${adapter.name}</span>
-              <small>${plural(adapter.versions.length, "version")}</small>
+              <${Facts} adapter=${adapter} />
               ${adapter.kind === "composition" ? html`<${Badge}>blend<//>` : null}
               ${adapter.visibility === "public" ? html`<${Badge}>public<//>` : null}
               ${adapter.resident ? html`<${Badge} tone="good">in memory<//>` : null}
@@ -84,6 +94,20 @@ function Names({ title, adapters, chosen }) {
           </li>`,
       )}
     </ul>`;
+}
+
+/** What tells adapters apart. @param {{adapter: Adapter}} props */
+function Facts({ adapter }) {
+  const held = newestFirst(adapter).find(({ version }) => version === adapter.latest)?.metrics["eval_loss"];
+  return html`<small>
+    ${[
+      plural(adapter.versions.length, "version"),
+      ...(held === undefined ? [] : [`held-out loss ${loss(held)}`]),
+      madeAt(adapter) ? ago(madeAt(adapter)) : "",
+    ]
+      .filter(Boolean)
+      .join(" · ")}
+  </small>`;
 }
 
 const CONFIG = /adapter_config.*\.json$/;

@@ -60,7 +60,7 @@ export function TrainView({ path: [id, ...others] }) {
     <${Fault} problem=${jobs.problem} />`;
   if (id === "runs") return html`${heading}<${Runs} jobs=${listed ?? null} ids=${others} more=${more} />`;
   return html`${heading}
-    <div class="sides list">
+    <div class="sides list ${id ? "has-choice" : ""}">
       <nav aria-label="Jobs">
         ${listed?.length === 0 ? html`<p>No job yet.</p>` : null}
         <ul class="names">
@@ -82,6 +82,7 @@ export function TrainView({ path: [id, ...others] }) {
         ${more}
       </nav>
       <div class=${id ? "chosen" : ""} tabindex="-1" ref=${detail}>
+        ${id ? html`<p class="back"><a href=${to("train")}>‹ All jobs</a></p>` : null}
         ${
           id === "new" || isOffered.current
             ? html`<${NewJob} onQueued=${jobs.reload} />`
