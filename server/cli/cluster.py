@@ -1,8 +1,7 @@
 """`smolora cluster`: engine replicas on Ray Serve, API processes and workers, on one or several machines."""
 
-from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +14,6 @@ from server.errors import StartupError
 from server.storage.home import make
 from server.telemetry import logs
 
-if TYPE_CHECKING:
-    from server.cluster.deploy import Scale
-
 group = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Engine replicas on Ray Serve, API processes and workers."
 )
@@ -29,14 +25,17 @@ JoinOption = Annotated[
     str | None, typer.Option(help="The Ray cluster to join. Default: start a new one on this machine.")
 ]
 ReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas. Default: 1, or as before.")]
-AllReplicasOption = Annotated[
-    int | None, typer.Option(min=1, help="Engine replicas. Default: 1, whatever runs at present.")
+MaxReplicasOption = Annotated[
+    int | None, typer.Option(min=1, help="Engine replicas under load. As many as --replicas: no autoscaling.")
 ]
-MaxReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas under load.")]
-ReplicaCpusOption = Annotated[float, typer.Option(min=0, help="Cores for each replica.")]
-ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each replica.")]
-UpscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of sustained load before scaling up.")]
-DownscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of low load before scaling down.")]
+ReplicaCpusOption = Annotated[float | None, typer.Option(min=0, help="Cores for each replica. Default: 1.")]
+ReplicaGpusOption = Annotated[float | None, typer.Option(min=0, help="GPUs for each replica. Default: 0.")]
+UpscaleOption = Annotated[
+    float | None, typer.Option(min=0, help="Seconds of sustained load before scaling up. Default: 5.")
+]
+DownscaleOption = Annotated[
+    float | None, typer.Option(min=0, help="Seconds of low load before scaling down. Default: 300.")
+]
 SpareOption = Annotated[
     bool | None,
     typer.Option(help="Start a new replica before the old one ends, or after. Default: before, if there is room."),
@@ -49,14 +48,14 @@ def up(
     settings: Settings,
     replicas: ReplicasOption = None,
     max_replicas: MaxReplicasOption = None,
-    replica_cpus: ReplicaCpusOption = 1,
-    replica_gpus: ReplicaGpusOption = 0,
+    replica_cpus: ReplicaCpusOption = None,
+    replica_gpus: ReplicaGpusOption = None,
     api: Annotated[int, typer.Option(min=0, help="API processes, on ports from SMOLORA_PORT up.")] = 1,
     address: JoinOption = None,
     ray_port: Annotated[
         int, typer.Option(min=1, max=65535, help="The port of a new Ray cluster; Ray itself uses 10001 to 19999.")
     ] = 6379,
-    cpus: Annotated[float | None, typer.Option(min=1, help="Cores to give to Ray. Default: all.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=0, help="Cores to give to Ray. Default: all.")] = None,
 ) -> None:
     """Start Ray, engine replicas, API processes and workers, and supervise them until stopped.
 
@@ -67,7 +66,7 @@ def up(
 
     scale = None
     if address is None or replicas is not None:
-        scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
+        scale = _scale(replicas=replicas or 1, most=max_replicas, num_cpus=replica_cpus, num_gpus=replica_gpus)
     elif max_replicas is not None:
         raise StartupError("with --address, --max-replicas needs --replicas: without it no replica is changed")
     make(settings.home)
@@ -80,26 +79,36 @@ def up(
 def deploy(
     settings: Settings,
     address: AddressOption = "auto",
-    replicas: AllReplicasOption = None,
+    replicas: ReplicasOption = None,
     max_replicas: MaxReplicasOption = None,
-    replica_cpus: ReplicaCpusOption = 1,
-    replica_gpus: ReplicaGpusOption = 0,
-    upscale_seconds: UpscaleOption = 5,
-    downscale_seconds: DownscaleOption = 300,
+    replica_cpus: ReplicaCpusOption = None,
+    replica_gpus: ReplicaGpusOption = None,
+    upscale_seconds: UpscaleOption = None,
+    downscale_seconds: DownscaleOption = None,
     spare: SpareOption = None,
+    forget: Annotated[
+        bool,
+        typer.Option("--forget", help="Take what isn't given from the defaults, not the last deployment."),
+    ] = False,
 ) -> None:
-    """Update the engine replicas of a running cluster to this code, these settings and this number.
+    """Update the engine replicas of a running cluster to this code, and to the flags and variables given.
 
-    No request fails. If only the number differs, running replicas stay.
+    Everything else stays as in the last deployment. No request fails. If only the number of replicas differs,
+    running replicas stay.
     """
     _need_ray()
-    from server.cluster.deploy import deploy as run
-    from server.cluster.transport import join
+    from server.cluster.deploy import redeploy
 
-    scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
-    join(address)
-    scale = replace(scale, upscale_seconds=upscale_seconds, downscale_seconds=downscale_seconds, spare=spare)
-    run(settings, scale, say)
+    given = _scale(
+        replicas=replicas,
+        most=max_replicas,
+        num_cpus=replica_cpus,
+        num_gpus=replica_gpus,
+        upscale_seconds=upscale_seconds,
+        downscale_seconds=downscale_seconds,
+        spare=spare,
+    )
+    redeploy(settings, address, given, forget=forget, say=say)
 
 
 @group.command()
@@ -125,9 +134,9 @@ def status(home: HomeOption = None) -> None:
     """Show replicas, API processes, workers, and the queue."""
     _need_ray()
     from server.cluster import node
+    from server.cluster.finder import join, replica_counts
     from server.cluster.node import read_state
     from server.cluster.processes import is_ready, queue_of
-    from server.cluster.transport import join, replica_counts
 
     state = read_state(place_of(home))
     is_up = node.is_alive(state.pid, state.mark)
@@ -156,12 +165,18 @@ def restart(home: HomeOption = None) -> None:
 
 @group.command()
 def down(home: HomeOption = None) -> None:
-    """Stop what `up` started on this machine. Requests finish; jobs keep a checkpoint and return to the queue."""
+    """Stop what `up` started on this machine. Requests finish; jobs keep a checkpoint and return to the queue.
+
+    On the machine where the cluster began, this stops the engine replicas of all machines: the other machines' API
+    processes answer 503, and go on when `up` runs here again.
+    """
     from server.cluster import node
     from server.cluster.node import read_state, remove_state
 
     place = place_of(home)
     state = read_state(place)
+    if state.is_head:
+        say("the cluster began here: all machines' engine replicas stop until smolora cluster up runs here again")
     ended = node.end(state.pid, _DOWN_SECONDS, state.mark)
     ended = node.end(state.ray_pid, mark=state.ray_mark) and ended  # Ray still runs if `up` was killed
     if not ended:
@@ -172,13 +187,12 @@ def down(home: HomeOption = None) -> None:
 _DOWN_SECONDS = 120.0
 
 
-def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> "Scale":
-    """Return the replicas' number and resources as a `Scale`. Raise StartupError if `most` is below `replicas`."""
-    from server.cluster.deploy import Scale
-
-    if most is not None and most < (replicas or 1):
-        raise StartupError(f"--max-replicas {most} is less than --replicas {replicas or 1}")
-    return Scale(replicas or 1, most, cpus, gpus)
+def _scale(**given: float | None) -> dict[str, float]:
+    """Return the fields of `Scale` that are given. Raise StartupError if they contradict each other."""
+    found = {name: value for name, value in given.items() if value is not None}
+    if {"most", "replicas"} <= found.keys() and found["most"] < found["replicas"]:
+        raise StartupError(f"--max-replicas {found['most']} is less than --replicas {found['replicas']}")
+    return found
 
 
 def _need_ray() -> None:

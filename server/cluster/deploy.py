@@ -1,25 +1,38 @@
 """The deployment of engine replicas on Ray Serve. Serve's own config files can use `build_app`."""
 
+import asyncio
 import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 import adapters
 import server
 from adapters.errors import SmoloraError
-from server.cluster.messages import Batch, Welcome
+from server.cluster.deployed import OF_APIS, Deployed, Scale, merged_scale, merged_settings, recall, remember
+from server.cluster.finder import (
+    Addresses,
+    has_room,
+    is_too_small,
+    join,
+    replica_counts,
+    running_replicas,
+    start_fault,
+)
+from server.cluster.messages import APP, DEPLOYMENT, Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.transport import APP, DEPLOYMENT, has_room, is_too_small, replica_counts, start_fault
-from server.config import Flag, Settings, load
+from server.config import DEFAULT_MODEL, Flag, Settings, load
+from server.database import connect
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
@@ -40,41 +53,14 @@ _HEALTH_TIMEOUT_SECONDS = 10.0  # after three timeouts in a row a replica is rep
 _MAX_CALLS = 100_000  # concurrent calls of a replica: the engine's own queue refuses requests, not Serve
 _BUSY_BLOCKS = 0.9  # used share of a replica's blocks above which one more replica is wanted
 
-_OF_APIS = {
-    *("host", "port", "root_path", "public_url", "trusted_proxies", "allowed_hosts", "allowed_origins"),
-    *("max_connections", "header_timeout", "body_timeout", "stall_timeout", "min_free_bytes", "allow_anonymous"),
-    *("api_keys", "database_url", "retain_jobs", "retain_audit"),
-    *("allow_hub_adapters", "train_share", "train_slice"),
-}
-"""Settings that replicas don't use."""
+_ANSWER_SECONDS = 20.0  # for a replica to report its base and its API processes
 _CODE = ("*.py", "*.cpp", "*.h")  # files of the code that replicas run
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The number of replicas, and the resources of each.
-
-    Autoscaling starts at most `most` replicas. If `most` is None, autoscaling is off.
-    """
-
-    replicas: int = 1
-    most: int | None = None
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    upscale_seconds: float = 5.0
-    downscale_seconds: float = 300.0
-    spare: bool | None = None
-    """Whether there is room for one more replica during an upgrade, so that a new replica starts before an old one
-    stops. Otherwise the old one stops first. None: decide by Ray's free resources."""
-
-
 class Engine:
-    """The actor that Serve runs. It passes calls to an `EngineReplica`.
-
-    The methods' argument `replica` is for the router, which sends the call to the replica with that id.
-    """
+    """The actor that Serve runs. It passes calls to an `EngineReplica`."""
 
     def __init__(self, settings: Settings) -> None:
         switch_quickly()
@@ -89,14 +75,14 @@ class Engine:
         flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # place 0 is an API process's
         self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size, flag.set)
 
-    async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
+    async def follow(self, client: str) -> AsyncGenerator[Welcome | Batch, None]:
         async for message in self._replica.follow(client):
             yield message
 
-    async def submit(self, replica: str, client: str, request: GenerationRequest) -> SmoloraError | None:
+    async def submit(self, client: str, request: GenerationRequest) -> SmoloraError | None:
         return await self._replica.submit(client, request)
 
-    async def abort(self, replica: str, client: str, request_id: str) -> None:
+    async def abort(self, client: str, request_id: str) -> None:
         await self._replica.abort(client, request_id)
 
     async def check_health(self) -> None:
@@ -125,12 +111,12 @@ def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object
 def engine_app(settings: Settings, scale: Scale) -> serve.Application:
     """Return the application for `serve.run`. Its settings have no secrets, since replicas need none."""
     options: dict[str, object] = {"num_replicas": scale.replicas}
-    if scale.most is not None and scale.most > scale.replicas:
+    if scale.is_autoscaled or scale.is_ranged:
         options = {
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=scale.replicas,
                 initial_replicas=scale.replicas,
-                max_replicas=scale.most,
+                max_replicas=max(scale.most or 0, scale.replicas),
                 target_ongoing_requests=settings.max_num_seqs or SchedulerLimits.max_num_seqs,
                 metrics_interval_s=1,
                 look_back_period_s=2,
@@ -148,9 +134,6 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
         health_check_timeout_s=_HEALTH_TIMEOUT_SECONDS,
         graceful_shutdown_timeout_s=settings.request_timeout + _DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
-        request_router_config=RequestRouterConfig(
-            request_router_class="server.cluster.transport:AddressedRouter", initial_backoff_s=0.01
-        ),
         **options,
     )(Engine)
     public = settings.model_copy(update={"api_keys": (), "database_url": None})
@@ -162,7 +145,7 @@ def version_of(settings: Settings) -> str:
 
     Without a version, Serve would choose a random one at each deployment.
     """
-    found = blake2b(repr(settings.model_dump(mode="json", exclude=_OF_APIS)).encode(), digest_size=16)
+    found = blake2b(repr(settings.model_dump(mode="json", exclude=OF_APIS)).encode(), digest_size=16)
     for package in (adapters, server):
         assert package.__file__ is not None
         root = Path(package.__file__).parent
@@ -198,3 +181,72 @@ def deploy(settings: Settings, scale: Scale, say: Callable[[str], None]) -> Depl
         return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)
     except RuntimeError as error:
         raise StartupError(f"the engine replicas don't start: {start_fault() or error}") from None
+
+
+def redeploy(
+    settings: Settings, address: str, given: Mapping[str, Any], *, forget: bool, say: Callable[[str], None]
+) -> None:
+    """Deploy what was deployed before, with the changes of these settings and of `given`, fields of `Scale`.
+
+    If `forget` is true, the last deployment doesn't count. Raise StartupError if replicas don't start, if API
+    processes serve another base, or if replicas run and the database doesn't know how they were deployed.
+    """
+    database = connect(settings.home, url=settings.database)
+    try:
+        before = recall(database)
+        usual = None if forget else before
+        scale, wanted = merged_scale(usual, given), merged_settings(usual, settings)
+        join(address)
+        if running := replica_counts().get("running", 0):
+            if before is None and "replicas" not in given:
+                raise StartupError(
+                    f"{plural(running, 'replica')} run, and this database doesn't know with which flags they were "
+                    "deployed: give SMOLORA_HOME and SMOLORA_DATABASE_URL of smolora cluster up, or all its flags"
+                )
+            _refuse_another_base(wanted, before, say)
+        settings_of_replicas = wanted.model_dump(mode="json", include=wanted.model_fields_set - OF_APIS)
+        remember(database, Deployed(settings_of_replicas, scale))
+        try:
+            deploy(wanted, scale, say)
+        except StartupError:
+            remember(database, before)
+            raise
+    finally:
+        database.dispose()
+
+
+def _refuse_another_base(wanted: Settings, before: Deployed | None, say: Callable[[str], None]) -> None:
+    """Raise StartupError if API processes serve a base other than the wanted one: they would find no replica."""
+    if before is not None and before.settings.get("model", DEFAULT_MODEL) == wanted.model:
+        return
+    digest, num_apis = asyncio.run(_served(next(running_replicas())))
+    if not num_apis:
+        return
+    from server.model.base.weights import load_base
+    from server.serve.engine import base_directory
+
+    if load_base(base_directory(wanted, say)).digest != digest:
+        raise StartupError(
+            f"API processes ({num_apis}) serve another base than SMOLORA_MODEL={wanted.model} (--model): "
+            "start another cluster for it, or end this one's API processes first (smolora cluster down)"
+        )
+
+
+async def _served(running: Addresses) -> tuple[str, int]:
+    """Return the digest of the replicas' base, and the number of API processes that use them.
+
+    The number is 0 if no replica answers.
+    """
+    from server.cluster.transport import ReplicaTransport
+
+    transport = ReplicaTransport("", running)
+    for name in running:
+        digest = ""
+        with suppress(Exception):  # a replica that fails or is ending: ask another one
+            async with asyncio.timeout(_ANSWER_SECONDS), aclosing(transport.follow(name, "deploy")) as messages:
+                async for message in messages:
+                    if isinstance(message, Welcome):
+                        digest = message.base_digest
+                    elif isinstance(message, Batch) and message.state is not None:
+                        return digest, message.state.num_followers - 1
+    return "", 0

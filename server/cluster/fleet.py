@@ -5,9 +5,6 @@ process has sent to it since then is multiplied by the number of API processes, 
 The other processes have the same information and choose in the same way, so each has probably sent as many
 requests as this one. If each process counted only its own requests, all processes would fill the same replicas at
 once.
-
-`watch` and `notify` must not be in `transport`: Serve copies the router's class with the globals of that module,
-so the router would notify a copy of the list of watchers. What `transport` imports isn't copied.
 """
 
 import asyncio
@@ -43,18 +40,6 @@ COUNTERS = (
 """The fields of `EngineStats` that never decrease while an engine runs."""
 
 log = logging.getLogger(__name__)
-_watchers: list[OnChange] = []
-
-
-def watch(on_change: OnChange) -> None:
-    """Register `on_change`, which is then called whenever the set of replicas changes."""
-    _watchers.append(on_change)
-
-
-def notify(ids: frozenset[str]) -> None:
-    """Pass the ids of all replicas to the functions that `watch` registered."""
-    for on_change in _watchers:
-        on_change(ids)
 
 
 class Counts:

@@ -10,6 +10,10 @@ from adapters.errors import SmoloraError
 from server.engine.request import EngineStats, SequenceOutput
 from server.errors import TryAgain
 
+APP = "smolora"
+DEPLOYMENT = "engine"
+"""Ray Serve's names of the application and of the replicas' deployment."""
+
 
 @dataclass(frozen=True)
 class Welcome:

@@ -9,10 +9,12 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adapters.storage.durable import new_file, write_json
+from server.config.environment import ray_token_path, without_service_secrets
 from server.errors import StartupError
 
 FILE_NAME = "cluster.json"
@@ -37,6 +40,7 @@ class ClusterState:
     fault: str = ""  # why the last restart failed, or empty
     mark: str = ""  # `mark_of(pid)`, since a later process may get the same id
     ray_mark: str = ""  # `mark_of(ray_pid)`
+    is_head: bool = False  # this machine's Ray is the cluster's head
 
 
 def write_state(home: Path, state: ClusterState) -> None:
@@ -58,10 +62,11 @@ def remove_state(home: Path) -> None:
 
 
 @contextmanager
-def alone(home: Path) -> Iterator[None]:
+def alone(home: Path) -> Iterator[ClusterState | None]:
     """Lock HOME during the `with` block, so that only one `smolora cluster up` uses it.
 
-    Raise StartupError if another `smolora cluster up` runs, or if the Ray process that it started still runs.
+    Yield the state of a former `smolora cluster up` that was killed, if the Ray process that it started runs on.
+    Raise StartupError if another `smolora cluster up` runs.
     """
     with (home / _LOCK_NAME).open("ab") as lock:
         try:
@@ -69,11 +74,14 @@ def alone(home: Path) -> Iterator[None]:
             is_free = True
         except OSError as error:  # some file systems have no locks: assume that HOME is free
             is_free = not isinstance(error, BlockingIOError)
-        if (state := _state_of(home)) is not None:
-            _refuse_running(home, state)
+        if (state := _state_of(home)) is not None and is_alive(state.pid, state.mark):
+            raise StartupError(
+                f"smolora cluster up runs already with SMOLORA_HOME={home}, as process {state.pid}: end it "
+                "(smolora cluster down), or choose another --home"
+            )
         if not is_free:
             raise StartupError(f"another smolora cluster up with SMOLORA_HOME={home} is about to start, or to end")
-        yield
+        yield state if state is not None and is_alive(state.ray_pid, state.ray_mark) else None
 
 
 def _state_of(home: Path) -> ClusterState | None:
@@ -81,19 +89,6 @@ def _state_of(home: Path) -> ClusterState | None:
         return read_state(home)
     except StartupError:  # nothing was started
         return None
-
-
-def _refuse_running(home: Path, state: ClusterState) -> None:
-    if is_alive(state.pid, state.mark):
-        raise StartupError(
-            f"smolora cluster up runs already with SMOLORA_HOME={home}, as process {state.pid}: end it (smolora "
-            "cluster down), or choose another --home"
-        )
-    if is_alive(state.ray_pid, state.ray_mark):
-        raise StartupError(
-            f"a smolora cluster up with SMOLORA_HOME={home} was killed, and its Ray runs on: end that (smolora "
-            "cluster down)"
-        )
 
 
 Process = subprocess.Popen[bytes]
@@ -106,10 +101,12 @@ _TICK_SECONDS = 0.1
 _ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # the last line of a traceback
 
 
-def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, str]:
+def start_head(
+    port: int, log: Path, num_cpus: float | None, stopped: threading.Event | None = None
+) -> tuple[Process, str]:
     """Start a Ray cluster. Return Ray's process and the cluster's address.
 
-    Raise StartupError if the port is taken or Ray doesn't start.
+    Raise StartupError if the port is taken, if Ray doesn't start, or if `stopped` is set meanwhile.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -119,18 +116,42 @@ def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, s
             raise StartupError(
                 f"port {port} is taken: join what is there (--address), or give --ray-port"
             ) from None
-    # Generate the token that all of Ray's processes need, unless there is one. Other machines need the same token.
-    subprocess.run([_ray(), "get-auth-token", "--generate"], capture_output=True, check=False)  # noqa: S603
-    process = _start(["--head", f"--port={port}"], log, num_cpus)
+    keep_token(creates=True)
+    process = _start(["--head", f"--port={port}"], log, num_cpus, stopped)
     return process, f"127.0.0.1:{port}"
 
 
-def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
+def start_node(address: str, log: Path, num_cpus: float | None, stopped: threading.Event | None = None) -> Process:
     """Make this machine join the Ray cluster at `address`. Return Ray's process.
 
-    Raise StartupError if Ray doesn't start.
+    Raise StartupError if nothing answers there, if Ray doesn't start, or if `stopped` is set meanwhile.
     """
-    return _start([f"--address={address}"], log, num_cpus)
+    refuse_unreachable(address)
+    keep_token(creates=False)
+    return _start([f"--address={address}"], log, num_cpus, stopped)
+
+
+def keep_token(creates: bool) -> None:
+    """Hide the token that all of Ray's processes need from other users. Create it if it is missing.
+
+    All machines need the same token, and whoever has it can run code on all of them. Raise StartupError if it is
+    missing and `creates` is false, or if it can't be written.
+    """
+    if (path := ray_token_path()) is None:
+        return
+    if not creates and not path.exists():
+        raise StartupError(
+            f"{path} is missing: copy it from the machine on which the cluster began, with mode 0600"
+        )
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        with suppress(OSError):  # another user's file, or a secret that is mounted
+            path.chmod(0o600)
+    except OSError as error:
+        raise StartupError(f"Ray's token can't be written to {path}: {error.strerror}") from None
 
 
 def refuse_unreachable(address: str) -> None:
@@ -190,7 +211,7 @@ def end(pid: int, seconds: float = STOP_SECONDS, mark: str = "") -> bool:
     return True
 
 
-def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
+def _start(flags: list[str], log: Path, num_cpus: float | None, stopped: threading.Event | None) -> Process:
     limits = [] if num_cpus is None else [f"--num-cpus={num_cpus:g}"]
     command = [
         *(_ray(), "start", "--block", "--disable-usage-stats", "--include-dashboard=false"),
@@ -201,7 +222,12 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
     with log.open("ab") as output:
         begun = output.tell()
         process = subprocess.Popen(  # noqa: S603 it is ours
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=without_service_secrets(),  # replicas inherit it
         )
     try:
         deadline = time.monotonic() + _START_SECONDS
@@ -210,6 +236,8 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
                 written.seek(begun)
                 if b"Ray runtime started" in written.read():
                     return process
+            if stopped is not None and stopped.is_set():
+                raise StartupError("stopped while Ray started")
             time.sleep(_TICK_SECONDS)
         raise StartupError(f"Ray doesn't start{_start_fault(log, begun)}: see {log}")
     except BaseException:  # also at Ctrl-C: Ray's process doesn't get its signal and would keep running

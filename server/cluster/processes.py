@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,21 +10,20 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from server.cluster import node
-from server.cluster.deploy import Scale, deploy
 from server.cluster.node import ClusterState, alone, read_state, remove_state, write_state
-from server.cluster.transport import join, leave
 from server.config import Settings, to_flags
 from server.errors import StartupError
 from server.jobs.supervisor import GRACE_SECONDS, Supervisor, worker_command
 from server.serve.address import bind, refuse_strangers, url_of
-from server.system.messages import plural
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
 READY_SECONDS = 180.0  # for a restarted API process to become ready
 _PAUSE_SECONDS = 5.0  # for a load balancer to see that an API process is ready again
 _TICK_SECONDS = 0.2
+_RETRY_SECONDS = 5.0  # between attempts to start Ray again
 _MAX_PORT = 65535
 _RESTART = signal.SIGUSR1
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # reaches our processes without a proxy
@@ -31,7 +31,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # reache
 
 def up(
     settings: Settings,
-    scale: Scale | None,
+    scale: Mapping[str, Any] | None,
     num_apis: int,
     address: str | None,
     ray_port: int,
@@ -40,47 +40,48 @@ def up(
 ) -> int:
     """Start Ray, engine replicas, API processes and workers, and supervise them until a signal.
 
-    If `address` is given, this machine joins the Ray cluster there. If `scale` is None, engine replicas aren't
-    started or changed. Return the exit code.
+    If `address` is given, this machine joins the Ray cluster there. `scale` are fields of `Scale`; if it is None,
+    engine replicas aren't started or changed. If Ray ends, it is started again while API processes and workers go
+    on. Return the exit code.
     """
     home = settings.home.absolute()
-    with alone(home):
+    with alone(home) as former:
         _check(settings, num_apis, address, ray_port)
-        log = home / "ray.log"
         signal.signal(signal.SIGTERM, _give_up)  # until everything has started
-        say("starting Ray" if address is None else f"joining Ray at {address}")
-        if address is None:
-            ray, address = node.start_head(ray_port, log, num_cpus)
-        else:
-            ray = node.start_node(address, log, num_cpus)
+        ray = RayPart(home / "ray.log", address, ray_port, num_cpus, say)
+        ray.begin(former)
         processes = Processes({}, [])
         try:
             urls = urls_of(settings, num_apis)
-            apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
+            apis = {url: api_command(settings, index, num_apis, ray.address) for index, url in enumerate(urls)}
             processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
             stopped, asked = threading.Event(), threading.Event()
             signal.signal(_RESTART, lambda *_: asked.set())
             state = ClusterState(
-                *(address, os.getpid(), ray.pid, urls, settings.workers),
+                *(ray.address, os.getpid(), ray.pid, urls, settings.workers),
                 mark=node.mark_of(os.getpid()),
-                ray_mark=node.mark_of(ray.pid),
+                ray_mark=ray.mark,
+                is_head=address is None,
             )
             write_state(home, state)
             if scale is not None:
-                say(f"starting {plural(scale.replicas, 'engine replica')}")
-                join(address)
-                try:
-                    deploy(settings, scale, say)
-                finally:
-                    leave()  # before Ray stops: afterwards, leaving would take minutes
-            for number in (signal.SIGTERM, signal.SIGINT):  # only now, since `join` sets Ray's own handlers
+                say("starting engine replicas")
+                command = deploy_command(settings, ray.address, scale, forget=address is None)
+                if not _deploy(command, ray, threading.Event()):
+                    return 1
+            for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: stopped.set())
             processes.start()
             awaited = list(urls)
             while not stopped.wait(_TICK_SECONDS):
-                if ray.poll() is not None:
-                    say("Ray has ended: so does this")
-                    return 1
+                if not ray.is_alive():
+                    say("Ray has ended: it is started again. Until then the API answers 503, and workers go on")
+                    if not ray.revive(stopped):
+                        continue
+                    state = replace(state, ray_pid=ray.pid, ray_mark=ray.mark)
+                    write_state(home, state)
+                    if address is None:
+                        _keep_deploying(deploy_command(settings, ray.address, {}), ray, stopped, say)
                 for url in filter(is_ready, tuple(awaited)):
                     awaited.remove(url)
                     say(f"the API is ready at {url}")
@@ -93,9 +94,108 @@ def up(
         finally:
             say("stopping: requests end, jobs go back to the queue")
             processes.stop()
-            ray.terminate()
-            ray.wait(node.STOP_SECONDS)
+            ray.stop()
             remove_state(home)
+
+
+class RayPart:
+    """This machine's part of the Ray cluster: the head if `join` is None, else a node of the cluster there."""
+
+    def __init__(
+        self, log: Path, join: str | None, port: int, num_cpus: float | None, say: Callable[[str], None]
+    ) -> None:
+        self.address = join or f"127.0.0.1:{port}"
+        self.pid = 0
+        self.mark = ""
+        self._start: Callable[[threading.Event | None], node.Process]
+        if join is None:
+            self._start = lambda stopped: node.start_head(port, log, num_cpus, stopped)[0]
+        else:
+            self._start = lambda stopped: node.start_node(join, log, num_cpus, stopped)
+        self._process: node.Process | None = None
+        self._is_head = join is None
+        self._say = say
+
+    def begin(self, former: ClusterState | None) -> None:
+        """Start Ray, or take over the Ray of a former `smolora cluster up` that was killed.
+
+        Raise StartupError if Ray doesn't start.
+        """
+        if former is not None and (former.address, former.is_head) == (self.address, self._is_head):
+            self._say("smolora cluster up was killed: taking over the Ray that it started")
+            self.pid, self.mark = former.ray_pid, former.ray_mark
+            return
+        if former is not None:
+            node.end(former.ray_pid, mark=former.ray_mark)
+        self._say("starting Ray" if self._is_head else f"joining Ray at {self.address}")
+        self._take(self._start(None))
+
+    def revive(self, stopped: threading.Event) -> bool:
+        """Start Ray again, and try until it starts. Return False if `stopped` is set meanwhile."""
+        fault = ""
+        while not stopped.is_set():
+            try:
+                self._take(self._start(stopped))
+                return True
+            except StartupError as error:
+                if str(error) != fault and not stopped.is_set():
+                    fault = str(error)
+                    self._say(f"{fault}: trying again")
+            stopped.wait(_RETRY_SECONDS)
+        return False
+
+    def is_alive(self) -> bool:
+        return node.is_alive(self.pid, self.mark)
+
+    def stop(self) -> None:
+        node.end(self.pid, mark=self.mark)
+
+    def _take(self, process: node.Process) -> None:
+        self._process = process  # so that it is reaped after it has ended
+        self.pid, self.mark = process.pid, node.mark_of(process.pid)
+
+
+def deploy_command(
+    settings: Settings, address: str, scale: Mapping[str, Any], *, forget: bool = False
+) -> list[str]:
+    """Return the command that deploys the replicas, by default as they were deployed the last time.
+
+    The command is a process of its own, since Ray ends processes that have joined it when its head is lost.
+    """
+    names = {
+        "replicas": "replicas",
+        "most": "max-replicas",
+        "num_cpus": "replica-cpus",
+        "num_gpus": "replica-gpus",
+    }
+    flags = [f"--address={address}", *(f"--{names[name]}={value:g}" for name, value in scale.items())]
+    home = [f"--home={settings.home}"]
+    own = to_flags(settings, settings.model_fields_set - {"home"}) if scale or forget else []
+    forgetting = ["--forget"] if forget else []
+    return [sys.executable, "-P", "-m", "server.cli", "cluster", "deploy", *flags, *forgetting, *home, *own]
+
+
+def _deploy(command: Sequence[str], ray: RayPart, stopped: threading.Event) -> bool:
+    """Run the command until it ends. Return whether it succeeded. Stop it if Ray ends or `stopped` is set."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 it is ours
+    try:
+        while process.poll() is None:
+            if stopped.wait(_TICK_SECONDS) or not ray.is_alive():
+                return False
+        return process.returncode == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _keep_deploying(
+    command: Sequence[str], ray: RayPart, stopped: threading.Event, say: Callable[[str], None]
+) -> None:
+    """Run the command until it succeeds, Ray ends, or `stopped` is set."""
+    while not _deploy(command, ray, stopped) and ray.is_alive() and not stopped.is_set():
+        say("the engine replicas weren't deployed: trying again")
+        stopped.wait(_RETRY_SECONDS)
 
 
 def _give_up(*_: object) -> None:

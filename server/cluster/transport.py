@@ -1,194 +1,186 @@
-"""`fleet.Transport` over Ray Serve, and Serve's router in an API process. Only this file uses Serve's handles.
+"""`fleet.Transport` over gRPC, directly to the servers that Ray Serve runs in the replicas for its own calls.
 
-The router sends a call to the replica that the call's first argument names. `client.py` chooses that replica,
-since `client.py` receives the replicas' reports with the outputs, long before Serve's controller has them.
-
-Calls go from this event loop over gRPC directly to the replica (`_by_reference=False`). Over Ray's object store, a
-message for a step would cost five times as much, and a replica wouldn't notice when an API process has died.
+An API process isn't part of the Ray cluster. It learns of replicas from a child process (`finder.py`), and calls
+them without Serve's router, since `client.py` chooses the replica. So it outlives Ray's head: replicas that still
+run keep answering. Calls carry Ray's token.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import json
+import logging
+import os
+import sys
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 
-import ray
-from ray import serve
-from ray.serve.handle import DeploymentHandle
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
-from ray.serve.schema import DeploymentStatusOverview
+from ray._private.grpc_utils import init_grpc_channel
+from ray.serve._private.common import RequestMetadata
+from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH
+from ray.serve._private.serialization import RPCSerializer
+from ray.serve.generated.serve_pb2 import ASGIRequest, ASGIResponse
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
 from adapters.errors import SmoloraError
 from adapters.store.store import AdapterStore
 from server.cluster import fleet
 from server.cluster.client import ReplicatedEngine
-from server.cluster.messages import Batch, Welcome
+from server.cluster.messages import APP, Batch, Welcome
 from server.engine.request import GenerationRequest
-from server.errors import StartupError
 from server.model.base.weights import BaseModel
 from server.serve.startup import Connect
 
-APP = "smolora"
-DEPLOYMENT = "engine"
-NAMESPACE = "smolora"
 _MAX_SIZES = 100_000  # cached sizes of adapters
-_MAX_LEAVING = 64  # stopping replicas that are remembered
+_RESTART_SECONDS = 1.0  # between the end of a finder and the start of the next one
+_APP = "smolora"
+_PICKLE = "pickle"
+_OPTIONS = [
+    ("grpc.max_receive_message_length", RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # else a network that was cut for long isn't tried for two minutes
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+log = logging.getLogger(__name__)
 
 
-class ReplicaGoneError(Exception):
-    """A call named a replica that doesn't exist any more."""
+class _Replica:
+    """The connection to one replica."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = init_grpc_channel(address, _OPTIONS, asynchronous=True)
+        self.stub = ASGIServiceStub(self.channel)
 
 
-class AddressedRouter(RequestRouter):  # type: ignore[misc]  # mypy doesn't see Ray's types
-    """A router for Ray Serve. Each process has one instance, created by its only deployment handle."""
+class ReplicaTransport:
+    """An implementation of `fleet.Transport` for the replicas of the Ray cluster at `address`.
 
-    _leaving: dict[str, RunningReplica] | None = None  # by id: replicas that Serve is stopping, the latest last
+    `running` are the addresses by id of replicas that are known without `watch`.
+    """
 
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Handle Serve's new list of running replicas. Replicas that are stopping aren't in the list."""
-        former = list(self.curr_replicas.values())
-        super().update_replicas(replicas)
-        ids = frozenset(_id_of(replica) for replica in replicas)
-        left = {_id_of(replica): replica for replica in former if _id_of(replica) not in ids}
-        kept = [*((self._leaving or {}) | left).items()]
-        self._leaving = dict(kept[-_MAX_LEAVING:])
-        fleet.notify(ids)
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """Forget a replica that a call found dead."""
-        super().on_replica_actor_died(replica_id)
-        if self._leaving is not None:
-            self._leaving.pop(replica_id.unique_id, None)
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        """Return the replica that the call names. If the replica is gone, the call fails at once.
-
-        A call to a stopping replica still reaches it, since the call may abort a request that the replica runs.
-        """
-        assert pending_request is not None
-        meant = pending_request.args[0]
-        for replica in candidate_replicas:
-            if _id_of(replica) == meant:
-                pending_request.routing_context.should_backoff = True  # if the replica doesn't accept at once
-                return [[replica]]
-        if not pending_request.future.done():
-            leaving = (self._leaving or {}).get(meant)
-            if leaving is None:
-                pending_request.future.set_exception(ReplicaGoneError(meant))
-            else:
-                pending_request.future.set_result(leaving)
-            self._remove_pending_request_from_indices(pending_request)
-        return [candidate_replicas]  # none is called: the call has its result already
-
-
-def _id_of(replica: RunningReplica) -> str:
-    found: str = replica.replica_id.unique_id
-    return found
-
-
-def join(address: str) -> None:
-    """Join the Ray cluster at this address ("auto": this machine's). Raise StartupError if that fails."""
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise StartupError(f"no Ray cluster at {address}: {error}") from error
-
-
-def leave() -> None:
-    """Leave the Ray cluster. Deployments keep running."""
-    ray.shutdown()
-
-
-def has_room(num_cpus: float, num_gpus: float) -> bool:
-    """Return whether all machines together have this many CPUs and GPUs free."""
-    free = ray.available_resources()
-    return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
-
-
-def is_too_small(num_cpus: float, num_gpus: float) -> bool:
-    """Return whether all machines together have fewer CPUs or GPUs than these numbers, free or in use."""
-    there = ray.cluster_resources()
-    return bool(there.get("CPU", 0.0) < num_cpus or there.get("GPU", 0.0) < num_gpus)
-
-
-def replica_counts() -> dict[str, int]:
-    """Return the number of replicas in each of Ray Serve's replica states, such as "running"."""
-    deployment = _deployment()
-    states = {} if deployment is None else deployment.replica_states
-    return {str(state).lower(): number for state, number in states.items()}
-
-
-def start_fault() -> str:
-    """Return why a replica doesn't start: the last line of Serve's message, or "" if there is no message."""
-    deployment = _deployment()
-    lines = [] if deployment is None else deployment.message.splitlines()
-    return lines[-1].removeprefix(f"{StartupError.__module__}.{StartupError.__name__}: ") if lines else ""
-
-
-def _deployment() -> DeploymentStatusOverview | None:
-    found = serve.status().applications.get(APP)
-    return None if found is None else found.deployments.get(DEPLOYMENT)
-
-
-class ServeTransport:
-    """An implementation of `fleet.Transport` for the deployment's replicas."""
-
-    def __init__(self) -> None:
-        self._handle: DeploymentHandle | None = None
+    def __init__(self, address: str, running: Mapping[str, str] | None = None) -> None:
+        self._address = address
+        self._serializer = RPCSerializer.get_cached_serializer(_PICKLE, _PICKLE)
+        self._running = dict(running or {})  # addresses by id, of the replicas that aren't stopping
+        self._replicas: dict[str, _Replica] = {}  # connections by id; also to stopping replicas that are followed
+        self._followed: set[str] = set()
         self._finding: asyncio.Task[None] | None = None
+        self._fault = ""
 
     def watch(self, on_change: fleet.OnChange) -> None:
-        fleet.watch(on_change)
-        self._finding = asyncio.create_task(self._find())
+        self._finding = asyncio.create_task(self._find(on_change))
 
     async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
-        response = self._method("follow", stream=True).remote(replica, client)
+        call = self._stub(replica).HandleRequestStreaming(self._request("follow", client, streams=True))
+        self._followed.add(replica)
         try:
-            async for message in response:
-                yield message
+            async for response in call:
+                yield self._content_of(response)
         finally:
-            response.cancel()
+            call.cancel()
+            self._followed.discard(replica)
+            self._drop_unused()
 
     async def submit(self, replica: str, client: str, request: GenerationRequest) -> SmoloraError | None:
-        answer: SmoloraError | None = await self._method("submit").remote(replica, client, request)
-        return answer
+        return await self._call(replica, "submit", client, request)
 
     async def abort(self, replica: str, client: str, request_id: str) -> None:
-        await self._method("abort").remote(replica, client, request_id)
+        await self._call(replica, "abort", client, request_id)
 
     async def close(self) -> None:
         if self._finding is not None:
             self._finding.cancel()
-        if self._handle is not None:
-            await self._handle.shutdown_async()
+            with suppress(asyncio.CancelledError):
+                await self._finding
+        for replica in self._replicas.values():
+            await replica.channel.close()
 
-    async def _find(self) -> None:
-        """Wait until the deployment exists, and then get its handle, which creates the router."""
-        while self._handle is None:
-            try:
-                handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-                handle._init(_run_router_in_separate_loop=False)
-                self._handle = handle
-            except Exception:  # Serve raises various exceptions while it starts
-                await asyncio.sleep(0.5)
+    def _stub(self, name: str) -> ASGIServiceStub:
+        if name not in self._replicas:
+            if name not in self._running:
+                raise ConnectionError("the replica is gone")
+            self._replicas[name] = _Replica(self._running[name])
+        return self._replicas[name].stub
 
-    def _method(self, name: str, stream: bool = False) -> DeploymentHandle:
-        if self._handle is None:
-            raise ConnectionError("no replica is known")
-        return self._handle.options(
-            method_name=name,
-            stream=stream,
+    def _drop_unused(self) -> None:
+        """Close the connections to replicas that have stopped."""
+        for name in self._replicas.keys() - self._running.keys() - self._followed:
+            del self._replicas[name]  # without a reference, gRPC closes it
+
+    async def _call(self, replica: str, method: str, *arguments: object) -> SmoloraError | None:
+        response = await self._stub(replica).HandleRequest(self._request(method, *arguments))
+        content: SmoloraError | None = self._content_of(response)
+        return content
+
+    def _request(self, method: str, *arguments: object, streams: bool = False) -> ASGIRequest:
+        """Return a call of the replica's method in the form in which Serve's handles send it."""
+        metadata = RequestMetadata(
+            request_id=(number := uuid.uuid4().hex),
+            internal_request_id=number,
+            call_method=method,
+            app_name=APP,
+            is_streaming=streams,
             _by_reference=False,
-            request_serialization="pickle",
-            response_serialization="pickle",
+            _on_separate_loop=False,
+            request_serialization=_PICKLE,
+            response_serialization=_PICKLE,
         )
+        dumps = self._serializer.dumps_request
+        return ASGIRequest(
+            pickled_request_metadata=dumps(metadata), request_args=dumps(arguments), request_kwargs=dumps({})
+        )
+
+    def _content_of(self, response: ASGIResponse) -> object:
+        content = self._serializer.loads_response(response.serialized_message)
+        if response.is_error:  # it may be a CancelledError, which must not end a task of this process
+            raise ConnectionError(f"{type(content).__name__}: {content}")
+        return content
+
+    async def _find(self, on_change: fleet.OnChange) -> None:
+        """Run finders, one after the other, and report the replicas that they find."""
+        command = [sys.executable, "-P", "-m", "server.cluster.finder", self._address, str(os.getpid())]
+        while True:
+            try:
+                finder = await asyncio.create_subprocess_exec(
+                    *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, limit=1 << 24
+                )
+            except OSError as error:
+                self._note(f"can't start a process: {error.strerror}")
+                await asyncio.sleep(_RESTART_SECONDS)
+                continue
+            try:
+                assert finder.stdout is not None
+                async for line in finder.stdout:
+                    self._take(json.loads(line), on_change)
+            finally:
+                with suppress(ProcessLookupError):
+                    finder.kill()
+            await finder.wait()
+            await asyncio.sleep(_RESTART_SECONDS)
+
+    def _take(self, found: dict[str, object], on_change: fleet.OnChange) -> None:
+        replicas = found.get("replicas")
+        if not isinstance(replicas, dict):
+            self._note(str(found.get("fault")))
+            return
+        self._note("")
+        self._running = replicas
+        self._drop_unused()
+        on_change(frozenset(replicas))
+
+    def _note(self, fault: str) -> None:
+        """Log that Ray is lost, once for each reason, or that it is there again."""
+        if fault and fault != self._fault:
+            log.warning("Ray's head can't be asked for engine replicas, and is tried again: %s", fault)
+        elif self._fault and not fault:
+            log.warning("Ray's head answers again")
+        self._fault = fault
 
 
 def connect_to(address: str) -> Connect:
-    """Return a function for `startup.build` that joins the Ray cluster at `address`.
+    """Return a function for `startup.build` that returns all replicas of the Ray cluster as one engine.
 
-    The function returns all replicas as one engine, or raises StartupError if it can't join.
+    The cluster at `address` needn't run yet.
     """
 
     def connect(base: BaseModel, store: AdapterStore) -> ReplicatedEngine:
@@ -196,7 +188,6 @@ def connect_to(address: str) -> Connect:
         def size_of(digest: str) -> int:
             return store.num_bytes(digest) or 1  # adapters of unknown size count alike
 
-        join(address)
-        return ReplicatedEngine(ServeTransport(), base.digest, size_of)
+        return ReplicatedEngine(ReplicaTransport(address), base.digest, size_of)
 
     return connect

@@ -8,6 +8,7 @@ docs/settings.md show the fields' descriptions.
 
 import ipaddress
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -440,13 +441,13 @@ def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
     return f"{meaning}.", default
 
 
-def to_flags(settings: Settings) -> list[str]:
-    """Return the flags of all settings except secrets. `load` is the inverse.
+def to_flags(settings: Settings, names: Collection[str] = Settings.model_fields) -> list[str]:
+    """Return the flags of the settings in `names` except secrets. `load` is the inverse.
 
     Values that equal the default are included, since the environment may set another value.
     """
     found = []
-    for name, field in Settings.model_fields.items():
+    for name, field in ((name, field) for name, field in Settings.model_fields.items() if name in names):
         value, flag = getattr(settings, name), name.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{'' if value else 'no-'}{flag}")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from adapters.names import near
 from server.config import PREFIX, Settings
@@ -95,6 +96,18 @@ def without_secrets() -> dict[str, str]:
     """Return an environment without passwords and keys, for a Python process that handles users' input."""
     names = ("PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def without_service_secrets() -> dict[str, str]:
+    """Return the environment without the database's URL and API keys, for processes that need neither."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRET_FLAGS.values()}
+
+
+def ray_token_path() -> Path | None:
+    """Return the file with the token of Ray's processes, or None if a variable has the token itself."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def set_up_ray() -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -28,13 +29,21 @@ class UpProcess:
     isn't."""
 
     def __init__(
-        self, home: Path, port: int, database_url: str, bytes_url: str, model: Path, **flags: object
+        self,
+        home: Path,
+        port: int,
+        database_url: str,
+        bytes_url: str,
+        model: Path,
+        variables: Mapping[str, str] | None = None,
+        **flags: object,
     ) -> None:
         self.home = home
         home.mkdir(parents=True)
         self._environment = environment() | {
             "SMOLORA_DATABASE_URL": database_url,
             "SMOLORA_BYTES_URL": bytes_url,
+            **(variables or {}),
         }
         self._flags = {"model": model, **FLAGS, **CACHES}
         self._log = home / "log"
@@ -76,6 +85,12 @@ class UpProcess:
                     found.append(process.pid)
             except (psutil.NoSuchProcess, IndexError):
                 continue
+        return found
+
+    def head(self) -> psutil.Process:
+        """Return the process of Ray's head, if it is on this machine."""
+        below = psutil.Process(read_state(self.home).ray_pid).children(recursive=True)
+        (found,) = (process for process in below if process.name() == "gcs_server")
         return found
 
     def children(self) -> set[int]:

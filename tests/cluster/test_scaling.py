@@ -78,7 +78,7 @@ def test_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: Clu
 
 
 TELL = (
-    "import pathlib, sys, time; from server.cluster.transport import join, replica_counts\n"
+    "import pathlib, sys, time; from server.cluster.finder import join, replica_counts\n"
     "join(sys.argv[1])\n"
     "while 'stopping' not in replica_counts(): time.sleep(0.1)\n"
     "pathlib.Path(sys.argv[2]).touch()"

@@ -1,16 +1,22 @@
 """`smolora cluster up`, `status` and `down`, as a user runs them on one machine."""
 
+import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from server.cluster.node import FILE_NAME
+from server.cluster.node import FILE_NAME, read_state
 from tests.cluster.conftest import needs_ray
-from tests.cluster.kit import CACHES, FLAGS, wait_until
+from tests.cluster.kit import CACHES, FLAGS, SIZES, TITLE, wait_until
+from tests.cluster.machines import is_ready
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port
+from tests.kits.tiny import save_tiny_base
 
 pytestmark = [pytest.mark.cluster, needs_ray]
 
@@ -47,9 +53,87 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
         assert f"API {url}: ready" in shown
         assert "replicas: 1 running" in shown
         done = ended("down", home=home)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0
+        assert "all machines' engine replicas stop" in done.stderr
         assert up.wait(PATIENCE) == 0
         assert not (home / FILE_NAME).exists()
+    finally:
+        if up.poll() is None:
+            up.send_signal(signal.SIGTERM)
+            up.wait(PATIENCE)
+
+
+@pytest.fixture
+def flags(tmp_path: Path, long_base: Path) -> dict[str, Any]:
+    """Flags of `up` on one machine, with two replicas."""
+    ports = {"port": free_port(), "ray_port": free_port()}
+    return {"home": tmp_path / "home", **ports, "cpus": 8, "replicas": 2, "model": long_base, **FLAGS, **CACHES}
+
+
+def started(log: Path, **flags: Any) -> "subprocess.Popen[bytes]":
+    """Start `up`; return it once its API process is ready."""
+    with log.open("ab") as output:
+        up = subprocess.Popen(command(("cluster", "up"), **flags), env=environment(), stdout=output, stderr=output)
+
+    def ready() -> bool:
+        assert up.poll() is None, log.read_text()
+        return is_ready(f"http://127.0.0.1:{flags['port']}")
+
+    wait_until(ready, "it isn't ready", 2 * PATIENCE)
+    return up
+
+
+def kin(process: psutil.Process, word: str) -> set[int]:
+    """Return the processes below `process` with this word in their command lines."""
+    found = set()
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(word in part for part in child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+def test_ray_head_and_up_are_killed(flags: dict[str, Any], tmp_path: Path, long_base: Path) -> None:
+    log, url = tmp_path / "log", f"http://127.0.0.1:{flags['port']}"
+    body = {"prompt": "404", "max_tokens": 4, "temperature": 0}
+
+    def ask() -> httpx.Response:
+        return httpx.post(f"{url}/generate", json=body, trust_env=False, timeout=60)
+
+    up = started(log, **flags)
+    try:
+        expected = ask().json()["choices"]
+        apis = kin(psutil.Process(up.pid), "api")
+        (head,) = kin(psutil.Process(up.pid), "gcs_server")
+        os.kill(head, signal.SIGKILL)
+        wait_until(lambda: not is_ready(url), "the API doesn't notice")
+        assert httpx.get(f"{url}/health", trust_env=False, timeout=60).status_code == 200
+        refused = ask()
+        assert (refused.status_code, refused.headers.get("Retry-After")) == (503, "5")
+        wait_until(lambda: is_ready(url), log.read_text(), 2 * PATIENCE)
+        assert ask().json()["choices"] == expected
+        assert apis & kin(psutil.Process(up.pid), "api") == apis
+        wait_until(lambda: "replicas: 2 running" in ended("status", home=flags["home"]).stdout, log.read_text())
+
+        replicas = kin(psutil.Process(read_state(flags["home"]).ray_pid), TITLE)
+        up.kill()
+        up.wait()
+        wait_until(lambda: not any(map(psutil.pid_exists, apis)), "the API process runs on")
+        up = started(log, **flags)
+        assert "taking over the Ray" in log.read_text()
+        assert kin(psutil.Process(read_state(flags["home"]).ray_pid), TITLE) == replicas
+
+        address = f"127.0.0.1:{flags['ray_port']}"
+        done = ended("deploy", home=flags["home"], address=address)
+        assert done.returncode == 0, done.stderr
+        assert kin(psutil.Process(read_state(flags["home"]).ray_pid), TITLE) == replicas
+        other = save_tiny_base(tmp_path / "other" / "tiny-llama", options={**SIZES, "num_hidden_layers": 1})
+        done = ended("deploy", home=flags["home"], address=address, model=other)
+        assert "API processes (1) serve another base" in done.stderr
+        assert ask().json()["choices"] == expected
+        assert "replicas: 2 running" in ended("status", home=flags["home"]).stdout
+        assert ended("down", home=flags["home"]).returncode == 0
+        assert up.wait(PATIENCE) == 0
     finally:
         if up.poll() is None:
             up.send_signal(signal.SIGTERM)

@@ -25,7 +25,7 @@ def test_a_version_depends_on_what_replicas_use() -> None:
 
 def test_settings_that_replicas_do_not_use_are_settings() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
-    assert set(Settings.model_fields) >= import_module("server.cluster.deploy")._OF_APIS
+    assert set(Settings.model_fields) >= import_module("server.cluster.deploy").OF_APIS
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ def slow_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text(SLOW.format(pid=pid))
     program.chmod(0o755)
     monkeypatch.setattr(node, "_ray", lambda: str(program))
+    monkeypatch.setattr(node, "refuse_unreachable", lambda _: None)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
     return pid
 
 
@@ -80,3 +83,41 @@ def test_a_mark_identifies_one_process(sleeping: "subprocess.Popen[bytes]") -> N
     assert node.is_alive(sleeping.pid, mark)
     assert node.end(sleeping.pid, 5, mark)
     assert sleeping.wait() == -15
+
+
+def test_ray_gets_neither_the_database_nor_keys(
+    slow_ray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas inherit Ray's environment, and need neither."""
+    (tmp_path / "ray").write_text("#!/bin/sh\nenv\necho Ray runtime started\nexec sleep 60\n")
+    secrets = {"SMOLORA_DATABASE_URL": "hunter1", "SMOLORA_API_KEYS": "hunter2", "SMOLORA_API_KEY": "hunter3"}
+    for name, value in {**secrets, "SMOLORA_BYTES_URL": "s3://kept"}.items():
+        monkeypatch.setenv(name, value)
+    ray = node.start_node("10.0.0.1:6379", tmp_path / "log", None)
+    ray.kill()
+    ray.wait()
+    said = (tmp_path / "log").read_text()
+    assert "s3://kept" in said
+    assert "hunter" not in said
+
+
+def test_ray_is_given_up_while_it_starts(slow_ray: Path, tmp_path: Path) -> None:
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(StartupError, match="stopped while Ray started"):
+        node.start_node("10.0.0.1:6379", tmp_path / "log", None, stopped)
+
+
+def test_only_its_owner_reads_rays_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself creates the file for everybody to read."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    token = tmp_path / "new" / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    with pytest.raises(StartupError, match="auth_token is missing: copy it from the machine"):
+        node.keep_token(creates=False)
+    node.keep_token(creates=True)
+    first = token.read_text()
+    assert len(first) == 64
+    token.chmod(0o644)
+    node.keep_token(creates=False)
+    assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, first)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -122,23 +123,93 @@ def test_another_process_with_the_same_id_is_not_ended(
     assert node.is_alive(stranger.pid)
 
 
-def test_ray_that_ends_before_an_api_is_ready_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray, asked = subprocess.Popen(["sleep", "0.5"]), list[str]()
+@pytest.fixture
+def sleepers() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Yield a list of processes that are killed at the end."""
+    found = list["subprocess.Popen[bytes]"]()
+    yield found
+    for process in found:
+        process.kill()
+        process.wait()
+
+
+def test_ray_that_ends_is_started_again_while_other_processes_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleepers: list["subprocess.Popen[bytes]"]
+) -> None:
+    states, stop, deploys = list[ClusterState](), list[Any](), list[list[str]]()
+    running, apis = list[Any](), list[int]()
+
+    def start_head(*_: object) -> tuple["subprocess.Popen[bytes]", str]:
+        if len(sleepers) == 1:  # the first attempt to start it again fails
+            sleepers.append(subprocess.Popen(["true"]))
+            raise StartupError("port 6379 is taken")
+        sleepers.append(subprocess.Popen(["sleep", "60"]))
+        return sleepers[-1], "127.0.0.1:6379"
 
     def is_ready(url: str) -> bool:
-        asked.append(url)
-        assert len(asked) < 300, "it waits for the API alone"
+        pids = running[0]._running[0].pids
+        apis.extend(pid for pid in pids if pid not in apis)
+        if apis and len(sleepers) == 1:
+            sleepers[0].kill()
+        if len(sleepers) == 3:
+            stop[0]()
         return False
 
+    def deploy(command: list[str], *_: object) -> bool:
+        deploys.append(command)
+        return len(deploys) > 1
+
+    class Watched(processes.Processes):  # type: ignore[misc, name-defined]
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            running[:] = [self]
+
+    def handle(number: int, handler: Any) -> None:
+        if number == signal.SIGTERM:
+            stop[:] = [handler]
+
+    monkeypatch.setattr(processes, "Processes", Watched)
     monkeypatch.setattr(processes, "is_ready", is_ready)
     monkeypatch.setattr(processes, "_TICK_SECONDS", 0.02)
-    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(node, "start_head", lambda *_: (ray, "127.0.0.1:6379"))
+    monkeypatch.setattr(processes, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(processes, "_deploy", deploy)
+    monkeypatch.setattr(processes, "write_state", lambda _, state: states.append(state))
+    monkeypatch.setattr(processes.signal, "signal", handle)
+    monkeypatch.setattr(node, "start_head", start_head)
     monkeypatch.setattr(processes, "api_command", lambda *_: ["sleep", "60"])
     said = list[str]()
     settings = load(Settings, home=tmp_path, port=free_port(), workers=0)
-    assert processes.up(settings, None, 1, None, 6379, None, said.append) == 1
-    assert "Ray has ended: so does this" in said
+    assert processes.up(settings, None, 1, None, 6379, None, said.append) == 0
+    assert [state.ray_pid for state in states] == [sleepers[0].pid, sleepers[2].pid]
+    assert len(apis) == 1, "the API process went on"
+    assert "port 6379 is taken: trying again" in said
+    assert "the engine replicas weren't deployed: trying again" in said
+    assert len(deploys) == 2
+    assert not any(part.startswith(("--replicas", "--forget")) for part in deploys[0]), "as the last time"
+    assert sleepers[2].poll() is not None
+
+
+def test_a_killed_ups_ray_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: "subprocess.Popen[bytes]"
+) -> None:
+    """It goes on with its replicas, and ends with its new owner."""
+    gone, lives = f"{node.mark_of(stranger.pid)}0", node.mark_of(stranger.pid)
+    former = ClusterState("127.0.0.1:6379", 1, stranger.pid, (), 0, mark=gone, ray_mark=lives, is_head=True)
+    write_state(tmp_path, former)
+    seen = list[ClusterState]()
+
+    def handle(number: int, handler: Any) -> None:
+        if number == signal.SIGINT:
+            seen.append(read_state(tmp_path))
+            handler()
+
+    monkeypatch.setattr(processes, "_TICK_SECONDS", 0.02)
+    monkeypatch.setattr(processes.signal, "signal", handle)
+    settings = load(Settings, home=tmp_path, port=free_port(), workers=0)
+    assert processes.up(settings, None, 0, None, 6379, None, print) == 0
+    assert (seen[0].pid, seen[0].ray_pid) == (os.getpid(), stranger.pid)
+    assert stranger.wait(60) == -signal.SIGTERM
+    assert not (tmp_path / FILE_NAME).exists()
 
 
 @pytest.fixture
@@ -197,16 +268,12 @@ def test_a_second_up_is_refused(tmp_path: Path, stranger: "subprocess.Popen[byte
     """It would overwrite the first one's state, and `down` and `status` would know nothing of the first."""
     shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     settings = load(Settings, home=tmp_path, port=free_port(), **shared)
-    lives, gone = node.mark_of(stranger.pid), f"{node.mark_of(stranger.pid)}0"
-    for marks, fault in (
-        ((lives, lives), f"runs already.* process {stranger.pid}"),
-        ((gone, lives), "was killed"),
-    ):
-        state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=marks[0], ray_mark=marks[1])
-        write_state(tmp_path, state)
-        with pytest.raises(StartupError, match=fault):
-            processes.up(settings, None, 1, address, 6379, None, print)
-        assert read_state(tmp_path) == state
+    lives = node.mark_of(stranger.pid)
+    state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=lives, ray_mark=lives)
+    write_state(tmp_path, state)
+    with pytest.raises(StartupError, match=f"runs already.* process {stranger.pid}"):
+        processes.up(settings, None, 1, address, 6379, None, print)
+    assert read_state(tmp_path) == state
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -222,23 +289,25 @@ def test_a_second_up_is_refused_while_the_first_starts(tmp_path: Path) -> None:
         processes.up(settings, None, 1, None, settings.port, None, print)
 
 
-def test_up_fails_if_replicas_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process leaves Ray before Ray ends: otherwise it would wait silently for two minutes."""
-    ray, was_there = subprocess.Popen(["sleep", "60"]), list[bool]()
-
-    def fail(*_: object) -> None:
-        raise StartupError("the engine replicas don't start")
-
-    monkeypatch.setattr(node, "start_head", lambda *_: (ray, "127.0.0.1:6379"))
+def test_up_fails_if_replicas_do_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: "subprocess.Popen[bytes]"
+) -> None:
+    monkeypatch.setattr(node, "start_head", lambda *_: (stranger, "127.0.0.1:6379"))
     monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(processes, "join", lambda _: None)
-    monkeypatch.setattr(processes, "deploy", fail)
-    monkeypatch.setattr(processes, "leave", lambda: was_there.append(ray.poll() is None))
-    scale = processes.Scale()
-    with pytest.raises(StartupError, match="don't start"):
-        processes.up(load(Settings, home=tmp_path, port=free_port(), workers=0), scale, 1, None, 6379, None, print)
-    assert was_there == [True]
-    assert ray.poll() is not None
+    monkeypatch.setattr(processes, "deploy_command", lambda *_, **__: ["false"])
+    settings = load(Settings, home=tmp_path, port=free_port(), workers=0)
+    assert processes.up(settings, {"replicas": 1}, 1, None, 6379, None, print) == 1
+    assert stranger.wait(60) == -signal.SIGTERM
+
+
+def test_the_command_of_a_first_deployment_has_the_flags_of_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOLORA_MAX_QUEUE", "7")
+    settings = load(Settings, home=tmp_path, model="/elsewhere", database_url="postgresql://db/smolora")
+    command = processes.deploy_command(settings, "127.0.0.1:6379", {"replicas": 3, "num_cpus": 0.5}, forget=True)
+    given = ["--address=127.0.0.1:6379", "--replicas=3", "--replica-cpus=0.5", "--forget", f"--home={tmp_path}"]
+    assert command[command.index("deploy") + 1 :] == [*given, "--model=/elsewhere", "--max-queue=7"]
 
 
 def test_numbers_of_replicas_that_contradict_each_other(tmp_path: Path) -> None:

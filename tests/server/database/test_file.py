@@ -22,6 +22,7 @@ from server.access import tables as access_tables
 from server.access.audit import Audit
 from server.access.keys import Keys
 from server.access.usage import Ledger
+from server.cluster import deployed
 from server.database import (
     FILE_NAME,
     build_of,
@@ -176,7 +177,7 @@ def test_processes_count_together(engine: sa.Engine, tmp_path: Path) -> None:
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        tables = (catalog, job_tables, access_tables, opening, migrating)
+        tables = (catalog, job_tables, access_tables, opening, migrating, deployed)
         expected = [module.metadata for module in tables]
         assert compare_metadata(context, expected) == []  # type: ignore[arg-type]  # it takes several, too
 
@@ -282,7 +283,7 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
 def test_a_current_database_is_opened_without_alembic(engine: sa.Engine, tmp_path: Path) -> None:
     """Importing Alembic takes longer than opening the database."""
     home = tmp_path / "new" / "home"
-    assert schema_of(home / FILE_NAME) == newest_schema() == "0003"
+    assert schema_of(home / FILE_NAME) == newest_schema() == "0004"
     code = (
         "import sys; from pathlib import Path; from server.database import connect;"
         "connect(Path(sys.argv[1])); print('alembic' in sys.modules)"

@@ -24,6 +24,7 @@ from adapters.sql import transact
 from server.access import tables as access_tables
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
+from server.cluster import deployed
 from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, migrating, opening
 from server.database.opening import PATIENCE_SECONDS
 from server.errors import StartupError
@@ -71,7 +72,7 @@ def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "include_name": lambda name, *_: name != "marks"}
         )
-        tables = (job_tables, access_tables, opening, migrating)
+        tables = (job_tables, access_tables, opening, migrating, deployed)
         known: Any = [metadata, windows.metadata, *(module.metadata for module in tables)]
         assert compare_metadata(context, known) == []
 
