@@ -53,7 +53,7 @@ def container(component: str) -> Mapping[str, Any]:
     return found
 
 
-COMPONENTS = ("api", "engine", "head", "worker")
+COMPONENTS = ("api", "engine", "head", "valkey", "worker")
 
 
 def test_ray_has_the_same_environment_as_elsewhere() -> None:
@@ -65,7 +65,7 @@ def test_ray_has_the_same_environment_as_elsewhere() -> None:
 def test_manifests_include_what_a_cluster_needs() -> None:
     assert sorted(templates()) == list(COMPONENTS)
     budgets = {doc["metadata"]["name"]: doc for doc in DOCUMENTS if doc["kind"] == "PodDisruptionBudget"}
-    for component in COMPONENTS:
+    for component in ("api", "engine", "worker"):
         selected = budgets[f"smolora-{component}"]["spec"]["selector"]["matchLabels"]
         assert selected.items() <= templates()[component]["metadata"]["labels"].items()
     assert the("Service", "smolora")["spec"]["selector"] == templates()["api"]["metadata"]["labels"]
@@ -102,20 +102,111 @@ def test_serves_config_is_valid() -> None:
 def test_serve_config_names_existing_objects() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
     deploy = import_module("server.cluster.deploy")
-    transport = import_module("server.cluster.transport")
+    messages = import_module("server.cluster.messages")
     (application,) = serve_config()["applications"]
     module, _, function = application["import_path"].partition(":")
     assert callable(getattr(import_module(module), function))
     assert module == deploy.__name__
-    assert application["name"] == transport.APP
-    assert [deployment["name"] for deployment in application["deployments"]] == [transport.DEPLOYMENT]
+    assert application["name"] == messages.APP
+    assert [deployment["name"] for deployment in application["deployments"]] == [messages.DEPLOYMENT]
+
+
+def test_a_budget_of_pods_without_a_scale_states_a_minimum() -> None:
+    """For maxUnavailable, Kubernetes asks the pods' owner for its scale. A RayCluster has none, so no pod could be
+    evicted."""
+    scaled = {
+        doc["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+        for doc in DOCUMENTS
+        if doc["kind"] == "Deployment"
+    }
+    budgets = [doc for doc in DOCUMENTS if doc["kind"] == "PodDisruptionBudget"]
+    for budget in budgets:
+        component = budget["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]
+        assert component in scaled or budget["spec"].keys() == {"minAvailable", "selector"}
+    (group,) = the("RayService", "smolora")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert the("PodDisruptionBudget", "smolora-engine")["spec"]["minAvailable"] < group["replicas"]
+
+
+def test_a_new_image_is_rolled_out() -> None:
+    """With the strategy None, KubeRay ignores it."""
+    spec = the("RayService", "smolora")["spec"]
+    assert spec["upgradeStrategy"] == {"type": "NewCluster"}
+    assert spec["rayClusterDeletionDelaySeconds"] >= 600, "API pods are replaced meanwhile"
+    assert the("Deployment", "smolora-api")["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"], "KubeRay ignores changes of these"
+
+
+def test_ray_heads_state_outlives_the_head() -> None:
+    options = the("RayService", "smolora")["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    service = the("Service", "smolora-valkey")
+    (port,) = service["spec"]["ports"]
+    assert options["redisAddress"] == f"{service['metadata']['name']}:{port['port']}"
+    (variable,) = container("valkey")["env"]
+    assert options["redisPassword"]["valueFrom"] == variable["valueFrom"]
+    assert service["spec"]["selector"] == templates()["valkey"]["metadata"]["labels"]
+
+
+def secrets_of(component: str) -> set[str]:
+    references = [
+        variable["valueFrom"]["secretKeyRef"]
+        for variable in container(component).get("env", ())
+        if "valueFrom" in variable
+    ]
+    return {f"{reference['name']}/{reference['key']}" for reference in references}
+
+
+def test_pods_have_only_the_secrets_that_they_use() -> None:
+    assert secrets_of("head") == set()
+    assert secrets_of("engine") == {"smolora-reader/aws-access-key-id", "smolora-reader/aws-secret-access-key"}
+    writes = {"smolora/database-url", "smolora/aws-access-key-id", "smolora/aws-secret-access-key"}
+    assert secrets_of("worker") == writes
+    assert secrets_of("api") == writes | {"smolora/api-keys", "smolora-ray/auth_token"}
+
+
+def test_training_gets_no_share_of_an_engine_pods_gpu() -> None:
+    assert the("ConfigMap", "smolora")["data"]["SMOLORA_WORKERS"] == "0"
+    for component in ("api", "engine", "head"):
+        assert container(component)["envFrom"] == [{"configMapRef": {"name": "smolora"}}]
+
+
+def may_connect(client: str, server: str, port: int) -> bool:
+    """Return whether a pod of one component may connect to one of another by the NetworkPolicies."""
+
+    def selects(selector: Mapping[str, Any], component: str) -> bool:
+        labels = {"app.kubernetes.io/name": "smolora", "app.kubernetes.io/component": component}
+        return selector.get("matchLabels", {}).items() <= labels.items() and all(
+            rule["operator"] == "In" and labels.get(rule["key"]) in rule["values"]
+            for rule in selector.get("matchExpressions", ())
+        )
+
+    policies = [doc["spec"] for doc in DOCUMENTS if doc["kind"] == "NetworkPolicy"]
+    chosen = [policy for policy in policies if selects(policy["podSelector"], server)]
+    assert chosen, "without a policy everybody may"
+    for rule in (rule for policy in chosen for rule in policy.get("ingress", ())):
+        peers = [peer for peer in rule.get("from", [{"podSelector": {}}]) if "namespaceSelector" not in peer]
+        ports = [given["port"] for given in rule.get("ports", [{"port": port}])]
+        if port in ports and any(selects(peer["podSelector"], client) for peer in peers):
+            return True
+    return False
+
+
+def test_pods_are_reached_only_by_pods_that_need_them() -> None:
+    ray = ("api", "engine", "head")
+    for server in COMPONENTS:
+        for client in COMPONENTS:
+            assert may_connect(client, server, 10001) == (client in ray and server in ray)
+            assert may_connect(client, server, 6379) == (
+                (client in ray and server in ray) or (client, server) == ("head", "valkey")
+            )
+            assert may_connect(client, server, 8000) == (server == "api" or (client in ray and server in ray))
 
 
 def test_each_worker_has_room_for_one_replica() -> None:
     (application,) = serve_config()["applications"]
     (deployment,) = application["deployments"]
     (group,) = the("RayService", "smolora")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert deployment["num_replicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert deployment["num_replicas"] <= group["replicas"]
     wanted = deployment["ray_actor_options"]["num_cpus"]
     assert container("engine")["resources"]["limits"]["cpu"] == str(wanted)
 
@@ -192,7 +283,8 @@ def test_variables_are_known_settings() -> None:
 def test_grace_periods_cover_shutdown() -> None:
     """The grace period covers the pause before SIGTERM and all timeouts of the process."""
     pause = int(container("api")["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert templates()["api"]["spec"]["terminationGracePeriodSeconds"] > pause + DRAIN_SECONDS + HURRY_SECONDS
+    grace = import_module("server.cluster.node").STOP_SECONDS + DRAIN_SECONDS + HURRY_SECONDS
+    assert templates()["api"]["spec"]["terminationGracePeriodSeconds"] > pause + grace
     assert templates()["worker"]["spec"]["terminationGracePeriodSeconds"] > GRACE_SECONDS
 
 
@@ -219,8 +311,9 @@ def test_ray_nodes_have_probes_of_their_own(component: str) -> None:
 
 def test_commands_exist_in_smolora() -> None:
     assert container("worker")["command"] == ["smolora", "worker"]
-    line = container("api")["command"][-1]
-    assert line.endswith("exec smolora cluster api --address auto")
+    command = container("api")["command"]
+    assert command[:4] == ["smolora", "cluster", "up", "--address"]
+    assert command[4] == "smolora-head-svc:6379"
     source = (ROOT / "server" / "cli" / "cluster.py").read_text()
     functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
-    assert "api" in functions
+    assert command[2] in functions
