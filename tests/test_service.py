@@ -9,29 +9,35 @@ from pathlib import Path
 
 import pytest
 
+from server.cluster.node import STOP_SECONDS
 from server.config import Limits, Settings
 from server.jobs.supervisor import GRACE_SECONDS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 
 UNIT = Path(__file__).parent.parent / "docker" / "systemd" / "smolora.service"
+CLUSTER = UNIT.with_name("smolora-cluster.service")
 MOST_EXPOSED = 15
 """Upper bound of systemd's exposure score out of 100: the unit has 13, an empty unit 96."""
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
 
 
+def with_paths(unit: Path, target: Path) -> Path:
+    """Return the unit with this environment's paths, in the folder `target`."""
+    smolora = Path(sys.executable).with_name("smolora")
+    text = unit.read_text()
+    assert text.count("/opt/smolora/.venv/bin/smolora") == 1
+    (target / unit.name).write_text(text.replace("/opt/smolora/.venv/bin/smolora", str(smolora)))
+    return target / unit.name
+
+
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Return the unit with this environment's paths."""
-    smolora = Path(sys.executable).with_name("smolora")
-    text = UNIT.read_text()
-    assert text.count("/opt/smolora/.venv/bin/smolora") == 1
-    (tmp_path / UNIT.name).write_text(text.replace("/opt/smolora/.venv/bin/smolora", str(smolora)))
-    return tmp_path / UNIT.name
+    return with_paths(UNIT, tmp_path)
 
 
-def settings() -> Mapping[str, str]:
+def settings(unit: Path = UNIT) -> Mapping[str, str]:
     """Return the unit's settings by name; of a repeated setting, the last."""
-    return dict(re.findall(r"^(\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
+    return dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
 
 
 def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -87,3 +93,19 @@ def test_unit_limits_cover_the_servers_needs() -> None:
     assert unit["WorkingDirectory"] == f"/var/lib/{unit['StateDirectory']}"
     named = set(re.findall(r"SMOLORA_([A-Z_]+)=", UNIT.read_text()))
     assert {name.lower() for name in named} <= set(Settings.model_fields)
+
+
+@needs_systemd
+def test_a_clusters_unit_is_valid(tmp_path: Path) -> None:
+    done = analyze("verify", "--man=no", with_paths(CLUSTER, tmp_path))
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_a_clusters_unit_starts_up_and_lets_it_stop() -> None:
+    unit = settings(CLUSTER)
+    assert unit["ExecStart"] == "/opt/smolora/.venv/bin/smolora cluster up $CLUSTER_UP"
+    assert (unit["KillMode"], unit["KillSignal"], unit["Restart"]) == ("mixed", "SIGTERM", "on-failure")
+    assert unit["StartLimitIntervalSec"] == "0", "it waits for the machine where the cluster began"
+    assert int(unit["TimeoutStopSec"]) > 45 + STOP_SECONDS
+    assert unit["LimitCORE"] == "0"
+    assert f"SMOLORA_HOME={unit['WorkingDirectory']}" in CLUSTER.read_text()
