@@ -12,6 +12,7 @@
         └── Unavailable            nothing can be served now (HTTP 503)
             ├── BytesUnavailable   the object store can't be reached, or fails
             ├── Interrupted        the database connection was lost before anything was changed
+            │   └── Silent         the database has not answered for seconds
             └── InDoubt            the connection was lost during a commit, whose outcome is unknown
 
 `server.errors` adds the errors of a running server. One handler in `server.api` turns all of them into HTTP
@@ -142,6 +143,10 @@ class Interrupted(Unavailable):
     """The database can't be reached, or rolled a transaction back. The transaction may be repeated."""
 
     default_message = "the database can't be reached just now"
+
+
+class Silent(Interrupted):
+    """The database has not answered for seconds, so waiting for it would only cost time."""
 
 
 class InDoubt(Unavailable):

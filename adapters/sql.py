@@ -7,12 +7,12 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from adapters.errors import Interrupted, Unavailable
+from adapters.errors import Interrupted, Silent, Unavailable
 
 MAX_ATTEMPTS = 20
 PATIENCE = "patience"
@@ -30,9 +30,29 @@ _Given = ParamSpec("_Given")
 _Writer = TypeVar("_Writer", bound=_HasEngine)
 
 
+class _Reader(sa.Connection):
+    """A connection in autocommit mode, which repeats a read if its connection to the database is lost."""
+
+    def execute(self, *given: Any, **named: Any) -> sa.CursorResult[Any]:  # noqa: ANN401 as SQLAlchemy's
+        until = time.monotonic() + self.engine.get_execution_options().get(PATIENCE, 0.0)
+        while True:
+            try:
+                return super().execute(*given, **named)
+            except Interrupted as error:
+                if not self.invalidated or isinstance(error, Silent) or time.monotonic() > until:
+                    raise
+                self.rollback()  # allows another connection
+            back_off()
+
+
 def reader_of(engine: sa.Engine) -> sa.Engine:
-    """Return the engine in autocommit mode: single reads without a transaction don't wait for writers."""
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
+    """Return the engine in autocommit mode: single reads without a transaction don't wait for writers.
+
+    A read whose connection to the database is lost is repeated, for as long as the engine's option PATIENCE says.
+    """
+    reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+    reader._connection_cls = _Reader
+    return reader
 
 
 def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
@@ -40,7 +60,7 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Re
 
     If another transaction has inserted a row with the same key first, the transaction is repeated: there are up to
     MAX_ATTEMPTS attempts. If `work` or the commit raises Interrupted, the transaction is repeated for as long as
-    the engine's option PATIENCE says.
+    the engine's option PATIENCE says, but not if it raises Silent.
     """
     until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
     num_left = MAX_ATTEMPTS
@@ -52,8 +72,8 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Re
             num_left -= 1
             if not num_left:
                 raise
-        except Interrupted:
-            if time.monotonic() > until:
+        except Interrupted as error:
+            if isinstance(error, Silent) or time.monotonic() > until:
                 raise
             back_off()
 

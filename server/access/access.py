@@ -16,6 +16,7 @@ from server.access.rates import MemoryRates, Rates
 from server.access.tables import changes
 from server.access.usage import Ledger
 from server.database import is_file
+from server.database.silence import Outage
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,12 @@ def open_access(
     commits: Callable[[], int],
     fixed_keys: Sequence[str] = (),
     allow_guests: bool = False,
+    outage: Outage | None = None,
 ) -> Access:
     """Create the `Access` of a server from its database.
 
-    `keyed` is as in `Keys`; `fixed_keys` and `allow_guests` are as in `KeyRing`. `commits` is a cheap function: it
-    returns a number that changes with every commit to the database.
+    `keyed` is as in `Keys`; `fixed_keys`, `allow_guests` and `outage` are as in `KeyRing`. `commits` is a cheap
+    function: it returns a number that changes with every commit to the database.
     """
     keys, projects = Keys(engine, keyed), Projects(engine)
     ring = KeyRing(
@@ -60,17 +62,18 @@ def open_access(
         allow_guests,
         changes=partial(_num_changes, reader_of(engine)),
         is_remote=not is_file(engine),
+        outage=outage,
     )
     ring.refresh_now()
-    return Access(keys, projects, ring, _rates(engine), Ledger(engine), Audit(engine))
+    return Access(keys, projects, ring, _rates(engine, outage or Outage()), Ledger(engine), Audit(engine))
 
 
-def _rates(engine: sa.Engine) -> Rates:
+def _rates(engine: sa.Engine, outage: Outage) -> Rates:
     if is_file(engine):
         return MemoryRates()
     from server.access.database_rates import DatabaseRates
 
-    return DatabaseRates(engine)
+    return DatabaseRates(engine, outage)
 
 
 def _num_changes(reader: sa.Engine) -> int:

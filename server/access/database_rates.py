@@ -3,22 +3,42 @@
 A row counts what was used of one limit in its current window, a minute by the database's clock. Counting is a
 short transaction in a thread, so the event loop doesn't wait. The transaction doesn't take the lock for which all
 other writers wait. The response headers show the counts that this server read last.
+
+While the database doesn't answer, each server counts on its own, for as long as `Outage` lets it use known keys.
+So all servers together may then admit each limit once per server.
 """
 
 import time
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
 
 import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.dml import ReturningInsert
 
+from adapters.errors import Unavailable
 from adapters.sql import reader_of, transact
 from server.access.principal import Principal
-from server.access.rates import KINDS, SMALL_STEP, Kind, Limit, Window, headers_of, limits_of, refusal
+from server.access.rates import (
+    KINDS,
+    SMALL_STEP,
+    Kind,
+    Limit,
+    MemoryRates,
+    Window,
+    headers_of,
+    limits_of,
+    refusal,
+)
 from server.database.clock import database_time
 from server.database.opening import without_writers_lock
+from server.database.silence import Outage
 
 WINDOW_SECONDS = 60.0
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 _NUM_THREADS = 8
 _MAX_SEEN = 10_000
 
@@ -35,35 +55,55 @@ windows = sa.Table(
 class DatabaseRates:
     """Counts the requests and tokens of all servers together. Use it from one event loop."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, outage: Outage | None = None) -> None:
+        self._outage = outage or Outage()
+        self._own = MemoryRates()
+        self._is_alone = False  # whether `_own` has the counts
         self._engine = without_writers_lock(engine)
         self._reader = reader_of(engine)
         self._threads: CapacityLimiter | None = None
         self._seen: dict[str, Window] = {}
 
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
-        """Count as `Rates.take` does. Raise Unavailable if the database can't be reached."""
+        """Count as `Rates.take` does. Raise Unavailable if the database can't be reached, and `outage` is over."""
         limits = limits_of(principal, kind)
         if not limits:
             return
-        if self._threads is None:
-            self._threads = CapacityLimiter(_NUM_THREADS)
-        if not await to_thread.run_sync(self._take, limits, amount, limiter=self._threads):
+        self._is_alone = self._may_count_alone
+        try:
+            is_taken = self._is_alone or await self._run(self._take, limits, amount)
+        except Unavailable:
+            self._is_alone = self._may_count_alone
+            if not self._is_alone:
+                raise
+        if self._is_alone:
+            await self._own.take(principal, kind, amount)
+        elif not is_taken:
             every = [limit for each in KINDS for limit in limits_of(principal, each)]
-            await to_thread.run_sync(self._look, every, limiter=self._threads)
+            await self._run(self._look, every)
             short = min(limits, key=lambda limit: self._window(limit).remaining - min(amount, limit.most))
             refused = next((limit for limit in limits if amount > limit.most), short)
             raise refusal(refused, amount, self._window(refused), self.headers(principal))
 
     async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
-        """Count as `Rates.charge` does. Raise Unavailable if the database can't be reached."""
+        """Count as `Rates.charge` does. Raise Unavailable as `take` does."""
         if limits := limits_of(principal, kind):
-            if self._threads is None:
-                self._threads = CapacityLimiter(_NUM_THREADS)
-            await to_thread.run_sync(self._charge, limits, amount, limiter=self._threads)
+            if self._may_count_alone:
+                await self._own.charge(principal, kind, amount)
+            else:
+                await self._run(self._charge, limits, amount)
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        return headers_of(principal, self._window)
+        return self._own.headers(principal) if self._is_alone else headers_of(principal, self._window)
+
+    @property
+    def _may_count_alone(self) -> bool:
+        return self._outage.is_on and self._outage.is_survived
+
+    async def _run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        if self._threads is None:
+            self._threads = CapacityLimiter(_NUM_THREADS)
+        return await to_thread.run_sync(work, *args, limiter=self._threads)
 
     def _window(self, limit: Limit) -> Window:
         found = self._seen.get(_name(limit))

@@ -17,7 +17,9 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +52,7 @@ from server.access.principal import (
 from server.access.projects import Projects, ensure, quota_of
 from server.access.tables import api_keys, changed
 from server.config.operator_keys import OperatorKeys
+from server.database.silence import Outage
 from server.system.messages import plural
 
 PREFIX = "sk-smolora-"
@@ -360,7 +363,7 @@ class KeyRing:
     `commits` is a cheap function that returns another number after every commit. `changes` returns another number
     after a change of keys or projects; it is `commits` by default. `fixed` is the setting API_KEYS, the operator's
     keys. With `allow_guests`, a client without a key is a `GUEST` even if there are keys. If `is_remote`, the
-    database is read in threads.
+    database is read in threads. While it doesn't answer, `outage` says for how long the cache is used as it is.
     """
 
     def __init__(
@@ -373,12 +376,17 @@ class KeyRing:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         changes: Callable[[], int] | None = None,
         is_remote: bool = False,
+        outage: Outage | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
         self._projects = projects
         self._commits = commits
         self._changes = changes or commits
         self._is_remote = is_remote
+        self._outage = outage or Outage()
+        self._clock = clock
+        self._current_at = -math.inf  # the last time at which the cache was up to date
         self._operator = OperatorKeys(fixed)
         self._fixed: dict[str, Principal] = {}
         self._allow_guests = allow_guests
@@ -413,6 +421,7 @@ class KeyRing:
         """
         self._read_operators_keys()
         if (seen := self._commits()) == self._seen:
+            self._current_at = self._clock()
             return
         if not self._is_remote and self._changes() == self._known.number:
             self._seen = seen
@@ -462,6 +471,7 @@ class KeyRing:
 
     def _take(self, read: _Remembered, seen: int) -> None:
         self._seen = seen
+        self._current_at = self._clock()
         if read is self._known:
             return
         self._known = read
@@ -469,13 +479,13 @@ class KeyRing:
         for key_id in list(self._ends):
             self._end_if_invalid(key_id)
 
-    async def principal(self, secret: str | None) -> Principal | None:
+    async def principal(self, secret: str | None, *, at_any_age: bool = False) -> Principal | None:
         """Return the principal of a client, or None if the client is refused.
 
         `secret` is what the client sent as its key, or None if it sent none. Raise Unavailable if the database
-        can't be read.
+        can't be read, unless the cache isn't too old. If `at_any_age`, it never is.
         """
-        await self.refresh()
+        await self._refresh_if_possible(math.inf if at_any_age else self._outage.keys)
         if secret is None:
             return self.anonymous
         digest = digest_of(secret)
@@ -496,6 +506,17 @@ class KeyRing:
             return self._limited(found)
         # before the first key, clients send placeholders such as "unused"
         return None if self.has_keys else self.anonymous
+
+    async def _refresh_if_possible(self, max_age: float) -> None:
+        """Refresh the cache. If the database doesn't answer, and the cache is at most `max_age` s old, keep it."""
+        if not (self._outage.is_on and self._clock() - self._current_at <= max_age):
+            try:
+                await self.refresh()
+            except Unavailable:
+                if self._clock() - self._current_at > max_age:
+                    raise
+        else:
+            self._read_operators_keys()
 
     def fault_of(self, secret: str | None) -> KeyFault:
         """Return why a secret for which `principal` returned None is refused."""

@@ -5,6 +5,9 @@ can't read or change another project's data by mistake.
 """
 
 import logging
+import math
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +17,7 @@ from anyio import CancelScope, to_thread
 from fastapi import Depends, Header, Request
 
 from adapters.catalog.versions import VersionLimits
-from adapters.errors import SmoloraError
+from adapters.errors import SmoloraError, Unavailable
 from adapters.expression import Term
 from adapters.library import Library, Pinned
 from adapters.names import Viewpoint
@@ -28,6 +31,7 @@ from server.api.lanes import Lane, Places, Turns
 from server.api.quotas import Incoming, Spooling
 from server.api.submission import Submissions
 from server.config import Settings
+from server.database.silence import Outage
 from server.engine.guidance import Guidance
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.jobs.files import Retention
@@ -54,27 +58,39 @@ T = TypeVar("T")
 log = logging.getLogger("smolora.api")
 
 
+_Expression = tuple[Viewpoint, tuple[Term, ...]]
+
+
 class RecentPins:
     """A cache of resolved adapter expressions, valid until the next commit to the database.
 
     Resolving an expression runs SQL in a thread, which delays the first token by a millisecond or two. Checking
-    for commits takes microseconds. Use each instance from one event loop only.
+    for commits takes microseconds. While the database doesn't answer, `outage` says for how long older results
+    are used. Use each instance from one event loop only.
     """
 
-    def __init__(self, commits: Callable[[], int | None]) -> None:
+    def __init__(
+        self,
+        commits: Callable[[], int | None],
+        outage: Outage | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`commits` returns a number that changes with every commit, or None, which turns the cache off."""
         self._commits = commits
+        self._outage = outage or Outage()
+        self._clock = clock
         self._seen: int | None = None
-        self._known: dict[tuple[Viewpoint, tuple[Term, ...]], Pinned] = {}  # these hold no pins
+        self._known: dict[_Expression, Pinned] = {}  # these hold no pins
+        self._older: OrderedDict[_Expression, tuple[float, Pinned]] = OrderedDict()  # when they were resolved
 
     async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
         """Pin the adapter versions that `terms` name, as `Library.pin` does.
 
         If the versions are cached, no SQL is run.
         """
+        key = (replace(library.catalog.viewpoint, key_id=None), tuple(terms))  # all keys of a project see the same
         if (seen := self._commits()) is None:
-            return await to_thread.run_sync(library.pin, terms, field)
-        key = (library.catalog.viewpoint, tuple(terms))
+            return await self._pin_or_remember(key, library, terms, field)
         if seen != self._seen or len(self._known) >= _MAX_EXPRESSIONS:
             self._seen = seen
             self._known.clear()
@@ -87,6 +103,35 @@ class RecentPins:
         if self._commits() == seen == self._seen:
             self._known[key] = Pinned(pinned.parts, pinned.warnings)
         return pinned
+
+    async def _pin_or_remember(
+        self, key: _Expression, library: Library, terms: Sequence[Term], field: str
+    ) -> Pinned:
+        """Resolve the terms. If the database doesn't answer, use a former result that isn't too old."""
+        if self._outage.is_on and (older := self._recall(key, library)) is not None:
+            return older
+        began = self._clock()
+        try:
+            pinned = await to_thread.run_sync(library.pin, terms, field)
+        except Unavailable:
+            if (older := self._recall(key, library)) is not None:
+                return older
+            raise
+        except SmoloraError:  # such as NotFound, if the adapter was deleted
+            self._older.pop(key, None)
+            raise
+        self._older[key] = began, Pinned(pinned.parts, pinned.warnings)
+        self._older.move_to_end(key)
+        if len(self._older) > _MAX_EXPRESSIONS:
+            self._older.popitem(last=False)
+        return pinned
+
+    def _recall(self, key: _Expression, library: Library) -> Pinned | None:
+        """Return the last result for `key`, pinned, or None if there is none that may still be used."""
+        resolved_at, found = self._older.get(key, (-math.inf, Pinned()))
+        if self._clock() - resolved_at > self._outage.names:
+            return None
+        return Pinned(found.parts, found.warnings, library.store)
 
 
 async def release(pinned: Pinned) -> None:
@@ -207,6 +252,7 @@ class Services:
     tracer: Tracer | None = None
     principal: Principal = EVERYBODY  # sets what library, jobs, datasets, files and submissions show
     bucket: "Bucket | None" = None  # if there is one, it stores bytes instead of HOME
+    outage: Outage = field(default_factory=Outage)
     _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)
 
     def of(self, principal: Principal) -> "Services":

@@ -40,12 +40,17 @@ async def ready(services: ServicesDep) -> Response:
     The answer has the base's id, whether it takes `messages`, the scopes of a client without a key (`anonymous`),
     the kinds of code that compute (`backends`), and what doesn't work as it should (`fallbacks`).
 
+    If the database doesn't answer, `degraded` says so. The answer is still 200 as long as the server can use the
+    adapters and keys that it knows (STALE_NAMES, STALE_KEYS), and 503 after that.
+
     No key needed.
     """
     if services.engine.dead:
         raise EngineDead
     if not services.engine.ready:
         raise NotReady(retry_after=5)
+    if not services.outage.is_survived:
+        raise NotReady("the database doesn't answer", retry_after=5)
     anonymous, stats = services.access.ring.anonymous, services.engine.stats
     return wire.answer(
         {
@@ -55,6 +60,7 @@ async def ready(services: ServicesDep) -> Response:
             "anonymous": [] if anonymous is None else [scope for scope in SCOPES if scope in anonymous.scopes],
             "backends": sorted(stats.backends),
             "fallbacks": sorted(stats.fallbacks),
+            "degraded": ["the database doesn't answer"] if services.outage.is_on else [],
         }
     )
 

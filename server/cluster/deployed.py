@@ -18,7 +18,7 @@ OF_APIS = {
     *("host", "port", "root_path", "public_url", "trusted_proxies", "allowed_hosts", "allowed_origins"),
     *("max_connections", "header_timeout", "body_timeout", "stall_timeout", "min_free_bytes", "allow_anonymous"),
     *("api_keys", "database_url", "retain_jobs", "retain_audit"),
-    *("allow_hub_adapters", "train_share", "train_slice"),
+    *("allow_hub_adapters", "train_share", "train_slice", "stale_names", "stale_keys"),
 }
 """Settings that replicas don't use."""
 metadata = sa.MetaData()

@@ -312,6 +312,20 @@ class Settings(Limits, WorkerSettings):
         description="Comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto count. "
         "Default: none.",
     )
+    stale_names: float = Field(
+        300,
+        ge=0,
+        le=3600,
+        description="Seconds for which a server may use a name of an adapter as it last read it, if PostgreSQL "
+        "doesn't answer; 0: never.",
+    )
+    stale_keys: float | None = Field(
+        None,
+        ge=0,
+        le=3600,
+        description="The same for API keys, so that a revoked key may work for as long; 0: no request is served "
+        "without PostgreSQL. Default: as STALE_NAMES.",
+    )
     workers: int = Field(
         1, ge=0, le=64, description="Training workers that serve runs; 0: none, run smolora worker elsewhere."
     )

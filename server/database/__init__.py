@@ -31,6 +31,7 @@ from server.database.opening import (
     is_file,
     records_of,
     refuse_in_use,
+    silence_of,
 )
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "refuse_in_use",
     "schema_of",
     "set_aside",
+    "silence_of",
 ]

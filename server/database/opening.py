@@ -166,6 +166,19 @@ def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
     return file.Commits(home).now if is_file(engine) else lambda: None
 
 
+def silence_of(engine: sa.Engine) -> Callable[[], float]:
+    """Return a function that returns for how many seconds the database hasn't answered, or 0 if it answers.
+
+    The function doesn't ask the database. A database file always counts as answering.
+    """
+    if is_file(engine):
+        return lambda: 0.0
+    from server.database import postgres
+
+    silence = postgres.silence_of(engine)
+    return lambda: silence.seconds
+
+
 def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
     """Return the files in the folder `adapters` from which adapters' versions in a lost database are restored.
 

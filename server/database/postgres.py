@@ -9,6 +9,11 @@ If the server can't be reached, connecting is retried for `patience` seconds, an
 worker that only reads can't be stopped before the retries end. If the connection is lost in a transaction, the
 transaction has no effect and raises Interrupted: `transact` repeats it for all of `patience`.
 
+No thread waits for a server that accepts connections but doesn't answer, for example because its disk hangs. The
+server itself ends statements after STATEMENT_SECONDS. If it doesn't even do that, the connection is closed a
+moment later (`_Connection`). In a process that runs `Notices`, a silent server is noticed sooner: after
+GIVE_UP_SECONDS all statements end, and new ones fail at once until the server answers (`server.database.silence`).
+
 The outcome is unknown only if the connection is lost during a commit. So each transaction writes a number to its
 connection's row in the table `marks`. After a lost commit the process takes the lock, which shows that the old
 session has ended, and looks for the number. Each commit also notifies all processes (LISTEN and NOTIFY).
@@ -33,10 +38,11 @@ from adapters.errors import InDoubt, Interrupted, InvalidInput, Unavailable
 from adapters.sql import PATIENCE, back_off, reader_of
 from server.database.migrating import migrate
 from server.database.opening import PATIENCE_SECONDS
+from server.database.silence import NOTICED_SECONDS, Silence
 from server.errors import StartupError
 
 CHANNEL = "smolora_commits"
-SILENT_SECONDS = 3.0
+SILENT_SECONDS = NOTICED_SECONDS
 """If the server was silent for longer, the number isn't trusted."""
 
 _LOOK_SECONDS = 1.0
@@ -51,10 +57,12 @@ class Notices:
     A call takes a microsecond. A commit of this process counts immediately, a commit of another process when its
     notice arrives. The notices of this process carry the id `own`, and aren't counted a second time. While the
     server doesn't answer, the number changes at each call, so that no cached value is taken for current.
+    `silence` says for how long it hasn't answered.
     """
 
-    def __init__(self, open_one: "Callable[[], psycopg.Connection[Any]]") -> None:
+    def __init__(self, open_one: "Callable[[], psycopg.Connection[Any]]", silence: Silence) -> None:
         self.own = uuid.uuid4().hex
+        self.silence = silence
         self._open = open_one
         self._number = 0
         self._heard_at = float("-inf")
@@ -87,6 +95,7 @@ class Notices:
 
     def _run(self) -> None:
         while not self._is_closed.is_set():
+            self.silence.asked()
             try:
                 with self._open() as connection:
                     connection.autocommit = True
@@ -101,12 +110,17 @@ class Notices:
         connection.execute(f"LISTEN {CHANNEL}")
         while not self._is_closed.is_set():
             self.count()  # commits before LISTEN weren't noticed
-            self._heard_at = time.monotonic()
+            self._answered()
             while not self._hears(connection):
+                self.silence.asked()
                 connection.execute("SELECT 1")  # check that the server still answers
-                self._heard_at = time.monotonic()
+                self._answered()
                 if self._is_closed.is_set():
                     return
+
+    def _answered(self) -> None:
+        self._heard_at = time.monotonic()
+        self.silence.answered()
 
     def _hears(self, connection: "psycopg.Connection[Any]") -> bool:
         """Wait for a commit, for up to `_LOOK_SECONDS`, and return whether another process made one."""
@@ -120,6 +134,12 @@ NO_WRITERS_LOCK = "no_writers_lock"
 
 CONNECT_SECONDS = 5
 LOCK_SECONDS = 10
+STATEMENT_SECONDS = 15
+"""The longest that a statement may take: more than LOCK_SECONDS, since a statement waits for the writers' lock."""
+_ANSWER_SECONDS = STATEMENT_SECONDS + 2.0  # the server ends a statement itself before this
+GIVE_UP_SECONDS = 2.0
+"""Seconds of silence in addition to the engine's patience after which no statement waits any longer."""
+_LEAST_SECONDS = 2.0  # that a statement waits, in case that the server answers again
 _IDLE_SECONDS = 30  # in a transaction; a suspended machine then loses the transaction and the lock
 _DOUBT_SECONDS = 15.0  # to find out whether a commit succeeded, before the caller gets InDoubt
 _MIN_VERSION = 13_00_00
@@ -131,7 +151,10 @@ _DEFAULTS: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,  # milliseconds
 }
-_SETTINGS = f"SET lock_timeout = '{LOCK_SECONDS}s'; SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'"
+_SETTINGS = (
+    f"SET lock_timeout = '{LOCK_SECONDS}s'; SET statement_timeout = '{STATEMENT_SECONDS}s'; "
+    f"SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'"
+)
 _OVER = {  # SQLSTATEs of a session that has ended or is useless
     "25006": "the server became a standby",
     "25P03": "it was idle in a transaction for too long",
@@ -148,7 +171,46 @@ _MARK = (
 )
 
 
-Open = Callable[[], "psycopg.Connection[Any]"]
+class _Connection(psycopg.Connection[Any]):
+    """A connection that is closed if the server doesn't answer a statement in time."""
+
+    silence: Silence | None = None
+    is_bounded = True  # false in a migration, whose statements may take long
+
+    def wait(self, gen: Any, *given: Any, **named: Any) -> Any:  # noqa: ANN401 as in psycopg
+        try:
+            found = super().wait(self._bounded(gen), *given, **named)
+        except _NoAnswerError:
+            self.close()
+            raise
+        if self.silence is not None:
+            self.silence.heard()
+        return found
+
+    def _bounded(self, gen: Any) -> Any:  # noqa: ANN401
+        """Wrap a generator of psycopg, which receives 0 several times a second while the socket is silent.
+
+        Raise _NoAnswerError if the server hasn't answered for too long.
+        """
+        began = time.monotonic()
+        ready = None  # starts the generator
+        while True:
+            try:
+                wanted = gen.send(ready)
+            except StopIteration as end:
+                return end.value
+            if not (ready := (yield wanted)) and self.is_bounded:
+                waited = time.monotonic() - began
+                is_silent = self.silence is not None and self.silence.is_long
+                if waited > _ANSWER_SECONDS or (is_silent and waited > _LEAST_SECONDS):
+                    raise _NoAnswerError(f"no answer for {waited:.0f} s")
+
+
+class _NoAnswerError(psycopg.OperationalError):
+    """The server accepts connections, and doesn't answer."""
+
+
+Open = Callable[[], _Connection]
 
 
 def connect_server(url: str, patience: float) -> sa.Engine:
@@ -157,10 +219,11 @@ def connect_server(url: str, patience: float) -> sa.Engine:
     A lost connection and an interrupted transaction are retried for `patience` seconds. Raise StartupError if the
     database can't be opened or migrated. The message never quotes the password.
     """
-    open_one = _opener(url)
+    silence = Silence(min(patience, PATIENCE_SECONDS) + GIVE_UP_SECONDS)
+    open_one = _opener(url, silence)
     engine = sa.create_engine(
         "postgresql+smolora://",
-        creator=_retried(open_one, min(patience, PATIENCE_SECONDS)),
+        creator=_retried(open_one, min(patience, PATIENCE_SECONDS), silence),
         poolclass=_Pool,
         pool_size=8,
         max_overflow=24,
@@ -170,7 +233,8 @@ def connect_server(url: str, patience: float) -> sa.Engine:
         execution_options={PATIENCE: patience},
     )
     dialect = cast("_Dialect", engine.dialect)
-    dialect.open, dialect.notices = open_one, Notices(open_one)
+    dialect.open, dialect.notices = open_one, Notices(open_one, silence)
+    cast("_Pool", engine.pool).silence = silence
     sa.event.listen(engine, "begin", _begin)
     sa.event.listen(engine, "handle_error", _explain)
     sa.event.listen(engine, "engine_disposed", lambda _: dialect.notices.close())
@@ -193,6 +257,11 @@ def notices_of(engine: sa.Engine) -> Notices:
     notices = cast("_Dialect", engine.dialect).notices
     notices.start()
     return notices
+
+
+def silence_of(engine: sa.Engine) -> Silence:
+    """Return the object that says for how long the server hasn't answered, and start asking the server."""
+    return notices_of(engine).silence
 
 
 def release_of(engine: sa.Engine) -> str:
@@ -230,15 +299,21 @@ class _Pool(QueuePool):
 
     def recreate(self) -> "_Pool":
         made = cast("_Pool", super().recreate())
+        made.silence = self.silence
         made._is_closed = True
         return made
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if record.dbapi_connection is not None:
+            cast("_Connection", record.dbapi_connection).is_bounded = True
         super()._do_return_conn(record)
         if self._is_closed:
             super().dispose()
 
+    silence: Silence
+
     def connect(self) -> PoolProxiedConnection:
+        self.silence.admit()
         try:
             return super().connect()
         except sa.exc.TimeoutError:
@@ -301,8 +376,8 @@ class _Dialect(PGDialect_psycopg):
 registry.register("postgresql.smolora", __name__, "_Dialect")
 
 
-def _opener(url: str) -> Open:
-    """Return a function that opens a connection to `url`.
+def _opener(url: str, silence: Silence | None = None) -> Open:
+    """Return a function that opens a connection to `url`, whose answers it reports to `silence`.
 
     Raise StartupError, without quoting the URL, if libpq can't parse it.
     """
@@ -315,8 +390,9 @@ def _opener(url: str) -> Open:
             "characters of the password as %40 and the like"
         ) from None
 
-    def open_one() -> "psycopg.Connection[Any]":
-        connection = psycopg.connect(complete, autocommit=True)
+    def open_one() -> _Connection:
+        connection = _Connection.connect(complete, autocommit=True)
+        connection.silence = silence
         try:
             connection.execute(_SETTINGS)
             connection.autocommit = False
@@ -328,12 +404,17 @@ def _opener(url: str) -> Open:
     return open_one
 
 
-def _retried(open_one: Open, seconds: float) -> Open:
-    """Return `open_one` with retries: if the server can't be reached, it tries again for up to `seconds`."""
+def _retried(open_one: Open, seconds: float, silence: Silence) -> Open:
+    """Return `open_one` with retries: if the server can't be reached, it tries again for up to `seconds`.
 
-    def open_patiently() -> "psycopg.Connection[Any]":
+    While the server has been silent for long, it tries nothing: `Notices` does.
+    """
+
+    def open_patiently() -> _Connection:
         until = time.monotonic() + seconds
         while True:
+            if silence.is_long:
+                raise _NoAnswerError("no answer")
             try:
                 return open_one()
             except psycopg.OperationalError:
@@ -355,9 +436,9 @@ def _prepare(open_one: Open) -> None:
         row = connection.execute("SHOW server_encoding").fetchone()
         if row is None or row[0] != "UTF8":
             raise StartupError("SMOLORA_DATABASE_URL: the database's encoding must be UTF8: createdb -E UTF8")
-        connection.execute(
-            "SELECT set_config('lock_timeout', '0', true), pg_advisory_xact_lock(%s)", [WRITERS_LOCK]
-        )
+        connection.is_bounded = False
+        connection.execute("SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0")
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", [WRITERS_LOCK])
         row = connection.execute("SELECT to_regclass('marks')").fetchone()
         if row is None or row[0] is None:
             connection.execute(_MARKS)
@@ -368,6 +449,7 @@ def _prepare(open_one: Open) -> None:
 
 def _begin(connection: sa.Connection) -> None:
     options = connection.get_execution_options()
+    cast("_Connection", connection.connection.dbapi_connection).is_bounded = not options.get("waits")
     if options.get("isolation_level") == "AUTOCOMMIT":
         return
     connection.info[NO_WRITERS_LOCK] = is_unlocked = bool(options.get(NO_WRITERS_LOCK))
@@ -375,7 +457,7 @@ def _begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
         return
     if options.get("waits"):
-        connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+        connection.exec_driver_sql("SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0")
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})")
 
 

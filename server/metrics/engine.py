@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from server.engine.request import EngineStats
+from server.metrics.aside import Aside
 
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
     ("smolora_requests_running", "Sequences in the batch", lambda s: s.num_running),
@@ -93,6 +94,7 @@ class GatewayCollector(Collector):
         self._seen: tuple[object, ...] = ()
         self._labels = ("", "")  # names of resident adapters, and of awaited ones
         self._num_more = 0  # how many more names than adapters there are
+        self._aside = Aside()
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -118,7 +120,8 @@ class GatewayCollector(Collector):
         state = (stats.resident, stats.waiting, self._moves())
         if state != self._seen:
             with suppress(Exception):  # the database failed, which `HomeCollector` logs
-                resident, waiting = self._named(stats.resident), self._named(stats.waiting - stats.resident)
+                digests = stats.resident, stats.waiting - stats.resident
+                resident, waiting = self._aside.run(lambda: tuple(map(self._named, digests)))
                 self._labels = ",".join(resident), ",".join(waiting)
                 self._num_more = len(resident) + len(waiting) - len(stats.resident | stats.waiting)
                 self._seen = state

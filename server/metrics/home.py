@@ -1,7 +1,7 @@
 """Metrics of HOME: jobs, workers, disk space, and the last backup.
 
-They are read at most once a second, however often gateways request them. If something can't be read, its metrics
-are omitted, and a warning is logged: the other metrics are needed most when a disk fails.
+They are read at most once a second, however often gateways request them. If something can't be read in time, its
+metrics are omitted, and a warning is logged: the other metrics are needed most when a disk or the database fails.
 """
 
 import logging
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -19,6 +20,7 @@ from prometheus_client.registry import Collector
 from server.jobs.jobs import Jobs
 from server.jobs.supervisor import workers_of
 from server.jobs.tables import Status
+from server.metrics.aside import Aside
 from server.storage.home import Home
 
 _KEEP_SECONDS = 1.0
@@ -45,6 +47,7 @@ class HomeCollector(Collector):
         self._min_free_bytes = min_free_bytes
         self._clock = clock
         self._is_shared = is_shared
+        self._aside = Aside()
         self._read_at = float("-inf")
         self._said_at = float("-inf")
         self._families: list[Metric] = []
@@ -54,11 +57,14 @@ class HomeCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         if self._clock() - self._read_at >= _KEEP_SECONDS:
-            self._families = [*self._tried(self._of_jobs), *self._tried(self._of_disk)]
+            self._families = [
+                *self._tried(partial(self._aside.run, lambda: list(self._of_jobs()))),
+                *self._tried(self._of_disk),
+            ]
             self._read_at = self._clock()
         return self._families
 
-    def _tried(self, read: Callable[[], Iterator[Metric]]) -> list[Metric]:
+    def _tried(self, read: Callable[[], Iterable[Metric]]) -> list[Metric]:
         try:
             return list(read())
         except Exception as error:  # the database or the disk fails

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.metrics.aside import Aside
+
 KEEP_SECONDS = 60.0
 MAX_PROJECTS = 100
 """The most projects in one scrape: the projects with the highest shares."""
@@ -29,6 +31,7 @@ class QuotaCollector(Collector):
         self._clock = clock
         self._read_at = float("-inf")
         self._use: Use = {}
+        self._aside = Aside()
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -37,7 +40,7 @@ class QuotaCollector(Collector):
         if self._clock() - self._read_at >= KEEP_SECONDS:
             self._read_at = self._clock()
             try:
-                self._use = self._read()
+                self._use = self._aside.run(self._read)
             except Exception as error:  # the database or the disk fails
                 self._use = {}
                 log.warning("use of quotas can't be read: %s", type(error).__name__)

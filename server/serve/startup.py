@@ -22,8 +22,9 @@ from server.api.job_feeds import JobFeeds
 from server.api.quotas import quota_use
 from server.api.submission import Submissions
 from server.config import Settings
-from server.database import agree, commits_at_once, commits_of, described, is_file, records_of
+from server.database import agree, commits_at_once, commits_of, described, is_file, records_of, silence_of
 from server.database import connect as connect_database
+from server.database.silence import Outage
 from server.engine.async_engine import Watchdog
 from server.engine.engine import EngineConfig
 from server.errors import StartupError
@@ -91,9 +92,11 @@ def build(
     """
     database = connect_database(settings.home, url=settings.database)
     storage, commits = Storage.open(settings.home, settings), commits_of(database, settings.home)
+    stale_keys = settings.stale_names if settings.stale_keys is None else settings.stale_keys
+    outage = Outage(silence_of(database), settings.stale_names, stale_keys)
     agree(database, storage.place)
     home = storage.home
-    access = open_access(database, home.keyed, commits, settings.api_keys, settings.allows_guests)
+    access = open_access(database, home.keyed, commits, settings.api_keys, settings.allows_guests, outage)
     directory = base_directory(settings, say)
     say(f"the database is {described(database)}")
     if connect is None:
@@ -130,7 +133,7 @@ def build(
                 EngineConfig.block_size,
             ),
             HomeCollector(settings.home, jobs, settings.min_free_bytes, is_shared=not is_file(database)),
-            ServerCollector(base.name, lambda: engine.ready),
+            ServerCollector(base.name, lambda: engine.ready and outage.is_survived),
         ],
     )
     services = Services(
@@ -164,7 +167,8 @@ def build(
         commit=commit(),
         bucket=storage.bucket,
         tracer=open_tracer(),
-        recent_pins=RecentPins(commits_at_once(database, settings.home)),
+        recent_pins=RecentPins(commits_at_once(database, settings.home), outage),
+        outage=outage,
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
     )
     metrics.add(QuotaCollector(partial(quota_use, services)))

@@ -105,13 +105,22 @@ class Postgres:
 
     def kill(self) -> None:
         """Kill the server and its children, which could otherwise answer until they notice."""
-        pid = self._process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+        _, *children = self._pids()
         self._process.kill()
         self._process.wait()
         for child in children:
             with suppress(ProcessLookupError):
-                os.kill(int(child), signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Stop the server and its children from running. It still accepts connections, and answers nothing."""
+        for pid in self._pids():
+            os.kill(pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Continue after `pause`."""
+        for pid in self._pids():
+            os.kill(pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """Shut the server down without waiting for clients."""
@@ -124,9 +133,16 @@ class Postgres:
         self._process = self._started()
 
     def close(self) -> None:
+        with suppress(OSError):  # it was killed
+            self.resume()
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait()
         shutil.rmtree(self._place, ignore_errors=True)
+
+    def _pids(self) -> list[int]:
+        """Return the process ids of the server and of its children."""
+        pid = self._process.pid
+        return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split())]
 
     def _has(self, name: str) -> bool:
         return bool(self._run(f"SELECT 1 FROM pg_database WHERE datname = '{name}'"))

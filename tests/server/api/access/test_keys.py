@@ -28,6 +28,7 @@ from server.access.tables import api_keys
 from server.api.accounts import keep_now
 from server.api.app import create_app
 from server.database import commits_of, connect
+from server.database.silence import Outage
 from server.errors import GenerationFailed, RateLimited
 from server.jobs.leases import Leases
 from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, new_secret, two_projects
@@ -350,6 +351,44 @@ async def test_stalled_remote_database_blocks_no_other_request(database: sa.Engi
     assert looks == [0, 1, 2, 3]
     commits[0] = 4
     assert await ring.principal(secret) is None
+
+
+async def test_known_keys_are_valid_for_a_while_without_the_database(database: sa.Engine, tmp_path: Path) -> None:
+    keys, now, is_away = Keys(database, tmp_path / "keyed"), [100.0], [False]
+    key, secret = keys.create("one", who=OPERATOR)
+    _, revoked = keys.create("two", who=OPERATOR)
+    numbers = iter(range(1000))
+
+    def changes() -> int:
+        if is_away[0]:
+            raise Unavailable
+        return next(numbers)
+
+    ring = KeyRing(
+        *(keys, ProjectTable(database), lambda: next(numbers)),
+        changes=changes,
+        is_remote=True,
+        outage=Outage(lambda: 4.0 * is_away[0], keys=10.0),
+        clock=lambda: now[0],
+    )
+    keys.revoke(next(one.id for one in keys.list() if one.name == "two"), who=OPERATOR)
+    assert await ring.principal(secret) is not None
+    is_away[0] = True
+    for seconds in (0.0, 10.0):
+        now[0] = 100.0 + seconds
+        principal = await ring.principal(secret)
+        assert principal is not None
+        assert principal.key_id == key.id
+        assert await ring.principal(revoked) is None, "it was known to be revoked"
+    with pytest.raises(Unavailable):
+        await ring.principal("sk-nobody")  # it may have been made elsewhere
+    now[0] += 0.1
+    for given in (secret, None):
+        with pytest.raises(Unavailable):
+            await ring.principal(given)
+    assert await ring.principal(secret, at_any_age=True) is not None
+    is_away[0] = False
+    assert await ring.principal(secret) is not None
 
 
 async def test_key_just_created_by_another_server(database: sa.Engine, tmp_path: Path) -> None:

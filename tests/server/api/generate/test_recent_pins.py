@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, Part
-from adapters.errors import CorruptAdapter, NotFound
+from adapters.errors import CorruptAdapter, Interrupted, NotFound
 from adapters.expression import Term, parse
 from adapters.library import Library
 from adapters.names import Viewpoint
@@ -17,6 +17,7 @@ from adapters.store.store import AdapterStore
 from server.api.deps import RecentPins
 from server.database import FILE_NAME, Commits, connect
 from server.database.file import driver
+from server.database.silence import Outage
 from tests.adapters.samples import SHAPE
 from tests.server.api.adapters.peft_files import peft_files
 
@@ -168,6 +169,41 @@ async def test_resolutions_are_not_cached_while_commits_are_unknown(registry: Re
     assert await ask(pins, library, "a") == ([digest], 2)  # commits are unknown afterwards
     assert await ask(pins, library, "a") == ([digest], 0)
     assert await ask(pins, library, "a") == ([digest], 2)  # commits are unknown once it is pinned
+    registry.close()
+
+
+@pytest.mark.anyio
+async def test_known_names_are_used_for_a_while_without_the_database(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silence, now = [0.0], [100.0]
+    pins = RecentPins(lambda: None, Outage(lambda: silence[0], names=10.0), clock=lambda: now[0])
+    library, digest = registry.library, registry.publish("a", 0)
+    registry.publish("b", 1)
+    assert await ask(pins, library, "a") == ([digest], 2)
+    await ask(pins, library, "b")
+    registry.other.delete("b")
+    with pytest.raises(NotFound):
+        await ask(pins, library, "b")
+
+    def fail(*_: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CountingCatalog, "resolve", fail)
+        assert await ask(pins, library, "a") == ([digest], 0), "before the silence is noticed"
+        with pytest.raises(Interrupted):
+            await ask(pins, library, "b")  # its deletion is known
+        with pytest.raises(Interrupted):
+            await ask(pins, library, "a*2")
+        now[0] += 10
+        assert await ask(pins, library, "a") == ([digest], 0)
+        now[0] += 0.1
+        with pytest.raises(Interrupted):
+            await ask(pins, library, "a")
+    assert await ask(pins, library, "a") == ([digest], 2)
+    silence[0] = 4.0
+    assert await ask(pins, library, "a") == ([digest], 0), "a silent database isn't asked"
     registry.close()
 
 
