@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from functools import lru_cache
+from typing import cast
 
 from ray._private.grpc_utils import init_grpc_channel
 from ray.serve._private.common import RequestMetadata
@@ -75,7 +76,7 @@ class ReplicaTransport:
         self._followed.add(replica)
         try:
             async for response in call:
-                yield self._content_of(response)
+                yield cast("Welcome | Batch", self._content_of(response))
         finally:
             call.cancel()
             self._followed.discard(replica)
@@ -109,8 +110,7 @@ class ReplicaTransport:
 
     async def _call(self, replica: str, method: str, *arguments: object) -> SmoloraError | None:
         response = await self._stub(replica).HandleRequest(self._request(method, *arguments))
-        content: SmoloraError | None = self._content_of(response)
-        return content
+        return cast("SmoloraError | None", self._content_of(response))
 
     def _request(self, method: str, *arguments: object, streams: bool = False) -> ASGIRequest:
         """Return a call of the replica's method in the form in which Serve's handles send it."""

@@ -391,7 +391,7 @@ def _opener(url: str, silence: Silence | None = None) -> Open:
         ) from None
 
     def open_one() -> _Connection:
-        connection = _Connection.connect(complete, autocommit=True)
+        connection: _Connection = _Connection.connect(complete, autocommit=True)
         connection.silence = silence
         try:
             connection.execute(_SETTINGS)

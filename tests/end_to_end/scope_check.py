@@ -4,6 +4,7 @@
 """
 
 import os
+from typing import Any
 
 import schemathesis
 
@@ -13,7 +14,7 @@ _REFUSALS = {403, 404, 405, 429}
 
 @schemathesis.check
 def scopes_are_required(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: "schemathesis.Case[Any]"
 ) -> None:
     scopes = set(os.environ["KEY_SCOPES"].split(","))
     security = case.operation.definition.raw.get("security")

@@ -118,10 +118,14 @@ def test_a_read_whose_session_ends_is_repeated(postgres: Postgres, tmp_path: Pat
     slow = sa.text("SELECT count(*) FROM (SELECT pg_sleep(0.5)) AS slept")
     running = "query LIKE 'SELECT count%' AND state = 'active'"
     end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {running}"
-    ended = []
+    ended: list[object] = []
+
+    def has_ended_one() -> bool:
+        ended.extend(postgres._run(end))
+        return bool(ended)
 
     def end_sessions() -> None:
-        until(lambda: bool(ended.extend(postgres._run(end)) or ended))
+        until(has_ended_one)
 
     thread = threading.Thread(target=end_sessions)
     with reader_of(engine).connect() as connection:
