@@ -3,9 +3,9 @@ import { linkTo } from "./lib/api.js";
 import { html, render, useEffect, useRef, useState } from "./lib/html.js";
 import { lazy } from "./lib/lazy.js";
 import { route, to } from "./lib/route.js";
-import { asksForKey, key, signIn } from "./lib/session.js";
+import { asksForKey, isRemembered, key, signIn } from "./lib/session.js";
 import { useStore } from "./lib/store.js";
-import { Form } from "./parts/basics.js";
+import { Check, Form } from "./parts/basics.js";
 import { PlaygroundView } from "./views/playground.js";
 
 /** @type {[string, string, (props: {path: string[]}) => unknown][]} */
@@ -67,7 +67,7 @@ function Identity() {
   return html`<div class="identity">
     ${
       isIn
-        ? html`<span class="muted" title="Kept until this tab is closed">key …${secret.slice(-4)}</span>
+        ? html`<span class="muted" title=${isRemembered() ? "Remembered on this device" : "Kept until this tab is closed"}>key …${secret.slice(-4)}</span>
           <button type="button" class="plain" onClick=${() => signIn("")}>Sign out</button>`
         : html`<button type="button" class="plain" onClick=${() => asksForKey.set("offered")}>Use a key</button>`
     }
@@ -80,10 +80,11 @@ const PRINTABLE = /^[!-~]+$/;
 function SignIn() {
   const [secret, setSecret] = useState("");
   const [isWrong, setWrong] = useState(false);
+  const [remembers, setRemembers] = useState(false);
   const submit = () => {
     const given = secret.trim();
     setWrong(given !== "" && !PRINTABLE.test(given));
-    if (PRINTABLE.test(given)) signIn(given);
+    if (PRINTABLE.test(given)) signIn(given, remembers);
   };
   const had = useStore(key);
   const isNeeded = useStore(asksForKey) === "needed";
@@ -109,7 +110,8 @@ function SignIn() {
         onInput=${(/** @type {import("./parts/basics.js").Typed} */ event) => setSecret(event.currentTarget.value)}
       />
       ${isWrong ? html`<p class="fault" role="alert">A key can't contain such characters: copy the whole key, as it was shown when it was created.</p>` : null}
-      <small>It is kept in this tab until you close it, and nowhere else.</small>
+      <p><${Check} checked=${remembers} onChange=${() => setRemembers(!remembers)}>Remember on this device<//></p>
+      <small>${remembers ? "It is kept in this browser until you sign out, for all tabs. Leave this off on a shared device." : "It is kept in this tab until you close it, and nowhere else."}</small>
       <p class="row">
         <button type="submit" disabled=${!secret.trim()}>Sign in</button>
         ${isNeeded ? null : html`<button type="button" class="plain" onClick=${() => asksForKey.set("")}>Continue without</button>`}

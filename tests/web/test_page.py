@@ -60,7 +60,7 @@ def codes(server: ServerProcess, browser: Browser) -> str:
 
         page.get_by_role("button", name="Train", exact=True).click()
         page.wait_for_url("**/train/job-*")
-        page.get_by_text("As a table").click()
+        page.get_by_text("As a table").first.click()
         expect(rows_of_curve(page).nth(1)).to_be_attached()
         seen = rows_of_curve(page).count()
         expect(rows_of_curve(page).nth(seen + 1)).to_be_attached()  # the curve moves
@@ -170,9 +170,9 @@ def test_a_blend_by_sliders(server: ServerProcess, browser: Browser, codes: str,
         expect(answer).to_contain_text(re.compile(r"codes@1 . 0\.9 \+ noise@1 . -0\.25"))
         expect(answer.locator(".token").first).to_be_visible()
         shown = "".join(answer.locator(".tokens .token").all_inner_texts())
-        expected = server.text(PROMPT, adapter="codes*0.9+noise@1*-0.25", max_tokens=64)
+        expected = server.text(PROMPT, adapter="codes*0.9+noise@1*-0.25", max_tokens=256)
         assert shown == expected
-        expect(answer_of(page, "base").locator(".text")).to_have_text(server.text(PROMPT, max_tokens=64))
+        expect(answer_of(page, "base").locator(".text")).to_have_text(server.text(PROMPT, max_tokens=256))
 
         page.get_by_text("Save this blend under a name").click()
         page.get_by_label("Name").fill("mix")
@@ -185,8 +185,8 @@ def test_a_blend_by_sliders(server: ServerProcess, browser: Browser, codes: str,
 def test_an_answer_streams(server: ServerProcess, browser: Browser) -> None:
     with page_of(browser, view(server, "playground")) as page:
         write_prompt(page, "Once upon a time", "")
-        page.get_by_text("Sampling").click()
-        page.get_by_label("Longest answer").fill("4000")
+        page.get_by_text("Settings").click()
+        page.get_by_label("Max tokens").fill("4000")
         page.get_by_role("textbox", name="Text").press("Control+Enter")
         text = answer_of(page, "base").locator(".text")
         expect(text).not_to_be_empty()
@@ -234,9 +234,10 @@ def test_tokens_are_shaded_by_what_the_adapter_changed(
             names = [name.replace("␣", " ") for name in rows.locator("th").all_inner_texts()]
             tops = [token["token"] for token in entry["top"]]
             assert names == tops or names == [*tops[:-1], entry["token"]]
-        tokens.nth(1).focus()
+        answer.get_by_role("button", name="Inspect tokens").press("Enter")
+        expect(tokens.nth(0)).to_be_focused()
         page.keyboard.press("ArrowRight")
-        expect(tokens.nth(2)).to_be_focused()
+        expect(tokens.nth(1)).to_be_focused()
 
 
 def test_roll_back(server: ServerProcess, browser: Browser, adapter_dir: Path, noise: str) -> None:

@@ -144,12 +144,46 @@ def test_storage_of_a_key(server: ServerProcess, browser: Browser, admin: str) -
         other.goto(f"{server.url}/#/adapters")
         expect(other.get_by_role("heading", name="API key")).to_be_visible()
         page.get_by_role("link", name="Playground").click()
-        page.get_by_role("textbox", name="Question").fill("of whom?")
+        question = page.get_by_role("textbox", name="Question")
+        question.fill("of whom?")
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_role("heading", name="API key")).to_be_visible()
         assert page.evaluate("Object.values(sessionStorage)") == []
+        page.wait_for_function("() => !location.hash.includes('whom')")
         sign_in(page, admin)
-        expect(page.get_by_role("textbox", name="Question")).to_have_value("")  # nothing remains
+        expect(question).to_have_value("of whom?")
+        page.get_by_role("button", name="Sign out").click()
+        made = server.client.post("/keys", json={"name": "else", "project": "acme", "scopes": ["generate"]})
+        sign_in(page, made.json()["secret"])
+        expect(question).to_have_value("")  # another person sees nothing of it
+
+
+def test_a_prompt_outlives_its_key(server: ServerProcess, browser: Browser, admin: str) -> None:
+    """A person whose key was revoked, or who follows a link, signs in and continues."""
+    made = server.client.post("/keys", json={"name": "brief", "scopes": ["generate"]}).json()
+    with page_of(browser, f"{server.url}/#/playground?p=of+whom%3F") as page:
+        question = page.get_by_role("textbox", name="Question")
+        sign_in(page, made["secret"])
+        expect(question).to_have_value("of whom?")
+        question.fill("of what?")
+        server.client.delete(f"/keys/{made['id']}").raise_for_status()
+        expect(page.get_by_role("alert")).to_contain_text("rejects this key")
+        sign_in(page, admin)
+        expect(question).to_have_value("of what?")
+
+
+def test_a_key_that_is_remembered(server: ServerProcess, browser: Browser, admin: str) -> None:
+    with page_of(browser, f"{server.url}/#/adapters") as page:
+        page.get_by_label("Remember on this device").check()
+        assert violations(page) == []
+        sign_in(page, admin)
+        expect(page.get_by_role("link", name="ours")).to_be_visible()
+        other = page.context.new_page()
+        other.goto(f"{server.url}/#/adapters")
+        expect(other.get_by_role("link", name="ours")).to_be_visible()
+        page.get_by_role("button", name="Sign out").click()
+        expect(other.get_by_role("heading", name="API key")).to_be_visible()
+        assert page.evaluate("Object.values(localStorage)") == []
 
 
 def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:

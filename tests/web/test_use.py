@@ -197,7 +197,7 @@ def test_any_weight_is_generated(server: ServerProcess, browser: Browser) -> Non
     with page_of(browser, f"{server.url}/#/playground") as page:
         page.get_by_role("textbox", name="Question").fill("of whom?")
         page.get_by_label("Expression").fill("plain*0.33")
-        page.get_by_text("Sampling").click()
+        page.get_by_text("Settings").click()
         page.get_by_label("Temperature").press_sequentially("1e")
         page.get_by_role("button", name="Generate").click()
         page.wait_for_timeout(300)
@@ -289,7 +289,7 @@ def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) 
         page.route("**/events", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
         page.goto(f"{server.url}/#/train/{job}")
         expect(page.get_by_text("10,000 events")).to_be_visible()
-        page.get_by_text("As a table").click()
+        page.get_by_text("As a table").first.click()
         expect(page.locator(".log li")).to_have_count(500)
         rows = page.get_by_role("region", name="Loss by step, as a table").locator("tbody tr")
         expect(rows.last).to_contain_text("10000")
@@ -313,15 +313,15 @@ def test_a_long_name_on_a_phone(
 
 
 def test_one_adapter_twice(server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path) -> None:
-    """Two versions in one blend: the slider is the first one's, and what it doesn't move stays as it is."""
+    """Two versions in one blend: each has a slider, and what it doesn't move stays as it is."""
     write(tmp_path, sample(tiny_base.config.shape, 5))
     server.upload("plain", tmp_path)
     with page_of(browser, f"{server.url}/#/playground") as page:
         expression = page.get_by_label("Expression")
         expression.fill("plain@1*0.5+plain@2*0.123456")
-        page.get_by_label("Weight of plain", exact=True).press("ArrowLeft")
+        page.get_by_label("Weight of plain@1", exact=True).press("ArrowLeft")
         expect(expression).to_have_value("plain@1*0.45+plain@2*0.123456")
-        page.get_by_label("plain", exact=True).click()
+        page.get_by_label("plain@1", exact=True).click()
         expect(expression).to_have_value("plain@2*0.123456")
 
 
@@ -503,14 +503,25 @@ def test_prompts_of_many_rows_are_not_asked_for(server: ServerProcess, browser: 
 
 
 def pretend_answer(page: Page, text: str, warnings: Sequence[str] = (), **end: object) -> None:
-    """Have `plain` be answered under so; without `end` its stream is over too soon."""
+    """Answer the base and `plain` with this text. Without `end` the stream breaks off."""
     adapters = [{"name": "plain", "version": 1, "weight": 1, "digest": ""}]
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0}
     timing = {"ttft_ms": 1, "total_ms": 1}
-    last = {"index": 0, "adapters": adapters, "usage": usage, "timing": timing, "warnings": warnings, **end}
-    sent = [{"index": 0, "text": text}, *([last | {"seed": 1}] if end else [])]
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in sent)
-    page.route("**/generate", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    last = {"usage": usage, "timing": timing, "warnings": warnings, "seed": 1, **end}
+    sent: list[dict[str, object]] = []
+    for result, parts in enumerate(([], adapters)):
+        sent.append({"result": result, "text": text, "logprobs": scored(text)})
+        if end:
+            sent.append({"result": result, "text": "", "logprobs": [], "adapters": parts, **last})
+    if end:
+        sent.append({"result": 1, "reference": scored(text)})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in sent) + ("data: [DONE]\n\n" if end else "")
+    page.route("**/compare", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+
+
+def scored(text: str) -> list[dict[str, object]]:
+    """Return a token for each byte of the text, as an answer has them."""
+    return [{"token": "", "bytes": [byte], "logprob": -1.0, "top": []} for byte in text.encode()]
 
 
 def ask_plain(page: Page) -> Locator:
@@ -544,15 +555,16 @@ def test_an_answer_that_breaks_off(server: ServerProcess, browser: Browser) -> N
         pretend_answer(page, "abc")
         answer = ask_plain(page)
         expect(answer.locator(".text")).to_have_text("abc")
-        expect(answer.get_by_role("alert")).to_contain_text("broke off")
+        expect(page.get_by_role("alert")).to_contain_text("broke off")
 
 
 def test_a_proxy_that_says_when(server: ServerProcess, browser: Browser) -> None:
     """Retry-After may be a date."""
     headers = {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}
     with page_of(browser, server.url) as page:
-        page.route("**/generate", lambda route: route.fulfill(status=429, headers=headers, body="<html>"))
-        fault = ask_plain(page).get_by_role("alert")
+        page.route("**/compare", lambda route: route.fulfill(status=429, headers=headers, body="<html>"))
+        ask_plain(page)
+        fault = page.get_by_role("alert")
         expect(fault).to_contain_text("answered 429")
         expect(fault).not_to_contain_text("NaN")
 

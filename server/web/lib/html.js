@@ -3,6 +3,6 @@ import htm from "../vendor/htm.mjs";
 import { h } from "../vendor/preact.mjs";
 
 export { render } from "../vendor/preact.mjs";
-export { useCallback, useEffect, useId, useMemo, useRef, useState } from "../vendor/hooks.mjs";
+export { useCallback, useEffect, useId, useLayoutEffect, useMemo, useRef, useState } from "../vendor/hooks.mjs";
 
 export const html = htm.bind(h);

@@ -7,10 +7,13 @@ import { duration } from "../lib/format.js";
 
 /**
  * A problem's message from the server, with all faulty fields, except those that show it themselves (`beside`).
- * @param {{problem: Problem | null, beside?: string[]}} props
+ * @param {{problem: Problem | null, beside?: string[], onRetry?: () => void}} props `onRetry`: what to do again, if the
+ *   problem may pass
  */
-export function Fault({ problem, beside = [] }) {
+export function Fault({ problem, beside = [], onRetry }) {
   if (!problem) return null;
+  if (onRetry && (problem.status === 0 || problem.status === 429 || problem.status >= 500))
+    return html`<div class="fault"><p role="alert">${sentence(problem.message)}</p><${Retry} seconds=${problem.retryAfter ?? 0} onRetry=${onRetry} /></div>`;
   const rest = problem.errors.filter((error) => !error.loc.some((part) => beside.includes(String(part))));
   if (problem.errors.length && !rest.length)
     return html`<div class="fault" role="alert">See the fields marked above.</div>`;
@@ -25,6 +28,17 @@ export function Fault({ problem, beside = [] }) {
     }
     ${problem.retryAfter === null ? null : html`<p>Try again in ${duration(problem.retryAfter)}.</p>`}
   </div>`;
+}
+
+/** @param {{seconds: number, onRetry: () => void}} props `seconds`: until it may succeed */
+function Retry({ seconds, onRetry }) {
+  const [end] = useState(Date.now() + 1000 * seconds);
+  const [left, setLeft] = useState(seconds);
+  useEffect(() => {
+    const timer = setInterval(() => setLeft(Math.max(0, Math.ceil((end - Date.now()) / 1000))), 500);
+    return () => clearInterval(timer);
+  }, []);
+  return html`<p class="row"><button type="button" class="plain" disabled=${left > 0} onClick=${onRetry}>${left ? `Retry in ${duration(left)}` : "Retry"}</button></p>`;
 }
 
 /** @param {Problem} problem @param {{message: string} | undefined} error */

@@ -23,67 +23,92 @@ export function Blend({ adapters, value, problem, onChange }) {
   for (const adapter of all) seen.current.set(adapter.name, adapter);
   const used = new Set((terms ?? []).map((term) => term.name));
   const matching = all.filter((adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase()));
-  // adapters in use come first, so that a filter can't hide them
-  const rows = [
-    ...[...seen.current.values()].filter((adapter) => used.has(adapter.name)),
-    ...matching.filter((adapter) => !used.has(adapter.name)).slice(0, SHOWN),
-  ];
+  const unused = matching.filter((adapter) => !used.has(adapter.name)).slice(0, SHOWN);
 
-  /** @param {string} name @param {Partial<Term> | null} change null: take it out */
-  function change(name, change) {
+  /** @param {number} place of a term, or after the last @param {Term | null} term null: take it out */
+  function change(place, term) {
     const next = [...(terms ?? [])];
-    const place = next.findIndex((term) => term.name === name); // of two versions the first one's
-    const term = next[place] ?? { name, pin: "", weight: 1 };
-    next.splice(place < 0 ? next.length : place, 1, ...(change ? [{ ...term, ...change }] : []));
+    next.splice(place, 1, ...(term ? [term] : []));
     onChange(format(next));
   }
 
+  // terms come first, so that a filter can't hide them
+  const rows = (terms ?? []).map((term, place) => {
+    const adapter = seen.current.get(term.name);
+    const isOnly = terms?.filter((other) => other.name === term.name).length === 1;
+    const label = isOnly || !term.pin ? term.name : `${term.name}@${term.pin}`;
+    return adapter
+      ? html`<${Row} key=${isOnly ? term.name : `${term.name} ${place}`} adapter=${adapter} label=${label} term=${term} change=${(/** @type {Term | null} */ next) => change(place, next)} />`
+      : null;
+  });
+  for (const adapter of unused)
+    rows.push(
+      html`<${Row} key=${adapter.name} adapter=${adapter} label=${adapter.name} term=${null} change=${(/** @type {Term | null} */ next) => change(terms?.length ?? 0, next)} />`,
+    );
   return html`${
     all.length > SHOWN
       ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} onEnter=${() => {}} />`
       : null
   }
-    <datalist id="weights"><option value="-1"></option><option value="0"></option><option value="1"></option><option value="2"></option></datalist>
     ${
       all.length
         ? html`<ul class="blend">
-      ${rows.map(
-        (adapter) =>
-          html`<${Row} key=${adapter.name} adapter=${adapter} term=${(terms ?? []).find((term) => term.name === adapter.name) ?? null} change=${change} />`,
-      )}
+      ${rows}
     </ul>`
         : null
     }
-    ${rows.length < all.length || adapters?.isCut ? html`<small>More exist: find them by name, or write them below.</small>` : null}
-    <${TextField} label="Expression" name="adapter" problem=${problem} hint="Strength 1 is the adapter as trained, 0 is without it. Empty means the base."
+    ${adapters && all.length && !matching.length ? html`<p>No adapter has “${filter}” in its name.</p>` : null}
+    ${unused.length + used.size < all.length || adapters?.isCut ? html`<small>More exist: find them by name, or write them below.</small>` : null}
+    <${TextField} label="Expression" name="adapter" problem=${problem} hint="Weight 1 = as trained, 0 = off. Leave empty for the base model."
       className="code" placeholder="base" value=${value} onChange=${onChange} />`;
 }
 
 /**
- * @param {{adapter: Adapter, term: Term | null, change: (name: string, change: Partial<Term> | null) => void}} props
+ * @param {{adapter: Adapter, label: string, term: Term | null, change: (term: Term | null) => void}} props
  */
-function Row({ adapter, term, change }) {
+function Row({ adapter, label, term, change }) {
   const { name } = adapter;
-  const weight = term?.weight ?? 1;
-  const set = (/** @type {Typed} */ event) => {
-    if (event.currentTarget.value !== "") change(name, { weight: event.currentTarget.valueAsNumber });
-  };
   return html`<li class=${term ? "used" : ""}>
     <label class="check">
-      <input type="checkbox" checked=${term !== null} onChange=${() => change(name, term ? null : {})} />
-      <span class="name">${name}</span>
+      <input type="checkbox" checked=${term !== null} onChange=${() => change(term ? null : { name, pin: "", weight: 1 })} />
+      <span class="name">${label}</span>
       ${adapter.kind === "composition" ? html`<${Badge}>blend<//>` : null}
     </label>
     ${
       term
-        ? html`<select aria-label="Version of ${name}" value=${term.pin} onChange=${(/** @type {Typed} */ event) => change(name, { pin: event.currentTarget.value })}>
+        ? html`<select aria-label="Version of ${label}" value=${term.pin} onChange=${(/** @type {Typed} */ event) => change({ ...term, pin: event.currentTarget.value })}>
             <option value="" selected=${term.pin === ""}>latest (${adapter.latest})</option>
             ${Object.keys(adapter.aliases).map((alias) => html`<option value=${alias} selected=${term.pin === alias}>${alias} (${adapter.aliases[alias]})</option>`)}
             ${newestFirst(adapter).map(({ version }) => html`<option value=${String(version)} selected=${term.pin === String(version)}>version ${version}</option>`)}
           </select>
-          <input type="range" min="-1" max="2" step="0.05" list="weights" value=${weight} aria-label="Weight of ${name}" onInput=${set} />
-          <input type="number" min="-100" max="100" step="0.05" value=${weight} aria-label="Weight of ${name}, as a number" onInput=${set} />`
+          <${Slider} label=${label} weight=${term.weight} onChange=${(/** @type {number} */ weight) => change({ ...term, weight })} />`
         : null
     }
   </li>`;
+}
+
+const [LEAST, MOST] = [-1, 2];
+
+/**
+ * A weight as a slider, filled from 0, and as a number. The slider's ends follow a weight beyond them; a double click sets 1.
+ * @param {{label: string, weight: number, onChange: (weight: number) => void}} props
+ */
+function Slider({ label, weight, onChange }) {
+  const set = (/** @type {Typed} */ event) => {
+    if (event.currentTarget.value !== "") onChange(event.currentTarget.valueAsNumber);
+  };
+  const [least, most] = [Math.min(LEAST, Math.floor(weight)), Math.max(MOST, Math.ceil(weight))];
+  const share = (/** @type {number} */ of) => (of - least) / (most - least);
+  const places = {
+    "--zero": share(0),
+    "--one": share(1),
+    "--from": share(Math.min(0, weight)),
+    "--to": share(Math.max(0, weight)),
+  };
+  return html`<div class="slider" style=${places}>
+      <input type="range" min=${least} max=${most} step="0.05" value=${weight} aria-label="Weight of ${label}" onInput=${set} onDblClick=${() => onChange(1)} />
+      <span class="tick zero" aria-hidden="true">0</span>
+      <span class="tick one" aria-hidden="true">1</span>
+    </div>
+    <input type="number" min="-100" max="100" step="0.05" value=${weight} aria-label="Weight of ${label}, as a number" onInput=${set} />`;
 }

@@ -1,10 +1,8 @@
-/** A text whose tokens are shaded by the change of their log-probability from the base to an adapter. */
+/** An answer's tokens, shaded by the change of their log-probability from the base to the answer's adapters. */
 import { percent } from "../lib/format.js";
-import { html, useMemo, useRef, useState } from "../lib/html.js";
+import { html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "../lib/html.js";
 
-/**
- * @typedef {{tuned: ScoredToken[], base: ScoredToken[]}} Shades each with one entry a token
- */
+/** @import { Scores } from "../lib/generation.js" */
 
 const STEPS = 4;
 /** Nats of one step of shade; beyond STEPS steps the shade doesn't change. */
@@ -24,77 +22,130 @@ const visible = (text) =>
     .replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 
 /**
- * The text of each token. A character made of several tokens, like most emoji, belongs to the last one. Special tokens,
- * such as an end, have no bytes.
- * @param {ScoredToken[]} tokens
+ * @typedef {{text: string, tuned: ScoredToken, base: ScoredToken | undefined}} Token `base`: undefined for the base's own
  */
-function textsOf(tokens) {
+
+/**
+ * The tokens of the text. A character made of several tokens, like most emoji, belongs to the last one. Special tokens,
+ * such as an end, have no bytes, and aren't of the text.
+ * @param {Scores} scores
+ * @returns {Token[]}
+ */
+function tokensOf({ tuned, base }) {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  return tokens.map(({ token, bytes }) =>
-    bytes.length ? decoder.decode(new Uint8Array(bytes), { stream: true }) : token,
+  return tuned.flatMap((token, place) =>
+    token.bytes.length
+      ? [
+          {
+            text: decoder.decode(new Uint8Array(token.bytes), { stream: true }),
+            tuned: token,
+            base: base?.[place],
+          },
+        ]
+      : [],
   );
 }
 
+/** Whether a text's tokens can be shown: those of the base, or those that were scored under it. @param {Scores} scores @param {boolean} isBase */
+export const isScored = ({ tuned, base }, isBase) => tuned.length > 0 && (isBase || base?.length === tuned.length);
+
 /**
- * For the token at the pointer or arrow keys: its probability and those of the likeliest alternatives, in both models.
- * @param {{shades: Shades, expression: string}} props
+ * For the token at the pointer, or at the arrow keys while `isInspected`: its probability and those of the likeliest
+ * alternatives, in both models. Otherwise screen readers get the plain text, which the caller shows.
+ * @param {{scores: Scores, expression: string, isInspected: boolean}} props
  */
-export function ShadedText({ shades, expression }) {
-  const [chosen, choose] = useState(0);
+export function ShadedText({ scores, expression, isInspected }) {
+  const [chosen, choose] = useState(-1);
+  const [isPinned, pin] = useState(false);
   const group = useRef(/** @type {HTMLDivElement | null} */ (null));
-  const tuned = shades.tuned[chosen];
-  const base = shades.base[chosen];
-  const texts = useMemo(() => textsOf(shades.tuned), [shades]);
+  const tokens = useMemo(() => tokensOf(scores), [scores, scores.tuned.length]);
+  const at = tokens[chosen];
+  useEffect(() => {
+    if (isInspected) focus(0);
+    else choose(-1);
+  }, [isInspected]);
+
+  /** @param {number} place */
+  const focus = (place) => /** @type {HTMLElement | undefined} */ (group.current?.children[place])?.focus();
 
   /** @param {KeyboardEvent} event */
   function move(event) {
+    if (event.key === "Escape") choose(-1);
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
-    const next = Math.max(0, Math.min(shades.tuned.length - 1, chosen + step));
-    choose(next);
-    /** @type {HTMLElement | undefined} */ (group.current?.children[next])?.focus();
+    focus(Math.max(0, Math.min(tokens.length - 1, chosen + step)));
   }
 
-  return html`<div>
-    <div class="tokens" dir="auto" role="group" aria-label="Tokens, shaded: arrow keys walk through them" ref=${group} onKeyDown=${move}>
-      ${shades.tuned.map((token, place) => {
-        const change = token.logprob - (shades.base[place]?.logprob ?? 0);
-        const text = texts[place] ?? "";
+  const leave = () => {
+    if (!isPinned && !group.current?.contains(document.activeElement)) choose(-1);
+  };
+  return html`<div class="inspected" onMouseLeave=${leave}>
+    <div
+      class="tokens"
+      dir="auto"
+      ...${isInspected ? { role: "group", "aria-label": "Tokens: arrow keys walk through them", onKeyDown: move } : { "aria-hidden": "true" }}
+      ref=${group}
+    >
+      ${tokens.map(({ text, tuned, base }, place) => {
+        const change = base ? tuned.logprob - base.logprob : 0;
         // not a <button>: Arabic letters are joined and ordered only across inline elements
+        const inspected = {
+          role: "button",
+          tabindex: place === Math.max(chosen, 0) ? 0 : -1,
+          "aria-pressed": place === chosen,
+          "aria-label": `${text ? visible(text) : "part of a character"}, ${wordsOf(tuned, base)}`,
+          onFocus: () => choose(place),
+        };
         return html`<span
-          role="button"
-          class="token ${toneOf(change)}"
-          tabindex=${place === chosen ? 0 : -1}
-          aria-pressed=${place === chosen}
-          aria-label="${text ? visible(text) : "part of a character"}, ${wordsOf(change)}"
-          onMouseEnter=${() => choose(place)}
-          onFocus=${() => choose(place)}
-          onClick=${() => choose(place)}
+          class="token ${toneOf(change)}${place === chosen ? " at" : ""}"
+          ...${isInspected ? inspected : {}}
+          onMouseEnter=${() => isPinned || choose(place)}
+          onClick=${() => {
+            pin(!isPinned || place !== chosen);
+            choose(place);
+          }}
         >${text}</span>`;
       })}
     </div>
-    <p class="legend">
-      <span class="token down-4">less</span> and <span class="token up-4">more</span> likely than under the base. Point at one, or
-      walk through them by arrow keys: the likeliest in its place, under both.
-    </p>
-    ${
-      tuned && base
-        ? html`<div class="alternatives">
-          <${Likeliest} title="base" chosen=${base} />
-          <${Likeliest} title=${expression} chosen=${tuned} />
-        </div>`
-        : null
-    }
+    ${at ? html`<${Inspector} token=${at} place=${chosen} expression=${expression} group=${group} />` : null}
   </div>`;
 }
 
-/** @param {number} change nats */
-function wordsOf(change) {
+/** @param {ScoredToken} tuned @param {ScoredToken | undefined} base */
+function wordsOf(tuned, base) {
+  if (!base) return percent(Math.exp(tuned.logprob));
+  const change = tuned.logprob - base.logprob;
   const times = Math.exp(Math.abs(change));
   if (times < 1.05) return "as likely as under the base";
   const many = times >= 1000 ? "over 1,000" : times >= 10 ? times.toFixed(0) : times.toFixed(1);
   return `${many} times ${change > 0 ? "more" : "less"} likely than under the base`;
+}
+
+const GAP = 4; // px
+
+/**
+ * The likeliest tokens at a place, under both models, at that token: below it, or above it if the window ends there.
+ * @param {{token: Token, place: number, expression: string, group: {current: HTMLElement | null}}} props
+ */
+function Inspector({ token, place, expression, group }) {
+  const box = useRef(/** @type {HTMLDivElement | null} */ (null));
+  useLayoutEffect(() => {
+    const element = /** @type {HTMLElement | undefined} */ (group.current?.children[place]);
+    if (!element || !box.current || !group.current) return;
+    const [line] = element.getClientRects(); // of a token across two lines, the first part
+    const around = group.current.parentElement?.getBoundingClientRect();
+    if (!line || !around) return;
+    const { offsetWidth: width, offsetHeight: height } = box.current;
+    const isBelow = line.bottom + GAP + height <= innerHeight || line.top - GAP - height < 0;
+    const top = isBelow ? line.bottom + GAP : line.top - GAP - height;
+    const left = Math.max(0, Math.min(line.left - around.left, around.width - width));
+    box.current.style.transform = `translate(${left}px, ${top - around.top}px)`;
+  });
+  return html`<div class="inspector" ref=${box}>
+    ${token.base ? html`<${Likeliest} title="base" chosen=${token.base} />` : null}
+    <${Likeliest} title=${expression} chosen=${token.tuned} />
+  </div>`;
 }
 
 /** @param {{title: string, chosen: ScoredToken}} props */

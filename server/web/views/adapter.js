@@ -4,7 +4,7 @@ import { ask, download, get } from "../lib/api.js";
 import { pointsOf } from "../lib/curves.js";
 import { bytes, compact, loss, moment, percent } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
-import { asked, columns, expression } from "../lib/playground.js";
+import { begin } from "../lib/playground.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { perKey } from "../lib/session.js";
@@ -63,9 +63,7 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
           type="button"
           onClick=${() => {
             const isChat = isOfChats(versions.find((one) => one.version === adapter.latest)?.config.kinds);
-            if (isChat !== null) asked.update({ isChat }); // as in its rows
-            expression.set(adapter.name);
-            columns.set([]);
+            begin(adapter.name, isChat); // as in its rows
             go("playground");
           }}
         >

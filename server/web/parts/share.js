@@ -1,0 +1,144 @@
+/** A request as code, and a run as a file. */
+import { linkTo } from "../lib/api.js";
+import { promptOf, samplingOf, turnOf } from "../lib/generation.js";
+import { html, useState } from "../lib/html.js";
+import { key } from "../lib/session.js";
+import { useStore } from "../lib/store.js";
+
+/** @import { Request } from "../lib/generation.js" */
+/** @import { Run } from "../lib/playground.js" */
+
+const LANGUAGES = /** @type {const} */ (["curl", "Python", "openai"]);
+
+/** @param {Request} request */
+const parts = (request) => ({
+  prompt: promptOf(request, [turnOf(request.prompt)]),
+  sampling: samplingOf(request, request.seed),
+});
+
+/** As Python writes it. @param {unknown} value @returns {string} */
+function python(value) {
+  if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
+  if (value && typeof value === "object")
+    return `{${Object.entries(value)
+      .map(([name, of]) => `${JSON.stringify(name)}: ${python(of)}`)
+      .join(", ")}}`;
+  return JSON.stringify(value); // of strings and numbers alone
+}
+
+/** @param {Record<string, unknown>} fields @param {(name: string, value: unknown) => string} line */
+const lines = (fields, line) =>
+  Object.entries(fields)
+    .map(([name, value]) => `    ${line(name, value)},\n`)
+    .join("");
+
+/**
+ * A program that asks for the answer of `adapter`. The key isn't in it, but the name of a variable that has it.
+ * @param {typeof LANGUAGES[number]} language
+ * @param {Request} request
+ * @param {string} adapter
+ * @param {boolean} hasKey
+ */
+export function codeOf(language, request, adapter, hasKey) {
+  const { prompt, sampling } = parts(request);
+  const body = { ...prompt, adapter, ...sampling };
+  const field = (/** @type {string} */ name, /** @type {unknown} */ value) =>
+    `${JSON.stringify(name)}: ${python(value)}`;
+  if (language === "curl") {
+    const json = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
+    const header = hasKey ? '  -H "Authorization: Bearer $SMOLORA_API_KEY" \\\n' : "";
+    return `curl ${linkTo("generate")} \\\n${header}  -H "Content-Type: application/json" \\\n  -d '${json}'\n`;
+  }
+  if (language === "Python") {
+    const header = hasKey ? 'headers = {"Authorization": f"Bearer {os.environ[\'SMOLORA_API_KEY\']}"}\n' : "";
+    return `${hasKey ? "import os\n\n" : ""}import httpx
+
+body = {
+${lines(body, field)}}
+${header}response = httpx.post("${linkTo("generate")}", json=body, ${hasKey ? "headers=headers, " : ""}timeout=60)
+response.raise_for_status()
+print(response.json()["choices"][0]["text"])
+`;
+  }
+  const { max_tokens = 64, ...rest } = sampling; // OpenAI's default is another one
+  const given = { model: adapter, ...prompt, max_tokens, ...rest };
+  const argument = (/** @type {string} */ name, /** @type {unknown} */ value) => `${name}=${python(value)}`;
+  const [make, text] = request.isChat ? ["chat.completions", "message.content"] : ["completions", "text"];
+  return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI
+
+client = OpenAI(base_url="${linkTo("v1")}", api_key=${hasKey ? 'os.environ["SMOLORA_API_KEY"]' : '"any"'})
+answer = client.${make}.create(
+${lines(given, argument)})
+print(answer.choices[0].${text})
+`;
+}
+
+/** @param {{request: Request, adapter: string}} props */
+export function Code({ request, adapter }) {
+  const [language, setLanguage] = useState(/** @type {typeof LANGUAGES[number]} */ ("curl"));
+  const hasKey = Boolean(useStore(key));
+  const [isCopied, setCopied] = useState(false);
+  const code = codeOf(language, request, adapter, hasKey);
+  const copy = () =>
+    navigator.clipboard?.writeText(code).then(
+      () => setCopied(true),
+      () => {},
+    );
+  return html`<div class="snippet">
+    <p class="row" role="group" aria-label="Language">
+      ${LANGUAGES.map(
+        (of) =>
+          html`<button type="button" class="plain" aria-pressed=${of === language} onClick=${() => {
+            setLanguage(of);
+            setCopied(false);
+          }}>${of}</button>`,
+      )}
+      ${navigator.clipboard ? html`<button type="button" class="link" onClick=${copy}>${isCopied ? "Copied" : "Copy code"}</button>` : null}
+    </p>
+    <pre tabindex="0" role="region" aria-label="Code"><code>${code}</code></pre>
+  </div>`;
+}
+
+/** A run without what only the page needs. @param {Run} run */
+const plain = ({ at, request, seed, columns }) => ({
+  at: new Date(at).toISOString(),
+  request: { ...parts(request).sampling, seed, is_chat: request.isChat, system: request.system },
+  answers: columns.map(({ expression, turns }) => ({
+    expression,
+    turns: turns.map(({ asked, answer: { adapters, text, seed: own, finishReason, tokens, warnings } }) => ({
+      asked,
+      text,
+      adapters,
+      seed: own,
+      finish_reason: finishReason,
+      tokens,
+      warnings,
+    })),
+  })),
+});
+
+/** @param {string} text */
+const quoted = (text) => text.replace(/^/gm, "> ");
+
+/** @param {Run} run */
+function markdownOf({ at, request, seed, columns }) {
+  const settings = Object.entries(samplingOf(request, seed)).map(([name, value]) => `${name} ${value}`);
+  const head = [`# Playground, ${new Date(at).toISOString()}`, settings.join(", ")];
+  if (request.isChat && request.system) head.push(`System message:\n\n${quoted(request.system)}`);
+  const answers = columns.map(({ expression, turns }) =>
+    [`## \`${expression}\``, ...turns.flatMap(({ asked, answer }) => [quoted(asked), answer.text])].join("\n\n"),
+  );
+  return `${[...head, ...answers].join("\n\n")}\n`;
+}
+
+/** Make the browser save a run. @param {Run} run @param {"md" | "json"} kind */
+export function save(run, kind) {
+  const text = kind === "md" ? markdownOf(run) : `${JSON.stringify(plain(run), null, 2)}\n`;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(
+    new Blob([text], { type: kind === "md" ? "text/markdown" : "application/json" }),
+  );
+  link.download = `playground-${new Date(run.at).toISOString().slice(0, 19).replaceAll(":", "-")}.${kind}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
