@@ -153,6 +153,22 @@ async def cancel(services: ServicesDep, job_id: JobId) -> Response:
 
 
 @router.post(
+    "/{job_id}/stop",
+    summary="Stop and keep the best",
+    response_class=Response,
+    responses={200: {"model": JobAnswer}, **JOB_MOVES},
+)
+@requires(TRAIN)
+async def stop(services: ServicesDep, job_id: JobId) -> Response:
+    """End a training early, and publish its best weights so far as at its end.
+
+    A running job exits after its current step; it is queued at its old place, and then measured and published. 409
+    if it hasn't completed a step.
+    """
+    return await _steer(services.jobs.stop, job_id)
+
+
+@router.post(
     "/{job_id}/pause", summary="Pause", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_MOVES}
 )
 @requires(TRAIN)

@@ -111,6 +111,9 @@ def jobs(
     job_id: Annotated[str | None, typer.Argument(help="A job. Without it: list jobs.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the job until it ends.")] = False,
     cancel: Annotated[bool, typer.Option("--cancel", help="End the job.")] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End the job early, and publish its best weights so far.")
+    ] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Pause the job until it is resumed.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the job.")] = False,
     delete: Annotated[
@@ -124,8 +127,9 @@ def jobs(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """List training jobs, newest first; or show, watch, pause, resume or cancel one."""
-    moves = [name for name, is_set in (("cancel", cancel), ("pause", pause), ("resume", resume)) if is_set]
+    """List training jobs, newest first; or show, watch, pause, resume, stop or cancel one."""
+    asked = (("cancel", cancel), ("stop", stop), ("pause", pause), ("resume", resume))
+    moves = [name for name, is_set in asked if is_set]
     if len(moves) + delete > 1 or ((moves or follow or delete) and job_id is None):
         raise typer.BadParameter("give a job, and one thing to do with it")
     with connected(url, api_key) as client:

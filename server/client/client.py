@@ -66,7 +66,7 @@ class Client(Connection):
         return self._documents(self.json("GET", "/train", params=params), "jobs")
 
     def steer(self, job_id: str, move: str) -> Document:
-        """Apply `move`, which is `cancel`, `pause` or `resume`, to a job. Return the job."""
+        """Apply `move`, which is `cancel`, `stop`, `pause` or `resume`, to a job. Return the job."""
         return self.json("POST", path_of("train", job_id, move))
 
     def remove_files(self, job_id: str) -> None:

@@ -25,6 +25,7 @@ from server.jobs import events as job_events
 from server.jobs.events import Event, plain
 from server.jobs.queries import (
     FINE_TUNING,
+    STOP_STEP,
     Job,
     Standing,
     get_job,
@@ -35,13 +36,13 @@ from server.jobs.queries import (
     version_limits,
 )
 from server.jobs.specs import Spec, may_publish
-from server.jobs.tables import ENDED, EVALUATE, Status, charge, count_time, jobs, kind_of, uses
+from server.jobs.tables import ENDED, EVALUATE, TRAIN, Status, charge, count_time, jobs, kind_of, uses
 from server.jobs.turns import is_over
 from server.storage.places import Storage
 from server.system.messages import plural
 from server.training.files import RowSources
 
-__all__ = ["FINE_TUNING", "Event", "Job", "Jobs", "Standing", "Status", "no_job"]
+__all__ = ["FINE_TUNING", "STOP_STEP", "Event", "Job", "Jobs", "Standing", "Status", "no_job"]
 
 MAX_UNFINISHED = 1000
 _RETRY_SECONDS = 30.0
@@ -245,6 +246,34 @@ class Jobs:
                 Status.PAUSED: ({"status": Status.QUEUED, "lease_until": 0.0}, "resumed"),
             },
         )
+
+    @transacted
+    def stop(self, connection: sa.Connection, job_id: str) -> Job:
+        """End a training early: its best weights so far are measured, and published if its gate allows that.
+
+        A running job's process exits after its current step. The job's next attempt, which keeps the job's place
+        in the queue, trains no further. A second call changes nothing. Raise NotFound if there is no such job, and
+        Conflict if it has ended, isn't a training, or hasn't completed a step.
+        """
+        mine = sa.and_(jobs.c.id == job_id, self._mine)
+        columns = (jobs.c.status, jobs.c.project, jobs.c.data, jobs.c.progress, kind_of(jobs).label("kind"))
+        row = connection.execute(sa.select(*columns).where(mine).with_for_update()).first()
+        if row is None:
+            raise no_job(job_id)
+        if (status := Status(row.status)).has_ended:
+            raise Conflict(f"the job has ended already: {status}")
+        if row.kind != TRAIN:
+            raise Conflict("only a training has weights to keep before its end: cancel this job instead")
+        if not (step := row.progress.get("step")):
+            raise Conflict("the job hasn't completed a step, so it has no weights to keep: cancel it instead")
+        if STOP_STEP not in row.data:
+            values = {"data": {**row.data, STOP_STEP: step}, "wants_pause": False}
+            values |= {"gives_way": True} if status is Status.RUNNING else {"status": Status.QUEUED}
+            values |= {"lease_until": 0.0} if status is Status.PAUSED else {}
+            connection.execute(sa.update(jobs).where(mine).values(values))
+            job_events.append(connection, job_id, f"ending early, after step {step}")
+            record(connection, self._who, "job.stop", row.project, job_id)
+        return get_job(connection, job_id, self._mine)
 
     def in_use(self, used: str, project: str | None = None) -> bool:
         """Return whether an unfinished job needs `used`: a data set's id or an adapter's digest.

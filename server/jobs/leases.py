@@ -24,7 +24,7 @@ from server.access.projects import quotas_in
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
 from server.jobs.events import EventType, Level, plain
-from server.jobs.queries import version_limits
+from server.jobs.queries import STOP_STEP, version_limits
 from server.jobs.tables import EVALUATE, Lane, Status, Time, charge, count_time, jobs
 from server.jobs.turns import claimable, must_give_way, seconds_at_claim
 
@@ -42,7 +42,9 @@ class Directive(Enum):
 
     GO_ON = auto()
     PAUSE = auto()  # checkpoint and release the job
-    GIVE_WAY = auto()  # checkpoint after the current step, then release the job so that another project's runs
+    GIVE_WAY = (
+        auto()
+    )  # checkpoint after the current step, then release the job, so that another runs or it ends early
     ENDED = auto()  # this worker's own attempt has ended the job: clean up
     CANCEL = auto()  # the job was cancelled: drop everything
     LOST = auto()  # another worker has the job: drop everything
@@ -295,7 +297,9 @@ class Leases:
             job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
         attempts = jobs.c.stalled_attempts
         uncounted = {"stalled_attempts": sa.case((attempts > 0, attempts - 1), else_=attempts)}
-        message = BACK if gave_way_after is None else GAVE_WAY.format(in_words(gave_way_after))
+        data = connection.execute(sa.select(jobs.c.data).where(jobs.c.id == claim.job_id)).scalar_one()
+        has_given_way = gave_way_after is not None and STOP_STEP not in data
+        message = GAVE_WAY.format(in_words(gave_way_after or 0.0)) if has_given_way else BACK
         _requeue(connection, claim.job_id, self._now(), {"crash": crash} if crash else uncounted, delay, message)
 
     @transacted

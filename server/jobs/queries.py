@@ -19,6 +19,8 @@ from server.jobs.turns import position
 
 FINE_TUNING = "fine_tuning"
 """The key in `Job.data` for what is stored only with jobs that were created under /v1."""
+STOP_STEP = "stop_step"
+"""The key in `Job.data` for the step after which a training was asked to end, if it was."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from adapters.storage.durable import remove_unfinished
 from server.decisions.stored import KEY as DECISIONS
 from server.errors import GenerationFailed
 from server.jobs.files import JobFiles
-from server.jobs.jobs import FINE_TUNING, Job, Status
+from server.jobs.jobs import FINE_TUNING, STOP_STEP, Job, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.reporter import Leave
 from server.jobs.scoring import decision_scores, exact_match
@@ -117,6 +117,7 @@ class TrainingAttempt:
             partial(exact_match, library=self._native),
             partial(decision_scores, library=self._native),
             start=None if parent is None else parent.weights,
+            stop_step=cast("int | None", self._job.data.get(STOP_STEP)),
             library=self._native,
             peak_memory=lambda: peak_memory_bytes(self._base.device),
         )

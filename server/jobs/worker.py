@@ -209,7 +209,7 @@ class Worker:
                     attempt.should_leave = True
                     child.ask_to_leave()
                 leaving += elapsed
-            elif attempt.directive is Directive.GIVE_WAY and not attempt.gives_way:
+            elif attempt.directive is Directive.GIVE_WAY and not attempt.gives_way and child.progress is not None:
                 attempt.gives_way = True
                 child.ask_to_give_way()
         child.listen()

@@ -157,6 +157,7 @@ class Outcome:
 class Run:
     """One attempt at a job. `start` is the adapter that the job continues, if the job names one.
 
+    After `stop_step`, if given, the run trains no further, and ends as after its last step.
     `library` is the native code, if this machine has it and it supports the base. The constructor may take minutes
     (see `initial_weights`); it calls the reporter meanwhile.
     """
@@ -172,6 +173,7 @@ class Run:
         decision_scores: DecisionScores,
         *,
         start: LoraWeights | None = None,
+        stop_step: int | None = None,
         library: ctypes.CDLL | None = None,
         peak_memory: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -184,6 +186,7 @@ class Run:
         self._decision_scores = decision_scores
         self._peak_memory = peak_memory
         self._library = library
+        self._stop_step = stop_step
         self._trainable = self._make_trainable(start)
         self._trainer = Trainer(self._trainable, data.train, spec.training)
         self._best: torch.Tensor | None = None
@@ -205,7 +208,7 @@ class Run:
                 )
         try:
             self._report_step()
-            while self._trainer.step < self._trainer.total_steps and not self._counters.stopped_early:
+            while self._trainer.step < self._last_step and not self._counters.stopped_early:
                 self._step()
         except BaseException:
             self._trainable.end_step()
@@ -245,6 +248,11 @@ class Run:
             "tokens_per_second": round(rate, 1),
             "eta_seconds": round(left / rate, 1) if rate else None,
         }
+
+    @property
+    def _last_step(self) -> int:
+        total = self._trainer.total_steps
+        return total if self._stop_step is None else min(total, self._stop_step)
 
     @property
     def _longest(self) -> int:

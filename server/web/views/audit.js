@@ -20,6 +20,7 @@ const WORDS = {
   "job.submit": "submitted a job",
   "job.pause": "paused a job",
   "job.resume": "resumed a job",
+  "job.stop": "ended a job early",
   "job.cancel": "cancelled a job",
   "job.publish": "published a job's adapter",
   "job.download": "downloaded a job's model",

@@ -95,6 +95,9 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
     StandIn(leases).succeed()
     JobFiles(home).log(ended).write_text("it went well")
     job, paused = await submit(client), await submit(client)
+    worker = StandIn(leases)
+    worker.step(1)
+    leases.release(worker.claim)
     rows = {"file": ("c.jsonl", b'{"text": "measured"}')}
     evaluation = {"adapters": ["base"], "datasets": [(await client.post("/datasets", files=rows)).json()["id"]]}
     measured, dropped = [(await client.post("/evaluate", json=evaluation)).json()["id"] for _ in range(2)]
@@ -124,6 +127,7 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
         "POST /v1/files": Ask("/v1/files", 200, {"files": {"file": ("b.jsonl", more)}, "data": PURPOSE}),
         "POST /train": Ask("/train", 202, {"json": train_body()}),
         "POST /train/{job_id}/pause": Ask(f"/train/{job}/pause"),
+        "POST /train/{job_id}/stop": Ask(f"/train/{job}/stop"),
         "POST /train/{job_id}/resume": Ask(f"/train/{paused}/resume"),
         "POST /train/{job_id}/cancel": Ask(f"/train/{job}/cancel"),
         "DELETE /train/{job_id}": Ask(f"/train/{ended}", 204),

@@ -125,6 +125,7 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
         "/train/{job_id}/events",
         "/train/{job_id}/cancel",
         "/train/{job_id}/pause",
+        "/train/{job_id}/stop",
         "/train/{job_id}/resume",
         "/train/{job_id}/report",
         "/train/{job_id}/download",

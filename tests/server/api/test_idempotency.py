@@ -21,7 +21,7 @@ REPEATABLE = {
     *("POST /generate", "POST /compare", "POST /decide", "POST /tokenize", "POST /detokenize"),
     *("POST /v1/chat/completions", "POST /v1/completions", "POST /v1/decisions"),
     "POST /datasets",  # the same rows have the same id
-    *(f"POST /train/{{job_id}}/{move}" for move in ("cancel", "pause", "resume")),
+    *(f"POST /train/{{job_id}}/{move}" for move in ("cancel", "stop", "pause", "resume")),
     "POST /evaluate/{job_id}/cancel",
     *(f"POST /v1/fine_tuning/jobs/{{job_id}}/{move}" for move in ("cancel", "pause", "resume")),
 }

@@ -5,6 +5,9 @@ from itertools import count
 
 import pytest
 
+from server.jobs.jobs import Status
+from server.jobs.leases import Claim
+from server.jobs.reporter import Leave
 from server.model.base.weights import BaseModel
 from server.training.job_data import JobData
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
@@ -56,3 +59,28 @@ def test_ended_at_each_moment_in_turn(shop: Shop, data: JobData, spec: JobSpec, 
         assert shop.result(name) == expected, f"moment {moment}"
         if has_ended:
             break
+
+
+def test_a_job_that_ends_early_publishes_its_best_weights(shop: Shop, data: JobData) -> None:
+    steps = list[int]()
+
+    def stop_at_the_fourth_step() -> None:
+        steps.append(len(steps) + 1)
+        if len(steps) == 4:
+            shop.leases.heartbeat(Claim("job", 1, "worker"), progress={"step": 3})
+            shop.jobs.stop("job")
+            raise Leave
+
+    training = replace(TRAINING, max_steps=9, learning_rate=0.3, eval_steps=1)  # too fast: the loss soon rises
+    shop.submit(JobSpec("codes", lora=LoraSpec(rank=2), training=training), data)
+    shop.attempt(on_metrics=stop_at_the_fourth_step)
+    shop.attempt()
+    job, report = shop.jobs.get("job"), shop.jobs.report("job")
+    assert report is not None
+    assert (job.status, report["steps"]) == (Status.SUCCEEDED, 4)  # which had been computed
+    assert job.adapter is not None
+    curves = report["curves"]
+    assert isinstance(curves, dict)
+    losses = dict(curves["eval_loss"])
+    assert losses[report["kept_step"]] == min(losses.values())
+    assert [event.data["step"] for event in shop.jobs.events("job") if event.type == "metrics"] == [1, 2, 3, 4]

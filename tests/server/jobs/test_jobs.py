@@ -23,7 +23,7 @@ from server.database.clock import database_time
 from server.errors import QueueFull
 from server.jobs import tables as job_tables
 from server.jobs.files import leased
-from server.jobs.jobs import Job, Jobs, Status
+from server.jobs.jobs import STOP_STEP, Job, Jobs, Status
 from server.jobs.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
 from server.training.spec import JobSpec, LoraSpec
 from tests.server.jobs.job_kit import submit
@@ -548,6 +548,36 @@ def test_pause_and_resume(jobs: Jobs, leases: Leases) -> None:
         "resumed",
         "started again (attempt 2)",
     ]
+
+
+def test_a_training_ends_early_after_its_step(jobs: Jobs, leases: Leases) -> None:
+    submit(jobs, "j1")
+    with pytest.raises(Conflict, match="hasn't completed a step"):
+        jobs.stop("j1")
+    claim = claim_first(leases)
+    leases.heartbeat(claim, progress={"step": 3})
+    jobs.stop("j1")
+    leases.heartbeat(claim, progress={"step": 4})
+    assert jobs.stop("j1").data[STOP_STEP] == 3  # again, which changes nothing
+    assert leases.directive(claim) is Directive.GIVE_WAY
+    leases.release(claim, gave_way_after=5.0)
+    assert jobs.get("j1").status is Status.QUEUED
+    assert messages(jobs, "j1") == ["queued", "started", "ending early, after step 3", "back in the queue"]
+    assert leases.directive(claim_first(leases)) is Directive.GO_ON
+    jobs.pause("j1")
+    jobs.cancel("j1")
+    with pytest.raises(Conflict, match="has ended"):
+        jobs.stop("j1")
+
+
+def test_a_paused_training_ends_early(jobs: Jobs, leases: Leases) -> None:
+    submit(jobs, "j1")
+    claim = claim_first(leases)
+    leases.heartbeat(claim, progress={"step": 3})
+    jobs.pause("j1")
+    leases.release(claim)
+    assert jobs.stop("j1").status is Status.QUEUED
+    assert claim_first(leases).job_id == "j1"
 
 
 def test_a_pause_can_be_taken_back(jobs: Jobs, leases: Leases) -> None:

@@ -86,7 +86,7 @@ async def test_pause_resume_cancel(client: httpx.AsyncClient, leases: Leases) ->
     assert (running["status"], running["pausing"]) == ("running", True)
     cancelled = (await client.post(f"/train/{first}/cancel")).json()
     assert (cancelled["status"], cancelled["pausing"]) == ("cancelled", False)
-    for move in ("cancel", "pause", "resume"):
+    for move in ("cancel", "stop", "pause", "resume"):
         response = await client.post(f"/train/{first}/{move}")
         assert response.status_code == 409
         assert "cancelled" in response.json()["detail"]
@@ -95,7 +95,7 @@ async def test_pause_resume_cancel(client: httpx.AsyncClient, leases: Leases) ->
 @pytest.mark.parametrize(
     ("method", "path"),
     [("GET", ""), ("GET", "/events"), ("GET", "/report"), ("GET", "/download")]
-    + [("POST", f"/{move}") for move in ("cancel", "pause", "resume")],
+    + [("POST", f"/{move}") for move in ("cancel", "stop", "pause", "resume")],
 )
 async def test_no_such_job(client: httpx.AsyncClient, method: str, path: str) -> None:
     response = await client.request(method, f"/train/nothing{path}")
