@@ -92,10 +92,11 @@ async def import_adapter(
     return wire.answer(VersionAnswer.of(version, services.engine.stats.resident), 201, headers)
 
 
+@router.api_route("/{name}/visibility", methods=["GET", "DELETE"], include_in_schema=False)
 @router.api_route("/{name}/import", methods=["GET", "DELETE"], include_in_schema=False)
 @requires(TRAIN)
 async def not_a_version(name: str) -> Response:
-    """Answer 405: `import` is not a version, though /adapters/{name}/{version} would match it."""
+    """Answer 405: these words are not versions, though /adapters/{name}/{version} would match them."""
     raise HTTPException(405)
 
 

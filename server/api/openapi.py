@@ -171,9 +171,11 @@ class App(FastAPI):
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
                 methods = routes.find(re.sub("[{}]", "", name)).methods
                 for method, operation in path.items():
-                    if (scopes := methods[method.upper()].scopes) is not None:
-                        operation["security"] = _security(scopes)
-                    _add_errors(operation["responses"], error, method != "get")
+                    needs = methods[method.upper()]
+                    if needs.scopes is not None:
+                        operation["security"] = _security(needs.scopes)
+                    counts = method != "get" or needs.counts or needs.is_list
+                    _add_errors(operation["responses"], error, counts)
             schema["components"]["securitySchemes"] = {
                 _KEY: {"type": "http", "scheme": "bearer", "description": _KEY_DESCRIPTION}
             }
