@@ -1,8 +1,6 @@
 """A real Prometheus scrapes a real server under load: every query of the dashboard and every alert has series."""
 
 import math
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,76 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import yaml
 
-from tests.end_to_end.server_process import PATIENCE, ServerProcess, free_port
+from tests.end_to_end.prometheus_process import Prometheus, needs_prometheus
+from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, submit, succeeded, wait_until
-from tests.kits.monitoring import ALERTS, FOLDER, alerts, queries
+from tests.kits.monitoring import alerts, queries
 
-pytestmark = [
-    pytest.mark.thorough,
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus"),
-]
+pytestmark = [pytest.mark.thorough, needs_prometheus]
 OPERATOR = "operators-0123456789"
 LOAD_SECONDS = 10.0
-
-
-class Prometheus:
-    """A Prometheus that scrapes a server each second, otherwise configured as in docker/monitoring."""
-
-    def __init__(self, directory: Path, server: ServerProcess, key: str) -> None:
-        self.moment: float | None = None
-        """The time at which `values` evaluates queries, in seconds since 1970; None: now."""
-        self.url = f"http://127.0.0.1:{free_port()}"
-        (directory / "key").write_text(key)
-        shutil.copy(ALERTS, directory)
-        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        (job,) = config["scrape_configs"]
-        del job["dns_sd_configs"]
-        job["static_configs"] = [{"targets": [f"127.0.0.1:{server.port}"]}]
-        job["authorization"] = {"credentials_file": str(directory / "key")}
-        (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-        words = [
-            "prometheus",
-            f"--config.file={directory / 'prometheus.yml'}",
-            f"--storage.tsdb.path={directory / 'data'}",
-            f"--web.listen-address={self.url.removeprefix('http://')}",
-        ]
-        self._log = directory / "prometheus.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(words, stdout=log, stderr=log)
-
-    def get(self, path: str, **parameters: str) -> Any:
-        response = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, trust_env=False)
-        assert response.status_code == 200, response.text
-        return response.json()["data"]
-
-    def values(self, query: str) -> list[float]:
-        """Return the values of the query's series at `moment`."""
-        at = {} if self.moment is None else {"time": f"{self.moment:.3f}"}
-        return [float(sample["value"][1]) for sample in self.get("query", query=query, **at)["result"]]
-
-    def state_of(self, alert: str) -> str:
-        (group,) = self.get("rules")["groups"]
-        (rule,) = [rule for rule in group["rules"] if rule["name"] == alert]
-        assert rule["health"] == "ok", rule
-        return str(rule["state"])
-
-    def is_scraping(self) -> bool:
-        try:
-            # It listens before it can be queried, and returns 503 until then.
-            is_ready = httpx.get(f"{self.url}/-/ready", trust_env=False).status_code == 200
-            return is_ready and self.values('up{job="smolora"}') == [1.0]
-        except httpx.TransportError:
-            assert self._process.poll() is None, self._log.read_text()
-            return False
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(PATIENCE)
 
 
 @contextmanager
@@ -127,9 +65,9 @@ def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) 
     made = server.client.post("/keys", json={"name": "prometheus", "scopes": ["metrics"]})
     assert made.status_code == 201, made.text
     assert server.client.put("/projects/acme", json={"max_jobs": 5}).status_code == 200
-    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), server, made.json()["secret"])
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), made.json()["secret"])
     try:
-        wait_until(prometheus.is_scraping, what="the first scrape")
+        prometheus.scrape(server)
         succeeded(server, submit(server, name="codes", data=code_rows(8), training={"max_steps": 2}))
         with loaded(server):
             submit(server, name="more", data=code_rows(9), training={"max_steps": 2})
