@@ -13,8 +13,10 @@ import psutil
 from adapters.lora import BaseShape
 from server.access.keys import Keys
 from server.access.principal import DEFAULT_SCOPES, OPERATOR, SCOPES, Scope
+from server.cluster.node import read_state
 from server.config.environment import set_up_ray
 from server.database import connect
+from server.errors import StartupError
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from server.storage.home import Home
@@ -26,7 +28,7 @@ from tests.kits.native import lend_native
 from tests.kits.postgres import Postgres
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 
-Part = Literal["replica", "api", "worker", "job", "controller"]
+Part = Literal["replica", "api", "worker", "job", "controller", "gcs_server", "raylet"]
 _CLI = "server.cli"
 _CONTROLLER = "ray::ServeController"
 
@@ -71,16 +73,9 @@ class Whole:
         self.operator = self.key("operator", scopes=SCOPES)
         port = free_port(num_apis)
         self.urls = [f"http://127.0.0.1:{port + number}" for number in range(num_apis)]
-        self.up = self._run(
-            *("cluster", "up"),
-            home=self.home,
-            model=self._model,
-            port=port,
-            ray_port=free_port(),
-            cpus=8,
-            **{"api": num_apis, "replicas": num_replicas, "workers": 1, **self._flags},
-        )
-        self._ends.callback(self._end, self.up)
+        self._up_flags = {"port": port, "ray_port": free_port(), "api": num_apis, "replicas": num_replicas}
+        self.start_up()
+        self._ends.callback(self._end_up)
         wait_until(self.is_ready, PATIENCE, "the cluster")
         self.second_worker = self.start_worker()
 
@@ -121,6 +116,17 @@ class Whole:
         wait_until(has_ended, PATIENCE, job_id)
         assert found["status"] == "succeeded", found["error"]
 
+    def start_up(self) -> None:
+        """Start `smolora cluster up`, also after it was killed."""
+        flags = {"home": self.home, "model": self._model, "cpus": 8, "workers": 1, **self._up_flags, **self._flags}
+        self.up = self._run("cluster", "up", **flags)
+
+    def deploy(self) -> None:
+        """Run `smolora cluster deploy` without flags. Raise AssertionError if it fails."""
+        address = f"127.0.0.1:{self._up_flags['ray_port']}"
+        process = self._run("cluster", "deploy", home=self.home, address=address)
+        assert process.wait(PATIENCE) == 0, self.log()[-3000:]
+
     def start_worker(self) -> "subprocess.Popen[bytes]":
         """Start the second worker."""
         kept = {name: value for name, value in self._flags.items() if name in ("device", "dtype", "native")}
@@ -140,15 +146,22 @@ class Whole:
 
     def parts(self, part: Part) -> list[psutil.Process]:
         """Return the running processes of that kind, including the second worker's and its jobs'."""
-        roots = [self.up.pid]
+        roots = [self.up.pid, *self._ray()]
         if self.second_worker.poll() is None:
             roots.append(self.second_worker.pid)
-        found = []
+        found = dict[int, psutil.Process]()
         for root in roots:
             with suppress(psutil.NoSuchProcess):
                 above = psutil.Process(root)
-                found += [process for process in (above, *above.children(recursive=True)) if _is(process, part)]
-        return sorted(found, key=lambda process: process.pid)
+                family = (above, *above.children(recursive=True))
+                found.update({process.pid: process for process in family if _is(process, part)})
+        return [process for _, process in sorted(found.items())]
+
+    def _ray(self) -> list[int]:
+        """Return Ray's process, which isn't a child of an `up` that has taken it over."""
+        with suppress(StartupError):
+            return [read_state(self.home).ray_pid]
+        return []
 
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
@@ -167,6 +180,16 @@ class Whole:
             return subprocess.Popen(
                 called, env=variables | self.secrets, stdout=log, stderr=log, start_new_session=True
             )
+
+    def _end_up(self) -> None:
+        ray = self._ray()
+        self._end(self.up)
+        for pid in ray:
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(pid)
+                for one in (*root.children(recursive=True), root):
+                    with suppress(psutil.NoSuchProcess):
+                        one.kill()
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:
         """Kill it and all its child processes; test_up.py tests the regular end."""
@@ -189,6 +212,8 @@ def _is(process: psutil.Process, part: Part) -> bool:
         return False
     if part in ("replica", "controller"):
         return bool(words[0].startswith(TITLE if part == "replica" else _CONTROLLER))
+    if part in ("gcs_server", "raylet"):
+        return Path(words[0]).name == part
     if part == "job":
         return CHILD in words
     if part == "worker" and WORKER in words:

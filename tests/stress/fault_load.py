@@ -19,6 +19,7 @@ from server.model.base.weights import load_base
 from server.operations.doctor import examine
 from tests.end_to_end.training_client import ENDED, code_rows, wait_until
 from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.stress.audit import Log, Published, Ran, Took, audit
 
 PROJECTS = ("acme", "other")
 COUNTED_AFTER = 1.0
@@ -48,7 +49,7 @@ class Load:
     ends: threading.Event = field(default_factory=threading.Event)
     answers: list[Answer] = field(default_factory=list)
     jobs: dict[str, str] = field(default_factory=dict)  # project by job
-    published: Counter[tuple[str, str]] = field(default_factory=Counter)  # uploads answered with 201
+    log: Log = field(default_factory=Log)
     strikes: list[float] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)  # tokens that unread answers may have had
     done: Counter[str] = field(default_factory=Counter)
@@ -57,11 +58,16 @@ class Load:
     def post(self, project: str, path: str, **content: Any) -> httpx.Response | None:
         """Return the response, or None if the server wasn't reachable."""
         headers = {"Authorization": f"Bearer {self.secrets[project]}"}
+        begun = time.monotonic()
         try:
-            response = httpx.post(f"{self.url()}{path}", headers=headers, timeout=60, trust_env=False, **content)
+            response = httpx.post(
+                f"{self.url()}{path}", headers=headers, timeout=self.log.deadline, trust_env=False, **content
+            )
         except httpx.HTTPError:
             time.sleep(0.05)
             return None
+        finally:
+            self.log.requests.append(Took(path, time.monotonic() - begun))
         if response.status_code == 500:
             self.wrong.append(f"{path} was answered 500: {response.text[:300]}")
         return response
@@ -135,7 +141,8 @@ def publish(load: Load, rng: random.Random) -> None:
     project = rng.choice(PROJECTS)
     response = load.post(project, "/adapters/up", files=rng.choice(load.files))
     if response is not None and response.status_code == 201:
-        load.published[project, response.json()["digest"]] += 1
+        version = response.json()
+        load.log.acknowledged.append(Published(project, "up", version["version"], version["digest"]))
         load.done["publishes"] += 1
     load.ends.wait(0.3)
 
@@ -160,31 +167,27 @@ def train(load: Load, rng: random.Random) -> None:
 def check(load: Load) -> list[str]:
     """Return all violated conditions, once everything has ended."""
     found: list[str] = []
+    log = load.log
+    log.submitted = list(load.jobs)
     accepted = {job_id: project for project in PROJECTS for job_id in load.all_jobs(project)}
-    found += [f"{job_id} was accepted and is gone" for job_id in load.jobs.keys() - accepted]
     for job_id, project in accepted.items():
         has_ended = partial(load.has_ended, project, job_id)
         wait_until(has_ended, 300, job_id)
         events = load.get(project, f"/train/{job_id}/events")
         num_ends = sum(event["message"].startswith("succeeded") for event in events)
-        if (status := load.get(project, f"/train/{job_id}")["status"]) != "succeeded" or num_ends != 1:
-            found.append(f"{job_id} is {status}, and succeeded {num_ends} times")
+        log.jobs.append(Ran(project, job_id, load.get(project, f"/train/{job_id}")["status"], num_ends))
     for project in PROJECTS:
         listed = {adapter["name"]: adapter["versions"] for adapter in load.get(project, "/adapters")["adapters"]}
-        made = Counter(version["job_id"] for version in listed.get("codes", []))
-        if made != Counter(job for job, of in accepted.items() if of == project):
-            found.append(f"versions of {project}'s jobs: {made}")
-        stored = Counter((project, version["digest"]) for version in listed.get("up", []))
-        missing = Counter({key: num for key, num in load.published.items() if key[0] == project}) - stored
-        if missing:
-            found.append(f"uploads of {project} that were answered and are gone: {missing}")
+        log.job_versions += [(project, version["job_id"]) for version in listed.get("codes", [])]
+        for version in listed.get("up", []):
+            log.stored.append(Published(project, "up", version["version"], version["digest"]))
         for name, versions in listed.items():
             for version in versions[-5:]:
                 body = {"prompt": "a", "max_tokens": 1, "adapter": f"{name}@{version['version']}"}
                 response = load.post(project, "/generate", json=body)
                 if response is None or response.status_code != 200:
                     found.append(f"{project}'s {body['adapter']} does not load")
-    return found
+    return found + audit(log)
 
 
 def diagnosed(home: Path, seconds: float = 30) -> list[str]:
