@@ -70,7 +70,9 @@ class Engine:
         directory = base_directory(settings, log.info)
         base = load_on_device(settings, directory, log.info, partial(gpu_share, settings))
         guidance = guidance_of(base)
-        store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
+        # Without the check, which writes: replicas only read, and may have a key that allows no more.
+        storage = Storage.open(settings.home, settings, check=False)
+        store = storage.adapters(grace=2 * settings.request_timeout)
         engine = make_engine(settings, base, store, guidance, log.info)
         flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # place 0 is an API process's
         self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size, flag.set)

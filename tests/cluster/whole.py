@@ -76,7 +76,7 @@ class Whole:
         self._up_flags = {"port": port, "ray_port": free_port(), "api": num_apis, "replicas": num_replicas}
         self.start_up()
         self._ends.callback(self._end_up)
-        wait_until(self.is_ready, PATIENCE, "the cluster")
+        wait_until(self.is_ready, 3 * PATIENCE, "the cluster")
         self.second_worker = self.start_worker()
 
     @property

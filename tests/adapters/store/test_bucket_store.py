@@ -336,6 +336,13 @@ def fetched(proxy: Proxy) -> int:
     return proxy.count("GET", WEIGHTS_NAME)
 
 
+def test_loading_only_reads(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
+    """Engine replicas may have a key that allows no more."""
+    publish(machine("a"))
+    assert_equal(machine("b", through=proxied).load(DIGEST), ADAPTER.weights)
+    assert {method for method, _ in proxy.asked} == {"GET"}
+
+
 def test_concurrent_readers_download_once(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
     """Threads of two processes on one machine."""
     publish(machine("a"))
