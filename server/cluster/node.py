@@ -228,6 +228,7 @@ def _start(flags: list[str], log: Path, num_cpus: float | None, stopped: threadi
             stderr=output,
             start_new_session=True,
             env=without_service_secrets(),  # replicas inherit it
+            umask=0o077,  # replicas' logs
         )
     try:
         deadline = time.monotonic() + _START_SECONDS
