@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import AsyncGenerator, Mapping
@@ -35,6 +36,7 @@ from server.serve.startup import Connect
 _MAX_SIZES = 100_000  # cached sizes of adapters
 _RESTART_SECONDS = 1.0  # between the end of a finder and the start of the next one
 _APP = "smolora"
+_MAX_LINE = 1 << 24  # bytes of a finder's line
 _PICKLE = "pickle"
 _OPTIONS = [
     ("grpc.max_receive_message_length", RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH),
@@ -138,25 +140,33 @@ class ReplicaTransport:
 
     async def _find(self, on_change: fleet.OnChange) -> None:
         """Run finders, one after the other, and report the replicas that they find."""
-        command = [sys.executable, "-P", "-m", "server.cluster.finder", self._address, str(os.getpid())]
         while True:
             try:
-                finder = await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, limit=1 << 24
-                )
-            except OSError as error:
-                self._note(f"can't start a process: {error.strerror}")
-                await asyncio.sleep(_RESTART_SECONDS)
-                continue
-            try:
-                assert finder.stdout is not None
-                async for line in finder.stdout:
-                    self._take(json.loads(line), on_change)
-            finally:
-                with suppress(ProcessLookupError):
-                    finder.kill()
-            await finder.wait()
+                await self._run_finder(on_change)
+            except (OSError, ValueError) as error:
+                self._note(f"{type(error).__name__}: {error}")
             await asyncio.sleep(_RESTART_SECONDS)
+
+    async def _run_finder(self, on_change: fleet.OnChange) -> None:
+        """Report the replicas that one finder finds, until it ends.
+
+        Raise OSError if it can't be started, or ValueError if it prints anything else.
+        """
+        finder = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "server.cluster.finder", self._address, str(os.getpid())),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_MAX_LINE,
+        )
+        try:
+            assert finder.stdout is not None
+            async for line in finder.stdout:
+                self._take(json.loads(line), on_change)
+            await finder.wait()
+        finally:
+            if finder.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(finder.pid, signal.SIGKILL)  # `finder.kill` may reap it, which asyncio reports
 
     def _take(self, found: dict[str, object], on_change: fleet.OnChange) -> None:
         replicas = found.get("replicas")
