@@ -55,7 +55,7 @@ def main() -> int:
                 page.get_by_label("Data set").select_option(index=1)
                 page.get_by_label("Name").fill("again")
                 page.get_by_text("More settings").click()
-                page.get_by_label("Measure every").fill("3")
+                page.get_by_label("Evaluate every").fill("3")
                 page.get_by_role("button", name="Dry run").click()
                 expect(page.locator(".preview")).to_be_visible()
                 save(page, DOCS / "new-job.png")

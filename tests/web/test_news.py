@@ -152,7 +152,7 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
         expect(page.get_by_role("textbox", name="Expression")).to_have_value(adapter)
         page.goto(f"{server.url}/#/train/new")
         page.get_by_text("More settings").click()
-        page.get_by_role("textbox", name="Go on from").fill(adapter)
+        page.get_by_role("textbox", name="Start from").fill(adapter)
 
 
 def test_jobs_past_the_list(server: ServerProcess, browser: Browser, job: str) -> None:

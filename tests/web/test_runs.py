@@ -1,5 +1,6 @@
 """Runs, their curves and their data on the page: what helps to choose between trained adapters."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
 from tests.server.jobs.merge_kit import sample
-from tests.web.browser import DESKTOP, PHONE, act, is_wider_than_the_screen, page_of, violations
+from tests.web.browser import DESKTOP, PHONE, act, drop, is_wider_than_the_screen, page_of, violations
 from tests.web.jobs_kit import PUBLISHED, ROWS, submitted
 
 pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
@@ -324,3 +325,53 @@ def test_a_list_that_has_not_changed_is_not_sent_again(server: ServerProcess, br
         assert polled.value.status == 304
         page.goto(f"{server.url}/#/adapters/b")
         expect(page.get_by_role("article", name="b", exact=True)).to_be_visible()
+
+
+def test_a_training_is_stopped_and_keeps_its_best(server: ServerProcess, browser: Browser, job: str) -> None:
+    described = server.client.get(f"/train/{job}").json()
+    described["progress"] |= {"step": 55, "total_steps": 90, "eta_seconds": 900}
+    described["status"] = "running"
+    with page_of(browser, server.url) as page:
+        page.route(f"**/train/{job}", lambda route: route.fulfill(json=described))
+        page.route(f"**/train/{job}/stop", lambda route: route.fulfill(json=described))
+        page.goto(f"{server.url}/#/train/{job}")
+        article = page.get_by_role("article", name="Job waits")
+        expect(article.get_by_text("Step 55 of 90, about 15 min to go")).to_be_visible()
+        expect(article.get_by_role("status")).to_have_text("60 % trained")  # read aloud each 10 %
+        article.get_by_role("button", name="Stop and keep the best").click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("Training ends after step 55")
+        assert violations(page) == []
+        with page.expect_request(f"**/train/{job}/stop"):
+            dialog.get_by_role("button", name="Stop").click()
+        described["status"] = "paused"
+        expect(article.get_by_text("Paused at step 55 of 90.")).to_be_visible()
+
+
+def test_a_request_is_edited_as_json(server: ServerProcess, browser: Browser) -> None:
+    content = "".join(json.dumps({"prompt": f"ask {number}", "completion": "b"}) + "\n" for number in range(8))
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"rows.jsonl": content.encode()})
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        page.get_by_label("Name").fill("edited")
+        page.get_by_text("More settings").click()
+        page.get_by_label("Early stopping").fill("3")
+        page.get_by_label("Schedule").select_option("linear")
+        page.get_by_label("Modules").fill("q_proj, v_proj")
+        page.get_by_text("The request as JSON").click()
+        request = page.get_by_role("textbox", name="Request")
+        body = json.loads(request.input_value())
+        assert body["training"] == {"early_stopping_patience": 3, "schedule": "linear"}
+        assert body["lora"] == {"target_modules": ["q_proj", "v_proj"]}
+        request.fill("{")
+        expect(page.get_by_role("alert")).to_contain_text("This isn't a request yet")
+        body |= {"alias": "prod", "lora": {"rank": 4, "use_rslora": True}, "validation": 0.5}
+        body["training"] |= {"seed": 7, "packing": False, "eval_steps": 2}
+        request.fill(json.dumps(body))
+        for label, value in {"Rank": "4", "Seed": "7", "Alias": "prod", "Evaluate every (steps)": "2"}.items():
+            expect(page.get_by_label(label, exact=True)).to_have_value(value)
+        assert violations(page) == []
+        with page.expect_request("**/train?dry_run=true") as sent:
+            page.get_by_role("button", name="Dry run").click()
+        assert sent.value.post_data_json == body
+        expect(page.get_by_role("status", name="Dry run")).to_be_visible()

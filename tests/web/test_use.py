@@ -674,22 +674,22 @@ def test_what_was_chosen_may_be_deleted_meanwhile(
         expect(chosen).to_contain_text("4 rows")
         rows = page.get_by_label("Data set").input_value()
         page.get_by_text("More settings").click()
-        page.get_by_label("Go on from").select_option("brief")
+        page.get_by_label("Start from").select_option("brief")
         page.get_by_role("link", name="Adapters").click()
         expect(page.get_by_role("heading", name="Adapters")).to_be_visible()
         server.client.delete("/adapters/brief").raise_for_status()
         held = held_back(page, "**/adapters?*", "GET")
         held_rows = held_back(page, "**/datasets", "GET")
         page.go_back()
-        expect(page.get_by_label("Go on from")).to_have_value("brief")  # as it would be sent
+        expect(page.get_by_label("Start from")).to_have_value("brief")  # as it would be sent
         expect(page.get_by_label("Data set")).to_have_value(rows)
         wait_for_number(page, held, 2)
         wait_for_number(page, held_rows, 1)
         for listing in (*held, *held_rows):
             listing.continue_()
         expect(chosen).to_contain_text("4 rows")
-        expect(page.get_by_label("Go on from").locator("option", has_text="brief")).to_have_count(0)
-        expect(page.get_by_label("Go on from")).to_have_value("")
+        expect(page.get_by_label("Start from").locator("option", has_text="brief")).to_have_count(0)
+        expect(page.get_by_label("Start from")).to_have_value("")
         with page.expect_request("**/train?dry_run=true") as sent:
             page.get_by_role("button", name="Dry run").click()
         assert "start_from" not in json.loads(sent.value.post_data or "")

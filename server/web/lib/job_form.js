@@ -53,6 +53,64 @@ export function bodyOf(form) {
 }
 
 /**
+ * Settings that the form keeps in `rest`: their part of the request, name, label, hint and placeholder. Those with
+ * `choices` have no other values.
+ * @type {{part: "" | "lora" | "training", name: string, label: string, hint?: string, empty?: string, isText?: boolean,
+ *   choices?: string[]}[]}
+ */
+export const FURTHER = [
+  {
+    part: "training",
+    name: "early_stopping_patience",
+    label: "Early stopping",
+    hint: "evaluations without a gain",
+  },
+  { part: "training", name: "max_steps", label: "Steps", hint: "instead of epochs" },
+  { part: "training", name: "seed", label: "Seed", empty: "0" },
+  { part: "training", name: "schedule", label: "Schedule", choices: ["cosine", "linear", "constant"] },
+  { part: "training", name: "warmup_ratio", label: "Warm-up", hint: "share of the steps", empty: "0.05" },
+  { part: "training", name: "weight_decay", label: "Weight decay", empty: "0" },
+  { part: "training", name: "max_length", label: "Max tokens of a row", empty: "512" },
+  {
+    part: "training",
+    name: "overlong",
+    label: "Longer rows",
+    choices: ["auto", "truncate", "split", "drop", "refuse"],
+  },
+  { part: "lora", name: "dropout", label: "Dropout", empty: "0" },
+  {
+    part: "lora",
+    name: "target_modules",
+    label: "Modules",
+    hint: "such as q_proj, v_proj",
+    empty: "all-linear",
+    isText: true,
+  },
+  { part: "", name: "alias", label: "Alias", hint: "such as prod", isText: true },
+  { part: "", name: "description", label: "Description", isText: true },
+];
+
+/** The value of a further setting. @param {Fields} form @param {(typeof FURTHER)[0]} setting */
+export const furtherOf = ({ rest }, { part, name }) => (part ? rest[part] : rest)?.[name] ?? null;
+
+/** `rest` with a further setting. @param {Fields} form @param {(typeof FURTHER)[0]} setting @param {any} value */
+export function withFurther({ rest }, { part, name }, value) {
+  const inner = given({ ...(part ? rest[part] : rest), [name]: value });
+  if (!part) return inner;
+  return given({ ...rest, [part]: Object.keys(inner).length ? inner : null });
+}
+
+/** What an earlier job had that no field shows. @param {Fields} form @returns {Record<string, any>} */
+export const unshownOf = (form) =>
+  FURTHER.reduce((rest, setting) => withFurther({ ...form, rest }, setting, null), form.rest);
+
+/** The form's values for a request, as somebody wrote it. @param {Record<string, any>} body @returns {Fields} */
+export function fieldsOf(body) {
+  const form = formOf(body);
+  return { ...form, rest: given({ ...form.rest, alias: body["alias"] }) };
+}
+
+/**
  * The form's values for training again as an earlier job did. An alias is left out: it means that job's version. So is
  * what a job's config has and no request may have: `start_from_digest`, `init_std` and `auto_epochs`.
  * @param {Job["config"]} config

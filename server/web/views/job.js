@@ -136,6 +136,7 @@ export function JobDetail({ id, onChange }) {
             : null
         }
         ${status === "paused" ? html`<button type="button" disabled=${steer.busy} onClick=${() => steer.run("resume")}>Resume</button>` : null}
+        ${isOver || isMerge || !progress.step ? null : html`<${Careful} label="Stop and keep the best" deed="Stop" keep="Keep training" sure="Training ends after step ${count(step)}, and the best weights so far are measured and published, as at the job's end." busy=${steer.busy} onSure=${() => steer.run("stop")} />`}
         ${
           isMerge
             ? null
@@ -153,7 +154,7 @@ export function JobDetail({ id, onChange }) {
         ${
           isOver
             ? html`<${Careful} key="delete" label="Delete" sure="Its rows, checkpoints and log will be deleted; its adapters stay." busy=${remove.busy} onSure=${() => remove.run()} />`
-            : html`<${Careful} key="cancel" label="Cancel" deed="End the job" sure="It will end without an adapter. This can't be undone; to continue later, pause it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
+            : html`<${Careful} key="cancel" label="Cancel" deed="End the job" keep="Keep training" sure="Cancel ${name}? Its progress is lost. Pause it instead to continue later." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
         }
       </p>
     </div>
@@ -164,13 +165,8 @@ export function JobDetail({ id, onChange }) {
       isOver
         ? null
         : html`<${Bar} label="progress of ${name}" value=${step} most=${progress.total_steps ?? 0} />
-          <p role="status">
-            ${
-              status === "queued"
-                ? "Waits for a worker."
-                : `Step ${count(step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !step && !isMerge ? ": the base is measured first, which takes a while" : ""}`
-            }
-          </p>`
+          <p>${standing(job.data, step)}</p>
+          <p role="status" class="hidden">${announced(job.data, step)}</p>`
     }
     <${Warnings} warnings=${[...new Set(found.filter((event) => event.level === "warning").map((event) => event.message))]} />
     ${
@@ -209,6 +205,22 @@ export function JobDetail({ id, onChange }) {
       ${found.length > MOST_LINES ? html`<small>The newest ${count(MOST_LINES)}; all of them: <code>GET ${path}/events</code></small>` : null}
     </details>
   </article>`;
+}
+
+/** How far a job is. @param {Job} job @param {number} step */
+function standing({ status, kind, progress }, step) {
+  if (status === "queued")
+    return step ? `Queued at step ${count(step)}: waits for a worker.` : "Waits for a worker.";
+  const at = `tep ${count(step)} of ${count(progress.total_steps ?? 0)}`;
+  if (status === "paused") return `Paused at s${at}. If resumed, it returns to its old place in the queue.`;
+  if (progress.eta_seconds) return `S${at}, about ${duration(progress.eta_seconds)} to go`;
+  return `S${at}${step || kind === "merge" ? "" : ": the base is measured first, which takes a while"}`;
+}
+
+/** What a screen reader says of it: no more than each tenth. @param {Job} job @param {number} step */
+function announced({ status, progress }, step) {
+  const tenths = progress.total_steps ? Math.floor((10 * step) / progress.total_steps) : 0;
+  return status === "running" ? `${10 * tenths} % trained` : status;
 }
 
 /**

@@ -3,7 +3,7 @@ import { listAdapters } from "../lib/adapters.js";
 import { ask, get, upload } from "../lib/api.js";
 import { count, duration, plural } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
-import { BLANK, bodyOf, filled } from "../lib/job_form.js";
+import { BLANK, FURTHER, bodyOf, fieldsOf, filled, furtherOf, unshownOf, withFurther } from "../lib/job_form.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go } from "../lib/route.js";
 import { key, perKey } from "../lib/session.js";
@@ -43,6 +43,7 @@ const BESIDE = [
   "start_from",
   "publish_if",
   "method",
+  ...FURTHER.map(({ name }) => name),
 ];
 
 /** @param {{onQueued: () => void}} props */
@@ -85,7 +86,9 @@ export function NewJob({ onQueued }) {
     if (isShown()) go("train", job.id);
   });
   const problem = submit.problem ?? check.problem;
-  const isReady = Boolean(form.name && form.dataset);
+  const hasRows = Boolean(form.dataset || form.rest["data"]);
+  const isReady = Boolean(form.name && hasRows);
+  const unshown = unshownOf(form);
   // don't hide fields that have a value
   const [hasMore] = useState(() => MORE.some((name) => form[name] !== BLANK[name]));
   return html`<${Form} label="New job" className="card" onSubmit=${() => {
@@ -99,7 +102,7 @@ export function NewJob({ onQueued }) {
     <div class="fields">
       <${TextField} label="Name" name="name" problem=${problem} hint="A name that exists gets a new version." value=${form.name} onChange=${change("name")} />
       <${NumberField} label="Epochs" name="epochs" hint="times through the rows" placeholder="auto" step="1" value=${form.epochs} problem=${problem} onChange=${change("epochs")} />
-      <${NumberField} label="Held out" name="validation" hint="share of the rows that measures, from 0 to 1" placeholder="0.1" value=${form.validation} problem=${problem} onChange=${change("validation")} />
+      <${NumberField} label="Validation share" name="validation" hint="rows kept aside to measure, e.g. 0.1" placeholder="0.1" value=${form.validation} problem=${problem} onChange=${change("validation")} />
     </div>
     <details open=${hasMore}>
       <summary>More settings</summary>
@@ -110,37 +113,44 @@ export function NewJob({ onQueued }) {
         ]} onChange=${change("method")} />
         ${
           adapters.data?.isCut
-            ? html`<${TextField} label="Go on from" name="start_from" hint="an adapter's name; empty: a new one" value=${form.startFrom} problem=${problem} onChange=${change("startFrom")} />`
-            : html`<${SelectField} label="Go on from" name="start_from" value=${form.startFrom} problem=${problem} options=${[["", "a new adapter"], ...names.map((name) => [name, name])]} onChange=${change("startFrom")} />`
+            ? html`<${TextField} label="Start from" name="start_from" hint="an adapter's name; empty: a new one" value=${form.startFrom} problem=${problem} onChange=${change("startFrom")} />`
+            : html`<${SelectField} label="Start from" name="start_from" value=${form.startFrom} problem=${problem} options=${[["", "a new adapter"], ...names.map((name) => [name, name])]} onChange=${change("startFrom")} />`
         }
-        <${NumberField} label="Rank" name="rank" hint="how much it can change" placeholder="16" step="1" value=${form.rank} problem=${problem} onChange=${change("rank")} />
+        <${NumberField} label="Rank" name="rank" hint="capacity of the adapter" placeholder="16" step="1" value=${form.rank} problem=${problem} onChange=${change("rank")} />
         <${NumberField} label="Alpha" name="alpha" hint="its strength is alpha / rank" placeholder="32" value=${form.alpha} problem=${problem} onChange=${change("alpha")} />
         <${NumberField} label="Learning rate" name="learning_rate" placeholder=${form.method === "full" ? "0.00003" : "0.001"} value=${form.learningRate} problem=${problem} onChange=${change("learningRate")} />
         <${NumberField} label="Batch size" name="batch_size" hint="rows a step" placeholder="8" step="1" value=${form.batchSize} problem=${problem} onChange=${change("batchSize")} />
-        <${NumberField} label="Measure every … steps" name="eval_steps" hint="draws the held-out curve; the best weights are kept" placeholder="at the end" step="1" value=${form.evalSteps} problem=${problem} onChange=${change("evalSteps")} />
+        <${NumberField} label="Evaluate every (steps)" name="eval_steps" hint="and keep the best checkpoint" placeholder="at the end" step="1" value=${form.evalSteps} problem=${problem} onChange=${change("evalSteps")} />
         <${SelectField} label="Publish" name="publish_if" value=${form.publishIf} problem=${problem} options=${[
-          ["always", "in any case"],
+          ["always", "always"],
           ["improves_base", "if better than the base"],
           ["improves_latest", "if better than the latest version"],
           ["not_worse", "unless worse than the latest version"],
         ]} onChange=${change("publishIf")} />
       </div>
+      <div class="fields">
+        ${FURTHER.map((setting) => html`<${Further} key=${setting.name} setting=${setting} form=${form} problem=${problem} onChange=${change("rest")} />`)}
+      </div>
       ${
-        form.rest === BLANK.rest
+        !Object.keys(unshown).length
           ? null
           : html`<h3>Also as in the earlier job</h3>
-            <${Settings} config=${form.rest} />
+            <${Settings} config=${unshown} />
             <button type="button" class="plain" onClick=${() => change("rest")(BLANK.rest)}>Leave these out</button>`
       }
     </details>
+    <${RequestJson} body=${bodyOf(form)} onChange=${(/** @type {Record<string, any>} */ body) => {
+      filled.set(fieldsOf(body));
+      setDry(null);
+    }} />
     <${Fault} problem=${problem} beside=${BESIDE} />
     <p class="row">
-      <button type="button" class="plain" disabled=${!form.dataset || check.busy} onClick=${() => {
+      <button type="button" class="plain" disabled=${!hasRows || check.busy} onClick=${() => {
         submit.clear();
         void check.run();
       }}>Dry run: see what would be learned</button>
       <button type="submit" disabled=${!isReady || submit.busy}>Train</button>
-      ${isReady ? null : html`<small>${form.dataset ? "A name is needed." : "Rows are needed."}</small>`}
+      ${isReady ? null : html`<small>${hasRows ? "A name is needed." : "Rows are needed."}</small>`}
     </p>
     ${dry ? html`<${Preview} dry=${dry} />` : null}
   <//>`;
@@ -215,6 +225,46 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
       ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words} will be deleted. This can't be undone; adapters trained on them stay." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
     </div>
     <${Fault} problem=${remove.problem} />`;
+}
+
+/** @param {{setting: (typeof FURTHER)[0], form: Fields, problem: import("../lib/api.js").Problem | null, onChange: (rest: object) => void}} props */
+function Further({ setting, form, problem, onChange }) {
+  const { name, label, hint = "", empty = "", isText = false, choices } = setting;
+  const value = furtherOf(form, setting);
+  const about = { label, name, hint, problem };
+  const set = (/** @type {any} */ next) => onChange(withFurther(form, setting, next));
+  if (choices)
+    return html`<${SelectField} ...${about} value=${value ?? ""} onChange=${set}
+      options=${[["", `default (${choices[0]})`], ...choices.map((choice) => [choice, choice])]} />`;
+  if (!isText) return html`<${NumberField} ...${about} placeholder=${empty} value=${value} onChange=${set} />`;
+  const names = (/** @type {string} */ text) =>
+    text.includes(",") ? text.split(",").map((one) => one.trim()) : text;
+  return html`<${TextField} ...${about} placeholder=${empty} value=${Array.isArray(value) ? value.join(", ") : (value ?? "")}
+    onChange=${(/** @type {string} */ text) => set(name === "target_modules" ? names(text) : text)} />`;
+}
+
+/** The request, which may be edited. @param {{body: Record<string, any>, onChange: (body: Record<string, any>) => void}} props */
+function RequestJson({ body, onChange }) {
+  const [text, setText] = useState(/** @type {string | null} */ (null)); // while it is edited
+  const [wrong, setWrong] = useState("");
+  const edit = (/** @type {string} */ value) => {
+    setText(value);
+    try {
+      const found = JSON.parse(value);
+      if (typeof found !== "object" || found === null || Array.isArray(found)) throw new Error("not an object");
+      setWrong("");
+      onChange(found);
+    } catch (error) {
+      setWrong(error instanceof Error ? error.message : String(error));
+    }
+  };
+  return html`<details>
+    <summary>The request as JSON</summary>
+    <label class="hidden" for="request">Request</label>
+    <textarea id="request" class="request" rows="14" spellcheck=${false} value=${text ?? JSON.stringify(body, null, 2)}
+      onInput=${(/** @type {import("../parts/basics.js").Typed} */ event) => edit(event.currentTarget.value)} onBlur=${() => wrong || setText(null)}></textarea>
+    ${wrong ? html`<p class="fault" role="alert">This isn't a request yet: ${wrong}.</p>` : html`<small>The body of <code>POST /train</code>. Fields and text follow each other.</small>`}
+  </details>`;
 }
 
 /** Whether a reference such as codes or codes@2 means the adapter or a version of it. @param {Adapter} adapter @param {string} reference */
