@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adapters.storage.durable import new_file, write_json
-from server.config.environment import ray_token_path, without_service_secrets
+from server.config.environment import ray_address_file, ray_token_path, without_service_secrets
 from server.errors import StartupError
 
 FILE_NAME = "cluster.json"
@@ -117,6 +117,7 @@ def start_head(
                 f"port {port} is taken: join what is there (--address), or give --ray-port"
             ) from None
     keep_token(creates=True)
+    _forget_former_head(port)
     process = _start(["--head", f"--port={port}"], log, num_cpus, stopped)
     return process, f"127.0.0.1:{port}"
 
@@ -129,6 +130,17 @@ def start_node(address: str, log: Path, num_cpus: float | None, stopped: threadi
     refuse_unreachable(address)
     keep_token(creates=False)
     return _start([f"--address={address}"], log, num_cpus, stopped)
+
+
+def _forget_former_head(port: int) -> None:
+    """Remove Ray's note of a head on this port, which is free.
+
+    Ray refuses to start a head with the address in the note while a raylet of the former cluster runs here.
+    """
+    note = ray_address_file()
+    with suppress(OSError):  # usually there is none
+        if note.read_text(encoding="utf-8").strip().endswith(f":{port}"):
+            note.unlink()
 
 
 def keep_token(creates: bool) -> None:

@@ -162,11 +162,11 @@ class ReplicaTransport:
             assert finder.stdout is not None
             async for line in finder.stdout:
                 self._take(json.loads(line), on_change)
-            await finder.wait()
         finally:
             if finder.returncode is None:
                 with suppress(ProcessLookupError):
                     os.kill(finder.pid, signal.SIGKILL)  # `finder.kill` may reap it, which asyncio reports
+            await finder.wait()
 
     def _take(self, found: dict[str, object], on_change: fleet.OnChange) -> None:
         replicas = found.get("replicas")

@@ -110,6 +110,12 @@ def ray_token_path() -> Path | None:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
+def ray_address_file() -> Path:
+    """Return the file in which Ray notes the address of the last cluster that this machine started or joined."""
+    scratch = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 Ray's own choice
+    return Path(scratch) / "ray" / "ray_current_cluster"
+
+
 def set_up_ray() -> None:
     """Set the defaults of Ray's variables for this process and its children. Call it before Ray is imported."""
     for name, value in RAY_DEFAULTS.items():

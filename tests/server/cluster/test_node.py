@@ -121,3 +121,21 @@ def test_only_its_owner_reads_rays_token(tmp_path: Path, monkeypatch: pytest.Mon
     token.chmod(0o644)
     node.keep_token(creates=False)
     assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, first)
+
+
+@pytest.mark.parametrize(("port", "is_kept"), [(26413, False), (6413, True)])
+def test_rays_note_of_a_former_head_is_removed(
+    slow_ray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int, is_kept: bool
+) -> None:
+    """Otherwise a head doesn't start again while another node of the former cluster runs on the same machine."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").rename(tmp_path / "program")
+    monkeypatch.setattr(node, "_ray", lambda: str(tmp_path / "program"))
+    (tmp_path / "program").write_text("#!/bin/sh\necho Ray runtime started\nexec sleep 60\n")
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    note.write_text("192.0.2.2:26413")
+    process, _ = node.start_head(port, tmp_path / "log", None)
+    process.kill()
+    process.wait()
+    assert note.exists() == is_kept
