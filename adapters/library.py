@@ -189,17 +189,26 @@ class Library:
             version = self._with_twin(version)
         return version
 
-    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
+    def compose(
+        self,
+        name: str,
+        terms: Sequence[Term],
+        field: str = "expression",
+        measured: Callable[[Sequence[Part]], Mapping[str, object] | None] = lambda parts: None,
+    ) -> tuple[Version, bool]:
         """Publish a composition as the name's next version, with its terms pinned to versions.
 
+        `measured` returns the results of an evaluation of the parts, to store with a new version, or None. It may
+        raise an error, and then nothing is published.
         Return the version, and whether it is new: if the latest version has the same parts and weights, nothing is
         published. Raise errors as `pin` and `Catalog.compose` do.
         """
         self.check_name(name, "composition")
         pinned = self.pin(terms, field)
         try:
-            versions = [Term(part.name, part.version, weight=part.weight) for part in gather(pinned.parts)]
-            version, is_new = self.catalog.compose(name, versions, field)
+            parts = gather(pinned.parts)
+            versions = [Term(part.name, part.version, weight=part.weight) for part in parts]
+            version, is_new = self.catalog.compose(name, versions, field, measured(parts))
             version = self._with_warnings(version)
             if not is_new:
                 unchanged = "it is the same already: there is no new version"

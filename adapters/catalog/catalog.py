@@ -131,9 +131,16 @@ class Catalog:
             work = partial(publish_in, new=new, records=records, limits=self._limits)
             return show_version(self.viewpoint, transact(self._engine, work))
 
-    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
+    def compose(
+        self,
+        name: str,
+        terms: Sequence[Term],
+        field: str = "expression",
+        evaluation: Mapping[str, object] | None = None,
+    ) -> tuple[Version, bool]:
         """Add the next version of the composition `name`. Each term is pinned to the version that it means now.
 
+        `evaluation` is stored with a new version, in its `config`.
         Return the version, and whether it is new: if the latest version has the same parts and weights, that
         version is returned and nothing is added. Compositions among the terms are replaced by their own parts.
 
@@ -145,7 +152,9 @@ class Catalog:
         with recording(self._engine, self._records) as records:
             version, is_new = transact(
                 self._engine,
-                lambda connection: compose_in(connection, key, terms, field, viewpoint, records, limits),
+                lambda connection: compose_in(
+                    connection, key, terms, field, viewpoint, records, limits, evaluation
+                ),
             )
         return show_version(self.viewpoint, version), is_new
 

@@ -27,6 +27,10 @@ class Part:
     weight: float
 
 
+EVALUATION = "evaluation"
+"""The key of a composition's `config` under which an evaluation's `id` and `results` are stored."""
+
+
 @dataclass(frozen=True)
 class VersionLimits:
     """The most versions of a project, and of those that one of its API keys published. None means no limit.

@@ -6,8 +6,9 @@ They are for callers that write their own tables in the same transaction; other 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -25,6 +26,7 @@ from adapters.catalog.reads import (
 from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import aliases, lock, names, parts, versions
 from adapters.catalog.versions import (
+    EVALUATION,
     Kind,
     NewVersion,
     Origin,
@@ -142,6 +144,7 @@ def compose_in(
     viewpoint: Viewpoint,
     records: Recorder | None = None,
     limits: VersionLimits | None = None,
+    evaluation: Mapping[str, object] | None = None,
 ) -> tuple[Version, bool]:
     """Publish a composition as `Catalog.compose` does."""
     # called first: it takes a lock, so that the parts can't be deleted meanwhile
@@ -158,6 +161,8 @@ def compose_in(
         _refuse_private(connection, name, (part.name for part in leaves), viewpoint)
     made_of = [one_version(connection, part.name, part.version) for part in leaves]
     version = _blend(name, number, leaves, made_of, viewpoint)
+    if evaluation is not None:
+        version = replace(version, config={EVALUATION: evaluation})
     insert_in(connection, version, records)
     return version, True
 

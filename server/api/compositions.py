@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from adapters.catalog.catalog import Version, combine
-from adapters.catalog.versions import Origin
+from adapters.catalog.versions import Origin, Part, gather
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import MAX_LENGTH, Term, parse
 from adapters.library import Library, Pinned
@@ -36,7 +36,8 @@ from server.api.strict_route import StrictRoute
 from server.api.submission import Room
 from server.api.train_answers import JobAnswer
 from server.api.train_schemas import MAX_TRAINED_RANK
-from server.jobs.jobs import Job, Jobs
+from server.jobs.evaluate_spec import EvaluateSpec
+from server.jobs.jobs import Job, Jobs, Status
 from server.jobs.merge_spec import ORIGIN, MergeSpec
 from server.jobs.room import merge_bytes
 
@@ -64,6 +65,12 @@ class CompositionBody(Body):
     expression: str = Field(
         max_length=MAX_LENGTH,
         description="an adapter expression; its adapters are pinned to their current versions",
+    )
+    evaluation: str | None = Field(
+        None,
+        max_length=64,
+        description="id of an evaluation that measured these versions and weights: its results are stored with "
+        "the composition. Not with a `method`",
     )
     method: Annotated[MergeMethod | None, BeforeValidator(_method)] = Field(
         None,
@@ -99,6 +106,8 @@ def recipe_of(body: CompositionBody) -> Recipe | None:
                 [FieldError((name,), "is only for merges: leave it out, or set method") for name in given]
             )
         return None
+    if body.evaluation is not None:
+        raise InvalidInput.of("evaluation", "a merge isn't what was measured: leave it out")
     if body.seed is not None and body.method not in SEEDED:
         raise InvalidInput.of("seed", f"{body.method} isn't random: leave it out")
     density = body.density
@@ -172,8 +181,29 @@ def _digest(name: str, body: CompositionBody) -> str:
     return hashlib.sha256(document.encode()).hexdigest()
 
 
-def _compose(services: Services, name: str, terms: Sequence[Term]) -> tuple[Version, bool]:
-    version, is_new = services.library.compose(name, terms, FIELD)
+def _results(services: Services, job_id: str, parts: Sequence[Part]) -> dict[str, object]:
+    """Return what an evaluation found for these parts. Raise InvalidInput if it has nothing for them."""
+    try:
+        job = services.jobs.get(job_id)
+    except NotFound:
+        job = None
+    if job is None or not isinstance(job.spec, EvaluateSpec):
+        raise InvalidInput.of("evaluation", f"there is no evaluation {job_id}: GET /evaluate lists them")
+    if job.status is not Status.SUCCEEDED:
+        raise InvalidInput.of("evaluation", f"it is {job.status.value}: wait until it has succeeded")
+    same = (one.expression for one in job.spec.adapters if set(gather(one.parts)) == set(parts))
+    if (expression := next(same, None)) is None:
+        raise InvalidInput.of("evaluation", "it measured other versions or weights: evaluate these first")
+    found = (services.jobs.report(job_id) or {}).get("results")
+    results = [one for one in found if one["adapter"] == expression] if isinstance(found, list) else []
+    return {"id": job_id, "results": results}
+
+
+def _compose(services: Services, name: str, terms: Sequence[Term], evaluation: str | None) -> tuple[Version, bool]:
+    def measured(parts: Sequence[Part]) -> dict[str, object] | None:
+        return None if evaluation is None else _results(services, evaluation, parts)
+
+    version, is_new = services.library.compose(name, terms, FIELD, measured)
     if is_new:
         services.audit("adapter.compose", f"{name}@{version.version}", {"parts": version.parent})
     return version, is_new
@@ -227,7 +257,7 @@ async def compose(
     if key is not None:
         raise InvalidInput.of("Idempotency-Key", "is only for merges: leave it out, or set method")
     terms = parse(body.expression, FIELD)
-    version, is_new = await to_thread.run_sync(_compose, services, name, terms)
+    version, is_new = await to_thread.run_sync(_compose, services, name, terms, body.evaluation)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     answer = VersionAnswer.of(version, services.engine.stats.resident)
     return wire.answer(answer, 201 if is_new else 200, headers)

@@ -14,7 +14,7 @@ from adapters.peft.files import write
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.jobs.merge_kit import sample
-from tests.web.browser import DESKTOP, PHONE, is_wider_than_the_screen, page_of, violations
+from tests.web.browser import DESKTOP, PATIENCE, PHONE, is_wider_than_the_screen, page_of, violations
 
 pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
 def server(
     browser: Browser, tiny_base: BaseModel, converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """Start a server without keys, with the adapters `plain` (two versions) and `other`."""
-    server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny)
+    """Start a server with a worker, without keys, with the adapters `plain` (two versions) and `other`."""
+    server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny, workers=1)
     for seed, name in enumerate(("plain", "plain", "other")):
         directory = tmp_path_factory.mktemp(name)
         write(directory, sample(tiny_base.config.shape, seed))
@@ -374,3 +374,32 @@ def test_every_state_is_accessible(
         page.get_by_label("Show").select_option(label="differences from base")
         expect(page.locator(".diff").first).to_be_visible()
         assert violations(page) == []
+
+
+def test_the_best_weights_are_found_and_saved_with_their_evaluation(server: ServerProcess, page: Page) -> None:
+    rows = "".join(json.dumps({"prompt": f"{n} is", "completion": f" {n % 3}"}) + "\n" for n in range(12)).encode()
+    data = server.client.post("/datasets", files={"file": ("fresh.jsonl", rows)}).raise_for_status().json()["id"]
+    page.get_by_label("Expression").fill("plain*2+other*2")
+    page.get_by_text("Find the best weights").click()
+    page.get_by_label("Data set").select_option(data)
+    page.get_by_role("button", name="Measure", exact=True).click()
+    found = page.get_by_role("region", name="Weights measured")
+    expect(found.get_by_text("Best:")).to_be_visible(timeout=4 * PATIENCE)
+    (job,) = server.client.get("/evaluate").json()["evaluations"]
+    results = server.client.get(f"/evaluate/{job['id']}").json()["results"]
+    assert len(results) == 13  # eleven on the line, the present weights, and the base
+    blends = [result for result in results if result["adapter"] != "base"]
+    best = min(results, key=lambda result: result["value"])
+    expect(found.get_by_text("Best:")).to_contain_text(f"{best['adapter']}, loss")
+    expect(found.locator("tr.chosen")).to_contain_text(best["adapter"])
+    assert len(blends) == 12
+    assert violations(page) == []
+    if best["adapter"] == "base":  # of random weights
+        return
+    found.get_by_role("button", name="Use these weights").click()
+    expect(page.get_by_label("Expression")).to_have_value(best["adapter"])
+    found.get_by_label("Name for the best").fill("tuned")
+    found.get_by_role("button", name="Save with its evaluation").click()
+    expect(page.get_by_role("status")).to_contain_text("tuned@1")
+    version = server.client.get("/adapters/tuned/1").json()
+    assert version["config"]["evaluation"] == {"id": job["id"], "results": [best]}

@@ -105,6 +105,7 @@ export function PlaygroundView() {
           }} />
           <${SideBySide} mine=${mine} others=${others} />
           ${(parse(blend) ?? []).length > 1 ? html`<${SaveBlend} blend=${blend} onSaved=${adapters.reload} />` : null}
+          ${parse(blend)?.length ? html`<${BlendLab} blend=${blend} />` : null}
           <details>
             <summary>Settings</summary>
             <div class="fields">
@@ -279,6 +280,19 @@ function SideBySide({ mine, others }) {
     )}
     ${others.includes(mine) || mine === "base" ? null : html`<p><button type="button" class="plain" onClick=${() => toggle(mine)}>Pin <code>${mine}</code> as a column</button></p>`}
   </fieldset>`;
+}
+
+const Lab = lazy(async () => (await import("../parts/lab.js")).Lab);
+
+/** @param {{blend: string}} props */
+function BlendLab({ blend }) {
+  const [isOpen, setOpen] = useState(false);
+  const toggle = (/** @type {Event & {currentTarget: HTMLDetailsElement}} */ event) =>
+    setOpen(event.currentTarget.open);
+  return html`<details onToggle=${toggle}>
+    <summary>Find the best weights</summary>
+    ${isOpen ? html`<${Lab} terms=${parse(blend) ?? []} value=${blend.trim()} />` : null}
+  </details>`;
 }
 
 /** @param {{blend: string, onSaved: () => void}} props */

@@ -335,3 +335,25 @@ async def test_deleted_public_adapter_keeps_its_bytes(
     assert (await client.delete("/adapters/up")).status_code == 204
     store.verify(up["digest"])
     assert (await client.get(f"/evaluate/{job['id']}")).json()["status"] == "queued"
+
+
+async def test_a_blend_is_stored_with_its_evaluation(
+    client: httpx.AsyncClient, leases: Leases, up: dict[str, Any]
+) -> None:
+    job = await evaluation(client, adapters=["base", "up*0.5"])
+    body = {"expression": "up@1*0.5", "evaluation": job["id"]}
+    early = await client.post("/compositions/half", json=body)
+    assert (early.status_code, early.json()["errors"][0]["loc"]) == (422, ["evaluation"])
+    StandIn(leases).succeed({**REPORT, "results": [RESULT, {**RESULT, "adapter": "up*0.5", "value": 1.5}]})
+    for wrong in (
+        {**body, "expression": "up*0.25"},
+        {**body, "evaluation": "job-nothing"},
+        {**body, "method": "svd"},
+    ):
+        refused = await client.post("/compositions/half", json=wrong)
+        assert (refused.status_code, refused.json()["errors"][0]["loc"]) == (422, ["evaluation"])
+    made = await client.post("/compositions/half", json=body)
+    assert made.status_code == 201, made.text
+    stored = {"id": job["id"], "results": [{**RESULT, "adapter": "up*0.5", "value": 1.5}]}
+    assert made.json()["config"] == {"evaluation": stored}
+    assert (await client.get("/adapters/half/1")).json()["config"] == {"evaluation": stored}
