@@ -1,10 +1,12 @@
 """/datasets: uploaded rows that jobs can train on."""
 
+import json
+from collections import Counter
 from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
@@ -12,13 +14,14 @@ from adapters.errors import Conflict
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
-from server.api.pages import LINK, MAX_ALL, After, AllLimit, link, page_of
+from server.api.pages import LINK, MAX_ALL, After, AllLimit, Limit, link, page_of
 from server.api.quotas import growing
 from server.api.routes import MAX_UPLOAD_BYTES, TRAIN, requires
-from server.api.train_answers import DatasetAnswer, DatasetList, DatasetUploaded
+from server.api.train_answers import DatasetAnswer, DatasetList, DatasetRow, DatasetRows, DatasetUploaded
 from server.api.uploads import form_bytes, received_form, uploaded_rows
 from server.training.datasets import no_dataset
-from server.training.rows import RowNotes
+from server.training.encoding import texts_of
+from server.training.rows import Row, RowNotes, canonical_json, default_share, held_out_flags
 
 router = APIRouter(prefix="/datasets", tags=["train"])
 
@@ -74,6 +77,29 @@ async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     return wire.answer(DatasetAnswer.model_validate(await to_thread.run_sync(services.datasets.get, dataset_id)))
 
 
+@router.get(
+    "/{dataset_id}/rows",
+    summary="Rows of a data set",
+    response_class=Response,
+    responses={200: {"model": DatasetRows}, **DATASETS},
+)
+@requires(TRAIN, is_list=True)
+async def get_rows(
+    services: ServicesDep,
+    dataset_id: DatasetId,
+    offset: Annotated[int, Query(ge=0, lt=1 << 31, description="how many matching rows to skip")] = 0,
+    limit: Limit = 50,
+    q: Annotated[str, Query(max_length=1000, description="only rows with this in a text; case is ignored")] = "",
+    validation: Annotated[
+        float | None,
+        Query(ge=0, lt=1, description="share that a job holds out; default: what it holds out by default"),
+    ] = None,
+) -> Response:
+    """List a data set's rows in order, with their lengths, copies, and side of the split."""
+    select = partial(_rows, services, dataset_id, offset, limit, q.casefold(), validation)
+    return wire.answer(await services.limiters.checking.run(services.principal.project, select))
+
+
 @router.delete(
     "/{dataset_id}",
     summary="Delete a data set",
@@ -87,6 +113,35 @@ async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Respon
     deed = partial(_delete, services, dataset_id)
     await to_thread.run_sync(services.audited, "dataset.delete", dataset_id, deed)
     return Response(status_code=204)
+
+
+def _rows(
+    services: Services, dataset_id: str, offset: int, limit: int, text: str, validation: float | None
+) -> DatasetRows:
+    rows = services.datasets.rows(dataset_id)
+    digests = rows.digests()
+    share = default_share(len(rows)) if validation is None else validation
+    is_held_out = held_out_flags(digests, share) if share else [False] * len(digests)
+    copies = Counter(digests)
+    found = [number for number in range(len(rows)) if not text or text in _text_of(rows[number])]
+    return DatasetRows(
+        rows=[
+            DatasetRow(
+                index=number,
+                row=json.loads(canonical_json(rows[number])),
+                tokens=sum(len(services.tokenizer.encode(of)) for of in texts_of(rows[number])),
+                split="validation" if is_held_out[number] else "train",
+                copies=copies[digests[number]],
+            )
+            for number in found[offset : offset + limit]
+        ],
+        count=len(found),
+        duplicates=len(digests) - len(copies),
+    )
+
+
+def _text_of(row: Row) -> str:
+    return "\n".join(texts_of(row)).casefold()
 
 
 def _put(services: Services, form: FormData) -> DatasetUploaded:

@@ -211,6 +211,20 @@ class DatasetAnswer(Answer):
     created_at: Timestamp
 
 
+class DatasetRow(Answer):
+    index: int = Field(description="number in the data set, from 0")
+    row: dict[str, object]
+    tokens: int = Field(description="of its texts, without a chat template's")
+    split: Literal["train", "validation"] = Field(description="where a job puts it")
+    copies: int = Field(description="how many rows are equal, this one included")
+
+
+class DatasetRows(Answer):
+    rows: list[DatasetRow]
+    count: int = Field(description="rows that match `q`; without it, all rows")
+    duplicates: int = Field(description="rows of the data set that equal an earlier one")
+
+
 class DatasetUploaded(DatasetAnswer):
     warnings: list[str] = Field(description="for example about fields that are not trained on")
 

@@ -357,14 +357,18 @@ def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, Canonica
         raise InvalidInput.of("validation", "a share is at least 0 and below 1")
     if share == 0:
         return rows, CanonicalRows()
-    digests = rows.digests()
-    end = int(share * 2.0**256).to_bytes(32, "big")  # exact: a double times a power of two
-    smallest, largest = min(digests, default=b""), max(digests, default=b"")
-    is_held_out = [digest == smallest or (digest < end and digest != largest) for digest in digests]
+    is_held_out = held_out_flags(rows.digests(), share)
     train = rows.chosen(not flag for flag in is_held_out)
     if not train:
         raise InvalidInput.of("validation", "leaves no row to train on: all rows are equal; give a share of 0")
     return train, rows.chosen(is_held_out)
+
+
+def held_out_flags(digests: Sequence[bytes], share: float) -> list[bool]:
+    """Return for each row's digest whether `hold_out` holds the row out. `share` is above 0 and below 1."""
+    end = int(share * 2.0**256).to_bytes(32, "big")  # exact: a double times a power of two
+    smallest, largest = min(digests, default=b""), max(digests, default=b"")
+    return [digest == smallest or (digest < end and digest != largest) for digest in digests]
 
 
 def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:

@@ -375,3 +375,40 @@ def test_a_request_is_edited_as_json(server: ServerProcess, browser: Browser) ->
             page.get_by_role("button", name="Dry run").click()
         assert sent.value.post_data_json == body
         expect(page.get_by_role("status", name="Dry run")).to_be_visible()
+
+
+def test_rows_are_looked_at_and_excluded(
+    browser: Browser, converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On an empty server, sample rows are the first data set."""
+    server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny)
+    try:
+        with page_of(browser, f"{server.url}/#/train/data", PHONE) as page:
+            page.get_by_role("button", name="Use sample rows").click()
+            rows = page.get_by_role("region", name="Rows, as a table").locator("tbody tr")
+            expect(rows).to_have_count(28)
+            expect(rows.filter(has_text="validation")).not_to_have_count(0)
+            assert not is_wider_than_the_screen(page)
+            assert violations(page) == []
+            page.get_by_label("Search in rows").fill("not FOUND")
+            expect(rows).to_have_count(1)
+            expect(rows.locator("th")).to_have_text("15")
+            rows.get_by_role("checkbox").check()
+            page.get_by_label("Search in rows").fill("")
+            expect(page.get_by_text("1 row excluded.")).to_be_visible()
+            page.get_by_role("button", name="Make a data set without it").click()
+            expect(page.get_by_role("heading", name="http-codes-27-rows.jsonl")).to_be_visible()
+            expect(rows).to_have_count(27)
+            content = [{"text": "twice"}] * 2 + [{"text": f"once {number}"} for number in range(59)]
+            lines = "\n".join(map(json.dumps, content))
+            many = server.client.post("/datasets", files={"file": ("many.jsonl", lines)}).json()["id"]
+            page.goto(f"{server.url}/#/train/data/{many}")
+            expect(page.get_by_text("61 rows, 1 duplicate")).to_be_visible()
+            expect(rows.first).to_contain_text("2 copies")
+            page.get_by_role("button", name="Next").click()
+            expect(page.get_by_text(re.compile("51.61 of 61"))).to_be_visible()
+            expect(rows).to_have_count(11)
+            page.get_by_role("button", name="Train on these rows").click()
+            expect(page.get_by_label("Data set")).to_have_value(many)
+    finally:
+        server.close()

@@ -5,7 +5,7 @@ import { count, duration, plural } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { BLANK, FURTHER, bodyOf, fieldsOf, filled, furtherOf, unshownOf, withFurther } from "../lib/job_form.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
-import { go } from "../lib/route.js";
+import { go, to } from "../lib/route.js";
 import { key, perKey } from "../lib/session.js";
 import { useStore } from "../lib/store.js";
 import { Careful, Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
@@ -222,6 +222,7 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
           onChoose(id);
         }}
       />
+      ${chosen ? html`<a class="beside" href=${to("train", "data", chosen)}>Look at the rows</a>` : html`<a class="beside" href=${to("train", "data")}>All data sets</a>`}
       ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words} will be deleted. This can't be undone; adapters trained on them stay." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
     </div>
     <${Fault} problem=${remove.problem} />`;

@@ -32,6 +32,7 @@ async function newest(pages, signal) {
   };
 }
 
+const Data = lazy(async () => (await import("./data.js")).Data);
 const Runs = lazy(async () => (await import("./runs.js")).Runs);
 
 /** @param {{path: string[]}} props */
@@ -53,12 +54,15 @@ export function TrainView({ path: [id, ...others] }) {
   const heading = html`<div class="row between">
       <h1>Train</h1>
       <p class="row">
-        ${id === "runs" ? html`<a href=${to("train")}>List</a>` : html`<a href=${to("train", "runs")}>Compare runs</a>`}
+        ${id === "runs" || id === "data" ? html`<a href=${to("train")}>Jobs</a>` : null}
+        ${id === "runs" ? null : html`<a href=${to("train", "runs")}>Compare runs</a>`}
+        ${id === "data" ? null : html`<a href=${to("train", "data")}>Data</a>`}
         ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
       </p>
     </div>
     <${Fault} problem=${jobs.problem} />`;
   if (id === "runs") return html`${heading}<${Runs} jobs=${listed ?? null} ids=${others} more=${more} />`;
+  if (id === "data") return html`${heading}<${Data} id=${others[0]} jobs=${listed ?? null} />`;
   return html`${heading}
     <div class="sides list ${id ? "has-choice" : ""}">
       <nav aria-label="Jobs">

@@ -221,3 +221,28 @@ async def test_spelled_end_tokens_are_reported(client: httpx.AsyncClient) -> Non
     job = (await client.post("/train", json=body)).json()
     events = (await client.get(f"/train/{job['id']}/events")).json()
     assert [event["message"] for event in events if event["level"] == "warning"] == [warning]
+
+
+async def test_rows_are_paged_and_searched(client: httpx.AsyncClient) -> None:
+    rows = [{"prompt": f"ask {number}", "completion": " Yes" if number % 2 else " No"} for number in range(40)]
+    dataset = (await upload(client, "\n".join(map(json.dumps, [*rows, rows[3]])).encode())).json()["id"]
+    page = (await client.get(f"/datasets/{dataset}/rows?offset=2&limit=3")).json()
+    assert (page["count"], page["duplicates"]) == (41, 1)
+    assert [(row["index"], row["row"], row["copies"]) for row in page["rows"]] == [
+        (number, rows[number], 2 if number == 3 else 1) for number in (2, 3, 4)
+    ]
+    count = (await client.post("/tokenize", json={"prompt": "ask 2", "add_special_tokens": False})).json()["count"]
+    assert page["rows"][0]["tokens"] >= count
+    found = (await client.get(f"/datasets/{dataset}/rows?q=YES")).json()
+    assert found["count"] == 21
+    assert {row["row"]["completion"] for row in found["rows"]} == {" Yes"}
+    every = (await client.get(f"/datasets/{dataset}/rows?limit=1000")).json()["rows"]
+    body = {"name": "split", "dataset": dataset}
+    counts = (await client.post("/train?dry_run=true", json=body)).json()["data"]
+    assert [row["split"] for row in every].count("validation") == counts["validation_rows"]
+    assert "validation" not in {
+        row["split"] for row in (await client.get(f"/datasets/{dataset}/rows?validation=0")).json()["rows"]
+    }
+    for query in ("limit=0", "offset=-1", "validation=1", "validation=nan", "page=1"):
+        assert (await client.get(f"/datasets/{dataset}/rows?{query}")).status_code == 422, query
+    assert (await client.get("/datasets/ds-0/rows")).status_code == 404
