@@ -38,9 +38,11 @@ def exempt_from_gc() -> Iterator[None]:
     quarter of the start-up time, and the same time again in each later full collection. During a collection no
     thread, not even the engine's, runs Python. Reference counting still frees objects; only reference cycles stay.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -35,9 +35,19 @@ from tests.server.jobs.job_kit import submit, until
 from tests.server.jobs.merge_kit import merge_spec, origin_of, spec_of
 from tests.server.jobs.stub_worker import FAST
 
+IMPORTS = (
+    "import errno, sqlite3, sys, threading\n"
+    "from server.system.memory import exempt_from_gc\n"
+    "with exempt_from_gc():\n"
+    "    import torch\n"
+    "    from adapters.catalog.writes import LatestMoved\n"
+    "    from adapters.errors import BytesUnavailable, Interrupted, SmoloraError\n"
+    "    from server.jobs import run_job, train_job\n"
+)
+"""As `server.jobs` imports them: collections of garbage would take as long as the imports."""
+
 STARVED = (
-    "import sys, torch\n"
-    "from server.jobs import run_job, train_job\n"
+    f"{IMPORTS}"
     "def run(self):\n"
     "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
     "train_job.TrainingAttempt.run = run\n"
@@ -46,9 +56,7 @@ STARVED = (
 """A job's process whose training runs out of memory."""
 
 LOADS_SLOWLY = (
-    "import sys, threading\n"
-    "from adapters.errors import SmoloraError\n"
-    "from server.jobs import run_job\n"
+    f"{IMPORTS}"
     "beats = threading.Event()\n"
     "run_job.WorkerLink.beat = lambda self: beats.set()\n"
     "def load(settings, spec):\n"
@@ -71,10 +79,7 @@ def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
     return (
         sys.executable,
         "-c",
-        "import errno, sqlite3, sys\n"
-        "from adapters.catalog.writes import LatestMoved\n"
-        "from adapters.errors import BytesUnavailable, Interrupted\n"
-        "from server.jobs import run_job\n"
+        f"{IMPORTS}"
         "def fetch(*_):\n"
         f"    raise {error}\n"
         f"run_job.{what} = fetch\n"
