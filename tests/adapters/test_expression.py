@@ -1,7 +1,9 @@
 """The grammar of adapter expressions."""
 
 import contextlib
+import json
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,25 @@ WEIGHTS = st.floats(-100, 100) | st.integers(-100, 100).map(float) | st.just(1.0
 TERMS = st.builds(Term, NAMES, st.none() | st.integers(1, 10**12), st.none(), WEIGHTS) | st.builds(
     Term, NAMES, st.none(), NAMES.filter(lambda alias: not alias.isdigit()), WEIGHTS
 )
+
+
+CASES = json.loads((Path(__file__).parent.parent / "kits" / "expressions.json").read_text("utf-8"))
+"""Cases for this parser and for the page's, which `tests/web/test_expression.py` runs."""
+
+
+@pytest.mark.parametrize("case", CASES["valid"], ids=lambda case: case["text"][:40])
+def test_shared_expressions_parse(case: dict[str, object]) -> None:
+    found = [
+        {"name": term.name, "pin": str(term.version or term.alias or ""), "weight": term.weight}
+        for term in parse(str(case["text"]))
+    ]
+    assert found == case["terms"]
+
+
+@pytest.mark.parametrize("text", CASES["invalid"], ids=lambda text: text[:40])
+def test_shared_faults_are_refused(text: str) -> None:
+    with pytest.raises(InvalidExpression):
+        parse(text)
 
 
 @pytest.mark.parametrize(

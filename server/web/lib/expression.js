@@ -1,13 +1,14 @@
 /** Adapter expressions, as in `codes*0.7+team/tone@2*-0.3`: the API's grammar, read and written. */
 
-import { Problem } from "./api.js";
+import { Problem } from "./problem.js";
 
 /** @typedef {{name: string, pin: string, weight: number}} Term `pin`: a version or an alias, "" for the latest */
 
 const NAME = "[A-Za-z0-9][A-Za-z0-9_.\\-]{0,63}";
 const TERM = new RegExp(
-  `^\\s*((?:${NAME}/)?${NAME})(?:@(${NAME}))?\\s*(?:\\*\\s*(-?(?:\\d+(?:\\.\\d*)?|\\.\\d+)))?\\s*$`,
+  `^((?:${NAME}/)?${NAME})(?:@(${NAME}))?(?: *\\* *(-?(?:[0-9]+(?:\\.[0-9]+)?|\\.[0-9]+)))?$`,
 );
+const [MOST_LETTERS, MOST_TERMS, MOST_WEIGHT] = [4096, 16, 100];
 
 const NAMED = new RegExp(`^${NAME}$`);
 
@@ -24,22 +25,24 @@ export function checked(name, field = "name") {
 
 /**
  * Its terms; null if it isn't an expression (the server reports the fault). "" and "base" have none.
- * @param {string} text
+ * @param {string} text with spaces around it, as it may be typed
  * @returns {Term[] | null}
  */
 export function parse(text) {
-  if (!text.trim() || text.trim() === "base") return [];
-  const terms = [];
-  for (const piece of text.split("+")) {
-    const found = TERM.exec(piece);
-    if (!found) return null;
-    terms.push({
-      name: found[1] ?? "",
-      pin: found[2] ?? "",
-      weight: found[3] === undefined ? 1 : Number(found[3]),
-    });
-  }
-  return terms;
+  const whole = text.trim();
+  if (!whole || whole === "base") return [];
+  if (whole.length > MOST_LETTERS) return null;
+  const terms = whole.split(/ *\+ */).map(termOf);
+  const found = terms.filter((term) => term !== null);
+  return found.length === terms.length && found.length <= MOST_TERMS ? found : null;
+}
+
+/** @param {string} piece @returns {Term | null} */
+function termOf(piece) {
+  const [isTerm, name = "", pin = "", weight = "1"] = TERM.exec(piece) ?? [];
+  if (isTerm === undefined || name.split("/").at(-1) === "base") return null;
+  if (/^0+$/.test(pin) || Math.abs(Number(weight)) > MOST_WEIGHT) return null;
+  return { name, pin, weight: Number(weight) };
 }
 
 /** As the grammar has numbers. @param {number} weight */
