@@ -16,7 +16,6 @@ from server.access.audit import Audit
 from server.access.principal import OPERATOR, Quota
 from server.access.tables import audit
 from server.access.usage import Usage
-from server.api.app import create_app
 from server.api.authentication import Sender
 from server.api.refusals import LEFT_OUT, MAX_ENTRIES, Refusals
 from server.jobs.jobs import retire_jobs
@@ -26,7 +25,7 @@ from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, n
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import until
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
-from tests.server.conftest import MakeServices
+from tests.server.conftest import MakeServices, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -153,7 +152,7 @@ async def test_refused_attempts_are_listed(app: FastAPI) -> None:
 async def test_managers_see_neither_the_operators_keys_nor_its_addresses(
     make_services: MakeServices,
 ) -> None:
-    app = create_app(make_services(api_keys=OPERATORS))
+    app = new_app(make_services(api_keys=OPERATORS))
     new_secret(app, scopes=["metrics"])
     _, secret = access_of(app).keys.create("lead", who=OPERATOR, scopes=["manage"])
     async with (
@@ -311,7 +310,7 @@ async def test_old_entries_are_removed_if_that_is_set(
 
 
 async def test_the_server_removes_old_entries(make_services: MakeServices) -> None:
-    app = create_app(make_services(retain_audit=1e-9))
+    app = new_app(make_services(retain_audit=1e-9))
     access = access_of(app)
     access.audit.add(OPERATOR, "old", "default", "0")
     async with app.router.lifespan_context(app):

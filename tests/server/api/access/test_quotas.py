@@ -24,7 +24,7 @@ from server.training.spec import JobSpec
 from tests.server.api.access.key_kit import access_of, client_with, new_secret
 from tests.server.api.adapters.peft_files import as_parts, as_zip, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
-from tests.server.conftest import NUM_PARAMETERS, SHAPE, MakeServices
+from tests.server.conftest import NUM_PARAMETERS, SHAPE, MakeServices, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +35,7 @@ SIZE = len(CONFIG) + len(WEIGHTS)
 
 @pytest.fixture
 def app(make_services: MakeServices) -> FastAPI:
-    return create_app(make_services(allow_hub_adapters=True))
+    return new_app(make_services())
 
 
 async def in_chunks(request: httpx.Request) -> AsyncIterator[bytes]:
@@ -100,7 +100,8 @@ async def test_archives_count_their_contents(app: FastAPI) -> None:
         assert (await client.get("/adapters")).json()["adapters"] == []
 
 
-async def test_imports_side_by_side(app: FastAPI) -> None:
+async def test_imports_side_by_side(make_services: MakeServices) -> None:
+    app = create_app(make_services(allow_hub_adapters=True))  # its dependencies are overridden
     most = SIZE + SIZE // 2
     both = threading.Barrier(2)
 

@@ -8,7 +8,6 @@ from fastapi import FastAPI
 
 from adapters.names import Viewpoint
 from server.access.principal import OPERATOR, Quota
-from server.api.app import create_app
 from server.api.bodies import SMALL_BODY_BYTES, BytesInFlight
 from server.api.lanes import Lane, Places, Turns
 from server.errors import REASONS, QueueFull
@@ -46,7 +45,7 @@ async def test_every_reason_is_counted(
     make_services: MakeServices, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="smolora.api")
-    app = create_app(make_services(api_keys=OPERATORS))
+    app = new_app(make_services(api_keys=OPERATORS))
     expected = dict.fromkeys(REASONS, 0)
 
     async def counted(reason: str, response: httpx.Response, status: int) -> None:
@@ -115,7 +114,7 @@ async def test_full_limits_are_counted_by_their_names(
 
 
 async def test_a_full_disk_is_counted(make_services: MakeServices) -> None:
-    app = create_app(make_services(min_free_bytes="1000TiB"))
+    app = new_app(make_services(min_free_bytes="1000TiB"))
     async with client_of(app) as client:
         assert (await client.post("/train", json=JOB)).status_code == 503
     assert await refusals(app) == {"disk": 1}
