@@ -50,7 +50,7 @@ def codes(server: ServerProcess, browser: Browser) -> str:
         drop(page, ".drop", {"codes.jsonl": ROWS.read_bytes()})
         chosen = page.get_by_label("Data set").locator("option:checked")
         expect(chosen).to_have_text(re.compile("codes.jsonl · 28 rows"))
-        fill_job(page, "codes", Epochs="6", Measure_every="4", Held_out="0.1")
+        fill_job(page, "codes", Epochs="6", Evaluate_every="4", Validation_share="0.1")
 
         page.get_by_role("button", name="Dry run").click()
         preview = page.get_by_role("status", name="Dry run")

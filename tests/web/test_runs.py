@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
 from tests.server.jobs.merge_kit import sample
-from tests.web.browser import DESKTOP, PHONE, act, drop, is_wider_than_the_screen, page_of, violations
+from tests.web.browser import DESKTOP, PATIENCE, PHONE, act, drop, is_wider_than_the_screen, page_of, violations
 from tests.web.jobs_kit import PUBLISHED, ROWS, submitted
 
 pytestmark = pytest.mark.thorough  # test_page.py tests what everyone sees
@@ -412,3 +413,69 @@ def test_rows_are_looked_at_and_excluded(
             expect(page.get_by_label("Data set")).to_have_value(many)
     finally:
         server.close()
+
+
+def metrics(second: int) -> str:
+    """Return the engine's metrics after so many seconds, in which it has answered one request each."""
+    buckets = {"0.1": 0, "0.2": second // 2, "0.4": second, "+Inf": second}
+    lines = [f'smolora_time_to_first_token_seconds_bucket{{le="{le}"}} {number}' for le, number in buckets.items()]
+    lines += [
+        f'smolora_requests_total{{outcome="{of}"}} {number}' for of, number in (("completed", 9), ("failed", 1))
+    ]
+    lines += [f'smolora_adapter_requests_total{{adapter="a{number}"}} {number}' for number in range(20)]
+    return "\n".join([*lines, "smolora_requests_running 3", f"smolora_generated_tokens_total {100 * second}", ""])
+
+
+def test_the_engine_shows_latencies_traffic_and_gaps(server: ServerProcess, browser: Browser) -> None:
+    answered: list[str] = []
+
+    def answer(route: Route) -> None:
+        answered.append(route.request.url)
+        route.fulfill(body=metrics(10 * len(answered)), content_type="text/plain")
+
+    with page_of(browser, server.url) as page:
+        page.clock.install(time=1_800_000_000)
+        page.route("**/metrics", answer)
+        page.goto(f"{server.url}/#/engine")
+        tile = page.locator(".figures > div").filter(has_text="To the first token")
+        expect(tile).to_contain_text(re.compile(r"200.ms.*380.ms.*since this view was opened"))
+        busiest = page.get_by_role("region", name="Busiest adapters, as a table").locator("tbody tr")
+        expect(busiest).to_have_count(12)
+        expect(busiest.first).to_contain_text("a19")
+        outcomes = page.get_by_role("region", name="Requests by outcome, as a table").locator("tbody tr")
+        expect(outcomes.last).to_have_text(re.compile("failed.*1.*10.%"))
+        page.get_by_role("link", name="Keys and usage").click()
+        expect(page.get_by_role("heading", name="Keys and usage")).to_be_visible()
+        page.clock.fast_forward(60_000)
+        asked = len(answered)
+        page.get_by_role("link", name="Engine").click()
+        chart = page.locator(".chart").filter(has_text="Answers")
+        expect(chart.locator("canvas")).to_be_visible()
+        wait_for(page, lambda: len(answered) > asked + 2)
+        assert curve_at(chart, 0.98)
+        assert not curve_at(chart, 0.5)  # nobody read the metrics meanwhile
+        assert violations(page) == []
+
+
+def wait_for(page: Page, condition: Callable[[], bool]) -> None:
+    """Wait while the page's requests are handled."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not condition() and time.monotonic() < end:
+        page.wait_for_timeout(50)
+    assert condition()
+
+
+def curve_at(chart: Locator, share: float) -> bool:
+    """Return whether the first curve is drawn near that share of the chart's width, and right of it."""
+    return bool(
+        chart.locator("canvas").evaluate(
+            """(canvas, share) => {
+                const { width, height } = canvas;
+                const [left, wide] = [Math.round(width * (share - 0.03)), Math.round(width * 0.05)];
+                const { data } = canvas.getContext("2d").getImageData(left, 0, wide, height);
+                const isCurve = (at) => data[at] === 15 && data[at + 1] === 107 && data[at + 2] === 92;
+                return [...Array(data.length / 4).keys()].some((pixel) => isCurve(4 * pixel));
+            }""",
+            share,
+        )
+    )
