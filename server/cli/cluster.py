@@ -167,8 +167,8 @@ def restart(home: HomeOption = None) -> None:
 def down(home: HomeOption = None) -> None:
     """Stop what `up` started on this machine. Requests finish; jobs keep a checkpoint and return to the queue.
 
-    On the machine where the cluster began, this stops the engine replicas of all machines: the other machines' API
-    processes answer 503, and go on when `up` runs here again.
+    On the machine where the cluster began, this stops the engine replicas of all machines within a minute. The
+    other machines' API processes answer 503, and go on when `up` runs here again.
     """
     from server.cluster import node
     from server.cluster.node import read_state, remove_state
@@ -176,7 +176,7 @@ def down(home: HomeOption = None) -> None:
     place = place_of(home)
     state = read_state(place)
     if state.is_head:
-        say("the cluster began here: all machines' engine replicas stop until smolora cluster up runs here again")
+        say("the cluster began here: all machines' engine replicas stop until `up` runs here again")
     ended = node.end(state.pid, _DOWN_SECONDS, state.mark)
     ended = node.end(state.ray_pid, mark=state.ray_mark) and ended  # Ray still runs if `up` was killed
     if not ended:
