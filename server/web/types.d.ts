@@ -26,7 +26,11 @@ interface Version {
   base_model: string | null;
   metrics: Record<string, number>;
   verdict?: Verdict | null;
-  config: { kinds?: Kinds; decisions?: object };
+  config: {
+    kinds?: Kinds;
+    decisions?: object;
+    evaluation?: { id: string; results: { metric: string; value: number; n: number; dataset: string }[] };
+  };
   parent: string | null;
   job_id: string | null;
   created_at: string;

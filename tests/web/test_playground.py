@@ -404,3 +404,5 @@ def test_the_best_weights_are_found_and_saved_with_their_evaluation(server: Serv
     expect(page.get_by_role("status")).to_contain_text("tuned@1")
     version = server.client.get("/adapters/tuned/1").json()
     assert version["config"]["evaluation"] == {"id": job["id"], "results": [best]}
+    page.get_by_role("link", name="tuned@1").click()
+    expect(page.get_by_role("region", name="Version 1")).to_contain_text("on 12 rows of")

@@ -2,7 +2,7 @@
 import { isOfChats, newestFirst, placeOf } from "../lib/adapters.js";
 import { ask, download, get } from "../lib/api.js";
 import { pointsOf } from "../lib/curves.js";
-import { bytes, compact, loss, moment, percent } from "../lib/format.js";
+import { bytes, compact, loss, moment, percent, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
 import { begin } from "../lib/playground.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
@@ -208,6 +208,11 @@ function VersionDetail({ version }) {
       <dd>${compact(version.parameters)}</dd>
       ${version.base_model ? html`<dt>Made for</dt><dd>${version.base_model}</dd>` : null}
       ${version.job_id ? html`<dt>Made by</dt><dd><a href=${to("train", version.job_id)}>${version.job_id}</a></dd>` : null}
+      ${version.config.evaluation?.results.map(
+        (result) =>
+          html`<dt>Measured</dt>
+            <dd>${result.metric.replaceAll("_", " ")} ${loss(result.value)} on ${plural(result.n, "row")} of ${result.dataset}</dd>`,
+      )}
     </dl>
     <h3>Origin</h3>
     <${Lineage} version=${version} />
