@@ -225,7 +225,6 @@ def _refuse_another_base(wanted: Settings, before: Deployed | None, say: Callabl
     if not num_apis:
         return
     from server.model.base.weights import load_base
-    from server.serve.engine import base_directory
 
     if load_base(base_directory(wanted, say)).digest != digest:
         raise StartupError(

@@ -1,6 +1,7 @@
 """Which changes of settings replace replicas, and errors of replicas that don't start."""
 
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,3 +93,73 @@ def test_room_for_a_spare_excludes_coming_replicas(
     monkeypatch.setattr(deploy, "engine_app", lambda _, scale: scale)
     deploy.deploy(load(Settings), deploy.Scale(2), print)
     assert [scale.spare for scale in deployed] == [has_spare]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Replace Ray: `running` replicas serve the base `digest` to `num_apis` API processes."""
+    pytest.importorskip("ray.serve", reason="needs the extra cluster")
+    deploy = import_module("server.cluster.deploy")
+    found = SimpleNamespace(running=0, digest="a", num_apis=0, deployed=[], fault=None)
+
+    def run(settings: Settings, scale: Any, say: object) -> None:
+        if found.fault is not None:
+            raise found.fault
+        found.deployed.append((settings, scale))
+        found.running = scale.replicas
+
+    async def served(running: object) -> tuple[str, int]:
+        return found.digest, found.num_apis
+
+    monkeypatch.setattr(deploy, "deploy", run)
+    monkeypatch.setattr(deploy, "join", lambda address: None)
+    monkeypatch.setattr(deploy, "replica_counts", lambda: {"running": found.running})
+    monkeypatch.setattr(deploy, "running_replicas", lambda: iter([{}]))
+    monkeypatch.setattr(deploy, "_served", served)
+    weights = import_module("server.model.base.weights")
+    monkeypatch.setattr(weights, "load_base", lambda model: SimpleNamespace(digest=model[0]))
+    monkeypatch.setattr(deploy, "base_directory", lambda settings, say: settings.model)
+    return found
+
+
+def redeploy(home: Path, given: dict[str, object], *, forget: bool = False, **flags: Any) -> None:
+    settings = load(Settings, home=home, **flags)
+    import_module("server.cluster.deploy").redeploy(settings, "here:1", given, forget=forget, say=print)
+
+
+def test_a_bare_deployment_changes_nothing(cluster: SimpleNamespace, tmp_path: Path) -> None:
+    redeploy(tmp_path, {"replicas": 2, "num_cpus": 0.5}, forget=True, model="a", max_queue=5)
+    redeploy(tmp_path, {})
+    redeploy(tmp_path, {"replicas": 3}, max_queue=6)
+    (first, scale), (second, same), (third, more) = cluster.deployed
+    assert (second.model, second.max_queue, same) == (first.model, first.max_queue, scale)
+    assert (third.model, third.max_queue, more.replicas, more.num_cpus) == ("a", 6, 3, 0.5)
+
+
+def test_a_deployment_that_fails_is_not_remembered(cluster: SimpleNamespace, tmp_path: Path) -> None:
+    redeploy(tmp_path, {"replicas": 2}, forget=True, model="a")
+    cluster.fault = StartupError("the engine replicas don't start")
+    with pytest.raises(StartupError, match="don't start"):
+        redeploy(tmp_path, {"replicas": 4})
+    cluster.fault = None
+    redeploy(tmp_path, {})
+    assert cluster.deployed[-1][1].replicas == 2
+
+
+def test_replicas_of_which_the_database_does_not_know(cluster: SimpleNamespace, tmp_path: Path) -> None:
+    """The defaults would replace whatever runs."""
+    cluster.running = 4
+    with pytest.raises(StartupError, match="4 replicas run, and this database doesn't know with which flags"):
+        redeploy(tmp_path, {})
+    assert cluster.deployed == []
+
+
+def test_another_base_is_refused_while_api_processes_serve_one(cluster: SimpleNamespace, tmp_path: Path) -> None:
+    redeploy(tmp_path, {"replicas": 2}, forget=True, model="a")
+    cluster.num_apis = 2
+    with pytest.raises(StartupError, match=r"API processes \(2\) serve another base than SMOLORA_MODEL=b"):
+        redeploy(tmp_path, {}, model="b")
+    redeploy(tmp_path, {}, model="another name of the same base")
+    cluster.num_apis = 0
+    redeploy(tmp_path, {}, model="b")
+    assert [settings.model for settings, _ in cluster.deployed] == ["a", "another name of the same base", "b"]
