@@ -143,7 +143,7 @@ interface ScoredToken {
   top?: ScoredToken[];
 }
 
-interface Key {
+interface Key extends Partial<Limits> {
   id: string;
   name: string;
   project: string;

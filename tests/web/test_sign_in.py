@@ -11,7 +11,7 @@ from adapters.peft.files import write
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.jobs.merge_kit import sample
-from tests.web.browser import page_of, violations
+from tests.web.browser import act, page_of, violations
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def admin(server: ServerProcess, browser: Browser) -> str:
         expect(page.get_by_text(f"key …{secret[-4:]}")).to_be_visible()
         expect(page.get_by_role("region", name="Keys, as a table")).to_contain_text("laptop")
         expect(page.locator(".secret")).to_contain_text(secret)
-        page.get_by_role("button", name="I have it").click()
+        page.get_by_role("button", name="Done").click()
         expect(page.locator(".secret")).to_have_count(0)
     with page_of(browser, f"{server.url}/#/adapters") as page:
         expect(page.get_by_role("heading", name="API key")).to_be_visible()
@@ -195,8 +195,10 @@ def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
             sign_in(others, secret)
             expect(others.get_by_text("None yet.")).to_be_visible()
             row = page.get_by_role("region", name="Keys, as a table").get_by_role("row", name="guest")
-            row.get_by_role("button", name="Revoke").click()
-            page.get_by_role("dialog", name="Revoke?").get_by_role("button", name="Revoke").click()
+            act(row, "Revoke…")
+            dialog = page.get_by_role("dialog")
+            expect(dialog).to_contain_text("Requests with this key fail immediately.")
+            dialog.get_by_role("button", name="Revoke").click()
             expect(row).to_contain_text("revoked")
             expect(others.get_by_role("alert")).to_contain_text("rejects this key")
         page.reload()
@@ -221,3 +223,39 @@ def test_usage_shows_names_of_keys(server: ServerProcess, browser: Browser, admi
         sign_in(page, admin)
         page.get_by_label("Group by").select_option("key")
         expect(page.get_by_role("region", name="Usage, as a table")).to_contain_text("named")
+
+
+def test_limits_of_a_key_are_shown_and_changed(server: ServerProcess, browser: Browser, admin: str) -> None:
+    with page_of(browser, f"{server.url}/#/access") as page:
+        sign_in(page, admin)
+        form = page.get_by_role("form", name="New key")
+        page.get_by_text("New key", exact=True).click()
+        form.get_by_label("Name").fill("bounded")
+        form.get_by_text("Limits", exact=True).click()
+        form.get_by_label("Stored bytes").fill("two")
+        expect(form.get_by_text("Not a size: write it as 2 GiB.")).to_be_visible()
+        form.get_by_label("Stored bytes").fill("2 GiB")
+        form.get_by_label("Expires").fill("2100-01-01")
+        form.get_by_role("button", name="Make the key").click()
+        row = page.get_by_role("region", name="Keys, as a table").locator("tr").filter(has_text="bounded")
+        expect(row).to_contain_text("stored bytes: 2.0 GiB")
+        for label in ("Name", "Stored bytes", "Expires"):
+            expect(form.get_by_label(label)).to_have_value("")
+        act(row, "Change limits")
+        limits = page.get_by_role("form", name="Limits of bounded")
+        expect(limits.get_by_label("Stored bytes")).to_have_value("2.0 GiB")
+        limits.get_by_label("Jobs at once").fill("3")
+        assert violations(page) == []
+        limits.get_by_role("button", name="Save").click()
+        expect(row).to_contain_text("jobs at once: 3, stored bytes: 2.0 GiB")
+        expect(limits).to_have_count(0)
+
+
+def test_a_key_that_may_not_train_is_offered_no_job(server: ServerProcess, browser: Browser, admin: str) -> None:
+    made = server.client.post("/keys", json={"name": "reader", "scopes": ["generate"]}).json()
+    with page_of(browser, f"{server.url}/#/train") as page:
+        sign_in(page, made["secret"])
+        expect(page.get_by_text("Your key may not train.")).to_be_visible()
+        expect(page.get_by_role("alert")).to_have_count(0)
+        expect(page.get_by_role("link", name="New job")).to_have_count(0)
+        assert violations(page) == []

@@ -56,15 +56,16 @@ function Usage({ isAdmin, keys }) {
       <h2>Usage</h2>
       <div class="row end">
         <${TextField} label="From" name="from" type="date" problem=${usage.problem} value=${from} onChange=${setFrom} />
-        <${TextField} label="Until before" name="to" type="date" problem=${usage.problem} value=${until} onChange=${setUntil} />
+        <${TextField} label="To (excluded)" name="to" type="date" problem=${usage.problem} value=${until} onChange=${setUntil} />
         <${SelectField} label="Group by" value=${by} options=${options} onChange=${setBy} />
       </div>
     </div>
     <${Fault} problem=${usage.problem} beside=${["from", "to"]} />
+    ${usage.data || usage.problem ? null : html`<p class="muted">Loading…</p>`}
     ${
       usage.data
         ? usage.data.length
-          ? html`<${Table} label="Usage" columns=${["What", "#Requests", "#Prompt tokens", "#of them remembered", "#Generated", "#Trained on", "#Training time"]}>
+          ? html`<${Table} label="Usage" columns=${["What", "#Requests", "#Prompt tokens", "#Cached", "#Generated", "#Trained on", "#Training time"]}>
                 ${usage.data.map(
                   (row) =>
                     html`<tr>

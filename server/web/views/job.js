@@ -121,7 +121,8 @@ export function JobDetail({ id, onChange }) {
     onChange();
     if (isShown()) go("train");
   });
-  if (!job.data) return html`<${Fault} problem=${job.problem} />`;
+  if (!job.data)
+    return job.problem ? html`<${Fault} problem=${job.problem} />` : html`<p class="muted">Loading…</p>`;
   const { kind, name, status, progress, metrics, adapter, error, config } = job.data;
   const isOver = ENDED.has(status);
   const isMerge = kind === "merge";

@@ -1,12 +1,13 @@
 /** API keys: the list, creating a key, whose secret is shown once, and revoking. */
 import { ask } from "../lib/api.js";
-import { ago, moment } from "../lib/format.js";
+import { ago, bytes, compact, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useAction } from "../lib/resource.js";
 import { perKey, signIn } from "../lib/session.js";
 import { useStore } from "../lib/store.js";
-import { Badge, Careful, Check, Fault, Form, Table, TextField } from "../parts/basics.js";
+import { Badge, Check, Fault, Form, Table, TextField } from "../parts/basics.js";
 import { LIMITS, LimitFields } from "../parts/limits.js";
+import { Menu } from "../parts/menu.js";
 
 const SCOPES = /** @type {const} */ ([
   ["generate", "generate"],
@@ -22,21 +23,33 @@ export function Keys({ keys, isOpen, onChange }) {
     await ask("DELETE", `/keys/${encodeURIComponent(id)}`);
     await onChange();
   });
+  const [changed, setChanged] = useState(/** @type {string | null} */ (null)); // the key whose limits are being changed
+  const edited = keys.find(({ id }) => id === changed);
+  const actionsOf = (/** @type {Key} */ key) => [
+    { label: "Change limits", onRun: () => setChanged(key.id) },
+    {
+      label: "Revoke…",
+      deed: "Revoke",
+      sure: `Revoke “${key.name}”? Requests with this key fail immediately.`,
+      onRun: () => void revoke.run(key.id),
+    },
+  ];
   return html`<section class="card" aria-label="Keys">
     <h2>Keys</h2>
     ${
       keys.length
-        ? html`<${Table} label="Keys" columns=${["Name", "Project", "May", "Made", "Last used", "State", ""]}>
+        ? html`<${Table} label="Keys" columns=${["Name", "Project", "May", "State", "", "Limits", "Made", "Last used"]}>
               ${keys.map(
                 (key) =>
                   html`<tr key=${key.id}>
                     <th scope="row">${key.name}<br /><small><code>${key.id}</code></small></th>
                     <td>${key.project}</td>
                     <td>${key.scopes.join(", ")}</td>
+                    <td>${stateOf(key)}</td>
+                    <td>${key.revoked_at ? null : html`<${Menu} label="Actions for ${key.name}" busy=${revoke.busy} items=${actionsOf(key)} />`}</td>
+                    <td>${limitsOf(key)}</td>
                     <td>${moment(key.created_at)}</td>
                     <td>${key.last_used_at ? ago(key.last_used_at) : "never"}</td>
-                    <td>${stateOf(key)}</td>
-                    <td>${key.revoked_at ? null : html`<${Careful} label="Revoke" sure="Clients that use ${key.name} lose access at once." busy=${revoke.busy} onSure=${() => revoke.run(key.id)} />`}</td>
                   </tr>`,
               )}
             <//>`
@@ -45,9 +58,45 @@ export function Keys({ keys, isOpen, onChange }) {
           : html`<p>None yet: everyone who reaches this server may do everything. After the first key is created, everyone needs a key; this can't be undone.</p>`
     }
     <${Fault} problem=${revoke.problem} />
+    ${
+      edited
+        ? html`<${KeyLimits} key=${edited.id} of=${edited} onDone=${async () => {
+            setChanged(null);
+            await onChange();
+          }} />`
+        : null
+    }
     <${Secret} />
     <${NewKey} isFirst=${isOpen} onMade=${onChange} />
   </section>`;
+}
+
+/** @param {Key} key */
+const limitsOf = (key) =>
+  LIMITS.flatMap(([name, words]) =>
+    typeof key[name] === "number"
+      ? [`${words.toLowerCase()}: ${name === "max_bytes" ? bytes(key[name]) : compact(key[name])}`]
+      : [],
+  ).join(", ") || "none";
+
+/** @param {{of: Key, onDone: () => Promise<void>}} props */
+function KeyLimits({ of, onDone }) {
+  const [limits, setLimits] = useState(
+    /** @type {Partial<Limits>} */ (Object.fromEntries(LIMITS.map(([name]) => [name, of[name] ?? null]))),
+  );
+  const save = useAction(async () => {
+    await ask("PATCH", `/keys/${encodeURIComponent(of.id)}`, { json: limits });
+    await onDone();
+  });
+  return html`<${Form} label="Limits of ${of.name}" onSubmit=${save.run}>
+    <h3>Limits of ${of.name}</h3>
+    <${LimitFields} limits=${limits} problem=${save.problem} onChange=${setLimits} />
+    <${Fault} problem=${save.problem} beside=${LIMITS.map(([name]) => name)} />
+    <p class="row">
+      <button type="submit" disabled=${save.busy}>Save</button>
+      <button type="button" class="plain" onClick=${() => onDone()}>Discard</button>
+    </p>
+  <//>`;
 }
 
 /** @param {Key} key */
@@ -70,12 +119,16 @@ function NewKey({ isFirst, onMade }) {
   const [scopes, setScopes] = useState(/** @type {string[]} */ (isFirst ? ["admin"] : ["generate", "train"]));
   const [expires, setExpires] = useState("");
   const [limits, setLimits] = useState(/** @type {Partial<Limits>} */ ({}));
+  const [cleared, setCleared] = useState(0); // how often, so that no field keeps what was typed
   const create = useAction(async () => {
     const expires_at = expires ? new Date(expires).toISOString() : null;
     const key = await ask("POST", "/keys", {
       json: { name, project: project || null, scopes, expires_at, ...limits },
     });
     setName("");
+    setExpires("");
+    setLimits({});
+    setCleared((before) => before + 1);
     if (isFirst) signIn(key.secret);
     made.set(key);
     if (!isFirst) await onMade();
@@ -99,7 +152,7 @@ function NewKey({ isFirst, onMade }) {
       </fieldset>
       <details>
         <summary>Limits</summary>
-        <${LimitFields} limits=${limits} onChange=${setLimits} ...${about} />
+        <${LimitFields} key=${cleared} limits=${limits} onChange=${setLimits} ...${about} />
       </details>
       <${Fault} problem=${create.problem} beside=${["name", "project", "expires_at", ...LIMITS.map(([name]) => name)]} />
       ${isShutOut ? html`<p class="warning">The first key has to be allowed everything: the others are made with it.</p>` : null}
@@ -121,7 +174,7 @@ function Secret() {
     <p class="row">
       <code>${key.secret}</code>
       <button type="button" class="plain" onClick=${() => copy.run()}>${isCopied ? "Copied" : "Copy"}</button>
-      <button type="button" class="plain" onClick=${() => made.set(null)}>I have it</button>
+      <button type="button" class="plain" onClick=${() => made.set(null)}>Done</button>
     </p>
     ${copy.problem ? html`<p>This browser doesn't let the page copy: select it and copy it by hand.</p>` : null}
   </div>`;

@@ -48,6 +48,7 @@ export function TrainView({ path: [id, ...others] }) {
   const isOffered = useRef(false); // then the form stays, though a poll lists the job before its POST is answered
   if (id) isOffered.current = false;
   else if (listed?.length === 0) isOffered.current = true;
+  const isForbidden = jobs.problem?.status === 403;
   const more = jobs.data?.isCut
     ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>`
     : null;
@@ -57,15 +58,21 @@ export function TrainView({ path: [id, ...others] }) {
         ${id === "runs" || id === "data" ? html`<a href=${to("train")}>Jobs</a>` : null}
         ${id === "runs" ? null : html`<a href=${to("train", "runs")}>Compare runs</a>`}
         ${id === "data" ? null : html`<a href=${to("train", "data")}>Data</a>`}
-        ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
+        ${id === "new" || isForbidden ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
       </p>
     </div>
-    <${Fault} problem=${jobs.problem} />`;
+    ${
+      isForbidden
+        ? html`<div class="card"><p>Your key may not train. Ask for a key with the scope <code>train</code> to train adapters and to see jobs.</p></div>`
+        : html`<${Fault} problem=${jobs.problem} />`
+    }`;
+  if (isForbidden) return heading;
   if (id === "runs") return html`${heading}<${Runs} jobs=${listed ?? null} ids=${others} more=${more} />`;
   if (id === "data") return html`${heading}<${Data} id=${others[0]} jobs=${listed ?? null} />`;
   return html`${heading}
     <div class="sides list ${id ? "has-choice" : ""}">
       <nav aria-label="Jobs">
+        ${listed || jobs.problem ? null : html`<p class="muted">Loading…</p>`}
         ${listed?.length === 0 ? html`<p>No job yet.</p>` : null}
         <ul class="names">
           ${listed?.map(
@@ -92,7 +99,8 @@ export function TrainView({ path: [id, ...others] }) {
             ? html`<${NewJob} onQueued=${jobs.reload} />`
             : id
               ? html`<${JobDetail} key=${id} id=${id} onChange=${jobs.reload} />`
-              : html`<div class="card"><p>Choose a job, or <a href=${to("train", "new")}>start a new one</a>.</p></div>`
+              : listed &&
+                html`<div class="card"><p>Choose a job, or <a href=${to("train", "new")}>start a new one</a>.</p></div>`
         }
       </div>
     </div>`;
