@@ -64,7 +64,7 @@ def up(
     _need_ray()
     from server.cluster.processes import up as run
 
-    scale = None
+    scale: dict[str, float] | None = None
     if address is None or replicas is not None:
         scale = _scale(replicas=replicas or 1, most=max_replicas, num_cpus=replica_cpus, num_gpus=replica_gpus)
     elif max_replicas is not None:
