@@ -404,7 +404,7 @@ def _wide(kind: str, function: Callable[..., Array]) -> Callable[..., Array]:
     return lambda *values: function(*(value.astype(double) for value in values))
 
 
-for _t in ("s32", "s64"):
+for _t in ("s16", "s32", "s64"):
     _map(f"add.{_t}", "rrr rrn", _t, np.add)
 for _t in ("s16", "s32"):
     _map(f"sub.{_t}", "rrr", _t, np.subtract)
