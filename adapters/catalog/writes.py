@@ -42,6 +42,9 @@ from adapters.expression import Term, render
 from adapters.names import Viewpoint, name_fault, split_key
 from adapters.sql import FAILURES, transact
 
+MAX_ALIASES = 100
+"""The most aliases of one name. Lists of adapters show all of them."""
+
 
 @contextmanager
 def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
@@ -436,9 +439,15 @@ def _blend(
 
 
 def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
-    """Point the alias to the version. The alias is created if it doesn't exist."""
+    """Point the alias to the version. The alias is created if it doesn't exist.
+
+    Raise LimitReached if the name has MAX_ALIASES others.
+    """
     moved = sa.update(aliases).where(aliases.c.name == name, aliases.c.alias == alias).values(version=version)
     if connection.execute(moved).rowcount == 0:
+        mine = sa.select(sa.func.count()).select_from(aliases).where(aliases.c.name == name)
+        if connection.execute(mine).scalar_one() >= MAX_ALIASES:
+            raise LimitReached(f"a name has at most {MAX_ALIASES} aliases: remove one first")
         connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
 
 

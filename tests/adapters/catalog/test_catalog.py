@@ -20,8 +20,8 @@ from adapters.catalog import catalog as module
 from adapters.catalog.catalog import Catalog, Part, Version, combine
 from adapters.catalog.reads import lookup
 from adapters.catalog.versions import NewVersion
-from adapters.catalog.writes import LatestMoved, publish_unattended_in
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.catalog.writes import MAX_ALIASES, LatestMoved, publish_unattended_in
+from adapters.errors import Conflict, InvalidInput, LimitReached, NotFound
 from adapters.expression import Term, parse
 from adapters.names import Viewpoint
 from server.database import connect
@@ -164,6 +164,17 @@ def test_latest_stays_at_an_older_version_after_a_rollback(catalog: Catalog) -> 
     catalog.delete_version("a", 3)
     assert catalog.get("a").latest == 2
     assert catalog.resolve([Term("a")])[0].version == 2
+
+
+def test_a_name_has_a_bounded_number_of_aliases(catalog: Catalog) -> None:
+    publish(catalog, "a")
+    for number in range(MAX_ALIASES):
+        catalog.point("a", f"alias{number}", 1)
+    with pytest.raises(LimitReached, match="at most 100 aliases: remove one first"):
+        catalog.point("a", "another", 1)
+    catalog.point("a", "alias0", 1)  # moves one
+    catalog.unpoint("a", "alias0")
+    catalog.point("a", "another", 1)
 
 
 def unattended(engine: sa.Engine, digest: str, worse: str | None = None, alias: str | None = None) -> str:
