@@ -33,7 +33,7 @@ _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, we
 Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response carries `X-Request-Id`."""
 
 
-_ROUTERS = (
+ROUTERS = (
     generate.router,
     compare.router,
     decisions.router,
@@ -56,7 +56,7 @@ _ROUTERS = (
     files.router,
     fine_tuning.router,
 )
-ROUTES = Routes(_ROUTERS, folders=("/docs", "/web"), files=("/openapi.json",))
+ROUTES = Routes(ROUTERS, folders=("/docs", "/web"), files=("/openapi.json",))
 
 _UNTRACED: dict[str, Any] = {"telemetry": dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False)}
 """Options that turn off FastAPI's own spans, because they include exception texts, which may quote a prompt."""
@@ -110,7 +110,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.state.routes = ROUTES
-    for router in _ROUTERS:
+    for router in ROUTERS:
         app.include_router(router)
     app.mount(web.ASSETS_PATH, web.assets)
     problems.install(app, ROUTES)

@@ -1,4 +1,4 @@
-/** What the API answers, as far as the page reads it; /docs has all of it. */
+/** What the API answers, as far as the page reads it; /docs has all of it. `api.d.ts` is generated. */
 
 interface Part {
   name: string;
@@ -50,108 +50,20 @@ interface Adapter {
   resident: boolean;
 }
 
-interface DataSet {
-  id: string;
-  filename: string | null;
-  rows: number;
-  bytes: number;
-  kinds: Record<string, number>;
-  created_at: string;
-  warnings: string[];
-}
-
-type JobStatus = "queued" | "running" | "paused" | "succeeded" | "failed" | "cancelled";
-
-interface Job {
-  id: string;
-  project: string;
-  kind: string;
-  name: string;
-  status: JobStatus;
-  position: number | null;
-  pausing: boolean;
-  progress: {
-    step: number;
-    total_steps: number | null;
-    epoch: number;
-    tokens: number;
-    tokens_per_second: number | null;
-    eta_seconds: number | null;
-  };
-  metrics: Record<string, number | null>;
-  adapter: { name: string; version: number; digest: string } | null;
-  error: string | null;
-  created_at: string;
-  started_at: string | null;
-  finished_at: string | null;
-  files_removed_at: string | null;
-  config: {
-    name?: string;
-    dataset?: string | null;
-    validation?: number | string | null;
-    method?: string;
-    lora?: Record<string, any>;
-    training?: Record<string, any>;
-    start_from?: string | null;
-    start_from_digest?: string | null;
-    publish_if?: string;
-    alias?: string | null;
-  };
-  data: RowCounts | null;
-}
-
-interface RowCounts {
-  digest: string;
-  rows: number;
-  tokens: number;
-  trained_tokens: number;
-  truncated: number;
-  validation_digest: string | null;
-  validation_rows: number;
-  kinds?: Kinds;
-}
-
-interface JobEvent {
-  seq: number;
-  at: string;
-  level: string;
-  type: "message" | "metrics";
-  message: string;
-  data: Record<string, number>;
-}
-
-interface Sample {
-  held_out: boolean;
-  prompt?: string;
-  messages?: { role: string; content: string }[];
-  completion: string;
-}
-
-interface DryRun {
-  data: RowCounts;
-  steps: number;
-  estimate: { seconds: number; tokens_per_second: number };
-  preview: { row: number; tokens: { text: string; trained: boolean }[]; more: number }[];
-  samples: Sample[];
-  warnings: string[];
-}
+type DataSet = DatasetAnswer;
+type DryRun = DryRunAnswer;
+type Job = JobAnswer;
+type JobEvent = EventAnswer;
+type JobStatus = Job["status"];
+type Key = KeyAnswer;
+type Project = ProjectAnswer;
+type Sample = SampleRow;
 
 interface ScoredToken {
   token: string;
   bytes: number[];
   logprob: number;
   top?: ScoredToken[];
-}
-
-interface Key extends Partial<Limits> {
-  id: string;
-  name: string;
-  project: string;
-  scopes: string[];
-  created_at: string;
-  expires_at: string | null;
-  revoked_at: string | null;
-  last_used_at: string | null;
 }
 
 interface Limits {
@@ -161,10 +73,6 @@ interface Limits {
   max_bytes: number | null;
   max_versions: number | null;
   max_job_seconds: number | null;
-}
-
-interface Project extends Limits {
-  name: string;
 }
 
 interface UsageRow {

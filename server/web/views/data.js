@@ -8,8 +8,6 @@ import { go, to } from "../lib/route.js";
 import { fileOf, sampleFile } from "../lib/sample_rows.js";
 import { Badge, Check, Fault, Table, TextField } from "../parts/basics.js";
 
-/** @typedef {{index: number, row: Record<string, any>, tokens: number, split: "train" | "validation", copies: number}} Row */
-
 const PAGE = 50;
 const MOST_AT_ONCE = 1000;
 const MOST = 20_000; // rows that are read to make a new data set
@@ -81,9 +79,7 @@ function Rows({ id }) {
       if (text) await new Promise((resolve) => setTimeout(resolve, TYPING));
       signal.throwIfAborted();
       const query = new URLSearchParams({ offset: String(offset), limit: String(PAGE), q: text });
-      return /** @type {{rows: Row[], count: number, duplicates: number}} */ (
-        await get(`${path}/rows?${query}`, signal)
-      );
+      return /** @type {DatasetRows} */ (await get(`${path}/rows?${query}`, signal));
     },
     [id, text, offset],
   );
@@ -96,7 +92,9 @@ function Rows({ id }) {
     /** @type {Record<string, any>[]} */
     const kept = [];
     for (let at = 0; at < (set.data?.rows ?? 0); at += MOST_AT_ONCE) {
-      const page = /** @type {Row[]} */ ((await get(`${path}/rows?offset=${at}&limit=${MOST_AT_ONCE}`)).rows);
+      const page = /** @type {DatasetRow[]} */ (
+        (await get(`${path}/rows?offset=${at}&limit=${MOST_AT_ONCE}`)).rows
+      );
       kept.push(...page.filter(({ index }) => !excluded.has(index)).map(({ row }) => row));
     }
     const name = (set.data?.filename ?? "rows").replace(/\.\w+$/, "");
@@ -161,7 +159,7 @@ function Rows({ id }) {
   </section>`;
 }
 
-/** @param {{row: Row, isExcluded: boolean, onToggle: () => void}} props */
+/** @param {{row: DatasetRow, isExcluded: boolean, onToggle: () => void}} props */
 function OneRow({ row: { index, row, tokens, split, copies }, isExcluded, onToggle }) {
   return html`<tr class=${isExcluded ? "excluded" : ""}>
     <th scope="row" class="number">${count(index + 1)}</th>
