@@ -59,7 +59,7 @@ class DatabaseRates:
         self._outage = outage or Outage()
         self._own = MemoryRates()
         self._is_alone = False  # whether `_own` has the counts
-        self._engine = without_writers_lock(engine)
+        self._engine = without_writers_lock(engine, is_losable=True)
         self._reader = reader_of(engine)
         self._threads: CapacityLimiter | None = None
         self._seen: dict[str, Window] = {}

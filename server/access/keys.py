@@ -33,7 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from adapters.errors import Conflict, FieldError, Hint, InvalidInput, LimitReached, NotFound, Unavailable
 from adapters.names import DEFAULT_PROJECT, NAME_RULE, is_name, project_fault
-from adapters.sql import reader_of, transact, transacted
+from adapters.sql import reader_of, transact
 from adapters.storage.durable import new_file
 from server.access.audit import record
 from server.access.managers import check_grant, exceeding, manages, require_manager
@@ -52,6 +52,7 @@ from server.access.principal import (
 from server.access.projects import Projects, ensure, quota_of
 from server.access.tables import api_keys, changed
 from server.config.operator_keys import OperatorKeys
+from server.database import without_writers_lock
 from server.database.silence import Outage
 from server.system.messages import plural
 
@@ -117,6 +118,7 @@ class Keys:
 
     def __init__(self, engine: sa.Engine, keyed: Path) -> None:
         self._engine = engine
+        self._beside = without_writers_lock(engine, is_losable=True)
         self._keyed = keyed
         self._reader = reader_of(engine)
 
@@ -243,11 +245,20 @@ class Keys:
 
         return transact(self._engine, work)
 
-    @transacted
-    def used(self, connection: sa.Connection, last: Mapping[str, datetime]) -> None:
-        """Store the time of each key's last use. `last` has these times by key id."""
-        for key_id, at in last.items():
-            connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
+    def used(self, last: Mapping[str, datetime]) -> None:
+        """Store the time of each key's last use. `last` has these times by key id.
+
+        A key that another transaction is changing is left out: its next use will be stored.
+        """
+
+        def work(connection: sa.Connection) -> None:
+            mine = sa.select(api_keys.c.id).where(api_keys.c.id.in_(last)).with_for_update(skip_locked=True)
+            rows = [{"mine": key_id, "at": last[key_id]} for key_id in connection.execute(mine).scalars().all()]
+            if rows:
+                stored = sa.update(api_keys).where(api_keys.c.id == sa.bindparam("mine"))
+                connection.execute(stored.values(last_used_at=sa.bindparam("at")), rows)
+
+        transact(self._beside, work)
 
     def are_there(self) -> bool:
         """Return whether a key was ever created. If so, clients need a key."""

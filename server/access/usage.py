@@ -1,25 +1,28 @@
 """The ledger: what each project, key and adapter used on each day.
 
 A server sums the usage of answers in memory. Twice a second, it adds the sums to the ledger's rows in a single
-transaction. If the server is killed, at most the usage of the last second is lost, and none is counted twice. The
-usage of a job is stored in the transaction that ends the job.
+transaction. On PostgreSQL this transaction doesn't wait for other writers, nor other writers for it. If the server
+is killed, at most the usage of the last second is lost, and none is counted twice. The usage of a job is stored in
+the transaction that ends the job.
 """
 
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from datetime import UTC, date, datetime
 from functools import partial
 from typing import Literal, get_args
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 from adapters.errors import InDoubt, Unavailable
 from adapters.sql import reader_of, transact
 from server.access.projects import RETIRED
 from server.access.tables import api_keys, usage
+from server.database import without_writers_lock
 
 FLUSH_SECONDS = 0.5
 
@@ -53,6 +56,7 @@ class Usage:
         return Usage(*(getattr(self, name) + getattr(other, name) for name in SUMS))
 
 
+_KEY = tuple(field.name for field in fields(Account))
 SUMS = tuple(field.name for field in fields(Usage))
 
 
@@ -64,16 +68,45 @@ def add_in(connection: sa.Connection, account: Account, sums: Usage) -> None:
         connection.execute(sa.insert(usage).values(asdict(account) | asdict(sums)))
 
 
+def _upsert(connection: sa.Connection, more: Mapping[Account, Usage]) -> None:
+    """Add usage to the accounts' rows by one statement, on PostgreSQL.
+
+    The rows are written in the order of their keys, so that two transactions never wait for each other.
+    """
+    rows = [asdict(account) | asdict(more[account]) for account in sorted(more, key=astuple)]
+    arrays = [_array(column, [row[column.name] for row in rows]) for column in usage.columns]
+    given = sa.func.unnest(*arrays).table_valued(*(column.name for column in usage.columns)).render_derived()
+    added = postgresql.insert(usage).from_select(list(given.columns.keys()), sa.select(given))
+    sums = {name: usage.c[name] + added.excluded[name] for name in SUMS}
+    connection.execute(added.on_conflict_do_update(index_elements=_KEY, set_=sums))
+
+
+def _array(column: "sa.Column[object]", values: Sequence[object]) -> sa.ColumnElement[Sequence[object]]:
+    """Return a parameter of the column's type, with a value for each row."""
+    kind = postgresql.ARRAY(column.type)
+    return sa.cast(sa.bindparam(None, values, kind), kind)
+
+
 def _add_all(pending: Mapping[Account, Usage], connection: sa.Connection) -> None:
     """Add pending usage. That of a deleted project's key goes to the name under which its history is kept.
 
     Otherwise an answer that ended after the deletion would count for a new project of the same name.
     """
     mine = api_keys.c.id.in_({account.key_id for account in pending})
-    retired = sa.select(api_keys.c.id, api_keys.c.project).where(mine, api_keys.c.project.contains(RETIRED))
-    projects = {row.id: row.project for row in connection.execute(retired)}
+    # locked, so that a deletion of the project waits for this transaction, or the other way round
+    keys = (
+        sa.select(api_keys.c.id, api_keys.c.project).where(mine).order_by(api_keys.c.id).with_for_update(read=True)
+    )
+    projects = {row.id: row.project for row in connection.execute(keys) if RETIRED in row.project}
+    found: dict[Account, Usage] = {}
     for account, sums in pending.items():
-        add_in(connection, replace(account, project=projects.get(account.key_id, account.project)), sums)
+        where = replace(account, project=projects.get(account.key_id, account.project))
+        found[where] = found.get(where, Usage()) + sums
+    if connection.dialect.name == "postgresql":
+        _upsert(connection, found)
+        return
+    for account, sums in found.items():
+        add_in(connection, account, sums)
 
 
 def _sum_of(column: "sa.Column[float]") -> "sa.Cast[float]":
@@ -88,7 +121,7 @@ class Ledger:
     """
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+        self._engine = without_writers_lock(engine)
         self._reader = reader_of(engine)
         self._pending: dict[Account, Usage] = {}
         self._lock = threading.Lock()

@@ -32,6 +32,7 @@ from server.database.opening import (
     records_of,
     refuse_in_use,
     silence_of,
+    without_writers_lock,
 )
 
 __all__ = [
@@ -60,4 +61,5 @@ __all__ = [
     "schema_of",
     "set_aside",
     "silence_of",
+    "without_writers_lock",
 ]

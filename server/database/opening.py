@@ -188,14 +188,17 @@ def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
     return Records(adapters) if is_file(engine) else None
 
 
-def without_writers_lock(engine: sa.Engine) -> sa.Engine:
-    """Return an engine for short transactions on PostgreSQL that don't wait for other writers.
+def without_writers_lock(engine: sa.Engine, *, is_losable: bool = False) -> sa.Engine:
+    """Return an engine for short transactions that don't wait for other writers, and that notify nobody.
 
-    A crash of the database server may lose these transactions.
+    If `is_losable`, they don't wait for the disk either: a crash of the database server may lose them. A file
+    has a single writer in any case, so for a file the result is `engine`.
     """
-    from server.database.postgres import NO_WRITERS_LOCK
+    if is_file(engine):
+        return engine
+    from server.database.postgres import KEPT, LOSABLE, NO_WRITERS_LOCK
 
-    return engine.execution_options(**{NO_WRITERS_LOCK: True})
+    return engine.execution_options(**{NO_WRITERS_LOCK: LOSABLE if is_losable else KEPT})
 
 
 @contextmanager

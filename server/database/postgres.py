@@ -15,8 +15,11 @@ moment later (`_Connection`). In a process that runs `Notices`, a silent server 
 GIVE_UP_SECONDS all statements end, and new ones fail at once until the server answers (`server.database.silence`).
 
 The outcome is unknown only if the connection is lost during a commit. So each transaction writes a number to its
-connection's row in the table `marks`. After a lost commit the process takes the lock, which shows that the old
-session has ended, and looks for the number. Each commit also notifies all processes (LISTEN and NOTIFY).
+connection's row in the table `marks`. After a lost commit the process writes to the same row, which waits until
+the old session has ended, and reads the number. Each commit also notifies all processes (LISTEN and NOTIFY).
+
+Some writes don't take the lock (NO_WRITERS_LOCK), since there are many of them and row locks order them well
+enough: usage, the times at which keys were used, rates, and the metrics of training steps.
 """
 
 import logging
@@ -130,10 +133,17 @@ class Notices:
 
 WRITERS_LOCK = 0x736D6F6C6F7261  # "smolora"
 NO_WRITERS_LOCK = "no_writers_lock"
-"""An execution option: the transaction takes no lock, and a crash of the server may lose it."""
+"""An execution option: the transaction doesn't take the writers' lock, and notifies nobody.
+
+Its value is LOSABLE or KEPT. A crash of the server may lose a losable transaction, and a lost connection leaves
+its outcome unknown. A kept one is as safe as a transaction with the lock.
+"""
+LOSABLE = "losable"
+KEPT = "kept"
 
 CONNECT_SECONDS = 5
-LOCK_SECONDS = 10
+LOCK_SECONDS = 5
+"""The longest that a transaction waits for a lock. A job's lease is at least three times as long."""
 STATEMENT_SECONDS = 15
 """The longest that a statement may take: more than LOCK_SECONDS, since a statement waits for the writers' lock."""
 _ANSWER_SECONDS = STATEMENT_SECONDS + 2.0  # the server ends a statement itself before this
@@ -165,9 +175,13 @@ _OVER = {  # SQLSTATEs of a session that has ended or is useless
 
 _MARKS = "CREATE TABLE marks (connection uuid PRIMARY KEY, number bigint NOT NULL, at timestamptz NOT NULL)"
 _MARK = (
-    "WITH mark AS (INSERT INTO marks (connection, number, at) VALUES (%s, 1, now()) ON CONFLICT (connection) "
-    "DO UPDATE SET number = marks.number + 1, at = now() RETURNING number) "
-    "SELECT number, pg_notify(%s, %s) FROM mark"
+    "INSERT INTO marks (connection, number, at) VALUES (%s, 1, now()) ON CONFLICT (connection) "
+    "DO UPDATE SET number = marks.number + 1, at = now() RETURNING number"
+)
+_MARK_AND_NOTIFY = f"WITH mark AS ({_MARK}) SELECT number, pg_notify(%s, %s) FROM mark"  # noqa: S608 it is ours
+_READ_MARK = (  # waits until the session that has written the row, but not committed it, has ended
+    "INSERT INTO marks (connection, number, at) VALUES (%s, 0, now()) ON CONFLICT (connection) "
+    "DO UPDATE SET at = now() RETURNING number"
 )
 
 
@@ -331,18 +345,23 @@ class _Dialect(PGDialect_psycopg):
         driven = cast("psycopg.Connection[Any]", getattr(dbapi_connection, "dbapi_connection", dbapi_connection))
         if driven.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
             return
-        if dbapi_connection.info.get(NO_WRITERS_LOCK):
+        unlocked = dbapi_connection.info.get(NO_WRITERS_LOCK)
+        if unlocked == LOSABLE:
             driven.commit()
             return
         own = dbapi_connection.info.setdefault("mark", str(uuid.uuid4()))
-        row = driven.execute(_MARK, [own, CHANNEL, self.notices.own]).fetchone()
+        if unlocked:
+            row = driven.execute(_MARK, [own]).fetchone()
+        else:
+            row = driven.execute(_MARK_AND_NOTIFY, [own, CHANNEL, self.notices.own]).fetchone()
         assert row is not None
         try:
             driven.commit()
         except psycopg.OperationalError:
             if not driven.closed or not self._was_committed(own, row[0]):
                 raise
-        self.notices.count()
+        if not unlocked:
+            self.notices.count()
 
     def do_rollback(self, dbapi_connection: Any) -> None:  # noqa: ANN401 likewise
         driven = cast("psycopg.Connection[Any]", getattr(dbapi_connection, "dbapi_connection", dbapi_connection))
@@ -362,11 +381,9 @@ class _Dialect(PGDialect_psycopg):
         while time.monotonic() < until:
             try:
                 with self.open() as connection:
-                    # the lock is free only after the old session has ended
-                    connection.execute("SELECT pg_advisory_xact_lock(%s)", [WRITERS_LOCK])
-                    query = "SELECT number FROM marks WHERE connection = %s"
-                    row = connection.execute(query, [own]).fetchone()
-                    return row is not None and row[0] >= number
+                    row = connection.execute(_READ_MARK, [own]).fetchone()
+                    assert row is not None
+                    return bool(row[0] >= number)
             except psycopg.OperationalError:
                 time.sleep(_RETRY_SECONDS)
         log.error("the connection was lost at a commit, and its outcome is unknown")
@@ -452,9 +469,10 @@ def _begin(connection: sa.Connection) -> None:
     cast("_Connection", connection.connection.dbapi_connection).is_bounded = not options.get("waits")
     if options.get("isolation_level") == "AUTOCOMMIT":
         return
-    connection.info[NO_WRITERS_LOCK] = is_unlocked = bool(options.get(NO_WRITERS_LOCK))
-    if is_unlocked:
-        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+    connection.info[NO_WRITERS_LOCK] = unlocked = options.get(NO_WRITERS_LOCK)
+    if unlocked:
+        if unlocked == LOSABLE:
+            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
         return
     if options.get("waits"):
         connection.exec_driver_sql("SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0")

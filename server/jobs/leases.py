@@ -6,8 +6,9 @@ overwrite anything, or do anything twice. The client's side of the queue is in `
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import cast
 
@@ -21,14 +22,18 @@ from adapters.sql import reader_of, transact, transacted
 from server.access.audit import record
 from server.access.principal import ANONYMOUS
 from server.access.projects import quotas_in
+from server.database import without_writers_lock
 from server.database.clock import database_now, database_time
 from server.jobs import events as job_events
-from server.jobs.events import EventType, Level, plain
+from server.jobs.events import Level, plain
 from server.jobs.queries import STOP_STEP, version_limits
 from server.jobs.tables import EVALUATE, Lane, Status, Time, charge, count_time, jobs
 from server.jobs.turns import claimable, must_give_way, seconds_at_claim
 
-LEASE_SECONDS = 10.0
+LEASE_SECONDS = 15.0
+"""At least three times as long as a transaction waits for PostgreSQL's locks: a busy lock loses no lease."""
+METRICS_SECONDS = 1.0
+"""The shortest time between two transactions that store metrics of a job's steps."""
 MAX_STALLED_ATTEMPTS = 25
 MAX_CRASH_DELAY = 5.0
 BACK = "back in the queue"
@@ -63,8 +68,18 @@ class Claim:
     owner: str
 
 
+@dataclass
+class _Measured:
+    """A claim's metrics events, as messages and data, that aren't stored yet."""
+
+    events: list[tuple[str, Mapping[str, object]]] = field(default_factory=list)
+    stored_at: float = float("-inf")  # by the monotonic clock; when metrics of the claim were stored last
+
+
 class Leases:
-    """The claims of all workers. Thread-safe; any number of processes may use the same tables.
+    """The claims of all workers. Any number of processes may use the same tables.
+
+    Thread-safe, except for `add_metrics` and what stores its metrics: only the process that runs a job calls it.
 
     Published versions are also written to `records`, from which a lost catalog is rebuilt. `now` reads the clock
     that all workers share. After `time_slice` seconds, a job gives way to another project's job; if this is 0, it
@@ -83,6 +98,8 @@ class Leases:
         self._records = records
         self._now = now
         self._reader = reader_of(engine)
+        self._beside = without_writers_lock(engine)
+        self._measured: dict[Claim, _Measured] = {}
 
     def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, lane: Lane | None = None) -> Claim | None:
         """Claim the job whose turn is next, among those that are waiting or whose lease has expired.
@@ -168,41 +185,78 @@ class Leases:
         job_events.append(connection, claim.job_id, error, level="error")
         return Directive.CANCEL
 
-    @transacted
     def add_event(
         self,
-        connection: sa.Connection,
         claim: Claim,
         message: str,
         *,
         level: Level = "info",
-        type: EventType = "message",  # noqa: A002 as in Event and in the API
         data: Mapping[str, object] | None = None,
-    ) -> bool:
-        """Store an event, and return whether it was stored. Raise LeaseLost if the claim is void.
+    ) -> None:
+        """Store an event. Raise LeaseLost if the claim is void."""
 
-        A metrics event has `data["step"]`. The event is dropped if metrics of the same or a later step are stored
-        already: an earlier attempt may have got further than its last checkpoint.
+        def work(connection: sa.Connection) -> None:
+            _lock_claimed(connection, claim)
+            job_events.append(connection, claim.job_id, message, level=level, data=data)
+
+        self.flush(claim)
+        transact(self._engine, work)
+
+    def add_metrics(self, claim: Claim, message: str, data: Mapping[str, object]) -> None:
+        """Store the metrics of the step `data["step"]` as an event, at once or with those of the next steps.
+
+        They are stored METRICS_SECONDS after the last ones at the earliest, by this method, by `flush_if_due`, or
+        before any other event of the claim. The event is dropped if metrics of the same or a later step are stored
+        already: an earlier attempt may have got further than its last checkpoint. Raise LeaseLost if the claim is
+        void.
         """
-        _lock_claimed(connection, claim)
-        if type == "metrics":
-            step = cast("Mapping[str, int]", data)["step"]
-            is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.metrics_step < step)
-            if connection.execute(sa.update(jobs).where(is_new).values(metrics_step=step)).rowcount == 0:
-                return False
-        job_events.append(connection, claim.job_id, message, level=level, type=type, data=data)
-        return True
+        self._measured.setdefault(claim, _Measured()).events.append((message, plain(data)))
+        self.flush_if_due(claim)
 
-    @transacted
-    def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
+    def flush_if_due(self, claim: Claim) -> None:
+        """Store the metrics that wait, unless some were stored in the last METRICS_SECONDS."""
+        waiting = self._measured.get(claim)
+        if waiting is not None and time.monotonic() - waiting.stored_at >= METRICS_SECONDS:
+            self.flush(claim)
+
+    def flush(self, claim: Claim) -> None:
+        """Store the metrics that wait, in one transaction. Raise LeaseLost if the claim is void.
+
+        The transaction doesn't take the writers' lock. It locks the job's row, which orders it with all other
+        writes of the job, and waits for no other row.
+        """
+        if (waiting := self._measured.get(claim)) is None or not waiting.events:
+            return
+
+        def work(connection: sa.Connection) -> None:
+            _lock_claimed(connection, claim)
+            for message, data in waiting.events:
+                step = cast("Mapping[str, int]", data)["step"]
+                is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.metrics_step < step)
+                if connection.execute(sa.update(jobs).where(is_new).values(metrics_step=step)).rowcount:
+                    job_events.append(connection, claim.job_id, message, type="metrics", data=data)
+
+        try:
+            transact(self._beside, work)
+        except LeaseLost:
+            del self._measured[claim]
+            raise
+        waiting.events, waiting.stored_at = [], time.monotonic()
+
+    def checkpointed(self, claim: Claim, step: int) -> None:
         """Record that the checkpoint of `step` is stored. Raise LeaseLost if the claim is void.
 
         If this is the job's newest checkpoint, reset the count of attempts that made no new checkpoint.
         """
-        _lock_claimed(connection, claim)
-        is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
-        values = {"checkpoint_step": step, "stalled_attempts": 0}
-        connection.execute(sa.update(jobs).where(is_new).values(values))
+
+        def work(connection: sa.Connection) -> None:
+            _lock_claimed(connection, claim)
+            is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
+            values = {"checkpoint_step": step, "stalled_attempts": 0}
+            connection.execute(sa.update(jobs).where(is_new).values(values))
+
+        self.flush(claim)  # steps before the checkpoint won't be computed again
+        transact(self._engine, work)
 
     def succeed(
         self,
@@ -263,18 +317,23 @@ class Leases:
                 job_events.append(connection, claim.job_id, text, level="warning")
             return version
 
+        self.flush(claim)
         with recording(self._engine, None if publish is None else self._records) as records:
             return transact(self._engine, work)
 
-    @transacted
-    def fail(self, connection: sa.Connection, claim: Claim, error: str) -> None:
+    def fail(self, claim: Claim, error: str) -> None:
         """Mark the job as failed.
 
         `error` must be safe to show to clients. Raise LeaseLost if the claim is void.
         """
-        _lock_claimed(connection, claim)
-        _end(connection, claim.job_id, Status.FAILED, self._now(), error=job_events.without_nul(error))
-        job_events.append(connection, claim.job_id, error, level="error")
+
+        def work(connection: sa.Connection) -> None:
+            _lock_claimed(connection, claim)
+            _end(connection, claim.job_id, Status.FAILED, self._now(), error=job_events.without_nul(error))
+            job_events.append(connection, claim.job_id, error, level="error")
+
+        self.flush(claim)
+        transact(self._engine, work)
 
     @transacted
     def release(

@@ -130,9 +130,12 @@ class JobReporter:
         self._trace = trace
         self._progress: Mapping[str, object] | None = None
         self._metrics: Mapping[str, object] | None = None
+        self._has_measured = False
 
     def yield_or_leave(self) -> None:
         self._link.beat()
+        if self._has_measured:
+            self._leases.flush_if_due(self._claim)
         self._yielding.pause(self._goes_on)
         if self._link.should_leave:
             raise Leave
@@ -154,7 +157,8 @@ class JobReporter:
         self._leases.heartbeat(self._claim, progress=self._progress, metrics=self._metrics)
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
-        self._leases.add_event(self._claim, message, type="metrics", data=data)
+        self._leases.add_metrics(self._claim, message, data)
+        self._has_measured = True
         if self._trace is not None:
             self._trace.stepped(data)
 

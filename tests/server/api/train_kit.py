@@ -75,7 +75,8 @@ class StandIn:
 
     def step(self, step: int, loss: float = 1.5) -> None:
         data = {"step": step, "train_loss": loss}
-        self._leases.add_event(self.claim, f"step {step}: loss {loss:.4f}", type="metrics", data=data)
+        self._leases.add_metrics(self.claim, f"step {step}: loss {loss:.4f}", data)
+        self._leases.flush(self.claim)
         progress = {"step": step, "total_steps": 9, "epoch": 0.5, "tokens": 100 * step}
         progress |= {"tokens_per_second": 250.0, "eta_seconds": 2.0}
         self._leases.heartbeat(self.claim, progress=progress, metrics={"train_loss": loss})

@@ -1,12 +1,14 @@
 """A real PostgreSQL: one writer at a time, known commits, and errors while it is unavailable."""
 
 import logging
+import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,16 +25,20 @@ from adapters.expression import Term
 from adapters.sql import transact
 from server.access import tables as access_tables
 from server.access.access import open_access
-from server.access.principal import EVERYBODY
+from server.access.keys import Keys
+from server.access.principal import EVERYBODY, OPERATOR
+from server.access.usage import Ledger, Usage
 from server.cluster import deployed
 from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, migrating, opening
-from server.database.opening import PATIENCE_SECONDS
+from server.database.opening import PATIENCE_SECONDS, without_writers_lock
 from server.errors import StartupError
 from server.jobs import tables as job_tables
 from server.jobs.jobs import Jobs
+from server.jobs.leases import LEASE_SECONDS, Leases
 from server.storage.home import Home
 from tests.kits.migrations import upgrade_smolora
 from tests.kits.postgres import CLUSTER, Postgres
+from tests.server.jobs.job_kit import submit
 
 pytestmark = CLUSTER
 
@@ -224,7 +230,10 @@ def test_a_server_that_is_killed_loses_and_doubles_nothing(own_postgres: Postgre
     assert len(numbers) > 240
 
 
-def test_outcome_of_an_unanswered_commit_is_determined(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_locked", [True, False])
+def test_outcome_of_an_unanswered_commit_is_determined(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, is_locked: bool
+) -> None:
     """The session ends after the commit was done, or before it was sent: the database itself tells which."""
     import psycopg
 
@@ -255,7 +264,7 @@ def test_outcome_of_an_unanswered_commit_is_determined(engine: sa.Engine, monkey
     for when, num_calls in (("after", 1), ("before", 2)):
         before, calls = count(), 0
         ends = [when]
-        transact(engine, work)
+        transact(engine if is_locked else without_writers_lock(engine), work)
         assert calls == num_calls
         assert count() == int(str(before)) + 1
 
@@ -366,6 +375,48 @@ def test_stalled_writer_blocks_others_only_briefly(engine: sa.Engine) -> None:
         stand_still()
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT number FROM access_changes").scalar_one() == 0
+
+
+def test_usage_and_metrics_of_steps_do_not_wait_for_writers(engine: sa.Engine, tmp_path: Path) -> None:
+    jobs, leases, ledger = Jobs(engine), Leases(engine), Ledger(engine)
+    keys = Keys(engine, Home(tmp_path).keyed)
+    key, _ = keys.create("one", who=OPERATOR)
+    submit(jobs, "j1")
+    claim = leases.claim("w")
+    assert claim is not None
+    with engine.begin():  # holds the writers' lock
+        for number in range(3):
+            ledger.add("default", key.id, f"a{number}", Usage(requests=1))
+        ledger.flush()
+        keys.used({key.id: datetime.now(UTC)})
+        leases.add_metrics(claim, "step 1", {"step": 1})
+    assert ledger.rows(None, None, ())[0]["requests"] == 3
+    assert keys.get(key.id).last_used_at is not None
+    assert jobs.events("j1")[-1].data == {"step": 1}
+
+
+def test_servers_add_to_the_same_usage_at_once(engine: sa.Engine) -> None:
+    """Each in an order of its own: nothing is lost or doubled, and none waits for another forever."""
+
+    def add(seed: int) -> None:
+        ledger, names = Ledger(engine), [f"a{number}" for number in range(50)]
+        for turn in range(5):
+            random.Random(seed + turn).shuffle(names)
+            for name in names:
+                ledger.add("default", "key", name, Usage(requests=1, prompt_tokens=seed))
+            ledger.flush()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    rows = Ledger(engine).rows(None, None, ("adapter",))
+    assert {(row["requests"], row["prompt_tokens"]) for row in rows} == {(20, 5 * (1 + 2 + 3))}
+    assert len(rows) == 50
+
+
+def test_a_lease_outlives_three_waits_for_a_lock() -> None:
+    from server.database.postgres import LOCK_SECONDS
+
+    assert LEASE_SECONDS >= 3 * LOCK_SECONDS
 
 
 def test_commits_of_others_are_heard_at_once(url: str, engine: sa.Engine, tmp_path: Path) -> None:

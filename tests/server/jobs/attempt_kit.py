@@ -79,7 +79,7 @@ class Reporter:
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
         self.on_metrics()
-        self._around(lambda: self.leases.add_event(self.claim, message, type="metrics", data=data))
+        self._around(lambda: self.leases.add_metrics(self.claim, message, data))
 
     def checkpointed(self, step: int) -> None:
         self._around(lambda: self.leases.checkpointed(self.claim, step))

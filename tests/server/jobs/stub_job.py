@@ -101,7 +101,8 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
         with open(directory / "steps", "a") as file:
             file.write(f"{claim.token} {os.getpid()} {step}\n")
         link.beat({"step": step, "total_steps": plan["steps"]}, {"train_loss": 1 / step})
-        leases.add_event(claim, f"step {step}", type="metrics", data={"step": step, "train_loss": 1 / step})
+        leases.add_metrics(claim, f"step {step}", {"step": step, "train_loss": 1 / step})
+        leases.flush(claim)
         if step % plan.get("every", 10) == 0:
             checkpoint()
         if (link.should_leave or link.should_give_way) and not plan.get("deaf"):

@@ -333,7 +333,7 @@ def test_a_worker_that_lost_its_lease_changes_nothing(jobs: Jobs, leases: Leases
     before = jobs.get("j1"), jobs.events("j1")
     writes: list[Callable[[], object]] = [
         lambda: leases.add_event(stale, "x"),
-        lambda: leases.add_event(stale, "x", type="metrics", data={"step": 1}),
+        lambda: leases.add_metrics(stale, "x", {"step": 1}),
         lambda: leases.checkpointed(stale, 1),
         lambda: succeed(leases, stale),
         lambda: leases.fail(stale, "x"),
@@ -448,18 +448,17 @@ def test_a_failure_keeps_its_reason(jobs: Jobs, leases: Leases) -> None:
 def test_no_steps_metrics_are_stored_twice(jobs: Jobs, leases: Leases) -> None:
     submit(jobs, "j1")
 
-    def run(claim: Claim, steps: range) -> list[bool]:
-        return [
-            leases.add_event(claim, f"step {step}", type="metrics", data={"step": step, "loss": 1 / step})
-            for step in steps
-        ]
+    def run(claim: Claim, steps: range) -> None:
+        for step in steps:
+            leases.add_metrics(claim, f"step {step}", {"step": step, "loss": 1 / step})
 
     first = claim_first(leases, 0.0)
-    assert run(first, range(1, 8)) == [True] * 7
+    run(first, range(1, 8))
     leases.checkpointed(first, 4)
     second = claim_first(leases)
-    assert leases.add_event(second, "goes on from step 4", data={"step": 4})
-    assert run(second, range(5, 10)) == [False] * 3 + [True] * 2
+    leases.add_event(second, "goes on from step 4", data={"step": 4})
+    run(second, range(5, 10))
+    leases.flush(second)
     found = jobs.events("j1", limit=100)
     assert [event.data["step"] for event in found if event.type == "metrics"] == list(range(1, 10))
     assert [event.seq for event in found] == list(range(1, len(found) + 1))
@@ -467,7 +466,39 @@ def test_no_steps_metrics_are_stored_twice(jobs: Jobs, leases: Leases) -> None:
     assert jobs.events("j1", after=len(found)) == []
     assert found[2].data == {"step": 1, "loss": 1.0}
     with pytest.raises(ValueError, match="JSON"):
-        leases.add_event(second, "x", data={"loss": float("nan")})
+        leases.add_metrics(second, "x", {"step": 10, "loss": float("nan")})
+
+
+def test_metrics_are_stored_in_batches_and_in_order(
+    jobs: Jobs, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most one transaction a second; and all of them before any other event of the job, or its checkpoint."""
+    submit(jobs, "j1")
+    claim = claim_first(leases)
+
+    def steps() -> list[object]:
+        return [event.data["step"] for event in jobs.events("j1", limit=100) if event.type == "metrics"]
+
+    monkeypatch.setattr("server.jobs.leases.METRICS_SECONDS", 3600.0)
+    for step in range(1, 4):
+        leases.add_metrics(claim, f"step {step}", {"step": step})
+    assert steps() == [1]
+    leases.flush_if_due(claim)
+    assert steps() == [1]
+    leases.checkpointed(claim, 3)
+    assert steps() == [1, 2, 3], "they won't be computed again"
+    leases.add_metrics(claim, "step 4", {"step": 4})
+    leases.add_event(claim, "something")
+    assert jobs.events("j1", limit=100)[-1].message == "something"
+    assert steps() == [1, 2, 3, 4]
+    leases.add_metrics(claim, "step 5", {"step": 5})
+    monkeypatch.setattr("server.jobs.leases.METRICS_SECONDS", 0.0)
+    leases.flush_if_due(claim)
+    assert steps() == [1, 2, 3, 4, 5]
+    monkeypatch.setattr("server.jobs.leases.METRICS_SECONDS", 3600.0)
+    leases.add_metrics(claim, "step 6", {"step": 6})
+    leases.fail(claim, "over")
+    assert [event.message for event in jobs.events("j1", limit=100)[-2:]] == ["step 6", "over"]
 
 
 def test_attempts_count_where_no_new_checkpoint_was_made(jobs: Jobs, leases: Leases) -> None:

@@ -183,7 +183,8 @@ async def test_more_events_than_are_read_at_once(client: httpx.AsyncClient, jobs
     job_id = await submit(client)
     worker = StandIn(leases)
     for step in range(1, 1200):
-        leases.add_event(worker.claim, "", type="metrics", data={"step": step})
+        leases.add_metrics(worker.claim, "", {"step": step})
+        leases.flush(worker.claim)
     worker.succeed()
     listener = Listener(jobs, job_id)
     await asyncio.wait_for(listener.task, 60)

@@ -196,7 +196,7 @@ async def test_events_backwards(client: httpx.AsyncClient, leases: Leases) -> No
     worker = StandIn(leases)
     for step in range(1, 6):
         worker.step(step, 1 / step)
-    worker._leases.add_event(worker.claim, "held out", type="metrics", data={"step": 6, "eval_loss": 0.25})
+    worker._leases.add_metrics(worker.claim, "held out", {"step": 6, "eval_loss": 0.25})
     worker._leases.add_event(worker.claim, "watch out", level="warning")
     seen: list[FineTuningJobEvent] = []
     after = ""
