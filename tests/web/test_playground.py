@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, FloatRect, Locator, Page, expect
 
 from adapters.peft.files import write
 from server.model.base.weights import BaseModel
@@ -73,9 +73,8 @@ def tokens(page: Page, expression: str) -> Locator:
     return column(page, expression).locator(".token").filter(has_text=re.compile("[a-z]"))
 
 
-def boxes(locator: Locator) -> list[dict[str, float]]:
-    found = [one.bounding_box() for one in locator.all()]
-    return [dict(box) for box in found if box is not None]
+def boxes(locator: Locator) -> list[FloatRect]:
+    return [box for box in (one.bounding_box() for one in locator.all()) if box is not None]
 
 
 def test_columns_are_equal_and_the_base_is_first(page: Page) -> None:
@@ -111,6 +110,11 @@ def test_inspector_is_at_its_token_with_bars_on_one_scale(page: Page) -> None:
     assert len(meters) == 10
     assert len(set(meters)) == 1
     page.mouse.move(0, 0)
+    expect(inspector).to_have_count(0)
+    token.click()
+    page.mouse.move(0, 0)
+    expect(inspector).to_be_visible()  # as on a phone, which has no pointer to rest
+    token.click()
     expect(inspector).to_have_count(0)
 
 

@@ -102,8 +102,9 @@ export function ShadedText({ scores, expression, isInspected }) {
           ...${isInspected ? inspected : {}}
           onMouseEnter=${() => isPinned || choose(place)}
           onClick=${() => {
-            pin(!isPinned || place !== chosen);
-            choose(place);
+            const isClosed = isPinned && place === chosen; // a second click or tap
+            pin(!isClosed);
+            choose(isClosed ? -1 : place);
           }}
         >${text}</span>`;
       })}
