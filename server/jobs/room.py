@@ -24,6 +24,7 @@ from server.training.trained_rows import adapter_config
 
 _FP32 = 4
 _FILE_BYTES = 64 << 10  # of configurations, headers and counters
+_MIN_BYTES = 12 << 10  # of a data set or a file: its record and folders take as much on a disk
 
 
 def training_bytes(spec: JobSpec, shape: BaseShape, base_parameters: int) -> int:
@@ -62,9 +63,13 @@ def stored_bytes(
 
     If `key_id` is given, only what was created with this key counts. This does disk I/O, so it may block.
     """
-    datasets = sum(d.stored_bytes for d in sources.datasets.list() if key_id in (None, d.key_id))
-    files = sum(file.bytes for file in sources.files.list() if key_id in (None, file.key_id))
-    return datasets + files + catalog.num_bytes(key_id) + jobs.num_bytes(key_id, without)
+    uploads = [d.stored_bytes for d in sources.datasets.list() if key_id in (None, d.key_id)]
+    uploads += [file.bytes for file in sources.files.list() if key_id in (None, file.key_id)]
+    return (
+        sum(max(size, _MIN_BYTES) for size in uploads)
+        + catalog.num_bytes(key_id)
+        + jobs.num_bytes(key_id, without)
+    )
 
 
 def refuse_beyond(most: int, owner: str, stored: int, more: int) -> None:

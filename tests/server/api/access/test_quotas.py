@@ -136,6 +136,16 @@ async def test_rows_count_as_they_are_kept(app: FastAPI, tmp_path: Path) -> None
         assert not any(path.is_file() for path in tmp_path.glob("**/datasets/**/*"))
 
 
+async def test_many_small_uploads_count_as_their_folders_do(app: FastAPI) -> None:
+    """Thousands of files of a few bytes each must not fill the disk."""
+    async with client_with(app, limit(app, 20_000)) as client:
+        found = [
+            (await client.post("/datasets", files={"file": (f"{number}.csv", b"text\n%d\n" % number)})).status_code
+            for number in range(3)
+        ]
+    assert found == [201, 201, 403]
+
+
 JOB_BYTES = training_bytes(JobSpec("codes"), SHAPE, NUM_PARAMETERS)
 """What a job of the defaults may store, apart from its rows."""
 
