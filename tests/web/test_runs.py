@@ -479,3 +479,22 @@ def curve_at(chart: Locator, share: float) -> bool:
             share,
         )
     )
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize("scheme", ["light", "dark", "forced"])
+def test_views_of_runs_are_accessible(
+    server: ServerProcess, browser: Browser, runs: list[dict[str, Any]], scheme: str
+) -> None:
+    """By axe-core's rules, also in forced colours."""
+    with page_of(browser, server.url, scheme="dark" if scheme == "dark" else "light") as page:
+        if scheme == "forced":
+            page.emulate_media(forced_colors="active")
+        pretend_runs(page, runs)
+        chosen = "/".join(str(run["id"]) for run in runs[:2])
+        others = ("train/data", "train/new", "adapters/a", "adapters", "engine", "access")
+        for path in (f"train/runs/{chosen}", *others):
+            page.goto(f"{server.url}/#/{path}")
+            page.wait_for_load_state("networkidle")
+            expect(page.get_by_text("Loading…")).to_have_count(0)
+            assert violations(page) == [], path

@@ -101,3 +101,21 @@ def test_a_job_of_days_gives_way_to_another_projects_job(shop: Shop) -> None:
     assert messages[:2] == ["queued", "started"]
     assert re.fullmatch(r"gave way to another project's job after \d+ s; goes on at its turn", messages[2])
     assert messages[3:] == ["started again (attempt 2)", "cancelled"]
+
+
+@pytest.mark.thorough  # the queue: test_jobs.py; the weights: test_interruptions.py
+def test_a_running_training_is_stopped_and_publishes(shop: Shop) -> None:
+    data = job_data(shop.base, num_held_out=0)
+    shop.submit(replace(SPEC, training=replace(SPEC.training, max_steps=1_000_000)), data, "long")
+    with working(shop, shop.base.directory):
+        until(lambda: shop.jobs.get("long").progress, PATIENCE)
+        shop.jobs.stop("long")
+        until(lambda: shop.jobs.get("long").status.has_ended, PATIENCE)
+    job, report = shop.jobs.get("long"), shop.jobs.report("long")
+    assert (job.status, job.attempt) == (Status.SUCCEEDED, 2), job.error
+    assert report is not None
+    assert 0 < int(str(report["steps"])) < 1_000_000
+    assert job.adapter is not None
+    messages = [event.message for event in shop.jobs.events("long", limit=100_000) if event.type == "message"]
+    assert [message.partition(",")[0] for message in messages[:3]] == ["queued", "started", "ending early"]
+    assert messages[3:5] == ["back in the queue", "started again (attempt 2)"]
