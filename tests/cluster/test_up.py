@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cluster, needs_ray]
 
 def ended(*words: str, **flags: object) -> subprocess.CompletedProcess[str]:
     called = [part for part in command(("cluster", *words), **flags) if part != "--workers=0" or words == ("up",)]
-    return subprocess.run(called, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(called, env=environment(), capture_output=True, text=True, timeout=3 * PATIENCE)
 
 
 def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
@@ -41,7 +41,7 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
             except httpx.TransportError:
                 return False
 
-        wait_until(is_ready, "it isn't ready", PATIENCE)
+        wait_until(is_ready, "it isn't ready", 3 * PATIENCE)
         answer = httpx.post(
             f"{url}/generate", json={"prompt": "404", "max_tokens": 4}, trust_env=False, timeout=60
         )
@@ -79,7 +79,7 @@ def started(log: Path, **flags: Any) -> "subprocess.Popen[bytes]":
         assert up.poll() is None, log.read_text()
         return is_ready(f"http://127.0.0.1:{flags['port']}")
 
-    wait_until(ready, "it isn't ready", 2 * PATIENCE)
+    wait_until(ready, "it isn't ready", 3 * PATIENCE)
     return up
 
 
@@ -110,7 +110,7 @@ def test_ray_head_and_up_are_killed(flags: dict[str, Any], tmp_path: Path, long_
         assert httpx.get(f"{url}/health", trust_env=False, timeout=60).status_code == 200
         refused = ask()
         assert (refused.status_code, refused.headers.get("Retry-After")) == (503, "5")
-        wait_until(lambda: is_ready(url), log.read_text(), 2 * PATIENCE)
+        wait_until(lambda: is_ready(url), log.read_text(), 3 * PATIENCE)
         assert ask().json()["choices"] == expected
         assert apis & kin(psutil.Process(up.pid), "api") == apis
         wait_until(lambda: "replicas: 2 running" in ended("status", home=flags["home"]).stdout, log.read_text())
