@@ -1,9 +1,10 @@
 """All engine replicas as one `EngineClient`, which an API process in a cluster uses instead of an engine.
 
 All of this runs on one event loop. A request goes to the best replica that accepts it (`fleet.best`). If a
-replica is lost before a request's first output, the request is retried once on another replica, with the same seed
-and thus the same answer. If the replica is lost later, the request fails with EngineDead. While there is no
-replica, accepted requests wait for one, but not longer than _PATIENCE_SECONDS.
+replica is lost, its requests are retried once on another replica, with the same seed and thus the same answer. If
+a request has had outputs, only a replica on the same kind of processor is used, since it computes equal bits. The
+outputs that have arrived already are skipped. While there is no such replica, or while it is too busy, accepted
+requests wait, but not longer than _PATIENCE_SECONDS.
 """
 
 import asyncio
@@ -27,6 +28,11 @@ SILENCE_SECONDS = 15.0  # a replica without a message for this long counts as lo
 _PATIENCE_SECONDS = 30.0  # that a request waits if there is no replica
 _RETRY_SECONDS = 0.5  # between attempts to subscribe to a replica that Serve lists
 _MAX_LOST = 1
+
+
+def can_run(link: Link, sent: Sent) -> bool:
+    """Return whether the replica would give the request's answer to the same bits as the replica that was lost."""
+    return sent.kind is None or (link.welcome is not None and link.welcome.kind == sent.kind)
 
 
 class ReplicatedEngine:
@@ -141,14 +147,23 @@ class ReplicatedEngine:
         """Offer the request to replicas until one accepts it. If all refuse it, end it with the last error."""
         refused: set[str] = set()
         error: SmoloraError = EngineDead()
+        until = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
+
+        def usable() -> list[Link]:
+            return [link for link in self._ready_links() if can_run(link, sent)]
+
         try:
             while not sent.is_abandoned:
-                if not self._ready_links():
+                if not usable():
                     async with asyncio.timeout(_PATIENCE_SECONDS), self._changed:
-                        await self._changed.wait_for(self._ready_links)
-                links = [link for link in self._ready_links() if link.id not in refused]
+                        await self._changed.wait_for(usable)
+                links = [link for link in usable() if link.id not in refused]
                 if not links:
-                    break
+                    if not sent.num_lost or asyncio.get_running_loop().time() > until:
+                        break
+                    refused.clear()  # it was accepted once: the replicas that remain are busy for a moment
+                    await asyncio.sleep(_RETRY_SECONDS)
+                    continue
                 link = fleet.best(links, sent, self._size_of)
                 answer = await self._offer(sent, link)
                 if answer is None:
@@ -225,11 +240,15 @@ class ReplicatedEngine:
     def _fail(self, sent: Sent, error: SmoloraError) -> None:
         """Handle the failure of a request's replica.
 
-        If there was no output and no earlier failure, retry on another replica. Otherwise end the request.
+        If there was no earlier failure, retry on another replica. Otherwise end the request.
         """
+        welcome = None if sent.link is None else sent.link.welcome
         self._forget(sent)
         sent.num_lost += 1
-        is_lost = isinstance(error, EngineDead | Draining) and not sent.has_output and sent.num_lost <= _MAX_LOST
+        is_lost = isinstance(error, EngineDead | Draining) and sent.num_lost <= _MAX_LOST
+        if sent.has_output:
+            sent.repeat_on(None if welcome is None else welcome.kind)
+            is_lost = is_lost and sent.kind is not None
         if is_lost and not (sent.is_abandoned or self._is_stopped):
             self._spawn(self._send(sent))
         else:
@@ -287,16 +306,18 @@ class ReplicatedEngine:
                     self._changed.notify_all()
 
     def _hand_on(self, sent: Sent, output: SequenceOutput) -> None:
-        if isinstance(output.error, EngineDead) and not sent.has_output:
+        if isinstance(output.error, EngineDead):
             self._fail(sent, output.error)
             return
         sent.has_output = True
-        if output.finish_reason is not None:
+        if (new := sent.new_part(output)) is None:
+            return
+        if new.finish_reason is not None:
             sent.num_unfinished -= 1
             if not sent.num_unfinished:
                 self._forget(sent)
-                self._sent.pop(output.request_id, None)
-        sent.put(output)
+                self._sent.pop(new.request_id, None)
+        sent.put(new)
 
     def _lose(self, link: Link) -> None:
         """Handle the loss of a replica: call `_fail` for each of its requests."""

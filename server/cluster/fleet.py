@@ -10,7 +10,7 @@ once.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from adapters.errors import SmoloraError
@@ -86,6 +86,15 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
+@dataclass
+class Seen:
+    """How much of a choice has arrived."""
+
+    num_tokens: int = 0
+    num_chars: int = 0
+    has_ended: bool = False
+
+
 @dataclass(eq=False)
 class Sent:
     """A request of this process that hasn't ended. `link` is its replica, or None while one is chosen."""
@@ -100,6 +109,44 @@ class Sent:
     is_reported: bool = False  # the replica's last report includes this request
     has_output: bool = False
     is_abandoned: bool = False
+    kind: str | None = None  # `Welcome.kind` of the lost replica whose answer another one continues
+    is_repeated: bool = False  # another replica computes again what a lost one has sent
+    seen: dict[int, Seen] = field(default_factory=dict)  # what the reader has, by choice
+    computed: dict[int, Seen] = field(default_factory=dict)  # what the current replica has sent, by choice
+
+    def repeat_on(self, kind: str | None) -> None:
+        """Prepare for a replica of this kind, which computes the answer again from its beginning."""
+        self.kind, self.is_repeated, self.computed = kind, True, {}
+
+    def new_part(self, output: SequenceOutput) -> SequenceOutput | None:
+        """Return what the reader doesn't have of an output, or None if it has all of it.
+
+        Replicas of one kind send the same tokens and text, but one may send in two outputs what another sends in
+        one.
+        """
+        computed = self.computed.setdefault(output.index, Seen())
+        computed.num_tokens += output.num_new_tokens
+        computed.num_chars += len(output.text)
+        seen = self.seen.setdefault(output.index, Seen())
+        if seen.has_ended:
+            return None
+        num_tokens = computed.num_tokens - seen.num_tokens
+        num_chars = computed.num_chars - seen.num_chars
+        if self.is_repeated:
+            if num_tokens <= 0 and num_chars <= 0 and output.finish_reason is None:
+                return None
+            num_tokens, num_chars = max(num_tokens, 0), max(num_chars, 0)
+            if num_tokens < output.num_new_tokens or num_chars < len(output.text):
+                output = replace(
+                    output,
+                    num_new_tokens=num_tokens,
+                    text=output.text[len(output.text) - num_chars :],
+                    logprobs=output.logprobs[len(output.logprobs) - num_tokens :] if output.logprobs else (),
+                    scores=(),
+                )
+        seen.num_tokens, seen.num_chars = computed.num_tokens, computed.num_chars
+        seen.has_ended = output.finish_reason is not None
+        return output
 
 
 @dataclass(eq=False)

@@ -24,6 +24,7 @@ class Welcome:
     vocab_size: int
     block_size: int  # tokens of a block of the prefix cache
     max_in_flight: int | None = None  # running and waiting sequences; None: from an older version
+    kind: str | None = None  # of processor and code: equal kinds give equal bits; None: from an older version
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,15 @@ processes. They send no new requests, and end `follow` when none of their reques
 
 import asyncio
 import math
+import platform
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
 
+import torch
 from anyio import to_thread
 
 from adapters.errors import SmoloraError
@@ -28,6 +33,17 @@ STATE_SECONDS = 0.05
 PULSE_SECONDS = 0.5
 """The longest time between two messages to the same API process."""
 _BLOCKS_SECONDS = 1.0  # between two reads of the prefix cache's keys
+
+
+def kind_of(backends: frozenset[str]) -> str:
+    """Return a hash of what decides the last bits of an answer: processor, GPU, threads and code that computes."""
+    features = ""
+    with suppress(OSError):  # not on Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    found = (platform.machine(), sorted(features.split()), gpu, torch.get_num_threads(), torch.__version__)
+    return blake2b(repr((found, sorted(backends))).encode(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -52,16 +68,23 @@ class EngineReplica:
         base_digest: str,
         vocab_size: int,
         busy: Callable[[int], None] = lambda num_running: None,
+        kind: str | None = None,
     ) -> None:
         """Start the engine on the running event loop.
 
-        `busy` is called with the number of sequences in flight at least every PULSE_SECONDS.
+        `busy` is called with the number of sequences in flight at least every PULSE_SECONDS. `kind` is as in
+        `Welcome`; None: this machine's kind.
         """
         self._engine = engine
         self._guidance = guidance
         self._busy = busy
         self._welcome = Welcome(
-            base_digest, engine.max_num_tokens, vocab_size, engine.config.block_size, engine.max_in_flight
+            base_digest,
+            engine.max_num_tokens,
+            vocab_size,
+            engine.config.block_size,
+            engine.max_in_flight,
+            kind or kind_of(engine.stats.backends),
         )
         self._followers: dict[str, _Follower] = {}
         self._blocks: frozenset[int] = frozenset()

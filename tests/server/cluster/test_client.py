@@ -153,7 +153,36 @@ def test_a_replica_lost_while_it_refuses(tiny_base: BaseModel, monkeypatch: pyte
     on_loop(main())
 
 
-def test_a_replica_lost_after_the_first_token_ends_the_request(tiny_base: BaseModel) -> None:
+def test_streams_of_a_lost_replica_go_on_at_another(tiny_base: BaseModel) -> None:
+    """The reader gets each token once, and the same as from one engine."""
+    adapters = library(tiny_base)
+    requests = [one for one in requests_of_all_kinds(tiny_base, 16) if one.sampling.max_tokens > 2]
+    expected = run(build_engine(tiny_base, adapters), requests)
+    local = Local(tiny_base, adapters)
+
+    async def main() -> None:
+        async with local as engine:
+            streams = [engine.submit(one) for one in requests]
+            slow = engine.submit(replace(SLOW, request_id="slow"))
+            await anext(slow)
+            found = [asyncio.ensure_future(collect(stream)) for stream in streams]
+            local.transport.cut(local.place_of("slow"))
+            assert await end_of(slow) is None
+            for one, results in zip(requests, await asyncio.gather(*found), strict=True):
+                for index, result in results.items():
+                    assert_same(result, expected[one.request_id, index])
+            assert len(local.transport.submitted) > len(requests) + 1
+            assert engine.num_in_flight == 0
+
+    on_loop(main())
+
+
+def test_a_stream_is_not_continued_on_another_kind_of_processor(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_PATIENCE_SECONDS", 0.05)
+    kinds = iter(("amx", "avx2"))
+    monkeypatch.setattr(replica_module, "kind_of", lambda _: next(kinds))
     local = Local(tiny_base)
 
     async def main() -> None:
