@@ -318,6 +318,7 @@ def test_every_view_is_accessible(
     with page_of(browser, server.url, size, "dark" if scheme == "dark" else "light") as page:
         for path in (*VIEWS, f"adapters/{codes}", f"train/{job}"):
             page.goto(view(server, path))
+            expect(page.get_by_role("heading", level=1)).to_be_visible()  # the view's module has come
             page.wait_for_load_state("networkidle")
             assert violations(page) == [], path
             assert not is_wider_than_the_screen(page), path
