@@ -162,10 +162,8 @@ class Leases:
             found = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == job_id)).scalar_one_or_none()
         return None if found is None else Status(found)
 
-    @transacted
     def heartbeat(
         self,
-        connection: sa.Connection,
         claim: Claim,
         lease_seconds: float = LEASE_SECONDS,
         progress: Mapping[str, object] | None = None,
@@ -173,17 +171,27 @@ class Leases:
     ) -> Directive:
         """Extend the lease to `lease_seconds` from now, store the job's progress, and return the directive.
 
-        If the job has run for longer than its project or key allows (`max_job_seconds`), it fails instead.
+        If the job has run for longer than its project or key allows (`max_job_seconds`), it fails instead. Like
+        `flush`, the transaction locks the job's row alone, unless it ends the job.
         """
         values: dict[str, object] = {"lease_until": self._now() + lease_seconds, **count_time(self._now())}
         values |= {"progress": plain(progress)} if progress is not None else {}
         values |= {"metrics": plain(metrics)} if metrics is not None else {}
-        connection.execute(sa.update(jobs).where(_is_claimed_by(claim)).values(values))
-        if (error := _overtime(connection, claim)) is None:
-            return _directive(connection, claim)
-        _end(connection, claim.job_id, Status.FAILED, self._now(), error=error)
-        job_events.append(connection, claim.job_id, error, level="error")
-        return Directive.CANCEL
+
+        def renew(connection: sa.Connection) -> Directive | None:
+            connection.execute(sa.update(jobs).where(_is_claimed_by(claim)).values(values))
+            return _directive(connection, claim) if _overtime(connection, claim) is None else None
+
+        def renew_or_end(connection: sa.Connection) -> Directive:
+            if (directive := renew(connection)) is not None:
+                return directive
+            error = _overtime(connection, claim)
+            assert error is not None
+            _end(connection, claim.job_id, Status.FAILED, self._now(), error=error)
+            job_events.append(connection, claim.job_id, error, level="error")
+            return Directive.CANCEL
+
+        return transact(self._beside, renew) or transact(self._engine, renew_or_end)
 
     def add_event(
         self,
