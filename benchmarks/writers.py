@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     claims = _claims(engine, given.workers)
     over, failed = threading.Event(), list[str]()
 
-    def until_over(seconds: float, work: Callable[[], None]) -> None:
+    def until_over(seconds: float, work: Callable[[], object]) -> None:
         over.wait(random.random() * seconds)
         while not over.wait(seconds):
             try:
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def renew(claim: Claim) -> None:
         leases = Leases(engine)
-        until_over(Timing.heartbeat, lambda: leases.heartbeat(claim) and None)
+        until_over(Timing.heartbeat, lambda: leases.heartbeat(claim))
 
     with ThreadPoolExecutor(given.servers + 2 * given.workers) as pool:
         for _ in range(given.servers):
