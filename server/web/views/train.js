@@ -48,7 +48,9 @@ export function TrainView({ path: [id, ...others] }) {
   const isOffered = useRef(false); // then the form stays, though a poll lists the job before its POST is answered
   if (id) isOffered.current = false;
   else if (listed?.length === 0) isOffered.current = true;
-  const isForbidden = jobs.problem?.status === 403;
+  const hasListed = useRef(false); // then a passing 403, as of a proxy, takes nothing away
+  if (listed) hasListed.current = true;
+  const isForbidden = jobs.problem?.status === 403 && !hasListed.current;
   const more = jobs.data?.isCut
     ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>`
     : null;
