@@ -229,7 +229,7 @@ def test_a_base_without_a_chat_template(server: ServerProcess, browser: Browser)
         expect(page.get_by_text("plain, as it is (the base)")).to_be_visible()
         expect(page.get_by_label("Question")).to_have_count(0)
         expect(page.get_by_role("textbox", name="Text")).to_be_visible()
-        with page.expect_request("**/generate") as asked:
+        with page.expect_request("**/compare") as asked:
             page.get_by_role("button", name="Continue “The capital of France is”").click()
         body = asked.value.post_data_json
         assert body is not None
