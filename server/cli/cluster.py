@@ -198,5 +198,5 @@ def _scale(**given: float | None) -> dict[str, float]:
 def _need_ray() -> None:
     """Raise StartupError if Ray isn't installed, else set Ray's environment variables. Ray isn't imported."""
     if find_spec("ray") is None:
-        raise StartupError("a cluster needs Ray: pip install -e '.[cluster]' in smolora's folder")
+        raise StartupError("a cluster needs Ray: .venv/bin/pip install -e '.[cluster]' in smolora's folder")
     set_up_ray()

@@ -234,5 +234,5 @@ def is_file(engine: sa.Engine) -> bool:
 def _lacks_psycopg(error: ImportError) -> StartupError:
     return StartupError(
         f"SMOLORA_DATABASE_URL needs psycopg, which isn't installed ({error}): "
-        "pip install -e '.[cluster]' in smolora's folder"
+        ".venv/bin/pip install -e '.[cluster]' in smolora's folder"
     )

@@ -39,7 +39,7 @@ class Storage:
         try:
             from adapters.storage.bucket import Bucket
         except ImportError:
-            install = "pip install -e '.[cluster]' in smolora's folder"
+            install = ".venv/bin/pip install -e '.[cluster]' in smolora's folder"
             raise StartupError(f"{where}: needs the extra `cluster`: {install}") from None
         try:
             bucket = Bucket.open(settings.bytes_url, allow_http=BucketSettings().allow_http)
