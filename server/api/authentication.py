@@ -99,6 +99,7 @@ FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """HTTP methods that change nothing. They don't count towards a rate limit, except downloads and long lists."""
 _PRINCIPAL, _END, _SENDER = "principal", "end_of_key", "sender"
 _SEND_KEY = Hint("send_key", "Authorization: Bearer <key>")
+_REPLACE_KEY = Hint("replace_key", _SEND_KEY.text)
 _OMIT_PROJECT = Hint("omit_project", "leave out OpenAI-Project")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -172,7 +173,8 @@ class Authentication:
                 key = self._access.ring.key_of(secret)
                 state[_SENDER] = Sender("unknown") if key is None else Sender(key.id, key.project, has_key=True)
                 await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
-            raise Unauthorized(f"send a valid key: {_SEND_KEY}", hint=_SEND_KEY)
+            hint = _SEND_KEY if secret is None else _REPLACE_KEY
+            raise Unauthorized(f"send a valid key: {hint}", hint=hint)
         has_key = principal.key_id != ANONYMOUS
         state[_SENDER] = Sender(principal.key_id, principal.project if has_key else "", has_key)
         if resource is NOWHERE and not principal.is_operator:

@@ -46,6 +46,8 @@ _ADVICE = {
     "list_keys": "`smolora keys list` lists them",
     "list_projects": "`smolora projects list` lists them",
     "omit_project": "the adapter is another project's",
+    "replace_key": "that of SMOLORA_API_KEY or --api-key is unknown, revoked or expired; "
+    "`smolora keys create NAME` makes one",
     "send_key": "set SMOLORA_API_KEY, or give --api-key",
 }
 """The command line's advice, by the code of an error's hint."""
@@ -162,6 +164,18 @@ def finite(value: float, option: str) -> float:
     if not math.isfinite(value):
         raise typer.BadParameter("it must be finite", param_hint=option)
     return value
+
+
+def each_alone(adapters: Sequence[str]) -> Sequence[str]:
+    """Return the values of --adapter. Raise BadParameter if a value lists several adapters."""
+    for value in adapters:
+        if "," in value:
+            several = " ".join(f"-a {part.strip()}" for part in value.split(",") if part.strip())
+            raise typer.BadParameter(
+                f"give the option once for each adapter, as in {several}; a blend joins its parts with +",
+                param_hint="--adapter",
+            )
+    return adapters
 
 
 def number(value: object) -> str:

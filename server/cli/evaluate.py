@@ -15,6 +15,7 @@ from server.cli.common import (
     KeyOption,
     UrlOption,
     connected,
+    each_alone,
     fail,
     given,
     print_json,
@@ -58,6 +59,7 @@ def evaluate(
     """
     if (text is None) != (label is None):
         raise typer.BadParameter("--text and --label go together", param_hint="--label" if text else "--text")
+    each_alone(adapter)
     with connected(url, api_key) as client, uploads(client, keep=True) as upload_file:
         upload = upload_file if text is None or label is None else labels_uploaded(upload_file, text, label)
         datasets = {dataset_of(upload, one): one for one in data}

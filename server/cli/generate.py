@@ -22,6 +22,7 @@ from server.cli.common import (
     TopPOption,
     UrlOption,
     connected,
+    each_alone,
     given,
     print_json,
     print_warnings,
@@ -127,7 +128,7 @@ def compare(
 ) -> None:
     """Answer a prompt under several adapters at once, with each answer's log-probability."""
     sampling = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
-    body = {**start_of(prompt, chat), **given(adapters=adapter, score=score or None), **sampling}
+    body = {**start_of(prompt, chat), **given(adapters=each_alone(adapter), score=score or None), **sampling}
     with connected(url, api_key) as client:
         answer = client.compare(body)
     if as_json:

@@ -47,6 +47,8 @@ def read_labelled(path: Path, text: str, label: str) -> LabelledTexts:
     Records without a text or a label and repeated records are left out, and counted in the notes. Raise TableError
     if the file or a column can't be used, or OSError if the file can't be read.
     """
+    if path.suffix.lower() in {".json", ".jsonl"}:
+        raise TableError("--text and --label are only for CSV files: leave them out")
     seen: dict[tuple[str, str], None] = {}
     num_unlabelled = num_empty = num_repeated = 0
     for record in _records(path, text, label):

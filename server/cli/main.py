@@ -41,7 +41,7 @@ from server.telemetry import logs
 app = typer.Typer(
     name="smolora",
     cls=Commands,
-    help="One frozen SmolLM, any LoRA adapter per request: train, serve, version, and blend without a merge.",
+    help="One frozen SmolLM, any LoRA adapter per request: train, serve, version, blend. The base never changes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

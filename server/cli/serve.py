@@ -15,7 +15,7 @@ import typer
 from server.config import Settings, is_loopback
 from server.config.environment import unknown_variables
 from server.errors import StartupError
-from server.serve.address import bind, refuse_strangers, url
+from server.serve.address import bind, first_key, refuse_strangers, url
 from server.storage.home import make, prepare, serving
 from server.system.memory import exempt_from_gc, keep_freed_memory
 from server.system.threads import switch_quickly
@@ -92,7 +92,7 @@ def _serve_at(
             say("clients without a key may generate and train in the project default (SMOLORA_ALLOW_ANONYMOUS=1)")
         elif anonymous is not None:
             where = "on this machine " if is_loopback(settings.host) else ""
-            say(f"any client {where}may do everything, until you make a first key (smolora keys create)")
+            say(f"any client {where}may do everything, until you make a first key ({first_key(settings)})")
         if settings.log_format == "json":
             say(ready)
         else:

@@ -186,10 +186,11 @@ def _rank_and_rate(config: Document) -> tuple[str, str]:
     return rank, f"{part_of(config, 'training')['learning_rate']:g}"
 
 
-def _is_of_chats(job: Document) -> bool:
-    """Return whether most of the job's rows are messages, or False if an older job doesn't record that."""
+def _command_to_try(job: Document) -> str:
+    """Return the command that suits most of the job's rows, or `generate` if an older job doesn't record that."""
     kinds = cast("dict[str, int]", cast("Document", job["data"] or {}).get("kinds", {}))
-    return 2 * kinds.get("messages", 0) > sum(kinds.values())
+    commands = {"messages": "chat", "decision": "decide"}
+    return next((commands[kind] for kind in commands if 2 * kinds.get(kind, 0) > sum(kinds.values())), "generate")
 
 
 def train(
@@ -331,11 +332,21 @@ def watch(client: "Client", job: Document, as_json: bool) -> int:
 @contextmanager
 def uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
     """Yield a function that uploads a file and returns its id. Unless `keep`, delete new data sets at the end."""
+    from server.client.connection import ClientError
+
     before = set[object]() if keep else {dataset["id"] for dataset in client.datasets()}
     uploaded = set[str]()
 
     def upload(path: Path) -> str:
-        dataset = client.upload(path)
+        try:
+            dataset = client.upload(path)
+        except ClientError as error:
+            if "the first line must name the columns" not in str(error):
+                raise
+            advice = (
+                "to train on labels instead, give --text and --label: the columns of the texts and of their labels"
+            )
+            raise ClientError(f"{error}\n{advice}", error.status, error.hint) from None
         print_warnings(cast("list[str]", dataset["warnings"]))
         uploaded.add(str(dataset["id"]))
         return str(dataset["id"])
@@ -504,8 +515,7 @@ def _show_end(client: "Client", job: Document) -> None:
         reference = "{name}@{version}".format(**adapter)
         if adapter.get("moves_latest") is False:
             console.print(Text(f"{reference} is published, but latest stays where it was", style="bold red"))
-        command = "chat" if _is_of_chats(job) else "generate"
-        typer.echo(f"Try: {suggestion(command, '…', '--adapter', reference, client=client)}")
+        typer.echo(f"Try: {suggestion(_command_to_try(job), '…', '--adapter', reference, client=client)}")
     elif job["status"] == "succeeded":
         gate = cast("Document", report["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))

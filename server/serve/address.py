@@ -5,6 +5,7 @@ Importing this module is quick, so that errors are reported before slow work beg
 
 import errno
 import math
+import shlex
 import socket
 import time
 from typing import Any
@@ -95,10 +96,16 @@ def refuse_strangers(settings: Settings) -> None:
     needs_key = settings.api_keys or Home(settings.home).keyed.exists()
     if not (needs_key or settings.allow_anonymous != "0" or is_loopback(settings.host) or _has_keys(settings)):
         raise StartupError(
-            f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create NAME --home "
-            f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or serve clients without one: "
+            f"{settings.host} can be reached from elsewhere: make a key ({first_key(settings)}), "
+            f"set {PREFIX}API_KEYS (--api-keys), or serve clients without one: "
             f"{PREFIX}ALLOW_ANONYMOUS=until-keyed (--allow-anonymous) until you make a key, 1 always"
         )
+
+
+def first_key(settings: Settings) -> str:
+    """Return the command that makes a key of this server. It names HOME unless that is the default."""
+    is_default = settings.home == Settings.model_fields["home"].default
+    return f"{program()} keys create NAME" + ("" if is_default else f" --home {shlex.quote(str(settings.home))}")
 
 
 def _has_keys(settings: Settings) -> bool:

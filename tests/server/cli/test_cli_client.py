@@ -186,6 +186,28 @@ def test_chats_are_tried_in_a_chat(
     assert "chat … --adapter codes@" in result.stdout.splitlines()[-1].replace("'", "")
 
 
+def test_decisions_are_tried_by_decide(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "tickets.csv"
+    path.write_text("body,team\nno invoice,billing\nno parcel,shipping\n")
+    worker(lambda stand_in: stand_in.succeed(digest="2" * 64))
+    result = smolora("train", str(path), "--name", "codes", "--text", "body", "--label", "team")
+    assert result.exit_code == 0, result.output
+    assert "decide … --adapter codes@" in result.stdout.splitlines()[-1].replace("'", "")
+
+
+@pytest.mark.parametrize("command", [("train", "--name", "triage"), ("evaluate", "-a", "base")])
+def test_a_table_of_labels_needs_two_options(smolora: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    path = tmp_path / "tickets.csv"
+    path.write_text("body,team,id\nno invoice,billing,1\n")
+    result = smolora(*command, str(path))
+    assert result.exit_code == 1
+    assert "body, team, id" in result.stderr
+    advice = "to train on labels instead, give --text and --label: the columns of the texts and of their labels"
+    assert result.stderr.splitlines()[-1] == f"smolora: {advice}"
+
+
 def test_adapters_are_listed_without_losses(smolora: Run, server: Running) -> None:
     """Versions may have been measured on different rows, so their losses don't compare."""
     metrics = {"eval_loss": 1.5, "base_eval_loss": 3.0, "recall": 0.96}
@@ -524,6 +546,15 @@ def test_missing_key_is_explained(smolora: Run) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "smolora: send a valid key: set SMOLORA_API_KEY, or give --api-key\n"
     assert smolora("jobs", "--api-key", "secret-0123456789", environment={"SMOLORA_API_KEY": ""}).exit_code == 0
+
+
+def test_refused_key_is_explained(smolora: Run) -> None:
+    result = smolora("jobs", environment={"SMOLORA_API_KEY": "wrong-0123456789"})
+    assert (result.exit_code, result.stdout) == (1, "")
+    reason = (
+        "that of SMOLORA_API_KEY or --api-key is unknown, revoked or expired; `smolora keys create NAME` makes one"
+    )
+    assert result.stderr == f"smolora: send a valid key: {reason}\n"
 
 
 def test_unreachable_server_is_explained(smolora: Run) -> None:

@@ -77,3 +77,10 @@ def test_refusal_ends_the_command(smolora: Run) -> None:
     assert result.exit_code == 1
     assert "nobody" in result.output
     assert smolora("compare", "Not").exit_code == 2  # at least one adapter
+
+
+def test_a_list_of_adapters_is_refused(smolora: Run) -> None:
+    result = smolora("compare", "Not", "-a", "base, up")
+    assert result.exit_code == 2
+    advice = " ".join(result.stderr.replace("│", " ").split())
+    assert "give the option once for each adapter, as in -a base -a up; a blend joins its parts with +" in advice

@@ -80,6 +80,12 @@ def test_a_table_that_cannot_be_used_is_refused(tmp_path: Path, table: str, faul
     assert str(caught.value) == fault
 
 
+def test_rows_that_are_no_table_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    with pytest.raises(TableError, match="--text and --label are only for CSV files: leave them out"):
+        read_labelled(tmp_path / "a.jsonl", "prompt", "completion")
+
+
 def test_a_table_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("body,team\nÄrger,a\n".encode("latin-1"))
     with pytest.raises(TableError, match="it is not UTF-8: save it as CSV UTF-8"):

@@ -10,7 +10,7 @@ from server.access.principal import OPERATOR
 from server.config import Settings, load
 from server.database import connect
 from server.errors import StartupError
-from server.serve.address import bind, refuse_strangers
+from server.serve.address import bind, first_key, refuse_strangers
 from server.storage.home import Home
 
 
@@ -28,6 +28,12 @@ def test_other_addresses_than_the_loopback_need_keys_or_a_setting(host: str, tmp
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_the_loopback_needs_no_keys(host: str, tmp_path: Path) -> None:
     refuse_strangers(load(Settings, home=tmp_path, host=host))
+
+
+def test_the_command_for_a_first_key_names_this_home(tmp_path: Path) -> None:
+    assert first_key(load(Settings)).endswith("smolora keys create NAME")
+    elsewhere = tmp_path / "a home"
+    assert first_key(load(Settings, home=elsewhere)).endswith(f"smolora keys create NAME --home '{elsewhere}'")
 
 
 def test_an_address_of_this_machine_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
