@@ -89,6 +89,7 @@ class EvaluationAttempt:
             measured.append(judge(answers, data, max_text_bytes(data, len(candidates))))
             progress = {"step": number + 1, "total_steps": len(candidates)}
             self._reporter.metrics(f"measured {candidates[number].expression}", {"step": number + 1})
+            self._reporter.flush()
             state = {"measured": [asdict(one) for one in measured]}
             self._checkpoints.save(Checkpoint(number + 1, {}, state))
             self._reporter.checkpointed(number + 1)

@@ -162,6 +162,9 @@ class JobReporter:
         if self._trace is not None:
             self._trace.stepped(data)
 
+    def flush(self) -> None:
+        self._leases.flush(self._claim)
+
     def checkpointed(self, step: int) -> None:
         self._leases.checkpointed(self._claim, step)
 

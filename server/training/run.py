@@ -77,6 +77,10 @@ class Reporter(Protocol):
         """Report measurements of the step `data["step"]`."""
         ...
 
+    def flush(self) -> None:
+        """Store the reported measurements. Called before a checkpoint: its steps won't be computed again."""
+        ...
+
     def checkpointed(self, step: int) -> None:
         """Report that a checkpoint of this step is stored."""
         ...
@@ -229,6 +233,7 @@ class Run:
         tensors = dict(trainer.state())
         if self._best is not None:
             tensors["best"] = self._best
+        self._reporter.flush()
         with self._reporter.transferring(self._max_checkpoint_bytes):
             self._checkpoints.save(Checkpoint(trainer.step, tensors, asdict(counters)))
         self._last_checkpoint = time.monotonic()

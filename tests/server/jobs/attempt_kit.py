@@ -81,6 +81,9 @@ class Reporter:
         self.on_metrics()
         self._around(lambda: self.leases.add_metrics(self.claim, message, data))
 
+    def flush(self) -> None:
+        self.leases.flush(self.claim)
+
     def checkpointed(self, step: int) -> None:
         self._around(lambda: self.leases.checkpointed(self.claim, step))
 

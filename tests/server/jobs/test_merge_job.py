@@ -63,6 +63,9 @@ class Listener:
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
         raise AssertionError("a merge has no steps to measure")
 
+    def flush(self) -> None:
+        raise AssertionError("a merge has no checkpoints")
+
     def checkpointed(self, step: int) -> None:
         raise AssertionError("a merge has no checkpoints")
 

@@ -65,6 +65,8 @@ class Listener:
         assert isinstance(step, int)
         self.steps.append(step)
 
+    def flush(self) -> None: ...
+
     def checkpointed(self, step: int) -> None:
         self.checkpoints.append(step)
 
