@@ -146,7 +146,7 @@ def _forget_former_head(port: int) -> None:
 def keep_token(creates: bool) -> None:
     """Hide the token that all of Ray's processes need from other users. Create it if it is missing.
 
-    All machines need the same token, and whoever has it can run code on all of them. Raise StartupError if it is
+    All machines need the same token. Anyone who has it can run code on all of them. Raise StartupError if it is
     missing and `creates` is false, or if it can't be written.
     """
     if (path := ray_token_path()) is None:

@@ -142,8 +142,9 @@ LOSABLE = "losable"
 KEPT = "kept"
 
 CONNECT_SECONDS = 5
-LOCK_SECONDS = 5
+LOCK_SECONDS = 3
 """The longest that a transaction waits for a lock. A job's lease is at least three times as long."""
+_POOL_SECONDS = 5  # that a thread waits for a free connection
 STATEMENT_SECONDS = 15
 """The longest that a statement may take: more than LOCK_SECONDS, since a statement waits for the writers' lock."""
 _ANSWER_SECONDS = STATEMENT_SECONDS + 2.0  # the server ends a statement itself before this
@@ -241,7 +242,7 @@ def connect_server(url: str, patience: float) -> sa.Engine:
         poolclass=_Pool,
         pool_size=8,
         max_overflow=24,
-        pool_timeout=LOCK_SECONDS,
+        pool_timeout=_POOL_SECONDS,
         pool_pre_ping=True,
         use_native_hstore=False,
         execution_options={PATIENCE: patience},

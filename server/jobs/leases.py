@@ -30,7 +30,7 @@ from server.jobs.queries import STOP_STEP, version_limits
 from server.jobs.tables import EVALUATE, Lane, Status, Time, charge, count_time, jobs
 from server.jobs.turns import claimable, must_give_way, seconds_at_claim
 
-LEASE_SECONDS = 15.0
+LEASE_SECONDS = 10.0
 """At least three times as long as a transaction waits for PostgreSQL's locks: a busy lock loses no lease."""
 METRICS_SECONDS = 1.0
 """The shortest time between two transactions that store metrics of a job's steps."""

@@ -67,7 +67,7 @@ class Timing:
     """A worker's intervals and timeouts, in seconds."""
 
     lease: float = LEASE_SECONDS
-    heartbeat: float = 4.0  # between renewals of the lease
+    heartbeat: float = 2.5  # between renewals of the lease
     directive: float = 0.25  # between reads of the job's directive
     poll: float = 0.5  # between polls of the queue
     hung: float = 300.0  # without progress, after which the process is killed

@@ -40,7 +40,7 @@ class Cluster:
         words = ("cluster", "deploy")
         called = command(words, address=self.address, replicas=num_replicas, **flags)
         done = subprocess.run(
-            called, env=environment(), capture_output=True, text=True, timeout=3 * PATIENCE, check=False
+            called, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cluster, needs_ray]
 
 def ended(*words: str, **flags: object) -> subprocess.CompletedProcess[str]:
     called = [part for part in command(("cluster", *words), **flags) if part != "--workers=0" or words == ("up",)]
-    return subprocess.run(called, env=environment(), capture_output=True, text=True, timeout=3 * PATIENCE)
+    return subprocess.run(called, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
@@ -41,7 +41,7 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
             except httpx.TransportError:
                 return False
 
-        wait_until(is_ready, "it isn't ready", 3 * PATIENCE)
+        wait_until(is_ready, "it isn't ready", PATIENCE)
         answer = httpx.post(
             f"{url}/generate", json={"prompt": "404", "max_tokens": 4}, trust_env=False, timeout=60
         )

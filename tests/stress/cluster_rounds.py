@@ -54,7 +54,7 @@ SIZES = {**NATIVE_SIZES, "max_position_embeddings": 2048}
 ADAPTERS = (None, "fixed", "fixed*0.5", "fixed*2+other*-0.5")
 NUM_LONG, NUM_SHORT = 1500, 20  # tokens
 READY_SECONDS = 20.0  # for /ready, on a machine that is busy
-LONG_ROUNDS = 20  # with at least so many rounds, some strikes take a minute
+LONG_ROUNDS = 20  # with at least this number of rounds, some strikes take a minute
 Body = dict[str, Any]
 
 

@@ -178,7 +178,7 @@ def runs(server: ServerProcess) -> list[dict[str, Any]]:
 
 
 def pretend_runs(page: Page, runs: list[dict[str, Any]]) -> None:
-    """Answer the page with these jobs alone, each of which has reported four steps if it succeeded."""
+    """Answer the page with these jobs alone. A job that succeeded has reported four steps."""
     page.route(re.compile(r"/train(\?.*)?$"), lambda route: route.fulfill(json={"jobs": runs, "next": None}))
 
     def events(route: Route) -> None:
@@ -230,7 +230,7 @@ def test_runs_are_sorted_and_compared(
 
 @pytest.fixture(scope="module")
 def versions(server: ServerProcess, tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Upload ten adapters, of which `a` has seven versions, the newest of all adapters."""
+    """Upload ten adapters. `a` has seven versions, the newest of all adapters."""
     directory = tmp_path_factory.mktemp("adapter")
     for number in range(16):
         write(directory, sample(tiny_base.config.shape, number, rank=2))
@@ -416,7 +416,7 @@ def test_rows_are_looked_at_and_excluded(
 
 
 def metrics(second: int) -> str:
-    """Return the engine's metrics after so many seconds, in which it has answered one request each."""
+    """Return the engine's metrics as if it had answered one request in each of these seconds."""
     buckets = {"0.1": 0, "0.2": second // 2, "0.4": second, "+Inf": second}
     lines = [f'smolora_time_to_first_token_seconds_bucket{{le="{le}"}} {number}' for le, number in buckets.items()]
     lines += [

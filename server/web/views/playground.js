@@ -223,7 +223,7 @@ function History({ current }) {
   if (!all.length) return null;
   return html`<details class="card">
     <summary>History (${count(all.length)})</summary>
-    <p class="muted">The last 50 runs, until this tab is closed.</p>
+    <p class="muted">The last 50 runs, until this page is reloaded or closed.</p>
     <ul class="names">
       ${all.map(
         (one) =>
