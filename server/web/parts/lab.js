@@ -70,7 +70,7 @@ export function Lab({ terms, value }) {
     `${set.filename ?? set.id} · ${plural(set.rows, "row")}`,
   ]);
   return html`<p class="muted">
-      ${terms.length === 2 ? "Measures eleven blends on the line from the first part alone to the second alone." : "Measures the blend with all its weights times 0 to 1.5."}
+      ${terms.length === 2 ? "Measures eleven blends on the line from the first part alone to the second alone." : "Measures the blend with all its weights times 0 to 1.5."}${" "}
       Up to 200 rows are read.
     </p>
     <${Fault} problem=${sets.problem} />
@@ -158,8 +158,9 @@ function Found({ sweep, results, differences }) {
   const at = points.find((point) => point.adapter === best.adapter)?.at;
   const mark = useMemo(() => (at === undefined ? null : { at, label: "best" }), [at]);
   const isLine = terms.length === 2;
+  const [start, end] = terms.map(({ name, pin }) => name + (pin && `@${pin}`)); // two versions may have one name
   return html`<section aria-label="Weights measured">
-    <${Chart} title=${isLine ? `From ${terms[0]?.name} to ${terms[1]?.name}` : "By factor"} x=${x} xLabel=${isLine ? `weight of ${terms[1]?.name}` : "factor"} yLabel=${words} series=${series} mark=${mark} height=${200} />
+    <${Chart} title=${isLine ? `From ${start} to ${end}` : "By factor"} x=${x} xLabel=${isLine ? `weight of ${end}` : "factor"} yLabel=${words} series=${series} mark=${mark} height=${200} />
     <${Table} label="Weights" columns=${["Expression", `#${words}`, "#95 %"]}>
       ${results.map(
         (result) =>
