@@ -216,8 +216,12 @@ class Authentication:
 
 
 def _secret(headers: Headers) -> str | None:
-    """Return the request's key, None if the key is missing or empty, or \"\" if the scheme isn't Bearer."""
-    if (given := headers.get("authorization")) is None:
-        return None
-    scheme, _, secret = given.partition(" ")
+    """Return the request's key, None if the key is missing or empty, or \"\" if the scheme isn't Bearer.
+
+    Also return \"\" if there are several: a proxy in front of the server may have read another one.
+    """
+    given = headers.getlist("authorization")
+    if len(given) != 1:
+        return "" if given else None
+    scheme, _, secret = given[0].partition(" ")
     return secret.strip() or None if scheme.lower() == "bearer" else ""

@@ -49,7 +49,6 @@ _LIMITED = ("max_bytes", "limit")  # reasons of a 403 that isn't an attempt at w
 _VERSIONS = ("1.0", "1.1")
 _MAX_PATH = 200  # characters in a log line
 _NOT_IDEMPOTENT = "is not supported here: each request adds something, so check what exists before you retry"
-_GIVEN_ONCE = ("Authorization", "Idempotency-Key", "OpenAI-Project")
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0, reason="disk")
 _DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
 _DATABASE_LOCKED = Unavailable("the database is locked by another process", retry_after=5.0)
@@ -202,13 +201,10 @@ class Edge:
         form, method = form_of(scope["path"]), scope["method"]
         required = resource.methods.get(method)
         try:
-            given = Headers(scope=scope)
-            if twice := next((name for name in _GIVEN_ONCE if len(given.getlist(name)) > 1), None):
-                raise InvalidInput.of(twice, "give this header once")
             if not resource.is_open:
                 await self._authentication.admit(scope, resource)
                 body.end_of_key = None if method in FREE_METHODS else end_of_key(scope)
-            if required is not None and required.adds and "idempotency-key" in given:
+            if required is not None and required.adds and "idempotency-key" in Headers(scope=scope):
                 raise InvalidInput.of("Idempotency-Key", _NOT_IDEMPOTENT)
             if required is not None and required.queued:
                 ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
