@@ -267,7 +267,8 @@ def restart(server: ServerProcess) -> None:
 
 
 def kill(server: ServerProcess) -> None:
-    server.kill()
+    if server.process.poll() is None:
+        server.kill()
     time.sleep(1)
 
 

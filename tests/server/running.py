@@ -37,6 +37,7 @@ class Running:
         self._server.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
+        self.services.jobs._engine.dispose()  # a process would end here, and with it its connections
 
 
 @contextmanager
