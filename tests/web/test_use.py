@@ -624,6 +624,16 @@ def test_the_focus_stays_where_something_was_done(server: ServerProcess, browser
         expect(page.locator(".sides > .chosen")).to_be_focused()
 
 
+def test_a_dialog_has_the_focus_before_the_next_key(server: ServerProcess, browser: Browser) -> None:
+    """A quick second Enter confirms. It doesn't open the menu again."""
+    with page_of(browser, f"{server.url}/#/adapters/plain") as page:
+        page.get_by_role("button", name="More actions for plain").click()
+        focused = page.get_by_role("button", name="Delete adapter…").evaluate(
+            "(item) => (item.click(), Promise.resolve().then(() => document.activeElement.textContent.trim()))"
+        )
+        assert focused == "Delete"
+
+
 def test_an_alias_after_its_version_is_deleted(server: ServerProcess, browser: Browser) -> None:
     """The form for it names what is there."""
     for weight in (0.5, 0.6):

@@ -1,5 +1,5 @@
 /** Building blocks of all views: problems, labelled fields, badges, bars. */
-import { html, useEffect, useId, useRef, useState } from "../lib/html.js";
+import { html, useEffect, useId, useLayoutEffect, useRef, useState } from "../lib/html.js";
 import { duration } from "../lib/format.js";
 
 /** @import { Problem } from "../lib/api.js" */
@@ -217,7 +217,8 @@ export function Careful({ label, busy = false, ...about }) {
  */
 export function Confirm({ label, sure, deed = label, keep = "Keep it", onClose, onSure }) {
   const dialog = useRef(/** @type {HTMLDialogElement | null} */ (null));
-  useEffect(() => dialog.current?.showModal(), []);
+  // before the next key: after the paint, a quick Enter would press the button that asked
+  useLayoutEffect(() => dialog.current?.showModal(), []);
   const close = () => dialog.current?.close();
   return html`<dialog ref=${dialog} aria-label="${label}?" onClose=${onClose}>
     <p>${sure}</p>
