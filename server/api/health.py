@@ -3,8 +3,11 @@
 /health and /ready also answer HEAD, which load balancers often send.
 """
 
+from functools import partial
+from typing import Annotated
+
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from pydantic import Field
 from starlette.responses import Response
 
@@ -84,7 +87,17 @@ async def version(services: ServicesDep) -> Response:
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)
 @requires(METRICS, watcher="scraper")
-async def metrics(services: ServicesDep) -> Response:
-    """Return counters, gauges and histograms in Prometheus' text format."""
-    text = await to_thread.run_sync(services.metrics.render, limiter=_rendering)
+async def metrics(
+    services: ServicesDep,
+    all_replicas: Annotated[
+        bool, Query(description="also metrics of engine replicas that another API process reports")
+    ] = False,
+) -> Response:
+    """Return counters, gauges and histograms in Prometheus' text format.
+
+    In a cluster, an engine replica's metrics have the label `replica`, and one of the API processes reports them.
+    Scrape all API processes, so that each replica counts once.
+    """
+    render = partial(services.metrics.render, all_replicas=all_replicas)
+    text = await to_thread.run_sync(render, limiter=_rendering)
     return Response(text, media_type=CONTENT_TYPE)

@@ -10,13 +10,13 @@ requests wait, but not longer than _PATIENCE_SECONDS.
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
 
 from adapters.errors import SmoloraError
 from server.cluster import fleet
-from server.cluster.fleet import Counts, Link, Sent, Transport
+from server.cluster.fleet import Link, Sent, Transport
 from server.cluster.messages import Batch
 from server.engine.async_engine import OutputStream
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
@@ -45,7 +45,7 @@ class ReplicatedEngine:
         self._size_of = size_of
         self._client = uuid.uuid4().hex
         self._links: dict[str, Link] = {}
-        self._counts = Counts()
+        self._max_in_flight = 0  # the most unfinished sequences that ready replicas ever allowed together
         self._followers: dict[str, asyncio.Task[None]] = {}  # a task for each link
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent: dict[str, Sent] = {}
@@ -84,7 +84,7 @@ class ReplicatedEngine:
 
         Return None if this number is unknown.
         """
-        return fleet.max_in_flight(list(self._links.values()), self._base_digest, self._counts)
+        return fleet.max_in_flight(list(self._links.values()), self._base_digest, self._max_in_flight)
 
     @property
     def max_num_tokens(self) -> int | None:
@@ -93,8 +93,16 @@ class ReplicatedEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Return the statistics of all replicas together. Counters count from the start of this process."""
-        return fleet.total(list(self._links.values()), self._counts)
+        """Return the statistics of all replicas together. Its counters fall if a replica is lost."""
+        return fleet.total(list(self._links.values()))
+
+    def stats_by_replica(self, *, is_complete: bool) -> Mapping[str, EngineStats]:
+        """Return each replica's statistics, by the replica's id.
+
+        Each replica has one reporter among the API processes, so that its metrics are counted once. Unless
+        `is_complete` is true, the result has only the replicas for which this process is the reporter.
+        """
+        return fleet.stats_by_replica(list(self._links.values()), is_complete=is_complete)
 
     def start(self) -> None:
         """Find the replicas, and subscribe to their outputs. Call it once, on the event loop."""
@@ -259,7 +267,7 @@ class ReplicatedEngine:
         for name, link in self._links.items():
             link.is_leaving = name not in ids
         for name in ids - self._links.keys():
-            link = self._links[name] = Link(name, counts=self._counts)
+            link = self._links[name] = Link(name)
             self._followers[name] = asyncio.create_task(self._follow(link))
 
     async def _follow(self, link: Link) -> None:
@@ -301,7 +309,7 @@ class ReplicatedEngine:
             was_ready = link.is_ready
             link.take(batch.state)
             if not was_ready:
-                self._counts.note(self._ready_links())
+                self._max_in_flight = max(self._max_in_flight, fleet.limit_of(self._ready_links()))
                 async with self._changed:
                     self._changed.notify_all()
 

@@ -26,48 +26,7 @@ OnChange = Callable[[frozenset[str]], None]
 _MAX_BLOCKS = 256
 """The maximum number of a prompt's leading blocks that are compared with replicas' prefix caches."""
 
-COUNTERS = (
-    "adapter_loads",
-    "adapter_evictions",
-    "prefix_cached_tokens",
-    "prompt_tokens",
-    "output_tokens",
-    "preemptions",
-    "steps",
-    "drafted_tokens",
-    "accepted_tokens",
-)
-"""The fields of `EngineStats` that never decrease while an engine runs."""
-
 log = logging.getLogger(__name__)
-
-
-class Counts:
-    """Sums of all replicas' counters, counted since this process first saw each replica.
-
-    The sums never decrease, even if replicas are removed.
-    """
-
-    def __init__(self) -> None:
-        self.sums = dict.fromkeys(COUNTERS, 0)
-        self.max_in_flight = 0  # the most unfinished sequences that ready replicas ever allowed together
-
-    def grow(self, before: EngineStats | None, now: EngineStats) -> None:
-        """Add the growth of a replica's counters since its previous report, `before`.
-
-        If `before` is None, `now` is the first report, and nothing is added.
-        """
-        if before is not None:
-            for name in COUNTERS:
-                old, new = getattr(before, name), getattr(now, name)
-                self.sums[name] += new - old if new >= old else new  # lower: the replica was restarted
-
-    def note(self, links: Sequence["Link"]) -> None:
-        """Update `max_in_flight` from `links`, the ready replicas."""
-        limits = [link.welcome.max_in_flight for link in links if link.welcome is not None]
-        known = [limit for limit in limits if limit is not None]
-        if len(known) == len(limits):
-            self.max_in_flight = max(self.max_in_flight, sum(known))
 
 
 class Transport(Protocol):
@@ -155,8 +114,6 @@ class Link:
 
     id: str
     welcome: Welcome | None = None
-    counts: Counts = field(default_factory=Counts)  # shared by all links of this process
-    last_stats: EngineStats | None = None  # from its last report, also after the replica is lost
     state: ReplicaState | None = None
     blocks: set[int] = field(default_factory=set)  # in its prefix cache, or in prompts being sent to it
     is_leaving: bool = False  # Serve is stopping the replica, but its requests may finish
@@ -204,8 +161,6 @@ class Link:
     def take(self, state: ReplicaState) -> None:
         """Store the replica's report."""
         self.state, self.is_new = state, False
-        self.counts.grow(self.last_stats, state.stats)
-        self.last_stats = state.stats
         for sent in self.sent.values():
             sent.is_reported = not sent.is_offered
         if state.blocks is not None:
@@ -217,11 +172,19 @@ def max_num_tokens(links: Sequence[Link]) -> int | None:
     return min((link.welcome.max_num_tokens for link in links if link.welcome is not None), default=None)
 
 
-def max_in_flight(links: Sequence[Link], base_digest: str, counts: Counts) -> int | None:
+def limit_of(links: Sequence[Link]) -> int:
+    """Return how many unfinished sequences the ready replicas `links` allow together, or 0 if one doesn't say."""
+    limits = [link.welcome.max_in_flight for link in links if link.welcome is not None]
+    known = [limit for limit in limits if limit is not None]
+    return sum(known) if len(known) == len(limits) else 0
+
+
+def max_in_flight(links: Sequence[Link], base_digest: str, highest: int) -> int | None:
     """Return how many unfinished sequences all replicas with this base model allow together.
 
-    Replicas that were lost are included, since they are replaced. Return None if a replica hasn't reported yet, is
-    lost at the moment, or runs an older version that doesn't report its limit.
+    `highest` is the highest `limit_of` so far, so that replicas that were lost are included: they are replaced.
+    Return None if a replica hasn't reported yet, is lost at the moment, or runs an older version that doesn't
+    report its limit.
     """
     for link in links:
         welcome = link.welcome
@@ -229,7 +192,7 @@ def max_in_flight(links: Sequence[Link], base_digest: str, counts: Counts) -> in
             continue
         if link.state is None or welcome is None or welcome.max_in_flight is None:
             return None
-    return counts.max_in_flight or None
+    return highest or None
 
 
 def check_queues(links: Sequence[Link]) -> None:
@@ -282,15 +245,22 @@ def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
     return [block_hash(key) for key in keys]
 
 
-def total(links: Sequence[Link], counts: Counts) -> EngineStats:
-    """Return the statistics of all replicas together. Counters come from `counts`.
+def stats_by_replica(links: Sequence[Link], *, is_complete: bool) -> dict[str, EngineStats]:
+    """Return the statistics of the replicas, by id, for which this process is the reporter, or of all replicas."""
+    states = [(link.id, link.state) for link in links]  # read once: /metrics calls from another thread
+    return {
+        name: state.stats for name, state in states if state is not None and (is_complete or state.is_reporter)
+    }
 
-    Of the other fields, numbers are added up, except that `max_adapter_rank` is the maximum. Sets are united.
+
+def total(links: Sequence[Link]) -> EngineStats:
+    """Return the statistics of all replicas together.
+
+    Numbers are added up, except that `max_adapter_rank` is the maximum. Sets are united.
     """
-    states = [link.state for link in links]  # read once: /metrics calls from another thread
-    found = [state.stats for state in states if state is not None]
-    sums: dict[str, Any] = dict(counts.sums)  # by the fields' names
-    for name in (of.name for of in fields(EngineStats) if of.name not in COUNTERS):
+    found = list(stats_by_replica(links, is_complete=True).values())
+    sums: dict[str, Any] = {}  # by the fields' names
+    for name in (of.name for of in fields(EngineStats)):
         values = [getattr(stats, name) for stats in found]
         if isinstance(getattr(EngineStats, name), frozenset):
             sums[name] = frozenset[str]().union(*values)

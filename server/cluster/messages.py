@@ -42,6 +42,7 @@ class ReplicaState:
     refusal: TryAgain | None = None  # the error that a project with nothing in flight would get
     blocks: tuple[int, ...] | None = None  # `block_hash`es of the prefix cache; None: unchanged
     num_followers: int = 1
+    is_reporter: bool = True  # of all receivers, this one publishes the replica's statistics as metrics
 
 
 @dataclass(frozen=True)

@@ -343,10 +343,13 @@ def queue_of(url: str) -> dict[str, int]:
     Return {} if the API process doesn't answer, or answers /metrics only to clients with a key.
     """
     try:
-        with _DIRECT.open(f"{url}/metrics", timeout=5) as answer:
+        with _DIRECT.open(f"{url}/metrics?all_replicas=true", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
     except OSError:
         return {}
-    pairs = (line.rpartition(" ") for line in lines if line.startswith("smolora_requests_"))
-    values = {name.removeprefix("smolora_requests_"): value for name, _, value in pairs}
-    return {name: int(float(values[name])) for name in ("running", "waiting") if name in values}
+    found: dict[str, int] = {}
+    for name in ("running", "waiting"):
+        values = [line.rpartition(" ")[2] for line in lines if line.startswith(f"smolora_requests_{name}{{")]
+        if values:
+            found[name] = sum(int(float(value)) for value in values)
+    return found

@@ -195,7 +195,9 @@ class EngineReplica:
             refusal = error
         num_own = sum(follower.requests.values())
         return ReplicaState(
-            *(self._engine.stats, self._engine.num_in_flight, num_own, refusal, blocks), len(self._followers)
+            *(self._engine.stats, self._engine.num_in_flight, num_own, refusal, blocks),
+            num_followers=len(self._followers),
+            is_reporter=next(iter(self._followers.values()), follower) is follower,  # the oldest subscription
         )
 
     def _look_at_blocks(self, now: float) -> None:

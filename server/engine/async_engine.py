@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -225,6 +225,10 @@ class AsyncEngine:
     def cached_blocks(self) -> list[bytes]:
         """Return the keys of all blocks in the prefix cache."""
         return self._engine.blocks.cached_keys()
+
+    def stats_by_replica(self, *, is_complete: bool) -> Mapping[str, EngineStats]:
+        """Return the statistics with the name "": this engine is no replica of a cluster."""
+        return {"": self.stats}
 
     def start(self) -> None:
         """Start the thread. Call it once, on the event loop."""

@@ -1,5 +1,9 @@
 """Metrics of the engine, from a snapshot at each request: under our names, and under vLLM's names for gateways.
 
+In a cluster, our metrics have the label `replica`, and of all API processes only one reports a replica. So sums
+over all API processes count each replica once. Under vLLM's names, each API process reports sums over all
+replicas, since a gateway chooses an API process by them.
+
 The Gateway API's inference extension reads vLLM's names to choose a server. The value of `vllm:lora_requests_info`
 is the time. Its labels say which adapters a request can use without loading, and for which adapters requests are
 waiting. vLLM lists only running adapters in this metric. We list each resident adapter under every name that a
@@ -11,8 +15,9 @@ counts names, too.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -48,21 +53,34 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
 )
 
 
-class EngineCollector(Collector):
-    """Collects metrics from the engine's snapshot, which `stats` returns, under our names."""
+class StatsByReplica(Protocol):
+    """Returns the snapshots of replicas by name: those that this process reports or, if `is_complete`, all.
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    The name of an engine in this process is "".
+    """
+
+    def __call__(self, *, is_complete: bool) -> Mapping[str, EngineStats]: ...
+
+
+class EngineCollector(Collector):
+    """Collects metrics from the engines' snapshots under our names. `is_complete` is the argument for `stats`."""
+
+    def __init__(self, stats: StatsByReplica) -> None:
         self._stats = stats
+        self.is_complete = False
 
     def describe(self) -> Iterable[Metric]:
         return ()  # without this, registering would collect from an engine that doesn't exist yet
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        for name, text, value in _GAUGES:
-            yield GaugeMetricFamily(name, text, value=value(stats))
-        for name, text, value in _COUNTERS:
-            yield CounterMetricFamily(name, text, value=value(stats))
+        found = self._stats(is_complete=self.is_complete)
+        labels = [] if "" in found else ["replica"]
+        kinds = ((_GAUGES, GaugeMetricFamily), (_COUNTERS, CounterMetricFamily))
+        for (name, text, value), kind in ((metric, kind) for metrics, kind in kinds for metric in metrics):
+            family = kind(name, text, labels=labels)
+            for replica, stats in found.items():
+                family.add_metric([replica] if labels else [], value(stats))
+            yield family
 
 
 MAX_NAMES = 200

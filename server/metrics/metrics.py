@@ -29,9 +29,8 @@ from prometheus_client.registry import Collector
 from adapters.errors import InvalidInput, TryAgain
 from server import __version__
 from server.access.keys import KeyFault
-from server.engine.request import EngineStats
 from server.errors import QueueFull, ReadTooSlowly
-from server.metrics.engine import EngineCollector
+from server.metrics.engine import EngineCollector, StatsByReplica
 
 OTHER = "other"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -220,17 +219,18 @@ def outcome_of(error: Exception) -> Outcome:
 
 
 class Metrics:
-    """All metrics of one server. The engine's snapshot, `stats`, and `collectors` are read at each request."""
+    """All metrics of one server. The engines' snapshots, `stats`, and `collectors` are read at each request."""
 
     def __init__(
         self,
-        stats: Callable[[], EngineStats],
+        stats: StatsByReplica,
         collectors: Iterable[Collector] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         disable_created_metrics()  # a second series for each counter, with its start time, which nobody uses
         self._current = CollectorRegistry()
-        for collector in (EngineCollector(stats), *collectors):
+        self._engines = EngineCollector(stats)
+        for collector in (self._engines, *collectors):
             self._current.register(collector)
         self._registry = CollectorRegistry()
         self._clock = clock
@@ -293,8 +293,8 @@ class Metrics:
             self.refused()
             raise
 
-    def render(self) -> bytes:
-        """Return the metrics in Prometheus' text format.
+    def render(self, *, all_replicas: bool = False) -> bytes:
+        """Return the metrics in Prometheus' text format. `all_replicas`: also of replicas that others report.
 
         This takes milliseconds, may do disk I/O, and isn't thread-safe.
         """
@@ -302,6 +302,7 @@ class Metrics:
             self._counts = generate_latest(self._registry)
             now = self._clock()
             self._keep_until = now + min((now - started) * (1 / RENDER_SHARE - 1), MAX_AGE)
+        self._engines.is_complete = all_replicas
         return generate_latest(self._current) + self._counts
 
     def _histogram(self, name: str, text: str) -> Histogram:

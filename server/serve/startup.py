@@ -123,7 +123,7 @@ def build(
     else:
         engine = connect(base, store)
     metrics = Metrics(
-        lambda: engine.stats,
+        engine.stats_by_replica,
         [
             GatewayCollector(
                 lambda: engine.stats,

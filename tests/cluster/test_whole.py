@@ -137,9 +137,12 @@ def test_adapter_deleted_while_another_process_has_it_queued(
 
 def queue(client: httpx.Client) -> dict[str, float]:
     """Return the running and waiting sequences of all replicas."""
-    lines = client.get("/metrics").text.splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("smolora_requests_"))
-    return {name: float(values[f"smolora_requests_{name}"]) for name in ("running", "waiting")}
+    lines = client.get("/metrics?all_replicas=true").text.splitlines()
+    numbers = {
+        name: [line.rpartition(" ")[2] for line in lines if line.startswith(f"smolora_requests_{name}{{")]
+        for name in ("running", "waiting")
+    }
+    return {name: sum(map(float, found)) for name, found in numbers.items()}
 
 
 def test_keys_count_everywhere(whole: Whole) -> None:

@@ -123,10 +123,13 @@ class ServerProcess:
         return version
 
     def metrics(self) -> Mapping[str, float]:
-        """Return every sample of /metrics, by its name and labels."""
-        lines = self.client.get("/metrics").text.splitlines()
-        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs}
+        """Return every sample of /metrics, by its name and labels. Samples of engine replicas are added up."""
+        lines = self.client.get("/metrics?all_replicas=true").text.splitlines()
+        found: dict[str, float] = {}
+        for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#")):
+            summed = name.partition('{replica="')[0]
+            found[summed] = found.get(summed, 0.0) + float(value)
+        return found
 
     def counts(self) -> Mapping[str, float]:
         """Return `metrics` once they include everything that was counted before this call."""

@@ -2,11 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from server.engine.request import EngineStats
+from server.metrics.engine import StatsByReplica
 
 FOLDER = Path(__file__).parents[2] / "docker" / "monitoring"
 ALERTS = FOLDER / "alerts.yml"
@@ -25,6 +28,15 @@ class Alert:
         """Return the left sides of its comparisons."""
         sides = [_COMPARISON.split(part)[0] for part in _parts(self.expression)]
         return [side for side in sides if not side.startswith("absent(")]
+
+
+def of_one(stats: Callable[[], EngineStats]) -> StatsByReplica:
+    """Return a function that returns the statistics of a server's own engine as `Metrics` takes them."""
+
+    def by_replica(*, is_complete: bool) -> Mapping[str, EngineStats]:
+        return {"": stats()}
+
+    return by_replica
 
 
 def alerts() -> list[Alert]:

@@ -183,7 +183,7 @@ def build_services(
     """Return the services for `create_app`, made of these parts; `given` are settings."""
     settings = settings_of(home, given)
     rows = RowEncoder(encoder, EOS)
-    metrics = Metrics(lambda: engine.stats)
+    metrics = Metrics(engine.stats_by_replica)
     return Services(
         settings=settings,
         engine=engine,

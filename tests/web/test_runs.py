@@ -435,7 +435,7 @@ def test_the_engine_shows_latencies_traffic_and_gaps(server: ServerProcess, brow
 
     with page_of(browser, server.url) as page:
         page.clock.install(time=1_800_000_000)
-        page.route("**/metrics", answer)
+        page.route("**/metrics?all_replicas=true", answer)
         page.goto(f"{server.url}/#/engine")
         tile = page.locator(".figures > div").filter(has_text="To the first token")
         expect(tile).to_contain_text(re.compile(r"200.ms.*380.ms.*since this view was opened"))

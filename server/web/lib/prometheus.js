@@ -19,8 +19,9 @@ export function parseMetrics(text) {
   return samples;
 }
 
-/** The value of a sample without labels, or 0. @param {Sample[]} samples @param {string} name */
-export const valueOf = (samples, name) => samples.find((sample) => sample.name === name)?.value ?? 0;
+/** The sum of a metric's samples, of which there is one for each engine replica. @param {Sample[]} samples @param {string} name */
+export const valueOf = (samples, name) =>
+  samples.filter((sample) => sample.name === name).reduce((sum, sample) => sum + sample.value, 0);
 
 /** The values of a metric by one of its labels, the largest first. @param {Sample[]} samples @param {string} name @param {string} label @returns {[string, number][]} */
 export const byLabel = (samples, name, label) =>

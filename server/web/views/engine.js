@@ -66,7 +66,7 @@ const kept = perKey(/** @type {Reading[]} */ ([]));
 
 export function EngineView() {
   const metrics = useResource(
-    async (signal) => parseMetrics(await (await call("GET", "/metrics", { signal })).text()),
+    async (signal) => parseMetrics(await (await call("GET", "/metrics?all_replicas=true", { signal })).text()),
     [],
     SECONDS,
   );

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -181,6 +181,9 @@ class FakeEngine:
     @property
     def num_in_flight(self) -> int:
         return len(self.open)
+
+    def stats_by_replica(self, *, is_complete: bool) -> Mapping[str, EngineStats]:
+        return {"": self.stats}
 
     @property
     def stats(self) -> EngineStats:

@@ -2,12 +2,11 @@
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from server.cluster.client import ReplicatedEngine
-from server.cluster.fleet import COUNTERS, Counts, Link, Sent, best, total
+from server.cluster.fleet import Link, Sent, best, total
 from server.cluster.messages import ReplicaState, Welcome
 from server.engine.request import EngineStats
 from server.model.base.weights import BaseModel
@@ -65,32 +64,11 @@ def test_processes_with_old_reports_do_not_overfill_a_replica(stats: EngineStats
     assert max(queues) - min(queues) <= NUM_APIS, queues
 
 
-def test_counters_only_grow_as_replicas_come_and_go() -> None:
-    """Prometheus takes a falling sum for a restarted server, and counts everything again."""
-    counts = Counts()
-    one, other = Link("one", WELCOME, counts), Link("other", WELCOME, counts)
-
-    def report(link: Link, number: int) -> None:
-        every: dict[str, Any] = dict.fromkeys(COUNTERS, number)
-        link.take(ReplicaState(EngineStats(num_running=1, **every), num_in_flight=1, num_own=1))
-
-    def sums(*links: Link) -> set[int]:
-        stats = total(links, counts)
-        assert stats.num_running == sum(link.state is not None for link in links)
-        return {getattr(stats, name) for name in COUNTERS}
-
-    assert sums() == {0}
-    report(one, 1_000_000)  # from before this process started
-    report(other, 0)
-    assert sums(one, other) == {0}
-    report(one, 1_000_010)
-    report(other, 5)
-    assert sums(one, other) == {15}
-    one.state = None  # lost for a moment
-    assert sums(one, other) == {15}
-    report(one, 1_000_030)
-    assert sums(one, other) == {35}
-    assert sums(other) == {35}, "what has gone has counted"
+def test_a_total_adds_up_the_replicas_that_report() -> None:
+    one, other, lost = (Link(name, WELCOME) for name in ("one", "other", "lost"))
+    one.take(ReplicaState(EngineStats(num_running=1, steps=3, max_adapter_rank=8), num_in_flight=1, num_own=1))
+    other.take(ReplicaState(EngineStats(num_running=2, steps=4, max_adapter_rank=16), num_in_flight=2, num_own=0))
+    assert total([one, other, lost]) == EngineStats(num_running=3, steps=7, max_adapter_rank=16)
 
 
 def test_a_replica_reports_its_number_of_followers(tiny_base: BaseModel) -> None:
@@ -108,5 +86,31 @@ def test_a_replica_reports_its_number_of_followers(tiny_base: BaseModel) -> None
             await eventually(lambda: link.state is not None and link.state.num_followers == 2)
             await other.stop()
             await eventually(lambda: link.state is not None and link.state.num_followers == 1)
+
+    on_loop(main())
+
+
+def test_each_replica_has_one_reporter_among_the_processes(tiny_base: BaseModel) -> None:
+    """If the reporter leaves, another process becomes the reporter."""
+    local = Local(tiny_base, num=2)
+
+    async def main() -> None:
+        async with local as engine:
+            others = [ReplicatedEngine(local.transport, tiny_base.digest, lambda digest: 1) for _ in range(2)]
+            for other in others:
+                other.start()
+            await eventually(lambda: all(len(other._ready_links()) == 2 for other in others))
+
+            def reported(*clients: ReplicatedEngine) -> list[str]:
+                return sorted(name for client in clients for name in client.stats_by_replica(is_complete=False))
+
+            both = ["replica-0", "replica-1"]
+            assert all(sorted(other.stats_by_replica(is_complete=True)) == both for other in (engine, *others))
+            assert reported(engine, *others) == both
+            await engine.stop()
+            await eventually(lambda: reported(*others) == both)
+            await others[0].stop()
+            await eventually(lambda: reported(others[1]) == both)
+            await others[1].stop()
 
     on_loop(main())

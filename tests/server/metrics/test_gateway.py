@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.engine.request import EngineStats
 from server.metrics.engine import MAX_NAMES, GatewayCollector
 from server.metrics.metrics import Metrics
+from tests.kits.monitoring import of_one
 
 
 class Catalog:
@@ -25,7 +26,7 @@ class Catalog:
 
 def families(stats: EngineStats, catalog: Catalog) -> dict[str, Metric]:
     collector = GatewayCollector(lambda: stats, "tiny", catalog.names, lambda: catalog.moves, 16)
-    text = Metrics(lambda: stats, [collector]).render().decode()
+    text = Metrics(of_one(lambda: stats), [collector]).render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
